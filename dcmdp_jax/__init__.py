@@ -1,0 +1,3 @@
+"""Discrepancy-constrained reinforcement learning of language models in JAX. Import the module you mean."""
+
+__version__ = "0.1.0"

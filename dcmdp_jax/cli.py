@@ -1,0 +1,115 @@
+"""`dcmdp`: train, generate, convert, report."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; bad input ends it with one sentence and status 2."""
+    parser = argparse.ArgumentParser(prog="dcmdp", description="Discrepancy-constrained RL of language models in JAX.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="run or resume an experiment", description=(
+        "Runs CONFIG of an experiment file, or resumes it where --workdir holds an unfinished run. Any scalar field can be "
+        "set by its dotted name, e.g. --constraint.tolerance 0.01 --steps 50."))
+    train.add_argument("experiment", help="a Python file with CONFIG = Config(...)")
+    train.add_argument("--workdir", help="folder of the run (default: runs/NAME)")
+    train.set_defaults(run=_train)
+
+    generate = commands.add_parser("generate", help="sample completions of prompts from a model folder")
+    generate.add_argument("model", help="a Hugging Face folder with its tokenizer")
+    generate.add_argument("prompts", nargs="+", help="prompt texts")
+    generate.add_argument("--tokenizer", default="", help="folder or file (default: the model's folder)")
+    generate.add_argument("--weights", default="float32", help="dtype of the engine's projections")
+    generate.add_argument("--max-tokens", type=int, default=64)
+    generate.add_argument("--samples", type=int, default=1)
+    generate.add_argument("--temperature", type=float, default=1.0)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--chat", action="store_true", help="wrap prompts in the chat template")
+    generate.set_defaults(run=_generate)
+
+    convert = commands.add_parser("convert", help="write a run's newest checkpoint as a Hugging Face folder")
+    convert.add_argument("experiment", help="the run's experiment file")
+    convert.add_argument("output", help="folder to write")
+    convert.add_argument("--workdir", help="folder of the run (default: runs/NAME)")
+    convert.set_defaults(run=_convert)
+
+    report = commands.add_parser("report", help="write report.html of a run folder")
+    report.add_argument("workdir")
+    report.set_defaults(run=_report)
+
+    known, rest = parser.parse_known_args(arguments)
+    try:
+        return known.run(known, rest)
+    except (ValueError, ImportError) as error:
+        print(f"dcmdp: {error}", file=sys.stderr)
+        return 2
+
+
+def _train(args: argparse.Namespace, rest: list[str]) -> int:
+    config, workdir = _experiment(args, rest)
+    from dcmdp_jax.train import Interrupted, train
+
+    try:
+        train(config, workdir)
+    except Interrupted as stop:
+        print(f"{stop}; resume with: dcmdp train {args.experiment} --workdir {workdir} {' '.join(rest)}".rstrip())
+        return 130
+    print(f"finished; see {workdir / 'report.html'}")
+    return 0
+
+
+def _experiment(args: argparse.Namespace, rest: list[str]):
+    from dcmdp_jax.config import load_experiment, override
+
+    config = override(load_experiment(args.experiment), _overrides(rest))
+    return config, pathlib.Path(args.workdir or f"runs/{config.name}")
+
+
+def _overrides(rest: list[str]) -> dict[str, str]:
+    """`--a.b 1 --c=2` as {"a.b": "1", "c": "2"}."""
+    found, words = {}, iter(rest)
+    for word in words:
+        if not word.startswith("--"):
+            raise ValueError(f"{word!r} is not an option; fields are set as --name value")
+        name, equals, value = word[2:].partition("=")
+        value = value if equals else next(words, None)
+        if value is None:
+            raise ValueError(f"--{name} needs a value")
+        found[name.replace("-", "_")] = value
+    return found
+
+
+def _generate(args: argparse.Namespace, rest: list[str]) -> int:
+    _none(rest)
+    from dcmdp_jax.rollout import complete
+
+    for prompt, text, stopped in complete.texts(
+            args.model, args.prompts, tokenizer_path=args.tokenizer, weights_dtype=args.weights, max_tokens=args.max_tokens,
+            samples=args.samples, temperature=args.temperature, seed=args.seed, chat=args.chat):
+        print(f"{prompt}\n  -> {text}{'' if stopped else ' ...'}")
+    return 0
+
+
+def _convert(args: argparse.Namespace, rest: list[str]) -> int:
+    config, workdir = _experiment(args, rest)
+    from dcmdp_jax.train import export
+
+    print(f"wrote step {export(config, workdir, args.output)} to {args.output}")
+    return 0
+
+
+def _report(args: argparse.Namespace, rest: list[str]) -> int:
+    _none(rest)
+    from dcmdp_jax import report
+
+    print(report.write(pathlib.Path(args.workdir)))
+    return 0
+
+
+def _none(rest: list[str]) -> None:
+    if rest:
+        raise ValueError(f"unknown option {rest[0]}")

@@ -1,0 +1,308 @@
+"""What a run is: frozen dataclasses, each default in one place.
+
+An experiment is a Python file holding one `CONFIG = Config(...)`. Functions are passed as functions
+(`policy_loss=losses.policy.clipped`), never by name. The command line overrides scalar fields by dotted name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import pathlib
+import runpy
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN context extension of RoPE (arXiv 2309.00071), the fields of a Hugging Face `rope_scaling` of type `yarn`."""
+
+    factor: float
+    original_max_position: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None  # None: 0.1 ln(factor) + 1
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a Qwen3 decoder; names follow Hugging Face. `num_experts == 0` is the dense model."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 1_000_000.0
+    yarn: Yarn | None = None
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    max_position: int = 40_960
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    norm_topk_prob: bool = True
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+    bfloat16: bool = False  # compute in bfloat16; norms, softmax, router and log-probs stay float32
+    remat: bool = False  # recompute each layer in the backward pass
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether layer `layer` routes to experts (Hugging Face's rule for Qwen3-MoE)."""
+        return self.num_experts > 0 and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"model: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.num_experts and not 0 < self.experts_per_token <= self.num_experts:
+            raise ValueError(f"model: experts_per_token={self.experts_per_token} must lie in 1..{self.num_experts}")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the model comes from: a Hugging Face folder, or a shape filled at random."""
+
+    folder: str = ""
+    tokenizer: str = ""  # a folder or file; empty: the model's folder
+    shape: ModelConfig | None = None  # used when no folder is given
+    bfloat16: bool = False
+    remat: bool = False
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is asked, and how the answer is judged."""
+
+    verifier: Callable  # (example, text) -> reward
+    path: str = ""  # JSONL or Parquet; empty: `task`
+    task: Any = None  # a generated task (`tasks.Chain(...)`)
+    eval_path: str = ""  # held-out problems; empty: the task's own, or none
+    prompts_per_step: int = 16  # B
+    max_prompt_tokens: int = 512
+    shuffle: bool = True
+    chat: bool = False  # wrap prompts in the tokenizer's chat template
+    enable_thinking: bool = False
+    instruction: str = ""  # appended to each user message
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """The engine that samples."""
+
+    samples: int = 8  # G
+    max_tokens: int = 512  # T
+    temperature: float = 1.0
+    weights: str = "float32"  # dtype the engine holds its projections in: float32, bfloat16, int8, int4, float8_e4m3fn
+    slots: int = 64  # sequences decoded together
+    tokens_per_dispatch: int = 16  # K
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """From rewards to a gradient, and how it is applied."""
+
+    advantage: Callable  # (reward [N], group [N], *, num_groups) -> [N]
+    surrogate: Callable  # (logp, old_logp, rollout_logp, advantage, mask) -> loss [N, T], denominator mask [N, T]
+    reduce: Callable  # (loss, mask) -> scalar, linear in the loss
+    minibatches: int = 1  # M optimizer updates per rollout batch and epoch
+    microbatches: int = 1  # A gradients accumulated per update
+    epochs: int = 1
+    row_length: int = 0  # S of the packed rows; 0: max_prompt_tokens + max_tokens
+    learning_rate: float = 1e-6
+    lr_warmup_steps: int = 0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class ConstraintConfig:
+    """max E[reward] s.t. E[delta] <= tolerance, through the multiplier."""
+
+    shape: Callable  # (advantage, old_logp, rollout_logp, multiplier, tolerance, mask) -> [N, T]
+    dual: Callable  # (dual_lr, multiplier_init, multiplier_max) -> constraint.Controller
+    tolerance: float
+    dual_lr: float = 1.0
+    multiplier_init: float = 0.1
+    multiplier_max: float = 1.0
+
+
+@dataclass(frozen=True)
+class WarmupConfig:
+    """Supervised steps on the task's own solutions, before reinforcement learning; 0 steps leaves it out."""
+
+    steps: int = 0
+    batch_size: int = 128
+    learning_rate: float = 3e-3
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation of both policies: the engine's and the trainer's."""
+
+    every: int = 20  # steps; 0: never
+    prompts: int = 512
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 50  # steps; 0: only at the end and on interruption
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; the product is the number of devices. fsdp=0 takes what the others leave."""
+
+    data: int = 1
+    fsdp: int = 0
+    expert: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str
+    model: ModelSource
+    data: DataConfig
+    rollout: RolloutConfig
+    algorithm: AlgorithmConfig
+    constraint: ConstraintConfig
+    steps: int  # constrained steps
+    seed: int = 0
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    tensorboard: bool = False
+    wandb: bool = False
+
+    def __post_init__(self):
+        _validate(self)
+
+
+WEIGHT_DTYPES = ("float32", "bfloat16", "int8", "int4", "float8_e4m3fn")
+
+
+def _validate(config: Config) -> None:
+    """Refuses what can be refused from the configuration alone."""
+    data, rollout, algorithm = config.data, config.rollout, config.algorithm
+    for name, value in (("steps", config.steps), ("data.prompts_per_step", data.prompts_per_step),
+                        ("rollout.samples", rollout.samples), ("rollout.max_tokens", rollout.max_tokens),
+                        ("rollout.slots", rollout.slots), ("rollout.tokens_per_dispatch", rollout.tokens_per_dispatch),
+                        ("algorithm.minibatches", algorithm.minibatches), ("algorithm.epochs", algorithm.epochs),
+                        ("algorithm.microbatches", algorithm.microbatches)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    for name, value in (("rollout.temperature", rollout.temperature), ("eval.temperature", config.eval.temperature)):
+        if value <= 0:
+            raise ValueError(f"{name}={value} must be positive")
+    completions = data.prompts_per_step * rollout.samples
+    parts = algorithm.minibatches * algorithm.microbatches
+    if completions % parts:
+        raise ValueError(
+            f"data.prompts_per_step * rollout.samples = {completions} completions do not divide into "
+            f"algorithm.minibatches * algorithm.microbatches = {parts} parts")
+    row = data.max_prompt_tokens + rollout.max_tokens
+    if algorithm.row_length and algorithm.row_length < row:
+        raise ValueError(f"algorithm.row_length={algorithm.row_length} is shorter than one prompt and completion "
+                         f"(data.max_prompt_tokens + rollout.max_tokens = {row})")
+    if rollout.weights not in WEIGHT_DTYPES:
+        raise ValueError(f"rollout.weights={rollout.weights!r} is not one of {', '.join(WEIGHT_DTYPES)}")
+    dual = config.constraint
+    if dual.tolerance < 0 or dual.dual_lr < 0 or not 0 <= dual.multiplier_init <= dual.multiplier_max:
+        raise ValueError("constraint needs tolerance >= 0, dual_lr >= 0 and 0 <= multiplier_init <= multiplier_max")
+    if not (data.path or data.task):
+        raise ValueError("data.path names no file and the experiment has no data.task; give --data.path FILE")
+
+
+def override(config: Config, changes: dict[str, str]) -> Config:
+    """Replaces scalar fields by dotted name, e.g. `{"constraint.tolerance": "0.01"}`, converted to the field's type.
+
+    Raises ValueError on a name that does not exist (with the nearest one) or a value that does not fit.
+    """
+    names = scalar_fields(config)
+    for name in changes:
+        if name not in names:
+            raise ValueError(_unknown(name, list(names)))
+    values = {name: _convert(name, text, names[name]) for name, text in changes.items()}
+    return _replace(config, {tuple(name.split(".")): value for name, value in values.items()})
+
+
+def scalar_fields(config: Any, prefix: str = "") -> dict[str, type]:
+    """Dotted names of the fields that the command line may set, with their types."""
+    hints = typing.get_type_hints(type(config))
+    found = {}
+    for item in dataclasses.fields(config):
+        value, name = getattr(config, item.name), prefix + item.name
+        if dataclasses.is_dataclass(value):
+            found |= scalar_fields(value, name + ".")
+        elif hints[item.name] in (int, float, bool, str):
+            found[name] = hints[item.name]
+    return found
+
+
+def to_json(config: Any) -> Any:
+    """The resolved configuration as plain JSON values; functions appear by their qualified names."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        kind = {} if type(config).__module__ == __name__ else {"type": type(config).__qualname__}
+        return kind | {item.name: to_json(getattr(config, item.name)) for item in dataclasses.fields(config)}
+    if isinstance(config, (list, tuple)):
+        return [to_json(item) for item in config]
+    if isinstance(config, functools.partial):
+        return {"function": to_json(config.func), "args": to_json(config.args),
+                **{key: to_json(value) for key, value in config.keywords.items()}}
+    if hasattr(config, "__qualname__"):
+        return f"{config.__module__}.{config.__qualname__}"
+    return config if isinstance(config, (int, float, bool, str, type(None))) else repr(config)
+
+
+def load_experiment(path: str) -> Config:
+    """The `CONFIG` of an experiment file. Raises ValueError where there is none."""
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise ValueError(f"experiment {path} does not exist; experiments are Python files such as experiments/quickstart.py")
+    config = runpy.run_path(str(file)).get("CONFIG")
+    if not isinstance(config, Config):
+        raise ValueError(f"{path} defines no CONFIG = Config(...)")
+    return config
+
+
+def _replace(config: Any, changes: dict[tuple[str, ...], Any]) -> Any:
+    own = {path[0]: value for path, value in changes.items() if len(path) == 1}
+    for name in {path[0] for path in changes if len(path) > 1}:
+        nested = {path[1:]: value for path, value in changes.items() if path[0] == name and len(path) > 1}
+        own[name] = _replace(getattr(config, name), nested)
+    return dataclasses.replace(config, **own)
+
+
+def _convert(name: str, text: str, kind: type) -> Any:
+    if kind is bool:
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if text.lower() in words:
+            return words[text.lower()]
+    elif kind is str:
+        return text
+    else:
+        try:
+            value = kind(text)
+        except ValueError:
+            pass
+        else:
+            if value == value and value not in (float("inf"), float("-inf")):
+                return value
+    raise ValueError(f"--{name} takes a value of type {kind.__name__}, not {text!r}")
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"unknown option --{name}; did you mean --{near[0]}?"

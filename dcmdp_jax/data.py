@@ -1,0 +1,291 @@
+"""Problems in, token batches out: files and generated tasks as Grain pipelines, and completions packed into rows."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from dcmdp_jax.records import Batch, Example, Prompts, Scored
+from dcmdp_jax.rewards import final_answer
+from dcmdp_jax.tasks import Task
+from dcmdp_jax.tokenizer import Tokenizer
+
+LAYOUTS = ("GSM8K {question, answer with ####}", "evaluation set {problem | question | prompt, answer | final_answer | "
+           "solution with \\boxed{}}", "verl {prompt, reward_model.ground_truth}")
+ENDLESS = 2**62  # problems in a pipeline: no run sees the end
+
+log = logging.getLogger(__name__)
+
+
+class Supervised(NamedTuple):
+    """Prompts followed by the expert's completions, for the warm-up stage."""
+
+    tokens: np.ndarray  # [B, S] int32, padded on the right
+    mask: np.ndarray  # [B, S] bool, true on completion tokens, stop token included
+
+
+def read(path: str | pathlib.Path) -> list[Example]:
+    """The problems of a `.jsonl` or `.parquet` file, in file order; exact repeats are left out and counted in the log.
+
+    Layouts: GSM8K's (the answer follows `####`); evaluation sets (`problem`, `question` or `prompt` with `answer`,
+    `final_answer`, or a `solution` that ends in `\\boxed{}`); verl's, which DAPO-Math-17k has (chat messages under
+    `prompt`, `reward_model.ground_truth`, `data_source`). Raises ValueError on a missing or empty file, bad JSON, or
+    another layout.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(f"data file {path} does not exist; give the path of a .jsonl or .parquet file")
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"data file {path} is neither .jsonl nor .parquet")
+    rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+    seen: dict[str, Example] = {}
+    total = 0
+    for place, row in rows:
+        example = _example(row, path.stem, place)
+        seen.setdefault(json.dumps(example), example)
+        total += 1
+    if not total:
+        raise ValueError(f"data file {path} is empty")
+    if len(seen) < total:
+        log.warning("%s: %d of %d problems repeat another and are left out", path, total - len(seen), total)
+    return list(seen.values())
+
+
+def tokenize(examples: Sequence[Example], tokenizer: Tokenizer, *, max_prompt_tokens: int, chat: bool = False,
+             enable_thinking: bool = False, instruction: str = "") -> Prompts:
+    """One batch of prompts, padded on the right to `max_prompt_tokens`.
+
+    With `chat` the prompt is wrapped in the tokenizer's chat template; `instruction` follows each user message (or the
+    plain prompt) on a line of its own. Raises ValueError on a prompt longer than `max_prompt_tokens`: prompts are never
+    cut.
+    """
+    ids = [_encode(example, tokenizer, chat, enable_thinking, instruction) for example in examples]
+    lengths = np.array([len(row) for row in ids], np.int32)
+    if lengths.max() > max_prompt_tokens:
+        raise ValueError(f"a prompt has {lengths.max()} tokens, more than data.max_prompt_tokens={max_prompt_tokens}")
+    return Prompts(_pad(ids, max_prompt_tokens, tokenizer.pad_id), lengths, tuple(examples))
+
+
+def prompts(source: Sequence[Example] | Task, tokenizer: Tokenizer, *, batch_size: int, max_prompt_tokens: int,
+            seed: int, shuffle: bool = True, chat: bool = False, enable_thinking: bool = False, instruction: str = "",
+            process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator[Prompts]:
+    """Endless batches of prompts, from a list of problems (shuffled anew each epoch) or a generated task (always new).
+
+    `batch_size` counts the prompts of all processes; each process gets its contiguous part of every batch, so that the
+    order of problems does not depend on the number of processes. Problems longer than `max_prompt_tokens` are left out
+    and counted in the log. `get_state()` is a small JSON-able dict, and `set_state(state)` goes on exactly there.
+    Raises ValueError where `batch_size` does not divide, or no problem fits.
+    """
+    if batch_size % process_count:
+        raise ValueError(f"data.prompts_per_step={batch_size} does not divide over {process_count} processes")
+    wrap = {"chat": chat, "enable_thinking": enable_thinking, "instruction": instruction}
+    if isinstance(source, Sequence):
+        problems = _fitting(source, tokenizer, max_prompt_tokens, wrap)
+        order = grain.MapDataset.range(len(problems)).seed(seed)
+        order = (order.shuffle() if shuffle else order).repeat(ENDLESS // len(problems))
+        problem = problems.__getitem__
+    else:
+        order = grain.MapDataset.range(ENDLESS)
+        problem = functools.partial(source.example, seed=seed)
+    local = batch_size // process_count
+
+    def load(indices: np.ndarray) -> Prompts:
+        own = indices[process_index * local:(process_index + 1) * local].tolist()
+        return tokenize([problem(i) for i in own], tokenizer, max_prompt_tokens=max_prompt_tokens, **wrap)
+
+    batches = order.batch(batch_size).map(load)
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
+def supervised(task: Task, tokenizer: Tokenizer, batch_size: int, seed: int, step: int) -> Supervised:
+    """Batch number `step` of the expert's solutions to the task's training problems, each ended by the stop token.
+
+    S is the longest row of the batch. The same arguments give the same batch; the problems are not those that `prompts`
+    asks under the same seed.
+    """
+    rng = np.random.default_rng((seed, step))
+    first = ENDLESS + step * batch_size
+    examples = [task.example(first + i, seed) for i in range(batch_size)]
+    asked = [tokenizer.encode(example.prompt) for example in examples]
+    told = [tokenizer.encode(task.solution(example, rng)) + [tokenizer.eos_ids[0]] for example in examples]
+    starts = np.array([len(row) for row in asked])[:, None]
+    stops = starts + np.array([len(row) for row in told])[:, None]
+    column = np.arange(stops.max())
+    tokens = _pad([prompt + solution for prompt, solution in zip(asked, told)], stops.max(), tokenizer.pad_id)
+    return Supervised(tokens, (column >= starts) & (column < stops))
+
+
+def pack(scored: Scored, *, minibatches: int, microbatches: int, row_length: int, row_divisor: int = 1, pad_id: int = 0,
+         seed: int = 0) -> Batch:
+    """Deals the completions at random into M x A microbatches of n and packs each into R rows of S tokens.
+
+    First-fit decreasing, a segment being prompt + completion. R is the same in every microbatch: `row_divisor` times a
+    power of two (or just enough rows for n completions, if that is less), so that few shapes are ever compiled. Raises
+    ValueError where the completions do not divide, a row is too short, or a prompt is empty.
+    """
+    rollout, parts = scored.rollout, minibatches * microbatches
+    count, width = rollout.tokens.shape
+    if count % parts:
+        raise ValueError(f"{count} completions do not divide into algorithm.minibatches * algorithm.microbatches = "
+                         f"{parts} parts")
+    order = np.random.default_rng(seed).permutation(count)
+    group = order // (count // len(rollout.prompts.lengths))
+    asked, told = rollout.prompts.lengths[group], rollout.lengths[order]
+    lengths = asked + told
+    if asked.min() < 1:
+        raise ValueError("a prompt is empty; the first completion token has nothing to follow")
+    if lengths.max() > row_length:
+        raise ValueError(f"a prompt and its completion have {lengths.max()} tokens, more than "
+                         f"algorithm.row_length={row_length}")
+    rows, start, segment = _place(lengths.reshape(parts, -1), row_length, row_divisor)
+
+    # one entry per token of every segment: whose it is, and where in the segment
+    owner = np.repeat(np.arange(count), lengths)
+    offset = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+    source = np.concatenate([rollout.prompts.tokens[group], rollout.tokens[order]], axis=1)
+    column = np.where(offset < asked[owner], offset, offset - asked[owner] + rollout.prompts.tokens.shape[1])
+
+    def scatter(values: np.ndarray, fill: int) -> np.ndarray:
+        flat = np.full(parts * rows * row_length, fill, np.int32)
+        flat[start[owner] + offset] = values
+        return flat.reshape(minibatches, microbatches, rows, row_length)
+
+    def deal(values: np.ndarray) -> np.ndarray:
+        return values.reshape(minibatches, microbatches, count // parts, *values.shape[1:])
+
+    mask = np.arange(width) < told[:, None]
+    predicts = (start % (rows * row_length) + asked - 1)[:, None] + np.arange(width)
+    return Batch(
+        tokens=scatter(source[owner, column], pad_id), positions=scatter(offset, 0),
+        segment_ids=scatter(segment[owner], 0), index=deal(np.where(mask, predicts, 0).astype(np.int32)),
+        completions=deal(rollout.tokens[order]), mask=deal(mask), rollout_logp=deal(rollout.rollout_logp[order]),
+        reward=deal(scored.reward[order]), group=deal(group.astype(np.int32)))
+
+
+def _place(lengths: np.ndarray, row_length: int, row_divisor: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """Rows per microbatch; for each of [M*A, n] lengths its flat start over all microbatches, and its segment id."""
+    parts, size = lengths.shape
+    row, column, segment = (np.stack(part) for part in zip(*(_first_fit(part, row_length) for part in lengths)))
+    rows = _bucket(int(row.max()) + 1, size, row_divisor)
+    start = (np.arange(parts)[:, None] * rows + row) * row_length + column
+    return rows, start.reshape(-1), segment.reshape(-1)
+
+
+def _first_fit(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """First-fit decreasing: row, column and segment id (from 1) of each of [n] lengths."""
+    row, column, segment = (np.zeros(len(lengths), np.int64) for _ in range(3))
+    used, held = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
+    for i in np.argsort(-lengths, kind="stable"):
+        r = np.argmax(used + lengths[i] <= row_length)
+        row[i], column[i], segment[i] = r, used[r], held[r] + 1
+        used[r] += lengths[i]
+        held[r] += 1
+    return row, column, segment
+
+
+def _bucket(rows: int, size: int, divisor: int) -> int:
+    """The number of rows to compile for: the next bucket, never more than one row for each of `size` completions."""
+    bucket = divisor
+    while bucket < rows:
+        bucket *= 2
+    return min(bucket, -(-size // divisor) * divisor)
+
+
+def _pad(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> np.ndarray:
+    padded = np.full((len(rows), width), pad_id, np.int32)
+    for line, row in zip(padded, rows):
+        line[:len(row)] = row
+    return padded
+
+
+def _encode(example: Example, tokenizer: Tokenizer, chat: bool, enable_thinking: bool, instruction: str) -> list[int]:
+    """Ids of one prompt, wrapped as asked."""
+    tail = f"\n{instruction}" if instruction else ""
+    if not chat:
+        if not isinstance(example.prompt, str):
+            raise ValueError(f"the prompts of {example.source!r} are chat messages; set data.chat=True")
+        return tokenizer.encode(example.prompt + tail)
+    messages = example.prompt
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    messages = [{**m, "content": m["content"] + tail} if m["role"] == "user" else m for m in messages]
+    return tokenizer.encode(tokenizer.chat(messages, enable_thinking=enable_thinking))
+
+
+def _fitting(examples: Sequence[Example], tokenizer: Tokenizer, max_prompt_tokens: int, wrap: Mapping) -> list[Example]:
+    kept = [example for example in examples if len(_encode(example, tokenizer, **wrap)) <= max_prompt_tokens]
+    if not kept:
+        raise ValueError(f"none of {len(examples)} problems fits in data.max_prompt_tokens={max_prompt_tokens}; "
+                         "raise it")
+    if len(kept) < len(examples):
+        log.warning("%d of %d problems are longer than data.max_prompt_tokens=%d and are left out",
+                    len(examples) - len(kept), len(examples), max_prompt_tokens)
+    return kept
+
+
+def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    yield f"{path} line {number}", json.loads(line)
+                except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                    raise ValueError(f"{path} line {number} is not valid JSON: {error}") from None
+
+
+def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError("pyarrow is not installed; pip install 'dcmdp-jax[train]'") from None
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path} row {number}", row
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a readable Parquet file: {error}") from None
+
+
+def _example(row: Any, source: str, place: str) -> Example:
+    """A row of any known layout as an Example; `place` names it in messages."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} is not a JSON object")
+    prompt = next((row[name] for name in ("problem", "question", "prompt") if row.get(name)), None)
+    if isinstance(row.get("reward_model"), dict):
+        answer, source = row["reward_model"].get("ground_truth"), row.get("data_source") or source
+    else:
+        answer = next((row[name] for name in ("answer", "final_answer") if row.get(name) is not None), None)
+        if answer is None and isinstance(row.get("solution"), str):
+            answer = final_answer(row["solution"])
+    if isinstance(answer, str) and "####" in answer:
+        answer = final_answer(answer)
+    answer = _as_text(answer)
+    if not answer or not _is_prompt(prompt):
+        missing = "problem" if answer else "answer"
+        raise ValueError(f"{place} gives no {missing}: it has the fields {sorted(row)}; "
+                         f"known layouts: {'; '.join(LAYOUTS)}")
+    return Example(prompt, answer, source)
+
+
+def _is_prompt(prompt: Any) -> bool:
+    if isinstance(prompt, list):
+        return bool(prompt) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+    return isinstance(prompt, str) and bool(prompt.strip())
+
+
+def _as_text(answer: Any) -> str:
+    if isinstance(answer, list):
+        return ", ".join(_as_text(item) for item in answer)
+    if isinstance(answer, float) and answer.is_integer():
+        return str(int(answer))
+    return "" if answer is None else str(answer).strip()

@@ -1,0 +1,207 @@
+"""What a run writes down: one JSON object a step, and a line to look at.
+
+`metrics.jsonl` holds one row per constrained step, in order: `step` (1..N), `reward` (mean over the batch),
+`delta_mean` and `multiplier` (lambda, as used in the step), `entropy` (nats per token), `seconds` (wall time of the
+step), `tokens` (sampled), further scalars of the step, and on steps with an evaluation `reward_eval_infer` (the
+engine's policy) and `reward_eval_train` (the trainer's).
+
+JSON has no NaN: a value that is not finite is `null`, and `non_finite` in the same row tells which it was
+(`{"loss": null, "non_finite": {"loss": "nan"}}`). Process 0 alone writes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from dcmdp_jax.config import Config
+
+FILE = "metrics.jsonl"
+SECONDS_BETWEEN_LINES = 10.0  # where stderr is no terminal, so that the logs of batch jobs stay short
+STATUS = (("reward", "reward {:.3f}"), ("reward_eval_infer", "held-out engine {:.3f}"),
+          ("reward_eval_train", "trainer {:.3f}"), ("delta_mean", "delta {:.4f} (tolerance {tolerance:g})"),
+          ("multiplier", "lambda {:.4f}"), ("entropy", "entropy {:.3f}"))
+
+
+class Log:
+    """A run's rows in `workdir/metrics.jsonl`, its progress on stderr, and TensorBoard or Weights & Biases when asked.
+
+    Opening drops the rows from `first_step` on (`truncate`): a resumed run's file equals an uninterrupted one's. Raises
+    ImportError where `config.tensorboard` or `config.wandb` asks for what is not installed.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, config: Config, *, first_step: int = 1):
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
+        workdir = pathlib.Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._tensorboard = _tensorboard_writer(workdir, first_step) if config.tensorboard else None
+        self._wandb = _wandb_run(workdir, config.name) if config.wandb else None
+        truncate(workdir, first_step - 1)
+        self._file = open(workdir / FILE, "a", encoding="utf-8")
+        self._latest: dict[str, Any] = {}  # keeps the last evaluation on show between evaluations
+        self._progress = Progress(config.name, first_step, config.steps, config.constraint.tolerance)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Adds the row of `step`. Raises ValueError on a value that is not one number, Python's or an array of one."""
+        if not self._writes:
+            return
+        values = {key: _number(key, value) for key, value in values.items()}
+        self._file.write(json.dumps(_row(step, values), allow_nan=False) + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            for key, value in values.items():
+                self._tensorboard.add_scalar(key, value, step)
+        if self._wandb:
+            self._wandb.log(values | {"step": step})
+        self._latest |= values
+        self._progress.show(step, self._latest)
+
+    def close(self) -> None:
+        if not self._writes:
+            return
+        self._progress.close()
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line at the first step, the last one and every ten seconds."""
+
+    def __init__(self, name: str, first_step: int, total: int, tolerance: float):
+        self._name, self._first_step, self._total, self._tolerance = name, first_step, total, tolerance
+        self._bar = None  # made by the first step: until then other lines may be printed
+        self._printed = -math.inf
+
+    def show(self, step: int, values: Mapping[str, Any]) -> None:
+        line = status(values, self._tolerance)
+        if sys.stderr.isatty():
+            self._draw(step, line)
+        elif step == self._total or time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
+            print(f"{self._name}: step {step}/{self._total}  {line}", file=sys.stderr, flush=True)
+            self._printed = time.monotonic()
+
+    def _draw(self, step: int, line: str) -> None:
+        from tqdm import tqdm  # only a terminal needs it
+
+        if self._bar is None:
+            form = "{desc} {n_fmt}/{total_fmt} |{bar:10}| {remaining} left{postfix}"
+            self._bar = tqdm(desc=self._name, initial=max(self._first_step - 1, 0), total=self._total,
+                             dynamic_ncols=True, bar_format=form)
+        self._bar.set_postfix_str(line, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def status(values: Mapping[str, Any], tolerance: float) -> str:
+    """The quantities to watch, in one line: those of `STATUS` that are in `values`, and tokens per second."""
+    parts = [form.format(values[key], tolerance=tolerance) for key, form in STATUS if key in values]
+    if values.get("seconds", 0) > 0 and "tokens" in values:
+        parts.append(f"{values['tokens'] / values['seconds']:,.0f} tokens/s")
+    return "  ".join(parts)
+
+
+def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of a run, oldest first; values that were not finite are None. A torn last line is left out.
+
+    Raises ValueError where there is no file, or a line before the last is no row.
+    """
+    path = pathlib.Path(workdir) / FILE
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give the folder of a run that has taken a step")
+    return [row for _, row in _lines(path)]
+
+
+def truncate(workdir: str | os.PathLike, step: int) -> None:
+    """Drops the rows after `step`, and a torn last line; the rows that stay keep their bytes.
+
+    The file is replaced in one piece: a crash leaves the old one or the new one. No file, nothing to drop.
+    """
+    path = pathlib.Path(workdir) / FILE
+    if jax.process_index() != 0 or not path.exists():
+        return
+    kept = "".join(line + "\n" for line, row in _lines(path) if row["step"] <= step)
+    new = path.with_name(path.name + ".new")
+    with open(new, "w", encoding="utf-8") as handle:
+        handle.write(kept)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(new, path)
+
+
+def _lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
+    """Each line with the row it holds. The last line may be torn by a killed process: then it is left out."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = lines[:-1] if lines[-1] == "" else lines
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            found.append((line, row))
+        elif number < len(lines):
+            raise ValueError(f"{path}: line {number} is not a row with a step; remove the line")
+    return found
+
+
+def _number(key: str, value: Any) -> bool | int | float:
+    if getattr(value, "size", 1) == 1 and hasattr(value, "item"):
+        value = value.item()
+    if not isinstance(value, (bool, int, float)):
+        raise ValueError(f"metric {key!r} must be one number, not {type(value).__name__}; write one name per number")
+    return value
+
+
+def _row(step: int, values: Mapping[str, bool | int | float]) -> dict[str, Any]:
+    if "step" in values or "non_finite" in values:
+        raise ValueError("metrics 'step' and 'non_finite' are the log's own; use other names")
+    non_finite = {key: str(value) for key, value in values.items() if not math.isfinite(value)}
+    row = {"step": int(step), **values, **dict.fromkeys(non_finite)}
+    return row | {"non_finite": non_finite} if non_finite else row
+
+
+def _tensorboard_writer(workdir: pathlib.Path, first_step: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError("tensorboard=True needs tensorboardX; pip install 'dcmdp-jax[report]'") from error
+    # purge_step hides the events of steps that a resumed run takes again.
+    return SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
+
+
+def _wandb_run(workdir: pathlib.Path, name: str) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError("wandb=True needs wandb; pip install wandb") from error
+    identity = workdir / "wandb_id"  # a resumed run continues the same W&B run
+    if not identity.exists():
+        identity.write_text(uuid.uuid4().hex, encoding="utf-8")
+    run = wandb.init(project="dcmdp_jax", name=name, dir=str(workdir), id=identity.read_text(encoding="utf-8"),
+                     resume="allow")
+    run.define_metric("*", step_metric="step")  # W&B's own counter refuses to go back to a checkpoint's step
+    return run

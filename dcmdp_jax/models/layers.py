@@ -1,0 +1,191 @@
+"""The pieces of a Qwen3 decoder: rotary positions, norms, attention, SwiGLU, and the layer made of them.
+
+B rows, S positions, D model, H q-heads, KV kv-heads, G = H / KV, h head size, F feed-forward, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dcmdp_jax.config import ModelConfig, Yarn
+from dcmdp_jax.models.moe import MoE, parameter
+from dcmdp_jax.models.quantized import einsum, project
+
+# (q [B, KV, G, S, h], k, v [B, KV, S, h]) -> (out [B, KV, G, S, h], whatever the caller keeps of k and v)
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+def compute_dtype(config: ModelConfig):
+    """The dtype of activations and matrix products."""
+    return jnp.bfloat16 if config.bfloat16 else jnp.float32
+
+
+def frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
+    """Angular frequency of each rotary pair, radians per position, [h/2] float32, and the factor on cos and sin."""
+    exponent = np.arange(0, config.head_dim, 2) / config.head_dim
+    plain = config.rope_theta**-exponent
+    if config.yarn is None:
+        return plain.astype(np.float32), 1.0
+    return _stretch(plain, config, config.yarn)
+
+
+def _stretch(plain: np.ndarray, config: ModelConfig, yarn: Yarn) -> tuple[np.ndarray, float]:
+    """YaRN (arXiv 2309.00071, section 3.2): divide slow pairs by `factor`, keep fast ones, blend between."""
+
+    def pair(rotations: float) -> float:  # the (real-valued) pair that turns `rotations` times in the original context
+        turns = yarn.original_max_position / (rotations * 2 * math.pi)
+        return config.head_dim * math.log(turns) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(pair(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair(yarn.beta_slow)), config.head_dim - 1)
+    slow = np.clip((np.arange(plain.size) - low) / max(high - low, 0.001), 0.0, 1.0)
+    scale = yarn.attention_factor
+    if scale is None:
+        scale = 0.1 * math.log(yarn.factor) + 1.0 if yarn.factor > 1 else 1.0
+    return (plain * (1 - slow) + plain / yarn.factor * slow).astype(np.float32), scale
+
+
+def rotary(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of every pair's angle: positions [B, S] -> two [B, S, 1, h/2], float32."""
+    freqs, scale = frequencies(config)
+    angles = positions[..., None, None].astype(jnp.float32) * freqs
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turn the pairs (x_i, x_{i + h/2}) by their angles: [B, S, heads, h]."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32 (arXiv 1910.07467)."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with its learned scale; `axis` is the logical name of the normalised axis."""
+
+    config: ModelConfig
+    axis: str = "embed"
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = parameter(self, "scale", x.shape[-1:], (self.axis,), nn.initializers.ones)
+        return rms_norm(x, scale, self.config.rms_norm_eps)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """`softmax(q k^T / sqrt(h)) v` with softmax in float32.
+
+    q [B, KV, G, S, h], k, v [B, KV, T, h], mask broadcasts to [B, KV, G, S, T] and is true where q may look.
+    """
+    scores = einsum("bkgsh,bkth->bkgst", q, k, q.dtype) * q.shape[-1] ** -0.5
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    return einsum("bkgst,bkth->bkgsh", jax.nn.softmax(scores, axis=-1), v, q.dtype).astype(q.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalised queries and keys; the caller's `attend` supplies mask and cache."""
+
+    config: ModelConfig
+    param_dtype: Any = jnp.float32
+
+    def _heads(self, x: jax.Array, name: str, heads: int, axis: str) -> jax.Array:
+        """Project [B, S, D] to [B, S, heads, h]."""
+        c = self.config
+        w = parameter(self, f"{name}_proj", (c.hidden_size, heads, c.head_dim), ("embed", axis, "head_dim"))
+        y = project("bsd,dnh->bsnh", x, w, x.dtype)
+        if c.attention_bias:
+            bias = (heads, c.head_dim), (axis, "head_dim"), nn.initializers.zeros
+            y = y + parameter(self, f"{name}_bias", *bias).astype(x.dtype)
+        return y
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
+        """x [B, S, D] -> [B, S, D] and what `attend` keeps."""
+        c = self.config
+        rows, length, _ = x.shape
+        norm = functools.partial(RMSNorm, c, "head_dim", self.param_dtype)
+        q = rotate(norm(name="q_norm")(self._heads(x, "q", c.num_heads, "q_heads")), cos, sin)
+        k = rotate(norm(name="k_norm")(self._heads(x, "k", c.num_kv_heads, "kv_heads")), cos, sin)
+        v = self._heads(x, "v", c.num_kv_heads, "kv_heads")
+        q = q.reshape(rows, length, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
+        out, kept = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
+        out = out.transpose(0, 3, 1, 2, 4).reshape(rows, length, c.num_heads, c.head_dim)
+        w = parameter(self, "o_proj", (c.num_heads, c.head_dim, c.hidden_size), ("q_heads", "head_dim", "embed"))
+        y = project("bsnh,nhd->bsd", out, w, x.dtype)
+        if c.attention_bias:
+            y = y + parameter(self, "o_bias", (c.hidden_size,), ("embed",), nn.initializers.zeros).astype(x.dtype)
+        return y, kept
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202): `down(silu(gate x) * up x)`, [B, S, D] -> [B, S, D]."""
+
+    config: ModelConfig
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        gate_proj = parameter(self, "gate_proj", (c.hidden_size, c.intermediate_size), ("embed", "mlp"))
+        up_proj = parameter(self, "up_proj", (c.hidden_size, c.intermediate_size), ("embed", "mlp"))
+        down_proj = parameter(self, "down_proj", (c.intermediate_size, c.hidden_size), ("mlp", "embed"))
+        inner = nn.silu(project("bsd,df->bsf", x, gate_proj, x.dtype)) * project("bsd,df->bsf", x, up_proj, x.dtype)
+        return project("bsf,fd->bsd", inner, down_proj, x.dtype)
+
+
+class Layer(nn.Module):
+    """Pre-norm decoder layer: `x + attention(norm x)`, then `x + feed_forward(norm x)`."""
+
+    config: ModelConfig
+    sparse: bool
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
+        """x [B, S, D] -> [B, S, D] and what `attend` keeps."""
+        c, dtype = self.config, self.param_dtype
+        y = RMSNorm(c, param_dtype=dtype, name="input_norm")(x)
+        y, kept = Attention(c, dtype, name="attention")(y, cos, sin, attend)
+        x = x + y
+        y = RMSNorm(c, param_dtype=dtype, name="post_attention_norm")(x)
+        y = MoE(c, dtype, name="moe")(y) if self.sparse else MLP(c, dtype, name="mlp")(y)
+        return x + y, kept
+
+
+class Ends(nn.Module):
+    """What stands outside the layers: embedding, final norm, and the head unless it is tied to the embedding."""
+
+    config: ModelConfig
+    param_dtype: Any = jnp.float32
+
+    def setup(self):
+        c = self.config
+        self.table = parameter(self, "embed", (c.vocab_size, c.hidden_size), ("vocab", "embed"))
+        self.scale = parameter(self, "final_norm", (c.hidden_size,), ("embed",), nn.initializers.ones)
+        if not c.tie_word_embeddings:
+            self.kernel = parameter(self, "head", (c.hidden_size, c.vocab_size), ("embed", "vocab"))
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        return self.table[tokens].astype(compute_dtype(self.config))
+
+    def norm(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.scale, self.config.rms_norm_eps)
+
+    def head(self, x: jax.Array) -> jax.Array:
+        if self.config.tie_word_embeddings:
+            return einsum("...d,vd->...v", x, self.table, compute_dtype(self.config))
+        return einsum("...d,dv->...v", x, self.kernel, compute_dtype(self.config))

@@ -1,0 +1,213 @@
+"""Qwen3 (arXiv 2505.09388), dense and Mixture-of-Experts: one definition for training, scoring, prefill and decode.
+
+Parameters are a plain tree, `{"embed" [V, D], "stacks": [...], "final_norm" [D], "head" [D, V] unless tied}`.
+Consecutive layers of one kind (dense or sparse) form a stack, whose leaves carry a leading layer axis and are scanned.
+`prefill` and `decode` take the form `unstack` makes, one tree per layer. Any projection may be a `Quantized` weight.
+Every function is pure, and `config` is static under jit.
+B rows, S positions, D model, KV kv-heads, h head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dcmdp_jax.config import ModelConfig
+from dcmdp_jax.models import cache as kv_cache
+from dcmdp_jax.models.cache import Cache
+from dcmdp_jax.models.layers import Ends, Layer, attention, rotary
+
+CONTRACTED = {
+    "q_proj": (-3,),
+    "k_proj": (-3,),
+    "v_proj": (-3,),
+    "o_proj": (-3, -2),
+    "gate_proj": (-2,),
+    "up_proj": (-2,),
+    "down_proj": (-2,),
+}
+
+
+def stacks(config: ModelConfig) -> list[tuple[bool, int]]:
+    """(sparse, number of layers) of each run of consecutive layers of one kind."""
+    kinds = [config.is_sparse(layer) for layer in range(config.num_layers)]
+    return [(sparse, len(list(run))) for sparse, run in itertools.groupby(kinds)]
+
+
+def _init_layer(key: jax.Array, config: ModelConfig, *, sparse: bool, dtype) -> dict:
+    x, angle = jnp.zeros((1, 1, config.hidden_size)), jnp.zeros((1, 1, 1, config.head_dim // 2))
+    return Layer(config, sparse, dtype).init(key, x, angle, angle, lambda q, k, v: (q, None))["params"]
+
+
+def _init_ends(key: jax.Array, config: ModelConfig, *, dtype) -> dict:
+    return Ends(config, dtype).init(key, jnp.zeros((1,), jnp.int32), method="embed")["params"]
+
+
+def init(key: jax.Array, config: ModelConfig, dtype=jnp.float32) -> dict:
+    """Fresh parameters: weights normal(0, 0.02), norm scales one, biases zero. Jit with `config`, `dtype` static."""
+    runs = stacks(config)
+    first, *rest = jax.random.split(key, len(runs) + 1)
+
+    def stack(key: jax.Array, sparse: bool, layers: int) -> dict:
+        keys = jax.random.split(key, layers)
+        return jax.lax.map(lambda k: nn.unbox(_init_layer(k, config, sparse=sparse, dtype=dtype)), keys)
+
+    params = nn.unbox(_init_ends(first, config, dtype=dtype))
+    return params | {"stacks": [stack(k, sparse, layers) for k, (sparse, layers) in zip(rest, runs, strict=True)]}
+
+
+def logical_axes(config: ModelConfig) -> dict:
+    """The logical name of every axis of every parameter: `init`'s tree with a tuple of names (or None) per leaf.
+
+    Names: layers, vocab, embed, q_heads, kv_heads, head_dim, mlp, experts.
+    """
+
+    def names(init_part, *leading: str) -> dict:
+        boxes = jax.eval_shape(lambda: init_part(jax.random.key(0), config, dtype=jnp.float32))
+        return jax.tree.map(lambda box: leading + box.names, boxes, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+    layers = [names(functools.partial(_init_layer, sparse=sparse), "layers") for sparse, _ in stacks(config)]
+    return names(_init_ends) | {"stacks": layers}
+
+
+def contracting_axes(config: ModelConfig) -> dict:
+    """The axes each projection contracts: `init`'s tree with a tuple per projection or expert, None elsewhere.
+
+    Axes count from the end and so hold for stacked and single layers. Map with the parameters first:
+    `jax.tree.map(f, params, contracting_axes(config))`.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: CONTRACTED.get(path[-1].key), logical_axes(config), is_leaf=lambda x: isinstance(x, tuple)
+    )
+
+
+def unstack(params: dict, config: ModelConfig) -> dict:
+    """The same parameters with `stacks` a flat list of one tree per layer, the form `prefill` and `decode` take."""
+    layers = [
+        jax.tree.map(lambda leaf: leaf[i], stack)
+        for stack, (_, n) in zip(params["stacks"], stacks(config), strict=True)
+        for i in range(n)
+    ]
+    return params | {"stacks": layers}
+
+
+# Passes
+
+
+def hidden(
+    params: dict,
+    tokens: jax.Array,
+    config: ModelConfig,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+) -> jax.Array:
+    """The residual stream after the final norm, in the compute dtype: tokens [B, S] int32 -> [B, S, D].
+
+    A token looks at itself and at the tokens before it in its row that carry its segment id.
+    segment_ids [B, S]: None is one segment per row; 0 is padding. positions [B, S]: None counts from 0 in each row.
+    Raises ValueError for `unstack`ed parameters.
+    """
+    index = jnp.arange(tokens.shape[1])
+    cos, sin = rotary(index[None] if positions is None else positions, config)
+    mask = (index[:, None] >= index)[None]
+    if segment_ids is not None:
+        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
+
+    def attend(q, k, v):
+        return attention(q, k, v, mask[:, None, None]), None
+
+    if params["stacks"][0]["input_norm"]["scale"].ndim != 2:
+        raise ValueError("hidden takes the stacked parameters of init or load, not those of unstack")
+    x = Ends(config).apply({"params": _ends(params)}, tokens, method="embed")
+    for stack, (sparse, _) in zip(params["stacks"], stacks(config), strict=True):
+        layer = Layer(config, sparse)
+
+        def step(x, layer_params, layer=layer):
+            return layer.apply({"params": layer_params}, x, cos, sin, attend)
+
+        x, _ = jax.lax.scan(jax.checkpoint(step, prevent_cse=False) if config.remat else step, x, stack)
+    return Ends(config).apply({"params": _ends(params)}, x, method="norm")
+
+
+def head(params: dict, x: jax.Array, config: ModelConfig) -> jax.Array:
+    """Logits of hidden states: [..., D] -> [..., V] float32 (operands in the compute dtype, sums in float32)."""
+    return Ends(config).apply({"params": _ends(params)}, x, method="head")
+
+
+def logits(
+    params: dict,
+    tokens: jax.Array,
+    config: ModelConfig,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+) -> jax.Array:
+    """`head(hidden(...))`: tokens [B, S] int32 -> [B, S, V] float32."""
+    return head(params, hidden(params, tokens, config, positions=positions, segment_ids=segment_ids), config)
+
+
+def prefill(
+    params: dict, tokens: jax.Array, config: ModelConfig
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """Keys and values of prompts, for `cache.insert`: tokens [N, P] int32 -> per layer, [N, KV, P, h] each.
+
+    Prompts are padded on the right; attention is causal, so padding never reaches a prompt. Takes `unstack`ed
+    parameters and raises ValueError for stacked ones.
+    """
+    index = jnp.arange(tokens.shape[1])
+    cos, sin = rotary(index[None], config)
+
+    def attend(q, k, v):
+        return attention(q, k, v, index[:, None] >= index), (k, v)
+
+    x = Ends(config).apply({"params": _ends(params)}, tokens, method="embed")
+    keys, values = [], []
+    for layer, layer_params in _layers(params, config):
+        x, (k, v) = layer.apply({"params": layer_params}, x, cos, sin, attend)
+        keys.append(k)
+        values.append(v)
+    return tuple(keys), tuple(values)
+
+
+def decode(
+    params: dict, tokens: jax.Array, cache: Cache, lengths: jax.Array, config: ModelConfig, *, window: int
+) -> tuple[jax.Array, Cache]:
+    """Feed one token to each slot: tokens [B], lengths [B] int32 -> x [B, D] after the final norm, and the cache.
+
+    Slot b's token stands at position lengths[b]: its key and value are written there, and it attends to positions
+    0..lengths[b]. Attention reads the first `window` (static) positions, so every live slot needs lengths[b] < window.
+    Takes `unstack`ed parameters and raises ValueError for stacked ones.
+    """
+    cos, sin = rotary(lengths[:, None], config)
+    mask = (jnp.arange(window) <= lengths[:, None])[:, None, None, None]
+
+    def attend(q, k, v, keys, values):
+        keys = kv_cache.write(keys, k[:, :, 0], lengths)
+        values = kv_cache.write(values, v[:, :, 0], lengths)
+        return attention(q, keys[:, :, :window], values[:, :, :window], mask), (keys, values)
+
+    x = Ends(config).apply({"params": _ends(params)}, tokens[:, None], method="embed")
+    kept = []
+    for (layer, layer_params), keys, values in zip(_layers(params, config), *cache, strict=True):
+        with_cache = functools.partial(attend, keys=keys, values=values)
+        x, pair = layer.apply({"params": layer_params}, x, cos, sin, with_cache)
+        kept.append(pair)
+    x = Ends(config).apply({"params": _ends(params)}, x, method="norm")
+    return x[:, 0], Cache(*map(tuple, zip(*kept, strict=True)))
+
+
+def _ends(params: dict) -> dict:
+    return {name: leaf for name, leaf in params.items() if name != "stacks"}
+
+
+def _layers(params: dict, config: ModelConfig) -> list[tuple[Layer, dict]]:
+    """Each layer's module and parameters, in order."""
+    trees = params["stacks"]
+    if len(trees) != config.num_layers or trees[0]["input_norm"]["scale"].ndim != 1:
+        raise ValueError("prefill and decode take one tree per layer; pass the parameters through unstack first")
+    return [(Layer(config, config.is_sparse(i)), tree) for i, tree in enumerate(trees)]

@@ -1,0 +1,53 @@
+"""Log-probs of given tokens, without holding `[tokens, V]` for a whole batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dcmdp_jax.config import ModelConfig
+from dcmdp_jax.models import qwen3
+
+CHUNK = 1 << 24  # logits held at a time
+
+
+def token_logp(params: Any, hidden: jax.Array, targets: jax.Array, config: ModelConfig,
+               temperature: float) -> tuple[jax.Array, jax.Array]:
+    """Log-prob of `targets` and entropy under softmax(head(hidden) / temperature), float32 nats.
+
+    Formula: logp = z_target - logsumexp(z), entropy = logsumexp(z) - sum_v softmax(z)_v z_v, z = logits / temperature.
+
+    Args:
+      hidden: [P, D]; targets: [P] int32. Logits are made `CHUNK / V` positions at a time and made again in the backward pass.
+
+    Returns:
+      logp [P], entropy [P]; the entropy carries no gradient.
+    """
+    def block(x):
+        hidden, targets = x
+        z = qwen3.head(params, hidden, config) / temperature
+        total = jax.nn.logsumexp(z, axis=-1)
+        logp = jnp.take_along_axis(z, targets[:, None], axis=-1)[:, 0] - total
+        z, total = jax.lax.stop_gradient((z, total))
+        return logp, total - jnp.sum(jnp.exp(z - total[:, None]) * z, axis=-1)
+
+    count, size = targets.shape[0], max(CHUNK // config.vocab_size, 1)
+    if count <= size:
+        return block((hidden, targets))
+    blocks = -(-count // size)
+    pad = blocks * size - count
+    hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(blocks, size, -1)
+    targets = jnp.pad(targets, (0, pad)).reshape(blocks, size)
+    logp, entropy = jax.lax.map(jax.checkpoint(block), (hidden, targets))
+    return logp.reshape(-1)[:count], entropy.reshape(-1)[:count]
+
+
+def packed_logp(params: Any, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, index: jax.Array,
+                config: ModelConfig, temperature: float) -> tuple[jax.Array, jax.Array]:
+    """Log-prob and entropy of completion tokens in packed rows [R, S]; `index` [n, T] as in `records.Batch`."""
+    hidden = qwen3.hidden(params, tokens, config, positions=positions, segment_ids=segment_ids)
+    following = jnp.roll(tokens, -1, axis=1)  # the last column predicts nothing and is not in `index`
+    logp, entropy = token_logp(params, hidden.reshape(-1, hidden.shape[-1]), following.reshape(-1), config, temperature)
+    return logp[index], entropy[index]

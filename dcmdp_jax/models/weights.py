@@ -1,0 +1,310 @@
+"""Qwen3 weights in and out of a Hugging Face folder: safetensors only, a shard's slice at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from dcmdp_jax.config import ModelConfig
+from dcmdp_jax.models import hf_config, qwen3
+from dcmdp_jax.models.quantized import Quantized
+
+FLOATS = ("F32", "BF16", "F16", "F64")
+INDEX = "model.safetensors.index.json"
+
+Index = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A stored tensor. Ours is `stored.reshape(view).transpose(order)`.
+
+    `view` takes apart the stored axis `heads`, which holds heads and head size as one (None: there is no such axis).
+    """
+
+    name: str
+    view: tuple[int, ...]
+    order: tuple[int, ...]
+    heads: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape as stored."""
+        if self.heads is None:
+            return self.view
+        merged = self.view[self.heads] * self.view[self.heads + 1]
+        return (*self.view[: self.heads], merged, *self.view[self.heads + 2 :])
+
+    def read(self, stored: Any, index: Index) -> np.ndarray:
+        """Our block `index`, reading only the stored rows and columns it spans (whole heads)."""
+        wanted = [index[self.order.index(axis)] for axis in range(len(self.view))]
+        if self.heads is None:
+            return stored[tuple(wanted)].transpose(self.order)
+        a, size = self.heads, self.view[self.heads + 1]
+        within, merged = wanted[a + 1], slice(wanted[a].start * size, wanted[a].stop * size)
+        block = stored[(*wanted[:a], merged, *wanted[a + 2 :])]
+        block = block.reshape(*block.shape[:a], -1, size, *block.shape[a + 1 :])
+        return block[(*[slice(None)] * (a + 1), within)].transpose(self.order)
+
+    def stored(self, ours: np.ndarray) -> np.ndarray:
+        """The inverse of `reshape` and `transpose`, in one piece of memory as safetensors needs it."""
+        return np.ascontiguousarray(ours.transpose(np.argsort(self.order)).reshape(self.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A parameter, from the tensors at each place of its leading axes: (), (layer,) or (layer, expert)."""
+
+    tensors: dict[tuple[int, ...], Tensor]
+
+    def read(self, files: dict[str, Any], index: Index, dtype) -> np.ndarray:
+        """Our block `index` of the whole parameter."""
+        rank = len(next(iter(self.tensors)))
+        leading, rest = index[:rank], index[rank:]
+        out = np.empty([s.stop - s.start for s in index], dtype)
+        for place in itertools.product(*(range(s.start, s.stop) for s in leading)):
+            tensor = self.tensors[place]
+            at = tuple(p - s.start for p, s in zip(place, leading, strict=True))
+            out[at] = tensor.read(files[tensor.name].get_slice(tensor.name), rest)
+        return out
+
+
+# Which stored tensors make which parameter
+
+
+def _attention(c: ModelConfig) -> dict:
+    d, h = c.hidden_size, c.head_dim
+    heads = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
+    tree = {f"{x}_proj": Tensor(f"self_attn.{x}_proj.weight", (n, h, d), (2, 0, 1), heads=0) for x, n in heads.items()}
+    tree["o_proj"] = Tensor("self_attn.o_proj.weight", (d, c.num_heads, h), (1, 2, 0), heads=1)
+    tree |= {name: {"scale": Tensor(f"self_attn.{name}.weight", (h,), (0,))} for name in ("q_norm", "k_norm")}
+    if c.attention_bias:
+        tree |= {f"{x}_bias": Tensor(f"self_attn.{x}_proj.bias", (n, h), (0, 1), heads=0) for x, n in heads.items()}
+        tree["o_bias"] = Tensor("self_attn.o_proj.bias", (d,), (0,))
+    return tree
+
+
+def _feed_forward(prefix: str, d: int, f: int) -> dict:
+    wide = {name: Tensor(f"{prefix}.{name}.weight", (f, d), (1, 0)) for name in ("gate_proj", "up_proj")}
+    return wide | {"down_proj": Tensor(f"{prefix}.down_proj.weight", (d, f), (1, 0))}
+
+
+def _layer(c: ModelConfig, sparse: bool) -> dict:
+    d = c.hidden_size
+    tree = {
+        "input_norm": {"scale": Tensor("input_layernorm.weight", (d,), (0,))},
+        "attention": _attention(c),
+        "post_attention_norm": {"scale": Tensor("post_attention_layernorm.weight", (d,), (0,))},
+    }
+    if not sparse:
+        return tree | {"mlp": _feed_forward("mlp", d, c.intermediate_size)}
+    router = {"router": Tensor("mlp.gate.weight", (c.num_experts, d), (1, 0))}
+    return tree | {"moe": router | _feed_forward("mlp.experts.{expert}", d, c.expert_size)}
+
+
+def leaves(config: ModelConfig) -> dict:
+    """`qwen3.init`'s tree with a `Leaf` in place of each array."""
+    v, d = config.vocab_size, config.hidden_size
+    tree = {
+        "embed": Leaf({(): Tensor("model.embed_tokens.weight", (v, d), (0, 1))}),
+        "final_norm": Leaf({(): Tensor("model.norm.weight", (d,), (0,))}),
+        "stacks": [],
+    }
+    if not config.tie_word_embeddings:
+        tree["head"] = Leaf({(): Tensor("lm_head.weight", (v, d), (1, 0))})
+    first = 0
+    for sparse, count in qwen3.stacks(config):
+
+        def stack(tensor: Tensor, first=first, count=count) -> Leaf:
+            name = "model.layers.{layer}." + tensor.name
+            experts = [(e,) for e in range(config.num_experts)] if "{expert}" in name else [()]
+            return Leaf(
+                {
+                    (i, *e): dataclasses.replace(tensor, name=name.format(layer=first + i, expert=e[0] if e else 0))
+                    for i in range(count)
+                    for e in experts
+                }
+            )
+
+        tree["stacks"].append(jax.tree.map(stack, _layer(config, sparse)))
+        first += count
+    return tree
+
+
+# In
+
+
+def read_config(folder: str | pathlib.Path) -> ModelConfig:
+    """The shape of the model in `folder`. Raises ValueError for what is missing or not supported."""
+    return hf_config.read(folder)
+
+
+def load(folder: str | pathlib.Path, dtype=jnp.float32, *, shardings: Any = None) -> tuple[ModelConfig, dict]:
+    """Read a Hugging Face folder of Qwen3 or Qwen3-MoE.
+
+    `shardings` is a tree of shardings with `qwen3.init`'s structure: of each tensor no more is read than the slices this
+    host's devices hold. None puts everything on the default device. Weights are cast to `dtype`.
+
+    Raises ValueError, before anything is read, for a missing folder, config.json, shard or tensor, an architecture or
+    setting that is not supported, a tensor of the wrong shape, one the model has no place for, and a damaged shard.
+    """
+    config = read_config(folder)
+    tree, treedef = jax.tree.flatten(leaves(config))
+    files = _open(pathlib.Path(folder))
+    _check(pathlib.Path(folder), files, tree, config)
+    shapes = treedef.flatten_up_to(jax.eval_shape(lambda: qwen3.init(jax.random.key(0), config, dtype)))
+    places = [None] * len(tree) if shardings is None else treedef.flatten_up_to(shardings)
+    arrays = [_place(leaf, shape, place, files) for leaf, shape, place in zip(tree, shapes, places, strict=True)]
+    return config, treedef.unflatten(arrays)
+
+
+def _place(leaf: Leaf, shape: jax.ShapeDtypeStruct, sharding: Any, files: dict[str, Any]) -> jax.Array:
+    """One parameter on its devices."""
+    blocks = {}  # replicas of one slice share one read
+
+    def block(index: Index) -> np.ndarray:
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape.shape, strict=True))
+        if bounds not in blocks:
+            blocks[bounds] = leaf.read(files, tuple(slice(*b) for b in bounds), shape.dtype)
+        return blocks[bounds]
+
+    if sharding is None:
+        return jnp.asarray(block((slice(None),) * len(shape.shape)))
+    return jax.make_array_from_callback(shape.shape, sharding, block)
+
+
+def _open(folder: pathlib.Path) -> dict[str, Any]:
+    """The open file of each stored tensor, by the tensor's name."""
+    names = ["model.safetensors"]
+    if not (folder / names[0]).is_file():
+        if not (folder / INDEX).is_file():
+            raise ValueError(_no_weights(folder))
+        names = _shard_names(folder / INDEX)
+    files = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / INDEX} names the shard {name}, which is missing; copy or download it again")
+        try:
+            file = safetensors.safe_open(folder / name, framework="np")
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{folder / name} is damaged or cut short ({error}); copy or download it again") from None
+        files |= dict.fromkeys(file.keys(), file)
+    return files
+
+
+def _shard_names(path: pathlib.Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path} is not an index of safetensors ({error!r}); copy or download it again") from None
+
+
+def _no_weights(folder: pathlib.Path) -> str:
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        return (
+            f"{folder} holds pickled weights, which can run code and are not read; "
+            "save the model again with transformers' save_pretrained, which writes safetensors"
+        )
+    return f"{folder} has neither model.safetensors nor {INDEX}"
+
+
+def _check(folder: pathlib.Path, files: dict[str, Any], tree: list[Leaf], config: ModelConfig) -> None:
+    """Compare names, shapes and dtypes with what the model needs."""
+    tensors = {tensor.name: tensor for leaf in tree for tensor in leaf.tensors.values()}
+    for name, tensor in tensors.items():
+        if name not in files:
+            raise ValueError(f"{folder} has no tensor {name}, which its config.json calls for")
+        stored = files[name].get_slice(name)
+        if tuple(stored.get_shape()) != tensor.shape:
+            shape = tuple(stored.get_shape())
+            raise ValueError(f"{folder}: tensor {name} has shape {shape}; its config.json calls for {tensor.shape}")
+        if stored.get_dtype() not in FLOATS:
+            raise ValueError(f"{folder}: tensor {name} is {stored.get_dtype()}; only {', '.join(FLOATS)} are read")
+    # Some writers store a tied head a second time.
+    extra = files.keys() - tensors.keys() - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    if extra:
+        raise ValueError(f"{folder} has a tensor {min(extra)}, which its config.json has no place for")
+
+
+# Out
+
+
+def save(
+    folder: str | pathlib.Path, config: ModelConfig, params: dict, *, max_shard_bytes: int = 5_000_000_000
+) -> None:
+    """Write `params` (the tree of `qwen3.init`) as a Hugging Face folder that `load` and transformers read.
+
+    Writes config.json, safetensors of at most `max_shard_bytes` each (or one tensor, if larger) and their index. The
+    folder appears whole or not at all. Raises ValueError when it exists and is not empty, for parameters of another form
+    or shape, and for parameters that other hosts hold.
+    """
+    folder = pathlib.Path(folder).absolute()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder; give a new one")
+    pairs = _pair(config, params)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = folder.with_name(f".{folder.name}.{os.getpid()}")
+    building.mkdir()
+    try:
+        _write(building, pairs, max_shard_bytes)
+        hf_config.write(building / "config.json", config, str(params["embed"].dtype))
+        os.replace(building, folder)
+    except BaseException:
+        shutil.rmtree(building)
+        raise
+
+
+def _pair(config: ModelConfig, params: dict) -> list[tuple[Leaf, jax.Array]]:
+    """Each leaf with its array, checked."""
+    arrays = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
+    if any(isinstance(array, Quantized) for array in arrays):
+        raise ValueError("save: the parameters are quantized; save the trainer's, in float32 or bfloat16")
+    want = jax.eval_shape(lambda: qwen3.init(jax.random.key(0), config))
+    shapes = jax.tree.map(jnp.shape, params)
+    if shapes != jax.tree.map(lambda x: x.shape, want):
+        raise ValueError("save: the parameters do not fit this model config; pass the tree of init or load")
+    if not all(array.is_fully_addressable for array in arrays):
+        raise ValueError("save: other hosts hold part of the parameters; gather them first")
+    return list(zip(jax.tree.leaves(leaves(config)), arrays, strict=True))
+
+
+def _write(folder: pathlib.Path, pairs: list[tuple[Leaf, jax.Array]], max_shard_bytes: int) -> None:
+    """The shards and their index; one shard is in host memory at a time."""
+    shards = list(_shards(pairs, max_shard_bytes))
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    for name, shard in zip(names, shards, strict=True):
+        tensors = {tensor.name: tensor.stored(np.asarray(array[place])) for tensor, array, place in shard}
+        safetensors.numpy.save_file(tensors, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = sum(array.nbytes for _, array in pairs)
+        where = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor, _, _ in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shards(pairs: list[tuple[Leaf, jax.Array]], max_shard_bytes: int) -> Iterator[list[tuple]]:
+    """(tensor, array, place) of each shard."""
+    shard, size = [], 0
+    for leaf, array in pairs:
+        for place, tensor in leaf.tensors.items():
+            nbytes = array.nbytes // len(leaf.tensors)
+            if shard and size + nbytes > max_shard_bytes:
+                yield shard
+                shard, size = [], 0
+            shard.append((tensor, array, place))
+            size += nbytes
+    yield shard

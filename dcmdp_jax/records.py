@@ -1,0 +1,75 @@
+"""What travels, in the order of the walk.
+
+Sizes: B prompts, G samples per prompt, N = B*G completions, P prompt tokens, T completion tokens, M minibatches,
+A accumulated microbatches, n = N/(M*A) completions in a microbatch, R packed rows, S row length. Log-probs are in nats.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Example(NamedTuple):
+    """One problem as it is read or generated."""
+
+    prompt: Any  # str, or a list of chat messages {"role": ..., "content": ...}
+    answer: str  # what the verifier compares with
+    source: str = ""  # where it comes from: a task's name, a file's stem, DAPO's data_source
+
+
+class Prompts(NamedTuple):
+    """A batch of tokenized problems."""
+
+    tokens: np.ndarray  # [B, P] int32, padded on the right
+    lengths: np.ndarray  # [B] int32
+    examples: tuple[Example, ...]  # B
+
+
+class Rollout(NamedTuple):
+    """G sampled completions of each prompt; completion i belongs to prompt i // G."""
+
+    prompts: Prompts
+    tokens: np.ndarray  # [N, T] int32; the stop token is part of the completion
+    lengths: np.ndarray  # [N] int32, tokens sampled
+    rollout_logp: np.ndarray  # [N, T] float32, of the distribution sampled from (after the temperature); 0 past the length
+    stopped: np.ndarray  # [N] bool: ended by a stop token, not by the length limit
+    version: int  # of the weights that sampled
+    temperature: float
+
+
+class Scored(NamedTuple):
+    """A rollout with its rewards."""
+
+    rollout: Rollout
+    reward: np.ndarray  # [N] float32
+    text: tuple[str, ...]  # N decoded completions, stop token left out
+
+
+class Batch(NamedTuple):
+    """Completions packed into rows for the model, with the map back to [n, T] for the mathematics.
+
+    Rows hold prompt + completion segments. `index[i, t]` is the flat position r*S + s, within its microbatch, of the token
+    whose next-token distribution predicts completion token t: the model's outputs at `index` are the completion's.
+    """
+
+    tokens: np.ndarray  # [M, A, R, S] int32
+    positions: np.ndarray  # [M, A, R, S] int32, restarting with each segment
+    segment_ids: np.ndarray  # [M, A, R, S] int32, 1.. in a row; 0 is padding
+    index: np.ndarray  # [M, A, n, T] int32; 0 where masked
+    completions: np.ndarray  # [M, A, n, T] int32
+    mask: np.ndarray  # [M, A, n, T] bool, completion tokens that are trained
+    rollout_logp: np.ndarray  # [M, A, n, T] float32
+    reward: np.ndarray  # [M, A, n] float32
+    group: np.ndarray  # [M, A, n] int32, 0..B-1: the prompt a completion answers
+
+
+class TrainState(NamedTuple):
+    """Everything a step changes and a checkpoint holds."""
+
+    params: Any
+    opt_state: Any
+    dual: Any  # constraint.DualState: the multiplier and its controller's memory
+    step: Any  # [] int32, constrained steps taken; also the version of the weights handed to the engine
+    skipped: Any  # [] int32, updates left out because they were not finite

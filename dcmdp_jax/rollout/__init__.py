@@ -1,0 +1,1 @@
+"""The inference path: pure decoding functions, the slot loop, and the JetStream engine around them."""

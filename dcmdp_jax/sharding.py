@@ -1,0 +1,89 @@
+"""Meshes, and the tables that lay logical axes on mesh axes. The one place that builds a `PartitionSpec`.
+
+Mesh axes: data (replicas of the parameters), fsdp (parameters and batch split), expert (experts and batch split), tensor
+(heads, ffn and vocabulary split). A table maps every logical axis of the model; an unknown axis or two logical axes of one
+array on one mesh axis is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dcmdp_jax.config import MeshConfig
+
+AXES = ("data", "fsdp", "expert", "tensor")
+BATCH = ("data", "fsdp", "expert")
+
+TRAIN = {"layers": None, "vocab": "tensor", "embed": "fsdp", "q_heads": "tensor", "kv_heads": "tensor", "head_dim": None,
+         "mlp": "tensor", "experts": "expert"}
+DECODE = TRAIN | {"embed": None}
+
+
+def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
+    """The mesh of all devices. Raises ValueError where the axes' product is not their number."""
+    devices = devices if devices is not None else jax.devices()
+    fixed = config.data * config.expert * config.tensor
+    fsdp = config.fsdp or len(devices) // fixed
+    if fixed * fsdp != len(devices):
+        raise ValueError(f"mesh.data={config.data} * fsdp={config.fsdp or 'rest'} * expert={config.expert} * "
+                         f"tensor={config.tensor} does not make {len(devices)}, the number of devices")
+    shape = (config.data, fsdp, config.expert, config.tensor)
+    return Mesh(np.asarray(devices).reshape(shape), AXES)
+
+
+def single_device_mesh() -> Mesh:
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def spec(logical: tuple[str | None, ...], table: dict[str, str | None]) -> PartitionSpec:
+    """The partition of an array whose dimensions are named by `logical` (None: not split)."""
+    unknown = [name for name in logical if name is not None and name not in table]
+    if unknown:
+        raise KeyError(f"logical axis {unknown[0]!r} is not in the table; it knows {', '.join(table)}")
+    axes = [table[name] if name is not None else None for name in logical]
+    used = [axis for axis in axes if axis is not None]
+    if len(set(used)) < len(used):
+        raise ValueError(f"logical axes {logical} fall on one mesh axis twice: {axes}")
+    return PartitionSpec(*axes)
+
+
+def params(logical_axes: Any, mesh: Mesh, table: dict[str, str | None], shapes: Any) -> Any:
+    """Shardings of a tree of parameters from their logical axes. Raises ValueError where an axis does not divide."""
+    def leaf(logical, shape):
+        parts = spec(logical, table)
+        for name, axis, size in zip(logical, parts, shape.shape):
+            if axis is not None and size % mesh.shape[axis]:
+                raise ValueError(f"the model's {name} axis of size {size} does not divide over mesh.{axis}={mesh.shape[axis]}")
+        return NamedSharding(mesh, parts)
+
+    def is_leaf(node):
+        return isinstance(node, tuple) and all(item is None or isinstance(item, str) for item in node)
+
+    return jax.tree.map(leaf, logical_axes, shapes, is_leaf=is_leaf)
+
+
+def batch_size(mesh: Mesh) -> int:
+    """Over how many shards rows and slots are split."""
+    return math.prod(mesh.shape[name] for name in BATCH)
+
+
+def split(mesh: Mesh, axis: int) -> NamedSharding:
+    """Dimension `axis` over the batch axes."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH))
+
+
+def decode_state(shapes: Any, mesh: Mesh) -> Any:
+    """Slots over the batch axes and, in the cache `[slots, KV, S, h]`, kv heads over tensor."""
+    def leaf(array):
+        return NamedSharding(mesh, PartitionSpec(BATCH, "tensor") if array.ndim == 4 else PartitionSpec(BATCH))
+
+    return jax.tree.map(leaf, shapes)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())

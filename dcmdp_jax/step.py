@@ -1,0 +1,155 @@
+"""The one compiled step: Batch x TrainState -> TrainState, metrics.
+
+In this order: advantages, old log-probs, shaping, loss, gradients, optimizer, dual. The parameters and the multiplier
+change in the same program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dcmdp_jax import constraint, sharding
+from dcmdp_jax.config import AlgorithmConfig, Config, ModelConfig
+from dcmdp_jax.losses import diagnostics
+from dcmdp_jax.models import qwen3, scoring
+from dcmdp_jax.records import Batch, TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+def optimizer(config: AlgorithmConfig) -> optax.GradientTransformation:
+    """AdamW after clipping by global norm; the learning rate rises linearly over `lr_warmup_steps` updates."""
+    rate = optax.schedules.warmup_constant_schedule(0.0, config.learning_rate, config.lr_warmup_steps)
+    return optax.chain(optax.clip_by_global_norm(config.grad_clip),
+                       optax.adamw(rate, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay))
+
+
+def controller(config: Config) -> constraint.Controller:
+    c = config.constraint
+    return c.dual(dual_lr=c.dual_lr, multiplier_init=c.multiplier_init, multiplier_max=c.multiplier_max)
+
+
+def init_state(config: Config, params: Any) -> TrainState:
+    return TrainState(params=params, opt_state=optimizer(config.algorithm).init(params), dual=controller(config).init(),
+                      step=jnp.int32(0), skipped=jnp.int32(0))
+
+
+def state_shardings(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> TrainState:
+    """The layout of a `TrainState`: parameters and moments by the TRAIN table, the rest replicated."""
+    shapes = jax.eval_shape(lambda: init_state(config, qwen3.init(jax.random.key(0), model)))
+    params = sharding.params(qwen3.logical_axes(model), mesh, sharding.TRAIN, shapes.params)
+    whole = sharding.replicated(mesh)
+    opt_state = optax.tree_map_params(optimizer(config.algorithm), lambda _, place: place, shapes.opt_state, params,
+                                      transform_non_params=lambda _: whole)
+    return jax.tree.map(lambda _: whole, shapes)._replace(params=params, opt_state=opt_state)
+
+
+def batch_shardings(mesh: jax.sharding.Mesh) -> Batch:
+    """Packed rows over the batch axes; arrays of completions whole on every device."""
+    rows, whole = sharding.split(mesh, 2), sharding.replicated(mesh)
+    return Batch(tokens=rows, positions=rows, segment_ids=rows, index=whole, completions=whole, mask=whole,
+                 rollout_logp=whole, reward=whole, group=whole)
+
+
+def compile(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted step; its state argument is donated."""
+    state, batch = state_shardings(config, model, mesh), batch_shardings(mesh)
+    return jax.jit(partial(constrained_step, config=config, model=model), in_shardings=(state, batch),
+                   out_shardings=(state, sharding.replicated(mesh)), donate_argnums=0)
+
+
+def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: ModelConfig) -> tuple[TrainState, Metrics]:
+    """One rollout batch: `epochs` x M updates of the parameters, then one of the multiplier.
+
+    A'_t = A_t - lambda delta_t with the current lambda, delta from the trainer's own log-probs at the weights that sampled;
+    then lambda <- dual(lambda, mean delta) over all completion tokens, before any rejection. Updates whose gradient is
+    not finite are left out and counted.
+    """
+    algorithm, dual = config.algorithm, config.constraint
+    advantage = algorithm.advantage(batch.reward.reshape(-1), batch.group.reshape(-1),
+                                    num_groups=config.data.prompts_per_step).reshape(batch.reward.shape)[..., None]
+    old_logp, entropy = _old_logp(state.params, batch, config, model)
+    shaped = dual.shape(_flat(advantage), _flat(old_logp), _flat(batch.rollout_logp), state.dual.multiplier, dual.tolerance,
+                        _flat(batch.mask)).reshape(batch.mask.shape)
+
+    def update(carry, minibatch):
+        params, opt_state, skipped = carry
+        loss, grads, norm = _gradients(params, minibatch, config, model)
+        updates, new_opt_state = optimizer(algorithm).update(grads, opt_state, params)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        params, opt_state = jax.tree.map(partial(jnp.where, finite),
+                                         (optax.apply_updates(params, updates), new_opt_state), (params, opt_state))
+        return (params, opt_state, skipped + ~finite), (loss, norm)
+
+    def epoch(carry, _):
+        return jax.lax.scan(update, carry, (batch, old_logp, shaped))
+
+    (params, opt_state, skipped), (loss, norm) = jax.lax.scan(
+        epoch, (state.params, state.opt_state, state.skipped), None, length=algorithm.epochs)
+    total, count = constraint.measure(_flat(old_logp), _flat(batch.rollout_logp), _flat(batch.mask))
+    new_dual = controller(config).update(state.dual, total, count, dual.tolerance)
+    metrics = _metrics(batch, advantage, old_logp, shaped, entropy) | {
+        "loss": jnp.mean(loss), "grad_norm": jnp.mean(norm), "delta_mean": total / jnp.maximum(count, 1),
+        "multiplier": state.dual.multiplier, "multiplier_next": new_dual.multiplier, "skipped": skipped}
+    return TrainState(params, opt_state, new_dual, state.step + 1, skipped), metrics
+
+
+def _old_logp(params: Any, batch: Batch, config: Config, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """The trainer's log-probs and entropies at the weights that sampled, [M, A, n, T]."""
+    def score(micro):
+        return _score(params, micro, config, model)
+
+    return jax.lax.map(lambda minibatch: jax.lax.map(score, minibatch), batch)
+
+
+def _score(params: Any, micro: Batch, config: Config, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    return scoring.packed_logp(params, micro.tokens, micro.positions, micro.segment_ids, micro.index, model,
+                               config.rollout.temperature)
+
+
+def _gradients(params: Any, minibatch: tuple, config: Config, model: ModelConfig) -> tuple[jax.Array, Any, jax.Array]:
+    """Loss, its gradient and the gradient's norm, accumulated over the A microbatches of one minibatch.
+
+    The reducer is linear, so its gradient gives every token's weight in the minibatch as a whole; microbatches then add up
+    to what the minibatch in one piece would give.
+    """
+    batch, old_logp, shaped = minibatch
+    surrogate, reduce = config.algorithm.surrogate, config.algorithm.reduce
+    _, denominator = surrogate(_flat(old_logp), _flat(old_logp), _flat(batch.rollout_logp), _flat(shaped), _flat(batch.mask))
+    weight = jax.grad(lambda x: reduce(x, denominator))(jnp.zeros_like(_flat(shaped))).reshape(shaped.shape)
+
+    def loss_fn(params, micro, old_logp, shaped, weight):
+        logp, _ = _score(params, micro, config, model)
+        loss, _ = surrogate(logp, old_logp, micro.rollout_logp, shaped, micro.mask)
+        return jnp.sum(loss * weight)
+
+    def accumulate(carry, micro):
+        loss, grads = jax.value_and_grad(loss_fn)(params, *micro)
+        return jax.tree.map(jnp.add, carry, (loss, grads)), None
+
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    (loss, grads), _ = jax.lax.scan(accumulate, zero, (batch, old_logp, shaped, weight))
+    return loss, grads, optax.global_norm(grads)
+
+
+def _metrics(batch: Batch, advantage: jax.Array, old_logp: jax.Array, shaped: jax.Array, entropy: jax.Array) -> Metrics:
+    mask, tokens = batch.mask, jnp.maximum(jnp.sum(batch.mask), 1)
+    flipped = mask & (jnp.sign(shaped) * jnp.sign(advantage) < 0)
+    return {
+        "reward": jnp.mean(batch.reward),
+        "entropy": jnp.sum(jnp.where(mask, entropy, 0)) / tokens,
+        "response_length": jnp.mean(jnp.sum(mask, axis=-1).astype(jnp.float32)),
+        "advantage_sign_flips": jnp.sum(flipped) / tokens,
+    } | diagnostics.summary(_flat(old_logp), _flat(batch.rollout_logp), _flat(advantage), _flat(mask))
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    """[..., n, T] -> [N, T]."""
+    return x.reshape(-1, x.shape[-1])

@@ -1,0 +1,119 @@
+"""Generated tasks with an exact verifier and a noisy expert: reinforcement learning without a data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from dcmdp_jax.records import Example
+
+OPERATORS = "+-*"
+HELD_OUT_SHARE = 64  # one problem in so many is never trained on
+
+
+class Task(Protocol):
+    """A family of problems, addressed by number."""
+
+    alphabet: str  # characters of prompts and solutions
+
+    def example(self, index: int, seed: int) -> Example:
+        """Training problem `index` of stream `seed`; the same problem every time."""
+
+    def held_out(self, count: int) -> list[Example]:
+        """A fixed list of distinct problems that `example` never gives."""
+
+    def solution(self, example: Example, rng: np.random.Generator) -> str:
+        """A completion by the expert, stop token left out."""
+
+    def reward(self, example: Example, text: str) -> float:
+        """1.0 for a right completion, else 0.0."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Arithmetic modulo 10, strictly from left to right, with the work shown.
+
+    Prompt `3+5*2-4*7+9=`, solution `3+5=8;8*2=6;6-4=2;2*7=4;4+9=3;#3`: with n operations the prompt has 2n + 2
+    characters and the solution 6n + 2, and the stop token follows.
+    """
+
+    operations: int = 5
+    noise: tuple[float, float, float] = (0.15, 0.20, 0.30)  # chance that the expert gets a step wrong, for + - *
+
+    def __post_init__(self):
+        if not 1 <= self.operations <= 12:  # the problem's number fits an int64
+            raise ValueError(f"Chain: operations={self.operations} must lie in 1..12")
+        if len(self.noise) != 3 or not all(0 <= p <= 1 for p in self.noise):
+            raise ValueError(f"Chain: noise={self.noise} must be three probabilities, for + - *")
+
+    @property
+    def alphabet(self) -> str:
+        return "0123456789+-*=;#"
+
+    @property
+    def problems(self) -> int:
+        """How many problems there are, held-out ones included."""
+        return 10 * 30**self.operations
+
+    def example(self, index: int, seed: int) -> Example:
+        """Training problem `index` of stream `seed`, drawn uniformly from the problems that are not held out."""
+        rng = np.random.default_rng((seed, index))
+        while True:
+            number = int(rng.integers(self.problems))
+            if not _is_held_out(number):
+                return self._problem(number)
+
+    def held_out(self, count: int) -> list[Example]:
+        """The first `count` held-out problems, in a fixed scattered order. Raises ValueError if there are too few."""
+        if count > self.problems // (2 * HELD_OUT_SHARE):
+            raise ValueError(f"Chain({self.operations}) has too few problems to hold out {count}; ask for fewer")
+        rng = np.random.default_rng(0)
+        numbers: dict[int, None] = {}  # a set that keeps its order
+        while len(numbers) < count:
+            drawn = rng.integers(self.problems, size=HELD_OUT_SHARE * count)
+            numbers |= dict.fromkeys(number for number in drawn.tolist() if _is_held_out(number))
+        return [self._problem(number) for number in list(numbers)[:count]]
+
+    def solution(self, example: Example, rng: np.random.Generator) -> str:
+        """The expert's work: each step's result is replaced, with its operator's chance, by another digit; the work
+        goes on from what was written."""
+        prompt, luck = example.prompt, rng.random(self.operations).tolist()
+        shift = rng.integers(1, 10, size=self.operations).tolist()
+        value, steps = int(prompt[0]), []
+        for i in range(self.operations):
+            operator, operand = prompt[1 + 2 * i], int(prompt[2 + 2 * i])
+            result = _apply(value, operator, operand)
+            if luck[i] < self.noise[OPERATORS.index(operator)]:
+                result = (result + shift[i]) % 10
+            steps.append(f"{value}{operator}{operand}={result};")
+            value = result
+        return "".join(steps) + f"#{value}"
+
+    def reward(self, example: Example, text: str) -> float:
+        """1.0 where the text ends with `#` and the right digit, and holds no other `#`; else 0.0."""
+        return float(text.partition("#")[2] == example.answer)
+
+    def _problem(self, number: int) -> Example:
+        number, value = divmod(number, 10)
+        prompt = [str(value)]
+        for _ in range(self.operations):
+            number, operand = divmod(number, 10)
+            number, kind = divmod(number, 3)
+            prompt.append(f"{OPERATORS[kind]}{operand}")
+            value = _apply(value, OPERATORS[kind], operand)
+        return Example("".join(prompt) + "=", str(value), "chain")
+
+
+def _apply(left: int, operator: str, right: int) -> int:
+    if operator == "+":
+        return (left + right) % 10
+    return (left - right) % 10 if operator == "-" else left * right % 10
+
+
+def _is_held_out(number: int) -> bool:
+    """A scrambled share of the numbers, whatever the seed (finalizer of MurmurHash3, 64 bits)."""
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        number = (number ^ number >> 33) * factor & 0xFFFFFFFFFFFFFFFF
+    return (number ^ number >> 33) % HELD_OUT_SHARE == 0

@@ -1,0 +1,71 @@
+"""Supervised warm-up on a generated task's own solutions, so that reinforcement learning starts from a policy that answers."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dcmdp_jax import data, sharding
+from dcmdp_jax.config import Config, ModelConfig, WarmupConfig
+from dcmdp_jax.models import qwen3, scoring
+from dcmdp_jax.tokenizer import Tokenizer
+
+STEPS_PER_DISPATCH = 50
+
+
+def run(params: Any, config: Config, model: ModelConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh,
+        workdir: pathlib.Path) -> Any:
+    """Parameters after `config.warmup.steps` steps of AdamW on a cosine schedule; losses go to `warmup.jsonl`."""
+    optimizer = _optimizer(config.warmup)
+    opt_state = jax.jit(optimizer.init)(params)
+    many = jax.jit(partial(_steps, model=model, optimizer=optimizer), donate_argnums=(0, 1))
+    with (workdir / "warmup.jsonl").open("w") as log:
+        for first in range(0, config.warmup.steps, STEPS_PER_DISPATCH):
+            steps = range(first, min(first + STEPS_PER_DISPATCH, config.warmup.steps))
+            batches = [data.supervised(config.data.task, tokenizer, config.warmup.batch_size, config.seed, i) for i in steps]
+            params, opt_state, losses = many(params, opt_state, _stack(batches, mesh))
+            for step, loss in zip(steps, np.asarray(losses)):
+                log.write(json.dumps({"step": step + 1, "loss": float(loss)}) + "\n")
+            log.flush()
+            print(f"warm-up {steps[-1] + 1}/{config.warmup.steps}  loss {losses[-1]:.3f}", flush=True)
+    return params
+
+
+def _optimizer(config: WarmupConfig) -> optax.GradientTransformation:
+    rate = optax.schedules.warmup_cosine_decay_schedule(0.0, config.learning_rate, min(20, config.steps), config.steps)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0))
+
+
+def _stack(batches: list[data.Supervised], mesh: jax.sharding.Mesh) -> data.Supervised:
+    """[steps, B, S]; rows are padded to the longest."""
+    width = max(batch.tokens.shape[1] for batch in batches)
+    stacked = data.Supervised(*(np.stack([np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in field])
+                                for field in zip(*batches)))
+    return jax.device_put(stacked, sharding.split(mesh, 1))
+
+
+def _steps(params: Any, opt_state: Any, batches: data.Supervised, *, model: ModelConfig,
+           optimizer: optax.GradientTransformation) -> tuple[Any, Any, jax.Array]:
+    def step(carry, batch):
+        params, opt_state = carry
+        loss, grads = jax.value_and_grad(_loss)(params, batch, model)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    (params, opt_state), losses = jax.lax.scan(step, (params, opt_state), batches)
+    return params, opt_state, losses
+
+
+def _loss(params: Any, batch: data.Supervised, model: ModelConfig) -> jax.Array:
+    """Mean negative log-likelihood of the expert's tokens."""
+    hidden = qwen3.hidden(params, batch.tokens[:, :-1], model)
+    logp, _ = scoring.token_logp(params, hidden.reshape(-1, hidden.shape[-1]), batch.tokens[:, 1:].reshape(-1), model, 1.0)
+    mask = batch.mask[:, 1:].reshape(-1)
+    return -jnp.sum(jnp.where(mask, logp, 0)) / jnp.maximum(jnp.sum(mask), 1)

@@ -1,0 +1,35 @@
+"""Does the constraint run end to end? The chain task with an int4 engine, warm-up on a noisy expert, then DC-GRPO.
+
+Command:  dcmdp train experiments/quickstart.py
+Hardware: two CPU cores
+Time:     TO MEASURE
+Result:   TO MEASURE
+"""
+
+from functools import partial
+
+from dcmdp_jax import constraint
+from dcmdp_jax.config import (AlgorithmConfig, Config, ConstraintConfig, DataConfig, EvalConfig, ModelConfig, ModelSource,
+                              RolloutConfig, WarmupConfig)
+from dcmdp_jax.losses import advantages, corrections, policy, reduce
+from dcmdp_jax.tasks import Chain
+
+CHAIN = Chain(operations=5, noise=(0.15, 0.20, 0.30))
+
+CONFIG = Config(
+    name="quickstart",
+    model=ModelSource(shape=ModelConfig(
+        vocab_size=18, hidden_size=64, intermediate_size=160, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16)),
+    data=DataConfig(task=CHAIN, verifier=CHAIN.reward, prompts_per_step=16, max_prompt_tokens=12),
+    rollout=RolloutConfig(samples=8, max_tokens=33, weights="int4", slots=128),
+    algorithm=AlgorithmConfig(
+        advantage=advantages.grpo,
+        surrogate=corrections.decoupled(partial(policy.clipped, clip_low=0.2, clip_high=0.24)),
+        reduce=reduce.token_mean,
+        minibatches=4, learning_rate=1e-4, lr_warmup_steps=20, beta2=0.999),
+    constraint=ConstraintConfig(
+        shape=constraint.shape, dual=constraint.projected_ascent, tolerance=0.02, multiplier_max=0.2),
+    warmup=WarmupConfig(steps=600, batch_size=128, learning_rate=3e-3),
+    eval=EvalConfig(every=20, prompts=512),
+    steps=160,
+)

@@ -1,0 +1,32 @@
+"""Light core; the extras add what sampling, training, accelerators, reports and tests need."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+TRAIN = ["orbax-checkpoint", "grain>=0.2.10", "tokenizers", "jinja2", "sentencepiece", "pyarrow", "tqdm"]
+JETSTREAM = [*TRAIN, "google-jetstream==0.2.2", "absl-py", "protobuf", "grpcio", "prometheus_client", "shortuuid"]
+REPORT = ["matplotlib", "tensorboardX"]
+TEST = ["pytest", "hypothesis", "nbclient", "ipykernel", "torch==2.13.0", "transformers==5.23.0"]
+
+setup(
+    name="dcmdp-jax",
+    version="0.1.0",
+    description="Discrepancy-constrained reinforcement learning of Qwen3 in JAX",
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["dcmdp_jax", "dcmdp_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=["jax>=0.10", "flax>=0.12", "optax>=0.2.8", "numpy>=2", "safetensors>=0.6"],
+    extras_require={
+        "train": TRAIN,
+        "jetstream": JETSTREAM,  # resolves TensorFlow as well; requirements.txt does without
+        "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda13]>=0.10"],
+        "report": REPORT,
+        "test": TEST,
+        "all": [*JETSTREAM, *REPORT, *TEST],
+    },
+    entry_points={"console_scripts": ["dcmdp=dcmdp_jax.cli:main"]},
+)

@@ -1,0 +1,375 @@
+"""Layouts of files, the order of prompts, and packing: every token exactly once, where `index` says."""
+
+import collections
+import json
+import logging
+import pathlib
+import re
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dcmdp_jax import data
+from dcmdp_jax.records import Example, Prompts, Rollout, Scored
+from dcmdp_jax.tasks import Chain
+from dcmdp_jax.tokenizer import Characters, HuggingFace
+
+SHARED = pathlib.Path(__file__).parents[1].parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
+
+VERL = {"data_source": "math_dapo", "prompt": [{"role": "user", "content": "1+1?"}], "ability": "MATH",
+        "reward_model": {"ground_truth": "2", "style": "rule"}, "extra_info": {"index": "0"}}
+MESSAGES = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
+
+
+def jsonl(path, *rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+# Files
+
+
+@pytest.mark.parametrize("row, expected", [
+    ({"question": "q", "answer": "so <<1+1=2>>2\n#### 1,200"}, Example("q", "1,200", "set")),
+    ({"problem": "p", "solution": r"\boxed{1} and \boxed{\frac{1}{2}}"}, Example("p", r"\frac{1}{2}", "set")),
+    ({"problem": "p", "solution": r"\boxed{1}", "answer": "2"}, Example("p", "2", "set")),
+    ({"question": "q", "answer": 70.0}, Example("q", "70", "set")),
+    ({"question": "q", "answer": 0.5}, Example("q", "0.5", "set")),
+    ({"question": "q", "answer": 0}, Example("q", "0", "set")),
+    ({"question": "q", "final_answer": ["$1,3$", 5.0], "solution": ["..."]}, Example("q", "$1,3$, 5", "set")),
+    ({"prompt": "p", "answer": "a"}, Example("p", "a", "set")),
+    (VERL, Example([{"role": "user", "content": "1+1?"}], "2", "math_dapo")),
+])
+def test_layouts(tmp_path, row, expected):
+    assert data.read(jsonl(tmp_path / "set.jsonl", row)) == [expected]
+
+
+@pytest.mark.parametrize("name, count, first", [
+    ("math_eval/aime24", 30, "204"), ("math_eval/aime25", 30, "70"), ("math_eval/amc23", 40, "27"),
+    ("math_eval/math500", 500, r"\left( 3, \frac{\pi}{2} \right)"), ("math_eval/minerva_math", 272, "1.6"),
+    ("math_eval/olympiadbench", 675, "2"), ("gsm8k/train", 7473, "72"), ("gsm8k/test", 1319, "18")])
+@needs_shared
+def test_published_sets(name, count, first):
+    examples = data.read(SHARED / f"{name}.jsonl")
+    assert (len(examples), examples[0].answer, examples[0].source) == (count, first, name.split("/")[1])
+    assert all(isinstance(e.prompt, str) and e.prompt and e.answer for e in examples)
+
+
+def test_parquet_and_repeats(tmp_path, caplog):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    other = VERL | {"reward_model": {"ground_truth": "3", "style": "rule"}}
+    file = tmp_path / "dapo-math-17k.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([VERL, other, VERL, VERL]), file)
+    with caplog.at_level(logging.WARNING):
+        examples = data.read(file)
+    assert examples == [Example(VERL["prompt"], answer, "math_dapo") for answer in ("2", "3")]
+    assert "2 of 4 problems repeat another" in caplog.text
+
+
+@pytest.mark.parametrize("name, content, error", [
+    ("a.jsonl", "", "is empty"),
+    ("a.jsonl", "\n\n", "is empty"),
+    ("a.csv", "x", "neither .jsonl nor .parquet"),
+    ("a.jsonl", '{"problem": "p", "answer": "1"}\n{"problem": ', "a.jsonl line 2 is not valid JSON"),
+    ("a.jsonl", b'{"problem": "\xff"}', "a.jsonl line 1 is not valid JSON"),
+    ("a.jsonl", "[1]", "line 1 is not a JSON object"),
+    ("a.jsonl", '{"text": "p", "label": 1}', r"line 1 gives no .*\['label', 'text'\]; known layouts: GSM8K .* verl"),
+    ("a.jsonl", '\n{"problem": "p"}', "line 2 gives no answer"),
+    ("a.jsonl", '{"problem": "p", "solution": "no box"}', "gives no answer"),
+    ("a.jsonl", '{"problem": "  ", "answer": "1"}', "gives no problem"),
+    ("a.jsonl", '{"prompt": [{"content": "q"}], "answer": "1"}', "gives no problem"),
+    ("a.jsonl", '{"prompt": "p", "reward_model": {}}', "gives no answer"),
+    ("a.parquet", "x", "not a readable Parquet file"),
+])
+def test_bad_files(tmp_path, name, content, error):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=error):
+        data.read(tmp_path / name)
+
+
+def test_missing_file_and_missing_library(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="nowhere.jsonl does not exist"):
+        data.read(tmp_path / "nowhere.jsonl")
+    (tmp_path / "a.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"pyarrow is not installed; pip install 'dcmdp-jax\[train\]'"):
+        data.read(tmp_path / "a.parquet")
+
+
+# Prompts
+
+LETTERS = Characters("abcdefghijklmnopqrstuvwxyz\n")
+PROBLEMS = [Example(letter * (1 + i % 4), letter) for i, letter in enumerate("abcdefghijk")]
+
+
+def letters(**changes):
+    return data.prompts(PROBLEMS, LETTERS, **{"batch_size": 4, "max_prompt_tokens": 5, "seed": 7} | changes)
+
+
+def answers(batches, count):
+    return [example.answer for _ in range(count) for example in next(batches).examples]
+
+
+def test_prompts_hold_tokens_and_lengths():
+    batch = next(letters(shuffle=False))
+    assert batch.examples == tuple(PROBLEMS[:4])
+    np.testing.assert_array_equal(batch.tokens, [[2, 0, 0, 0, 0], [3, 3, 0, 0, 0], [4, 4, 4, 0, 0], [5, 5, 5, 5, 0]])
+    np.testing.assert_array_equal(batch.lengths, [1, 2, 3, 4])
+    assert batch.tokens.dtype == batch.lengths.dtype == np.int32
+
+
+def test_epochs_hold_each_problem_once_and_are_reshuffled():
+    order = answers(letters(), 11)  # four epochs of 11
+    epochs = [order[i:i + 11] for i in range(0, 44, 11)]
+    assert all(sorted(epoch) == list("abcdefghijk") for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert answers(letters(), 11) == order
+    assert answers(letters(seed=8), 11) != order
+    assert answers(letters(shuffle=False), 11) == list("abcdefghijk") * 4
+
+
+@pytest.mark.parametrize("source, vocabulary", [(PROBLEMS, LETTERS), (Chain(), Characters(Chain().alphabet))])
+def test_resumes_exactly(source, vocabulary):
+    def start():
+        return data.prompts(source, vocabulary, batch_size=4, max_prompt_tokens=12, seed=0)
+
+    whole, stopped, resumed = start(), start(), start()
+    expected = [next(whole).examples for _ in range(12)]
+    for _ in range(5):
+        next(stopped)
+    next(resumed)  # a used iterator may be set as well
+    resumed.set_state(json.loads(json.dumps(stopped.get_state())))
+    assert [next(resumed).examples for _ in range(7)] == expected[5:]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_processes_share_the_batch_in_order(count):
+    whole, parts = letters(), [letters(process_index=i, process_count=count) for i in range(count)]
+    for _ in range(5):
+        expected, shares = next(whole), [next(part) for part in parts]
+        np.testing.assert_array_equal(np.concatenate([share.tokens for share in shares]), expected.tokens)
+        assert sum((share.examples for share in shares), ()) == expected.examples
+
+
+def test_long_prompts_are_left_out_and_counted(caplog):
+    with caplog.at_level(logging.WARNING):
+        batches = letters(max_prompt_tokens=3)
+    assert "2 of 11 problems are longer than data.max_prompt_tokens=3" in caplog.text
+    assert sorted(answers(batches, 9)) == sorted("abcefgijk" * 4)
+    with pytest.raises(ValueError, match="none of 11 problems fits"):
+        letters(max_prompt_tokens=0)
+    with pytest.raises(ValueError, match="has 4 tokens, more than data.max_prompt_tokens=3"):
+        data.tokenize(PROBLEMS, LETTERS, max_prompt_tokens=3)
+    with pytest.raises(ValueError, match="has 12 tokens"):
+        next(data.prompts(Chain(), Characters(Chain().alphabet), batch_size=1, max_prompt_tokens=11, seed=0))
+
+
+def test_single_prompts():
+    assert sorted(answers(letters(batch_size=1), 11)) == list("abcdefghijk")
+
+
+def test_batch_size_must_divide():
+    with pytest.raises(ValueError, match="data.prompts_per_step=4 does not divide over 3 processes"):
+        letters(process_count=3)
+
+
+def test_task_prompts_are_new_each_time_and_never_held_out():
+    task = Chain()
+    batches = data.prompts(task, Characters(task.alphabet), batch_size=16, max_prompt_tokens=12, seed=0)
+    seen = [example for _ in range(50) for example in next(batches).examples]
+    assert len(set(seen)) == len(seen)
+    assert not set(seen) & set(task.held_out(512))
+
+
+@needs_shared
+@pytest.mark.parametrize("enable_thinking", [True, False])
+def test_chat_wraps_each_prompt(enable_thinking):
+    qwen3 = HuggingFace(SHARED / "qwen3_tokenizer")
+    examples = [Example("1+1?", "2"), Example(MESSAGES, "3")]
+    batch = data.tokenize(examples, qwen3, max_prompt_tokens=64, chat=True, enable_thinking=enable_thinking,
+                          instruction="Box it.")
+    asked = [[{"role": "user", "content": "1+1?\nBox it."}], [MESSAGES[0], {"role": "user", "content": "Q\nBox it."}]]
+    for row, length, messages in zip(batch.tokens, batch.lengths, asked):
+        assert qwen3.decode(row[:length]) == qwen3.chat(messages, enable_thinking=enable_thinking)
+        assert (row[length:] == qwen3.pad_id).all()
+    assert MESSAGES[1]["content"] == "Q"
+
+
+def test_plain_prompts():
+    batch = data.tokenize([Example("ab", "c")], LETTERS, max_prompt_tokens=8, instruction="yz")
+    assert LETTERS.decode(batch.tokens[0, :batch.lengths[0]]) == "ab\nyz"
+    with pytest.raises(ValueError, match="set data.chat=True"):
+        data.tokenize([Example(MESSAGES, "c", "set")], LETTERS, max_prompt_tokens=8)
+
+
+# Supervised batches
+
+
+def test_supervised_rows_are_prompt_solution_stop():
+    task = Chain(noise=(0, 0, 0))
+    vocabulary = Characters(task.alphabet)
+    batch = data.supervised(task, vocabulary, batch_size=8, seed=0, step=3)
+    assert batch.tokens.shape == batch.mask.shape == (8, 45)
+    for row, mask in zip(batch.tokens, batch.mask):
+        prompt, completion = vocabulary.decode(row[~mask]), row[mask]
+        assert completion[-1] == vocabulary.eos_ids[0]
+        assert mask.tolist() == [False] * 12 + [True] * 33
+        work = vocabulary.decode(completion[:-1])
+        assert re.sub("[^-+*0-9]", "", prompt)[1:] == "".join(step[1:3] for step in work.split(";")[:-1])
+        assert work.split(";")[-2][-1] == work[-1]
+
+
+def test_supervised_problems_are_not_those_asked_later():
+    task = Chain()
+    vocabulary = Characters(task.alphabet)
+    taught = {tuple(row[:12]) for step in range(5)
+              for row in data.supervised(task, vocabulary, 32, 0, step).tokens.tolist()}
+    batches = data.prompts(task, vocabulary, batch_size=16, max_prompt_tokens=12, seed=0)
+    asked = {tuple(row) for _ in range(10) for row in next(batches).tokens.tolist()}
+    assert len(taught) == len(asked) == 160 and not taught & asked
+
+
+def test_supervised_batches_depend_on_seed_and_step_alone():
+    task = Chain()
+    vocabulary = Characters(task.alphabet)
+
+    def tokens(seed, step):
+        return data.supervised(task, vocabulary, 8, seed, step).tokens
+
+    np.testing.assert_array_equal(tokens(0, 1), tokens(0, 1))
+    assert (tokens(0, 1) != tokens(0, 2)).any() and (tokens(0, 1) != tokens(1, 1)).any()
+
+
+# Packing
+
+
+def completions(prompt_lengths, samples, lengths, seed=0):
+    """A rollout with distinct tokens (and garbage in the padding), so that each can be told from every other."""
+    rng = np.random.default_rng(seed)
+    count, width = len(lengths), max(1, max(lengths))
+    asked, told = np.array(prompt_lengths, np.int32), np.array(lengths, np.int32)
+    prompt = 10_000 * (1 + np.arange(len(asked)))[:, None] + np.arange(asked.max() + 2)
+    tokens = 1_000_000 * (1 + np.arange(count))[:, None] + np.arange(width)
+    logp = np.where(np.arange(width) < told[:, None], -rng.random((count, width)), np.nan).astype(np.float32)
+    prompts = Prompts(prompt.astype(np.int32), asked, tuple(Example(str(i), "") for i in range(len(asked))))
+    rollout = Rollout(prompts, tokens.astype(np.int32), told, logp, np.ones(count, bool), 0, 1.0)
+    assert count == len(asked) * samples
+    return Scored(rollout, rng.random(count).astype(np.float32), ("",) * count)
+
+
+@st.composite
+def packings(draw):
+    groups, samples = draw(st.integers(1, 6)), draw(st.integers(1, 6))
+    count = groups * samples
+    parts = draw(st.sampled_from([n for n in range(1, count + 1) if count % n == 0]))
+    minibatches = draw(st.sampled_from([n for n in range(1, parts + 1) if parts % n == 0]))
+    scored = completions(draw(st.lists(st.integers(1, 6), min_size=groups, max_size=groups)), samples,
+                         draw(st.lists(st.integers(0, 9), min_size=count, max_size=count)))
+    return scored, {"minibatches": minibatches, "microbatches": parts // minibatches,
+                    "row_length": draw(st.integers(15, 40)), "row_divisor": draw(st.integers(1, 4)), "pad_id": -1,
+                    "seed": draw(st.integers(0, 9))}
+
+
+@settings(max_examples=150, deadline=None)
+@given(packings())
+def test_packed_rows_hold_every_token_once(packing):
+    scored, how = packing
+    rollout, batch = scored.rollout, data.pack(scored, **how)
+    prompts, samples = rollout.prompts, len(rollout.tokens) // len(rollout.prompts.lengths)
+    expected = collections.Counter(
+        t for i in range(len(rollout.tokens)) for t in [*prompts.tokens[i // samples][:prompts.lengths[i // samples]],
+                                                        *rollout.tokens[i][:rollout.lengths[i]]])
+    held = batch.segment_ids > 0
+    assert collections.Counter(batch.tokens[held].tolist()) == expected
+    assert (batch.tokens[~held] == -1).all() and (batch.positions[~held] == 0).all()
+    rows, width = batch.tokens.shape[2:]
+    size = len(rollout.tokens) // how["minibatches"] // how["microbatches"]
+    assert width == how["row_length"] and rows % how["row_divisor"] == 0
+    assert batch.tokens.shape[:2] == batch.reward.shape[:2] == (how["minibatches"], how["microbatches"])
+    bucket = rows // how["row_divisor"]
+    assert bucket & (bucket - 1) == 0 or rows - how["row_divisor"] < size <= rows
+    assert {field.dtype for field in batch} == {np.dtype("int32"), np.dtype("float32"), np.dtype("bool")}
+
+
+@settings(max_examples=150, deadline=None)
+@given(packings())
+def test_unpacking_gives_the_completions_back(packing):
+    scored, how = packing
+    rollout, batch = scored.rollout, data.pack(scored, **how)
+    samples, seen = len(rollout.tokens) // len(rollout.prompts.lengths), []
+    for at in np.ndindex(*batch.reward.shape[:2]):
+        tokens, segments, positions = (x[at].reshape(-1) for x in (batch.tokens, batch.segment_ids, batch.positions))
+        for j in range(batch.reward.shape[2]):
+            i = np.flatnonzero(rollout.tokens[:, 0] == batch.completions[at][j, 0]).item()
+            seen.append(i)
+            length, asked = rollout.lengths[i], rollout.prompts.lengths[i // samples]
+            index, mask = batch.index[at][j], batch.mask[at][j]
+            assert mask.tolist() == [t < length for t in range(len(mask))]
+            assert (index[~mask] == 0).all()
+            np.testing.assert_array_equal(tokens[index[mask] + 1], rollout.tokens[i, :length])  # what `index` predicts
+            np.testing.assert_array_equal(segments[index[mask]], segments[index[mask] + 1])
+            np.testing.assert_array_equal(positions[index[mask]], asked - 1 + np.arange(length))
+            if length:
+                whole = slice(index[0] - asked + 1, index[0] + 1 + length)
+                np.testing.assert_array_equal(tokens[whole][:asked], rollout.prompts.tokens[i // samples, :asked])
+                np.testing.assert_array_equal(positions[whole], np.arange(asked + length))
+                assert len(set(segments[whole].tolist())) == 1
+            np.testing.assert_array_equal(batch.completions[at][j], rollout.tokens[i])
+            np.testing.assert_array_equal(batch.rollout_logp[at][j], rollout.rollout_logp[i])
+            assert (batch.reward[at][j], batch.group[at][j]) == (scored.reward[i], i // samples)
+    assert sorted(seen) == list(range(len(rollout.tokens)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(packings())
+def test_segments_are_numbered_and_contiguous(packing):
+    scored, how = packing
+    batch = data.pack(scored, **how)
+    rows = (x.reshape(-1, how["row_length"]) for x in (batch.segment_ids, batch.positions))
+    for segments, positions in zip(*rows):
+        inside = segments[segments > 0]
+        assert (segments[:len(inside)] == inside).all()
+        starts = np.flatnonzero(positions[:len(inside)] == 0)
+        np.testing.assert_array_equal(inside[starts], 1 + np.arange(len(starts)))
+        assert (np.diff(inside) >= 0).all()
+
+
+def test_packing_fills_rows_and_uses_few_shapes():
+    scored = completions([4] * 8, 8, [28] * 16 + [12] * 32 + [4] * 16)  # 32, 16 and 8 tokens: 18 full rows of 64
+    batch = data.pack(scored, minibatches=1, microbatches=1, row_length=64)
+    assert batch.tokens.shape[2] == 32  # 18 rows, in the next bucket
+    assert (batch.segment_ids[0, 0] > 0).all(axis=1).sum() == 18
+    shapes = {data.pack(scored, minibatches=2, microbatches=2, row_length=64, row_divisor=2, seed=s).tokens.shape
+              for s in range(30)}
+    assert shapes == {(2, 2, 8, 64)}
+    exact = data.pack(completions([4] * 32, 1, [12] * 32), minibatches=1, microbatches=1, row_length=64)
+    assert exact.tokens.shape[2] == 8  # four to a row
+    batch = data.pack(scored, minibatches=1, microbatches=1, row_length=32, row_divisor=24)
+    assert batch.tokens.shape[2] == 48
+    full = data.pack(completions([4] * 6, 1, [28] * 6), minibatches=1, microbatches=1, row_length=32)
+    assert full.tokens.shape[2] == 6  # never more rows than completions
+
+
+def test_packing_depends_on_the_seed():
+    scored = completions([3] * 4, 4, [5] * 16)
+    orders = {data.pack(scored, minibatches=2, microbatches=1, row_length=8, seed=s).completions.tobytes()
+              for s in range(20)}
+    assert len(orders) == 20
+    first, again = (data.pack(scored, minibatches=2, microbatches=1, row_length=8, seed=1) for _ in range(2))
+    for a, b in zip(first, again):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_packing_refuses():
+    scored = completions([3, 3], 2, [5, 1, 2, 3])
+    with pytest.raises(ValueError, match="4 completions do not divide into .* = 3"):
+        data.pack(scored, minibatches=3, microbatches=1, row_length=8)
+    with pytest.raises(ValueError, match="8 tokens, more than algorithm.row_length=7"):
+        data.pack(scored, minibatches=1, microbatches=1, row_length=7)
+    with pytest.raises(ValueError, match="a prompt is empty"):
+        data.pack(completions([3, 0], 2, [1, 1, 1, 1]), minibatches=1, microbatches=1, row_length=8)

@@ -1,0 +1,195 @@
+"""The engine is the forward pass: what it samples and the log-probs it reports, through JetStream's own interface."""
+
+import dataclasses
+import functools
+import logging
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from dcmdp_jax import sharding, sync
+from dcmdp_jax.config import MeshConfig, ModelConfig
+from dcmdp_jax.models import qwen3
+from dcmdp_jax.records import Example, Prompts
+from dcmdp_jax.rollout import jetstream
+from dcmdp_jax.rollout.generate import rollout
+
+DENSE = ModelConfig(vocab_size=37, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16)
+MOE = ModelConfig(vocab_size=37, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=1, head_dim=16,
+                  num_experts=4, experts_per_token=2, expert_size=24, tie_word_embeddings=True)
+STOP, P, T, G = (1, 5), 9, 20, 3  # 29 positions: windows of 16 and 29
+MODELS = pytest.mark.parametrize("model", [DENSE, MOE], ids=["dense", "moe"])
+
+
+@functools.cache
+def make_params(model):
+    """Random weights, norms apart, large enough that the policy is far from uniform."""
+    params = jax.jit(qwen3.init, static_argnums=1)(jax.random.key(0), model)
+    return jax.tree_util.tree_map_with_path(lambda path, w: w if "norm" in str(path) else 8 * w, params)
+
+
+def make_prompts(count=7):
+    rng = np.random.default_rng(0)
+    lengths = np.concatenate([[1, P], rng.integers(1, P + 1, count - 2)]).astype(np.int32)
+    tokens = np.where(np.arange(P) < lengths[:, None], rng.integers(0, 37, (count, P)), 0).astype(np.int32)
+    return Prompts(tokens, lengths, (Example("", ""),) * count)
+
+
+@functools.cache
+def make_engine(model, slots=4, steps=3, **options):
+    return jetstream.Engine(model, slots=slots, max_length=P + T, stop_ids=STOP, steps=steps, **options)
+
+
+@functools.cache
+def sample(model, weights="float32", temperature=0.8, slots=4, steps=3, key=1):
+    engine = make_engine(model, slots, steps)
+    params = sync.make(model, weights, engine.mesh)(make_params(model))
+    return rollout(engine, params, make_prompts(), samples=G, key=jax.random.key(key), max_tokens=T, temperature=temperature)
+
+
+def scored(model, out, temperature):
+    """The trainer's log-probs of every sampled token, one sequence at a time, and the rollout's own."""
+    forward = jax.jit(qwen3.logits, static_argnums=2)
+    width = P + T
+    for i, n in enumerate(out.lengths):
+        prompt = out.prompts.tokens[i // G, :out.prompts.lengths[i // G]]
+        row = np.zeros((1, width), np.int32)
+        row[0, :len(prompt) + n] = np.concatenate([prompt, out.tokens[i, :n]])
+        logp = jax.nn.log_softmax(forward(make_params(model), row, model)[0] / temperature)
+        yield np.asarray(logp)[len(prompt) - 1:len(prompt) - 1 + n], out.tokens[i, :n], out.rollout_logp[i, :n]
+
+
+@MODELS
+def test_log_probs_are_the_trainers(model):
+    """Ragged prompts, slots reused, early leaving; 1e-5 on every sampled token in float32."""
+    out = sample(model)
+    assert len(set(out.lengths)) > 3
+    for exact, tokens, reported in scored(model, out, 0.8):
+        np.testing.assert_allclose(reported, exact[np.arange(len(tokens)), tokens], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("weights, least", [("int4", 1e-2), ("int8", 1e-3), ("float8_e4m3fn", 1e-3), ("bfloat16", 1e-4)])
+def test_a_coarser_engine_is_not_the_trainer(weights, least):
+    gaps = [abs(reported - exact[np.arange(len(tokens)), tokens]).mean()
+            for exact, tokens, reported in scored(DENSE, sample(DENSE, weights), 0.8)]
+    assert least < np.mean(gaps) < 5
+
+
+@MODELS
+def test_greedy_decoding_is_the_argmax_of_the_forward_pass(model):
+    for exact, tokens, _ in scored(model, sample(model, temperature=0.0, steps=8), 1.0):
+        chosen = exact[np.arange(len(tokens)), tokens]
+        np.testing.assert_allclose(chosen, exact.max(-1), atol=1e-5)
+
+
+@MODELS
+def test_samples_do_not_depend_on_slots_or_dispatches(model):
+    reference = sample(model, slots=4, steps=3)
+    for slots, steps in ((32, 8), (7, 1)):
+        other = sample(model, slots=slots, steps=steps)
+        np.testing.assert_array_equal(other.tokens, reference.tokens)
+        np.testing.assert_allclose(other.rollout_logp, reference.rollout_logp, atol=2e-5)
+    assert (sample(model, key=2).tokens != reference.tokens).any()
+
+
+def test_samples_of_one_prompt_differ_and_a_prompt_alone_samples_the_same():
+    out = sample(DENSE)
+    assert len({tuple(row) for row in out.tokens[:G]}) == G
+    prompts = make_prompts()
+    first = Prompts(prompts.tokens[:1], prompts.lengths[:1], prompts.examples[:1])
+    keys = jax.random.key_data(jax.random.split(jax.random.key(1), len(out.lengths)))
+    engine = make_engine(DENSE, slots=1)
+    params = sync.make(DENSE, "float32", engine.mesh)(make_params(DENSE))
+    prefix = engine.prefill(params=params, padded_tokens=first.tokens, true_length=first.lengths)
+    state = engine.bulk_insert(prefix, engine.init_decode_state(), [0], [0], np.asarray(keys[2:3])[:, -2:], T, 0.8)
+    tokens = []
+    while len(tokens) < out.lengths[2]:
+        state, result = engine.generate(params, state)
+        token, _, valid, _ = engine.read(result)
+        tokens += token[0, valid[0]].tolist()
+    assert tokens == out.tokens[2, :out.lengths[2]].tolist()
+
+
+def test_stopping_and_limits():
+    out = sample(DENSE)
+    for tokens, n, stopped in zip(out.tokens, out.lengths, out.stopped):
+        assert stopped == (tokens[n - 1] in STOP)
+        assert not set(tokens[:n - 1]) & set(STOP) and not tokens[n:].any()
+        assert stopped or n == T
+    assert out.stopped.any() and not out.stopped.all()
+    assert (out.tokens[np.arange(T) < out.lengths[:, None]] == 0).any(), "token id 0 is an ordinary token"
+
+
+def test_a_prompt_is_prefilled_once_and_insert_is_in_place(monkeypatch):
+    engine, prompts = make_engine(DENSE, slots=4), make_prompts()
+    params = sync.make(DENSE, "float32", engine.mesh)(make_params(DENSE))
+    rows, prefill = [], engine.prefill
+    monkeypatch.setattr(engine, "prefill", lambda **kw: rows.append(kw["true_length"]) or prefill(**kw))
+    rollout(engine, params, prompts, samples=G, key=jax.random.key(0), max_tokens=T, temperature=1.0)
+    assert sorted(n for part in rows for n in part if n > 1) == sorted(n for n in prompts.lengths if n > 1)
+    state = engine.init_decode_state()
+    engine.insert(prefill(params=params, padded_tokens=prompts.tokens[0], true_length=1), state, 2)
+    assert state.cache.keys[0].is_deleted(), "the decode state is donated"
+
+
+def test_it_is_a_jetstream_engine():
+    """The abstract interface alone, one prompt and one slot at a time, gives the argmax path."""
+    engine = make_engine(DENSE, slots=2, temperature=0.0, max_tokens=6, load=dict)
+    assert isinstance(engine, jetstream.engine_api.Engine) and engine.load_params() == {}
+    assert (engine.max_concurrent_decodes, engine.samples_per_slot, engine.max_prefill_length) == (2, 1, P + T - 1)
+    params, prompts = sync.make(DENSE, "float32", engine.mesh)(make_params(DENSE)), make_prompts()
+    state = engine.init_decode_state()
+    prefix = engine.prefill(params=params, padded_tokens=prompts.tokens[1], true_length=int(prompts.lengths[1]))
+    state, result = engine.generate(params, engine.insert(prefix, state, 1))
+    state, more = engine.generate(params, state)
+    data = [part.convert_to_numpy().get_result_at_slot(1) for part in (result, more)]
+    tokens = np.concatenate([d.tokens[d.valid > 0] for d in data])
+    reference = sample(DENSE, temperature=0.0).tokens[G]
+    np.testing.assert_array_equal(tokens, reference[:len(tokens)])
+    assert data[-1].lengths[0] == len(tokens) and not data[0].valid.dtype.kind == "f"
+
+
+def test_bad_prompts_are_refused():
+    engine, prompts = make_engine(DENSE), make_prompts()
+    with pytest.raises(ValueError, match="must lie in 1"):
+        engine.prefill(params=None, padded_tokens=prompts.tokens[0], true_length=0)
+    with pytest.raises(ValueError, match="do not fit the engine's 29 positions"):
+        rollout(engine, None, prompts, samples=1, key=jax.random.key(0), max_tokens=T + 1, temperature=1.0)
+
+
+@MODELS
+def test_a_sharded_engine_samples_the_same(model):
+    """Slots over four devices, heads, ffn and vocabulary over two (dense), experts over two (MoE)."""
+    model = dataclasses.replace(model, vocab_size=38)
+    axes = MeshConfig(expert=2) if model.num_experts else MeshConfig(tensor=2)
+    outs = []
+    for mesh in (sharding.make_mesh(axes, jax.devices()[:8]), sharding.single_device_mesh()):
+        engine = make_engine(model, slots=8, mesh=mesh)
+        params = sync.make(model, "int8", mesh)(make_params(model))
+        outs.append(rollout(engine, params, make_prompts(), samples=G, key=jax.random.key(1), max_tokens=T, temperature=0.8))
+    np.testing.assert_array_equal(outs[0].tokens, outs[1].tokens)
+    np.testing.assert_allclose(outs[0].rollout_logp, outs[1].rollout_logp, atol=2e-5)
+
+
+def test_importing_the_engine_brings_no_tensorflow_and_touches_no_logger():
+    code = """
+import logging, sys
+before = logging.getLogger().level, list(logging.getLogger().handlers)
+import dcmdp_jax.rollout.jetstream
+assert before == (logging.getLogger().level, list(logging.getLogger().handlers))
+print([m for m in ("tensorflow", "seqio", "tiktoken", "torch", "transformers") if m in sys.modules])
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert logging.getLogger("jetstream").level == logging.NOTSET
+
+
+def test_without_the_distribution_the_message_names_it(monkeypatch):
+    def missing(name):
+        raise jetstream.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(jetstream.importlib.metadata, "version", missing)
+    with pytest.raises(ImportError, match="google-jetstream 0.2.2"):
+        jetstream._import_engine_api()

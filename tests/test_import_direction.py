@@ -1,0 +1,92 @@
+"""Imports go one way, and some libraries have a single door."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1] / "dcmdp_jax"
+FILES = {str(path.relative_to(ROOT).with_suffix("")).replace("/", "."): path for path in ROOT.rglob("*.py")}
+
+# Each may import from the package only what stands in an earlier line, or its own line where it is a folder.
+ORDER = [
+    ["records", "config"],
+    ["sharding", "losses", "rewards", "tokenizer", "tasks"],
+    ["constraint"],
+    ["models"],
+    ["data", "rollout.sampling"],
+    ["rollout.decode"],
+    ["rollout.jetstream", "rollout.generate", "step", "sync", "checkpoint", "metrics"],
+    ["rollout.complete", "evaluate", "report", "warmup"],
+    ["train"],
+    ["cli"],
+]
+DOORS = {
+    "jetstream": {"rollout.jetstream"},
+    "safetensors": {"models.weights"},
+    "tokenizers": {"tokenizer"},
+    "sentencepiece": {"tokenizer"},
+    "jinja2": {"tokenizer"},
+    "orbax": {"checkpoint"},
+    "grain": {"data"},
+}
+
+
+def imports(path):
+    """Absolute names of everything a file imports, wherever in it the import stands."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def level(module):
+    for i, line in enumerate(ORDER):
+        if any(module == name or module.startswith(name + ".") for name in line):
+            return i
+    raise AssertionError(f"{module} has no place in ORDER")
+
+
+def station(name):
+    """The file of the package that an imported name lives in."""
+    parts = name.split(".")[1:]
+    while parts and ".".join(parts) not in FILES and ".".join([*parts, "__init__"]) not in FILES:
+        parts = parts[:-1]
+    return ".".join(parts)
+
+
+@pytest.mark.parametrize("module", sorted(m for m in FILES if m not in ("__init__", "rollout.__init__")))
+def test_direction(module):
+    own = level(module)
+    for name in imports(FILES[module]):
+        if name.split(".")[0] != "dcmdp_jax" or not (target := station(name)):
+            continue
+        folder = target.split(".")[0]
+        same_folder = folder in ("losses", "models", "metrics") and module.split(".")[0] == folder
+        assert level(target) < own or same_folder, f"{module} imports {target}, which does not stand before it"
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_single_doors(library):
+    doors = {m for m, path in FILES.items() if any(name.split(".")[0] == library for name in imports(path))}
+    assert doors <= DOORS[library]
+
+
+def test_partition_specs_are_built_in_one_place():
+    assert [m for m, path in FILES.items() if "PartitionSpec(" in path.read_text()] == ["sharding"]
+
+
+@pytest.mark.parametrize("module", sorted(m for m in FILES if m.startswith("losses") or m == "constraint"))
+def test_losses_need_only_arrays(module):
+    allowed = {"jax", "numpy", "optax", "dcmdp_jax"} | set(sys.stdlib_module_names)
+    assert {name.split(".")[0] for name in imports(FILES[module])} <= allowed
+
+
+def test_importing_the_losses_is_light():
+    code = ("import sys, dcmdp_jax.losses, dcmdp_jax.constraint; "
+            "print([m for m in ('flax', 'orbax', 'grain', 'tensorflow', 'torch', 'transformers') if m in sys.modules])")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

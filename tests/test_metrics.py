@@ -1,0 +1,201 @@
+"""The log: what is written can be read back, a resumed file equals an uninterrupted one, one process writes."""
+
+import json
+import math
+import re
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dcmdp_jax import constraint, losses, metrics
+from dcmdp_jax.config import AlgorithmConfig, Config, ConstraintConfig, DataConfig, ModelSource, RolloutConfig
+
+
+def make_config(steps=10, **fields):
+    algorithm = AlgorithmConfig(losses.advantages.grpo, losses.policy.clipped, losses.reduce.token_mean)
+    dual = ConstraintConfig(constraint.shape, constraint.projected_ascent, tolerance=0.01)
+    data = DataConfig(verifier=max, task=object())
+    return Config("trial", ModelSource(), data, RolloutConfig(), algorithm, dual, steps, **fields)
+
+
+def values(step):
+    return {"reward": np.float32(step / 7), "delta_mean": 0.01 + step / 1000, "multiplier": 0.1, "entropy": 0.5,
+            "seconds": 2.0, "tokens": 100 * step}
+
+
+def fill(workdir, steps, first_step=1):
+    with metrics.Log(workdir, make_config(), first_step=first_step) as log:
+        for step in steps:
+            log.write(step, values(step))
+
+
+def test_rows_hold_what_was_written(tmp_path):
+    with metrics.Log(tmp_path / "new", make_config()) as log:
+        log.write(1, values(1) | {"loss": jnp.float32(0.25), "skipped": jnp.int32(3), "k3": jnp.bfloat16(1.5)})
+        seen = metrics.read(tmp_path / "new")  # before the file is closed: a killed run keeps its rows
+    assert seen == [{"step": 1, **values(1), "reward": float(np.float32(1 / 7)), "loss": 0.25, "skipped": 3, "k3": 1.5}]
+    assert next(iter(seen[0])) == "step"
+    assert [type(seen[0][key]) for key in ("tokens", "skipped", "seconds")] == [int, int, float]
+
+
+def test_values_that_are_not_finite_stay_valid_json_and_readable(tmp_path):
+    with metrics.Log(tmp_path, make_config()) as log:
+        log.write(1, {"reward": 1.0, "loss": math.nan, "grad_norm": np.float32(np.inf), "low": -math.inf})
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert row == {"step": 1, "reward": 1.0, "loss": None, "grad_norm": None, "low": None,
+                   "non_finite": {"loss": "nan", "grad_norm": "inf", "low": "-inf"}}
+    assert all(math.isnan(float(text)) or math.isinf(float(text)) for text in row["non_finite"].values())
+
+
+@pytest.mark.parametrize("bad", [{"reward": np.zeros(3)}, {"reward": "high"}, {"reward": None}])
+def test_a_value_that_is_not_one_number_is_refused_by_name(tmp_path, bad):
+    with metrics.Log(tmp_path, make_config()) as log:
+        with pytest.raises(ValueError, match="'reward' must be one number"):
+            log.write(1, bad)
+        with pytest.raises(ValueError, match="'step' and 'non_finite'"):
+            log.write(1, {"step": 1})
+    assert metrics.read(tmp_path) == []
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 8, "rew', '{"step": 8', "{", "\0\0\0\0", "\u00e9"])
+def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path, torn):
+    fill(tmp_path / "whole", range(1, 11))
+    fill(tmp_path / "killed", range(1, 8))
+    with open(tmp_path / "killed" / "metrics.jsonl", "a") as file:
+        file.write(torn)
+    assert [row["step"] for row in metrics.read(tmp_path / "killed")] == list(range(1, 8))
+    fill(tmp_path / "killed", range(5, 11), first_step=5)  # the last checkpoint was taken after step 4
+    assert (tmp_path / "killed" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def test_every_cut_of_the_file_reads_as_its_whole_lines(tmp_path):
+    fill(tmp_path, (1, 2, 3))
+    path = tmp_path / "metrics.jsonl"
+    whole, rows = path.read_bytes(), metrics.read(tmp_path)
+    ends = [i for i, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        assert metrics.read(tmp_path) == rows[:sum(cut >= end for end in ends)], cut
+
+
+def test_truncate_keeps_the_file_it_would_replace_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    fill(tmp_path, range(1, 5))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+
+    def crash(*_):
+        raise OSError("power cut")
+
+    monkeypatch.setattr(metrics.os, "replace", crash)
+    with pytest.raises(OSError, match="power cut"):
+        metrics.truncate(tmp_path, 2)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    monkeypatch.undo()
+    metrics.truncate(tmp_path, 2)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(before.splitlines(keepends=True)[:2])
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_missing_and_damaged_files_are_named(tmp_path):
+    metrics.truncate(tmp_path, 3)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl does not exist"):
+        metrics.read(tmp_path)
+    for line in ("half a row", "[1]", '{"reward": 1}', '{"step": "two"}'):
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+        with pytest.raises(ValueError, match="line 2 is not a row"):
+            metrics.read(tmp_path)
+
+
+def test_only_process_0_writes(tmp_path, monkeypatch, capsys):
+    fill(tmp_path, (1, 2, 3))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    fill(tmp_path, (1,))
+    metrics.truncate(tmp_path, 0)
+    fill(tmp_path / "absent", (1,))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert not (tmp_path / "absent").exists() and capsys.readouterr().err == ""
+
+
+def test_status_lines_are_few_and_say_what_matters(tmp_path, monkeypatch, capsys):
+    clock = iter(range(1000))
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    with metrics.Log(tmp_path, make_config(steps=40)) as log:
+        for step in range(1, 41):
+            held_out = {"reward_eval_infer": 0.25, "reward_eval_train": 0.375} if step == 1 else {}
+            log.write(step, values(step) | held_out)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) < 12  # a clock of one second a look, a line each ten seconds
+    assert lines[0].startswith("trial: step 1/40  ") and lines[-1].startswith("trial: step 40/40  ")
+    assert lines[-1].split("  ")[1:] == ["reward 5.714", "held-out engine 0.250", "trainer 0.375",
+                                         "delta 0.0500 (tolerance 0.01)", "lambda 0.1000", "entropy 0.500",
+                                         "2,000 tokens/s"]
+
+
+def test_a_terminal_gets_a_bar_that_starts_at_the_resumed_step(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tqdm", reason="the bar needs tqdm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    fill(tmp_path, range(5, 11), first_step=5)
+    shown = capsys.readouterr().err.split("\r")
+    assert any(" 4/10 " in line or " 5/10 " in line for line in shown) and " 10/10 " in shown[-1]
+    assert not any(f" {step}/10 " in line for line in shown for step in (0, 1, 2, 3))
+
+
+def test_tensorboard_events_hold_every_scalar(tmp_path):
+    pytest.importorskip("tensorboardX", reason="the extra 'report' is not installed")
+    from tensorboardX.proto.event_pb2 import Event
+
+    with metrics.Log(tmp_path, make_config(tensorboard=True), first_step=3) as log:
+        log.write(3, {"reward": 0.5, "tokens": 7, "loss": math.nan})
+    events, restarts = {}, []
+    for path in (tmp_path / "tensorboard").iterdir():
+        data = path.read_bytes()
+        while data:  # a record: 8 bytes of length, 4 of checksum, the event, 4 of checksum
+            length = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12:12 + length])
+            events |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
+            restarts += [event.step] if event.HasField("session_log") else []
+            data = data[16 + length:]
+    assert restarts == [3]  # what an earlier process wrote from this step on is hidden
+    assert events[3, "reward"] == 0.5 and events[3, "tokens"] == 7 and math.isnan(events[3, "loss"])
+
+
+def test_wandb_continues_the_run_of_the_folder(tmp_path, monkeypatch):
+    opened, logged = [], []
+    run = types.SimpleNamespace(define_metric=lambda *a, **k: None, log=logged.append, finish=lambda: None)
+    fake = types.SimpleNamespace(init=lambda **settings: opened.append(settings) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for folder, step in (("a", 1), ("a", 2), ("b", 1)):
+        with metrics.Log(tmp_path / folder, make_config(wandb=True), first_step=step) as log:
+            log.write(step, {"reward": 0.5})
+    first, resumed, other = (settings["id"] for settings in opened)
+    assert first == resumed != other and all(settings["resume"] == "allow" for settings in opened)
+    assert logged == [{"reward": 0.5, "step": 1}, {"reward": 0.5, "step": 2}, {"reward": 0.5, "step": 1}]
+
+
+def test_wandb_itself_takes_the_rows(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for first in (1, 3):  # the second time as a resumed run
+        with metrics.Log(tmp_path, make_config(wandb=True), first_step=first) as log:
+            log.write(first, values(first) | {"loss": math.nan})
+    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 2
+
+
+@pytest.mark.parametrize("flag, module, package", [("tensorboard", "tensorboardX", "'dcmdp-jax[report]'"),
+                                                   ("wandb", "wandb", "wandb")])
+def test_an_absent_logger_says_what_to_install_and_touches_nothing(tmp_path, monkeypatch, flag, module, package):
+    fill(tmp_path, (1, 2))
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=re.escape(f"{flag}=True needs {module}; pip install {package}")):
+        metrics.Log(tmp_path, make_config(**{flag: True}))
+    assert len(metrics.read(tmp_path)) == 2

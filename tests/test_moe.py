@@ -1,0 +1,106 @@
+"""The grouped expert product against every expert on every token."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dcmdp_jax.models import layers, moe, quantized, sizes
+
+CONFIG = dataclasses.replace(sizes.TINY_MOE, hidden_size=12, num_experts=5, expert_size=7)
+
+
+def random_params(config, seed=0) -> dict:
+    d, e, f = config.hidden_size, config.num_experts, config.expert_size
+    shapes = {"router": (d, e), "gate_proj": (e, d, f), "up_proj": (e, d, f), "down_proj": (e, f, d)}
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return {name: 0.5 * jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def apply(params, x, config):
+    return moe.MoE(config).apply({"params": params}, x)
+
+
+def dense(params, x, config):
+    """Every expert on every token; experts outside the top k get gate 0."""
+    probs = jax.nn.softmax(x @ params["router"], axis=-1)
+    kth = jnp.sort(probs, axis=-1)[..., -config.experts_per_token, None]
+    gates = jnp.where(probs >= kth, probs, 0.0)
+    if config.norm_topk_prob:
+        gates = gates / gates.sum(-1, keepdims=True)
+    inner = jax.nn.silu(jnp.einsum("bsd,edf->bsef", x, params["gate_proj"]))
+    inner = inner * jnp.einsum("bsd,edf->bsef", x, params["up_proj"])
+    return jnp.einsum("bsef,efd,bse->bsd", inner, params["down_proj"], gates)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("norm", [True, False])
+def test_values_and_gradients_equal_the_dense_form(k, norm):
+    config = dataclasses.replace(CONFIG, experts_per_token=k, norm_topk_prob=norm)
+    params = random_params(config)
+    x = jax.random.normal(jax.random.key(1), (3, 4, config.hidden_size))
+    np.testing.assert_allclose(apply(params, x, config), dense(params, x, config), atol=1e-5)
+    direction = jax.random.normal(jax.random.key(2), x.shape)
+
+    def gradient(f):
+        return jax.jit(jax.grad(lambda p, x: jnp.sum(f(p, x, config) * direction), argnums=(0, 1)))(params, x)
+
+    got, want = gradient(apply), gradient(dense)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5, err_msg=jax.tree_util.keystr(path))
+    router = got[0]["router"]
+    # With one expert and gates that sum to one the router has no say; otherwise it learns through the gates.
+    assert (np.abs(router).max() > 1e-3) == (k > 1 or not norm)
+
+
+def test_no_token_is_dropped_when_all_choose_one_expert():
+    config = dataclasses.replace(CONFIG, experts_per_token=1)
+    params = random_params(config)
+    params["router"] = jnp.zeros_like(params["router"]).at[0, 3].set(100.0)
+    x = jax.random.normal(jax.random.key(1), (2, 16, config.hidden_size)).at[..., 0].set(1.0)
+    mlp = {name: params[name][3] for name in ("gate_proj", "up_proj", "down_proj")}
+    want = layers.MLP(dataclasses.replace(config, intermediate_size=config.expert_size)).apply({"params": mlp}, x)
+    np.testing.assert_allclose(apply(params, x, config), want, atol=1e-5)
+
+
+def test_a_token_does_not_depend_on_the_others():
+    params = random_params(CONFIG)
+    x = jax.random.normal(jax.random.key(1), (2, 6, CONFIG.hidden_size))
+    together = apply(params, x, CONFIG)
+    for b, s in np.ndindex(2, 6):
+        alone = apply(params, x[b : b + 1, s : s + 1], CONFIG)
+        np.testing.assert_allclose(together[b, s], alone[0, 0], atol=1e-5)
+
+
+def test_route():
+    x = jax.random.normal(jax.random.key(1), (50, CONFIG.hidden_size))
+    router = random_params(CONFIG)["router"]
+    probs = np.asarray(jax.nn.softmax(x @ router, axis=-1))
+    raw, experts = moe.route(x, router, dataclasses.replace(CONFIG, norm_topk_prob=False))
+    np.testing.assert_array_equal(experts, np.argsort(-probs, axis=-1)[:, : CONFIG.experts_per_token])
+    np.testing.assert_allclose(raw, np.take_along_axis(probs, np.asarray(experts), -1), rtol=1e-5)
+    normalised, _ = moe.route(x, router, CONFIG)
+    np.testing.assert_allclose(normalised, raw / np.asarray(raw).sum(-1, keepdims=True), rtol=1e-5)
+    assert moe.route(x.astype(jnp.bfloat16), router, CONFIG)[0].dtype == jnp.float32
+
+
+def test_zero_and_padding_rows_are_finite():
+    params = random_params(CONFIG)
+    x = jnp.zeros((1, 3, CONFIG.hidden_size))
+    grads = jax.grad(lambda p: jnp.sum(apply(p, x, CONFIG) ** 2))(params)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+    np.testing.assert_array_equal(apply(params, x, CONFIG), x)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "float8_e4m3fn"])
+def test_quantized_experts(dtype):
+    params = random_params(CONFIG)
+    x = jax.random.normal(jax.random.key(1), (2, 6, CONFIG.hidden_size))
+    few = {name: w if name == "router" else quantized.quantize(w, dtype, (-2,)) for name, w in params.items()}
+    plain = {name: w if name == "router" else w.dequantize() for name, w in few.items()}
+    np.testing.assert_allclose(apply(few, x, CONFIG), apply(plain, x, CONFIG), atol=1e-5)
+    assert np.abs(apply(few, x, CONFIG) - apply(params, x, CONFIG)).max() > 1e-3

@@ -1,0 +1,228 @@
+"""The model against transformers, module by module; masks, packing, remat, precision and parameter trees."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dcmdp_jax import sharding
+from dcmdp_jax.config import MeshConfig
+from dcmdp_jax.models import layers, qwen3, sizes, weights
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import reference_hf  # noqa: E402
+
+LOGITS = jax.jit(qwen3.logits, static_argnames="config")
+TOLERANCE = 2e-5  # absolute, float32
+
+
+@functools.cache
+def model(case: str):
+    return reference_hf.make(case)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """case -> (config, params), through the folder that transformers writes."""
+
+    @functools.cache
+    def load(case: str):
+        folder = tmp_path_factory.mktemp(case)
+        model(case).save_pretrained(folder)
+        return weights.load(folder)
+
+    return load
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sparse"))
+def layer_outputs(params, x, config, sparse) -> dict:
+    """What the modules of one layer put out, by their names in transformers; the layer itself is ""."""
+    index = jnp.arange(x.shape[1])
+
+    def attend(q, k, v):
+        return layers.attention(q, k, v, index[:, None] >= index), None
+
+    (y, _), caught = layers.Layer(config, sparse).apply(
+        {"params": params},
+        x,
+        *layers.rotary(index[None], config),
+        attend,
+        capture_intermediates=True,
+        mutable=["intermediates"],
+    )
+    caught = caught["intermediates"]
+    return {
+        ".input_layernorm": caught["input_norm"]["__call__"][0],
+        ".self_attn.q_norm": caught["attention"]["q_norm"]["__call__"][0],
+        ".self_attn.k_norm": caught["attention"]["k_norm"]["__call__"][0],
+        ".self_attn": caught["attention"]["__call__"][0][0],
+        ".post_attention_layernorm": caught["post_attention_norm"]["__call__"][0],
+        ".mlp": caught["moe" if sparse else "mlp"]["__call__"][0],
+        "": y,
+    }
+
+
+def module_outputs(params, tokens, config) -> dict:
+    """What every module puts out, by its name in transformers, in order of execution."""
+    ends = {"params": {name: leaf for name, leaf in params.items() if name != "stacks"}}
+    x = layers.Ends(config).apply(ends, tokens, method="embed")
+    seen = {"model.embed_tokens": x}
+    for i, tree in enumerate(qwen3.unstack(params, config)["stacks"]):
+        outputs = layer_outputs(tree, x, config, config.is_sparse(i))
+        seen |= {f"model.layers.{i}{name}": output for name, output in outputs.items()}
+        x = outputs[""]
+    seen["model.norm"] = layers.Ends(config).apply(ends, x, method="norm")
+    seen["lm_head"] = qwen3.head(params, seen["model.norm"], config)
+    return seen
+
+
+@pytest.mark.parametrize("case", reference_hf.CASES)
+def test_every_module_matches_transformers(case, loaded):
+    config, params = loaded(case)
+    tokens = reference_hf.tokens(case, 2, 40)
+    want = reference_hf.outputs(model(case), tokens)
+    got = module_outputs(params, tokens, config)
+    for name in sorted(got, key=list(want).index):  # as executed: the first to differ is the one at fault
+        np.testing.assert_allclose(got[name], want[name], atol=TOLERANCE, rtol=0, err_msg=f"{case}: {name}")
+    np.testing.assert_allclose(LOGITS(params, tokens, config), want["lm_head"], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["bias", "yarn", "moe_top3"])
+def test_right_padding(case, loaded):
+    config, params = loaded(case)
+    tokens, lengths = reference_hf.tokens(case, 3, 20), np.array([20, 7, 1])
+    mask = (np.arange(20) < lengths[:, None]).astype(np.int32)
+    want = reference_hf.logits(model(case), tokens, mask)
+    for segment_ids in (None, mask):
+        got = LOGITS(params, tokens, config, segment_ids=segment_ids)
+        assert np.isfinite(got).all()
+        np.testing.assert_allclose(got[mask == 1], want[mask == 1], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["groups_4", "yarn_set", "moe_step2"])
+def test_packed_rows_equal_separate_rows(case, loaded):
+    config, params = loaded(case)
+    tokens = reference_hf.tokens(case, 2, 24)
+    segment_ids = np.array([[1] * 9 + [2] * 11 + [0] * 4, [1] * 1 + [2] * 20 + [3] * 3], np.int32)
+    positions = np.zeros_like(segment_ids)
+    for row, segment in np.ndindex(2, 4):
+        here = segment_ids[row] == segment
+        positions[row, here] = np.arange(here.sum())
+    got = LOGITS(params, tokens, config, positions=positions, segment_ids=segment_ids)
+    assert np.isfinite(got).all()
+    for row, segment in [(0, 1), (0, 2), (1, 1), (1, 2), (1, 3)]:
+        here = segment_ids[row] == segment
+        want = reference_hf.logits(model(case), tokens[row, here][None])[0]
+        np.testing.assert_allclose(got[row, here], want, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(("case", "remat"), [("bias", False), ("moe_mlp_only", True)])
+def test_gradients_match_transformers(case, remat, loaded):
+    config, params = loaded(case)
+    config = dataclasses.replace(config, remat=remat)
+    tokens = reference_hf.tokens(case, 2, 12)
+
+    def loss(params):
+        logp = jax.nn.log_softmax(qwen3.logits(params, tokens, config))
+        return jnp.mean(jnp.take_along_axis(logp[:, :-1], tokens[:, 1:, None], -1))
+
+    got = jax.jit(jax.grad(loss))(params)
+    want = reference_hf.gradients(model(case), tokens)
+    for leaf, array in zip(jax.tree.leaves(weights.leaves(config)), jax.tree.leaves(got), strict=True):
+        for place, tensor in leaf.tensors.items():
+            ours = tensor.stored(np.asarray(array[place]))
+            np.testing.assert_allclose(
+                ours, want.pop(tensor.name), atol=TOLERANCE, rtol=0, err_msg=f"gradient of {tensor.name}"
+            )
+    assert not want
+
+
+def test_bfloat16_is_close_to_float32_and_not_equal(loaded):
+    for case in ("dense", "moe_top2"):
+        config, params = loaded(case)
+        tokens = reference_hf.tokens(case, 2, 16)
+        exact = LOGITS(params, tokens, config)
+        rounded = LOGITS(params, tokens, dataclasses.replace(config, bfloat16=True))
+        assert rounded.dtype == jnp.float32
+        error = np.abs(np.asarray(rounded - exact))
+        assert 1e-4 < np.median(error) < 0.05 * np.std(exact)
+
+
+@pytest.mark.parametrize("case", ["moe_mlp_only", "bias"])
+def test_sharded_logits_equal_unsharded(case, loaded):
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 devices; conftest.py simulates them")
+    config, params = loaded(case)
+    parts = MeshConfig(fsdp=2, expert=2, tensor=2) if config.num_experts else MeshConfig(data=2, fsdp=2, tensor=2)
+    mesh = sharding.make_mesh(parts)
+    places = sharding.params(qwen3.logical_axes(config), mesh, sharding.TRAIN, params)
+    tokens = reference_hf.tokens(case, 8, 16)
+    got = LOGITS(jax.device_put(params, places), jax.device_put(tokens, sharding.split(mesh, 0)), config)
+    np.testing.assert_allclose(got, LOGITS(params, tokens, config), atol=TOLERANCE, rtol=0)
+
+
+def test_a_token_sees_no_later_token(loaded):
+    config, params = loaded("moe_top2")
+    tokens = jnp.asarray(reference_hf.tokens("moe_top2", 1, 12))
+    before = LOGITS(params, tokens, config)
+    after = LOGITS(params, tokens.at[0, 7].add(1), config)
+    changed = np.abs(np.asarray(before - after)).max(-1)[0] > 0
+    assert not changed[:7].any() and changed[7:].all()
+
+
+def test_trees_agree():
+    for config in (sizes.TINY, sizes.TINY_MOE, dataclasses.replace(sizes.TINY_MOE, num_layers=4, decoder_sparse_step=2)):
+        params = jax.eval_shape(lambda c=config: qwen3.init(jax.random.key(0), c))
+        named = jax.tree.map(lambda x, axes: len(axes) == x.ndim, params, qwen3.logical_axes(config))
+        assert all(jax.tree.leaves(named))
+        contracted = jax.tree.map(lambda x, axes: x.size if axes else 0, params, qwen3.contracting_axes(config))
+        projections = sum(jax.tree.leaves(contracted))
+        assert projections == sum(
+            x.size for path, x in jax.tree_util.tree_leaves_with_path(params) if "_proj" in jax.tree_util.keystr(path)
+        )
+        flat = jax.eval_shape(lambda p, c=config: qwen3.unstack(p, c), params)
+        assert len(flat["stacks"]) == config.num_layers
+        assert sum(x.size for x in jax.tree.leaves(flat)) == sum(x.size for x in jax.tree.leaves(params))
+
+
+def test_initial_values():
+    params = jax.jit(qwen3.init, static_argnums=(1, 2))(jax.random.key(0), sizes.TINY_MOE, jnp.float32)
+    eager = qwen3.init(jax.random.key(0), sizes.TINY_MOE)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, params, eager)))
+    gate = params["stacks"][0]["moe"]["gate_proj"]
+    assert np.std(gate) == pytest.approx(0.02, rel=0.05)
+    assert not np.array_equal(gate[0], gate[1])
+    assert (params["final_norm"] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("config", "billions"),
+    [  # the parameter counts of the published checkpoints, a tied embedding counted once
+        (sizes.QWEN3_0_6B, 0.596049920),
+        (sizes.QWEN3_1_7B, 1.720574976),
+        (sizes.QWEN3_4B, 4.022468096),
+        (sizes.QWEN3_8B, 8.190735360),
+        (sizes.QWEN3_14B, 14.768307200),
+        (sizes.QWEN3_32B, 32.762123264),
+        (sizes.QWEN3_30B_A3B, 30.532122624),
+        (sizes.QWEN3_235B_A22B, 235.093634560),
+    ],
+)
+def test_published_parameter_counts(config, billions):
+    params = jax.eval_shape(lambda: qwen3.init(jax.random.key(0), config))
+    assert sum(x.size for x in jax.tree.leaves(params)) == round(billions * 1e9)
+    assert len(params["stacks"]) == 1
+
+
+def test_stacked_and_unstacked_parameters_are_told_apart(loaded):
+    config, params = loaded("dense")
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    with pytest.raises(ValueError, match="unstack"):
+        qwen3.prefill(params, tokens, config)
+    with pytest.raises(ValueError, match="stacked"):
+        qwen3.hidden(qwen3.unstack(params, config), tokens, config)

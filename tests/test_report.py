@@ -1,0 +1,224 @@
+"""The report: sentences that can be checked by hand, curves where they belong, a page that stands alone."""
+
+import html.parser
+import json
+import math
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from dcmdp_jax import report
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+CONFIG = {"name": "trial", "steps": 4, "seed": 0, "rollout": {"weights": "int4", "samples": 8, "max_tokens": 32},
+          "constraint": {"tolerance": 0.01, "dual_lr": 1.0, "multiplier_max": 0.2}, "eval": {"prompts": 512}}
+DELTAS = (0.03, 0.01, 0.02, 0.004)  # two of four within the tolerance
+ROWS = [{"step": i + 1, "reward": 0.2 * i, "delta_mean": d, "multiplier": 0.1, "multiplier_next": m, "k3": 1e-3,
+         "entropy": 0.5 - 0.1 * i, "response_length": 30.0, "seconds": 2.0, "tokens": 500}
+        for i, (d, m) in enumerate(zip(DELTAS, (0.2, 0.2, 0.15, 0.125)))]
+ROWS[0] |= {"reward_eval_infer": 0.25, "reward_eval_train": 0.375}
+ROWS[3] |= {"reward_eval_infer": 0.75, "reward_eval_train": 0.385}
+
+
+class Page(html.parser.HTMLParser):
+    """Refuses tags that do not nest; collects tags, attributes and text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], ""
+        self.feed(text)
+        self.close()
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data):
+        self.text += data
+
+    def count(self, tag):
+        return sum(name == tag for name, _ in self.tags)
+
+
+def make_run(folder, rows, config=CONFIG):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def page(folder, rows, config=CONFIG):
+    return Page(report.write(make_run(folder, rows, config)).read_text(encoding="utf-8"))
+
+
+def test_verdict_by_hand():
+    assert report.verdict(CONFIG, ROWS) == (
+        "Held-out reward of the engine's policy rose from 0.250 (step 1) to 0.750 (step 4). "
+        "Held-out reward of the trainer's policy stayed within sampling noise, from 0.375 (step 1) to 0.385 (step 4). "
+        "Mean delta was 0.004 at the last step, within the tolerance of 0.01; 2 of 4 steps (50%) lay inside it. "
+        "The multiplier ended at 0.125. It stood at its upper bound of 0.2 after 2 of 4 steps.")
+
+
+@pytest.mark.parametrize("end, says", [(0.25 + 0.0624, "stayed within"), (0.25 + 0.0626, "rose"),
+                                       (0.25 - 0.0624, "stayed within"), (0.25 - 0.0626, "fell")])
+def test_a_change_of_two_standard_errors_is_called_one(end, says):
+    rows = [ROWS[0], {"step": 4, "reward_eval_infer": end}]
+    assert f"engine's policy {says}" in report.verdict(CONFIG, rows)  # 2 sqrt(2) 0.5 / sqrt(512) = 0.0625
+
+
+def test_a_multiplier_at_its_bound_in_float32_is_at_its_bound():
+    config = CONFIG | {"constraint": {"multiplier_max": 0.7}}
+    rows = [{"step": 1, "multiplier": float(np.float32(0.7))}, {"step": 2, "multiplier": 0.69}]  # 0.69999999 and less
+    assert "upper bound of 0.7 after 1 of 2 steps" in report.verdict(config, rows)
+
+
+def test_verdict_tells_of_interruption_skipped_updates_and_violation():
+    said = report.verdict(CONFIG | {"steps": 9}, ROWS[:3] + [ROWS[3] | {"delta_mean": 0.02, "skipped": 1}])
+    assert said.startswith("The run stopped at step 4 of 9.")
+    assert "above the tolerance of 0.01; 1 of 4 steps (25%)" in said and "1 update left out" in said
+
+
+def test_the_page_stands_alone_and_holds_every_curve(tmp_path):
+    seen = page(tmp_path, ROWS)
+    assert not {tag for tag, _ in seen.tags} & {"script", "link", "img", "iframe", "object"}
+    assert not [attributes for _, attributes in seen.tags if attributes.keys() & {"src", "href"}]
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "http" not in text and "url(" not in text and "@import" not in text
+    assert seen.count("svg") == 6 and seen.count("tr") == 1 + 8 and seen.count("details") == 1
+    assert report.verdict(CONFIG, ROWS) in seen.text and '"multiplier_max": 0.2' in seen.text
+    assert "4 steps took 8.0 s (median 2 s); 2,000 tokens were sampled, 250 per second" in seen.text
+    for unit in ("mean reward", "nats per token", "tokens", "step"):
+        assert unit in seen.text
+    colors = {attributes.get("stroke") for _, attributes in seen.tags}
+    assert {report.ENGINE, report.TRAINER, report.INSIDE} <= colors
+    dots = [attributes["fill"] for tag, attributes in seen.tags if tag == "circle"]
+    assert sorted(dots) == sorted(2 * [report.ENGINE] + 2 * [report.TRAINER])  # two evaluations of each policy
+
+
+def test_the_table_has_first_best_and_last(tmp_path):
+    page(tmp_path, ROWS)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    cells = {label: re.findall(r"<td>([^<]*)", rest) for label, rest in
+             re.findall(r"<tr><td>([^<]*)</td>(.*?)</tr>", text)}
+    assert [c.strip() for c in cells["held-out reward, engine"]] == ["0.25", "0.75", "0.75"]
+    assert [c.strip() for c in cells["mean delta"]] == ["0.03", "0.004", "0.004"]
+    assert [c.strip() for c in cells["entropy, nats per token"]] == ["0.5", "–", "0.2"]
+
+
+def test_points_lie_where_their_values_say(tmp_path):
+    """Read off the drawn curve of delta against the drawn tolerance line and the axis."""
+    shown = {panel.title: panel for panel in report.panels(CONFIG, ROWS)}
+    chart = Page(report._chart(shown["Discrepancy of probabilities"]))
+    curve = next(a["d"] for _, a in chart.tags if a.get("stroke") == report.NEUTRAL)
+    points = [tuple(map(float, point.split())) for point in curve[1:].split("L")]
+    line = next(a["d"] for _, a in chart.tags if "stroke-dasharray" in a)
+    at_tolerance = float(re.match(r"M\S+ ([\d.]+)H", line)[1])
+    zero = report.HEIGHT - report.BOTTOM
+    unit = (zero - at_tolerance) / 0.01
+    for (x, y), delta, step in zip(points, DELTAS, range(4)):
+        assert (zero - y) / unit == pytest.approx(delta, abs=0.1 / unit)  # coordinates have one decimal
+        width = report.WIDTH - report.LEFT - report.RIGHT
+        assert x == pytest.approx(report.LEFT + width * step / 3, abs=0.06)
+    drawn = report._chart(shown["Discrepancy of probabilities"])
+    labels = re.findall(r'y="([\d.]+)" text-anchor="end">([\d.]+)<', drawn)
+    assert len(labels) > 3 and float(labels[-1][0]) - 4 == report.TOP
+    for y, label in labels:  # the text's baseline lies 4 below its grid line
+        assert (zero - (float(y) - 4)) / unit == pytest.approx(float(label), abs=0.15 / unit)
+
+
+@pytest.mark.parametrize("delta, drawn", [(0.0, True), (0.004, True), (0.003, False), (0.5, True)])
+def test_the_tolerance_is_drawn_unless_it_would_flatten_the_curve(delta, drawn):
+    panel = report.Panel("t", "u", [report.Series("s", "#000", [(1, delta), (2, delta)])], tolerance=0.01)
+    assert ("stroke-dasharray" in report._chart(panel)) == drawn
+    assert report._value_ticks(panel)[-1] <= 2 * max(delta, 0.01 * drawn)
+
+
+def test_everything_read_from_files_is_escaped(tmp_path):
+    attack = "<script>alert('x')</script>\"&"
+    config = CONFIG | {"name": attack, "seed": attack, "rollout": {"weights": attack}, attack: attack}
+    seen = page(tmp_path, ROWS, config)
+    assert seen.count("script") == 0 and seen.text.count(attack) >= 4
+
+
+def test_gaps_break_the_line_and_lone_points_are_dots():
+    values = [1.0, 2.0, math.nan, 3.0, math.nan, math.nan, 4.0, 5.0]
+    series = report.Series("x", "#000", [(i, v) for i, v in enumerate(values)])
+    drawn = report._line(series, lambda x: x, lambda y: y)
+    assert 'd="M0.0 1.0L1.0 2.0M6.0 4.0L7.0 5.0"' in drawn
+    assert re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn) == [("3.0", "3.0")]
+
+
+def test_smoothing_is_a_trailing_mean_over_finite_values():
+    points = [(1, 2.0), (2, 4.0), (3, math.nan), (4, 9.0), (5, math.nan), (6, math.nan)]
+    smooth = [value for _, value in report._smoothed(points, 2)]
+    assert smooth[:5] == [2.0, 3.0, 4.0, 9.0, 9.0] and math.isnan(smooth[5])
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 1.0), (0.0, 0.0), (0.0, 3e-14), (0.0, 8192.0), (-1.0, 1.0), (-3.7, 0.0),
+                                       (0.0, 0.0037), (0.0, 0.3), (0.0, 7.0)])
+def test_ticks_enclose_the_values_evenly(low, high):
+    ticks = report._value_ticks(report.Panel("t", "u", [report.Series("s", "#000", [(1, low), (2, high)])]))
+    gaps = [b - a for a, b in zip(ticks, ticks[1:])]
+    assert ticks[0] <= low and ticks[-1] >= high and 3 <= len(ticks) <= 8
+    assert all(gap == pytest.approx(gaps[0], rel=1e-6) and gap > 0 for gap in gaps)
+    assert 0.0 in ticks and float(f"{gaps[0]:.6g}") == float(f"{gaps[0]:.1g}")
+
+
+@pytest.mark.parametrize("rows", [
+    [], ROWS[:1], [{"step": 1}], [{"step": 1, "reward": None, "delta_mean": None, "non_finite": {"reward": "nan"}}],
+    [dict.fromkeys(ROWS[0]) | {"step": 1}, ROWS[1]],
+    [{**row, "delta_mean": 0.0, "multiplier_next": 0.0} for row in ROWS],
+    [{k: v for k, v in row.items() if "eval" not in k} for row in ROWS], [{**row, "delta_mean": 1e-12} for row in ROWS],
+    [{**ROWS[1], "step": step, "reward": -1.0} for step in range(1, 400)],
+], ids=["none", "one", "bare", "nulls", "first null", "zero", "no evaluation", "exact engine", "long"])
+def test_odd_runs_have_a_page_and_a_figure(tmp_path, rows):
+    seen = page(tmp_path, rows)
+    assert seen.count("svg") == len(report.panels(CONFIG, rows)) and seen.count("h1") == 1
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"\b(nan|inf|None)\b", re.sub(r"<pre>.*</pre>", "", text, flags=re.S))
+    pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
+    assert sum(axis.get_visible() for axis in report.figure(tmp_path).axes) == len(report.panels(CONFIG, rows))
+
+
+@pytest.mark.parametrize("config", [{}, {"name": "x"}, CONFIG | {"constraint": {}}, CONFIG | {"eval": None}])
+def test_a_configuration_that_lacks_fields_is_no_obstacle(tmp_path, config):
+    assert page(tmp_path, ROWS, config).count("svg") == 6
+
+
+def test_a_torn_last_line_is_an_interrupted_run(tmp_path):
+    make_run(tmp_path, ROWS[:2])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "rew')
+    assert "stopped at step 2 of 4" in report.write(tmp_path).read_text(encoding="utf-8")
+
+
+def test_figure_draws_the_same_numbers(tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="the extra 'report' is not installed")
+    axes = {axis.get_title(): axis for axis in report.figure(make_run(tmp_path, ROWS)).axes}
+    lines = axes["Discrepancy of probabilities"].get_lines()
+    assert list(lines[0].get_ydata()) == list(DELTAS) and set(lines[1].get_ydata()) == {0.01}
+    engine = next(line for line in axes["Reward"].get_lines() if line.get_color() == report.ENGINE)
+    assert list(zip(engine.get_xdata(), engine.get_ydata())) == [(1, 0.25), (4, 0.75)]
+    assert not pyplot.get_fignums()  # nothing left open for a notebook to show again
+
+
+def test_what_is_missing_is_named(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"config\.json does not exist"):
+        report.write(tmp_path)
+    make_run(tmp_path, ROWS)
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl does not exist"):
+        report.figure(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install 'dcmdp-jax\[report\]'"):
+        report.figure(tmp_path)

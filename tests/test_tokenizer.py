@@ -1,0 +1,212 @@
+"""Tokenizers against Hugging Face transformers, and what a folder may hold."""
+
+import json
+import pathlib
+import shutil
+import sys
+
+import pytest
+
+from dcmdp_jax import tokenizer
+
+QWEN3 = pathlib.Path(__file__).parents[1].parent / "shared" / "data" / "qwen3_tokenizer"
+needs_qwen3 = pytest.mark.skipif(not QWEN3.is_dir(), reason="needs ../shared/data/qwen3_tokenizer")
+
+TEXTS = (
+    "", " ", "\n\n  \t", "Hello, world", "3+5=8;8*2=6;#6", "  leading and trailing  ", "1234567890 1,000.50",
+    "naïve café — “quoted” … ½ №", "e\u0301 decomposed", "日本語と中文，混合。", "🙂👩‍👩‍👧‍👦", "العربية עברית",
+    "def f(x):\n    return x**2\n", r"\boxed{\frac{1}{2}}", "<|im_start|>user\nhi<|im_end|>\n",
+    "<think>\nso\n</think>\n\n7", "a<|endoftext|>b", "<|im_end", "\u0000\u200b",
+)
+
+USER = {"role": "user", "content": "What is 2+2?"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+ANSWER = {"role": "assistant", "content": "4"}
+THOUGHT = {"role": "assistant", "content": "<think>\ntwo and two\n</think>\n\n4"}
+REASONED = {"role": "assistant", "content": "4", "reasoning_content": "two and two"}
+CALL = {"role": "assistant", "content": "", "tool_calls": [
+    {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": "<é & 'x'>"}}}]}
+RESULT = {"role": "tool", "content": "4"}
+CONVERSATIONS = (
+    [USER], [SYSTEM, USER], [USER, ANSWER, USER], [SYSTEM, USER, THOUGHT, USER], [USER, REASONED], [USER, THOUGHT],
+    [USER, CALL, RESULT, ANSWER], [SYSTEM, USER, CALL, RESULT, RESULT], [USER, SYSTEM, USER],
+    [{"role": "user", "content": "é<|im_end|>"}],
+)
+
+
+@pytest.fixture(scope="module")
+def qwen3():
+    return tokenizer.load(QWEN3)
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    transformers = pytest.importorskip("transformers")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(QWEN3 / "tokenizer.json"))
+    fast.chat_template = (QWEN3 / "chat_template.jinja").read_text()
+    return fast
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small byte-level tokenizer in a folder of its own, whose added token has an id above a gap."""
+    tokenizers = pytest.importorskip("tokenizers")
+    small = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "[stop]": 7}, unk_token="a"))
+    small.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    small.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def write(folder, name, value):
+    (folder / name).write_text(json.dumps(value))
+
+
+@needs_qwen3
+@pytest.mark.parametrize("text", TEXTS)
+def test_encodes_as_transformers_does(qwen3, oracle, text):
+    ids = qwen3.encode(text)
+    assert ids == oracle.encode(text, add_special_tokens=False)
+    assert qwen3.decode(ids) == oracle.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+@needs_qwen3
+@pytest.mark.parametrize("enable_thinking", [True, False])
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+@pytest.mark.parametrize("number", range(len(CONVERSATIONS)))
+def test_chat_is_what_transformers_renders(qwen3, oracle, number, enable_thinking, add_generation_prompt):
+    how = {"enable_thinking": enable_thinking, "add_generation_prompt": add_generation_prompt}
+    text = qwen3.chat(CONVERSATIONS[number], **how)
+    assert text == oracle.apply_chat_template(CONVERSATIONS[number], tokenize=False, **how)
+    ids = oracle.apply_chat_template(CONVERSATIONS[number], tokenize=True, return_dict=False, **how)
+    assert qwen3.encode(text) == ids
+
+
+@needs_qwen3
+def test_qwen3_ids(qwen3):
+    assert (qwen3.vocab_size, qwen3.eos_ids, qwen3.pad_id) == (151669, (151645, 151643), 151643)
+    assert qwen3.encode("<think></think>") == [151667, 151668]
+    assert qwen3.decode([151700, 9, 151935]) == "*"  # ids that only the model's padded vocabulary has
+    tokenizer.check_vocabulary(qwen3, 151936)
+    with pytest.raises(ValueError, match="151669 ids but the model's vocab_size is 151668"):
+        tokenizer.check_vocabulary(qwen3, 151668)
+
+
+def test_vocab_size_is_highest_id_plus_one(folder):
+    write(folder, "tokenizer_config.json", {"eos_token": {"content": "[stop]"}})
+    assert tokenizer.load(folder).vocab_size == 8
+
+
+def test_encoding_adds_nothing(folder):
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    settings["post_processor"] = {"type": "BertProcessing", "sep": ["b", 1], "cls": ["[stop]", 7]}
+    write(folder, "tokenizer.json", settings)
+    write(folder, "tokenizer_config.json", {"eos_token": "[stop]"})
+    assert tokenizer.load(folder).encode("a") == [0]
+
+
+@pytest.mark.parametrize("declared, expected", [(7, (7,)), ([1, 7], (1, 7))])
+def test_stop_tokens_of_the_generation_config_come_first(folder, declared, expected):
+    write(folder, "generation_config.json", {"eos_token_id": declared})
+    write(folder, "tokenizer_config.json", {"eos_token": "b"})
+    assert tokenizer.load(folder).eos_ids == expected
+
+
+def test_settings_of_tokenizer_config(folder):
+    template = "{{ eos_token }}{% for m in messages %}{{ m.content | tojson }}{% break %}{% endfor %}"
+    write(folder, "tokenizer_config.json", {"eos_token": "b", "pad_token": {"content": "a"}, "chat_template": [
+        {"name": "tools", "template": "no"}, {"name": "default", "template": template}]})
+    found = tokenizer.load(folder)
+    assert (found.eos_ids, found.pad_id) == ((1,), 0)
+    assert found.chat([{"role": "user", "content": "<é>"}, USER], enable_thinking=False) == 'b"<é>"'
+
+
+def test_a_stop_token_the_model_lacks_is_refused(folder):
+    write(folder, "generation_config.json", {"eos_token_id": 20})
+    with pytest.raises(ValueError, match="21 ids"):
+        tokenizer.check_vocabulary(tokenizer.load(folder), 8)
+
+
+def test_template_tags_leave_no_lines_behind(folder):
+    template = "{% for m in messages %}\n  {% if true %}\n{{ m.role }}\n  {% endif %}\n{% endfor %}\n"
+    write(folder, "tokenizer_config.json", {"eos_token": "b", "chat_template": template})
+    transformers = pytest.importorskip("transformers")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), chat_template=template)
+    text = tokenizer.load(folder).chat([USER, ANSWER], enable_thinking=False)
+    assert text == fast.apply_chat_template([USER, ANSWER], tokenize=False) == "user\nassistant\n"
+
+
+@pytest.mark.parametrize("template, error", [
+    ("{{ raise_exception('roles must alternate') }}", "refuses the conversation: roles must alternate"),
+    ("{% if %}", "not valid jinja2"),
+])
+def test_template_errors(folder, template, error):
+    write(folder, "tokenizer_config.json", {"eos_token": "b", "chat_template": template})
+    with pytest.raises(ValueError, match=error):
+        tokenizer.load(folder).chat([USER], enable_thinking=False)
+
+
+@pytest.mark.parametrize("template", [
+    "{{ messages.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}", "{{ ''.__class__.__base__ }}"])
+def test_templates_run_in_a_sandbox(folder, template):
+    jinja2 = pytest.importorskip("jinja2")
+    write(folder, "tokenizer_config.json", {"eos_token": "b", "chat_template": template})
+    with pytest.raises(jinja2.exceptions.SecurityError):
+        tokenizer.load(folder).chat([USER], enable_thinking=False)
+
+
+def test_what_a_folder_lacks_is_named(folder, tmp_path):
+    with pytest.raises(ValueError, match="names no stop token"):
+        tokenizer.load(folder)
+    write(folder, "tokenizer_config.json", {"eos_token": "b"})
+    with pytest.raises(ValueError, match="has no chat template"):
+        tokenizer.load(folder).chat([USER], enable_thinking=False)
+    (folder / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer_config.json is not valid JSON"):
+        tokenizer.load(folder)
+    with pytest.raises(ValueError, match="does not exist"):
+        tokenizer.load(tmp_path / "nowhere")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match="tokenizer.json .* and tokenizer.model"):
+        tokenizer.load(empty)
+
+
+def test_a_missing_library_names_the_extra(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match=r"tokenizers is not installed; pip install 'dcmdp-jax\[train\]'"):
+        tokenizer.load(folder)
+
+
+def test_sentencepiece(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog 0123456789\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "tokenizer"),
+                                             vocab_size=60, hard_vocab_limit=False, minloglevel=2, pad_id=3)
+    found = tokenizer.load(tmp_path)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    ids = found.encode("the lazy fox 42")
+    assert [pieces.id_to_piece(i) for i in ids] == pieces.encode("the lazy fox 42", out_type=str)
+    assert found.decode([*ids, found.vocab_size]) == "the lazy fox 42"
+    assert (found.vocab_size, found.eos_ids, found.pad_id) == (pieces.get_piece_size(), (2,), 3)
+    with pytest.raises(ValueError, match="no chat template"):
+        found.chat([USER], enable_thinking=False)
+
+
+def test_characters():
+    chain = tokenizer.Characters("0123456789+-*=;#")
+    text = "9*8=2;#2"
+    assert chain.decode(chain.encode(text)) == text
+    assert (chain.vocab_size, chain.eos_ids, chain.pad_id) == (18, (1,), 0)
+    assert sorted(chain.encode(chain.alphabet)) == list(range(2, 18))
+    assert chain.decode([2, 0, 1, 18]) == "0\ufffd\ufffd\ufffd"
+    with pytest.raises(ValueError, match="'x' is not in the alphabet"):
+        chain.encode("1x")
+    with pytest.raises(ValueError, match="twice"):
+        tokenizer.Characters("aa")
+
+
+@needs_qwen3
+def test_a_tokenizer_file_stands_for_its_folder(tmp_path, qwen3):
+    assert tokenizer.load(QWEN3 / "tokenizer.json").vocab_size == qwen3.vocab_size
+    shutil.copy(QWEN3 / "tokenizer.json", tmp_path)
+    assert tokenizer.load(tmp_path).eos_ids == qwen3.eos_ids
