@@ -1,8 +1,7 @@
 """The discrepancy constraint: both ends of the multiplier.
 
-max E[reward]  s.t.  E[delta] <= c,  delta_t = |pi_train(o_t | s_t) - pi_infer(o_t | s_t)|. Here are the measurement
-(`delta`), the place where the multiplier acts (`shape` and its variants, `penalty`), the place where it is updated (the
-dual controllers), and the calibration of the tolerance c.
+max E[reward]  s.t.  E[delta] <= c,  delta_t = |pi_train(o_t | s_t) - pi_infer(o_t | s_t)|. Here are the measurement of
+delta, the places where the multiplier acts (`shape`, `penalty`), the controllers that update it, the calibration of c.
 
 Notation: `old_logp` is the trainer's own log-prob at the weights that sampled, `rollout_logp` the sampler's, both in
 float32 nats, `[N, T]`. `advantage` is `[N, T]` or `[N, 1]`, after group normalisation. `mask` is 1 on response tokens
@@ -192,7 +191,7 @@ def shape_several(advantage, old_logp, rollout_logp, multiplier, tolerance, mask
     """Variant: several constraints at once, one multiplier each; `multiplier` is `[3]`, in the order of `costs`.
 
     Formula: A - sum_k lambda_k * cost_k
-    Needs: advantage, old_logp, rollout_logp, multiplier [3], tolerance (unused), mask
+    Needs: advantage, old_logp, rollout_logp, multiplier [3] in the order of costs, mask
     Default: threshold 0.05
     Paper: a variant; see `costs`
     """

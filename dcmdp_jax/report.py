@@ -1,4 +1,4 @@
-"""A run at a glance: `report.html` of its folder, and the same panels as a matplotlib figure for notebooks.
+"""A run at a glance: `report.html` of its folder.
 
 The page is one file without scripts or links: a verdict computed from the rows, the curves as inline SVG, a table, and
 the resolved configuration. It reads `metrics.jsonl` and `config.json`, so it works on a run that is unfinished too.
@@ -66,34 +66,6 @@ def write(workdir: str | os.PathLike) -> pathlib.Path:
     path = pathlib.Path(workdir) / "report.html"
     path.write_text(_page(config, rows), encoding="utf-8")
     return path
-
-
-def figure(workdir: str | os.PathLike) -> Any:
-    """The report's panels as a matplotlib figure. Raises ImportError without matplotlib, ValueError as `write` does."""
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError("report.figure needs matplotlib; pip install 'dcmdp-jax[report]'") from error
-    config, rows = _load(workdir)
-    shown = panels(config, rows)
-    height = max(1, math.ceil(len(shown) / 2))
-    drawn, axes = pyplot.subplots(height, 2, figsize=(11, 3.2 * height), squeeze=False, layout="constrained")
-    for axis, panel in zip(axes.flat, shown):
-        for series in panel.series:
-            axis.plot(*zip(*series.points), color=series.color, linewidth=series.width, label=series.label,
-                      clip_on=False, marker="o" if series.marked or len(series.points) == 1 else "")
-        if panel.tolerance is not None:
-            axis.axhspan(0, panel.tolerance, color=INSIDE, alpha=0.12)
-            axis.axhline(panel.tolerance, color=INSIDE, linestyle="--", label=f"tolerance {panel.tolerance:g}")
-        ticks = _value_ticks(panel)
-        axis.set(title=panel.title, ylabel=panel.unit, xlabel="step", ylim=(ticks[0], ticks[-1]))
-        axis.grid(alpha=0.3)
-        if len(panel.series) > 1 or panel.tolerance is not None:
-            axis.legend(fontsize="small")
-    for axis in axes.flat[len(shown):]:
-        axis.set_visible(False)
-    pyplot.close(drawn)  # or a notebook shows it twice: as the cell's value and as an open figure
-    return drawn
 
 
 def panels(config: dict[str, Any], rows: list[dict[str, Any]]) -> list[Panel]:

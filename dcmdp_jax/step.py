@@ -12,12 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from dcmdp_jax import constraint, sharding
 from dcmdp_jax.config import AlgorithmConfig, Config, ModelConfig
-from dcmdp_jax.losses import diagnostics
+from dcmdp_jax.losses import diagnostics, reduce
 from dcmdp_jax.models import qwen3, scoring
 from dcmdp_jax.records import Batch, TrainState
 
@@ -25,8 +24,10 @@ Metrics = dict[str, jax.Array]
 
 
 def optimizer(config: AlgorithmConfig) -> optax.GradientTransformation:
-    """AdamW after clipping by global norm; the learning rate rises linearly over `lr_warmup_steps` updates."""
-    rate = optax.schedules.warmup_constant_schedule(0.0, config.learning_rate, config.lr_warmup_steps)
+    """AdamW after clipping by global norm; the learning rate rises linearly over the first `lr_warmup_steps` updates."""
+    def rate(count):
+        return config.learning_rate * jnp.minimum(1.0, (count + 1) / (config.lr_warmup_steps + 1))
+
     return optax.chain(optax.clip_by_global_norm(config.grad_clip),
                        optax.adamw(rate, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay))
 
@@ -121,9 +122,9 @@ def _gradients(params: Any, minibatch: tuple, config: Config, model: ModelConfig
     to what the minibatch in one piece would give.
     """
     batch, old_logp, shaped = minibatch
-    surrogate, reduce = config.algorithm.surrogate, config.algorithm.reduce
+    surrogate = config.algorithm.surrogate
     _, denominator = surrogate(_flat(old_logp), _flat(old_logp), _flat(batch.rollout_logp), _flat(shaped), _flat(batch.mask))
-    weight = jax.grad(lambda x: reduce(x, denominator))(jnp.zeros_like(_flat(shaped))).reshape(shaped.shape)
+    weight = jax.grad(lambda x: config.algorithm.reduce(x, denominator))(jnp.zeros_like(_flat(shaped))).reshape(shaped.shape)
 
     def loss_fn(params, micro, old_logp, shaped, weight):
         logp, _ = _score(params, micro, config, model)
@@ -136,18 +137,17 @@ def _gradients(params: Any, minibatch: tuple, config: Config, model: ModelConfig
 
     zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
     (loss, grads), _ = jax.lax.scan(accumulate, zero, (batch, old_logp, shaped, weight))
-    return loss, grads, optax.global_norm(grads)
+    return loss, grads, optax.tree.norm(grads)
 
 
 def _metrics(batch: Batch, advantage: jax.Array, old_logp: jax.Array, shaped: jax.Array, entropy: jax.Array) -> Metrics:
-    mask, tokens = batch.mask, jnp.maximum(jnp.sum(batch.mask), 1)
-    flipped = mask & (jnp.sign(shaped) * jnp.sign(advantage) < 0)
+    mask, advantage = _flat(batch.mask), _flat(advantage)
     return {
         "reward": jnp.mean(batch.reward),
-        "entropy": jnp.sum(jnp.where(mask, entropy, 0)) / tokens,
+        "entropy": reduce.token_mean(_flat(entropy), mask),
         "response_length": jnp.mean(jnp.sum(mask, axis=-1).astype(jnp.float32)),
-        "advantage_sign_flips": jnp.sum(flipped) / tokens,
-    } | diagnostics.summary(_flat(old_logp), _flat(batch.rollout_logp), _flat(advantage), _flat(mask))
+    } | diagnostics.summary(_flat(old_logp), _flat(batch.rollout_logp), advantage, mask) \
+      | diagnostics.sign_flip(advantage, _flat(shaped), mask)
 
 
 def _flat(x: jax.Array) -> jax.Array:

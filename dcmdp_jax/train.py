@@ -42,6 +42,7 @@ def train(config: Config, workdir: pathlib.Path) -> TrainState:
     claim(workdir, config)
     model, vocabulary = inputs.model, inputs.tokenizer
     saved = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
+    log = metrics.Log(workdir, config, first_step=(saved.latest or 0) + 1)
     state = _restore(saved, config, inputs, mesh) or _start(config, inputs, mesh, workdir)
 
     update = step.compile(config, model, mesh)
@@ -49,8 +50,7 @@ def train(config: Config, workdir: pathlib.Path) -> TrainState:
                     stop_ids=vocabulary.eos_ids, steps=config.rollout.tokens_per_dispatch, mesh=mesh)
     to_engine, to_exact = (sync.make(model, dtype, mesh) for dtype in (config.rollout.weights, "float32"))
     params, exact = to_engine(state.params), config.rollout.weights == "float32" and not model.bfloat16
-    log = metrics.Log(workdir, config, first_step=int(state.step) + 1)
-    with _stop_requests() as stopping:
+    with log, _stop_requests() as stopping:
         while (number := int(state.step)) < config.steps:
             started, position = time.perf_counter(), inputs.prompts.get_state()
             key = jax.random.fold_in(jax.random.key(config.seed), number)
@@ -79,8 +79,8 @@ def train(config: Config, workdir: pathlib.Path) -> TrainState:
                 break
         saved.save(state, position, config.seed)
     saved.close()
-    log.close()
-    report.write(workdir)
+    if jax.process_index() == 0:
+        report.write(workdir)
     if number < config.steps:
         raise Interrupted(f"stopped after step {number} of {config.steps}; everything is saved in {workdir}")
     return state
@@ -136,8 +136,9 @@ def claim(workdir: pathlib.Path, config: Config) -> None:
         for name, (old, new) in _differences(before, now).items():
             if name.split(".")[0] not in MAY_CHANGE:
                 raise ValueError(f"{workdir} holds a run with {name}={old}, not {new}; choose another --workdir, or the old value")
-    workdir.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(now, indent=2) + "\n")
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(now, indent=2) + "\n")
 
 
 MAY_CHANGE = ("steps", "mesh", "eval", "checkpoint", "tensorboard", "wandb")

@@ -28,7 +28,7 @@ CONFIG = Config(
         reduce=reduce.token_mean,
         minibatches=4, learning_rate=1e-4, lr_warmup_steps=20, beta2=0.999),
     constraint=ConstraintConfig(
-        shape=constraint.shape, dual=constraint.projected_ascent, tolerance=0.02, multiplier_max=0.2),
+        shape=constraint.shape, dual=constraint.projected_ascent, tolerance=0.004, multiplier_max=0.2),
     warmup=WarmupConfig(steps=600, batch_size=128, learning_rate=3e-3),
     eval=EvalConfig(every=20, prompts=512),
     steps=160,

@@ -16,9 +16,12 @@ def centred(logits, log_q, actions, advantage, mask, k, weight):
     """Loss [1, T] of logits [T, V] with the sampler's k likeliest tokens for a head."""
     logp = jax.nn.log_softmax(logits)
     ids = jax.lax.top_k(log_q, k)[1]
-    own, head = (lambda x: jnp.take_along_axis(x, actions[:, None], 1)[:, 0]), (lambda x: jnp.take_along_axis(x, ids, 1))
+    arrays = []
+    for chosen in (actions[:, None], ids):
+        arrays += [jnp.take_along_axis(x, chosen, 1)[None] for x in (logp, log_q)]
+    own, own_q, head, head_q = arrays
     return centering.score_centering(
-        own(logp)[None], own(log_q)[None], head(logp)[None], head(log_q)[None], advantage[None], mask[None], weight=weight
+        own[..., 0], own_q[..., 0], head, head_q, advantage[None], mask[None], weight=weight
     )
 
 

@@ -282,7 +282,8 @@ def test_relative_controllers_survive_tolerance_zero():
     for make in (constraint.relative_ascent, constraint.log_space_ascent):
         controller = make()
         assert controller.update(controller.init(), 0.1, 1, 0.0).multiplier == 1.0
-        jax.tree.map(np.testing.assert_array_equal, controller.update(controller.init(), 0.0, 1, 0.0), controller.init())
+        undecided = controller.update(controller.init(), 0.0, 1, 0.0)
+        jax.tree.map(np.testing.assert_array_equal, undecided, controller.init())
 
 
 def test_ema_is_the_unbiased_average():

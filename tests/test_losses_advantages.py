@@ -56,6 +56,16 @@ def test_group_advantages(function, options, formula):
     assert np.all(np.asarray(computed)[(group == 1) | (group == 3)] == 0)
 
 
+def test_equal_rewards_give_exactly_zero():
+    """Where the rounding of a mean would be divided by a standard deviation made of the same rounding."""
+    values = np.array([0.1, 0.3, 0.7, 1 / 3, 1e3 + 0.1], np.float32)
+    for size in (3, 5, 6, 7, 11):
+        reward = np.repeat(values, size)
+        group = np.repeat(np.arange(5, dtype=np.int32), size)
+        for function in (advantages.grpo, advantages.dr_grpo, advantages.rloo, advantages.dynamic_sampling_mask):
+            assert not np.any(function(reward, group, num_groups=5))
+
+
 def test_group_order_and_names_do_not_matter():
     reward, group = rewards()
     reward = np.nan_to_num(reward)
@@ -147,6 +157,26 @@ def tokens() -> tuple[np.ndarray, np.ndarray]:
     mask = rng.random((8, 5)) < 0.6
     mask[3] = False
     return np.where(mask, rng.standard_normal((8, 5)), np.nan).astype(np.float32), mask
+
+
+def test_float32_stays_float32_where_float64_is_enabled():
+    (reward, group), (x, mask) = rewards(), tokens()
+
+    def everything() -> list:
+        grouped = (advantages.grpo, advantages.rloo, advantages.gpg, advantages.pass_at_k_advantage)
+        out = [function(reward, group, num_groups=GROUPS) for function in grouped]
+        out += [advantages.pass_at_k(reward, group, num_groups=GROUPS, k=2), advantages.reinforce_pp(x, mask)]
+        out += [advantages.overlong_penalty(group, max_length=4, cache=2)]
+        out += [advantages.length_reward(reward, group, group, num_groups=GROUPS)]
+        out += [reduce.token_mean(x, mask), reduce.sequence_mean_token_sum(x, mask)]
+        return out + [reduce.sequence_mean_token_mean(x, mask), reduce.constant(x, mask, normalizer=3)]
+
+    expected = everything()
+    with jax.enable_x64(True):
+        computed = everything()
+    for value, reference in zip(computed, expected):
+        assert value.dtype == jnp.float32
+        np.testing.assert_allclose(value, reference, rtol=1e-6)
 
 
 def test_reducers():

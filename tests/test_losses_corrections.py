@@ -195,6 +195,9 @@ def test_bypass_gives_unmeasured_tokens_no_gradient_and_counts_them():
     np.testing.assert_array_equal(denominator, x["mask"])
     assert np.all(np.asarray(loss)[unmeasured] == 0) and np.all(np.asarray(gradient)[unmeasured] == 0)
     assert np.all(np.isfinite(loss)) and np.all(np.isfinite(gradient))
+    of_row, _ = corrections.bypass(sequence.gspo)(**x)
+    expected = sequence.gspo(x["logp"], x["rollout_logp"], x["advantage"], gap(x)[1])
+    np.testing.assert_array_equal(of_row, expected)
 
 
 def test_denominators_of_correction_and_rejections():
@@ -272,7 +275,7 @@ def test_trust_region_veto_ipo_kpop():
 
     cases = {
         "trust_region": (dict(threshold=1.0), (np.exp(d) - 1 - d).max(1, keepdims=True) <= 1.0),
-        "veto": (dict(threshold=0.2), d.min(1, keepdims=True) >= np.log(0.2)),
+        "veto": (dict(threshold=0.5), d.min(1, keepdims=True) >= np.log(0.5)),
         "ipo": (dict(threshold=0.2), np.abs(p - q) <= 0.2),
         "kpop": (dict(threshold=0.1), np.maximum(binary(p, q), binary(q, p)) <= 0.1),
     }
@@ -280,6 +283,13 @@ def test_trust_region_veto_ipo_kpop():
         keep = np.asarray(getattr(rejection, name)(*pair(x), **options))
         np.testing.assert_array_equal(keep, x["mask"] & expected, err_msg=name)
         assert 0 < keep.sum() < x["mask"].sum(), name
+
+
+def test_kpop_looks_both_ways():
+    rare, common = np.log(np.float32([[1e-3]])), np.log(np.float32([[0.3]]))  # 0.35 nats one way, 1.5 the other
+    for pair_of_engines in ((rare, common), (common, rare)):
+        keep = [bool(rejection.kpop(*pair_of_engines, np.ones((1, 1), bool), threshold=t)[0, 0]) for t in (0.75, 2.0)]
+        assert keep == [False, True]
 
 
 def m2po_by_sorting(square: np.ndarray, threshold: float) -> np.ndarray:
@@ -344,6 +354,19 @@ def test_batch_normalize_and_blend():
     np.testing.assert_allclose(corrections.blend(weights, x["mask"], alpha=1.0), weights)
     half = corrections.blend(weights, x["mask"], alpha=0.5)
     np.testing.assert_allclose(half, np.where(x["mask"], 0.5 + 0.5 * weights, 0), rtol=1e-6)
+
+
+def test_float32_stays_float32_where_float64_is_enabled():
+    x = batch()
+    rejections = (rejection.m2po, rejection.kpop, rejection.ipo, rejection.veto, partial(rejection.k3, high=0.05))
+    for correction in (corrections.tis(), corrections.sequence_mis(), corrections.geometric_mask(0.8, 1.2)):
+        made = corrections.decoupled(policy.clipped, correction, rejections=rejections)
+        expected, kept = made(**x)
+        with jax.enable_x64(True):
+            loss, denominator = made(**x)
+        assert loss.dtype == jnp.float32
+        np.testing.assert_array_equal(loss, expected)
+        np.testing.assert_array_equal(denominator, kept)
 
 
 def test_kl_estimates_have_the_expectations_they_claim():

@@ -202,6 +202,17 @@ def test_clip_cov_drops_the_expected_number_of_candidates_and_no_other():
     assert len(set(count)) > 1
 
 
+def test_clip_cov_draws_from_the_band_and_not_what_the_clip_stopped():
+    logp, old_logp, advantage, mask = large_batch()
+    old_logp = logp + 3 * (old_logp - logp)
+    loss = covariance.clip_cov(logp, old_logp, advantage, mask, key=jax.random.key(0), fraction=0.9)  # all are drawn
+    cov, ratio = covariances(logp, advantage, mask), np.exp(np.float64(logp) - np.float64(old_logp))
+    stopped = np.where(np.asarray(advantage) > 0, ratio > 1.2, ratio < 0.8)
+    drawn = (cov > 1) & (cov < 5) & ~stopped
+    assert np.any((cov > 1) & (cov < 5) & stopped)
+    np.testing.assert_array_equal(np.asarray(loss) == 0, drawn | ~np.asarray(mask))
+
+
 def test_clip_cov_depends_on_the_key_alone():
     x = large_batch()
     first, again, other = (covariance.clip_cov(*x, key=jax.random.key(s), fraction=1e-2) for s in (1, 1, 2))
@@ -251,6 +262,17 @@ def test_padding_and_empty_masks(loss):
     assert np.all(np.asarray(gradient)[~mask] == 0) and np.any(np.asarray(gradient)[mask] != 0)
     value, gradient = run(logp, old_logp, advantage, np.zeros_like(mask))
     assert value == 0 and np.all(np.asarray(gradient) == 0)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda f: getattr(f, "__name__", None) or f.func.__name__)
+def test_float32_stays_float32_where_float64_is_enabled(loss):
+    x = batch()
+    expected = loss(*x)
+    with jax.enable_x64(True):
+        value = loss(*x)
+        scalar = reduce.token_mean(value, x[-1])
+    assert value.dtype == scalar.dtype == jnp.float32
+    np.testing.assert_array_equal(value, expected)
 
 
 def test_arguments_are_named_in_errors():

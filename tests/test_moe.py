@@ -37,8 +37,7 @@ def dense(params, x, config):
     return jnp.einsum("bsef,efd,bse->bsd", inner, params["down_proj"], gates)
 
 
-@pytest.mark.parametrize("k", [1, 3, 5])
-@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize(("k", "norm"), [(1, True), (1, False), (3, True), (5, False)])
 def test_values_and_gradients_equal_the_dense_form(k, norm):
     config = dataclasses.replace(CONFIG, experts_per_token=k, norm_topk_prob=norm)
     params = random_params(config)

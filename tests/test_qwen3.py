@@ -176,7 +176,8 @@ def test_a_token_sees_no_later_token(loaded):
 
 
 def test_trees_agree():
-    for config in (sizes.TINY, sizes.TINY_MOE, dataclasses.replace(sizes.TINY_MOE, num_layers=4, decoder_sparse_step=2)):
+    mixed = dataclasses.replace(sizes.TINY_MOE, num_layers=4, decoder_sparse_step=2)
+    for config in (sizes.TINY, sizes.TINY_MOE, mixed):
         params = jax.eval_shape(lambda c=config: qwen3.init(jax.random.key(0), c))
         named = jax.tree.map(lambda x, axes: len(axes) == x.ndim, params, qwen3.logical_axes(config))
         assert all(jax.tree.leaves(named))
@@ -192,8 +193,6 @@ def test_trees_agree():
 
 def test_initial_values():
     params = jax.jit(qwen3.init, static_argnums=(1, 2))(jax.random.key(0), sizes.TINY_MOE, jnp.float32)
-    eager = qwen3.init(jax.random.key(0), sizes.TINY_MOE)
-    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, params, eager)))
     gate = params["stacks"][0]["moe"]["gate_proj"]
     assert np.std(gate) == pytest.approx(0.02, rel=0.05)
     assert not np.array_equal(gate[0], gate[1])

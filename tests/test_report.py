@@ -181,13 +181,11 @@ def test_ticks_enclose_the_values_evenly(low, high):
     [{k: v for k, v in row.items() if "eval" not in k} for row in ROWS], [{**row, "delta_mean": 1e-12} for row in ROWS],
     [{**ROWS[1], "step": step, "reward": -1.0} for step in range(1, 400)],
 ], ids=["none", "one", "bare", "nulls", "first null", "zero", "no evaluation", "exact engine", "long"])
-def test_odd_runs_have_a_page_and_a_figure(tmp_path, rows):
+def test_odd_runs_have_a_page(tmp_path, rows):
     seen = page(tmp_path, rows)
     assert seen.count("svg") == len(report.panels(CONFIG, rows)) and seen.count("h1") == 1
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"\b(nan|inf|None)\b", re.sub(r"<pre>.*</pre>", "", text, flags=re.S))
-    pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
-    assert sum(axis.get_visible() for axis in report.figure(tmp_path).axes) == len(report.panels(CONFIG, rows))
 
 
 @pytest.mark.parametrize("config", [{}, {"name": "x"}, CONFIG | {"constraint": {}}, CONFIG | {"eval": None}])
@@ -202,23 +200,10 @@ def test_a_torn_last_line_is_an_interrupted_run(tmp_path):
     assert "stopped at step 2 of 4" in report.write(tmp_path).read_text(encoding="utf-8")
 
 
-def test_figure_draws_the_same_numbers(tmp_path):
-    pyplot = pytest.importorskip("matplotlib.pyplot", reason="the extra 'report' is not installed")
-    axes = {axis.get_title(): axis for axis in report.figure(make_run(tmp_path, ROWS)).axes}
-    lines = axes["Discrepancy of probabilities"].get_lines()
-    assert list(lines[0].get_ydata()) == list(DELTAS) and set(lines[1].get_ydata()) == {0.01}
-    engine = next(line for line in axes["Reward"].get_lines() if line.get_color() == report.ENGINE)
-    assert list(zip(engine.get_xdata(), engine.get_ydata())) == [(1, 0.25), (4, 0.75)]
-    assert not pyplot.get_fignums()  # nothing left open for a notebook to show again
-
-
-def test_what_is_missing_is_named(tmp_path, monkeypatch):
+def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json does not exist"):
         report.write(tmp_path)
     make_run(tmp_path, ROWS)
     (tmp_path / "metrics.jsonl").unlink()
     with pytest.raises(ValueError, match=r"metrics\.jsonl does not exist"):
-        report.figure(tmp_path)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'dcmdp-jax\[report\]'"):
-        report.figure(tmp_path)
+        report.write(tmp_path)

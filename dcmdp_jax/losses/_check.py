@@ -54,8 +54,13 @@ def arguments(logp, old_logp, adv, m) -> tuple[Array, Array, Array, Array]:
     """Checks the four arguments of a policy loss and zeroes what padding holds, so that arithmetic on it is safe."""
     logp, old_logp = tokens(logp=logp, old_logp=old_logp)
     m = mask(m, logp)
-    adv = advantage(adv, logp)
-    return select(m, logp), select(m, old_logp), select(m, adv), m
+    return select(m, logp), select(m, old_logp), select(m, advantage(adv, logp)), m
+
+
+def rollout_arguments(logp, rollout_logp, adv, m) -> tuple[Array, Array, Array, Array]:
+    """As `arguments`, for a loss against the sampler: tokens that it did not measure leave the mask."""
+    logp, rollout_logp = tokens(logp=logp, rollout_logp=rollout_logp)
+    return arguments(logp, rollout_logp, adv, measured(rollout_logp, mask(m, logp)))
 
 
 def clip_bounds(clip_low: float, clip_high: float) -> None:
@@ -90,17 +95,22 @@ def measured(rollout_logp: Array, mask: Array) -> Array:
     return mask & jnp.isfinite(rollout_logp)
 
 
+def bound(x: Array, low: Array | float, high: Array | float) -> Array:
+    """x between two bounds, with gradient 0 outside them; jnp.clip's derivative costs several passes more."""
+    return jax.lax.clamp(jnp.asarray(low, x.dtype), x, jnp.asarray(high, x.dtype))
+
+
 def log_ratio(a: Array, b: Array, mask: Array, clamp: float = 20.0) -> Array:
     """clip(a - b, -clamp, clamp) on the mask and 0 elsewhere, in nats; the gradient is 0 outside mask and clamp.
 
     For a ratio against the sampler, pass `measured(rollout_logp, mask)` as the mask.
     """
-    return jax.lax.clamp(-clamp, select(mask, a) - select(mask, b), clamp)
+    return bound(select(mask, a) - select(mask, b), -clamp, clamp)
 
 
 def ratio(logp: Array, old_logp: Array) -> Array:
     """exp(clip(logp - old_logp, -20, 20)) of log-probabilities that `arguments` has zeroed at padding."""
-    return jnp.exp(jax.lax.clamp(-20.0, logp - old_logp, 20.0))
+    return jnp.exp(bound(logp - old_logp, -20.0, 20.0))
 
 
 def row_sum(x: Array, mask: Array) -> Array:
@@ -146,7 +156,7 @@ def pessimistic(ratio: Array, adv: Array, clip_low: float, clip_high: float, rat
     """
     lower = jnp.where(adv > 0, 0.0, 1 - clip_low)
     upper = jnp.where(adv > 0, 1 + clip_high, ratio_max)
-    return -adv * jax.lax.clamp(lower, ratio, upper)
+    return -adv * bound(ratio, lower, upper)
 
 
 def _floating(name: str, value) -> None:

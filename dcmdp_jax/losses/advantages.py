@@ -72,7 +72,8 @@ def gpg(reward: Array, group: Array, *, num_groups: int) -> Array:
     """
     reward, group = _arguments(reward, group, num_groups)
     useful = _spread(reward, group, num_groups)[group] > 0
-    scale = jnp.sum(group < num_groups) / jnp.maximum(jnp.sum(useful), 1)
+    completions = jnp.sum(group < num_groups, dtype=jnp.float32)
+    scale = completions / jnp.maximum(jnp.sum(useful, dtype=jnp.float32), 1)
     return scale * _centred(reward, group, num_groups)[0]
 
 
@@ -82,7 +83,7 @@ def pass_at_k_advantage(reward: Array, group: Array, *, num_groups: int, epsilon
     Formula: A = (R - second_g) / (std_g + epsilon) for the best completion, else 0
     Needs: reward, group, num_groups
     Default: epsilon 1e-6, std_g over n_g - 1
-    Paper: Walder and Karkhanis, arXiv 2503.19595, in verl's form (grpo_passk)
+    Paper: Tang et al., arXiv 2503.19595, in verl's form (grpo_passk)
 
     A tie at the top has no lead: 0 for the whole group.
     """

@@ -229,6 +229,7 @@ class Decoupled:
     denominator: Callable[[Array, Array], Array]
 
     def __call__(self, logp, old_logp, rollout_logp, advantage, mask) -> tuple[Array, Array]:
+        _check.tokens(logp=logp, old_logp=old_logp, rollout_logp=rollout_logp)
         loss = self.loss(logp, old_logp, advantage, mask)
         denominator = _check.mask(mask, loss)
         keep = denominator
@@ -252,7 +253,7 @@ class Bypass:
     denominator: Callable[[Array, Array], Array]
 
     def __call__(self, logp, old_logp, rollout_logp, advantage, mask) -> tuple[Array, Array]:
-        (rollout_logp,) = _check.tokens(rollout_logp=rollout_logp)
+        logp, _, rollout_logp = _check.tokens(logp=logp, old_logp=old_logp, rollout_logp=rollout_logp)
         mask = _check.mask(mask, rollout_logp)
         measured = _check.measured(rollout_logp, mask)
         loss = self.loss(logp, rollout_logp, advantage, measured)

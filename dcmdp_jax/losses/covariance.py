@@ -76,7 +76,7 @@ def kl_cov(
     """
     _check_fraction(fraction)
     logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
-    log_ratio = jax.lax.clamp(-20.0, logp - old_logp, 20.0)
+    log_ratio = _check.bound(logp - old_logp, -20.0, 20.0)
     count = jnp.maximum(jnp.sum(_check.row_count(mask)), 1)
     cov = jnp.where(mask, _covariance(logp, advantage, count), -jnp.inf)
     highest, _ = jax.lax.top_k(cov.reshape(-1), min(cov.size, int(fraction * cov.size) + 2))

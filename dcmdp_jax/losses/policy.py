@@ -76,7 +76,7 @@ def gpg(logp: Array, old_logp: Array, advantage: Array, mask: Array, *, alpha: A
     Default: alpha 1.0; the paper's is N / (completions of groups with unequal rewards), a global count
     Paper: GPG, arXiv 2504.02546
 
-    verl has no alpha in the loss and puts it into the advantage.
+    `advantages.gpg` has the same factor: take it there or here, not in both.
     """
     logp, _, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
     return -alpha * advantage * logp
@@ -196,11 +196,12 @@ def prime_tv(
 
     e = exp(logp - rollout_logp), differentiated.
     """
-    logp, rollout_logp, advantage, mask = _check.arguments(logp, rollout_logp, advantage, mask)
-    log_ratio = jax.lax.clamp(-20.0, logp - rollout_logp, 20.0)
+    logp, rollout_logp, advantage, mask = _check.rollout_arguments(logp, rollout_logp, advantage, mask)
+    log_ratio = _check.bound(logp - rollout_logp, -20.0, 20.0)
     gap = jnp.exp(stop(logp)) - jnp.exp(rollout_logp)
     keep = jnp.where(advantage > 0, gap <= delta_high, gap >= -delta_low)
-    return -stop(jnp.where(keep, advantage, 0.0)) * jnp.exp(log_ratio) + penalty * jnp.square(log_ratio)
+    ratio = jnp.exp(jnp.where(keep, log_ratio, -jnp.inf))
+    return -advantage * ratio + penalty * jnp.square(log_ratio)
 
 
 def spo(logp: Array, old_logp: Array, advantage: Array, mask: Array, *, epsilon: float = 0.2) -> Array:
@@ -211,7 +212,8 @@ def spo(logp: Array, old_logp: Array, advantage: Array, mask: Array, *, epsilon:
     Default: epsilon 0.2
     Paper: SPO, arXiv 2401.16025
     """
-    return _quadratic(logp, old_logp, advantage, mask, epsilon, weighted=False)
+    logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
+    return _quadratic(logp, old_logp, advantage, 1.0, epsilon)
 
 
 def drpo(logp: Array, rollout_logp: Array, advantage: Array, mask: Array, *, epsilon: float = 12.5) -> Array:
@@ -224,7 +226,8 @@ def drpo(logp: Array, rollout_logp: Array, advantage: Array, mask: Array, *, eps
 
     The gradient's weight on a token is 1 - sign(A (e - 1)) |p - p_rollout| / epsilon. `spo` is this with weight 1.
     """
-    return _quadratic(logp, rollout_logp, advantage, mask, epsilon, weighted=True)
+    logp, rollout_logp, advantage, mask = _check.rollout_arguments(logp, rollout_logp, advantage, mask)
+    return _quadratic(logp, rollout_logp, advantage, jnp.exp(stop(rollout_logp)), epsilon)
 
 
 def dro(logp: Array, old_logp: Array, advantage: Array, mask: Array, *, beta: float) -> Array:
@@ -238,7 +241,7 @@ def dro(logp: Array, old_logp: Array, advantage: Array, mask: Array, *, beta: fl
     if not beta > 0:
         raise ValueError(f"beta must be above zero, not {beta}")
     logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
-    return -advantage * logp + 0.5 * beta * jnp.square(jax.lax.clamp(-20.0, logp - old_logp, 20.0))
+    return -advantage * logp + 0.5 * beta * jnp.square(_check.bound(logp - old_logp, -20.0, 20.0))
 
 
 def topr(
@@ -258,14 +261,13 @@ def topr(
 
 
 def _truncated_score(logp: Array, old_logp: Array, advantage: Array, keep: Array, ratio_max: float) -> Array:
-    weight = jnp.where(keep, jnp.minimum(_check.ratio(logp, old_logp), ratio_max), 0.0)
-    return -stop(weight * advantage) * logp
+    log_weight = jnp.minimum(_check.bound(logp - old_logp, -20.0, 20.0), math.log(ratio_max))
+    weight = jnp.exp(jnp.where(keep, log_weight, -jnp.inf))  # exp last: XLA then stores the weight and not its parts
+    return -stop(weight) * advantage * logp
 
 
-def _quadratic(logp, old_logp, advantage, mask, epsilon: float, *, weighted: bool) -> Array:
+def _quadratic(logp: Array, old_logp: Array, advantage: Array, weight: Array | float, epsilon: float) -> Array:
     if not epsilon > 0:
         raise ValueError(f"epsilon must be above zero, not {epsilon}")
-    logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
     ratio = _check.ratio(logp, old_logp)
-    weight = jnp.exp(stop(old_logp)) if weighted else 1.0
     return -advantage * ratio + jnp.abs(advantage) * weight * jnp.square(ratio - 1) / (2 * epsilon)

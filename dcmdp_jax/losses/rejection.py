@@ -208,6 +208,7 @@ def opsm(
 
     It reads the current policy, so it multiplies the loss of a surrogate: `jnp.where(keep, loss, 0)`.
     """
+    _check.tokens(logp=logp, rollout_logp=rollout_logp)
     difference, measured, mask = _difference(logp, rollout_logp, mask)
     advantage = _check.advantage(advantage, difference)
     return mask & ((advantage >= 0) | (sequence_mean(-difference, measured) <= threshold))

@@ -33,7 +33,7 @@ def gspo(
     """
     _check.clip_bounds(clip_low, clip_high)
     logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
-    log_ratio = _check.row_mean(jax.lax.clamp(-20.0, logp - old_logp, 20.0), mask)
+    log_ratio = _check.row_mean(_check.bound(logp - old_logp, -20.0, 20.0), mask)
     ratio = jnp.exp(jnp.minimum(log_ratio, _LOG_RATIO_MAX))
     loss = _check.pessimistic(ratio, _check.row_mean(advantage, mask), clip_low, clip_high)
     return _check.select(mask, jnp.broadcast_to(loss, mask.shape))
@@ -54,7 +54,7 @@ def gspo_token(
     """
     _check.clip_bounds(clip_low, clip_high)
     logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
-    log_ratio = stop(_check.row_mean(jax.lax.clamp(-20.0, logp - old_logp, 20.0), mask)) + logp - stop(logp)
+    log_ratio = stop(_check.row_mean(_check.bound(logp - old_logp, -20.0, 20.0), mask)) + logp - stop(logp)
     ratio = jnp.exp(jnp.minimum(log_ratio, _LOG_RATIO_MAX))
     return _check.pessimistic(ratio, advantage, clip_low, clip_high)
 
@@ -76,7 +76,7 @@ def gmpo(
         raise ValueError("clip_low and clip_high must be at least 0, in nats")
     logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
     sign = jnp.sign(advantage)
-    log_ratio = jax.lax.clamp(-20.0, logp - old_logp, 20.0)
+    log_ratio = _check.bound(logp - old_logp, -20.0, 20.0)
     clipped = sign * jnp.minimum(sign * log_ratio, sign * jnp.clip(log_ratio, -clip_low, clip_high))
     loss = -_check.row_mean(advantage, mask) * jnp.exp(_check.row_mean(clipped, mask))
     return _check.select(mask, jnp.broadcast_to(loss, mask.shape))
@@ -101,7 +101,7 @@ def vespo(
     TRL folds the train/rollout factor into log w; here it stays with `corrections`.
     """
     logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
-    total = _check.row_sum(jax.lax.clamp(-20.0, logp - old_logp, 20.0), mask)
+    total = _check.row_sum(_check.bound(logp - old_logp, -20.0, 20.0), mask)
     log_weight = jnp.clip(total, math.log(1e-8), 20.0)
     power = jnp.where(advantage >= 0, positive[0], negative[0])
     decay = jnp.where(advantage >= 0, positive[1], negative[1])

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models.quantized import Quantized, einsum, precision
 
+NORMAL = nn.initializers.normal(0.02)
 
-def parameter(module: nn.Module, name: str, shape: tuple, axes: tuple, init=nn.initializers.normal(0.02)):
+
+def parameter(module: nn.Module, name: str, shape: tuple, axes: tuple, init=NORMAL):
     """Declare a parameter: its shape, the logical name of each axis, and how it starts."""
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, module.param_dtype)
 

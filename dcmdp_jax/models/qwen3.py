@@ -88,7 +88,7 @@ def contracting_axes(config: ModelConfig) -> dict:
 def unstack(params: dict, config: ModelConfig) -> dict:
     """The same parameters with `stacks` a flat list of one tree per layer, the form `prefill` and `decode` take."""
     layers = [
-        jax.tree.map(lambda leaf: leaf[i], stack)
+        jax.tree.map(lambda leaf, i=i: leaf[i], stack)
         for stack, (_, n) in zip(params["stacks"], stacks(config), strict=True)
         for i in range(n)
     ]

@@ -154,8 +154,8 @@ def read_config(folder: str | pathlib.Path) -> ModelConfig:
 def load(folder: str | pathlib.Path, dtype=jnp.float32, *, shardings: Any = None) -> tuple[ModelConfig, dict]:
     """Read a Hugging Face folder of Qwen3 or Qwen3-MoE.
 
-    `shardings` is a tree of shardings with `qwen3.init`'s structure: of each tensor no more is read than the slices this
-    host's devices hold. None puts everything on the default device. Weights are cast to `dtype`.
+    `shardings` is a tree of shardings with `qwen3.init`'s structure: of each tensor no more is read than the slices
+    this host's devices hold. None puts everything on the default device. Weights are cast to `dtype`.
 
     Raises ValueError, before anything is read, for a missing folder, config.json, shard or tensor, an architecture or
     setting that is not supported, a tensor of the wrong shape, one the model has no place for, and a damaged shard.
@@ -246,9 +246,9 @@ def save(
 ) -> None:
     """Write `params` (the tree of `qwen3.init`) as a Hugging Face folder that `load` and transformers read.
 
-    Writes config.json, safetensors of at most `max_shard_bytes` each (or one tensor, if larger) and their index. The
-    folder appears whole or not at all. Raises ValueError when it exists and is not empty, for parameters of another form
-    or shape, and for parameters that other hosts hold.
+    Writes config.json, safetensors of at most `max_shard_bytes` each (or one tensor, if larger) and their index.
+    The folder appears whole or not at all. Raises ValueError when it exists and is not empty, for parameters of
+    another form or shape, and for parameters that other hosts hold.
     """
     folder = pathlib.Path(folder).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):

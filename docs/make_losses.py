@@ -1,0 +1,111 @@
+"""Writes docs/losses.md from the docstrings of `losses` and `constraint`: `python -m docs.make_losses`.
+
+Every public function states `Formula:`, `Needs:`, `Default:` and `Paper:`; a line indented under one of these continues
+it. A function that leaves one out stops the script.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pathlib
+import pkgutil
+import re
+from types import ModuleType
+
+import dcmdp_jax.losses
+
+PAGE = pathlib.Path(__file__).with_name("losses.md")
+FIELDS = ("Formula", "Needs", "Default", "Paper")
+INTRODUCTION = '''# Losses and the constraint
+
+Pure functions: arrays in, arrays out. This page is made from the docstrings by `python -m docs.make_losses`.
+
+- Log-probs are float32 nats, `[N, T]` (completions x tokens): `logp` of the trainer (differentiated), `old_logp` of the
+  trainer at the weights that sampled, `rollout_logp` of the sampler, `ref_logp` of a reference.
+- `advantage` is `[N, T]` or `[N, 1]`; `mask` is true on response tokens that are trained. What arrays hold where it is
+  false is never read. A token whose `rollout_logp` is not finite takes no part in anything that compares with the sampler.
+- Ratios are train over rollout: rho = exp(old_logp - rollout_logp). Log ratios are clipped to +-20.
+- Losses come unreduced, per token; `reduce` makes a scalar of them.
+
+## Three algorithms on your own log-probs
+
+```python
+>>> import jax, numpy as np
+>>> from dcmdp_jax import constraint
+>>> from dcmdp_jax.losses import advantages, corrections, policy, reduce
+>>> rng = np.random.default_rng(0)
+>>> rollout_logp = -rng.exponential(0.5, (8, 64)).astype("float32")
+>>> old_logp = rollout_logp - rng.exponential(0.3, (8, 64)).astype("float32")
+>>> mask, group = np.ones((8, 64), bool), np.arange(8, dtype="int32") // 4
+>>> advantage = advantages.grpo(rng.random(8, "float32"), group, num_groups=2)[:, None]
+>>> shaped = constraint.shape(advantage, old_logp, rollout_logp, 0.5, 0.0037, mask)
+>>> plain, tis = corrections.decoupled(policy.clipped), corrections.decoupled(policy.clipped, corrections.tis(2.0))
+>>> def norm(surrogate, advantage):
+...     loss = lambda logp: reduce.token_mean(*surrogate(logp, old_logp, rollout_logp, advantage, mask))
+...     return f"{np.linalg.norm(jax.grad(loss)(old_logp)):.3f}"
+>>> {"GRPO": norm(plain, advantage), "TIS": norm(tis, advantage), "DC-GRPO": norm(plain, shaped)}
+{'GRPO': '0.038', 'TIS': '0.031', 'DC-GRPO': '0.039'}
+
+```
+
+The multiplier is updated after it was applied, from sums over the batch:
+
+```python
+>>> controller = constraint.projected_ascent(1.0, multiplier_init=0.5)
+>>> dual = controller.update(controller.init(), *constraint.measure(old_logp, rollout_logp, mask), 0.0037)
+>>> f"{dual.multiplier:.3f}"
+'0.637'
+
+```
+'''
+
+
+def modules() -> list[ModuleType]:
+    """`constraint`, then every public module of `losses`."""
+    names = sorted(found.name for found in pkgutil.iter_modules(dcmdp_jax.losses.__path__) if found.name[0] != "_")
+    return [importlib.import_module(f"dcmdp_jax.{name}") for name in ["constraint", *(f"losses.{n}" for n in names)]]
+
+
+def functions(module: ModuleType) -> dict:
+    """Public functions in the order of the file."""
+    members = {
+        name: member
+        for name, member in inspect.getmembers(module, inspect.isfunction)
+        if member.__module__ == module.__name__ and not name.startswith("_")
+    }
+    return dict(sorted(members.items(), key=lambda item: item[1].__code__.co_firstlineno))
+
+
+def fields(name: str, function) -> dict[str, str]:
+    """The first sentence and the four stated fields of a docstring."""
+    text = inspect.getdoc(function) or ""
+    stated = {"Summary": text.split("\n\n")[0].replace("\n", " ")}
+    for field in FIELDS:
+        found = re.search(rf"^{field}: (.+(?:\n[ \t]+.+)*)", text, re.MULTILINE)
+        if not found:
+            raise ValueError(f"{name} has no line `{field}:` in its docstring; write one")
+        stated[field] = re.sub(r"\s*\n\s*", " ", found[1])
+    return stated
+
+
+def table(module: ModuleType) -> str:
+    """A heading, the module's first sentence, and one row for each function."""
+    short = module.__name__.removeprefix("dcmdp_jax.")
+    rows = [f"## {short}", "", inspect.getdoc(module).split("\n\n")[0].replace("\n", " "), ""]
+    rows += ["| name | formula | needs | default | paper |", "|---|---|---|---|---|"]
+    for name, function in functions(module).items():
+        stated = fields(f"{short}.{name}", function)
+        cells = [f"`{name}`: {stated['Summary']}", *(f"{stated[field]}" for field in FIELDS)]
+        cells[1] = f"`{cells[1]}`"
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def page() -> str:
+    return "\n".join([INTRODUCTION, *(table(module) for module in modules())])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE}")

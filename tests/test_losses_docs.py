@@ -1,0 +1,60 @@
+"""docs/losses.md is what the docstrings say, and its example runs."""
+
+import doctest
+import importlib.util
+import pathlib
+
+import pytest
+
+from dcmdp_jax import constraint
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+
+
+@pytest.fixture(scope="module")
+def maker():
+    spec = importlib.util.spec_from_file_location("make_losses", DOCS / "make_losses.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_page_is_up_to_date(maker):
+    assert maker.page() == maker.PAGE.read_text(encoding="utf-8"), "run python -m docs.make_losses"
+
+
+def test_every_public_function_has_a_row(maker):
+    page = maker.page()
+    for module in maker.modules():
+        section = page.split(f"## {module.__name__.removeprefix('dcmdp_jax.')}\n")[1].split("\n## ")[0]
+        assert maker.functions(module)
+        for name in maker.functions(module):
+            assert f"\n| `{name}`: " in section
+
+
+def test_a_docstring_without_a_field_is_refused(maker):
+    def lacking():
+        """Something.
+
+        Formula: x
+        Needs: x
+        Default: none
+        """
+
+    with pytest.raises(ValueError, match="some.lacking has no line `Paper:`"):
+        maker.fields("some.lacking", lacking)
+
+
+def test_the_page_runs():
+    result = doctest.testfile(str(DOCS / "losses.md"), module_relative=False)
+    assert result.attempted >= 15 and result.failed == 0
+
+
+def test_the_ablation_example_is_fifteen_lines():
+    example = (DOCS / "losses.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    assert sum(line.startswith((">>>", "...")) for line in example.splitlines()) <= 15
+
+
+def test_docstring_examples_of_constraint_run():
+    result = doctest.testmod(constraint)
+    assert result.attempted >= 2 and result.failed == 0

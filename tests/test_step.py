@@ -1,0 +1,215 @@
+"""The compiled step against a plain computation on separate rows, and what it must keep when things go wrong."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dcmdp_jax import constraint, data, sharding, step
+from dcmdp_jax.config import (AlgorithmConfig, Config, ConstraintConfig, DataConfig, MeshConfig, ModelConfig, ModelSource,
+                              RolloutConfig)
+from dcmdp_jax.losses import advantages, corrections, policy, reduce
+from dcmdp_jax.models import qwen3
+from dcmdp_jax.records import Example, Prompts, Rollout, Scored
+
+TASK = object()  # never asked
+B, G, P, T, TOLERANCE = 4, 4, 5, 7, 0.05
+MODEL = ModelConfig(vocab_size=16, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8)
+MOE = dataclasses.replace(MODEL, num_experts=4, experts_per_token=2, expert_size=16)
+CLIPPED = functools.partial(policy.clipped, clip_low=0.2, clip_high=0.24)
+
+
+def make_config(model=MODEL, surrogate=corrections.decoupled(CLIPPED), **algorithm):
+    return Config(
+        name="test", model=ModelSource(shape=model), data=DataConfig(verifier=max, task=TASK, prompts_per_step=B,
+                                                                     max_prompt_tokens=P),
+        rollout=RolloutConfig(samples=G, max_tokens=T, temperature=0.9),
+        algorithm=AlgorithmConfig(advantage=advantages.grpo, surrogate=surrogate, reduce=reduce.token_mean,
+                                  learning_rate=1e-2, **algorithm),
+        constraint=ConstraintConfig(shape=constraint.shape, dual=constraint.projected_ascent, tolerance=TOLERANCE), steps=1)
+
+
+@functools.cache
+def make_params(model=MODEL):
+    def make(key):
+        return jax.tree.map(lambda w: w + 0.1 * jax.random.normal(jax.random.key(w.size), w.shape), qwen3.init(key, model))
+
+    return jax.jit(make)(jax.random.key(0))
+
+
+def make_scored(seed=0, reward=None):
+    """A made-up rollout: ragged prompts and completions, log-probs a little off the trainer's."""
+    rng = np.random.default_rng(seed)
+    asked, told = rng.integers(1, P + 1, B).astype(np.int32), rng.integers(0, T + 1, B * G).astype(np.int32)
+    prompts = Prompts(rng.integers(0, 16, (B, P)).astype(np.int32), asked, (Example("", ""),) * B)
+    rollout = Rollout(prompts, rng.integers(0, 16, (B * G, T)).astype(np.int32), told,
+                      rng.normal(-2.5, 0.7, (B * G, T)).astype(np.float32), told < T, 0, 0.9)
+    reward = rng.integers(0, 2, B * G) if reward is None else reward
+    return Scored(rollout, np.asarray(reward, np.float32), ("",) * (B * G))
+
+
+def fresh_state(config, model, mesh):
+    make = jax.jit(functools.partial(step.init_state, config), out_shardings=step.state_shardings(config, model, mesh))
+    return make(jax.tree.map(np.array, make_params(model)))
+
+
+compiled_step = functools.cache(step.compile)
+
+
+def run(config, scored, mesh=None, row_length=2 * (P + T)):
+    """One step from fresh state: (params before, state after, metrics)."""
+    mesh = mesh or ONE
+    model, algorithm = config.model.shape, config.algorithm
+    batch = data.pack(scored, minibatches=algorithm.minibatches, microbatches=algorithm.microbatches, row_length=row_length,
+                      row_divisor=sharding.batch_size(mesh), seed=1)
+    state = fresh_state(config, model, mesh)
+    state, metrics = compiled_step(config, model, mesh)(state, jax.device_put(batch, step.batch_shardings(mesh)))
+    return make_params(model), state, jax.device_get(metrics)
+
+
+ONE = sharding.single_device_mesh()
+forward = jax.jit(qwen3.logits, static_argnums=2)
+
+
+def row_logp(params, model, scored):
+    """Log-probs of every completion, one unpacked row each: [N, T]."""
+    rollout = scored.rollout
+    rows, starts = np.zeros((B * G, P + T), np.int32), np.repeat(rollout.prompts.lengths, G)
+    for i, n in enumerate(starts):
+        rows[i, :n], rows[i, n:n + T] = rollout.prompts.tokens[i // G, :n], rollout.tokens[i]
+    logp = jax.nn.log_softmax(forward(params, rows, model) / 0.9)
+    position = starts[:, None] - 1 + np.arange(T)
+    return logp[np.arange(B * G)[:, None], position, rollout.tokens]
+
+
+def plain_step(scored, model, multiplier=0.1):
+    """The step's definition for one minibatch, written out: loss, mean delta and new parameters."""
+    rollout, params = scored.rollout, make_params(model)
+    mask = np.arange(T) < rollout.lengths[:, None]
+    reward = scored.reward.reshape(B, G)
+    advantage = ((reward - reward.mean(1, keepdims=True)) / (reward.std(1, keepdims=True, ddof=1) + 1e-6)).reshape(-1, 1)
+    old = row_logp(params, model, scored)
+    old = np.asarray(old)
+    delta = np.abs(np.exp(old) - np.exp(rollout.rollout_logp))
+    shaped = advantage - multiplier * delta
+
+    def loss_fn(params):
+        ratio = jnp.exp(row_logp(params, model, scored) - old)
+        loss = jnp.maximum(-ratio * shaped, -jnp.clip(ratio, 0.8, 1.24) * shaped)
+        return jnp.sum(jnp.where(mask, loss, 0)) / mask.sum()
+
+    loss, grads = jax.jit(jax.value_and_grad(loss_fn))(params)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, b1=0.9, b2=0.95, weight_decay=0.0))
+
+    def apply(params, grads):
+        return optax.apply_updates(params, optimizer.update(grads, optimizer.init(params), params)[0])
+
+    return loss, delta[mask].mean(), jax.jit(apply)(params, grads)
+
+
+def assert_close(a, b, atol=2e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=atol, rtol=0), a, b)
+
+
+@pytest.mark.parametrize("model", [MODEL, MOE], ids=["dense", "moe"])
+def test_one_update_is_the_definition(model):
+    """Packed rows, gathered log-probs and the reducer's weights give what separate rows and a plain mean give."""
+    scored = make_scored()
+    loss, delta, params = plain_step(scored, model)
+    _, state, metrics = run(make_config(model), scored)
+    assert abs(metrics["loss"] - loss) < 1e-6 and abs(metrics["delta_mean"] - delta) < 1e-6
+    assert_close(state.params, params)
+    assert metrics["multiplier"] == np.float32(0.1) and state.step == 1 and state.skipped == 0
+    assert abs(state.dual.multiplier - np.clip(0.1 + (delta - TOLERANCE), 0, 1)) < 1e-6
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_accumulation_does_not_change_the_update(microbatches):
+    """Ragged microbatches weigh by their tokens, not alike."""
+    _, whole, _ = run(make_config(), make_scored())
+    _, parts, _ = run(make_config(microbatches=microbatches), make_scored())
+    assert_close(parts.params, whole.params)
+    assert_close(parts.dual, whole.dual, 1e-6)
+
+
+def test_sharded_equals_unsharded():
+    """Rows over four devices and heads over two; experts over two."""
+    for model, axes in ((MODEL, MeshConfig(data=2, fsdp=2, tensor=2)), (MOE, MeshConfig(fsdp=4, expert=2))):
+        config = make_config(model, microbatches=2)
+        _, whole, metrics = run(config, make_scored())
+        _, split, split_metrics = run(config, make_scored(), sharding.make_mesh(axes, jax.devices()[:8]))
+        assert_close(split.params, whole.params, 1e-5)
+        assert_close(split.dual, whole.dual, 1e-6)
+        assert abs(metrics["loss"] - split_metrics["loss"]) < 1e-6
+
+
+def test_params_and_multiplier_change_in_one_program_without_the_host():
+    config, mesh = make_config(minibatches=2, microbatches=2), sharding.single_device_mesh()
+    batch = jax.device_put(data.pack(make_scored(), minibatches=2, microbatches=2, row_length=24), step.batch_shardings(mesh))
+    state = fresh_state(config, MODEL, mesh)
+    before = jax.tree.map(jnp.copy, state)  # a NumPy view would keep the buffers from being donated
+    compiled = step.compile(config, MODEL, mesh).lower(state, batch).compile()
+    assert len(compiled.runtime_executable().hlo_modules()) == 1
+    for word in ("callback", "infeed", "outfeed", "send", "recv"):
+        assert f"{word}(" not in compiled.as_text() and f'target="{word}' not in compiled.as_text()
+    with jax.transfer_guard("disallow"):
+        after, _ = compiled(state, batch)
+    assert jax.tree.leaves(state.params)[0].is_deleted(), "the state is donated"
+    assert after.dual.multiplier != before.dual.multiplier
+    assert all((a != b).any() for a, b in zip(jax.tree.leaves(after.params), jax.tree.leaves(before.params)))
+
+
+def test_minibatches_and_epochs_take_several_updates():
+    _, state, _ = run(make_config(minibatches=4, epochs=2), make_scored())
+    assert optax.tree_utils.tree_get(state.opt_state, "ScaleByAdamState").count == 8
+    assert state.step == 1
+
+
+def test_non_finite_updates_are_skipped_and_counted():
+    before, state, metrics = run(make_config(minibatches=2), make_scored(reward=[np.inf] + [0.0] * (B * G - 1)))
+    assert metrics["skipped"] >= 1 and np.isfinite(metrics["multiplier_next"])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state)))
+    before, state, _ = run(make_config(), make_scored(reward=[np.inf] + [0.0] * (B * G - 1)))
+    jax.tree.map(np.testing.assert_array_equal, state.params, before)
+
+
+def test_nothing_to_learn_changes_nothing():
+    """Equal rewards and no multiplier: no gradient. No completion tokens: the dual rests as well."""
+    config = make_config()
+    config = dataclasses.replace(config, constraint=dataclasses.replace(config.constraint, multiplier_init=0.0))
+    before, state, _ = run(config, make_scored(reward=np.ones(B * G)))
+    jax.tree.map(np.testing.assert_array_equal, state.params, before)
+    scored = make_scored()
+    empty = scored._replace(rollout=scored.rollout._replace(lengths=np.zeros(B * G, np.int32)))
+    before, state, metrics = run(make_config(), empty)
+    jax.tree.map(np.testing.assert_array_equal, state.params, before)
+    assert state.dual.multiplier == np.float32(0.1) and all(np.isfinite(value) for value in metrics.values())
+
+
+def test_garbage_in_padding_changes_nothing():
+    scored = make_scored()
+    past = np.arange(T) >= scored.rollout.lengths[:, None]
+    dirty = scored._replace(rollout=scored.rollout._replace(
+        rollout_logp=np.where(past, np.nan, scored.rollout.rollout_logp).astype(np.float32),
+        tokens=np.where(past, 15, scored.rollout.tokens)))
+    _, clean_state, clean = run(make_config(), scored)
+    _, dirty_state, metrics = run(make_config(), dirty)
+    jax.tree.map(np.testing.assert_array_equal, dirty_state, clean_state)
+    assert metrics == clean
+
+
+def test_corrections_are_selectable_and_weigh_the_loss():
+    """TIS with a bound nobody reaches from below is the mean of rho-weighted losses; at ratio 1 the loss is -w A'."""
+    scored = make_scored()
+    mask = np.arange(T) < scored.rollout.lengths[:, None]
+    old = np.asarray(row_logp(make_params(), MODEL, scored))
+    delta, rho = np.abs(np.exp(old) - np.exp(scored.rollout.rollout_logp)), np.exp(old - scored.rollout.rollout_logp)
+    shaped = np.asarray(advantages.grpo(scored.reward, np.repeat(np.arange(B, dtype=np.int32), G), num_groups=B))[:, None] - 0.1 * delta
+    for correction, weight in ((corrections.tis(2.0), np.minimum(rho, 2)),
+                               (corrections.icepop(0.5, 5.0), np.where((rho >= 0.5) & (rho <= 5), rho, 0))):
+        _, _, metrics = run(make_config(surrogate=corrections.decoupled(CLIPPED, correction)), scored)
+        np.testing.assert_allclose(metrics["loss"], -(weight * shaped)[mask].mean(), atol=2e-6)
