@@ -33,6 +33,18 @@ def _measured(old_logp, rollout_logp, mask):
     return _check.measured(rollout_logp, _check.mask(mask, rollout_logp))
 
 
+@jax.custom_jvp
+def _gap(a, b, valid):
+    return _check.probability_gap(a, b, valid)
+
+
+@_gap.defjvp
+def _gap_jvp(primals, tangents):  # the slopes are e^a and e^b: differentiating the product form takes three times as long
+    a, b, valid = primals
+    slopes = [jnp.where(valid, jnp.exp(jnp.where(valid, x, 0.0)), 0.0) for x in (a, b)]
+    return _gap(a, b, valid), slopes[0] * tangents[0] - slopes[1] * tangents[1]
+
+
 def delta(old_logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array) -> jax.Array:
     """Probability gap of each sampled token, `[N, T]`, in [0, 1].
 
@@ -55,7 +67,7 @@ def signed_delta(old_logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array) 
     Default: none
     Paper: a variant; arXiv 2606.08779 uses the absolute gap
     """
-    return _check.probability_gap(old_logp, rollout_logp, _measured(old_logp, rollout_logp, mask))
+    return _gap(old_logp, rollout_logp, _measured(old_logp, rollout_logp, mask))
 
 
 def measure(old_logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -77,8 +89,6 @@ def costs(old_logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array, *, thre
     Needs: old_logp, rollout_logp, mask
     Default: threshold 0.05
     Paper: tail term after Rockafellar & Uryasev 2000, CVaR = threshold + E[excess] / (1 - level) at that quantile
-
-    Their sums add over devices; a quantile would not.
     """
     gap = delta(old_logp, rollout_logp, mask)
     log_ratio = _check.log_ratio(old_logp, rollout_logp, _measured(old_logp, rollout_logp, mask))
@@ -95,11 +105,7 @@ def measure_several(
     Default: threshold 0.05
     Paper: see `costs`
 
-    Controllers are elementwise: three multipliers are one controller with tuples for settings.
-
-    >>> controller = projected_ascent((1.0, 1.0, 0.1), multiplier_init=(0.1, 0.0, 0.0), multiplier_max=1.0)
-    >>> controller.init().multiplier.tolist() == np.float32([0.1, 0.0, 0.0]).tolist()
-    True
+    Controllers are elementwise: `projected_ascent((1.0, 1.0, 0.1), multiplier_init=(0.1, 0.0, 0.0))` holds three.
     """
     count = jnp.sum(_measured(old_logp, rollout_logp, mask), dtype=jnp.float32)
     cost = costs(old_logp, rollout_logp, mask, threshold=threshold)
@@ -305,7 +311,7 @@ def log_space_ascent(dual_lr=0.5, *, multiplier_init=0.1, multiplier_min=1e-6, m
     Default: dual_lr 0.5, multiplier_init 0.1, bounds [1e-6, 1]
     Paper: a variant; exponentiated-gradient form of the dual update
 
-    Raises ValueError when multiplier_min is 0, from which a product cannot leave.
+    Raises ValueError when multiplier_min is 0.
     """
     if np.any(np.asarray(multiplier_min) <= 0):
         raise ValueError(f"log_space_ascent needs multiplier_min > 0, got {multiplier_min}: a zero cannot grow")

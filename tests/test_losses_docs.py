@@ -6,8 +6,6 @@ import pathlib
 
 import pytest
 
-from dcmdp_jax import constraint
-
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 
 
@@ -53,8 +51,3 @@ def test_the_page_runs():
 def test_the_ablation_example_is_fifteen_lines():
     example = (DOCS / "losses.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     assert sum(line.startswith((">>>", "...")) for line in example.splitlines()) <= 15
-
-
-def test_docstring_examples_of_constraint_run():
-    result = doctest.testmod(constraint)
-    assert result.attempted >= 2 and result.failed == 0
