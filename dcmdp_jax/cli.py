@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pathlib
 import sys
 
@@ -56,17 +57,21 @@ def _train(args: argparse.Namespace, rest: list[str]) -> int:
     try:
         train(config, workdir)
     except Interrupted as stop:
-        print(f"{stop}; resume with: dcmdp train {args.experiment} --workdir {workdir} {' '.join(rest)}".rstrip())
+        print(f"{stop}; resume with: dcmdp train {args.experiment} --workdir {workdir}")
         return 130
     print(f"finished; see {workdir / 'report.html'}")
     return 0
 
 
 def _experiment(args: argparse.Namespace, rest: list[str]):
-    from dcmdp_jax.config import load_experiment, override
+    """The experiment's configuration, as recorded where its folder holds a run already, with the options on top."""
+    from dcmdp_jax.config import load_experiment, override, recorded
 
-    config = override(load_experiment(args.experiment), _overrides(rest))
-    return config, pathlib.Path(args.workdir or f"runs/{config.name}")
+    config = load_experiment(args.experiment)
+    workdir = pathlib.Path(args.workdir or f"runs/{config.name}")
+    if (workdir / "config.json").is_file():
+        config = recorded(config, json.loads((workdir / "config.json").read_text()))
+    return override(config, _overrides(rest)), workdir
 
 
 def _overrides(rest: list[str]) -> dict[str, str]:

@@ -251,6 +251,18 @@ def scalar_fields(config: Any, prefix: str = "") -> dict[str, type]:
     return found
 
 
+def recorded(config: Config, record: dict) -> Config:
+    """`config` with the scalar fields of a run's `config.json`, so that a resumption need not repeat its options."""
+    def lookup(name: str) -> Any:
+        value = record
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    found = {name: lookup(name) for name in scalar_fields(config)}
+    return override(config, {name: str(value) for name, value in found.items() if value is not None})
+
+
 def to_json(config: Any) -> Any:
     """The resolved configuration as plain JSON values; functions appear by their qualified names."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):

@@ -8,11 +8,9 @@ float32 nats, `[N, T]`. `advantage` is `[N, T]` or `[N, 1]`, after group normali
 that are trained. A token is *measured* when it is in the mask and its `rollout_logp` is finite; other tokens have
 delta = 0 and are not counted. `multiplier` is lambda, `tolerance` is c, `dual_lr` is eta.
 
-Order of one step: shape with the current multiplier, then update it, once per rollout batch, from sums over the mask
-before any rejection. Updating first is the caller's order of the same two calls.
-
+Order of one step: shape with the current multiplier, then update it once, from sums over the mask before any rejection.
 Paper: Liu et al., "Reformulate LLM Reinforcement Learning for Efficient Training under Black-box Discrepancy",
-arXiv 2606.08779. The paper leaves open the update order, the bounds of lambda, and whether delta carries gradient.
+arXiv 2606.08779, which leaves open the update order, the bounds of lambda, and whether delta carries gradient.
 """
 
 from __future__ import annotations
@@ -33,16 +31,14 @@ def _measured(old_logp, rollout_logp, mask):
     return _check.measured(rollout_logp, _check.mask(mask, rollout_logp))
 
 
-@jax.custom_jvp
-def _gap(a, b, valid):
-    return _check.probability_gap(a, b, valid)
+_gap = jax.custom_jvp(_check.probability_gap)
 
 
 @_gap.defjvp
-def _gap_jvp(primals, tangents):  # the slopes are e^a and e^b: differentiating the product form takes three times as long
+def _gap_jvp(primals, tangents):
     a, b, valid = primals
-    slopes = [jnp.where(valid, jnp.exp(jnp.where(valid, x, 0.0)), 0.0) for x in (a, b)]
-    return _gap(a, b, valid), slopes[0] * tangents[0] - slopes[1] * tangents[1]
+    slope_a, slope_b = (jnp.exp(jnp.where(valid, x, -jnp.inf)) for x in (a, b))  # cheaper than through the product form
+    return _gap(a, b, valid), slope_a * tangents[0] - slope_b * tangents[1]
 
 
 def delta(old_logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array) -> jax.Array:
@@ -56,7 +52,7 @@ def delta(old_logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array) -> jax.
     The product form neither cancels nor overflows. d/da = e^a where a >= b, else -e^a; every shape detaches it.
     """
     gap = signed_delta(old_logp, rollout_logp, mask)
-    return jnp.where(gap >= 0, gap, -gap)
+    return jnp.where(old_logp < rollout_logp, -gap, gap)
 
 
 def signed_delta(old_logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array) -> jax.Array:
@@ -71,7 +67,7 @@ def signed_delta(old_logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array) 
 
 
 def measure(old_logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What a controller's `update` takes: `(delta_sum, mask_count)`, float32 scalars that add over devices.
+    """What a controller's `update` takes: `(delta_sum, mask_count)`, which add over devices.
 
     Formula: (sum delta, number of measured tokens)
     Needs: old_logp, rollout_logp, mask (before any rejection: rejecting would hide the violation)
@@ -126,8 +122,7 @@ def shape(advantage, old_logp, rollout_logp, multiplier, tolerance, mask) -> jax
     Default: none
     Paper: DCMDP, arXiv 2606.08779
 
-    Zero advantages become -lambda * delta and small ones may change sign: log `losses.diagnostics.sign_flip`.
-    All shapes have this signature; `tolerance` is read by `shape_hinge` alone.
+    All shapes have this signature; `shape_hinge` alone reads `tolerance`. `diagnostics.sign_flip` shows what it does.
     """
     return _shaped(advantage, delta(old_logp, rollout_logp, mask), multiplier, mask)
 
@@ -176,7 +171,7 @@ def shape_cost_to_go(advantage, old_logp, rollout_logp, multiplier, tolerance, m
     Default: none
     Paper: a variant; the cost-to-go of a constrained MDP, where arXiv 2606.08779 charges the immediate cost alone
 
-    The sum grows with the response: a multiplier that suits `shape` is too large by about the response length.
+    The sum grows with the response: a multiplier that suits `shape` is too large here.
     """
     gap = jnp.flip(delta(old_logp, rollout_logp, mask), axis=-1)
     return _shaped(advantage, jnp.flip(jnp.cumsum(gap, axis=-1), axis=-1), multiplier, mask)
@@ -206,7 +201,7 @@ def shape_several(advantage, old_logp, rollout_logp, multiplier, tolerance, mask
 
 
 def penalty(logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array, multiplier) -> jax.Array:
-    """Variant: delta as a differentiable loss term, `[N, T]`, added to the policy loss before the reduction.
+    """Variant: delta as a differentiable loss term, `[N, T]`, to be added to the policy loss.
 
     Formula: lambda * |e^logp - sg(e^rollout_logp)|
     Needs: logp (differentiated), rollout_logp, mask, multiplier
@@ -248,7 +243,7 @@ def _mean(delta_sum, mask_count):
 def _controller(advance, dual_lr, multiplier_init, multiplier_min, multiplier_max) -> Controller:
     """Checks the settings; wraps `advance(state, mean, tolerance)` in the guard and bookkeeping that all share."""
     low, start, high = (np.asarray(value, np.float32) for value in (multiplier_min, multiplier_init, multiplier_max))
-    if not (np.all(np.isfinite(dual_lr)) and np.all(np.asarray(dual_lr) >= 0)):
+    if not np.all(np.isfinite(dual_lr) & (np.asarray(dual_lr) >= 0)):
         raise ValueError(f"dual_lr must be finite and >= 0, got {dual_lr}")
     if not (np.all(low >= 0) and np.all(low <= start) and np.all(start <= high)):
         given = f"{multiplier_min}, {multiplier_init}, {multiplier_max}"
@@ -336,7 +331,7 @@ def pid(
     Default: dual_lr (Ki) 1.0, proportional (Kp) 1.0, derivative (Kd) 1.0, decay 0.9, multiplier_init 0.1, bounds [0, 1]
     Paper: Stooke et al. 2020, arXiv 2007.03964, with a lag of one update in the derivative
 
-    Anti-windup: the integral is itself kept within the bounds. s starts at 0; the first update has no derivative.
+    I is kept within the bounds (anti-windup). s starts at 0; the first update has no derivative.
     """
     if not (0.0 <= decay < 1.0):
         raise ValueError(f"decay must be in [0, 1), got {decay}")
@@ -450,7 +445,6 @@ def warn_if_under_floor(tolerance: float, calibration: Calibration) -> None:
     Default: none
     Paper: none
     """
-    floor, advised = float(calibration.floor), float(calibration.tolerance)
-    if tolerance < floor:
-        reason = f"tolerance {tolerance:.3g} is under the measured floor {floor:.3g}, which no multiplier can meet"
-        warnings.warn(f"{reason}; use {advised:.3g}", stacklevel=2)
+    if tolerance < calibration.floor:
+        reason = f"tolerance {tolerance:.3g} is under the measured floor {calibration.floor:.3g}"
+        warnings.warn(f"{reason}, which no multiplier can meet; use {calibration.tolerance:.3g}", stacklevel=2)

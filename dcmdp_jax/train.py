@@ -118,10 +118,12 @@ def read_inputs(config: Config, mesh: jax.sharding.Mesh) -> Inputs:
             "enable_thinking": config.data.enable_thinking, "instruction": config.data.instruction}
     prompts = data.prompts(data.read(config.data.path) if config.data.path else task, vocabulary,
                            batch_size=config.data.prompts_per_step, seed=config.seed, shuffle=config.data.shuffle, **wrap)
-    held_out = data.read(config.data.eval_path)[:config.eval.prompts] if config.data.eval_path else []
-    if task is not None and not config.data.path:
-        held_out = held_out or task.held_out(config.eval.prompts)
-    return Inputs(model, vocabulary, prompts, data.tokenize(held_out, vocabulary, **wrap) if held_out else None)
+    held_out = None
+    if config.eval.every and config.data.eval_path:
+        held_out = data.tokenize(data.read(config.data.eval_path)[:config.eval.prompts], vocabulary, **wrap)
+    elif config.eval.every and task is not None and not config.data.path:
+        held_out = data.tokenize(task.held_out(config.eval.prompts), vocabulary, **wrap)
+    return Inputs(model, vocabulary, prompts, held_out)
 
 
 def claim(workdir: pathlib.Path, config: Config) -> None:

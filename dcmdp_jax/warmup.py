@@ -39,7 +39,7 @@ def run(params: Any, config: Config, model: ModelConfig, tokenizer: Tokenizer, m
 
 
 def _optimizer(config: WarmupConfig) -> optax.GradientTransformation:
-    rate = optax.schedules.warmup_cosine_decay_schedule(0.0, config.learning_rate, min(20, config.steps), config.steps)
+    rate = optax.schedules.warmup_cosine_decay_schedule(0.0, config.learning_rate, min(20, config.steps // 2), config.steps)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0))
 
 

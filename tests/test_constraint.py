@@ -104,8 +104,9 @@ def test_delta_gradient():
     """e^a where a >= b, else -e^a; 0 where not measured."""
     old, rollout = np.float32([[-1.0, -2.0, -0.7, -3.0, -1.0]]), np.float32([[-1.5, -1.0, -0.7, np.nan, -2.0]])
     mask = np.array([[1, 1, 1, 1, 0]], bool)
-    gradient = jax.grad(lambda a: constraint.delta(a, rollout, mask).sum())(old)
-    close(gradient, [[np.exp(-1.0), -np.exp(-2.0), np.exp(-0.7), 0.0, 0.0]])
+    by_old, by_rollout = jax.grad(lambda a, b: constraint.delta(a, b, mask).sum(), (0, 1))(old, rollout)
+    close(by_old, [[np.exp(-1.0), -np.exp(-2.0), np.exp(-0.7), 0.0, 0.0]])
+    close(by_rollout, [[-np.exp(-1.5), np.exp(-1.0), -np.exp(-0.7), 0.0, 0.0]])
 
 
 def test_non_finite_rollout_is_dropped():

@@ -1,0 +1,44 @@
+"""Every experiment and notebook that is shipped runs, as far as it can here."""
+
+import ast
+import pathlib
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from dcmdp_jax import config
+
+ROOT = pathlib.Path(__file__).parents[1]
+EXPERIMENTS = sorted(ROOT.glob("experiments/*.py"))
+NOTEBOOKS = sorted(ROOT.glob("colab/*.ipynb"))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_experiments_load_and_say_what_they_cost(path):
+    loaded = config.load_experiment(str(path))
+    assert loaded.name == path.stem
+    words = ast.get_docstring(ast.parse(path.read_text()))
+    assert words.splitlines()[0].count("?") == 1, "the first line asks the experiment's question"
+    for field in ("Command:", "Hardware:", "Time:", "Result:"):
+        assert field in words
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_short_and_define_nothing(path):
+    source = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
+    assert not [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda))]
+    assert len([line for line in source.splitlines() if line.strip()]) <= 60
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_run(path, tmp_path, monkeypatch):
+    """Two steps of the same run, report inline."""
+    for name, value in (("DCMDP_STEPS", "2"), ("DCMDP_WARMUP", "4"), ("DCMDP_WORKDIR", str(tmp_path / "run")),
+                        ("XLA_FLAGS", ""), ("JAX_PLATFORMS", "cpu")):
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(path, 4)
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert any("<svg" in output.get("data", {}).get("text/html", "") for output in outputs)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 2

@@ -1,0 +1,173 @@
+"""The loop as its user sees it: resume is exact, interruption saves, bad input is one sentence and touches nothing."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from dcmdp_jax import cli, config, data, sharding, train
+from dcmdp_jax.checkpoint import Checkpoints
+
+ROOT = pathlib.Path(__file__).parents[1]
+QUICKSTART = str(ROOT / "experiments" / "quickstart.py")
+TINY = {"model.shape.hidden_size": 16, "model.shape.intermediate_size": 32, "model.shape.num_heads": 2,
+        "model.shape.num_kv_heads": 1, "model.shape.head_dim": 8, "model.shape.num_layers": 1, "data.prompts_per_step": 4,
+        "rollout.samples": 4, "rollout.slots": 8, "rollout.max_tokens": 20, "algorithm.minibatches": 2, "warmup.steps": 2,
+        "warmup.batch_size": 4, "data.task.operations": 2, "data.max_prompt_tokens": 6, "checkpoint.every": 5, "eval.every": 0, "eval.prompts": 8,
+        "mesh.fsdp": 1, "mesh.data": 1, "algorithm.learning_rate": 0.01}
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """The loop takes every device; here it gets one, so that a step compiles quickly."""
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(sharding.jax, "devices", lambda *args: devices)
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """A file of chain problems, so that shuffling has something to do; 19 do not divide into batches of 4."""
+    file = tmp_path / "problems.jsonl"
+    task = config.load_experiment(QUICKSTART).data.task
+    task = dataclasses.replace(task, operations=2)
+    file.write_text("".join(json.dumps({"problem": e.prompt, "answer": e.answer}) + "\n" for e in
+                            (task.example(i, 0) for i in range(19))))
+    return str(file)
+
+
+def options(**changes):
+    return {name: str(value) for name, value in (TINY | changes).items()}
+
+
+def tiny(**changes):
+    return config.override(config.load_experiment(QUICKSTART), options(**changes))
+
+
+def command(workdir, **changes):
+    return ["train", QUICKSTART, "--workdir", str(workdir),
+            *(word for name, value in options(**changes).items() for word in (f"--{name}", value))]
+
+
+def rows(workdir):
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (workdir / "metrics.jsonl").open()]
+
+
+def saved(workdir, run):
+    """Everything in the newest checkpoint, as NumPy."""
+    mesh = sharding.single_device_mesh()
+    inputs = train.read_inputs(run, mesh)
+    checkpoints = Checkpoints(workdir, 2)
+    state = train._restore(checkpoints, run, inputs, mesh)
+    checkpoints.close()
+    return jax.device_get(state), inputs.prompts.get_state()
+
+
+def assert_same_run(one, two, run):
+    (a, a_data), (b, b_data) = saved(one, run), saved(two, run)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert a_data == b_data and rows(one) == rows(two)
+
+
+def test_resumed_equals_uninterrupted(tmp_path, problems):
+    """Parameters, optimizer, dual and data order, bit for bit, over an epoch's end with shuffling and two minibatches."""
+    long, short = tiny(steps=10, **{"data.path": problems}), tiny(steps=5, **{"data.path": problems})
+    train.train(long, tmp_path / "whole")
+    train.train(short, tmp_path / "parts")
+    train.train(long, tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", long)
+    assert [row["step"] for row in rows(tmp_path / "parts")] == list(range(1, 11))
+    asked = data.prompts(data.read(problems), train.read_inputs(long, sharding.single_device_mesh()).tokenizer, batch_size=4,
+                         max_prompt_tokens=6, seed=0)
+    assert len({example.prompt for _ in range(4) for example in next(asked).examples}) > 10
+    assert (tmp_path / "parts" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_a_killed_process_resumes_bit_equal(tmp_path, problems):
+    """SIGKILL two steps past a checkpoint."""
+    changes = {"data.path": problems, "steps": 12}
+    child = [sys.executable, "-c", "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"]
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([*child, *command(tmp_path / "whole", **changes)], check=True, env=environment)
+    process = subprocess.Popen([*child, *command(tmp_path / "parts", **changes)], env=environment)
+    log = tmp_path / "parts" / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 7):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    subprocess.run([*child, *command(tmp_path / "parts", **changes)], check=True, env=environment)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", tiny(**changes))
+
+
+def test_interruption_saves_and_says_how_to_resume(tmp_path, capsys, monkeypatch):
+    """A signal during the rollout of step 3: two steps are saved, the third's prompts are asked again."""
+    rollout, calls = train.rollout, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rollout(*args, **kwargs)
+
+    monkeypatch.setattr(train, "rollout", interrupted)
+    assert cli.main(command(tmp_path / "a", steps=6)) == 130
+    out = capsys.readouterr().out
+    assert "stopped after step 2 of 6" in out and f"dcmdp train {QUICKSTART} --workdir {tmp_path / 'a'}" in out
+    assert saved(tmp_path / "a", tiny(steps=6))[0].step == 2
+    monkeypatch.setattr(train, "rollout", rollout)
+    assert cli.main(["train", QUICKSTART, "--workdir", str(tmp_path / "a")]) == 0, "the folder remembers its options"
+    train.train(tiny(steps=6), tmp_path / "b")
+    assert_same_run(tmp_path / "a", tmp_path / "b", tiny(steps=6))
+
+
+def test_rows_hold_what_others_read(tmp_path):
+    train.train(tiny(steps=3, **{"eval.every": 2}), tmp_path)
+    read = rows(tmp_path)
+    assert [row["step"] for row in read] == [1, 2, 3]
+    for row in read:
+        assert {"reward", "delta_mean", "multiplier", "entropy", "tokens", "k3", "grad_norm"} <= row.keys()
+        assert ("reward_eval_infer" in row) == ("reward_eval_train" in row)
+        assert row["delta_mean"] > 0
+    assert all("reward_eval_train" in row for row in read)  # at the first step, each second, and the last
+    tolerance = 0.004
+    for one, two in zip(read, read[1:]):
+        assert two["multiplier"] == pytest.approx(min(max(one["multiplier"] + one["delta_mean"] - tolerance, 0), 0.2), abs=1e-6)
+    assert json.loads((tmp_path / "config.json").read_text())["rollout"]["weights"] == "int4"
+
+
+def test_a_float32_engine_has_no_discrepancy(tmp_path):
+    train.train(tiny(steps=2, **{"rollout.weights": "float32", "eval.every": 1}), tmp_path)
+    for row in rows(tmp_path):
+        assert row["logp_diff_max"] <= 1e-5 and row["reward_eval_infer"] == row["reward_eval_train"]
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"model.shape.vocab_size": 10}, "the tokenizer has 18 ids but the model's vocab_size is 10"),
+    ({"mesh.tensor": 3}, "does not make 1, the number of devices"),
+    ({"data.path": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
+    ({"model.folder": "nowhere"}, "nowhere"),
+    ({"model.tokenizer": "nowhere"}, "nowhere"),
+    ({"rollout.samples": 3, "algorithm.microbatches": 4}, "12 completions do not divide into"),
+    ({"algorithm.minibatches": 5}, "16 completions do not divide into"),
+    ({"stepz": 5}, "did you mean --steps?"),
+])
+def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, changes, message):
+    assert cli.main(command(tmp_path / "run", **changes)) == 2
+    err = capsys.readouterr().err.strip()
+    assert message in err and err.startswith("dcmdp: ") and "\n" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_experiment_cannot_take_over_a_run(tmp_path):
+    train.claim(tmp_path, tiny())
+    train.claim(tmp_path, tiny(steps=99))
+    with pytest.raises(ValueError, match=r"constraint\.tolerance=0\.004, not 0\.5"):
+        train.claim(tmp_path, tiny(**{"constraint.tolerance": 0.5}))
