@@ -10,6 +10,7 @@ import pytest
 
 from dcmdp_jax.config import Yarn
 from dcmdp_jax.models import cache, quantized, qwen3, sizes
+from random_params import random_params
 
 WINDOW = 16
 SLOTS, LENGTH = 4, 24
@@ -23,12 +24,6 @@ decode = jax.jit(qwen3.decode, static_argnames=("config", "window"), donate_argn
 insert = jax.jit(cache.insert, donate_argnames="cache")
 
 
-def random_params(config) -> dict:
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: qwen3.init(jax.random.key(0), config))
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape, scale=0.15), jnp.float32), shapes)
-
-
 def whole(params, tokens, config):
     """Hidden states of every position at once."""
     return np.asarray(jax.jit(qwen3.hidden, static_argnames="config")(params, tokens, config))
@@ -38,7 +33,7 @@ def whole(params, tokens, config):
 def test_decode_equals_the_whole_sequence(name, precision):
     """Ragged prompts, one prefix in two slots, an idle slot, and slots used a second time."""
     config = CONFIGS[name]
-    params = random_params(config)
+    params = random_params(config, 0.15)
     if precision:
         axes = qwen3.contracting_axes(config)
         params = jax.tree.map(lambda w, a: quantized.quantize(w, precision, a) if a else w, params, axes)
@@ -63,7 +58,7 @@ def test_decode_equals_the_whole_sequence(name, precision):
 
 def test_window_and_dtype():
     config = CONFIGS["dense"]
-    flat = qwen3.unstack(random_params(config), config)
+    flat = qwen3.unstack(random_params(config, 0.15), config)
     tokens = jax.random.randint(jax.random.key(1), (SLOTS, 8), 0, config.vocab_size)
     keys, values = prefill(flat, tokens, config)
     slots, lengths = jnp.arange(SLOTS), jnp.full(SLOTS, 7)
@@ -105,7 +100,7 @@ def test_write_puts_one_position_and_drops_what_lies_outside():
 
 def test_insert_and_decode_work_in_place():
     config = sizes.TINY
-    flat = qwen3.unstack(random_params(config), config)
+    flat = qwen3.unstack(random_params(config, 0.15), config)
     state = cache.init(config, SLOTS, LENGTH)
     before = sorted(x.unsafe_buffer_pointer() for x in jax.tree.leaves(state))
     keys, values = prefill(flat, jnp.zeros((1, 4), jnp.int32), config)

@@ -16,6 +16,7 @@ from dcmdp_jax.models import qwen3
 from dcmdp_jax.records import Example, Prompts
 from dcmdp_jax.rollout import jetstream
 from dcmdp_jax.rollout.generate import rollout
+from random_params import random_params
 
 DENSE = ModelConfig(vocab_size=37, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16)
 MOE = ModelConfig(vocab_size=37, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=1, head_dim=16,
@@ -26,9 +27,8 @@ MODELS = pytest.mark.parametrize("model", [DENSE, MOE], ids=["dense", "moe"])
 
 @functools.cache
 def make_params(model):
-    """Random weights, norms apart, large enough that the policy is far from uniform."""
-    params = jax.jit(qwen3.init, static_argnums=1)(jax.random.key(0), model)
-    return jax.tree_util.tree_map_with_path(lambda path, w: w if "norm" in str(path) else 8 * w, params)
+    """Weights large enough that the policy is far from uniform."""
+    return random_params(model, 0.16, norms=1.0)
 
 
 def make_prompts(count=7):

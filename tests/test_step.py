@@ -15,6 +15,7 @@ from dcmdp_jax.config import (AlgorithmConfig, Config, ConstraintConfig, DataCon
 from dcmdp_jax.losses import advantages, corrections, policy, reduce
 from dcmdp_jax.models import qwen3
 from dcmdp_jax.records import Example, Prompts, Rollout, Scored
+from random_params import random_params
 
 TASK = object()  # never asked
 B, G, P, T, TOLERANCE = 4, 4, 5, 7, 0.05
@@ -35,10 +36,7 @@ def make_config(model=MODEL, surrogate=corrections.decoupled(CLIPPED), **algorit
 
 @functools.cache
 def make_params(model=MODEL):
-    def make(key):
-        return jax.tree.map(lambda w: w + 0.1 * jax.random.normal(jax.random.key(w.size), w.shape), qwen3.init(key, model))
-
-    return jax.jit(make)(jax.random.key(0))
+    return random_params(model, 0.1, norms=1.0)
 
 
 def make_scored(seed=0, reward=None):

@@ -13,18 +13,12 @@ import safetensors.numpy
 from dcmdp_jax import sharding
 from dcmdp_jax.config import MeshConfig, ModelConfig, Yarn
 from dcmdp_jax.models import quantized, qwen3, sizes, weights
+from random_params import random_params
 
 CONFIGS = {
     "dense": dataclasses.replace(sizes.TINY, attention_bias=True, num_layers=3),
     "moe": dataclasses.replace(sizes.TINY_MOE, num_layers=5, mlp_only_layers=(1,), decoder_sparse_step=1),
 }
-
-
-def params_of(config: ModelConfig, dtype=jnp.float32) -> dict:
-    """Every number at random, so that a misplaced one shows."""
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: qwen3.init(jax.random.key(0), config))
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), dtype), shapes)
 
 
 def assert_equal(got, want):
@@ -42,7 +36,7 @@ def config(request):
 @pytest.fixture
 def folder(tmp_path):
     """A sharded folder of the dense config."""
-    weights.save(tmp_path / "model", CONFIGS["dense"], params_of(CONFIGS["dense"]), max_shard_bytes=100_000)
+    weights.save(tmp_path / "model", CONFIGS["dense"], random_params(CONFIGS["dense"]), max_shard_bytes=100_000)
     return tmp_path / "model"
 
 
@@ -70,7 +64,7 @@ def test_transformers_loads_what_is_saved(tmp_path):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("max_shard_bytes", [50_000, 5_000_000_000])
 def test_save_then_load_is_exact(config, dtype, max_shard_bytes, tmp_path):
-    params = params_of(config, dtype)
+    params = random_params(config, dtype=dtype)
     weights.save(tmp_path / "model", config, params, max_shard_bytes=max_shard_bytes)
     loaded_config, loaded = weights.load(tmp_path / "model", dtype)
     assert loaded_config == config
@@ -92,7 +86,7 @@ def test_loading_casts(folder):
 def test_sharded_load_equals_unsharded(config, tmp_path):
     if jax.device_count() < 8:
         pytest.skip("needs 8 devices; conftest.py simulates them")
-    weights.save(tmp_path / "model", config, params_of(config))
+    weights.save(tmp_path / "model", config, random_params(config))
     parts = MeshConfig(fsdp=2, expert=2, tensor=2) if config.num_experts else MeshConfig(data=2, fsdp=2, tensor=2)
     shapes = jax.eval_shape(lambda: qwen3.init(jax.random.key(0), config))
     places = sharding.params(qwen3.logical_axes(config), sharding.make_mesh(parts), sharding.TRAIN, shapes)
@@ -103,7 +97,7 @@ def test_sharded_load_equals_unsharded(config, tmp_path):
         assert {shard.data.shape for shard in array.addressable_shards} == {place.shard_shape(array.shape)}
     # Donated parameters must not take the memory that the file was read into with them.
     doubled = jax.jit(lambda p: jax.tree.map(lambda x: 2 * x, p), donate_argnums=0)(params)
-    assert_equal(doubled, jax.tree.map(lambda x: 2 * x, params_of(config)))
+    assert_equal(doubled, jax.tree.map(lambda x: 2 * x, random_params(config)))
 
 
 class Counted:
@@ -123,7 +117,7 @@ class Counted:
 
 
 def test_a_slice_reads_no_more_than_itself(config, tmp_path):
-    params = params_of(config)
+    params = random_params(config)
     weights.save(tmp_path / "model", config, params)
     file = safetensors.safe_open(tmp_path / "model" / "model.safetensors", framework="np")
     for leaf, array in zip(jax.tree.leaves(weights.leaves(config)), jax.tree.leaves(params), strict=True):
@@ -229,7 +223,7 @@ def test_integer_tensors_are_refused(folder):
 
 def test_save_refuses_and_leaves_nothing_behind(folder, tmp_path, monkeypatch):
     config = CONFIGS["dense"]
-    params = params_of(config)
+    params = random_params(config)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(ValueError, match="is not an empty folder"):
         weights.save(folder, config, params)

@@ -20,7 +20,8 @@ def token_logp(params: Any, hidden: jax.Array, targets: jax.Array, config: Model
     Formula: logp = z_target - logsumexp(z), entropy = logsumexp(z) - sum_v softmax(z)_v z_v, z = logits / temperature.
 
     Args:
-      hidden: [P, D]; targets: [P] int32. Logits are made `CHUNK / V` positions at a time and made again in the backward pass.
+      hidden: [P, D]; targets: [P] int32. Logits are made `CHUNK / V` positions at a time, and made again in the backward
+        pass.
 
     Returns:
       logp [P], entropy [P]; the entropy carries no gradient.
@@ -28,7 +29,8 @@ def token_logp(params: Any, hidden: jax.Array, targets: jax.Array, config: Model
     def block(x):
         hidden, targets = x
         z = qwen3.head(params, hidden, config) / temperature
-        total = jax.nn.logsumexp(z, axis=-1)
+        z = z - jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))  # as the sampler does, to round alike
+        total = jnp.log(jnp.sum(jnp.exp(z), axis=-1))
         logp = jnp.take_along_axis(z, targets[:, None], axis=-1)[:, 0] - total
         z, total = jax.lax.stop_gradient((z, total))
         return logp, total - jnp.sum(jnp.exp(z - total[:, None]) * z, axis=-1)

@@ -22,10 +22,11 @@ def sample(logits: jax.Array, key: jax.Array, temperature: jax.Array) -> tuple[j
     """
     greedy = temperature <= 0
     logits = logits / jnp.where(greedy, 1.0, temperature)[:, None]
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)  # or a log-prob near 0 carries the rounding of a large logit
     race = logits - jnp.log(exponential(key, logits.shape[-1]))
     token = jnp.argmax(jnp.where(greedy[:, None], logits, race), axis=-1).astype(jnp.int32)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return token, chosen - jax.nn.logsumexp(logits, axis=-1)
+    return token, chosen - jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
 
 
 def exponential(key: jax.Array, size: int) -> jax.Array:
