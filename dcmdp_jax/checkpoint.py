@@ -24,7 +24,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, position: Any, seed: int) -> None:
-        """Saves params, optimizer, dual and counters, the data position, and the seed that every key is folded from.
+        """Saves params, optimizer, dual and counters, the data position, and the seed: with the step, the PRNG's state.
 
         Returns once the state may be donated; `close` waits for the disk.
         """
@@ -34,8 +34,8 @@ class Checkpoints:
         rest = {"data": position, "seed": seed}
         self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), rest=ocp.args.JsonSave(rest)))
 
-    def restore(self, like: TrainState) -> tuple[TrainState, Any, int]:
-        """The newest checkpoint as (state, data position, seed), laid out as `like` (shapes with shardings).
+    def restore(self, like: TrainState) -> tuple[TrainState, Any]:
+        """The newest checkpoint as (state, data position), laid out as `like` (shapes with shardings).
 
         Raises ValueError where the checkpoint does not fit the model.
         """
@@ -46,7 +46,7 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"checkpoint {step} in {self._manager.directory} does not fit this experiment's model "
                              f"and optimizer, or is damaged: {error}") from error
-        return found["state"], found["rest"]["data"], found["rest"]["seed"]
+        return found["state"], found["rest"]["data"]
 
     def close(self) -> None:
         self._manager.wait_until_finished()

@@ -6,14 +6,15 @@ import argparse
 import json
 import pathlib
 import sys
+from collections.abc import Callable
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; bad input ends it with one sentence and status 2."""
-    parser = argparse.ArgumentParser(prog="dcmdp", description="Discrepancy-constrained RL of language models in JAX.")
+    parser = argparse.ArgumentParser(prog="dcmdp", allow_abbrev=False, description="Discrepancy-constrained RL of language models in JAX.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="run or resume an experiment", description=(
+    train = commands.add_parser("train", allow_abbrev=False, help="run or resume an experiment", description=(
         "Runs CONFIG of an experiment file, or resumes it where --workdir holds an unfinished run. Any scalar field can be "
         "set by its dotted name, e.g. --constraint.tolerance 0.01 --steps 50."))
     train.add_argument("experiment", help="a Python file with CONFIG = Config(...)")
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     generate.add_argument("--chat", action="store_true", help="wrap prompts in the chat template")
     generate.set_defaults(run=_generate)
 
-    convert = commands.add_parser("convert", help="write a run's newest checkpoint as a Hugging Face folder")
+    convert = commands.add_parser("convert", allow_abbrev=False, help="write a run's newest checkpoint as a Hugging Face folder")
     convert.add_argument("experiment", help="the run's experiment file")
     convert.add_argument("output", help="folder to write")
     convert.add_argument("--workdir", help="folder of the run (default: runs/NAME)")
@@ -44,33 +45,43 @@ def main(arguments: list[str] | None = None) -> int:
 
     known, rest = parser.parse_known_args(arguments)
     try:
-        return known.run(known, rest)
-    except (ValueError, ImportError) as error:
+        job = known.run(known, rest)
+    except (ValueError, ImportError, OSError) as error:
         print(f"dcmdp: {error}", file=sys.stderr)
         return 2
+    return job()
 
 
-def _train(args: argparse.Namespace, rest: list[str]) -> int:
+def _train(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     config, workdir = _experiment(args, rest)
-    from dcmdp_jax.train import Interrupted, train
+    from dcmdp_jax import train
+    from dcmdp_jax.stopping import Interrupted
 
-    try:
-        train(config, workdir)
-    except Interrupted as stop:
-        print(f"{stop}; resume with: dcmdp train {args.experiment} --workdir {workdir}")
-        return 130
-    print(f"finished; see {workdir / 'report.html'}")
-    return 0
+    inputs = train.prepare(config, workdir)
+
+    def job() -> int:  # what goes wrong from here on is no bad input and shows its traceback
+        try:
+            train.run(config, workdir, inputs)
+        except Interrupted as stop:
+            print(f"{stop}; resume with: dcmdp train {args.experiment} --workdir {workdir}")
+            return 130
+        print(f"finished; see {workdir / 'report.html'}")
+        return 0
+
+    return job
 
 
 def _experiment(args: argparse.Namespace, rest: list[str]):
     """The experiment's configuration, as recorded where its folder holds a run already, with the options on top."""
-    from dcmdp_jax.config import load_experiment, override, recorded
+    from dcmdp_jax.config import differences, load_experiment, override, recorded, to_json
 
     config = load_experiment(args.experiment)
     workdir = pathlib.Path(args.workdir or f"runs/{config.name}")
     if (workdir / "config.json").is_file():
+        written = config
         config = recorded(config, json.loads((workdir / "config.json").read_text()))
+        for name, (new, old) in differences(to_json(written), to_json(config)).items():
+            print(f"{workdir} was started with {name}={old} (the experiment file says {new})")
     return override(config, _overrides(rest)), workdir
 
 
@@ -88,30 +99,36 @@ def _overrides(rest: list[str]) -> dict[str, str]:
     return found
 
 
-def _generate(args: argparse.Namespace, rest: list[str]) -> int:
+def _generate(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     _none(rest)
+    if args.max_tokens < 1 or args.samples < 1 or args.temperature < 0:
+        raise ValueError("--max-tokens and --samples must be at least 1, and --temperature at least 0")
     from dcmdp_jax.rollout import complete
 
     for prompt, text, stopped in complete.texts(
             args.model, args.prompts, tokenizer_path=args.tokenizer, weights_dtype=args.weights, max_tokens=args.max_tokens,
             samples=args.samples, temperature=args.temperature, seed=args.seed, chat=args.chat):
         print(f"{prompt}\n  -> {text}{'' if stopped else ' ...'}")
-    return 0
+    return _done
 
 
-def _convert(args: argparse.Namespace, rest: list[str]) -> int:
+def _convert(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     config, workdir = _experiment(args, rest)
     from dcmdp_jax.train import export
 
     print(f"wrote step {export(config, workdir, args.output)} to {args.output}")
-    return 0
+    return _done
 
 
-def _report(args: argparse.Namespace, rest: list[str]) -> int:
+def _report(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     _none(rest)
     from dcmdp_jax import report
 
     print(report.write(pathlib.Path(args.workdir)))
+    return _done
+
+
+def _done() -> int:
     return 0
 
 

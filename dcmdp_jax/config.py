@@ -221,6 +221,8 @@ def _validate(config: Config) -> None:
     dual = config.constraint
     if dual.tolerance < 0 or dual.dual_lr < 0 or not 0 <= dual.multiplier_init <= dual.multiplier_max:
         raise ValueError("constraint needs tolerance >= 0, dual_lr >= 0 and 0 <= multiplier_init <= multiplier_max")
+    if config.eval.every and config.eval.prompts < 1:
+        raise ValueError(f"eval.prompts={config.eval.prompts} must be at least 1; eval.every=0 leaves evaluation out")
     if not (data.path or data.task):
         raise ValueError("data.path names no file and the experiment has no data.task; give --data.path FILE")
 
@@ -276,6 +278,16 @@ def to_json(config: Any) -> Any:
     if hasattr(config, "__qualname__"):
         return f"{config.__module__}.{config.__qualname__}"
     return config if isinstance(config, (int, float, bool, str, type(None))) else repr(config)
+
+
+def differences(before: Any, now: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted names at which two records of `to_json` differ, with both values."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return {} if before == now else {prefix: (before, now)}
+    found = {}
+    for name in sorted(before.keys() | now.keys()):
+        found |= differences(before.get(name), now.get(name), f"{prefix}.{name}" if prefix else name)
+    return found
 
 
 def load_experiment(path: str) -> Config:

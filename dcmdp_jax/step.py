@@ -16,7 +16,7 @@ import optax
 
 from dcmdp_jax import constraint, sharding
 from dcmdp_jax.config import AlgorithmConfig, Config, ModelConfig
-from dcmdp_jax.losses import diagnostics, reduce
+from dcmdp_jax.losses import corrections, diagnostics, reduce
 from dcmdp_jax.models import qwen3, scoring
 from dcmdp_jax.records import Batch, TrainState
 
@@ -60,7 +60,11 @@ def batch_shardings(mesh: jax.sharding.Mesh) -> Batch:
 
 
 def compile(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted step; its state argument is donated."""
+    """The jitted step; its state argument is donated. Raises ValueError on a surrogate that several updates break."""
+    surrogate, updates = config.algorithm.surrogate, config.algorithm.epochs * config.algorithm.minibatches
+    if isinstance(surrogate, corrections.Bypass) and surrogate.denominator is corrections.surviving and updates > 1:
+        raise ValueError("bypass with the surviving denominator judges tokens anew at every update; set "
+                         "algorithm.epochs=1 and minibatches=1, or take corrections.original")
     state, batch = state_shardings(config, model, mesh), batch_shardings(mesh)
     return jax.jit(partial(constrained_step, config=config, model=model), in_shardings=(state, batch),
                    out_shardings=(state, sharding.replicated(mesh)), donate_argnums=0)

@@ -10,11 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from dcmdp_jax import sharding
-from dcmdp_jax.config import ModelConfig
+from dcmdp_jax.config import WEIGHT_DTYPES, ModelConfig
 from dcmdp_jax.models import qwen3
 from dcmdp_jax.models.quantized import Quantized, quantize
-
-QUANTIZED = ("int8", "int4", "float8_e4m3fn")
 
 
 def make(config: ModelConfig, weights: str, mesh: jax.sharding.Mesh) -> Callable[[Any], Any]:
@@ -22,13 +20,16 @@ def make(config: ModelConfig, weights: str, mesh: jax.sharding.Mesh) -> Callable
 
     `weights` is the dtype of the projections: int8, int4 and float8_e4m3fn carry one float32 scale per output channel;
     embeddings, norms, router, biases and head keep the trainer's values. bfloat16 casts every parameter. float32 changes
-    nothing but the layout. The result shares no buffer with its argument, which the next training step donates.
+    nothing but the layout; another name raises ValueError. The result shares no buffer with its argument, which the next training step donates.
     """
+    if weights not in WEIGHT_DTYPES:
+        raise ValueError(f"the engine's weights cannot be {weights!r}; choose one of {', '.join(WEIGHT_DTYPES)}")
+
     def sync(params):
         params = jax.tree.map(jnp.copy, params)
         if weights == "bfloat16":
             params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
-        elif weights in QUANTIZED:
+        elif weights != "float32":
             params = jax.tree.map(lambda w, axes: quantize(w, weights, axes) if axes else w, params,
                                   qwen3.contracting_axes(config))
         return qwen3.unstack(params, config)

@@ -10,12 +10,16 @@ import datetime
 import importlib
 import json
 import pathlib
+import shutil
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
 # Qwen3's generation config stops at either; used where a folder names no stop token of its own.
 QWEN3_STOPS = ("<|im_end|>", "<|endoftext|>")
+
+
+FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
 class Tokenizer(Protocol):
@@ -155,6 +159,15 @@ def load(path: str | pathlib.Path) -> Tokenizer:
         return SentencePiece(path / "tokenizer.model")
     raise ValueError(f"{path} holds no tokenizer: looked for tokenizer.json (Hugging Face) and tokenizer.model "
                      "(SentencePiece)")
+
+
+def copy(path: str | pathlib.Path, folder: str | pathlib.Path) -> None:
+    """Copies the files of a tokenizer's folder that `load` reads into another folder; an empty path copies nothing."""
+    if path:
+        for name in FILES:
+            source = pathlib.Path(path) / name
+            if source.is_file():
+                shutil.copyfile(source, pathlib.Path(folder) / name)
 
 
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,19 +16,25 @@ import optax
 from dcmdp_jax import data, sharding
 from dcmdp_jax.config import Config, ModelConfig, WarmupConfig
 from dcmdp_jax.models import qwen3, scoring
+from dcmdp_jax.stopping import Interrupted
 from dcmdp_jax.tokenizer import Tokenizer
 
 STEPS_PER_DISPATCH = 50
 
 
 def run(params: Any, config: Config, model: ModelConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh,
-        workdir: pathlib.Path) -> Any:
-    """Parameters after `config.warmup.steps` steps of AdamW on a cosine schedule; losses go to `warmup.jsonl`."""
+        workdir: pathlib.Path, asked: Callable[[], bool]) -> Any:
+    """Parameters after `config.warmup.steps` steps of AdamW on a cosine schedule; losses go to `warmup.jsonl`.
+
+    Raises `Interrupted` where `asked()` says so: a warm-up is short and starts anew.
+    """
     optimizer = _optimizer(config.warmup)
     opt_state = jax.jit(optimizer.init)(params)
     many = jax.jit(partial(_steps, model=model, optimizer=optimizer), donate_argnums=(0, 1))
     with (workdir / "warmup.jsonl").open("w") as log:
         for first in range(0, config.warmup.steps, STEPS_PER_DISPATCH):
+            if asked():
+                raise Interrupted(f"stopped in the warm-up, at step {first} of {config.warmup.steps}; nothing is saved yet")
             steps = range(first, min(first + STEPS_PER_DISPATCH, config.warmup.steps))
             batches = [data.supervised(config.data.task, tokenizer, config.warmup.batch_size, config.seed, i) for i in steps]
             params, opt_state, losses = many(params, opt_state, _stack(batches, mesh))

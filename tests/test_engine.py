@@ -100,11 +100,11 @@ def test_samples_of_one_prompt_differ_and_a_prompt_alone_samples_the_same():
     assert len({tuple(row) for row in out.tokens[:G]}) == G
     prompts = make_prompts()
     first = Prompts(prompts.tokens[:1], prompts.lengths[:1], prompts.examples[:1])
-    keys = jax.random.key_data(jax.random.split(jax.random.key(1), len(out.lengths)))
+    keys = np.asarray(jax.random.bits(jax.random.key(1), (len(out.lengths), 2), "uint32"))
     engine = make_engine(DENSE, slots=1)
     params = sync.make(DENSE, "float32", engine.mesh)(make_params(DENSE))
     prefix = engine.prefill(params=params, padded_tokens=first.tokens, true_length=first.lengths)
-    state = engine.bulk_insert(prefix, engine.init_decode_state(), [0], [0], np.asarray(keys[2:3])[:, -2:], T, 0.8)
+    state = engine.bulk_insert(prefix, engine.init_decode_state(), [0], [0], keys[2:3], T, 0.8)
     tokens = []
     while len(tokens) < out.lengths[2]:
         state, result = engine.generate(params, state)

@@ -22,6 +22,9 @@ def test_experiments_load_and_say_what_they_cost(path):
     assert words.splitlines()[0].count("?") == 1, "the first line asks the experiment's question"
     for field in ("Command:", "Hardware:", "Time:", "Result:"):
         assert field in words
+    for field in ("Time:", "Result:"):
+        stated = words.split(field)[1].strip().splitlines()[0]
+        assert stated.startswith("not measured") or any(c.isdigit() for c in stated)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

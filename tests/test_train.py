@@ -62,10 +62,9 @@ def rows(workdir):
 
 def saved(workdir, run):
     """Everything in the newest checkpoint, as NumPy."""
-    mesh = sharding.single_device_mesh()
-    inputs = train.read_inputs(run, mesh)
+    inputs = train.read_inputs(run)
     checkpoints = Checkpoints(workdir, 2)
-    state = train._restore(checkpoints, run, inputs, mesh)
+    state = train._restore(checkpoints, run, inputs)
     checkpoints.close()
     return jax.device_get(state), inputs.prompts.get_state()
 
@@ -84,7 +83,7 @@ def test_resumed_equals_uninterrupted(tmp_path, problems):
     train.train(long, tmp_path / "parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts", long)
     assert [row["step"] for row in rows(tmp_path / "parts")] == list(range(1, 11))
-    asked = data.prompts(data.read(problems), train.read_inputs(long, sharding.single_device_mesh()).tokenizer, batch_size=4,
+    asked = data.prompts(data.read(problems), train.read_inputs(long).tokenizer, batch_size=4,
                          max_prompt_tokens=6, seed=0)
     assert len({example.prompt for _ in range(4) for example in next(asked).examples}) > 10
     assert (tmp_path / "parts" / "report.html").is_file()
@@ -149,6 +148,24 @@ def test_a_float32_engine_has_no_discrepancy(tmp_path):
         assert row["logp_diff_max"] <= 1e-5 and row["reward_eval_infer"] == row["reward_eval_train"]
 
 
+def test_a_finished_run_stays_finished_and_can_go_on(tmp_path, capsys):
+    assert cli.main(command(tmp_path, steps=2)) == 0
+    before = rows(tmp_path)
+    assert cli.main(command(tmp_path, steps=2)) == 0 and rows(tmp_path) == before
+    assert cli.main(["train", QUICKSTART, "--workdir", str(tmp_path), "--steps", "3"]) == 0
+    assert rows(tmp_path)[:2] == before and len(rows(tmp_path)) == 3
+    assert "was started with steps=2 (the experiment file says 160)" in capsys.readouterr().out
+
+
+def test_interruption_in_the_warm_up_says_so(tmp_path, capsys, monkeypatch):
+    supervised = train.warmup.data.supervised
+    monkeypatch.setattr(train.warmup.data, "supervised",
+                        lambda *args: os.kill(os.getpid(), signal.SIGINT) or supervised(*args))
+    monkeypatch.setattr(train.warmup, "STEPS_PER_DISPATCH", 1)
+    assert cli.main(command(tmp_path, steps=1)) == 130
+    assert "stopped in the warm-up, at step 1 of 2; nothing is saved yet" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"model.shape.vocab_size": 10}, "the tokenizer has 18 ids but the model's vocab_size is 10"),
     ({"mesh.tensor": 3}, "does not make 1, the number of devices"),
@@ -158,6 +175,8 @@ def test_a_float32_engine_has_no_discrepancy(tmp_path):
     ({"rollout.samples": 3, "algorithm.microbatches": 4}, "12 completions do not divide into"),
     ({"algorithm.minibatches": 5}, "16 completions do not divide into"),
     ({"stepz": 5}, "did you mean --steps?"),
+    ({"model.shape.max_position": 20}, "= 26 positions are more than the model's 20"),
+    ({"eval.every": 1, "eval.prompts": 0}, "eval.prompts=0 must be at least 1"),
 ])
 def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, changes, message):
     assert cli.main(command(tmp_path / "run", **changes)) == 2

@@ -151,6 +151,12 @@ def read_config(folder: str | pathlib.Path) -> ModelConfig:
     return hf_config.read(folder)
 
 
+def check(folder: str | pathlib.Path) -> None:
+    """Reads headers alone: raises ValueError, as `load` does, where `load` would."""
+    folder, config = pathlib.Path(folder), read_config(folder)
+    _check(folder, _open(folder), jax.tree.leaves(leaves(config)), config)
+
+
 def load(folder: str | pathlib.Path, dtype=jnp.float32, *, shardings: Any = None) -> tuple[ModelConfig, dict]:
     """Read a Hugging Face folder of Qwen3 or Qwen3-MoE.
 

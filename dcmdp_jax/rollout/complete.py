@@ -19,9 +19,10 @@ def texts(folder: str, prompts: Sequence[str], *, tokenizer_path: str = "", weig
     """(prompt, completion, ended by a stop token) for `samples` completions of each prompt; temperature 0 is greedy."""
     vocabulary = tokenizer.load(tokenizer_path or folder)
     tokenizer.check_vocabulary(vocabulary, weights.read_config(folder).vocab_size)
-    examples = [Example(prompt, "") for prompt in prompts]
-    longest = max(len(vocabulary.encode(prompt)) for prompt in prompts) + (256 if chat else 0)
-    asked = data.tokenize(examples, vocabulary, max_prompt_tokens=max(longest, 1), chat=chat)
+    texts = [vocabulary.chat([{"role": "user", "content": prompt}], enable_thinking=False) if chat else prompt
+             for prompt in prompts]
+    asked = data.tokenize([Example(text, "") for text in texts], vocabulary,
+                          max_prompt_tokens=max(len(vocabulary.encode(text)) for text in texts))
     mesh = sharding.single_device_mesh()
     model, params = weights.load(folder)
     engine = Engine(model, slots=min(len(prompts) * samples, 32), max_length=asked.tokens.shape[1] + max_tokens,

@@ -108,7 +108,8 @@ def generate(params: Any, state: DecodeState, leave_at: jax.Array, *, config: Mo
 
 def _decode_step(params: Any, state: DecodeState, config: ModelConfig, stop_ids: tuple[int, ...], window: int):
     hidden, cache = qwen3.decode(params, state.token, state.cache, state.length, config, window=window)
-    key = jax.vmap(jax.random.fold_in)(state.key, state.generated)
+    request = jax.random.wrap_key_data(state.key, impl="threefry2x32")
+    key = jax.random.key_data(jax.vmap(jax.random.fold_in)(request, state.generated))
     token, logp = sampling.sample(qwen3.head(params, hidden, config), key, state.temperature)
     valid = state.active
     generated = state.generated + valid

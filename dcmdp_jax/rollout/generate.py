@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from dcmdp_jax.records import Prompts, Rollout
+from dcmdp_jax.stopping import Interrupted
 
 
 MIN_FREE = 2  # idle slots worth stopping for, while completions wait
@@ -30,13 +31,14 @@ class Engine(Protocol):
 
 
 def rollout(engine: Engine, params: Any, prompts: Prompts, *, samples: int, key: jax.Array, max_tokens: int,
-            temperature: float, version: int = 0) -> Rollout:
+            temperature: float, version: int = 0, asked: Callable[[], bool] = lambda: False) -> Rollout:
     """Samples `samples` completions of every prompt.
 
     Each completion has a key of its own, folded with the token's number at each token, so that its tokens depend on the
     weights, its prompt and `key` alone: not on slots, neighbours or the order of refilling. A prompt is prefilled once.
 
-    Raises ValueError where a prompt leaves the engine no room for `max_tokens`.
+    Raises ValueError where a prompt leaves the engine no room for `max_tokens`, and `Interrupted` where `asked()` says so
+    between two dispatches.
     """
     longest = int(prompts.lengths.max())
     if longest + max_tokens > engine.max_length:
@@ -45,11 +47,13 @@ def rollout(engine: Engine, params: Any, prompts: Prompts, *, samples: int, key:
     count = len(prompts.lengths) * samples
     tokens, logp = np.zeros((count, max_tokens), np.int32), np.zeros((count, max_tokens), np.float32)
     lengths, stopped = np.zeros((count,), np.int32), np.zeros((count,), bool)
-    keys = np.asarray(jax.random.key_data(jax.random.split(key, count)), np.uint32)[:, -2:]
+    keys = np.asarray(jax.random.bits(key, (count, 2), "uint32"))
     waiting = _Waiting(engine, params, prompts, samples)
     owner = np.full(engine.slots, -1)  # the completion a slot holds
     state = engine.init_decode_state()
     while waiting.remaining or (owner >= 0).any():
+        if asked():
+            raise Interrupted("stopped in a rollout")
         for prefix, rows, ids in waiting.take(int((owner < 0).sum())):
             free = np.flatnonzero(owner < 0)[:len(ids)]
             owner[free] = ids

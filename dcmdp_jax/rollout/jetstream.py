@@ -73,9 +73,13 @@ class Engine(engine_api.Engine):
         self._mesh = mesh if mesh is not None else sharding.single_device_mesh()
         self._load = load
         self._requests = 0
+        empty = partial(decode.init_state, config, slots, max_length, jnp.bfloat16 if config.bfloat16 else jnp.float32)
+        place = sharding.decode_state(jax.eval_shape(empty), self._mesh)
+        self._init = jax.jit(empty, out_shardings=place)
         self._prefill = jax.jit(partial(decode.prefill, config=config))
-        self._insert = jax.jit(decode.insert, donate_argnums=0)
-        self._generate = jax.jit(self._generate_packed, donate_argnums=1, static_argnames="window")
+        self._insert = jax.jit(decode.insert, donate_argnums=0, out_shardings=place)
+        self._generate = jax.jit(self._generate_packed, donate_argnums=1, static_argnames="window",
+                                 out_shardings=(place, sharding.replicated(self._mesh)))
 
     def _generate_packed(self, params, state, leave_at, *, window):
         state, out = decode.generate(params, state, leave_at, config=self.config, stop_ids=self.stop_ids, steps=self.steps,
@@ -124,9 +128,7 @@ class Engine(engine_api.Engine):
         return data[:, slice(*result.tokens_idx)], logp, data[:, slice(*result.valid_idx)] > 0, data[:, active] > 0
 
     def init_decode_state(self, *args, **kwargs) -> decode.DecodeState:
-        dtype = jnp.bfloat16 if self.config.bfloat16 else jnp.float32
-        make = partial(decode.init_state, self.config, self.slots, self.max_length, dtype)
-        return jax.jit(make, out_shardings=sharding.decode_state(jax.eval_shape(make), self._mesh))()
+        return self._init()
 
     def load_params(self, *args, **kwargs) -> Any:
         if self._load is None:
