@@ -123,7 +123,7 @@ def supervised(task: Task, tokenizer: Tokenizer, batch_size: int, seed: int, ste
 
 
 def pack(scored: Scored, *, minibatches: int, microbatches: int, row_length: int, row_divisor: int = 1, pad_id: int = 0,
-         seed: int = 0) -> Batch:
+         seed: int | tuple[int, ...] = 0) -> Batch:
     """Deals the completions at random into M x A microbatches of n and packs each into R rows of S tokens.
 
     First-fit decreasing, a segment being prompt + completion. R is the same in every microbatch: `row_divisor` times a

@@ -7,9 +7,11 @@ import pathlib
 import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-_FLAG = "--xla_force_host_platform_device_count=8"
-if _FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
+# Most of a test's time is compilation; the cheaper passes of LLVM are enough for shapes this small.
+_FLAGS = ("--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1 "
+          "--xla_llvm_disable_expensive_passes=true")
+if _FLAGS not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 
 
 def pytest_configure(config):

@@ -4,7 +4,6 @@ import html.parser
 import json
 import math
 import re
-import sys
 
 import numpy as np
 import pytest

@@ -11,7 +11,7 @@ import safetensors
 import safetensors.numpy
 
 from dcmdp_jax import sharding
-from dcmdp_jax.config import MeshConfig, ModelConfig, Yarn
+from dcmdp_jax.config import MeshConfig, Yarn
 from dcmdp_jax.models import quantized, qwen3, sizes, weights
 from random_params import random_params
 
