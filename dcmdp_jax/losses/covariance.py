@@ -47,9 +47,9 @@ def clip_cov(
     logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
     ratio = _check.ratio(logp, old_logp)
     loss = _check.pessimistic(ratio, advantage, clip_low, clip_high)
-    count = jnp.maximum(jnp.sum(_check.row_count(mask)), 1)
+    count = jnp.maximum(jnp.sum(_check.row_count(mask).astype(jnp.int32)), 1)
     cov = _covariance(logp, advantage, count)
-    stopped = loss > -ratio * advantage
+    stopped = jnp.where(advantage > 0, ratio > 1 + clip_high, (advantage < 0) & (ratio < 1 - clip_low))
     candidate = mask & ~stopped & (cov > cov_low) & (cov < cov_high)
     candidates = jnp.maximum(jnp.sum(_check.row_count(candidate)), 1)
     drawn = candidate & (_uniform(key, mask.shape) < jnp.maximum(fraction * count, 1) / candidates)
@@ -77,7 +77,7 @@ def kl_cov(
     _check_fraction(fraction)
     logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
     log_ratio = _check.bound(logp - old_logp, -20.0, 20.0)
-    count = jnp.maximum(jnp.sum(_check.row_count(mask)), 1)
+    count = jnp.maximum(jnp.sum(_check.row_count(mask).astype(jnp.int32)), 1)
     cov = jnp.where(mask, _covariance(logp, advantage, count), -jnp.inf)
     highest = _highest(cov, min(cov.size, int(fraction * cov.size) + 2))
     bound = highest[jnp.maximum(jnp.floor(fraction * count), 1).astype(jnp.int32)]
@@ -93,9 +93,9 @@ def _covariance(logp: Array, advantage: Array, count: Array) -> Array:
 
 def _highest(x: Array, number: int) -> Array:
     """The greatest elements of x, descending: those of the blocks whose greatest element is among the greatest."""
-    blocks = x.reshape(math.gcd(x.size, 64), -1)
-    _, where = jax.lax.top_k(jnp.max(blocks, axis=0), min(number, blocks.shape[1]))
-    return jax.lax.top_k(blocks[:, where].reshape(-1), number)[0]
+    blocks = x.reshape(-1, math.gcd(x.size, 64))
+    _, where = jax.lax.top_k(jnp.max(blocks, axis=1), min(number, blocks.shape[0]))
+    return jax.lax.top_k(blocks[where].reshape(-1), number)[0]
 
 
 def _check_fraction(fraction: float) -> None:

@@ -196,7 +196,7 @@ def _greatest_cut(excess: Array, threshold: float) -> Array:
     the bracket is halved instead.
     """
     total, largest = jnp.sum(excess), jnp.max(excess)
-    value = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32) - threshold  # noqa: E731
+    value = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32) - threshold
 
     def undecided(state):
         _, low, high, below, above, _ = state
