@@ -53,6 +53,11 @@ class Checkpoints:
         self._manager.close()
 
 
+def exists(workdir: pathlib.Path) -> bool:
+    """Whether a run's folder holds a whole checkpoint."""
+    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+
+
 def abstract(shapes: Any, shardings: Any) -> Any:
     """Shapes with shardings, what `restore` lays a checkpoint out as."""
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings)

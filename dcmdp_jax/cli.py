@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import pathlib
 import sys
 from collections.abc import Callable
+from functools import partial
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
         "set by its dotted name, e.g. --constraint.tolerance 0.01 --steps 50."))
     train.add_argument("experiment", help="a Python file with CONFIG = Config(...)")
     train.add_argument("--workdir", help="folder of the run (default: runs/NAME)")
+    train.add_argument("--fields", action="store_true", help="list the fields that can be set, with their values, and stop")
     train.set_defaults(run=_train)
 
     generate = commands.add_parser("generate", help="sample completions of prompts from a model folder")
@@ -54,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _train(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     config, workdir = _experiment(args, rest)
+    if args.fields:
+        return partial(_print_fields, config)
     from dcmdp_jax import train
     from dcmdp_jax.stopping import Interrupted
 
@@ -63,7 +68,7 @@ def _train(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
         try:
             train.run(config, workdir, inputs)
         except Interrupted as stop:
-            print(f"{stop}; resume with: dcmdp train {args.experiment} --workdir {workdir}")
+            print(f"{stop}; go on with: dcmdp train {args.experiment} --workdir {workdir}")
             return 130
         print(f"finished; see {workdir / 'report.html'}")
         return 0
@@ -71,18 +76,27 @@ def _train(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     return job
 
 
+def _print_fields(config) -> int:
+    from dcmdp_jax.config import scalar_fields
+
+    for name, kind in scalar_fields(config).items():
+        print(f"--{name} {functools.reduce(getattr, name.split('.'), config)!r}  ({kind.__name__})")
+    return 0
+
+
 def _experiment(args: argparse.Namespace, rest: list[str]):
     """The experiment's configuration, as recorded where its folder holds a run already, with the options on top."""
     from dcmdp_jax.config import differences, load_experiment, override, recorded, to_json
 
-    config = load_experiment(args.experiment)
+    config, options = load_experiment(args.experiment), _overrides(rest)
     workdir = pathlib.Path(args.workdir or f"runs/{config.name}")
-    if (workdir / "config.json").is_file():
-        written = config
+    if any((workdir / "checkpoints").glob("[0-9]*")):
+        written = to_json(config)
         config = recorded(config, json.loads((workdir / "config.json").read_text()))
-        for name, (new, old) in differences(to_json(written), to_json(config)).items():
-            print(f"{workdir} was started with {name}={old} (the experiment file says {new})")
-    return override(config, _overrides(rest)), workdir
+        kept = [f"{name}={old}" for name, (_, old) in differences(written, to_json(config)).items() if name not in options]
+        if kept:
+            print(f"{workdir} goes on with its own {', '.join(kept)}", file=sys.stderr)
+    return override(config, options), workdir
 
 
 def _overrides(rest: list[str]) -> dict[str, str]:

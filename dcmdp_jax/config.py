@@ -83,7 +83,7 @@ class DataConfig:
     verifier: Callable  # (example, text) -> reward
     path: str = ""  # JSONL or Parquet; empty: `task`
     task: Any = None  # a generated task (`tasks.Chain(...)`)
-    eval_path: str = ""  # held-out problems; empty: the task's own, or none
+    eval_path: str = ""  # held-out problems; empty: the task's own where it asks, else none
     prompts_per_step: int = 16  # B
     max_prompt_tokens: int = 512
     shuffle: bool = True
@@ -329,4 +329,4 @@ def _convert(name: str, text: str, kind: type) -> Any:
 
 def _unknown(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return f"unknown option --{name}; did you mean --{near[0]}?"
+    return f"no option --{name} takes a number or a word; did you mean --{near[0]}? Functions are set in the experiment file"

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 QWEN3_STOPS = ("<|im_end|>", "<|endoftext|>")
 
 
-FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
 class Tokenizer(Protocol):
@@ -134,7 +134,8 @@ class Characters:
         try:
             return [self._ids[character] for character in text]
         except KeyError as missing:
-            raise ValueError(f"character {missing} is not in the alphabet {self.alphabet!r}") from None
+            raise ValueError(f"character {missing} is not in the alphabet {self.alphabet!r}; "
+                             "text of another kind needs its own --model.tokenizer") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self._characters.get(int(i), "\ufffd") for i in ids)
@@ -157,17 +158,23 @@ def load(path: str | pathlib.Path) -> Tokenizer:
         return HuggingFace(path)
     if (path / "tokenizer.model").is_file():
         return SentencePiece(path / "tokenizer.model")
+    if (path / "characters.json").is_file():
+        return Characters(_read_json(path / "characters.json")["alphabet"])
     raise ValueError(f"{path} holds no tokenizer: looked for tokenizer.json (Hugging Face) and tokenizer.model "
                      "(SentencePiece)")
 
 
-def copy(path: str | pathlib.Path, folder: str | pathlib.Path) -> None:
-    """Copies the files of a tokenizer's folder that `load` reads into another folder; an empty path copies nothing."""
-    if path:
+def save(tokenizer: Tokenizer, folder: str | pathlib.Path) -> None:
+    """Writes the files that `load` reads into `folder`."""
+    folder = pathlib.Path(folder)
+    if isinstance(tokenizer, Characters):
+        (folder / "characters.json").write_text(json.dumps({"alphabet": tokenizer.alphabet}))
+    elif isinstance(tokenizer, SentencePiece):
+        shutil.copyfile(tokenizer.file, folder / "tokenizer.model")
+    else:
         for name in FILES:
-            source = pathlib.Path(path) / name
-            if source.is_file():
-                shutil.copyfile(source, pathlib.Path(folder) / name)
+            if (tokenizer.folder / name).is_file():
+                shutil.copyfile(tokenizer.folder / name, folder / name)
 
 
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:

@@ -60,6 +60,8 @@ def run(config: Config, workdir: pathlib.Path, inputs: Inputs) -> TrainState:
         to_engine, to_exact = (sync.make(model, dtype, mesh) for dtype in (config.rollout.weights, "float32"))
         params, exact = to_engine(state.params), config.rollout.weights == "float32"
         base = jax.random.key(config.seed)
+        if number < config.steps:
+            print("compiling with the first step", flush=True)
         while number < config.steps and not asked():
             started = time.perf_counter()
             try:
@@ -102,15 +104,10 @@ def read_inputs(config: Config) -> Inputs:
     mesh = sharding.make_mesh(config.mesh)
     if jax.process_count() > 1:
         raise ValueError("training runs in one process; start it on one host")
-    task, source, model = config.data.task, config.model, read_model(config)
-    if source.folder:
-        weights.check(source.folder)
-    if source.tokenizer or source.folder:
-        vocabulary = tokenizer.load(source.tokenizer or source.folder)
-    elif task is not None:
-        vocabulary = tokenizer.Characters(task.alphabet)
-    else:
-        raise ValueError("model.tokenizer names no tokenizer; give --model.tokenizer DIR")
+    task, model = config.data.task, read_model(config)
+    if config.model.folder:
+        weights.check(config.model.folder)
+    vocabulary = read_tokenizer(config)
     tokenizer.check_vocabulary(vocabulary, model.vocab_size)
     if config.warmup.steps and task is None:
         raise ValueError("warmup needs data.task: only a generated task has solutions to learn from; set --warmup.steps 0")
@@ -132,6 +129,8 @@ def read_inputs(config: Config) -> Inputs:
         held_out = data.tokenize(data.read(config.data.eval_path)[:config.eval.prompts], vocabulary, **wrap)
     elif config.eval.every and task is not None and not config.data.path:
         held_out = data.tokenize(task.held_out(config.eval.prompts), vocabulary, **wrap)
+    elif config.eval.every:
+        print("no held-out evaluation: data.eval_path names no file", flush=True)
     return Inputs(model, vocabulary, prompts, held_out, mesh)
 
 
@@ -144,6 +143,15 @@ def read_model(config: Config) -> ModelConfig:
     return dataclasses.replace(model, bfloat16=source.bfloat16 or model.bfloat16, remat=source.remat or model.remat)
 
 
+def read_tokenizer(config: Config) -> tokenizer.Tokenizer:
+    """The named tokenizer, the model folder's, or the task's characters. Raises ValueError where there is none."""
+    if config.model.tokenizer or config.model.folder:
+        return tokenizer.load(config.model.tokenizer or config.model.folder)
+    if config.data.task is None:
+        raise ValueError("model.tokenizer names no tokenizer; give --model.tokenizer DIR")
+    return tokenizer.Characters(config.data.task.alphabet)
+
+
 def claim(workdir: pathlib.Path, config: Config) -> None:
     """Writes the resolved config beside the run, or checks that the run there is this one.
 
@@ -151,11 +159,13 @@ def claim(workdir: pathlib.Path, config: Config) -> None:
     ValueError with its name.
     """
     file, now = workdir / "config.json", to_json(config)
-    if file.exists():
+    if checkpoint.exists(workdir):
         before = json.loads(file.read_text())
         for name, (old, new) in differences(before, now).items():
             if name.split(".")[0] not in MAY_CHANGE:
-                raise ValueError(f"{workdir} holds a run with {name}={old}, not {new}; choose another --workdir, or the old value")
+                short = not isinstance(old, dict) and not isinstance(new, dict)
+                raise ValueError(f"{workdir} holds a run with {f'{name}={old}, not {new}' if short else f'another {name}'}; "
+                                 f"choose another --workdir, or the old value (only {', '.join(MAY_CHANGE)} may change)")
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(now, indent=2) + "\n")
@@ -203,7 +213,7 @@ def export(config: Config, workdir: pathlib.Path, folder: str) -> int:
         raise ValueError(f"{workdir} holds no whole checkpoint yet")
     state, _ = saved.restore(_abstract(config, model, sharding.make_mesh(config.mesh)))
     weights.save(folder, model, state.params)
-    tokenizer.copy(config.model.tokenizer or config.model.folder, folder)
+    tokenizer.save(read_tokenizer(config), folder)
     return int(state.step)
 
 

@@ -34,7 +34,7 @@ def run(params: Any, config: Config, model: ModelConfig, tokenizer: Tokenizer, m
     with (workdir / "warmup.jsonl").open("w") as log:
         for first in range(0, config.warmup.steps, STEPS_PER_DISPATCH):
             if asked():
-                raise Interrupted(f"stopped in the warm-up, at step {first} of {config.warmup.steps}; nothing is saved yet")
+                raise Interrupted(f"stopped in the warm-up, at step {first} of {config.warmup.steps}; it starts anew")
             steps = range(first, min(first + STEPS_PER_DISPATCH, config.warmup.steps))
             batches = [data.supervised(config.data.task, tokenizer, config.warmup.batch_size, config.seed, i) for i in steps]
             params, opt_state, losses = many(params, opt_state, _stack(batches, mesh))

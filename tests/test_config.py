@@ -34,7 +34,7 @@ def test_overrides_are_typed_and_leave_the_rest(quickstart):
     ("steps", "1.5", "type int"),
     ("constraint.tolerance", "nan", "type float"),
     ("data.shuffle", "perhaps", "type bool"),
-    ("algorithm.advantage", "grpo", "unknown option --algorithm.advantage"),
+    ("algorithm.advantage", "grpo", "Functions are set in the experiment file"),
     ("steps", "0", "steps=0 must be at least 1"),
     ("rollout.weights", "int3", "rollout.weights='int3' is not one of float32"),
     ("rollout.temperature", "0", "rollout.temperature=0.0 must be positive"),

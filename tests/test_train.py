@@ -154,7 +154,13 @@ def test_a_finished_run_stays_finished_and_can_go_on(tmp_path, capsys):
     assert cli.main(command(tmp_path, steps=2)) == 0 and rows(tmp_path) == before
     assert cli.main(["train", QUICKSTART, "--workdir", str(tmp_path), "--steps", "3"]) == 0
     assert rows(tmp_path)[:2] == before and len(rows(tmp_path)) == 3
-    assert "was started with steps=2 (the experiment file says 160)" in capsys.readouterr().out
+    err = capsys.readouterr().err
+    assert f"{tmp_path} goes on with its own " in err and "data.task.operations=2" in err and "steps=3" not in err
+    out = tmp_path / "out"
+    assert cli.main(["convert", QUICKSTART, str(out), "--workdir", str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert cli.main(["generate", str(out), "3+5*2=", "--max-tokens", "4"]) == 0
+    assert "3+5*2=\n  -> " in capsys.readouterr().out, "the folder brings its characters along"
 
 
 def test_interruption_in_the_warm_up_says_so(tmp_path, capsys, monkeypatch):
@@ -163,7 +169,7 @@ def test_interruption_in_the_warm_up_says_so(tmp_path, capsys, monkeypatch):
                         lambda *args: os.kill(os.getpid(), signal.SIGINT) or supervised(*args))
     monkeypatch.setattr(train.warmup, "STEPS_PER_DISPATCH", 1)
     assert cli.main(command(tmp_path, steps=1)) == 130
-    assert "stopped in the warm-up, at step 1 of 2; nothing is saved yet" in capsys.readouterr().out
+    assert "stopped in the warm-up, at step 1 of 2; it starts anew" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -185,8 +191,17 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, changes,
     assert not (tmp_path / "run").exists()
 
 
+def test_fields_are_listed(capsys):
+    assert cli.main(["train", QUICKSTART, "--fields", "--constraint.tolerance", "0.5"]) == 0
+    out = capsys.readouterr().out
+    assert "--constraint.tolerance 0.5  (float)" in out and "--data.task.operations 5  (int)" in out
+
+
 def test_another_experiment_cannot_take_over_a_run(tmp_path):
+    """Once there is a checkpoint; until then the folder is free."""
+    train.claim(tmp_path, tiny(**{"constraint.tolerance": 0.7}))
     train.claim(tmp_path, tiny())
+    (tmp_path / "checkpoints" / "0").mkdir(parents=True)
     train.claim(tmp_path, tiny(steps=99))
     with pytest.raises(ValueError, match=r"constraint\.tolerance=0\.004, not 0\.5"):
         train.claim(tmp_path, tiny(**{"constraint.tolerance": 0.5}))
