@@ -27,6 +27,8 @@ Pure functions: arrays in, arrays out. This page is made from the docstrings by 
   false is never read. A token whose `rollout_logp` is not finite takes no part in anything that compares with the sampler.
 - Ratios are train over rollout: rho = exp(old_logp - rollout_logp). Log ratios are clipped to +-20.
 - Losses come unreduced, per token; `reduce` makes a scalar of them.
+- Policy losses are called `(logp, old_logp, advantage, mask)` with options by name, surrogates `(logp, old_logp, rollout_logp,
+  advantage, mask)`, shapes `(advantage, old_logp, rollout_logp, multiplier, tolerance, mask)`; "needs" lists what is read.
 
 ## Three algorithms on your own log-probs
 
