@@ -49,6 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
     known, rest = parser.parse_known_args(arguments)
     try:
         job = known.run(known, rest)
+    except ModuleNotFoundError as error:
+        print(f"dcmdp: {error}; the core alone does not train or sample, install requirements.txt or dcmdp-jax[jetstream]",
+              file=sys.stderr)
+        return 2
     except (ValueError, ImportError, OSError) as error:
         print(f"dcmdp: {error}", file=sys.stderr)
         return 2

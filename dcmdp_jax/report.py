@@ -140,7 +140,7 @@ def _multiplier_verdict(config: dict[str, Any], rows: list[dict[str, Any]]) -> l
         return []
     bound = _get(config, "constraint", "multiplier_max") or math.inf
     capped = sum(value >= bound * (1 - 1e-6) for _, value in points)  # the run clips in float32
-    said = [f"The multiplier ended at {points[-1][1]:.4g}."]
+    said = [f"After the last update the multiplier is {points[-1][1]:.4g}."]
     if capped:
         said.append(f"It stood at its upper bound of {bound:g} after {capped} of {_count(len(points), 'step')}.")
     return said

@@ -65,7 +65,7 @@ def test_verdict_by_hand():
         "Held-out reward of the engine's policy rose from 0.250 (step 1) to 0.750 (step 4). "
         "Held-out reward of the trainer's policy stayed within sampling noise, from 0.375 (step 1) to 0.385 (step 4). "
         "Mean delta was 0.004 at the last step, within the tolerance of 0.01; 2 of 4 steps (50%) lay inside it. "
-        "The multiplier ended at 0.125. It stood at its upper bound of 0.2 after 2 of 4 steps.")
+        "After the last update the multiplier is 0.125. It stood at its upper bound of 0.2 after 2 of 4 steps.")
 
 
 @pytest.mark.parametrize("end, says", [(0.25 + 0.0624, "stayed within"), (0.25 + 0.0626, "rose"),
