@@ -13,7 +13,8 @@ from functools import partial
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; bad input ends it with one sentence and status 2."""
-    parser = argparse.ArgumentParser(prog="dcmdp", allow_abbrev=False, description="Discrepancy-constrained RL of language models in JAX.")
+    parser = argparse.ArgumentParser(prog="dcmdp", allow_abbrev=False,
+                                     description="Discrepancy-constrained RL of language models in JAX.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", allow_abbrev=False, help="run or resume an experiment", description=(
@@ -36,7 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     generate.add_argument("--chat", action="store_true", help="wrap prompts in the chat template")
     generate.set_defaults(run=_generate)
 
-    convert = commands.add_parser("convert", allow_abbrev=False, help="write a run's newest checkpoint as a Hugging Face folder")
+    convert = commands.add_parser("convert", allow_abbrev=False,
+                                  help="write a run's newest checkpoint as a Hugging Face folder")
     convert.add_argument("experiment", help="the run's experiment file")
     convert.add_argument("output", help="folder to write")
     convert.add_argument("--workdir", help="folder of the run (default: runs/NAME)")

@@ -59,7 +59,8 @@ def batch_shardings(mesh: jax.sharding.Mesh) -> Batch:
                  rollout_logp=whole, reward=whole, group=whole)
 
 
-def compile(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def compile(config: Config, model: ModelConfig,
+            mesh: jax.sharding.Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The jitted step; its state argument is donated. Raises ValueError on a surrogate that several updates break."""
     surrogate, updates = config.algorithm.surrogate, config.algorithm.epochs * config.algorithm.minibatches
     if isinstance(surrogate, corrections.Bypass) and surrogate.denominator is corrections.surviving and updates > 1:
