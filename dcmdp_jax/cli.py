@@ -1,4 +1,4 @@
-"""`dcmdp`: train, generate, convert, report."""
+"""`dcmdp`: train, parity, diagnose, generate, serve, convert, report."""
 
 from __future__ import annotations
 
@@ -25,17 +25,50 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument("--fields", action="store_true", help="list the fields that can be set, with their values, and stop")
     train.set_defaults(run=_train)
 
-    generate = commands.add_parser("generate", help="sample completions of prompts from a model folder")
+    parity = commands.add_parser("parity", allow_abbrev=False, help="compare the engine's log-probs with the trainer's", description=(
+        "Samples with an experiment's engine, scores with its trainer, and prints the gap by position and the tolerance it calls "
+        "for. Fields are set as for train."))
+    _experiment_options(parity)
+    parity.add_argument("--batches", type=int, default=4, help="rollout batches to sample")
+    parity.add_argument("--max-error", type=float, help="end with status 1 where a |log-prob difference| is larger, in nats "
+                                                        "(default: 1e-5 for an exact float32 engine, else no limit)")
+    parity.set_defaults(run=_parity)
+
+    diagnose = commands.add_parser("diagnose", allow_abbrev=False, help="tell which property of the engine makes the gap", description=(
+        "Switches one property of an experiment's engine at a time and prints what each does to the log-probs of the same tokens. "
+        "Fields are set as for train."))
+    _experiment_options(diagnose)
+    diagnose.add_argument("--all", action="store_true", help="try properties that the engine has exact, too")
+    diagnose.set_defaults(run=_diagnose)
+
+    generate = commands.add_parser("generate", allow_abbrev=False, help="sample completions of prompts from a model folder")
     generate.add_argument("model", help="a Hugging Face folder with its tokenizer")
-    generate.add_argument("prompts", nargs="+", help="prompt texts")
+    generate.add_argument("prompts", nargs="*", help="prompt texts")
+    generate.add_argument("--file", help="prompts: a text file, one a line, or JSONL or Parquet as training reads them")
+    generate.add_argument("--output", help="JSONL file to write; where it exists already, the rest is added")
     generate.add_argument("--tokenizer", default="", help="folder or file (default: the model's folder)")
     generate.add_argument("--weights", default="float32", help="dtype of the engine's projections")
     generate.add_argument("--max-tokens", type=int, default=64)
     generate.add_argument("--samples", type=int, default=1)
-    generate.add_argument("--temperature", type=float, default=1.0)
-    generate.add_argument("--seed", type=int, default=0)
+    _sampling_options(generate)
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a completion; may be repeated")
     generate.add_argument("--chat", action="store_true", help="wrap prompts in the chat template")
     generate.set_defaults(run=_generate)
+
+    serve = commands.add_parser("serve", allow_abbrev=False, help="answer JetStream's gRPC clients from a model folder")
+    serve.add_argument("model", help="a Hugging Face folder with its tokenizer")
+    serve.add_argument("--tokenizer", default="", help="folder or file (default: the model's folder)")
+    serve.add_argument("--tokens-only", action="store_true", help="use no tokenizer; only max_tokens ends a completion")
+    serve.add_argument("--weights", default="float32", help="dtype of the engine's projections")
+    serve.add_argument("--host", default="127.0.0.1", help="another address opens the server to the network, unprotected")
+    serve.add_argument("--port", type=int, default=9000, help="0 takes a free one")
+    serve.add_argument("--slots", type=int, default=8, help="sequences decoded together")
+    serve.add_argument("--queue", type=int, default=64, help="requests that may wait for a slot")
+    serve.add_argument("--max-prompt", type=int, default=1024, help="tokens")
+    serve.add_argument("--max-length", type=int, default=2048, help="tokens of a prompt and its completion")
+    serve.add_argument("--steps", type=int, default=8, help="tokens decoded, and streamed, at a time")
+    _sampling_options(serve)
+    serve.set_defaults(run=_serve)
 
     convert = commands.add_parser("convert", allow_abbrev=False,
                                   help="write a run's newest checkpoint as a Hugging Face folder")
@@ -105,6 +138,51 @@ def _experiment(args: argparse.Namespace, rest: list[str]):
     return override(config, options), workdir
 
 
+def _experiment_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", help="a Python file with CONFIG = Config(...)")
+    parser.add_argument("--workdir", help="folder of the run (default: runs/NAME)")
+
+
+def _parity(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
+    if args.batches < 2:
+        raise ValueError(f"--batches {args.batches} gives no standard error; take 2 or more")
+    config, workdir = _experiment(args, rest)
+    from dcmdp_jax import parity, train
+
+    inputs = train.read_inputs(config)
+    policy = parity.load(config, inputs, workdir)
+
+    def job() -> int:
+        found = parity.measure(config, inputs, policy, args.batches)
+        limit = args.max_error if args.max_error is not None else parity.default_limit(config, inputs)
+        print(f"{found.origin}\n{parity.table(found)}\n{parity.verdict(found, config.constraint.tolerance)}")
+        print(f"wrote {parity.write(found, config, limit, workdir)}")
+        if reason := parity.failure(found, limit):
+            print(f"dcmdp parity: {reason}", file=sys.stderr)
+            return 1
+        return 0
+
+    return job
+
+
+def _diagnose(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
+    config, workdir = _experiment(args, rest)
+    from dcmdp_jax import diagnose, parity, train
+
+    diagnose.check(config)
+    inputs = train.read_inputs(config)
+    policy = parity.load(config, inputs, workdir)
+    other = diagnose.other_version(config, inputs, workdir)
+
+    def job() -> int:
+        found = diagnose.diagnose(config, inputs, policy, other, probe=args.all)
+        print(f"{found.origin}\n{parity.columns(diagnose.table(found), left=2)}\n{diagnose.verdict(found)}")
+        print("\n".join([*diagnose.notes(found), f"wrote {diagnose.write(found, config, workdir)}"]))
+        return 0
+
+    return job
+
+
 def _overrides(rest: list[str]) -> dict[str, str]:
     """`--a.b 1 --c=2` as {"a.b": "1", "c": "2"}."""
     found, words = {}, iter(rest)
@@ -119,17 +197,56 @@ def _overrides(rest: list[str]) -> dict[str, str]:
     return found
 
 
+def _sampling_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
+    parser.add_argument("--top-k", type=int, default=0, help="0: all")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--min-p", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _sampling(args: argparse.Namespace):
+    if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or not 0 <= args.min_p < 1:
+        raise ValueError("--temperature and --top-k must not be negative, --top-p lies in (0, 1] and --min-p in [0, 1)")
+    from dcmdp_jax.records import Sampling
+
+    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
+
+
 def _generate(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     _none(rest)
-    if args.max_tokens < 1 or args.samples < 1 or args.temperature < 0:
-        raise ValueError("--max-tokens and --samples must be at least 1, and --temperature at least 0")
+    if args.max_tokens < 1 or args.samples < 1:
+        raise ValueError("--max-tokens and --samples must be at least 1")
+    if bool(args.prompts) == bool(args.file):
+        raise ValueError("give prompt texts or --file FILE, one of the two")
+    how = _sampling(args)
+    from dcmdp_jax.config import Precision
     from dcmdp_jax.rollout import complete
 
-    for prompt, text, stopped in complete.texts(
-            args.model, args.prompts, tokenizer_path=args.tokenizer, weights_dtype=args.weights, max_tokens=args.max_tokens,
-            samples=args.samples, temperature=args.temperature, seed=args.seed, chat=args.chat):
-        print(f"{prompt}\n  -> {text}{'' if stopped else ' ...'}")
+    options = dict(tokenizer_path=args.tokenizer, precision=Precision(weights=args.weights), max_tokens=args.max_tokens,
+                   samples=args.samples, sampling=how, stop_strings=tuple(args.stop), seed=args.seed, chat=args.chat)
+    prompts = args.prompts or complete.read_prompts(args.file)
+    if args.output:
+        added = complete.to_file(pathlib.Path(args.output), args.model, prompts, **options)
+        print(f"added {added} completions to {args.output}")
+        return _done
+    for chunk in complete.texts(args.model, prompts, **options):
+        for completion in chunk:
+            print(f"{completion.prompt}\n  -> {completion.text}{'' if completion.stopped else ' ...'}")
     return _done
+
+
+def _serve(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
+    _none(rest)
+    how = _sampling(args)
+    from dcmdp_jax.config import Precision
+    from dcmdp_jax.rollout import serve
+
+    status = serve.run(args.model, tokenizer_path=args.tokenizer, tokens_only=args.tokens_only,
+                       precision=Precision(weights=args.weights), host=args.host, port=args.port, slots=args.slots,
+                       waiting=args.queue, max_prompt=args.max_prompt, max_length=args.max_length, steps=args.steps,
+                       sampling=how, seed=args.seed)
+    return lambda: status
 
 
 def _convert(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:

@@ -93,15 +93,47 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; the product is the number of devices. fsdp=0 takes what the others leave."""
+
+    data: int = 1
+    fsdp: int = 0
+    expert: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What the engine holds and multiplies in; "" is what the trainer has."""
+
+    weights: str = "float32"  # projections and experts: float32, bfloat16, int8, int4, float8_e4m3fn, float8_e5m2 or nf4
+    group: int = 0  # weights that share a scale: 0 an output channel's, -1 the tensor's, n: n inputs' of an output channel
+    activations: str = ""  # what enters the projections: int8 or float8_e4m3fn, one scale a token
+    cache: str = ""  # keys and values: float32, bfloat16, or int8 or float8_e4m3fn with one scale a position and head
+    embed: str = ""  # as `weights`, one scale a token of the vocabulary; so is the head
+    head: str = ""
+    router: str = ""  # float32 or bfloat16; so are the norms
+    norms: str = ""
+    experts_per_token: int = 0  # of the engine's router; 0: the trainer's
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """The engine that samples."""
 
     samples: int = 8  # G
     max_tokens: int = 512  # T
     temperature: float = 1.0
-    weights: str = "float32"  # dtype the engine holds its projections in: float32, bfloat16, int8, int4, float8_e4m3fn
+    top_k: int = 0  # see records.Sampling for this and the next two
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop_strings: tuple[str, ...] = ()  # texts that end a completion, beside the tokenizer's stop tokens
+    precision: Precision = Precision()
+    staleness: int = 0  # constrained steps by which the weights that sample are older than those that train
     slots: int = 64  # sequences decoded together
     tokens_per_dispatch: int = 16  # K
+    devices: int = 0  # the last n devices sample and the others train; all of them: both; 0: both, on the training mesh
+    mesh: MeshConfig = MeshConfig()  # of the sampling devices, where `devices` is not 0
 
 
 @dataclass(frozen=True)
@@ -160,16 +192,6 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each axis; the product is the number of devices. fsdp=0 takes what the others leave."""
-
-    data: int = 1
-    fsdp: int = 0
-    expert: int = 1
-    tensor: int = 1
-
-
-@dataclass(frozen=True)
 class Config:
     name: str
     model: ModelSource
@@ -188,9 +210,6 @@ class Config:
 
     def __post_init__(self):
         _validate(self)
-
-
-WEIGHT_DTYPES = ("float32", "bfloat16", "int8", "int4", "float8_e4m3fn")
 
 
 def _validate(config: Config) -> None:
@@ -216,8 +235,11 @@ def _validate(config: Config) -> None:
     if algorithm.row_length and algorithm.row_length < row:
         raise ValueError(f"algorithm.row_length={algorithm.row_length} is shorter than one prompt and completion "
                          f"(data.max_prompt_tokens + rollout.max_tokens = {row})")
-    if rollout.weights not in WEIGHT_DTYPES:
-        raise ValueError(f"rollout.weights={rollout.weights!r} is not one of {', '.join(WEIGHT_DTYPES)}")
+    for name, value in (("top_k", rollout.top_k), ("staleness", rollout.staleness), ("devices", rollout.devices)):
+        if value < 0:
+            raise ValueError(f"rollout.{name}={value} must not be negative")
+    if not 0 < rollout.top_p <= 1 or not 0 <= rollout.min_p < 1:
+        raise ValueError(f"rollout.top_p={rollout.top_p} must lie in (0, 1] and rollout.min_p={rollout.min_p} in [0, 1)")
     dual = config.constraint
     if dual.tolerance < 0 or dual.dual_lr < 0 or not 0 <= dual.multiplier_init <= dual.multiplier_max:
         raise ValueError("constraint needs tolerance >= 0, dual_lr >= 0 and 0 <= multiplier_init <= multiplier_max")

@@ -27,16 +27,40 @@ class Prompts(NamedTuple):
     examples: tuple[Example, ...]  # B
 
 
+class Sampling(NamedTuple):
+    """How a token is drawn: from softmax(logits / temperature) over a support, renormalised.
+
+    The support holds the `top_k` likeliest tokens, of those the fewest whose mass reaches `top_p`, and of those the ones at
+    least `min_p` times as likely as the likeliest; tokens tied with the last kept one are kept. Scalars or one per request.
+    """
+
+    temperature: Any = 1.0  # 0 takes the likeliest token
+    top_k: Any = 0  # 0: all
+    top_p: Any = 1.0
+    min_p: Any = 0.0
+
+
+class Weights(NamedTuple):
+    """The engine's parameters, and the number of constrained steps behind them."""
+
+    params: Any
+    version: Any  # [] int32
+
+
 class Rollout(NamedTuple):
     """G sampled completions of each prompt; completion i belongs to prompt i // G."""
 
     prompts: Prompts
     tokens: np.ndarray  # [N, T] int32; the stop token is part of the completion
     lengths: np.ndarray  # [N] int32, tokens sampled
-    rollout_logp: np.ndarray  # [N, T] float32, of the distribution sampled from (after the temperature); 0 past the length
-    stopped: np.ndarray  # [N] bool: ended by a stop token, not by the length limit
-    version: int  # of the weights that sampled
-    temperature: float
+    text_lengths: np.ndarray  # [N] int32, of them those that are text: the stop token, where one ended it, is not
+    rollout_logp: np.ndarray  # [N, T] float32, of the distribution sampled from: tempered, over its support; 0 past the length
+    raw_logp: np.ndarray  # [N, T] float32, log softmax(logits)[token]: temperature 1, whole vocabulary
+    kept: np.ndarray  # [N, T] float32, mass of the support under softmax(logits / temperature)
+    stopped: np.ndarray  # [N] bool: ended by a stop token or string, not by the length limit
+    version: np.ndarray  # [N, T] int32, of the weights that sampled the token
+    sampling: Sampling
+    experts: np.ndarray | None  # [N, T, sparse layers, k] int32 that made each token's distribution; -1 past the length
 
 
 class Scored(NamedTuple):
@@ -71,5 +95,6 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     dual: Any  # constraint.DualState: the multiplier and its controller's memory
-    step: Any  # [] int32, constrained steps taken; also the version of the weights handed to the engine
+    step: Any  # [] int32, constrained steps taken; the version of `params`
     skipped: Any  # [] int32, updates left out because they were not finite
+    stale: tuple[Any, ...]  # parameters of the last `rollout.staleness` steps, oldest first

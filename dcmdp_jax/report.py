@@ -147,17 +147,22 @@ def _multiplier_verdict(config: dict[str, Any], rows: list[dict[str, Any]]) -> l
 
 
 def _page(config: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    name = html.escape(str(config.get("name", "run")))
     charts = "".join(_chart(panel) for panel in panels(config, rows))
-    resolved = html.escape(json.dumps(config, indent=2, ensure_ascii=False))
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name}</title><style>{STYLE}</style></head><body><main>
-<h1>{name}</h1><p class="summary">{html.escape(_summary(config))}</p>
+    body = f"""<p class="summary">{html.escape(_summary(config))}</p>
 <p class="verdict">{html.escape(verdict(config, rows))}</p>
 <div class="charts">{charts}</div>
 {_table(rows)}
-<p>{html.escape(_cost(rows))}</p>
+<p>{html.escape(_cost(rows))}</p>"""
+    return page(str(config.get("name", "run")), body, config)
+
+
+def page(title: str, body: str, config: dict[str, Any]) -> str:
+    """A page that stands alone: `body` is HTML, under the title and over the resolved configuration."""
+    name, resolved = html.escape(title), html.escape(json.dumps(config, indent=2, ensure_ascii=False))
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name}</title><style>{STYLE}</style></head><body><main>
+<h1>{name}</h1>{body}
 <details><summary>Resolved configuration</summary><pre>{resolved}</pre></details>
 </main></body></html>
 """
@@ -173,7 +178,7 @@ h1{font-size:1.6rem;margin:0}h2{font-size:1rem;margin:0}
 figure{margin:0}svg{display:block;width:100%;height:auto}
 .legend{display:flex;flex-wrap:wrap;gap:0 1rem;margin-top:.25rem;font-size:.82rem;color:#475569}
 .legend i{display:inline-block;width:1.2em;vertical-align:middle;margin-right:.35em}
-.scroll{overflow-x:auto;margin-top:1.8rem}
+.scroll{overflow-x:auto;margin-top:1.8rem}.scroll svg{min-width:640px}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:.35rem .6rem;text-align:right;border-bottom:1px solid #e2e8f0;white-space:nowrap}
 th:first-child,td:first-child{text-align:left;padding-left:0}td small{color:#64748b}
@@ -295,18 +300,18 @@ def _value_ticks(panel: Panel) -> list[float]:
     if panel.tolerance is not None and (panel.tolerance <= 3 * high or high == 0):  # further up it flattens the curve
         high = max(high, 1.1 * panel.tolerance)
     high = high if high > low else low + 1.0
-    step = _round_step((high - low) / 5)
+    step = round_step((high - low) / 5)
     # Ten digits, not a number of decimals: the values of an exact engine are as small as 1e-14.
     return [float(f"{k * step:.10g}") for k in range(math.floor(low / step), math.ceil(round(high / step, 6)) + 1)]
 
 
 def _step_ticks(first: int, last: int) -> list[int]:
     """Round step numbers within first..last; all of them where they are few."""
-    gap = max(1, int(_round_step((last - first) / 8))) if last > first else 1
+    gap = max(1, int(round_step((last - first) / 8))) if last > first else 1
     return [step for step in range(first, last + 1) if step % gap == 0]
 
 
-def _round_step(rough: float) -> float:
+def round_step(rough: float) -> float:
     """The least of 1, 2, 5 times a power of ten that is not below `rough`."""
     power = 10.0 ** math.floor(math.log10(rough))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))

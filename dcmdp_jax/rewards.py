@@ -98,8 +98,7 @@ def score(rollout: Rollout, decode: Callable[[Sequence[int]], str],
     """
     examples = rollout.prompts.examples
     samples = len(rollout.tokens) // len(examples)
-    text = tuple(decode(ids[:length - stop].tolist())
-                 for ids, length, stop in zip(rollout.tokens, rollout.lengths, rollout.stopped.astype(int)))
+    text = tuple(decode(ids[:length].tolist()) for ids, length in zip(rollout.tokens, rollout.text_lengths))
     reward = np.array([verifier(examples[i // samples], text[i]) if stop else 0.0
                        for i, stop in enumerate(rollout.stopped)], np.float32)
     if not np.isfinite(reward).all():

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dcmdp_jax.config import MeshConfig
+from dcmdp_jax.config import Config, MeshConfig
 
 AXES = ("data", "fsdp", "expert", "tensor")
 BATCH = ("data", "fsdp", "expert")
@@ -24,16 +24,31 @@ TRAIN = {"layers": None, "vocab": "tensor", "embed": "fsdp", "q_heads": "tensor"
 DECODE = TRAIN | {"embed": None}
 
 
-def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """The mesh of all devices. Raises ValueError where the axes' product is not their number."""
+def make_mesh(config: MeshConfig, devices: list[Any] | None = None, name: str = "mesh") -> Mesh:
+    """The mesh of all devices; `name` is the option that errors speak of. Raises ValueError where the axes' product is not their number."""
     devices = devices if devices is not None else jax.devices()
     fixed = config.data * config.expert * config.tensor
     fsdp = config.fsdp or len(devices) // fixed
     if fixed * fsdp != len(devices):
-        raise ValueError(f"mesh.data={config.data} * fsdp={config.fsdp or 'rest'} * expert={config.expert} * "
+        raise ValueError(f"{name}.data={config.data} * fsdp={config.fsdp or 'rest'} * expert={config.expert} * "
                          f"tensor={config.tensor} does not make {len(devices)}, the number of devices")
     shape = (config.data, fsdp, config.expert, config.tensor)
     return Mesh(np.asarray(devices).reshape(shape), AXES)
+
+
+def meshes(config: Config) -> tuple[Mesh, Mesh]:
+    """The mesh that trains and the one that samples: the same, or the devices divided as `rollout.devices` says.
+
+    Raises ValueError where they cannot be.
+    """
+    devices, sampling = jax.devices(), config.rollout.devices
+    if not sampling:
+        return (make_mesh(config.mesh),) * 2
+    if sampling > len(devices):
+        raise ValueError(f"rollout.devices={sampling} are more than the {len(devices)} there are")
+    both = sampling == len(devices)
+    return (make_mesh(config.mesh, devices if both else devices[:-sampling]),
+            make_mesh(config.rollout.mesh, devices[-sampling:], "rollout.mesh"))
 
 
 def single_device_mesh() -> Mesh:

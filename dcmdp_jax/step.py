@@ -39,7 +39,13 @@ def controller(config: Config) -> constraint.Controller:
 
 def init_state(config: Config, params: Any) -> TrainState:
     return TrainState(params=params, opt_state=optimizer(config.algorithm).init(params), dual=controller(config).init(),
-                      step=jnp.int32(0), skipped=jnp.int32(0))
+                      step=jnp.int32(0), skipped=jnp.int32(0),
+                      stale=tuple(jax.tree.map(jnp.copy, params) for _ in range(config.rollout.staleness)))
+
+
+def sampled_from(state: TrainState) -> tuple[Any, Any]:
+    """The parameters that the next batch is sampled from, `rollout.staleness` steps old, and their version."""
+    return (*state.stale, state.params)[0], jnp.maximum(state.step - len(state.stale), 0)
 
 
 def state_shardings(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> TrainState:
@@ -49,7 +55,8 @@ def state_shardings(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh)
     whole = sharding.replicated(mesh)
     opt_state = optax.tree_map_params(optimizer(config.algorithm), lambda _, place: place, shapes.opt_state, params,
                                       transform_non_params=lambda _: whole)
-    return jax.tree.map(lambda _: whole, shapes)._replace(params=params, opt_state=opt_state)
+    return jax.tree.map(lambda _: whole, shapes)._replace(params=params, opt_state=opt_state,
+                                                       stale=(params,) * config.rollout.staleness)
 
 
 def batch_shardings(mesh: jax.sharding.Mesh) -> Batch:
@@ -81,7 +88,8 @@ def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: 
     algorithm, dual = config.algorithm, config.constraint
     advantage = algorithm.advantage(batch.reward.reshape(-1), batch.group.reshape(-1),
                                     num_groups=config.data.prompts_per_step).reshape(batch.reward.shape)[..., None]
-    old_logp, entropy = _old_logp(state.params, batch, config, model)
+    behaviour, _ = sampled_from(state)
+    old_logp, entropy = _old_logp(behaviour, batch, config, model)
     shaped = dual.shape(_flat(advantage), _flat(old_logp), _flat(batch.rollout_logp), state.dual.multiplier, dual.tolerance,
                         _flat(batch.mask)).reshape(batch.mask.shape)
 
@@ -104,7 +112,11 @@ def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: 
     metrics = _metrics(batch, advantage, old_logp, shaped, entropy) | {
         "loss": jnp.mean(loss), "grad_norm": jnp.mean(norm), "delta_mean": total / jnp.maximum(count, 1),
         "multiplier": state.dual.multiplier, "multiplier_next": new_dual.multiplier, "skipped": skipped}
-    return TrainState(params, opt_state, new_dual, state.step + 1, skipped), metrics
+    if state.stale:
+        logp, _ = _old_logp(state.params, batch, config, model)
+        metrics |= diagnostics.staleness(_flat(logp), _flat(old_logp), _flat(batch.rollout_logp), _flat(batch.mask))
+    stale = (*state.stale, state.params)[1:]
+    return TrainState(params, opt_state, new_dual, state.step + 1, skipped, stale), metrics
 
 
 def _old_logp(params: Any, batch: Batch, config: Config, model: ModelConfig) -> tuple[jax.Array, jax.Array]:

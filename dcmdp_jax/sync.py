@@ -10,44 +10,105 @@ import jax
 import jax.numpy as jnp
 
 from dcmdp_jax import sharding
-from dcmdp_jax.config import WEIGHT_DTYPES, ModelConfig
+from dcmdp_jax.config import ModelConfig, Precision
 from dcmdp_jax.models import qwen3
-from dcmdp_jax.models.quantized import Quantized, quantize
+from dcmdp_jax.models.quantized import LARGEST, Quantized, quantize
+from dcmdp_jax.records import Weights
+
+FLOATS = ("float32", "bfloat16")
+ALLOWED = {
+    "weights": (*FLOATS, *LARGEST),
+    "activations": ("", "int8", "float8_e4m3fn"),
+    "embed": ("", *FLOATS, *LARGEST),
+    "head": ("", *FLOATS, *LARGEST),
+    "router": ("", *FLOATS),
+    "norms": ("", *FLOATS),
+}
 
 
-def make(config: ModelConfig, weights: str, mesh: jax.sharding.Mesh) -> Callable[[Any], Any]:
-    """A compiled function from train parameters to the engine's.
+def make(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> Callable[[Any, Any], Weights]:
+    """A compiled function from train parameters and their version to the engine's weights.
 
-    `weights` is the dtype of the projections: int8, int4 and float8_e4m3fn carry one float32 scale per output channel;
-    embeddings, norms, router, biases and head keep the trainer's values. bfloat16 casts every parameter. float32 changes
-    nothing but the layout; another name raises ValueError. The result shares no buffer with its argument, which the next training step donates.
+    float32 and "" leave a parameter as the trainer has it, bfloat16 casts it, the rest quantizes it: projections as
+    `precision` says, embedding and head with one scale per token of the vocabulary. Biases stay as they are. Where embeddings
+    are tied and the head's precision is another, the engine's parameters have a `"head"` [V, D] of their own. Parameters on
+    other devices than the mesh's are converted there and sent over. The result shares no buffer with its arguments, which the
+    next training step donates. Raises ValueError for a precision not in `ALLOWED`, and for groups that do not divide the
+    inputs of a projection.
     """
-    if weights not in WEIGHT_DTYPES:
-        raise ValueError(f"the engine's weights cannot be {weights!r}; choose one of {', '.join(WEIGHT_DTYPES)}")
+    for field, allowed in ALLOWED.items():
+        if getattr(precision, field) not in allowed:
+            raise ValueError(f"precision.{field}={getattr(precision, field)!r} is not one of "
+                             f"{', '.join(name or repr(name) for name in allowed)}")
+    if precision.group < -1:
+        raise ValueError(f"precision.group={precision.group} must be -1 (one scale a weight), 0 (an output channel) or positive")
 
-    def sync(params):
-        params = jax.tree.map(jnp.copy, params)
-        if weights == "bfloat16":
-            params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
-        elif weights != "float32":
-            params = jax.tree.map(lambda w, axes: quantize(w, weights, axes) if axes else w, params,
-                                  qwen3.contracting_axes(config))
-        return qwen3.unstack(params, config)
+    def convert(params, version):
+        params, version = jax.tree.map(jnp.copy, (params, jnp.asarray(version, jnp.int32)))
+        return Weights(qwen3.unstack(_cast(params, config, precision), config), version)
 
-    shapes = jax.eval_shape(sync, jax.eval_shape(partial(qwen3.init, config=config), jax.random.key(0)))
-    return jax.jit(sync, out_shardings=_shardings(shapes, config, mesh))
+    shapes = jax.eval_shape(convert, jax.eval_shape(partial(qwen3.init, config=config), jax.random.key(0)), 0)
+    places = Weights(_shardings(shapes.params, config, mesh), sharding.replicated(mesh))
+    here, elsewhere = jax.jit(convert, out_shardings=places), jax.jit(convert)
+
+    def sync(params: Any, version: Any) -> Weights:
+        leaf = jax.tree.leaves(params)[0]
+        if isinstance(leaf, jax.Array) and leaf.committed and leaf.sharding.device_set != set(mesh.devices.flat):
+            return jax.device_put(elsewhere(params, version), places)
+        return here(params, version)
+
+    return sync
+
+
+def _cast(params: Any, config: ModelConfig, precision: Precision) -> Any:
+    """Stacked parameters with every leaf in its precision."""
+    def leaf(path, w, contracted):
+        name = path[-1].key
+        if contracted:
+            return _projection(w, contracted, precision)
+        if name == "embed":
+            return _hold(w, precision.embed, (-1,))
+        if name == "head":
+            return _hold(w, precision.head, (-2,))
+        if name == "router":
+            return _hold(w, precision.router, ())
+        return _hold(w, precision.norms, ()) if "norm" in jax.tree_util.keystr(path) else w
+
+    new = jax.tree_util.tree_map_with_path(leaf, params, qwen3.contracting_axes(config))
+    if config.tie_word_embeddings and (precision.head or "float32") != (precision.embed or "float32"):
+        new["head"] = _hold(params["embed"], precision.head, (-1,))
+    return new
+
+
+def _projection(w: jax.Array, contracted: tuple[int, ...], precision: Precision) -> jax.Array | Quantized:
+    if precision.weights in LARGEST:
+        return quantize(w, precision.weights, contracted, precision.group, precision.activations)
+    w = _hold(w, precision.weights, contracted)
+    if not precision.activations:
+        return w
+    first = w.ndim + contracted[0]
+    return Quantized(w, jnp.ones((*w.shape[:first], *(1,) * (w.ndim - first)), jnp.float32), precision.activations)
+
+
+def _hold(w: jax.Array, dtype: str, contracted: tuple[int, ...]) -> jax.Array | Quantized:
+    if dtype in ("", "float32"):
+        return w
+    return quantize(w, dtype, contracted) if dtype in LARGEST else w.astype(dtype)
 
 
 def _shardings(shapes: Any, config: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
-    layers = [stack for stack, (_, n) in zip(qwen3.logical_axes(config)["stacks"], qwen3.stacks(config)) for _ in range(n)]
-    axes = jax.tree.map(lambda names: names[1:], layers, is_leaf=lambda x: isinstance(x, tuple))
-    logical = qwen3.logical_axes(config) | {"stacks": axes}
+    logical = qwen3.logical_axes(config)
+    layers = [stack for stack, (_, n) in zip(logical["stacks"], qwen3.stacks(config)) for _ in range(n)]
+    logical["stacks"] = jax.tree.map(lambda names: names[1:], layers, is_leaf=lambda x: isinstance(x, tuple))
+    if "head" in shapes and "head" not in logical:
+        logical["head"] = logical["embed"]
 
     def leaf(names, shape):
         if not isinstance(shape, Quantized):
             return sharding.params(names, mesh, sharding.DECODE, shape)
-        whole = tuple(name if size > 1 else None for name, size in zip(names, shape.scale.shape))
+        # An axis with fewer scales than values is not split: its groups need not divide over the devices.
+        whole = tuple(name if few == size else None for name, few, size in zip(names, shape.scale.shape, shape.shape))
         return Quantized(sharding.params(names, mesh, sharding.DECODE, shape.values),
-                         sharding.params(whole, mesh, sharding.DECODE, shape.scale))
+                         sharding.params(whole, mesh, sharding.DECODE, shape.scale), shape.activations)
 
     return jax.tree.map(leaf, logical, shapes, is_leaf=lambda x: isinstance(x, tuple))

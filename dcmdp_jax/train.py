@@ -13,9 +13,9 @@ from typing import NamedTuple
 import jax
 
 from dcmdp_jax import checkpoint, data, evaluate, metrics, report, rewards, sharding, step, stopping, sync, tokenizer, warmup
-from dcmdp_jax.config import Config, ModelConfig, differences, to_json
-from dcmdp_jax.models import qwen3, weights
-from dcmdp_jax.records import Prompts, TrainState
+from dcmdp_jax.config import Config, ModelConfig, Precision, RolloutConfig, differences, to_json
+from dcmdp_jax.models import cache, qwen3, weights
+from dcmdp_jax.records import Prompts, Sampling, TrainState
 from dcmdp_jax.rollout.generate import rollout
 from dcmdp_jax.rollout.jetstream import Engine
 
@@ -27,7 +27,8 @@ class Inputs(NamedTuple):
     tokenizer: tokenizer.Tokenizer
     prompts: Iterator[Prompts]  # with get_state and set_state
     held_out: Prompts | None
-    mesh: jax.sharding.Mesh
+    mesh: jax.sharding.Mesh  # that trains
+    decode_mesh: jax.sharding.Mesh  # that samples
 
 
 def train(config: Config, workdir: pathlib.Path) -> TrainState:
@@ -55,19 +56,20 @@ def run(config: Config, workdir: pathlib.Path, inputs: Inputs) -> TrainState:
         number, position = int(state.step), inputs.prompts.get_state()
         saved.save(state, position, config.seed)
         update = step.compile(config, model, mesh)
-        engine = Engine(model, slots=config.rollout.slots, max_length=config.data.max_prompt_tokens + config.rollout.max_tokens,
-                        stop_ids=vocabulary.eos_ids, steps=config.rollout.tokens_per_dispatch, mesh=mesh)
-        to_engine, to_exact = (sync.make(model, dtype, mesh) for dtype in (config.rollout.weights, "float32"))
-        params, exact = to_engine(state.params), config.rollout.weights == "float32"
+        engine = make_engine(config, inputs)
+        to_engine, to_exact = (sync.make(model, precision, inputs.decode_mesh)
+                               for precision in (config.rollout.precision, Precision()))
+        policy = to_engine(*step.sampled_from(state))
         base = jax.random.key(config.seed)
         if number < config.steps:
             print("compiling with the first step", flush=True)
         while number < config.steps and not asked():
             started = time.perf_counter()
             try:
-                sampled = rollout(engine, params, next(inputs.prompts), samples=config.rollout.samples,
+                sampled = rollout(engine, policy, next(inputs.prompts), samples=config.rollout.samples,
                                   key=jax.random.fold_in(base, number), max_tokens=config.rollout.max_tokens,
-                                  temperature=config.rollout.temperature, version=number, asked=asked)
+                                  sampling=sampling(config.rollout), stop_strings=config.rollout.stop_strings,
+                                  decode=vocabulary.decode, asked=asked)
             except stopping.Interrupted:
                 break
             scored = rewards.score(sampled, vocabulary.decode, config.data.verifier)
@@ -76,14 +78,15 @@ def run(config: Config, workdir: pathlib.Path, inputs: Inputs) -> TrainState:
                 row_length=config.algorithm.row_length or engine.max_length, row_divisor=sharding.batch_size(mesh),
                 pad_id=vocabulary.pad_id, seed=(config.seed, number))
             state, values = update(state, batch)
-            params, position, number = to_engine(state.params), inputs.prompts.get_state(), number + 1
+            policy, position, number = to_engine(*step.sampled_from(state)), inputs.prompts.get_state(), number + 1
             values = {name: value.item() for name, value in jax.device_get(values).items()}
             values |= {"tokens": int(sampled.lengths.sum()), "seconds": time.perf_counter() - started}
             if inputs.held_out and _is_due(number, config.eval.every, config.steps, first=True):
                 rate = partial(evaluate.pass_rate, engine, prompts=inputs.held_out, config=config, tokenizer=vocabulary,
                                key=jax.random.fold_in(base, HELD_OUT_KEY))
-                values["reward_eval_infer"] = rate(params)
-                values["reward_eval_train"] = values["reward_eval_infer"] if exact else rate(to_exact(state.params))
+                values["reward_eval_infer"] = rate(policy)
+                values["reward_eval_train"] = (values["reward_eval_infer"] if config.rollout.precision == Precision()
+                                               and not state.stale else rate(to_exact(state.params, number)))
             log.write(number, values)
             if _is_due(number, config.checkpoint.every, config.steps):
                 saved.save(state, position, config.seed)
@@ -96,12 +99,33 @@ def run(config: Config, workdir: pathlib.Path, inputs: Inputs) -> TrainState:
     return state
 
 
+def check_precision(precision: Precision, model: ModelConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError where the engine cannot hold or multiply so."""
+    sync.make(model, precision, mesh)
+    jax.eval_shape(partial(cache.init, model, 1, 1, precision.cache))
+    if precision.experts_per_token and not 0 < precision.experts_per_token <= model.num_experts:
+        raise ValueError(f"rollout.precision.experts_per_token={precision.experts_per_token} must lie in 1..{model.num_experts}, "
+                         "the model's experts, or be 0 for the trainer's")
+
+
+def make_engine(config: Config, inputs: Inputs) -> Engine:
+    """The engine that a run samples from."""
+    return Engine(inputs.model, slots=config.rollout.slots, steps=config.rollout.tokens_per_dispatch,
+                  max_length=config.data.max_prompt_tokens + config.rollout.max_tokens, stop_ids=inputs.tokenizer.eos_ids,
+                  precision=config.rollout.precision, mesh=inputs.decode_mesh)
+
+
+def sampling(config: RolloutConfig) -> Sampling:
+    """How a run's tokens are drawn."""
+    return Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
+
+
 HELD_OUT_KEY = 2**31 - 1  # no step's number, so that evaluation shares no key with training
 
 
 def read_inputs(config: Config) -> Inputs:
     """Model shape, tokenizer and data of a run. Raises ValueError, in one sentence, on whatever cannot work."""
-    mesh = sharding.make_mesh(config.mesh)
+    mesh, decode_mesh = sharding.meshes(config)
     if jax.process_count() > 1:
         raise ValueError("training runs in one process; start it on one host")
     task, model = config.data.task, read_model(config)
@@ -113,9 +137,11 @@ def read_inputs(config: Config) -> Inputs:
         raise ValueError("warmup needs data.task: only a generated task has solutions to learn from; set --warmup.steps 0")
     qwen3_shapes = jax.eval_shape(partial(qwen3.init, config=model), jax.random.key(0))
     sharding.params(qwen3.logical_axes(model), mesh, sharding.TRAIN, qwen3_shapes)
-    for name, size in (("rollout.slots", config.rollout.slots), ("warmup.batch_size", config.warmup.batch_size)):
-        if size % sharding.batch_size(mesh):
-            raise ValueError(f"{name}={size} does not divide over the mesh's {sharding.batch_size(mesh)} batch shards")
+    check_precision(config.rollout.precision, model, decode_mesh)
+    for name, size, shards in (("rollout.slots", config.rollout.slots, sharding.batch_size(decode_mesh)),
+                               ("warmup.batch_size", config.warmup.batch_size, sharding.batch_size(mesh))):
+        if size % shards:
+            raise ValueError(f"{name}={size} does not divide over the mesh's {shards} batch shards")
     if config.data.max_prompt_tokens + config.rollout.max_tokens > model.max_position:
         raise ValueError(f"data.max_prompt_tokens + rollout.max_tokens = {config.data.max_prompt_tokens + config.rollout.max_tokens}"
                          f" positions are more than the model's {model.max_position}")
@@ -131,7 +157,7 @@ def read_inputs(config: Config) -> Inputs:
         held_out = data.tokenize(task.held_out(config.eval.prompts), vocabulary, **wrap)
     elif config.eval.every:
         print("no held-out evaluation: data.eval_path names no file", flush=True)
-    return Inputs(model, vocabulary, prompts, held_out, mesh)
+    return Inputs(model, vocabulary, prompts, held_out, mesh, decode_mesh)
 
 
 def read_model(config: Config) -> ModelConfig:
@@ -211,7 +237,7 @@ def export(config: Config, workdir: pathlib.Path, folder: str) -> int:
     model, saved = read_model(config), checkpoint.Checkpoints(workdir, config.checkpoint.keep)
     if saved.latest is None:
         raise ValueError(f"{workdir} holds no whole checkpoint yet")
-    state, _ = saved.restore(_abstract(config, model, sharding.make_mesh(config.mesh)))
+    state, _ = saved.restore(_abstract(config, model, sharding.meshes(config)[0]))
     weights.save(folder, model, state.params)
     tokenizer.save(read_tokenizer(config), folder)
     return int(state.step)

@@ -9,7 +9,8 @@ Result:   not measured
 from functools import partial
 
 from dcmdp_jax import constraint, rewards
-from dcmdp_jax.config import (AlgorithmConfig, Config, ConstraintConfig, DataConfig, EvalConfig, ModelSource, RolloutConfig)
+from dcmdp_jax.config import (AlgorithmConfig, Config, ConstraintConfig, DataConfig, EvalConfig, ModelSource, Precision,
+                              RolloutConfig)
 from dcmdp_jax.losses import advantages, corrections, policy, reduce
 
 CONFIG = Config(
@@ -18,7 +19,7 @@ CONFIG = Config(
     data=DataConfig(
         path="gsm8k/train.jsonl", verifier=rewards.math_answer, prompts_per_step=16, max_prompt_tokens=320, chat=True,
         instruction="Reason step by step and put the final answer after ####."),
-    rollout=RolloutConfig(samples=8, max_tokens=512, weights="float8_e4m3fn", slots=128),
+    rollout=RolloutConfig(samples=8, max_tokens=512, precision=Precision(weights="float8_e4m3fn"), slots=128),
     algorithm=AlgorithmConfig(
         advantage=advantages.grpo,
         surrogate=corrections.decoupled(partial(policy.clipped, clip_low=0.2, clip_high=0.24)),

@@ -1,4 +1,4 @@
-"""Decoding through the slotted cache against the whole sequence at once."""
+"""Decoding through the slotted cache against the whole sequence at once, in every precision of the cache."""
 
 import dataclasses
 import functools
@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dcmdp_jax.config import Yarn
-from dcmdp_jax.models import cache, quantized, qwen3, sizes
+from dcmdp_jax.models import cache, layers, quantized, qwen3, sizes
+from dcmdp_jax.models.quantized import Quantized
 from random_params import random_params
 
 WINDOW = 16
@@ -18,10 +19,15 @@ CONFIGS = {
     "dense": dataclasses.replace(sizes.TINY, attention_bias=True, yarn=Yarn(4.0, 8)),
     "moe": dataclasses.replace(sizes.TINY_MOE, num_layers=3, decoder_sparse_step=2),
 }
+FEW_BITS = ("int8", "float8_e4m3fn")
 
 prefill = jax.jit(qwen3.prefill, static_argnames="config")
 decode = jax.jit(qwen3.decode, static_argnames=("config", "window"), donate_argnames="cache")
 insert = jax.jit(cache.insert, donate_argnames="cache")
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def whole(params, tokens, config):
@@ -52,7 +58,7 @@ def test_decode_equals_the_whole_sequence(name, precision):
         for step in range(8):
             feed[slots] = tokens[rows, prompts - 1 + step]
             lengths[slots] = prompts - 1 + step
-            x, state = decode(flat, feed, state, lengths, config, window=WINDOW)
+            x, state, _ = decode(flat, feed, state, lengths, config, window=WINDOW)
             np.testing.assert_allclose(x[slots], want[rows, lengths[slots]], atol=1e-5, rtol=0)
 
 
@@ -62,49 +68,114 @@ def test_window_and_dtype():
     tokens = jax.random.randint(jax.random.key(1), (SLOTS, 8), 0, config.vocab_size)
     keys, values = prefill(flat, tokens, config)
     slots, lengths = jnp.arange(SLOTS), jnp.full(SLOTS, 7)
-    empty = {dtype: cache.init(config, SLOTS, LENGTH, dtype) for dtype in ("float32", "bfloat16")}
-    state = {dtype: insert(cache, keys, values, slots, slots) for dtype, cache in empty.items()}
-    assert state["bfloat16"].keys[0].dtype == jnp.bfloat16
+    state = {dtype: insert(cache.init(config, SLOTS, LENGTH, dtype), keys, values, slots, slots) for dtype in cache.DTYPES}
     step = functools.partial(jax.jit(qwen3.decode, static_argnames=("config", "window")), flat, tokens[:, 7])
-    narrow, _ = step(state["float32"], lengths, config, window=8)
-    wide, _ = step(state["float32"], lengths, config, window=LENGTH)
+    narrow, _, _ = step(state["float32"], lengths, config, window=8)
+    wide, _, _ = step(state["float32"], lengths, config, window=LENGTH)
     np.testing.assert_allclose(narrow, wide, atol=1e-6)
-    rounded, after = step(state["bfloat16"], lengths, config, window=8)
-    assert after.values[0].dtype == jnp.bfloat16
-    assert 0 < np.abs(rounded - wide).max() < 0.1
+    for dtype in ("bfloat16", *FEW_BITS):
+        rounded, after, _ = step(state[dtype], lengths, config, window=8)
+        assert jax.tree.leaves(after.values[0])[0].dtype == jnp.dtype(dtype)
+        assert jax.tree.structure(after) == jax.tree.structure(state[dtype])
+        assert 0 < np.abs(rounded - wide).max() < 0.1
 
 
-def test_insert_copies_rows_into_slots_and_nothing_else():
+def held(x, dtype):
+    """Keys or values [B, KV, S, h] as a cache of `dtype` holds them."""
+    return quantized.quantize(x, dtype, (-1,)) if dtype in FEW_BITS else x.astype(dtype)
+
+
+def plain(layer):
+    return np.asarray(layer.dequantize() if isinstance(layer, Quantized) else layer.astype(jnp.float32), np.float64)
+
+
+@pytest.fixture(params=["one slot", "three slots", "all slots", "whole"])
+def form(request, monkeypatch):
+    """Slots as a CPU takes them, by one, several or all of them, and as an accelerator does."""
+    if request.param == "whole":
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, cpu: default(*args))
+    together = {"one slot": 1, "three slots": 3, "all slots": 8}.get(request.param, 1)
+    monkeypatch.setattr(cache, "BLOCK", together * 2 * WINDOW * 8)
+
+
+@pytest.mark.parametrize("dtype", cache.DTYPES)
+def test_attention_to_the_cache(dtype, form):
+    """In NumPy on what the cache holds, and with the layers' own attention where that is float32."""
+    b, kv, g, h = 8, 2, 3, 8
+    q, keys, values = normal(0, b, kv, g, h), held(normal(1, b, kv, LENGTH, h), dtype), held(normal(2, b, kv, LENGTH, h), dtype)
+    lengths = jnp.array([0, 1, 5, 15, 7, 3, 14, 8])
+    got = jax.jit(lambda *args: cache.attend(*args, window=WINDOW))(q, keys, values, lengths)
+    scores = np.einsum("bkgh,bkth->bkgt", q, plain(keys)) / h**0.5
+    scores[np.broadcast_to(np.arange(LENGTH) > np.asarray(lengths)[:, None, None, None], scores.shape)] = -np.inf
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    want = np.einsum("bkgt,bkth->bkgh", weights / weights.sum(-1, keepdims=True), plain(values))
+    np.testing.assert_allclose(got, want, atol=2e-6)
+    if dtype == "float32":
+        mask = (jnp.arange(LENGTH) <= lengths[:, None])[:, None, None, None]
+        np.testing.assert_allclose(got, layers.attention(q[..., None, :], keys, values, mask)[..., 0, :], atol=2e-6)
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("int8", 0.5 / 127), ("float8_e4m3fn", 16 / 448)])
+def test_error_of_a_quantized_cache(dtype, share):
+    """`share` is half the largest step over the largest number. With it keys are off by dk = share max|k|, scores by
+    e = |q|_1 dk / sqrt(h), each weight by a factor within exp(+-2e), values by dv = share max|v|:
+    |output error| <= (exp(2e) - 1) max|v| + dv."""
+    b, kv, g, h = 4, 2, 3, 8
+    q, keys, values = 0.2 * normal(0, b, kv, g, h), normal(1, b, kv, LENGTH, h), normal(2, b, kv, LENGTH, h)
+    lengths = jnp.array([0, 3, 9, 15])
+    exact = cache.attend(q, keys, values, lengths, window=WINDOW)
+    error = np.abs(cache.attend(q, held(keys, dtype), held(values, dtype), lengths, window=WINDOW) - exact)
+    scores = np.abs(q).sum(-1).max() * share * np.abs(keys).max() / h**0.5
+    bound = (np.exp(2 * scores) - 1) * np.abs(values).max() + share * np.abs(values).max()
+    assert bound / 100 < error.max() < bound < 1
+
+
+@pytest.mark.parametrize(("dtype", "per_head"), [("", 4 * 16), ("float32", 4 * 16), ("bfloat16", 2 * 16), ("int8", 16 + 4),
+                                                 ("float8_e4m3fn", 16 + 4)])
+def test_bytes(dtype, per_head):
+    state = cache.init(sizes.TINY, SLOTS, LENGTH, dtype)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) == 2 * sizes.TINY.num_layers * SLOTS * 2 * LENGTH * per_head
+
+
+def test_dtypes():
+    assert cache.init(dataclasses.replace(sizes.TINY, bfloat16=True), 1, 1).keys[0].dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="cannot hold 'int4'; choose one of float32, bfloat16"):
+        cache.init(sizes.TINY, 1, 1, "int4")
+
+
+@pytest.mark.parametrize("dtype", cache.DTYPES)
+def test_insert_copies_rows_into_slots_and_nothing_else(dtype):
     config = sizes.TINY
     shape = (3, config.num_kv_heads, 5, config.head_dim)
-    keys = tuple(jax.random.normal(jax.random.key(i), shape) for i in range(config.num_layers))
+    keys = tuple(normal(i, *shape) for i in range(config.num_layers))
     values = tuple(-k for k in keys)
-    empty = cache.init(config, SLOTS, LENGTH)
+    empty = cache.init(config, SLOTS, LENGTH, dtype)
     filled = cache.insert(empty, keys, values, jnp.array([3, 0, SLOTS]), jnp.array([1, 1, 2]))
     for layer, source in zip((*filled.keys, *filled.values), (*keys, *values), strict=True):
-        want = np.zeros(layer.shape, np.float32)
-        want[[3, 0], :, :5] = source[1]
-        np.testing.assert_array_equal(layer, want)
+        want = np.zeros(layer.shape)
+        want[[3, 0], :, :5] = plain(held(source, dtype))[1]
+        np.testing.assert_array_equal(plain(layer), want)
     with pytest.raises(ValueError, match="prefix of 5 positions does not fit a cache of 4"):
         cache.insert(cache.init(config, SLOTS, 4), keys, values, jnp.array([0]), jnp.array([0]))
 
 
-def test_write_puts_one_position_and_drops_what_lies_outside():
-    layer = jnp.zeros((3, 2, 4, 5))
-    new = jax.random.normal(jax.random.key(0), (3, 2, 5))
+@pytest.mark.parametrize("dtype", cache.DTYPES)
+def test_write_puts_one_position_and_drops_what_lies_outside(dtype):
+    layer, new = held(jnp.zeros((3, 2, 4, 5)), dtype), normal(0, 3, 2, 5)
     got = cache.write(layer, new, jnp.array([2, 0, 4]))
-    want = np.zeros(layer.shape, np.float32)
-    want[0, :, 2], want[1, :, 0] = new[0], new[1]
-    np.testing.assert_array_equal(got, want)
+    want = np.zeros(layer.shape)
+    want[0, :, 2], want[1, :, 0] = plain(held(new, dtype))[:2]
+    np.testing.assert_array_equal(plain(got), want)
 
 
-def test_insert_and_decode_work_in_place():
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_insert_and_decode_work_in_place(dtype):
     config = sizes.TINY
     flat = qwen3.unstack(random_params(config, 0.15), config)
-    state = cache.init(config, SLOTS, LENGTH)
+    state = cache.init(config, SLOTS, LENGTH, dtype)
     before = sorted(x.unsafe_buffer_pointer() for x in jax.tree.leaves(state))
     keys, values = prefill(flat, jnp.zeros((1, 4), jnp.int32), config)
     slots = jnp.arange(SLOTS)
     state = insert(state, keys, values, slots, jnp.zeros(SLOTS, jnp.int32))
-    _, state = decode(flat, jnp.zeros(SLOTS, jnp.int32), state, slots, config, window=8)
+    _, state, _ = decode(flat, jnp.zeros(SLOTS, jnp.int32), state, slots, config, window=8)
     assert sorted(x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)) == before

@@ -18,11 +18,11 @@ def quickstart():
 
 def test_overrides_are_typed_and_leave_the_rest(quickstart):
     changed = c.override(quickstart, {"constraint.tolerance": "0.01", "steps": "50", "data.shuffle": "false",
-                                      "rollout.weights": "int8", "model.shape.num_layers": "3", "data.task.operations": "4"})
+                                      "rollout.precision.weights": "int8", "model.shape.num_layers": "3", "data.task.operations": "4"})
     assert (changed.constraint.tolerance, changed.steps, changed.data.shuffle) == (0.01, 50, False)
-    assert (changed.rollout.weights, changed.model.shape.num_layers, changed.data.task.operations) == ("int8", 3, 4)
+    assert (changed.rollout.precision.weights, changed.model.shape.num_layers, changed.data.task.operations) == ("int8", 3, 4)
     back = c.override(changed, {"constraint.tolerance": str(quickstart.constraint.tolerance), "steps": str(quickstart.steps),
-                                "data.shuffle": "true", "rollout.weights": "int4", "model.shape.num_layers": "2",
+                                "data.shuffle": "true", "rollout.precision.weights": "int4", "model.shape.num_layers": "2",
                                 "data.task.operations": "5"})
     assert back == quickstart
 
@@ -36,7 +36,7 @@ def test_overrides_are_typed_and_leave_the_rest(quickstart):
     ("data.shuffle", "perhaps", "type bool"),
     ("algorithm.advantage", "grpo", "Functions are set in the experiment file"),
     ("steps", "0", "steps=0 must be at least 1"),
-    ("rollout.weights", "int3", "rollout.weights='int3' is not one of float32"),
+    ("rollout.top_p", "0", "rollout.top_p=0.0 must lie in (0, 1]"),
     ("rollout.temperature", "0", "rollout.temperature=0.0 must be positive"),
     ("algorithm.minibatches", "3", "128 completions do not divide into"),
     ("algorithm.row_length", "10", "shorter than one prompt and completion"),

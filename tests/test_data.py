@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcmdp_jax import data
-from dcmdp_jax.records import Example, Prompts, Rollout, Scored
+from dcmdp_jax.records import Example, Prompts, Scored
 from dcmdp_jax.tasks import Chain
 from dcmdp_jax.tokenizer import Characters, HuggingFace
+from rollouts import make_rollout
 
 SHARED = pathlib.Path(__file__).parents[1].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
@@ -257,7 +258,7 @@ def completions(prompt_lengths, samples, lengths, seed=0):
     tokens = 1_000_000 * (1 + np.arange(count))[:, None] + np.arange(width)
     logp = np.where(np.arange(width) < told[:, None], -rng.random((count, width)), np.nan).astype(np.float32)
     prompts = Prompts(prompt.astype(np.int32), asked, tuple(Example(str(i), "") for i in range(len(asked))))
-    rollout = Rollout(prompts, tokens.astype(np.int32), told, logp, np.ones(count, bool), 0, 1.0)
+    rollout = make_rollout(prompts, tokens, told, logp, np.zeros(count, bool))
     assert count == len(asked) * samples
     return Scored(rollout, rng.random(count).astype(np.float32), ("",) * count)
 

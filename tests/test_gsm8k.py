@@ -11,7 +11,7 @@ from dcmdp_jax import cli
 ROOT = pathlib.Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 SMALL = ("--steps 3 --data.prompts_per_step 4 --rollout.samples 4 --rollout.max_tokens 24 --rollout.slots 16 "
-         "--algorithm.microbatches 2 --algorithm.learning_rate 0.01 --eval.prompts 8 --rollout.weights int4 "
+         "--algorithm.microbatches 2 --algorithm.learning_rate 0.01 --eval.prompts 8 --rollout.precision.weights int4 "
          "--mesh.data 1 --mesh.fsdp 1").split()
 
 

@@ -19,12 +19,15 @@ ORDER = [
     ["data", "rollout.sampling"],
     ["rollout.decode"],
     ["rollout.jetstream", "rollout.generate", "step", "sync", "checkpoint", "metrics"],
-    ["rollout.complete", "evaluate", "report", "warmup"],
-    ["train"],
+    ["rollout.complete", "rollout.driver", "rollout.replay", "evaluate", "report", "warmup"],
+    ["train", "bars", "rollout.serve"],
+    ["parity"],
+    ["diagnose"],
     ["cli"],
 ]
 DOORS = {
-    "jetstream": {"rollout.jetstream"},
+    "jetstream": {"rollout.jetstream", "rollout.serve"},
+    "grpc": {"rollout.serve"},
     "safetensors": {"models.weights"},
     "tokenizers": {"tokenizer"},
     "sentencepiece": {"tokenizer"},

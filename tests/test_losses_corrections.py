@@ -293,14 +293,10 @@ def test_kpop_looks_both_ways():
 
 
 def m2po_by_sorting(square: np.ndarray, threshold: float) -> np.ndarray:
-    """Drops the greatest until the mean of the rest is below the threshold; keeps at least one."""
-    order = np.argsort(-square)
-    for first in range(square.size):
-        if square[order[first:]].mean() < threshold:
-            break
-    keep = np.zeros(square.size, bool)
-    keep[order[first:]] = True
-    return keep
+    """Drops the greatest values until the mean of the rest is below the threshold; keeps at least one."""
+    values, count = np.unique(square, return_counts=True)
+    fits = np.flatnonzero(np.cumsum(values * count) / np.cumsum(count) < threshold)
+    return square <= values[fits[-1] if fits.size else 0]
 
 
 @pytest.mark.parametrize("threshold", [1e-9, 1e-3, 0.02, 0.04, 0.3, 10.0])
@@ -311,6 +307,34 @@ def test_m2po_is_the_greedy_prefix(seed, threshold):
     keep = np.asarray(jax.jit(partial(rejection.m2po, threshold=threshold))(*pair(x)))
     np.testing.assert_array_equal(keep[measured], m2po_by_sorting(d[measured] ** 2, threshold))
     assert np.all(keep[x["mask"] & ~measured]) and not keep[~x["mask"]].any()
+
+
+def spread_of(kind: str, rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    """Log ratios of many tokens; the last kind ties thousands of them."""
+    match kind:
+        case "normal":
+            return rng.normal(0, 0.07, shape)
+        case "heavy":
+            return 0.02 * rng.standard_t(2, shape)
+        case "later":
+            return rng.normal(0, 0.01, shape) * np.linspace(0.1, 10, shape[1])
+        case "ties":
+            return rng.integers(-3, 4, shape) / 16
+
+
+@pytest.mark.parametrize("share", [0.01, 0.9, 0.999])
+@pytest.mark.parametrize("kind", ["normal", "heavy", "later", "ties"])
+def test_m2po_of_a_large_batch(kind, share):
+    """More tokens than are ever sorted; the threshold is a share of the mean square, so that some are dropped."""
+    shape, rng = (128, 512), np.random.default_rng(5)
+    rollout_logp = -rng.integers(1, 99, shape).astype(np.float32)
+    old_logp = np.float32(rollout_logp + spread_of(kind, rng, shape))
+    mask = np.arange(shape[1]) < rng.integers(99, shape[1] + 1, (shape[0], 1))
+    square = np.square(np.float64(old_logp) - rollout_logp)[mask]
+    threshold = share * square.mean()
+    keep = np.asarray(rejection.m2po(old_logp, rollout_logp, mask, threshold=threshold))
+    np.testing.assert_array_equal(keep[mask], m2po_by_sorting(square, threshold))
+    assert 0 < keep.sum() < mask.sum() and not keep[~mask].any()
 
 
 def test_m2po_of_equal_and_of_no_tokens():

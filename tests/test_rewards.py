@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcmdp_jax import data, rewards
-from dcmdp_jax.records import Example, Prompts, Rollout
+from dcmdp_jax.records import Example, Prompts
+from rollouts import make_rollout
 
 SHARED = pathlib.Path(__file__).parents[1].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
@@ -140,7 +141,7 @@ def rollout(tokens, lengths, stopped, examples):
     tokens = np.array(tokens, np.int32)
     prompts = Prompts(np.zeros((len(examples), 1), np.int32), np.ones(len(examples), np.int32), tuple(examples))
     logp = np.zeros(tokens.shape, np.float32)
-    return Rollout(prompts, tokens, np.array(lengths, np.int32), logp, np.array(stopped), 0, 1.0)
+    return make_rollout(prompts, tokens, lengths, logp, stopped)
 
 
 def test_score_decodes_without_the_stop_token_and_pays_finished_completions():

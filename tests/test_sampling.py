@@ -1,39 +1,99 @@
-"""The sampler's law, its log-probs, and its independence of the batch."""
+"""The sampler's law, support and log-probs, and its independence of the batch."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dcmdp_jax.records import Sampling
 from dcmdp_jax.rollout import sampling
+
+draw = jax.jit(sampling.sample)
 
 
 def keys(count, seed=0):
     return jax.random.key_data(jax.random.split(jax.random.key(seed), count))
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
-def test_chi_square_against_the_exact_distribution(temperature):
-    logits = jnp.array([2.0, -1.0, 0.3, 0.0, 1.1, -3.0, 0.31, -0.5])
-    draws = 40_000
-    token, logp = jax.jit(sampling.sample)(jnp.tile(logits, (draws, 1)), keys(draws), jnp.full((draws,), temperature))
-    exact = np.asarray(jax.nn.log_softmax(logits / temperature))
-    counts = np.bincount(token, minlength=8)
-    chi2 = np.sum((counts - draws * np.exp(exact)) ** 2 / (draws * np.exp(exact)))
-    assert chi2 < 24.3  # 99.9 % quantile with 7 degrees of freedom
-    np.testing.assert_allclose(logp, exact[token], atol=1e-6)
+def alike(count, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    return Sampling(jnp.full((count,), temperature, jnp.float32), jnp.full((count,), top_k, jnp.int32),
+                    jnp.full((count,), top_p, jnp.float32), jnp.full((count,), min_p, jnp.float32))
+
+
+def exact(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Probabilities over the support, and the support's mass, by sorting, in float64."""
+    p = np.exp(logits.astype(np.float64) / temperature - np.max(logits / temperature))
+    p /= p.sum()
+    ranked = np.sort(p)[::-1]
+    lowest = ranked[top_k - 1] if top_k else 0.0
+    inside = ranked[ranked >= lowest]
+    if top_p < 1:
+        lowest = inside[np.searchsorted(np.cumsum(inside) / inside.sum(), top_p)]
+    inside = (p >= lowest) & (p >= min_p * p.max())
+    return np.where(inside, p, 0) / p[inside].sum(), p[inside].sum()
+
+
+SUPPORTS = [dict(), dict(temperature=0.7), dict(temperature=1.6), dict(top_k=3), dict(top_p=0.8), dict(min_p=0.04),
+            dict(temperature=0.9, top_k=6, top_p=0.95, min_p=0.01)]
+
+
+@functools.cache
+def logits_of(size):
+    """Eight tokens, or three blocks of them, the last one not full."""
+    rng = np.random.default_rng(size)
+    return (rng.normal(size=size) * (1.5 if size == 8 else 2.5)).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", [8, 300])
+@pytest.mark.parametrize("how", SUPPORTS, ids=str)
+def test_chi_square_against_the_exact_distribution(how, size):
+    logits, draws = logits_of(size), 40_000
+    out = draw(jnp.tile(logits, (draws, 1)), keys(draws), alike(draws, **how))
+    p, mass = exact(logits, **how)
+    counts = np.bincount(out.token, minlength=size)
+    assert not counts[p == 0].any(), "a token outside the support"
+    rare = (p > 0) & (p * draws < 5)
+    observed = np.append(counts[~rare & (p > 0)], counts[rare].sum())
+    expected = draws * np.append(p[~rare & (p > 0)], p[rare].sum())
+    used = expected > 0
+    freedom = used.sum() - 1
+    bound = freedom * (1 - 2 / (9 * freedom) + 3.09 * np.sqrt(2 / (9 * freedom))) ** 3  # 99.9 %, Wilson and Hilferty
+    assert np.sum((observed - expected)[used] ** 2 / expected[used]) < bound
+    np.testing.assert_allclose(out.logp, np.log(p[out.token]), atol=2e-6)
+    np.testing.assert_allclose(out.raw_logp, np.log(exact(logits)[0][out.token]), atol=2e-6)
+    np.testing.assert_allclose(out.kept, mass, rtol=2e-6)
+
+
+@pytest.mark.parametrize("size", [1, 50, 128, 1000])
+def test_the_support_is_the_sorted_one(size):
+    """Rows with settings of their own; whole-number logits tie, and a tie with the last kept token is kept."""
+    rng = np.random.default_rng(size)
+    rows = 64
+    logits = rng.normal(size=(rows, size)).astype(np.float32) * 3
+    logits[::2] = np.round(logits[::2])
+    settings = [dict(temperature=float(rng.uniform(0.5, 2)), top_k=int(rng.integers(0, size + 3)),
+                     top_p=float(rng.choice([1.0, 0.97, 0.731, 0.31])), min_p=float(rng.choice([0, 0, 0.03, 0.3])))
+                for _ in range(rows)]
+    how = Sampling(*(jnp.array([one[name] for one in settings]) for name in Sampling._fields))
+    out = draw(jnp.asarray(logits), keys(rows), how)
+    for i, one in enumerate(settings):
+        p, mass = exact(logits[i], **one | {"top_k": min(one["top_k"], size)})
+        np.testing.assert_allclose([out.kept[i], out.logp[i]], [mass, np.log(p[out.token[i]])], atol=1e-5)
 
 
 def test_chi_square_over_a_large_vocabulary():
-    """Uniform over 151,936 ids, binned: the counter-based hash must not favour any stretch of the vocabulary."""
+    """Uniform over 151,936 ids, binned: neither race may favour any stretch of the vocabulary."""
     size, draws, bins = 151_936, 512, 32
-    token, _ = jax.jit(sampling.sample)(jnp.zeros((draws, size)), keys(draws, 3), jnp.ones((draws,)))
-    counts = np.bincount(np.asarray(token) * bins // size, minlength=bins)
-    assert np.sum((counts - draws / bins) ** 2 / (draws / bins)) < 61.1  # 99.9 % quantile, 31 degrees of freedom
+    token = draw(jnp.zeros((draws, size)), keys(draws, 3), alike(draws)).token
+    for part in (np.asarray(token) * bins // size, np.asarray(token) % sampling.BLOCK * bins // sampling.BLOCK):
+        counts = np.bincount(part, minlength=bins)
+        assert np.sum((counts - draws / bins) ** 2 / (draws / bins)) < 61.1  # 99.9 % quantile, 31 degrees of freedom
 
 
 def test_exponentials_have_their_moments_and_do_not_correlate_between_keys():
-    e = np.asarray(sampling.exponential(keys(64), 4096), np.float64)
+    e = np.asarray(sampling._exponential(keys(64), 4096), np.float64)
     assert e.min() > 0 and np.isfinite(e).all()
     assert abs(e.mean() - 1) < 4 / np.sqrt(e.size) and abs(e.var() - 1) < 4 * np.sqrt(8 / e.size)
     correlation = np.corrcoef(e)[~np.eye(64, dtype=bool)]
@@ -42,16 +102,17 @@ def test_exponentials_have_their_moments_and_do_not_correlate_between_keys():
 
 def test_a_row_does_not_see_its_neighbours():
     logits = jax.random.normal(jax.random.key(1), (16, 40))
-    key, temperature = keys(16), jnp.linspace(0.5, 2, 16)
-    whole = sampling.sample(logits, key, temperature)
+    key, how = keys(16), alike(16)._replace(temperature=jnp.linspace(0.0, 2, 16), top_k=jnp.arange(16) % 5)
+    whole = sampling.sample(logits, key, how)
     order = jnp.array([5, 3, 11])
-    part = sampling.sample(logits[order], key[order], temperature[order])
-    np.testing.assert_array_equal(whole[0][order], part[0])
-    np.testing.assert_array_equal(whole[1][order], part[1])
+    part = sampling.sample(logits[order], key[order], jax.tree.map(lambda x: x[order], how))
+    for all_rows, some in zip(whole, part):
+        np.testing.assert_array_equal(all_rows[order], some)
 
 
 def test_temperature_zero_is_greedy_with_the_plain_log_prob():
-    logits = jax.random.normal(jax.random.key(2), (8, 40))
-    token, logp = sampling.sample(logits, keys(8), jnp.zeros((8,)))
-    np.testing.assert_array_equal(token, jnp.argmax(logits, -1))
-    np.testing.assert_allclose(logp, jnp.max(jax.nn.log_softmax(logits), -1), atol=1e-6)
+    logits = jnp.round(jax.random.normal(jax.random.key(2), (64, 300)) * 2)  # with ties: the first wins, as in argmax
+    out = sampling.sample(logits, keys(64), alike(64, temperature=0.0, top_k=1))
+    np.testing.assert_array_equal(out.token, jnp.argmax(logits, -1))
+    np.testing.assert_allclose(out.logp, jnp.max(jax.nn.log_softmax(logits), -1), atol=1e-6)
+    np.testing.assert_array_equal(out.kept, 1.0)

@@ -14,8 +14,9 @@ from dcmdp_jax.config import (AlgorithmConfig, Config, ConstraintConfig, DataCon
                               RolloutConfig)
 from dcmdp_jax.losses import advantages, corrections, policy, reduce
 from dcmdp_jax.models import qwen3
-from dcmdp_jax.records import Example, Prompts, Rollout, Scored
+from dcmdp_jax.records import Example, Prompts, Scored
 from random_params import random_params
+from rollouts import make_rollout
 
 TASK = object()  # never asked
 B, G, P, T, TOLERANCE = 4, 4, 5, 7, 0.05
@@ -44,8 +45,8 @@ def make_scored(seed=0, reward=None):
     rng = np.random.default_rng(seed)
     asked, told = rng.integers(1, P + 1, B).astype(np.int32), rng.integers(0, T + 1, B * G).astype(np.int32)
     prompts = Prompts(rng.integers(0, 16, (B, P)).astype(np.int32), asked, (Example("", ""),) * B)
-    rollout = Rollout(prompts, rng.integers(0, 16, (B * G, T)).astype(np.int32), told,
-                      rng.normal(-2.5, 0.7, (B * G, T)).astype(np.float32), told < T, 0, 0.9)
+    rollout = make_rollout(prompts, rng.integers(0, 16, (B * G, T)), told, rng.normal(-2.5, 0.7, (B * G, T)),
+                           told < T, 0.9)
     reward = rng.integers(0, 2, B * G) if reward is None else reward
     return Scored(rollout, np.asarray(reward, np.float32), ("",) * (B * G))
 

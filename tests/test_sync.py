@@ -1,4 +1,6 @@
-"""Weight sync: the same values in the decode layout, no buffer shared, precision as asked."""
+"""Weight sync: the same values in the decode layout, no buffer shared, each part in the precision asked for and no other."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -6,74 +8,166 @@ import numpy as np
 import pytest
 
 from dcmdp_jax import sharding, sync
-from dcmdp_jax.config import WEIGHT_DTYPES, MeshConfig
+from dcmdp_jax.config import MeshConfig, Precision
 from dcmdp_jax.models import qwen3, sizes
-from dcmdp_jax.models.quantized import Quantized
+from dcmdp_jax.models.quantized import LARGEST, Quantized, quantize
 from random_params import random_params
 
-MODELS = pytest.mark.parametrize("model", [sizes.TINY, sizes.TINY_MOE], ids=["dense", "moe"])
+DENSE = dataclasses.replace(sizes.TINY, attention_bias=True)  # tied embeddings
+MOE = sizes.TINY_MOE
+MODELS = pytest.mark.parametrize("model", [DENSE, MOE], ids=["dense", "moe"])
+PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-def is_quantized(x):
-    return isinstance(x, Quantized)
+def synced(model, precision, params=None, mesh=None, version=0):
+    mesh = mesh or sharding.single_device_mesh()
+    return sync.make(model, precision, mesh)(random_params(model) if params is None else params, version)
 
 
-@MODELS
-def test_float32_changes_nothing_but_the_layout(model):
-    params = random_params(model)
-    synced = sync.make(model, "float32", sharding.single_device_mesh())(params)
-    expected = qwen3.unstack(params, model)
-    jax.tree.map(np.testing.assert_array_equal, synced, expected)
+def leaves(params) -> dict:
+    """Path -> leaf, a `Quantized` one whole."""
+    found = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, Quantized))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in found}
 
 
-@MODELS
-@pytest.mark.parametrize("weights", WEIGHT_DTYPES)
-def test_the_engine_survives_the_donation_of_the_parameters(model, weights):
-    params = random_params(model)
-    synced = sync.make(model, weights, sharding.single_device_mesh())(params)
-    mine = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)}
-    assert not mine & {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(synced)}
-    before = jax.tree.map(np.array, synced)
-    jax.jit(lambda p: jax.tree.map(lambda x: x + 1, p), donate_argnums=0)(params)
-    jax.tree.map(np.testing.assert_array_equal, before, synced)
+def nbytes(model, precision) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(synced(model, precision).params))
 
 
 @MODELS
-@pytest.mark.parametrize("weights, half_step", [("int8", 0.5 / 127), ("int4", 0.5 / 7), ("float8_e4m3fn", 16 / 448)])
-def test_projections_alone_are_quantized(model, weights, half_step):
-    """Embeddings, norms, router and head keep their values; a projection is off by half a step of its channel's at most."""
-    params = random_params(model)
-    synced = sync.make(model, weights, sharding.single_device_mesh())(params)
-    exact = qwen3.unstack(params, model)
-    kinds = {}
-    for (path, leaf), (_, original) in zip(jax.tree_util.tree_leaves_with_path(synced, is_leaf=is_quantized),
-                                           jax.tree_util.tree_leaves_with_path(exact)):
-        name = path[-1].key
-        kinds.setdefault(name, set()).add(is_quantized(leaf))
-        if not is_quantized(leaf):
-            np.testing.assert_array_equal(leaf, original)
-            continue
-        assert leaf.values.dtype == jnp.dtype(weights)
-        error = np.abs(leaf.dequantize() - original) / np.abs(original).max(axis=_contracted(leaf), keepdims=True)
-        assert 0 < error.max() <= half_step * (1 + 1e-5)
-    assert {name for name, kind in kinds.items() if kind == {True}} == {
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert all(len(kind) == 1 for kind in kinds.values())
+def test_the_default_changes_nothing_but_the_layout(model):
+    weights = synced(model, Precision(), version=7)
+    assert weights.version == 7 and weights.version.dtype == jnp.int32
+    jax.tree.map(np.testing.assert_array_equal, weights.params, qwen3.unstack(random_params(model), model))
 
 
-def _contracted(leaf):
-    """Axes that share one scale, found from the scale's own shape."""
-    return tuple(i for i, size in enumerate(leaf.scale.shape) if size == 1)
+@pytest.mark.parametrize("precision", [
+    Precision(), Precision(weights="bfloat16", activations="int8"), Precision(weights="nf4", group=16),
+    Precision(embed="int8"), Precision(head="bfloat16", norms="bfloat16")], ids=lambda p: f"{p.weights}-{p.embed}-{p.head}")
+@MODELS
+def test_the_engine_survives_the_donation_of_the_parameters(model, precision):
+    params, version = random_params(model), jnp.int32(3)
+    weights = synced(model, precision, params, version=version)
+    mine = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((params, version))}
+    assert not mine & {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(weights)}
+    before = jax.tree.map(np.array, weights)
+    jax.jit(lambda p: jax.tree.map(lambda x: x + 1, p), donate_argnums=0)((params, version))
+    jax.tree.map(np.testing.assert_array_equal, before, weights)
+
+
+FIELDS = {  # precision -> does it name the leaf?
+    Precision(weights="int8"): lambda path: any(name in path for name in PROJECTIONS),
+    Precision(weights="bfloat16"): lambda path: any(name in path for name in PROJECTIONS),
+    Precision(activations="int8"): lambda path: any(name in path for name in PROJECTIONS),
+    Precision(embed="int8"): lambda path: path == "['embed']",
+    Precision(embed="bfloat16"): lambda path: path == "['embed']",
+    Precision(head="int4"): lambda path: path == "['head']",
+    Precision(head="bfloat16"): lambda path: path == "['head']",
+    Precision(router="bfloat16"): lambda path: "router" in path,
+    Precision(norms="bfloat16"): lambda path: "norm" in path,
+    Precision(cache="int8"): lambda path: False,
+    Precision(experts_per_token=1): lambda path: False,
+}
 
 
 @MODELS
-def test_placement_is_the_decode_table(model):
+@pytest.mark.parametrize(("precision", "named"), FIELDS.items(), ids=map(str, range(len(FIELDS))))
+def test_a_field_changes_what_it_names_and_nothing_else(model, precision, named):
+    got, exact = leaves(synced(model, precision).params), leaves(synced(model, Precision()).params)
+    if model.tie_word_embeddings:  # a head apart from the embedding where the two differ, with the embedding's values
+        assert ("['head']" in got) == (precision.embed != precision.head)
+        exact |= {"['head']": exact["['embed']"]} if "['head']" in got else {}
+    assert got.keys() == exact.keys()
+    changed = {path for path, leaf in got.items() if isinstance(leaf, Quantized) or leaf.dtype != jnp.float32}
+    assert changed == {path for path in exact if named(path)}
+    for path in exact.keys() - changed:
+        np.testing.assert_array_equal(got[path], exact[path])
+
+
+@MODELS
+def test_values_of_every_part(model):
+    """Each part is the trainer's, quantized by itself."""
+    precision = Precision(weights="nf4", group=16, activations="int8", embed="int8", head="int4", router="bfloat16",
+                          norms="bfloat16")
+    got, exact = leaves(synced(model, precision).params), leaves(synced(model, Precision()).params)
+    exact.setdefault("['head']", exact["['embed']"])
+    contracted = {"q_proj": (-3,), "k_proj": (-3,), "v_proj": (-3,), "o_proj": (-3, -2)}
+    for path, leaf in got.items():
+        name = next((name for name in PROJECTIONS if name in path), path)
+        if name in PROJECTIONS:
+            want = quantize(exact[path], "nf4", contracted.get(name, (-2,)), 16, "int8")
+        elif path == "['embed']":
+            want = quantize(exact[path], "int8", (-1,))
+        elif path == "['head']":
+            want = quantize(exact[path], "int4", (-1,) if model.tie_word_embeddings else (-2,))
+        else:
+            want = exact[path] if "bias" in path else exact[path].astype(jnp.bfloat16)
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, err_msg=path), leaf, want)
+
+
+@MODELS
+@pytest.mark.parametrize(("group", "per_matrix"), [(0, lambda inputs, outputs: outputs), (-1, lambda inputs, outputs: 1),
+                                                   (8, lambda inputs, outputs: inputs * outputs // 8)])
+def test_bytes(model, group, per_matrix):
+    c = model = dataclasses.replace(model, num_layers=1)
+    attention = [(c.hidden_size, n * c.head_dim) for n in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
+    attention.append((c.num_heads * c.head_dim, c.hidden_size))
+    inner, experts = (c.expert_size, c.num_experts) if c.num_experts else (c.intermediate_size, 1)
+    matrices = attention + [(c.hidden_size, inner), (c.hidden_size, inner), (inner, c.hidden_size)] * experts
+    numbers = sum(inputs * outputs for inputs, outputs in matrices)
+    scales = sum(per_matrix(*shape) for shape in matrices)
+    exact = nbytes(model, Precision())
+    for weights in LARGEST:  # 4-bit numbers, too, take a byte here
+        assert exact - nbytes(model, Precision(weights=weights, group=group)) == 3 * numbers - 4 * scales, weights
+    assert exact - nbytes(model, Precision(weights="bfloat16", group=group)) == 2 * numbers
+
+
+def test_a_quantized_head_takes_the_place_of_a_tied_one():
+    table, x = random_params(DENSE)["embed"], jax.random.normal(jax.random.key(0), (5, DENSE.hidden_size))
+    for precision in (Precision(head="int8"), Precision(head="int8", embed="int8"), Precision(embed="int8")):
+        params = synced(DENSE, precision).params
+        assert ("head" in params) == (precision.embed != precision.head)
+        held = quantize(table, "int8", (-1,)).dequantize() if precision.head else table
+        np.testing.assert_allclose(qwen3.head(params, x, DENSE), x @ held.T, atol=1e-4)
+        assert isinstance(params["embed"], Quantized) == bool(precision.embed)
+
+
+def test_what_does_not_exist_is_refused():
+    for field, value in (("weights", "float16"), ("activations", "int4"), ("embed", "fp8"), ("head", "q4"), ("router", "int8"),
+                         ("norms", "int8")):
+        with pytest.raises(ValueError, match=rf"precision\.{field}='{value}' is not one of"):
+            sync.make(DENSE, Precision(**{field: value}), sharding.single_device_mesh())
+    with pytest.raises(ValueError, match="precision.group=-2"):
+        sync.make(DENSE, Precision(weights="int8", group=-2), sharding.single_device_mesh())
+    with pytest.raises(ValueError, match="groups of 48 do not divide"):
+        sync.make(DENSE, Precision(weights="int8", group=48), sharding.single_device_mesh())
+
+
+@MODELS
+@pytest.mark.parametrize("precision", [Precision(weights="int8"), Precision(weights="nf4", group=16, embed="int8", head="int4")],
+                         ids=["int8", "nf4"])
+def test_placement_is_the_decode_table(model, precision):
     mesh = sharding.make_mesh(MeshConfig(expert=2 if model.num_experts else 1, tensor=2), jax.devices()[:8])
-    train = sharding.params(qwen3.logical_axes(model), mesh, sharding.TRAIN, jax.eval_shape(lambda: random_params(model)))
-    params = jax.device_put(random_params(model), train)
-    synced = sync.make(model, "int8", mesh)(params)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), synced,
-                 sync.make(model, "int8", sharding.single_device_mesh())(random_params(model)))
-    q_proj = synced["stacks"][0]["attention"]["q_proj"]
-    assert tuple(q_proj.values.sharding.spec) == tuple(q_proj.scale.sharding.spec) == (None, "tensor", None)
+    shapes = jax.eval_shape(lambda: random_params(model))
+    params = jax.device_put(random_params(model), sharding.params(qwen3.logical_axes(model), mesh, sharding.TRAIN, shapes))
+    weights = synced(model, precision, params, mesh)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), weights, synced(model, precision))
+    attention = weights.params["stacks"][0]["attention"]
+    assert tuple(attention["q_proj"].values.sharding.spec) == tuple(attention["q_proj"].scale.sharding.spec) == (None, "tensor", None)
+    assert tuple(attention["o_proj"].values.sharding.spec) == ("tensor", None, None)
+    few = attention["o_proj"].scale  # one per output channel is not split, one per head and group is
+    assert tuple(few.sharding.spec) == ((None, None, None) if few.shape[0] == 1 else ("tensor", None, None))
     assert tuple(params["stacks"][0]["attention"]["q_proj"].sharding.spec) == (None, "fsdp", "tensor", None)
+
+
+@pytest.mark.parametrize("precision", [Precision(), Precision(weights="int8")], ids=["float32", "int8"])
+def test_from_training_devices_to_others(precision):
+    train, decode = (sharding.make_mesh(MeshConfig(tensor=2), devices) for devices in (jax.devices()[:4], jax.devices()[4:]))
+    shapes = jax.eval_shape(lambda: random_params(MOE))
+    params = jax.device_put(random_params(MOE), sharding.params(qwen3.logical_axes(MOE), train, sharding.TRAIN, shapes))
+    weights = synced(MOE, precision, params, decode, version=jax.device_put(5, sharding.replicated(train)))
+    for leaf in jax.tree.leaves(weights):
+        assert leaf.sharding.device_set == set(jax.devices()[4:])
+    assert weights.params["stacks"][0]["moe"]["router"].sharding.is_fully_replicated
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), weights,
+                 synced(MOE, precision, version=5))

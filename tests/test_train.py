@@ -139,11 +139,11 @@ def test_rows_hold_what_others_read(tmp_path):
     tolerance = 0.004
     for one, two in zip(read, read[1:]):
         assert two["multiplier"] == pytest.approx(min(max(one["multiplier"] + one["delta_mean"] - tolerance, 0), 0.2), abs=1e-6)
-    assert json.loads((tmp_path / "config.json").read_text())["rollout"]["weights"] == "int4"
+    assert json.loads((tmp_path / "config.json").read_text())["rollout"]["precision"]["weights"] == "int4"
 
 
 def test_a_float32_engine_has_no_discrepancy(tmp_path):
-    train.train(tiny(steps=2, **{"rollout.weights": "float32", "eval.every": 1}), tmp_path)
+    train.train(tiny(steps=2, **{"rollout.precision.weights": "float32", "eval.every": 1}), tmp_path)
     for row in rows(tmp_path):
         assert row["logp_diff_max"] <= 1e-5 and row["reward_eval_infer"] == row["reward_eval_train"]
 

@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax.losses import _check
+from dcmdp_jax.losses import _check, _search
 
 Array = _check.Array
 stop = jax.lax.stop_gradient
@@ -72,14 +72,15 @@ def kl_cov(
     Default: fraction 2e-4, penalty 1.0
     Paper: KL-Cov, arXiv 2505.22617
 
-    Sizes are static, and the batch is not sorted: few blocks of 64 tokens can hold the highest. Tokens whose covariance ties across the boundary are left out.
+    Sizes are static, and the batch is not sorted: few blocks of 64 tokens can hold the highest. Tokens whose covariance
+    ties across the boundary are left out.
     """
     _check_fraction(fraction)
     logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
     log_ratio = _check.bound(logp - old_logp, -20.0, 20.0)
     count = jnp.maximum(jnp.sum(_check.row_count(mask).astype(jnp.int32)), 1)
     cov = jnp.where(mask, _covariance(logp, advantage, count), -jnp.inf)
-    highest = _highest(cov, min(cov.size, int(fraction * cov.size) + 2))
+    highest = _search.highest(cov, min(cov.size, int(fraction * cov.size) + 2))
     bound = highest[jnp.maximum(jnp.floor(fraction * count), 1).astype(jnp.int32)]
     chosen = mask & (cov > bound)
     return -advantage * jnp.exp(log_ratio) + _check.select(chosen, penalty * jnp.abs(log_ratio))
@@ -89,13 +90,6 @@ def _covariance(logp: Array, advantage: Array, count: Array) -> Array:
     """(A - mean A)(logp - mean logp) of arrays that are 0 at padding."""
     logp = stop(logp)
     return (advantage - jnp.sum(advantage) / count) * (logp - jnp.sum(logp) / count)
-
-
-def _highest(x: Array, number: int) -> Array:
-    """The greatest elements of x, descending: those of the blocks whose greatest element is among the greatest."""
-    blocks = x.reshape(-1, math.gcd(x.size, 64))
-    _, where = jax.lax.top_k(jnp.max(blocks, axis=1), min(number, blocks.shape[0]))
-    return jax.lax.top_k(blocks[where].reshape(-1), number)[0]
 
 
 def _check_fraction(fraction: float) -> None:

@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dcmdp_jax.config import ModelConfig
+from dcmdp_jax.models.quantized import LARGEST, Quantized, einsum, quantize
+
+DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
+BLOCK = 1 << 19  # numbers of keys that a CPU takes from the cache at a time: what its own cache holds
+
+Layer = jax.Array | Quantized  # [B, KV, S, h]; a `Quantized` one has a scale per position and kv-head, [B, KV, S, 1]
 
 
 class Cache(NamedTuple):
-    """Keys (rotated) and values of B slots, S positions each: one `[B, KV, S, h]` array per layer."""
+    """Keys (rotated) and values of B slots, S positions each: one `Layer` per layer."""
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    keys: tuple[Layer, ...]
+    values: tuple[Layer, ...]
 
 
-def init(config: ModelConfig, slots: int, length: int, dtype=jnp.float32) -> Cache:
-    """An empty cache of `slots` slots and `length` positions."""
+def init(config: ModelConfig, slots: int, length: int, dtype: str = "") -> Cache:
+    """An empty cache of `slots` slots and `length` positions.
+
+    `dtype` is one of `DTYPES`, "" the compute dtype; another raises ValueError.
+    """
+    dtype = dtype or ("bfloat16" if config.bfloat16 else "float32")
+    if dtype not in DTYPES:
+        raise ValueError(f"the cache cannot hold {dtype!r}; choose one of {', '.join(DTYPES)}")
     shape = (slots, config.num_kv_heads, length, config.head_dim)
+
+    def layer() -> Layer:
+        zeros = jnp.zeros(shape, dtype)
+        return Quantized(zeros, jnp.ones((*shape[:3], 1), jnp.float32)) if dtype in LARGEST else zeros
+
     layers = range(config.num_layers)
-    return Cache(tuple(jnp.zeros(shape, dtype) for _ in layers), tuple(jnp.zeros(shape, dtype) for _ in layers))
+    return Cache(tuple(layer() for _ in layers), tuple(layer() for _ in layers))
 
 
 def insert(
@@ -36,17 +55,67 @@ def insert(
     if prefix > length:
         raise ValueError(f"insert: a prefix of {prefix} positions does not fit a cache of {length}; lengthen the cache")
 
-    def copy(layer: jax.Array, rows_of_layer: jax.Array) -> jax.Array:
-        update = rows_of_layer[rows].astype(layer.dtype)
-        return layer.at[slots, :, :prefix].set(update, unique_indices=True, mode="drop")
+    def copy(layer: Layer, new: jax.Array) -> Layer:
+        return jax.tree.map(lambda old, new: _put(old, new[rows], (slots, slice(None), slice(prefix))), layer, _held(new, layer))
 
     return Cache(tuple(map(copy, cache.keys, keys)), tuple(map(copy, cache.values, values)))
 
 
-def write(layer: jax.Array, new: jax.Array, lengths: jax.Array) -> jax.Array:
+def write(layer: Layer, new: jax.Array, lengths: jax.Array) -> Layer:
     """Put `new[b]` at position `lengths[b]` of slot b; a position outside the cache is dropped.
 
     layer [B, KV, S, h], new [B, KV, h], lengths [B] int32 -> [B, KV, S, h].
     """
     slots = jnp.arange(layer.shape[0])
-    return layer.at[slots, :, lengths].set(new.astype(layer.dtype), unique_indices=True, mode="drop")
+    return jax.tree.map(lambda old, new: _put(old, new, (slots, slice(None), lengths)), layer, _held(new, layer))
+
+
+def _put(old: jax.Array, new: jax.Array, where: tuple) -> jax.Array:
+    # As bits: on a CPU, XLA scatters into floats of few bits by making all of them float32 and back.
+    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[old.dtype.itemsize]
+    return old.view(bits).at[where].set(new.view(bits), unique_indices=True, mode="drop").view(old.dtype)
+
+
+def _held(new: jax.Array, layer: Layer) -> Layer:
+    """`new` [..., h] as `layer` holds it."""
+    if isinstance(layer, Quantized):
+        return quantize(new, layer.values.dtype, (-1,))
+    return new.astype(layer.dtype)
+
+
+def attend(q: jax.Array, keys: Layer, values: Layer, lengths: jax.Array, *, window: int) -> jax.Array:
+    """Attention of one token a slot to positions 0..lengths[b] of its slot: `softmax(q k^T / sqrt(h)) v`, softmax in float32.
+
+    q [B, KV, G, h], keys, values [B, KV, S, h], lengths [B] < `window` -> [B, KV, G, h]. Positions from `window` (static) on
+    are not read. Scales of quantized keys and values are applied to the scores and the weights.
+    """
+    slots, per_slot = q.shape[0], q.shape[1] * window * q.shape[3]
+    together = max(BLOCK // per_slot, 1)
+
+    def by_blocks(*args):
+        # The barrier keeps the keys the left operand, which takes half the time or less on a CPU.
+        slot = functools.partial(_attend, window=window, hold=jax.lax.optimization_barrier)
+        if together >= slots:
+            return jax.vmap(slot)(*args)
+        return jax.lax.map(lambda each: slot(*each), args, batch_size=together)
+
+    whole = jax.vmap(functools.partial(_attend, window=window, hold=lambda scores: scores))
+    return jax.lax.platform_dependent(q, keys, values, lengths, cpu=by_blocks, default=whole)
+
+
+def _attend(
+    q: jax.Array, keys: Layer, values: Layer, length: jax.Array, *, window: int, hold: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """One slot: q [KV, G, h], keys, values [KV, S, h] -> [KV, G, h]."""
+    (k, k_scale), (v, v_scale) = (_numbers(layer, window) for layer in (keys, values))
+    scores = hold(einsum("kth,kgh->ktg", k, q, q.dtype)).swapaxes(1, 2) * k_scale * q.shape[-1] ** -0.5
+    scores = jnp.where(jnp.arange(window) <= length, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1) * v_scale
+    return einsum("kgt,kth->kgh", weights, v, q.dtype).astype(q.dtype)
+
+
+def _numbers(layer: Layer, window: int) -> tuple[jax.Array, jax.Array | float]:
+    """Values [KV, window, h] before scaling, and their scale [KV, 1, window]."""
+    if isinstance(layer, Quantized):
+        return layer.values[:, :window], layer.scale[:, None, :window, 0]
+    return layer[:, :window], 1.0

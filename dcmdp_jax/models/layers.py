@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dcmdp_jax.config import ModelConfig, Yarn
+from dcmdp_jax.models import quantized
 from dcmdp_jax.models.moe import MoE, parameter
 from dcmdp_jax.models.quantized import einsum, project
 
@@ -91,9 +92,11 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
 
     q [B, KV, G, S, h], k, v [B, KV, T, h], mask broadcasts to [B, KV, G, S, T] and is true where q may look.
     """
-    scores = einsum("bkgsh,bkth->bkgst", q, k, q.dtype) * q.shape[-1] ** -0.5
+    # Repeated for each q-head: small beside the scores, and on CPUs up to 1.7 times as fast.
+    k, v = (jnp.broadcast_to(x[:, :, None], (*q.shape[:3], *x.shape[2:])) for x in (k, v))
+    scores = einsum("bkgsh,bkgth->bkgst", q, k, q.dtype) * q.shape[-1] ** -0.5
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    return einsum("bkgst,bkth->bkgsh", jax.nn.softmax(scores, axis=-1), v, q.dtype).astype(q.dtype)
+    return einsum("bkgst,bkgth->bkgsh", jax.nn.softmax(scores, axis=-1), v, q.dtype).astype(q.dtype)
 
 
 class Attention(nn.Module):
@@ -106,7 +109,7 @@ class Attention(nn.Module):
         """Project [B, S, D] to [B, S, heads, h]."""
         c = self.config
         w = parameter(self, f"{name}_proj", (c.hidden_size, heads, c.head_dim), ("embed", axis, "head_dim"))
-        y = project("bsd,dnh->bsnh", x, w, x.dtype)
+        y = project(x, w)
         if c.attention_bias:
             bias = (heads, c.head_dim), (axis, "head_dim"), nn.initializers.zeros
             y = y + parameter(self, f"{name}_bias", *bias).astype(x.dtype)
@@ -125,7 +128,7 @@ class Attention(nn.Module):
         out, kept = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
         out = out.transpose(0, 3, 1, 2, 4).reshape(rows, length, c.num_heads, c.head_dim)
         w = parameter(self, "o_proj", (c.num_heads, c.head_dim, c.hidden_size), ("q_heads", "head_dim", "embed"))
-        y = project("bsnh,nhd->bsd", out, w, x.dtype)
+        y = project(out, w, contract=2)
         if c.attention_bias:
             y = y + parameter(self, "o_bias", (c.hidden_size,), ("embed",), nn.initializers.zeros).astype(x.dtype)
         return y, kept
@@ -143,8 +146,7 @@ class MLP(nn.Module):
         gate_proj = parameter(self, "gate_proj", (c.hidden_size, c.intermediate_size), ("embed", "mlp"))
         up_proj = parameter(self, "up_proj", (c.hidden_size, c.intermediate_size), ("embed", "mlp"))
         down_proj = parameter(self, "down_proj", (c.intermediate_size, c.hidden_size), ("mlp", "embed"))
-        inner = nn.silu(project("bsd,df->bsf", x, gate_proj, x.dtype)) * project("bsd,df->bsf", x, up_proj, x.dtype)
-        return project("bsf,fd->bsd", inner, down_proj, x.dtype)
+        return project(nn.silu(project(x, gate_proj)) * project(x, up_proj), down_proj)
 
 
 class Layer(nn.Module):
@@ -167,7 +169,10 @@ class Layer(nn.Module):
 
 
 class Ends(nn.Module):
-    """What stands outside the layers: embedding, final norm, and the head unless it is tied to the embedding."""
+    """What stands outside the layers: embedding, final norm, and the head unless it is tied to the embedding.
+
+    The engine may hold the head of tied embeddings apart from them, as a second table [V, D].
+    """
 
     config: ModelConfig
     param_dtype: Any = jnp.float32
@@ -178,14 +183,17 @@ class Ends(nn.Module):
         self.scale = parameter(self, "final_norm", (c.hidden_size,), ("embed",), nn.initializers.ones)
         if not c.tie_word_embeddings:
             self.kernel = parameter(self, "head", (c.hidden_size, c.vocab_size), ("embed", "vocab"))
+        elif self.has_variable("params", "head"):  # the engine's, held in another precision than the embedding
+            self.head_table = parameter(self, "head", (c.vocab_size, c.hidden_size), ("vocab", "embed"))
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        return self.table[tokens].astype(compute_dtype(self.config))
+        return quantized.embed(self.table, tokens, compute_dtype(self.config))
 
     def norm(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.scale, self.config.rms_norm_eps)
 
     def head(self, x: jax.Array) -> jax.Array:
         if self.config.tie_word_embeddings:
-            return einsum("...d,vd->...v", x, self.table, compute_dtype(self.config))
-        return einsum("...d,dv->...v", x, self.kernel, compute_dtype(self.config))
+            table = self.head_table if self.has_variable("params", "head") else self.table
+            return quantized.unembed(x, table, compute_dtype(self.config))
+        return quantized.product(x, self.kernel, compute_dtype(self.config))

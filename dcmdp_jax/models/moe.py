@@ -1,17 +1,19 @@
-"""The sparse feed-forward of Qwen3-MoE: a softmax router, and a grouped matrix product that drops no token."""
+"""The sparse feed-forward of Qwen3-MoE: a softmax router, and experts that drop no token."""
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from dcmdp_jax.config import ModelConfig
-from dcmdp_jax.models.quantized import Quantized, einsum, precision
+from dcmdp_jax.models.quantized import Quantized, einsum, expert, precision, rounded
 
 NORMAL = nn.initializers.normal(0.02)
+TILE = 128  # rows of one expert multiplied together on a CPU, at most
 
 
 def parameter(module: nn.Module, name: str, shape: tuple, axes: tuple, init=NORMAL):
@@ -34,22 +36,115 @@ def route(x: jax.Array, router: jax.Array, config: ModelConfig) -> tuple[jax.Arr
     return gates, experts
 
 
-def grouped(x: jax.Array, w: jax.Array | Quantized, sizes: jax.Array, expert: jax.Array, dtype) -> jax.Array:
-    """Row i of `x` times the matrix of its expert; rows are sorted by expert.
+class Experts(NamedTuple):
+    """SwiGLU matrices of E experts, arrays or `Quantized`."""
 
-    x [M, I], w [E, I, O], sizes [E] rows per expert, expert [M] of each row -> [M, O] in `dtype`.
+    gate: Any  # [E, D, F]
+    up: Any  # [E, D, F]
+    down: Any  # [E, F, D]
+
+
+def mix(x: jax.Array, gates: jax.Array, experts: jax.Array, weights: Experts) -> jax.Array:
+    """`sum over k of gates_k * down_e(silu(gate_e x) * up_e x)`, e = experts_k: x [N, D], gates, experts [N, k] -> [N, D].
+
+    Assignments are sorted by expert. Accelerators multiply them by `ragged_dot`; on a CPU, where that is ten times slower
+    than the products it stands for, each expert's rows are cut into tiles.
     """
-    values = w.values if isinstance(w, Quantized) else w
-    y = jax.lax.ragged_dot(
-        x.astype(dtype), values.astype(dtype), sizes, precision=precision(dtype), preferred_element_type=jnp.float32
-    )
-    if isinstance(w, Quantized):
-        y = y * w.scale[expert, 0]
-    return y.astype(dtype)
+    rows = jax.lax.platform_dependent(x, experts, weights, cpu=_by_tiles, default=_by_ragged_dot)
+    # Summed in the order of k, which does not depend on the other tokens.
+    return jnp.sum(rows.astype(jnp.float32) * gates[..., None], axis=1).astype(x.dtype)
+
+
+def _by_ragged_dot(x: jax.Array, experts: jax.Array, weights: Experts) -> jax.Array:
+    """[N, k, D], each assignment's row."""
+    order = jnp.argsort(experts.reshape(-1))
+    expert_of = experts.reshape(-1)[order]
+    count = jax.tree.leaves(weights.gate)[0].shape[0]
+    sizes = jnp.bincount(expert_of, length=count).astype(jnp.int32)
+
+    def product(rows, w):
+        rows, w = rounded(rows, w), w.dequantize() if isinstance(w, Quantized) else w
+        y = jax.lax.ragged_dot(rows.astype(x.dtype), w.astype(x.dtype), sizes, precision=precision(x.dtype),
+                               preferred_element_type=jnp.float32)
+        return y.astype(x.dtype)
+
+    rows = x[order // experts.shape[1]]
+    rows = product(nn.silu(product(rows, weights.gate)) * product(rows, weights.up), weights.down)
+    return rows[jnp.argsort(order)].reshape(*experts.shape, -1)
+
+
+def _by_tiles(x: jax.Array, experts: jax.Array, weights: Experts) -> jax.Array:
+    """[N, k, D], each assignment's row."""
+    count, assigned = jax.tree.leaves(weights.gate)[0].shape[0], experts.size
+    tile = min(max(1 << (assigned // count).bit_length(), 4), TILE)
+    flat = experts.reshape(-1)
+    order = jnp.argsort(flat)
+    sizes = jnp.bincount(flat, length=count)
+    tiles = -(-sizes // tile)
+    # Row j of the sorted assignments goes to the same place in its expert's run of whole tiles.
+    shift = (jnp.cumsum(tiles) - tiles) * tile - (jnp.cumsum(sizes) - sizes)
+    place = jnp.zeros_like(flat).at[order].set(jnp.arange(assigned) + shift[flat[order]])
+    most = -(-assigned // tile) + count
+    owner = jnp.repeat(jnp.arange(count), tiles, total_repeat_length=most)
+    rows = jnp.zeros((most * tile, x.shape[-1]), x.dtype).at[place].set(
+        jnp.repeat(x, experts.shape[1], axis=0), unique_indices=True)
+    return _tiled(rows, weights, owner, jnp.sum(tiles), tile)[place].reshape(*experts.shape, -1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _tiled(x: jax.Array, weights: Experts, owner: jax.Array, count: jax.Array, tile: int) -> jax.Array:
+    """The feed-forward of tile i of `x`, by expert owner[i], for the first `count` tiles; zero in the rest."""
+    def one(i, out):
+        return _put(out, _forward(_cut(x, i, tile), weights, owner[i]), i, tile)
+
+    return jax.lax.fori_loop(0, count, one, jnp.zeros_like(x))
+
+
+def _forward(rows: jax.Array, weights: Experts, e: jax.Array) -> jax.Array:
+    rows = rounded(rows, weights.gate)
+    gate = _dot(rows, expert(weights.gate, e, rows.dtype))
+    up = _dot(rows, expert(weights.up, e, rows.dtype))
+    return _dot(rounded(nn.silu(gate) * up, weights.down), expert(weights.down, e, rows.dtype))
+
+
+def _tiled_forward(x, weights, owner, count, tile):
+    return _tiled(x, weights, owner, count, tile), (x, weights, owner, count)
+
+
+def _tiled_backward(tile, kept, dy):
+    """Gate and up are multiplied again; each expert's gradient is added up over its tiles, in place."""
+    x, weights, owner, count = kept
+
+    def one(i, carry):
+        dx, dw = carry
+        e = owner[i]
+        _, pull = jax.vjp(lambda rows, w: _forward(rows, Experts(*(m[None] for m in w)), 0),
+                          _cut(x, i, tile), Experts(*(m[e] for m in weights)))
+        drows, dmatrices = pull(_cut(dy, i, tile))
+        dw = Experts(*(total.at[e].add(d) for total, d in zip(dw, dmatrices)))
+        return _put(dx, drows, i, tile), dw
+
+    dx, dw = jax.lax.fori_loop(0, count, one, (jnp.zeros_like(x), jax.tree.map(jnp.zeros_like, weights)))
+    return dx, dw, None, None
+
+
+_tiled.defvjp(_tiled_forward, _tiled_backward)
+
+
+def _cut(x: jax.Array, i: jax.Array, tile: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, i * tile, tile)
+
+
+def _put(out: jax.Array, rows: jax.Array, i: jax.Array, tile: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(out, rows, i * tile, 0)
+
+
+def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
+    return einsum("nd,df->nf", x, w, x.dtype).astype(x.dtype)
 
 
 class MoE(nn.Module):
-    """Mixture of SwiGLU experts: `sum over the top-k e of gate_e * down_e(silu(gate_proj_e x) * up_proj_e x)`.
+    """Mixture of SwiGLU experts (see `mix`) behind the router (see `route`).
 
     Experts are `gate_proj`, `up_proj` [E, D, F] and `down_proj` [E, F, D]; `router` is [D, E].
     """
@@ -67,16 +162,7 @@ class MoE(nn.Module):
         gate_proj = parameter(self, "gate_proj", wide, ("experts", "embed", "mlp"))
         up_proj = parameter(self, "up_proj", wide, ("experts", "embed", "mlp"))
         down_proj = parameter(self, "down_proj", (wide[0], wide[2], wide[1]), ("experts", "mlp", "embed"))
-
         tokens = x.reshape(-1, c.hidden_size)
         gates, experts = route(tokens, router, c)
-        order = jnp.argsort(experts.reshape(-1))
-        expert = experts.reshape(-1)[order]
-        sizes = jnp.bincount(expert, length=c.num_experts).astype(jnp.int32)
-        rows = tokens[order // c.experts_per_token]
-        inner = nn.silu(grouped(rows, gate_proj, sizes, expert, x.dtype))
-        inner = inner * grouped(rows, up_proj, sizes, expert, x.dtype)
-        rows = grouped(inner, down_proj, sizes, expert, x.dtype)
-        # Undoing the sort by a gather keeps the sum over experts in one fixed order.
-        rows = rows[jnp.argsort(order)].reshape(*gates.shape, c.hidden_size)
-        return jnp.sum(rows.astype(jnp.float32) * gates[..., None], axis=1).astype(x.dtype).reshape(x.shape)
+        self.sow("routing", "experts", experts)
+        return mix(tokens, gates, experts, Experts(gate_proj, up_proj, down_proj)).reshape(x.shape)

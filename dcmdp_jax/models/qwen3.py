@@ -2,7 +2,8 @@
 
 Parameters are a plain tree, `{"embed" [V, D], "stacks": [...], "final_norm" [D], "head" [D, V] unless tied}`.
 Consecutive layers of one kind (dense or sparse) form a stack, whose leaves carry a leading layer axis and are scanned.
-`prefill` and `decode` take the form `unstack` makes, one tree per layer. Any projection may be a `Quantized` weight.
+`prefill` and `decode` take the form `unstack` makes, one tree per layer. Projections, embedding and head may be `Quantized`,
+and the engine's tied embedding may have a head beside it, `"head"` [V, D].
 Every function is pure, and `config` is static under jit.
 B rows, S positions, D model, KV kv-heads, h head size, V vocabulary.
 """
@@ -176,29 +177,31 @@ def prefill(
 
 def decode(
     params: dict, tokens: jax.Array, cache: Cache, lengths: jax.Array, config: ModelConfig, *, window: int
-) -> tuple[jax.Array, Cache]:
-    """Feed one token to each slot: tokens [B], lengths [B] int32 -> x [B, D] after the final norm, and the cache.
+) -> tuple[jax.Array, Cache, jax.Array]:
+    """Feed one token to each slot: tokens [B], lengths [B] int32 -> x [B, D] after the final norm, the cache, and the
+    router's choice in each of the sparse layers, [B, sparse layers, k] int32.
 
     Slot b's token stands at position lengths[b]: its key and value are written there, and it attends to positions
     0..lengths[b]. Attention reads the first `window` (static) positions, so every live slot needs lengths[b] < window.
     Takes `unstack`ed parameters and raises ValueError for stacked ones.
     """
     cos, sin = rotary(lengths[:, None], config)
-    mask = (jnp.arange(window) <= lengths[:, None])[:, None, None, None]
 
     def attend(q, k, v, keys, values):
         keys = kv_cache.write(keys, k[:, :, 0], lengths)
         values = kv_cache.write(values, v[:, :, 0], lengths)
-        return attention(q, keys[:, :, :window], values[:, :, :window], mask), (keys, values)
+        return kv_cache.attend(q[..., 0, :], keys, values, lengths, window=window)[..., None, :], (keys, values)
 
     x = Ends(config).apply({"params": _ends(params)}, tokens[:, None], method="embed")
-    kept = []
+    kept, experts = [], []
     for (layer, layer_params), keys, values in zip(_layers(params, config), *cache, strict=True):
         with_cache = functools.partial(attend, keys=keys, values=values)
-        x, pair = layer.apply({"params": layer_params}, x, cos, sin, with_cache)
+        (x, pair), chosen = layer.apply({"params": layer_params}, x, cos, sin, with_cache, mutable=["routing"])
         kept.append(pair)
+        experts += jax.tree.leaves(chosen)
     x = Ends(config).apply({"params": _ends(params)}, x, method="norm")
-    return x[:, 0], Cache(*map(tuple, zip(*kept, strict=True)))
+    chosen = jnp.stack(experts, axis=1) if experts else jnp.zeros((len(tokens), 0, 0), jnp.int32)
+    return x[:, 0], Cache(*map(tuple, zip(*kept, strict=True))), chosen
 
 
 def _ends(params: dict) -> dict:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models import cache as kv
 from dcmdp_jax.models import qwen3
+from dcmdp_jax.records import Sampling, Weights
 from dcmdp_jax.rollout import sampling
 
 
@@ -36,25 +37,35 @@ class DecodeState(NamedTuple):
     limit: jax.Array  # [B] int32, tokens to sample at most
     active: jax.Array  # [B] bool
     key: jax.Array  # [B, 2] uint32, the request's
-    temperature: jax.Array  # [B] float32
+    sampling: Sampling  # [B] each
+
+
+class Step(NamedTuple):
+    """One decode step's tokens; see `sampling.Drawn` for the log-probs."""
+
+    token: jax.Array  # [B] int32
+    logp: jax.Array  # [B] float32
+    raw_logp: jax.Array  # [B] float32
+    kept: jax.Array  # [B] float32
+    experts: jax.Array  # [B, sparse layers, k] int32: the experts that made the distribution; [B, 0, 0] unless recorded
+    valid: jax.Array  # [B] bool
 
 
 class Tokens(NamedTuple):
-    """What K decode steps sampled, K columns a slot."""
+    """What K decode steps sampled."""
 
-    token: jax.Array  # [B, K] int32
-    logp: jax.Array  # [B, K] float32
-    valid: jax.Array  # [B, K] bool
+    steps: Step  # [B, K, ...]
     generated: jax.Array  # [B] int32, sampled so far in the slot's sequence
     active: jax.Array  # [B] bool
 
 
-def init_state(config: ModelConfig, slots: int, length: int, dtype: Any) -> DecodeState:
-    """Empty slots with room for `length` positions each."""
-    zero = jnp.zeros((slots,), jnp.int32)
+def init_state(config: ModelConfig, slots: int, length: int, cache: str) -> DecodeState:
+    """Empty slots with room for `length` positions each; `cache` as in `config.Precision`."""
+    zero, one = jnp.zeros((slots,), jnp.int32), jnp.ones((slots,), jnp.float32)
     return DecodeState(
-        cache=kv.init(config, slots, length, dtype), length=zero, token=zero, generated=zero, limit=zero,
-        active=jnp.zeros((slots,), bool), key=jnp.zeros((slots, 2), jnp.uint32), temperature=jnp.ones((slots,), jnp.float32))
+        cache=kv.init(config, slots, length, cache), length=zero, token=zero, generated=zero, limit=zero,
+        active=jnp.zeros((slots,), bool), key=jnp.zeros((slots, 2), jnp.uint32),
+        sampling=Sampling(temperature=one, top_k=zero, top_p=one, min_p=jnp.zeros_like(one)))
 
 
 def prefill(params: Any, tokens: jax.Array, lengths: jax.Array, config: ModelConfig) -> Prefix:
@@ -65,23 +76,32 @@ def prefill(params: Any, tokens: jax.Array, lengths: jax.Array, config: ModelCon
 
 
 def insert(state: DecodeState, prefix: Prefix, slots: jax.Array, rows: jax.Array, keys: jax.Array, limit: jax.Array,
-           temperature: jax.Array) -> DecodeState:
-    """Starts sequence g in slot `slots[g]` from prompt `rows[g]`, to end after `limit` tokens or with the slot's positions.
+           how: Sampling, *, positions: int) -> DecodeState:
+    """Starts sequence g in slot `slots[g]` from prompt `rows[g]`, to end after `limit[g]` tokens or with the slot's `positions`.
 
     Args:
       slots: [g] int32, different; a number past the last slot is dropped.
       rows: [g] int32; keys: [g, 2] uint32, the requests' own.
-      limit: [] int32; temperature: [] float32.
+      limit: [g] int32; how: fields [g].
     """
+    def put(old, new):
+        return old.at[slots].set(new, mode="drop")
+
     length = prefix.lengths[rows]
-    start = {"length": length - 1, "token": prefix.last[rows], "generated": 0, "active": True, "key": keys,
-             "limit": jnp.minimum(limit, state.cache.keys[0].shape[2] - length), "temperature": temperature}
-    started = {name: getattr(state, name).at[slots].set(value, mode="drop") for name, value in start.items()}
-    return state._replace(cache=kv.insert(state.cache, prefix.keys, prefix.values, slots, rows), **started)
+    return state._replace(
+        cache=kv.insert(state.cache, prefix.keys, prefix.values, slots, rows),
+        length=put(state.length, length - 1), token=put(state.token, prefix.last[rows]), generated=put(state.generated, 0),
+        limit=put(state.limit, jnp.minimum(limit, positions - length)), active=put(state.active, True),
+        key=put(state.key, keys), sampling=jax.tree.map(put, state.sampling, how))
 
 
-def generate(params: Any, state: DecodeState, leave_at: jax.Array, *, config: ModelConfig, stop_ids: tuple[int, ...],
-             steps: int, window: int) -> tuple[DecodeState, Tokens]:
+def evict(state: DecodeState, slots: jax.Array) -> DecodeState:
+    """Ends the sequences in `slots` [g] at once; a number past the last slot is dropped."""
+    return state._replace(active=state.active.at[slots].set(False, mode="drop"))
+
+
+def generate(weights: Weights, state: DecodeState, leave_at: jax.Array, *, config: ModelConfig, stop_ids: tuple[int, ...],
+             steps: int, window: int, record_experts: bool) -> tuple[DecodeState, Tokens]:
     """Samples up to `steps` tokens in every active slot.
 
     Leaves early when at least `leave_at` slots are idle (so that they can be refilled) or none is active. `window` is a
@@ -94,26 +114,27 @@ def generate(params: Any, state: DecodeState, leave_at: jax.Array, *, config: Mo
         idle = slots - jnp.sum(state.active)
         return (step < steps) & (idle < jnp.maximum(leave_at, 1)) | (step == 0)
 
-    def body(carry):
+    def step_at(carry):
         step, state, out = carry
-        state, token, logp, valid = _decode_step(params, state, config, stop_ids, window)
-        return step + 1, state, out._replace(
-            token=out.token.at[:, step].set(token), logp=out.logp.at[:, step].set(logp), valid=out.valid.at[:, step].set(valid))
+        state, new = _decode_step(weights.params, state, config, stop_ids, window, record_experts)
+        return step + 1, state, jax.tree.map(lambda columns, column: columns.at[:, step].set(column), out, new)
 
-    empty = Tokens(jnp.zeros((slots, steps), jnp.int32), jnp.zeros((slots, steps), jnp.float32),
-                   jnp.zeros((slots, steps), bool), state.generated, state.active)
-    _, state, out = jax.lax.while_loop(running, body, (0, state, empty))
-    return state, out._replace(generated=state.generated, active=state.active)
+    _, shapes = jax.eval_shape(lambda: _decode_step(weights.params, state, config, stop_ids, window, record_experts))
+    empty = jax.tree.map(lambda column: jnp.zeros((slots, steps, *column.shape[1:]), column.dtype), shapes)
+    _, state, out = jax.lax.while_loop(running, step_at, (0, state, empty))
+    return state, Tokens(out, state.generated, state.active)
 
 
-def _decode_step(params: Any, state: DecodeState, config: ModelConfig, stop_ids: tuple[int, ...], window: int):
-    hidden, cache = qwen3.decode(params, state.token, state.cache, state.length, config, window=window)
+def _decode_step(params: Any, state: DecodeState, config: ModelConfig, stop_ids: tuple[int, ...], window: int,
+                 record_experts: bool) -> tuple[DecodeState, Step]:
+    hidden, cache, experts = qwen3.decode(params, state.token, state.cache, state.length, config, window=window)
     request = jax.random.wrap_key_data(state.key, impl="threefry2x32")
     key = jax.random.key_data(jax.vmap(jax.random.fold_in)(request, state.generated))
-    token, logp = sampling.sample(qwen3.head(params, hidden, config), key, state.temperature)
+    drawn = sampling.sample(qwen3.head(params, hidden, config), key, state.sampling)
     valid = state.active
     generated = state.generated + valid
-    stopped = jnp.isin(token, jnp.array(stop_ids, jnp.int32)) if stop_ids else jnp.zeros_like(valid)
-    return state._replace(
-        cache=cache, length=jnp.where(valid, state.length + 1, state.length), token=jnp.where(valid, token, state.token),
-        generated=generated, active=valid & ~stopped & (generated < state.limit)), token, logp, valid
+    stopped = jnp.isin(drawn.token, jnp.array(stop_ids, jnp.int32)) if stop_ids else jnp.zeros_like(valid)
+    state = state._replace(
+        cache=cache, length=state.length + valid, token=jnp.where(valid, drawn.token, state.token), generated=generated,
+        active=valid & ~stopped & (generated < state.limit))
+    return state, Step(*drawn, experts=experts if record_experts else experts[:, :0, :0], valid=valid)

@@ -8,11 +8,12 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from dcmdp_jax.records import Prompts, Rollout
+from dcmdp_jax.records import Prompts, Rollout, Sampling, Weights
 from dcmdp_jax.stopping import Interrupted
 
-
 MIN_FREE = 2  # idle slots worth stopping for, while completions wait
+PREFILL_TOKENS = 4096  # positions of one prefill, so that its activations are bounded
+SMALLEST_BUCKET = 16  # prompt lengths are padded to powers of two from here on
 
 
 class Engine(Protocol):
@@ -24,31 +25,41 @@ class Engine(Protocol):
     stop_ids: tuple[int, ...]
 
     def prefill(self, *, params, padded_tokens, true_length): ...
-    def bulk_insert(self, prefix, decode_state, slots, rows, keys, limit, temperature): ...
+    def bulk_insert(self, prefix, decode_state, slots, rows, keys, limit, sampling): ...
+    def evict(self, decode_state, slots): ...
     def generate(self, params, decode_state, *, leave_at, window): ...
     def read(self, result): ...
     def init_decode_state(self): ...
 
 
-def rollout(engine: Engine, params: Any, prompts: Prompts, *, samples: int, key: jax.Array, max_tokens: int,
-            temperature: float, version: int = 0, asked: Callable[[], bool] = lambda: False) -> Rollout:
+def rollout(engine: Engine, weights: Weights, prompts: Prompts, *, samples: int, key: jax.Array, max_tokens: int | np.ndarray,
+            sampling: Sampling = Sampling(), stop_strings: tuple[str, ...] = (), decode: Callable[[Any], str] | None = None,
+            asked: Callable[[], bool] = lambda: False) -> Rollout:
     """Samples `samples` completions of every prompt.
 
     Each completion has a key of its own, folded with the token's number at each token, so that its tokens depend on the
-    weights, its prompt and `key` alone: not on slots, neighbours or the order of refilling. A prompt is prefilled once.
+    weights, its prompt and `key` alone: not on slots, neighbours or the order of refilling. A prompt is prefilled once,
+    together with others of its length bucket.
 
-    Raises ValueError where a prompt leaves the engine no room for `max_tokens`, and `Interrupted` where `asked()` says so
-    between two dispatches.
+    Args:
+      max_tokens: a bound for all, or one for each of the N completions.
+      stop_strings: texts that end a completion, found by `decode` (token ids to text) after each dispatch. The token that
+        completes one is the completion's last.
+      asked: polled between dispatches.
+
+    Raises ValueError where a prompt leaves the engine no room for `max_tokens`, and `Interrupted` where `asked()` says so.
     """
-    longest = int(prompts.lengths.max())
-    if longest + max_tokens > engine.max_length:
-        raise ValueError(f"a prompt of {longest} tokens and {max_tokens} new ones do not fit the engine's "
-                         f"{engine.max_length} positions")
+    if stop_strings and (decode is None or not all(stop_strings)):
+        raise ValueError("rollout: stop_strings need `decode`, and none may be empty")
     count = len(prompts.lengths) * samples
-    tokens, logp = np.zeros((count, max_tokens), np.int32), np.zeros((count, max_tokens), np.float32)
-    lengths, stopped = np.zeros((count,), np.int32), np.zeros((count,), bool)
+    limits = np.broadcast_to(np.asarray(max_tokens, np.int32), (count,))
+    longest = int((np.repeat(prompts.lengths, samples) + limits).max())
+    if longest > engine.max_length:
+        raise ValueError(f"a prompt and its new tokens take up to {longest} positions and do not fit the engine's "
+                         f"{engine.max_length}")
+    out = _Completions(prompts, count, int(limits.max()), sampling)
     keys = np.asarray(jax.random.bits(key, (count, 2), "uint32"))
-    waiting = _Waiting(engine, params, prompts, samples)
+    waiting = _Waiting(engine, weights, prompts, samples)
     owner = np.full(engine.slots, -1)  # the completion a slot holds
     state = engine.init_decode_state()
     while waiting.remaining or (owner >= 0).any():
@@ -57,29 +68,84 @@ def rollout(engine: Engine, params: Any, prompts: Prompts, *, samples: int, key:
         for prefix, rows, ids in waiting.take(int((owner < 0).sum())):
             free = np.flatnonzero(owner < 0)[:len(ids)]
             owner[free] = ids
-            state = engine.bulk_insert(prefix, state, *_padded(free, rows, keys[ids], engine.slots), max_tokens, temperature)
+            state = engine.bulk_insert(prefix, state, *_padded(engine.slots, free, rows, keys[ids], limits[ids]), sampling)
         held = owner[owner >= 0]
-        live = int((prompts.lengths[held // samples] + lengths[held]).max())
+        live = int((prompts.lengths[held // samples] + out.lengths[held]).max())
         leave_at = min(engine.slots - len(held) + MIN_FREE, engine.slots) if waiting.remaining else engine.slots
-        state, result = engine.generate(params, state, leave_at=leave_at,
-                                        window=_bucket(live + engine.steps, engine.max_length))
-        token, new_logp, valid, active = engine.read(result)
-        slot, column = np.nonzero(valid & (owner >= 0)[:, None])
-        row, position = owner[slot], lengths[owner[slot]] + column
-        tokens[row, position], logp[row, position] = token[slot, column], new_logp[slot, column]
-        lengths[held] += valid[owner >= 0].sum(axis=1, dtype=np.int32)
-        ended = (owner >= 0) & ~active
-        stopped[owner[ended]] = np.isin(tokens[owner[ended], lengths[owner[ended]] - 1], engine.stop_ids)
+        state, result = engine.generate(weights, state, leave_at=leave_at,
+                                        window=bucket(live + engine.steps, engine.max_length))
+        read = engine.read(result)
+        out.add(owner, read)
+        ended = (owner >= 0) & ~read.active
+        out.end(owner[ended], engine.stop_ids)
+        if stop_strings:
+            found = [slot for slot in np.flatnonzero(owner >= 0)
+                     if out.cut(owner[slot], int(read.valid[slot].sum()), stop_strings, decode)]
+            state = engine.evict(state, found)
+            ended[found] = True
         owner[ended] = -1
-    return Rollout(prompts=prompts, tokens=tokens, lengths=lengths, rollout_logp=logp, stopped=stopped, version=version,
-                   temperature=temperature)
+    return out.record()
+
+
+class _Completions:
+    """Completions as they grow."""
+
+    def __init__(self, prompts: Prompts, count: int, max_tokens: int, sampling: Sampling):
+        self.prompts, self.sampling, shape = prompts, sampling, (count, max_tokens)
+        self.tokens, self.version = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        self.logp, self.raw_logp, self.kept = (np.zeros(shape, np.float32) for _ in range(3))
+        self.lengths, self.text_lengths, self.stopped = (np.zeros((count,), dtype) for dtype in (np.int32, np.int32, bool))
+        self.experts = None
+
+    def add(self, owner: np.ndarray, read: Any) -> None:
+        """Appends each held slot's valid tokens to its completion."""
+        valid = read.valid & (owner >= 0)[:, None]
+        slot, column = np.nonzero(valid)
+        place = owner[slot], self.lengths[owner[slot]] + column
+        for name in ("logp", "raw_logp", "kept"):
+            getattr(self, name)[place] = getattr(read, name)[slot, column]
+        self.tokens[place], self.version[place] = read.token[slot, column], read.version
+        if read.experts.size:
+            if self.experts is None:
+                self.experts = np.full((*self.tokens.shape, *read.experts.shape[2:]), -1, np.int32)
+            self.experts[place] = read.experts[slot, column]
+        held = owner >= 0
+        self.lengths[owner[held]] += valid[held].sum(axis=1, dtype=np.int32)
+
+    def end(self, ids: np.ndarray, stop_ids: tuple[int, ...]) -> None:
+        """Completions `ids` have got their last token."""
+        self.stopped[ids] = np.isin(self.tokens[ids, self.lengths[ids] - 1], stop_ids)
+        self.text_lengths[ids] = self.lengths[ids] - self.stopped[ids]
+
+    def cut(self, i: int, new: int, stop_strings: tuple[str, ...], decode: Callable[[Any], str]) -> bool:
+        """Ends completion i at the first of its `new` last tokens whose text completes a stop string, if one does."""
+        length = self.lengths[i]
+        first = max(length - new - 4 * max(map(len, stop_strings)), 0)  # a token may be one byte of a character's four
+        if not any(stop in decode(self.tokens[i, first:length]) for stop in stop_strings):
+            return False
+        end = next(end for end in range(length - new + 1, length + 1)
+                   if any(stop in decode(self.tokens[i, first:end]) for stop in stop_strings))
+        for array in (self.tokens, self.version, self.logp, self.raw_logp, self.kept):
+            array[i, end:] = 0
+        if self.experts is not None:
+            self.experts[i, end:] = -1
+        self.lengths[i] = self.text_lengths[i] = end
+        self.stopped[i] = True
+        return True
+
+    def record(self) -> Rollout:
+        return Rollout(prompts=self.prompts, tokens=self.tokens, lengths=self.lengths, text_lengths=self.text_lengths,
+                       rollout_logp=self.logp, raw_logp=self.raw_logp, kept=self.kept, stopped=self.stopped,
+                       version=self.version, sampling=self.sampling, experts=self.experts)
 
 
 class _Waiting:
-    """Completions that have no slot yet, in order; prompts are prefilled a few at a time, each once."""
+    """Completions that have no slot yet, long prompts first; prompts of one length bucket are prefilled together, each once."""
 
-    def __init__(self, engine: Engine, params: Any, prompts: Prompts, samples: int):
-        self.engine, self.params, self.prompts, self.samples = engine, params, prompts, samples
+    def __init__(self, engine: Engine, weights: Weights, prompts: Prompts, samples: int):
+        self.engine, self.weights, self.prompts, self.samples = engine, weights, prompts, samples
+        self.buckets = np.array([bucket(max(int(n), SMALLEST_BUCKET), prompts.tokens.shape[1]) for n in prompts.lengths])
+        self.order = np.argsort(-self.buckets, kind="stable")
         self.started, self.prefilled, self.prefix = 0, 0, None
 
     @property
@@ -90,29 +156,30 @@ class _Waiting:
         """Up to `free` completions as (prefix, rows of it, completion ids)."""
         while free and self.remaining:
             if self.started == self.prefilled * self.samples:
-                self._prefill(-(-free // self.samples))
-            ids = np.arange(self.started, min(self.started + free, self.prefilled * self.samples))
-            self.started, free = self.started + len(ids), free - len(ids)
-            yield self.prefix, ids // self.samples - self.first, ids
+                self._prefill()
+            turn = np.arange(self.started, min(self.started + free, self.prefilled * self.samples))
+            self.started, free = self.started + len(turn), free - len(turn)
+            place = turn // self.samples
+            yield self.prefix, place - self.first, self.order[place] * self.samples + turn % self.samples
 
-    def _prefill(self, rows: int) -> None:
-        self.first = self.prefilled
-        chosen = slice(self.first, self.first + rows)
-        lengths = self.prompts.lengths[chosen]
-        tokens = self.prompts.tokens[chosen, :_bucket(int(lengths.max()), self.prompts.tokens.shape[1])]
-        spare = _bucket(len(lengths), 1 << 30) - len(lengths)
+    def _prefill(self) -> None:
+        self.first, width = self.prefilled, self.buckets[self.order[self.prefilled]]
+        rows = self.order[self.first:self.first + max(PREFILL_TOKENS // width, 1)]
+        rows = rows[self.buckets[rows] == width]
+        spare = bucket(len(rows), 1 << 30) - len(rows)
         self.prefix = self.engine.prefill(
-            params=self.params, padded_tokens=np.pad(tokens, ((0, spare), (0, 0))),
-            true_length=np.pad(lengths, (0, spare), constant_values=1))
-        self.prefilled += len(lengths)
+            params=self.weights, padded_tokens=np.pad(self.prompts.tokens[rows, :width], ((0, spare), (0, 0))),
+            true_length=np.pad(self.prompts.lengths[rows], (0, spare), constant_values=1))
+        self.prefilled += len(rows)
 
 
-def _padded(free: np.ndarray, rows: np.ndarray, keys: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _padded(slots: int, free: np.ndarray, *columns: np.ndarray) -> tuple[np.ndarray, ...]:
     """Starts in slot number `slots`, which is dropped, fill up to a power of two, so that few sizes are compiled."""
-    spare = _bucket(len(free), slots) - len(free)
-    return np.pad(free, (0, spare), constant_values=slots), np.pad(rows, (0, spare)), np.pad(keys, ((0, spare), (0, 0)))
+    spare = bucket(len(free), slots) - len(free)
+    rest = (np.pad(column, [(0, spare)] + [(0, 0)] * (column.ndim - 1)) for column in columns)
+    return np.pad(free, (0, spare), constant_values=slots), *rest
 
 
-def _bucket(size: int, most: int) -> int:
+def bucket(size: int, most: int) -> int:
     """The power of two at or over `size`, `most` at the most."""
     return min(1 << (size - 1).bit_length(), most)

@@ -1,0 +1,175 @@
+"""This package in the peer harness: the same weights, tokens and work as Tunix, TRL and llama.cpp, in one interleaved run.
+
+The harness (`ab.py`, `harness.py`, `common.py`, `workloads.json`, the peers' runners and environments) lies in the folder
+that the environment variable PEERS names; default `../shared/peers` beside the repository. Alone, or beside the peers:
+
+    python benchmarks/peers/run_ours.py --workload W1 --task T3
+    (cd $PEERS && python3 ab.py --workload W1 --task T3 --rounds 5 --cpu 1 tunix torch llama ours=$(which python):$REPO/benchmarks/peers/run_ours.py)
+
+T1 scores completions with the trainer's packed forward pass. T2 is one update, as in `step`: forward, backward, gradient
+norm, AdamW. T3 and T4 are rollouts as training makes them, through the JetStream engine; T4's lengths are each request's
+`max_tokens`, which the engine compares with the tokens made and reads nowhere else.
+Variants: int8 (T3, T4) gives the engine int8 projections; step (T2) runs the whole constrained step, whose own scoring pass
+before the update the other trainers leave out; k1 (T3, T4) leaves the device loop after every token.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+import tempfile
+from functools import partial
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+PEERS = pathlib.Path(os.environ.get("PEERS", REPOSITORY.parent / "shared" / "peers")).resolve()
+if not (PEERS / "harness.py").is_file():
+    raise SystemExit(f"{PEERS} holds no harness.py; set PEERS to the folder of the peer harness")
+sys.path.insert(0, str(PEERS))
+
+import common
+import harness
+import jax
+import jaxlib
+import numpy as np
+import optax
+from safetensors.numpy import save_file
+
+from dcmdp_jax import constraint, data, sharding, step, sync
+from dcmdp_jax.config import AlgorithmConfig, Config, ConstraintConfig, DataConfig, ModelConfig, ModelSource, Precision, RolloutConfig
+from dcmdp_jax.losses import corrections, policy, reduce
+from dcmdp_jax.models import scoring, weights
+from dcmdp_jax.records import Batch, Example, Prompts, Rollout, Sampling, Scored
+from dcmdp_jax.rollout.generate import rollout
+from dcmdp_jax.rollout.jetstream import Engine
+
+
+class Score:
+    """T1: log-probs of the completions, the prompt left out."""
+
+    def __init__(self, ctx: Any):
+        config, self.params = model(ctx)
+        self.batch = jax.device_put(packed(ctx))
+        self.logp = jax.jit(lambda params, batch: scoring.packed_logp(
+            params, batch.tokens, batch.positions, batch.segment_ids, batch.index, config, temperature=1.0)[0])
+
+    def step(self) -> dict[str, Any]:
+        one = jax.tree.map(lambda x: x[0, 0], self.batch)
+        logp = np.asarray(self.logp(self.params, one))
+        return {"logps": logp[np.argsort(one.group)]}  # packing deals completions at random
+
+
+class Update:
+    """T2: one clipped policy-gradient update of the parameters."""
+
+    def __init__(self, ctx: Any):
+        model_config, params = model(ctx)
+        self.batch = jax.device_put(packed(ctx))
+        self.state = jax.jit(partial(step.init_state, experiment(ctx)), donate_argnums=0)(params)
+        if ctx.variant == "step":
+            self.update = step.compile(experiment(ctx), model_config, sharding.single_device_mesh())
+        else:
+            self.update = jax.jit(partial(update, config=experiment(ctx), model_config=model_config), donate_argnums=0)
+
+    def step(self) -> dict[str, float]:
+        self.state, metrics = jax.block_until_ready(self.update(self.state, self.batch))
+        return {"loss": float(metrics["loss"]), "grad_norm": float(metrics["grad_norm"])}
+
+
+def update(state: Any, batch: Batch, *, config: Config, model_config: ModelConfig) -> tuple[Any, dict[str, jax.Array]]:
+    """`step.constrained_step` where the old log-probs are given."""
+    minibatch = jax.tree.map(lambda x: x[0], batch)
+    loss, grads, norm = step._gradients(
+        state.params, (minibatch, minibatch.rollout_logp, minibatch.mask * minibatch.reward[..., None]), config, model_config)
+    updates, opt_state = step.optimizer(config.algorithm).update(grads, state.opt_state, state.params)
+    return (state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state),
+            {"loss": loss, "grad_norm": norm})
+
+
+class Generate:
+    """T3 and T4: a rollout with one completion a prompt, ended by its length alone."""
+
+    def __init__(self, ctx: Any):
+        config, params = model(ctx)
+        mesh, precision = sharding.single_device_mesh(), Precision(weights="int8" if ctx.variant == "int8" else "float32")
+        task, tokens = ctx.w[ctx.task], common.make_prompts(ctx.w, ctx.task)
+        self.prompts = as_prompts(tokens)
+        self.lengths = np.broadcast_to(np.asarray(task["new_tokens"], np.int32), len(tokens))
+        self.engine = CountingEngine(config, slots=task.get("slots", len(tokens)), stop_ids=(), mesh=mesh, precision=precision,
+                                     max_length=tokens.shape[1] + int(self.lengths.max()), steps=1 if ctx.variant == "k1" else 16)
+        self.weights = sync.make(config, precision, mesh)(params, 0)
+        self.runs = 0
+
+    def step(self) -> dict[str, Any]:
+        self.runs, self.engine.decode_steps = self.runs + 1, 0
+        out = rollout(self.engine, self.weights, self.prompts, samples=1, key=jax.random.key(self.runs),
+                      max_tokens=self.lengths, sampling=Sampling())
+        return {"tokens": [row[:n].tolist() for row, n in zip(out.tokens, out.lengths)],
+                "logps": [row[:n] for row, n in zip(out.rollout_logp, out.lengths)], "steps": self.engine.decode_steps}
+
+
+class CountingEngine(Engine):
+    """Counts the decode steps that its results report."""
+
+    decode_steps = 0
+
+    def read(self, result: Any) -> Any:
+        out = super().read(result)
+        self.decode_steps += int(out.valid.any(axis=0).sum())
+        return out
+
+
+def model(ctx: Any) -> tuple[ModelConfig, Any]:
+    """The workload's weights by way of a Hugging Face folder, as any other model comes in."""
+    if ctx.dtype != "float32":
+        raise SystemExit(f"--dtype {ctx.dtype} is not measured here; take float32")
+    tensors, size = common.make_weights(ctx.w), ctx.w["hf_config"].get("moe_intermediate_size")
+    for name in [name for name in tensors if ".experts." in name]:  # the workload stacks experts, the files do not
+        prefix, kind = name.rsplit(".", 1)
+        for expert, matrix in enumerate(tensors.pop(name)):
+            parts = {"gate_proj": matrix[:size], "up_proj": matrix[size:]} if kind == "gate_up_proj" else {kind: matrix}
+            tensors |= {f"{prefix}.{expert}.{part}.weight": np.ascontiguousarray(value) for part, value in parts.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(tensors, f"{folder}/model.safetensors")
+        pathlib.Path(folder, "config.json").write_text(json.dumps(ctx.w["hf_config"]))
+        del tensors
+        return weights.load(folder)
+
+
+def as_prompts(tokens: np.ndarray) -> Prompts:
+    return Prompts(tokens, np.full(len(tokens), tokens.shape[1], np.int32), (Example("", ""),) * len(tokens))
+
+
+def packed(ctx: Any) -> Batch:
+    """The given completions as one microbatch; the advantage rides as the reward, each completion in a group of its own."""
+    given = ctx.batch
+    made = dict.fromkeys(Rollout._fields) | {
+        "prompts": as_prompts(given["prompt"]), "tokens": given["completion"], "rollout_logp": given["old_logps"],
+        "lengths": given["mask"].sum(axis=1).astype(np.int32)}
+    scored = Scored(Rollout(**made), given["advantages"], ("",) * len(given["mask"]))
+    return data.pack(scored, minibatches=1, microbatches=1, row_length=given["prompt"].shape[1] + given["mask"].shape[1])
+
+
+def experiment(ctx: Any) -> Config:
+    """The workload's loss and optimizer: the clipped ratio against the given old log-probs, no multiplier, no clipping of
+    the gradient."""
+    task, rows = ctx.w["train"], ctx.w["batch"]
+    return Config(
+        name=ctx.wname, model=ModelSource(), steps=1,
+        data=DataConfig(path="-", verifier=lambda example, text: 0.0, prompts_per_step=rows),
+        rollout=RolloutConfig(samples=1, max_tokens=ctx.w["completion_len"]),
+        algorithm=AlgorithmConfig(
+            advantage=lambda reward, group, num_groups: reward, reduce=reduce.sequence_mean_token_mean,
+            surrogate=corrections.bypass(partial(policy.clipped, clip_low=task["eps_low"], clip_high=task["eps_high"])),
+            learning_rate=task["lr"], beta1=task["b1"], beta2=task["b2"], weight_decay=task["weight_decay"], grad_clip=1e9),
+        constraint=ConstraintConfig(shape=constraint.shape, dual=constraint.projected_ascent, tolerance=1.0, multiplier_init=0.0))
+
+
+TASKS = {"T1": Score, "T2": Update, "T3": Generate, "T4": Generate}
+
+if __name__ == "__main__":
+    harness.main("ours", lambda ctx: TASKS[ctx.task](ctx), lambda: {"jax": jax.__version__, "jaxlib": jaxlib.__version__},
+                 variants=("default", "int8", "step", "k1"))

@@ -1,0 +1,267 @@
+"""The engine behind JetStream's orchestrator and gRPC service: what `dcmdp serve` runs.
+
+Any client of google-jetstream 0.2.2 can use it (`jetstream_pb2_grpc.OrchestratorStub`: `Decode`, a stream, and
+`HealthCheck`). A request holds token ids or text and gets the same back; `token_ids` end with the stop token, text does
+not show it. The message has no field for a temperature: sampling is the server's. The version of the weights that
+answered comes as trailing metadata, `dcmdp-version`. Refusals: INVALID_ARGUMENT for what cannot be answered,
+RESOURCE_EXHAUSTED where the queue is full, INTERNAL where the engine failed, UNAVAILABLE at shutdown.
+
+What JetStream 0.2.2 does that a server cannot live with is kept out here. Its `Driver` (threads that SIGKILL the
+process on any exception, `jax.tree_map`, an unbounded queue, slots that decode on for clients that left) is replaced by
+`rollout.driver`. Its `LLMOrchestrator` answers whatever is asked, so requests are checked before it sees them. Its
+import turns the root logger to DEBUG, and its calls of `logging.info` give the root logger a handler. Text such as
+`<0x41>` would be taken for a byte.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import numpy as np
+
+from dcmdp_jax import sharding, sync, tokenizer
+from dcmdp_jax.config import Precision
+from dcmdp_jax.models import weights
+from dcmdp_jax.records import Sampling
+from dcmdp_jax.rollout import driver
+from dcmdp_jax.rollout.jetstream import Engine, stand_ins
+
+
+@contextmanager
+def _root_logger_kept() -> Iterator[None]:
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
+
+
+with stand_ins(), _root_logger_kept():
+    from jetstream.core import orchestrator
+    from jetstream.core.proto import jetstream_pb2_grpc
+    from jetstream.core.utils.return_sample import ReturnSample
+orchestrator.logging = logging.getLogger("jetstream")  # logging.info, of the module, would configure the root logger
+
+BODY = 1 << 20  # bytes of a request
+SPARE_RPCS = 16  # beside those that decode or wait: health checks, and requests on their way to a refusal
+LAST_ROUND = 10.0  # seconds that a round may take once nobody waits for it
+DRAIN = 86400.0  # seconds; gRPC wants a number
+
+
+class Driver(driver.Driver):
+    """What `LLMOrchestrator` asks of a driver."""
+
+    def place_request_on_prefill_queue(self, request: orchestrator.ActiveRequest) -> None:
+        request.prefill_content.channel = request.return_channel
+        self.submit(request.prefill_content)
+
+
+class Request:
+    """A request that was checked: for the orchestrator both the request and its content, and the driver's `Request`."""
+
+    session_cache = ""
+    channel: Any = None  # the orchestrator's, once it is queued
+    version: int | None = None
+
+    def __init__(self, tokens: Sequence[int], max_tokens: int, text: Text | None):
+        self.tokens, self.max_tokens, self.text = tokens, max_tokens, text
+        self._unsent, self._lost = [], False
+
+    def gone(self) -> bool:
+        return self._lost or self.channel.cancelled()
+
+    def send(self, tokens: list[int], version: int, ended: bool) -> None:
+        self.version = version
+        self._unsent += tokens
+        piece = self.text.add(tokens, ended) if self.text else ""
+        if piece or ended or not self.text:
+            # one character an item: an item such as <0x41> is taken for a byte
+            self._post(self.channel.add_result, [ReturnSample(text=list(piece), token_ids=self._unsent)])
+            self._unsent = []
+        if ended:
+            self._post(self.channel.close)
+
+    def fail(self, error: Exception) -> None:
+        self._lost = True
+        self._post(self.channel.set_exception, error)
+
+    def _post(self, method: Callable, *arguments: Any) -> None:
+        try:
+            method(*arguments)
+        except RuntimeError:  # the client's event loop is closed
+            self._lost = True
+
+
+class Text:
+    """The text of a completion as it grows: its pieces, joined, are the whole decoded; none ends within a character."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop_ids: Sequence[int]):
+        self._decode, self._stop_ids = decode, stop_ids
+        self._tokens: list[int] = []
+        self._start, self._sent = 0, 0  # tokens of the last piece, and so what decoding depends on, begin and end here
+
+    def add(self, tokens: list[int], ended: bool) -> str:
+        """The text that `tokens` add to what was returned so far."""
+        self._tokens += tokens[:-1] if ended and tokens[-1:] and tokens[-1] in self._stop_ids else tokens
+        before = self._decode(self._tokens[self._start:self._sent])
+        now = self._decode(self._tokens[self._start:])
+        if len(now) <= len(before) or now.endswith("\ufffd") and not ended:  # nothing yet, or a character's first bytes
+            return ""
+        self._start, self._sent = self._sent, len(self._tokens)
+        return now[len(before):]
+
+
+class Orchestrator(orchestrator.LLMOrchestrator):
+    """JetStream's servicer, asked only what can be answered."""
+
+    def __init__(self, slots: Driver, vocabulary: tokenizer.Tokenizer | None, max_prompt: int):
+        super().__init__(slots)
+        self._engine, self._vocabulary, self._max_prompt = slots.engine, vocabulary, max_prompt
+
+    async def Decode(self, request: Any, context: grpc.aio.ServicerContext | None = None):
+        """Streams a completion; see `DecodeRequest` of jetstream_pb2."""
+        try:
+            checked = await self._checked(request)
+        except ValueError as error:
+            await orchestrator._abort_or_raise(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        try:
+            async for reply in super().Decode(checked, context):
+                yield reply
+        except CancelledError:  # the client left
+            return
+        except driver.Closed as error:
+            await orchestrator._abort_or_raise(context, grpc.StatusCode.UNAVAILABLE, str(error))
+        except driver.Failed as error:
+            await orchestrator._abort_or_raise(context, grpc.StatusCode.INTERNAL, str(error))
+        if context is not None:
+            context.set_trailing_metadata((("dcmdp-version", str(checked.version)),))
+
+    def _get_prefill_content(self, request: Request) -> tuple[Request, bool]:
+        return request, request.text is None
+
+    async def _checked(self, request: Any) -> Request:
+        """Raises ValueError, with what to send instead, where the engine cannot answer."""
+        if request.session_cache:
+            raise ValueError("session_cache is not kept by this server; send the whole prompt")
+        if request.max_tokens < 1:
+            raise ValueError(f"max_tokens is {request.max_tokens}; it must be at least 1")
+        if request.WhichOneof("content") is None:
+            raise ValueError("the request has no content; set token_content or text_content")
+        text = None
+        if request.WhichOneof("content") == "token_content":
+            tokens = list(request.token_content.token_ids)
+        elif self._vocabulary is None:
+            raise ValueError("this server has no tokenizer; send token_content")
+        else:  # beside the event loop: a mebibyte takes a while
+            tokens = await asyncio.to_thread(self._vocabulary.encode, request.text_content.text)
+            text = Text(self._vocabulary.decode, self._engine.stop_ids)
+        self._check_prompt(tokens, request.max_tokens)
+        return Request(tokens, request.max_tokens, text)
+
+    def _check_prompt(self, tokens: list[int], max_tokens: int) -> None:
+        count, vocab_size, positions = len(tokens), self._engine.config.vocab_size, self._engine.max_length
+        if not count:
+            raise ValueError("the prompt is empty; send at least one token")
+        if count > self._max_prompt:
+            raise ValueError(f"the prompt has {count} tokens and this server takes {self._max_prompt}; shorten it")
+        for token in (min(tokens), max(tokens)):
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"token id {token} is outside the vocabulary; ids go from 0 to {vocab_size - 1}")
+        if count + max_tokens > positions:
+            raise ValueError(f"max_tokens is {max_tokens}; after {count} prompt tokens at most {positions - count} fit")
+
+
+def listen(host: str, port: int, rpcs: int) -> tuple[grpc.aio.Server, int]:
+    """A server that is bound, not started, and its port; port 0 takes a free one. Raises OSError on failure to bind."""
+    server = grpc.aio.server(maximum_concurrent_rpcs=rpcs, options=[
+        ("grpc.max_receive_message_length", BODY),
+        ("grpc.so_reuseport", 0),  # or two servers share a port, and each gets some of the requests
+        ("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)])  # a client's machine may vanish
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        return server, server.add_insecure_port(address)
+    except RuntimeError:
+        raise OSError(f"cannot listen on {address}; another program may, choose a --port or --host") from None
+
+
+def run(model: str, *, tokenizer_path: str = "", tokens_only: bool = False, precision: Precision = Precision(),
+        host: str = "127.0.0.1", port: int = 9000, slots: int = 8, waiting: int = 64, max_prompt: int = 1024,
+        max_length: int = 2048, steps: int = 8, sampling: Sampling = Sampling(), seed: int = 0) -> int:
+    """Serves a Hugging Face folder until SIGTERM or SIGINT and returns an exit status: 0 once all accepted requests
+    have ended, 1 where a second signal cut that short.
+
+    Args:
+      tokens_only: needs no tokenizer; text is refused, and completions end with max_tokens alone.
+      host: other than a loopback address opens the server to the network, without encryption or passwords.
+      slots: sequences decoded together.
+      waiting: requests that may wait for a slot; more are refused with RESOURCE_EXHAUSTED.
+      max_prompt: tokens.
+      max_length: tokens of prompt and completion together; memory is taken for all of it in every slot.
+      steps: tokens that are decoded, and then streamed, at a time.
+      sampling, seed: how tokens of every request are drawn; request number n has the key (seed, n).
+
+    Raises ValueError and OSError before weights are read.
+    """
+    _check_range("port", port, 0, 65535)
+    _check_range("slots", slots, 1)
+    _check_range("queue", waiting, 0)
+    _check_range("max-prompt", max_prompt, 1)
+    _check_range("max-length", max_length, max_prompt + 1)
+    _check_range("steps", steps, 1)
+    _check_range("seed", seed, 0, 2**32 - 1)
+    vocabulary = None if tokens_only else tokenizer.load(tokenizer_path or model)
+    if vocabulary is not None:
+        tokenizer.check_vocabulary(vocabulary, weights.read_config(model).vocab_size)
+
+    def load() -> Driver:
+        mesh = sharding.single_device_mesh()
+        config, params = weights.load(model)
+        engine = Engine(config, slots=slots, max_length=max_length, steps=steps, precision=precision, mesh=mesh,
+                        stop_ids=vocabulary.eos_ids if vocabulary else ())
+        policy = sync.make(config, precision, mesh)(params, 0)
+        return Driver(engine, policy, waiting=waiting, sampling=sampling, seed=seed)
+
+    async def serve() -> int:
+        server, bound = listen(host, port, slots + waiting + SPARE_RPCS)
+        running = load()
+        jetstream_pb2_grpc.add_OrchestratorServicer_to_server(Orchestrator(running, vocabulary, max_prompt), server)
+        await server.start()
+        print(f"serving {model} on {host}:{bound}", flush=True)
+        status = await _until_stopped(server, running)
+        if not await asyncio.to_thread(running.stop, LAST_ROUND):  # beside the loop, which tells it who left
+            os._exit(status)  # a thread inside XLA aborts the interpreter's own exit
+        return status
+
+    return asyncio.run(serve())
+
+
+async def _until_stopped(server: grpc.aio.Server, running: Driver) -> int:
+    """Waits for a signal, then for the requests that were accepted; a second signal ends those too."""
+    asked, hurried = asyncio.Event(), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, lambda: (hurried if asked.is_set() else asked).set())
+    await asked.wait()
+    running.close()
+    print("finishing the requests that were accepted; a second signal stops at once", flush=True)
+    drained, cut = asyncio.create_task(server.stop(DRAIN)), asyncio.create_task(hurried.wait())
+    await asyncio.wait({drained, cut}, return_when=asyncio.FIRST_COMPLETED)
+    if drained.done():
+        cut.cancel()
+        return 0
+    await server.stop(None)
+    return 1
+
+
+def _check_range(name: str, value: int, least: int, most: int = 2**31 - 1) -> None:
+    if not least <= value <= most:
+        raise ValueError(f"--{name} is {value}; it must lie in {least}..{most}")

@@ -1,0 +1,111 @@
+"""What the tests of the driver and of the server share: a tiny policy, its greedy completions, an engine to hold up."""
+
+import functools
+import threading
+import time
+
+import jax
+import numpy as np
+
+from dcmdp_jax import sharding, sync, tokenizer
+from dcmdp_jax.config import ModelConfig, Precision
+from dcmdp_jax.models import qwen3
+from dcmdp_jax.records import Sampling
+from dcmdp_jax.rollout.jetstream import Engine
+from random_params import random_params
+
+MODEL = ModelConfig(vocab_size=37, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,
+                    head_dim=16)
+VOCABULARY = tokenizer.Characters("<0x41>é日🙂 abcdefghijklmnopqrstuvwyz")  # ids 2 to 36; 1 stops
+SLOTS, POSITIONS, PROMPT, STEPS, NEW = 4, 64, 20, 4, 24
+GREEDY = Sampling(temperature=0.0)
+
+
+@functools.cache
+def make_engine():
+    return Engine(MODEL, slots=SLOTS, max_length=POSITIONS, stop_ids=VOCABULARY.eos_ids, steps=STEPS)
+
+
+@functools.cache
+def make_params(version=0):
+    """Weights large enough that the policy is far from uniform, and others of the same shape."""
+    params = random_params(MODEL, 0.16, norms=1.0)
+    return params if version == 0 else jax.tree.map(lambda w: w[..., ::-1], params)
+
+
+@functools.cache
+def make_weights(version=0):
+    return sync.make(MODEL, Precision(), sharding.single_device_mesh())(make_params(version), version)
+
+
+@functools.cache
+def make_prompts():
+    """24 ragged prompts, one of a single token and one as long as they may be."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(2, 37, n).tolist() for n in [1, PROMPT, *rng.integers(1, PROMPT + 1, 22)]]
+
+
+@functools.cache
+def greedy(version=0):
+    """The full forward pass's argmax continuation of every prompt: at most NEW tokens, a stop token included."""
+    forward = jax.jit(lambda params, rows: qwen3.logits(params, rows, MODEL))
+    prompts = make_prompts()
+    rows, lengths = np.zeros((len(prompts), POSITIONS), np.int32), np.array([len(prompt) for prompt in prompts])
+    for row, prompt in zip(rows, prompts):
+        row[:len(prompt)] = prompt
+    for step in range(NEW):
+        at = np.arange(len(rows)), lengths + step
+        rows[at] = np.asarray(forward(make_params(version), rows))[at[0], at[1] - 1].argmax(-1)
+    found = [row[n:n + NEW].tolist() for row, n in zip(rows, lengths)]
+    return [tokens[:tokens.index(1) + 1] if 1 in tokens else tokens for tokens in found]
+
+
+def long_prompts():
+    """Numbers of the prompts whose completion no stop token ends."""
+    return [i for i, tokens in enumerate(greedy()) if 1 not in tokens]
+
+
+def until(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+def fail(*args, **kwargs):
+    raise FloatingPointError("injected")
+
+
+class Gate:
+    """Holds an engine's `generate` until `open` is set; counts its calls."""
+
+    def __init__(self, monkeypatch, engine):
+        self.open, self.calls, generate = threading.Event(), 0, engine.generate
+
+        def gated(*args, **kwargs):
+            self.calls += 1
+            assert self.open.wait(60)
+            return generate(*args, **kwargs)
+
+        monkeypatch.setattr(engine, "generate", gated)
+
+
+class Listener:
+    """A driver's request for a completion of a prompt, by its number."""
+
+    def __init__(self, number, max_tokens=NEW):
+        self.tokens, self.max_tokens = make_prompts()[number], max_tokens
+        self.received, self.versions, self.left, self.error, self.ended = [], set(), False, None, threading.Event()
+
+    def gone(self):
+        return self.left
+
+    def send(self, tokens, version, ended):
+        self.received += tokens
+        self.versions.add(version)
+        if ended:
+            self.ended.set()
+
+    def fail(self, error):
+        self.error = error
+        self.ended.set()

@@ -1,0 +1,111 @@
+"""The slot loop's own duties: limits, stop strings, versions, supports, files of completions."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from dcmdp_jax import tokenizer
+from dcmdp_jax.models import weights
+from dcmdp_jax.records import Sampling
+from dcmdp_jax.rollout import complete
+from dcmdp_jax.rollout.generate import rollout
+from test_engine import DENSE, G, T, make_engine, make_params, make_prompts, make_weights, sample, scored
+
+TEXT = tokenizer.Characters("".join(chr(ord("A") + i) for i in range(35)))
+
+
+def spell(ids):
+    return TEXT.decode([int(i) for i in ids])
+
+
+def test_every_completion_keeps_its_own_limit():
+    limits = np.random.default_rng(3).integers(1, T + 1, 7 * G)
+    out = rollout(make_engine(DENSE), make_weights(DENSE), make_prompts(), samples=G, key=jax.random.key(1), max_tokens=limits,
+                  sampling=Sampling(0.8))
+    whole = sample(DENSE)
+    np.testing.assert_array_equal(out.lengths, np.minimum(limits, whole.lengths))
+    inside = np.arange(out.tokens.shape[1]) < out.lengths[:, None]
+    np.testing.assert_array_equal(out.tokens[inside], whole.tokens[:, :out.tokens.shape[1]][inside])
+
+
+def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it():
+    """What was sampled up to there is what is sampled without it; the slot is free for the next at once."""
+    whole = sample(DENSE)
+    texts = [spell(row[:n]) for row, n in zip(whole.tokens, whole.text_lengths)]
+    stop = next(text[5:7] for text in texts if len(text) > 8)
+    out = rollout(make_engine(DENSE), make_weights(DENSE), make_prompts(), samples=G, key=jax.random.key(1), max_tokens=T,
+                  sampling=Sampling(0.8), stop_strings=(stop, "never there"), decode=spell)
+    for i, text in enumerate(texts):
+        cut = stop in text
+        n = next(n for n in range(1, T + 1) if stop in spell(whole.tokens[i, :n])) if cut else whole.lengths[i]
+        assert (out.lengths[i], out.text_lengths[i]) == (n, n if cut else whole.text_lengths[i])
+        assert out.stopped[i] == (cut or whole.stopped[i])
+        for mine, theirs in ((out.tokens, whole.tokens), (out.rollout_logp, whole.rollout_logp), (out.kept, whole.kept)):
+            np.testing.assert_allclose(mine[i, :n], theirs[i, :n], atol=2e-5)
+            assert not mine[i, n:].any()
+    assert sum(stop in text for text in texts) < len(texts)
+    with pytest.raises(ValueError, match="stop_strings need `decode`"):
+        rollout(make_engine(DENSE), make_weights(DENSE), make_prompts(), samples=1, key=jax.random.key(0), max_tokens=T,
+                stop_strings=("x",))
+
+
+def test_every_token_carries_the_version_of_its_weights():
+    out = rollout(make_engine(DENSE), make_weights(DENSE, version=7), make_prompts(), samples=1, key=jax.random.key(1), max_tokens=T)
+    np.testing.assert_array_equal(out.version, np.where(np.arange(out.tokens.shape[1]) < out.lengths[:, None], 7, 0))
+
+
+def test_log_probs_over_a_support_are_the_trainers_less_the_mass_kept():
+    """logp = log softmax(logits / T)[token] - log kept; the raw one is at temperature 1."""
+    out = sample(DENSE, top_p=0.8, top_k=12)
+    inside = np.arange(out.tokens.shape[1]) < out.lengths[:, None]
+    assert 0.2 < out.kept[inside].min() < out.kept[inside].max() < 1
+    for i, (exact, tokens, reported) in enumerate(scored(DENSE, out, 0.8)):
+        at = np.arange(len(tokens))
+        np.testing.assert_allclose(reported + np.log(out.kept[i, :len(tokens)]), exact[at, tokens], atol=1e-5)
+    for i, (exact, tokens, _) in enumerate(scored(DENSE, out, 1.0)):
+        np.testing.assert_allclose(out.raw_logp[i, :len(tokens)], exact[np.arange(len(tokens)), tokens], atol=1e-5)
+
+
+def test_prompts_are_prefilled_by_length_bucket(monkeypatch):
+    """Lengths of one power of two share a call, and a call holds a bounded number of positions."""
+    engine, calls = make_engine(DENSE), []
+    monkeypatch.setattr("dcmdp_jax.rollout.generate.SMALLEST_BUCKET", 2)
+    monkeypatch.setattr("dcmdp_jax.rollout.generate.PREFILL_TOKENS", 16)
+    prefill = engine.prefill
+    monkeypatch.setattr(engine, "prefill", lambda **kw: calls.append(kw["padded_tokens"].shape) or prefill(**kw))
+    prompts = make_prompts()
+    out = rollout(engine, make_weights(DENSE), prompts, samples=G, key=jax.random.key(1), max_tokens=T, sampling=Sampling(0.8))
+    np.testing.assert_array_equal(out.tokens, sample(DENSE).tokens)
+    assert all(rows * positions <= 16 for rows, positions in calls)
+    widths = [min(max(2, 1 << int(n - 1).bit_length()), prompts.tokens.shape[1]) for n in prompts.lengths]
+    assert sorted({positions for _, positions in calls}) == sorted(set(widths))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "hf"
+    weights.save(path, DENSE, make_params(DENSE))
+    tokenizer.save(TEXT, path)
+    return path
+
+
+def test_a_file_of_prompts_goes_on_where_it_stopped(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(complete, "CHUNK", 2)
+    source = tmp_path / "prompts.txt"
+    source.write_text("ABC\nB\n\nCAB\nDD\nE\n")
+    prompts = complete.read_prompts(str(source))
+    assert prompts == ["ABC", "B", "CAB", "DD", "E"]
+    options = dict(samples=2, max_tokens=6, sampling=Sampling(0.9), seed=3)
+    assert complete.to_file(tmp_path / "whole.jsonl", str(folder), prompts, **options) == 10
+    whole = (tmp_path / "whole.jsonl").read_text()
+    lines = whole.splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == [prompt for prompt in prompts for _ in range(2)]
+    part = tmp_path / "part.jsonl"
+    part.write_text("\n".join(lines[:5]) + "\n" + lines[5][:9])  # killed while it wrote the second chunk
+    assert complete.to_file(part, str(folder), prompts, **options) == 6
+    assert part.read_text() == whole
+    assert complete.to_file(part, str(folder), prompts, **options) == 0
+    with pytest.raises(ValueError, match="line 1 of .*part.jsonl is no completion"):
+        complete.to_file(part, str(folder), prompts[::-1], **options)
