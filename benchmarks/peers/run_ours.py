@@ -1,16 +1,17 @@
-"""This package in the peer harness: the same weights, tokens and work as Tunix, TRL and llama.cpp, in one interleaved run.
+"""This package in the peer harness: the weights, tokens and work of Tunix, TRL and llama.cpp, in one interleaved run.
 
-The harness (`ab.py`, `harness.py`, `common.py`, `workloads.json`, the peers' runners and environments) lies in the folder
-that the environment variable PEERS names; default `../shared/peers` beside the repository. Alone, or beside the peers:
+The harness (`ab.py`, `harness.py`, `common.py`, `workloads.json`, the peers' runners and environments) lies in the
+folder that the environment variable PEERS names; default `../shared/peers` beside the repository. Alone, or beside the
+peers (from that folder, with the full paths of the interpreter and of this file):
 
     python benchmarks/peers/run_ours.py --workload W1 --task T3
-    (cd $PEERS && python3 ab.py --workload W1 --task T3 --rounds 5 --cpu 1 tunix torch llama ours=$(which python):$REPO/benchmarks/peers/run_ours.py)
+    python3 ab.py --workload W1 --task T3 --rounds 5 --cpu 1 tunix torch llama ours=/PATH/python:/PATH/run_ours.py
 
-T1 scores completions with the trainer's packed forward pass. T2 is one update, as in `step`: forward, backward, gradient
-norm, AdamW. T3 and T4 are rollouts as training makes them, through the JetStream engine; T4's lengths are each request's
-`max_tokens`, which the engine compares with the tokens made and reads nowhere else.
-Variants: int8 (T3, T4) gives the engine int8 projections; step (T2) runs the whole constrained step, whose own scoring pass
-before the update the other trainers leave out; k1 (T3, T4) leaves the device loop after every token.
+T1 scores completions with the trainer's packed forward pass. T2 is one update, as in `step`: forward, backward,
+gradient norm, AdamW. T3 and T4 are rollouts as training makes them, through the JetStream engine; T4's lengths are each
+request's `max_tokens`, which the engine compares with the tokens made; no slot is given or kept by it.
+Variants: int8 (T3, T4) gives the engine int8 projections; step (T2) runs the whole constrained step, whose own scoring
+pass before the update the other trainers leave out.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ import optax
 from safetensors.numpy import save_file
 
 from dcmdp_jax import constraint, data, sharding, step, sync
-from dcmdp_jax.config import AlgorithmConfig, Config, ConstraintConfig, DataConfig, ModelConfig, ModelSource, Precision, RolloutConfig
+from dcmdp_jax.config import (AlgorithmConfig, Config, ConstraintConfig, DataConfig, ModelConfig, ModelSource,
+                              Precision, RolloutConfig)
 from dcmdp_jax.losses import corrections, policy, reduce
 from dcmdp_jax.models import scoring, weights
 from dcmdp_jax.records import Batch, Example, Prompts, Rollout, Sampling, Scored
@@ -68,11 +70,12 @@ class Update:
     def __init__(self, ctx: Any):
         model_config, params = model(ctx)
         self.batch = jax.device_put(packed(ctx))
-        self.state = jax.jit(partial(step.init_state, experiment(ctx)), donate_argnums=0)(params)
+        config = experiment(ctx)
+        self.state = jax.jit(partial(step.init_state, config), donate_argnums=0)(params)
         if ctx.variant == "step":
-            self.update = step.compile(experiment(ctx), model_config, sharding.single_device_mesh())
+            self.update = step.compile(config, model_config, sharding.single_device_mesh())
         else:
-            self.update = jax.jit(partial(update, config=experiment(ctx), model_config=model_config), donate_argnums=0)
+            self.update = jax.jit(partial(update, config=config, model_config=model_config), donate_argnums=0)
 
     def step(self) -> dict[str, float]:
         self.state, metrics = jax.block_until_ready(self.update(self.state, self.batch))
@@ -82,11 +85,11 @@ class Update:
 def update(state: Any, batch: Batch, *, config: Config, model_config: ModelConfig) -> tuple[Any, dict[str, jax.Array]]:
     """`step.constrained_step` where the old log-probs are given."""
     minibatch = jax.tree.map(lambda x: x[0], batch)
-    loss, grads, norm = step._gradients(
-        state.params, (minibatch, minibatch.rollout_logp, minibatch.mask * minibatch.reward[..., None]), config, model_config)
+    given = minibatch, minibatch.rollout_logp, minibatch.mask * minibatch.reward[..., None]
+    loss, grads, norm = step._gradients(state.params, given, config, model_config)
     updates, opt_state = step.optimizer(config.algorithm).update(grads, state.opt_state, state.params)
-    return (state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state),
-            {"loss": loss, "grad_norm": norm})
+    state = state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+    return state, {"loss": loss, "grad_norm": norm}
 
 
 class Generate:
@@ -94,14 +97,15 @@ class Generate:
 
     def __init__(self, ctx: Any):
         config, params = model(ctx)
-        mesh, precision = sharding.single_device_mesh(), Precision(weights="int8" if ctx.variant == "int8" else "float32")
+        precision = Precision(weights="int8" if ctx.variant == "int8" else "float32")
+        mesh = sharding.single_device_mesh()
         task, tokens = ctx.w[ctx.task], common.make_prompts(ctx.w, ctx.task)
         self.prompts = as_prompts(tokens)
         self.lengths = np.broadcast_to(np.asarray(task["new_tokens"], np.int32), len(tokens))
-        self.engine = CountingEngine(config, slots=task.get("slots", len(tokens)), stop_ids=(), mesh=mesh, precision=precision,
-                                     max_length=tokens.shape[1] + int(self.lengths.max()), steps=1 if ctx.variant == "k1" else 16)
-        self.weights = sync.make(config, precision, mesh)(params, 0)
-        self.runs = 0
+        self.engine = CountingEngine(
+            config, slots=task.get("slots", len(tokens)), stop_ids=(), mesh=mesh, precision=precision,
+            max_length=tokens.shape[1] + int(self.lengths.max()))
+        self.weights, self.runs = sync.make(config, precision, mesh)(params, 0), 0
 
     def step(self) -> dict[str, Any]:
         self.runs, self.engine.decode_steps = self.runs + 1, 0
@@ -131,7 +135,7 @@ def model(ctx: Any) -> tuple[ModelConfig, Any]:
         prefix, kind = name.rsplit(".", 1)
         for expert, matrix in enumerate(tensors.pop(name)):
             parts = {"gate_proj": matrix[:size], "up_proj": matrix[size:]} if kind == "gate_up_proj" else {kind: matrix}
-            tensors |= {f"{prefix}.{expert}.{part}.weight": np.ascontiguousarray(value) for part, value in parts.items()}
+            tensors |= {f"{prefix}.{expert}.{part}.weight": np.ascontiguousarray(x) for part, x in parts.items()}
     with tempfile.TemporaryDirectory() as folder:
         save_file(tensors, f"{folder}/model.safetensors")
         pathlib.Path(folder, "config.json").write_text(json.dumps(ctx.w["hf_config"]))
@@ -144,18 +148,18 @@ def as_prompts(tokens: np.ndarray) -> Prompts:
 
 
 def packed(ctx: Any) -> Batch:
-    """The given completions as one microbatch; the advantage rides as the reward, each completion in a group of its own."""
+    """The given completions as one microbatch; the advantage rides as the reward, each completion a group."""
     given = ctx.batch
     made = dict.fromkeys(Rollout._fields) | {
         "prompts": as_prompts(given["prompt"]), "tokens": given["completion"], "rollout_logp": given["old_logps"],
         "lengths": given["mask"].sum(axis=1).astype(np.int32)}
     scored = Scored(Rollout(**made), given["advantages"], ("",) * len(given["mask"]))
-    return data.pack(scored, minibatches=1, microbatches=1, row_length=given["prompt"].shape[1] + given["mask"].shape[1])
+    positions = given["prompt"].shape[1] + given["mask"].shape[1]
+    return data.pack(scored, minibatches=1, microbatches=1, row_length=positions)
 
 
 def experiment(ctx: Any) -> Config:
-    """The workload's loss and optimizer: the clipped ratio against the given old log-probs, no multiplier, no clipping of
-    the gradient."""
+    """The workload's loss and optimizer: clipped ratio to the given old log-probs; multiplier 0, gradient unclipped."""
     task, rows = ctx.w["train"], ctx.w["batch"]
     return Config(
         name=ctx.wname, model=ModelSource(), steps=1,
@@ -164,12 +168,13 @@ def experiment(ctx: Any) -> Config:
         algorithm=AlgorithmConfig(
             advantage=lambda reward, group, num_groups: reward, reduce=reduce.sequence_mean_token_mean,
             surrogate=corrections.bypass(partial(policy.clipped, clip_low=task["eps_low"], clip_high=task["eps_high"])),
-            learning_rate=task["lr"], beta1=task["b1"], beta2=task["b2"], weight_decay=task["weight_decay"], grad_clip=1e9),
-        constraint=ConstraintConfig(shape=constraint.shape, dual=constraint.projected_ascent, tolerance=1.0, multiplier_init=0.0))
+            learning_rate=task["lr"], beta1=task["b1"], beta2=task["b2"], weight_decay=task["weight_decay"],
+            grad_clip=1e9),
+        constraint=ConstraintConfig(constraint.shape, constraint.projected_ascent, tolerance=1.0, multiplier_init=0.0))
 
 
 TASKS = {"T1": Score, "T2": Update, "T3": Generate, "T4": Generate}
 
 if __name__ == "__main__":
-    harness.main("ours", lambda ctx: TASKS[ctx.task](ctx), lambda: {"jax": jax.__version__, "jaxlib": jaxlib.__version__},
-                 variants=("default", "int8", "step", "k1"))
+    versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    harness.main("ours", lambda ctx: TASKS[ctx.task](ctx), lambda: versions, variants=("default", "int8", "step"))
