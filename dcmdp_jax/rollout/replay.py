@@ -16,6 +16,7 @@ from dcmdp_jax.records import Rollout, Weights
 from dcmdp_jax.rollout.decode import DecodeState
 from dcmdp_jax.rollout.generate import PREFILL_TOKENS
 from dcmdp_jax.rollout.jetstream import Engine
+from dcmdp_jax.rollout.sampling import BLOCK
 
 
 def replay(engine: Engine, weights: Weights, sampled: Rollout, order: np.ndarray | None = None) -> np.ndarray:
@@ -83,10 +84,15 @@ def _feed(params: Any, state: DecodeState, tokens: jax.Array, temperature: jax.A
     def step(carry: tuple[Cache, jax.Array, jax.Array], token: jax.Array):
         cache, length, fed = carry
         hidden, cache, _ = qwen3.decode(params, fed, cache, length, config, window=window)
-        logits = qwen3.head(params, hidden, config)
-        z = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature  # in the sampler's order, to round alike
-        chosen = jnp.take_along_axis(z, token[:, None], axis=-1)[:, 0]
-        return (cache, length + 1, token), chosen - jnp.log(jnp.sum(jnp.exp(z), axis=-1))
+        return (cache, length + 1, token), _logp(qwen3.head(params, hidden, config), token, temperature)
 
     (cache, length, fed), logp = jax.lax.scan(step, (state.cache, state.length, state.token), tokens)
     return state._replace(cache=cache, length=length, token=fed), logp
+
+
+def _logp(logits: jax.Array, token: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Log-prob of `token` [B] under logits [B, V], added up block by block as the sampler does, to round alike."""
+    z = (logits - jnp.max(logits, axis=-1, keepdims=True)) * (1.0 / temperature)
+    blocks = jnp.pad(z, ((0, 0), (0, -z.shape[-1] % BLOCK)), constant_values=-jnp.inf).reshape(z.shape[0], -1, BLOCK)
+    total = jnp.sum(jnp.sum(jnp.exp(blocks), axis=-1), axis=-1)
+    return jnp.take_along_axis(z, token[:, None], axis=-1)[:, 0] - jnp.log(total)

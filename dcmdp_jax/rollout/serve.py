@@ -25,7 +25,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import grpc
-import numpy as np
 
 from dcmdp_jax import sharding, sync, tokenizer
 from dcmdp_jax.config import Precision
