@@ -30,7 +30,7 @@ from dcmdp_jax.config import ModelConfig, Precision
 from dcmdp_jax.models import qwen3, sizes
 from dcmdp_jax.records import Example, Prompts, Sampling
 from dcmdp_jax.rollout import decode, sampling
-from dcmdp_jax.rollout.generate import rollout
+from dcmdp_jax.rollout.generate import bucket, rollout
 from dcmdp_jax.rollout.jetstream import Engine
 
 SMALL = ModelConfig(vocab_size=4096, hidden_size=256, intermediate_size=768, num_layers=4, num_heads=8, num_kv_heads=4,
@@ -141,42 +141,49 @@ def sampler(repeats: int) -> None:
 
 
 def weights(repeats: int) -> None:
-    """64 decode steps of 16 slots; the projections alone change their dtype."""
-    names, shape = ("float32", "bfloat16", "int8", "int4", "float8_e4m3fn", "nf4"), SMALL
-    programs, bytes_of = [], []
-    for name in names:
-        policy, engine = make_weights(shape, Precision(weights=name)), make_engine(shape, slots=16, max_length=128)
-        programs.append(partial(dispatches, engine, policy, 16, 64, 64))
-        bytes_of.append(sum(x.dtype.itemsize * x.size if x.dtype.name not in ("int4", "uint4") else x.size // 2
-                            for x in jax.tree.leaves(policy.params["stacks"])))
-    times = measure(programs, repeats)
-    for name, seconds, size in zip(names, times, bytes_of):
+    """64 decode steps of 16 slots; the projections alone change their dtype. Bytes as they are packed on accelerators."""
+    names = ("float32", "bfloat16", "int8", "int4", "float8_e4m3fn", "float8_e5m2", "nf4")
+    policies = [make_weights(SMALL, Precision(weights=name)) for name in names]
+    engine = make_engine(SMALL, slots=16, max_length=128)
+    times = measure([partial(decoded, engine, policy) for policy in policies], repeats,
+                    partial(started, engine, policies[0], 16, 64, 64))
+    sizes_of = [sum(x.size * (4 if x.dtype.name.endswith("int4") else 8 * x.dtype.itemsize) // 8
+                    for x in jax.tree.leaves(policy.params["stacks"])) for policy in policies]
+    for name, seconds, size in zip(names, times, sizes_of):
         print(f"weights  {name:14} {seconds * 1e3:6.0f} ms {seconds / times[0]:.2f}x, layers {size / 1e6:6.2f} MB "
-              f"{size / bytes_of[0]:.2f}x")
+              f"{size / sizes_of[0]:.2f}x")
 
 
 def roof(shape: ModelConfig, batch: int, bandwidth: float | None, repeats: int) -> None:
-    """Decode from 512 to 640 live positions, bfloat16 throughout, random weights."""
+    """128 decode steps from 512 live positions on, bfloat16 throughout, random weights."""
     if not bandwidth:
         raise SystemExit("roof needs --bandwidth, the device's memory bandwidth in GB/s")
     policy = make_weights(shape, Precision(weights="bfloat16", embed="bfloat16", head="bfloat16", norms="bfloat16"))
     engine = Engine(shape, slots=batch, max_length=1024, stop_ids=(), steps=64, precision=Precision(cache="bfloat16"))
-    seconds = measure([partial(dispatches, engine, policy, batch, 512, 128)], repeats)[0] / 128
-    held = sum(x.nbytes for x in jax.tree.leaves(policy.params))
+    start = partial(started, engine, policy, batch, 512, 128)
+    seconds = measure([partial(decoded, engine, policy)], repeats, start)[0] / 128
+    looked_up = 0 if shape.tie_word_embeddings else policy.params["embed"].nbytes
+    held = sum(x.nbytes for x in jax.tree.leaves(policy.params)) - looked_up
     live = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * 2 * batch * 576
     least = (held + live) / (bandwidth * 1e9)
     print(f"roof     batch {batch}: {seconds * 1e3:.2f} ms a step, {batch / seconds:.0f} tokens/s; {held / 1e9:.2f} GB of "
           f"parameters and {live / 1e9:.2f} GB of cache take {least * 1e3:.2f} ms: {least / seconds:.0%} of the roof")
 
 
-def dispatches(engine: Engine, policy, count: int, prompt: int, new: int) -> None:
-    """Starts `count` sequences and decodes `new` tokens of each."""
+def started(engine: Engine, policy, count: int, prompt: int, new: int):
+    """A state in which `count` sequences have `new` tokens to make."""
     prompts = make_prompts(np.full(1, prompt))
     first = engine.prefill(params=policy, padded_tokens=prompts.tokens, true_length=prompts.lengths)
-    state = engine.bulk_insert(first, engine.init_decode_state(), np.arange(count), np.zeros(count, np.int32),
-                               np.zeros((count, 2), np.uint32), new, Sampling())
-    for _ in range(-(-new // engine.steps)):
-        state, result = engine.generate(policy, state)
+    return jax.block_until_ready(engine.bulk_insert(
+        first, engine.init_decode_state(), np.arange(count), np.zeros(count, np.int32), np.zeros((count, 2), np.uint32), new,
+        Sampling()))
+
+
+def decoded(engine: Engine, policy, state) -> None:
+    """Decodes all that `state` has to make."""
+    length, left = int(state.length.max()) + 1, int(state.limit.max())
+    for made in range(0, left, engine.steps):
+        state, result = engine.generate(policy, state, window=bucket(length + made + engine.steps, engine.max_length))
     jax.block_until_ready(result.data)
 
 
@@ -194,18 +201,17 @@ def make_engine(shape: ModelConfig, slots: int, max_length: int) -> Engine:
     return Engine(shape, slots=slots, max_length=max_length, stop_ids=())
 
 
-def measure(programs: list[Callable], repeats: int) -> np.ndarray:
-    """Median seconds of each, one of each a round, after a round that compiles."""
+def measure(programs: list[Callable], repeats: int, prepare: Callable | None = None) -> np.ndarray:
+    """Median seconds of each, one of each a round, after a round that compiles; what `prepare` makes is not timed."""
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
-    for program in programs:
-        program()
-    seconds = np.zeros((repeats, len(programs)))
+    seconds = np.zeros((repeats + 1, len(programs)))
     for row in seconds:
         for i, program in enumerate(programs):
+            given = () if prepare is None else (prepare(),)
             start = clock()
-            program()
+            program(*given)
             row[i] = clock() - start
-    return np.median(seconds, axis=0)
+    return np.median(seconds[1:], axis=0)
 
 
 if __name__ == "__main__":

@@ -25,18 +25,20 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument("--fields", action="store_true", help="list the fields that can be set, with their values, and stop")
     train.set_defaults(run=_train)
 
-    parity = commands.add_parser("parity", allow_abbrev=False, help="compare the engine's log-probs with the trainer's", description=(
-        "Samples with an experiment's engine, scores with its trainer, and prints the gap by position and the tolerance it calls "
-        "for. Fields are set as for train."))
+    parity = commands.add_parser("parity", allow_abbrev=False, help="compare the engine's log-probs with the trainer's",
+                                 description=(
+        "Samples with an experiment's engine, scores with its trainer, and prints the gap by position and the tolerance it "
+        "calls for. Fields are set as for train."))
     _experiment_options(parity)
     parity.add_argument("--batches", type=int, default=4, help="rollout batches to sample")
-    parity.add_argument("--max-error", type=float, help="end with status 1 where a |log-prob difference| is larger, in nats "
-                                                        "(default: 1e-5 for an exact float32 engine, else no limit)")
+    parity.add_argument("--max-error", type=float, help="end with status 1 where a |log-prob difference| is larger, in "
+                                                        "nats (default: 1e-5 for an exact float32 engine, else no limit)")
     parity.set_defaults(run=_parity)
 
-    diagnose = commands.add_parser("diagnose", allow_abbrev=False, help="tell which property of the engine makes the gap", description=(
-        "Switches one property of an experiment's engine at a time and prints what each does to the log-probs of the same tokens. "
-        "Fields are set as for train."))
+    diagnose = commands.add_parser("diagnose", allow_abbrev=False, help="tell which property of the engine makes the gap",
+                                   description=(
+        "Switches one property of an experiment's engine at a time and prints what each does to the log-probs of the same "
+        "tokens. Fields are set as for train."))
     _experiment_options(diagnose)
     diagnose.add_argument("--all", action="store_true", help="try properties that the engine has exact, too")
     diagnose.set_defaults(run=_diagnose)
@@ -206,7 +208,7 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _sampling(args: argparse.Namespace):
-    if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or not 0 <= args.min_p < 1:
+    if not args.temperature >= 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or not 0 <= args.min_p < 1:
         raise ValueError("--temperature and --top-k must not be negative, --top-p lies in (0, 1] and --min-p in [0, 1)")
     from dcmdp_jax.records import Sampling
 

@@ -223,7 +223,7 @@ def _validate(config: Config) -> None:
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     for name, value in (("rollout.temperature", rollout.temperature), ("eval.temperature", config.eval.temperature)):
-        if value <= 0:
+        if not value > 0:
             raise ValueError(f"{name}={value} must be positive")
     completions = data.prompts_per_step * rollout.samples
     parts = algorithm.minibatches * algorithm.microbatches
@@ -238,6 +238,10 @@ def _validate(config: Config) -> None:
     for name, value in (("top_k", rollout.top_k), ("staleness", rollout.staleness), ("devices", rollout.devices)):
         if value < 0:
             raise ValueError(f"rollout.{name}={value} must not be negative")
+    if not all(rollout.stop_strings):
+        raise ValueError("rollout.stop_strings holds an empty text, which would end every completion; leave it out")
+    if not rollout.devices and rollout.mesh != MeshConfig():
+        raise ValueError("rollout.mesh lays out rollout.devices of their own; set rollout.devices, or leave the mesh out")
     if not 0 < rollout.top_p <= 1 or not 0 <= rollout.min_p < 1:
         raise ValueError(f"rollout.top_p={rollout.top_p} must lie in (0, 1] and rollout.min_p={rollout.min_p} in [0, 1)")
     dual = config.constraint

@@ -99,9 +99,10 @@ def diagnose(config: Config, inputs: train.Inputs, policy: parity.Policy, other:
     if other:
         effects.append(_staleness(case, other))
     whole = replayed(precision) - support
-    return Blame(policy.origin, int(case.sampled.lengths.sum()), _against(case, whole),
-                 tuple(sorted(effects, key=lambda effect: -effect.alone.delta)), noise, _setting(rounded, "weights"), layers,
-                 float(np.max(np.abs(whole - case.sampled.rollout_logp))))
+    effects.sort(key=lambda effect: -effect.alone.delta)
+    agreement = float(np.max(np.abs(whole - case.sampled.rollout_logp)))
+    return Blame(policy.origin, int(case.sampled.lengths.sum()), _against(case, whole), tuple(effects), noise,
+                 _setting(rounded, "weights"), layers, agreement)
 
 
 def check(config: Config) -> None:
@@ -141,7 +142,7 @@ def _staleness(case: Case, other: parity.Policy) -> Effect:
 
 
 def _exact(case: Case, rounded: Precision) -> tuple[np.ndarray, tuple[Effect, ...], tuple[Gap, ...]]:
-    """What the exact engine is needed for: its log-probs, the noise, and single layers rounded as `rounded` has them."""
+    """What needs the exact engine: its log-probs, the noise, and single layers rounded as `rounded` has them."""
     engine, weights = _engine(case, EXACT), _weights(case, EXACT)
     exact = _finite(replay(engine, weights, case.sampled), EXACT)
     layers = () if rounded == EXACT else tuple(

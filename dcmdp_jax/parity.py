@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -90,10 +91,8 @@ def restore(config: Config, inputs: train.Inputs, workdir: pathlib.Path, number:
         (pathlib.Path(view) / "checkpoints").mkdir()
         saved = (workdir / "checkpoints" / str(number)).absolute()
         (pathlib.Path(view) / "checkpoints" / str(number)).symlink_to(saved, target_is_directory=True)
-        checkpoints = checkpoint.Checkpoints(pathlib.Path(view), config.checkpoint.keep)
-        found = checkpoints.restore(_abstract(config, inputs))
-        checkpoints.close()
-    return found
+        with contextlib.closing(checkpoint.Checkpoints(pathlib.Path(view), config.checkpoint.keep)) as checkpoints:
+            return checkpoints.restore(_abstract(config, inputs))
 
 
 def _abstract(config: Config, inputs: train.Inputs) -> TrainState:

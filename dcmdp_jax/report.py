@@ -191,7 +191,7 @@ pre{background:#f8fafc;padding:1rem;overflow-x:auto;font-size:.82rem;line-height
 
 def _summary(config: dict[str, Any]) -> str:
     """One line of the settings that tell runs apart; what the configuration lacks is left out."""
-    parts = (("{} steps", ("steps",)), ("{} engine", ("rollout", "weights")),
+    parts = (("{} steps", ("steps",)), ("{} engine", ("rollout", "precision", "weights")),
              ("{} prompts a step", ("data", "prompts_per_step")), ("{} samples a prompt", ("rollout", "samples")),
              ("up to {} tokens", ("rollout", "max_tokens")), ("learning rate {}", ("algorithm", "learning_rate")),
              ("tolerance {}", ("constraint", "tolerance")), ("dual learning rate {}", ("constraint", "dual_lr")),

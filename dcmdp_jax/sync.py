@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dcmdp_jax import sharding
 from dcmdp_jax.config import ModelConfig, Precision
-from dcmdp_jax.models import qwen3
+from dcmdp_jax.models import cache, qwen3
 from dcmdp_jax.models.quantized import LARGEST, Quantized, quantize
 from dcmdp_jax.records import Weights
 
@@ -58,6 +58,15 @@ def make(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> 
         return here(params, version)
 
     return sync
+
+
+def check(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError where an engine on `mesh` cannot hold or multiply so; compiles nothing."""
+    make(config, precision, mesh)
+    jax.eval_shape(partial(cache.init, config, 1, 1, precision.cache))
+    if precision.experts_per_token and not 0 < precision.experts_per_token <= config.num_experts:
+        raise ValueError(f"precision.experts_per_token={precision.experts_per_token} must lie in 1..{config.num_experts}, the "
+                         "model's experts, or be 0 for the trainer's")
 
 
 def _cast(params: Any, config: ModelConfig, precision: Precision) -> Any:

@@ -14,7 +14,7 @@ import jax
 
 from dcmdp_jax import checkpoint, data, evaluate, metrics, report, rewards, sharding, step, stopping, sync, tokenizer, warmup
 from dcmdp_jax.config import Config, ModelConfig, Precision, RolloutConfig, differences, to_json
-from dcmdp_jax.models import cache, qwen3, weights
+from dcmdp_jax.models import qwen3, weights
 from dcmdp_jax.records import Prompts, Sampling, TrainState
 from dcmdp_jax.rollout.generate import rollout
 from dcmdp_jax.rollout.jetstream import Engine
@@ -99,15 +99,6 @@ def run(config: Config, workdir: pathlib.Path, inputs: Inputs) -> TrainState:
     return state
 
 
-def check_precision(precision: Precision, model: ModelConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raises ValueError where the engine cannot hold or multiply so."""
-    sync.make(model, precision, mesh)
-    jax.eval_shape(partial(cache.init, model, 1, 1, precision.cache))
-    if precision.experts_per_token and not 0 < precision.experts_per_token <= model.num_experts:
-        raise ValueError(f"rollout.precision.experts_per_token={precision.experts_per_token} must lie in 1..{model.num_experts}, "
-                         "the model's experts, or be 0 for the trainer's")
-
-
 def make_engine(config: Config, inputs: Inputs) -> Engine:
     """The engine that a run samples from."""
     return Engine(inputs.model, slots=config.rollout.slots, steps=config.rollout.tokens_per_dispatch,
@@ -137,14 +128,15 @@ def read_inputs(config: Config) -> Inputs:
         raise ValueError("warmup needs data.task: only a generated task has solutions to learn from; set --warmup.steps 0")
     qwen3_shapes = jax.eval_shape(partial(qwen3.init, config=model), jax.random.key(0))
     sharding.params(qwen3.logical_axes(model), mesh, sharding.TRAIN, qwen3_shapes)
-    check_precision(config.rollout.precision, model, decode_mesh)
+    sync.check(model, config.rollout.precision, decode_mesh)
     for name, size, shards in (("rollout.slots", config.rollout.slots, sharding.batch_size(decode_mesh)),
                                ("warmup.batch_size", config.warmup.batch_size, sharding.batch_size(mesh))):
         if size % shards:
             raise ValueError(f"{name}={size} does not divide over the mesh's {shards} batch shards")
     if config.data.max_prompt_tokens + config.rollout.max_tokens > model.max_position:
-        raise ValueError(f"data.max_prompt_tokens + rollout.max_tokens = {config.data.max_prompt_tokens + config.rollout.max_tokens}"
-                         f" positions are more than the model's {model.max_position}")
+        raise ValueError(f"data.max_prompt_tokens + rollout.max_tokens = "
+                         f"{config.data.max_prompt_tokens + config.rollout.max_tokens} positions are more than the model's "
+                         f"{model.max_position}")
 
     wrap = {"max_prompt_tokens": config.data.max_prompt_tokens, "chat": config.data.chat,
             "enable_thinking": config.data.enable_thinking, "instruction": config.data.instruction}

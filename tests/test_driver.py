@@ -6,6 +6,7 @@ import signal
 import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -151,6 +152,17 @@ def test_weights_change_between_completions_only(start, monkeypatch):
         assert version == (0 if i < running else 7)
         assert request.received == greedy(version)[numbers[i % len(numbers)]]
     assert running and greedy(0) != greedy(7)
+
+
+def test_damaged_weights_leave_nothing_behind(start):
+    """NaN keys and values stay in a slot past the next sequence's end, where a mask alone does not stop them."""
+    driver = start()
+    good = make_weights(0)
+    driver.update_weights(good._replace(params=jax.tree.map(lambda w: w * jnp.nan, good.params)))
+    for request in submit(driver, *range(8)):
+        answers([request])
+    driver.update_weights(good)
+    assert answers(submit(driver, *range(8))) == greedy()[:8]
 
 
 def test_weights_that_do_not_arrive_leave_the_old_ones_serving(start, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 from dcmdp_jax import report
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
-CONFIG = {"name": "trial", "steps": 4, "seed": 0, "rollout": {"weights": "int4", "samples": 8, "max_tokens": 32},
+CONFIG = {"name": "trial", "steps": 4, "seed": 0, "rollout": {"precision": {"weights": "int4"}, "samples": 8, "max_tokens": 32},
           "constraint": {"tolerance": 0.01, "dual_lr": 1.0, "multiplier_max": 0.2}, "eval": {"prompts": 512}}
 DELTAS = (0.03, 0.01, 0.02, 0.004)  # two of four within the tolerance
 ROWS = [{"step": i + 1, "reward": 0.2 * i, "delta_mean": d, "multiplier": 0.1, "multiplier_next": m, "k3": 1e-3,
@@ -144,7 +144,7 @@ def test_the_tolerance_is_drawn_unless_it_would_flatten_the_curve(delta, drawn):
 
 def test_everything_read_from_files_is_escaped(tmp_path):
     attack = "<script>alert('x')</script>\"&"
-    config = CONFIG | {"name": attack, "seed": attack, "rollout": {"weights": attack}, attack: attack}
+    config = CONFIG | {"name": attack, "seed": attack, "rollout": {"precision": {"weights": attack}}, attack: attack}
     seen = page(tmp_path, ROWS, config)
     assert seen.count("script") == 0 and seen.text.count(attack) >= 4
 

@@ -46,6 +46,11 @@ def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it():
             np.testing.assert_allclose(mine[i, :n], theirs[i, :n], atol=2e-5)
             assert not mine[i, n:].any()
     assert sum(stop in text for text in texts) < len(texts)
+    ends = rollout(make_engine(DENSE), make_weights(DENSE), make_prompts(), samples=G, key=jax.random.key(1), max_tokens=T,
+                   sampling=Sampling(0.8), stop_strings=(spell([5]),), decode=spell)
+    np.testing.assert_array_equal(ends.text_lengths, whole.text_lengths)  # the text of a stop token is none
+    with pytest.raises(ValueError, match="every completion gets at least one token"):
+        rollout(make_engine(DENSE), make_weights(DENSE), make_prompts(), samples=1, key=jax.random.key(0), max_tokens=0)
     with pytest.raises(ValueError, match="stop_strings need `decode`"):
         rollout(make_engine(DENSE), make_weights(DENSE), make_prompts(), samples=1, key=jax.random.key(0), max_tokens=T,
                 stop_strings=("x",))
@@ -100,12 +105,21 @@ def test_a_file_of_prompts_goes_on_where_it_stopped(folder, tmp_path, monkeypatc
     options = dict(samples=2, max_tokens=6, sampling=Sampling(0.9), seed=3)
     assert complete.to_file(tmp_path / "whole.jsonl", str(folder), prompts, **options) == 10
     whole = (tmp_path / "whole.jsonl").read_text()
-    lines = whole.splitlines()
-    assert [json.loads(line)["prompt"] for line in lines] == [prompt for prompt in prompts for _ in range(2)]
+    head, *lines = whole.splitlines()
+    assert json.loads(head)["options"]["seed"] == 3 and [json.loads(line)["prompt"] for line in lines] == [prompt for prompt in prompts for _ in range(2)]
     part = tmp_path / "part.jsonl"
-    part.write_text("\n".join(lines[:5]) + "\n" + lines[5][:9])  # killed while it wrote the second chunk
-    assert complete.to_file(part, str(folder), prompts, **options) == 6
-    assert part.read_text() == whole
+    for kept, added in ((5, 6), (9, 2)):  # killed while it wrote the second chunk, and the very last line
+        part.write_text("\n".join([head, *lines[:kept]]) + "\n" + lines[kept][:9])
+        assert complete.to_file(part, str(folder), prompts, **options) == added
+        assert part.read_text() == whole
     assert complete.to_file(part, str(folder), prompts, **options) == 0
-    with pytest.raises(ValueError, match="line 1 of .*part.jsonl is no completion"):
+    with pytest.raises(ValueError, match="line 2 of .*part.jsonl is no completion"):
         complete.to_file(part, str(folder), prompts[::-1], **options)
+    with pytest.raises(ValueError, match="was not written with these options"):
+        complete.to_file(part, str(folder), prompts, **(options | {"seed": 4}))
+    assert part.read_text() == whole
+    notes = tmp_path / "notes.txt"
+    notes.write_text("my own\nnotes\n")
+    with pytest.raises(ValueError, match="was not written with these options"):
+        complete.to_file(notes, str(folder), prompts, **options)
+    assert notes.read_text() == "my own\nnotes\n"

@@ -68,7 +68,7 @@ def test_the_state_holds_the_last_parameters_oldest_first(tmp_path):
     ({"rollout.staleness": -1}, "rollout.staleness=-1 must not be negative"),
     ({"rollout.precision.weights": "int3"}, "precision.weights='int3' is not one of float32"),
     ({"rollout.precision.cache": "int4"}, "the cache cannot hold 'int4'"),
-    ({"rollout.precision.experts_per_token": 3}, "rollout.precision.experts_per_token=3"),
+    ({"rollout.precision.experts_per_token": 3}, "precision.experts_per_token=3 must lie in 1..0"),
 ])
 def test_what_cannot_work_is_refused_before_anything_is_compiled(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):

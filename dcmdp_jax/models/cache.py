@@ -56,7 +56,9 @@ def insert(
         raise ValueError(f"insert: a prefix of {prefix} positions does not fit a cache of {length}; lengthen the cache")
 
     def copy(layer: Layer, new: jax.Array) -> Layer:
-        return jax.tree.map(lambda old, new: _put(old, new[rows], (slots, slice(None), slice(prefix))), layer, _held(new, layer))
+        return jax.tree.map(
+            lambda old, new: old.at[slots, :, :prefix].set(new[rows], unique_indices=True, mode="drop"),
+            layer, _held(new, layer))
 
     return Cache(tuple(map(copy, cache.keys, keys)), tuple(map(copy, cache.values, values)))
 
@@ -64,16 +66,12 @@ def insert(
 def write(layer: Layer, new: jax.Array, lengths: jax.Array) -> Layer:
     """Put `new[b]` at position `lengths[b]` of slot b; a position outside the cache is dropped.
 
-    layer [B, KV, S, h], new [B, KV, h], lengths [B] int32 -> [B, KV, S, h].
+    layer [B, KV, S, h], new [B, KV, h], lengths [B] int32 -> [B, KV, S, h]. Float32 and int8 are written in place; on a CPU
+    XLA makes a bfloat16 or float8 layer float32 and back to write into it.
     """
     slots = jnp.arange(layer.shape[0])
-    return jax.tree.map(lambda old, new: _put(old, new, (slots, slice(None), lengths)), layer, _held(new, layer))
-
-
-def _put(old: jax.Array, new: jax.Array, where: tuple) -> jax.Array:
-    # As bits: on a CPU, XLA scatters into floats of few bits by making all of them float32 and back.
-    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[old.dtype.itemsize]
-    return old.view(bits).at[where].set(new.view(bits), unique_indices=True, mode="drop").view(old.dtype)
+    return jax.tree.map(lambda old, new: old.at[slots, :, lengths].set(new, unique_indices=True, mode="drop"),
+                        layer, _held(new, layer))
 
 
 def _held(new: jax.Array, layer: Layer) -> Layer:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -31,7 +33,7 @@ def read_prompts(path: str) -> list[str]:
     if pathlib.Path(path).suffix in (".jsonl", ".json", ".parquet"):
         prompts = [example.prompt for example in data.read(path)]
     else:
-        prompts = [line for line in pathlib.Path(path).read_text().splitlines() if line.strip()]
+        prompts = [line for line in pathlib.Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"{path} holds no prompts, or chat messages where texts are wanted")
     return prompts
@@ -49,7 +51,11 @@ def texts(folder: str, prompts: Sequence[str], *, tokenizer_path: str = "", prec
     asked = [Example(vocabulary.chat([{"role": "user", "content": prompt}], enable_thinking=False) if chat else prompt, "")
              for prompt in prompts]
     longest = max(len(vocabulary.encode(example.prompt)) for example in asked)
-    mesh = sharding.single_device_mesh()
+    mesh, shape = sharding.single_device_mesh(), weights.read_config(folder)
+    sync.check(shape, precision, mesh)
+    if longest + max_tokens > shape.max_position:
+        raise ValueError(f"the longest prompt and --max-tokens take {longest + max_tokens} positions, more than the model's "
+                         f"{shape.max_position}")
     model, params = weights.load(folder)
     engine = Engine(model, slots=min(len(prompts) * samples, 32), max_length=longest + max_tokens, precision=precision,
                     stop_ids=vocabulary.eos_ids, mesh=mesh)
@@ -65,26 +71,37 @@ def texts(folder: str, prompts: Sequence[str], *, tokenizer_path: str = "", prec
 def to_file(path: pathlib.Path, folder: str, prompts: Sequence[str], *, samples: int = 1, **options) -> int:
     """Appends a JSON line for each completion to `path`, or goes on where it ends; returns the completions added.
 
-    Raises ValueError where `path` holds something else than completions of these prompts.
+    A line that was cut short, and the rest of its chunk, are sampled again. Raises ValueError, and leaves `path` as it is,
+    where it holds something else than completions of these prompts with these options.
     """
-    size = CHUNK * samples
-    lines = path.read_text().splitlines() if path.exists() else []
-    whole = len(lines) if len(lines) == len(prompts) * samples else len(lines) // size * size
-    for number, line in enumerate(lines[:whole]):
-        try:
-            matches = json.loads(line)["prompt"] == prompts[number // samples]
-        except (ValueError, KeyError, TypeError, IndexError):
-            matches = False
-        if not matches:
-            raise ValueError(f"line {number + 1} of {path} is no completion of the prompt it should be of; "
-                             "give another --output, or the prompts and --samples it was started with")
-    if whole < len(lines):
-        path.write_text("".join(line + "\n" for line in lines[:whole]))
-    if whole == len(prompts) * samples:
+    size, total = CHUNK * samples, len(prompts) * samples
+    made = json.loads(json.dumps({"samples": samples, **options}, default=dataclasses.asdict))
+    # After the last newline stands nothing, or a line that was cut short.
+    lines = [_parsed(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
+    if lines and lines[0] != {"options": made}:
+        raise ValueError(f"{path} was not written with these options; give another --output, or the options it was started with")
+    for number, line in enumerate(lines[1:]):
+        if number >= total or not isinstance(line, dict) or line.get("prompt") != prompts[number // samples]:
+            raise ValueError(f"line {number + 2} of {path} is no completion of the prompt it should be of; "
+                             "give another --output, or the prompts it was started with")
+    done = len(lines) - 1 if lines else 0
+    whole = total if done == total else done // size * size
+    kept = "".join(json.dumps(line) + "\n" for line in [{"options": made}, *lines[1:whole + 1]])
+    building = path.with_name(f".{path.name}.{os.getpid()}")
+    building.write_text(kept, encoding="utf-8")
+    os.replace(building, path)
+    if whole == total:
         return 0
     added = 0
     for chunk in texts(folder, prompts, samples=samples, start=whole // samples, **options):
-        with path.open("a") as file:
-            file.writelines(json.dumps(completion._asdict(), ensure_ascii=False) + "\n" for completion in chunk)
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(completion._asdict()) + "\n" for completion in chunk)
         added += len(chunk)
     return added
+
+
+def _parsed(line: str) -> object:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

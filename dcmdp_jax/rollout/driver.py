@@ -189,6 +189,7 @@ class Driver:
         with self._changed:
             if self._next_weights is not None and not self.running:
                 self._weights, self._next_weights = self._next_weights, None
+                self._state = None  # what bad weights left in the cache would outlive them: a masked NaN is a NaN still
                 self._changed.notify_all()
             if self._next_weights is not None:
                 return
@@ -213,9 +214,8 @@ class Driver:
     def _decode(self) -> None:
         slots = self.engine.slots
         longest = max(held.length for held in self._held if held)
-        wanted = self._waiting or self._next_weights is not None
         self._state, result = self.engine.generate(
-            self._weights, self._state, leave_at=min(slots - self.running + MIN_FREE, slots) if wanted else slots,
+            self._weights, self._state, leave_at=min(slots - self.running + MIN_FREE, slots) if self._waiting else slots,
             window=bucket(max(longest + self.engine.steps, SMALLEST_BUCKET), self.engine.max_length))
         read = self.engine.read(result)
         self._faults = 0

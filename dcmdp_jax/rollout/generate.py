@@ -38,7 +38,7 @@ def rollout(engine: Engine, weights: Weights, prompts: Prompts, *, samples: int,
     """Samples `samples` completions of every prompt.
 
     Each completion has a key of its own, folded with the token's number at each token, so that its tokens depend on the
-    weights, its prompt and `key` alone: not on slots, neighbours or the order of refilling. A prompt is prefilled once,
+    weights, its prompt and `key` alone, up to round-off: not on slots, neighbours or the order of refilling. A prompt is prefilled once,
     together with others of its length bucket.
 
     Args:
@@ -53,6 +53,8 @@ def rollout(engine: Engine, weights: Weights, prompts: Prompts, *, samples: int,
         raise ValueError("rollout: stop_strings need `decode`, and none may be empty")
     count = len(prompts.lengths) * samples
     limits = np.broadcast_to(np.asarray(max_tokens, np.int32), (count,))
+    if limits.min() < 1:
+        raise ValueError(f"rollout: max_tokens holds {limits.min()}; every completion gets at least one token")
     longest = int((np.repeat(prompts.lengths, samples) + limits).max())
     if longest > engine.max_length:
         raise ValueError(f"a prompt and its new tokens take up to {longest} positions and do not fit the engine's "
@@ -111,15 +113,16 @@ class _Completions:
             self.experts[place] = read.experts[slot, column]
         held = owner >= 0
         self.lengths[owner[held]] += valid[held].sum(axis=1, dtype=np.int32)
+        self.text_lengths[owner[held]] = self.lengths[owner[held]]
 
     def end(self, ids: np.ndarray, stop_ids: tuple[int, ...]) -> None:
         """Completions `ids` have got their last token."""
         self.stopped[ids] = np.isin(self.tokens[ids, self.lengths[ids] - 1], stop_ids)
-        self.text_lengths[ids] = self.lengths[ids] - self.stopped[ids]
+        self.text_lengths[ids] -= self.stopped[ids]
 
     def cut(self, i: int, new: int, stop_strings: tuple[str, ...], decode: Callable[[Any], str]) -> bool:
         """Ends completion i at the first of its `new` last tokens whose text completes a stop string, if one does."""
-        length = self.lengths[i]
+        length = self.text_lengths[i]  # a stop token is no text
         first = max(length - new - 4 * max(map(len, stop_strings)), 0)  # a token may be one byte of a character's four
         if not any(stop in decode(self.tokens[i, first:length]) for stop in stop_strings):
             return False

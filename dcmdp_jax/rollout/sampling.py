@@ -114,7 +114,7 @@ def _exponential(key: jax.Array, size: int) -> jax.Array:
     """[B, size] unit exponentials from [B, 2] uint32 keys by a counter-based hash, two rounds of MurmurHash3's finalizer.
 
     The keys come from `jax.random`, so streams of different tokens are as independent as Threefry makes them.
-    E = -log1p(-u) with u a multiple of 2^-32: the smallest, which win the race, keep full relative precision.
+    E = -log1p(-u), u in steps of 2^-32 where it is small: the smallest, which win the race, keep their relative precision.
     """
     counter = jnp.arange(size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
     bits = _mix(_mix(counter[None] ^ key[:, :1]) + key[:, 1:])

@@ -219,8 +219,11 @@ def run(model: str, *, tokenizer_path: str = "", tokens_only: bool = False, prec
     _check_range("steps", steps, 1)
     _check_range("seed", seed, 0, 2**32 - 1)
     vocabulary = None if tokens_only else tokenizer.load(tokenizer_path or model)
+    shape = weights.read_config(model)
     if vocabulary is not None:
-        tokenizer.check_vocabulary(vocabulary, weights.read_config(model).vocab_size)
+        tokenizer.check_vocabulary(vocabulary, shape.vocab_size)
+    sync.check(shape, precision, sharding.single_device_mesh())
+    _check_range("max-length", max_length, 1, shape.max_position)
 
     def load() -> Driver:
         mesh = sharding.single_device_mesh()
