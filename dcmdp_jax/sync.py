@@ -30,18 +30,19 @@ def make(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> 
     """A compiled function from train parameters and their version to the engine's weights.
 
     float32 and "" leave a parameter as the trainer has it, bfloat16 casts it, the rest quantizes it: projections as
-    `precision` says, embedding and head with one scale per token of the vocabulary. Biases stay as they are. Where embeddings
-    are tied and the head's precision is another, the engine's parameters have a `"head"` [V, D] of their own. Parameters on
-    other devices than the mesh's are converted there and sent over. The result shares no buffer with its arguments, which the
-    next training step donates. Raises ValueError for a precision not in `ALLOWED`, and for groups that do not divide the
-    inputs of a projection.
+    `precision` says, embedding and head with one scale per token of the vocabulary. Biases stay as they are. Where
+    embeddings are tied and the head's precision is another, the engine's parameters have a `"head"` [V, D] of their own.
+    Parameters on other devices than the mesh's are converted there and sent over. The result shares no buffer with its
+    arguments, which the next training step donates. Raises ValueError for a precision not in `ALLOWED`, and for groups
+    that do not divide the inputs of a projection.
     """
     for field, allowed in ALLOWED.items():
         if getattr(precision, field) not in allowed:
             raise ValueError(f"precision.{field}={getattr(precision, field)!r} is not one of "
                              f"{', '.join(name or repr(name) for name in allowed)}")
     if precision.group < -1:
-        raise ValueError(f"precision.group={precision.group} must be -1 (one scale a weight), 0 (an output channel) or positive")
+        raise ValueError(f"precision.group={precision.group} must be -1 (one scale a weight), 0 (an output channel) or "
+                         "positive")
 
     def convert(params, version):
         params, version = jax.tree.map(jnp.copy, (params, jnp.asarray(version, jnp.int32)))

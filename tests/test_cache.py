@@ -68,7 +68,8 @@ def test_window_and_dtype():
     tokens = jax.random.randint(jax.random.key(1), (SLOTS, 8), 0, config.vocab_size)
     keys, values = prefill(flat, tokens, config)
     slots, lengths = jnp.arange(SLOTS), jnp.full(SLOTS, 7)
-    state = {dtype: insert(cache.init(config, SLOTS, LENGTH, dtype), keys, values, slots, slots) for dtype in cache.DTYPES}
+    state = {dtype: insert(cache.init(config, SLOTS, LENGTH, dtype), keys, values, slots, slots)
+             for dtype in cache.DTYPES}
     step = functools.partial(jax.jit(qwen3.decode, static_argnames=("config", "window")), flat, tokens[:, 7])
     narrow, _, _ = step(state["float32"], lengths, config, window=8)
     wide, _, _ = step(state["float32"], lengths, config, window=LENGTH)
@@ -102,7 +103,8 @@ def form(request, monkeypatch):
 def test_attention_to_the_cache(dtype, form):
     """In NumPy on what the cache holds, and with the layers' own attention where that is float32."""
     b, kv, g, h = 8, 2, 3, 8
-    q, keys, values = normal(0, b, kv, g, h), held(normal(1, b, kv, LENGTH, h), dtype), held(normal(2, b, kv, LENGTH, h), dtype)
+    q = normal(0, b, kv, g, h)
+    keys, values = (held(normal(i, b, kv, LENGTH, h), dtype) for i in (1, 2))
     lengths = jnp.array([0, 1, 5, 15, 7, 3, 14, 8])
     got = jax.jit(lambda *args: cache.attend(*args, window=WINDOW))(q, keys, values, lengths)
     scores = np.einsum("bkgh,bkth->bkgt", q, plain(keys)) / h**0.5
@@ -130,11 +132,12 @@ def test_error_of_a_quantized_cache(dtype, share):
     assert bound / 100 < error.max() < bound < 1
 
 
-@pytest.mark.parametrize(("dtype", "per_head"), [("", 4 * 16), ("float32", 4 * 16), ("bfloat16", 2 * 16), ("int8", 16 + 4),
-                                                 ("float8_e4m3fn", 16 + 4)])
+@pytest.mark.parametrize(("dtype", "per_head"), [
+    ("", 4 * 16), ("float32", 4 * 16), ("bfloat16", 2 * 16), ("int8", 16 + 4), ("float8_e4m3fn", 16 + 4)])
 def test_bytes(dtype, per_head):
     state = cache.init(sizes.TINY, SLOTS, LENGTH, dtype)
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) == 2 * sizes.TINY.num_layers * SLOTS * 2 * LENGTH * per_head
+    heads = 2 * sizes.TINY.num_layers * SLOTS * sizes.TINY.num_kv_heads * LENGTH
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) == heads * per_head
 
 
 def test_dtypes():

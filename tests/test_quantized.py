@@ -15,9 +15,10 @@ from dcmdp_jax.models.quantized import Quantized
 FORMATS = list(quantized.LARGEST)
 BITS = {"int8": 8, "int4": 4, "float8_e4m3fn": 8, "float8_e5m2": 8, "nf4": 4}
 # appendix E of arXiv 2305.14314
-NORMAL_FLOAT = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-                -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-                0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+NORMAL_FLOAT = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
 
 
 def normal(seed, *shape):
@@ -31,11 +32,19 @@ def half_step(w: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "nf4":
         gaps = np.diff(NORMAL_FLOAT)
         return gaps[np.clip(np.searchsorted(NORMAL_FLOAT, w) - 1, 0, 14)] / 2
-    digits, least = {"float8_e4m3fn": (3, -6), "float8_e5m2": (2, -14)}[dtype]  # below 2^least numbers are evenly spaced
+    digits, least = {"float8_e4m3fn": (3, -6), "float8_e5m2": (2, -14)}[dtype]  # even spacing below 2^least
     return 2.0 ** (np.maximum(np.floor(np.log2(np.abs(w))), least) - digits - 1)
 
 
-GROUPS = [  # weight, contracted axes, group -> shape of the scales, the same laid out as [matrices, groups, inputs, outputs]
+@pytest.fixture(params=["blocks", "whole"])
+def form(request, monkeypatch):
+    """The product as a CPU takes it, in blocks, and as an accelerator does, at once."""
+    if request.param == "whole":
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, cpu: default(*args))
+
+
+# weight, contracted axes, group -> shape of the scales, and the weight laid out as [matrices, groups, inputs, outputs]
+GROUPS = [
     ((24, 10), (-2,), 0, (1, 10), (1, 1, 24, 10)),
     ((24, 10), (-2,), -1, (1, 1), (1, 1, 240, 1)),
     ((24, 10), (-2,), 8, (3, 10), (1, 3, 8, 10)),
@@ -96,10 +105,29 @@ def test_zeros_stay_zero(dtype):
     np.testing.assert_array_equal(few.dequantize(), np.array([[2.0, 0, 0]] * 4, np.float32))
 
 
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_does_not_hide(dtype, bad, form):
+    w = jnp.ones((4, 3)).at[1, 2].set(bad)
+    few = quantized.quantize(w, dtype, (-2,))
+    np.testing.assert_array_equal(np.isfinite(few.dequantize()), np.array([[True, True, False]] * 4))
+    product = quantized.product(jnp.ones((1, 4)), few, jnp.float32)
+    np.testing.assert_array_equal(np.isfinite(product), [[True, True, False]])
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_every_float8_is_multiplied_exactly(dtype, form):
+    numbers = jnp.arange(256, dtype=jnp.uint8).view(jnp.dtype(dtype))
+    numbers = numbers[np.isfinite(numbers.astype(jnp.float32))]
+    got = quantized.product(jnp.ones((1, 1)), Quantized(numbers[None], jnp.ones((1, 1))), jnp.float32)
+    np.testing.assert_array_equal(got[0], numbers.astype(jnp.float32))
+
+
 def test_what_cannot_be_quantized_is_refused():
     with pytest.raises(ValueError, match="bfloat16 is not one of int8"):
         quantized.quantize(jnp.ones((2, 2)), jnp.bfloat16, (-2,))
-    for shape, axes, group in (((24, 10), (-2,), 7), ((24, 10), (-2,), 48), ((4, 6, 10), (-3, -2), 9), ((4, 6, 10), (-3, -2), 16)):
+    flat, heads = ((24, 10), (-2,)), ((4, 6, 10), (-3, -2))
+    for (shape, axes), group in ((flat, 7), (flat, 48), (heads, 9), (heads, 16)):
         with pytest.raises(ValueError, match=f"groups of {group} do not divide the inputs"):
             quantized.quantize(jnp.ones(shape), "int8", axes, group)
 
@@ -112,13 +140,6 @@ PRODUCTS = [  # x, weight, contracted axes, group
     ((7, 24), (24, 300), 1, 8),
     ((24,), (24, 128), 1, -1),
 ]
-
-
-@pytest.fixture(params=["blocks", "whole"])
-def form(request, monkeypatch):
-    """The product as a CPU takes it, in blocks, and as an accelerator does, at once."""
-    if request.param == "whole":
-        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, cpu: default(*args))
 
 
 @pytest.mark.parametrize("dtype", [*FORMATS, "bfloat16"])
@@ -171,7 +192,8 @@ def test_int8_times_int8_is_exact():
     x, w = (np.random.default_rng(i).integers(100, 128, shape) for i, shape in enumerate([(3, 4096), (4096, 50)]))
     x[:, 0] = w[0] = 127  # the scales are 1
     few = quantized.quantize(jnp.asarray(w, jnp.float32), "int8", (-2,), 0, "int8")
-    np.testing.assert_array_equal(quantized.product(jnp.asarray(x, jnp.float32), few, jnp.float32), (x @ w).astype(np.float32))
+    got = quantized.product(jnp.asarray(x, jnp.float32), few, jnp.float32)
+    np.testing.assert_array_equal(got, (x @ w).astype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", [*FORMATS, "bfloat16", "float32"])
@@ -201,7 +223,7 @@ def test_an_expert_is_its_own_matrix(dtype):
     w = normal(0, 3, 24, 10)
     few = quantized.quantize(w, dtype, (-2,), 8) if dtype in FORMATS else w
     plain = few.dequantize() if dtype in FORMATS else w
-    _, got = jax.jit(lambda few: jax.lax.scan(lambda _, e: (None, quantized.expert(few, e, jnp.float32)), None, jnp.arange(3)))(few)
+    got = jax.jit(lambda few: jax.lax.map(lambda e: quantized.expert(few, e, jnp.float32), jnp.arange(3)))(few)
     np.testing.assert_allclose(got, plain, rtol=1e-6)
     assert quantized.expert(few, 1, jnp.bfloat16).dtype == jnp.bfloat16
 
@@ -213,7 +235,7 @@ def test_products_over_devices(dtype, group, activations, split, form):
     x, few = normal(0, 8, 32), quantized.quantize(normal(1, 32, 256), dtype, (-2,), group, activations)
     table = {"tensor": "tensor"}
     whole = tuple(name if few.scale.shape[i] > 1 else None for i, name in enumerate(split))
-    places = Quantized(*(sharding.params(names, mesh, table, leaf) for names, leaf in ((split, few.values), (whole, few.scale))),
+    places = Quantized(sharding.params(split, mesh, table, few.values), sharding.params(whole, mesh, table, few.scale),
                        activations)
     apart = jax.device_put(few, places)
     assert len(apart.values.sharding.device_set) == 8 and not apart.values.sharding.is_fully_replicated

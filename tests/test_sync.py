@@ -1,4 +1,4 @@
-"""Weight sync: the same values in the decode layout, no buffer shared, each part in the precision asked for and no other."""
+"""Weight sync: the same values in the decode layout, no buffer shared, each part in the precision asked for."""
 
 import dataclasses
 
@@ -43,7 +43,8 @@ def test_the_default_changes_nothing_but_the_layout(model):
 
 @pytest.mark.parametrize("precision", [
     Precision(), Precision(weights="bfloat16", activations="int8"), Precision(weights="nf4", group=16),
-    Precision(embed="int8"), Precision(head="bfloat16", norms="bfloat16")], ids=lambda p: f"{p.weights}-{p.embed}-{p.head}")
+    Precision(embed="int8"), Precision(head="bfloat16", norms="bfloat16")],
+    ids=lambda p: f"{p.weights}-{p.embed}-{p.head}")
 @MODELS
 def test_the_engine_survives_the_donation_of_the_parameters(model, precision):
     params, version = random_params(model), jnp.int32(3)
@@ -106,8 +107,8 @@ def test_values_of_every_part(model):
 
 
 @MODELS
-@pytest.mark.parametrize(("group", "per_matrix"), [(0, lambda inputs, outputs: outputs), (-1, lambda inputs, outputs: 1),
-                                                   (8, lambda inputs, outputs: inputs * outputs // 8)])
+@pytest.mark.parametrize(("group", "per_matrix"), [
+    (0, lambda inputs, outputs: outputs), (-1, lambda inputs, outputs: 1), (8, lambda inputs, outputs: inputs * outputs // 8)])
 def test_bytes(model, group, per_matrix):
     c = model = dataclasses.replace(model, num_layers=1)
     attention = [(c.hidden_size, n * c.head_dim) for n in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
@@ -133,8 +134,8 @@ def test_a_quantized_head_takes_the_place_of_a_tied_one():
 
 
 def test_what_does_not_exist_is_refused():
-    for field, value in (("weights", "float16"), ("activations", "int4"), ("embed", "fp8"), ("head", "q4"), ("router", "int8"),
-                         ("norms", "int8")):
+    for field, value in (("weights", "float16"), ("activations", "int4"), ("embed", "fp8"), ("head", "q4"),
+                         ("router", "int8"), ("norms", "int8")):
         with pytest.raises(ValueError, match=rf"precision\.{field}='{value}' is not one of"):
             sync.make(DENSE, Precision(**{field: value}), sharding.single_device_mesh())
     with pytest.raises(ValueError, match="precision.group=-2"):
@@ -144,16 +145,19 @@ def test_what_does_not_exist_is_refused():
 
 
 @MODELS
-@pytest.mark.parametrize("precision", [Precision(weights="int8"), Precision(weights="nf4", group=16, embed="int8", head="int4")],
-                         ids=["int8", "nf4"])
+@pytest.mark.parametrize("precision", [
+    Precision(weights="int8"), Precision(weights="nf4", group=16, embed="int8", head="int4")], ids=["int8", "nf4"])
 def test_placement_is_the_decode_table(model, precision):
     mesh = sharding.make_mesh(MeshConfig(expert=2 if model.num_experts else 1, tensor=2), jax.devices()[:8])
     shapes = jax.eval_shape(lambda: random_params(model))
-    params = jax.device_put(random_params(model), sharding.params(qwen3.logical_axes(model), mesh, sharding.TRAIN, shapes))
+    places = sharding.params(qwen3.logical_axes(model), mesh, sharding.TRAIN, shapes)
+    params = jax.device_put(random_params(model), places)
     weights = synced(model, precision, params, mesh)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), weights, synced(model, precision))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), weights,
+                 synced(model, precision))
     attention = weights.params["stacks"][0]["attention"]
-    assert tuple(attention["q_proj"].values.sharding.spec) == tuple(attention["q_proj"].scale.sharding.spec) == (None, "tensor", None)
+    for leaf in (attention["q_proj"].values, attention["q_proj"].scale):
+        assert tuple(leaf.sharding.spec) == (None, "tensor", None)
     assert tuple(attention["o_proj"].values.sharding.spec) == ("tensor", None, None)
     few = attention["o_proj"].scale  # one per output channel is not split, one per head and group is
     assert tuple(few.sharding.spec) == ((None, None, None) if few.shape[0] == 1 else ("tensor", None, None))
@@ -162,7 +166,8 @@ def test_placement_is_the_decode_table(model, precision):
 
 @pytest.mark.parametrize("precision", [Precision(), Precision(weights="int8")], ids=["float32", "int8"])
 def test_from_training_devices_to_others(precision):
-    train, decode = (sharding.make_mesh(MeshConfig(tensor=2), devices) for devices in (jax.devices()[:4], jax.devices()[4:]))
+    halves = jax.devices()[:4], jax.devices()[4:]
+    train, decode = (sharding.make_mesh(MeshConfig(tensor=2), half) for half in halves)
     shapes = jax.eval_shape(lambda: random_params(MOE))
     params = jax.device_put(random_params(MOE), sharding.params(qwen3.logical_axes(MOE), train, sharding.TRAIN, shapes))
     weights = synced(MOE, precision, params, decode, version=jax.device_put(5, sharding.replicated(train)))

@@ -66,8 +66,8 @@ def insert(
 def write(layer: Layer, new: jax.Array, lengths: jax.Array) -> Layer:
     """Put `new[b]` at position `lengths[b]` of slot b; a position outside the cache is dropped.
 
-    layer [B, KV, S, h], new [B, KV, h], lengths [B] int32 -> [B, KV, S, h]. Float32 and int8 are written in place; on a CPU
-    XLA makes a bfloat16 or float8 layer float32 and back to write into it.
+    layer [B, KV, S, h], new [B, KV, h], lengths [B] int32 -> [B, KV, S, h]. Float32 and int8 are written in place; on a
+    CPU XLA makes a bfloat16 or float8 layer float32 and back to write into it.
     """
     slots = jnp.arange(layer.shape[0])
     return jax.tree.map(lambda old, new: old.at[slots, :, lengths].set(new, unique_indices=True, mode="drop"),
@@ -82,10 +82,10 @@ def _held(new: jax.Array, layer: Layer) -> Layer:
 
 
 def attend(q: jax.Array, keys: Layer, values: Layer, lengths: jax.Array, *, window: int) -> jax.Array:
-    """Attention of one token a slot to positions 0..lengths[b] of its slot: `softmax(q k^T / sqrt(h)) v`, softmax in float32.
+    """Attention of one token a slot to positions 0..lengths[b] of its slot: `softmax(q k^T / sqrt(h)) v`.
 
-    q [B, KV, G, h], keys, values [B, KV, S, h], lengths [B] < `window` -> [B, KV, G, h]. Positions from `window` (static) on
-    are not read. Scales of quantized keys and values are applied to the scores and the weights.
+    q [B, KV, G, h], keys, values [B, KV, S, h], lengths [B] < `window` -> [B, KV, G, h]; softmax in float32. Positions
+    from `window` (static) on are not read. Scales of quantized keys and values are applied to the scores and the weights.
     """
     slots, per_slot = q.shape[0], q.shape[1] * window * q.shape[3]
     together = max(BLOCK // per_slot, 1)

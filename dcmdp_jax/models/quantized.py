@@ -1,14 +1,15 @@
 """Weights held in few bits, and the matrix products that accept them in place of an array.
 
-Quantizer and container are written here, not taken from `qwix`: its products with float activations dequantize the whole
-weight, a copy that XLA's CPU compiler keeps through a decode loop; its int8 product takes several times as long on a CPU as
-the plain one; and its `QArray` has no place for the precision of what is multiplied with it.
+Quantizer and container are written here, not taken from `qwix`: its products with float activations dequantize the
+whole weight, a copy that XLA's CPU compiler keeps through a decode loop; its int8 product takes several times as long
+on a CPU as the plain one; and its `QArray` has no place for the precision of what is multiplied with it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import statistics
 
@@ -26,7 +27,7 @@ FEW_ROWS = 64  # activations up to which a product is as fast as its weight is r
 
 
 def _normal_float() -> tuple[float, ...]:
-    """The 16 levels of NormalFloat (arXiv 2305.14314, section 3): quantiles of a normal distribution, within [-1, 1]."""
+    """The 16 levels of NormalFloat (arXiv 2305.14314, section 3), quantiles of a normal distribution, within [-1, 1]."""
     edge = 1 - (1 / 30 + 1 / 32) / 2
     above, below = ([statistics.NormalDist().inv_cdf(p) for p in np.linspace(edge, 0.5, n)[:-1]] for n in (9, 8))
     return tuple(level / above[0] for level in sorted([*above, 0.0, *(-level for level in below)]))
@@ -71,7 +72,8 @@ def quantize(w: jax.Array, dtype, contract_axes: tuple[int, ...], group: int = 0
       contract_axes: negative, in order: the axes a matrix product contracts. The first of them begins the matrix.
       group: 0 one scale per output channel; -1 one per matrix; n > 0 one per n consecutive inputs of an output channel.
 
-    What is zero throughout gets scale 1. Raises ValueError for another dtype, or a group that does not divide the inputs.
+    What is zero throughout gets scale 1; what is not finite makes all that shares its scale NaN. Raises ValueError for
+    another dtype, or a group that does not divide the inputs.
     """
     name = dtype if dtype == "nf4" else jnp.dtype(dtype).name
     if name not in LARGEST:
@@ -81,10 +83,10 @@ def quantize(w: jax.Array, dtype, contract_axes: tuple[int, ...], group: int = 0
     split = [n for few, size in zip(scales, shape) for n in (few, size // few)]
     w = w.astype(jnp.float32).reshape(split)
     scale = jnp.max(jnp.abs(w), axis=range(1, len(split), 2), keepdims=True) / LARGEST[name]
-    scale = jnp.where(scale > 0, scale, 1.0)
+    scale = jnp.where(scale == 0, 1.0, scale)
     values = jnp.clip(w / scale, -LARGEST[name], LARGEST[name])
     if name == "nf4":
-        between = jnp.asarray([(low + high) / 2 for low, high in zip(NF4, NF4[1:])], jnp.float32)
+        between = jnp.asarray([(low + high) / 2 for low, high in itertools.pairwise(NF4)], jnp.float32)
         values = jnp.searchsorted(between, values, method="compare_all").astype(jnp.uint4)
     else:
         values = (jnp.round(values) if name.startswith("int") else values).astype(name)
@@ -142,8 +144,8 @@ def rounded(x: jax.Array, w: jax.Array | Quantized) -> jax.Array:
 def product(x: jax.Array, w: jax.Array | Quantized, dtype, contract: int = 1) -> jax.Array:
     """The last `contract` axes of `x` times the first of `w`, in `dtype`: [..., *I], [*I, *O] -> [..., *O] float32.
 
-    A `Quantized` weight, or one of fewer bits than `dtype`, is scaled after the product where a scale is an output channel's.
-    int8 activations times int8 or int4 weights are summed in int32.
+    A `Quantized` weight is scaled after the product where a scale is an output channel's or the matrix's, before it
+    where it is a group's. int8 activations times int8 or int4 weights are summed in int32.
     """
     if not isinstance(w, Quantized):
         if w.dtype.itemsize >= jnp.dtype(dtype).itemsize:
@@ -213,10 +215,26 @@ def _by_channels(x: jax.Array, w: Quantized, dtype) -> jax.Array:
     width = min(CHANNELS, size)
 
     def block(i, y):
-        cut = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i * width, min(width, a.shape[1]), 1), w)
+        cut = jax.tree.map(lambda a: _cut(a, i, width, 1), w)
         return jax.lax.dynamic_update_slice_in_dim(y, _scaled(x, cut, dtype), i * width, 1)
 
     return jax.lax.fori_loop(0, -(-size // width), block, jnp.zeros((x.shape[0], size), jnp.float32))
+
+
+def _cut(a: jax.Array, i: jax.Array, size: int, axis: int) -> jax.Array:
+    """Block i of a weight on a CPU, float32 where it was float8.
+
+    Bits are cut and not floats, all of which XLA's CPU compiler would make float32 first. It widens float8 slowly, but
+    float16 by an instruction: float8_e5m2 is the upper half of a float16, and float8_e4m3fn one times 2^8.
+    """
+    bits = {"bfloat16": jnp.uint16, "float8_e4m3fn": jnp.uint8, "float8_e5m2": jnp.uint8}.get(a.dtype.name, a.dtype)
+    block = jax.lax.dynamic_slice_in_dim(a.view(bits), i * size, min(size, a.shape[axis]), axis)
+    if a.dtype == jnp.float8_e5m2:
+        return (block.astype(jnp.uint16) << 8).view(jnp.float16).astype(jnp.float32)
+    if a.dtype == jnp.float8_e4m3fn:
+        wide = block.astype(jnp.uint16)
+        return ((wide & 0x80) << 8 | (wide & 0x7F) << 7).view(jnp.float16).astype(jnp.float32) * 2.0**8
+    return block.view(a.dtype)
 
 
 def _table_first(x: jax.Array, table: Quantized, dtype) -> jax.Array:
@@ -228,7 +246,7 @@ def _table_first(x: jax.Array, table: Quantized, dtype) -> jax.Array:
     height = min(TABLE_ROWS, size)
 
     def block(i, y):
-        cut = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i * height, min(height, a.shape[0])), table)
+        cut = jax.tree.map(lambda a: _cut(a, i, height, 0), table)
         part = einsum("vd,nd->vn", _numbers(cut.values, dtype), x, dtype) * cut.scale
         return jax.lax.dynamic_update_slice_in_dim(y, part, i * height, 0)
 

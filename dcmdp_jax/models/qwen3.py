@@ -2,8 +2,8 @@
 
 Parameters are a plain tree, `{"embed" [V, D], "stacks": [...], "final_norm" [D], "head" [D, V] unless tied}`.
 Consecutive layers of one kind (dense or sparse) form a stack, whose leaves carry a leading layer axis and are scanned.
-`prefill` and `decode` take the form `unstack` makes, one tree per layer. Projections, embedding and head may be `Quantized`,
-and the engine's tied embedding may have a head beside it, `"head"` [V, D].
+`prefill` and `decode` take the form `unstack` makes, one tree per layer. Projections, embedding and head may be
+`Quantized`, and the engine's tied embedding may have a head beside it, `"head"` [V, D].
 Every function is pure, and `config` is static under jit.
 B rows, S positions, D model, KV kv-heads, h head size, V vocabulary.
 """
