@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dcmdp_jax.config import ModelConfig, Yarn
-from dcmdp_jax.models import quantized
+from dcmdp_jax.models import quantized, swiglu
 from dcmdp_jax.models.moe import MoE, parameter
 from dcmdp_jax.models.quantized import project
 
@@ -134,7 +134,7 @@ class MLP(nn.Module):
         gate_proj = parameter(self, "gate_proj", (c.hidden_size, c.intermediate_size), ("embed", "mlp"))
         up_proj = parameter(self, "up_proj", (c.hidden_size, c.intermediate_size), ("embed", "mlp"))
         down_proj = parameter(self, "down_proj", (c.intermediate_size, c.hidden_size), ("mlp", "embed"))
-        return project(nn.silu(project(x, gate_proj)) * project(x, up_proj), down_proj)
+        return swiglu.dense(x, gate_proj, up_proj, down_proj)
 
 
 class Layer(nn.Module):
