@@ -107,11 +107,13 @@ def hidden(
     *,
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    embedded: jax.Array | None = None,
 ) -> jax.Array:
     """The residual stream after the final norm, in the compute dtype: tokens [B, S] int32 -> [B, S, D].
 
     A token looks at itself and at the tokens before it in its segment, a run of equal ids.
     segment_ids [B, S]: None is one segment per row; 0 is padding. positions [B, S]: None counts from 0 in each row.
+    embedded [B, S, D]: the tokens' rows of the embedding, where the caller has looked them up.
     Raises ValueError for `unstack`ed parameters.
     """
     cos, sin = rotary(jnp.arange(tokens.shape[1])[None] if positions is None else positions, config)
@@ -121,7 +123,7 @@ def hidden(
 
     if params["stacks"][0]["input_norm"]["scale"].ndim != 2:
         raise ValueError("hidden takes the stacked parameters of init or load, not those of unstack")
-    x = Ends(config).apply({"params": _ends(params)}, tokens, method="embed")
+    x = Ends(config).apply({"params": _ends(params)}, tokens, method="embed") if embedded is None else embedded
     for stack, (sparse, _) in zip(params["stacks"], stacks(config), strict=True):
         layer = Layer(config, sparse)
 

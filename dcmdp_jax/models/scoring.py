@@ -84,11 +84,23 @@ def packed_logp(params: Any, tokens: jax.Array, positions: jax.Array, segment_id
 
     What stands at masked places means nothing.
     """
-    hidden = qwen3.hidden(params, tokens, config, positions=positions, segment_ids=segment_ids)
+    rows, table = _look_up(params["embed"], tokens)
+    params, rows = params | {"embed": table}, rows.astype(compute_dtype(config))
+    hidden = qwen3.hidden(params, tokens, config, positions=positions, segment_ids=segment_ids, embedded=rows)
     following = jnp.roll(tokens, -1, axis=1)  # the last column predicts nothing and is not in `index`
     wanted = jnp.zeros(tokens.size, bool).at[index].set(True).reshape(tokens.shape)
     out = token_logp(params, hidden, following, wanted, config, temperature, entropy=entropy)
     return jax.tree.map(lambda x: x.reshape(-1)[index], out)
+
+
+@jax.custom_vjp
+def _look_up(table: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows of the table, and the table for a head tied to it: their gradients add up in one array, which is as large."""
+    return table[tokens], table
+
+
+_look_up.defvjp(lambda table, tokens: (_look_up(table, tokens), tokens),
+                lambda tokens, grads: (grads[1].at[tokens].add(grads[0]), None))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
