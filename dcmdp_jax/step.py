@@ -21,6 +21,7 @@ from dcmdp_jax.models import qwen3, scoring
 from dcmdp_jax.records import Batch, TrainState
 
 Metrics = dict[str, jax.Array]
+Pull = Callable[[jax.Array], tuple[Any]]
 
 
 def controller(config: Config) -> constraint.Controller:
@@ -82,13 +83,17 @@ def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: 
     advantage = algorithm.advantage(batch.reward.reshape(-1), batch.group.reshape(-1),
                                     num_groups=config.data.prompts_per_step).reshape(batch.reward.shape)[..., None]
     behaviour, _ = sampled_from(state)
-    old_logp, entropy = _old_logp(behaviour, batch, config, model)
+    pull = None
+    if algorithm.epochs * algorithm.minibatches * algorithm.microbatches == 1 and not state.stale:
+        old_logp, pull, entropy = _only_pass(state.params, batch, config, model)
+    else:
+        old_logp, entropy = _old_logp(behaviour, batch, config, model)
     shaped = dual.shape(_flat(advantage), _flat(old_logp), _flat(batch.rollout_logp), state.dual.multiplier, dual.tolerance,
                         _flat(batch.mask)).reshape(batch.mask.shape)
 
     def update(carry, minibatch):
         params, opt_state, skipped = carry
-        loss, grads, norm = _gradients(params, minibatch, config, model)
+        loss, grads, norm = _gradients(params, minibatch, config, model, pull)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         params, opt_state = _adamw(grads, norm, finite, params, opt_state, algorithm)
         return (params, opt_state, skipped + ~finite), (loss, norm)
@@ -118,34 +123,47 @@ def _old_logp(params: Any, batch: Batch, config: Config, model: ModelConfig) -> 
     return jax.lax.map(lambda minibatch: jax.lax.map(score, minibatch), batch)
 
 
+def _only_pass(params: Any, batch: Batch, config: Config, model: ModelConfig) -> tuple[jax.Array, Pull, jax.Array]:
+    """`_old_logp` of a single microbatch whose only update starts from the weights that sampled: the update's own forward
+    pass. Between its results stands the way back, from the gradient of the log-probs to the parameters'.
+    """
+    micro = jax.tree.map(lambda x: x[0, 0], batch)
+    logp, pull, entropy = jax.vjp(lambda params: _score(params, micro, config, model, entropy=True), params, has_aux=True)
+    return logp[None, None], pull, entropy[None, None]
+
+
 def _score(params: Any, micro: Batch, config: Config, model: ModelConfig, *,
            entropy: bool = False) -> tuple[jax.Array, jax.Array | None]:
     return scoring.packed_logp(params, micro.tokens, micro.positions, micro.segment_ids, micro.index, model,
                                config.rollout.temperature, entropy=entropy)
 
 
-def _gradients(params: Any, minibatch: tuple, config: Config, model: ModelConfig) -> tuple[jax.Array, Any, jax.Array]:
+def _gradients(params: Any, minibatch: tuple, config: Config, model: ModelConfig,
+               pull: Pull | None = None) -> tuple[jax.Array, Any, jax.Array]:
     """Loss, its gradient and the gradient's norm, accumulated over the A microbatches of one minibatch.
 
     The reducer is linear, so its gradient gives every token's weight in the minibatch as a whole; microbatches then add up
-    to what the minibatch in one piece would give.
+    to what the minibatch in one piece would give. `pull` is that of `_only_pass`, if there was one.
     """
     batch, old_logp, shaped = minibatch
     surrogate = config.algorithm.surrogate
     _, denominator = surrogate(_flat(old_logp), _flat(old_logp), _flat(batch.rollout_logp), _flat(shaped), _flat(batch.mask))
     weight = jax.grad(lambda x: config.algorithm.reduce(x, denominator))(jnp.zeros_like(_flat(shaped))).reshape(shaped.shape)
 
-    def loss_fn(params, micro, old_logp, shaped, weight):
-        logp, _ = _score(params, micro, config, model)
-        loss, _ = surrogate(logp, old_logp, micro.rollout_logp, shaped, micro.mask)
-        return jnp.sum(loss * weight)
+    def loss_of(logp, micro, old_logp, shaped, weight):
+        return jnp.sum(surrogate(logp, old_logp, micro.rollout_logp, shaped, micro.mask)[0] * weight)
+
+    def loss_fn(params, micro, *arrays):
+        return loss_of(_score(params, micro, config, model)[0], micro, *arrays)
 
     def accumulate(total, micro):
         return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(params, *micro)), None
 
     micros = batch, old_logp, shaped, weight
     if len(shaped) == 1:  # nothing to add up, and no room for a sum
-        loss, grads = jax.value_and_grad(loss_fn)(params, *jax.tree.map(lambda x: x[0], micros))
+        only = jax.tree.map(lambda x: x[0], micros)
+        loss, grads = jax.value_and_grad(loss_of if pull else loss_fn)(old_logp[0] if pull else params, *only)
+        grads = pull(grads)[0] if pull else grads
     else:
         zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
         (loss, grads), _ = jax.lax.scan(accumulate, zero, micros)

@@ -18,7 +18,7 @@ from dcmdp_jax.models.layers import compute_dtype
 from dcmdp_jax.models.quantized import einsum
 
 CHUNK = 1 << 24  # logits held at a time
-CPU_TOKENS, CPU_WIDTH = 512, 8192  # of a tile of logits on a CPU, which then stays in its last cache
+CPU_TOKENS, CPU_WIDTH = 512, 4096  # of a tile of logits on a CPU, which then stays in its last cache
 LOW = -1e30  # below every logit; finite, so that it may be subtracted from itself
 
 
