@@ -19,6 +19,7 @@ from dcmdp_jax.models.quantized import einsum
 
 CHUNK = 1 << 24  # logits held at a time
 CPU_TOKENS, CPU_WIDTH = 512, 4096  # of a tile of logits on a CPU, which then stays in its last cache
+At = tuple[jax.Array, int]  # where a tile begins, and its size
 LOW = -1e30  # below every logit; finite, so that it may be subtracted from itself
 
 
@@ -26,6 +27,7 @@ class Tiling(NamedTuple):
     """How logits are made, `tokens` x `width` of each row at a time."""
 
     tokens: int  # c
+    rest: int  # of the tiles of what is left after whole ones; divides `tokens`
     width: int  # v
     vocabulary: int  # V
     tied: bool  # the weight is [V, D], not [D, V]
@@ -64,11 +66,13 @@ def token_logp(params: Any, hidden: jax.Array, targets: jax.Array, wanted: jax.A
     parts = -(-config.vocab_size // CPU_WIDTH)
     width = min(-(-config.vocab_size // parts // 128) * 128, config.vocab_size)  # whole vectors of the processor
 
-    def tiling(tokens, width):
-        return Tiling(max(tokens, 1), width, config.vocab_size, config.tie_word_embeddings, compute_dtype(config), temperature, entropy)
+    def tiling(tokens, parts, width):
+        rest = -(-max(tokens, 1) // parts)
+        return Tiling(rest * parts, rest, width, config.vocab_size, config.tie_word_embeddings, compute_dtype(config),
+                      temperature, entropy)
 
-    by_row = tiling(min(CHUNK // (config.vocab_size * rows), columns), config.vocab_size)
-    as_one = tiling(min(CHUNK // width, CPU_TOKENS, rows * columns), width)
+    by_row = tiling(min(CHUNK // (config.vocab_size * rows), columns), 1, config.vocab_size)
+    as_one = tiling(min(CPU_TOKENS, rows * columns), 8, width)
 
     def in_one(hidden, weight, targets, wanted):
         flat = [x.reshape(1, rows * columns, *x.shape[2:]) for x in (hidden, targets, wanted)]
@@ -115,18 +119,18 @@ def _forward(tiling: Tiling, hidden: jax.Array, weight: jax.Array, targets: jax.
     def part(i, sums):
         w = _words(tiling, weight, i)
 
-        def tile(j, sums):
-            top, total, moment, picked = (_tokens(tiling, x, j) for x in sums)
-            z, own, place = _logits(tiling, moved, w, i, j)
+        def tile(at, sums):
+            top, total, moment, picked = (_cut(x, at) for x in sums)
+            z, own, place = _logits(tiling, moved, w, i, at)
             new = jnp.maximum(top, jnp.max(z, axis=-1))
             shrink, p = jnp.exp(top - new), jnp.exp(z - new[..., None])
             if tiling.entropy:
                 moment = shrink * (moment + (top - new) * total) + jnp.sum(p * (z - new[..., None]), axis=-1)
             total = shrink * total + jnp.sum(p, axis=-1)
             picked = jnp.where(own, jnp.take_along_axis(z, place[..., None], axis=-1)[..., 0], picked)
-            return tuple(_put(tiling, x, y, j) for x, y in zip(sums, (new, total, moment, picked)))
+            return tuple(_put(x, y, at) for x, y in zip(sums, (new, total, moment, picked)))
 
-        return jax.lax.fori_loop(0, _tiles(tiling, moved), tile, sums)
+        return _each_tile(tiling, moved, tile, sums)
 
     zero = jnp.zeros(moved.targets.shape, jnp.float32)
     top, total, moment, picked = _each_part(tiling, part, (zero + LOW, zero + 1, zero, zero))
@@ -146,19 +150,18 @@ def _backward(tiling: Tiling, kept: tuple, cotangents: list[jax.Array]) -> tuple
         d_hidden, d_weight = grads
         w = _words(tiling, weight, i)
 
-        def tile(j, grads):
+        def tile(at, grads):
             d_hidden, d_w = grads
-            z, own, place = _logits(tiling, moved, w, i, j)
-            g = _tokens(tiling, slope, j)
+            z, own, place = _logits(tiling, moved, w, i, at)
+            g = _cut(slope, at)
             hit = own[..., None] & (jnp.arange(tiling.width) == place[..., None])
-            dz = g[..., None] * (hit - jnp.exp(z - _tokens(tiling, log_total, j)[..., None]))
-            pair = (dz, _tokens(tiling, moved.hidden, j))
+            dz = g[..., None] * (hit - jnp.exp(z - _cut(log_total, at)[..., None]))
+            pair = (dz, _cut(moved.hidden, at))
             d_w = d_w + einsum(to_weight, *(pair if tiling.tied else pair[::-1]), tiling.dtype)
-            rows = _tokens(tiling, d_hidden, j) + einsum(to_hidden, dz, w, tiling.dtype)
-            return _put(tiling, d_hidden, rows, j), d_w
+            rows = _cut(d_hidden, at) + einsum(to_hidden, dz, w, tiling.dtype)
+            return _put(d_hidden, rows, at), d_w
 
-        start = d_hidden, _words(tiling, d_weight, i)
-        d_hidden, d_w = jax.lax.fori_loop(0, _tiles(tiling, moved), tile, start)
+        d_hidden, d_w = _each_tile(tiling, moved, tile, (d_hidden, _words(tiling, d_weight, i)))
         return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_weight, d_w, _first(tiling, i), 0 if tiling.tied else 1)
 
     zero = jnp.zeros(moved.hidden.shape, jnp.float32), jnp.zeros(weight.shape, jnp.float32)
@@ -183,13 +186,13 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
     return jax.vmap(lambda row, i: row[i])(x, index)
 
 
-def _logits(tiling: Tiling, moved: Moved, w: jax.Array, i: jax.Array, j: jax.Array) -> tuple[jax.Array, ...]:
-    """z [R, c, v] of tile j over part i of the vocabulary; whether each target is in that part, and where: [R, c]."""
-    z = einsum("rcd,vd->rcv" if tiling.tied else "rcd,dv->rcv", _tokens(tiling, moved.hidden, j), w, tiling.dtype)
+def _logits(tiling: Tiling, moved: Moved, w: jax.Array, i: jax.Array, at: At) -> tuple[jax.Array, ...]:
+    """z [R, c, v] of a tile over part i of the vocabulary; whether each target is in that part, and where: [R, c]."""
+    z = einsum("rcd,vd->rcv" if tiling.tied else "rcd,dv->rcv", _cut(moved.hidden, at), w, tiling.dtype)
     first, new = _first(tiling, i), i * tiling.width
     if tiling.vocabulary % tiling.width:  # the last part begins with words of the one before
         z = jnp.where(first + jnp.arange(tiling.width) >= new, z, LOW)
-    targets = _tokens(tiling, moved.targets, j)
+    targets = _cut(moved.targets, at)
     own = (targets >= new) & (targets < new + tiling.width)
     return z / tiling.temperature, own, jnp.clip(targets - first, 0, tiling.width - 1)
 
@@ -209,14 +212,18 @@ def _words(tiling: Tiling, weight: jax.Array, i: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(weight, _first(tiling, i), tiling.width, axis=0 if tiling.tied else 1)
 
 
-def _tiles(tiling: Tiling, moved: Moved) -> jax.Array:
-    return -(-moved.count // tiling.tokens)
+def _each_tile(tiling: Tiling, moved: Moved, tile: Callable, start: Any) -> Any:
+    """Whole tiles, and smaller ones of what is left, as far as there are wanted positions."""
+    whole = moved.count // tiling.tokens if tiling.rest < tiling.tokens else 0
+    carry = jax.lax.fori_loop(0, whole, lambda j, carry: tile((j * tiling.tokens, tiling.tokens), carry), start)
+    first, last = whole * (tiling.tokens // tiling.rest), -(-moved.count // tiling.rest)
+    return jax.lax.fori_loop(first, last, lambda j, carry: tile((j * tiling.rest, tiling.rest), carry), carry)
 
 
-def _tokens(tiling: Tiling, x: jax.Array, j: jax.Array) -> jax.Array:
-    """Tile j: [R, C, ...] -> [R, c, ...]."""
-    return jax.lax.dynamic_slice_in_dim(x, j * tiling.tokens, tiling.tokens, axis=1)
+def _cut(x: jax.Array, at: At) -> jax.Array:
+    """A tile's positions: [R, C, ...] -> [R, c, ...]."""
+    return jax.lax.dynamic_slice_in_dim(x, *at, axis=1)
 
 
-def _put(tiling: Tiling, x: jax.Array, tile: jax.Array, j: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(x, tile, j * tiling.tokens, axis=1)
+def _put(x: jax.Array, tile: jax.Array, at: At) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, tile, at[0], axis=1)
