@@ -60,8 +60,8 @@ def state_shardings(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh)
 
 
 def batch_shardings(mesh: jax.sharding.Mesh) -> Batch:
-    """Packed rows over the batch axes; arrays of completions whole on every device."""
-    rows, whole = sharding.split(mesh, 2), sharding.replicated(mesh)
+    """Packed rows over the batch axes and their positions over `sequence`; arrays of completions whole on every device."""
+    rows, whole = sharding.packed_rows(mesh), sharding.replicated(mesh)
     return Batch(tokens=rows, positions=rows, segment_ids=rows, index=whole, completions=whole, mask=whole,
                  rollout_logp=whole, reward=whole, group=whole)
 
@@ -74,7 +74,7 @@ def compile(config: Config, model: ModelConfig,
         raise ValueError("bypass with the surviving denominator judges tokens anew at every update; set "
                          "algorithm.epochs=1 and minibatches=1, or take corrections.original")
     state, batch = state_shardings(config, model, mesh), batch_shardings(mesh)
-    return jax.jit(partial(constrained_step, config=config, model=model), in_shardings=(state, batch),
+    return jax.jit(sharding.over(mesh, partial(constrained_step, config=config, model=model)), in_shardings=(state, batch),
                    out_shardings=(state, sharding.replicated(mesh)), donate_argnums=0)
 
 

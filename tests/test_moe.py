@@ -22,7 +22,7 @@ def random_params(config, seed=0) -> dict:
 
 @functools.partial(jax.jit, static_argnames="config")
 def apply(params, x, config):
-    return moe.MoE(config).apply({"params": params}, x)
+    return layers.MoE(config).apply({"params": params}, x)
 
 
 def dense(params, x, config):

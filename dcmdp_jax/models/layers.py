@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dcmdp_jax import sharding
 from dcmdp_jax.config import ModelConfig, Yarn
-from dcmdp_jax.models import quantized
-from dcmdp_jax.models.moe import MoE, parameter
+from dcmdp_jax.models import dispatch, moe, quantized, splash
+from dcmdp_jax.models.moe import parameter
 from dcmdp_jax.models.quantized import einsum, project
 
 # (q [B, KV, G, S, h], k, v [B, KV, S, h]) -> (out [B, KV, G, S, h], whatever the caller keeps of k and v)
@@ -99,6 +100,18 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
     return einsum("bkgst,bkgth->bkgsh", jax.nn.softmax(scores, axis=-1), v, q.dtype).astype(q.dtype)
 
 
+def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Causal attention within segments [B, S] of packed rows: q [B, KV, G, S, h], k, v [B, KV, S, h] -> as q."""
+    def scores(q, k, v, segment_ids):
+        index = jnp.arange(segment_ids.shape[1])
+        mask = (index[:, None] >= index) & (segment_ids[:, :, None] == segment_ids[:, None, :])
+        return attention(q, k, v, mask[:, None, None])
+
+    if not splash.applies(q):
+        return scores(q, k, v, segment_ids)
+    return jax.lax.platform_dependent(q, k, v, segment_ids, tpu=splash.attention, default=scores)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with normalised queries and keys; the caller's `attend` supplies mask and cache."""
 
@@ -147,6 +160,34 @@ class MLP(nn.Module):
         up_proj = parameter(self, "up_proj", (c.hidden_size, c.intermediate_size), ("embed", "mlp"))
         down_proj = parameter(self, "down_proj", (c.intermediate_size, c.hidden_size), ("mlp", "embed"))
         return project(nn.silu(project(x, gate_proj)) * project(x, up_proj), down_proj)
+
+
+class MoE(nn.Module):
+    """Mixture of SwiGLU experts (see `moe.mix`, and `dispatch.mix` over several devices) behind the router (see `moe.route`).
+
+    Experts are `gate_proj`, `up_proj` [E, D, F] and `down_proj` [E, F, D]; `router` is [D, E].
+    """
+
+    config: ModelConfig
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, S, D] -> [B, S, D]."""
+        c = self.config
+        wide = (c.num_experts, c.hidden_size, c.expert_size)
+        # The softmax runs over every expert, so the router is not split along them.
+        router = parameter(self, "router", (c.hidden_size, c.num_experts), ("embed", None))
+        gate_proj = parameter(self, "gate_proj", wide, ("experts", "expert_embed", "mlp"))
+        up_proj = parameter(self, "up_proj", wide, ("experts", "expert_embed", "mlp"))
+        down_proj = parameter(self, "down_proj", (wide[0], wide[2], wide[1]), ("experts", "mlp", "expert_embed"))
+        weights = moe.Experts(gate_proj, up_proj, down_proj)
+        gates, experts = moe.route(x, router, c)
+        self.sow("routing", "experts", experts.reshape(-1, c.experts_per_token))
+        if sharding.ambient() is not None and not self.is_initializing():
+            return dispatch.mix(x, gates, experts, weights)
+        tokens, gates, experts = (a.reshape(-1, a.shape[-1]) for a in (x, gates, experts))
+        return moe.mix(tokens, gates, experts, weights).reshape(x.shape)
 
 
 class Layer(nn.Module):

@@ -27,9 +27,9 @@ def route(x: jax.Array, router: jax.Array, config: ModelConfig) -> tuple[jax.Arr
         p = softmax(x @ router) over all E experts, in float32
         gates = top-k of p, divided by their sum if norm_topk_prob
 
-    x [N, D], router [D, E] -> gates [N, k] float32, experts [N, k] int32.
+    x [..., D], router [D, E] -> gates [..., k] float32, experts [..., k] int32.
     """
-    probs = jax.nn.softmax(einsum("nd,de->ne", x, router, jnp.float32), axis=-1)
+    probs = jax.nn.softmax(einsum("...d,de->...e", x, router, jnp.float32), axis=-1)
     gates, experts = jax.lax.top_k(probs, config.experts_per_token)
     if config.norm_topk_prob:
         gates = gates / jnp.sum(gates, axis=-1, keepdims=True)
@@ -50,9 +50,13 @@ def mix(x: jax.Array, gates: jax.Array, experts: jax.Array, weights: Experts) ->
     Assignments are sorted by expert. Accelerators multiply them by `ragged_dot`; on a CPU, where that is ten times slower
     than the products it stands for, each expert's rows are cut into tiles.
     """
-    rows = jax.lax.platform_dependent(x, experts, weights, cpu=_by_tiles, default=_by_ragged_dot)
     # Summed in the order of k, which does not depend on the other tokens.
-    return jnp.sum(rows.astype(jnp.float32) * gates[..., None], axis=1).astype(x.dtype)
+    return jnp.sum(assigned(x, experts, weights).astype(jnp.float32) * gates[..., None], axis=1).astype(x.dtype)
+
+
+def assigned(x: jax.Array, experts: jax.Array, weights: Experts) -> jax.Array:
+    """Each assignment's row `down_e(silu(gate_e x) * up_e x)`: x [N, D], experts [N, k] -> [N, k, D]."""
+    return jax.lax.platform_dependent(x, experts, weights, cpu=_by_tiles, default=_by_ragged_dot)
 
 
 def _by_ragged_dot(x: jax.Array, experts: jax.Array, weights: Experts) -> jax.Array:
@@ -141,28 +145,3 @@ def _put(out: jax.Array, rows: jax.Array, i: jax.Array, tile: int) -> jax.Array:
 
 def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
     return einsum("nd,df->nf", x, w, x.dtype).astype(x.dtype)
-
-
-class MoE(nn.Module):
-    """Mixture of SwiGLU experts (see `mix`) behind the router (see `route`).
-
-    Experts are `gate_proj`, `up_proj` [E, D, F] and `down_proj` [E, F, D]; `router` is [D, E].
-    """
-
-    config: ModelConfig
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, S, D] -> [B, S, D]."""
-        c = self.config
-        wide = (c.num_experts, c.hidden_size, c.expert_size)
-        # The softmax runs over every expert, so the router is not split along them.
-        router = parameter(self, "router", (c.hidden_size, c.num_experts), ("embed", None))
-        gate_proj = parameter(self, "gate_proj", wide, ("experts", "embed", "mlp"))
-        up_proj = parameter(self, "up_proj", wide, ("experts", "embed", "mlp"))
-        down_proj = parameter(self, "down_proj", (wide[0], wide[2], wide[1]), ("experts", "mlp", "embed"))
-        tokens = x.reshape(-1, c.hidden_size)
-        gates, experts = route(tokens, router, c)
-        self.sow("routing", "experts", experts)
-        return mix(tokens, gates, experts, Experts(gate_proj, up_proj, down_proj)).reshape(x.shape)

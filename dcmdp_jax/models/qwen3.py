@@ -17,10 +17,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dcmdp_jax import sharding
 from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models import cache as kv_cache
 from dcmdp_jax.models.cache import Cache
-from dcmdp_jax.models.layers import Ends, Layer, attention, rotary
+from dcmdp_jax.models.layers import Ends, Layer, attention, compute_dtype, packed_attention, rotary
 
 CONTRACTED = {
     "q_proj": (-3,),
@@ -64,7 +65,7 @@ def init(key: jax.Array, config: ModelConfig, dtype=jnp.float32) -> dict:
 def logical_axes(config: ModelConfig) -> dict:
     """The logical name of every axis of every parameter: `init`'s tree with a tuple of names (or None) per leaf.
 
-    Names: layers, vocab, embed, q_heads, kv_heads, head_dim, mlp, experts.
+    Names: layers, vocab, embed, q_heads, kv_heads, head_dim, mlp, experts, expert_embed.
     """
 
     def names(init_part, *leading: str) -> dict:
@@ -113,26 +114,40 @@ def hidden(
     segment_ids [B, S]: None is one segment per row; 0 is padding. positions [B, S]: None counts from 0 in each row.
     Raises ValueError for `unstack`ed parameters.
     """
-    index = jnp.arange(tokens.shape[1])
-    cos, sin = rotary(index[None] if positions is None else positions, config)
-    mask = (index[:, None] >= index)[None]
-    if segment_ids is not None:
-        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
-
-    def attend(q, k, v):
-        return attention(q, k, v, mask[:, None, None]), None
-
     if params["stacks"][0]["input_norm"]["scale"].ndim != 2:
         raise ValueError("hidden takes the stacked parameters of init or load, not those of unstack")
-    x = Ends(config).apply({"params": _ends(params)}, tokens, method="embed")
-    for stack, (sparse, _) in zip(params["stacks"], stacks(config), strict=True):
-        layer = Layer(config, sparse)
+    if segment_ids is None:
+        segment_ids = jnp.ones_like(tokens)
+    index = jnp.arange(tokens.shape[1])[None]
+    cos, sin = rotary(index if positions is None else positions, config)
 
-        def step(x, layer_params, layer=layer):
-            return layer.apply({"params": layer_params}, x, cos, sin, attend)
+    def attend(q, k, v):
+        return packed_attention(q, k, v, segment_ids), None
+
+    x = _embedded(params, tokens, config)
+    for stack, names, (sparse, _) in zip(params["stacks"], logical_axes(config)["stacks"], stacks(config), strict=True):
+        layer, names = Layer(config, sparse), jax.tree.map(lambda axes: axes[1:], names, is_leaf=sharding.is_names)
+
+        def step(x, layer_params, layer=layer, names=names):
+            layer_params = sharding.gather(_computed(layer_params, config), names)
+            x, _ = layer.apply({"params": layer_params}, x, cos, sin, attend)
+            return sharding.constrain(x, "rows", "positions", None), None
 
         x, _ = jax.lax.scan(jax.checkpoint(step, prevent_cse=False) if config.remat else step, x, stack)
     return Ends(config).apply({"params": _ends(params)}, x, method="norm")
+
+
+def _embedded(params: dict, tokens: jax.Array, config: ModelConfig) -> jax.Array:
+    """[R, S] -> [R, S, D]. Every part of the table looks up all rows; then rows change places with parts."""
+    x = Ends(config).apply({"params": _ends(params)}, sharding.constrain(tokens, "replicas", None), method="embed")
+    x = sharding.constrain(x, "replicas", None, "split_embed")
+    return sharding.constrain(x, "rows", "positions", None)
+
+
+def _computed(layer_params: dict, config: ModelConfig) -> dict:
+    """Projections in the compute dtype, so that they are gathered in it."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, w: w.astype(compute_dtype(config)) if path[-1].key in CONTRACTED else w, layer_params)
 
 
 def head(params: dict, x: jax.Array, config: ModelConfig) -> jax.Array:
