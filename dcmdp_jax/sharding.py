@@ -166,6 +166,21 @@ def by_shard(f: Callable, *arguments: Any, out: Any) -> Callable:
     return jax.shard_map(f, in_specs=tuple(map(specs, arguments)), out_specs=results, check_vma=False)
 
 
+def whole(part: jax.Array, axis: int) -> jax.Array:
+    """Inside `by_shard`: an array of which each device holds a part, split over `axis` as "split_embed"."""
+    return jax.lax.all_gather(part, ACTIVATIONS["split_embed"], axis=axis, tiled=True)
+
+
+def scatter_sum(x: jax.Array, axis: int) -> jax.Array:
+    """Inside `by_shard`: the sum over all rows and positions, of which each device keeps the part that `whole` gathers."""
+    return jax.lax.psum(jax.lax.psum_scatter(x, ACTIVATIONS["split_embed"], scatter_dimension=axis, tiled=True), "data")
+
+
+def local_shape(logical: tuple[str | None, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """One device's part of an activation's shape."""
+    return named(*logical).shard_shape(shape) if ambient() else shape
+
+
 def batch_size(mesh: Mesh) -> int:
     """Over how many shards rows and slots are split."""
     return math.prod(mesh.shape[name] for name in BATCH)

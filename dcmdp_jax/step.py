@@ -122,14 +122,15 @@ def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: 
 def _old_logp(params: Any, batch: Batch, config: Config, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """The trainer's log-probs and entropies at the weights that sampled, [M, A, n, T]."""
     def score(micro):
-        return _score(params, micro, config, model)
+        return _score(params, micro, config, model, entropy=True)
 
     return jax.lax.map(lambda minibatch: jax.lax.map(score, minibatch), batch)
 
 
-def _score(params: Any, micro: Batch, config: Config, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
+def _score(params: Any, micro: Batch, config: Config, model: ModelConfig, *,
+           entropy: bool = False) -> tuple[jax.Array, jax.Array | None]:
     return scoring.packed_logp(params, micro.tokens, micro.positions, micro.segment_ids, micro.index, model,
-                               config.rollout.temperature)
+                               config.rollout.temperature, entropy=entropy)
 
 
 def _gradients(params: Any, minibatch: tuple, config: Config, model: ModelConfig) -> tuple[jax.Array, Any, jax.Array]:

@@ -73,6 +73,6 @@ def _steps(params: Any, opt_state: Any, batches: data.Supervised, *, model: Mode
 def _loss(params: Any, batch: data.Supervised, model: ModelConfig) -> jax.Array:
     """Mean negative log-likelihood of the expert's tokens."""
     hidden = qwen3.hidden(params, batch.tokens[:, :-1], model)
-    logp, _ = scoring.token_logp(params, hidden.reshape(-1, hidden.shape[-1]), batch.tokens[:, 1:].reshape(-1), model, 1.0)
-    mask = batch.mask[:, 1:].reshape(-1)
-    return -jnp.sum(jnp.where(mask, logp, 0)) / jnp.maximum(jnp.sum(mask), 1)
+    mask = batch.mask[:, 1:]
+    logp, _ = scoring.token_logp(params, hidden, batch.tokens[:, 1:], mask, model, 1.0)
+    return -jnp.sum(logp) / jnp.maximum(jnp.sum(mask), 1)

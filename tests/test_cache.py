@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dcmdp_jax.config import Yarn
-from dcmdp_jax.models import cache, layers, quantized, qwen3, sizes
+from dcmdp_jax.models import attention, cache, quantized, qwen3, sizes
 from dcmdp_jax.models.quantized import Quantized
 from random_params import random_params
 
@@ -114,7 +114,7 @@ def test_attention_to_the_cache(dtype, form):
     np.testing.assert_allclose(got, want, atol=2e-6)
     if dtype == "float32":
         mask = (jnp.arange(LENGTH) <= lengths[:, None])[:, None, None, None]
-        np.testing.assert_allclose(got, layers.attention(q[..., None, :], keys, values, mask)[..., 0, :], atol=2e-6)
+        np.testing.assert_allclose(got, attention.attention(q[..., None, :], keys, values, mask)[..., 0, :], atol=2e-6)
 
 
 @pytest.mark.parametrize(("dtype", "share"), [("int8", 0.5 / 127), ("float8_e4m3fn", 16 / 448)])

@@ -12,7 +12,7 @@ import pytest
 
 from dcmdp_jax import sharding, sync
 from dcmdp_jax.config import MeshConfig, ModelConfig, Precision
-from dcmdp_jax.models import layers, qwen3
+from dcmdp_jax.models import attention, layers, qwen3
 from dcmdp_jax.records import Example, Prompts, Sampling
 from dcmdp_jax.rollout import jetstream
 from dcmdp_jax.rollout.generate import rollout
@@ -129,7 +129,7 @@ def routed(row):
     causal = np.tri(row.shape[1], dtype=bool)
     for tree in params["stacks"]:
         (x, _), kept = layers.Layer(MOE, True).apply(
-            {"params": tree}, x, cos, sin, lambda q, k, v: (layers.attention(q, k, v, causal), None), mutable=["routing"])
+            {"params": tree}, x, cos, sin, lambda q, k, v: (attention.attention(q, k, v, causal), None), mutable=["routing"])
         chosen.append(jax.tree.leaves(kept)[0])
     return np.stack(chosen)
 

@@ -10,7 +10,7 @@ import pytest
 
 from dcmdp_jax import sharding
 from dcmdp_jax.config import MeshConfig
-from dcmdp_jax.models import layers, qwen3, sizes, weights
+from dcmdp_jax.models import attention, layers, qwen3, sizes, weights
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -45,7 +45,7 @@ def layer_outputs(params, x, config, sparse) -> dict:
     index = jnp.arange(x.shape[1])
 
     def attend(q, k, v):
-        return layers.attention(q, k, v, index[:, None] >= index), None
+        return attention.attention(q, k, v, index[:, None] >= index), None
 
     (y, _), caught = layers.Layer(config, sparse).apply(
         {"params": params},

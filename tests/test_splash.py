@@ -10,7 +10,7 @@ import pytest
 from dcmdp_jax import sharding
 from dcmdp_jax.config import MeshConfig
 from dcmdp_jax.models import splash
-from dcmdp_jax.models.layers import attention
+from dcmdp_jax.models.attention import attention
 
 
 def plain(q, k, v, segment_ids):

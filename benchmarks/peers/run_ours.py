@@ -148,14 +148,14 @@ def as_prompts(tokens: np.ndarray) -> Prompts:
 
 
 def packed(ctx: Any) -> Batch:
-    """The given completions as one microbatch; the advantage rides as the reward, each completion a group."""
+    """The given completions as one microbatch, in one row; the advantage rides as the reward, each completion a group."""
     given = ctx.batch
     made = dict.fromkeys(Rollout._fields) | {
         "prompts": as_prompts(given["prompt"]), "tokens": given["completion"], "rollout_logp": given["old_logps"],
         "lengths": given["mask"].sum(axis=1).astype(np.int32)}
     scored = Scored(Rollout(**made), given["advantages"], ("",) * len(given["mask"]))
-    positions = given["prompt"].shape[1] + given["mask"].shape[1]
-    return data.pack(scored, minibatches=1, microbatches=1, row_length=positions)
+    positions = given["prompt"].size + int(made["lengths"].sum())
+    return data.pack(scored, minibatches=1, microbatches=1, row_length=-(-positions // 8) * 8)
 
 
 def experiment(ctx: Any) -> Config:

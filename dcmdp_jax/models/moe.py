@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, NamedTuple
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from dcmdp_jax.config import ModelConfig
-from dcmdp_jax.models.quantized import Quantized, einsum, expert, precision, rounded
+from dcmdp_jax.models.quantized import Quantized, einsum, precision, rounded
+from dcmdp_jax.models.swiglu import Experts, in_tiles
 
 NORMAL = nn.initializers.normal(0.02)
 TILE = 128  # rows of one expert multiplied together on a CPU, at most
@@ -34,14 +32,6 @@ def route(x: jax.Array, router: jax.Array, config: ModelConfig) -> tuple[jax.Arr
     if config.norm_topk_prob:
         gates = gates / jnp.sum(gates, axis=-1, keepdims=True)
     return gates, experts
-
-
-class Experts(NamedTuple):
-    """SwiGLU matrices of E experts, arrays or `Quantized`."""
-
-    gate: Any  # [E, D, F]
-    up: Any  # [E, D, F]
-    down: Any  # [E, F, D]
 
 
 def mix(x: jax.Array, gates: jax.Array, experts: jax.Array, weights: Experts) -> jax.Array:
@@ -92,56 +82,4 @@ def _by_tiles(x: jax.Array, experts: jax.Array, weights: Experts) -> jax.Array:
     owner = jnp.repeat(jnp.arange(count), tiles, total_repeat_length=most)
     rows = jnp.zeros((most * tile, x.shape[-1]), x.dtype).at[place].set(
         jnp.repeat(x, experts.shape[1], axis=0), unique_indices=True)
-    return _tiled(rows, weights, owner, jnp.sum(tiles), tile)[place].reshape(*experts.shape, -1)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _tiled(x: jax.Array, weights: Experts, owner: jax.Array, count: jax.Array, tile: int) -> jax.Array:
-    """The feed-forward of tile i of `x`, by expert owner[i], for the first `count` tiles; zero in the rest."""
-    def one(i, out):
-        return _put(out, _forward(_cut(x, i, tile), weights, owner[i]), i, tile)
-
-    return jax.lax.fori_loop(0, count, one, jnp.zeros_like(x))
-
-
-def _forward(rows: jax.Array, weights: Experts, e: jax.Array) -> jax.Array:
-    rows = rounded(rows, weights.gate)
-    gate = _dot(rows, expert(weights.gate, e, rows.dtype))
-    up = _dot(rows, expert(weights.up, e, rows.dtype))
-    return _dot(rounded(nn.silu(gate) * up, weights.down), expert(weights.down, e, rows.dtype))
-
-
-def _tiled_forward(x, weights, owner, count, tile):
-    return _tiled(x, weights, owner, count, tile), (x, weights, owner, count)
-
-
-def _tiled_backward(tile, kept, dy):
-    """Gate and up are multiplied again; each expert's gradient is added up over its tiles, in place."""
-    x, weights, owner, count = kept
-
-    def one(i, carry):
-        dx, dw = carry
-        e = owner[i]
-        _, pull = jax.vjp(lambda rows, w: _forward(rows, Experts(*(m[None] for m in w)), 0),
-                          _cut(x, i, tile), Experts(*(m[e] for m in weights)))
-        drows, dmatrices = pull(_cut(dy, i, tile))
-        dw = Experts(*(total.at[e].add(d) for total, d in zip(dw, dmatrices)))
-        return _put(dx, drows, i, tile), dw
-
-    dx, dw = jax.lax.fori_loop(0, count, one, (jnp.zeros_like(x), jax.tree.map(jnp.zeros_like, weights)))
-    return dx, dw, None, None
-
-
-_tiled.defvjp(_tiled_forward, _tiled_backward)
-
-
-def _cut(x: jax.Array, i: jax.Array, tile: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(x, i * tile, tile)
-
-
-def _put(out: jax.Array, rows: jax.Array, i: jax.Array, tile: int) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(out, rows, i * tile, 0)
-
-
-def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    return einsum("nd,df->nf", x, w, x.dtype).astype(x.dtype)
+    return in_tiles(rows, weights, owner, jnp.sum(tiles), tile)[place].reshape(*experts.shape, -1)

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 
 from dcmdp_jax import sharding
 from dcmdp_jax.config import ModelConfig
+from dcmdp_jax.models import attention
 from dcmdp_jax.models import cache as kv_cache
 from dcmdp_jax.models.cache import Cache
-from dcmdp_jax.models.layers import Ends, Layer, attention, compute_dtype, packed_attention, rotary
+from dcmdp_jax.models.layers import Ends, Layer, compute_dtype, rotary
 
 CONTRACTED = {
     "q_proj": (-3,),
@@ -110,19 +111,16 @@ def hidden(
 ) -> jax.Array:
     """The residual stream after the final norm, in the compute dtype: tokens [B, S] int32 -> [B, S, D].
 
-    A token looks at itself and at the tokens before it in its row that carry its segment id.
+    A token looks at itself and at the tokens before it in its segment, a run of equal ids.
     segment_ids [B, S]: None is one segment per row; 0 is padding. positions [B, S]: None counts from 0 in each row.
     Raises ValueError for `unstack`ed parameters.
     """
     if params["stacks"][0]["input_norm"]["scale"].ndim != 2:
         raise ValueError("hidden takes the stacked parameters of init or load, not those of unstack")
-    if segment_ids is None:
-        segment_ids = jnp.ones_like(tokens)
-    index = jnp.arange(tokens.shape[1])[None]
-    cos, sin = rotary(index if positions is None else positions, config)
+    cos, sin = rotary(jnp.arange(tokens.shape[1])[None] if positions is None else positions, config)
 
     def attend(q, k, v):
-        return packed_attention(q, k, v, segment_ids), None
+        return attention.packed(q, k, v, segment_ids), None
 
     x = _embedded(params, tokens, config)
     for stack, names, (sparse, _) in zip(params["stacks"], logical_axes(config)["stacks"], stacks(config), strict=True):
@@ -179,7 +177,7 @@ def prefill(
     cos, sin = rotary(index[None], config)
 
     def attend(q, k, v):
-        return attention(q, k, v, index[:, None] >= index), (k, v)
+        return attention.attention(q, k, v, index[:, None] >= index), (k, v)
 
     x = Ends(config).apply({"params": _ends(params)}, tokens, method="embed")
     keys, values = [], []

@@ -1,8 +1,13 @@
-"""Log-probs of given tokens, without holding `[tokens, V]` for a whole batch."""
+"""Log-probs and entropies of given tokens, without logits for a whole batch, and only where they are asked for.
+
+R rows, S positions, D model, V vocabulary; c positions of a row are scored together, v words at a time.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,80 +15,251 @@ import jax.numpy as jnp
 from dcmdp_jax import sharding
 from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models import qwen3
+from dcmdp_jax.models.layers import compute_dtype
+from dcmdp_jax.models.quantized import einsum
 
 CHUNK = 1 << 24  # logits held at a time
+WIDTH = 8192  # words of a tile of logits, at most; of a split weight, what is gathered at a time
+CPU_TOKENS = 512  # of a tile of logits on a CPU, which then stays in its last cache
+LOW = -1e30  # below every logit; finite, so that it may be subtracted from itself
 
 
-def token_logp(params: Any, hidden: jax.Array, targets: jax.Array, config: ModelConfig,
-               temperature: float) -> tuple[jax.Array, jax.Array]:
+class Tiling(NamedTuple):
+    """How logits are made, `tokens` x `width` of each row at a time."""
+
+    tokens: int  # c
+    width: int  # v
+    vocabulary: int  # V, or this device's part of it
+    tied: bool  # the weight is [V, D], not [D, V]
+    dtype: Any  # of the operands of products
+    temperature: float
+    entropy: bool
+    split: bool  # over the ambient mesh: rows, positions, and the weight along both axes
+
+
+class Moved(NamedTuple):
+    """The wanted positions of each row moved to its front, in order; C >= S is a multiple of c."""
+
+    hidden: jax.Array  # [R, C, D]
+    targets: jax.Array  # [R, C]
+    order: jax.Array  # [R, C], where each comes from
+    rank: jax.Array  # [R, S], where each position went
+    count: jax.Array  # [], wanted positions in the row that has most
+
+
+def token_logp(params: Any, hidden: jax.Array, targets: jax.Array, wanted: jax.Array, config: ModelConfig,
+               temperature: float, *, entropy: bool = False) -> tuple[jax.Array, jax.Array | None]:
     """Log-prob of `targets` and entropy under softmax(head(hidden) / temperature), float32 nats.
 
     Formula: logp = z_target - logsumexp(z), entropy = logsumexp(z) - sum_v softmax(z)_v z_v, z = logits / temperature.
 
     Args:
-      hidden: [P, D]; targets: [P] int32. Logits are made `CHUNK / V` positions at a time, and made again in the backward
-        pass.
+      hidden: [R, S, D]; targets: [R, S] int32; wanted: [R, S] bool, where values are needed. Nothing is computed for the
+        others: rows are scored as long as one has wanted positions left, and on a CPU all of them as one row.
+      entropy: whether to make it.
 
     Returns:
-      logp [P], entropy [P]; the entropy carries no gradient.
+      logp [R, S], entropy [R, S] or None, 0 where not wanted. The entropy carries no gradient. At most `CHUNK` logits are held
+      at a time (or one position's of each row); the backward pass makes them again.
     """
-    def block(x):
-        hidden, targets = x
-        z = qwen3.head(params, hidden, config) / temperature
-        z = z - jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))  # as the sampler does, to round alike
-        total = jnp.log(jnp.sum(jnp.exp(z), axis=-1))
-        logp = jnp.take_along_axis(z, targets[:, None], axis=-1)[:, 0] - total
-        z, total = jax.lax.stop_gradient((z, total))
-        return logp, total - jnp.sum(jnp.exp(z - total[:, None]) * z, axis=-1)
+    weight = params["embed"] if config.tie_word_embeddings else params["head"]
+    rows, columns = targets.shape
+    mesh = sharding.ambient()
+    here = sharding.local_shape(("rows", "positions"), (rows, columns)), config.vocab_size // (mesh.shape["tensor"] if mesh else 1)
 
-    count, size = targets.shape[0], max(CHUNK // config.vocab_size, 1)
-    if count <= size:
-        return block((hidden, targets))
-    blocks = -(-count // size)
-    pad = blocks * size - count
-    hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(blocks, size, -1)
-    targets = jnp.pad(targets, (0, pad)).reshape(blocks, size)
-    logp, entropy = jax.lax.map(jax.checkpoint(block), (hidden, targets))
-    return logp.reshape(-1)[:count], entropy.reshape(-1)[:count]
+    def tiling(rows, columns, vocabulary, limit):
+        parts = -(-vocabulary // WIDTH)
+        width = min(-(-vocabulary // parts // 128) * 128, vocabulary)  # whole vectors of the processor
+        tokens = max(min(CHUNK // (rows * width), limit, columns), 1)
+        return Tiling(tokens, width, vocabulary, config.tie_word_embeddings, compute_dtype(config), temperature, entropy, mesh is not None)
+
+    if mesh is not None:
+        out = _score(tiling(*here[0], here[1], columns), hidden, weight, targets, wanted)
+        return out[0], out[1] if entropy else None
+
+    def in_one(hidden, weight, targets, wanted):
+        flat = [x.reshape(1, rows * columns, *x.shape[2:]) for x in (hidden, targets, wanted)]
+        made = _score(tiling(1, rows * columns, config.vocab_size, CPU_TOKENS), flat[0], weight, *flat[1:])
+        return [x.reshape(rows, columns) for x in made]
+
+    by_row = partial(_score, tiling(rows, columns, config.vocab_size, columns))
+    out = jax.lax.platform_dependent(hidden, weight, targets, wanted, cpu=in_one, default=by_row)
+    return out[0], out[1] if entropy else None
 
 
 def packed_logp(params: Any, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, index: jax.Array,
-                config: ModelConfig, temperature: float) -> tuple[jax.Array, jax.Array]:
-    """Log-prob and entropy of completion tokens in packed rows [R, S]; `index` [n, T] as in `records.Batch`."""
+                config: ModelConfig, temperature: float, *, entropy: bool = False) -> tuple[jax.Array, jax.Array | None]:
+    """Log-prob and entropy [n, T] of completion tokens in packed rows [R, S]; `index` [n, T] as in `records.Batch`.
+
+    What stands at masked places means nothing.
+    """
     hidden = qwen3.hidden(params, tokens, config, positions=positions, segment_ids=segment_ids)
     following = jnp.roll(tokens, -1, axis=1)  # the last column predicts nothing and is not in `index`
-    if sharding.ambient() is not None:
-        logp, entropy = _proto(params, hidden, following, config, temperature)
-    else:
-        logp, entropy = token_logp(params, hidden.reshape(-1, hidden.shape[-1]), following.reshape(-1), config, temperature)
-    return logp.reshape(-1)[index], entropy.reshape(-1)[index]
+    wanted = jnp.zeros(tokens.size, bool).at[index].set(True).reshape(tokens.shape)
+    out = token_logp(params, hidden, following, wanted, config, temperature, entropy=entropy)
+    return jax.tree.map(lambda x: x.reshape(-1)[index], out)
 
 
-def _proto(params, hidden, targets, config, temperature, n=8):
-    w = params["embed"].T if config.tie_word_embeddings else params["head"]
-    D, V = w.shape
-    size = V // n
-    chunks = jnp.moveaxis(w.reshape(D, n, size), 1, 0)
-    chunks = sharding.constrain(chunks, None, "split_embed", None)
-    hidden = sharding.constrain(hidden, "rows", "positions", None)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _score(tiling: Tiling, hidden: jax.Array, weight: jax.Array, targets: jax.Array, wanted: jax.Array) -> list[jax.Array]:
+    return _forward(tiling, hidden, weight, targets, wanted)[0]
 
-    def body(carry, x):
-        m, s, t, e = carry
-        w, first = x
-        w = sharding.gather(w.astype(hidden.dtype), ("embed", None))
-        z = jnp.einsum("rsd,dv->rsv", hidden, w, preferred_element_type=jnp.float32) / temperature
-        z = sharding.constrain(z, "rows", "positions", None)
-        m2 = jax.lax.stop_gradient(jnp.maximum(m, jnp.max(z, -1)))
-        p = jnp.exp(z - m2[..., None])
-        scale = jnp.exp(m - m2)
-        s = s * scale + jnp.sum(p, -1)
-        e = e * scale + jax.lax.stop_gradient(jnp.sum(p * z, -1))
-        at = targets - first
-        inside = (at >= 0) & (at < size)
-        t = t + jnp.where(inside, jnp.take_along_axis(z, jnp.clip(at, 0, size - 1)[..., None], -1)[..., 0], 0)
-        return (m2, s, t, e), None
 
-    zero = jnp.zeros(targets.shape, jnp.float32)
-    (m, s, t, e), _ = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), (zero - 1e30, zero, zero, zero), (chunks, jnp.arange(n) * size))
-    total = m + jnp.log(s)
-    return t - total, jax.lax.stop_gradient(total - e / s)
+PLACE = ("rows", "positions")
+
+
+def _layout(tiling: Tiling) -> tuple[tuple, ...]:
+    """Logical axes of hidden, weight, targets and wanted."""
+    weight = ("vocab", "split_embed") if tiling.tied else ("split_embed", "vocab")
+    return (*PLACE, None), weight, PLACE, PLACE
+
+
+def _forward(tiling: Tiling, *arguments: jax.Array) -> tuple:
+    """[logp, and entropy if asked for], [R, S] each."""
+    f = partial(_values, tiling)
+    if tiling.split:
+        f = sharding.by_shard(f, *_layout(tiling), out=(PLACE,) * (2 + tiling.entropy))
+    *out, log_total = f(*arguments)
+    return out, (*arguments, log_total)
+
+
+def _backward(tiling: Tiling, kept: tuple, cotangents: list[jax.Array]) -> tuple:
+    f = partial(_slopes, tiling)
+    if tiling.split:
+        layout = _layout(tiling)
+        f = sharding.by_shard(f, *layout, PLACE, PLACE, out=layout[:2])
+    return *f(*kept, cotangents[0]), None, None
+
+
+_score.defvjp(_forward, _backward)
+
+
+def _values(tiling: Tiling, hidden: jax.Array, weight: jax.Array, targets: jax.Array, wanted: jax.Array) -> tuple:
+    """logp, entropy if asked for, and the moved log-sum-exp: softmax by a running maximum and sum over parts of the vocabulary."""
+    moved = _move(tiling, hidden, targets, wanted)
+
+    def part(i, sums):
+        w = _words(tiling, weight, i)
+
+        def tile(j, sums):
+            top, total, moment, picked = (_tokens(tiling, x, j) for x in sums)
+            z, own, place = _logits(tiling, moved, w, i, j)
+            new = jnp.maximum(top, jnp.max(z, axis=-1))
+            shrink, p = jnp.exp(top - new), jnp.exp(z - new[..., None])
+            if tiling.entropy:
+                moment = shrink * (moment + (top - new) * total) + jnp.sum(p * (z - new[..., None]), axis=-1)
+            total = shrink * total + jnp.sum(p, axis=-1)
+            picked = jnp.where(own, jnp.take_along_axis(z, place[..., None], axis=-1)[..., 0], picked)
+            return tuple(_put(tiling, x, y, j) for x, y in zip(sums, (new, total, moment, picked)))
+
+        return jax.lax.fori_loop(0, _tiles(tiling, moved), tile, sums)
+
+    zero = jnp.zeros(moved.targets.shape, jnp.float32)
+    top, total, moment, picked = _each_part(tiling, part, (zero + LOW, zero, zero, zero))
+    if tiling.split:
+        most = jax.lax.pmax(top, "tensor")
+        shrink = jnp.exp(top - most)
+        sums = shrink * total, shrink * (moment + (top - most) * total), picked
+        top, (total, moment, picked) = most, jax.lax.psum(sums, "tensor")
+    total = jnp.where(total > 0, total, 1)  # of places that no tile reached
+    # The maximum is taken off first, as the sampler does, to round alike.
+    out = [picked - top - jnp.log(total)] + [jnp.log(total) - moment / total] * tiling.entropy
+    return *(jnp.where(wanted, _take(x, moved.rank), 0) for x in out), (top + jnp.log(total))[:, :wanted.shape[1]]
+
+
+def _slopes(tiling: Tiling, hidden: jax.Array, weight: jax.Array, targets: jax.Array, wanted: jax.Array, log_total: jax.Array,
+            cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """d logp / d z = onehot(target) - softmax(z), from logits made again; the weight's gradient adds up in place."""
+    moved = _move(tiling, hidden, targets, wanted)
+    ours = jnp.arange(moved.order.shape[1]) < jnp.sum(wanted, axis=1)[:, None]
+    slope = jnp.where(ours, _take(cotangent, moved.order), 0) / tiling.temperature
+    log_total = jnp.pad(log_total, ((0, 0), (0, moved.order.shape[1] - log_total.shape[1])))
+    to_hidden, to_weight = ("rcv,vd->rcd", "rcv,rcd->vd") if tiling.tied else ("rcv,dv->rcd", "rcd,rcv->dv")
+    axis = 0 if tiling.tied else 1
+
+    def part(i, grads):
+        d_hidden, d_weight = grads
+        w, held = _words(tiling, weight, i), _cut_words(tiling, d_weight, i)
+
+        def tile(j, grads):
+            d_hidden, d_w = grads
+            z, own, place = _logits(tiling, moved, w, i, j)
+            g = _tokens(tiling, slope, j)
+            hit = own[..., None] & (jnp.arange(tiling.width) == place[..., None])
+            dz = g[..., None] * (hit - jnp.exp(z - _tokens(tiling, log_total, j)[..., None]))
+            pair = (dz, _tokens(tiling, moved.hidden, j))
+            d_w = d_w + einsum(to_weight, *(pair if tiling.tied else pair[::-1]), tiling.dtype)
+            rows = _tokens(tiling, d_hidden, j) + einsum(to_hidden, dz, w, tiling.dtype)
+            return _put(tiling, d_hidden, rows, j), d_w
+
+        start = d_hidden, jnp.zeros(w.shape, jnp.float32) if tiling.split else held
+        d_hidden, d_w = jax.lax.fori_loop(0, _tiles(tiling, moved), tile, start)
+        if tiling.split:
+            d_w = held + sharding.scatter_sum(d_w.astype(tiling.dtype), 1 - axis).astype(jnp.float32)
+        return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_weight, d_w, _first(tiling, i), axis)
+
+    zero = jnp.zeros(moved.hidden.shape, jnp.float32), jnp.zeros(weight.shape, jnp.float32)
+    d_hidden, d_weight = _each_part(tiling, part, zero)
+    if tiling.split:
+        d_hidden = jax.lax.psum(d_hidden, "tensor")
+    return _take(d_hidden, moved.rank).astype(hidden.dtype), d_weight.astype(weight.dtype)
+
+
+def _move(tiling: Tiling, hidden: jax.Array, targets: jax.Array, wanted: jax.Array) -> Moved:
+    rows, columns = targets.shape
+    count = jnp.sum(wanted, axis=1, keepdims=True)
+    rank = jnp.where(wanted, jnp.cumsum(wanted, axis=1), count + jnp.cumsum(~wanted, axis=1)) - 1
+    size = -(-columns // tiling.tokens) * tiling.tokens
+    order = jnp.zeros((rows, size), jnp.int32).at[jnp.arange(rows)[:, None], rank].set(jnp.arange(columns), unique_indices=True)
+    return Moved(_take(hidden, order), _take(targets, order), order, rank, jnp.max(count))
+
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x[r, index[r, i]]: [R, S, ...], [R, C] -> [R, C, ...]."""
+    return jax.vmap(lambda row, i: row[i])(x, index)
+
+
+def _logits(tiling: Tiling, moved: Moved, w: jax.Array, i: jax.Array, j: jax.Array) -> tuple[jax.Array, ...]:
+    """z [R, c, v] of tile j over part i of the vocabulary; whether each target is in that part, and where: [R, c]."""
+    z = einsum("rcd,vd->rcv" if tiling.tied else "rcd,dv->rcv", _tokens(tiling, moved.hidden, j), w, tiling.dtype)
+    first, new = _first(tiling, i), i * tiling.width
+    targets = _tokens(tiling, moved.targets, j)
+    if tiling.split:
+        targets = targets - jax.lax.axis_index("tensor") * tiling.vocabulary
+    if tiling.vocabulary % tiling.width:  # the last part begins with words of the one before
+        z = jnp.where(first + jnp.arange(tiling.width) >= new, z, LOW)
+    own = (targets >= new) & (targets < new + tiling.width)
+    return z / tiling.temperature, own, jnp.clip(targets - first, 0, tiling.width - 1)
+
+
+def _each_part(tiling: Tiling, part: Callable, start: Any) -> Any:
+    parts = -(-tiling.vocabulary // tiling.width)
+    return part(0, start) if parts == 1 else jax.lax.fori_loop(0, parts, part, start)
+
+
+def _first(tiling: Tiling, i: jax.Array) -> jax.Array:
+    """The word that part i begins with; the last part ends with the vocabulary."""
+    return jnp.minimum(i * tiling.width, tiling.vocabulary - tiling.width)
+
+
+def _words(tiling: Tiling, weight: jax.Array, i: jax.Array) -> jax.Array:
+    """Part i of the vocabulary, whole along D: [v, D] or [D, v]."""
+    part = _cut_words(tiling, weight, i)
+    return sharding.whole(part.astype(tiling.dtype), 1 if tiling.tied else 0) if tiling.split else part
+
+
+def _cut_words(tiling: Tiling, weight: jax.Array, i: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(weight, _first(tiling, i), tiling.width, axis=0 if tiling.tied else 1)
+
+
+def _tiles(tiling: Tiling, moved: Moved) -> jax.Array:
+    return -(-moved.count // tiling.tokens)
+
+
+def _tokens(tiling: Tiling, x: jax.Array, j: jax.Array) -> jax.Array:
+    """Tile j: [R, C, ...] -> [R, c, ...]."""
+    return jax.lax.dynamic_slice_in_dim(x, j * tiling.tokens, tiling.tokens, axis=1)
+
+
+def _put(tiling: Tiling, x: jax.Array, tile: jax.Array, j: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, tile, j * tiling.tokens, axis=1)

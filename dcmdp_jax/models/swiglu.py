@@ -1,0 +1,118 @@
+"""SwiGLU (arXiv 2002.05202), `down(silu(gate x) * up x)`, in tiles of rows that a CPU's last cache holds.
+
+N rows, D model, F feed-forward, E experts; a dense layer is one expert.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dcmdp_jax import sharding
+from dcmdp_jax.models.quantized import Quantized, einsum, expert, project, rounded
+
+ROWS = 512  # of a tile of a dense layer
+
+
+class Experts(NamedTuple):
+    """SwiGLU matrices of E experts, arrays or `Quantized`."""
+
+    gate: Any  # [E, D, F]
+    up: Any  # [E, D, F]
+    down: Any  # [E, F, D]
+
+
+def dense(x: jax.Array, gate: Any, up: Any, down: Any) -> jax.Array:
+    """`down(silu(gate x) * up x)`: x [..., D], gate, up [D, F], down [F, D], arrays or `Quantized` -> [..., D]."""
+    def whole(x, gate, up, down):
+        return project(nn.silu(project(x, gate)) * project(x, up), down)
+
+    count = x.size // x.shape[-1]
+    if count <= ROWS or sharding.ambient() or any(isinstance(w, Quantized) for w in (gate, up, down)):
+        return whole(x, gate, up, down)
+
+    def tiled(x, gate, up, down):
+        tiles = -(-count // ROWS)
+        rows = -(-count // tiles // 8) * 8
+        padded = jnp.pad(x.reshape(count, -1), ((0, tiles * rows - count), (0, 0)))
+        one = Experts(gate[None], up[None], down[None])
+        return in_tiles(padded, one, jnp.zeros(tiles, jnp.int32), tiles, rows)[:count].reshape(x.shape)
+
+    return jax.lax.platform_dependent(x, gate, up, down, cpu=tiled, default=whole)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def in_tiles(x: jax.Array, weights: Experts, owner: jax.Array, count: jax.Array, rows: int) -> jax.Array:
+    """The feed-forward of tile i of `x` [N, D], `rows` rows, by expert owner[i], for the first `count` tiles; 0 in the rest."""
+    def one(i, out):
+        return _put(out, _forward(_cut(x, i, rows), weights, _owner(weights, owner, i))[0], i)
+
+    return jax.lax.fori_loop(0, count, one, jnp.zeros_like(x))
+
+
+def _in_tiles_forward(x, weights, owner, count, rows):
+    def one(i, carry):
+        made = _forward(_cut(x, i, rows), weights, _owner(weights, owner, i))
+        return tuple(_put(whole, part, i) for whole, part in zip(carry, made))
+
+    inner = jnp.zeros((len(x), weights.down.shape[1]), x.dtype)
+    out, gate, up = jax.lax.fori_loop(0, count, one, (jnp.zeros_like(x), inner, inner))
+    return out, (x, gate, up, weights, owner, count)
+
+
+def _in_tiles_backward(rows, kept, dy):
+    """Each expert's gradient adds up over its tiles, in place."""
+    x, gate, up, weights, owner, count = kept
+
+    def one(i, carry):
+        dx, dw = carry
+        e = _owner(weights, owner, i)
+        cut = tuple(_cut(a, i, rows) for a in (x, gate, up, dy))
+        d_rows, d_matrices = _pull(*cut, Experts(*(expert(w, e, x.dtype) for w in weights)))
+        return _put(dx, d_rows, i), Experts(*(total.at[e].add(d) for total, d in zip(dw, d_matrices)))
+
+    dx, dw = jax.lax.fori_loop(0, count, one, (jnp.zeros_like(x), jax.tree.map(jnp.zeros_like, weights)))
+    return dx, dw, None, None
+
+
+in_tiles.defvjp(_in_tiles_forward, _in_tiles_backward)
+
+
+def _forward(x: jax.Array, weights: Experts, e: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What expert e makes of rows [n, D]: [n, D]; and its gate and up, [n, F]."""
+    x = rounded(x, weights.gate)
+    gate, up = (_product("nd,df->nf", x, expert(w, e, x.dtype)) for w in (weights.gate, weights.up))
+    inner = rounded(nn.silu(gate) * up, weights.down)
+    return _product("nf,fd->nd", inner, expert(weights.down, e, x.dtype)), gate, up
+
+
+def _pull(x: jax.Array, gate: jax.Array, up: jax.Array, dy: jax.Array, w: Experts) -> tuple[jax.Array, Experts]:
+    """Gradients of a tile's rows and of its expert's matrices."""
+    g, u = gate.astype(jnp.float32), up.astype(jnp.float32)
+    share = nn.sigmoid(g)
+    d_inner = einsum("nd,fd->nf", dy, w.down, x.dtype)
+    d_gate, d_up = d_inner * u * share * (1 + g * (1 - share)), d_inner * g * share
+    dx = einsum("nf,df->nd", d_gate, w.gate, x.dtype) + einsum("nf,df->nd", d_up, w.up, x.dtype)
+    return dx, Experts(einsum("nd,nf->df", x, d_gate, x.dtype), einsum("nd,nf->df", x, d_up, x.dtype),
+                       einsum("nf,nd->fd", g * share * u, dy, x.dtype))
+
+
+def _product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    return einsum(spec, x, w, x.dtype).astype(x.dtype)
+
+
+def _owner(weights: Experts, owner: jax.Array, i: jax.Array) -> Any:
+    """Whose tile i is; known beforehand of a single expert, whose matrices are then not copied out."""
+    return 0 if jax.tree.leaves(weights.gate)[0].shape[0] == 1 else owner[i]
+
+
+def _cut(x: jax.Array, i: jax.Array, rows: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, i * rows, rows)
+
+
+def _put(out: jax.Array, rows: jax.Array, i: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(out, rows.astype(out.dtype), i * rows.shape[0], 0)
