@@ -106,7 +106,8 @@ def _train(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     config, workdir = _experiment(args, rest)
     if args.fields:
         return partial(_print_fields, config)
-    if bool(args.coordinator) != (args.processes > 0 and args.process >= 0) or args.coordinator and args.distributed:
+    given = [bool(args.coordinator), args.processes > 0, args.process >= 0]
+    if any(given) and (args.distributed or not all(given)):
         raise ValueError("one of several processes is given --coordinator HOST:PORT, --processes N and --process I, or "
                          "--distributed alone")
     from dcmdp_jax import hosts, train

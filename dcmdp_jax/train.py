@@ -49,11 +49,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> Inputs:
     hosts.check_same(json.dumps(to_json(config)), "configuration")
     with hosts.agreed():
         inputs = read_inputs(config)
-    with hosts.agreed():
-        claim(workdir, config)
-    with hosts.agreed():
-        if not (workdir / "config.json").is_file():
-            raise ValueError(f"{workdir.absolute()} is not on a file system shared with process 0; give another --workdir")
+    claim(workdir, config)
     return inputs
 
 
@@ -237,6 +233,20 @@ def claim(workdir: pathlib.Path, config: Config) -> None:
     ValueError with its name. Process 0 writes.
     """
     file, now = workdir / "config.json", to_json(config)
+    with hosts.agreed():
+        _check_goes_on(workdir, file, now)
+    with hosts.agreed():
+        if jax.process_index() == 0:
+            workdir.mkdir(parents=True, exist_ok=True)
+            new = file.with_suffix(".new")  # put in place whole: a run that dies here can still be resumed
+            new.write_text(json.dumps(now, indent=2) + "\n")
+            new.replace(file)
+    with hosts.agreed():
+        if not file.is_file():
+            raise ValueError(f"{workdir.absolute()} is not on a file system shared with process 0; give another --workdir")
+
+
+def _check_goes_on(workdir: pathlib.Path, file: pathlib.Path, now: dict) -> None:
     if checkpoint.steps(workdir):
         before = json.loads(file.read_text())
         for name, (old, new) in differences(before, now).items():
@@ -244,9 +254,6 @@ def claim(workdir: pathlib.Path, config: Config) -> None:
                 short = not isinstance(old, dict) and not isinstance(new, dict)
                 raise ValueError(f"{workdir} holds a run with {f'{name}={old}, not {new}' if short else f'another {name}'}; "
                                  f"choose another --workdir, or the old value (only {', '.join(MAY_CHANGE)} may change)")
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(now, indent=2) + "\n")
 
 
 MAY_CHANGE = ("steps", "mesh", "rollout.devices", "rollout.mesh", "rollout.slots", "eval", "checkpoint", "tensorboard", "wandb")

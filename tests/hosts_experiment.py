@@ -1,5 +1,6 @@
 """A tiny run for tests of several processes: a random policy is now and then rewarded, so that parameters move."""
 
+import os
 from functools import partial
 
 from dcmdp_jax import constraint
@@ -12,7 +13,9 @@ CHAIN = Chain(operations=2)
 
 
 def even(example, text):
-    """A reward that noise earns now and then."""
+    """A reward that noise earns now and then; broken on request."""
+    if "BROKEN_VERIFIER" in os.environ:
+        raise RuntimeError("the verifier is broken")
     return float(sum(map(ord, text)) % 2 == 0)
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import checkpoint, config, sharding, train
+from dcmdp_jax import checkpoint, cli, config, hosts, sharding, train
 
 EXPERIMENT = str(pathlib.Path(__file__).with_name("hosts_experiment.py"))
 MAIN = "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -25,15 +25,16 @@ def start(tmp_path):
     """Starts a run's processes; what is left of them is killed."""
     started = []
 
-    def run(workdir, processes, devices, *options):
+    def run(workdir, processes, devices, *options, broken=None):
         with socket.create_server(("127.0.0.1", 0)) as free:
             address = f"127.0.0.1:{free.getsockname()[1]}"
         environment = os.environ | {"XLA_FLAGS": FLAGS + str(devices), "JAX_PLATFORMS": "cpu"}
         command = [sys.executable, "-c", MAIN, "train", EXPERIMENT, "--workdir", str(workdir), *map(str, options)]
         here = [["--coordinator", address, "--processes", str(processes), "--process", str(i)] for i in range(processes)]
         logs = [(tmp_path / f"log{len(started) + i}").open("w+") for i in range(processes)]
-        new = [subprocess.Popen([*command, *(own if processes > 1 else [])], env=environment, stdout=log, stderr=log)
-               for own, log in zip(here, logs)]
+        new = [subprocess.Popen([*command, *(own if processes > 1 else [])], stdout=log, stderr=log,
+                                env=environment | ({"BROKEN_VERIFIER": "1"} if i == broken else {}))
+               for i, (own, log) in enumerate(zip(here, logs))]
         for process, process.log in zip(new, logs):
             started.append(process)
         return new
@@ -109,6 +110,30 @@ def test_what_one_process_refuses_all_refuse(start, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_slurm_tells_who_takes_part(monkeypatch):
+    for name, value in {"JOB_ID": 7, "STEP_NODELIST": "node[001-003],other", "STEP_NUM_NODES": 4, "NTASKS": 4, "PROCID": 2,
+                        "LOCALID": 0}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", "1234")
+    with pytest.raises(ValueError, match=r"process 2 found no process 0 at node001:1234 within 0.1 s \(no such host name\)"):
+        hosts.start(limit=0.1)
+
+
+@pytest.mark.parametrize("options", [["--coordinator", "localhost:1"], ["--processes", "2"], ["--process", "0"],
+                                     ["--distributed", "--coordinator", "localhost:1", "--processes", "2", "--process", "0"]])
+def test_half_of_the_options_are_refused(options, tmp_path, capsys):
+    assert cli.main(["train", EXPERIMENT, "--workdir", str(tmp_path / "run"), *options]) == 2
+    assert "is given --coordinator HOST:PORT, --processes N and --process I, or --distributed alone" in capsys.readouterr().err
+
+
+def test_parts_are_contiguous_and_complete(monkeypatch):
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 3)
+    for size in (1, 2, 7, 9):
+        parts = [hosts.part(size, process) for process in range(3)]
+        assert [i for part in parts for i in range(size)[part]] == list(range(size))
+        assert all(len(range(size)[part]) <= len(range(size)[parts[0]]) for part in parts)
+
+
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others_and_is_resumed_exactly(start, tmp_path):
     """SIGKILL two steps past a checkpoint: process 0 names the lost one. Two processes, then, equal one; four on another mesh
@@ -141,14 +166,19 @@ def test_processes_that_sample_on_devices_of_their_own(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failure_in_one_process_ends_all(start, tmp_path):
-    """Process 1 cannot read its prompts any more."""
-    problems = tmp_path / "problems.jsonl"
-    task = config.load_experiment(EXPERIMENT).data.task
-    problems.write_text("".join(json.dumps({"problem": e.prompt, "answer": e.answer}) + "\n" for e in
-                                (task.example(i, 0) for i in range(16))))
-    both = start(tmp_path / "two", 2, 1, "--steps", 1000, "--data.path", problems)
+@pytest.mark.parametrize("signalled", [False, True], ids=["failed", "killed"])
+def test_a_process_that_fails_ends_all(start, tmp_path, signalled):
+    """An error in process 1 is told by process 0; where process 0 is killed, JAX's own coordinator, which it held, may be the
+    first to end process 1."""
+    both = start(tmp_path / "two", 2, 1, "--steps", 1000, broken=None if signalled else 1)
+    if not signalled:
+        first, second = end(both, [1, 1])
+        assert "dcmdp: process 1 failed with RuntimeError" in first
+        assert "RuntimeError: the verifier is broken" in second
+        return
     await_rows(tmp_path / "two", 1, both)
     both[0].send_signal(signal.SIGKILL)
-    text = end(both, [-signal.SIGKILL, both[1].wait(timeout=60)])[1]
-    assert both[1].returncode != 0 and ("process 0 at 127.0.0.1" in text or "JAX distributed service" in text)
+    status = both[1].wait(timeout=60)
+    assert status in (1, -signal.SIGABRT)
+    text = end(both, [-signal.SIGKILL, status])[1]
+    assert "process 0 at 127.0.0.1" in text if status == 1 else "another task died" in text
