@@ -22,6 +22,12 @@ def main(arguments: list[str] | None = None) -> int:
         "set by its dotted name, e.g. --constraint.tolerance 0.01 --steps 50."))
     train.add_argument("experiment", help="a Python file with CONFIG = Config(...)")
     train.add_argument("--workdir", help="folder of the run (default: runs/NAME)")
+    train.add_argument("--distributed", action="store_true", help="one of several processes, as a TPU pod, Slurm, Open MPI or "
+                                                                   "Kubernetes numbers them")
+    train.add_argument("--coordinator", metavar="HOST:PORT", default="", help="one of several processes: a free port on process 0's host")
+    train.add_argument("--processes", type=int, default=0, metavar="N", help="with --coordinator: how many there are")
+    train.add_argument("--process", type=int, default=-1, metavar="I", help="with --coordinator: which of them, from 0")
+    train.add_argument("--wait", type=float, default=120, metavar="SECONDS", help="for the other processes to call")
     train.add_argument("--fields", action="store_true", help="list the fields that can be set, with their values, and stop")
     train.set_defaults(run=_train)
 
@@ -100,18 +106,26 @@ def _train(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     config, workdir = _experiment(args, rest)
     if args.fields:
         return partial(_print_fields, config)
-    from dcmdp_jax import train
+    given = [bool(args.coordinator), args.processes > 0, args.process >= 0]
+    if any(given) and (args.distributed or not all(given)):
+        raise ValueError("one of several processes is given --coordinator HOST:PORT, --processes N and --process I, or "
+                         "--distributed alone")
+    from dcmdp_jax import hosts, train
     from dcmdp_jax.stopping import Interrupted
 
-    inputs = train.prepare(config, workdir)
+    if args.coordinator or args.distributed:
+        hosts.start(args.coordinator, args.processes, args.process, args.wait)
+    with hosts.watched():
+        inputs = train.prepare(config, workdir)
 
     def job() -> int:  # what goes wrong from here on is no bad input and shows its traceback
         try:
-            train.run(config, workdir, inputs)
+            with hosts.watched():
+                train.run(config, workdir, inputs)
         except Interrupted as stop:
-            print(f"{stop}; go on with: dcmdp train {args.experiment} --workdir {workdir}")
+            hosts.say(f"{stop}; go on with: dcmdp train {args.experiment} --workdir {workdir}")
             return 130
-        print(f"finished; see {workdir / 'report.html'}")
+        hosts.say(f"finished; see {workdir / 'report.html'}")
         return 0
 
     return job

@@ -63,16 +63,30 @@ def _arranged(shape: tuple[int, ...], devices: list[Any], name: str) -> np.ndarr
 def meshes(config: Config) -> tuple[Mesh, Mesh]:
     """The mesh that trains and the one that samples: the same, or the devices divided as `rollout.devices` says.
 
-    Raises ValueError where they cannot be.
+    Of several processes each samples on devices of its own: its block of the training mesh, or its share of
+    `rollout.devices`. Raises ValueError where they cannot be.
     """
-    devices, sampling = jax.devices(), config.rollout.devices
+    devices, sampling, processes = jax.devices(), config.rollout.devices, jax.process_count()
     if not sampling:
-        return (make_mesh(config.mesh),) * 2
+        mesh = make_mesh(config.mesh)
+        return mesh, local_block(mesh)
     if sampling > len(devices):
         raise ValueError(f"rollout.devices={sampling} are more than the {len(devices)} there are")
-    both = sampling == len(devices)
-    return (make_mesh(config.mesh, devices if both else devices[:-sampling]),
-            make_mesh(config.rollout.mesh, devices[-sampling:], "rollout.mesh"))
+    if sampling % processes:
+        raise ValueError(f"rollout.devices={sampling} do not divide over {processes} processes")
+    each = sampling // processes
+    of = [[device for device in devices if device.process_index == i] for i in range(processes)]
+    training = devices if sampling == len(devices) else [device for own in of for device in own[:-each]]
+    return make_mesh(config.mesh, training), make_mesh(config.rollout.mesh, of[jax.process_index()][-each:], "rollout.mesh")
+
+
+def local_block(mesh: Mesh) -> Mesh:
+    """This process's devices of the mesh. Raises ValueError where they are no block of it."""
+    try:
+        return mesh.local_mesh
+    except ValueError:
+        raise ValueError(f"the devices of a process are no block of the mesh {dict(mesh.shape)}; choose axes that fit the "
+                         f"{jax.local_device_count()} devices of each") from None
 
 
 def single_device_mesh() -> Mesh:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
-from dcmdp_jax import sharding
+from dcmdp_jax import hosts, sharding
 from dcmdp_jax.config import ModelConfig, Precision
 from dcmdp_jax.models import cache, qwen3
 from dcmdp_jax.models.quantized import LARGEST, Quantized, quantize
@@ -32,8 +34,9 @@ def make(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> 
     float32 and "" leave a parameter as the trainer has it, bfloat16 casts it, the rest quantizes it: projections as
     `precision` says, embedding and head with one scale per token of the vocabulary. Biases stay as they are. Where
     embeddings are tied and the head's precision is another, the engine's parameters have a `"head"` [V, D] of their own.
-    Parameters on other devices than the mesh's are converted there and sent over. The result shares no buffer with its
-    arguments, which the next training step donates. Raises ValueError for a precision not in `ALLOWED`, and for groups
+    Parameters on other devices than the mesh's are converted there and sent over. Where they are spread over several
+    processes, each gets a whole copy on its own devices, and all must call. The result shares no buffer with its arguments,
+    which the next training step donates. Raises ValueError for a precision not in `ALLOWED`, and for groups
     that do not divide the inputs of a projection.
     """
     for field, allowed in ALLOWED.items():
@@ -49,14 +52,25 @@ def make(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> 
         return Weights(qwen3.unstack(_cast(params, config, precision), config), version)
 
     shapes = jax.eval_shape(convert, jax.eval_shape(partial(qwen3.init, config=config), jax.random.key(0)), 0)
-    places = Weights(_shardings(shapes.params, config, mesh), sharding.replicated(mesh))
-    here, elsewhere = jax.jit(convert, out_shardings=places), jax.jit(convert)
+
+    def places(mesh):
+        return Weights(_shardings(shapes.params, config, mesh), sharding.replicated(mesh))
+
+    @functools.cache
+    def on_every_process(mesh):
+        whole = hosts.per_process(mesh)
+        return jax.jit(convert, out_shardings=jax.tree.map(lambda place: NamedSharding(whole, place.spec), places(mesh.local_mesh)))
+
+    here, elsewhere = jax.jit(convert, out_shardings=places(mesh)), jax.jit(convert)
 
     def sync(params: Any, version: Any) -> Weights:
         leaf = jax.tree.leaves(params)[0]
-        if isinstance(leaf, jax.Array) and leaf.committed and leaf.sharding.device_set != set(mesh.devices.flat):
-            return jax.device_put(elsewhere(params, version), places)
-        return here(params, version)
+        if not isinstance(leaf, jax.Array) or not leaf.committed or leaf.sharding.device_set == set(mesh.devices.flat):
+            return here(params, version)
+        if leaf.is_fully_addressable:
+            return jax.device_put(elsewhere(params, version), places(mesh))
+        copies = on_every_process(leaf.sharding.mesh)(params, version)
+        return jax.device_put(jax.tree.map(lambda x: hosts.own_copy(x, leaf.sharding.mesh), copies), places(mesh))
 
     return sync
 
