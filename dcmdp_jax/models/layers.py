@@ -157,14 +157,15 @@ class Layer(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
-        """x [B, S, D] -> [B, S, D] and what `attend` keeps."""
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend,
+                 live: jax.Array | None = None) -> tuple[jax.Array, Any]:
+        """x [B, S, D] -> [B, S, D] and what `attend` keeps. Experts may leave out rows that are not `live` [B]."""
         c, dtype = self.config, self.param_dtype
         y = RMSNorm(c, param_dtype=dtype, name="input_norm")(x)
         y, kept = Attention(c, dtype, name="attention")(y, cos, sin, attend)
         x = x + y
         y = RMSNorm(c, param_dtype=dtype, name="post_attention_norm")(x)
-        y = MoE(c, dtype, name="moe")(y) if self.sparse else MLP(c, dtype, name="mlp")(y)
+        y = MoE(c, dtype, name="moe")(y, live) if self.sparse else MLP(c, dtype, name="mlp")(y)
         return x + y, kept
 
 

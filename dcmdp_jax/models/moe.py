@@ -44,13 +44,16 @@ class Experts(NamedTuple):
     down: Any  # [E, F, D]
 
 
-def mix(x: jax.Array, gates: jax.Array, experts: jax.Array, weights: Experts) -> jax.Array:
+def mix(x: jax.Array, gates: jax.Array, experts: jax.Array, weights: Experts, live: jax.Array | None = None) -> jax.Array:
     """`sum over k of gates_k * down_e(silu(gate_e x) * up_e x)`, e = experts_k: x [N, D], gates, experts [N, k] -> [N, D].
 
     Assignments are sorted by expert. Accelerators multiply them by `ragged_dot`; on a CPU, where that is ten times slower
-    than the products it stands for, each expert's rows are cut into tiles.
+    than the products it stands for, each expert's rows are cut into tiles, and tokens that are not `live` ([N] bool, None:
+    all are) cost nothing. What comes back for those has no meaning.
     """
-    rows = jax.lax.platform_dependent(x, experts, weights, cpu=_by_tiles, default=_by_ragged_dot)
+    live = jnp.ones(x.shape[:1], bool) if live is None else live
+    rows = jax.lax.platform_dependent(
+        x, experts, weights, live, cpu=_by_tiles, default=lambda x, experts, weights, live: _by_ragged_dot(x, experts, weights))
     # Summed in the order of k, which does not depend on the other tokens.
     return jnp.sum(rows.astype(jnp.float32) * gates[..., None], axis=1).astype(x.dtype)
 
@@ -73,29 +76,40 @@ def _by_ragged_dot(x: jax.Array, experts: jax.Array, weights: Experts) -> jax.Ar
     return rows[jnp.argsort(order)].reshape(*experts.shape, -1)
 
 
-def _by_tiles(x: jax.Array, experts: jax.Array, weights: Experts) -> jax.Array:
-    """[N, k, D], each assignment's row."""
+def _by_tiles(x: jax.Array, experts: jax.Array, weights: Experts, live: jax.Array) -> jax.Array:
+    """[N, k, D], each assignment's row; zero where a token is not live."""
     count, assigned = jax.tree.leaves(weights.gate)[0].shape[0], experts.size
     tile = min(max(1 << (assigned // count).bit_length(), 4), TILE)
-    flat = experts.reshape(-1)
+    flat = jnp.where(live[:, None], experts, count).reshape(-1)  # expert `count` is nobody's
     order = jnp.argsort(flat)
     sizes = jnp.bincount(flat, length=count)
     tiles = -(-sizes // tile)
     # Row j of the sorted assignments goes to the same place in its expert's run of whole tiles.
-    shift = (jnp.cumsum(tiles) - tiles) * tile - (jnp.cumsum(sizes) - sizes)
-    place = jnp.zeros_like(flat).at[order].set(jnp.arange(assigned) + shift[flat[order]])
+    first = jnp.cumsum(tiles) - tiles
+    shift = first * tile - (jnp.cumsum(sizes) - sizes)
     most = -(-assigned // tile) + count
+    place = jnp.zeros_like(flat).at[order].set(jnp.arange(assigned) + shift[flat[order]])
+    place = jnp.where(flat < count, place, most * tile)
     owner = jnp.repeat(jnp.arange(count), tiles, total_repeat_length=most)
+    held = sizes[owner] - (jnp.arange(most) - first[owner]) * tile
     rows = jnp.zeros((most * tile, x.shape[-1]), x.dtype).at[place].set(
-        jnp.repeat(x, experts.shape[1], axis=0), unique_indices=True)
-    return _tiled(rows, weights, owner, jnp.sum(tiles), tile)[place].reshape(*experts.shape, -1)
+        jnp.repeat(x, experts.shape[1], axis=0), mode="drop")
+    out = _tiled(rows, weights, owner, held, jnp.sum(tiles), tile)
+    return out.at[place].get(mode="fill", fill_value=0).reshape(*experts.shape, -1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _tiled(x: jax.Array, weights: Experts, owner: jax.Array, count: jax.Array, tile: int) -> jax.Array:
-    """The feed-forward of tile i of `x`, by expert owner[i], for the first `count` tiles; zero in the rest."""
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _tiled(x: jax.Array, weights: Experts, owner: jax.Array, held: jax.Array, count: jax.Array, tile: int) -> jax.Array:
+    """The feed-forward of tile i of `x`, by expert owner[i], for the first `count` tiles; zero in the rest.
+
+    Tile i holds `held[i]` rows. One that is half empty is multiplied as half a tile.
+    """
     def one(i, out):
-        return _put(out, _forward(_cut(x, i, tile), weights, owner[i]), i, tile)
+        rows, half = _cut(x, i, tile), tile // 2
+        done = jax.lax.cond(
+            held[i] <= half, lambda: jnp.pad(_forward(rows[:half], weights, owner[i]), ((0, tile - half), (0, 0))),
+            lambda: _forward(rows, weights, owner[i]))
+        return _put(out, done, i, tile)
 
     return jax.lax.fori_loop(0, count, one, jnp.zeros_like(x))
 
@@ -107,8 +121,8 @@ def _forward(rows: jax.Array, weights: Experts, e: jax.Array) -> jax.Array:
     return _dot(rounded(nn.silu(gate) * up, weights.down), expert(weights.down, e, rows.dtype))
 
 
-def _tiled_forward(x, weights, owner, count, tile):
-    return _tiled(x, weights, owner, count, tile), (x, weights, owner, count)
+def _tiled_forward(x, weights, owner, held, count, tile):
+    return _tiled(x, weights, owner, held, count, tile), (x, weights, owner, count)
 
 
 def _tiled_backward(tile, kept, dy):
@@ -125,7 +139,7 @@ def _tiled_backward(tile, kept, dy):
         return _put(dx, drows, i, tile), dw
 
     dx, dw = jax.lax.fori_loop(0, count, one, (jnp.zeros_like(x), jax.tree.map(jnp.zeros_like, weights)))
-    return dx, dw, None, None
+    return dx, dw, None, None, None
 
 
 _tiled.defvjp(_tiled_forward, _tiled_backward)
@@ -153,8 +167,8 @@ class MoE(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, S, D] -> [B, S, D]."""
+    def __call__(self, x: jax.Array, live: jax.Array | None = None) -> jax.Array:
+        """[B, S, D] -> [B, S, D]; live [B], see `mix`."""
         c = self.config
         wide = (c.num_experts, c.hidden_size, c.expert_size)
         # The softmax runs over every expert, so the router is not split along them.
@@ -165,4 +179,5 @@ class MoE(nn.Module):
         tokens = x.reshape(-1, c.hidden_size)
         gates, experts = route(tokens, router, c)
         self.sow("routing", "experts", experts)
-        return mix(tokens, gates, experts, Experts(gate_proj, up_proj, down_proj)).reshape(x.shape)
+        live = None if live is None else jnp.repeat(live, x.shape[1])
+        return mix(tokens, gates, experts, Experts(gate_proj, up_proj, down_proj), live).reshape(x.shape)
