@@ -148,8 +148,8 @@ class MoE(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, S, D] -> [B, S, D]."""
+    def __call__(self, x: jax.Array, live: jax.Array | None = None) -> jax.Array:
+        """[B, S, D] -> [B, S, D]; live [B], see `moe.mix`."""
         c = self.config
         wide = (c.num_experts, c.hidden_size, c.expert_size)
         # The softmax runs over every expert, so the router is not split along them.
@@ -163,7 +163,8 @@ class MoE(nn.Module):
         if sharding.ambient() is not None and not self.is_initializing():
             return dispatch.mix(x, gates, experts, weights)
         tokens, gates, experts = (a.reshape(-1, a.shape[-1]) for a in (x, gates, experts))
-        return moe.mix(tokens, gates, experts, weights).reshape(x.shape)
+        live = None if live is None else jnp.repeat(live, x.shape[1])
+        return moe.mix(tokens, gates, experts, weights, live).reshape(x.shape)
 
 
 class Layer(nn.Module):
@@ -174,14 +175,15 @@ class Layer(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
-        """x [B, S, D] -> [B, S, D] and what `attend` keeps."""
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend,
+                 live: jax.Array | None = None) -> tuple[jax.Array, Any]:
+        """x [B, S, D] -> [B, S, D] and what `attend` keeps. Experts may leave out rows that are not `live` [B]."""
         c, dtype = self.config, self.param_dtype
         y = RMSNorm(c, param_dtype=dtype, name="input_norm")(x)
         y, kept = Attention(c, dtype, name="attention")(y, cos, sin, attend)
         x = x + y
         y = RMSNorm(c, param_dtype=dtype, name="post_attention_norm")(x)
-        y = MoE(c, dtype, name="moe")(y) if self.sparse else MLP(c, dtype, name="mlp")(y)
+        y = MoE(c, dtype, name="moe")(y, live) if self.sparse else MLP(c, dtype, name="mlp")(y)
         return x + y, kept
 
 

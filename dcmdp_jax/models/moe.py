@@ -34,19 +34,22 @@ def route(x: jax.Array, router: jax.Array, config: ModelConfig) -> tuple[jax.Arr
     return gates, experts
 
 
-def mix(x: jax.Array, gates: jax.Array, experts: jax.Array, weights: Experts) -> jax.Array:
+def mix(x: jax.Array, gates: jax.Array, experts: jax.Array, weights: Experts, live: jax.Array | None = None) -> jax.Array:
     """`sum over k of gates_k * down_e(silu(gate_e x) * up_e x)`, e = experts_k: x [N, D], gates, experts [N, k] -> [N, D].
 
     Assignments are sorted by expert. Accelerators multiply them by `ragged_dot`; on a CPU, where that is ten times slower
-    than the products it stands for, each expert's rows are cut into tiles.
+    than the products it stands for, each expert's rows are cut into tiles, and tokens that are not `live` ([N] bool, None:
+    all are) cost nothing. What comes back for those has no meaning.
     """
     # Summed in the order of k, which does not depend on the other tokens.
-    return jnp.sum(assigned(x, experts, weights).astype(jnp.float32) * gates[..., None], axis=1).astype(x.dtype)
+    return jnp.sum(assigned(x, experts, weights, live).astype(jnp.float32) * gates[..., None], axis=1).astype(x.dtype)
 
 
-def assigned(x: jax.Array, experts: jax.Array, weights: Experts) -> jax.Array:
+def assigned(x: jax.Array, experts: jax.Array, weights: Experts, live: jax.Array | None = None) -> jax.Array:
     """Each assignment's row `down_e(silu(gate_e x) * up_e x)`: x [N, D], experts [N, k] -> [N, k, D]."""
-    return jax.lax.platform_dependent(x, experts, weights, cpu=_by_tiles, default=_by_ragged_dot)
+    live = jnp.ones(x.shape[:1], bool) if live is None else live
+    return jax.lax.platform_dependent(
+        x, experts, weights, live, cpu=_by_tiles, default=lambda x, experts, weights, live: _by_ragged_dot(x, experts, weights))
 
 
 def _by_ragged_dot(x: jax.Array, experts: jax.Array, weights: Experts) -> jax.Array:
@@ -67,19 +70,23 @@ def _by_ragged_dot(x: jax.Array, experts: jax.Array, weights: Experts) -> jax.Ar
     return rows[jnp.argsort(order)].reshape(*experts.shape, -1)
 
 
-def _by_tiles(x: jax.Array, experts: jax.Array, weights: Experts) -> jax.Array:
-    """[N, k, D], each assignment's row."""
+def _by_tiles(x: jax.Array, experts: jax.Array, weights: Experts, live: jax.Array) -> jax.Array:
+    """[N, k, D], each assignment's row; zero where a token is not live."""
     count, assigned = jax.tree.leaves(weights.gate)[0].shape[0], experts.size
     tile = min(max(1 << (assigned // count).bit_length(), 4), TILE)
-    flat = experts.reshape(-1)
+    flat = jnp.where(live[:, None], experts, count).reshape(-1)  # expert `count` is nobody's
     order = jnp.argsort(flat)
     sizes = jnp.bincount(flat, length=count)
     tiles = -(-sizes // tile)
     # Row j of the sorted assignments goes to the same place in its expert's run of whole tiles.
-    shift = (jnp.cumsum(tiles) - tiles) * tile - (jnp.cumsum(sizes) - sizes)
-    place = jnp.zeros_like(flat).at[order].set(jnp.arange(assigned) + shift[flat[order]])
+    first = jnp.cumsum(tiles) - tiles
+    shift = first * tile - (jnp.cumsum(sizes) - sizes)
     most = -(-assigned // tile) + count
+    place = jnp.zeros_like(flat).at[order].set(jnp.arange(assigned) + shift[flat[order]])
+    place = jnp.where(flat < count, place, most * tile)
     owner = jnp.repeat(jnp.arange(count), tiles, total_repeat_length=most)
+    held = sizes[owner] - (jnp.arange(most) - first[owner]) * tile
     rows = jnp.zeros((most * tile, x.shape[-1]), x.dtype).at[place].set(
-        jnp.repeat(x, experts.shape[1], axis=0), unique_indices=True)
-    return in_tiles(rows, weights, owner, jnp.sum(tiles), tile)[place].reshape(*experts.shape, -1)
+        jnp.repeat(x, experts.shape[1], axis=0), mode="drop")
+    out = in_tiles(rows, weights, owner, held, jnp.sum(tiles), tile)
+    return out.at[place].get(mode="fill", fill_value=0).reshape(*experts.shape, -1)

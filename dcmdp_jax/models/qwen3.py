@@ -189,13 +189,15 @@ def prefill(
 
 
 def decode(
-    params: dict, tokens: jax.Array, cache: Cache, lengths: jax.Array, config: ModelConfig, *, window: int
+    params: dict, tokens: jax.Array, cache: Cache, lengths: jax.Array, config: ModelConfig, *, window: int,
+    live: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache, jax.Array]:
     """Feed one token to each slot: tokens [B], lengths [B] int32 -> x [B, D] after the final norm, the cache, and the
     router's choice in each of the sparse layers, [B, sparse layers, k] int32.
 
     Slot b's token stands at position lengths[b]: its key and value are written there, and it attends to positions
     0..lengths[b]. Attention reads the first `window` (static) positions, so every live slot needs lengths[b] < window.
+    What comes of slots that are not `live` [B] (None: all are) has no meaning.
     Takes `unstack`ed parameters and raises ValueError for stacked ones.
     """
     cos, sin = rotary(lengths[:, None], config)
@@ -209,7 +211,7 @@ def decode(
     kept, experts = [], []
     for (layer, layer_params), keys, values in zip(_layers(params, config), *cache, strict=True):
         with_cache = functools.partial(attend, keys=keys, values=values)
-        (x, pair), chosen = layer.apply({"params": layer_params}, x, cos, sin, with_cache, mutable=["routing"])
+        (x, pair), chosen = layer.apply({"params": layer_params}, x, cos, sin, with_cache, live, mutable=["routing"])
         kept.append(pair)
         experts += jax.tree.leaves(chosen)
     x = Ends(config).apply({"params": _ends(params)}, x, method="norm")

@@ -40,21 +40,29 @@ def dense(x: jax.Array, gate: Any, up: Any, down: Any) -> jax.Array:
         rows = -(-count // tiles // 8) * 8
         padded = jnp.pad(x.reshape(count, -1), ((0, tiles * rows - count), (0, 0)))
         one = Experts(gate[None], up[None], down[None])
-        return in_tiles(padded, one, jnp.zeros(tiles, jnp.int32), tiles, rows)[:count].reshape(x.shape)
+        return in_tiles(padded, one, jnp.zeros(tiles, jnp.int32), None, tiles, rows)[:count].reshape(x.shape)
 
     return jax.lax.platform_dependent(x, gate, up, down, cpu=tiled, default=whole)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def in_tiles(x: jax.Array, weights: Experts, owner: jax.Array, count: jax.Array, rows: int) -> jax.Array:
-    """The feed-forward of tile i of `x` [N, D], `rows` rows, by expert owner[i], for the first `count` tiles; 0 in the rest."""
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def in_tiles(x: jax.Array, weights: Experts, owner: jax.Array, held: jax.Array | None, count: jax.Array, rows: int) -> jax.Array:
+    """The feed-forward of tile i of `x` [N, D], `rows` rows, by expert owner[i], for the first `count` tiles; 0 in the rest.
+
+    Tile i holds `held[i]` rows (None: all of them). One that is half empty is multiplied as half a tile.
+    """
     def one(i, out):
-        return _put(out, _forward(_cut(x, i, rows), weights, _owner(weights, owner, i))[0], i)
+        tile, half, e = _cut(x, i, rows), rows // 2, _owner(weights, owner, i)
+        if held is None:
+            return _put(out, _forward(tile, weights, e)[0], i)
+        return _put(out, jax.lax.cond(
+            held[i] <= half, lambda: jnp.pad(_forward(tile[:half], weights, e)[0], ((0, rows - half), (0, 0))),
+            lambda: _forward(tile, weights, e)[0]), i)
 
     return jax.lax.fori_loop(0, count, one, jnp.zeros_like(x))
 
 
-def _in_tiles_forward(x, weights, owner, count, rows):
+def _in_tiles_forward(x, weights, owner, held, count, rows):
     def one(i, carry):
         made = _forward(_cut(x, i, rows), weights, _owner(weights, owner, i))
         return tuple(_put(whole, part, i) for whole, part in zip(carry, made))
@@ -76,7 +84,7 @@ def _in_tiles_backward(rows, kept, dy):
         return _put(dx, d_rows, i), Experts(*(total.at[e].add(d) for total, d in zip(dw, d_matrices)))
 
     dx, dw = jax.lax.fori_loop(0, count, one, (jnp.zeros_like(x), jax.tree.map(jnp.zeros_like, weights)))
-    return dx, dw, None, None
+    return dx, dw, None, None, None
 
 
 in_tiles.defvjp(_in_tiles_forward, _in_tiles_backward)

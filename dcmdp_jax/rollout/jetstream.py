@@ -107,7 +107,10 @@ class Engine(engine_api.Engine):
         self._prefill = jax.jit(partial(decode.prefill, config=config))
         self._insert = jax.jit(partial(decode.insert, positions=max_length), donate_argnums=0, out_shardings=place)
         self._evict = jax.jit(decode.evict, donate_argnums=0, out_shardings=place)
-        generate = partial(decode.generate, config=config, stop_ids=stop_ids, steps=steps, record_experts=record_experts)
+        # A CPU cuts the window out of the cache at every step; from four steps on, copying it there and back costs less.
+        apart = steps >= 4 and self._mesh.devices.flat[0].platform == "cpu"
+        generate = partial(decode.generate, config=config, stop_ids=stop_ids, steps=steps, record_experts=record_experts,
+                           apart=apart)
         self._generate = jax.jit(partial(_packed, generate), donate_argnums=1, static_argnames="window",
                                  out_shardings=(place, sharding.replicated(self._mesh)))
 
