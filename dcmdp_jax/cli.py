@@ -1,10 +1,11 @@
-"""`dcmdp`: train, parity, diagnose, generate, serve, convert, report."""
+"""`dcmdp`: train, plan, parity, diagnose, generate, serve, convert, report."""
 
 from __future__ import annotations
 
 import argparse
 import functools
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -48,6 +49,15 @@ def main(arguments: list[str] | None = None) -> int:
     _experiment_options(diagnose)
     diagnose.add_argument("--all", action="store_true", help="try properties that the engine has exact, too")
     diagnose.set_defaults(run=_diagnose)
+
+    plan = commands.add_parser("plan", allow_abbrev=False, help="compile an experiment for a TPU slice that is not there", description=(
+        "Compiles every program of an experiment for a TPU topology with libtpu, no TPU needed, and prints memory per chip, FLOPs, "
+        "bytes over the links and the least time a step can take. Fields are set as for train."))
+    plan.add_argument("experiment", help="a Python file with CONFIG = Config(...)")
+    plan.add_argument("--topology", required=True, metavar="KIND:SHAPE", help="a slice, such as v5p:4x4x4, v5e:8x8 or v6e:4x4")
+    plan.add_argument("--slices", type=int, default=1, help="slices of that topology, joined along mesh.data")
+    plan.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    plan.set_defaults(run=_plan, workdir=None)
 
     generate = commands.add_parser("generate", allow_abbrev=False, help="sample completions of prompts from a model folder")
     generate.add_argument("model", help="a Hugging Face folder with its tokenizer")
@@ -197,6 +207,20 @@ def _diagnose(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
         return 0
 
     return job
+
+
+def _plan(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; a TPU that is here stays free
+    from dcmdp_jax.config import load_experiment, override
+
+    config = override(load_experiment(args.experiment), _overrides(rest))
+    from dcmdp_jax import parity, plan, train
+
+    found = plan.make(config, train.read_model(config), args.topology, args.slices, say=lambda line: print(line, file=sys.stderr, flush=True))
+    print("\n".join([parity.columns(plan.table(found), left=1), *plan.verdict(found)]))
+    if args.json:
+        plan.write(found, args.json)
+    return lambda: int(any(item.excess for item in found.programs))
 
 
 def _overrides(rest: list[str]) -> dict[str, str]:

@@ -154,15 +154,13 @@ def part(size: int, process: int | None = None) -> slice:
     return slice(first, min(first + each, size))
 
 
-def per_process(mesh: Mesh) -> Mesh:
-    """`mesh` with each axis cut in two, `NAME_process` over processes and NAME within: a partition that names the latter alone
-    is a whole copy on every process."""
-    here = sharding.local_block(mesh).devices.shape
-    shape = [n for whole, local in zip(mesh.devices.shape, here) for n in (whole // local, local)]
-    return Mesh(mesh.devices.reshape(shape), [name for axis in mesh.axis_names for name in (axis + "_process", axis)])
+def per_process(mesh: Mesh, own: Mesh) -> Mesh:
+    """All devices of `mesh` with an axis `process` before the axes of `own`, one process's: a partition that does not name it is
+    a whole copy on every process."""
+    return Mesh(mesh.devices.reshape(-1, *own.devices.shape), ("process", *own.axis_names))
 
 
 def own_copy(array: jax.Array, mesh: Mesh) -> jax.Array:
-    """This process's whole copy, on its part of `mesh`, of an array laid out on `per_process(mesh)`; nothing moves."""
-    return jax.make_array_from_single_device_arrays(array.shape, NamedSharding(mesh.local_mesh, array.sharding.spec),
+    """This process's whole copy, on its part of the mesh, of an array laid out on `per_process`; nothing moves."""
+    return jax.make_array_from_single_device_arrays(array.shape, NamedSharding(mesh, array.sharding.spec),
                                                     [shard.data for shard in array.addressable_shards])

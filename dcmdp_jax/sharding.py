@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dcmdp_jax.config import Config, MeshConfig
@@ -44,49 +43,49 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None, name: str = 
     if fixed * fsdp != len(devices):
         raise ValueError(f"{name}.data={config.data} * fsdp={config.fsdp or 'rest'} * expert={config.expert} * "
                          f"sequence={config.sequence} * tensor={config.tensor} does not make {len(devices)}, the number of devices")
-    return Mesh(_arranged((config.data, fsdp, config.expert, config.sequence, config.tensor), devices, name), AXES)
+    shape = (config.data, fsdp, config.expert, config.sequence, config.tensor)
+    slices = len({slice_of(device) for device in devices})
+    if config.data % slices:
+        raise ValueError(f"{name}.data={config.data} is no multiple of the {slices} slices; only data may cross them")
+    # A process's devices are neighbours, so that they are a block of the mesh; so are a slice's.
+    ordered = sorted(devices, key=lambda device: (slice_of(device), device.process_index, device.id))
+    return Mesh(np.asarray(ordered).reshape(shape), AXES)
 
 
-def _arranged(shape: tuple[int, ...], devices: list[Any], name: str) -> np.ndarray:
-    """Devices in the mesh's shape: neighbours on a TPU's torus where there is one, slices along `data` where there are several."""
-    slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
-    if slices > 1:
-        if shape[0] % slices:
-            raise ValueError(f"{name}.data={shape[0]} is no multiple of the {slices} slices; only data may cross them")
-        within = (shape[0] // slices, *shape[1:])
-        return mesh_utils.create_hybrid_device_mesh(within, (slices, *(1,) * (len(shape) - 1)), devices)
-    if devices[0].platform == "tpu":
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return np.asarray(devices).reshape(shape)
+def slice_of(device: Any) -> int:
+    return getattr(device, "slice_index", None) or 0
 
 
-def meshes(config: Config) -> tuple[Mesh, Mesh]:
+def meshes(config: Config, devices: list[Any] | None = None, process: int | None = None) -> tuple[Mesh, Mesh]:
     """The mesh that trains and the one that samples: the same, or the devices divided as `rollout.devices` says.
 
     Of several processes each samples on devices of its own: its block of the training mesh, or its share of
     `rollout.devices`. Raises ValueError where they cannot be.
     """
-    devices, sampling, processes = jax.devices(), config.rollout.devices, jax.process_count()
+    devices, process = jax.devices() if devices is None else devices, jax.process_index() if process is None else process
+    sampling, of = config.rollout.devices, {}
+    for device in devices:
+        of.setdefault(device.process_index, []).append(device)
     if not sampling:
-        mesh = make_mesh(config.mesh)
-        return mesh, local_block(mesh)
+        mesh = make_mesh(config.mesh, devices)
+        return mesh, block(mesh, process)
     if sampling > len(devices):
         raise ValueError(f"rollout.devices={sampling} are more than the {len(devices)} there are")
-    if sampling % processes:
-        raise ValueError(f"rollout.devices={sampling} do not divide over {processes} processes")
-    each = sampling // processes
-    of = [[device for device in devices if device.process_index == i] for i in range(processes)]
-    training = devices if sampling == len(devices) else [device for own in of for device in own[:-each]]
-    return make_mesh(config.mesh, training), make_mesh(config.rollout.mesh, of[jax.process_index()][-each:], "rollout.mesh")
+    if sampling % len(of):
+        raise ValueError(f"rollout.devices={sampling} do not divide over {len(of)} processes")
+    each = sampling // len(of)
+    training = devices if sampling == len(devices) else [device for own in of.values() for device in own[:-each]]
+    return make_mesh(config.mesh, training), make_mesh(config.rollout.mesh, of[process][-each:], "rollout.mesh")
 
 
-def local_block(mesh: Mesh) -> Mesh:
-    """This process's devices of the mesh. Raises ValueError where they are no block of it."""
-    try:
-        return mesh.local_mesh
-    except ValueError:
+def block(mesh: Mesh, process: int) -> Mesh:
+    """A process's devices of the mesh. Raises ValueError where they are no block of it."""
+    own = np.vectorize(lambda device: device.process_index == process)(mesh.devices)
+    part = mesh.devices[np.ix_(*(sorted(set(places.tolist())) for places in np.nonzero(own)))]
+    if part.size != own.sum():
         raise ValueError(f"the devices of a process are no block of the mesh {dict(mesh.shape)}; choose axes that fit the "
-                         f"{jax.local_device_count()} devices of each") from None
+                         f"{own.sum()} devices of each")
+    return Mesh(part, mesh.axis_names)
 
 
 def single_device_mesh() -> Mesh:
@@ -193,6 +192,11 @@ def scatter_sum(x: jax.Array, axis: int) -> jax.Array:
 def local_shape(logical: tuple[str | None, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
     """One device's part of an activation's shape."""
     return named(*logical).shard_shape(shape) if ambient() else shape
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes that one device holds of arrays, or of shapes with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def batch_size(mesh: Mesh) -> int:

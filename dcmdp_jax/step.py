@@ -89,7 +89,7 @@ def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: 
     advantage = algorithm.advantage(batch.reward.reshape(-1), batch.group.reshape(-1),
                                     num_groups=config.data.prompts_per_step).reshape(batch.reward.shape)[..., None]
     behaviour, _ = sampled_from(state)
-    old_logp, entropy = _old_logp(behaviour, batch, config, model)
+    old_logp, entropy = score(behaviour, batch, config, model)
     shaped = dual.shape(_flat(advantage), _flat(old_logp), _flat(batch.rollout_logp), state.dual.multiplier, dual.tolerance,
                         _flat(batch.mask)).reshape(batch.mask.shape)
 
@@ -113,18 +113,18 @@ def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: 
         "loss": jnp.mean(loss), "grad_norm": jnp.mean(norm), "delta_mean": total / jnp.maximum(count, 1),
         "multiplier": state.dual.multiplier, "multiplier_next": new_dual.multiplier, "skipped": skipped}
     if state.stale:
-        logp, _ = _old_logp(state.params, batch, config, model)
+        logp, _ = score(state.params, batch, config, model)
         metrics |= diagnostics.staleness(_flat(logp), _flat(old_logp), _flat(batch.rollout_logp), _flat(batch.mask))
     stale = (*state.stale, state.params)[1:]
     return TrainState(params, opt_state, new_dual, state.step + 1, skipped, stale), metrics
 
 
-def _old_logp(params: Any, batch: Batch, config: Config, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
+def score(params: Any, batch: Batch, config: Config, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """The trainer's log-probs and entropies at the weights that sampled, [M, A, n, T]."""
-    def score(micro):
+    def one(micro):
         return _score(params, micro, config, model, entropy=True)
 
-    return jax.lax.map(lambda minibatch: jax.lax.map(score, minibatch), batch)
+    return jax.lax.map(lambda minibatch: jax.lax.map(one, minibatch), batch)
 
 
 def _score(params: Any, micro: Batch, config: Config, model: ModelConfig, *,

@@ -47,32 +47,53 @@ def make(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> 
         raise ValueError(f"precision.group={precision.group} must be -1 (one scale a weight), 0 (an output channel) or "
                          "positive")
 
-    def convert(params, version):
-        params, version = jax.tree.map(jnp.copy, (params, jnp.asarray(version, jnp.int32)))
-        return Weights(qwen3.unstack(_cast(params, config, precision), config), version)
-
-    shapes = jax.eval_shape(convert, jax.eval_shape(partial(qwen3.init, config=config), jax.random.key(0)), 0)
-
-    def places(mesh):
-        return Weights(_shardings(shapes.params, config, mesh), sharding.replicated(mesh))
+    here = jax.jit(partial(_convert, config=config, precision=precision), out_shardings=_places(config, precision, mesh))
+    elsewhere = jax.jit(partial(_convert, config=config, precision=precision))
 
     @functools.cache
-    def on_every_process(mesh):
-        whole = hosts.per_process(mesh)
-        return jax.jit(convert, out_shardings=jax.tree.map(lambda place: NamedSharding(whole, place.spec), places(mesh.local_mesh)))
-
-    here, elsewhere = jax.jit(convert, out_shardings=places(mesh)), jax.jit(convert)
+    def on_every_process(training):
+        block = sharding.block(training, jax.process_index())
+        own = mesh if set(block.devices.flat) == set(mesh.devices.flat) else block
+        return spread(config, precision, training, own), own
 
     def sync(params: Any, version: Any) -> Weights:
-        leaf = jax.tree.leaves(params)[0]
+        leaf, version = jax.tree.leaves(params)[0], jnp.asarray(version, jnp.int32)
         if not isinstance(leaf, jax.Array) or not leaf.committed or leaf.sharding.device_set == set(mesh.devices.flat):
             return here(params, version)
         if leaf.is_fully_addressable:
-            return jax.device_put(elsewhere(params, version), places(mesh))
-        copies = on_every_process(leaf.sharding.mesh)(params, version)
-        return jax.device_put(jax.tree.map(lambda x: hosts.own_copy(x, leaf.sharding.mesh), copies), places(mesh))
+            return jax.device_put(elsewhere(params, version), _places(config, precision, mesh))
+        f, own = on_every_process(leaf.sharding.mesh)
+        copies = jax.tree.map(lambda x: hosts.own_copy(x, own), f(params, version))
+        return copies if own == mesh else jax.device_put(copies, _places(config, precision, mesh))
 
     return sync
+
+
+def spread(config: ModelConfig, precision: Precision, training: jax.sharding.Mesh, own: jax.sharding.Mesh) -> Callable:
+    """Compiled: parameters and version on the training mesh to a whole copy for every process, laid out like `own`, its mesh."""
+    whole, places = hosts.per_process(training, own), _places(config, precision, own)
+    return jax.jit(partial(_convert, config=config, precision=precision),
+                   out_shardings=jax.tree.map(lambda place: NamedSharding(whole, place.spec), places))
+
+
+def abstract(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> Weights:
+    """Shapes and places of an engine's weights."""
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), _shapes(config, precision),
+                        _places(config, precision, mesh))
+
+
+def _convert(params: Any, version: Any, *, config: ModelConfig, precision: Precision) -> Weights:
+    params, version = jax.tree.map(jnp.copy, (params, version))
+    return Weights(qwen3.unstack(_cast(params, config, precision), config), version)
+
+
+def _shapes(config: ModelConfig, precision: Precision) -> Weights:
+    params = jax.eval_shape(partial(qwen3.init, config=config), jax.random.key(0))
+    return jax.eval_shape(partial(_convert, config=config, precision=precision), params, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def _places(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> Weights:
+    return Weights(_shardings(_shapes(config, precision).params, config, mesh), sharding.replicated(mesh))
 
 
 def check(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> None:

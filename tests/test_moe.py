@@ -110,7 +110,7 @@ def test_tokens_that_are_not_live_change_nothing_for_the_others():
     config = dataclasses.replace(CONFIG, experts_per_token=3)
     params = random_params(config)
     x = jax.random.normal(jax.random.key(1), (40, 1, config.hidden_size))
-    some = jax.jit(lambda x, live: moe.MoE(config).apply({"params": params}, x, live))
+    some = jax.jit(lambda x, live: layers.MoE(config).apply({"params": params}, x, live))
     for count in (0, 1, 7, 40):
         live = np.isin(np.arange(40), np.random.default_rng(count).permutation(40)[:count])
         poisoned = jnp.where(live[:, None, None], x, jnp.nan)
