@@ -39,13 +39,7 @@ def make(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> 
     which the next training step donates. Raises ValueError for a precision not in `ALLOWED`, and for groups
     that do not divide the inputs of a projection.
     """
-    for field, allowed in ALLOWED.items():
-        if getattr(precision, field) not in allowed:
-            raise ValueError(f"precision.{field}={getattr(precision, field)!r} is not one of "
-                             f"{', '.join(name or repr(name) for name in allowed)}")
-    if precision.group < -1:
-        raise ValueError(f"precision.group={precision.group} must be -1 (one scale a weight), 0 (an output channel) or "
-                         "positive")
+    _check_names(precision)
 
     def convert(params, version):
         params, version = jax.tree.map(jnp.copy, (params, jnp.asarray(version, jnp.int32)))
@@ -59,7 +53,8 @@ def make(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> 
     @functools.cache
     def on_every_process(mesh):
         whole = hosts.per_process(mesh)
-        return jax.jit(convert, out_shardings=jax.tree.map(lambda place: NamedSharding(whole, place.spec), places(mesh.local_mesh)))
+        copies = jax.tree.map(lambda place: NamedSharding(whole, place.spec), places(mesh.local_mesh))
+        return jax.jit(convert, out_shardings=copies)
 
     here, elsewhere = jax.jit(convert, out_shardings=places(mesh)), jax.jit(convert)
 
@@ -73,6 +68,16 @@ def make(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> 
         return jax.device_put(jax.tree.map(lambda x: hosts.own_copy(x, leaf.sharding.mesh), copies), places(mesh))
 
     return sync
+
+
+def _check_names(precision: Precision) -> None:
+    for field, allowed in ALLOWED.items():
+        if getattr(precision, field) not in allowed:
+            raise ValueError(f"precision.{field}={getattr(precision, field)!r} is not one of "
+                             f"{', '.join(name or repr(name) for name in allowed)}")
+    if precision.group < -1:
+        raise ValueError(f"precision.group={precision.group} must be -1 (one scale a weight), 0 (an output channel) or "
+                         "positive")
 
 
 def check(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> None:
