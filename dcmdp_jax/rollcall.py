@@ -112,7 +112,7 @@ def _gather(address: str, port: int, processes: int, limit: float) -> Roll:
     try:
         server = socket.create_server(("", port), backlog=processes)
     except OSError as error:
-        raise ValueError(f"process 0 cannot listen on port {port} ({error.strerror}); give all processes another") from None
+        raise ValueError(f"process 0 cannot listen on port {port} ({os.strerror(error.errno)}); give all processes another") from None
     with server:
         while len(lines) < processes - 1:
             server.settimeout(max(deadline - time.monotonic(), 0.001))
