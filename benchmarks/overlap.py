@@ -1,7 +1,7 @@
 """Is the shorter of the two stages hidden? `taskset -c 0,1 python -m benchmarks.overlap [--staleness 1]`
 
-Two simulated CPU devices of one thread each: one trains, one samples. Prints the wall seconds (medians) of an update alone, of a
-rollout alone, and of a step of the real loop. With --staleness 0 the loop cannot overlap, and a step takes their sum.
+Two simulated CPU devices of one thread each: one trains, one samples. Prints the wall seconds (medians) of an update alone, of
+a rollout alone, and of a step of the real loop. With --staleness 0 the loop cannot overlap, and a step takes their sum.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def main() -> None:
     args = parser.parse_args()
     written = config.load_experiment(str(QUICKSTART))
     run = dataclasses.replace(
-        written, model=config.ModelSource(shape=SHAPE), steps=args.steps, warmup=config.WarmupConfig(), eval=config.EvalConfig(every=0),
-        checkpoint=config.CheckpointConfig(every=0), rollout=dataclasses.replace(
+        written, model=config.ModelSource(shape=SHAPE), steps=args.steps, warmup=config.WarmupConfig(),
+        eval=config.EvalConfig(every=0), checkpoint=config.CheckpointConfig(every=0), rollout=dataclasses.replace(
             written.rollout, devices=1, staleness=args.staleness, precision=config.Precision()))
     inputs = train.read_inputs(run)
     update, sample = alone(run, inputs, args.steps)

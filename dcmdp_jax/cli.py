@@ -25,7 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument("--workdir", help="folder of the run (default: runs/NAME)")
     train.add_argument("--distributed", action="store_true", help="one of several processes, as a TPU pod, Slurm, Open MPI or "
                                                                    "Kubernetes numbers them")
-    train.add_argument("--coordinator", metavar="HOST:PORT", default="", help="one of several processes: a free port on process 0's host")
+    train.add_argument("--coordinator", metavar="HOST:PORT", default="", help="one of several processes: a free port on the "
+                                                                              "host of process 0")
     train.add_argument("--processes", type=int, default=0, metavar="N", help="with --coordinator: how many there are")
     train.add_argument("--process", type=int, default=-1, metavar="I", help="with --coordinator: which of them, from 0")
     train.add_argument("--wait", type=float, default=120, metavar="SECONDS", help="for the other processes to call")

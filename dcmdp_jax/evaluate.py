@@ -12,7 +12,8 @@ from dcmdp_jax.rollout.generate import Engine, rollout
 from dcmdp_jax.tokenizer import Tokenizer
 
 
-def pass_rate(engine: Engine, weights: Weights, prompts: Prompts, config: Config, tokenizer: Tokenizer, key: jax.Array) -> float:
+def pass_rate(engine: Engine, weights: Weights, prompts: Prompts, config: Config, tokenizer: Tokenizer,
+              key: jax.Array) -> float:
     """Mean reward of one sample per held-out prompt, in [0, 1] for verifiers that answer 0 or 1.
 
     Each process samples its part of the prompts; all get the mean.

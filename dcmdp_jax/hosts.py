@@ -58,11 +58,11 @@ def say(text: str) -> None:
 def _detected(limit: float) -> tuple[str, int, int]:
     from jax._src.clusters import ClusterEnv  # jax.distributed.initialize tells what it finds too late for a roll call
 
-    coordinator, processes, process, _ = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(limit))
-    if coordinator is None or processes is None or process is None:
+    found = ClusterEnv.auto_detect_unset_distributed_params(*[None] * 5, initialization_timeout=int(limit))[:3]
+    if None in found:
         raise ValueError("--distributed finds no TPU pod, Slurm, Open MPI or Kubernetes job here; give --coordinator HOST:PORT, "
                          "--processes N and --process I")
-    return coordinator, processes, process
+    return found
 
 
 @contextlib.contextmanager

@@ -112,7 +112,7 @@ def _gather(address: str, port: int, processes: int, limit: float) -> Roll:
     try:
         server = socket.create_server(("", port), backlog=processes)
     except OSError as error:
-        raise ValueError(f"process 0 cannot listen on port {port}: {error.strerror}; choose another port for all processes") from None
+        raise ValueError(f"process 0 cannot listen on port {port} ({os.strerror(error.errno)}); give all processes another") from None
     with server:
         while len(lines) < processes - 1:
             server.settimeout(max(deadline - time.monotonic(), 0.001))
@@ -120,8 +120,8 @@ def _gather(address: str, port: int, processes: int, limit: float) -> Roll:
                 line = Line(server.accept()[0])
             except TimeoutError:
                 missing = ", ".join(str(i) for i in range(1, processes) if i not in lines)
-                _refuse(lines, f"process {missing} of {processes} did not call at {address} within {limit:g} s; start what is missing, "
-                               "and see that its --coordinator is right and the port is open")
+                _refuse(lines, f"process {missing} of {processes} did not call at {address} within {limit:g} s; start what is "
+                               "missing, and see that its --coordinator is right and the port is open")
             if (greeting := _greeting(line)) is None:
                 continue
             i, said, name = greeting
@@ -153,8 +153,8 @@ def _report(host: str, port: int, processes: int, process: int, limit: float) ->
     line.send(process=process, processes=processes, host=socket.gethostname())
     answer = line.read(limit + SLACK_SECONDS) or {}
     if "go" not in answer:
-        raise ValueError(answer.get("refused") or f"process {process} reached {host}:{port}, but what answers there is no process 0 "
-                                                  "of this run, or has stopped; see its output")
+        raise ValueError(answer.get("refused") or f"process {process} reached {host}:{port}, but what answers there is no "
+                                                  "process 0 of this run, or has stopped; see its output")
     return Roll({0: line}, {0: f"process 0 at {host}:{port}"})
 
 
@@ -168,6 +168,6 @@ def _connect(host: str, port: int, process: int, limit: float) -> socket.socket:
         except OSError as error:
             reason = error.strerror or "no answer"
         if time.monotonic() + RETRY_SECONDS > deadline:
-            raise ValueError(f"process {process} found no process 0 at {host}:{port} within {limit:g} s ({reason}); start process 0 "
-                             "there, correct --coordinator, or open the port")
+            raise ValueError(f"process {process} found no process 0 at {host}:{port} within {limit:g} s ({reason}); start "
+                             "process 0 there, correct --coordinator, or open the port")
         time.sleep(RETRY_SECONDS)

@@ -39,13 +39,7 @@ def make(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> 
     which the next training step donates. Raises ValueError for a precision not in `ALLOWED`, and for groups
     that do not divide the inputs of a projection.
     """
-    for field, allowed in ALLOWED.items():
-        if getattr(precision, field) not in allowed:
-            raise ValueError(f"precision.{field}={getattr(precision, field)!r} is not one of "
-                             f"{', '.join(name or repr(name) for name in allowed)}")
-    if precision.group < -1:
-        raise ValueError(f"precision.group={precision.group} must be -1 (one scale a weight), 0 (an output channel) or "
-                         "positive")
+    _check_names(precision)
 
     here = jax.jit(partial(_convert, config=config, precision=precision), out_shardings=_places(config, precision, mesh))
     elsewhere = jax.jit(partial(_convert, config=config, precision=precision))
@@ -94,6 +88,16 @@ def _shapes(config: ModelConfig, precision: Precision) -> Weights:
 
 def _places(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> Weights:
     return Weights(_shardings(_shapes(config, precision).params, config, mesh), sharding.replicated(mesh))
+
+
+def _check_names(precision: Precision) -> None:
+    for field, allowed in ALLOWED.items():
+        if getattr(precision, field) not in allowed:
+            raise ValueError(f"precision.{field}={getattr(precision, field)!r} is not one of "
+                             f"{', '.join(name or repr(name) for name in allowed)}")
+    if precision.group < -1:
+        raise ValueError(f"precision.group={precision.group} must be -1 (one scale a weight), 0 (an output channel) or "
+                         "positive")
 
 
 def check(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> None:

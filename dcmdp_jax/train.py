@@ -54,12 +54,10 @@ def prepare(config: Config, workdir: pathlib.Path) -> Inputs:
 
 
 def run(config: Config, workdir: pathlib.Path, inputs: Inputs) -> TrainState:
-    """The walk, over and over. Stale rollouts do not wait for the update in progress: the next batch is sampled while it runs."""
+    """The walk, over and over. With stale rollouts the next batch is sampled while the update runs."""
     saved = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
     with metrics.Log(workdir, config, first_step=(saved.latest or 0) + 1) as log, stopping.requests(hosts.stop) as asked_here:
-        def asked():
-            return asked_here() or hosts.stopping()
-
+        asked = partial(_any, (asked_here, hosts.stopping))
         state = _restore(saved, config, inputs) or _start(config, inputs, workdir, lambda: hosts.any_of(asked()))
         number, position = int(state.step), inputs.prompts.get_state()
         saved.save(state, position, config.seed)
@@ -73,10 +71,10 @@ def run(config: Config, workdir: pathlib.Path, inputs: Inputs) -> TrainState:
         policy = to_engine(*step.sampled_from(state))
         collected = collect(policy, number)
         while collected:
-            policy = to_engine(*step.sampled_from(_aged(state))) if ahead else None
-            state, values = update(state, collected.batch)
-            number, position, tokens = number + 1, inputs.prompts.get_state(), collected.tokens
-            policy = policy or to_engine(*step.sampled_from(state))
+            stale = to_engine(*step.sampled_from(_aged(state))) if ahead else None
+            (state, values), tokens = update(state, collected.batch), collected.tokens
+            number, position = number + 1, inputs.prompts.get_state()
+            policy = stale or to_engine(*step.sampled_from(state))
             collected = collect(policy, number) if ahead else None
             values = {name: value.item() for name, value in jax.device_get(values).items()}
             values |= {"tokens": tokens, "seconds": time.perf_counter() - started}
@@ -94,6 +92,10 @@ def run(config: Config, workdir: pathlib.Path, inputs: Inputs) -> TrainState:
     if jax.process_index() == 0:
         report.write(workdir)
     return state
+
+
+def _any(questions: tuple[Callable[[], bool], ...]) -> bool:
+    return any(question() for question in questions)
 
 
 class Collected(NamedTuple):

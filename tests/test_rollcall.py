@@ -42,7 +42,8 @@ def start():
 
     def one(address, processes, process, limit=20):
         command = [sys.executable, "-c", WAITS, str(address), str(processes), str(process), str(limit)]
-        started.append(subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        started.append(subprocess.Popen(command, text=True, **pipes))
         return started[-1]
 
     yield one
@@ -80,7 +81,7 @@ def test_a_wrong_port_or_host_is_named(port, start):
     assert "found no process 0 at no-such-host.invalid:1234 within 1 s (no such host name)" in ended(
         start("no-such-host.invalid:1234", 2, 1, limit=1), 2)
     with socket.create_server(("127.0.0.1", port)) as other:
-        assert f"process 0 cannot listen on port {port}" in ended(start(f"127.0.0.1:{port}", 2, 0), 2)
+        assert f"process 0 cannot listen on port {port} (Address already in use)" in ended(start(f"127.0.0.1:{port}", 2, 0), 2)
         caller = start(f"127.0.0.1:{port}", 2, 1)
         other.accept()[0].close()
         assert f"process 1 reached 127.0.0.1:{port}, but what answers there is no process 0" in ended(caller, 2)

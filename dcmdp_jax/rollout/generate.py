@@ -38,8 +38,8 @@ def rollout(engine: Engine, weights: Weights, prompts: Prompts, *, samples: int,
     """Samples `samples` completions of every prompt.
 
     Each completion has a key of its own, folded with the token's number at each token, so that its tokens depend on the
-    weights, its prompt and `key` alone, up to round-off: not on slots, neighbours or the order of refilling. A prompt is prefilled once,
-    together with others of its length bucket.
+    weights, its prompt and `key` alone, up to round-off: not on slots, neighbours or the order of refilling. A prompt is
+    prefilled once, together with others of its length bucket.
 
     Args:
       max_tokens: a bound for all, or one for each of the N completions.
