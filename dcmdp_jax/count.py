@@ -70,8 +70,10 @@ def update(model: ModelConfig, rows: int, length: int, config: Config, mesh: Any
     parts, passes = algorithm.minibatches * algorithm.microbatches, 2 + again
     one = Work(flops / mesh.size, 0, _exchange(model, rows * length, mesh, passes, gradients=True))
     moments = Work(0, 7 * 4 * parameters(model).total / (mesh.size / mesh.shape["data"]), 0)
-    return one * (parts * algorithm.epochs) + moments * (algorithm.minibatches * algorithm.epochs) + scoring(
-        model, rows, length, parts, config, mesh)
+    whole = one * (parts * algorithm.epochs) + moments * (algorithm.minibatches * algorithm.epochs)
+    if parts * algorithm.epochs == 1 and not config.rollout.staleness:  # the update's own forward pass scores
+        return whole
+    return whole + scoring(model, rows, length, parts, config, mesh)
 
 
 def scoring(model: ModelConfig, rows: int, length: int, parts: int, config: Config, mesh: Any) -> Work:

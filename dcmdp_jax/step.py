@@ -21,15 +21,7 @@ from dcmdp_jax.models import qwen3, scoring
 from dcmdp_jax.records import Batch, TrainState
 
 Metrics = dict[str, jax.Array]
-
-
-def optimizer(config: AlgorithmConfig) -> optax.GradientTransformation:
-    """AdamW after clipping by global norm; the learning rate rises linearly over the first `lr_warmup_steps` updates."""
-    def rate(count):
-        return config.learning_rate * jnp.minimum(1.0, (count + 1) / (config.lr_warmup_steps + 1))
-
-    return optax.chain(optax.clip_by_global_norm(config.grad_clip),
-                       optax.adamw(rate, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay))
+Pull = Callable[[jax.Array], tuple[Any]]
 
 
 def controller(config: Config) -> constraint.Controller:
@@ -38,9 +30,13 @@ def controller(config: Config) -> constraint.Controller:
 
 
 def init_state(config: Config, params: Any) -> TrainState:
-    return TrainState(params=params, opt_state=optimizer(config.algorithm).init(params), dual=controller(config).init(),
+    return TrainState(params=params, opt_state=adam_state(params), dual=controller(config).init(),
                       step=jnp.int32(0), skipped=jnp.int32(0),
                       stale=tuple(jax.tree.map(jnp.copy, params) for _ in range(config.rollout.staleness)))
+
+
+def adam_state(params: Any) -> optax.ScaleByAdamState:
+    return optax.ScaleByAdamState(jnp.int32(0), *(jax.tree.map(jnp.zeros_like, params) for _ in range(2)))
 
 
 def sampled_from(state: TrainState) -> tuple[Any, Any]:
@@ -53,10 +49,8 @@ def state_shardings(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh)
     shapes = jax.eval_shape(lambda: init_state(config, qwen3.init(jax.random.key(0), model)))
     params = sharding.params(qwen3.logical_axes(model), mesh, sharding.TRAIN, shapes.params)
     whole = sharding.replicated(mesh)
-    opt_state = optax.tree_map_params(optimizer(config.algorithm), lambda _, place: place, shapes.opt_state, params,
-                                      transform_non_params=lambda _: whole)
-    return jax.tree.map(lambda _: whole, shapes)._replace(params=params, opt_state=opt_state,
-                                                       stale=(params,) * config.rollout.staleness)
+    return jax.tree.map(lambda _: whole, shapes)._replace(
+        params=params, opt_state=optax.ScaleByAdamState(whole, params, params), stale=(params,) * config.rollout.staleness)
 
 
 def batch_shardings(mesh: jax.sharding.Mesh) -> Batch:
@@ -89,17 +83,19 @@ def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: 
     advantage = algorithm.advantage(batch.reward.reshape(-1), batch.group.reshape(-1),
                                     num_groups=config.data.prompts_per_step).reshape(batch.reward.shape)[..., None]
     behaviour, _ = sampled_from(state)
-    old_logp, entropy = score(behaviour, batch, config, model)
+    pull = None
+    if algorithm.epochs * algorithm.minibatches * algorithm.microbatches == 1 and not state.stale:
+        old_logp, pull, entropy = _only_pass(state.params, batch, config, model)
+    else:
+        old_logp, entropy = score(behaviour, batch, config, model)
     shaped = dual.shape(_flat(advantage), _flat(old_logp), _flat(batch.rollout_logp), state.dual.multiplier, dual.tolerance,
                         _flat(batch.mask)).reshape(batch.mask.shape)
 
     def update(carry, minibatch):
         params, opt_state, skipped = carry
-        loss, grads, norm = _gradients(params, minibatch, config, model)
-        updates, new_opt_state = optimizer(algorithm).update(grads, opt_state, params)
+        loss, grads, norm = _gradients(params, minibatch, config, model, pull)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-        params, opt_state = jax.tree.map(partial(jnp.where, finite),
-                                         (optax.apply_updates(params, updates), new_opt_state), (params, opt_state))
+        params, opt_state = _adamw(grads, norm, finite, params, opt_state, algorithm)
         return (params, opt_state, skipped + ~finite), (loss, norm)
 
     def epoch(carry, _):
@@ -127,35 +123,79 @@ def score(params: Any, batch: Batch, config: Config, model: ModelConfig) -> tupl
     return jax.lax.map(lambda minibatch: jax.lax.map(one, minibatch), batch)
 
 
+def _only_pass(params: Any, batch: Batch, config: Config, model: ModelConfig) -> tuple[jax.Array, Pull, jax.Array]:
+    """`_old_logp` of a single microbatch whose only update starts from the weights that sampled: the update's own forward
+    pass. Between its results stands the way back, from the gradient of the log-probs to the parameters'.
+    """
+    micro = jax.tree.map(lambda x: x[0, 0], batch)
+    logp, pull, entropy = jax.vjp(lambda params: _score(params, micro, config, model, entropy=True), params, has_aux=True)
+    return logp[None, None], pull, entropy[None, None]
+
+
 def _score(params: Any, micro: Batch, config: Config, model: ModelConfig, *,
            entropy: bool = False) -> tuple[jax.Array, jax.Array | None]:
     return scoring.packed_logp(params, micro.tokens, micro.positions, micro.segment_ids, micro.index, model,
                                config.rollout.temperature, entropy=entropy)
 
 
-def _gradients(params: Any, minibatch: tuple, config: Config, model: ModelConfig) -> tuple[jax.Array, Any, jax.Array]:
+def _gradients(params: Any, minibatch: tuple, config: Config, model: ModelConfig,
+               pull: Pull | None = None) -> tuple[jax.Array, Any, jax.Array]:
     """Loss, its gradient and the gradient's norm, accumulated over the A microbatches of one minibatch.
 
     The reducer is linear, so its gradient gives every token's weight in the minibatch as a whole; microbatches then add up
-    to what the minibatch in one piece would give.
+    to what the minibatch in one piece would give. `pull` is that of `_only_pass`, if there was one.
     """
     batch, old_logp, shaped = minibatch
     surrogate = config.algorithm.surrogate
     _, denominator = surrogate(_flat(old_logp), _flat(old_logp), _flat(batch.rollout_logp), _flat(shaped), _flat(batch.mask))
     weight = jax.grad(lambda x: config.algorithm.reduce(x, denominator))(jnp.zeros_like(_flat(shaped))).reshape(shaped.shape)
 
-    def loss_fn(params, micro, old_logp, shaped, weight):
-        logp, _ = _score(params, micro, config, model)
-        loss, _ = surrogate(logp, old_logp, micro.rollout_logp, shaped, micro.mask)
-        return jnp.sum(loss * weight)
+    def loss_of(logp, micro, old_logp, shaped, weight):
+        return jnp.sum(surrogate(logp, old_logp, micro.rollout_logp, shaped, micro.mask)[0] * weight)
 
-    def accumulate(carry, micro):
-        loss, grads = jax.value_and_grad(loss_fn)(params, *micro)
-        return jax.tree.map(jnp.add, carry, (loss, grads)), None
+    def loss_fn(params, micro, *arrays):
+        return loss_of(_score(params, micro, config, model)[0], micro, *arrays)
 
-    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-    (loss, grads), _ = jax.lax.scan(accumulate, zero, (batch, old_logp, shaped, weight))
+    def accumulate(total, micro):
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(params, *micro)), None
+
+    micros = batch, old_logp, shaped, weight
+    if len(shaped) == 1:  # nothing to add up, and no room for a sum
+        only = jax.tree.map(lambda x: x[0], micros)
+        loss, grads = jax.value_and_grad(loss_of if pull else loss_fn)(old_logp[0] if pull else params, *only)
+        grads = pull(grads)[0] if pull else grads
+    else:
+        zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
+        (loss, grads), _ = jax.lax.scan(accumulate, zero, micros)
     return loss, grads, optax.tree.norm(grads)
+
+
+def _adamw(grads: Any, norm: jax.Array, finite: jax.Array, params: Any, state: optax.ScaleByAdamState,
+           config: AlgorithmConfig) -> tuple[Any, optax.ScaleByAdamState]:
+    """One update of AdamW (arXiv 1711.05101), or none unless `finite`.
+
+        g <- g min(1, grad_clip / norm),    m <- beta1 m + (1 - beta1) g,    v <- beta2 v + (1 - beta2) g^2
+        w <- w - rate (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + 1e-8) + weight_decay w)
+
+    The rate rises linearly over the first `lr_warmup_steps` updates. Every donated array is changed in one pass, in place.
+    """
+    scale = jnp.minimum(1.0, config.grad_clip / norm)
+    count = state.count + finite
+    rate = config.learning_rate * jnp.minimum(1.0, count / (config.lr_warmup_steps + 1))
+    unbias1, unbias2 = (1 / (1 - beta ** jnp.maximum(count, 1)) for beta in (config.beta1, config.beta2))
+
+    def moment(beta, power):
+        return lambda m, g: jnp.where(finite, beta * m + (1 - beta) * (g * scale) ** power, m)
+
+    # Without the barrier the moments are made once more with the parameters, from copies of what they were.
+    mu, nu = jax.lax.optimization_barrier((jax.tree.map(moment(config.beta1, 1), state.mu, grads),
+                                           jax.tree.map(moment(config.beta2, 2), state.nu, grads)))
+
+    def moved(w, m, v):
+        step = m * unbias1 / (jnp.sqrt(v * unbias2) + 1e-8) + config.weight_decay * w
+        return jnp.where(finite, w - rate * step, w)
+
+    return jax.tree.map(moved, params, mu, nu), optax.ScaleByAdamState(count, mu, nu)
 
 
 def _metrics(batch: Batch, advantage: jax.Array, old_logp: jax.Array, shaped: jax.Array, entropy: jax.Array) -> Metrics:

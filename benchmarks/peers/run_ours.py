@@ -34,9 +34,9 @@ sys.path.insert(0, str(PEERS))
 import common
 import harness
 import jax
+import jax.numpy as jnp
 import jaxlib
 import numpy as np
-import optax
 from safetensors.numpy import save_file
 
 from dcmdp_jax import constraint, data, sharding, step, sync
@@ -87,9 +87,8 @@ def update(state: Any, batch: Batch, *, config: Config, model_config: ModelConfi
     minibatch = jax.tree.map(lambda x: x[0], batch)
     given = minibatch, minibatch.rollout_logp, minibatch.mask * minibatch.reward[..., None]
     loss, grads, norm = step._gradients(state.params, given, config, model_config)
-    updates, opt_state = step.optimizer(config.algorithm).update(grads, state.opt_state, state.params)
-    state = state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
-    return state, {"loss": loss, "grad_norm": norm}
+    params, opt_state = step._adamw(grads, norm, jnp.isfinite(norm), state.params, state.opt_state, config.algorithm)
+    return state._replace(params=params, opt_state=opt_state), {"loss": loss, "grad_norm": norm}
 
 
 class Generate:

@@ -108,11 +108,13 @@ def hidden(
     *,
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    embedded: jax.Array | None = None,
 ) -> jax.Array:
     """The residual stream after the final norm, in the compute dtype: tokens [B, S] int32 -> [B, S, D].
 
     A token looks at itself and at the tokens before it in its segment, a run of equal ids.
     segment_ids [B, S]: None is one segment per row; 0 is padding. positions [B, S]: None counts from 0 in each row.
+    embedded [B, S, D]: the tokens' rows of the embedding, where the caller has looked them up.
     Raises ValueError for `unstack`ed parameters.
     """
     if params["stacks"][0]["input_norm"]["scale"].ndim != 2:
@@ -122,7 +124,7 @@ def hidden(
     def attend(q, k, v):
         return attention.packed(q, k, v, segment_ids), None
 
-    x = _embedded(params, tokens, config)
+    x = _embedded(params, tokens, config) if embedded is None else embedded
     for stack, names, (sparse, _) in zip(params["stacks"], logical_axes(config)["stacks"], stacks(config), strict=True):
         layer, names = Layer(config, sparse), jax.tree.map(lambda axes: axes[1:], names, is_leaf=sharding.is_names)
 

@@ -19,8 +19,9 @@ from dcmdp_jax.models.layers import compute_dtype
 from dcmdp_jax.models.quantized import einsum
 
 CHUNK = 1 << 24  # logits held at a time
-WIDTH = 8192  # words of a tile of logits, at most; of a split weight, what is gathered at a time
-CPU_TOKENS = 512  # of a tile of logits on a CPU, which then stays in its last cache
+CPU_TOKENS, CPU_WIDTH = 512, 4096  # of a tile of logits on a CPU, which then stays in its last cache
+WIDTH = 8192  # words of a tile elsewhere; of a split weight, what is gathered at a time
+PLACE = ("rows", "positions")
 LOW = -1e30  # below every logit; finite, so that it may be subtracted from itself
 
 
@@ -65,24 +66,24 @@ def token_logp(params: Any, hidden: jax.Array, targets: jax.Array, wanted: jax.A
     weight = params["embed"] if config.tie_word_embeddings else params["head"]
     rows, columns = targets.shape
     mesh = sharding.ambient()
-    here = sharding.local_shape(("rows", "positions"), (rows, columns)), config.vocab_size // (mesh.shape["tensor"] if mesh else 1)
 
-    def tiling(rows, columns, vocabulary, limit):
-        parts = -(-vocabulary // WIDTH)
+    def tiling(rows, columns, vocabulary, most_words=WIDTH, most_tokens=CHUNK):
+        parts = -(-vocabulary // most_words)
         width = min(-(-vocabulary // parts // 128) * 128, vocabulary)  # whole vectors of the processor
-        tokens = max(min(CHUNK // (rows * width), limit, columns), 1)
+        tokens = max(min(CHUNK // (rows * width), most_tokens, columns), 1)
         return Tiling(tokens, width, vocabulary, config.tie_word_embeddings, compute_dtype(config), temperature, entropy, mesh is not None)
 
     if mesh is not None:
-        out = _score(tiling(*here[0], here[1], columns), hidden, weight, targets, wanted)
+        here = *sharding.local_shape(PLACE, (rows, columns)), config.vocab_size // mesh.shape["tensor"]
+        out = _score(tiling(*here), hidden, weight, targets, wanted)
         return out[0], out[1] if entropy else None
 
     def in_one(hidden, weight, targets, wanted):
         flat = [x.reshape(1, rows * columns, *x.shape[2:]) for x in (hidden, targets, wanted)]
-        made = _score(tiling(1, rows * columns, config.vocab_size, CPU_TOKENS), flat[0], weight, *flat[1:])
+        made = _score(tiling(1, rows * columns, config.vocab_size, CPU_WIDTH, CPU_TOKENS), flat[0], weight, *flat[1:])
         return [x.reshape(rows, columns) for x in made]
 
-    by_row = partial(_score, tiling(rows, columns, config.vocab_size, columns))
+    by_row = partial(_score, tiling(rows, columns, config.vocab_size))
     out = jax.lax.platform_dependent(hidden, weight, targets, wanted, cpu=in_one, default=by_row)
     return out[0], out[1] if entropy else None
 
@@ -93,19 +94,30 @@ def packed_logp(params: Any, tokens: jax.Array, positions: jax.Array, segment_id
 
     What stands at masked places means nothing.
     """
-    hidden = qwen3.hidden(params, tokens, config, positions=positions, segment_ids=segment_ids)
+    rows = None
+    if sharding.ambient() is None:
+        rows, table = _look_up(params["embed"], tokens)
+        params, rows = params | {"embed": table}, rows.astype(compute_dtype(config))
+    hidden = qwen3.hidden(params, tokens, config, positions=positions, segment_ids=segment_ids, embedded=rows)
     following = jnp.roll(tokens, -1, axis=1)  # the last column predicts nothing and is not in `index`
     wanted = jnp.zeros(tokens.size, bool).at[index].set(True).reshape(tokens.shape)
     out = token_logp(params, hidden, following, wanted, config, temperature, entropy=entropy)
     return jax.tree.map(lambda x: x.reshape(-1)[index], out)
 
 
+@jax.custom_vjp
+def _look_up(table: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows of the table, and the table for a head tied to it: their gradients add up in one array, which is as large."""
+    return table[tokens], table
+
+
+_look_up.defvjp(lambda table, tokens: (_look_up(table, tokens), tokens),
+                lambda tokens, grads: (grads[1].at[tokens].add(grads[0]), None))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _score(tiling: Tiling, hidden: jax.Array, weight: jax.Array, targets: jax.Array, wanted: jax.Array) -> list[jax.Array]:
     return _forward(tiling, hidden, weight, targets, wanted)[0]
-
-
-PLACE = ("rows", "positions")
 
 
 def _layout(tiling: Tiling) -> tuple[tuple, ...]:

@@ -27,22 +27,57 @@ class Experts(NamedTuple):
 
 
 def dense(x: jax.Array, gate: Any, up: Any, down: Any) -> jax.Array:
-    """`down(silu(gate x) * up x)`: x [..., D], gate, up [D, F], down [F, D], arrays or `Quantized` -> [..., D]."""
-    def whole(x, gate, up, down):
+    """`down(silu(gate x) * up x)`: x [..., D], gate, up [D, F], down [F, D], arrays or `Quantized` -> [..., D].
+
+    The backward pass keeps gate and up, and nothing else that is as wide.
+    """
+    if x.size <= ROWS * x.shape[-1] or sharding.ambient() or any(isinstance(w, Quantized) for w in (gate, up, down)):
         return project(nn.silu(project(x, gate)) * project(x, up), down)
+    return _dense(x.reshape(-1, x.shape[-1]), gate, up, down).reshape(x.shape)
 
-    count = x.size // x.shape[-1]
-    if count <= ROWS or sharding.ambient() or any(isinstance(w, Quantized) for w in (gate, up, down)):
-        return whole(x, gate, up, down)
 
-    def tiled(x, gate, up, down):
-        tiles = -(-count // ROWS)
-        rows = -(-count // tiles // 8) * 8
-        padded = jnp.pad(x.reshape(count, -1), ((0, tiles * rows - count), (0, 0)))
-        one = Experts(gate[None], up[None], down[None])
-        return in_tiles(padded, one, jnp.zeros(tiles, jnp.int32), None, tiles, rows)[:count].reshape(x.shape)
+@jax.custom_vjp
+def _dense(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+    return _dense_forward(x, gate, up, down)[0]
 
-    return jax.lax.platform_dependent(x, gate, up, down, cpu=tiled, default=whole)
+
+def _dense_forward(x, *weights):
+    def in_parts(x, *weights):
+        made = _in_tiles_forward(*_one_expert(x, *weights))
+        return tuple(a[:len(x)] for a in (made[0], *made[1][1:3]))
+
+    y, gate, up = jax.lax.platform_dependent(
+        x, *weights, cpu=in_parts, default=lambda x, *w: _forward(x, Experts(*(m[None] for m in w)), 0))
+    return y, (x, gate, up, weights)
+
+
+def _dense_backward(kept, dy):
+    def in_parts(x, gate, up, dy, *weights):
+        padded, one, owner, _, count, rows = _one_expert(x, *weights)
+        gate, up, dy = (_pad(a, len(padded)) for a in (gate, up, dy))
+        dx, dw, *_ = _in_tiles_backward(rows, (padded, gate, up, one, owner, count), dy)
+        return dx[:len(x)], *(d[0] for d in dw)
+
+    def whole(x, gate, up, dy, *weights):
+        dx, dw = _pull(x, gate, up, dy, Experts(*weights))
+        return dx.astype(x.dtype), *(d.astype(w.dtype) for d, w in zip(dw, weights))
+
+    x, gate, up, weights = kept
+    return jax.lax.platform_dependent(x, gate, up, dy, *weights, cpu=in_parts, default=whole)
+
+
+_dense.defvjp(_dense_forward, _dense_backward)
+
+
+def _one_expert(x: jax.Array, *weights: jax.Array) -> tuple:
+    """The arguments of `in_tiles` for a dense layer, in equal tiles of at most `ROWS` rows (but whole vectors)."""
+    tiles = -(-len(x) // ROWS)
+    rows = -(-len(x) // tiles // 8) * 8
+    return _pad(x, tiles * rows), Experts(*(w[None] for w in weights)), jnp.zeros(tiles, jnp.int32), None, tiles, rows
+
+
+def _pad(x: jax.Array, rows: int) -> jax.Array:
+    return jnp.pad(x, ((0, rows - len(x)), (0, 0)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))

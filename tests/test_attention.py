@@ -1,0 +1,92 @@
+"""Attention in tiles against the whole matrix of scores: values, gradients, and what a padded or ragged row may hold."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dcmdp_jax.models import attention
+
+HEADS, GROUP, WIDTH = 2, 3, 8
+
+
+def case(size, rows=2, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(size), 4)
+    q, d_out = (jax.random.normal(k, (rows, HEADS, GROUP, size, WIDTH), dtype) for k in keys[:2])
+    k, v = (jax.random.normal(k, (rows, HEADS, size, WIDTH), dtype) for k in keys[2:])
+    return q, k, v, d_out
+
+
+def segments(size, rows, kind):
+    if kind == "one":
+        return None
+    rng = np.random.default_rng(size)
+    ids = np.zeros((rows, size), np.int32)
+    for row in ids:
+        lengths = rng.integers(1, size // 2 + 1, 8)
+        row[:] = np.append(np.repeat(np.arange(1, 9), lengths), np.zeros(size, np.int32))[:size]
+    return jnp.asarray(ids)
+
+
+def reference(q, k, v, ids):
+    """The definition, mask and all, for each token among those of its own segment."""
+    size = q.shape[3]
+    same = np.ones((len(q), size, size), bool) if ids is None else np.asarray(ids)[:, :, None] == np.asarray(ids)[:, None]
+    mask = (same & np.tril(np.ones((size, size), bool)))[:, None, None]
+    scores = jnp.einsum("bkgsh,bkth->bkgst", q, k) / np.sqrt(WIDTH)
+    return jnp.einsum("bkgst,bkth->bkgsh", jax.nn.softmax(jnp.where(mask, scores, -jnp.inf)), v)
+
+
+def both(attend, q, k, v, d_out, ids):
+    out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, ids), q, k, v)
+    return out, pull(d_out)
+
+
+@pytest.mark.parametrize("kind", ["one", "ragged"])
+@pytest.mark.parametrize(("size", "block"), [(5, 128), (16, 4), (37, 8), (24, 24)])
+def test_tiles_are_the_whole(size, block, kind, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", block)
+    ids, given = segments(size, 2, kind), case(size)
+    got = jax.jit(lambda *x: both(attention.packed, *x, ids))(*given)
+    want = jax.jit(lambda *x: both(reference, *x, ids))(*given)
+    real = slice(None) if ids is None else np.asarray(ids) > 0  # nobody asks what padding sees, only that it disturbs nobody
+    np.testing.assert_allclose(np.moveaxis(got[0], 3, 1)[real], np.moveaxis(want[0], 3, 1)[real], atol=2e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got[1], want[1])
+
+
+def test_large_scores_neither_overflow_nor_vanish(monkeypatch):
+    """A first tile far above or below those that follow."""
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    q, k, v, d_out = case(16)
+    k = k.at[:, :, :4].mul(300.0)
+    got = jax.jit(lambda *x: both(attention.packed, *x, None))(q, k, v, d_out)
+    want = jax.jit(lambda *x: both(reference, *x, None))(q, k, v, d_out)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), got, want)
+
+
+def test_bfloat16(monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    given, ids = case(16), segments(16, 2, "ragged")
+    got = both(attention.packed, *(x.astype(jnp.bfloat16) for x in given), ids)
+    want = both(reference, *(x.astype(jnp.bfloat16).astype(jnp.float32) for x in given), ids)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == jnp.bfloat16
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=2**-6 * np.abs(b).max())
+
+
+def test_tiles_of_other_segments_are_left_out(monkeypatch):
+    """Not-a-number in one segment does not reach the next one, which shares no tile with it."""
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    q, k, v, d_out = case(16)
+    ids = jnp.broadcast_to(jnp.repeat(jnp.arange(1, 5), 4), (2, 16))
+    v = v.at[:, :, :8].set(jnp.nan)
+    out, (dq, dk, dv) = jax.jit(lambda *x: both(attention.packed, *x, ids))(q, k, v, d_out)
+    assert np.isnan(out[..., :8, :]).all() and np.isfinite(out[..., 8:, :]).all()
+    assert np.isfinite(dq[..., 8:, :]).all() and np.isfinite(dk[..., 8:, :]).all() and np.isfinite(dv[..., 8:, :]).all()
+
+
+def test_no_array_grows_with_the_square_of_the_row():
+    shapes = [jax.ShapeDtypeStruct((1, 2, 1, 4096, 8), jnp.float32)] + [jax.ShapeDtypeStruct((1, 2, 4096, 8), jnp.float32)] * 2
+    grad = jax.jit(jax.grad(lambda q, k, v: attention.packed(q, k, v, None).sum(), (0, 1, 2)))
+    used = grad.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+    assert used < 32 * 2 * 4096 * 8 * 4, "a few arrays of the inputs' size; the scores would be 16 times that"

@@ -1,0 +1,47 @@
+"""SwiGLU in tiles of rows against the formula: values and gradients."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dcmdp_jax.models import swiglu
+
+D, F = 6, 10
+
+
+def case(rows, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 5)
+    shapes = (2, rows, D), (D, F), (D, F), (F, D), (2, rows, D)
+    return [jax.random.normal(k, s, dtype if s[0] == 2 else jnp.float32) for k, s in zip(keys, shapes, strict=True)]
+
+
+def formula(x, gate, up, down):
+    return (nn.silu(x @ gate) * (x @ up)) @ down
+
+
+def both(f, x, gate, up, down, dy):
+    y, pull = jax.vjp(f, x, gate, up, down)
+    return y, pull(dy)
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+@pytest.mark.parametrize("rows", [3, 4, 7, 16])
+def test_tiles_change_nothing(rows, accelerator, monkeypatch):
+    monkeypatch.setattr(swiglu, "ROWS", 8)
+    if accelerator:
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    got, want = (jax.jit(functools.partial(both, f))(*case(rows)) for f in (swiglu.dense, formula))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), got, want)
+
+
+def test_bfloat16_activations_on_float32_weights(monkeypatch):
+    monkeypatch.setattr(swiglu, "ROWS", 8)
+    got = jax.jit(functools.partial(both, swiglu.dense))(*case(7, jnp.bfloat16))
+    want = both(formula, *(x.astype(jnp.float32) for x in case(7, jnp.bfloat16)))
+    assert [x.dtype.name for x in jax.tree.leaves(got)] == ["bfloat16"] * 2 + ["float32"] * 3
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=2**-6 * np.abs(b).max())
