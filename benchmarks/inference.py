@@ -7,6 +7,7 @@ Prints, each pair interleaved in one run and in process CPU seconds where the de
   prefix    prefill and start of 8 samples of one 512-token prompt, against 1
   sampler   a draw and its log-prob from 16 rows of 151,936 logits, against `jax.random.categorical` and log_softmax
   weights   a decode dispatch by the weights' dtype: time against float32, and bytes
+  peers     other engines beside this one, as `benchmarks.peers.compare` prints them where PEERS names the harness
   roof      tokens a second against the least time in which the parameters and the live cache can be read (needs --bandwidth)
 
     python -m benchmarks.inference
@@ -25,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.peers.compare import compare
 from dcmdp_jax import sharding, sync
 from dcmdp_jax.config import ModelConfig, Precision
 from dcmdp_jax.models import qwen3, sizes
@@ -40,13 +42,14 @@ SHAPES = {"small": SMALL, "0.6B": sizes.QWEN3_0_6B, "8B": sizes.QWEN3_8B}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["loop", "slots", "prefix", "sampler", "weights"])
+    parser.add_argument("parts", nargs="*", default=["loop", "slots", "prefix", "sampler", "weights", "peers"])
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--batch", type=int, nargs="+", default=[16], help="slots of `roof`")
     parser.add_argument("--bandwidth", type=float, help="memory bandwidth in GB/s")
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
-    parts = {"loop": loop, "slots": slots, "prefix": prefix, "sampler": sampler, "weights": weights}
+    parts = {"loop": loop, "slots": slots, "prefix": prefix, "sampler": sampler, "weights": weights,
+             "peers": lambda repeats: compare(["T3", "T4"], rounds=repeats, cpu="0")}
     for part in args.parts:
         if part == "roof":
             for batch in args.batch:

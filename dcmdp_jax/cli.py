@@ -1,10 +1,11 @@
-"""`dcmdp`: train, parity, diagnose, generate, serve, convert, report."""
+"""`dcmdp`: train, plan, parity, diagnose, generate, serve, convert, report."""
 
 from __future__ import annotations
 
 import argparse
 import functools
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -22,6 +23,13 @@ def main(arguments: list[str] | None = None) -> int:
         "set by its dotted name, e.g. --constraint.tolerance 0.01 --steps 50."))
     train.add_argument("experiment", help="a Python file with CONFIG = Config(...)")
     train.add_argument("--workdir", help="folder of the run (default: runs/NAME)")
+    train.add_argument("--distributed", action="store_true", help="one of several processes, as a TPU pod, Slurm, Open MPI or "
+                                                                   "Kubernetes numbers them")
+    train.add_argument("--coordinator", metavar="HOST:PORT", default="", help="one of several processes: a free port on the "
+                                                                              "host of process 0")
+    train.add_argument("--processes", type=int, default=0, metavar="N", help="with --coordinator: how many there are")
+    train.add_argument("--process", type=int, default=-1, metavar="I", help="with --coordinator: which of them, from 0")
+    train.add_argument("--wait", type=float, default=120, metavar="SECONDS", help="for the other processes to call")
     train.add_argument("--fields", action="store_true", help="list the fields that can be set, with their values, and stop")
     train.set_defaults(run=_train)
 
@@ -42,6 +50,15 @@ def main(arguments: list[str] | None = None) -> int:
     _experiment_options(diagnose)
     diagnose.add_argument("--all", action="store_true", help="try properties that the engine has exact, too")
     diagnose.set_defaults(run=_diagnose)
+
+    plan = commands.add_parser("plan", allow_abbrev=False, help="compile an experiment for a TPU slice that is not there", description=(
+        "Compiles every program of an experiment for a TPU topology with libtpu, no TPU needed, and prints memory per chip, FLOPs, "
+        "bytes over the links and the least time a step can take. Fields are set as for train."))
+    plan.add_argument("experiment", help="a Python file with CONFIG = Config(...)")
+    plan.add_argument("--topology", required=True, metavar="KIND:SHAPE", help="a slice, such as v5p:4x4x4, v5e:8x8 or v6e:4x4")
+    plan.add_argument("--slices", type=int, default=1, help="slices of that topology, joined along mesh.data")
+    plan.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    plan.set_defaults(run=_plan, workdir=None)
 
     generate = commands.add_parser("generate", allow_abbrev=False, help="sample completions of prompts from a model folder")
     generate.add_argument("model", help="a Hugging Face folder with its tokenizer")
@@ -100,18 +117,26 @@ def _train(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     config, workdir = _experiment(args, rest)
     if args.fields:
         return partial(_print_fields, config)
-    from dcmdp_jax import train
+    given = [bool(args.coordinator), args.processes > 0, args.process >= 0]
+    if any(given) and (args.distributed or not all(given)):
+        raise ValueError("one of several processes is given --coordinator HOST:PORT, --processes N and --process I, or "
+                         "--distributed alone")
+    from dcmdp_jax import hosts, train
     from dcmdp_jax.stopping import Interrupted
 
-    inputs = train.prepare(config, workdir)
+    if args.coordinator or args.distributed:
+        hosts.start(args.coordinator, args.processes, args.process, args.wait)
+    with hosts.watched():
+        inputs = train.prepare(config, workdir)
 
     def job() -> int:  # what goes wrong from here on is no bad input and shows its traceback
         try:
-            train.run(config, workdir, inputs)
+            with hosts.watched():
+                train.run(config, workdir, inputs)
         except Interrupted as stop:
-            print(f"{stop}; go on with: dcmdp train {args.experiment} --workdir {workdir}")
+            hosts.say(f"{stop}; go on with: dcmdp train {args.experiment} --workdir {workdir}")
             return 130
-        print(f"finished; see {workdir / 'report.html'}")
+        hosts.say(f"finished; see {workdir / 'report.html'}")
         return 0
 
     return job
@@ -183,6 +208,20 @@ def _diagnose(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
         return 0
 
     return job
+
+
+def _plan(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; a TPU that is here stays free
+    from dcmdp_jax.config import load_experiment, override
+
+    config = override(load_experiment(args.experiment), _overrides(rest))
+    from dcmdp_jax import parity, plan, train
+
+    found = plan.make(config, train.read_model(config), args.topology, args.slices, say=lambda line: print(line, file=sys.stderr, flush=True))
+    print("\n".join([parity.columns(plan.table(found), left=1), *plan.verdict(found)]))
+    if args.json:
+        plan.write(found, args.json)
+    return lambda: int(any(item.excess for item in found.programs))
 
 
 def _overrides(rest: list[str]) -> dict[str, str]:

@@ -99,6 +99,7 @@ class MeshConfig:
     data: int = 1
     fsdp: int = 0
     expert: int = 1
+    sequence: int = 1
     tensor: int = 1
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dcmdp_jax import bars, constraint, parity, report, sharding, sync, train
+from dcmdp_jax import bars, checkpoint, constraint, parity, report, sharding, sync, train
 from dcmdp_jax.config import Config, ModelConfig, Precision, RolloutConfig, to_json
 from dcmdp_jax.models.quantized import Quantized
 from dcmdp_jax.records import Rollout, Weights
@@ -257,7 +257,7 @@ def other_version(config: Config, inputs: train.Inputs, workdir: pathlib.Path) -
 
     The newest weights, where a run samples from stale ones; else those of the checkpoint before the newest.
     """
-    steps = parity.saved_steps(workdir)[-1 if config.rollout.staleness else -2:]
+    steps = checkpoint.steps(workdir)[-1 if config.rollout.staleness else -2:]
     if len(steps) < (1 if config.rollout.staleness else 2):
         return None
     state, _ = parity.restore(config, inputs, workdir, steps[0])

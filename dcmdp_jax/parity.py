@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import pathlib
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -64,7 +62,7 @@ def load(config: Config, inputs: train.Inputs, workdir: pathlib.Path) -> Policy:
 
     The prompts go on from where that checkpoint left them.
     """
-    if steps := saved_steps(workdir):
+    if steps := checkpoint.steps(workdir):
         state, position = restore(config, inputs, workdir, steps[-1])
         inputs.prompts.set_state(position)
         params, version = step.sampled_from(state)
@@ -77,27 +75,9 @@ def load(config: Config, inputs: train.Inputs, workdir: pathlib.Path) -> Policy:
     return Policy(params, 0, "random weights: a flat policy shows little of a gap; train, or give --model.folder DIR")
 
 
-def saved_steps(workdir: pathlib.Path) -> list[int]:
-    """The steps of a run's checkpoints, oldest first."""
-    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
-
-
 def restore(config: Config, inputs: train.Inputs, workdir: pathlib.Path, number: int) -> tuple[TrainState, Any]:
-    """The state and data position of checkpoint `number`. Raises ValueError where it does not fit the model.
-
-    It is read through a folder that links to it alone: opening a run's own would tidy up what the run is just writing.
-    """
-    with tempfile.TemporaryDirectory() as view:
-        (pathlib.Path(view) / "checkpoints").mkdir()
-        saved = (workdir / "checkpoints" / str(number)).absolute()
-        (pathlib.Path(view) / "checkpoints" / str(number)).symlink_to(saved, target_is_directory=True)
-        with contextlib.closing(checkpoint.Checkpoints(pathlib.Path(view), config.checkpoint.keep)) as checkpoints:
-            return checkpoints.restore(_abstract(config, inputs))
-
-
-def _abstract(config: Config, inputs: train.Inputs) -> TrainState:
-    shapes = jax.eval_shape(lambda: step.init_state(config, qwen3.init(jax.random.key(0), inputs.model)))
-    return checkpoint.abstract(shapes, step.state_shardings(config, inputs.model, inputs.mesh))
+    """Checkpoint `number` and its data position (`checkpoint.read`). Raises ValueError where it does not fit the model."""
+    return checkpoint.read(workdir, number, train.abstract_state(config, inputs.model, inputs.mesh))
 
 
 def sample(engine: Engine, policy: Weights, config: Config, inputs: train.Inputs, number: int) -> Rollout:

@@ -1,13 +1,17 @@
 """Meshes, and the tables that lay logical axes on mesh axes. The one place that builds a `PartitionSpec`.
 
-Mesh axes: data (replicas of the parameters), fsdp (parameters and batch split), expert (experts and batch split), tensor
-(heads, ffn and vocabulary split). A table maps every logical axis of the model; an unknown axis or two logical axes of one
-array on one mesh axis is refused.
+Mesh axes: data (replicas of the parameters, also across slices), fsdp (parameters and batch split), expert (experts and batch
+split), sequence (positions of a row split), tensor (heads, ffn and vocabulary split). A table maps every logical axis; an
+unknown axis or two logical axes of one array on one mesh axis is refused.
+
+Inside a function that `over` has given its mesh, `constrain` and `gather` say where activations and weights lie; elsewhere they
+do nothing.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,70 +20,183 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dcmdp_jax.config import Config, MeshConfig
 
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 BATCH = ("data", "fsdp", "expert")
 
-TRAIN = {"layers": None, "vocab": "tensor", "embed": "fsdp", "q_heads": "tensor", "kv_heads": "tensor", "head_dim": None,
-         "mlp": "tensor", "experts": "expert"}
-DECODE = TRAIN | {"embed": None}
+Axes = str | tuple[str, ...] | None
+Table = dict[str, Axes]
+
+# Parameters and their moments are split over every axis that is not theirs alone; only `data` holds copies.
+TRAIN: Table = {"layers": None, "vocab": "tensor", "embed": ("fsdp", "expert", "sequence"), "q_heads": "tensor",
+                "kv_heads": "tensor", "head_dim": None, "mlp": "tensor", "experts": "expert",
+                "expert_embed": ("fsdp", "sequence")}
+DECODE = TRAIN | {"embed": None, "expert_embed": None}
+ACTIVATIONS = DECODE | {"rows": BATCH, "replicas": "data", "positions": "sequence", "split_embed": TRAIN["embed"],
+                        "split_expert_embed": TRAIN["expert_embed"]}
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None, name: str = "mesh") -> Mesh:
     """The mesh of all devices; `name` is the option that errors speak of. Raises ValueError where the axes' product is not their number."""
     devices = devices if devices is not None else jax.devices()
-    fixed = config.data * config.expert * config.tensor
+    fixed = config.data * config.expert * config.sequence * config.tensor
     fsdp = config.fsdp or len(devices) // fixed
     if fixed * fsdp != len(devices):
         raise ValueError(f"{name}.data={config.data} * fsdp={config.fsdp or 'rest'} * expert={config.expert} * "
-                         f"tensor={config.tensor} does not make {len(devices)}, the number of devices")
-    shape = (config.data, fsdp, config.expert, config.tensor)
-    return Mesh(np.asarray(devices).reshape(shape), AXES)
+                         f"sequence={config.sequence} * tensor={config.tensor} does not make {len(devices)}, the number of devices")
+    shape = (config.data, fsdp, config.expert, config.sequence, config.tensor)
+    slices = len({slice_of(device) for device in devices})
+    if config.data % slices:
+        raise ValueError(f"{name}.data={config.data} is no multiple of the {slices} slices; only data may cross them")
+    # A process's devices are neighbours, so that they are a block of the mesh; so are a slice's.
+    ordered = sorted(devices, key=lambda device: (slice_of(device), device.process_index, device.id))
+    return Mesh(np.asarray(ordered).reshape(shape), AXES)
 
 
-def meshes(config: Config) -> tuple[Mesh, Mesh]:
+def slice_of(device: Any) -> int:
+    return getattr(device, "slice_index", None) or 0
+
+
+def meshes(config: Config, devices: list[Any] | None = None, process: int | None = None) -> tuple[Mesh, Mesh]:
     """The mesh that trains and the one that samples: the same, or the devices divided as `rollout.devices` says.
 
-    Raises ValueError where they cannot be.
+    Of several processes each samples on devices of its own: its block of the training mesh, or its share of
+    `rollout.devices`. Raises ValueError where they cannot be.
     """
-    devices, sampling = jax.devices(), config.rollout.devices
+    devices, process = jax.devices() if devices is None else devices, jax.process_index() if process is None else process
+    sampling, of = config.rollout.devices, {}
+    for device in devices:
+        of.setdefault(device.process_index, []).append(device)
     if not sampling:
-        return (make_mesh(config.mesh),) * 2
+        mesh = make_mesh(config.mesh, devices)
+        return mesh, block(mesh, process)
     if sampling > len(devices):
         raise ValueError(f"rollout.devices={sampling} are more than the {len(devices)} there are")
-    both = sampling == len(devices)
-    return (make_mesh(config.mesh, devices if both else devices[:-sampling]),
-            make_mesh(config.rollout.mesh, devices[-sampling:], "rollout.mesh"))
+    if sampling % len(of):
+        raise ValueError(f"rollout.devices={sampling} do not divide over {len(of)} processes")
+    each = sampling // len(of)
+    training = devices if sampling == len(devices) else [device for own in of.values() for device in own[:-each]]
+    return make_mesh(config.mesh, training), make_mesh(config.rollout.mesh, of[process][-each:], "rollout.mesh")
+
+
+def block(mesh: Mesh, process: int) -> Mesh:
+    """A process's devices of the mesh. Raises ValueError where they are no block of it."""
+    own = np.vectorize(lambda device: device.process_index == process)(mesh.devices)
+    part = mesh.devices[np.ix_(*(sorted(set(places.tolist())) for places in np.nonzero(own)))]
+    if part.size != own.sum():
+        raise ValueError(f"the devices of a process are no block of the mesh {dict(mesh.shape)}; choose axes that fit the "
+                         f"{own.sum()} devices of each")
+    return Mesh(part, mesh.axis_names)
 
 
 def single_device_mesh() -> Mesh:
     return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
-def spec(logical: tuple[str | None, ...], table: dict[str, str | None]) -> PartitionSpec:
+def spec(logical: tuple[str | None, ...], table: Table) -> PartitionSpec:
     """The partition of an array whose dimensions are named by `logical` (None: not split)."""
     unknown = [name for name in logical if name is not None and name not in table]
     if unknown:
         raise KeyError(f"logical axis {unknown[0]!r} is not in the table; it knows {', '.join(table)}")
     axes = [table[name] if name is not None else None for name in logical]
-    used = [axis for axis in axes if axis is not None]
+    used = [axis for entry in axes for axis in _names(entry)]
     if len(set(used)) < len(used):
         raise ValueError(f"logical axes {logical} fall on one mesh axis twice: {axes}")
     return PartitionSpec(*axes)
 
 
-def params(logical_axes: Any, mesh: Mesh, table: dict[str, str | None], shapes: Any) -> Any:
+def params(logical_axes: Any, mesh: Mesh, table: Table, shapes: Any) -> Any:
     """Shardings of a tree of parameters from their logical axes. Raises ValueError where an axis does not divide."""
     def leaf(logical, shape):
         parts = spec(logical, table)
-        for name, axis, size in zip(logical, parts, shape.shape):
-            if axis is not None and size % mesh.shape[axis]:
-                raise ValueError(f"the model's {name} axis of size {size} does not divide over mesh.{axis}={mesh.shape[axis]}")
+        for name, entry, size in zip(logical, parts, shape.shape):
+            over = {axis: mesh.shape[axis] for axis in _names(entry) if mesh.shape[axis] > 1}
+            if size % math.prod(over.values()):
+                raise ValueError(f"the model's {name} axis of size {size} does not divide over "
+                                 f"{' * '.join(f'mesh.{axis}={n}' for axis, n in over.items())}")
         return NamedSharding(mesh, parts)
 
-    def is_leaf(node):
-        return isinstance(node, tuple) and all(item is None or isinstance(item, str) for item in node)
+    return jax.tree.map(leaf, logical_axes, shapes, is_leaf=is_names)
 
-    return jax.tree.map(leaf, logical_axes, shapes, is_leaf=is_leaf)
+
+def is_names(node: Any) -> bool:
+    """Whether a node of a tree is the logical names of one array's dimensions."""
+    return isinstance(node, tuple) and all(item is None or isinstance(item, str) for item in node)
+
+
+def _names(entry: Axes) -> tuple[str, ...]:
+    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+
+
+def over(mesh: Mesh, f: Callable) -> Callable:
+    """`f`, to be traced with `mesh` as its ambient mesh."""
+    def traced(*arguments):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return f(*arguments)
+
+    return traced
+
+
+def ambient() -> jax.sharding.AbstractMesh | None:
+    """The mesh that the program is compiled for, None where there is none or only one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """`x` laid out over the ambient mesh as the ACTIVATIONS table says; so is its gradient."""
+    return x if ambient() is None else jax.lax.with_sharding_constraint(x, spec(logical, ACTIVATIONS))
+
+
+def gather(weights: Any, logical_axes: Any) -> Any:
+    """Weights as the DECODE table has them, whole along the axes that only store them; gradients go back split as in TRAIN."""
+    if ambient() is None:
+        return weights
+
+    def leaf(names: tuple, w: jax.Array) -> jax.Array:
+        whole, split = spec(names, DECODE), spec(names, TRAIN)
+
+        @jax.custom_vjp
+        def f(w):
+            return jax.lax.with_sharding_constraint(w, whole)
+
+        f.defvjp(lambda w: (f(w), None), lambda _, dw: (jax.lax.with_sharding_constraint(dw, split),))
+        return f(jax.lax.with_sharding_constraint(w, split))
+
+    return jax.tree.map(leaf, logical_axes, weights, is_leaf=is_names)
+
+
+def named(*logical: str | None) -> NamedSharding:
+    """The layout over the ambient mesh of an activation with these dimensions."""
+    return NamedSharding(jax.sharding.get_abstract_mesh(), spec(logical, ACTIVATIONS))
+
+
+def by_shard(f: Callable, *arguments: Any, out: Any) -> Callable:
+    """`f` of each device's own part: arguments and results laid out by their logical names (or by a tree of specs)."""
+    def specs(names):
+        return spec(names, ACTIVATIONS) if is_names(names) else names
+
+    results = specs(out) if is_names(out) else tuple(map(specs, out))
+    return jax.shard_map(f, in_specs=tuple(map(specs, arguments)), out_specs=results, check_vma=False)
+
+
+def whole(part: jax.Array, axis: int) -> jax.Array:
+    """Inside `by_shard`: an array of which each device holds a part, split over `axis` as "split_embed"."""
+    return jax.lax.all_gather(part, ACTIVATIONS["split_embed"], axis=axis, tiled=True)
+
+
+def scatter_sum(x: jax.Array, axis: int) -> jax.Array:
+    """Inside `by_shard`: the sum over all rows and positions, of which each device keeps the part that `whole` gathers."""
+    return jax.lax.psum(jax.lax.psum_scatter(x, ACTIVATIONS["split_embed"], scatter_dimension=axis, tiled=True), "data")
+
+
+def local_shape(logical: tuple[str | None, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """One device's part of an activation's shape."""
+    return named(*logical).shard_shape(shape) if ambient() else shape
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes that one device holds of arrays, or of shapes with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def batch_size(mesh: Mesh) -> int:
@@ -90,6 +207,11 @@ def batch_size(mesh: Mesh) -> int:
 def split(mesh: Mesh, axis: int) -> NamedSharding:
     """Dimension `axis` over the batch axes."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH))
+
+
+def packed_rows(mesh: Mesh) -> NamedSharding:
+    """Of `records.Batch`'s [M, A, R, S]."""
+    return NamedSharding(mesh, spec((None, None, "rows", "positions"), ACTIVATIONS))
 
 
 def decode_state(shapes: Any, mesh: Mesh) -> Any:

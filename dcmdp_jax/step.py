@@ -54,8 +54,8 @@ def state_shardings(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh)
 
 
 def batch_shardings(mesh: jax.sharding.Mesh) -> Batch:
-    """Packed rows over the batch axes; arrays of completions whole on every device."""
-    rows, whole = sharding.split(mesh, 2), sharding.replicated(mesh)
+    """Packed rows over the batch axes and their positions over `sequence`; arrays of completions whole on every device."""
+    rows, whole = sharding.packed_rows(mesh), sharding.replicated(mesh)
     return Batch(tokens=rows, positions=rows, segment_ids=rows, index=whole, completions=whole, mask=whole,
                  rollout_logp=whole, reward=whole, group=whole)
 
@@ -68,7 +68,7 @@ def compile(config: Config, model: ModelConfig,
         raise ValueError("bypass with the surviving denominator judges tokens anew at every update; set "
                          "algorithm.epochs=1 and minibatches=1, or take corrections.original")
     state, batch = state_shardings(config, model, mesh), batch_shardings(mesh)
-    return jax.jit(partial(constrained_step, config=config, model=model), in_shardings=(state, batch),
+    return jax.jit(sharding.over(mesh, partial(constrained_step, config=config, model=model)), in_shardings=(state, batch),
                    out_shardings=(state, sharding.replicated(mesh)), donate_argnums=0)
 
 
@@ -87,7 +87,7 @@ def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: 
     if algorithm.epochs * algorithm.minibatches * algorithm.microbatches == 1 and not state.stale:
         old_logp, pull, entropy = _only_pass(state.params, batch, config, model)
     else:
-        old_logp, entropy = _old_logp(behaviour, batch, config, model)
+        old_logp, entropy = score(behaviour, batch, config, model)
     shaped = dual.shape(_flat(advantage), _flat(old_logp), _flat(batch.rollout_logp), state.dual.multiplier, dual.tolerance,
                         _flat(batch.mask)).reshape(batch.mask.shape)
 
@@ -109,18 +109,18 @@ def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: 
         "loss": jnp.mean(loss), "grad_norm": jnp.mean(norm), "delta_mean": total / jnp.maximum(count, 1),
         "multiplier": state.dual.multiplier, "multiplier_next": new_dual.multiplier, "skipped": skipped}
     if state.stale:
-        logp, _ = _old_logp(state.params, batch, config, model)
+        logp, _ = score(state.params, batch, config, model)
         metrics |= diagnostics.staleness(_flat(logp), _flat(old_logp), _flat(batch.rollout_logp), _flat(batch.mask))
     stale = (*state.stale, state.params)[1:]
     return TrainState(params, opt_state, new_dual, state.step + 1, skipped, stale), metrics
 
 
-def _old_logp(params: Any, batch: Batch, config: Config, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
+def score(params: Any, batch: Batch, config: Config, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """The trainer's log-probs and entropies at the weights that sampled, [M, A, n, T]."""
-    def score(micro):
+    def one(micro):
         return _score(params, micro, config, model, entropy=True)
 
-    return jax.lax.map(lambda minibatch: jax.lax.map(score, minibatch), batch)
+    return jax.lax.map(lambda minibatch: jax.lax.map(one, minibatch), batch)
 
 
 def _only_pass(params: Any, batch: Batch, config: Config, model: ModelConfig) -> tuple[jax.Array, Pull, jax.Array]:

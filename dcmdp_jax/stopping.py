@@ -13,14 +13,19 @@ class Interrupted(Exception):
 
 
 @contextmanager
-def requests() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether SIGINT or SIGTERM came; a second SIGINT interrupts at once."""
+def requests(tell: Callable[[], None] = lambda: None) -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether SIGINT or SIGTERM came; a second SIGINT interrupts at once.
+
+    The first signal calls `tell`.
+    """
     asked = []
 
     def ask(number, frame):
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(number)
+        if len(asked) == 1:
+            tell()
         os.write(2, b"\nstopping at the next safe point; press Ctrl-C again to stop at once\n")  # print may be running
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
-from dcmdp_jax import sharding
+from dcmdp_jax import hosts, sharding
 from dcmdp_jax.config import ModelConfig, Precision
 from dcmdp_jax.models import cache, qwen3
 from dcmdp_jax.models.quantized import LARGEST, Quantized, quantize
@@ -32,10 +34,63 @@ def make(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> 
     float32 and "" leave a parameter as the trainer has it, bfloat16 casts it, the rest quantizes it: projections as
     `precision` says, embedding and head with one scale per token of the vocabulary. Biases stay as they are. Where
     embeddings are tied and the head's precision is another, the engine's parameters have a `"head"` [V, D] of their own.
-    Parameters on other devices than the mesh's are converted there and sent over. The result shares no buffer with its
-    arguments, which the next training step donates. Raises ValueError for a precision not in `ALLOWED`, and for groups
+    Parameters on other devices than the mesh's are converted there and sent over. Where they are spread over several
+    processes, each gets a whole copy on its own devices, and all must call. The result shares no buffer with its arguments,
+    which the next training step donates. Raises ValueError for a precision not in `ALLOWED`, and for groups
     that do not divide the inputs of a projection.
     """
+    _check_names(precision)
+
+    here = jax.jit(partial(_convert, config=config, precision=precision), out_shardings=_places(config, precision, mesh))
+    elsewhere = jax.jit(partial(_convert, config=config, precision=precision))
+
+    @functools.cache
+    def on_every_process(training):
+        block = sharding.block(training, jax.process_index())
+        own = mesh if set(block.devices.flat) == set(mesh.devices.flat) else block
+        return spread(config, precision, training, own), own
+
+    def sync(params: Any, version: Any) -> Weights:
+        leaf, version = jax.tree.leaves(params)[0], jnp.asarray(version, jnp.int32)
+        if not isinstance(leaf, jax.Array) or not leaf.committed or leaf.sharding.device_set == set(mesh.devices.flat):
+            return here(params, version)
+        if leaf.is_fully_addressable:
+            return jax.device_put(elsewhere(params, version), _places(config, precision, mesh))
+        f, own = on_every_process(leaf.sharding.mesh)
+        copies = jax.tree.map(lambda x: hosts.own_copy(x, own), f(params, version))
+        return copies if own == mesh else jax.device_put(copies, _places(config, precision, mesh))
+
+    return sync
+
+
+def spread(config: ModelConfig, precision: Precision, training: jax.sharding.Mesh, own: jax.sharding.Mesh) -> Callable:
+    """Compiled: parameters and version on the training mesh to a whole copy for every process, laid out like `own`, its mesh."""
+    whole, places = hosts.per_process(training, own), _places(config, precision, own)
+    return jax.jit(partial(_convert, config=config, precision=precision),
+                   out_shardings=jax.tree.map(lambda place: NamedSharding(whole, place.spec), places))
+
+
+def abstract(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> Weights:
+    """Shapes and places of an engine's weights."""
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), _shapes(config, precision),
+                        _places(config, precision, mesh))
+
+
+def _convert(params: Any, version: Any, *, config: ModelConfig, precision: Precision) -> Weights:
+    params, version = jax.tree.map(jnp.copy, (params, version))
+    return Weights(qwen3.unstack(_cast(params, config, precision), config), version)
+
+
+def _shapes(config: ModelConfig, precision: Precision) -> Weights:
+    params = jax.eval_shape(partial(qwen3.init, config=config), jax.random.key(0))
+    return jax.eval_shape(partial(_convert, config=config, precision=precision), params, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def _places(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> Weights:
+    return Weights(_shardings(_shapes(config, precision).params, config, mesh), sharding.replicated(mesh))
+
+
+def _check_names(precision: Precision) -> None:
     for field, allowed in ALLOWED.items():
         if getattr(precision, field) not in allowed:
             raise ValueError(f"precision.{field}={getattr(precision, field)!r} is not one of "
@@ -43,22 +98,6 @@ def make(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> 
     if precision.group < -1:
         raise ValueError(f"precision.group={precision.group} must be -1 (one scale a weight), 0 (an output channel) or "
                          "positive")
-
-    def convert(params, version):
-        params, version = jax.tree.map(jnp.copy, (params, jnp.asarray(version, jnp.int32)))
-        return Weights(qwen3.unstack(_cast(params, config, precision), config), version)
-
-    shapes = jax.eval_shape(convert, jax.eval_shape(partial(qwen3.init, config=config), jax.random.key(0)), 0)
-    places = Weights(_shardings(shapes.params, config, mesh), sharding.replicated(mesh))
-    here, elsewhere = jax.jit(convert, out_shardings=places), jax.jit(convert)
-
-    def sync(params: Any, version: Any) -> Weights:
-        leaf = jax.tree.leaves(params)[0]
-        if isinstance(leaf, jax.Array) and leaf.committed and leaf.sharding.device_set != set(mesh.devices.flat):
-            return jax.device_put(elsewhere(params, version), places)
-        return here(params, version)
-
-    return sync
 
 
 def check(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> None:

@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 import jax
 
-from dcmdp_jax import checkpoint, data, evaluate, metrics, report, rewards, sharding, step, stopping, sync, tokenizer, warmup
+from dcmdp_jax import (checkpoint, data, evaluate, hosts, metrics, report, rewards, sharding, step, stopping, sync, tokenizer,
+                       warmup)
 from dcmdp_jax.config import Config, ModelConfig, Precision, RolloutConfig, differences, to_json
 from dcmdp_jax.models import qwen3, weights
-from dcmdp_jax.records import Prompts, Sampling, TrainState
+from dcmdp_jax.records import Batch, Prompts, Sampling, Scored, TrainState, Weights
 from dcmdp_jax.rollout.generate import rollout
 from dcmdp_jax.rollout.jetstream import Engine
 
@@ -41,55 +42,49 @@ def train(config: Config, workdir: pathlib.Path) -> TrainState:
 
 
 def prepare(config: Config, workdir: pathlib.Path) -> Inputs:
-    """Reads and checks everything, then claims `workdir`; nothing is compiled, and bad input leaves no trace."""
-    inputs = read_inputs(config)
+    """Reads and checks everything, then claims `workdir`; nothing is compiled, and bad input leaves no trace.
+
+    What one process refuses, all refuse.
+    """
+    hosts.check_same(json.dumps(to_json(config)), "configuration")
+    with hosts.agreed():
+        inputs = read_inputs(config)
     claim(workdir, config)
     return inputs
 
 
 def run(config: Config, workdir: pathlib.Path, inputs: Inputs) -> TrainState:
-    """The walk, over and over."""
-    model, vocabulary, mesh = inputs.model, inputs.tokenizer, inputs.mesh
+    """The walk, over and over. With stale rollouts the next batch is sampled while the update runs."""
     saved = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
-    with metrics.Log(workdir, config, first_step=(saved.latest or 0) + 1) as log, stopping.requests() as asked:
-        state = _restore(saved, config, inputs) or _start(config, inputs, workdir, asked)
+    with metrics.Log(workdir, config, first_step=(saved.latest or 0) + 1) as log, stopping.requests(hosts.stop) as asked_here:
+        asked = partial(_any, (asked_here, hosts.stopping))
+        state = _restore(saved, config, inputs) or _start(config, inputs, workdir, lambda: hosts.any_of(asked()))
         number, position = int(state.step), inputs.prompts.get_state()
         saved.save(state, position, config.seed)
-        update = step.compile(config, model, mesh)
-        engine = make_engine(config, inputs)
-        to_engine, to_exact = (sync.make(model, precision, inputs.decode_mesh)
-                               for precision in (config.rollout.precision, Precision()))
-        policy = to_engine(*step.sampled_from(state))
-        base = jax.random.key(config.seed)
+        update, engine = step.compile(config, inputs.model, inputs.mesh), make_engine(config, inputs)
+        to_engine = sync.make(inputs.model, config.rollout.precision, inputs.decode_mesh)
+        held_out = _held_out(config, inputs, engine)
+        collect = partial(_collect, config, inputs, engine, asked)
         if number < config.steps:
-            print("compiling with the first step", flush=True)
-        while number < config.steps and not asked():
-            started = time.perf_counter()
-            try:
-                sampled = rollout(engine, policy, next(inputs.prompts), samples=config.rollout.samples,
-                                  key=jax.random.fold_in(base, number), max_tokens=config.rollout.max_tokens,
-                                  sampling=sampling(config.rollout), stop_strings=config.rollout.stop_strings,
-                                  decode=vocabulary.decode, asked=asked)
-            except stopping.Interrupted:
-                break
-            scored = rewards.score(sampled, vocabulary.decode, config.data.verifier)
-            batch = data.pack(
-                scored, minibatches=config.algorithm.minibatches, microbatches=config.algorithm.microbatches,
-                row_length=config.algorithm.row_length or engine.max_length, row_divisor=sharding.batch_size(mesh),
-                pad_id=vocabulary.pad_id, seed=(config.seed, number))
-            state, values = update(state, batch)
-            policy, position, number = to_engine(*step.sampled_from(state)), inputs.prompts.get_state(), number + 1
+            hosts.say("compiling with the first step")
+        started, ahead = time.perf_counter(), config.rollout.staleness > 0
+        policy = to_engine(*step.sampled_from(state))
+        collected = collect(policy, number)
+        while collected:
+            stale = to_engine(*step.sampled_from(_aged(state))) if ahead else None
+            (state, values), tokens = update(state, collected.batch), collected.tokens
+            number, position = number + 1, inputs.prompts.get_state()
+            policy = stale or to_engine(*step.sampled_from(state))
+            collected = collect(policy, number) if ahead else None
             values = {name: value.item() for name, value in jax.device_get(values).items()}
-            values |= {"tokens": int(sampled.lengths.sum()), "seconds": time.perf_counter() - started}
+            values |= {"tokens": tokens, "seconds": time.perf_counter() - started}
             if inputs.held_out and _is_due(number, config.eval.every, config.steps, first=True):
-                rate = partial(evaluate.pass_rate, engine, prompts=inputs.held_out, config=config, tokenizer=vocabulary,
-                               key=jax.random.fold_in(base, HELD_OUT_KEY))
-                values["reward_eval_infer"] = rate(policy)
-                values["reward_eval_train"] = (values["reward_eval_infer"] if config.rollout.precision == Precision()
-                                               and not state.stale else rate(to_exact(state.params, number)))
+                values |= held_out(policy, state)
             log.write(number, values)
             if _is_due(number, config.checkpoint.every, config.steps):
                 saved.save(state, position, config.seed)
+            started = time.perf_counter()
+            collected = collected if ahead else collect(policy, number)
         saved.save(state, position, config.seed)
         saved.close()
     if number < config.steps:
@@ -99,9 +94,72 @@ def run(config: Config, workdir: pathlib.Path, inputs: Inputs) -> TrainState:
     return state
 
 
+def _any(questions: tuple[Callable[[], bool], ...]) -> bool:
+    return any(question() for question in questions)
+
+
+class Collected(NamedTuple):
+    """What one step trains on."""
+
+    batch: Batch  # laid out over the training mesh
+    tokens: int  # sampled
+
+
+def _collect(config: Config, inputs: Inputs, engine: Engine, asked: Callable[[], bool], policy: Weights,
+             number: int) -> Collected | None:
+    """The batch of constrained step `number`, from all processes; None after the last, or where any was asked to stop."""
+    if number >= config.steps:
+        return None
+    vocabulary, first = inputs.tokenizer, hosts.part(config.data.prompts_per_step).start * config.rollout.samples
+    try:
+        sampled = rollout(engine, policy, next(inputs.prompts), samples=config.rollout.samples, first=first,
+                          key=jax.random.fold_in(jax.random.key(config.seed), number), max_tokens=config.rollout.max_tokens,
+                          sampling=sampling(config.rollout), stop_strings=config.rollout.stop_strings,
+                          decode=vocabulary.decode, asked=asked)
+    except stopping.Interrupted:
+        sampled = None
+    if hosts.any_of(sampled is None):
+        return None
+    scored = _together(rewards.score(sampled, vocabulary.decode, config.data.verifier))
+    batch = data.pack(
+        scored, minibatches=config.algorithm.minibatches, microbatches=config.algorithm.microbatches,
+        row_length=config.algorithm.row_length or engine.max_length, row_divisor=sharding.batch_size(inputs.mesh),
+        pad_id=vocabulary.pad_id, seed=(config.seed, number))
+    return Collected(hosts.spread(batch, step.batch_shardings(inputs.mesh)), int(scored.rollout.lengths.sum()))
+
+
+def _together(scored: Scored) -> Scored:
+    """The completions of all processes as one batch; with several, texts and problems are left out."""
+    if jax.process_count() == 1:
+        return scored
+    sampled = scored.rollout
+    prompts, arrays, reward = hosts.gather((sampled.prompts._replace(examples=()), sampled._replace(prompts=(), sampling=()),
+                                            scored.reward))
+    return Scored(arrays._replace(prompts=prompts, sampling=sampled.sampling), reward, ())
+
+
+def _aged(state: TrainState) -> TrainState:
+    """As far as stale rollouts go, the state after the next update."""
+    return state._replace(stale=(*state.stale, state.params)[1:], step=state.step + 1)
+
+
+def _held_out(config: Config, inputs: Inputs, engine: Engine) -> Callable[[Weights, TrainState], dict[str, float]]:
+    """Pass rates of the engine's policy and the trainer's on the held-out problems."""
+    to_exact, key = sync.make(inputs.model, Precision(), inputs.decode_mesh), jax.random.key(config.seed)
+    rate = partial(evaluate.pass_rate, engine, prompts=inputs.held_out, config=config, tokenizer=inputs.tokenizer,
+                   key=jax.random.fold_in(key, HELD_OUT_KEY))
+
+    def measure(policy: Weights, state: TrainState) -> dict[str, float]:
+        sampled, same = rate(policy), config.rollout.precision == Precision() and not state.stale
+        return {"reward_eval_infer": sampled,
+                "reward_eval_train": sampled if same else rate(to_exact(state.params, state.step))}
+
+    return measure
+
+
 def make_engine(config: Config, inputs: Inputs) -> Engine:
-    """The engine that a run samples from."""
-    return Engine(inputs.model, slots=config.rollout.slots, steps=config.rollout.tokens_per_dispatch,
+    """The engine that this process samples from."""
+    return Engine(inputs.model, slots=config.rollout.slots // jax.process_count(), steps=config.rollout.tokens_per_dispatch,
                   max_length=config.data.max_prompt_tokens + config.rollout.max_tokens, stop_ids=inputs.tokenizer.eos_ids,
                   precision=config.rollout.precision, mesh=inputs.decode_mesh)
 
@@ -117,8 +175,6 @@ HELD_OUT_KEY = 2**31 - 1  # no step's number, so that evaluation shares no key w
 def read_inputs(config: Config) -> Inputs:
     """Model shape, tokenizer and data of a run. Raises ValueError, in one sentence, on whatever cannot work."""
     mesh, decode_mesh = sharding.meshes(config)
-    if jax.process_count() > 1:
-        raise ValueError("training runs in one process; start it on one host")
     task, model = config.data.task, read_model(config)
     if config.model.folder:
         weights.check(config.model.folder)
@@ -129,7 +185,8 @@ def read_inputs(config: Config) -> Inputs:
     qwen3_shapes = jax.eval_shape(partial(qwen3.init, config=model), jax.random.key(0))
     sharding.params(qwen3.logical_axes(model), mesh, sharding.TRAIN, qwen3_shapes)
     sync.check(model, config.rollout.precision, decode_mesh)
-    for name, size, shards in (("rollout.slots", config.rollout.slots, sharding.batch_size(decode_mesh)),
+    engines = jax.process_count()
+    for name, size, shards in (("rollout.slots", config.rollout.slots, engines * sharding.batch_size(decode_mesh)),
                                ("warmup.batch_size", config.warmup.batch_size, sharding.batch_size(mesh))):
         if size % shards:
             raise ValueError(f"{name}={size} does not divide over the mesh's {shards} batch shards")
@@ -141,14 +198,15 @@ def read_inputs(config: Config) -> Inputs:
     wrap = {"max_prompt_tokens": config.data.max_prompt_tokens, "chat": config.data.chat,
             "enable_thinking": config.data.enable_thinking, "instruction": config.data.instruction}
     prompts = data.prompts(data.read(config.data.path) if config.data.path else task, vocabulary,
-                           batch_size=config.data.prompts_per_step, seed=config.seed, shuffle=config.data.shuffle, **wrap)
+                           batch_size=config.data.prompts_per_step, seed=config.seed, shuffle=config.data.shuffle,
+                           process_index=jax.process_index(), process_count=engines, **wrap)
     held_out = None
     if config.eval.every and config.data.eval_path:
         held_out = data.tokenize(data.read(config.data.eval_path)[:config.eval.prompts], vocabulary, **wrap)
     elif config.eval.every and task is not None and not config.data.path:
         held_out = data.tokenize(task.held_out(config.eval.prompts), vocabulary, **wrap)
     elif config.eval.every:
-        print("no held-out evaluation: data.eval_path names no file", flush=True)
+        hosts.say("no held-out evaluation: data.eval_path names no file")
     return Inputs(model, vocabulary, prompts, held_out, mesh, decode_mesh)
 
 
@@ -173,23 +231,34 @@ def read_tokenizer(config: Config) -> tokenizer.Tokenizer:
 def claim(workdir: pathlib.Path, config: Config) -> None:
     """Writes the resolved config beside the run, or checks that the run there is this one.
 
-    The number of steps, the mesh, and what only watches the run may change between resumptions; anything else raises
-    ValueError with its name.
+    The number of steps, where it runs, and what only watches it may change between resumptions; anything else raises
+    ValueError with its name. Process 0 writes.
     """
     file, now = workdir / "config.json", to_json(config)
-    if checkpoint.exists(workdir):
+    with hosts.agreed():
+        _check_goes_on(workdir, file, now)
+    with hosts.agreed():
+        if jax.process_index() == 0:
+            workdir.mkdir(parents=True, exist_ok=True)
+            new = file.with_suffix(".new")  # put in place whole: a run that dies here can still be resumed
+            new.write_text(json.dumps(now, indent=2) + "\n")
+            new.replace(file)
+    with hosts.agreed():
+        if not file.is_file():
+            raise ValueError(f"{workdir.absolute()} is not on a file system shared with process 0; give another --workdir")
+
+
+def _check_goes_on(workdir: pathlib.Path, file: pathlib.Path, now: dict) -> None:
+    if checkpoint.steps(workdir):
         before = json.loads(file.read_text())
         for name, (old, new) in differences(before, now).items():
-            if name.split(".")[0] not in MAY_CHANGE:
+            if not f"{name}.".startswith(tuple(f"{free}." for free in MAY_CHANGE)):
                 short = not isinstance(old, dict) and not isinstance(new, dict)
                 raise ValueError(f"{workdir} holds a run with {f'{name}={old}, not {new}' if short else f'another {name}'}; "
                                  f"choose another --workdir, or the old value (only {', '.join(MAY_CHANGE)} may change)")
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(now, indent=2) + "\n")
 
 
-MAY_CHANGE = ("steps", "mesh", "eval", "checkpoint", "tensorboard", "wandb")
+MAY_CHANGE = ("steps", "mesh", "rollout.devices", "rollout.mesh", "rollout.slots", "eval", "checkpoint", "tensorboard", "wandb")
 
 
 def _start(config: Config, inputs: Inputs, workdir: pathlib.Path, asked: Callable[[], bool]) -> TrainState:
@@ -209,12 +278,13 @@ def _restore(saved: checkpoint.Checkpoints, config: Config, inputs: Inputs) -> T
     """The newest checkpoint's state, with the data at its position; None where there is none."""
     if saved.latest is None:
         return None
-    state, position = saved.restore(_abstract(config, inputs.model, inputs.mesh))
+    state, position = saved.restore(abstract_state(config, inputs.model, inputs.mesh))
     inputs.prompts.set_state(position)
     return state
 
 
-def _abstract(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> TrainState:
+def abstract_state(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes and shardings of a run's state, for reading checkpoints."""
     shapes = jax.eval_shape(lambda: step.init_state(config, qwen3.init(jax.random.key(0), model)))
     return checkpoint.abstract(shapes, step.state_shardings(config, model, mesh))
 
@@ -224,12 +294,10 @@ def export(config: Config, workdir: pathlib.Path, folder: str) -> int:
 
     Raises ValueError where there is no checkpoint.
     """
-    if not (workdir / "checkpoints").is_dir():
+    found, model = checkpoint.steps(workdir), read_model(config)
+    if not found:
         raise ValueError(f"{workdir} holds no checkpoints; give the run's --workdir")
-    model, saved = read_model(config), checkpoint.Checkpoints(workdir, config.checkpoint.keep)
-    if saved.latest is None:
-        raise ValueError(f"{workdir} holds no whole checkpoint yet")
-    state, _ = saved.restore(_abstract(config, model, sharding.meshes(config)[0]))
+    state, _ = checkpoint.read(workdir, found[-1], abstract_state(config, model, sharding.meshes(config)[0]))
     weights.save(folder, model, state.params)
     tokenizer.save(read_tokenizer(config), folder)
     return int(state.step)

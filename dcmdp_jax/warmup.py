@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dcmdp_jax import data, sharding
+from dcmdp_jax import data, hosts, sharding
 from dcmdp_jax.config import Config, ModelConfig, WarmupConfig
 from dcmdp_jax.models import qwen3, scoring
 from dcmdp_jax.stopping import Interrupted
@@ -26,22 +27,25 @@ def run(params: Any, config: Config, model: ModelConfig, tokenizer: Tokenizer, m
         workdir: pathlib.Path, asked: Callable[[], bool]) -> Any:
     """Parameters after `config.warmup.steps` steps of AdamW on a cosine schedule; losses go to `warmup.jsonl`.
 
-    Raises `Interrupted` where `asked()` says so: a warm-up is short and starts anew.
+    Raises `Interrupted` where `asked()`, the same on all processes, says so: a warm-up is short and starts anew.
     """
     optimizer = _optimizer(config.warmup)
     opt_state = jax.jit(optimizer.init)(params)
-    many = jax.jit(partial(_steps, model=model, optimizer=optimizer), donate_argnums=(0, 1))
-    with (workdir / "warmup.jsonl").open("w") as log:
+    many = jax.jit(partial(_steps, model=model, optimizer=optimizer), donate_argnums=(0, 1),
+                   out_shardings=(None, None, sharding.replicated(mesh)))
+    writes = jax.process_index() == 0
+    with (workdir / "warmup.jsonl").open("w") if writes else contextlib.nullcontext() as log:
         for first in range(0, config.warmup.steps, STEPS_PER_DISPATCH):
             if asked():
                 raise Interrupted(f"stopped in the warm-up, at step {first} of {config.warmup.steps}; it starts anew")
             steps = range(first, min(first + STEPS_PER_DISPATCH, config.warmup.steps))
             batches = [data.supervised(config.data.task, tokenizer, config.warmup.batch_size, config.seed, i) for i in steps]
             params, opt_state, losses = many(params, opt_state, _stack(batches, mesh))
-            for step, loss in zip(steps, np.asarray(losses)):
-                log.write(json.dumps({"step": step + 1, "loss": float(loss)}) + "\n")
-            log.flush()
-            print(f"warm-up {steps[-1] + 1}/{config.warmup.steps}  loss {losses[-1]:.3f}", flush=True)
+            losses = np.asarray(losses)
+            if writes:
+                log.writelines(json.dumps({"step": step + 1, "loss": float(loss)}) + "\n" for step, loss in zip(steps, losses))
+                log.flush()
+            hosts.say(f"warm-up {steps[-1] + 1}/{config.warmup.steps}  loss {losses[-1]:.3f}")
     return params
 
 
@@ -55,7 +59,7 @@ def _stack(batches: list[data.Supervised], mesh: jax.sharding.Mesh) -> data.Supe
     width = max(batch.tokens.shape[1] for batch in batches)
     stacked = data.Supervised(*(np.stack([np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in field])
                                 for field in zip(*batches)))
-    return jax.device_put(stacked, sharding.split(mesh, 1))
+    return hosts.spread(stacked, data.Supervised(*[sharding.split(mesh, 1)] * 2))
 
 
 def _steps(params: Any, opt_state: Any, batches: data.Supervised, *, model: ModelConfig,

@@ -12,9 +12,9 @@ FILES = {str(path.relative_to(ROOT).with_suffix("")).replace("/", "."): path for
 
 # Each may import from the package only what stands in an earlier line, or its own line where it is a folder.
 ORDER = [
-    ["records", "config", "stopping"],
+    ["records", "config", "stopping", "rollcall"],
     ["sharding", "losses", "rewards", "tokenizer", "tasks"],
-    ["constraint"],
+    ["constraint", "hosts"],
     ["models"],
     ["data", "rollout.sampling"],
     ["rollout.decode"],

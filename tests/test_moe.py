@@ -22,7 +22,7 @@ def random_params(config, seed=0) -> dict:
 
 @functools.partial(jax.jit, static_argnames="config")
 def apply(params, x, config):
-    return moe.MoE(config).apply({"params": params}, x)
+    return layers.MoE(config).apply({"params": params}, x)
 
 
 def dense(params, x, config):
@@ -103,3 +103,16 @@ def test_quantized_experts(dtype):
     plain = {name: w if name == "router" else w.dequantize() for name, w in few.items()}
     np.testing.assert_allclose(apply(few, x, CONFIG), apply(plain, x, CONFIG), atol=1e-5)
     assert np.abs(apply(few, x, CONFIG) - apply(params, x, CONFIG)).max() > 1e-3
+
+
+def test_tokens_that_are_not_live_change_nothing_for_the_others():
+    """In tiles that are full, half full and empty, on top of each other's experts."""
+    config = dataclasses.replace(CONFIG, experts_per_token=3)
+    params = random_params(config)
+    x = jax.random.normal(jax.random.key(1), (40, 1, config.hidden_size))
+    some = jax.jit(lambda x, live: layers.MoE(config).apply({"params": params}, x, live))
+    for count in (0, 1, 7, 40):
+        live = np.isin(np.arange(40), np.random.default_rng(count).permutation(40)[:count])
+        poisoned = jnp.where(live[:, None, None], x, jnp.nan)
+        np.testing.assert_allclose(some(poisoned, live)[live], dense(params, x, config)[live], atol=1e-5)
+        assert not np.asarray(some(x, live))[~live].any()

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import cli, config, parity, sharding, step, sync, tokenizer, train
+from dcmdp_jax import checkpoint, cli, config, parity, sharding, step, sync, tokenizer, train
 from dcmdp_jax.checkpoint import Checkpoints
 from dcmdp_jax.models import qwen3, weights
 from random_params import random_params
@@ -195,7 +195,7 @@ def test_the_newest_checkpoint_is_what_the_next_batch_is_sampled_from(tmp_path):
     unfinished = tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp"
     unfinished.mkdir()
     found = parity.load(run, inputs, tmp_path)
-    assert parity.saved_steps(tmp_path) == [1, 2] and unfinished.is_dir(), "what a run is writing is left alone"
+    assert checkpoint.steps(tmp_path) == [1, 2] and unfinished.is_dir(), "what a run is writing is left alone"
     assert found.version == 1 and found.origin == f"checkpoint 2 of {tmp_path}, weights of step 1"
     assert all((leaf == 1).all() for leaf in jax.tree.leaves(found.params))
     np.testing.assert_array_equal(next(inputs.prompts).tokens, following.tokens)

@@ -10,7 +10,7 @@ from dcmdp_jax.models import qwen3, sizes
 
 
 def test_spec_reads_the_table():
-    assert sharding.spec(("layers", "embed", "q_heads", None), sharding.TRAIN) == P(None, "fsdp", "tensor", None)
+    assert sharding.spec(("layers", "embed", "q_heads", None), sharding.TRAIN) == P(None, ("fsdp", "expert", "sequence"), "tensor", None)
     assert sharding.spec(("embed", "mlp"), sharding.DECODE) == P(None, "tensor")
 
 
@@ -34,7 +34,7 @@ def test_mesh_must_use_every_device():
     with pytest.raises(ValueError, match="does not make 8"):
         sharding.make_mesh(MeshConfig(tensor=3), jax.devices()[:8])
     assert dict(sharding.make_mesh(MeshConfig(tensor=2), jax.devices()[:8]).shape) == {
-        "data": 1, "fsdp": 4, "expert": 1, "tensor": 2}
+        "data": 1, "fsdp": 4, "expert": 1, "sequence": 1, "tensor": 2}
 
 
 def test_sizes_must_divide():

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import sharding, step, train
+from dcmdp_jax import sharding, step, sync, train
 from dcmdp_jax.checkpoint import Checkpoints
 from test_train import assert_same_run, rows, tiny
 
@@ -45,6 +45,26 @@ def test_stale_rollouts_are_split_from_numerics_and_resume_exactly(tmp_path, mon
     train.train(run_of(2), tmp_path / "parts")
     train.train(run_of(4), tmp_path / "parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts", run_of(4))
+
+
+def test_sampling_ahead_changes_nothing_but_the_order(tmp_path, monkeypatch):
+    """The next batch is sampled before the update's metrics are read; a loop that waits for each update gets the same."""
+    run, order = run_of(4), []
+    inner, write = train.rollout, train.metrics.Log.write
+    monkeypatch.setattr(train, "rollout", lambda *args, **kw: order.append("sample") or inner(*args, **kw))
+    monkeypatch.setattr(train.metrics.Log, "write", lambda log, *row: order.append("read") or write(log, *row))
+    train.train(run, tmp_path)
+    assert order == ["sample", "sample", "read", "sample", "read", "sample", "read", "read"]
+
+    inputs = train.read_inputs(run)
+    state = train._start(run, inputs, tmp_path, lambda: False)
+    update, engine = step.compile(run, inputs.model, inputs.mesh), train.make_engine(run, inputs)
+    to_engine = sync.make(inputs.model, run.rollout.precision, inputs.decode_mesh)
+    for row in rows(tmp_path):
+        policy = to_engine(*step.sampled_from(state))
+        collected = train._collect(run, inputs, engine, lambda: False, policy, int(state.step))
+        state, values = jax.block_until_ready(update(state, collected.batch))
+        assert row == {"step": int(state.step), "tokens": collected.tokens} | {name: x.item() for name, x in values.items()}
 
 
 def test_the_state_holds_the_last_parameters_oldest_first(tmp_path):

@@ -10,6 +10,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from dcmdp_jax import sharding
+from dcmdp_jax.models import splash
 from dcmdp_jax.models.quantized import einsum
 
 BLOCK = 128  # positions of a tile of scores on a CPU: what is made for it stays in the core's cache
@@ -31,25 +33,54 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
 def packed(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
     """Causal `attention` within the segments of packed rows: q [B, KV, G, S, h], k, v [B, KV, S, h] -> q's shape.
 
-    A segment is a run of equal `segment_ids` [B, S]; None: every row is one. On a CPU scores are made in tiles of `BLOCK`
-    positions, and only those that some query may look at: memory grows with S, work with the sum of the segments' squares.
+    A segment is a run of equal `segment_ids` [B, S]; None: every row is one. On a TPU the splash kernel makes it where its
+    shapes allow, on a GPU cuDNN's in bfloat16. On a CPU scores are made in tiles of `BLOCK` positions, and only those that
+    some query may look at: memory grows with S, work with the sum of the segments' squares. Elsewhere scores are whole.
     """
-    first = segment_starts(segment_ids, (q.shape[0], q.shape[3]))
+    if segment_ids is None:
+        segment_ids = jnp.ones((q.shape[0], q.shape[3]), jnp.int32)
+    if splash.applies(q):
+        return jax.lax.platform_dependent(q, k, v, segment_ids, tpu=splash.attention, default=_without_splash)
+    return _without_splash(q, k, v, segment_ids)
+
+
+def _without_splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    first, mesh = segment_starts(segment_ids), sharding.ambient()
+    if mesh is None:
+        return _on_one_device(q, k, v, first)
+    if mesh.shape["sequence"] > 1:
+        return _whole(q, k, v, first)
+    queries, keys = ("rows", "kv_heads", None, None, None), ("rows", "kv_heads", None, None)
+    return sharding.by_shard(_on_one_device, queries, keys, keys, ("rows", None), out=queries)(q, k, v, first)
+
+
+def _on_one_device(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array) -> jax.Array:
+    if jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16:  # cuDNN's version is asked for while tracing
+        return _by_cudnn(q, k, v, first)
     return jax.lax.platform_dependent(q, k, v, first, cpu=_by_tiles, default=_whole)
 
 
-def segment_starts(segment_ids: jax.Array | None, shape: tuple[int, int]) -> jax.Array:
+def _by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array) -> jax.Array:
+    rows, heads, group, size, width = q.shape
+    flat = q.reshape(rows, heads * group, size, width).swapaxes(1, 2)
+    out = jax.nn.dot_product_attention(flat, k.swapaxes(1, 2), v.swapaxes(1, 2), mask=_mask(first)[:, None], implementation="cudnn")
+    return out.swapaxes(1, 2).reshape(q.shape)
+
+
+def segment_starts(segment_ids: jax.Array) -> jax.Array:
     """Where in its row each position's segment begins: [B, S] int32."""
-    if segment_ids is None:
-        return jnp.zeros(shape, jnp.int32)
     begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
-    return jax.lax.cummax(jnp.where(begins, jnp.arange(shape[1], dtype=jnp.int32), 0), axis=1)
+    return jax.lax.cummax(jnp.where(begins, jnp.arange(segment_ids.shape[1], dtype=jnp.int32), 0), axis=1)
 
 
 def _whole(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array) -> jax.Array:
-    index = jnp.arange(q.shape[3])
-    mask = (index[:, None] >= index) & (index >= first[..., None])
-    return attention(q, k, v, mask[:, None, None])
+    return attention(q, k, v, _mask(first)[:, None, None])
+
+
+def _mask(first: jax.Array) -> jax.Array:
+    """[B, S, S], true where the query of a row may look at the key of a column."""
+    index = jnp.arange(first.shape[1])
+    return (index[:, None] >= index) & (index >= first[..., None])
 
 
 def _by_tiles(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array) -> jax.Array:

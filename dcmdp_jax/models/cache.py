@@ -74,6 +74,16 @@ def write(layer: Layer, new: jax.Array, lengths: jax.Array) -> Layer:
                         layer, _held(new, layer))
 
 
+def first(cache: Cache, window: int) -> Cache:
+    """The first `window` positions of every slot, copied, for the steps of one dispatch to work in."""
+    return jax.tree.map(lambda layer: layer[:, :, :window], cache)
+
+
+def restore(cache: Cache, part: Cache) -> Cache:
+    """`cache` with its first positions replaced by `part`, as `first` cut it; in place where `cache` is donated."""
+    return jax.tree.map(lambda layer, new: jax.lax.dynamic_update_slice(layer, new, (0, 0, 0, 0)), cache, part)
+
+
 def _held(new: jax.Array, layer: Layer) -> Layer:
     """`new` [..., h] as `layer` holds it."""
     if isinstance(layer, Quantized):

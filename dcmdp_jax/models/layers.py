@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dcmdp_jax import sharding
 from dcmdp_jax.config import ModelConfig, Yarn
-from dcmdp_jax.models import quantized, swiglu
-from dcmdp_jax.models.moe import MoE, parameter
+from dcmdp_jax.models import dispatch, moe, quantized, swiglu
+from dcmdp_jax.models.moe import parameter
 from dcmdp_jax.models.quantized import project
 
 # (q [B, KV, G, S, h], k, v [B, KV, S, h]) -> (out [B, KV, G, S, h], whatever the caller keeps of k and v)
@@ -138,6 +139,35 @@ class MLP(nn.Module):
         return swiglu.dense(x, gate_proj, up_proj, down_proj)
 
 
+class MoE(nn.Module):
+    """Mixture of SwiGLU experts (see `moe.mix`, and `dispatch.mix` over several devices) behind the router (see `moe.route`).
+
+    Experts are `gate_proj`, `up_proj` [E, D, F] and `down_proj` [E, F, D]; `router` is [D, E].
+    """
+
+    config: ModelConfig
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, live: jax.Array | None = None) -> jax.Array:
+        """[B, S, D] -> [B, S, D]; live [B], see `moe.mix`."""
+        c = self.config
+        wide = (c.num_experts, c.hidden_size, c.expert_size)
+        # The softmax runs over every expert, so the router is not split along them.
+        router = parameter(self, "router", (c.hidden_size, c.num_experts), ("embed", None))
+        gate_proj = parameter(self, "gate_proj", wide, ("experts", "expert_embed", "mlp"))
+        up_proj = parameter(self, "up_proj", wide, ("experts", "expert_embed", "mlp"))
+        down_proj = parameter(self, "down_proj", (wide[0], wide[2], wide[1]), ("experts", "mlp", "expert_embed"))
+        weights = moe.Experts(gate_proj, up_proj, down_proj)
+        gates, experts = moe.route(x, router, c)
+        self.sow("routing", "experts", experts.reshape(-1, c.experts_per_token))
+        if sharding.ambient() is not None and not self.is_initializing():
+            return dispatch.mix(x, gates, experts, weights)
+        tokens, gates, experts = (a.reshape(-1, a.shape[-1]) for a in (x, gates, experts))
+        live = None if live is None else jnp.repeat(live, x.shape[1])
+        return moe.mix(tokens, gates, experts, weights, live).reshape(x.shape)
+
+
 class Layer(nn.Module):
     """Pre-norm decoder layer: `x + attention(norm x)`, then `x + feed_forward(norm x)`."""
 
@@ -146,14 +176,15 @@ class Layer(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
-        """x [B, S, D] -> [B, S, D] and what `attend` keeps."""
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend,
+                 live: jax.Array | None = None) -> tuple[jax.Array, Any]:
+        """x [B, S, D] -> [B, S, D] and what `attend` keeps. Experts may leave out rows that are not `live` [B]."""
         c, dtype = self.config, self.param_dtype
         y = RMSNorm(c, param_dtype=dtype, name="input_norm")(x)
         y, kept = Attention(c, dtype, name="attention")(y, cos, sin, attend)
         x = x + y
         y = RMSNorm(c, param_dtype=dtype, name="post_attention_norm")(x)
-        y = MoE(c, dtype, name="moe")(y) if self.sparse else MLP(c, dtype, name="mlp")(y)
+        y = MoE(c, dtype, name="moe")(y, live) if self.sparse else MLP(c, dtype, name="mlp")(y)
         return x + y, kept
 
 

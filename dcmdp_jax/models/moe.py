@@ -25,24 +25,31 @@ def route(x: jax.Array, router: jax.Array, config: ModelConfig) -> tuple[jax.Arr
         p = softmax(x @ router) over all E experts, in float32
         gates = top-k of p, divided by their sum if norm_topk_prob
 
-    x [N, D], router [D, E] -> gates [N, k] float32, experts [N, k] int32.
+    x [..., D], router [D, E] -> gates [..., k] float32, experts [..., k] int32.
     """
-    probs = jax.nn.softmax(einsum("nd,de->ne", x, router, jnp.float32), axis=-1)
+    probs = jax.nn.softmax(einsum("...d,de->...e", x, router, jnp.float32), axis=-1)
     gates, experts = jax.lax.top_k(probs, config.experts_per_token)
     if config.norm_topk_prob:
         gates = gates / jnp.sum(gates, axis=-1, keepdims=True)
     return gates, experts
 
 
-def mix(x: jax.Array, gates: jax.Array, experts: jax.Array, weights: Experts) -> jax.Array:
+def mix(x: jax.Array, gates: jax.Array, experts: jax.Array, weights: Experts, live: jax.Array | None = None) -> jax.Array:
     """`sum over k of gates_k * down_e(silu(gate_e x) * up_e x)`, e = experts_k: x [N, D], gates, experts [N, k] -> [N, D].
 
     Assignments are sorted by expert. Accelerators multiply them by `ragged_dot`; on a CPU, where that is ten times slower
-    than the products it stands for, each expert's rows are cut into tiles.
+    than the products it stands for, each expert's rows are cut into tiles, and tokens that are not `live` ([N] bool, None:
+    all are) cost nothing. What comes back for those has no meaning.
     """
-    rows = jax.lax.platform_dependent(x, experts, weights, cpu=_by_tiles, default=_by_ragged_dot)
     # Summed in the order of k, which does not depend on the other tokens.
-    return jnp.sum(rows.astype(jnp.float32) * gates[..., None], axis=1).astype(x.dtype)
+    return jnp.sum(assigned(x, experts, weights, live).astype(jnp.float32) * gates[..., None], axis=1).astype(x.dtype)
+
+
+def assigned(x: jax.Array, experts: jax.Array, weights: Experts, live: jax.Array | None = None) -> jax.Array:
+    """Each assignment's row `down_e(silu(gate_e x) * up_e x)`: x [N, D], experts [N, k] -> [N, k, D]."""
+    live = jnp.ones(x.shape[:1], bool) if live is None else live
+    return jax.lax.platform_dependent(
+        x, experts, weights, live, cpu=_by_tiles, default=lambda x, experts, weights, live: _by_ragged_dot(x, experts, weights))
 
 
 def _by_ragged_dot(x: jax.Array, experts: jax.Array, weights: Experts) -> jax.Array:
@@ -63,44 +70,23 @@ def _by_ragged_dot(x: jax.Array, experts: jax.Array, weights: Experts) -> jax.Ar
     return rows[jnp.argsort(order)].reshape(*experts.shape, -1)
 
 
-def _by_tiles(x: jax.Array, experts: jax.Array, weights: Experts) -> jax.Array:
-    """[N, k, D], each assignment's row."""
+def _by_tiles(x: jax.Array, experts: jax.Array, weights: Experts, live: jax.Array) -> jax.Array:
+    """[N, k, D], each assignment's row; zero where a token is not live."""
     count, assigned = jax.tree.leaves(weights.gate)[0].shape[0], experts.size
     tile = min(max(1 << (assigned // count).bit_length(), 4), TILE)
-    flat = experts.reshape(-1)
+    flat = jnp.where(live[:, None], experts, count).reshape(-1)  # expert `count` is nobody's
     order = jnp.argsort(flat)
     sizes = jnp.bincount(flat, length=count)
     tiles = -(-sizes // tile)
     # Row j of the sorted assignments goes to the same place in its expert's run of whole tiles.
-    shift = (jnp.cumsum(tiles) - tiles) * tile - (jnp.cumsum(sizes) - sizes)
-    place = jnp.zeros_like(flat).at[order].set(jnp.arange(assigned) + shift[flat[order]])
+    first = jnp.cumsum(tiles) - tiles
+    shift = first * tile - (jnp.cumsum(sizes) - sizes)
     most = -(-assigned // tile) + count
+    place = jnp.zeros_like(flat).at[order].set(jnp.arange(assigned) + shift[flat[order]])
+    place = jnp.where(flat < count, place, most * tile)
     owner = jnp.repeat(jnp.arange(count), tiles, total_repeat_length=most)
+    held = sizes[owner] - (jnp.arange(most) - first[owner]) * tile
     rows = jnp.zeros((most * tile, x.shape[-1]), x.dtype).at[place].set(
-        jnp.repeat(x, experts.shape[1], axis=0), unique_indices=True)
-    return in_tiles(rows, weights, owner, jnp.sum(tiles), tile)[place].reshape(*experts.shape, -1)
-
-
-class MoE(nn.Module):
-    """Mixture of SwiGLU experts (see `mix`) behind the router (see `route`).
-
-    Experts are `gate_proj`, `up_proj` [E, D, F] and `down_proj` [E, F, D]; `router` is [D, E].
-    """
-
-    config: ModelConfig
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, S, D] -> [B, S, D]."""
-        c = self.config
-        wide = (c.num_experts, c.hidden_size, c.expert_size)
-        # The softmax runs over every expert, so the router is not split along them.
-        router = parameter(self, "router", (c.hidden_size, c.num_experts), ("embed", None))
-        gate_proj = parameter(self, "gate_proj", wide, ("experts", "embed", "mlp"))
-        up_proj = parameter(self, "up_proj", wide, ("experts", "embed", "mlp"))
-        down_proj = parameter(self, "down_proj", (wide[0], wide[2], wide[1]), ("experts", "mlp", "embed"))
-        tokens = x.reshape(-1, c.hidden_size)
-        gates, experts = route(tokens, router, c)
-        self.sow("routing", "experts", experts)
-        return mix(tokens, gates, experts, Experts(gate_proj, up_proj, down_proj)).reshape(x.shape)
+        jnp.repeat(x, experts.shape[1], axis=0), mode="drop")
+    out = in_tiles(rows, weights, owner, held, jnp.sum(tiles), tile)
+    return out.at[place].get(mode="fill", fill_value=0).reshape(*experts.shape, -1)

@@ -17,11 +17,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dcmdp_jax import sharding
 from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models import attention
 from dcmdp_jax.models import cache as kv_cache
 from dcmdp_jax.models.cache import Cache
-from dcmdp_jax.models.layers import Ends, Layer, rotary
+from dcmdp_jax.models.layers import Ends, Layer, compute_dtype, rotary
 
 CONTRACTED = {
     "q_proj": (-3,),
@@ -65,7 +66,7 @@ def init(key: jax.Array, config: ModelConfig, dtype=jnp.float32) -> dict:
 def logical_axes(config: ModelConfig) -> dict:
     """The logical name of every axis of every parameter: `init`'s tree with a tuple of names (or None) per leaf.
 
-    Names: layers, vocab, embed, q_heads, kv_heads, head_dim, mlp, experts.
+    Names: layers, vocab, embed, q_heads, kv_heads, head_dim, mlp, experts, expert_embed.
     """
 
     def names(init_part, *leading: str) -> dict:
@@ -116,22 +117,37 @@ def hidden(
     embedded [B, S, D]: the tokens' rows of the embedding, where the caller has looked them up.
     Raises ValueError for `unstack`ed parameters.
     """
+    if params["stacks"][0]["input_norm"]["scale"].ndim != 2:
+        raise ValueError("hidden takes the stacked parameters of init or load, not those of unstack")
     cos, sin = rotary(jnp.arange(tokens.shape[1])[None] if positions is None else positions, config)
 
     def attend(q, k, v):
         return attention.packed(q, k, v, segment_ids), None
 
-    if params["stacks"][0]["input_norm"]["scale"].ndim != 2:
-        raise ValueError("hidden takes the stacked parameters of init or load, not those of unstack")
-    x = Ends(config).apply({"params": _ends(params)}, tokens, method="embed") if embedded is None else embedded
-    for stack, (sparse, _) in zip(params["stacks"], stacks(config), strict=True):
-        layer = Layer(config, sparse)
+    x = _embedded(params, tokens, config) if embedded is None else embedded
+    for stack, names, (sparse, _) in zip(params["stacks"], logical_axes(config)["stacks"], stacks(config), strict=True):
+        layer, names = Layer(config, sparse), jax.tree.map(lambda axes: axes[1:], names, is_leaf=sharding.is_names)
 
-        def step(x, layer_params, layer=layer):
-            return layer.apply({"params": layer_params}, x, cos, sin, attend)
+        def step(x, layer_params, layer=layer, names=names):
+            layer_params = sharding.gather(_computed(layer_params, config), names)
+            x, _ = layer.apply({"params": layer_params}, x, cos, sin, attend)
+            return sharding.constrain(x, "rows", "positions", None), None
 
         x, _ = jax.lax.scan(jax.checkpoint(step, prevent_cse=False) if config.remat else step, x, stack)
     return Ends(config).apply({"params": _ends(params)}, x, method="norm")
+
+
+def _embedded(params: dict, tokens: jax.Array, config: ModelConfig) -> jax.Array:
+    """[R, S] -> [R, S, D]. Every part of the table looks up all rows; then rows change places with parts."""
+    x = Ends(config).apply({"params": _ends(params)}, sharding.constrain(tokens, "replicas", None), method="embed")
+    x = sharding.constrain(x, "replicas", None, "split_embed")
+    return sharding.constrain(x, "rows", "positions", None)
+
+
+def _computed(layer_params: dict, config: ModelConfig) -> dict:
+    """Projections in the compute dtype, so that they are gathered in it."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, w: w.astype(compute_dtype(config)) if path[-1].key in CONTRACTED else w, layer_params)
 
 
 def head(params: dict, x: jax.Array, config: ModelConfig) -> jax.Array:
@@ -175,13 +191,15 @@ def prefill(
 
 
 def decode(
-    params: dict, tokens: jax.Array, cache: Cache, lengths: jax.Array, config: ModelConfig, *, window: int
+    params: dict, tokens: jax.Array, cache: Cache, lengths: jax.Array, config: ModelConfig, *, window: int,
+    live: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache, jax.Array]:
     """Feed one token to each slot: tokens [B], lengths [B] int32 -> x [B, D] after the final norm, the cache, and the
     router's choice in each of the sparse layers, [B, sparse layers, k] int32.
 
     Slot b's token stands at position lengths[b]: its key and value are written there, and it attends to positions
     0..lengths[b]. Attention reads the first `window` (static) positions, so every live slot needs lengths[b] < window.
+    What comes of slots that are not `live` [B] (None: all are) has no meaning.
     Takes `unstack`ed parameters and raises ValueError for stacked ones.
     """
     cos, sin = rotary(lengths[:, None], config)
@@ -195,7 +213,7 @@ def decode(
     kept, experts = [], []
     for (layer, layer_params), keys, values in zip(_layers(params, config), *cache, strict=True):
         with_cache = functools.partial(attend, keys=keys, values=values)
-        (x, pair), chosen = layer.apply({"params": layer_params}, x, cos, sin, with_cache, mutable=["routing"])
+        (x, pair), chosen = layer.apply({"params": layer_params}, x, cos, sin, with_cache, live, mutable=["routing"])
         kept.append(pair)
         experts += jax.tree.leaves(chosen)
     x = Ends(config).apply({"params": _ends(params)}, x, method="norm")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dcmdp_jax import sharding
 from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models import qwen3
 from dcmdp_jax.models.layers import compute_dtype
@@ -19,6 +20,8 @@ from dcmdp_jax.models.quantized import einsum
 
 CHUNK = 1 << 24  # logits held at a time
 CPU_TOKENS, CPU_WIDTH = 512, 4096  # of a tile of logits on a CPU, which then stays in its last cache
+WIDTH = 8192  # words of a tile elsewhere; of a split weight, what is gathered at a time
+PLACE = ("rows", "positions")
 At = tuple[jax.Array, int]  # where a tile begins, and its size
 LOW = -1e30  # below every logit; finite, so that it may be subtracted from itself
 
@@ -29,11 +32,12 @@ class Tiling(NamedTuple):
     tokens: int  # c
     rest: int  # of the tiles of what is left after whole ones; divides `tokens`
     width: int  # v
-    vocabulary: int  # V
+    vocabulary: int  # V, or this device's part of it
     tied: bool  # the weight is [V, D], not [D, V]
     dtype: Any  # of the operands of products
     temperature: float
     entropy: bool
+    split: bool  # over the ambient mesh: rows, positions, and the weight along both axes
 
 
 class Moved(NamedTuple):
@@ -63,22 +67,27 @@ def token_logp(params: Any, hidden: jax.Array, targets: jax.Array, wanted: jax.A
     """
     weight = params["embed"] if config.tie_word_embeddings else params["head"]
     rows, columns = targets.shape
-    parts = -(-config.vocab_size // CPU_WIDTH)
-    width = min(-(-config.vocab_size // parts // 128) * 128, config.vocab_size)  # whole vectors of the processor
+    mesh = sharding.ambient()
 
-    def tiling(tokens, parts, width):
-        rest = -(-max(tokens, 1) // parts)
-        return Tiling(rest * parts, rest, width, config.vocab_size, config.tie_word_embeddings, compute_dtype(config),
-                      temperature, entropy)
+    def tiling(rows, columns, vocabulary, most_words=WIDTH, most_tokens=CHUNK, rests=1):
+        parts = -(-vocabulary // most_words)
+        width = min(-(-vocabulary // parts // 128) * 128, vocabulary)  # whole vectors of the processor
+        rest = max(min(CHUNK // (rows * width), most_tokens, columns) // rests, 1)
+        return Tiling(rest * rests, rest, width, vocabulary, config.tie_word_embeddings, compute_dtype(config), temperature,
+                      entropy, mesh is not None)
 
-    by_row = tiling(min(CHUNK // (config.vocab_size * rows), columns), 1, config.vocab_size)
-    as_one = tiling(min(CPU_TOKENS, rows * columns), 8, width)
+    if mesh is not None:
+        here = *sharding.local_shape(PLACE, (rows, columns)), config.vocab_size // mesh.shape["tensor"]
+        out = _score(tiling(*here), hidden, weight, targets, wanted)
+        return out[0], out[1] if entropy else None
 
     def in_one(hidden, weight, targets, wanted):
         flat = [x.reshape(1, rows * columns, *x.shape[2:]) for x in (hidden, targets, wanted)]
-        return [x.reshape(rows, columns) for x in _score(as_one, flat[0], weight, *flat[1:])]
+        made = _score(tiling(1, rows * columns, config.vocab_size, CPU_WIDTH, CPU_TOKENS, 8), flat[0], weight, *flat[1:])
+        return [x.reshape(rows, columns) for x in made]
 
-    out = jax.lax.platform_dependent(hidden, weight, targets, wanted, cpu=in_one, default=partial(_score, by_row))
+    by_row = partial(_score, tiling(rows, columns, config.vocab_size))
+    out = jax.lax.platform_dependent(hidden, weight, targets, wanted, cpu=in_one, default=by_row)
     return out[0], out[1] if entropy else None
 
 
@@ -88,8 +97,10 @@ def packed_logp(params: Any, tokens: jax.Array, positions: jax.Array, segment_id
 
     What stands at masked places means nothing.
     """
-    rows, table = _look_up(params["embed"], tokens)
-    params, rows = params | {"embed": table}, rows.astype(compute_dtype(config))
+    rows = None
+    if sharding.ambient() is None:
+        rows, table = _look_up(params["embed"], tokens)
+        params, rows = params | {"embed": table}, rows.astype(compute_dtype(config))
     hidden = qwen3.hidden(params, tokens, config, positions=positions, segment_ids=segment_ids, embedded=rows)
     following = jnp.roll(tokens, -1, axis=1)  # the last column predicts nothing and is not in `index`
     wanted = jnp.zeros(tokens.size, bool).at[index].set(True).reshape(tokens.shape)
@@ -112,8 +123,34 @@ def _score(tiling: Tiling, hidden: jax.Array, weight: jax.Array, targets: jax.Ar
     return _forward(tiling, hidden, weight, targets, wanted)[0]
 
 
-def _forward(tiling: Tiling, hidden: jax.Array, weight: jax.Array, targets: jax.Array, wanted: jax.Array) -> tuple:
-    """[logp, and entropy if asked for], [R, S] each: softmax by a running maximum and sum over parts of the vocabulary."""
+def _layout(tiling: Tiling) -> tuple[tuple, ...]:
+    """Logical axes of hidden, weight, targets and wanted."""
+    weight = ("vocab", "split_embed") if tiling.tied else ("split_embed", "vocab")
+    return (*PLACE, None), weight, PLACE, PLACE
+
+
+def _forward(tiling: Tiling, *arguments: jax.Array) -> tuple:
+    """[logp, and entropy if asked for], [R, S] each."""
+    f = partial(_values, tiling)
+    if tiling.split:
+        f = sharding.by_shard(f, *_layout(tiling), out=(PLACE,) * (2 + tiling.entropy))
+    *out, log_total = f(*arguments)
+    return out, (*arguments, log_total)
+
+
+def _backward(tiling: Tiling, kept: tuple, cotangents: list[jax.Array]) -> tuple:
+    f = partial(_slopes, tiling)
+    if tiling.split:
+        layout = _layout(tiling)
+        f = sharding.by_shard(f, *layout, PLACE, PLACE, out=layout[:2])
+    return *f(*kept, cotangents[0]), None, None
+
+
+_score.defvjp(_forward, _backward)
+
+
+def _values(tiling: Tiling, hidden: jax.Array, weight: jax.Array, targets: jax.Array, wanted: jax.Array) -> tuple:
+    """logp, entropy if asked for, and the moved log-sum-exp: softmax by a running maximum and sum over parts of the vocabulary."""
     moved = _move(tiling, hidden, targets, wanted)
 
     def part(i, sums):
@@ -133,22 +170,31 @@ def _forward(tiling: Tiling, hidden: jax.Array, weight: jax.Array, targets: jax.
         return _each_tile(tiling, moved, tile, sums)
 
     zero = jnp.zeros(moved.targets.shape, jnp.float32)
-    top, total, moment, picked = _each_part(tiling, part, (zero + LOW, zero + 1, zero, zero))
+    top, total, moment, picked = _each_part(tiling, part, (zero + LOW, zero, zero, zero))
+    if tiling.split:
+        most = jax.lax.pmax(top, "tensor")
+        shrink = jnp.exp(top - most)
+        sums = shrink * total, shrink * (moment + (top - most) * total), picked
+        top, (total, moment, picked) = most, jax.lax.psum(sums, "tensor")
+    total = jnp.where(total > 0, total, 1)  # of places that no tile reached
     # The maximum is taken off first, as the sampler does, to round alike.
     out = [picked - top - jnp.log(total)] + [jnp.log(total) - moment / total] * tiling.entropy
-    return [jnp.where(wanted, _take(x, moved.rank), 0) for x in out], (moved, weight, wanted, top + jnp.log(total))
+    return *(jnp.where(wanted, _take(x, moved.rank), 0) for x in out), (top + jnp.log(total))[:, :wanted.shape[1]]
 
 
-def _backward(tiling: Tiling, kept: tuple, cotangents: list[jax.Array]) -> tuple:
+def _slopes(tiling: Tiling, hidden: jax.Array, weight: jax.Array, targets: jax.Array, wanted: jax.Array, log_total: jax.Array,
+            cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
     """d logp / d z = onehot(target) - softmax(z), from logits made again; the weight's gradient adds up in place."""
-    moved, weight, wanted, log_total = kept
+    moved = _move(tiling, hidden, targets, wanted)
     ours = jnp.arange(moved.order.shape[1]) < jnp.sum(wanted, axis=1)[:, None]
-    slope = jnp.where(ours, _take(cotangents[0], moved.order), 0) / tiling.temperature
+    slope = jnp.where(ours, _take(cotangent, moved.order), 0) / tiling.temperature
+    log_total = jnp.pad(log_total, ((0, 0), (0, moved.order.shape[1] - log_total.shape[1])))
     to_hidden, to_weight = ("rcv,vd->rcd", "rcv,rcd->vd") if tiling.tied else ("rcv,dv->rcd", "rcd,rcv->dv")
+    axis = 0 if tiling.tied else 1
 
     def part(i, grads):
         d_hidden, d_weight = grads
-        w = _words(tiling, weight, i)
+        w, held = _words(tiling, weight, i), _cut_words(tiling, d_weight, i)
 
         def tile(at, grads):
             d_hidden, d_w = grads
@@ -161,15 +207,17 @@ def _backward(tiling: Tiling, kept: tuple, cotangents: list[jax.Array]) -> tuple
             rows = _cut(d_hidden, at) + einsum(to_hidden, dz, w, tiling.dtype)
             return _put(d_hidden, rows, at), d_w
 
-        d_hidden, d_w = _each_tile(tiling, moved, tile, (d_hidden, _words(tiling, d_weight, i)))
-        return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_weight, d_w, _first(tiling, i), 0 if tiling.tied else 1)
+        start = d_hidden, jnp.zeros(w.shape, jnp.float32) if tiling.split else held
+        d_hidden, d_w = _each_tile(tiling, moved, tile, start)
+        if tiling.split:
+            d_w = held + sharding.scatter_sum(d_w.astype(tiling.dtype), 1 - axis).astype(jnp.float32)
+        return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_weight, d_w, _first(tiling, i), axis)
 
     zero = jnp.zeros(moved.hidden.shape, jnp.float32), jnp.zeros(weight.shape, jnp.float32)
     d_hidden, d_weight = _each_part(tiling, part, zero)
-    return _take(d_hidden, moved.rank).astype(moved.hidden.dtype), d_weight.astype(weight.dtype), None, None
-
-
-_score.defvjp(_forward, _backward)
+    if tiling.split:
+        d_hidden = jax.lax.psum(d_hidden, "tensor")
+    return _take(d_hidden, moved.rank).astype(hidden.dtype), d_weight.astype(weight.dtype)
 
 
 def _move(tiling: Tiling, hidden: jax.Array, targets: jax.Array, wanted: jax.Array) -> Moved:
@@ -190,9 +238,11 @@ def _logits(tiling: Tiling, moved: Moved, w: jax.Array, i: jax.Array, at: At) ->
     """z [R, c, v] of a tile over part i of the vocabulary; whether each target is in that part, and where: [R, c]."""
     z = einsum("rcd,vd->rcv" if tiling.tied else "rcd,dv->rcv", _cut(moved.hidden, at), w, tiling.dtype)
     first, new = _first(tiling, i), i * tiling.width
+    targets = _cut(moved.targets, at)
+    if tiling.split:
+        targets = targets - jax.lax.axis_index("tensor") * tiling.vocabulary
     if tiling.vocabulary % tiling.width:  # the last part begins with words of the one before
         z = jnp.where(first + jnp.arange(tiling.width) >= new, z, LOW)
-    targets = _cut(moved.targets, at)
     own = (targets >= new) & (targets < new + tiling.width)
     return z / tiling.temperature, own, jnp.clip(targets - first, 0, tiling.width - 1)
 
@@ -208,7 +258,12 @@ def _first(tiling: Tiling, i: jax.Array) -> jax.Array:
 
 
 def _words(tiling: Tiling, weight: jax.Array, i: jax.Array) -> jax.Array:
-    """Part i of the vocabulary: [v, D] or [D, v]."""
+    """Part i of the vocabulary, whole along D: [v, D] or [D, v]."""
+    part = _cut_words(tiling, weight, i)
+    return sharding.whole(part.astype(tiling.dtype), 1 if tiling.tied else 0) if tiling.split else part
+
+
+def _cut_words(tiling: Tiling, weight: jax.Array, i: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(weight, _first(tiling, i), tiling.width, axis=0 if tiling.tied else 1)
 
 

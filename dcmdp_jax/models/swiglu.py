@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dcmdp_jax import sharding
 from dcmdp_jax.models.quantized import Quantized, einsum, expert, project, rounded
 
 ROWS = 512  # of a tile of a dense layer
@@ -30,7 +31,7 @@ def dense(x: jax.Array, gate: Any, up: Any, down: Any) -> jax.Array:
 
     The backward pass keeps gate and up, and nothing else that is as wide.
     """
-    if x.size <= ROWS * x.shape[-1] or any(isinstance(w, Quantized) for w in (gate, up, down)):
+    if x.size <= ROWS * x.shape[-1] or sharding.ambient() or any(isinstance(w, Quantized) for w in (gate, up, down)):
         return project(nn.silu(project(x, gate)) * project(x, up), down)
     return _dense(x.reshape(-1, x.shape[-1]), gate, up, down).reshape(x.shape)
 
@@ -52,7 +53,7 @@ def _dense_forward(x, *weights):
 
 def _dense_backward(kept, dy):
     def in_parts(x, gate, up, dy, *weights):
-        padded, one, owner, count, rows = _one_expert(x, *weights)
+        padded, one, owner, _, count, rows = _one_expert(x, *weights)
         gate, up, dy = (_pad(a, len(padded)) for a in (gate, up, dy))
         dx, dw, *_ = _in_tiles_backward(rows, (padded, gate, up, one, owner, count), dy)
         return dx[:len(x)], *(d[0] for d in dw)
@@ -72,23 +73,31 @@ def _one_expert(x: jax.Array, *weights: jax.Array) -> tuple:
     """The arguments of `in_tiles` for a dense layer, in equal tiles of at most `ROWS` rows (but whole vectors)."""
     tiles = -(-len(x) // ROWS)
     rows = -(-len(x) // tiles // 8) * 8
-    return _pad(x, tiles * rows), Experts(*(w[None] for w in weights)), jnp.zeros(tiles, jnp.int32), tiles, rows
+    return _pad(x, tiles * rows), Experts(*(w[None] for w in weights)), jnp.zeros(tiles, jnp.int32), None, tiles, rows
 
 
 def _pad(x: jax.Array, rows: int) -> jax.Array:
     return jnp.pad(x, ((0, rows - len(x)), (0, 0)))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def in_tiles(x: jax.Array, weights: Experts, owner: jax.Array, count: jax.Array, rows: int) -> jax.Array:
-    """The feed-forward of tile i of `x` [N, D], `rows` rows, by expert owner[i], for the first `count` tiles; 0 in the rest."""
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def in_tiles(x: jax.Array, weights: Experts, owner: jax.Array, held: jax.Array | None, count: jax.Array, rows: int) -> jax.Array:
+    """The feed-forward of tile i of `x` [N, D], `rows` rows, by expert owner[i], for the first `count` tiles; 0 in the rest.
+
+    Tile i holds `held[i]` rows (None: all of them). One that is half empty is multiplied as half a tile.
+    """
     def one(i, out):
-        return _put(out, _forward(_cut(x, i, rows), weights, _owner(weights, owner, i))[0], i)
+        tile, half, e = _cut(x, i, rows), rows // 2, _owner(weights, owner, i)
+        if held is None:
+            return _put(out, _forward(tile, weights, e)[0], i)
+        return _put(out, jax.lax.cond(
+            held[i] <= half, lambda: jnp.pad(_forward(tile[:half], weights, e)[0], ((0, rows - half), (0, 0))),
+            lambda: _forward(tile, weights, e)[0]), i)
 
     return jax.lax.fori_loop(0, count, one, jnp.zeros_like(x))
 
 
-def _in_tiles_forward(x, weights, owner, count, rows):
+def _in_tiles_forward(x, weights, owner, held, count, rows):
     def one(i, carry):
         made = _forward(_cut(x, i, rows), weights, _owner(weights, owner, i))
         return tuple(_put(whole, part, i) for whole, part in zip(carry, made))
@@ -110,7 +119,7 @@ def _in_tiles_backward(rows, kept, dy):
         return _put(dx, d_rows, i), Experts(*(total.at[e].add(d) for total, d in zip(dw, d_matrices)))
 
     dx, dw = jax.lax.fori_loop(0, count, one, (jnp.zeros_like(x), jax.tree.map(jnp.zeros_like, weights)))
-    return dx, dw, None, None
+    return dx, dw, None, None, None
 
 
 in_tiles.defvjp(_in_tiles_forward, _in_tiles_backward)

@@ -101,11 +101,12 @@ def evict(state: DecodeState, slots: jax.Array) -> DecodeState:
 
 
 def generate(weights: Weights, state: DecodeState, leave_at: jax.Array, *, config: ModelConfig, stop_ids: tuple[int, ...],
-             steps: int, window: int, record_experts: bool) -> tuple[DecodeState, Tokens]:
+             steps: int, window: int, record_experts: bool, apart: bool = False) -> tuple[DecodeState, Tokens]:
     """Samples up to `steps` tokens in every active slot.
 
     Leaves early when at least `leave_at` slots are idle (so that they can be refilled) or none is active. `window` is a
-    static bound on the live lengths: attention reads that much of the cache and no more.
+    static bound on the live lengths: attention reads that much of the cache and no more. With `apart` the steps work in a
+    copy of the window: the same numbers, for more memory.
     """
     slots = state.token.shape[0]
 
@@ -119,15 +120,21 @@ def generate(weights: Weights, state: DecodeState, leave_at: jax.Array, *, confi
         state, new = _decode_step(weights.params, state, config, stop_ids, window, record_experts)
         return step + 1, state, jax.tree.map(lambda columns, column: columns.at[:, step].set(column), out, new)
 
+    whole = state.cache
+    if apart:
+        state = state._replace(cache=kv.first(whole, window))
     _, shapes = jax.eval_shape(lambda: _decode_step(weights.params, state, config, stop_ids, window, record_experts))
     empty = jax.tree.map(lambda column: jnp.zeros((slots, steps, *column.shape[1:]), column.dtype), shapes)
     _, state, out = jax.lax.while_loop(running, step_at, (0, state, empty))
+    if apart:
+        state = state._replace(cache=kv.restore(whole, state.cache))
     return state, Tokens(out, state.generated, state.active)
 
 
 def _decode_step(params: Any, state: DecodeState, config: ModelConfig, stop_ids: tuple[int, ...], window: int,
                  record_experts: bool) -> tuple[DecodeState, Step]:
-    hidden, cache, experts = qwen3.decode(params, state.token, state.cache, state.length, config, window=window)
+    hidden, cache, experts = qwen3.decode(params, state.token, state.cache, state.length, config, window=window,
+                                          live=state.active)
     request = jax.random.wrap_key_data(state.key, impl="threefry2x32")
     key = jax.random.key_data(jax.vmap(jax.random.fold_in)(request, state.generated))
     drawn = sampling.sample(qwen3.head(params, hidden, config), key, state.sampling)

@@ -33,16 +33,17 @@ class Engine(Protocol):
 
 
 def rollout(engine: Engine, weights: Weights, prompts: Prompts, *, samples: int, key: jax.Array, max_tokens: int | np.ndarray,
-            sampling: Sampling = Sampling(), stop_strings: tuple[str, ...] = (), decode: Callable[[Any], str] | None = None,
-            asked: Callable[[], bool] = lambda: False) -> Rollout:
+            first: int = 0, sampling: Sampling = Sampling(), stop_strings: tuple[str, ...] = (),
+            decode: Callable[[Any], str] | None = None, asked: Callable[[], bool] = lambda: False) -> Rollout:
     """Samples `samples` completions of every prompt.
 
     Each completion has a key of its own, folded with the token's number at each token, so that its tokens depend on the
-    weights, its prompt and `key` alone, up to round-off: not on slots, neighbours or the order of refilling. A prompt is prefilled once,
-    together with others of its length bucket.
+    weights, its prompt and `key` alone, up to round-off: not on slots, neighbours or the order of refilling. A prompt is
+    prefilled once, together with others of its length bucket.
 
     Args:
       max_tokens: a bound for all, or one for each of the N completions.
+      first: the number of the first completion in a larger batch, of which these prompts are a part; keys go by it.
       stop_strings: texts that end a completion, found by `decode` (token ids to text) after each dispatch. The token that
         completes one is the completion's last.
       asked: polled between dispatches.
@@ -60,7 +61,7 @@ def rollout(engine: Engine, weights: Weights, prompts: Prompts, *, samples: int,
         raise ValueError(f"a prompt and its new tokens take up to {longest} positions and do not fit the engine's "
                          f"{engine.max_length}")
     out = _Completions(prompts, count, int(limits.max()), sampling)
-    keys = np.asarray(jax.random.bits(key, (count, 2), "uint32"))
+    keys = np.asarray(jax.random.bits(key, (first + count, 2), "uint32"))[first:]
     waiting = _Waiting(engine, weights, prompts, samples)
     owner = np.full(engine.slots, -1)  # the completion a slot holds
     state = engine.init_decode_state()

@@ -107,9 +107,24 @@ class Engine(engine_api.Engine):
         self._prefill = jax.jit(partial(decode.prefill, config=config))
         self._insert = jax.jit(partial(decode.insert, positions=max_length), donate_argnums=0, out_shardings=place)
         self._evict = jax.jit(decode.evict, donate_argnums=0, out_shardings=place)
-        generate = partial(decode.generate, config=config, stop_ids=stop_ids, steps=steps, record_experts=record_experts)
+        # A CPU cuts the window out of the cache at every step; from four steps on, copying it there and back costs less.
+        apart = steps >= 4 and self._mesh.devices.flat[0].platform == "cpu"
+        generate = partial(decode.generate, config=config, stop_ids=stop_ids, steps=steps, record_experts=record_experts,
+                           apart=apart)
         self._generate = jax.jit(partial(_packed, generate), donate_argnums=1, static_argnames="window",
                                  out_shardings=(place, sharding.replicated(self._mesh)))
+
+    def state_shapes(self) -> decode.DecodeState:
+        """Shapes and places of the decode state."""
+        shapes = jax.eval_shape(self._init)
+        return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes,
+                            sharding.decode_state(shapes, self._mesh))
+
+    def lower(self, weights: Any, prompts: int, width: int) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+        """Prefill of `prompts` of `width` tokens, and one dispatch over the whole cache, from the weights' shapes alone."""
+        prefill = self._prefill.lower(weights.params, *(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((prompts, width), (prompts,))))
+        leave_at = jax.ShapeDtypeStruct((), jnp.int32)
+        return prefill, self._generate.lower(weights, self.state_shapes(), leave_at, window=self.max_length)
 
     def prefill(self, *, params: Weights, existing_prefix: Any = None, padded_tokens: Any, true_length: Any) -> decode.Prefix:
         """Caches prompts: `padded_tokens` [P] with an int, or [rows, P] with [rows] true lengths."""

@@ -1,0 +1,227 @@
+"""What a run needs of a TPU slice, before the chips are rented: its programs compiled for the topology, with no TPU attached.
+
+`libtpu` compiles ahead of time; memory per chip is the compiler's own figure. FLOPs and bytes over the interconnect are counted
+here (the compiler's count leaves out Pallas kernels and the trips of loops), and times are the roof's: the largest of FLOPs over
+the peak, bytes over the memory's bandwidth and bytes over the links', so that no run is faster.
+Lengths are the longest: every prompt and completion at its limit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dcmdp_jax import count, sharding, step, sync
+from dcmdp_jax.config import Config, ModelConfig
+from dcmdp_jax.models import qwen3
+from dcmdp_jax.records import Batch
+from dcmdp_jax.rollout import generate
+from dcmdp_jax.rollout.jetstream import Engine
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """One device. Sources: cloud.google.com/tpu/docs, the page of each version; links: the sum over a chip's, one way."""
+
+    memory: float  # bytes
+    flops: float  # bfloat16 FLOP/s
+    bandwidth: float  # bytes/s of memory
+    link: float  # bytes/s
+
+
+CHIPS = {
+    "v4": Chip(32 * GIB, 275e12, 1.2e12, 150e9),
+    "v5e": Chip(16 * GIB, 197e12, 0.82e12, 200e9),
+    "v5p": Chip(95 * GIB, 459e12, 2.77e12, 600e9),
+    "v6e": Chip(32 * GIB, 918e12, 1.64e12, 400e9),
+    "tpu7x": Chip(96 * GIB, 1153e12, 3.69e12, 300e9),  # a device is half a chip
+}
+
+
+class Program(NamedTuple):
+    """A compiled function of a run, per chip."""
+
+    name: str
+    lowered: Any  # jax.stages.Lowered
+    work: count.Work  # of one call
+    calls: float  # of it in a constrained step
+    beside: int  # bytes that lie on the device meanwhile: the training state, while the same devices sample
+    knobs: str  # what makes it smaller
+
+
+class Compiled(NamedTuple):
+    """A program as the compiler left it; sizes in bytes per chip."""
+
+    program: Program
+    arguments: int
+    temporaries: int
+    peak: int  # arguments, results that take no argument's place, temporaries, and what lies beside
+    seconds: float  # CPU seconds of compilation
+    excess: str  # why it does not fit, empty where it does
+
+
+class Plan(NamedTuple):
+    """All programs of a run on one slice."""
+
+    topology: str
+    devices: int
+    chip: Chip
+    tokens: int  # sampled in a constrained step, at the most
+    programs: tuple[Compiled, ...]
+
+
+def topology(name: str, slices: int = 1) -> list[Any]:
+    """The devices of a slice such as "v5p:4x4x4", or of several. Raises ValueError where libtpu knows no such slice."""
+    kind = name.split(":")[0]
+    if kind not in CHIPS or ":" not in name:
+        raise ValueError(f"--topology {name!r} is not KIND:SHAPE with KIND one of {', '.join(CHIPS)}, such as v5p:4x4x4 or v5e:8x8")
+    # Compiling touches no TPU, so that several processes may; the metadata server is not there to be asked.
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    from jax.experimental import topologies
+
+    try:
+        found = topologies.get_topology_desc(topology_name=name, platform="tpu", num_slices=slices)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"libtpu gives no topology {name!r} (pip install libtpu): {str(error).splitlines()[0]}") from error
+    return list(found.devices)
+
+
+def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator[Program]:
+    """What a run compiles on `devices`, each at its longest. Raises ValueError where it cannot be laid out."""
+    mesh, decode_mesh = sharding.meshes(config, devices, process=0)
+    state, batch = abstract_state(config, model, mesh), abstract_batch(config, mesh)
+    sizes = sharding.local_bytes(state)
+    parts, (rows, length) = config.algorithm.minibatches * config.algorithm.microbatches, batch.tokens.shape[2:]
+    yield Program("train step", step.compile(config, model, mesh).lower(state, batch), count.update(model, rows, length, config, mesh),
+                  1, 0, "algorithm.microbatches, model.remat, mesh.sequence or mesh.tensor")
+    score = jax.jit(sharding.over(mesh, partial(step.score, config=config, model=model)))
+    yield Program("scoring pass", score.lower(state.params, batch), count.scoring(model, rows, length, parts, config, mesh), 0,
+                  sizes - sharding.local_bytes(state.params), "algorithm.microbatches, mesh.sequence or mesh.tensor")
+    shared = set(decode_mesh.devices.flat) <= set(mesh.devices.flat)
+    processes = len({device.process_index for device in devices})
+    yield from _engine(config, model, decode_mesh, processes, sizes if shared else 0)
+    own = decode_mesh if shared else sharding.block(mesh, 0)
+    version = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+    yield Program("weight sync", sync.spread(model, config.rollout.precision, mesh, own).lower(state.params, version),
+                  count.sync(model, config.rollout.precision, own, mesh.size), 1, sizes - sharding.local_bytes(state.params),
+                  "rollout.precision.weights, rollout.mesh.tensor")
+
+
+def _engine(config: Config, model: ModelConfig, mesh: Any, processes: int, beside: int) -> Iterator[Program]:
+    """Prefill and decoding, of one process on its own devices."""
+    rollout, data = config.rollout, config.data
+    length, slots, prompts = data.max_prompt_tokens + rollout.max_tokens, rollout.slots // processes, data.prompts_per_step // processes
+    if slots < 1 or prompts < 1:
+        raise ValueError(f"rollout.slots={rollout.slots} and data.prompts_per_step={data.prompts_per_step} leave nothing for some of "
+                         f"{processes} processes; raise them")
+    engine = Engine(model, slots=slots, steps=rollout.tokens_per_dispatch, max_length=length, stop_ids=(0,),
+                    precision=rollout.precision, mesh=mesh)
+    weights = sync.abstract(model, rollout.precision, mesh)
+    at_once = max(min(generate.PREFILL_TOKENS // data.max_prompt_tokens, prompts), 1)
+    prefill, decode = engine.lower(weights, at_once, data.max_prompt_tokens)
+    cache = sharding.local_bytes(engine.state_shapes())
+    yield Program("prefill", prefill, count.prefill(model, at_once, data.max_prompt_tokens, mesh), prompts / at_once, beside + cache,
+                  "rollout.mesh.tensor, data.max_prompt_tokens")
+    waves = -(-prompts * rollout.samples // slots)
+    yield Program(f"decode, {rollout.tokens_per_dispatch} tokens", decode, count.decode(model, rollout, slots, length, mesh),
+                  waves * rollout.max_tokens / rollout.tokens_per_dispatch, beside,
+                  "rollout.slots, rollout.precision.cache, rollout.mesh.tensor")
+
+
+def abstract_state(config: Config, model: ModelConfig, mesh: Any) -> Any:
+    """Shapes and places of a run's state."""
+    shapes = jax.eval_shape(lambda: step.init_state(config, qwen3.init(jax.random.key(0), model)))
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes,
+                        step.state_shardings(config, model, mesh))
+
+
+def abstract_batch(config: Config, mesh: Any) -> Batch:
+    """The largest batch of a run: no two completions share a row."""
+    a, width = config.algorithm, config.rollout.max_tokens
+    count = config.data.prompts_per_step * config.rollout.samples // (a.minibatches * a.microbatches)
+    length = a.row_length or config.data.max_prompt_tokens + width
+    rows = -(-count // sharding.batch_size(mesh)) * sharding.batch_size(mesh)
+    sizes = {"tokens": (rows, length), "positions": (rows, length), "segment_ids": (rows, length), "reward": (count,), "group": (count,)}
+    kinds = {"mask": jnp.bool_, "rollout_logp": jnp.float32, "reward": jnp.float32}
+
+    def leaf(name, place):
+        shape = (a.minibatches, a.microbatches, *sizes.get(name, (count, width)))
+        return jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.int32), sharding=place)
+
+    return Batch(**{name: leaf(name, place) for name, place in step.batch_shardings(mesh)._asdict().items()})
+
+
+def compile(program: Program, chip: Chip) -> Compiled:
+    """Compiles for the topology; what the compiler refuses for want of memory is told, not raised."""
+    started = time.process_time()
+    try:
+        memory = program.lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        used = re.search(r"Used ([\d.]+)([GMK]) of ([\d.]+)([GMK]) hbm", str(error))
+        if not used:
+            raise
+        need = float(used[1]) * {"G": 1, "M": 2**-10, "K": 2**-20}[used[2]] * GIB
+        arguments = temporaries = 0
+    else:
+        arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+        need = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes + temporaries
+    peak = int(need) + program.beside
+    excess = f"{(peak - chip.memory) / GIB:.1f} GiB more than the {chip.memory / GIB:.0f} of a chip" if peak > chip.memory else ""
+    return Compiled(program, arguments, temporaries, peak, time.process_time() - started, excess)
+
+
+def seconds(work: count.Work, chip: Chip) -> float:
+    """The roof: no device does this work in less."""
+    return max(work.flops / chip.flops, work.memory / chip.bandwidth, work.link / chip.link)
+
+
+def make(config: Config, model: ModelConfig, name: str, slices: int = 1, say: Callable[[str], None] = lambda line: None) -> Plan:
+    """Compiles every program of a run for a topology. Raises ValueError where the run cannot be laid out on it."""
+    devices, chip = topology(name, slices), CHIPS[name.split(":")[0]]
+    found = []
+    for program in programs(config, model, devices):
+        say(f"compiling {program.name}")
+        found.append(compile(program, chip))
+    tokens = config.data.prompts_per_step * config.rollout.samples * config.rollout.max_tokens
+    return Plan(name, len(devices), chip, tokens, tuple(found))
+
+
+def table(plan: Plan) -> list[list[str]]:
+    """A row per program, and the whole step's."""
+    head = ["program", "arguments", "temporaries", "peak GiB", f"of {plan.chip.memory / GIB:.0f}", "TFLOP", "link GB", "calls",
+            "s a step", "bound by", "compile CPU s"]
+    rows = [head]
+    for item in plan.programs:
+        program, work = item.program, item.program.work
+        roofs = {"FLOPs": work.flops / plan.chip.flops, "memory": work.memory / plan.chip.bandwidth, "links": work.link / plan.chip.link}
+        rows.append([program.name, f"{item.arguments / GIB:.2f}", f"{item.temporaries / GIB:.2f}", f"{item.peak / GIB:.2f}",
+                     "no" if item.excess else "yes", f"{work.flops / 1e12:.3g}", f"{work.link / 1e9:.3g}", f"{program.calls:g}",
+                     f"{program.calls * seconds(work, plan.chip):.3g}", max(roofs, key=roofs.get), f"{item.seconds:.0f}"])
+    return rows
+
+
+def verdict(plan: Plan) -> list[str]:
+    """What does not fit and what to turn, or how long a step takes at the roof."""
+    lines = [f"{item.program.name} does not fit: {item.excess}; turn {item.program.knobs}" for item in plan.programs if item.excess]
+    whole = sum(item.program.calls * seconds(item.program.work, plan.chip) for item in plan.programs)
+    return lines + [f"a constrained step of {plan.tokens:,} sampled tokens takes {whole:.3g} s at the roof, "
+                    f"{plan.tokens / whole / plan.devices:,.0f} tokens/s a device; no run is faster"]
+
+
+def write(plan: Plan, path: str) -> None:
+    """The plan as JSON: bytes, FLOPs and seconds per device."""
+    rows = [{"program": item.program.name, "arguments": item.arguments, "temporaries": item.temporaries, "peak": item.peak,
+             "fits": not item.excess, "calls": item.program.calls, **item.program.work._asdict(),
+             "seconds": seconds(item.program.work, plan.chip), "compile_cpu_seconds": item.seconds} for item in plan.programs]
+    pathlib.Path(path).write_text(json.dumps({"topology": plan.topology, "devices": plan.devices, "tokens": plan.tokens,
+                                              "programs": rows}, indent=2) + "\n")

@@ -1,0 +1,38 @@
+"""A tiny run for tests of several processes: a random policy is now and then rewarded, so that parameters move."""
+
+import os
+from functools import partial
+
+from dcmdp_jax import constraint
+from dcmdp_jax.config import (AlgorithmConfig, CheckpointConfig, Config, ConstraintConfig, DataConfig, EvalConfig, ModelConfig,
+                              ModelSource, Precision, RolloutConfig, WarmupConfig)
+from dcmdp_jax.losses import advantages, corrections, policy, reduce
+from dcmdp_jax.tasks import Chain
+
+CHAIN = Chain(operations=2)
+
+
+def even(example, text):
+    """A reward that noise earns now and then; broken on request."""
+    if "BROKEN_VERIFIER" in os.environ:
+        raise RuntimeError("the verifier is broken")
+    return float(sum(map(ord, text)) % 2 == 0)
+
+
+CONFIG = Config(
+    name="hosts",
+    model=ModelSource(shape=ModelConfig(
+        vocab_size=18, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8)),
+    data=DataConfig(task=CHAIN, verifier=even, prompts_per_step=4, max_prompt_tokens=6),
+    rollout=RolloutConfig(samples=4, max_tokens=20, precision=Precision(weights="int8"), slots=8),
+    algorithm=AlgorithmConfig(
+        advantage=advantages.grpo,
+        surrogate=corrections.decoupled(partial(policy.clipped, clip_low=0.2, clip_high=0.24)),
+        reduce=reduce.token_mean,
+        minibatches=2, learning_rate=0.01),
+    constraint=ConstraintConfig(shape=constraint.shape, dual=constraint.projected_ascent, tolerance=0.0),
+    warmup=WarmupConfig(steps=2, batch_size=8),
+    eval=EvalConfig(every=3, prompts=7),
+    checkpoint=CheckpointConfig(every=2),
+    steps=4,
+)

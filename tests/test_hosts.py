@@ -1,0 +1,184 @@
+"""Several processes on localhost against one with the same devices: the same run, stopped, killed and resumed."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from dcmdp_jax import checkpoint, cli, config, hosts, sharding, train
+
+EXPERIMENT = str(pathlib.Path(__file__).with_name("hosts_experiment.py"))
+MAIN = "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+FLAGS = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true --xla_force_host_platform_device_count="
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts a run's processes; what is left of them is killed."""
+    started = []
+
+    def run(workdir, processes, devices, *options, broken=None):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        environment = os.environ | {"XLA_FLAGS": FLAGS + str(devices), "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-c", MAIN, "train", EXPERIMENT, "--workdir", str(workdir), *map(str, options)]
+        here = [["--coordinator", address, "--processes", str(processes), "--process", str(i)] for i in range(processes)]
+        logs = [(tmp_path / f"log{len(started) + i}").open("w+") for i in range(processes)]
+        new = [subprocess.Popen([*command, *(own if processes > 1 else [])], stdout=log, stderr=log,
+                                env=environment | ({"BROKEN_VERIFIER": "1"} if i == broken else {}))
+               for i, (own, log) in enumerate(zip(here, logs))]
+        for process, process.log in zip(new, logs):
+            started.append(process)
+        return new
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+        process.log.close()
+
+
+def end(processes, statuses):
+    """What the processes printed, once they have ended with `statuses`."""
+    found = [process.wait(timeout=300) for process in processes]
+    texts = []
+    for process in processes:
+        process.log.seek(0)
+        texts.append(process.log.read())
+    assert found == statuses, "\n\n".join(texts)
+    return texts
+
+
+def rows(workdir):
+    file = workdir / "metrics.jsonl"
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in file.open()] if file.exists() else []
+
+
+def await_rows(workdir, count, processes):
+    while len(rows(workdir)) < count:
+        assert all(process.poll() is None for process in processes), end(processes, [0] * len(processes))
+        time.sleep(0.02)
+
+
+def saved(workdir):
+    """The newest checkpoint on one device, as NumPy, with the data position."""
+    experiment = config.load_experiment(EXPERIMENT)
+    like = train.abstract_state(experiment, experiment.model.shape, sharding.single_device_mesh())
+    state, position = checkpoint.read(workdir, checkpoint.steps(workdir)[-1], like)
+    return jax.device_get(state), position
+
+
+def assert_same(one, two):
+    """Bit for bit: metrics, held-out rates, parameters, multiplier, order of data."""
+    assert rows(one) == rows(two) and len(rows(one)) >= 4
+    (a, position), (b, other) = saved(one), saved(two)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert position == other and a.step == len(rows(one))
+
+
+def test_two_processes_stopped_by_one_go_on_as_one(start, tmp_path):
+    """SIGTERM reaches process 1 alone; both save the same step. One process of two devices goes on, and equals a run that was
+    one process all along: metrics, parameters, data order."""
+    both = start(tmp_path / "two", 2, 1, "--steps", 1000)
+    await_rows(tmp_path / "two", 2, both)
+    both[1].send_signal(signal.SIGTERM)
+    first, second = end(both, [130, 130])
+    step = checkpoint.steps(tmp_path / "two")[-1]
+    assert f"stopped after step {step} of 1000; everything is saved" in first and "stopped after" not in second
+    assert len(rows(tmp_path / "two")) == step >= 2
+    end(start(tmp_path / "two", 1, 2, "--steps", step + 2), [0])
+    end(start(tmp_path / "one", 1, 2, "--steps", step + 2), [0])
+    assert_same(tmp_path / "one", tmp_path / "two")
+
+
+def test_what_one_process_refuses_all_refuse(start, tmp_path):
+    """Process 1 was given another seed; nothing is compiled, nothing is left."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    ends = [start(tmp_path / "run", 1, 1, "--coordinator", address, "--processes", 2, "--process", i, "--seed", i)[0]
+            for i in range(2)]
+    for text in end(ends, [2, 2]):
+        assert "dcmdp: process 1 has another configuration than process 0" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_slurm_tells_who_takes_part(monkeypatch):
+    for name, value in {"JOB_ID": 7, "STEP_NODELIST": "node[001-003],other", "STEP_NUM_NODES": 4, "NTASKS": 4, "PROCID": 2,
+                        "LOCALID": 0}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", "1234")
+    with pytest.raises(ValueError, match=r"process 2 found no process 0 at node001:1234 within 0.1 s \(no such host name\)"):
+        hosts.start(limit=0.1)
+
+
+@pytest.mark.parametrize("options", [["--coordinator", "localhost:1"], ["--processes", "2"], ["--process", "0"],
+                                     ["--distributed", "--coordinator", "localhost:1", "--processes", "2", "--process", "0"]])
+def test_half_of_the_options_are_refused(options, tmp_path, capsys):
+    assert cli.main(["train", EXPERIMENT, "--workdir", str(tmp_path / "run"), *options]) == 2
+    assert "is given --coordinator HOST:PORT, --processes N and --process I, or --distributed alone" in capsys.readouterr().err
+
+
+def test_parts_are_contiguous_and_complete(monkeypatch):
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 3)
+    for size in (1, 2, 7, 9):
+        parts = [hosts.part(size, process) for process in range(3)]
+        assert [i for part in parts for i in range(size)[part]] == list(range(size))
+        assert all(len(range(size)[part]) <= len(range(size)[parts[0]]) for part in parts)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_and_is_resumed_exactly(start, tmp_path):
+    """SIGKILL two steps past a checkpoint: process 0 names the lost one. Two processes, then, equal one; four on another mesh
+    have the same losses to 1e-5."""
+    both = start(tmp_path / "two", 2, 1, "--steps", 1000, "--checkpoint.keep", 1)
+    await_rows(tmp_path / "two", 5, both)
+    both[1].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    assert f"process 1 on {socket.gethostname()} is gone" in end(both, [1, -signal.SIGKILL])[0]
+    assert time.monotonic() - killed < 30
+    step = checkpoint.steps(tmp_path / "two")[-1]
+    subprocess.run(["cp", "-r", tmp_path / "two", tmp_path / "four"], check=True)
+    end(start(tmp_path / "two", 2, 1, "--steps", step + 2), [0, 0])
+    end(start(tmp_path / "one", 1, 2, "--steps", step + 2), [0])
+    assert_same(tmp_path / "one", tmp_path / "two")
+    end(start(tmp_path / "four", 4, 1, "--steps", step + 2, "--mesh.tensor", 2), [0] * 4)
+    for one, four in zip(rows(tmp_path / "one"), rows(tmp_path / "four")):
+        for name in ("loss", "reward", "grad_norm", "delta_mean", "multiplier", "reward_eval_infer"):
+            assert one.get(name) == pytest.approx(four.get(name), abs=1e-5), name
+
+
+@pytest.mark.slow
+def test_processes_that_sample_on_devices_of_their_own(start, tmp_path):
+    """Rollouts one step old, on half of the devices of each process; two processes equal one of four devices."""
+    options = ("--rollout.devices", 2, "--rollout.staleness", 1)
+    end(start(tmp_path / "two", 2, 2, *options), [0, 0])
+    end(start(tmp_path / "one", 1, 4, *options), [0])
+    assert rows(tmp_path / "one") == rows(tmp_path / "two") and len(rows(tmp_path / "one")) == 4
+    assert all(row["gap_staleness"] > 0 for row in rows(tmp_path / "one")[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signalled", [False, True], ids=["failed", "killed"])
+def test_a_process_that_fails_ends_all(start, tmp_path, signalled):
+    """An error in process 1 is told by process 0; where process 0 is killed, JAX's own coordinator, which it held, may be the
+    first to end process 1."""
+    both = start(tmp_path / "two", 2, 1, "--steps", 1000, broken=None if signalled else 1)
+    if not signalled:
+        first, second = end(both, [1, 1])
+        assert "dcmdp: process 1 failed with RuntimeError" in first
+        assert "RuntimeError: the verifier is broken" in second
+        return
+    await_rows(tmp_path / "two", 1, both)
+    both[0].send_signal(signal.SIGKILL)
+    status = both[1].wait(timeout=60)
+    assert status in (1, -signal.SIGABRT)
+    text = end(both, [-signal.SIGKILL, status])[1]
+    assert "process 0 at 127.0.0.1" in text if status == 1 else "another task died" in text

@@ -1,0 +1,87 @@
+"""Every axis of the mesh, alone and with others, against one device: values, gradients, parameters and multiplier."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dcmdp_jax import sharding
+from dcmdp_jax.config import MeshConfig, ModelConfig
+from dcmdp_jax.models import dispatch, qwen3, scoring
+from random_params import random_params
+from test_step import assert_close, make_config, make_scored, run
+
+DENSE = ModelConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=8)
+MOE = dataclasses.replace(DENSE, num_experts=8, experts_per_token=3, expert_size=16, tie_word_embeddings=True)
+MESHES = [MeshConfig(data=8, fsdp=1), MeshConfig(fsdp=8), MeshConfig(fsdp=2, sequence=4), MeshConfig(fsdp=2, tensor=4),
+          MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=2, sequence=2, tensor=2)]
+SPARSE = [MeshConfig(expert=8), MeshConfig(expert=4, tensor=2), MeshConfig(data=2, fsdp=2, expert=2),
+          MeshConfig(fsdp=2, expert=2, sequence=2)]
+CASES = [(DENSE, mesh) for mesh in MESHES] + [(MOE, mesh) for mesh in MESHES + SPARSE]
+
+
+def name(case):
+    model, mesh = case
+    axes = [f"{axis}{size}" for axis, size in vars(mesh).items() if size != 1 and axis != "fsdp" or size > 1]
+    return "-".join(["moe" if model.num_experts else "dense", *axes])
+
+
+def packed(rows=8, length=24, vocab=32, seed=0):
+    """Tokens, positions, segment ids of rows with two segments and padding, and the index of each row's scored tokens."""
+    rng = np.random.default_rng(seed)
+    cut, end = rng.integers(5, 10, rows), rng.integers(14, length, rows)
+    column = np.arange(length)
+    segment = np.where(column < cut[:, None], 1, np.where(column < end[:, None], 2, 0))
+    position = np.where(segment == 2, column - cut[:, None], column)
+    index = np.arange(rows)[:, None] * length + np.arange(4, 13)
+    return tuple(jnp.asarray(x, jnp.int32) for x in (rng.integers(0, vocab, (rows, length)), position, segment, index))
+
+
+def score(params, *batch, config):
+    logp, entropy = scoring.packed_logp(params, *batch, config, 0.9)
+    return jnp.sum(logp * jnp.cos(jnp.arange(logp.size)).reshape(logp.shape)), (logp, entropy)
+
+
+@functools.cache
+def on_one_device(config):
+    params = random_params(config, 0.2, norms=1.0)
+    return params, jax.jit(jax.value_and_grad(functools.partial(score, config=config), has_aux=True))(params, *packed())
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_log_probs_and_gradients(case):
+    config, axes = case
+    params, ((loss, aux), grads) = on_one_device(config)
+    mesh = sharding.make_mesh(axes, jax.devices()[:8])
+    places = sharding.params(qwen3.logical_axes(config), mesh, sharding.TRAIN, params)
+    f = jax.value_and_grad(functools.partial(score, config=config), has_aux=True)
+    found = jax.jit(sharding.over(mesh, f), out_shardings=((None, None), places))(jax.device_put(params, places), *packed())
+    assert_close(found[0][1], aux, 1e-5)
+    assert_close(found[0][0], loss, 1e-5)
+    assert_close(found[1], grads, 1e-5)
+
+
+@pytest.mark.parametrize("case", [CASES[2], CASES[4], CASES[-1], CASES[-3]], ids=name)
+def test_a_whole_step(case):
+    model, axes = case
+    config = make_config(model, microbatches=2)
+    _, whole, metrics = run(config, make_scored())
+    _, split, split_metrics = run(config, make_scored(), sharding.make_mesh(axes, jax.devices()[:8]))
+    assert_close(split.params, whole.params, 1e-5)
+    assert_close(split.dual, whole.dual, 1e-6)
+    assert abs(metrics["loss"] - split_metrics["loss"]) < 1e-6
+
+
+def test_unequal_experts_take_more_rounds(monkeypatch):
+    """All tokens to the experts of one device, a few rows at a time: nothing is dropped."""
+    monkeypatch.setattr(dispatch, "ROWS", 64)
+    params, _ = on_one_device(MOE)
+    params = jax.tree_util.tree_map_with_path(lambda path, w: 0 * w if path[-1].key == "router" else w, params)  # ties
+    f = jax.value_and_grad(functools.partial(score, config=MOE), has_aux=True)
+    (loss, aux), grads = jax.jit(f)(params, *packed())
+    mesh = sharding.make_mesh(MeshConfig(expert=8), jax.devices()[:8])
+    (found, found_aux), found_grads = jax.jit(sharding.over(mesh, f))(jax.device_put(params, sharding.replicated(mesh)), *packed())
+    assert_close((found, found_aux, found_grads), (loss, aux, grads), 1e-5)
