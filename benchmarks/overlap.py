@@ -1,28 +1,27 @@
-"""Is the shorter of the two stages hidden? `taskset -c 0,1 python -m benchmarks.overlap [--staleness 1]`
+"""Is the shorter of the two stages hidden? `taskset -c 0,1 python -m benchmarks.overlap`
 
-Two simulated CPU devices of one thread each: one trains, one samples. Prints the wall seconds (medians) of an update alone, of
-a rollout alone, and of a step of the real loop. With --staleness 0 the loop cannot overlap, and a step takes their sum.
+Two simulated CPU devices of one thread each: one trains, one samples weights a step old. Prints the wall seconds (medians,
+interleaved) of an update alone, of a rollout with its rewards and packing alone, and of both in the order of the training loop.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false"
 
+import argparse
 import dataclasses
 import pathlib
-import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
-from dcmdp_jax import config, metrics, step, sync, train
+from dcmdp_jax import config, step, sync, train
 
 SHAPE = config.ModelConfig(vocab_size=18, hidden_size=96, intermediate_size=256, num_layers=2, num_heads=6, num_kv_heads=3,
                            head_dim=16)
@@ -31,51 +30,53 @@ QUICKSTART = pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--staleness", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--slots", type=int, default=2, help="fewer make a rollout longer")
     args = parser.parse_args()
     written = config.load_experiment(str(QUICKSTART))
     run = dataclasses.replace(
-        written, model=config.ModelSource(shape=SHAPE), steps=args.steps, warmup=config.WarmupConfig(),
-        eval=config.EvalConfig(every=0), checkpoint=config.CheckpointConfig(every=0), rollout=dataclasses.replace(
-            written.rollout, devices=1, staleness=args.staleness, precision=config.Precision()))
+        written, model=config.ModelSource(shape=SHAPE), steps=2 * args.repeats, warmup=config.WarmupConfig(),
+        eval=config.EvalConfig(every=0), algorithm=dataclasses.replace(written.algorithm, minibatches=1),
+        rollout=dataclasses.replace(written.rollout, slots=args.slots, devices=1, staleness=1, precision=config.Precision()))
+    update, sample, both = np.median(seconds(run, args.repeats), axis=0)
+    print(f"update alone {update:.3f} s, rollout alone {sample:.3f} s, both {both:.3f} s: {both / (update + sample):.2f} of the "
+          f"sum, {both / max(update, sample):.2f} of the longer")
+
+
+def seconds(run: config.Config, repeats: int) -> list[list[float]]:
+    """[repeats, 3]: update, rollout, both."""
     inputs = train.read_inputs(run)
-    update, sample = alone(run, inputs, args.steps)
-    with tempfile.TemporaryDirectory() as workdir:
-        train.train(run, pathlib.Path(workdir))
-        loop = statistics.median(row["seconds"] for row in metrics.read(workdir)[2:])  # the first two hold compilation
-    print(f"update alone {update:.3f} s, rollout alone {sample:.3f} s, a step of the loop {loop:.3f} s: "
-          f"{loop / (update + sample):.2f} of the sum, {loop / max(update, sample):.2f} of the longer")
-
-
-def alone(run: config.Config, inputs: train.Inputs, repeats: int) -> tuple[float, float]:
-    """Median seconds of one update and of one rollout with its rewards and packing."""
     state = train._start(run, inputs, pathlib.Path(), lambda: False)
     update, engine = step.compile(run, inputs.model, inputs.mesh), train.make_engine(run, inputs)
-    policy = sync.make(inputs.model, run.rollout.precision, inputs.decode_mesh)(*step.sampled_from(state))
+    to_engine = sync.make(inputs.model, run.rollout.precision, inputs.decode_mesh)
+    policy, found = to_engine(*step.sampled_from(state)), []
 
     def sample(number):
         return train._collect(run, inputs, engine, lambda: False, policy, number)
 
-    batches = [sample(number) for number in range(min(repeats, 8))]
-    for collected in batches:  # every shape is compiled
-        state, _ = update(state, collected.batch)
+    collected = sample(0)
 
-    def train_once(number):
+    def train_once():
         nonlocal state
-        state, values = update(state, batches[number % len(batches)].batch)
+        state, values = update(state, collected.batch)
         return values
 
-    return median(train_once, repeats), median(sample, repeats)
+    def sample_while_training():
+        nonlocal policy
+        policy = to_engine(*step.sampled_from(train._aged(state)))
+        return train_once(), sample(0)
+
+    for _ in range(3):  # compiles
+        sample_while_training()
+    for _ in range(repeats):
+        found.append([timed(train_once), timed(lambda: sample(0)), timed(sample_while_training)])
+    return found
 
 
-def median(work: Callable[[int], Any], repeats: int) -> float:
-    seconds = []
-    for number in range(repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(work(number))
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+def timed(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    jax.block_until_ready(work())
+    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

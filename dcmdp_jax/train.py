@@ -112,10 +112,11 @@ def _collect(config: Config, inputs: Inputs, engine: Engine, asked: Callable[[],
         return None
     vocabulary, first = inputs.tokenizer, hosts.part(config.data.prompts_per_step).start * config.rollout.samples
     try:
-        sampled = rollout(engine, policy, next(inputs.prompts), samples=config.rollout.samples, first=first,
-                          key=jax.random.fold_in(jax.random.key(config.seed), number), max_tokens=config.rollout.max_tokens,
-                          sampling=sampling(config.rollout), stop_strings=config.rollout.stop_strings,
-                          decode=vocabulary.decode, asked=asked)
+        with jax.default_device(inputs.decode_mesh.local_devices[0]):  # keys do not wait for a device that trains
+            sampled = rollout(engine, policy, next(inputs.prompts), samples=config.rollout.samples, first=first,
+                              key=jax.random.fold_in(jax.random.key(config.seed), number),
+                              max_tokens=config.rollout.max_tokens, sampling=sampling(config.rollout),
+                              stop_strings=config.rollout.stop_strings, decode=vocabulary.decode, asked=asked)
     except stopping.Interrupted:
         sampled = None
     if hosts.any_of(sampled is None):
