@@ -123,6 +123,9 @@ def test_a_file_of_prompts_goes_on_where_it_stopped(folder, tmp_path, monkeypatc
     with pytest.raises(ValueError, match="was not written with these options"):
         complete.to_file(notes, str(folder), prompts, **options)
     assert notes.read_text() == "my own\nnotes\n"
+    with pytest.raises(ValueError, match="model folder .*absent does not exist; give a Hugging Face model folder"):
+        complete.to_file(tmp_path / "none.jsonl", str(tmp_path / "absent"), prompts, **options)
+    assert not (tmp_path / "none.jsonl").exists()
 
 
 @pytest.mark.slow
