@@ -200,9 +200,9 @@ def test_a_bad_option_is_refused_before_anything_is_read(tmp_path, options, sent
 
 
 @pytest.mark.parametrize("options, sentence", [
-    (["--max-length", "129"], "--max-length is 129; it must lie in 2..128, the positions of the model"),
-    (["--max-length", "1"], "--max-length is 1; it must lie in 2..128"),
-    (["--max-prompt", "128"], "--max-prompt is 128; it must be at least 1 and less than --max-length, 128"),
+    (["--max-length", "513"], "--max-length is 513; it must lie in 2..512, the positions of the model"),
+    (["--max-length", "1"], "--max-length is 1; it must lie in 2..512"),
+    (["--max-prompt", "512"], "--max-prompt is 512; it must be at least 1 and less than --max-length, 512"),
     (["--max-prompt", "0"], "--max-prompt is 0"),
     (["--max-prompt", "40", "--max-length", "40"], "less than --max-length, 40"),
 ])
@@ -406,14 +406,14 @@ sys.exit(serve.run(sys.argv[1], port=0, slots=2, max_prompt=20, steps=1,
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    weights.save(folder, dataclasses.replace(MODEL, max_position=128), make_params())
+    weights.save(folder, dataclasses.replace(MODEL, max_position=512), make_params())
     tokenizer.save(VOCABULARY, folder)
     return folder
 
 
 @pytest.mark.parametrize("signals, status", [(1, 0), (2, 1)], ids=["drains", "a second signal cuts it short"])
 def test_sigterm(folder, signals, status):
-    number, asked = long_prompts()[0], 100
+    number, asked = long_prompts()[0], 480
     with subprocess.Popen([sys.executable, "-c", SERVE, str(folder)], stdout=subprocess.PIPE, text=True) as process:
         try:
             port = int(process.stdout.readline().rsplit(":", 1)[1])

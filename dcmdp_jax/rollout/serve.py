@@ -275,13 +275,19 @@ async def _until_stopped(server: grpc.aio.Server, running: Driver) -> int:
     await asked.wait()
     running.close()
     print("finishing the requests that were accepted; a second signal stops at once", flush=True)
-    drained, cut = asyncio.create_task(server.stop(DRAIN)), asyncio.create_task(hurried.wait())
+    drained, cut = asyncio.create_task(_drain(server, running)), asyncio.create_task(hurried.wait())
     await asyncio.wait({drained, cut}, return_when=asyncio.FIRST_COMPLETED)
     if drained.done():
         cut.cancel()
         return 0
     await server.stop(None)
     return 1
+
+
+async def _drain(server: grpc.aio.Server, running: Driver) -> None:
+    """Ends the driver first: to new requests it answers UNAVAILABLE, where a gRPC server that stops may say CANCELLED."""
+    await asyncio.to_thread(running.stop)
+    await server.stop(DRAIN)
 
 
 def _lengths(max_prompt: int | None, max_length: int | None, positions: int) -> tuple[int, int]:
