@@ -30,6 +30,8 @@ class Completion(NamedTuple):
 
 def read_prompts(path: str) -> list[str]:
     """One prompt a line of a text file, or those of a JSONL or Parquet file. Raises ValueError where there are none."""
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"file of prompts {path} does not exist")
     if pathlib.Path(path).suffix in (".jsonl", ".json", ".parquet"):
         prompts = [example.prompt for example in data.read(path)]
     else:
@@ -52,7 +54,10 @@ def texts(folder: str, prompts: Sequence[str], *, tokenizer_path: str = "", prec
     tokenizer.check_vocabulary(vocabulary, shape.vocab_size)
     asked = [Example(vocabulary.chat([{"role": "user", "content": prompt}], enable_thinking=False) if chat else prompt, "")
              for prompt in prompts]
-    longest = max(len(vocabulary.encode(example.prompt)) for example in asked)
+    lengths = [len(vocabulary.encode(example.prompt)) for example in asked]
+    if 0 in lengths:
+        raise ValueError(f"prompt {lengths.index(0) + 1} of {len(lengths)} is empty; leave it out")
+    longest = max(lengths)
     sync.check(shape, precision, mesh)
     weights.check(folder)
     if longest + max_tokens > shape.max_position:
@@ -80,6 +85,8 @@ def to_file(path: pathlib.Path, folder: str, prompts: Sequence[str], *, samples:
     A line that was cut short, and the rest of its chunk, are sampled again. Raises ValueError, and leaves `path` as it is,
     where it holds something else than completions of these prompts with these options.
     """
+    if not path.parent.is_dir():
+        raise ValueError(f"folder {path.parent} of --output {path.name} does not exist; make it, or give another")
     size, total = CHUNK * samples, len(prompts) * samples
     made = json.loads(json.dumps({"samples": samples, **options}, default=dataclasses.asdict))
     # After the last newline stands nothing, or a line that was cut short.
