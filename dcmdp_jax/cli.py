@@ -83,8 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
     serve.add_argument("--port", type=int, default=9000, help="0 takes a free one")
     serve.add_argument("--slots", type=int, default=8, help="sequences decoded together")
     serve.add_argument("--queue", type=int, default=64, help="requests that may wait for a slot")
-    serve.add_argument("--max-prompt", type=int, default=1024, help="tokens")
-    serve.add_argument("--max-length", type=int, default=2048, help="tokens of a prompt and its completion")
+    serve.add_argument("--max-prompt", type=int, help="tokens (default: half of --max-length)")
+    serve.add_argument("--max-length", type=int, help="tokens of a prompt and its completion (default: 2048, or as many as "
+                                                     "the model has positions)")
     serve.add_argument("--steps", type=int, default=8, help="tokens decoded, and streamed, at a time")
     _sampling_options(serve)
     serve.set_defaults(run=_serve)

@@ -161,7 +161,7 @@ def load(path: str | pathlib.Path) -> Tokenizer:
     if (path / "characters.json").is_file():
         return Characters(_read_json(path / "characters.json")["alphabet"])
     raise ValueError(f"{path} holds no tokenizer: looked for tokenizer.json (Hugging Face) and tokenizer.model "
-                     "(SentencePiece)")
+                     "(SentencePiece); put one there or name the tokenizer's own folder")
 
 
 def save(tokenizer: Tokenizer, folder: str | pathlib.Path) -> None:

@@ -123,6 +123,15 @@ def test_a_file_of_prompts_goes_on_where_it_stopped(folder, tmp_path, monkeypatc
     with pytest.raises(ValueError, match="was not written with these options"):
         complete.to_file(notes, str(folder), prompts, **options)
     assert notes.read_text() == "my own\nnotes\n"
+    with pytest.raises(ValueError, match="model folder .*absent does not exist; give a Hugging Face model folder"):
+        complete.to_file(tmp_path / "none.jsonl", str(tmp_path / "absent"), prompts, **options)
+    with pytest.raises(ValueError, match="prompt 2 of 3 is empty"):
+        complete.to_file(tmp_path / "none.jsonl", str(folder), ["A", "", "B"], **options)
+    assert not (tmp_path / "none.jsonl").exists()
+    with pytest.raises(ValueError, match="folder .*absent of --output none.jsonl does not exist"):
+        complete.to_file(tmp_path / "absent" / "none.jsonl", str(folder), prompts, **options)
+    with pytest.raises(ValueError, match="file of prompts .*absent does not exist"):
+        complete.read_prompts(str(tmp_path / "absent"))
 
 
 @pytest.mark.slow

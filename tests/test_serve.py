@@ -1,6 +1,7 @@
 """`dcmdp serve`: JetStream's own client stubs against the engine, and everything that may go wrong between them."""
 
 import asyncio
+import dataclasses
 import itertools
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import grpc
 import numpy as np
 import pytest
 
-from dcmdp_jax import tokenizer
+from dcmdp_jax import cli, tokenizer
 from dcmdp_jax.models import weights
 from dcmdp_jax.rollout import serve
 from jetstream.core.proto import jetstream_pb2, jetstream_pb2_grpc
@@ -189,13 +190,32 @@ def test_requests_after_stop_are_refused(started):
 
 
 @pytest.mark.parametrize("options, sentence", [
-    ({"slots": 0}, "--slots is 0"), ({"waiting": -1}, "--queue is -1"), ({"max_prompt": 2048}, "--max-length is 2048"),
+    ({"slots": 0}, "--slots is 0"), ({"waiting": -1}, "--queue is -1"),
     ({"steps": 0}, "--steps is 0"), ({"seed": -1}, "--seed is -1"), ({"seed": 2**32}, "--seed is 4294967296"),
-    ({"port": 65536}, "--port is 65536"), ({}, "does not exist"),
+    ({"port": 65536}, "--port is 65536"), ({}, "model folder .*absent does not exist; give a Hugging Face model folder"),
 ])
 def test_a_bad_option_is_refused_before_anything_is_read(tmp_path, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         serve.run(str(tmp_path / "absent"), **options)
+
+
+@pytest.mark.parametrize("options, sentence", [
+    (["--max-length", "513"], "--max-length is 513; it must lie in 2..512, the positions of the model"),
+    (["--max-length", "1"], "--max-length is 1; it must lie in 2..512"),
+    (["--max-prompt", "512"], "--max-prompt is 512; it must be at least 1 and less than --max-length, 512"),
+    (["--max-prompt", "0"], "--max-prompt is 0"),
+    (["--max-prompt", "40", "--max-length", "40"], "less than --max-length, 40"),
+])
+def test_lengths_beyond_the_model_are_refused(folder, capfd, options, sentence):
+    assert cli.main(["serve", str(folder), "--port", "0", *options]) == 2
+    assert sentence in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("given, taken", [
+    ((None, None, 40_960), (1024, 2048)), ((None, None, 1024), (512, 1024)), ((700, None, 1024), (700, 1024)),
+    ((None, 4096, 40_960), (2048, 4096)), ((2, 3, 3), (2, 3))])
+def test_lengths_not_given_follow_the_model(given, taken):
+    assert serve._lengths(*given) == taken
 
 
 # Clients that leave
@@ -332,14 +352,18 @@ def test_it_listens_to_this_machine_alone(started):
     assert serve.run.__kwdefaults__["host"] == "127.0.0.1"
 
 
-def test_a_port_in_use_is_said_to_be(started, loop):
+@pytest.mark.parametrize("host, reason", [("127.0.0.1", "Address already in use"), ("localhost", "Address already in use"),
+                                          ("192.0.2.1", "Cannot assign requested address"), ("a host", "not known")])
+def test_an_address_that_cannot_be_had_is_said_in_one_sentence(started, loop, capfd, host, reason):
+    """gRPC writes nothing above it."""
     _, port = started()
 
     async def again():
-        serve.listen("127.0.0.1", port, 10)
+        serve.listen(host, port, 10)
 
-    with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"):
+    with pytest.raises(OSError, match=f"cannot listen on {host}:{port} \\(.*{reason}\\); choose another --port or --host"):
         asyncio.run_coroutine_threadsafe(again(), loop).result()
+    assert capfd.readouterr().err == ""
 
 
 def test_importing_and_answering_leave_the_root_logger_alone():
@@ -374,7 +398,7 @@ SERVE = """
 import sys
 from dcmdp_jax.records import Sampling
 from dcmdp_jax.rollout import serve
-sys.exit(serve.run(sys.argv[1], port=0, slots=2, max_prompt=20, max_length=128, steps=1,
+sys.exit(serve.run(sys.argv[1], port=0, slots=2, max_prompt=20, steps=1,
                    sampling=Sampling(temperature=0.0)))
 """
 
@@ -382,14 +406,14 @@ sys.exit(serve.run(sys.argv[1], port=0, slots=2, max_prompt=20, max_length=128, 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    weights.save(folder, MODEL, make_params())
+    weights.save(folder, dataclasses.replace(MODEL, max_position=512), make_params())
     tokenizer.save(VOCABULARY, folder)
     return folder
 
 
 @pytest.mark.parametrize("signals, status", [(1, 0), (2, 1)], ids=["drains", "a second signal cuts it short"])
 def test_sigterm(folder, signals, status):
-    number, asked = long_prompts()[0], 100
+    number, asked = long_prompts()[0], 480
     with subprocess.Popen([sys.executable, "-c", SERVE, str(folder)], stdout=subprocess.PIPE, text=True) as process:
         try:
             port = int(process.stdout.readline().rsplit(":", 1)[1])

@@ -1,4 +1,4 @@
-"""This package beside its peers, interleaved: `PEERS=FOLDER python -m benchmarks.peers.compare [T1 T2 T3 T4]`.
+"""This package beside its peers, interleaved: `PEERS=FOLDER python -m benchmarks.peers.compare [T1 T2 T3 T4] [--workload W1]`.
 
 Prints CPU seconds of each, those of the quickest peer over ours, and how far the log-probs (T2: the loss) lie from the
 harness's float64. PEERS names the folder of the harness, see `run_ours.py`.
@@ -22,17 +22,21 @@ ERRORS = ("rescore_max_abs_err", "max_abs_err_vs_fp64", "loss_err")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="*", default=["T3", "T4"])
+    parser.add_argument("--workload", help="this one alone")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--cpu", default="0", help="core to run on")
     args = parser.parse_args()
     unknown = set(args.tasks) - set(PEERS)
     if unknown:
         parser.error(f"{', '.join(sorted(unknown))}: the tasks are {', '.join(PEERS)}")
-    compare(args.tasks, args.rounds, args.cpu)
+    for task in args.tasks:
+        if args.workload not in (None, *WORKLOADS[task]):
+            parser.error(f"{args.workload}: the workloads of {task} are {', '.join(WORKLOADS[task])}")
+    compare(args.tasks, args.rounds, args.cpu, args.workload)
 
 
-def compare(tasks: list[str], rounds: int, cpu: str) -> None:
-    """Prints a line for each workload of `tasks`, or how to where PEERS is not set."""
+def compare(tasks: list[str], rounds: int, cpu: str, only: str | None = None) -> None:
+    """Prints a line for each workload of `tasks`, or for the one named, or how to where PEERS is not set."""
     if not os.environ.get("PEERS"):
         print("peers    set PEERS to the folder of the peer harness (ab.py) to print the ratios to other engines")
         return
@@ -40,7 +44,7 @@ def compare(tasks: list[str], rounds: int, cpu: str) -> None:
     if not (folder / "ab.py").is_file():
         raise SystemExit(f"{folder} holds no ab.py; set PEERS to the folder of the peer harness")
     for task in tasks:
-        for workload in WORKLOADS[task]:
+        for workload in [name for name in WORKLOADS[task] if only in (None, name)]:
             print(line(workload, task, measured(folder, workload, task, rounds, cpu)), flush=True)
 
 
@@ -61,7 +65,7 @@ def line(workload: str, task: str, results: list[dict]) -> str:
     """`results` as `measured` returns them, in one line; a peer without figures is named as such."""
     seconds = {r["label"]: r["cpu_median_s"] for r in results if "cpu_median_s" in r}
     if "ours" not in seconds:
-        return f"peers    {workload} {task}: ours gave no result"
+        return f"peers    {workload} {task}: ours gave no result; logs/ab_ours.err of the harness says why"
     others = {label: s for label, s in seconds.items() if label != "ours"}
     failed = [peer for peer in PEERS[task] if peer not in others]
     digest = next(r for r in results if r["label"] == "ours").get("digest", {})

@@ -7,6 +7,7 @@ import pathlib
 
 from dcmdp_jax.config import ModelConfig, Yarn
 
+REMEDY = "give a Hugging Face model folder, with config.json and safetensors"
 DENSE, SPARSE = "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
 
 # Settings that would change the model and that this one does not have, each with the value under which it does nothing.
@@ -34,9 +35,9 @@ def read(folder: str | pathlib.Path) -> ModelConfig:
     folder = pathlib.Path(folder)
     path = folder / "config.json"
     if not folder.is_dir():
-        raise ValueError(f"model folder {folder} does not exist")
+        raise ValueError(f"model folder {folder} does not exist; {REMEDY}")
     if not path.is_file():
-        raise ValueError(f"model folder {folder} has no config.json; give a Hugging Face model folder")
+        raise ValueError(f"model folder {folder} has no config.json; {REMEDY}")
     try:
         raw = json.loads(path.read_text())
     except ValueError as error:

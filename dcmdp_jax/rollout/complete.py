@@ -30,6 +30,8 @@ class Completion(NamedTuple):
 
 def read_prompts(path: str) -> list[str]:
     """One prompt a line of a text file, or those of a JSONL or Parquet file. Raises ValueError where there are none."""
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"file of prompts {path} does not exist")
     if pathlib.Path(path).suffix in (".jsonl", ".json", ".parquet"):
         prompts = [example.prompt for example in data.read(path)]
     else:
@@ -44,28 +46,37 @@ def texts(folder: str, prompts: Sequence[str], *, tokenizer_path: str = "", prec
           seed: int = 0, chat: bool = False, start: int = 0) -> Iterator[list[Completion]]:
     """`samples` completions of each prompt from number `start` on, `CHUNK` prompts at a time; temperature 0 is greedy.
 
-    A completion depends on the seed and its prompt's number, not on `start`. Raises ValueError on what cannot work.
+    A completion depends on the seed and its prompt's number, not on `start`. Raises ValueError on what cannot work, at
+    the call; weights are read with the first chunk.
     """
+    mesh, shape = sharding.single_device_mesh(), weights.read_config(folder)
     vocabulary = tokenizer.load(tokenizer_path or folder)
-    tokenizer.check_vocabulary(vocabulary, weights.read_config(folder).vocab_size)
+    tokenizer.check_vocabulary(vocabulary, shape.vocab_size)
     asked = [Example(vocabulary.chat([{"role": "user", "content": prompt}], enable_thinking=False) if chat else prompt, "")
              for prompt in prompts]
-    longest = max(len(vocabulary.encode(example.prompt)) for example in asked)
-    mesh, shape = sharding.single_device_mesh(), weights.read_config(folder)
+    lengths = [len(vocabulary.encode(example.prompt)) for example in asked]
+    if 0 in lengths:
+        raise ValueError(f"prompt {lengths.index(0) + 1} of {len(lengths)} is empty; leave it out")
+    longest = max(lengths)
     sync.check(shape, precision, mesh)
+    weights.check(folder)
     if longest + max_tokens > shape.max_position:
         raise ValueError(f"the longest prompt and --max-tokens take {longest + max_tokens} positions, more than the model's "
                          f"{shape.max_position}")
-    model, params = weights.load(folder)
-    engine = Engine(model, slots=min(len(prompts) * samples, 32), max_length=longest + max_tokens, precision=precision,
-                    stop_ids=vocabulary.eos_ids, mesh=mesh)
-    policy = sync.make(model, precision, mesh)(params, 0)
-    for first in range(start, len(prompts), CHUNK):
-        chunk = data.tokenize(asked[first:first + CHUNK], vocabulary, max_prompt_tokens=longest)
-        out = rollout(engine, policy, chunk, samples=samples, key=jax.random.fold_in(jax.random.key(seed), first),
-                      max_tokens=max_tokens, sampling=sampling, stop_strings=stop_strings, decode=vocabulary.decode)
-        yield [Completion(prompts[first + i // samples], vocabulary.decode(out.tokens[i, :n]),
-                          float(out.rollout_logp[i].sum()), bool(out.stopped[i])) for i, n in enumerate(out.text_lengths)]
+
+    def chunks() -> Iterator[list[Completion]]:
+        model, params = weights.load(folder)
+        engine = Engine(model, slots=min(len(prompts) * samples, 32), max_length=longest + max_tokens, precision=precision,
+                        stop_ids=vocabulary.eos_ids, mesh=mesh)
+        policy = sync.make(model, precision, mesh)(params, 0)
+        for first in range(start, len(prompts), CHUNK):
+            chunk = data.tokenize(asked[first:first + CHUNK], vocabulary, max_prompt_tokens=longest)
+            out = rollout(engine, policy, chunk, samples=samples, key=jax.random.fold_in(jax.random.key(seed), first),
+                          max_tokens=max_tokens, sampling=sampling, stop_strings=stop_strings, decode=vocabulary.decode)
+            yield [Completion(prompts[first + i // samples], vocabulary.decode(out.tokens[i, :n]),
+                              float(out.rollout_logp[i].sum()), bool(out.stopped[i])) for i, n in enumerate(out.text_lengths)]
+
+    return chunks()
 
 
 def to_file(path: pathlib.Path, folder: str, prompts: Sequence[str], *, samples: int = 1, **options) -> int:
@@ -74,6 +85,8 @@ def to_file(path: pathlib.Path, folder: str, prompts: Sequence[str], *, samples:
     A line that was cut short, and the rest of its chunk, are sampled again. Raises ValueError, and leaves `path` as it is,
     where it holds something else than completions of these prompts with these options.
     """
+    if not path.parent.is_dir():
+        raise ValueError(f"folder {path.parent} of --output {path.name} does not exist; make it, or give another")
     size, total = CHUNK * samples, len(prompts) * samples
     made = json.loads(json.dumps({"samples": samples, **options}, default=dataclasses.asdict))
     # After the last newline stands nothing, or a line that was cut short.
@@ -87,13 +100,12 @@ def to_file(path: pathlib.Path, folder: str, prompts: Sequence[str], *, samples:
     done = len(lines) - 1 if lines else 0
     whole = total if done == total else done // size * size
     kept = "".join(json.dumps(line) + "\n" for line in [{"options": made}, *lines[1:whole + 1]])
+    chunks = texts(folder, prompts, samples=samples, start=whole // samples, **options) if whole < total else ()
     building = path.with_name(f".{path.name}.{os.getpid()}")
     building.write_text(kept, encoding="utf-8")
     os.replace(building, path)
-    if whole == total:
-        return 0
     added = 0
-    for chunk in texts(folder, prompts, samples=samples, start=whole // samples, **options):
+    for chunk in chunks:
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(completion._asdict()) + "\n" for completion in chunk)
         added += len(chunk)

@@ -16,9 +16,11 @@ import turns the root logger to DEBUG, and its calls of `logging.info` give the 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
@@ -182,20 +184,39 @@ class Orchestrator(orchestrator.LLMOrchestrator):
 
 def listen(host: str, port: int, rpcs: int) -> tuple[grpc.aio.Server, int]:
     """A server that is bound, not started, and its port; port 0 takes a free one. Raises OSError on failure to bind."""
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        _try_to_bind(host, port)
+    except OSError as error:
+        raise OSError(f"cannot listen on {address} ({error.strerror}); choose another --port or --host") from None
     server = grpc.aio.server(maximum_concurrent_rpcs=rpcs, options=[
         ("grpc.max_receive_message_length", BODY),
         ("grpc.so_reuseport", 0),  # or two servers share a port, and each gets some of the requests
         ("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)])  # a client's machine may vanish
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         return server, server.add_insecure_port(address)
-    except RuntimeError:
-        raise OSError(f"cannot listen on {address}; another program may, choose a --port or --host") from None
+    except RuntimeError as error:  # somebody was quicker
+        raise OSError(f"cannot listen on {address} ({error}); choose another --port or --host") from None
+
+
+def _try_to_bind(host: str, port: int) -> None:
+    """Raises OSError where gRPC could not bind: it would write a line of its own to stderr, and give no reason."""
+    places, failures = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), []
+    for family, kind, _, _, place in places:
+        try:
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a server that ended may linger
+                probe.bind(place)
+        except OSError as error:
+            failures.append(error)
+    taken = [error for error in failures if error.errno == errno.EADDRINUSE]
+    if taken or len(failures) == len(places):  # of the addresses of a name, such as localhost's in IPv6, some may be missing
+        raise (taken or failures)[0]
 
 
 def run(model: str, *, tokenizer_path: str = "", tokens_only: bool = False, precision: Precision = Precision(),
-        host: str = "127.0.0.1", port: int = 9000, slots: int = 8, waiting: int = 64, max_prompt: int = 1024,
-        max_length: int = 2048, steps: int = 8, sampling: Sampling = Sampling(), seed: int = 0) -> int:
+        host: str = "127.0.0.1", port: int = 9000, slots: int = 8, waiting: int = 64, max_prompt: int | None = None,
+        max_length: int | None = None, steps: int = 8, sampling: Sampling = Sampling(), seed: int = 0) -> int:
     """Serves a Hugging Face folder until SIGTERM or SIGINT and returns an exit status: 0 once all accepted requests
     have ended, 1 where a second signal cut that short.
 
@@ -204,8 +225,9 @@ def run(model: str, *, tokenizer_path: str = "", tokens_only: bool = False, prec
       host: other than a loopback address opens the server to the network, without encryption or passwords.
       slots: sequences decoded together.
       waiting: requests that may wait for a slot; more are refused with RESOURCE_EXHAUSTED.
-      max_prompt: tokens.
-      max_length: tokens of prompt and completion together; memory is taken for all of it in every slot.
+      max_prompt: tokens; None takes half of max_length.
+      max_length: tokens of prompt and completion together; memory is taken for all of it in every slot. None takes
+        2,048, or as many as the model has positions.
       steps: tokens that are decoded, and then streamed, at a time.
       sampling, seed: how tokens of every request are drawn; request number n has the key (seed, n).
 
@@ -214,16 +236,14 @@ def run(model: str, *, tokenizer_path: str = "", tokens_only: bool = False, prec
     _check_range("port", port, 0, 65535)
     _check_range("slots", slots, 1)
     _check_range("queue", waiting, 0)
-    _check_range("max-prompt", max_prompt, 1)
-    _check_range("max-length", max_length, max_prompt + 1)
     _check_range("steps", steps, 1)
     _check_range("seed", seed, 0, 2**32 - 1)
-    vocabulary = None if tokens_only else tokenizer.load(tokenizer_path or model)
     shape = weights.read_config(model)
+    max_prompt, max_length = _lengths(max_prompt, max_length, shape.max_position)
+    vocabulary = None if tokens_only else tokenizer.load(tokenizer_path or model)
     if vocabulary is not None:
         tokenizer.check_vocabulary(vocabulary, shape.vocab_size)
     sync.check(shape, precision, sharding.single_device_mesh())
-    _check_range("max-length", max_length, 1, shape.max_position)
 
     def load() -> Driver:
         mesh = sharding.single_device_mesh()
@@ -255,13 +275,32 @@ async def _until_stopped(server: grpc.aio.Server, running: Driver) -> int:
     await asked.wait()
     running.close()
     print("finishing the requests that were accepted; a second signal stops at once", flush=True)
-    drained, cut = asyncio.create_task(server.stop(DRAIN)), asyncio.create_task(hurried.wait())
+    drained, cut = asyncio.create_task(_drain(server, running)), asyncio.create_task(hurried.wait())
     await asyncio.wait({drained, cut}, return_when=asyncio.FIRST_COMPLETED)
     if drained.done():
         cut.cancel()
         return 0
     await server.stop(None)
     return 1
+
+
+async def _drain(server: grpc.aio.Server, running: Driver) -> None:
+    """Ends the driver first: to new requests it answers UNAVAILABLE, where a gRPC server that stops may say CANCELLED."""
+    await asyncio.to_thread(running.stop)
+    await server.stop(DRAIN)
+
+
+def _lengths(max_prompt: int | None, max_length: int | None, positions: int) -> tuple[int, int]:
+    """`run`'s max_prompt and max_length, of a model with so many positions. Raises ValueError where they do not fit."""
+    if max_length is None:
+        max_length = min(2048, positions)
+    if not 2 <= max_length <= positions:
+        raise ValueError(f"--max-length is {max_length}; it must lie in 2..{positions}, the positions of the model")
+    if max_prompt is None:
+        max_prompt = max_length // 2
+    if not 1 <= max_prompt < max_length:
+        raise ValueError(f"--max-prompt is {max_prompt}; it must be at least 1 and less than --max-length, {max_length}")
+    return max_prompt, max_length
 
 
 def _check_range(name: str, value: int, least: int, most: int = 2**31 - 1) -> None:
