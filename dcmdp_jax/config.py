@@ -133,7 +133,7 @@ class RolloutConfig:
     staleness: int = 0  # constrained steps by which the weights that sample are older than those that train
     slots: int = 64  # sequences decoded together
     tokens_per_dispatch: int = 16  # K
-    devices: int = 0  # the last n devices sample and the others train; all of them: both; 0: both, on the training mesh
+    devices: int = 0  # the last n devices sample and the others train; all, or -1: both; 0: both, on the training mesh
     mesh: MeshConfig = MeshConfig()  # of the sampling devices, where `devices` is not 0
 
 
@@ -236,9 +236,11 @@ def _validate(config: Config) -> None:
     if algorithm.row_length and algorithm.row_length < row:
         raise ValueError(f"algorithm.row_length={algorithm.row_length} is shorter than one prompt and completion "
                          f"(data.max_prompt_tokens + rollout.max_tokens = {row})")
-    for name, value in (("top_k", rollout.top_k), ("staleness", rollout.staleness), ("devices", rollout.devices)):
+    for name, value in (("top_k", rollout.top_k), ("staleness", rollout.staleness)):
         if value < 0:
             raise ValueError(f"rollout.{name}={value} must not be negative")
+    if rollout.devices < -1:
+        raise ValueError(f"rollout.devices={rollout.devices} must be a number of devices, or -1 for all")
     if not all(rollout.stop_strings):
         raise ValueError("rollout.stop_strings holds an empty text, which would end every completion; leave it out")
     if not rollout.devices and rollout.mesh != MeshConfig():

@@ -86,7 +86,8 @@ def topology(name: str, slices: int = 1) -> list[Any]:
     if kind not in CHIPS or ":" not in name:
         raise ValueError(f"--topology {name!r} is not KIND:SHAPE with KIND one of {', '.join(CHIPS)}, such as v5p:4x4x4 or v5e:8x8")
     # Compiling touches no TPU, so that several processes may; the metadata server is not there to be asked.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+                   "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
     from jax.experimental import topologies
 
     try:

@@ -63,7 +63,7 @@ def meshes(config: Config, devices: list[Any] | None = None, process: int | None
     `rollout.devices`. Raises ValueError where they cannot be.
     """
     devices, process = jax.devices() if devices is None else devices, jax.process_index() if process is None else process
-    sampling, of = config.rollout.devices, {}
+    sampling, of = len(devices) if config.rollout.devices == -1 else config.rollout.devices, {}
     for device in devices:
         of.setdefault(device.process_index, []).append(device)
     if not sampling:

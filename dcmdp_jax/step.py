@@ -157,7 +157,8 @@ def _gradients(params: Any, minibatch: tuple, config: Config, model: ModelConfig
         return loss_of(_score(params, micro, config, model)[0], micro, *arrays)
 
     def accumulate(total, micro):
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(params, *micro)), None
+        # The barrier keeps sums over devices in the loop: behind it they would need whole gradients.
+        return jax.tree.map(jnp.add, total, jax.lax.optimization_barrier(jax.value_and_grad(loss_fn)(params, *micro))), None
 
     micros = batch, old_logp, shaped, weight
     if len(shaped) == 1:  # nothing to add up, and no room for a sum

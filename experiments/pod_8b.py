@@ -2,8 +2,8 @@
 
 Command:  dcmdp train experiments/pod_8b.py --distributed --model.folder Qwen3-8B --data.path dapo-math-17k.parquet
 Hardware: a TPU slice; `dcmdp plan experiments/pod_8b.py --topology v5p:4x4x4` tells what it needs, docs/pods.md what others do
-Time:     not run here; docs/pods.md has the least time a step can take
-Result:   not run here; the paper reports an average of 71.0 over six sets, 67.3 without the constraint (arXiv 2606.08779)
+Time:     not measured; docs/pods.md has the least time a step can take
+Result:   not measured here; the paper reports an average of 71.0 over six sets, 67.3 without the constraint (arXiv 2606.08779)
 """
 
 from functools import partial
@@ -20,7 +20,7 @@ CONFIG = Config(
     data=DataConfig(path="dapo-math-17k.parquet", verifier=rewards.math_answer, prompts_per_step=64, max_prompt_tokens=1024, chat=True,
                     enable_thinking=True),
     rollout=RolloutConfig(samples=8, max_tokens=8192, precision=Precision(weights="bfloat16", embed="bfloat16", head="bfloat16"),
-                          slots=512, tokens_per_dispatch=32, devices=64, mesh=MeshConfig(tensor=4)),
+                          slots=512, tokens_per_dispatch=32, devices=-1, mesh=MeshConfig(tensor=4)),
     algorithm=AlgorithmConfig(
         advantage=advantages.grpo,
         surrogate=corrections.decoupled(partial(policy.clipped, clip_low=0.24, clip_high=0.24)),

@@ -69,8 +69,9 @@ def write(layer: Layer, new: jax.Array, lengths: jax.Array) -> Layer:
     layer [B, KV, S, h], new [B, KV, h], lengths [B] int32 -> [B, KV, S, h]. Float32 and int8 are written in place; on a
     CPU XLA makes a bfloat16 or float8 layer float32 and back to write into it.
     """
-    slots = jnp.arange(layer.shape[0])
-    return jax.tree.map(lambda old, new: old.at[slots, :, lengths].set(new, unique_indices=True, mode="drop"),
+    slots, heads = jnp.arange(layer.shape[0])[:, None], jnp.arange(layer.shape[1])
+    # Heads are indexed, not sliced: a TPU then writes in place, where it otherwise turns the whole cache round and back.
+    return jax.tree.map(lambda old, new: old.at[slots, heads, lengths[:, None]].set(new, unique_indices=True, mode="drop"),
                         layer, _held(new, layer))
 
 

@@ -31,9 +31,15 @@ def dense(x: jax.Array, gate: Any, up: Any, down: Any) -> jax.Array:
 
     The backward pass keeps gate and up, and nothing else that is as wide.
     """
-    if x.size <= ROWS * x.shape[-1] or sharding.ambient() or any(isinstance(w, Quantized) for w in (gate, up, down)):
-        return project(nn.silu(project(x, gate)) * project(x, up), down)
+    if sharding.ambient():
+        return jax.checkpoint(_close)(project(x, gate), project(x, up), down)
+    if x.size <= ROWS * x.shape[-1] or any(isinstance(w, Quantized) for w in (gate, up, down)):
+        return _close(project(x, gate), project(x, up), down)
     return _dense(x.reshape(-1, x.shape[-1]), gate, up, down).reshape(x.shape)
+
+
+def _close(gate: jax.Array, up: jax.Array, down: Any) -> jax.Array:
+    return project(nn.silu(gate) * up, down)
 
 
 @jax.custom_vjp
@@ -116,7 +122,7 @@ def _in_tiles_backward(rows, kept, dy):
         e = _owner(weights, owner, i)
         cut = tuple(_cut(a, i, rows) for a in (x, gate, up, dy))
         d_rows, d_matrices = _pull(*cut, Experts(*(expert(w, e, x.dtype) for w in weights)))
-        return _put(dx, d_rows, i), Experts(*(total.at[e].add(d) for total, d in zip(dw, d_matrices)))
+        return _put(dx, d_rows, i), Experts(*(total.at[e].add(d.astype(total.dtype)) for total, d in zip(dw, d_matrices)))
 
     dx, dw = jax.lax.fori_loop(0, count, one, (jnp.zeros_like(x), jax.tree.map(jnp.zeros_like, weights)))
     return dx, dw, None, None, None

@@ -1,0 +1,90 @@
+"""Plans against closed forms: bytes of the state, FLOPs of a pass, what fits; all compiled for a TPU that is not there."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dcmdp_jax import cli, count, plan, sharding
+from dcmdp_jax.config import MeshConfig, ModelConfig
+from dcmdp_jax.models import qwen3
+from test_step import make_config
+
+MODEL = ModelConfig(vocab_size=512, hidden_size=128, intermediate_size=256, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=128,
+                    bfloat16=True, remat=True)
+MOE = dataclasses.replace(MODEL, num_experts=8, experts_per_token=2, expert_size=64)
+
+
+def configure(model=MODEL, **rollout):
+    config = make_config(model, microbatches=2)
+    data = dataclasses.replace(config.data, max_prompt_tokens=64)
+    rollout = dataclasses.replace(config.rollout, max_tokens=64, slots=4, devices=-1, **rollout)
+    return dataclasses.replace(config, data=data, rollout=rollout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model, axes", [(MODEL, MeshConfig()), (MOE, MeshConfig(expert=2, fsdp=2))], ids=["dense", "moe"])
+def test_every_program_compiles(model, axes):
+    config = dataclasses.replace(configure(model, mesh=MeshConfig(tensor=4)), mesh=axes)
+    found = plan.make(config, model, "v5e:2x2")
+    assert [item.program.name for item in found.programs] == ["train step", "scoring pass", "prefill", "decode, 16 tokens", "weight sync"]
+    assert all(item.temporaries > 0 and not item.excess for item in found.programs)
+    step = found.programs[0]
+    scales = 2 * MODEL.num_layers * (MODEL.hidden_size + MODEL.head_dim) + MODEL.hidden_size
+    state = 12 * (count.parameters(model).total + scales) / 4
+    batch = sharding.local_bytes(plan.abstract_batch(config, sharding.make_mesh(axes, plan.topology("v5e:2x2"))))
+    assert abs(step.arguments - state - batch) < 0.2 * state  # small arrays are padded to whole tiles
+    roomy = plan.compile(step.program, found.chip._replace(memory=step.peak))
+    tight = plan.compile(step.program, found.chip._replace(memory=step.peak - 2**20))
+    assert not roomy.excess and "more than" in tight.excess
+    assert any("train step does not fit" in line and "microbatches" in line
+               for line in plan.verdict(found._replace(programs=(tight,))))
+
+
+def test_flops_of_a_pass_are_the_compilers():
+    """Against XLA's count of prefill and head; prefill has no causal half, and ends with the last layer's keys and values."""
+    params = jax.eval_shape(lambda: qwen3.unstack(qwen3.init(jax.random.key(0), MODEL), MODEL))
+    tokens, last = jax.ShapeDtypeStruct((2, 512), jnp.int32), jax.ShapeDtypeStruct((2, 512, 128), jnp.bfloat16)
+
+    def scored(params, tokens, last):
+        return qwen3.prefill(params, tokens, MODEL), qwen3.head(params, last, MODEL)
+
+    d, f, heads = MODEL.hidden_size, MODEL.intermediate_size, MODEL.num_heads * MODEL.head_dim
+    unused = 1024 * (2 * (3 * d * f + 2 * d * heads) + 4 * 512 * heads)
+    counted = sum(count.forward(MODEL, 1024, 512, 1024)) - unused
+    found = jax.jit(scored).lower(params, tokens, last).compile().cost_analysis()["flops"]
+    assert counted <= found <= 1.1 * counted  # the compiler counts norms and softmax, too
+
+
+def test_unknown_topologies_are_refused():
+    for name in ("v9:2x2", "v5p", "v5e:3x5x7"):
+        with pytest.raises(ValueError, match=f"(?i)topology.*{name}"):
+            plan.topology(name)
+
+
+def test_a_mesh_that_does_not_fit_is_refused_before_compiling(capsys):
+    assert cli.main(["plan", "experiments/pod_8b.py", "--topology", "v5e:2x2", "--mesh.tensor", "3"]) == 2
+    assert "does not make 4, the number of devices" in capsys.readouterr().err
+
+
+def test_experts_travel_and_weights_are_gathered():
+    """Bytes over the links by hand, for one scoring pass on a mesh of 2 x 2."""
+    config = dataclasses.replace(configure(MOE), mesh=MeshConfig(expert=2, fsdp=2))
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:4])
+    work = count.scoring(MOE, 4, 128, 1, config, mesh)
+    d, f, e, k, layers = 128, 64, 8, 2, 2
+    attention = 4 * d * 4 * 128
+    gathered = 2 * 3 / 4 * (layers * (attention + d * e) + 512 * d) + 2 / 2 * layers * (e // 2) * 3 * d * f
+    sent = 2 * (4 * 128 / 4) * k * d * 2 * layers / 2
+    assert work.link == gathered + sent
+
+
+def test_json_has_what_the_table_shows(tmp_path):
+    item = plan.Compiled(plan.Program("train step", None, count.Work(459e12, 0, 0), 2, 0, "x"), 1, 2, 3, 0.5, "")
+    made = plan.Plan("v5p:2x2x1", 4, plan.CHIPS["v5p"], 400, (item,))
+    plan.write(made, tmp_path / "plan.json")
+    [row] = json.loads((tmp_path / "plan.json").read_text())["programs"]
+    assert row["seconds"] == 1 and row["calls"] == 2 and row["peak"] == 3
+    assert "takes 2 s at the roof, 50 tokens/s a device" in plan.verdict(made)[-1]
