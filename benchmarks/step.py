@@ -62,7 +62,8 @@ class Task:
         config, mesh = experiment(model, microbatches), sharding.single_device_mesh()
         self.batch = jax.device_put(data.pack(completions(), minibatches=1, microbatches=microbatches, row_length=row_length))
         params = jax.jit(partial(qwen3.init, config=model))(jax.random.key(0))
-        self.state: TrainState = jax.jit(partial(step.init_state, config), donate_argnums=0)(params)
+        start = jax.jit(partial(step.init_state, config), out_shardings=step.state_shardings(config, model, mesh))
+        self.state: TrainState = start(params)
         self.compiled = step.compile(config, model, mesh).lower(self.state, self.batch).compile()
         memory = self.compiled.memory_analysis()
         self.held = memory.argument_size_in_bytes, memory.temp_size_in_bytes

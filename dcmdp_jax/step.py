@@ -82,8 +82,7 @@ def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: 
     algorithm, dual = config.algorithm, config.constraint
     advantage = algorithm.advantage(batch.reward.reshape(-1), batch.group.reshape(-1),
                                     num_groups=config.data.prompts_per_step).reshape(batch.reward.shape)[..., None]
-    behaviour, _ = sampled_from(state)
-    pull = None
+    pull, behaviour = None, sampled_from(state)[0]
     if algorithm.epochs * algorithm.minibatches * algorithm.microbatches == 1 and not state.stale:
         old_logp, pull, entropy = _only_pass(state.params, batch, config, model)
     else:
