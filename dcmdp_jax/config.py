@@ -131,10 +131,10 @@ class RolloutConfig:
     stop_strings: tuple[str, ...] = ()  # texts that end a completion, beside the tokenizer's stop tokens
     precision: Precision = Precision()
     staleness: int = 0  # constrained steps by which the weights that sample are older than those that train
-    slots: int = 64  # sequences decoded together
+    slots: int = 64  # sequences decoded together, by all processes
     tokens_per_dispatch: int = 16  # K
-    devices: int = 0  # the last n devices sample and the others train; all, or -1: both; 0: both, on the training mesh
-    mesh: MeshConfig = MeshConfig()  # of the sampling devices, where `devices` is not 0
+    devices: int = 0  # the last n (of each process its share) sample, the others train; all, or -1: both; 0: both, on one mesh
+    mesh: MeshConfig = MeshConfig()  # of the sampling devices of each process, where `devices` is not 0
 
 
 @dataclass(frozen=True)
