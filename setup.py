@@ -8,7 +8,7 @@ TRAIN = ["orbax-checkpoint", "grain>=0.2.10", "tokenizers", "jinja2", "sentencep
 JETSTREAM = [*TRAIN, "google-jetstream==0.2.2", "absl-py", "protobuf", "grpcio", "prometheus_client", "shortuuid"]
 REPORT = ["tensorboardX"]
 TEST = ["pytest", "pytest-xdist", "hypothesis", "nbclient", "nbformat", "ipykernel", "torch==2.13.0", "transformers==5.23.0",
-        "libtpu==0.0.52"]
+        "libtpu==0.0.52", "pyyaml"]
 
 setup(
     name="dcmdp-jax",
