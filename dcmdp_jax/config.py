@@ -135,6 +135,7 @@ class RolloutConfig:
     tokens_per_dispatch: int = 16  # K
     devices: int = 0  # the last n (of each process its share) sample, the others train; all, or -1: both; 0: both, on one mesh
     mesh: MeshConfig = MeshConfig()  # of the sampling devices of each process, where `devices` is not 0
+    one_engine: bool = False  # one engine over the devices of all processes, in step with each other; `mesh` is theirs together
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,15 @@ def pass_rate(engine: Engine, weights: Weights, prompts: Prompts, config: Config
               key: jax.Array) -> float:
     """Mean reward of one sample per held-out prompt, in [0, 1] for verifiers that answer 0 or 1.
 
-    Each process samples its part of the prompts; all get the mean.
+    Each engine samples its part of the prompts; all processes get the mean.
     """
-    count, here = len(prompts.lengths), hosts.part(len(prompts.lengths))
-    reward = np.full(hosts.part(count, 0).stop, np.nan, np.float32)  # parts of one size, the last ones padded
+    count, engines = len(prompts.lengths), hosts.engines(config.rollout)
+    here = hosts.part(count, engines)
+    reward = np.full(-(-count // engines), np.nan, np.float32)  # parts of one size, the last ones padded
     if here.stop > here.start:
         own = Prompts(prompts.tokens[here], prompts.lengths[here], prompts.examples[here])
         sampled = rollout(engine, weights, own, samples=1, key=key, first=here.start, max_tokens=config.rollout.max_tokens,
                           sampling=Sampling(config.eval.temperature), stop_strings=config.rollout.stop_strings,
                           decode=tokenizer.decode)
         reward[:here.stop - here.start] = rewards.score(sampled, tokenizer.decode, config.data.verifier).reward
-    return float(np.mean(hosts.gather(reward)[:count]))
+    return float(np.mean((reward if engines == 1 else hosts.gather(reward))[:count]))

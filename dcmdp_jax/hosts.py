@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from dcmdp_jax import rollcall, sharding
-from dcmdp_jax.config import MeshConfig
+from dcmdp_jax.config import MeshConfig, RolloutConfig
 from dcmdp_jax.stopping import Interrupted
 
 NEWS_SECONDS = 5.0  # after a failed collective, for word of the process that is lost
@@ -123,6 +123,11 @@ def any_of(flag: bool) -> bool:
     return bool(gather(np.array([flag])).any())
 
 
+def any_of_now(asked: Callable[[], bool]) -> bool:
+    """Whether any process answers yes; all must ask."""
+    return any_of(asked())
+
+
 def gather(tree: Any) -> Any:
     """NumPy arrays of equal shape on each process, put together along their first axis in the order of processes.
 
@@ -147,10 +152,15 @@ def spread(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, place: jax.make_array_from_callback(x.shape, place, x.__getitem__), tree, shardings)
 
 
-def part(size: int, process: int | None = None) -> slice:
-    """A process's contiguous part of `size` items (default: this one's); the last may be shorter, or empty."""
-    each = -(-size // jax.process_count())
-    first = min((jax.process_index() if process is None else process) * each, size)
+def engines(config: RolloutConfig) -> int:
+    """How many engines share the sampling: one for each process, or one for all."""
+    return 1 if config.one_engine else jax.process_count()
+
+
+def part(size: int, engines: int) -> slice:
+    """The contiguous part of `size` items that this process's engine samples; the last may be shorter, or empty."""
+    each = -(-size // engines)
+    first = min(jax.process_index() * each, size) if engines > 1 else 0
     return slice(first, min(first + each, size))
 
 

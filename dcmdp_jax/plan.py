@@ -109,8 +109,8 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
     yield Program("scoring pass", score.lower(state.params, batch), count.scoring(model, rows, length, parts, config, mesh), 0,
                   sizes - sharding.local_bytes(state.params), "algorithm.microbatches, mesh.sequence or mesh.tensor")
     shared = set(decode_mesh.devices.flat) <= set(mesh.devices.flat)
-    processes = len({device.process_index for device in devices})
-    yield from _engine(config, model, decode_mesh, processes, sizes if shared else 0)
+    engines = 1 if config.rollout.one_engine else len({device.process_index for device in devices})
+    yield from _engine(config, model, decode_mesh, engines, sizes if shared else 0)
     own = decode_mesh if shared else sharding.block(mesh, 0)
     version = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
     yield Program("weight sync", sync.spread(model, config.rollout.precision, mesh, own).lower(state.params, version),
@@ -118,13 +118,13 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
                   "rollout.precision.weights, rollout.mesh.tensor")
 
 
-def _engine(config: Config, model: ModelConfig, mesh: Any, processes: int, beside: int) -> Iterator[Program]:
-    """Prefill and decoding, of one process on its own devices."""
+def _engine(config: Config, model: ModelConfig, mesh: Any, engines: int, beside: int) -> Iterator[Program]:
+    """Prefill and decoding of one of the engines."""
     rollout, data = config.rollout, config.data
-    length, slots, prompts = data.max_prompt_tokens + rollout.max_tokens, rollout.slots // processes, data.prompts_per_step // processes
+    length, slots, prompts = data.max_prompt_tokens + rollout.max_tokens, rollout.slots // engines, data.prompts_per_step // engines
     if slots < 1 or prompts < 1:
         raise ValueError(f"rollout.slots={rollout.slots} and data.prompts_per_step={data.prompts_per_step} leave nothing for some of "
-                         f"{processes} processes; raise them")
+                         f"{engines} engines; raise them")
     engine = Engine(model, slots=slots, steps=rollout.tokens_per_dispatch, max_length=length, stop_ids=(0,),
                     precision=rollout.precision, mesh=mesh)
     weights = sync.abstract(model, rollout.precision, mesh)
@@ -168,6 +168,9 @@ def compile(program: Program, chip: Chip) -> Compiled:
     try:
         memory = program.lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
+        if "limited ICI routing" in str(error) or "Unexpected device_id" in str(error):
+            raise ValueError(f"on this slice a program takes one device or all, and {program.name} takes some; set rollout.one_engine "
+                             "to yes, with a rollout.mesh of all devices") from error
         used = re.search(r"Used ([\d.]+)([GMK]) of ([\d.]+)([GMK]) hbm", str(error))
         if not used:
             raise

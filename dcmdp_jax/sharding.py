@@ -60,15 +60,19 @@ def meshes(config: Config, devices: list[Any] | None = None, process: int | None
     """The mesh that trains and the one that samples: the same, or the devices divided as `rollout.devices` says.
 
     Of several processes each samples on devices of its own: its block of the training mesh, or its share of
-    `rollout.devices`. Raises ValueError where they cannot be.
+    `rollout.devices`; or all sample together, with `rollout.one_engine`. Raises ValueError where they cannot be.
     """
     devices, process = jax.devices() if devices is None else devices, jax.process_index() if process is None else process
     sampling, of = len(devices) if config.rollout.devices == -1 else config.rollout.devices, {}
     for device in devices:
         of.setdefault(device.process_index, []).append(device)
+    if config.rollout.one_engine and sampling not in (0, len(devices)):
+        raise ValueError(f"rollout.one_engine samples on all devices; set rollout.devices to -1 or 0, not {sampling}")
     if not sampling:
         mesh = make_mesh(config.mesh, devices)
-        return mesh, block(mesh, process)
+        return mesh, mesh if config.rollout.one_engine else block(mesh, process)
+    if config.rollout.one_engine:
+        return make_mesh(config.mesh, devices), make_mesh(config.rollout.mesh, devices, "rollout.mesh")
     if sampling > len(devices):
         raise ValueError(f"rollout.devices={sampling} are more than the {len(devices)} there are")
     if sampling % len(of):

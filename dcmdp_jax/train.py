@@ -110,7 +110,10 @@ def _collect(config: Config, inputs: Inputs, engine: Engine, asked: Callable[[],
     """The batch of constrained step `number`, from all processes; None after the last, or where any was asked to stop."""
     if number >= config.steps:
         return None
-    vocabulary, first = inputs.tokenizer, hosts.part(config.data.prompts_per_step).start * config.rollout.samples
+    vocabulary, engines = inputs.tokenizer, hosts.engines(config.rollout)
+    first = hosts.part(config.data.prompts_per_step, engines).start * config.rollout.samples
+    if config.rollout.one_engine:  # what runs in step stops in step; and its collectives do not mix with those that agree on it
+        policy, asked = jax.block_until_ready(policy), partial(hosts.any_of_now, asked)
     try:
         with jax.default_device(inputs.decode_mesh.local_devices[0]):  # keys do not wait for a device that trains
             sampled = rollout(engine, policy, next(inputs.prompts), samples=config.rollout.samples, first=first,
@@ -121,7 +124,8 @@ def _collect(config: Config, inputs: Inputs, engine: Engine, asked: Callable[[],
         sampled = None
     if hosts.any_of(sampled is None):
         return None
-    scored = _together(rewards.score(sampled, vocabulary.decode, config.data.verifier))
+    scored = rewards.score(sampled, vocabulary.decode, config.data.verifier)
+    scored = scored if engines == 1 else _together(scored)
     batch = data.pack(
         scored, minibatches=config.algorithm.minibatches, microbatches=config.algorithm.microbatches,
         row_length=config.algorithm.row_length or engine.max_length, row_divisor=sharding.batch_size(inputs.mesh),
@@ -130,9 +134,7 @@ def _collect(config: Config, inputs: Inputs, engine: Engine, asked: Callable[[],
 
 
 def _together(scored: Scored) -> Scored:
-    """The completions of all processes as one batch; with several, texts and problems are left out."""
-    if jax.process_count() == 1:
-        return scored
+    """The completions of all processes as one batch; texts and problems are left out."""
     sampled = scored.rollout
     prompts, arrays, reward = hosts.gather((sampled.prompts._replace(examples=()), sampled._replace(prompts=(), sampling=()),
                                             scored.reward))
@@ -160,7 +162,7 @@ def _held_out(config: Config, inputs: Inputs, engine: Engine) -> Callable[[Weigh
 
 def make_engine(config: Config, inputs: Inputs) -> Engine:
     """The engine that this process samples from."""
-    return Engine(inputs.model, slots=config.rollout.slots // jax.process_count(), steps=config.rollout.tokens_per_dispatch,
+    return Engine(inputs.model, slots=config.rollout.slots // hosts.engines(config.rollout), steps=config.rollout.tokens_per_dispatch,
                   max_length=config.data.max_prompt_tokens + config.rollout.max_tokens, stop_ids=inputs.tokenizer.eos_ids,
                   precision=config.rollout.precision, mesh=inputs.decode_mesh)
 
@@ -186,7 +188,7 @@ def read_inputs(config: Config) -> Inputs:
     qwen3_shapes = jax.eval_shape(partial(qwen3.init, config=model), jax.random.key(0))
     sharding.params(qwen3.logical_axes(model), mesh, sharding.TRAIN, qwen3_shapes)
     sync.check(model, config.rollout.precision, decode_mesh)
-    engines = jax.process_count()
+    engines = hosts.engines(config.rollout)
     for name, size, shards in (("rollout.slots", config.rollout.slots, engines * sharding.batch_size(decode_mesh)),
                                ("warmup.batch_size", config.warmup.batch_size, sharding.batch_size(mesh))):
         if size % shards:
@@ -200,7 +202,7 @@ def read_inputs(config: Config) -> Inputs:
             "enable_thinking": config.data.enable_thinking, "instruction": config.data.instruction}
     prompts = data.prompts(data.read(config.data.path) if config.data.path else task, vocabulary,
                            batch_size=config.data.prompts_per_step, seed=config.seed, shuffle=config.data.shuffle,
-                           process_index=jax.process_index(), process_count=engines, **wrap)
+                           process_index=jax.process_index() % engines, process_count=engines, **wrap)
     held_out = None
     if config.eval.every and config.data.eval_path:
         held_out = data.tokenize(data.read(config.data.eval_path)[:config.eval.prompts], vocabulary, **wrap)

@@ -15,14 +15,15 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).parents[1]
 GIB = 2**30
+WHOLE = ["--rollout.one_engine", "yes"]  # a v5e or v6e slice runs programs on one device or on all
 SLICES = [  # title, experiment, topology, options
-    ("Qwen3-8B, v5e-64", "pod_8b", "v5e:8x8", ["--rollout.slots", "256"]),
-    ("Qwen3-8B, v6e-16", "pod_8b", "v6e:4x4", ["--algorithm.microbatches", "32", "--rollout.slots", "128"]),
-    ("Qwen3-8B, v6e-32", "pod_8b", "v6e:4x8", ["--algorithm.microbatches", "16", "--rollout.slots", "256"]),
+    ("Qwen3-8B, v5e-64", "pod_8b", "v5e:8x8", [*WHOLE, "--rollout.slots", "256"]),
+    ("Qwen3-8B, v6e-16", "pod_8b", "v6e:4x4", [*WHOLE, "--algorithm.microbatches", "32", "--rollout.slots", "128"]),
+    ("Qwen3-8B, v6e-32", "pod_8b", "v6e:4x8", [*WHOLE, "--algorithm.microbatches", "16", "--rollout.slots", "256"]),
     ("Qwen3-8B, v5p-16", "pod_8b", "v5p:2x2x4", ["--algorithm.microbatches", "32"]),
     ("Qwen3-8B, v5p-64", "pod_8b", "v5p:4x4x4", []),
     ("Qwen3-30B-A3B, v5p-64", "pod_30b_a3b", "v5p:4x4x4", []),
-    ("Qwen3-30B-A3B, v6e-64", "pod_30b_a3b", "v6e:8x8", ["--rollout.slots", "256"]),
+    ("Qwen3-30B-A3B, v6e-64", "pod_30b_a3b", "v6e:8x8", [*WHOLE, "--rollout.slots", "256"]),
 ]
 
 

@@ -127,9 +127,12 @@ def test_half_of_the_options_are_refused(options, tmp_path, capsys):
 
 
 def test_parts_are_contiguous_and_complete(monkeypatch):
-    monkeypatch.setattr(hosts.jax, "process_count", lambda: 3)
     for size in (1, 2, 7, 9):
-        parts = [hosts.part(size, process) for process in range(3)]
+        parts = []
+        for process in range(3):
+            monkeypatch.setattr(hosts.jax, "process_index", lambda process=process: process)
+            parts.append(hosts.part(size, 3))
+            assert hosts.part(size, 1) == slice(0, size)
         assert [i for part in parts for i in range(size)[part]] == list(range(size))
         assert all(len(range(size)[part]) <= len(range(size)[parts[0]]) for part in parts)
 
