@@ -218,7 +218,10 @@ def _plan(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     config = override(load_experiment(args.experiment), _overrides(rest))
     from dcmdp_jax import parity, plan, train
 
-    found = plan.make(config, train.read_model(config), args.topology, args.slices, say=lambda line: print(line, file=sys.stderr, flush=True))
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    found = plan.make(config, train.read_model(config), args.topology, args.slices, say)
     print("\n".join([parity.columns(plan.table(found), left=1), *plan.verdict(found)]))
     if args.json:
         plan.write(found, args.json)

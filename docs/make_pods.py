@@ -30,7 +30,8 @@ SLICES = [  # title, experiment, topology, options
 def plan(experiment: str, topology: str, options: list[str]) -> dict:
     """One plan, in a process of its own: a slice's compiler is loaded once."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [pathlib.Path(sys.executable).with_name("dcmdp"), "plan", f"experiments/{experiment}.py", "--topology", topology, "--json", file.name]
+        command = [pathlib.Path(sys.executable).with_name("dcmdp"), "plan", f"experiments/{experiment}.py",
+                   "--topology", topology, "--json", file.name]
         done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
         print(done.stdout, flush=True)
         if done.returncode == 2:

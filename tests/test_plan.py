@@ -30,7 +30,7 @@ def test_every_program_compiles(model, axes):
     config = dataclasses.replace(configure(model, mesh=MeshConfig(tensor=4)), mesh=axes)
     found = plan.make(config, model, "v5e:2x2")
     assert [item.program.name for item in found.programs] == ["train step", "scoring pass", "prefill", "decode, 16 tokens", "weight sync"]
-    assert all(item.temporaries > 0 and not item.excess for item in found.programs)
+    assert all(item.peak > item.program.beside and not item.excess for item in found.programs)
     step = found.programs[0]
     scales = 2 * MODEL.num_layers * (MODEL.hidden_size + MODEL.head_dim) + MODEL.hidden_size
     state = 12 * (count.parameters(model).total + scales) / 4
@@ -46,15 +46,15 @@ def test_every_program_compiles(model, axes):
 def test_flops_of_a_pass_are_the_compilers():
     """Against XLA's count of prefill and head; prefill has no causal half, and ends with the last layer's keys and values."""
     params = jax.eval_shape(lambda: qwen3.unstack(qwen3.init(jax.random.key(0), MODEL), MODEL))
-    tokens, last = jax.ShapeDtypeStruct((2, 512), jnp.int32), jax.ShapeDtypeStruct((2, 512, 128), jnp.bfloat16)
+    tokens, last = jax.ShapeDtypeStruct((1, 512), jnp.int32), jax.ShapeDtypeStruct((1, 512, 128), jnp.bfloat16)
 
     def scored(params, tokens, last):
         return qwen3.prefill(params, tokens, MODEL), qwen3.head(params, last, MODEL)
 
     d, f, heads = MODEL.hidden_size, MODEL.intermediate_size, MODEL.num_heads * MODEL.head_dim
-    unused = 1024 * (2 * (3 * d * f + 2 * d * heads) + 4 * 512 * heads)
-    counted = sum(count.forward(MODEL, 1024, 512, 1024)) - unused
-    found = jax.jit(scored).lower(params, tokens, last).compile().cost_analysis()["flops"]
+    unused = 512 * (2 * (3 * d * f + 2 * d * heads) + 4 * 512 * heads)
+    counted = sum(count.forward(MODEL, 512, 512, 512)) - unused
+    found = jax.jit(scored).lower(params, tokens, last).cost_analysis()["flops"]
     assert counted <= found <= 1.1 * counted  # the compiler counts norms and softmax, too
 
 

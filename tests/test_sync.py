@@ -161,7 +161,7 @@ def test_placement_is_the_decode_table(model, precision):
     assert tuple(attention["o_proj"].values.sharding.spec) == ("tensor", None, None)
     few = attention["o_proj"].scale  # one per output channel is not split, one per head and group is
     assert tuple(few.sharding.spec) == ((None, None, None) if few.shape[0] == 1 else ("tensor", None, None))
-    assert tuple(params["stacks"][0]["attention"]["q_proj"].sharding.spec) == (None, "fsdp", "tensor", None)
+    assert tuple(params["stacks"][0]["attention"]["q_proj"].sharding.spec) == (None, ("fsdp", "expert", "sequence"), "tensor", None)
 
 
 @pytest.mark.parametrize("precision", [Precision(), Precision(weights="int8")], ids=["float32", "int8"])

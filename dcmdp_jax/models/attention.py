@@ -5,7 +5,6 @@ B rows, KV kv-heads, G q-heads for each of them, S positions, h head size.
 
 from __future__ import annotations
 
-from functools import partial
 
 import jax
 import jax.numpy as jnp

@@ -9,7 +9,6 @@ r rows, s positions, k experts a token, D model, F expert size, E experts.
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import jax

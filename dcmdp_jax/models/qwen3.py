@@ -23,6 +23,7 @@ from dcmdp_jax.models import attention
 from dcmdp_jax.models import cache as kv_cache
 from dcmdp_jax.models.cache import Cache
 from dcmdp_jax.models.layers import Ends, Layer, compute_dtype, rotary
+from dcmdp_jax.models.quantized import Quantized
 
 CONTRACTED = {
     "q_proj": (-3,),
@@ -146,8 +147,10 @@ def _embedded(params: dict, tokens: jax.Array, config: ModelConfig) -> jax.Array
 
 def _computed(layer_params: dict, config: ModelConfig) -> dict:
     """Projections in the compute dtype, so that they are gathered in it."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, w: w.astype(compute_dtype(config)) if path[-1].key in CONTRACTED else w, layer_params)
+    def leaf(path, w):
+        return w.astype(compute_dtype(config)) if path[-1].key in CONTRACTED and not isinstance(w, Quantized) else w
+
+    return jax.tree_util.tree_map_with_path(leaf, layer_params, is_leaf=lambda w: isinstance(w, Quantized))
 
 
 def head(params: dict, x: jax.Array, config: ModelConfig) -> jax.Array:
