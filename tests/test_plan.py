@@ -14,7 +14,7 @@ from test_step import make_config
 
 MODEL = ModelConfig(vocab_size=512, hidden_size=128, intermediate_size=256, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=128,
                     bfloat16=True, remat=True)
-MOE = dataclasses.replace(MODEL, num_experts=8, experts_per_token=2, expert_size=64)
+MOE = dataclasses.replace(MODEL, num_experts=8, experts_per_token=2, expert_size=128)
 
 
 def configure(model=MODEL, **rollout):
@@ -74,7 +74,7 @@ def test_experts_travel_and_weights_are_gathered():
     config = dataclasses.replace(configure(MOE), mesh=MeshConfig(expert=2, fsdp=2))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:4])
     work = count.scoring(MOE, 4, 128, 1, config, mesh)
-    d, f, e, k, layers = 128, 64, 8, 2, 2
+    d, f, e, k, layers = 128, 128, 8, 2, 2
     attention = 4 * d * 4 * 128
     gathered = 2 * 3 / 4 * (layers * (attention + d * e) + 512 * d) + 2 / 2 * layers * (e // 2) * 3 * d * f
     sent = 2 * (4 * 128 / 4) * k * d * 2 * layers / 2
