@@ -51,9 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
     diagnose.add_argument("--all", action="store_true", help="try properties that the engine has exact, too")
     diagnose.set_defaults(run=_diagnose)
 
-    plan = commands.add_parser("plan", allow_abbrev=False, help="compile an experiment for a TPU slice that is not there", description=(
-        "Compiles every program of an experiment for a TPU topology with libtpu, no TPU needed, and prints memory per chip, FLOPs, "
-        "bytes over the links and the least time a step can take. Fields are set as for train."))
+    plan = commands.add_parser("plan", allow_abbrev=False, help="compile an experiment for a TPU slice that is not there",
+                               description=(
+        "Compiles every program of an experiment for a TPU topology with libtpu, no TPU needed, and prints memory per chip, "
+        "FLOPs, bytes over the links and the least time a step can take. Fields are set as for train."))
     plan.add_argument("experiment", help="a Python file with CONFIG = Config(...)")
     plan.add_argument("--topology", required=True, metavar="KIND:SHAPE", help="a slice, such as v5p:4x4x4, v5e:8x8 or v6e:4x4")
     plan.add_argument("--slices", type=int, default=1, help="slices of that topology, joined along mesh.data")

@@ -48,7 +48,8 @@ def parameters(model: ModelConfig) -> Weights:
     """Matrices alone; scales of norms are left out."""
     d, heads = model.hidden_size, (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     sparse = sum(model.is_sparse(layer) for layer in range(model.num_layers))
-    every = model.num_layers * d * heads + (model.num_layers - sparse) * 3 * d * model.intermediate_size + sparse * d * model.num_experts
+    dense = (model.num_layers - sparse) * 3 * d * model.intermediate_size
+    every = model.num_layers * d * heads + dense + sparse * d * model.num_experts
     expert, table = 3 * d * model.expert_size, model.vocab_size * d
     return Weights(every, sparse * model.num_experts * expert, sparse * model.experts_per_token * expert, table,
                    0 if model.tie_word_embeddings else table)
@@ -124,7 +125,7 @@ def _held(precision: str) -> float:
 
 
 def _exchange(model: ModelConfig, tokens: int, mesh: Any, passes: int, *, gradients: bool) -> float:
-    """Weights gathered once a pass, gradients added up and split, tokens sent to their experts and partial sums of heads added."""
+    """Weights gathered once a pass, gradients added up and split, tokens sent to their experts, partial sums of heads added."""
     w, size, shape = parameters(model), _size(model), mesh.shape
     over = math.prod(shape[axis] for axis in sharding.TRAIN["embed"])
     of_experts = math.prod(shape[axis] for axis in sharding.TRAIN["expert_embed"])

@@ -84,7 +84,8 @@ def topology(name: str, slices: int = 1) -> list[Any]:
     """The devices of a slice such as "v5p:4x4x4", or of several. Raises ValueError where libtpu knows no such slice."""
     kind = name.split(":")[0]
     if kind not in CHIPS or ":" not in name:
-        raise ValueError(f"--topology {name!r} is not KIND:SHAPE with KIND one of {', '.join(CHIPS)}, such as v5p:4x4x4 or v5e:8x8")
+        raise ValueError(f"--topology {name!r} is not KIND:SHAPE with KIND one of {', '.join(CHIPS)}, such as v5p:4x4x4 or "
+                         "v5e:8x8")
     # Compiling touches no TPU, so that several processes may; the metadata server is not there to be asked.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost",
                    "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
@@ -103,8 +104,9 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
     state, batch = abstract_state(config, model, mesh), abstract_batch(config, mesh)
     sizes = sharding.local_bytes(state)
     parts, (rows, length) = config.algorithm.minibatches * config.algorithm.microbatches, batch.tokens.shape[2:]
-    yield Program("train step", step.compile(config, model, mesh).lower(state, batch), count.update(model, rows, length, config, mesh),
-                  1, 0, "algorithm.microbatches, model.remat, mesh.sequence or mesh.tensor")
+    yield Program("train step", step.compile(config, model, mesh).lower(state, batch),
+                  count.update(model, rows, length, config, mesh), 1, 0,
+                  "algorithm.microbatches, model.remat, mesh.sequence or mesh.tensor")
     score = jax.jit(sharding.over(mesh, partial(step.score, config=config, model=model)))
     yield Program("scoring pass", score.lower(state.params, batch), count.scoring(model, rows, length, parts, config, mesh), 0,
                   sizes - sharding.local_bytes(state.params), "algorithm.microbatches, mesh.sequence or mesh.tensor")
@@ -121,18 +123,19 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
 def _engine(config: Config, model: ModelConfig, mesh: Any, engines: int, beside: int) -> Iterator[Program]:
     """Prefill and decoding of one of the engines."""
     rollout, data = config.rollout, config.data
-    length, slots, prompts = data.max_prompt_tokens + rollout.max_tokens, rollout.slots // engines, data.prompts_per_step // engines
+    length = data.max_prompt_tokens + rollout.max_tokens
+    slots, prompts = rollout.slots // engines, data.prompts_per_step // engines
     if slots < 1 or prompts < 1:
-        raise ValueError(f"rollout.slots={rollout.slots} and data.prompts_per_step={data.prompts_per_step} leave nothing for some of "
-                         f"{engines} engines; raise them")
+        raise ValueError(f"rollout.slots={rollout.slots} and data.prompts_per_step={data.prompts_per_step} leave nothing for "
+                         f"some of {engines} engines; raise them")
     engine = Engine(model, slots=slots, steps=rollout.tokens_per_dispatch, max_length=length, stop_ids=(0,),
                     precision=rollout.precision, mesh=mesh)
     weights = sync.abstract(model, rollout.precision, mesh)
     at_once = max(min(generate.PREFILL_TOKENS // data.max_prompt_tokens, prompts), 1)
     prefill, decode = engine.lower(weights, at_once, data.max_prompt_tokens)
     cache = sharding.local_bytes(engine.state_shapes())
-    yield Program("prefill", prefill, count.prefill(model, at_once, data.max_prompt_tokens, mesh), prompts / at_once, beside + cache,
-                  "rollout.mesh.tensor, data.max_prompt_tokens")
+    yield Program("prefill", prefill, count.prefill(model, at_once, data.max_prompt_tokens, mesh), prompts / at_once,
+                  beside + cache, "rollout.mesh.tensor, data.max_prompt_tokens")
     waves = -(-prompts * rollout.samples // slots)
     yield Program(f"decode, {rollout.tokens_per_dispatch} tokens", decode, count.decode(model, rollout, slots, length, mesh),
                   waves * rollout.max_tokens / rollout.tokens_per_dispatch, beside,
@@ -152,7 +155,7 @@ def abstract_batch(config: Config, mesh: Any) -> Batch:
     count = config.data.prompts_per_step * config.rollout.samples // (a.minibatches * a.microbatches)
     length = a.row_length or config.data.max_prompt_tokens + width
     rows = -(-count // sharding.batch_size(mesh)) * sharding.batch_size(mesh)
-    sizes = {"tokens": (rows, length), "positions": (rows, length), "segment_ids": (rows, length), "reward": (count,), "group": (count,)}
+    sizes = dict.fromkeys(("tokens", "positions", "segment_ids"), (rows, length)) | dict.fromkeys(("reward", "group"), (count,))
     kinds = {"mask": jnp.bool_, "rollout_logp": jnp.float32, "reward": jnp.float32}
 
     def leaf(name, place):
@@ -169,8 +172,8 @@ def compile(program: Program, chip: Chip) -> Compiled:
         memory = program.lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "limited ICI routing" in str(error) or "Unexpected device_id" in str(error):
-            raise ValueError(f"on this slice a program takes one device or all, and {program.name} takes some; set rollout.one_engine "
-                             "to yes, with a rollout.mesh of all devices") from error
+            raise ValueError(f"on this slice a program takes one device or all, and {program.name} takes some; set "
+                             "rollout.one_engine to yes, with a rollout.mesh of all devices") from error
         used = re.search(r"Used ([\d.]+)([GMK]) of ([\d.]+)([GMK]) hbm", str(error))
         if not used:
             raise
@@ -186,7 +189,11 @@ def compile(program: Program, chip: Chip) -> Compiled:
 
 def seconds(work: count.Work, chip: Chip) -> float:
     """The roof: no device does this work in less."""
-    return max(work.flops / chip.flops, work.memory / chip.bandwidth, work.link / chip.link)
+    return max(_roofs(work, chip))
+
+
+def _roofs(work: count.Work, chip: Chip) -> tuple[float, float, float]:
+    return work.flops / chip.flops, work.memory / chip.bandwidth, work.link / chip.link
 
 
 def make(config: Config, model: ModelConfig, name: str, slices: int = 1, say: Callable[[str], None] = lambda line: None) -> Plan:
@@ -207,7 +214,7 @@ def table(plan: Plan) -> list[list[str]]:
     rows = [head]
     for item in plan.programs:
         program, work = item.program, item.program.work
-        roofs = {"FLOPs": work.flops / plan.chip.flops, "memory": work.memory / plan.chip.bandwidth, "links": work.link / plan.chip.link}
+        roofs = dict(zip(("FLOPs", "memory", "links"), _roofs(work, plan.chip)))
         rows.append([program.name, f"{item.arguments / GIB:.2f}", f"{item.temporaries / GIB:.2f}", f"{item.peak / GIB:.2f}",
                      "no" if item.excess else "yes", f"{work.flops / 1e12:.3g}", f"{work.link / 1e9:.3g}", f"{program.calls:g}",
                      f"{program.calls * seconds(work, plan.chip):.3g}", max(roofs, key=roofs.get), f"{item.seconds:.0f}"])
@@ -216,7 +223,8 @@ def table(plan: Plan) -> list[list[str]]:
 
 def verdict(plan: Plan) -> list[str]:
     """What does not fit and what to turn, or how long a step takes at the roof."""
-    lines = [f"{item.program.name} does not fit: {item.excess}; turn {item.program.knobs}" for item in plan.programs if item.excess]
+    lines = [f"{item.program.name} does not fit: {item.excess}; turn {item.program.knobs}"
+             for item in plan.programs if item.excess]
     whole = sum(item.program.calls * seconds(item.program.work, plan.chip) for item in plan.programs)
     return lines + [f"a constrained step of {plan.tokens:,} sampled tokens takes {whole:.3g} s at the roof, "
                     f"{plan.tokens / whole / plan.devices:,.0f} tokens/s a device; no run is faster"]

@@ -36,13 +36,17 @@ ACTIVATIONS = DECODE | {"rows": BATCH, "replicas": "data", "positions": "sequenc
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None, name: str = "mesh") -> Mesh:
-    """The mesh of all devices; `name` is the option that errors speak of. Raises ValueError where the axes' product is not their number."""
+    """The mesh of all devices; `name` is the option that errors speak of.
+
+    Raises ValueError where the axes' product is not their number, and where anything but `data` would cross slices.
+    """
     devices = devices if devices is not None else jax.devices()
     fixed = config.data * config.expert * config.sequence * config.tensor
     fsdp = config.fsdp or len(devices) // fixed
     if fixed * fsdp != len(devices):
         raise ValueError(f"{name}.data={config.data} * fsdp={config.fsdp or 'rest'} * expert={config.expert} * "
-                         f"sequence={config.sequence} * tensor={config.tensor} does not make {len(devices)}, the number of devices")
+                         f"sequence={config.sequence} * tensor={config.tensor} does not make {len(devices)}, "
+                         "the number of devices")
     shape = (config.data, fsdp, config.expert, config.sequence, config.tensor)
     slices = len({slice_of(device) for device in devices})
     if config.data % slices:

@@ -162,7 +162,8 @@ def _held_out(config: Config, inputs: Inputs, engine: Engine) -> Callable[[Weigh
 
 def make_engine(config: Config, inputs: Inputs) -> Engine:
     """The engine that this process samples from."""
-    return Engine(inputs.model, slots=config.rollout.slots // hosts.engines(config.rollout), steps=config.rollout.tokens_per_dispatch,
+    slots = config.rollout.slots // hosts.engines(config.rollout)
+    return Engine(inputs.model, slots=slots, steps=config.rollout.tokens_per_dispatch,
                   max_length=config.data.max_prompt_tokens + config.rollout.max_tokens, stop_ids=inputs.tokenizer.eos_ids,
                   precision=config.rollout.precision, mesh=inputs.decode_mesh)
 

@@ -1,7 +1,7 @@
 """Does the constraint hold the gap of a bfloat16 engine, and does the model gain? Qwen3-8B in the paper's setting.
 
 Command:  dcmdp train experiments/pod_8b.py --distributed --model.folder Qwen3-8B --data.path dapo-math-17k.parquet
-Hardware: a TPU slice; `dcmdp plan experiments/pod_8b.py --topology v5p:4x4x4` tells what it needs, docs/pods.md what others do
+Hardware: a TPU slice; `dcmdp plan experiments/pod_8b.py --topology v5p:4x4x4` tells what it needs
 Time:     not measured; docs/pods.md has the least time a step can take
 Result:   not measured here; the paper reports an average of 71.0 over six sets, 67.3 without the constraint (arXiv 2606.08779)
 """
@@ -9,16 +9,16 @@ Result:   not measured here; the paper reports an average of 71.0 over six sets,
 from functools import partial
 
 from dcmdp_jax import constraint, rewards
-from dcmdp_jax.config import (AlgorithmConfig, Config, ConstraintConfig, DataConfig, EvalConfig, MeshConfig, ModelSource, Precision,
-                              RolloutConfig)
+from dcmdp_jax.config import (AlgorithmConfig, Config, ConstraintConfig, DataConfig, EvalConfig, MeshConfig, ModelSource,
+                              Precision, RolloutConfig)
 from dcmdp_jax.losses import advantages, corrections, policy, reduce
 from dcmdp_jax.models import sizes
 
 CONFIG = Config(
     name="pod_8b",
     model=ModelSource(shape=sizes.QWEN3_8B, bfloat16=True, remat=True),
-    data=DataConfig(path="dapo-math-17k.parquet", verifier=rewards.math_answer, prompts_per_step=64, max_prompt_tokens=1024, chat=True,
-                    enable_thinking=True),
+    data=DataConfig(path="dapo-math-17k.parquet", verifier=rewards.math_answer, prompts_per_step=64,
+                    max_prompt_tokens=1024, chat=True, enable_thinking=True),
     rollout=RolloutConfig(samples=8, max_tokens=8192, precision=Precision(weights="bfloat16", embed="bfloat16", head="bfloat16"),
                           slots=512, tokens_per_dispatch=32, devices=-1, mesh=MeshConfig(tensor=4)),
     algorithm=AlgorithmConfig(

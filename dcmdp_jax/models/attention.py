@@ -62,7 +62,8 @@ def _on_one_device(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array) -
 def _by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array) -> jax.Array:
     rows, heads, group, size, width = q.shape
     flat = q.reshape(rows, heads * group, size, width).swapaxes(1, 2)
-    out = jax.nn.dot_product_attention(flat, k.swapaxes(1, 2), v.swapaxes(1, 2), mask=_mask(first)[:, None], implementation="cudnn")
+    out = jax.nn.dot_product_attention(flat, k.swapaxes(1, 2), v.swapaxes(1, 2), mask=_mask(first)[:, None],
+                                       implementation="cudnn")
     return out.swapaxes(1, 2).reshape(q.shape)
 
 

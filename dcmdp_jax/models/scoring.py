@@ -150,7 +150,7 @@ _score.defvjp(_forward, _backward)
 
 
 def _values(tiling: Tiling, hidden: jax.Array, weight: jax.Array, targets: jax.Array, wanted: jax.Array) -> tuple:
-    """logp, entropy if asked for, and the moved log-sum-exp: softmax by a running maximum and sum over parts of the vocabulary."""
+    """logp, entropy if asked for, and the moved log-sum-exp: softmax by a running maximum and sum over parts of the words."""
     moved = _move(tiling, hidden, targets, wanted)
 
     def part(i, sums):

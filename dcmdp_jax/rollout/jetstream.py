@@ -122,9 +122,8 @@ class Engine(engine_api.Engine):
 
     def lower(self, weights: Any, prompts: int, width: int) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
         """Prefill of `prompts` of `width` tokens, and one dispatch over the whole cache, from the weights' shapes alone."""
-        prefill = self._prefill.lower(weights.params, *(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((prompts, width), (prompts,))))
-        leave_at = jax.ShapeDtypeStruct((), jnp.int32)
-        return prefill, self._generate.lower(weights, self.state_shapes(), leave_at, window=self.max_length)
+        tokens, lengths, leave_at = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((prompts, width), (prompts,), ()))
+        return self._prefill.lower(weights.params, tokens, lengths), self._generate.lower(weights, self.state_shapes(), leave_at, window=self.max_length)
 
     def prefill(self, *, params: Weights, existing_prefix: Any = None, padded_tokens: Any, true_length: Any) -> decode.Prefix:
         """Caches prompts: `padded_tokens` [P] with an int, or [rows, P] with [rows] true lengths."""
