@@ -68,11 +68,6 @@ def steps(workdir: pathlib.Path) -> list[int]:
     return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
 
 
-def abstract(shapes: Any, shardings: Any) -> Any:
-    """Shapes with shardings, what `restore` lays a checkpoint out as."""
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings)
-
-
 def _restore(manager: ocp.CheckpointManager, step: int, state: Any) -> tuple[TrainState, Any]:
     args = ocp.args.Composite(state=state, rest=ocp.args.JsonRestore())
     try:

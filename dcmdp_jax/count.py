@@ -95,8 +95,7 @@ def decode(model: ModelConfig, rollout: RolloutConfig, slots: int, length: int, 
     flops = sum(forward(model, slots, context, slots)) / mesh.size
     w, split = parameters(model), mesh.shape["tensor"]
     touched = min(1.0, slots * model.experts_per_token / max(model.num_experts, 1))
-    size = BYTES[rollout.precision.weights] if rollout.precision.weights != "float32" else 4
-    weights = (size * (w.layers + touched * w.experts / mesh.shape["expert"]) + _held(rollout.precision.head) * w.head) / split
+    weights = (_held(rollout.precision.weights) * (w.layers + touched * w.experts / mesh.shape["expert"]) + _held(rollout.precision.head) * w.head) / split
     cached = BYTES[rollout.precision.cache or ("bfloat16" if model.bfloat16 else "float32")]
     position = 2 * model.num_layers * model.num_kv_heads * model.head_dim * cached / split
     memory = weights + position * context * slots / sharding.batch_size(mesh)

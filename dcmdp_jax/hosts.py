@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -121,11 +121,6 @@ def stopping() -> bool:
 def any_of(flag: bool) -> bool:
     """Whether any process says so."""
     return bool(gather(np.array([flag])).any())
-
-
-def any_of_now(asked: Callable[[], bool]) -> bool:
-    """Whether any process answers yes; all must ask."""
-    return any_of(asked())
 
 
 def gather(tree: Any) -> Any:

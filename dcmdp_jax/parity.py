@@ -77,7 +77,7 @@ def load(config: Config, inputs: train.Inputs, workdir: pathlib.Path) -> Policy:
 
 def restore(config: Config, inputs: train.Inputs, workdir: pathlib.Path, number: int) -> tuple[TrainState, Any]:
     """Checkpoint `number` and its data position (`checkpoint.read`). Raises ValueError where it does not fit the model."""
-    return checkpoint.read(workdir, number, train.abstract_state(config, inputs.model, inputs.mesh))
+    return checkpoint.read(workdir, number, step.abstract_state(config, inputs.model, inputs.mesh))
 
 
 def sample(engine: Engine, policy: Weights, config: Config, inputs: train.Inputs, number: int) -> Rollout:

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 
 from dcmdp_jax import count, sharding, step, sync
 from dcmdp_jax.config import Config, ModelConfig
-from dcmdp_jax.models import qwen3
 from dcmdp_jax.records import Batch
 from dcmdp_jax.rollout import generate
 from dcmdp_jax.rollout.jetstream import Engine
@@ -101,7 +100,7 @@ def topology(name: str, slices: int = 1) -> list[Any]:
 def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator[Program]:
     """What a run compiles on `devices`, each at its longest. Raises ValueError where it cannot be laid out."""
     mesh, decode_mesh = sharding.meshes(config, devices, process=0)
-    state, batch = abstract_state(config, model, mesh), abstract_batch(config, mesh)
+    state, batch = step.abstract_state(config, model, mesh), abstract_batch(config, mesh)
     sizes = sharding.local_bytes(state)
     parts, (rows, length) = config.algorithm.minibatches * config.algorithm.microbatches, batch.tokens.shape[2:]
     yield Program("train step", step.compile(config, model, mesh).lower(state, batch),
@@ -140,13 +139,6 @@ def _engine(config: Config, model: ModelConfig, mesh: Any, engines: int, beside:
     yield Program(f"decode, {rollout.tokens_per_dispatch} tokens", decode, count.decode(model, rollout, slots, length, mesh),
                   waves * rollout.max_tokens / rollout.tokens_per_dispatch, beside,
                   "rollout.slots, rollout.precision.cache, rollout.mesh.tensor")
-
-
-def abstract_state(config: Config, model: ModelConfig, mesh: Any) -> Any:
-    """Shapes and places of a run's state."""
-    shapes = jax.eval_shape(lambda: step.init_state(config, qwen3.init(jax.random.key(0), model)))
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes,
-                        step.state_shardings(config, model, mesh))
 
 
 def abstract_batch(config: Config, mesh: Any) -> Batch:

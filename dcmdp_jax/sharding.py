@@ -202,6 +202,11 @@ def local_shape(logical: tuple[str | None, ...], shape: tuple[int, ...]) -> tupl
     return named(*logical).shard_shape(shape) if ambient() else shape
 
 
+def abstract(shapes: Any, places: Any) -> Any:
+    """Shapes with shardings, in the place of arrays."""
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+
+
 def local_bytes(tree: Any) -> int:
     """Bytes that one device holds of arrays, or of shapes with shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -53,6 +53,12 @@ def state_shardings(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh)
         params=params, opt_state=optax.ScaleByAdamState(whole, params, params), stale=(params,) * config.rollout.staleness)
 
 
+def abstract_state(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes and places of a run's state, for reading checkpoints and for plans."""
+    shapes = jax.eval_shape(lambda: init_state(config, qwen3.init(jax.random.key(0), model)))
+    return sharding.abstract(shapes, state_shardings(config, model, mesh))
+
+
 def batch_shardings(mesh: jax.sharding.Mesh) -> Batch:
     """Packed rows over the batch axes and their positions over `sequence`; arrays of completions whole on every device."""
     rows, whole = sharding.packed_rows(mesh), sharding.replicated(mesh)
@@ -123,7 +129,7 @@ def score(params: Any, batch: Batch, config: Config, model: ModelConfig) -> tupl
 
 
 def _only_pass(params: Any, batch: Batch, config: Config, model: ModelConfig) -> tuple[jax.Array, Pull, jax.Array]:
-    """`_old_logp` of a single microbatch whose only update starts from the weights that sampled: the update's own forward
+    """`score` of a single microbatch whose only update starts from the weights that sampled: the update's own forward
     pass. Between its results stands the way back, from the gradient of the log-probs to the parameters'.
     """
     micro = jax.tree.map(lambda x: x[0, 0], batch)

@@ -41,7 +41,8 @@ def make(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> 
     """
     _check_names(precision)
 
-    here = jax.jit(partial(_convert, config=config, precision=precision), out_shardings=_places(config, precision, mesh))
+    places = _places(config, precision, mesh)
+    here = jax.jit(partial(_convert, config=config, precision=precision), out_shardings=places)
     elsewhere = jax.jit(partial(_convert, config=config, precision=precision))
 
     @functools.cache
@@ -55,10 +56,10 @@ def make(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> 
         if not isinstance(leaf, jax.Array) or not leaf.committed or leaf.sharding.device_set == set(mesh.devices.flat):
             return here(params, version)
         if leaf.is_fully_addressable:
-            return jax.device_put(elsewhere(params, version), _places(config, precision, mesh))
+            return jax.device_put(elsewhere(params, version), places)
         f, own = on_every_process(leaf.sharding.mesh)
         copies = jax.tree.map(lambda x: hosts.own_copy(x, own), f(params, version))
-        return copies if own == mesh else jax.device_put(copies, _places(config, precision, mesh))
+        return copies if own == mesh else jax.device_put(copies, places)
 
     return sync
 
@@ -72,8 +73,7 @@ def spread(config: ModelConfig, precision: Precision, training: jax.sharding.Mes
 
 def abstract(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> Weights:
     """Shapes and places of an engine's weights."""
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), _shapes(config, precision),
-                        _places(config, precision, mesh))
+    return sharding.abstract(_shapes(config, precision), _places(config, precision, mesh))
 
 
 def _convert(params: Any, version: Any, *, config: ModelConfig, precision: Precision) -> Weights:

@@ -112,14 +112,15 @@ def _collect(config: Config, inputs: Inputs, engine: Engine, asked: Callable[[],
         return None
     vocabulary, engines = inputs.tokenizer, hosts.engines(config.rollout)
     first = hosts.part(config.data.prompts_per_step, engines).start * config.rollout.samples
+    stops = asked
     if config.rollout.one_engine:  # what runs in step stops in step; and its collectives do not mix with those that agree on it
-        policy, asked = jax.block_until_ready(policy), partial(hosts.any_of_now, asked)
+        policy, stops = jax.block_until_ready(policy), lambda: hosts.any_of(asked())
     try:
         with jax.default_device(inputs.decode_mesh.local_devices[0]):  # keys do not wait for a device that trains
             sampled = rollout(engine, policy, next(inputs.prompts), samples=config.rollout.samples, first=first,
                               key=jax.random.fold_in(jax.random.key(config.seed), number),
                               max_tokens=config.rollout.max_tokens, sampling=sampling(config.rollout),
-                              stop_strings=config.rollout.stop_strings, decode=vocabulary.decode, asked=asked)
+                              stop_strings=config.rollout.stop_strings, decode=vocabulary.decode, asked=stops)
     except stopping.Interrupted:
         sampled = None
     if hosts.any_of(sampled is None):
@@ -282,15 +283,9 @@ def _restore(saved: checkpoint.Checkpoints, config: Config, inputs: Inputs) -> T
     """The newest checkpoint's state, with the data at its position; None where there is none."""
     if saved.latest is None:
         return None
-    state, position = saved.restore(abstract_state(config, inputs.model, inputs.mesh))
+    state, position = saved.restore(step.abstract_state(config, inputs.model, inputs.mesh))
     inputs.prompts.set_state(position)
     return state
-
-
-def abstract_state(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shapes and shardings of a run's state, for reading checkpoints."""
-    shapes = jax.eval_shape(lambda: step.init_state(config, qwen3.init(jax.random.key(0), model)))
-    return checkpoint.abstract(shapes, step.state_shardings(config, model, mesh))
 
 
 def export(config: Config, workdir: pathlib.Path, folder: str) -> int:
@@ -301,7 +296,7 @@ def export(config: Config, workdir: pathlib.Path, folder: str) -> int:
     found, model = checkpoint.steps(workdir), read_model(config)
     if not found:
         raise ValueError(f"{workdir} holds no checkpoints; give the run's --workdir")
-    state, _ = checkpoint.read(workdir, found[-1], abstract_state(config, model, sharding.meshes(config)[0]))
+    state, _ = checkpoint.read(workdir, found[-1], step.abstract_state(config, model, sharding.meshes(config)[0]))
     weights.save(folder, model, state.params)
     tokenizer.save(read_tokenizer(config), folder)
     return int(state.step)

@@ -24,10 +24,11 @@ if [[ -z "$repository" ]]; then
 fi
 
 printf -v arguments '%q ' "$@"
+cache=${CACHE:+$(printf %q "$CACHE")}
 work="set -e
 [ -d dcmdp_jax ] || git clone -q $(printf %q "$repository") dcmdp_jax
 cd dcmdp_jax
 [ -d .venv ] || { python3 -m venv .venv && .venv/bin/pip install -q --no-deps -r requirements.txt && .venv/bin/pip install -q --no-deps -e . && .venv/bin/pip install -q 'jax[tpu]' -c requirements.txt; }
-export JAX_COMPILATION_CACHE_DIR=$(printf %q "${CACHE:-/tmp/dcmdp-compiled}")
+export JAX_COMPILATION_CACHE_DIR=${cache:-\$HOME/.cache/dcmdp_jax}
 exec .venv/bin/dcmdp train $arguments--distributed"
 "${run[@]}" gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --worker=all --command "$work"

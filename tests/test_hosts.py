@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import checkpoint, cli, config, hosts, sharding, train
+from dcmdp_jax import checkpoint, cli, config, hosts, sharding, step
 
 EXPERIMENT = str(pathlib.Path(__file__).with_name("hosts_experiment.py"))
 MAIN = "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -71,7 +71,7 @@ def await_rows(workdir, count, processes):
 def saved(workdir):
     """The newest checkpoint on one device, as NumPy, with the data position."""
     experiment = config.load_experiment(EXPERIMENT)
-    like = train.abstract_state(experiment, experiment.model.shape, sharding.single_device_mesh())
+    like = step.abstract_state(experiment, experiment.model.shape, sharding.single_device_mesh())
     state, position = checkpoint.read(workdir, checkpoint.steps(workdir)[-1], like)
     return jax.device_get(state), position
 

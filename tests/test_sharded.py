@@ -66,7 +66,7 @@ def test_log_probs_and_gradients(case):
     assert_close(found[1], grads, 1e-5)
 
 
-@pytest.mark.parametrize("case", [(DENSE, MESHES[2]), (MOE, SPARSE[1])], ids=name)
+@pytest.mark.parametrize("case", [(DENSE, MESHES[5]), (MOE, SPARSE[2])], ids=name)
 def test_a_whole_step(case):
     model, axes = case
     config = make_config(model, microbatches=2)

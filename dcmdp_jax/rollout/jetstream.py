@@ -117,8 +117,7 @@ class Engine(engine_api.Engine):
     def state_shapes(self) -> decode.DecodeState:
         """Shapes and places of the decode state."""
         shapes = jax.eval_shape(self._init)
-        return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes,
-                            sharding.decode_state(shapes, self._mesh))
+        return sharding.abstract(shapes, sharding.decode_state(shapes, self._mesh))
 
     def lower(self, weights: Any, prompts: int, width: int) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
         """Prefill of `prompts` of `width` tokens, and one dispatch over the whole cache, from the weights' shapes alone."""
