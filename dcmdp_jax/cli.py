@@ -1,4 +1,4 @@
-"""`dcmdp`: train, plan, parity, diagnose, generate, serve, convert, report."""
+"""`dcmdp`: train, study, plan, parity, diagnose, generate, serve, convert, report."""
 
 from __future__ import annotations
 
@@ -50,6 +50,14 @@ def main(arguments: list[str] | None = None) -> int:
     _experiment_options(diagnose)
     diagnose.add_argument("--all", action="store_true", help="try properties that the engine has exact, too")
     diagnose.set_defaults(run=_diagnose)
+
+    study = commands.add_parser("study", allow_abbrev=False, help="run the arms of a study, several seeds each", description=(
+        "Runs every arm of a study with every seed, as many at a time as there are cores, and writes one table. The same "
+        "command goes on where it was stopped."))
+    study.add_argument("study", help="a Python file with STUDY = Study(...)")
+    study.add_argument("--workdir", help="folder of the runs (default: runs/FOLDER/NAME, as the file is named)")
+    study.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time (default: one for each core)")
+    study.set_defaults(run=_study)
 
     plan = commands.add_parser("plan", allow_abbrev=False, help="compile an experiment for a TPU slice that is not there",
                                description=(
@@ -208,6 +216,24 @@ def _diagnose(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
         print(f"{found.origin}\n{parity.columns(diagnose.table(found), left=2)}\n{diagnose.verdict(found)}")
         print("\n".join([*diagnose.notes(found), f"wrote {diagnose.write(found, config, workdir)}"]))
         return 0
+
+    return job
+
+
+def _study(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
+    _none(rest)
+    if args.workers < 1:
+        raise ValueError(f"--workers {args.workers} must be at least 1")
+    from dcmdp_jax import study
+
+    study.load(args.study)
+    file = pathlib.Path(args.study)
+    root = pathlib.Path(args.workdir or pathlib.Path("runs") / file.absolute().parent.name / file.stem)
+
+    def job() -> int:
+        failed = study.run(args.study, root, args.workers, partial(print, flush=True))
+        print("\n".join([f"wrote {root / 'table.csv'}", *(f"failed: {one}" for one in failed)]))
+        return int(bool(failed))
 
     return job
 

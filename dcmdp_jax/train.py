@@ -8,7 +8,7 @@ import pathlib
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -277,6 +277,13 @@ def _start(config: Config, inputs: Inputs, workdir: pathlib.Path, asked: Callabl
     if config.warmup.steps:
         params = warmup.run(params, config, inputs.model, inputs.tokenizer, inputs.mesh, workdir, asked)
     return jax.jit(partial(step.init_state, config), out_shardings=places, donate_argnums=0)(params)
+
+
+def warm_start(config: Config, folder: pathlib.Path, alter: Callable[[Any], Any]) -> None:
+    """Writes what `alter` makes of a run's first parameters to `folder/model`, as a Hugging Face folder with its tokenizer."""
+    inputs, model = read_inputs(config), folder / "model"
+    weights.save(model, inputs.model, alter(_start(config, inputs, folder, lambda: False).params))
+    tokenizer.save(inputs.tokenizer, model)
 
 
 def _restore(saved: checkpoint.Checkpoints, config: Config, inputs: Inputs) -> TrainState | None:

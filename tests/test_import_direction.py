@@ -21,7 +21,7 @@ ORDER = [
     ["rollout.jetstream", "rollout.generate", "step", "sync", "checkpoint", "metrics"],
     ["rollout.complete", "rollout.driver", "rollout.replay", "evaluate", "report", "warmup", "plan"],
     ["train", "bars", "rollout.serve"],
-    ["parity"],
+    ["parity", "study"],
     ["diagnose"],
     ["cli"],
 ]

@@ -117,6 +117,8 @@ def test_a_file_of_prompts_goes_on_where_it_stopped(folder, tmp_path, monkeypatc
         complete.to_file(part, str(folder), prompts[::-1], **options)
     with pytest.raises(ValueError, match="was not written with these options"):
         complete.to_file(part, str(folder), prompts, **(options | {"seed": 4}))
+    with pytest.raises(ValueError, match="and this model"):
+        complete.to_file(part, str(tmp_path / "another"), prompts, **options)
     assert part.read_text() == whole
     notes = tmp_path / "notes.txt"
     notes.write_text("my own\nnotes\n")

@@ -83,16 +83,17 @@ def to_file(path: pathlib.Path, folder: str, prompts: Sequence[str], *, samples:
     """Appends a JSON line for each completion to `path`, or goes on where it ends; returns the completions added.
 
     A line that was cut short, and the rest of its chunk, are sampled again. Raises ValueError, and leaves `path` as it is,
-    where it holds something else than completions of these prompts with these options.
+    where it holds something else than completions of these prompts by this model with these options.
     """
     if not path.parent.is_dir():
         raise ValueError(f"folder {path.parent} of --output {path.name} does not exist; make it, or give another")
     size, total = CHUNK * samples, len(prompts) * samples
-    made = json.loads(json.dumps({"samples": samples, **options}, default=dataclasses.asdict))
+    made = json.loads(json.dumps({"model": str(folder), "samples": samples, **options}, default=dataclasses.asdict))
     # After the last newline stands nothing, or a line that was cut short.
     lines = [_parsed(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
     if lines and lines[0] != {"options": made}:
-        raise ValueError(f"{path} was not written with these options; give another --output, or the options it was started with")
+        raise ValueError(f"{path} was not written with these options and this model; give another --output, or those it was "
+                         "started with")
     for number, line in enumerate(lines[1:]):
         if number >= total or not isinstance(line, dict) or line.get("prompt") != prompts[number // samples]:
             raise ValueError(f"line {number + 2} of {path} is no completion of the prompt it should be of; "

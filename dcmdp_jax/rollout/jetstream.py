@@ -122,7 +122,8 @@ class Engine(engine_api.Engine):
     def lower(self, weights: Any, prompts: int, width: int) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
         """Prefill of `prompts` of `width` tokens, and one dispatch over the whole cache, from the weights' shapes alone."""
         tokens, lengths, leave_at = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((prompts, width), (prompts,), ()))
-        return self._prefill.lower(weights.params, tokens, lengths), self._generate.lower(weights, self.state_shapes(), leave_at, window=self.max_length)
+        return (self._prefill.lower(weights.params, tokens, lengths),
+                self._generate.lower(weights, self.state_shapes(), leave_at, window=self.max_length))
 
     def prefill(self, *, params: Weights, existing_prefix: Any = None, padded_tokens: Any, true_length: Any) -> decode.Prefix:
         """Caches prompts: `padded_tokens` [P] with an int, or [rows, P] with [rows] true lengths."""
@@ -219,7 +220,5 @@ def _packed(generate: Callable, weights: Weights, state: decode.DecodeState, lea
     slots = out.active.shape[0]
     numbers = jnp.stack([out.generated, out.active.astype(jnp.int32), jnp.full((slots,), weights.version, jnp.int32)], axis=1)
     floats = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in (out.steps.logp, out.steps.raw_logp, out.steps.kept)]
-    columns = [out.steps.token, out.steps.valid.astype(jnp.int32), numbers, *floats]
-    if out.steps.experts.size:  # gathering nothing is no collective that processes agree on
-        columns.append(out.steps.experts.reshape(slots, -1))
+    columns = [out.steps.token, out.steps.valid.astype(jnp.int32), numbers, *floats, out.steps.experts.reshape(slots, -1)]
     return state, jnp.concatenate(columns, axis=1)

@@ -1,0 +1,243 @@
+"""Arms x seeds of one question on the cores of one machine, and the tidy table they leave.
+
+A study is a Python file with one `STUDY = Study(...)`. A run is one arm with one seed, in `WORKDIR/ARM/sSEED`: an ordinary run
+folder. Runs with the same seed, task, shape and warm-up start from the same parameters, so that arms are compared in pairs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import runpy
+import shutil
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+from dcmdp_jax.config import Config, ModelSource, WarmupConfig, to_json
+
+COLUMNS = ("study", "arm", "seed", "step", "prompts", "engine", "trainer", "reward", "delta", "multiplier", "entropy", "k3",
+           "response_length", "grad_norm", "seconds")
+MEANS = {"reward": "reward", "delta": "delta_mean", "multiplier": "multiplier", "entropy": "entropy", "k3": "k3",
+         "response_length": "response_length", "grad_norm": "grad_norm"}
+
+
+def _as_they_are(params: Any) -> Any:
+    return params
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared. `Config.seed` and `Config.name` of an arm are the study's to set."""
+
+    arms: dict[str, Config]
+    seeds: int = 5
+    alter: Callable[[Any], Any] = _as_they_are  # of the warmed-up parameters that all arms start from
+
+    def __post_init__(self):
+        if not self.arms or self.seeds < 1:
+            raise ValueError("a study needs at least one arm and one seed")
+        for name, config in self.arms.items():
+            if not name or set(name) & set("/\\, "):
+                raise ValueError(f"arm {name!r} names a folder and a table's cell; leave out blanks, commas and slashes")
+            if config.eval.every < 1 or config.model.folder or not config.warmup.steps:
+                raise ValueError(f"arm {name!r} needs evaluations (eval.every), a model.shape and a warm-up to start from")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed; `file` and names, not objects, travel to the process that runs it."""
+
+    file: str
+    arm: str
+    seed: int
+    root: str  # of the study
+
+    @property
+    def folder(self) -> pathlib.Path:
+        return pathlib.Path(self.root) / self.arm / f"s{self.seed}"
+
+
+def load(file: str) -> Study:
+    """The `STUDY` of a Python file, which may import its neighbours. Raises ValueError where there is none."""
+    path = pathlib.Path(file)
+    if not path.is_file():
+        raise ValueError(f"study {file} does not exist; studies are Python files such as experiments/laptop/main.py")
+    neighbours = str(path.absolute().parent)
+    if neighbours not in sys.path:
+        sys.path.insert(0, neighbours)
+    study = runpy.run_path(str(path)).get("STUDY")
+    if not isinstance(study, Study):
+        raise ValueError(f"{file} defines no STUDY = Study(...)")
+    return study
+
+
+def run(file: str, root: pathlib.Path, workers: int, say: Callable[[str], None] = print) -> list[str]:
+    """Runs what is not finished, `workers` at a time, each on a core of its own; returns what failed.
+
+    Writes `ROOT/table.csv`. A run that fails leaves its traceback in `run.log` and does not keep the others from going on.
+    """
+    study, failed = load(file), []
+    runs = [Run(file, arm, seed, str(root)) for seed in range(study.seeds) for arm in study.arms]
+    waiting = [one for one in runs if not finished(study, one)]
+    say(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished already")
+    root.mkdir(parents=True, exist_ok=True)
+    with _processes(workers, root.parent / "compiled") as submit:
+        starts = {_start_folder(study, one): one for one in waiting}
+        for future, _ in submit(_make_start, [one for folder, one in starts.items() if not folder.is_dir()]):
+            future.result()
+        began = time.perf_counter()
+        for done, (future, one) in enumerate(submit(_train, waiting), start=1):
+            if error := future.exception():
+                failed.append(f"{one.arm} s{one.seed}: {error}")
+            left = (time.perf_counter() - began) / done * (len(waiting) - done)
+            say(f"{done}/{len(waiting)}  {one.arm} s{one.seed}  {_outcome(study, one)}  {left / 60:.0f} min left")
+    write_table(file, root)
+    return failed
+
+
+def finished(study: Study, one: Run) -> bool:
+    """Whether a run has taken its last step."""
+    rows = _rows(one)
+    return bool(rows) and rows[-1]["step"] >= study.arms[one.arm].steps
+
+
+def write_table(file: str, root: pathlib.Path) -> pathlib.Path:
+    """`ROOT/table.csv`: a row for each evaluation of each run, training measures as means since the evaluation before.
+
+    `engine` and `trainer` are the two policies' held-out pass rates over `prompts` problems; `seconds` since the run's start.
+    """
+    study = load(file)
+    rows = [{"study": pathlib.Path(file).stem, "arm": arm, "seed": seed, **row}
+            for arm in study.arms for seed in range(study.seeds)
+            for row in evaluations(_rows(Run(file, arm, seed, str(root))), study.arms[arm].eval.prompts)]
+    path = root / "table.csv"
+    with path.open("w", newline="") as out:
+        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+                         for row in rows)
+    return path
+
+
+def evaluations(rows: list[dict[str, Any]], prompts: int) -> Iterator[dict[str, Any]]:
+    """The table's rows of one run's metrics; a measure that was not finite in the whole span is empty."""
+    span, seconds = [], 0.0
+    for row in rows:
+        span, seconds = [*span, row], seconds + row["seconds"]
+        if "reward_eval_infer" not in row:
+            continue
+        values = {name: [r[key] for r in span if r.get(key) is not None] for name, key in MEANS.items()}
+        yield {"step": row["step"], "prompts": prompts, "engine": row["reward_eval_infer"],
+               "trainer": row["reward_eval_train"], "seconds": seconds,
+               **{name: statistics.fmean(found) if found else "" for name, found in values.items()}}
+        span = []
+
+
+def _rows(one: Run) -> list[dict[str, Any]]:
+    from dcmdp_jax import metrics
+
+    return metrics.read(one.folder) if (one.folder / metrics.FILE).is_file() else []
+
+
+def _outcome(study: Study, one: Run) -> str:
+    found = list(evaluations(_rows(one), study.arms[one.arm].eval.prompts))
+    if not found:
+        return f"failed; see {one.folder / 'run.log'}"
+    last = found[-1]
+    return f"engine {last['engine']:.3f}  trainer {last['trainer']:.3f}  delta {last['delta']:.4f}  {last['seconds']:.0f} s"
+
+
+def _configure(study: Study, one: Run) -> Config:
+    return dataclasses.replace(study.arms[one.arm], seed=one.seed, name=f"{one.arm}-s{one.seed}")
+
+
+def _start_folder(study: Study, one: Run) -> pathlib.Path:
+    """Where the warmed-up model lies that a run starts from: beside the study, for all studies that share it."""
+    config = study.arms[one.arm]
+    same = json.dumps(to_json((config.model, config.data.task, config.warmup, study.alter, one.seed)), sort_keys=True)
+    return pathlib.Path(one.root).parent / "starts" / hashlib.sha256(same.encode()).hexdigest()[:16]
+
+
+def _make_start(one: Run) -> None:
+    """Warms up and writes the folder, whole or not at all."""
+    study = load(one.file)
+    folder = _start_folder(study, one)
+    new = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    from dcmdp_jax import train
+
+    with _log(new / "run.log"):
+        train.warm_start(_configure(study, one), new, study.alter)
+    new.replace(folder)
+
+
+def _train(one: Run) -> None:
+    study = load(one.file)
+    config = _configure(study, one)
+    source = ModelSource(str(_start_folder(study, one) / "model"), bfloat16=config.model.bfloat16, remat=config.model.remat)
+    one.folder.mkdir(parents=True, exist_ok=True)
+    from dcmdp_jax import train
+
+    with _log(one.folder / "run.log"):
+        train.train(dataclasses.replace(config, model=source, warmup=WarmupConfig()), one.folder)
+
+
+@contextlib.contextmanager
+def _log(path: pathlib.Path) -> Iterator[None]:
+    """What a run says, and what ends it, in a file."""
+    import jax
+
+    with path.open("a") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            yield
+        except BaseException:
+            traceback.print_exc()
+            raise
+        finally:
+            jax.clear_caches()  # a run's programs are its own; the next one's come from the cache on disk
+
+
+@contextlib.contextmanager
+def _processes(workers: int, compiled: pathlib.Path) -> Iterator[Callable[[Callable[[Run], None], list[Run]],
+                                                                          Iterator[tuple[Future, Run]]]]:
+    """A pool of fresh processes, one to a core; yields a function that runs a job on each run and gives futures as they end."""
+    spawn = multiprocessing.get_context("spawn")
+    cores = spawn.Queue()
+    for i in range(workers):
+        cores.put(i)
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_settle, initargs=(cores, str(compiled))) as pool:
+
+        def submit(job: Callable[[Run], None], runs: list[Run]) -> Iterator[tuple[Future, Run]]:
+            futures = {pool.submit(job, one): one for one in runs}
+            yield from ((future, futures[future]) for future in as_completed(futures))
+
+        try:
+            yield submit
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _settle(cores: Any, compiled: str) -> None:
+    """Takes a core, before JAX counts them: one thread each is quicker than many runs on all cores."""
+    number = cores.get()
+    if hasattr(os, "sched_setaffinity"):
+        allowed = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {allowed[number % len(allowed)]})
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", compiled)  # seeds of one arm share their programs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,0 +1,22 @@
+"""Do the arms order the same way in a Mixture-of-Experts? Eight experts, two a token.
+
+Command:  dcmdp study experiments/laptop/experts.py
+Hardware: two CPU cores
+Time:     not measured
+Result:   not measured
+"""
+
+import dataclasses
+
+from chain import ARMS, EXPERTS, GRPO, sampled
+
+from dcmdp_jax.config import ModelSource, Precision
+from dcmdp_jax.study import Study
+
+
+def sparse(arm):
+    return dataclasses.replace(arm, model=ModelSource(shape=EXPERTS))
+
+
+STUDY = Study({name: sparse(arm) for name, arm in ARMS.items()}
+              | {"top-1": sparse(sampled(GRPO, Precision(experts_per_token=1)))}, seeds=3)

@@ -1,0 +1,26 @@
+"""Is there a best tolerance, is it the calibrated one, and does adapting the multiplier beat the best fixed one?
+
+The multiplier starts at 0.1 and is kept under 0.3; tolerances are multiples of the floor that each start has (floors.py).
+
+Command:  dcmdp study experiments/laptop/tolerance.py
+Hardware: two CPU cores
+Time:     not measured
+Result:   not measured
+"""
+
+from functools import partial
+
+from chain import adaptive
+
+from dcmdp_jax import constraint
+from dcmdp_jax.study import Study
+
+FLOOR = 0.0125  # of the int4 engine at the start, mean of five (floors.py)
+SWEEP = {"abs": constraint.shape, "signed": constraint.shape_signed}
+CONTROLLERS = {"relative": (constraint.relative_ascent, 0.0125), "pi": (partial(constraint.pi, proportional=5.0), 1.0)}
+
+STUDY = Study(
+    {f"{form}-c{part:g}": adaptive(shape, tolerance=part * FLOOR, multiplier_max=0.3)
+     for form, shape in SWEEP.items() for part in (0.25, 0.5, 0.8, 1.2, 2.0)}
+    | {f"{form}-{name}": adaptive(shape, tolerance=0.8 * FLOOR, multiplier_max=0.3, dual=dual, dual_lr=rate)
+       for form, shape in SWEEP.items() for name, (dual, rate) in CONTROLLERS.items()}, seeds=3)
