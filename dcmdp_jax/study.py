@@ -33,7 +33,8 @@ MEANS = {"reward": "reward", "delta": "delta_mean", "multiplier": "multiplier", 
          "response_length": "response_length", "grad_norm": "grad_norm"}
 
 
-def _as_they_are(params: Any) -> Any:
+def as_they_are(params: Any) -> Any:
+    """Leaves the warmed-up parameters alone."""
     return params
 
 
@@ -43,7 +44,7 @@ class Study:
 
     arms: dict[str, Config]
     seeds: int = 5
-    alter: Callable[[Any], Any] = _as_they_are  # of the warmed-up parameters that all arms start from
+    alter: Callable[[Any], Any] = as_they_are  # of the warmed-up parameters that all arms start from
 
     def __post_init__(self):
         if not self.arms or self.seeds < 1:
@@ -163,11 +164,14 @@ def _configure(study: Study, one: Run) -> Config:
     return dataclasses.replace(study.arms[one.arm], seed=one.seed, name=f"{one.arm}-s{one.seed}")
 
 
+def start_folder(config: Config, alter: Callable[[Any], Any], root: pathlib.Path) -> pathlib.Path:
+    """Where the warmed-up model lies that a run starts from, in ROOT/starts, for all studies of ROOT that share it."""
+    same = json.dumps(to_json((config.model, config.data.task, config.warmup, alter, config.seed)), sort_keys=True)
+    return root / "starts" / hashlib.sha256(same.encode()).hexdigest()[:16]
+
+
 def _start_folder(study: Study, one: Run) -> pathlib.Path:
-    """Where the warmed-up model lies that a run starts from: beside the study, for all studies that share it."""
-    config = study.arms[one.arm]
-    same = json.dumps(to_json((config.model, config.data.task, config.warmup, study.alter, one.seed)), sort_keys=True)
-    return pathlib.Path(one.root).parent / "starts" / hashlib.sha256(same.encode()).hexdigest()[:16]
+    return start_folder(_configure(study, one), study.alter, pathlib.Path(one.root).parent)
 
 
 def _make_start(one: Run) -> None:

@@ -15,9 +15,9 @@ from chain import adaptive
 from dcmdp_jax import constraint
 from dcmdp_jax.study import Study
 
-FLOOR = 0.0125  # of the int4 engine at the start, mean of five (floors.py)
+FLOOR = 0.0061  # of the int4 engine at the start, mean of five (floors.py)
 SWEEP = {"abs": constraint.shape, "signed": constraint.shape_signed}
-CONTROLLERS = {"relative": (constraint.relative_ascent, 0.0125), "pi": (partial(constraint.pi, proportional=5.0), 1.0)}
+CONTROLLERS = {"relative": (constraint.relative_ascent, 0.05), "pi": (partial(constraint.pi, proportional=5.0), 1.0)}
 
 STUDY = Study(
     {f"{form}-c{part:g}": adaptive(shape, tolerance=part * FLOOR, multiplier_max=0.3)

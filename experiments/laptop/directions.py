@@ -1,0 +1,161 @@
+"""Does a step along |delta| shaping close the gap, more than a step in a random direction does?
+
+From each start of floors.py, one step of relative size s = |change| / |parameters| along each term's own gradient, and along
+its signs (Adam's first step), and what that does to the total variation between trainer and engine on the sequences sampled
+before: with the engine's policy held as it was, and with the weights quantized anew. The null: 20 directions drawn at random
+with the size that the |delta| term's gradient has in each array.
+
+Command:  python experiments/laptop/directions.py runs/laptop
+Hardware: two CPU cores
+Time:     not measured
+Result:   not measured
+"""
+
+import csv
+import dataclasses
+import pathlib
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from chain import GRPO, INT4, sampled
+
+from dcmdp_jax import parity, rewards, study, sync, train
+from dcmdp_jax.config import ModelSource, Precision
+from dcmdp_jax.losses import advantages
+from dcmdp_jax.models import qwen3
+from dcmdp_jax.models.quantized import quantize
+
+ENGINES = {"int4": INT4, "fp8": Precision("float8_e4m3fn", group=-1)}  # weights alone: then the trainer's pass is the engine's
+SIZES = (1e-4, 1e-3, 5e-3)
+DRAWN = 20
+COLUMNS = ("engine", "seed", "direction", "kind", "size", "tv_frozen", "tv_requantized", "entropy", "cosine_to_ste")
+
+
+def main(root):
+    rows = []
+    for name, precision in ENGINES.items():
+        for seed in range(5):
+            print(f"{name}, start {seed}", flush=True)
+            rows += [{"engine": name, "seed": seed, **row} for row in probe(root, precision, seed)]
+    with (root / "directions.csv").open("w", newline="") as out:
+        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def probe(root, precision, seed):
+    """Rows of one start: relative changes of total variation and entropy after each step."""
+    config = dataclasses.replace(sampled(GRPO, precision), seed=seed)
+    folder = study.start_folder(config, study.as_they_are, root)
+    config = dataclasses.replace(config, model=ModelSource(str(folder / "model")),
+                                 data=dataclasses.replace(config.data, prompts_per_step=128))
+    inputs = train.read_inputs(config)
+    params = parity.load(config, inputs, folder).params
+    engine = train.make_engine(config, inputs)
+    policy = sync.make(inputs.model, precision, inputs.decode_mesh)(params, 0)
+    scored = rewards.score(parity.sample(engine, policy, config, inputs, 0), inputs.tokenizer.decode, config.data.verifier)
+    batch = as_arrays(scored, config)
+    round_off = partial(quantized, precision=precision, model=inputs.model)
+    measure = jax.jit(partial(compare, batch=batch, model=inputs.model))
+    frozen = jax.jit(partial(log_probs, batch=batch, model=inputs.model))(round_off(params))
+
+    tv, entropy = measure(params, frozen)
+    for name, kind, direction, cosine in directions(params, frozen, batch, inputs.model, round_off, seed):
+        for size in SIZES:
+            moved = jax.tree.map(lambda w, d: w - size * d, params, direction)
+            held, new_entropy = measure(moved, frozen)
+            anew, _ = measure(moved, log_probs(round_off(moved), batch, inputs.model))
+            yield {"direction": name, "kind": kind, "size": size, "tv_frozen": float(held / tv - 1),
+                   "tv_requantized": float(anew / tv - 1), "entropy": float(new_entropy / entropy - 1), "cosine_to_ste": cosine}
+
+
+def as_arrays(scored, config):
+    """Whole sequences [N, S], which of their tokens were sampled, the place of each, and its advantage."""
+    sampled_, count = scored.rollout, len(scored.reward)
+    asked = np.repeat(sampled_.prompts.tokens, config.rollout.samples, axis=0)  # every prompt of the task has one length
+    tokens = np.concatenate([asked, sampled_.tokens], axis=1)
+    mask = np.arange(sampled_.tokens.shape[1]) < sampled_.lengths[:, None]
+    group = np.arange(count) // config.rollout.samples
+    advantage = advantages.grpo(scored.reward, group, num_groups=config.data.prompts_per_step)
+    return {"tokens": jnp.asarray(tokens), "first": asked.shape[1], "mask": jnp.asarray(mask), "advantage": advantage[:, None]}
+
+
+def log_probs(params, batch, model):
+    """Of every symbol at every sampled place, [N, T, V]."""
+    return jax.nn.log_softmax(qwen3.logits(params, batch["tokens"], model)[:, batch["first"] - 1:-1])
+
+
+def of_sampled(logp, batch):
+    return jnp.take_along_axis(logp, batch["tokens"][:, batch["first"]:, None], axis=-1)[..., 0]
+
+
+def mean(values, batch):
+    return jnp.sum(jnp.where(batch["mask"], values, 0.0)) / jnp.sum(batch["mask"])
+
+
+def total_variation(logp, other, batch):
+    return mean(0.5 * jnp.sum(jnp.abs(jnp.exp(logp) - jnp.exp(other)), axis=-1), batch)
+
+
+def compare(params, other, *, batch, model):
+    """Total variation between the trainer's policy and another's, and the trainer's entropy, means over sampled places."""
+    logp = log_probs(params, batch, model)
+    return total_variation(logp, other, batch), mean(-jnp.sum(jnp.exp(logp) * logp, axis=-1), batch)
+
+
+def quantized(params, *, precision, model):
+    """The engine's weights as the trainer would hold them."""
+    return jax.tree.map(lambda w, axes: quantize(w, precision.weights, axes, precision.group).dequantize() if axes else w,
+                        params, qwen3.contracting_axes(model))
+
+
+def directions(params, frozen, batch, model, round_off, seed):
+    """Names, kinds and unit directions (in units of the parameters' norm) whose descent the terms ask for."""
+    logp = of_sampled(log_probs(params, batch, model), batch)
+    engine = of_sampled(frozen, batch)
+    gap = jnp.exp(logp) - jnp.exp(engine)
+
+    def score_function(weight):
+        return lambda p: mean(-weight * of_sampled(log_probs(p, batch, model), batch), batch)
+
+    def penalty(p):
+        return mean(jnp.abs(jnp.exp(of_sampled(log_probs(p, batch, model), batch)) - jnp.exp(engine)), batch)
+
+    def kl(p):
+        return mean(jnp.sum(jnp.exp(frozen) * (frozen - log_probs(p, batch, model)), axis=-1), batch)
+
+    def both(p, q):
+        return total_variation(log_probs(p, batch, model), log_probs(q, batch, model), batch)
+
+    terms = {"reward": score_function(batch["advantage"]), "abs": score_function(-jnp.abs(gap)),
+             "signed": score_function(-gap), "penalty": penalty, "kl": kl}
+    grads = {name: jax.jit(jax.grad(term))(params) for name, term in terms.items()}
+    # Rounding is taken for the identity: the gradient through the engine's weights is passed on to the trainer's.
+    grads["straight-through"] = jax.tree.map(jnp.add, *jax.jit(jax.grad(both, argnums=(0, 1)))(params, round_off(params)))
+    for name, grad in grads.items():
+        cosine = float(inner(grad, grads["straight-through"]) / jnp.sqrt(inner(grad, grad) * inner(grads["straight-through"], grads["straight-through"])))
+        yield name, "gradient", sized(grad, params), cosine
+        yield name, "signs", sized(jax.tree.map(jnp.sign, grad), params), cosine
+    leaves, tree = jax.tree.flatten(grads["abs"])
+    for number in range(DRAWN):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), number), len(leaves))
+        drawn = [jax.random.normal(key, leaf.shape) * jnp.linalg.norm(leaf.ravel()) / leaf.size**0.5
+                 for key, leaf in zip(keys, leaves)]
+        yield f"random-{number}", "gradient", sized(tree.unflatten(drawn), params), 0.0
+        yield f"random-{number}", "signs", sized(tree.unflatten([jnp.sign(d) for d in drawn]), params), 0.0
+
+
+def inner(a, b):
+    return sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def sized(direction, params):
+    factor = jnp.sqrt(inner(params, params) / inner(direction, direction))
+    return jax.tree.map(lambda d: factor * d, direction)
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "runs/laptop"))

@@ -1,0 +1,117 @@
+"""The pictures of RESULTS.md, from the studies' tables: `python experiments/laptop/plots.py [FOLDER]`; needs matplotlib."""
+
+from __future__ import annotations
+
+import pathlib
+import statistics
+import sys
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt  # noqa: E402
+from tables import HERE, T95, last, read  # noqa: E402
+
+ENGINE, TRAINER, INK, FAINT = "#d55e00", "#0072b2", "#334155", "#cbd5e1"
+FORMS = {"abs": "#d55e00", "signed": "#0072b2", "penalty": "#009e73"}
+LABELS = {"none": "no mismatch", "grpo": "GRPO", "tis": "TIS", "icepop": "IcePop", "dcgrpo": "DC-GRPO", "signed": "signed, 0.1",
+          "penalty": "penalty, 0.1"}
+plt.rcParams.update({"svg.hashsalt": "dcmdp", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+                     "axes.edgecolor": "#94a3b8", "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK})
+
+
+def main(folder: pathlib.Path, out: pathlib.Path) -> None:
+    out.mkdir(exist_ok=True)
+    for name, draw in (("arms", draw_arms), ("multiplier", draw_multiplier), ("tolerance", draw_tolerance),
+                       ("mismatch", draw_mismatch)):
+        figure = draw(folder)
+        figure.savefig(out / f"{name}.svg", metadata={"Date": None})
+        plt.close(figure)
+
+
+def draw_arms(folder):
+    """Every seed's last held-out pass rate, both policies, at both learning rates."""
+    arms = read(folder, "main")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    for axis, rate in zip(axes, ("0.0003", "0.0001")):
+        names = [name for name in LABELS if f"{name}-{rate}" in arms]
+        for place, name in enumerate(names):
+            runs = arms[f"{name}-{rate}"]
+            for measure, color, shift in (("engine", ENGINE, -0.14), ("trainer", TRAINER, 0.14)):
+                values = list(last(runs, measure).values())
+                axis.plot([place + shift] * len(values), values, "o", color=color, alpha=0.55, markersize=4, markeredgewidth=0)
+                axis.plot([place + shift - 0.11, place + shift + 0.11], [statistics.fmean(values)] * 2, color=color, lw=2)
+        start = statistics.fmean(rows[0]["engine"] for runs in arms.values() for rows in runs.values())
+        axis.axhline(start, color=FAINT, lw=1, zorder=0)
+        axis.set_xticks(range(len(names)), [LABELS[name] for name in names], rotation=30, ha="right")
+        axis.set_title(f"learning rate {float(rate):g}", fontsize=10)
+        axis.set_ylim(0, 1)
+    axes[0].set_ylabel("held-out pass rate at the end")
+    axes[0].annotate("start", (len(names) - 0.6, start), fontsize=8, va="bottom", ha="right", color="#64748b")
+    axes[1].plot([], [], "o", color=ENGINE, label="engine's policy (int4)")
+    axes[1].plot([], [], "o", color=TRAINER, label="trainer's policy (float32)")
+    axes[1].legend(frameon=False, loc="lower right")
+    return figure
+
+
+def draw_multiplier(folder):
+    """Pass rate of the engine's policy against a fixed multiplier, three forms; 0 is GRPO."""
+    grid, main_ = read(folder, "multiplier"), read(folder, "main")
+    grid |= {"signed-0.1": main_["signed-0.0003"], "penalty-0.1": main_["penalty-0.0003"]}
+    figure, axis = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
+    for place, (form, color) in enumerate(FORMS.items()):
+        points = {0.0: main_["grpo-0.0003"]} | {float(name.split("-")[1]): runs for name, runs in grid.items()
+                                                 if name.startswith(f"{form}-")}
+        draw_points(axis, {x + 0.003 * (place - 1): runs for x, runs in sorted(points.items())}, form, color)
+    axis.set_xlabel("multiplier, held fixed")
+    finish(axis)
+    return figure
+
+
+def draw_tolerance(folder):
+    """Pass rate of the engine's policy against the tolerance, in units of the floor at the start."""
+    arms = read(folder, "tolerance")
+    figure, axis = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
+    for place, form in enumerate(("abs", "signed")):
+        points = {float(name.split("-c")[1]): runs for name, runs in arms.items() if name.startswith(f"{form}-c")}
+        draw_points(axis, {x + 0.02 * (place - 0.5): runs for x, runs in sorted(points.items())}, form, FORMS[form])
+    axis.axvline(1.2, color=FAINT, lw=1, zorder=0)
+    axis.set_xlabel("tolerance / floor at the start; 1.2 is the calibrated one")
+    finish(axis)
+    return figure
+
+
+def draw_mismatch(folder):
+    """What each source of mismatch does, against the gap that it makes."""
+    arms, main_ = read(folder, "mismatch"), read(folder, "main")
+    arms |= {"int4": main_["grpo-0.0003"], "none": main_["none-0.0003"]}
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for name, runs in arms.items():
+        x = statistics.fmean(rows[0]["delta"] for rows in runs.values())
+        values = list(last(runs, "engine").values())
+        axis.plot([max(x, 1e-4)] * len(values), values, "o", color=FAINT, markersize=3)
+        axis.plot(max(x, 1e-4), statistics.fmean(values), "o", color=ENGINE, markersize=5)
+        axis.annotate(name, (max(x, 1e-4), statistics.fmean(values)), xytext=(5, 3), textcoords="offset points", fontsize=8)
+    axis.set_xscale("log")
+    axis.set_xlabel("mean delta at the first step (none: 1e-8)")
+    finish(axis, legend=False)
+    return figure
+
+
+def draw_points(axis, points, label, color):
+    means = [statistics.fmean(last(runs, "engine").values()) for runs in points.values()]
+    for x, runs in points.items():
+        axis.plot([x] * len(runs), list(last(runs, "engine").values()), "o", color=color, alpha=0.35, markersize=3.5, markeredgewidth=0)
+    half = [T95[len(runs) - 1] * statistics.stdev(last(runs, "engine").values()) / len(runs) ** 0.5 for runs in points.values()]
+    axis.errorbar(list(points), means, half, color=color, label=label, lw=1.6, elinewidth=0.9, capsize=2)
+
+
+def finish(axis, legend=True):
+    axis.set_ylim(0, 1)
+    axis.set_ylabel("held-out pass rate of the engine's policy")
+    if legend:
+        axis.legend(frameon=False)
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results", HERE / "plots")

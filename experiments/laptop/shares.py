@@ -1,0 +1,78 @@
+"""How often does each policy of room.py's runs write a digit in the kind that the engine distorts, and what is the gap there?
+
+Command:  python experiments/laptop/shares.py runs/laptop, after dcmdp study experiments/laptop/room.py
+Hardware: two CPU cores
+Time:     not measured
+Result:   not measured
+"""
+
+import csv
+import dataclasses
+import json
+import pathlib
+import sys
+
+import numpy as np
+from room import STUDY
+
+from dcmdp_jax import checkpoint, constraint, parity, sync, train
+from dcmdp_jax.config import ModelSource, Precision, WarmupConfig
+
+COLUMNS = ("arm", "seed", "step", "share_engine", "share_trainer", "delta_distorted", "delta_others")
+PROMPTS = 64  # eight completions each
+
+
+def main(root):
+    rows = []
+    for arm in STUDY.arms:
+        for seed in range(STUDY.seeds):
+            folder = root / "room" / arm / f"s{seed}"
+            print(f"{arm} s{seed}", flush=True)
+            rows += [{"arm": arm, "seed": seed, **row} for row in of_run(STUDY.arms[arm], folder)]
+    with (root / "shares.csv").open("w", newline="") as out:
+        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def of_run(arm, folder):
+    """A row for each checkpoint: shares of the distorted kind among the digits that were computed, and mean delta by kind."""
+    start = dataclasses.replace(arm, model=ModelSource(str(model_of(folder))), warmup=WarmupConfig(),
+                                data=dataclasses.replace(arm.data, prompts_per_step=PROMPTS))
+    inputs = train.read_inputs(start)
+    engine, score = train.make_engine(start, inputs), parity.scorer(start, inputs)
+    to_engine = sync.make(inputs.model, start.rollout.precision, inputs.decode_mesh)
+    to_exact = sync.make(inputs.model, Precision(), inputs.decode_mesh)
+    for step in checkpoint.steps(folder):
+        params = parity.restore(start, inputs, folder, step)[0].params
+        sampled = parity.sample(engine, to_engine(params, step), start, inputs, step)
+        exact = parity.sample(engine, to_exact(params, step), start, inputs, step)
+        old = score(params, sampled, (0, step))
+        gap = np.asarray(constraint.delta(old, sampled.rollout_logp, parity.mask_of(sampled)))
+        computed, distorted = kinds(sampled, arm.data.task, inputs.tokenizer)
+        yield {"step": step, "share_engine": share(sampled, arm.data.task, inputs.tokenizer),
+               "share_trainer": share(exact, arm.data.task, inputs.tokenizer),
+               "delta_distorted": float(gap[distorted].mean()) if distorted.any() else float("nan"),
+               "delta_others": float(gap[computed & ~distorted].mean())}
+
+
+def model_of(folder):
+    """The start that a run's record names."""
+    return pathlib.Path(json.loads((folder / "config.json").read_text())["model"]["folder"])
+
+
+def kinds(sampled, task, tokenizer):
+    """Which tokens of [N, T] are computed digits, and which of those are of the last kind."""
+    width = sampled.tokens.shape[1]
+    place = np.array([task.computed(i) for i in range(width)])[None] & parity.mask_of(sampled)
+    last = np.isin(sampled.tokens, tokenizer.encode(task.alphabet[-10:]))
+    return place, place & last
+
+
+def share(sampled, task, tokenizer):
+    computed, distorted = kinds(sampled, task, tokenizer)
+    return float(distorted.sum() / computed.sum())
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "runs/laptop"))
