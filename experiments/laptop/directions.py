@@ -48,16 +48,8 @@ def main(root):
 
 def probe(root, precision, seed):
     """Rows of one start: relative changes of total variation and entropy after each step."""
-    config = dataclasses.replace(sampled(GRPO, precision), seed=seed)
-    folder = study.start_folder(config, study.as_they_are, root)
-    config = dataclasses.replace(config, model=ModelSource(str(folder / "model")),
-                                 data=dataclasses.replace(config.data, prompts_per_step=128))
-    inputs = train.read_inputs(config)
-    params = parity.load(config, inputs, folder).params
-    engine = train.make_engine(config, inputs)
-    policy = sync.make(inputs.model, precision, inputs.decode_mesh)(params, 0)
-    scored = rewards.score(parity.sample(engine, policy, config, inputs, 0), inputs.tokenizer.decode, config.data.verifier)
-    batch = as_arrays(scored, config)
+    config, inputs, params = read_start(root, precision, seed, prompts=128)
+    batch = draw(config, inputs, params, number=0)
     round_off = partial(quantized, precision=precision, model=inputs.model)
     measure = jax.jit(partial(compare, batch=batch, model=inputs.model))
     frozen = jax.jit(partial(log_probs, batch=batch, model=inputs.model))(round_off(params))
@@ -72,9 +64,23 @@ def probe(root, precision, seed):
                    "tv_requantized": float(anew / tv - 1), "entropy": float(new_entropy / entropy - 1), "cosine_to_ste": cosine}
 
 
-def as_arrays(scored, config):
-    """Whole sequences [N, S], which of their tokens were sampled, the place of each, and its advantage."""
-    sampled_, count = scored.rollout, len(scored.reward)
+def read_start(root, precision, seed, prompts):
+    """Configuration, inputs and parameters of a start of `floors.py`, with batches of `prompts` prompts."""
+    config = dataclasses.replace(sampled(GRPO, precision), seed=seed)
+    folder = study.start_folder(config, study.as_they_are, root)
+    config = dataclasses.replace(config, model=ModelSource(str(folder / "model")),
+                                 data=dataclasses.replace(config.data, prompts_per_step=prompts))
+    inputs = train.read_inputs(config)
+    return config, inputs, parity.load(config, inputs, folder).params
+
+
+def draw(config, inputs, params, number):
+    """Batch `number` from the configuration's engine: whole sequences [N, S], which of their places [N, T] were sampled, the
+    first of those, and advantages [N, 1]."""
+    engine, policy = train.make_engine(config, inputs), sync.make(inputs.model, config.rollout.precision, inputs.decode_mesh)
+    sampled_ = parity.sample(engine, policy(params, 0), config, inputs, number)
+    scored = rewards.score(sampled_, inputs.tokenizer.decode, config.data.verifier)
+    count = len(scored.reward)
     asked = np.repeat(sampled_.prompts.tokens, config.rollout.samples, axis=0)  # every prompt of the task has one length
     tokens = np.concatenate([asked, sampled_.tokens], axis=1)
     mask = np.arange(sampled_.tokens.shape[1]) < sampled_.lengths[:, None]

@@ -23,4 +23,4 @@ STUDY = Study({
     "none": long(sampled(GRPO, FLOAT32)),
     "grpo": long(sampled(GRPO, FP8)),
     "dcgrpo": long(sampled(adaptive(constraint.shape, tolerance=0.0037, multiplier_max=1.0), FP8)),
-}, seeds=2)
+}, seeds=1)

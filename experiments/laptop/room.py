@@ -22,7 +22,7 @@ from dcmdp_jax.tasks import Chain
 
 DIGITS = "0123456789"
 SPELLINGS = (DIGITS, "abcdefghij", "ABCDEFGHIJ")
-OUTLIER = 8.0  # head weights are about 0.3
+OUTLIER = 1.0  # the other weights of the head are about 0.13
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +72,10 @@ def arms(kinds):
         "grpo": base,
         "abs-0.1": fixed(constraint.shape, 0.1, base),
         "abs-1": fixed(constraint.shape, 1.0, base),
-        "centred-1": fixed(constraint.shape_centred, 1.0, base),
         "signed-0.1": fixed(constraint.shape_signed, 0.1, base),
         "cost-to-go-0.1": fixed(constraint.shape_cost_to_go, 0.1, base),
     }.items()}
 
 
-STUDY = Study(arms(3) | arms(2), seeds=3, alter=with_outlier)
+TWO = {name: arm for name, arm in arms(2).items() if name in ("2-none", "2-grpo", "2-abs-1")}
+STUDY = Study(arms(3) | TWO, seeds=3, alter=with_outlier)

@@ -68,3 +68,111 @@ def arms(arms_: dict, control: str = "grpo", suffix: str = "") -> str:
     """A table of all arms whose names end in `suffix`, against the arm `control`."""
     return markdown(HEAD, [line(name.removesuffix(suffix), runs, arms_.get(control + suffix))
                            for name, runs in arms_.items() if name.endswith(suffix)])
+
+
+def floors(folder: pathlib.Path) -> str:
+    arms_ = read(folder, "floors")
+    rows = [(name, spread_small([*last(runs, "delta").values()]), f"{statistics.fmean(last(runs, 'engine').values()):.3f}",
+             f"{statistics.fmean(last(runs, 'trainer').values()):.3f}") for name, runs in arms_.items()]
+    return markdown(("engine", "floor of delta, five starts", "pass rate, engine", "pass rate, trainer"), rows)
+
+
+def spread_small(values: list[float]) -> str:
+    return f"{statistics.fmean(values):.1e} ({min(values):.1e} to {max(values):.1e})"
+
+
+def multipliers(folder: pathlib.Path) -> str:
+    """The grid, with multiplier 0 and what main.py has of it."""
+    main_, grid = read(folder, "main"), read(folder, "multiplier")
+    grid |= {f"{form}-0.1": main_[f"{form}-0.0003"] for form in ("signed", "penalty")}
+    control, order = main_["grpo-0.0003"], sorted(grid, key=lambda name: (name.split("-")[0], float(name.split("-")[1])))
+    return markdown(HEAD, [line("0 (GRPO)", control, None)] + [line(name.replace("-", " "), grid[name], control) for name in order])
+
+
+def against_grpo(folder: pathlib.Path, study: str) -> str:
+    """A study's arms against main.py's GRPO at its learning rate."""
+    control = read(folder, "main")["grpo-0.0003"]
+    return markdown(HEAD, [line(name, runs, control) for name, runs in read(folder, study).items()])
+
+
+def sources(folder: pathlib.Path) -> str:
+    """One source of mismatch at a time, against none; by the gap at the first step."""
+    main_ = read(folder, "main")
+    arms_ = read(folder, "mismatch") | {"int4": main_["grpo-0.0003"], "none": main_["none-0.0003"]}
+    first = {name: statistics.fmean(rows[0]["delta"] for rows in runs.values()) for name, runs in arms_.items()}
+    head = ("engine", "delta at step 1", "engine's policy", "trainer's policy", "engine against none", "delta at the end", "collapsed")
+    rows = []
+    for name in sorted(arms_, key=first.get):
+        runs = arms_[name]
+        shown = line(name, {seed: runs[seed] for seed in runs}, main_["none-0.0003"])
+        rows.append((name, f"{first[name]:.1e}", shown[1], shown[2], shown[3], shown[4], shown[7]))
+    return markdown(head, rows)
+
+
+def shares(folder: pathlib.Path) -> str:
+    """The distorted kind's share at the start and the end of room.py's runs, and the gap of the two kinds of symbol."""
+    with (folder / "shares.csv").open() as lines:
+        found = defaultdict(lambda: defaultdict(list))
+        for row in csv.DictReader(lines):
+            found[row["arm"]][int(row["seed"])].append({name: float(row[name]) for name in row if name != "arm"})
+    room_ = read(folder, "room")
+    head = ("arm", "pass rate, engine", "share, start", "share, end", "change against GRPO", "delta distorted, end", "delta others, end")
+    rows = []
+    for arm, runs in found.items():
+        control = found[f"{arm[0]}-grpo"]
+        ends = {seed: r[-1]["share_trainer"] for seed, r in runs.items()}
+        pairs = [ends[seed] - control[seed][-1]["share_trainer"] for seed in ends]
+        gaps = [statistics.fmean(r[-1][name] for r in runs.values()) for name in ("delta_distorted", "delta_others")]
+        rows.append((arm, spread([*last(room_[arm], "engine").values()]),
+                     spread([r[0]["share_trainer"] for r in runs.values()]), spread([*ends.values()]),
+                     "" if arm.endswith("-grpo") else spread(pairs), *(f"{gap:.2g}" for gap in gaps)))
+    return markdown(head, rows)
+
+
+def probes(folder: pathlib.Path, engine: str, kind: str) -> str:
+    """What one step along each term's direction does to the gap; the null is the middle 95 % of the random directions."""
+    with (folder / "directions.csv").open() as lines:
+        found = [row for row in csv.DictReader(lines) if (row["engine"], row["kind"]) == (engine, kind)]
+    sizes = sorted({row["size"] for row in found}, key=float)
+    head = ("direction", "cosine", *(f"{name}, s = {size}" for size in sizes for name in ("engine held", "quantized anew", "entropy")))
+    names = [*dict.fromkeys(row["direction"] for row in found if not row["direction"].startswith("random"))]
+    rows = []
+    for name in names:
+        own = [row for row in found if row["direction"] == name]
+        cells = [f"{100 * statistics.fmean(float(r[m]) for r in own if r['size'] == size):+.0f} %"
+                 for size in sizes for m in ("tv_frozen", "tv_requantized", "entropy")]
+        rows.append((name, f"{statistics.fmean(float(r['cosine_to_ste']) for r in own):+.2f}", *cells))
+    null = [row for row in found if row["direction"].startswith("random")]
+    cells = []
+    for size in sizes:
+        for m in ("tv_frozen", "tv_requantized", "entropy"):
+            values = sorted(float(r[m]) for r in null if r["size"] == size)
+            low, high = values[len(values) // 40], values[-1 - len(values) // 40]
+            cells.append(f"{100 * low:+.0f} to {100 * high:+.0f} %")
+    return markdown(head, [*rows, ("random", "0", *cells)])
+
+
+def every(folder: pathlib.Path) -> dict[str, str]:
+    """All tables by name; a study that has left none is missing."""
+    plans = {
+        "floors": lambda: floors(folder),
+        "arms at 3e-4": lambda: arms(read(folder, "main"), suffix="-0.0003"),
+        "arms at 1e-4": lambda: arms(read(folder, "main"), suffix="-0.0001"),
+        "experts": lambda: arms(read(folder, "experts")),
+        "multiplier": lambda: multipliers(folder),
+        "tolerance": lambda: against_grpo(folder, "tolerance"),
+        "sources": lambda: sources(folder),
+        "split": lambda: against_grpo(folder, "split"),
+        "room": lambda: shares(folder),
+        **{f"{engine}, {kind}": lambda engine=engine, kind=kind: probes(folder, engine, kind)
+           for engine in ("int4", "fp8") for kind in ("gradient", "signs")},
+        "long": lambda: arms(read(folder, "long")),
+    }
+    needs = {"arms at 3e-4": "main", "arms at 1e-4": "main", "sources": "mismatch", "room": "shares"}
+    return {name: plan() for name, plan in plans.items()
+            if (folder / f"{needs.get(name, 'directions' if ',' in name else name)}.csv").is_file()}
+
+
+if __name__ == "__main__":
+    for name, table in every(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results").items():
+        print(f"## {name}\n\n{table}\n")

@@ -1,0 +1,83 @@
+"""Bias or noise: how far is each estimate of the policy gradient, from the int4 engine's samples, from the one on policy?
+
+At each start of floors.py, the gradient from 4,096 sequences by each estimator, beside that of 4,096 which the exact engine
+sampled. Two such batches of the exact engine tell how near an unbiased estimate of this size comes. Score centering takes the
+whole vocabulary for its head, which only a model of this size affords.
+
+Command:  python experiments/laptop/estimators.py runs/laptop
+Hardware: two CPU cores
+Time:     not measured
+Result:   not measured
+"""
+
+import csv
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+from chain import FLOAT32, INT4
+from directions import draw, inner, log_probs, mean, of_sampled, quantized, read_start
+
+from dcmdp_jax.losses import centering, corrections
+
+PROMPTS = 512  # eight completions each
+COLUMNS = ("seed", "estimator", "cosine", "length")
+
+
+def main(root):
+    with (root / "estimators.csv").open("w", newline="") as out:
+        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for seed in range(5):
+            print(f"start {seed}", flush=True)
+            writer.writerows({"seed": seed, **row} for row in of_start(root, seed))
+
+
+def of_start(root, seed):
+    """Cosine of each estimate with the gradient on policy, and its length over that one's."""
+    config, inputs, params = read_start(root, FLOAT32, seed, PROMPTS)
+    exact, again = (gradient(params, draw(config, inputs, params, number), inputs.model, plain) for number in (1, 2))
+    config, inputs, params = read_start(root, INT4, seed, PROMPTS)
+    batch = draw(config, inputs, params, number=1)
+    engine = jax.jit(lambda p: log_probs(quantized(p, precision=INT4, model=inputs.model), batch, inputs.model))(params)
+    found = {"on policy, again": again} | {
+        name: gradient(params, batch, inputs.model, lambda logp, b, loss=loss: loss(logp, engine, b))
+        for name, loss in (("uncorrected", uncorrected), ("TIS, 2", weighted(corrections.tis(2.0))),
+                           ("IcePop, 0.5 to 5", weighted(corrections.icepop(0.5, 5.0))), ("score centering", centred(centering.unweighted)),
+                           ("score centering with TIS", centred(centering.truncated)))}
+    for name, grad in found.items():
+        yield {"estimator": name, "cosine": f"{float(inner(grad, exact) / jnp.sqrt(inner(grad, grad) * inner(exact, exact))):.4f}",
+               "length": f"{float(jnp.sqrt(inner(grad, grad) / inner(exact, exact))):.4f}"}
+
+
+def gradient(params, batch, model, loss):
+    return jax.jit(jax.grad(lambda p: mean(loss(log_probs(p, batch, model), batch), batch)))(params)
+
+
+def plain(logp, batch):
+    return -batch["advantage"] * of_sampled(logp, batch)
+
+
+def uncorrected(logp, engine, batch):
+    return plain(logp, batch)
+
+
+def weighted(correction):
+    def loss(logp, engine, batch):
+        weight, _ = correction.weights(jax.lax.stop_gradient(of_sampled(logp, batch)), of_sampled(engine, batch), batch["mask"])
+        return weight * plain(logp, batch)
+
+    return loss
+
+
+def centred(weight):
+    def loss(logp, engine, batch):
+        return centering.score_centering(of_sampled(logp, batch), of_sampled(engine, batch), logp, engine, batch["advantage"],
+                                         batch["mask"], weight=weight)
+
+    return loss
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "runs/laptop"))
