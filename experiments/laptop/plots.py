@@ -72,9 +72,10 @@ def draw_tolerance(folder):
     """Pass rate of the engine's policy against the tolerance, in units of the floor at the start."""
     arms = read(folder, "tolerance")
     figure, axis = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
-    for place, form in enumerate(("abs", "signed")):
-        points = {float(name.split("-c")[1]): runs for name, runs in arms.items() if name.startswith(f"{form}-c")}
-        draw_points(axis, {x + 0.02 * (place - 0.5): runs for x, runs in sorted(points.items())}, form, FORMS[form])
+    points = {float(name.split("-c")[1]): runs for name, runs in arms.items() if "-c" in name}
+    draw_points(axis, dict(sorted(points.items())), "adaptive multiplier, at most 0.3", FORMS["abs"])
+    grpo = statistics.fmean(last(read(folder, "main")["grpo-0.0003"], "engine").values())
+    axis.axhline(grpo, color=INK, lw=1, ls="--", label="GRPO, mean of five", zorder=0)
     axis.axvline(1.2, color=FAINT, lw=1, zorder=0)
     axis.set_xlabel("tolerance / floor at the start; 1.2 is the calibrated one")
     finish(axis)

@@ -1,4 +1,4 @@
-"""Bias or variance? A batch four times as large, and shaping on one sign of the advantage or of the gap alone.
+"""Which tokens make the difference? Shaping on one sign of the advantage, or of the gap, alone.
 
 Command:  dcmdp study experiments/laptop/split.py
 Hardware: two CPU cores
@@ -6,11 +6,10 @@ Time:     not measured
 Result:   not measured
 """
 
-import dataclasses
 from functools import partial
 
 import jax.numpy as jnp
-from chain import FLOAT32, GRPO, fixed, sampled
+from chain import fixed
 
 from dcmdp_jax import constraint
 from dcmdp_jax.study import Study
@@ -44,13 +43,10 @@ def trainer_likelier(advantage, gap):
     return gap > 0
 
 
-WIDE = dataclasses.replace(GRPO, data=dataclasses.replace(GRPO.data, prompts_per_step=64))
-
 STUDY = Study(
     {f"{name}-{part.__name__}": fixed(where(part, shape), 0.1)
      for name, shape in (("abs", constraint.shape), ("signed", constraint.shape_signed)) for part in (failed, succeeded)}
     # abs and signed charge what the trainer finds likelier alike; they differ on what the engine finds likelier.
     | {"charge-trainer_likelier": fixed(where(trainer_likelier, constraint.shape), 0.1),
        "charge-engine_likelier": fixed(where(engine_likelier, constraint.shape), 0.1),
-       "credit-engine_likelier": fixed(where(engine_likelier, constraint.shape_signed), 0.1),
-       "grpo-batch4": WIDE, "none-batch4": sampled(WIDE, FLOAT32)}, seeds=3)
+       "credit-engine_likelier": fixed(where(engine_likelier, constraint.shape_signed), 0.1)}, seeds=3)
