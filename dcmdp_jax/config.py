@@ -11,6 +11,7 @@ import difflib
 import functools
 import pathlib
 import runpy
+import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -322,13 +323,21 @@ def differences(before: Any, now: Any, prefix: str = "") -> dict[str, tuple[Any,
 
 def load_experiment(path: str) -> Config:
     """The `CONFIG` of an experiment file. Raises ValueError where there is none."""
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise ValueError(f"experiment {path} does not exist; experiments are Python files such as experiments/quickstart.py")
-    config = runpy.run_path(str(file)).get("CONFIG")
+    config = run_file(path, "experiment").get("CONFIG")
     if not isinstance(config, Config):
         raise ValueError(f"{path} defines no CONFIG = Config(...)")
     return config
+
+
+def run_file(path: str, kind: str) -> dict[str, Any]:
+    """What a Python file defines; it may import its neighbours, as a script may. Raises ValueError where there is no file."""
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise ValueError(f"{kind} {path} does not exist; give the path of a Python file")
+    folder = str(file.absolute().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return runpy.run_path(str(file))
 
 
 def _replace(config: Any, changes: dict[tuple[str, ...], Any]) -> Any:

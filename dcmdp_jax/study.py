@@ -14,10 +14,8 @@ import json
 import multiprocessing
 import os
 import pathlib
-import runpy
 import shutil
 import statistics
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -25,7 +23,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
-from dcmdp_jax.config import Config, ModelSource, WarmupConfig, to_json
+from dcmdp_jax.config import Config, ModelSource, WarmupConfig, run_file, to_json
 
 COLUMNS = ("study", "arm", "seed", "step", "prompts", "engine", "trainer", "reward", "delta", "multiplier", "entropy", "k3",
            "response_length", "grad_norm", "seconds")
@@ -71,14 +69,8 @@ class Run:
 
 
 def load(file: str) -> Study:
-    """The `STUDY` of a Python file, which may import its neighbours. Raises ValueError where there is none."""
-    path = pathlib.Path(file)
-    if not path.is_file():
-        raise ValueError(f"study {file} does not exist; studies are Python files such as experiments/laptop/main.py")
-    neighbours = str(path.absolute().parent)
-    if neighbours not in sys.path:
-        sys.path.insert(0, neighbours)
-    study = runpy.run_path(str(path)).get("STUDY")
+    """The `STUDY` of a Python file. Raises ValueError where there is none."""
+    study = run_file(file, "study").get("STUDY")
     if not isinstance(study, Study):
         raise ValueError(f"{file} defines no STUDY = Study(...)")
     return study

@@ -1,8 +1,8 @@
 """Writes the tables of docs/pods.md: what the paper's two models need on seven slices, each program compiled in full.
 
-    python docs/make_pods.py            # half an hour of a CPU; needs libtpu (pip install libtpu), no TPU
+    python docs/make_pods.py            # fifty minutes of a CPU; needs libtpu (pip install libtpu), no TPU
 
-Between `<!-- table -->` and `<!-- end -->` everything is this script's.
+Between `<!-- table -->` and `<!-- end -->` everything is this script's. Plans are kept in `runs/plans`, and not made again.
 """
 
 from __future__ import annotations
@@ -11,37 +11,40 @@ import json
 import pathlib
 import subprocess
 import sys
-import tempfile
 
 ROOT = pathlib.Path(__file__).parents[1]
 GIB = 2**30
 WHOLE = ["--rollout.one_engine", "yes"]  # a v5e or v6e slice runs programs on one device or on all
 SLICES = [  # title, experiment, topology, options
-    ("Qwen3-8B, v5e-64", "pod_8b", "v5e:8x8", [*WHOLE, "--rollout.slots", "256"]),
-    ("Qwen3-8B, v6e-16", "pod_8b", "v6e:4x4", [*WHOLE, "--algorithm.microbatches", "32", "--rollout.slots", "128"]),
-    ("Qwen3-8B, v6e-32", "pod_8b", "v6e:4x8", [*WHOLE, "--algorithm.microbatches", "16", "--rollout.slots", "256"]),
-    ("Qwen3-8B, v5p-16", "pod_8b", "v5p:2x2x4", ["--algorithm.microbatches", "32"]),
-    ("Qwen3-8B, v5p-64", "pod_8b", "v5p:4x4x4", []),
-    ("Qwen3-30B-A3B, v5p-64", "pod_30b_a3b", "v5p:4x4x4", []),
-    ("Qwen3-30B-A3B, v6e-64", "pod_30b_a3b", "v6e:8x8", [*WHOLE, "--rollout.slots", "256"]),
+    ("Qwen3-8B, v5e-64", "dcgrpo_8b_bf16", "v5e:8x8", [*WHOLE, "--rollout.slots", "256"]),
+    ("Qwen3-8B, v6e-16", "dcgrpo_8b_bf16", "v6e:4x4", [*WHOLE, "--algorithm.microbatches", "32", "--rollout.slots", "128"]),
+    ("Qwen3-8B, v6e-32", "dcgrpo_8b_bf16", "v6e:4x8", [*WHOLE, "--algorithm.microbatches", "16", "--rollout.slots", "256"]),
+    ("Qwen3-8B, v5p-16", "dcgrpo_8b_bf16", "v5p:2x2x4", ["--algorithm.microbatches", "32"]),
+    ("Qwen3-8B, v5p-64", "dcgrpo_8b_bf16", "v5p:4x4x4", []),
+    ("Qwen3-30B-A3B, v5p-64", "dcgrpo_30b_a3b_bf16", "v5p:4x4x4", []),
+    ("Qwen3-8B, fp8 engine, v5p-64", "dcgrpo_8b_fp8", "v5p:4x4x4", []),
+    ("Qwen3-30B-A3B, fp8 engine, v5p-64", "dcgrpo_30b_a3b_fp8", "v5p:4x4x4", []),
+    ("Qwen3-30B-A3B, v6e-64", "dcgrpo_30b_a3b_bf16", "v6e:8x8", [*WHOLE, "--rollout.slots", "256"]),
 ]
 
 
-def plan(experiment: str, topology: str, options: list[str]) -> dict:
+def plan(title: str, experiment: str, topology: str, options: list[str]) -> dict:
     """One plan, in a process of its own: a slice's compiler is loaded once."""
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [pathlib.Path(sys.executable).with_name("dcmdp"), "plan", f"experiments/{experiment}.py",
-                   "--topology", topology, "--json", file.name]
+    file = ROOT / "runs" / "plans" / f"{title.replace(', ', '_').replace(' ', '-')}.json"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        command = [pathlib.Path(sys.executable).with_name("dcmdp"), "plan", f"experiments/pods/{experiment}.py",
+                   "--topology", topology, "--json", file]
         done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
         print(done.stdout, flush=True)
         if done.returncode == 2:
             raise SystemExit(done.stderr)
-        return json.loads(pathlib.Path(file.name).read_text())
+    return json.loads(file.read_text())
 
 
 def lines(title: str, found: dict, experiment: str, topology: str, options: list[str]) -> list[str]:
     """A section: the command, a row per program, and the step at the roof."""
-    out = [f"### {title}", "", f"    dcmdp plan experiments/{experiment}.py --topology {' '.join([topology, *options])}", "",
+    out = [f"### {title}", "", f"    dcmdp plan experiments/pods/{experiment}.py --topology {' '.join([topology, *options])}", "",
            "| program | arguments | temporaries | peak GiB | fits | TFLOP | link GB | s a step | compile CPU s |",
            "|---|---|---|---|---|---|---|---|---|"]
     for p in found["programs"]:
@@ -55,7 +58,7 @@ def lines(title: str, found: dict, experiment: str, topology: str, options: list
 
 
 def main() -> None:
-    made = [line for title, *how in SLICES for line in lines(title, plan(*how), *how)]
+    made = [line for title, *how in SLICES for line in lines(title, plan(title, *how), *how)]
     page = ROOT / "docs" / "pods.md"
     before, rest = page.read_text().split("<!-- table -->\n")
     page.write_text(f"{before}<!-- table -->\n\n" + "\n".join(made) + "<!-- end -->\n" + rest.split("<!-- end -->\n")[1])

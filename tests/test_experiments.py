@@ -10,7 +10,8 @@ from nbclient import NotebookClient
 from dcmdp_jax import config
 
 ROOT = pathlib.Path(__file__).parents[1]
-EXPERIMENTS = sorted(ROOT.glob("experiments/*.py"))
+EXPERIMENTS = sorted(path for path in ROOT.glob("experiments/**/*.py") if "\nCONFIG = " in path.read_text())
+STUDIES = sorted(path for path in ROOT.glob("experiments/laptop/*.py") if "Command:" in path.read_text())
 NOTEBOOKS = sorted(ROOT.glob("colab/*.ipynb"))
 
 
@@ -18,6 +19,15 @@ NOTEBOOKS = sorted(ROOT.glob("colab/*.ipynb"))
 def test_experiments_load_and_say_what_they_cost(path):
     loaded = config.load_experiment(str(path))
     assert loaded.name == path.stem
+    says_what_it_costs(path)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_studies_say_what_they_cost(path):
+    says_what_it_costs(path)
+
+
+def says_what_it_costs(path):
     words = ast.get_docstring(ast.parse(path.read_text()))
     assert words.splitlines()[0].count("?") == 1, "the first line asks the experiment's question"
     for field in ("Command:", "Hardware:", "Time:", "Result:"):
@@ -25,6 +35,19 @@ def test_experiments_load_and_say_what_they_cost(path):
     for field in ("Time:", "Result:"):
         stated = words.split(field)[1].strip().splitlines()[0]
         assert stated.startswith("not measured") or any(c.isdigit() for c in stated)
+
+
+def test_the_papers_rows_differ_in_what_they_say_alone():
+    """GRPO and DC-GRPO: the multiplier and its step; the engines: the rollout's precision."""
+    def pod(name):
+        return config.to_json(config.load_experiment(str(ROOT / f"experiments/pods/{name}.py")))
+
+    for size in ("8b", "30b_a3b"):
+        for engine in ("bf16", "fp8"):
+            found = config.differences(pod(f"grpo_{size}_{engine}"), pod(f"dcgrpo_{size}_{engine}"))
+            assert set(found) == {"name", "constraint.multiplier_init", "constraint.dual_lr"}
+        assert set(config.differences(pod(f"grpo_{size}_bf16"), pod(f"grpo_{size}_fp8"))) == {
+            "name", "rollout.precision.weights", "rollout.precision.activations"}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

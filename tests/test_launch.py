@@ -10,7 +10,7 @@ import yaml
 from dcmdp_jax import cli, config
 
 ROOT = pathlib.Path(__file__).parents[1]
-SCRIPT = ROOT / "experiments" / "pod.sh"
+SCRIPT = ROOT / "experiments" / "pods" / "launch.sh"
 
 
 def dry_run(*arguments):
@@ -20,24 +20,24 @@ def dry_run(*arguments):
 
 def test_the_script_is_sound_and_quotes_what_it_is_given(tmp_path):
     subprocess.run(["bash", "-n", SCRIPT], check=True)
-    done = dry_run("pod", "us-east5-a", "experiments/pod_8b.py", "--model.folder", "a folder's name")
+    done = dry_run("pod", "us-east5-a", "experiments/pods/dcgrpo_8b_bf16.py", "--model.folder", "a folder's name")
     assert done.returncode == 0 and done.stdout.startswith("gcloud compute tpus tpu-vm ssh pod --zone us-east5-a --worker=all --command set -e")
     script = done.stdout.split("--command ", 1)[1]
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     last = shlex.split(script.strip().splitlines()[-1])
-    assert last == ["exec", ".venv/bin/dcmdp", "train", "experiments/pod_8b.py", "--model.folder", "a folder's name", "--distributed"]
+    assert last == ["exec", ".venv/bin/dcmdp", "train", "experiments/pods/dcgrpo_8b_bf16.py", "--model.folder", "a folder's name", "--distributed"]
     assert dry_run("pod").returncode == 2
 
 
 def test_the_manifest_starts_what_the_command_line_takes(monkeypatch):
     monkeypatch.chdir(ROOT)
-    manifest = yaml.safe_load((ROOT / "experiments" / "jobset.yaml").read_text())
+    manifest = yaml.safe_load((ROOT / "experiments" / "pods" / "jobset.yaml").read_text())
     [job] = manifest["spec"]["replicatedJobs"]
     pod = job["template"]["spec"]
     [container] = pod["template"]["spec"]["containers"]
     program, command, experiment, *options = container["command"]
     assert (program, command) == ("dcmdp", "train") and "--distributed" in options
     fields = cli._overrides([word for word in options if word not in ("--distributed",) and not word.startswith("--workdir")
-                             and word != "/bucket/runs/pod_8b"])
+                             and word != "/bucket/runs/dcgrpo_8b_bf16"])
     config.override(config.load_experiment(experiment), fields)
     assert pod["parallelism"] == pod["completions"] == 4 * 4 * 4 // container["resources"]["limits"]["google.com/tpu"]

@@ -65,7 +65,7 @@ def test_unknown_topologies_are_refused():
 
 
 def test_a_mesh_that_does_not_fit_is_refused_before_compiling(capsys):
-    assert cli.main(["plan", "experiments/pod_8b.py", "--topology", "v5e:2x2", "--mesh.tensor", "3"]) == 2
+    assert cli.main(["plan", "experiments/pods/dcgrpo_8b_bf16.py", "--topology", "v5e:2x2", "--mesh.tensor", "3"]) == 2
     assert "does not make 4, the number of devices" in capsys.readouterr().err
 
 
