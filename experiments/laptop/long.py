@@ -8,7 +8,7 @@ Result:   not measured
 
 import dataclasses
 
-from chain import FLOAT32, FP8, GRPO, SLOW, adaptive, at, sampled
+from chain import FP8, GRPO, SLOW, adaptive, at, sampled
 
 from dcmdp_jax import constraint
 from dcmdp_jax.config import EvalConfig
@@ -20,7 +20,6 @@ def long(arm):
 
 
 STUDY = Study({
-    "none": long(sampled(GRPO, FLOAT32)),
     "grpo": long(sampled(GRPO, FP8)),
     "dcgrpo": long(sampled(adaptive(constraint.shape, tolerance=0.0037, multiplier_max=1.0), FP8)),
 }, seeds=1)

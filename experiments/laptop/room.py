@@ -72,7 +72,6 @@ def arms(kinds):
         "grpo": base,
         "abs-0.1": fixed(constraint.shape, 0.1, base),
         "abs-1": fixed(constraint.shape, 1.0, base),
-        "signed-0.1": fixed(constraint.shape_signed, 0.1, base),
         "cost-to-go-0.1": fixed(constraint.shape_cost_to_go, 0.1, base),
     }.items()}
 

@@ -44,8 +44,7 @@ def trainer_likelier(advantage, gap):
 
 
 STUDY = Study(
-    {f"{name}-{part.__name__}": fixed(where(part, shape), 0.1)
-     for name, shape in (("abs", constraint.shape), ("signed", constraint.shape_signed)) for part in (failed, succeeded)}
+    {f"signed-{part.__name__}": fixed(where(part, constraint.shape_signed), 0.1) for part in (failed, succeeded)}
     # abs and signed charge what the trainer finds likelier alike; they differ on what the engine finds likelier.
     | {"charge-trainer_likelier": fixed(where(trainer_likelier, constraint.shape), 0.1),
        "charge-engine_likelier": fixed(where(engine_likelier, constraint.shape), 0.1),
