@@ -145,6 +145,7 @@ class AlgorithmConfig:
     advantage: Callable  # (reward [N], group [N], *, num_groups) -> [N]
     surrogate: Callable  # (logp, old_logp, rollout_logp, advantage, mask) -> loss [N, T], denominator mask [N, T]
     reduce: Callable  # (loss, mask) -> scalar, linear in the loss
+    optimizer: Callable | None = None  # (AlgorithmConfig) -> optimizers.Optimizer; None: optimizers.adamw
     minibatches: int = 1  # M optimizer updates per rollout batch and epoch
     microbatches: int = 1  # A gradients accumulated per update
     epochs: int = 1

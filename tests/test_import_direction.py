@@ -14,7 +14,7 @@ FILES = {str(path.relative_to(ROOT).with_suffix("")).replace("/", "."): path for
 ORDER = [
     ["records", "config", "stopping", "rollcall"],
     ["sharding", "losses", "rewards", "tokenizer", "tasks"],
-    ["constraint", "hosts", "count"],
+    ["constraint", "hosts", "count", "optimizers"],
     ["models"],
     ["data", "rollout.sampling"],
     ["rollout.decode"],
