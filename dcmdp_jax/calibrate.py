@@ -30,7 +30,7 @@ def floor(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh, params: A
     """
     places, whole = step.state_shardings(config, model, mesh).params, sharding.replicated(mesh)
     measured = jax.jit(sharding.over(mesh, partial(_measure, config=config, model=model)),
-                       in_shardings=(places, step.batch_shardings(mesh)), out_shardings=whole)
+                       in_shardings=(places, step.batch_shardings(config, mesh)), out_shardings=whole)
     sums, counts = zip(*(map(float, measured(params, batch)) for batch in batches))
     found = constraint.calibrate_tolerance(np.array(sums), np.array(counts), slack=slack)
     if not found.batches:

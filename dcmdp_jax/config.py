@@ -150,6 +150,7 @@ class AlgorithmConfig:
     microbatches: int = 1  # A gradients accumulated per update
     epochs: int = 1
     row_length: int = 0  # S of the packed rows; 0: max_prompt_tokens + max_tokens
+    replay_routing: bool = False  # the trainer sends tokens to the experts that the engine sent them to (arXiv 2510.11370)
     learning_rate: float = 1e-6
     lr_warmup_steps: int = 0
     beta1: float = 0.9

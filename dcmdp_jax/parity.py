@@ -105,7 +105,7 @@ def scorer(config: Config, inputs: train.Inputs) -> Score:
     rows, whole = sharding.split(inputs.mesh, 0), sharding.replicated(inputs.mesh)
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
     packed = jax.jit(partial(_packed, model=inputs.model, temperature=config.rollout.temperature),
-                     in_shardings=(None, rows, rows, rows, whole), out_shardings=whole)
+                     in_shardings=(None, rows, rows, rows, whole, rows), out_shardings=whole)
 
     def score(params: Any, sampled: Rollout, seed: Any, split: int = 1) -> np.ndarray:
         count, minibatches = len(sampled.tokens), config.algorithm.minibatches
@@ -115,8 +115,9 @@ def scorer(config: Config, inputs: train.Inputs) -> Score:
         batch = data.pack(numbered, minibatches=minibatches, microbatches=microbatches,
                           row_length=config.algorithm.row_length or longest, pad_id=inputs.tokenizer.pad_id,
                           row_divisor=sharding.batch_size(inputs.mesh), seed=seed)
-        parts = (x.reshape(-1, *x.shape[2:]) for x in (batch.tokens, batch.positions, batch.segment_ids, batch.index))
-        logp = np.concatenate([packed(params, *micro) for micro in zip(*parts)])
+        micros = (jax.tree.map(lambda x: x[i, j], batch) for i, j in np.ndindex(batch.mask.shape[:2]))
+        logp = np.concatenate([packed(params, micro.tokens, micro.positions, micro.segment_ids, micro.index, micro.experts)
+                               for micro in micros])
         out = np.zeros_like(sampled.rollout_logp)
         out[batch.reward.reshape(-1).astype(np.int32)] = np.where(batch.mask.reshape(logp.shape), logp, 0)
         return out
@@ -124,8 +125,8 @@ def scorer(config: Config, inputs: train.Inputs) -> Score:
     return score
 
 
-def _packed(params, tokens, positions, segment_ids, index, *, model: ModelConfig, temperature: float) -> jax.Array:
-    return scoring.packed_logp(params, tokens, positions, segment_ids, index, model, temperature)[0]
+def _packed(params, tokens, positions, segment_ids, index, experts, *, model: ModelConfig, temperature: float) -> jax.Array:
+    return scoring.packed_logp(params, tokens, positions, segment_ids, index, model, temperature, experts=experts)[0]
 
 
 def measure(config: Config, inputs: train.Inputs, policy: Policy, batches: int, *, first: int | None = None,

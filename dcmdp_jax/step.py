@@ -56,11 +56,11 @@ def abstract_state(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) 
     return sharding.abstract(shapes, state_shardings(config, model, mesh))
 
 
-def batch_shardings(mesh: jax.sharding.Mesh) -> Batch:
+def batch_shardings(config: Config, mesh: jax.sharding.Mesh) -> Batch:
     """Packed rows over the batch axes and their positions over `sequence`; arrays of completions whole on every device."""
     rows, whole = sharding.packed_rows(mesh), sharding.replicated(mesh)
     return Batch(tokens=rows, positions=rows, segment_ids=rows, index=whole, completions=whole, mask=whole,
-                 rollout_logp=whole, reward=whole, group=whole)
+                 rollout_logp=whole, reward=whole, group=whole, experts=rows if config.algorithm.replay_routing else None)
 
 
 def compile(config: Config, model: ModelConfig,
@@ -70,7 +70,7 @@ def compile(config: Config, model: ModelConfig,
     if isinstance(surrogate, corrections.Bypass) and surrogate.denominator is corrections.surviving and updates > 1:
         raise ValueError("bypass with the surviving denominator judges tokens anew at every update; set "
                          "algorithm.epochs=1 and minibatches=1, or take corrections.original")
-    state, batch = state_shardings(config, model, mesh), batch_shardings(mesh)
+    state, batch = state_shardings(config, model, mesh), batch_shardings(config, mesh)
     return jax.jit(sharding.over(mesh, partial(constrained_step, config=config, model=model)), in_shardings=(state, batch),
                    out_shardings=(state, sharding.replicated(mesh)), donate_argnums=0)
 
@@ -137,7 +137,7 @@ def _only_pass(params: Any, batch: Batch, config: Config, model: ModelConfig) ->
 def _score(params: Any, micro: Batch, config: Config, model: ModelConfig, *,
            entropy: bool = False) -> tuple[jax.Array, jax.Array | None]:
     return scoring.packed_logp(params, micro.tokens, micro.positions, micro.segment_ids, micro.index, model,
-                               config.rollout.temperature, entropy=entropy)
+                               config.rollout.temperature, entropy=entropy, experts=micro.experts)
 
 
 def _gradients(params: Any, minibatch: tuple, config: Config, model: ModelConfig,

@@ -136,7 +136,7 @@ def _collect(config: Config, inputs: Inputs, engine: Engine, asked: Callable[[],
         scored, minibatches=config.algorithm.minibatches, microbatches=config.algorithm.microbatches,
         row_length=config.algorithm.row_length or engine.max_length, row_divisor=sharding.batch_size(inputs.mesh),
         pad_id=vocabulary.pad_id, seed=(config.seed, number))
-    return Collected(hosts.spread(batch, step.batch_shardings(inputs.mesh)), int(scored.rollout.lengths.sum()))
+    return Collected(hosts.spread(batch, step.batch_shardings(config, inputs.mesh)), int(scored.rollout.lengths.sum()))
 
 
 def _together(scored: Scored) -> Scored:
@@ -193,7 +193,7 @@ def make_engine(config: Config, inputs: Inputs) -> Engine:
     slots = config.rollout.slots // hosts.engines(config.rollout)
     return Engine(inputs.model, slots=slots, steps=config.rollout.tokens_per_dispatch,
                   max_length=config.data.max_prompt_tokens + config.rollout.max_tokens, stop_ids=inputs.tokenizer.eos_ids,
-                  precision=config.rollout.precision, mesh=inputs.decode_mesh)
+                  precision=config.rollout.precision, record_experts=config.algorithm.replay_routing, mesh=inputs.decode_mesh)
 
 
 def sampling(config: RolloutConfig) -> Sampling:
@@ -210,6 +210,8 @@ def read_inputs(config: Config) -> Inputs:
     task, model = config.data.task, read_model(config)
     if config.model.folder:
         weights.check(config.model.folder)
+    if config.algorithm.replay_routing and not model.num_experts:
+        raise ValueError("algorithm.replay_routing replays the choices of a router, and this model is dense; leave it out")
     vocabulary = read_tokenizer(config)
     tokenizer.check_vocabulary(vocabulary, model.vocab_size)
     if config.warmup.steps and task is None:

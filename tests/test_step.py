@@ -66,7 +66,7 @@ def run(config, scored, mesh=None, row_length=2 * (P + T)):
     batch = data.pack(scored, minibatches=algorithm.minibatches, microbatches=algorithm.microbatches, row_length=row_length,
                       row_divisor=sharding.batch_size(mesh), seed=1)
     state = fresh_state(config, model, mesh)
-    state, metrics = compiled_step(config, model, mesh)(state, jax.device_put(batch, step.batch_shardings(mesh)))
+    state, metrics = compiled_step(config, model, mesh)(state, jax.device_put(batch, step.batch_shardings(config, mesh)))
     return make_params(model), state, jax.device_get(metrics)
 
 
@@ -137,7 +137,7 @@ def test_accumulation_does_not_change_the_update(microbatches):
 
 def test_params_and_multiplier_change_in_one_program_without_the_host():
     config, mesh = make_config(minibatches=2, microbatches=2), sharding.single_device_mesh()
-    batch = jax.device_put(data.pack(make_scored(), minibatches=2, microbatches=2, row_length=24), step.batch_shardings(mesh))
+    batch = jax.device_put(data.pack(make_scored(), minibatches=2, microbatches=2, row_length=24), step.batch_shardings(config, mesh))
     state = fresh_state(config, MODEL, mesh)
     before = jax.tree.map(jnp.copy, state)  # a NumPy view would keep the buffers from being donated
     compiled = step.compile(config, MODEL, mesh).lower(state, batch).compile()
