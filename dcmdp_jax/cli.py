@@ -1,4 +1,4 @@
-"""`dcmdp`: train, study, plan, parity, diagnose, generate, serve, convert, report."""
+"""`dcmdp`: train, study, plan, parity, calibrate, diagnose, generate, serve, convert, report."""
 
 from __future__ import annotations
 
@@ -42,6 +42,15 @@ def main(arguments: list[str] | None = None) -> int:
     parity.add_argument("--max-error", type=float, help="end with status 1 where a |log-prob difference| is larger, in "
                                                         "nats (default: 1e-5 for an exact float32 engine, else no limit)")
     parity.set_defaults(run=_parity)
+
+    calibrate = commands.add_parser("calibrate", allow_abbrev=False, help="measure the tolerance that an experiment calls for",
+                                    description=(
+        "Samples at fixed weights, those of the run's newest checkpoint or else those that it starts from, warm-up included, "
+        "and prints the floor of delta and the tolerance to use. Fields are set as for train."))
+    _experiment_options(calibrate)
+    calibrate.add_argument("--batches", type=int, help="rollout batches to sample (default: the experiment's, or 4)")
+    calibrate.add_argument("--slack", type=float, help="of the tolerance over the floor (default: the experiment's, or 0.2)")
+    calibrate.set_defaults(run=_calibrate)
 
     diagnose = commands.add_parser("diagnose", allow_abbrev=False, help="tell which property of the engine makes the gap",
                                    description=(
@@ -197,6 +206,30 @@ def _parity(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
         if reason := parity.failure(found, limit):
             print(f"dcmdp parity: {reason}", file=sys.stderr)
             return 1
+        return 0
+
+    return job
+
+
+def _calibrate(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
+    config, workdir = _experiment(args, rest)
+    from dcmdp_jax import calibrate, checkpoint, parity, train
+    from dcmdp_jax.config import Calibrated
+
+    wanted = config.constraint.tolerance if isinstance(config.constraint.tolerance, Calibrated) else Calibrated()
+    batches = wanted.batches if args.batches is None else args.batches
+    slack = wanted.slack if args.slack is None else args.slack
+    if batches < 2 or not slack >= 0:
+        raise ValueError(f"--batches {batches} and --slack {slack:g} must be at least 2 and 0")
+    inputs = train.read_inputs(config)
+    trained = parity.load(config, inputs, workdir) if checkpoint.steps(workdir) else None
+
+    def job() -> int:
+        policy = trained or parity.starting(config, inputs)
+        found = parity.measure(config, inputs, policy, batches, first=calibrate.FIRST, slack=slack).calibration
+        print(f"{policy.origin}\n{calibrate.text(found, slack)}")
+        print(f"in the experiment: tolerance={calibrate.tolerance(found):g}, or tolerance=Calibrated(slack={slack:g}), with which "
+              "a run measures it at its start")
         return 0
 
     return job

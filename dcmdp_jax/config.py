@@ -146,10 +146,12 @@ class AlgorithmConfig:
     advantage: Callable  # (reward [N], group [N], *, num_groups) -> [N]
     surrogate: Callable  # (logp, old_logp, rollout_logp, advantage, mask) -> loss [N, T], denominator mask [N, T]
     reduce: Callable  # (loss, mask) -> scalar, linear in the loss
+    optimizer: Callable | None = None  # (AlgorithmConfig) -> optimizers.Optimizer; None: optimizers.adamw
     minibatches: int = 1  # M optimizer updates per rollout batch and epoch
     microbatches: int = 1  # A gradients accumulated per update
     epochs: int = 1
     row_length: int = 0  # S of the packed rows; 0: max_prompt_tokens + max_tokens
+    replay_routing: bool = False  # the trainer sends tokens to the experts that the engine sent them to (arXiv 2510.11370)
     learning_rate: float = 1e-6
     lr_warmup_steps: int = 0
     beta1: float = 0.9
@@ -159,12 +161,20 @@ class AlgorithmConfig:
 
 
 @dataclass(frozen=True)
+class Calibrated:
+    """A tolerance measured by the run itself, at its starting weights: see `constraint.calibrate_tolerance`."""
+
+    slack: float = 0.2  # over the floor
+    batches: int = 4  # rollout batches that measure it
+
+
+@dataclass(frozen=True)
 class ConstraintConfig:
     """max E[reward] s.t. E[delta] <= tolerance, through the multiplier."""
 
     shape: Callable  # (advantage, old_logp, rollout_logp, multiplier, tolerance, mask) -> [N, T]
     dual: Callable  # (dual_lr, multiplier_init, multiplier_max) -> constraint.Controller
-    tolerance: float
+    tolerance: float | Calibrated  # c; `Calibrated(slack=0.2)` has the run measure it before its first step
     dual_lr: float = 1.0
     multiplier_init: float = 0.1
     multiplier_max: float = 1.0
@@ -250,7 +260,10 @@ def _validate(config: Config) -> None:
     if not 0 < rollout.top_p <= 1 or not 0 <= rollout.min_p < 1:
         raise ValueError(f"rollout.top_p={rollout.top_p} must lie in (0, 1] and rollout.min_p={rollout.min_p} in [0, 1)")
     dual = config.constraint
-    if dual.tolerance < 0 or dual.dual_lr < 0 or not 0 <= dual.multiplier_init <= dual.multiplier_max:
+    measured = dual.tolerance if isinstance(dual.tolerance, Calibrated) else None
+    if measured and (measured.slack < 0 or measured.batches < 2):
+        raise ValueError(f"constraint.tolerance={measured} needs slack >= 0 and batches >= 2, whose spread is the standard error")
+    if not measured and dual.tolerance < 0 or dual.dual_lr < 0 or not 0 <= dual.multiplier_init <= dual.multiplier_max:
         raise ValueError("constraint needs tolerance >= 0, dual_lr >= 0 and 0 <= multiplier_init <= multiplier_max")
     if config.eval.every and config.eval.prompts < 1:
         raise ValueError(f"eval.prompts={config.eval.prompts} must be at least 1; eval.every=0 leaves evaluation out")
@@ -267,6 +280,9 @@ def override(config: Config, changes: dict[str, str]) -> Config:
     for name in changes:
         if name not in names:
             raise ValueError(_unknown(name, list(names)))
+    for name in changes:
+        if other := next((other for other in changes if other.startswith(f"{name}.")), None):
+            raise ValueError(f"--{name} gives a number, which leaves nothing to --{other}; set one of them")
     values = {name: _convert(name, text, names[name]) for name, text in changes.items()}
     return _replace(config, {tuple(name.split(".")): value for name, value in values.items()})
 
@@ -279,9 +295,16 @@ def scalar_fields(config: Any, prefix: str = "") -> dict[str, type]:
         value, name = getattr(config, item.name), prefix + item.name
         if dataclasses.is_dataclass(value):
             found |= scalar_fields(value, name + ".")
-        elif hints[item.name] in (int, float, bool, str):
+        if hints[item.name] in (int, float, bool, str):
             found[name] = hints[item.name]
+        elif hints[item.name] == float | Calibrated:
+            found[name] = float
     return found
+
+
+def with_tolerance(config: Config, tolerance: float) -> Config:
+    """The same run with that tolerance."""
+    return dataclasses.replace(config, constraint=dataclasses.replace(config.constraint, tolerance=tolerance))
 
 
 def recorded(config: Config, record: dict) -> Config:

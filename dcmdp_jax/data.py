@@ -126,7 +126,8 @@ def pack(scored: Scored, *, minibatches: int, microbatches: int, row_length: int
          seed: int | tuple[int, ...] = 0) -> Batch:
     """Deals the completions at random into M x A microbatches of n and packs each into R rows of S tokens.
 
-    First-fit decreasing, a segment being prompt + completion. R is the same in every microbatch: `row_divisor` times a
+    First-fit decreasing, a segment being prompt + completion. Experts, where they were recorded, go to the tokens that they
+    were chosen for: those of a completion's first token to the prompt's last. R is the same in every microbatch: `row_divisor` times a
     power of two (or just enough rows for n completions, if that is less), so that few shapes are ever compiled. Raises
     ValueError where the completions do not divide, a row is too short, or a prompt is empty.
     """
@@ -157,6 +158,11 @@ def pack(scored: Scored, *, minibatches: int, microbatches: int, row_length: int
         flat[start[owner] + offset] = values
         return flat.reshape(minibatches, microbatches, rows, row_length)
 
+    def place_experts(recorded: np.ndarray) -> np.ndarray:
+        flat = np.full((parts * rows * row_length, *recorded.shape[2:]), -1, np.int16)
+        flat[((start + asked - 1)[:, None] + np.arange(width))[mask]] = recorded[order][mask]
+        return flat.reshape(minibatches, microbatches, rows, row_length, *recorded.shape[2:])
+
     def deal(values: np.ndarray) -> np.ndarray:
         return values.reshape(minibatches, microbatches, count // parts, *values.shape[1:])
 
@@ -166,7 +172,8 @@ def pack(scored: Scored, *, minibatches: int, microbatches: int, row_length: int
         tokens=scatter(source[owner, column], pad_id), positions=scatter(offset, 0),
         segment_ids=scatter(segment[owner], 0), index=deal(np.where(mask, predicts, 0).astype(np.int32)),
         completions=deal(rollout.tokens[order]), mask=deal(mask), rollout_logp=deal(rollout.rollout_logp[order]),
-        reward=deal(scored.reward[order]), group=deal(group.astype(np.int32)))
+        reward=deal(scored.reward[order]), group=deal(group.astype(np.int32)),
+        experts=None if rollout.experts is None else place_experts(rollout.experts))
 
 
 def _place(lengths: np.ndarray, row_length: int, row_divisor: int) -> tuple[int, np.ndarray, np.ndarray]:

@@ -52,6 +52,11 @@ class Log:
         self._latest: dict[str, Any] = {}  # keeps the last evaluation on show between evaluations
         self._progress = Progress(config.name, first_step, config.steps, config.constraint.tolerance)
 
+    def settle(self, tolerance: float) -> None:
+        """Shows delta beside this tolerance, where it was not known from the start."""
+        if self._writes:
+            self._progress.tolerance = tolerance
+
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Adds the row of `step`. Raises ValueError on a value that is not one number, Python's or an array of one."""
         if not self._writes:
@@ -88,12 +93,12 @@ class Progress:
     """A bar on a terminal; elsewhere a line at the first step, the last one and every ten seconds."""
 
     def __init__(self, name: str, first_step: int, total: int, tolerance: float):
-        self._name, self._first_step, self._total, self._tolerance = name, first_step, total, tolerance
+        self._name, self._first_step, self._total, self.tolerance = name, first_step, total, tolerance
         self._bar = None  # made by the first step: until then other lines may be printed
         self._printed = -math.inf
 
     def show(self, step: int, values: Mapping[str, Any]) -> None:
-        line = status(values, self._tolerance)
+        line = status(values, self.tolerance)
         if sys.stderr.isatty():
             self._draw(step, line)
         elif step == self._total or time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 
 from dcmdp_jax import checkpoint, constraint, data, sharding, step, sync, train
-from dcmdp_jax.config import Config, ModelConfig, Precision
+from dcmdp_jax.config import Calibrated, Config, ModelConfig, Precision
 from dcmdp_jax.losses import diagnostics
 from dcmdp_jax.models import qwen3, scoring, weights
 from dcmdp_jax.records import Rollout, Scored, TrainState, Weights
@@ -75,6 +76,14 @@ def load(config: Config, inputs: train.Inputs, workdir: pathlib.Path) -> Policy:
     return Policy(params, 0, "random weights: a flat policy shows little of a gap; train, or give --model.folder DIR")
 
 
+def starting(config: Config, inputs: train.Inputs) -> Policy:
+    """What a run's first batch is sampled from, warmed up as the run warms up; nothing is left on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        params = train.starting_weights(config, inputs, pathlib.Path(folder), lambda: False)
+    origin = config.model.folder or "random weights"
+    return Policy(params, 0, f"{origin}, after {config.warmup.steps} steps of warm-up" if config.warmup.steps else origin)
+
+
 def restore(config: Config, inputs: train.Inputs, workdir: pathlib.Path, number: int) -> tuple[TrainState, Any]:
     """Checkpoint `number` and its data position (`checkpoint.read`). Raises ValueError where it does not fit the model."""
     return checkpoint.read(workdir, number, step.abstract_state(config, inputs.model, inputs.mesh))
@@ -96,7 +105,7 @@ def scorer(config: Config, inputs: train.Inputs) -> Score:
     rows, whole = sharding.split(inputs.mesh, 0), sharding.replicated(inputs.mesh)
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
     packed = jax.jit(partial(_packed, model=inputs.model, temperature=config.rollout.temperature),
-                     in_shardings=(None, rows, rows, rows, whole), out_shardings=whole)
+                     in_shardings=(None, rows, rows, rows, whole, rows), out_shardings=whole)
 
     def score(params: Any, sampled: Rollout, seed: Any, split: int = 1) -> np.ndarray:
         count, minibatches = len(sampled.tokens), config.algorithm.minibatches
@@ -106,8 +115,9 @@ def scorer(config: Config, inputs: train.Inputs) -> Score:
         batch = data.pack(numbered, minibatches=minibatches, microbatches=microbatches,
                           row_length=config.algorithm.row_length or longest, pad_id=inputs.tokenizer.pad_id,
                           row_divisor=sharding.batch_size(inputs.mesh), seed=seed)
-        parts = (x.reshape(-1, *x.shape[2:]) for x in (batch.tokens, batch.positions, batch.segment_ids, batch.index))
-        logp = np.concatenate([packed(params, *micro) for micro in zip(*parts)])
+        micros = (jax.tree.map(lambda x: x[i, j], batch) for i, j in np.ndindex(batch.mask.shape[:2]))
+        logp = np.concatenate([packed(params, micro.tokens, micro.positions, micro.segment_ids, micro.index, micro.experts)
+                               for micro in micros])
         out = np.zeros_like(sampled.rollout_logp)
         out[batch.reward.reshape(-1).astype(np.int32)] = np.where(batch.mask.reshape(logp.shape), logp, 0)
         return out
@@ -115,19 +125,22 @@ def scorer(config: Config, inputs: train.Inputs) -> Score:
     return score
 
 
-def _packed(params, tokens, positions, segment_ids, index, *, model: ModelConfig, temperature: float) -> jax.Array:
-    return scoring.packed_logp(params, tokens, positions, segment_ids, index, model, temperature)[0]
+def _packed(params, tokens, positions, segment_ids, index, experts, *, model: ModelConfig, temperature: float) -> jax.Array:
+    return scoring.packed_logp(params, tokens, positions, segment_ids, index, model, temperature, experts=experts)[0]
 
 
-def measure(config: Config, inputs: train.Inputs, policy: Policy, batches: int) -> Parity:
+def measure(config: Config, inputs: train.Inputs, policy: Policy, batches: int, *, first: int | None = None,
+            slack: float = 0.2) -> Parity:
     """Samples `batches` rollout batches at fixed weights and scores their tokens with the trainer.
 
-    `policy` must fit `inputs.model`; `batches` >= 2, for the spread between batches is the floor's standard error.
+    `policy` must fit `inputs.model`; `batches` >= 2, for the spread between batches is the floor's standard error. The keys
+    are those of constrained steps from `first` on, or of the steps that follow `policy`.
     """
+    first = policy.version if first is None else first
     engine, score = train.make_engine(config, inputs), scorer(config, inputs)
     served = sync.make(inputs.model, config.rollout.precision, inputs.decode_mesh)(policy.params, policy.version)
     old, reported, mask, position = [], [], [], []
-    for number in range(policy.version, policy.version + batches):
+    for number in range(first, first + batches):
         sampled = sample(engine, served, config, inputs, number)
         old.append(score(policy.params, sampled, (config.seed, number)))
         reported.append(sampled.rollout_logp)
@@ -137,7 +150,7 @@ def measure(config: Config, inputs: train.Inputs, policy: Policy, batches: int) 
     sums, counts = zip(*(map(float, constraint.measure(*one)) for one in zip(old, reported, mask)))
     old, reported, mask, position = map(np.concatenate, (old, reported, mask, position))
     return Parity(policy.origin, by_position(old, reported, mask, position), int(np.sum(mask & ~np.isfinite(reported))),
-                  constraint.calibrate_tolerance(np.array(sums), np.array(counts)))
+                  constraint.calibrate_tolerance(np.array(sums), np.array(counts), slack=slack))
 
 
 def mask_of(sampled: Rollout) -> np.ndarray:
@@ -185,11 +198,13 @@ def failure(found: Parity, limit: float | None) -> str:
     return ""
 
 
-def verdict(found: Parity, tolerance: float) -> str:
+def verdict(found: Parity, tolerance: float | Calibrated) -> str:
     """The floor in a sentence, and whether `tolerance` can be met."""
     floor, error, wanted, batches = map(float, found.calibration)
     said = (f"Mean delta at fixed weights, the floor, is {floor:.3g} ± {error:.1g} (standard error over {batches:.0f} "
             f"batches); the suggested tolerance is {wanted:.3g}. ")
+    if isinstance(tolerance, Calibrated):
+        return said + "The experiment measures its tolerance at its start."
     if tolerance < floor:
         return said + f"The experiment's tolerance of {tolerance:g} lies under the floor: no multiplier can meet it."
     return said + f"The experiment's tolerance of {tolerance:g} lies above the floor."
@@ -213,11 +228,13 @@ def columns(lines: list[tuple[str, ...]], left: int = 1) -> str:
 def write(found: Parity, config: Config, limit: float | None, workdir: pathlib.Path) -> pathlib.Path:
     """Writes `parity.json` into `workdir` and returns its path; numbers that are not finite are null."""
     floor, error, wanted, batches = map(float, found.calibration)
+    own = config.constraint.tolerance
+    own = None if isinstance(own, Calibrated) else own
     record = {"weights": found.origin, "precision": dataclasses.asdict(config.rollout.precision),
               "sampling": train.sampling(config.rollout)._asdict(), "batches": batches,
               "positions": {name: g._asdict() for name, g in found.gaps.items()}, "dropped": found.dropped,
               "floor": floor, "floor_std_error": error, "suggested_tolerance": wanted,
-              "tolerance": config.constraint.tolerance, "tolerance_under_floor": config.constraint.tolerance < floor,
+              "tolerance": own, "tolerance_under_floor": own is not None and own < floor,
               "max_error": limit, "passed": not failure(found, limit)}
     return write_json(workdir / "parity.json", record)
 

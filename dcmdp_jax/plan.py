@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from dcmdp_jax import count, sharding, step, sync
-from dcmdp_jax.config import Config, ModelConfig
+from dcmdp_jax.config import Calibrated, Config, ModelConfig, with_tolerance
 from dcmdp_jax.records import Batch
 from dcmdp_jax.rollout import generate
 from dcmdp_jax.rollout.jetstream import Engine
@@ -99,8 +99,10 @@ def topology(name: str, slices: int = 1) -> list[Any]:
 
 def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator[Program]:
     """What a run compiles on `devices`, each at its longest. Raises ValueError where it cannot be laid out."""
+    if isinstance(config.constraint.tolerance, Calibrated):
+        config = with_tolerance(config, 1.0)  # any number makes the same programs
     mesh, decode_mesh = sharding.meshes(config, devices, process=0)
-    state, batch = step.abstract_state(config, model, mesh), abstract_batch(config, mesh)
+    state, batch = step.abstract_state(config, model, mesh), abstract_batch(config, model, mesh)
     sizes = sharding.local_bytes(state)
     parts, (rows, length) = config.algorithm.minibatches * config.algorithm.microbatches, batch.tokens.shape[2:]
     yield Program("train step", step.compile(config, model, mesh).lower(state, batch),
@@ -128,7 +130,7 @@ def _engine(config: Config, model: ModelConfig, mesh: Any, engines: int, beside:
         raise ValueError(f"rollout.slots={rollout.slots} and data.prompts_per_step={data.prompts_per_step} leave nothing for "
                          f"some of {engines} engines; raise them")
     engine = Engine(model, slots=slots, steps=rollout.tokens_per_dispatch, max_length=length, stop_ids=(0,),
-                    precision=rollout.precision, mesh=mesh)
+                    precision=rollout.precision, record_experts=config.algorithm.replay_routing, mesh=mesh)
     weights = sync.abstract(model, rollout.precision, mesh)
     at_once = max(min(generate.PREFILL_TOKENS // data.max_prompt_tokens, prompts), 1)
     prefill, decode = engine.lower(weights, at_once, data.max_prompt_tokens)
@@ -141,20 +143,22 @@ def _engine(config: Config, model: ModelConfig, mesh: Any, engines: int, beside:
                   "rollout.slots, rollout.precision.cache, rollout.mesh.tensor")
 
 
-def abstract_batch(config: Config, mesh: Any) -> Batch:
+def abstract_batch(config: Config, model: ModelConfig, mesh: Any) -> Batch:
     """The largest batch of a run: no two completions share a row."""
     a, width = config.algorithm, config.rollout.max_tokens
     count = config.data.prompts_per_step * config.rollout.samples // (a.minibatches * a.microbatches)
     length = a.row_length or config.data.max_prompt_tokens + width
     rows = -(-count // sharding.batch_size(mesh)) * sharding.batch_size(mesh)
     sizes = dict.fromkeys(("tokens", "positions", "segment_ids"), (rows, length)) | dict.fromkeys(("reward", "group"), (count,))
-    kinds = {"mask": jnp.bool_, "rollout_logp": jnp.float32, "reward": jnp.float32}
+    routed = sum(model.is_sparse(layer) for layer in range(model.num_layers))
+    sizes |= {"experts": (rows, length, routed, config.rollout.precision.experts_per_token or model.experts_per_token)}
+    kinds = {"mask": jnp.bool_, "rollout_logp": jnp.float32, "reward": jnp.float32, "experts": jnp.int16}
 
     def leaf(name, place):
         shape = (a.minibatches, a.microbatches, *sizes.get(name, (count, width)))
         return jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.int32), sharding=place)
 
-    return Batch(**{name: leaf(name, place) for name, place in step.batch_shardings(mesh)._asdict().items()})
+    return Batch(**{name: leaf(name, place) for name, place in step.batch_shardings(config, mesh)._asdict().items() if place})
 
 
 def compile(program: Program, chip: Chip) -> Compiled:

@@ -87,6 +87,7 @@ class Batch(NamedTuple):
     rollout_logp: np.ndarray  # [M, A, n, T] float32
     reward: np.ndarray  # [M, A, n] float32
     group: np.ndarray  # [M, A, n] int32, 0..B-1: the prompt a completion answers
+    experts: np.ndarray | None = None  # [M, A, R, S, sparse layers, k] int16 that each token takes; -1: its router's choice
 
 
 class TrainState(NamedTuple):

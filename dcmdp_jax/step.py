@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dcmdp_jax import constraint, sharding
-from dcmdp_jax.config import AlgorithmConfig, Config, ModelConfig
+from dcmdp_jax import constraint, optimizers, sharding
+from dcmdp_jax.config import Config, ModelConfig
 from dcmdp_jax.losses import corrections, diagnostics, reduce
 from dcmdp_jax.models import qwen3, scoring
 from dcmdp_jax.records import Batch, TrainState
@@ -30,13 +30,9 @@ def controller(config: Config) -> constraint.Controller:
 
 
 def init_state(config: Config, params: Any) -> TrainState:
-    return TrainState(params=params, opt_state=adam_state(params), dual=controller(config).init(),
+    return TrainState(params=params, opt_state=optimizers.of(config.algorithm).init(params), dual=controller(config).init(),
                       step=jnp.int32(0), skipped=jnp.int32(0),
                       stale=tuple(jax.tree.map(jnp.copy, params) for _ in range(config.rollout.staleness)))
-
-
-def adam_state(params: Any) -> optax.ScaleByAdamState:
-    return optax.ScaleByAdamState(jnp.int32(0), *(jax.tree.map(jnp.zeros_like, params) for _ in range(2)))
 
 
 def sampled_from(state: TrainState) -> tuple[Any, Any]:
@@ -49,8 +45,9 @@ def state_shardings(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh)
     shapes = jax.eval_shape(lambda: init_state(config, qwen3.init(jax.random.key(0), model)))
     params = sharding.params(qwen3.logical_axes(model), mesh, sharding.TRAIN, shapes.params)
     whole = sharding.replicated(mesh)
+    moments = [params] * (len(shapes.opt_state) - 1)
     return jax.tree.map(lambda _: whole, shapes)._replace(
-        params=params, opt_state=optax.ScaleByAdamState(whole, params, params), stale=(params,) * config.rollout.staleness)
+        params=params, opt_state=type(shapes.opt_state)(whole, *moments), stale=(params,) * config.rollout.staleness)
 
 
 def abstract_state(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> TrainState:
@@ -59,11 +56,11 @@ def abstract_state(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) 
     return sharding.abstract(shapes, state_shardings(config, model, mesh))
 
 
-def batch_shardings(mesh: jax.sharding.Mesh) -> Batch:
+def batch_shardings(config: Config, mesh: jax.sharding.Mesh) -> Batch:
     """Packed rows over the batch axes and their positions over `sequence`; arrays of completions whole on every device."""
     rows, whole = sharding.packed_rows(mesh), sharding.replicated(mesh)
     return Batch(tokens=rows, positions=rows, segment_ids=rows, index=whole, completions=whole, mask=whole,
-                 rollout_logp=whole, reward=whole, group=whole)
+                 rollout_logp=whole, reward=whole, group=whole, experts=rows if config.algorithm.replay_routing else None)
 
 
 def compile(config: Config, model: ModelConfig,
@@ -73,7 +70,7 @@ def compile(config: Config, model: ModelConfig,
     if isinstance(surrogate, corrections.Bypass) and surrogate.denominator is corrections.surviving and updates > 1:
         raise ValueError("bypass with the surviving denominator judges tokens anew at every update; set "
                          "algorithm.epochs=1 and minibatches=1, or take corrections.original")
-    state, batch = state_shardings(config, model, mesh), batch_shardings(mesh)
+    state, batch = state_shardings(config, model, mesh), batch_shardings(config, mesh)
     return jax.jit(sharding.over(mesh, partial(constrained_step, config=config, model=model)), in_shardings=(state, batch),
                    out_shardings=(state, sharding.replicated(mesh)), donate_argnums=0)
 
@@ -100,7 +97,7 @@ def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: 
         params, opt_state, skipped = carry
         loss, grads, norm = _gradients(params, minibatch, config, model, pull)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-        params, opt_state = _adamw(grads, norm, finite, params, opt_state, algorithm)
+        params, opt_state = optimizers.of(algorithm).update(grads, norm, finite, params, opt_state)
         return (params, opt_state, skipped + ~finite), (loss, norm)
 
     def epoch(carry, _):
@@ -140,7 +137,7 @@ def _only_pass(params: Any, batch: Batch, config: Config, model: ModelConfig) ->
 def _score(params: Any, micro: Batch, config: Config, model: ModelConfig, *,
            entropy: bool = False) -> tuple[jax.Array, jax.Array | None]:
     return scoring.packed_logp(params, micro.tokens, micro.positions, micro.segment_ids, micro.index, model,
-                               config.rollout.temperature, entropy=entropy)
+                               config.rollout.temperature, entropy=entropy, experts=micro.experts)
 
 
 def _gradients(params: Any, minibatch: tuple, config: Config, model: ModelConfig,
@@ -174,34 +171,6 @@ def _gradients(params: Any, minibatch: tuple, config: Config, model: ModelConfig
         zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
         (loss, grads), _ = jax.lax.scan(accumulate, zero, micros)
     return loss, grads, optax.tree.norm(grads)
-
-
-def _adamw(grads: Any, norm: jax.Array, finite: jax.Array, params: Any, state: optax.ScaleByAdamState,
-           config: AlgorithmConfig) -> tuple[Any, optax.ScaleByAdamState]:
-    """One update of AdamW (arXiv 1711.05101), or none unless `finite`.
-
-        g <- g min(1, grad_clip / norm),    m <- beta1 m + (1 - beta1) g,    v <- beta2 v + (1 - beta2) g^2
-        w <- w - rate (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + 1e-8) + weight_decay w)
-
-    The rate rises linearly over the first `lr_warmup_steps` updates. Every donated array is changed in one pass, in place.
-    """
-    scale = jnp.minimum(1.0, config.grad_clip / norm)
-    count = state.count + finite
-    rate = config.learning_rate * jnp.minimum(1.0, count / (config.lr_warmup_steps + 1))
-    unbias1, unbias2 = (1 / (1 - beta ** jnp.maximum(count, 1)) for beta in (config.beta1, config.beta2))
-
-    def moment(beta, power):
-        return lambda m, g: jnp.where(finite, beta * m + (1 - beta) * (g * scale) ** power, m)
-
-    # Without the barrier the moments are made once more with the parameters, from copies of what they were.
-    mu, nu = jax.lax.optimization_barrier((jax.tree.map(moment(config.beta1, 1), state.mu, grads),
-                                           jax.tree.map(moment(config.beta2, 2), state.nu, grads)))
-
-    def moved(w, m, v):
-        step = m * unbias1 / (jnp.sqrt(v * unbias2) + 1e-8) + config.weight_decay * w
-        return jnp.where(finite, w - rate * step, w)
-
-    return jax.tree.map(moved, params, mu, nu), optax.ScaleByAdamState(count, mu, nu)
 
 
 def _metrics(batch: Batch, advantage: jax.Array, old_logp: jax.Array, shaped: jax.Array, entropy: jax.Array) -> Metrics:

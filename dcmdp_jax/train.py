@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dcmdp_jax import (checkpoint, data, evaluate, hosts, metrics, report, rewards, sharding, step, stopping, sync, tokenizer,
-                       warmup)
-from dcmdp_jax.config import Config, ModelConfig, Precision, RolloutConfig, differences, to_json
+from dcmdp_jax import (calibrate, checkpoint, data, evaluate, hosts, metrics, report, rewards, sharding, step, stopping, sync,
+                       tokenizer, warmup)
+from dcmdp_jax.config import (Calibrated, Config, ModelConfig, Precision, RolloutConfig, differences, to_json,
+                              with_tolerance)
 from dcmdp_jax.models import qwen3, weights
 from dcmdp_jax.records import Batch, Prompts, Sampling, Scored, TrainState, Weights
 from dcmdp_jax.rollout.generate import rollout
@@ -49,26 +50,30 @@ def prepare(config: Config, workdir: pathlib.Path) -> Inputs:
     hosts.check_same(json.dumps(to_json(config)), "configuration")
     with hosts.agreed():
         inputs = read_inputs(config)
+        config = calibrate.recalled(config, workdir)
     claim(workdir, config)
     return inputs
 
 
 def run(config: Config, workdir: pathlib.Path, inputs: Inputs) -> TrainState:
     """The walk, over and over. With stale rollouts the next batch is sampled while the update runs."""
-    saved = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
+    config, saved = calibrate.recalled(config, workdir), checkpoint.Checkpoints(workdir, config.checkpoint.keep)
     with metrics.Log(workdir, config, first_step=(saved.latest or 0) + 1) as log, stopping.requests(hosts.stop) as asked_here:
         asked = partial(_any, (asked_here, hosts.stopping))
         state = _restore(saved, config, inputs) or _start(config, inputs, workdir, lambda: hosts.any_of(asked()))
         number, position = int(state.step), inputs.prompts.get_state()
-        saved.save(state, position, config.seed)
-        update, engine = step.compile(config, inputs.model, inputs.mesh), make_engine(config, inputs)
-        to_engine = sync.make(inputs.model, config.rollout.precision, inputs.decode_mesh)
+        engine, to_engine = make_engine(config, inputs), sync.make(inputs.model, config.rollout.precision, inputs.decode_mesh)
         held_out = _held_out(config, inputs, engine)
         collect = partial(_collect, config, inputs, engine, asked)
+        policy = to_engine(*step.sampled_from(state))
+        if isinstance(config.constraint.tolerance, Calibrated):
+            config = _calibrated(config, inputs, workdir, state, partial(collect, policy))
+            log.settle(config.constraint.tolerance)
+        saved.save(state, position, config.seed)
+        update = step.compile(config, inputs.model, inputs.mesh)
         if number < config.steps:
             hosts.say("compiling with the first step")
         started, ahead = time.perf_counter(), config.rollout.staleness > 0
-        policy = to_engine(*step.sampled_from(state))
         collected = collect(policy, number)
         while collected:
             stale = to_engine(*step.sampled_from(_aged(state))) if ahead else None
@@ -108,7 +113,7 @@ class Collected(NamedTuple):
 def _collect(config: Config, inputs: Inputs, engine: Engine, asked: Callable[[], bool], policy: Weights,
              number: int) -> Collected | None:
     """The batch of constrained step `number`, from all processes; None after the last, or where any was asked to stop."""
-    if number >= config.steps:
+    if config.steps <= number < calibrate.FIRST:
         return None
     vocabulary, engines = inputs.tokenizer, hosts.engines(config.rollout)
     first = hosts.part(config.data.prompts_per_step, engines).start * config.rollout.samples
@@ -131,7 +136,7 @@ def _collect(config: Config, inputs: Inputs, engine: Engine, asked: Callable[[],
         scored, minibatches=config.algorithm.minibatches, microbatches=config.algorithm.microbatches,
         row_length=config.algorithm.row_length or engine.max_length, row_divisor=sharding.batch_size(inputs.mesh),
         pad_id=vocabulary.pad_id, seed=(config.seed, number))
-    return Collected(hosts.spread(batch, step.batch_shardings(inputs.mesh)), int(scored.rollout.lengths.sum()))
+    return Collected(hosts.spread(batch, step.batch_shardings(config, inputs.mesh)), int(scored.rollout.lengths.sum()))
 
 
 def _together(scored: Scored) -> Scored:
@@ -140,6 +145,28 @@ def _together(scored: Scored) -> Scored:
     prompts, arrays, reward = hosts.gather((sampled.prompts._replace(examples=()), sampled._replace(prompts=(), sampling=()),
                                             scored.reward))
     return Scored(arrays._replace(prompts=prompts, sampling=sampled.sampling), reward, ())
+
+
+def _calibrated(config: Config, inputs: Inputs, workdir: pathlib.Path, state: TrainState,
+                collect: Callable[[int], Collected | None]) -> Config:
+    """`config` with the tolerance that its starting weights call for, written down in `workdir`; the same on all processes.
+
+    The prompts that measure it are asked again by the first steps.
+    """
+    wanted, position = config.constraint.tolerance, inputs.prompts.get_state()
+    hosts.say(f"measuring the floor of delta over {wanted.batches} batches")
+    collected = [collect(calibrate.FIRST + i) for i in range(wanted.batches)]
+    if None in collected:
+        raise stopping.Interrupted("stopped in the calibration of the tolerance; it starts anew")
+    found = calibrate.floor(config, inputs.model, inputs.mesh, step.sampled_from(state)[0], [one.batch for one in collected],
+                            wanted.slack)
+    inputs.prompts.set_state(position)
+    hosts.say(calibrate.text(found, wanted.slack))
+    config = with_tolerance(config, calibrate.tolerance(found))
+    if jax.process_index() == 0:
+        calibrate.write(found, wanted, workdir)
+        _write_config(workdir, config)
+    return config
 
 
 def _aged(state: TrainState) -> TrainState:
@@ -166,7 +193,7 @@ def make_engine(config: Config, inputs: Inputs) -> Engine:
     slots = config.rollout.slots // hosts.engines(config.rollout)
     return Engine(inputs.model, slots=slots, steps=config.rollout.tokens_per_dispatch,
                   max_length=config.data.max_prompt_tokens + config.rollout.max_tokens, stop_ids=inputs.tokenizer.eos_ids,
-                  precision=config.rollout.precision, mesh=inputs.decode_mesh)
+                  precision=config.rollout.precision, record_experts=config.algorithm.replay_routing, mesh=inputs.decode_mesh)
 
 
 def sampling(config: RolloutConfig) -> Sampling:
@@ -183,6 +210,8 @@ def read_inputs(config: Config) -> Inputs:
     task, model = config.data.task, read_model(config)
     if config.model.folder:
         weights.check(config.model.folder)
+    if config.algorithm.replay_routing and not model.num_experts:
+        raise ValueError("algorithm.replay_routing replays the choices of a router, and this model is dense; leave it out")
     vocabulary = read_tokenizer(config)
     tokenizer.check_vocabulary(vocabulary, model.vocab_size)
     if config.warmup.steps and task is None:
@@ -245,12 +274,16 @@ def claim(workdir: pathlib.Path, config: Config) -> None:
     with hosts.agreed():
         if jax.process_index() == 0:
             workdir.mkdir(parents=True, exist_ok=True)
-            new = file.with_suffix(".new")  # put in place whole: a run that dies here can still be resumed
-            new.write_text(json.dumps(now, indent=2) + "\n")
-            new.replace(file)
+            _write_config(workdir, config)
     with hosts.agreed():
         if not file.is_file():
             raise ValueError(f"{workdir.absolute()} is not on a file system shared with process 0; give another --workdir")
+
+
+def _write_config(workdir: pathlib.Path, config: Config) -> None:
+    new = workdir / "config.new"  # put in place whole: a run that dies here can still be resumed
+    new.write_text(json.dumps(to_json(config), indent=2) + "\n")
+    new.replace(workdir / "config.json")
 
 
 def _check_goes_on(workdir: pathlib.Path, file: pathlib.Path, now: dict) -> None:
@@ -267,16 +300,22 @@ MAY_CHANGE = ("steps", "mesh", "rollout.devices", "rollout.mesh", "rollout.slots
 
 
 def _start(config: Config, inputs: Inputs, workdir: pathlib.Path, asked: Callable[[], bool]) -> TrainState:
-    """Fresh or loaded parameters, warmed up, with an optimizer and a dual at their beginning."""
+    """The starting weights, with an optimizer and a dual at their beginning."""
+    params = starting_weights(config, inputs, workdir, asked)
     places = step.state_shardings(config, inputs.model, inputs.mesh)
+    return jax.jit(partial(step.init_state, config), out_shardings=places, donate_argnums=0)(params)
+
+
+def starting_weights(config: Config, inputs: Inputs, workdir: pathlib.Path, asked: Callable[[], bool]) -> Any:
+    """Fresh or loaded parameters, warmed up; the warm-up's losses go to `workdir`."""
+    place = step.state_shardings(config, inputs.model, inputs.mesh).params
     if config.model.folder:
-        _, params = weights.load(config.model.folder, shardings=places.params)
+        _, params = weights.load(config.model.folder, shardings=place)
     else:
-        make = jax.jit(partial(qwen3.init, config=inputs.model), out_shardings=places.params)
-        params = make(jax.random.key(config.seed))
+        params = jax.jit(partial(qwen3.init, config=inputs.model), out_shardings=place)(jax.random.key(config.seed))
     if config.warmup.steps:
         params = warmup.run(params, config, inputs.model, inputs.tokenizer, inputs.mesh, workdir, asked)
-    return jax.jit(partial(step.init_state, config), out_shardings=places, donate_argnums=0)(params)
+    return params
 
 
 def warm_start(config: Config, folder: pathlib.Path, alter: Callable[[Any], Any]) -> None:

@@ -4,8 +4,8 @@ import os
 from functools import partial
 
 from dcmdp_jax import constraint
-from dcmdp_jax.config import (AlgorithmConfig, CheckpointConfig, Config, ConstraintConfig, DataConfig, EvalConfig, ModelConfig,
-                              ModelSource, Precision, RolloutConfig, WarmupConfig)
+from dcmdp_jax.config import (AlgorithmConfig, Calibrated, CheckpointConfig, Config, ConstraintConfig, DataConfig, EvalConfig,
+                              ModelConfig, ModelSource, Precision, RolloutConfig, WarmupConfig)
 from dcmdp_jax.losses import advantages, corrections, policy, reduce
 from dcmdp_jax.tasks import Chain
 
@@ -30,7 +30,7 @@ CONFIG = Config(
         surrogate=corrections.decoupled(partial(policy.clipped, clip_low=0.2, clip_high=0.24)),
         reduce=reduce.token_mean,
         minibatches=2, learning_rate=0.01),
-    constraint=ConstraintConfig(shape=constraint.shape, dual=constraint.projected_ascent, tolerance=0.0),
+    constraint=ConstraintConfig(shape=constraint.shape, dual=constraint.projected_ascent, tolerance=Calibrated(batches=2)),
     warmup=WarmupConfig(steps=2, batch_size=8),
     eval=EvalConfig(every=3, prompts=7),
     checkpoint=CheckpointConfig(every=2),

@@ -294,7 +294,7 @@ def test_packed_rows_hold_every_token_once(packing):
     assert batch.tokens.shape[:2] == batch.reward.shape[:2] == (how["minibatches"], how["microbatches"])
     bucket = rows // how["row_divisor"]
     assert bucket & (bucket - 1) == 0 or rows - how["row_divisor"] < size <= rows
-    assert {field.dtype for field in batch} == {np.dtype("int32"), np.dtype("float32"), np.dtype("bool")}
+    assert {field.dtype for field in batch if field is not None} == {np.dtype("int32"), np.dtype("float32"), np.dtype("bool")}
 
 
 @settings(max_examples=150, deadline=None)
@@ -338,6 +338,27 @@ def test_segments_are_numbered_and_contiguous(packing):
         starts = np.flatnonzero(positions[:len(inside)] == 0)
         np.testing.assert_array_equal(inside[starts], 1 + np.arange(len(starts)))
         assert (np.diff(inside) >= 0).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(packings())
+def test_experts_go_to_the_tokens_that_they_were_chosen_for(packing):
+    """What made completion token t's distribution stands at `index` of t, one place before t; all else routes freely."""
+    scored, how = packing
+    recorded = np.random.default_rng(0).integers(0, 9, (*scored.rollout.tokens.shape, 3, 2)).astype(np.int32)
+    batch = data.pack(scored._replace(rollout=scored.rollout._replace(experts=recorded)), **how)
+    plain = data.pack(scored, **how)
+    assert plain.experts is None
+    for one, other in zip(batch[:-1], plain[:-1]):
+        np.testing.assert_array_equal(one, other)
+    owner = batch.completions[..., 0] // 1_000_000 - 1
+    for at in np.ndindex(*batch.reward.shape[:2]):
+        left = batch.experts[at].reshape(-1, 3, 2).copy()
+        for j, i in enumerate(owner[at]):
+            index = batch.index[at][j][batch.mask[at][j]]
+            np.testing.assert_array_equal(left[index], recorded[i, :scored.rollout.lengths[i]])
+            left[index] = -1
+        assert (left == -1).all()
 
 
 def test_packing_fills_rows_and_uses_few_shapes():

@@ -7,13 +7,14 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcmdp_jax import sharding, sync
+from dcmdp_jax import data, sharding, sync
 from dcmdp_jax.config import MeshConfig, ModelConfig, Precision
-from dcmdp_jax.models import attention, layers, qwen3
-from dcmdp_jax.records import Example, Prompts, Sampling
+from dcmdp_jax.models import attention, layers, qwen3, scoring
+from dcmdp_jax.records import Example, Prompts, Sampling, Scored
 from dcmdp_jax.rollout import jetstream
 from dcmdp_jax.rollout.generate import rollout
 from random_params import random_params
@@ -119,6 +120,46 @@ def test_recorded_experts_are_the_routers_and_the_engine_may_use_fewer():
     fewer = rollout(make_engine(MOE, record_experts=True, precision=Precision(experts_per_token=1)), make_weights(MOE),
                     make_prompts(), samples=1, key=jax.random.key(1), max_tokens=T)
     assert fewer.experts.shape[-1] == 1
+
+
+TIED = dataclasses.replace(MOE, experts_per_token=1)
+
+
+def tied(params):
+    """Columns of each router in pairs that differ by less than bfloat16 tells apart: which of a pair wins is round-off's choice,
+    and with one expert a token and gates that sum to one nothing else differs."""
+    def leaf(path, w):
+        if path[-1].key != "router":
+            return w
+        w = jnp.repeat(w[..., ::2].astype(jnp.bfloat16).astype(jnp.float32), 2, axis=-1)
+        return w * (1 + 1e-3 * jnp.array([0.0, 1.0, 0.0, -1.0]))
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+@pytest.mark.parametrize("model, precision, atol", [
+    (MOE, Precision(), None), (MOE, Precision(experts_per_token=1), 1e-2), (TIED, Precision(router="bfloat16"), 1e-2)],
+    ids=["exact", "fewer experts", "near ties"])
+def test_a_trainer_that_replays_the_experts_is_the_engine(model, precision, atol):
+    """Where the choice of experts is all that differs: prompts of one token, for longer ones are not recorded before their last.
+    `atol` is exceeded without the replay; an exact engine needs none."""
+    prompts = Prompts(np.arange(7, dtype=np.int32)[:, None] + 20, np.ones(7, np.int32), (Example("", ""),) * 7)
+    params = tied(make_params(model)) if model is TIED else make_params(model)
+    engine = make_engine(model, record_experts=True, precision=precision)
+    out = rollout(engine, sync.make(model, precision, sharding.single_device_mesh())(params, 0), prompts, samples=G,
+                  key=jax.random.key(1), max_tokens=T, sampling=Sampling(0.8))
+    batch = jax.tree.map(lambda x: x[0, 0], data.pack(Scored(out, np.zeros(len(out.tokens)), ()), minibatches=1, microbatches=1,
+                                                      row_length=2 * (1 + T)))
+
+    @jax.jit
+    def error(experts):
+        logp, _ = scoring.packed_logp(params, batch.tokens, batch.positions, batch.segment_ids, batch.index, model, 0.8,
+                                      experts=experts)
+        return jnp.max(jnp.where(batch.mask, jnp.abs(logp - batch.rollout_logp), 0))
+
+    assert batch.mask.sum() > 50 and error(batch.experts) < 5e-6
+    assert error(None) < 5e-6 if atol is None else error(None) > atol
+    assert abs(error(np.full_like(batch.experts, -1)) - error(None)) < 1e-6
 
 
 def routed(row):

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import checkpoint, cli, config, hosts, sharding, step
+from dcmdp_jax import calibrate, checkpoint, cli, config, hosts, sharding, step
 
 EXPERIMENT = str(pathlib.Path(__file__).with_name("hosts_experiment.py"))
 MAIN = "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -82,6 +82,7 @@ def assert_same(one, two):
     (a, position), (b, other) = saved(one), saved(two)
     jax.tree.map(np.testing.assert_array_equal, a, b)
     assert position == other and a.step == len(rows(one))
+    assert (one / calibrate.FILE).read_text() == (two / calibrate.FILE).read_text(), "all measure the same tolerance"
 
 
 def test_two_processes_stopped_by_one_go_on_as_one(start, tmp_path):

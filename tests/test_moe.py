@@ -95,6 +95,38 @@ def test_zero_and_padding_rows_are_finite():
     np.testing.assert_array_equal(apply(params, x, CONFIG), x)
 
 
+@pytest.mark.parametrize(("j", "norm"), [(1, True), (2, False), (3, True), (4, True)])
+def test_replayed_experts_take_the_place_of_the_router_s(j, norm):
+    """Of a router that takes three: values and gradients are the dense form's, restricted to the given experts where any are;
+    the router's gradient is a finite difference's."""
+    config = dataclasses.replace(CONFIG, experts_per_token=3, norm_topk_prob=norm)
+    params, x = random_params(config), jax.random.normal(jax.random.key(1), (3, 4, config.hidden_size))
+    given = np.argsort(np.random.default_rng(0).random((3, 4, config.num_experts)), axis=-1)[..., :j].astype(np.int16)
+    free = np.arange(12).reshape(3, 4, 1) % 3 == 0
+    direction = jax.random.normal(jax.random.key(2), x.shape)
+
+    def replayed(params, x):
+        return layers.MoE(config).apply({"params": params}, x, replayed=jnp.where(free, -1, given).astype(jnp.int16))
+
+    def restricted(params, x):
+        probs = jax.nn.softmax(x @ params["router"], axis=-1)
+        own = probs >= jnp.sort(probs, axis=-1)[..., -3, None]
+        gates = jnp.where(jnp.where(free, own, jax.nn.one_hot(given, config.num_experts).any(-2)), probs, 0)
+        gates = gates / gates.sum(-1, keepdims=True) if norm else gates
+        inner = jax.nn.silu(jnp.einsum("bsd,edf->bsef", x, params["gate_proj"])) * jnp.einsum("bsd,edf->bsef", x, params["up_proj"])
+        return jnp.einsum("bsef,efd,bse->bsd", inner, params["down_proj"], gates)
+
+    def value(f):
+        return jax.jit(jax.value_and_grad(lambda p, x: jnp.sum(f(p, x) * direction), argnums=(0, 1)))
+
+    (loss, got), (expected, want) = value(replayed)(params, x), value(restricted)(params, x)
+    assert abs(loss - expected) < 1e-4
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), got, want)
+    along = jax.random.normal(jax.random.key(3), params["router"].shape)
+    up, down = (value(replayed)(params | {"router": params["router"] + e * along}, x)[0] for e in (1e-2, -1e-2))
+    assert (up - down) / 2e-2 == pytest.approx(float(jnp.sum(got[0]["router"] * along)), rel=1e-2, abs=2e-3)
+
+
 @pytest.mark.parametrize("dtype", ["int8", "int4", "float8_e4m3fn"])
 def test_quantized_experts(dtype):
     params = random_params(CONFIG)

@@ -142,8 +142,11 @@ def test_rows_hold_what_others_read(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["rollout"]["precision"]["weights"] == "int4"
 
 
-def test_a_float32_engine_has_no_discrepancy(tmp_path):
-    train.train(tiny(steps=2, **{"rollout.precision.weights": "float32", "eval.every": 1}), tmp_path)
+@pytest.mark.parametrize("changes", [{}, {"model.shape.num_experts": 4, "model.shape.experts_per_token": 2,
+                                          "model.shape.expert_size": 16, "algorithm.replay_routing": "yes"}],
+                         ids=["dense", "moe that replays"])
+def test_a_float32_engine_has_no_discrepancy(tmp_path, changes):
+    train.train(tiny(steps=2, **{"rollout.precision.weights": "float32", "eval.every": 1}, **changes), tmp_path)
     for row in rows(tmp_path):
         assert row["logp_diff_max"] <= 1e-5 and row["reward_eval_infer"] == row["reward_eval_train"]
 
@@ -180,6 +183,7 @@ def test_interruption_in_the_warm_up_says_so(tmp_path, capsys, monkeypatch):
     ({"model.tokenizer": "nowhere"}, "nowhere"),
     ({"rollout.samples": 3, "algorithm.microbatches": 4}, "12 completions do not divide into"),
     ({"algorithm.minibatches": 5}, "16 completions do not divide into"),
+    ({"algorithm.replay_routing": "yes"}, "replays the choices of a router, and this model is dense; leave it out"),
     ({"stepz": 5}, "did you mean --steps?"),
     ({"model.shape.max_position": 20}, "= 26 positions are more than the model's 20"),
     ({"eval.every": 1, "eval.prompts": 0}, "eval.prompts=0 must be at least 1"),

@@ -39,7 +39,7 @@ import jaxlib
 import numpy as np
 from safetensors.numpy import save_file
 
-from dcmdp_jax import constraint, data, sharding, step, sync
+from dcmdp_jax import constraint, data, optimizers, sharding, step, sync
 from dcmdp_jax.config import (AlgorithmConfig, Config, ConstraintConfig, DataConfig, ModelConfig, ModelSource,
                               Precision, RolloutConfig)
 from dcmdp_jax.losses import corrections, policy, reduce
@@ -87,7 +87,8 @@ def update(state: Any, batch: Batch, *, config: Config, model_config: ModelConfi
     minibatch = jax.tree.map(lambda x: x[0], batch)
     given = minibatch, minibatch.rollout_logp, minibatch.mask * minibatch.reward[..., None]
     loss, grads, norm = step._gradients(state.params, given, config, model_config)
-    params, opt_state = step._adamw(grads, norm, jnp.isfinite(norm), state.params, state.opt_state, config.algorithm)
+    optimizer = optimizers.of(config.algorithm)
+    params, opt_state = optimizer.update(grads, norm, jnp.isfinite(norm), state.params, state.opt_state)
     return state._replace(params=params, opt_state=opt_state), {"loss": loss, "grad_norm": norm}
 
 

@@ -149,8 +149,8 @@ class MoE(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, live: jax.Array | None = None) -> jax.Array:
-        """[B, S, D] -> [B, S, D]; live [B], see `moe.mix`."""
+    def __call__(self, x: jax.Array, live: jax.Array | None = None, replayed: jax.Array | None = None) -> jax.Array:
+        """[B, S, D] -> [B, S, D]; live [B], see `moe.mix`; replayed [B, S, j], see `moe.route`."""
         c = self.config
         wide = (c.num_experts, c.hidden_size, c.expert_size)
         # The softmax runs over every expert, so the router is not split along them.
@@ -159,8 +159,8 @@ class MoE(nn.Module):
         up_proj = parameter(self, "up_proj", wide, ("experts", "expert_embed", "mlp"))
         down_proj = parameter(self, "down_proj", (wide[0], wide[2], wide[1]), ("experts", "mlp", "expert_embed"))
         weights = moe.Experts(gate_proj, up_proj, down_proj)
-        gates, experts = moe.route(x, router, c)
-        self.sow("routing", "experts", experts.reshape(-1, c.experts_per_token))
+        gates, experts = moe.route(x, router, c, replayed)
+        self.sow("routing", "experts", experts.reshape(-1, experts.shape[-1]))
         if sharding.ambient() is not None and not self.is_initializing():
             return dispatch.mix(x, gates, experts, weights)
         tokens, gates, experts = (a.reshape(-1, a.shape[-1]) for a in (x, gates, experts))
@@ -177,14 +177,15 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend,
-                 live: jax.Array | None = None) -> tuple[jax.Array, Any]:
-        """x [B, S, D] -> [B, S, D] and what `attend` keeps. Experts may leave out rows that are not `live` [B]."""
+                 live: jax.Array | None = None, replayed: jax.Array | None = None) -> tuple[jax.Array, Any]:
+        """x [B, S, D] -> [B, S, D] and what `attend` keeps. Experts may leave out rows that are not `live` [B], and are those of
+        `replayed` [B, S, j] where it names any."""
         c, dtype = self.config, self.param_dtype
         y = RMSNorm(c, param_dtype=dtype, name="input_norm")(x)
         y, kept = Attention(c, dtype, name="attention")(y, cos, sin, attend)
         x = x + y
         y = RMSNorm(c, param_dtype=dtype, name="post_attention_norm")(x)
-        y = MoE(c, dtype, name="moe")(y, live) if self.sparse else MLP(c, dtype, name="mlp")(y)
+        y = MoE(c, dtype, name="moe")(y, live, replayed) if self.sparse else MLP(c, dtype, name="mlp")(y)
         return x + y, kept
 
 

@@ -19,19 +19,35 @@ def parameter(module: nn.Module, name: str, shape: tuple, axes: tuple, init=NORM
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, module.param_dtype)
 
 
-def route(x: jax.Array, router: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+def route(x: jax.Array, router: jax.Array, config: ModelConfig,
+          replayed: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Top-k experts of each token and their gates.
 
         p = softmax(x @ router) over all E experts, in float32
         gates = top-k of p, divided by their sum if norm_topk_prob
 
-    x [..., D], router [D, E] -> gates [..., k] float32, experts [..., k] int32.
+    `replayed` [..., j] takes the place of the top k where it is not -1 (arXiv 2510.11370): the choice is given, the gates and
+    their gradients are those of p. j may differ from k; a gate without an expert is 0.
+    x [..., D], router [D, E] -> gates [..., k] float32, experts [..., k] int32, or max(j, k) of them.
     """
     probs = jax.nn.softmax(einsum("...d,de->...e", x, router, jnp.float32), axis=-1)
-    gates, experts = jax.lax.top_k(probs, config.experts_per_token)
+    if replayed is None:
+        gates, experts = jax.lax.top_k(probs, config.experts_per_token)
+    else:
+        gates, experts = _replay(probs, replayed.astype(jnp.int32), config.experts_per_token)
     if config.norm_topk_prob:
         gates = gates / jnp.sum(gates, axis=-1, keepdims=True)
     return gates, experts
+
+
+def _replay(probs: jax.Array, replayed: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    size = max(k, replayed.shape[-1])
+    own, column = jax.lax.top_k(probs, size)[1], jnp.arange(size)
+    given = jnp.pad(replayed, [(0, 0)] * (replayed.ndim - 1) + [(0, size - replayed.shape[-1])])
+    free = replayed[..., :1] < 0
+    experts = jnp.where(free | (column >= replayed.shape[-1]), own, given)
+    used = column < jnp.where(free, k, replayed.shape[-1])
+    return jnp.where(used, jnp.take_along_axis(probs, experts, axis=-1), 0), experts
 
 
 def mix(x: jax.Array, gates: jax.Array, experts: jax.Array, weights: Experts, live: jax.Array | None = None) -> jax.Array:

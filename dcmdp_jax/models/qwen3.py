@@ -110,12 +110,14 @@ def hidden(
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     embedded: jax.Array | None = None,
+    experts: jax.Array | None = None,
 ) -> jax.Array:
     """The residual stream after the final norm, in the compute dtype: tokens [B, S] int32 -> [B, S, D].
 
     A token looks at itself and at the tokens before it in its segment, a run of equal ids.
     segment_ids [B, S]: None is one segment per row; 0 is padding. positions [B, S]: None counts from 0 in each row.
     embedded [B, S, D]: the tokens' rows of the embedding, where the caller has looked them up.
+    experts [B, S, sparse layers, j]: those that tokens are sent to, -1 where their router chooses (see `moe.route`).
     Raises ValueError for `unstack`ed parameters.
     """
     if params["stacks"][0]["input_norm"]["scale"].ndim != 2:
@@ -126,15 +128,19 @@ def hidden(
         return attention.packed(q, k, v, segment_ids), None
 
     x = _embedded(params, tokens, config) if embedded is None else embedded
-    for stack, names, (sparse, _) in zip(params["stacks"], logical_axes(config)["stacks"], stacks(config), strict=True):
+    routed = 0
+    for stack, names, (sparse, n) in zip(params["stacks"], logical_axes(config)["stacks"], stacks(config), strict=True):
+        replayed = jnp.moveaxis(experts[:, :, routed:routed + n], 2, 0) if sparse and experts is not None else None
+        routed += n * sparse
         layer, names = Layer(config, sparse), jax.tree.map(lambda axes: axes[1:], names, is_leaf=sharding.is_names)
 
-        def step(x, layer_params, layer=layer, names=names):
+        def step(x, given, layer=layer, names=names):
+            layer_params, replayed = given
             layer_params = sharding.gather(_computed(layer_params, config), names)
-            x, _ = layer.apply({"params": layer_params}, x, cos, sin, attend)
+            x, _ = layer.apply({"params": layer_params}, x, cos, sin, attend, replayed=replayed)
             return sharding.constrain(x, "rows", "positions", None), None
 
-        x, _ = jax.lax.scan(jax.checkpoint(step, prevent_cse=False) if config.remat else step, x, stack)
+        x, _ = jax.lax.scan(jax.checkpoint(step, prevent_cse=False) if config.remat else step, x, (stack, replayed))
     return Ends(config).apply({"params": _ends(params)}, x, method="norm")
 
 

@@ -92,8 +92,9 @@ def token_logp(params: Any, hidden: jax.Array, targets: jax.Array, wanted: jax.A
 
 
 def packed_logp(params: Any, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, index: jax.Array,
-                config: ModelConfig, temperature: float, *, entropy: bool = False) -> tuple[jax.Array, jax.Array | None]:
-    """Log-prob and entropy [n, T] of completion tokens in packed rows [R, S]; `index` [n, T] as in `records.Batch`.
+                config: ModelConfig, temperature: float, *, entropy: bool = False,
+                experts: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
+    """Log-prob and entropy [n, T] of completion tokens in packed rows [R, S]; `index` and `experts` as in `records.Batch`.
 
     What stands at masked places means nothing.
     """
@@ -101,7 +102,8 @@ def packed_logp(params: Any, tokens: jax.Array, positions: jax.Array, segment_id
     if sharding.ambient() is None:
         rows, table = _look_up(params["embed"], tokens)
         params, rows = params | {"embed": table}, rows.astype(compute_dtype(config))
-    hidden = qwen3.hidden(params, tokens, config, positions=positions, segment_ids=segment_ids, embedded=rows)
+    hidden = qwen3.hidden(params, tokens, config, positions=positions, segment_ids=segment_ids, embedded=rows,
+                          experts=experts)
     following = jnp.roll(tokens, -1, axis=1)  # the last column predicts nothing and is not in `index`
     wanted = jnp.zeros(tokens.size, bool).at[index].set(True).reshape(tokens.shape)
     out = token_logp(params, hidden, following, wanted, config, temperature, entropy=entropy)

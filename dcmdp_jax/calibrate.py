@@ -1,0 +1,88 @@
+"""The tolerance measured, not copied: the floor of delta at fixed weights, in the run's own engine and trainer."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from dcmdp_jax import checkpoint, constraint, sharding, step
+from dcmdp_jax.config import Calibrated, Config, ModelConfig, with_tolerance
+from dcmdp_jax.constraint import Calibration
+from dcmdp_jax.records import Batch
+
+FILE = "calibration.json"
+FIRST = 2**30  # number of the first batch: no step's, so that calibration shares no key with training
+DIGITS = 4  # of a tolerance: its error is far larger
+
+
+def floor(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh, params: Any, batches: Iterable[Batch],
+          slack: float) -> Calibration:
+    """`constraint.calibrate_tolerance` of batches that an engine with the weights `params` sampled.
+
+    Raises ValueError where the engine gave no token a finite log-prob.
+    """
+    places, whole = step.state_shardings(config, model, mesh).params, sharding.replicated(mesh)
+    measured = jax.jit(sharding.over(mesh, partial(_measure, config=config, model=model)),
+                       in_shardings=(places, step.batch_shardings(config, mesh)), out_shardings=whole)
+    sums, counts = zip(*(map(float, measured(params, batch)) for batch in batches))
+    found = constraint.calibrate_tolerance(np.array(sums), np.array(counts), slack=slack)
+    if not found.batches:
+        raise ValueError("the engine reported no finite log-prob for any token, so there is no floor of delta to measure")
+    return found
+
+
+def _measure(params: Any, batch: Batch, *, config: Config, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    old_logp, _ = step.score(params, batch, config, model)
+    flat = (x.reshape(-1, x.shape[-1]) for x in (old_logp, batch.rollout_logp, batch.mask))
+    return constraint.measure(*flat)
+
+
+def tolerance(found: Calibration) -> float:
+    """The number that a run uses, to four digits."""
+    return float(f"{float(found.tolerance):.{DIGITS}g}")
+
+
+def tolerance_error(found: Calibration, slack: float) -> float:
+    """Standard error of c = max(floor (1 + slack), floor + 3 s), s the floor's standard error over K batches.
+
+    (1 + slack) s where the slack decides, else s sqrt(1 + 9 / (2 (K - 1))), for s is itself known to s / sqrt(2 (K - 1)).
+    """
+    error, batches = float(found.std_error), float(found.batches)
+    if slack * float(found.floor) >= 3 * error:
+        return (1 + slack) * error
+    return error * math.sqrt(1 + 9 / (2 * max(batches - 1, 1)))
+
+
+def text(found: Calibration, slack: float) -> str:
+    """The floor and the tolerance with their standard errors, and how the one follows from the other."""
+    decides = slack * float(found.floor) >= 3 * float(found.std_error)
+    rule = f"floor x {1 + slack:g}" if decides else "floor + 3 standard errors; more batches bring it closer"
+    return (f"floor of delta  {float(found.floor):.{DIGITS}g} ± {float(found.std_error):.1g}  ({float(found.batches):.0f} batches "
+            f"at fixed weights)\ntolerance       {tolerance(found):.{DIGITS}g} ± {tolerance_error(found, slack):.1g}  ({rule})")
+
+
+def write(found: Calibration, wanted: Calibrated, workdir: pathlib.Path) -> None:
+    """Records in `workdir` what a run measured and which tolerance it uses from now on."""
+    record = {"slack": wanted.slack, "batches": wanted.batches, "floor": float(found.floor),
+              "floor_std_error": float(found.std_error), "tolerance": tolerance(found),
+              "tolerance_std_error": tolerance_error(found, wanted.slack)}
+    (workdir / FILE).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def recalled(config: Config, workdir: pathlib.Path) -> Config:
+    """`config` with the tolerance that the run in `workdir` measured at its start, if there is such a run."""
+    wanted, file = config.constraint.tolerance, workdir / FILE
+    if not (isinstance(wanted, Calibrated) and checkpoint.steps(workdir) and file.is_file()):
+        return config
+    record = json.loads(file.read_text())
+    if (record["slack"], record["batches"]) != (wanted.slack, wanted.batches):
+        raise ValueError(f"{workdir} holds a run calibrated with slack={record['slack']} and batches={record['batches']}, not "
+                         f"{wanted.slack} and {wanted.batches}; choose another --workdir, or the old values")
+    return with_tolerance(config, record["tolerance"])
