@@ -54,6 +54,7 @@ class ModelConfig:
     mlp_only_layers: tuple[int, ...] = ()
     bfloat16: bool = False  # compute in bfloat16; norms, softmax, router and log-probs stay float32
     remat: bool = False  # recompute each layer in the backward pass
+    remat_policy: Callable | None = None  # of what is kept all the same, as jax.checkpoint_policies.dots_saveable; None: nothing
 
     def is_sparse(self, layer: int) -> bool:
         """Whether layer `layer` routes to experts (Hugging Face's rule for Qwen3-MoE)."""
@@ -75,6 +76,7 @@ class ModelSource:
     shape: ModelConfig | None = None  # used when no folder is given
     bfloat16: bool = False
     remat: bool = False
+    remat_policy: Callable | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ class AlgorithmConfig:
     beta2: float = 0.95
     weight_decay: float = 0.0
     grad_clip: float = 1.0
+    offload: bool = False  # the optimizer's moments lie in the host's memory between updates
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from dcmdp_jax.config import Config, MeshConfig
 
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 BATCH = ("data", "fsdp", "expert")
+HOST = "pinned_host"  # JAX's name for the memory of a device's host
 
 Axes = str | tuple[str, ...] | None
 Table = dict[str, Axes]
@@ -207,9 +208,15 @@ def abstract(shapes: Any, places: Any) -> Any:
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
 
+def on_host(places: Any) -> Any:
+    """The same layout, in the memory of the devices' hosts."""
+    return jax.tree.map(lambda place: place.with_memory_kind(HOST), places)
+
+
 def local_bytes(tree: Any) -> int:
-    """Bytes that one device holds of arrays, or of shapes with shardings."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    """Bytes that one device holds of arrays, or of shapes with shardings; what lies on the host is not counted."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+               if x.sharding.memory_kind != HOST)
 
 
 def batch_size(mesh: Mesh) -> int:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from dcmdp_jax import constraint, optimizers, sharding
-from dcmdp_jax.config import Config, ModelConfig
+from dcmdp_jax.config import AlgorithmConfig, Config, ModelConfig
 from dcmdp_jax.losses import corrections, diagnostics, reduce
 from dcmdp_jax.models import qwen3, scoring
 from dcmdp_jax.records import Batch, TrainState
@@ -45,7 +45,7 @@ def state_shardings(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh)
     shapes = jax.eval_shape(lambda: init_state(config, qwen3.init(jax.random.key(0), model)))
     params = sharding.params(qwen3.logical_axes(model), mesh, sharding.TRAIN, shapes.params)
     whole = sharding.replicated(mesh)
-    moments = [params] * (len(shapes.opt_state) - 1)
+    moments = [sharding.on_host(params) if config.algorithm.offload else params] * (len(shapes.opt_state) - 1)
     return jax.tree.map(lambda _: whole, shapes)._replace(
         params=params, opt_state=type(shapes.opt_state)(whole, *moments), stale=(params,) * config.rollout.staleness)
 
@@ -97,8 +97,9 @@ def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: 
         params, opt_state, skipped = carry
         loss, grads, norm = _gradients(params, minibatch, config, model, pull)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        opt_state = _moved(opt_state, jax.memory.Space.Device, algorithm)
         params, opt_state = optimizers.of(algorithm).update(grads, norm, finite, params, opt_state)
-        return (params, opt_state, skipped + ~finite), (loss, norm)
+        return (params, _moved(opt_state, jax.memory.Space.Host, algorithm), skipped + ~finite), (loss, norm)
 
     def epoch(carry, _):
         return jax.lax.scan(update, carry, (batch, old_logp, shaped))
@@ -115,6 +116,12 @@ def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: 
         metrics |= diagnostics.staleness(_flat(logp), _flat(old_logp), _flat(batch.rollout_logp), _flat(batch.mask))
     stale = (*state.stale, state.params)[1:]
     return TrainState(params, opt_state, new_dual, state.step + 1, skipped, stale), metrics
+
+
+def _moved(opt_state: Any, memory: Any, algorithm: AlgorithmConfig) -> Any:
+    """The optimizer's trees in that memory, where they are offloaded; its count stays on the device."""
+    count, *trees = opt_state
+    return type(opt_state)(count, *jax.device_put(trees, memory)) if algorithm.offload else opt_state
 
 
 def score(params: Any, batch: Batch, config: Config, model: ModelConfig) -> tuple[jax.Array, jax.Array]:

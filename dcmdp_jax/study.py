@@ -23,7 +23,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
-from dcmdp_jax.config import Config, ModelSource, WarmupConfig, run_file, to_json
+from dcmdp_jax.config import Config, WarmupConfig, run_file, to_json
 
 COLUMNS = ("study", "arm", "seed", "step", "prompts", "engine", "trainer", "reward", "delta", "multiplier", "entropy", "k3",
            "response_length", "grad_norm", "seconds")
@@ -183,7 +183,7 @@ def _make_start(one: Run) -> None:
 def _train(one: Run) -> None:
     study = load(one.file)
     config = _configure(study, one)
-    source = ModelSource(str(_start_folder(study, one) / "model"), bfloat16=config.model.bfloat16, remat=config.model.remat)
+    source = dataclasses.replace(config.model, folder=str(_start_folder(study, one) / "model"), shape=None)
     one.folder.mkdir(parents=True, exist_ok=True)
     from dcmdp_jax import train
 

@@ -250,7 +250,8 @@ def read_model(config: Config) -> ModelConfig:
     if not source.folder and source.shape is None:
         raise ValueError("model.folder names no folder and the experiment has no model.shape; give --model.folder DIR")
     model = weights.read_config(source.folder) if source.folder else source.shape
-    return dataclasses.replace(model, bfloat16=source.bfloat16 or model.bfloat16, remat=source.remat or model.remat)
+    return dataclasses.replace(model, bfloat16=source.bfloat16 or model.bfloat16, remat=source.remat or model.remat,
+                               remat_policy=source.remat_policy or model.remat_policy)
 
 
 def read_tokenizer(config: Config) -> tokenizer.Tokenizer:

@@ -43,6 +43,14 @@ def test_every_program_compiles(model, axes):
                for line in plan.verdict(found._replace(programs=(tight,))))
 
 
+@pytest.mark.slow
+def test_offloaded_moments_leave_the_chips():
+    config, devices = configure(), plan.topology("v5e:2x2")
+    away = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, offload=True))
+    here, there = (plan.compile(next(plan.programs(c, MODEL, devices)), plan.CHIPS["v5e"]) for c in (config, away))
+    assert abs(here.arguments - there.arguments - 8 * count.parameters(MODEL).total / 4) < 0.1 * here.arguments
+
+
 def test_flops_of_a_pass_are_the_compilers():
     """Against XLA's count of prefill and head; prefill has no causal half, and ends with the last layer's keys and values."""
     params = jax.eval_shape(lambda: qwen3.unstack(qwen3.init(jax.random.key(0), MODEL), MODEL))

@@ -121,10 +121,11 @@ def test_packed_rows_equal_separate_rows(case, loaded):
         np.testing.assert_allclose(got[row, here], want, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize(("case", "remat"), [("bias", False), ("moe_mlp_only", True)])
-def test_gradients_match_transformers(case, remat, loaded):
+@pytest.mark.parametrize(("case", "remat", "policy"), [
+    ("bias", False, None), ("moe_mlp_only", True, None), ("bias", True, jax.checkpoint_policies.dots_saveable)])
+def test_gradients_match_transformers(case, remat, policy, loaded):
     config, params = loaded(case)
-    config = dataclasses.replace(config, remat=remat)
+    config = dataclasses.replace(config, remat=remat, remat_policy=policy)
     tokens = reference_hf.tokens(case, 2, 12)
 
     def loss(params):

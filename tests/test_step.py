@@ -201,3 +201,15 @@ def test_corrections_are_selectable_and_weigh_the_loss():
                                (corrections.icepop(0.5, 5.0), np.where((rho >= 0.5) & (rho <= 5), rho, 0))):
         _, _, metrics = run(make_config(surrogate=corrections.decoupled(CLIPPED, correction)), scored)
         np.testing.assert_allclose(metrics["loss"], -(weight * shaped)[mask].mean(), atol=2e-6)
+
+
+def test_moments_on_the_host_change_nothing():
+    for minibatches in (1, 2):
+        config = make_config(minibatches=minibatches)
+        away = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, offload=True))
+        _, here, metrics = run(config, make_scored())
+        _, there, offloaded = run(away, make_scored())
+        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(there.opt_state[1:])} == {sharding.HOST}
+        assert metrics == offloaded
+        jax.tree.map(np.testing.assert_array_equal, here._replace(opt_state=None), there._replace(opt_state=None))
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(here.opt_state), jax.device_get(there.opt_state))

@@ -140,7 +140,8 @@ def hidden(
             x, _ = layer.apply({"params": layer_params}, x, cos, sin, attend, replayed=replayed)
             return sharding.constrain(x, "rows", "positions", None), None
 
-        x, _ = jax.lax.scan(jax.checkpoint(step, prevent_cse=False) if config.remat else step, x, (stack, replayed))
+        again = jax.checkpoint(step, prevent_cse=False, policy=config.remat_policy) if config.remat else step
+        x, _ = jax.lax.scan(again, x, (stack, replayed))
     return Ends(config).apply({"params": _ends(params)}, x, method="norm")
 
 
