@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from dcmdp_jax.answers import units, values
-from dcmdp_jax.answers.read import Node, Unreadable, plain, read
+from dcmdp_jax.answers.read import Node, read
+from dcmdp_jax.answers.tokens import Unreadable, plain
 
 MOST = 100  # items of a list or pieces of a union
 _DEFINED = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?'?\s*\(\s*([A-Za-z])\s*\)")
@@ -50,7 +51,7 @@ def _is_number(node: Node) -> bool:
     if kind == "div":
         return all(part[0] == "num" for part in parts)
     if kind == "mul":
-        return parts[0][0] == "num" and parts[1][:2] == ("pow", ("num", Fraction(10))) and parts[1][2][0] == "num"
+        return len(parts) == 2 and parts[0][0] == "num" and parts[1][:2] == ("pow", ("num", Fraction(10))) and parts[1][2][0] == "num"
     return kind == "num"
 
 
@@ -152,10 +153,10 @@ def _measured(node: Node) -> tuple[Node, units.Unit | None]:
     """A value and its unit. Beside a quantity, the letter of `5 m` is one, too."""
     if node[0] == "quantity":
         return node[1], node[2]
-    if node[0] == "mul" and node[2][0] == "var" and not values.variables(node[1]):
-        unit = units.read(node[2][1])
+    if node[0] == "mul" and node[-1][0] == "var" and not values.variables(node[:-1]):
+        unit = units.read(node[-1][1])
         if unit is not None and unit.known:
-            return node[1], unit
+            return node[:-1], unit
     return node, None
 
 

@@ -1,6 +1,6 @@
 r"""Reads an answer in LaTeX, or as people type it, into a tree; nothing is computed.
 
-A recursive descent over at most `LONGEST` characters and `DEEPEST` brackets. Nodes are tuples, their kind first:
+A recursive descent over at most `LONGEST` characters, `DEEPEST` calls deep. Nodes are tuples, their kind first:
 
     ("num", Fraction)  ("var", name)  ("add", *parts)  ("mul", *parts)  ("div", a, b)  ("pow", a, b)  ("root", n, a)
     ("neg", a)  ("pm", a) for +-a  ("mp", a) for -+a  ("fn", name, a)  ("binom", a, b)
@@ -13,47 +13,18 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from fractions import Fraction
-from typing import NamedTuple
 
 from dcmdp_jax.answers import units
+from dcmdp_jax.answers.tokens import Token, Unreadable, inside, number, split
 
-LONGEST = 1_000  # characters
-DEEPEST = 40
-LARGEST_EXPONENT = 300  # of a number as 1.5e10 writes it
+DEEPEST = 100  # calls of the reader's own; three or four for a bracket in a bracket
+DIVISIONS = 40  # signs `/` in an answer
 
 Node = tuple
 
 
-class Unreadable(ValueError):
-    """Not an answer of the forms known here."""
-
-
-class Token(NamedTuple):
-    kind: str  # num, word, text, cmd, or the character itself
-    text: str
-    start: int
-    end: int
-
-
-_LOOKS = tuple((re.compile(pattern), new) for pattern, new in (
-    (r"\\\\", r"\\cr "),  # the end of a matrix's row
-    (r"\{,\}", ","),
-    (r"\$\s*,\s*\$", ", "),
-    (r",\\!\s*", ","),  # thousands
-    (r"\\[!,;:>]|\\(?:left|right|displaystyle|textstyle|limits|big|Big|bigg|Bigg|bigl|bigr|quad|qquad)(?![A-Za-z])|~|\\ ", " "),
-    (r"\\[()\[\]]|(?<!\\)\$", " "),
-    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-    (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
-    (r"\^\s*\{?\s*(?:\\circ|\\degree|°)\s*\}?|\\degree(?![A-Za-z])|°", r"\\text{degrees}"),
-    (r"−|–", "-"), (r"π", r"\\pi "), (r"∞", r"\\infty "), (r"×|·|⋅|\*\*(?=\D)", "*"), (r"\*\*", "^"), (r"÷", "/"),
-    (r"≤", r"\\le "), (r"≥", r"\\ge "), (r"∪", r"\\cup "), (r"∈", r"\\in "), (r"±", r"\\pm "), (r"[£€]", ""),
-    (r"np\.(?=[a-z])", ""),
-))
-_TEXT = r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox|hbox|operatorname|boldsymbol|bf|rm)"
-_TOKEN = re.compile(rf"\s*(?:(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{{1,4}}(?![\w.]))?)|(?P<text>{_TEXT}\s*\{{[^{{}}]*\}})"
-                    r"|(?P<cmd>\\(?:[A-Za-z]+|[{}%$|\\]))|(?P<word>[A-Za-z]+)|(?P<sign>.))", re.DOTALL | re.ASCII)
-_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 _FUNCTIONS = ("arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "sqrt", "sin", "cos", "tan", "cot", "sec", "csc", "exp", "log",
               "ln", "lg", "pi")
 _INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan"}
@@ -70,39 +41,30 @@ _NO_FACTOR = {*_NOT_VARIABLES, *_RELATIONS, *_TIMES, *_OVER, r"\{"} - {r"\frac"}
 _WORDS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 
 
-def plain(text: str) -> str:
-    """The answer without white space and LaTeX that only changes the looks."""
-    for pattern, new in _LOOKS:
-        text = pattern.sub(new, text)
-    text = re.sub(rf"{_TEXT}\s*\{{([^{{}}]*)\}}", r" \1 ", text).strip().rstrip(".")
-    return re.sub(r"\s+(?!\d)|(?<!\d)\s+", "", text)  # a space between two digits parts two numbers
-
-
 @functools.lru_cache(maxsize=4096)
 def read(text: str) -> Node:
     """The tree of an answer. Raises Unreadable where it is of no known form."""
-    if len(text) > LONGEST:
-        raise Unreadable("too long")
-    for pattern, new in _LOOKS:
-        text = pattern.sub(new, text)
-    text = text.strip()
-    if text.endswith(".") and not text.endswith(".."):
-        text = text[:-1]
-    if _THOUSANDS.search(text) and "," not in re.sub(r",\s", "", _THOUSANDS.sub("", text)) and not re.search(r"[(\[{]", text):
-        text = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
     return _Reader(text).answer()
+
+
+def _counted(method: Callable) -> Callable:
+    """Bounds how deep a reader's methods call each other."""
+    @functools.wraps(method)
+    def counted(self, *arguments):
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise Unreadable("too deep")
+        found = method(self, *arguments)
+        self.depth -= 1
+        return found
+
+    return counted
 
 
 class _Reader:
     def __init__(self, text: str):
-        self.text, self.at, self.depth = text, 0, 0
-        self.tokens = []
-        for found in _TOKEN.finditer(text):
-            kind = found.lastgroup
-            start, end = found.span(kind)
-            self.tokens.append(Token(found[kind] if kind == "sign" else kind, found[kind], start, end))
-        if self.tokens and self.tokens[-1].text.isspace():
-            self.tokens.pop()
+        self.text, self.tokens = split(text)
+        self.at, self.depth, self.divisions = 0, 0, 0
 
     # --- tokens
 
@@ -127,12 +89,12 @@ class _Reader:
 
     def separated(self) -> bool:
         """Takes a comma, a semicolon, `and` or `or`."""
-        if self.kind() in ("text", "word") and _inside(self.peek()).strip(" ,") in ("and", "or"):
+        if self.kind() in ("text", "word") and inside(self.peek()).strip(" ,") in ("and", "or"):
             self.at += 1
             return True
         if not self.take(",", ";"):
             return False
-        if self.kind() in ("text", "word") and _inside(self.peek()).strip() in ("and", "or"):
+        if self.kind() in ("text", "word") and inside(self.peek()).strip() in ("and", "or"):
             self.at += 1
         return True
 
@@ -144,14 +106,11 @@ class _Reader:
             raise Unreadable("something is left over")
         return items[0] if len(items) == 1 else ("list", *items)
 
+    @_counted
     def items(self) -> list[Node]:
-        self.depth += 1
-        if self.depth > DEEPEST:
-            raise Unreadable("too deep")
         items = [self.element()]
         while self.separated():
             items.append(self.element())
-        self.depth -= 1
         return items
 
     def element(self) -> Node:
@@ -182,7 +141,7 @@ class _Reader:
         follows = self.tokens[end].text if end < len(self.tokens) else ""
         if not run or follows not in ("", ",", ";"):
             return None
-        said = " ".join(_inside(token.text) for token in run).strip()
+        said = " ".join(inside(token.text) for token in run).strip()
         wrapped = any(token.kind == "text" for token in run)
         if re.fullmatch(r"\(?([A-Za-z])\)?", said):
             self.at = end
@@ -201,9 +160,9 @@ class _Reader:
     def quantity(self) -> Node:
         dollars = bool(self.take(r"\$"))
         value = self.sum()
-        if self.take("%", r"\%") or (self.kind() in ("word", "text") and _inside(self.peek()).strip() == "percent" and self.take(self.peek())):
+        if self.take("%", r"\%") or (self.kind() in ("word", "text") and inside(self.peek()).strip() == "percent" and self.take(self.peek())):
             return "percent", value
-        while self.kind() == "word" and (times := _WORDS.get(self.peek().removesuffix("s"))):
+        if self.kind() == "word" and (times := _WORDS.get(self.peek().removesuffix("s"))):
             self.at += 1
             value = "mul", value, ("num", Fraction(times))
         unit = self.unit() if self.kind() in ("word", "text") else None
@@ -215,7 +174,7 @@ class _Reader:
         """What follows a value in words, up to the next comma, bracket or relation."""
         start, end = self.at, self.at
         while end < len(self.tokens) and self.tokens[end].text not in (",", ";", ")", "]", r"\}", r"\cup", *_RELATIONS) \
-                and not (self.tokens[end].kind in ("text", "word") and _inside(self.tokens[end].text).strip() in ("and", "or")):
+                and not (self.tokens[end].kind in ("text", "word") and inside(self.tokens[end].text).strip() in ("and", "or")):
             end += 1
         unit = units.read(self.text[self.tokens[start].start:self.tokens[end - 1].end])
         if unit is None:
@@ -225,33 +184,31 @@ class _Reader:
 
     # --- expressions
 
+    @_counted
     def sum(self) -> Node:
-        self.depth += 1
-        if self.depth > DEEPEST:
-            raise Unreadable("too deep")
-        parts = [self.signed(self.take("+", "-", r"\pm", r"\mp"))]
+        parts = [_sign(self.take("+", "-", r"\pm", r"\mp"), self.term())]
         while sign := self.take("+", "-", r"\pm", r"\mp"):
-            parts.append(self.signed(sign))
-        self.depth -= 1
+            parts.append(_sign(sign, self.term()))
         return parts[0] if len(parts) == 1 else ("add", *parts)
-
-    def signed(self, sign: str) -> Node:
-        return _sign(sign, self.term())
 
     def term(self) -> Node:
         value = self.factor()
         while True:
             if self.take(*_TIMES):
-                value = "mul", value, self.factor()
+                value = _times(value, self.factor())
             elif self.take(*_OVER):
+                self.divisions += 1
+                if self.divisions > DIVISIONS:
+                    raise Unreadable("too many divisions")
                 value = "div", value, self.factor()
             elif self.starts_factor():
-                if self.kind() == "num" and value[0] in ("num", "mixed"):
+                if self.kind() == "num" and self.kind(-1) == "num":
                     raise Unreadable("two numbers beside each other")
-                value = "mul", value, self.factor()
+                value = _times(value, self.factor())
             else:
                 return value
 
+    @_counted
     def factor(self) -> Node:
         if sign := self.take("+", "-"):
             return _sign(sign, self.factor())
@@ -268,22 +225,22 @@ class _Reader:
             (kind == "cmd" and text not in _NO_FACTOR)
 
     def postfix(self, value: Node) -> Node:
-        while True:
-            if self.take("!"):
-                value = "fn", "factorial", value
-            elif self.kind() == "'" and value[0] == "var":
-                self.at += 1
-                value = "var", value[1] + "'"
-            elif self.peek() == "^":
-                self.at += 1
-                exponent = self.exponent()
-                if exponent == ("var", r"\prime") and value[0] == "var":
-                    value = "var", value[1] + "'"
-                else:
-                    value = "pow", value, exponent
-            else:
-                return value
+        """A value with the primes, the factorial and the exponent that follow it."""
+        while self.kind() == "'" and value[0] == "var":
+            self.at += 1
+            value = "var", value[1] + "'"
+        if self.take("!"):
+            value = "fn", "factorial", value
+        if self.take("^"):
+            exponent = self.exponent()
+            value = ("var", value[1] + "'") if exponent == ("var", r"\prime") and value[0] == "var" else ("pow", value, exponent)
+        if self.take("!"):
+            value = "fn", "factorial", value
+        if self.peek() in ("!", "^"):
+            raise Unreadable("a second one of its kind")
+        return value
 
+    @_counted
     def exponent(self) -> Node:
         if sign := self.take("+", "-"):
             return _sign(sign, self.exponent())
@@ -303,6 +260,7 @@ class _Reader:
                                                 Token(token.kind, token.text[1:], token.start + 1, token.end)]
         return self.primary()
 
+    @_counted
     def primary(self) -> Node:
         kind, text = self.kind(), self.peek()
         if kind == "num":
@@ -322,14 +280,14 @@ class _Reader:
         raise Unreadable(f"{text!r}")
 
     def number(self) -> Node:
-        value = ("num", _number(self.take(self.peek())))
+        value = ("num", number(self.take(self.peek())))
         if self.take("_"):
             return "var", f"{value[1]}_{self.subscript()}"  # digits in a base are a name of their own
         whole = value[1].denominator == 1
         if whole and self.peek() == r"\frac" and (part := self.mixed()):
             return "num", value[1] + part
         if whole and self.kind() == "num" and self.peek(1) == "/" and self.kind(2) == "num":
-            top, bottom = _number(self.peek()), _number(self.peek(2))
+            top, bottom = number(self.peek()), number(self.peek(2))
             if 0 < top < bottom:
                 self.at += 3
                 return "num", value[1] + top / bottom
@@ -373,11 +331,11 @@ class _Reader:
                     raise Unreadable("a subscript does not end")
                 depth += {"{": 1, "}": -1}.get(self.peek(), 0)
                 self.at += 1
-            return "".join(_inside(token.text).replace(" ", "") for token in self.tokens[start:self.at - 1])
+            return "".join(inside(token.text).replace(" ", "") for token in self.tokens[start:self.at - 1])
         if not self.peek():
             raise Unreadable("a subscript is missing")
         self.at += 1
-        return _inside(self.tokens[self.at - 1].text)
+        return inside(self.tokens[self.at - 1].text)
 
     def bracketed(self) -> Node:
         opening = self.take("(", "[", r"\{", "{")
@@ -442,7 +400,7 @@ class _Reader:
             return self.bracketed()
         value = self.postfix(self.primary())
         while self.starts_factor() and self.peek().lstrip("\\") not in _FUNCTIONS[:-1]:
-            value = "mul", value, self.postfix(self.primary())
+            value = _times(value, self.postfix(self.primary()))
         return value
 
     def matrix(self) -> Node:
@@ -471,13 +429,5 @@ def _sign(sign: str, value: Node) -> Node:
     return {r"\pm": ("pm", value), r"\mp": ("mp", value)}.get(sign, value)
 
 
-def _inside(token: str) -> str:
-    """What `\\text{...}` holds; any other token as it is."""
-    return token[token.index("{") + 1:-1].strip(" ~") if token.endswith("}") and "{" in token else token
-
-
-def _number(text: str) -> Fraction:
-    digits, _, exponent = text.lower().partition("e")
-    if abs(int(exponent or 0)) > LARGEST_EXPONENT or len(digits) > 100:
-        raise Unreadable("too large a number")
-    return Fraction(digits.rstrip(".") if digits.endswith(".") else digits) * Fraction(10) ** int(exponent or 0)
+def _times(product: Node, factor: Node) -> Node:
+    return (*product, factor) if product[0] == "mul" else ("mul", product, factor)

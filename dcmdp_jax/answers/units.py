@@ -35,7 +35,7 @@ _AFTER = {"squared": 2, "cubed": 3}
 _REFUSED = {"hundred", "thousand", "million", "billion", "trillion", "dozen", "half", "halves", "more", "less", "pi", "and", "or", "not",
             "where", "if", "to", "mod", "is"}
 _LATEX = re.compile(r"\\(?:text|textrm|textbf|mathrm|mbox|operatorname|cdot)(?![A-Za-z])|[{}~*]")
-_PIECE = re.compile(r"\s*(?:(/|per\b)|([A-Za-z]+)\.?(?:\s*\^?\s*\(?(-?\d)\)?)?)\s*,?")
+_PIECE = re.compile(r"\s*(?:(/|per\b)|([A-Za-z]+)\.?(?:\s*\^\s*\(?\s*(-?\d)\s*\)?|(\d))?)\s*")
 
 
 def is_word(word: str) -> bool:
@@ -66,7 +66,7 @@ def read(text: str) -> Unit | None:
                 return None
             name, exponent, first = last[0], last[1] * (_AFTER[word] - 1), False
         else:
-            name, exponent, first = _name(word), sign * ahead * int(piece[3] or 1), True
+            name, exponent, first = _name(word), sign * ahead * int(piece[3] or piece[4] or 1), True
         ahead = 1
         base, scale = _BASE.get(name, ({name: 1}, "1"))
         known = known and name in _BASE

@@ -149,7 +149,7 @@ class _Evaluator:
             n = exponent.numerator
             if exponent.denominator == 1 and abs(n) * max(base.numerator.bit_length(), base.denominator.bit_length()) <= BITS:
                 return base ** n
-            if exponent.denominator < 10 and base > 0 and (exact := _exact_root(base, exponent.denominator)) is not None:
+            if 1 < exponent.denominator < 10 and base > 0 and (exact := _exact_root(base, exponent.denominator)) is not None:
                 return self.power(exact, Fraction(n))
         if _is_zero(base):
             if isinstance(exponent, Fraction) and exponent > 0:
@@ -173,10 +173,7 @@ class _Evaluator:
         if name in ("floor", "ceil"):
             return Fraction((math.floor if name == "floor" else math.ceil)(self.real(x)))
         if name == "factorial":
-            n = _whole(x)
-            if not 0 <= n <= 1_500:
-                raise Unknown("factorial")
-            return _bounded(Fraction(math.factorial(n)))
+            return _bounded(Fraction(math.factorial(_whole(x))))
         self.called(1)
         z = _complex(x)
         if name == "exp":
@@ -244,8 +241,8 @@ def _bounded(x: Fraction) -> Fraction:
 
 
 def _whole(x: Fraction | Complex) -> int:
-    if not isinstance(x, Fraction) or x.denominator > 1 or not 0 <= x <= 10_000:
-        raise Unknown("not a whole number")
+    if not isinstance(x, Fraction) or x.denominator > 1 or not 0 <= x <= 1_500:
+        raise Unknown("not a whole number of moderate size")
     return int(x)
 
 
