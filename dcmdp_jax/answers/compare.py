@@ -150,13 +150,15 @@ def _quantities(one: Node, other: Node) -> bool:
 
 
 def _measured(node: Node) -> tuple[Node, units.Unit | None]:
-    """A value and its unit. Beside a quantity, the letter of `5 m` is one, too."""
+    """A value and its unit. Beside a quantity, the letter of `5 m` or `5 m^2` is one, too."""
     if node[0] == "quantity":
         return node[1], node[2]
-    if node[0] == "mul" and node[-1][0] == "var" and not values.variables(node[:-1]):
-        unit = units.read(node[-1][1])
-        if unit is not None and unit.known:
-            return node[:-1], unit
+    if node[0] == "mul" and not values.variables(node[:-1]):
+        last, power = node[-1][1:] if node[-1][0] == "pow" else (node[-1], ("num", 1))
+        if last[0] == "var" and power[0] == "num":
+            unit = units.read(f"{last[1]}^{power[1]}")
+            if unit is not None and unit.known:
+                return node[:-1], unit
     return node, None
 
 

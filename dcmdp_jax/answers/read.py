@@ -162,7 +162,7 @@ class _Reader:
         value = self.sum()
         if self.take("%", r"\%") or (self.kind() in ("word", "text") and inside(self.peek()).strip() == "percent" and self.take(self.peek())):
             return "percent", value
-        if self.kind() == "word" and (times := _WORDS.get(self.peek().removesuffix("s"))):
+        if self.kind() in ("word", "text") and (times := _WORDS.get(inside(self.peek()).strip().removesuffix("s"))):
             self.at += 1
             value = "mul", value, ("num", Fraction(times))
         unit = self.unit() if self.kind() in ("word", "text") else None

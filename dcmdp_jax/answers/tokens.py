@@ -65,11 +65,10 @@ def split(text: str) -> tuple[str, list[Token]]:
 
 
 def _looked(text: str) -> str:
-    """The text without LaTeX that only changes its looks, and without a full stop."""
+    """The text without LaTeX that only changes its looks, and without the full stop."""
     for pattern, new in _LOOKS:
         text = pattern.sub(new, text)
-    text = text.strip()
-    return text if text.endswith("..") else text.removesuffix(".").rstrip()
+    return text.strip().rstrip(". ")
 
 
 def inside(token: str) -> str:
