@@ -25,7 +25,7 @@ from dcmdp_jax import data, rewards, scores, sharding, sync, tokenizer
 from dcmdp_jax.answers.judge import Judge
 from dcmdp_jax.config import MeshConfig, Precision, differences
 from dcmdp_jax.models import qwen3, weights
-from dcmdp_jax.records import Prompts, Sampling, Weights
+from dcmdp_jax.records import Example, Prompts, Sampling, Weights
 from dcmdp_jax.rollout import jetstream
 from dcmdp_jax.rollout.generate import Engine, completion_keys, rollout
 
@@ -108,7 +108,7 @@ def prepare(options: Options, workdir: pathlib.Path) -> Evaluation:
     sets = tuple(_ask(name, k, options, vocabulary, room, workdir) for name, k in zip(options.sets, _samples(options)))
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir {workdir} is a file; name a folder")
-    record, path = _record(options, sets), workdir / "options.json"
+    record, path = _record(options, sets, vocabulary), workdir / "options.json"
     if path.is_file():
         before = _json(path)
         _same(before, record, workdir)
@@ -189,19 +189,18 @@ def _mesh(options: Options) -> jax.sharding.Mesh:
     return sharding.make_mesh(MeshConfig(tensor=options.tensor), jax.devices()[:options.tensor])
 
 
-def _record(options: Options, sets: Sequence[Asked]) -> dict[str, Any]:
+def _record(options: Options, sets: Sequence[Asked], vocabulary: tokenizer.Tokenizer) -> dict[str, Any]:
     """What a work folder is made with, all that its samples depend on, by the names of the options."""
     given = {name: getattr(options, name) for name in ("max_tokens", "bfloat16", "seed", "chat", "enable_thinking",
                                                        "instruction", "math_verify")}
-    asked = {item.name: {"k": item.samples, "limit": len(item.prompts.lengths), "data_dir": _digest(item.prompts)} for item in sets}
+    asked = {item.name: {"k": item.samples, "limit": len(item.prompts.lengths), "data_dir": _digest(item.prompts.examples)}
+             for item in sets}
     return {**given, **options.sampling._asdict(), **dataclasses.asdict(options.precision),
-            "model": _fingerprint(pathlib.Path(options.model)), "sets": asked}
+            "tokenizer": [vocabulary.vocab_size, *vocabulary.eos_ids], "model": _fingerprint(pathlib.Path(options.model)), "sets": asked}
 
 
-def _digest(prompts: Prompts) -> str:
-    """Of the problems' tokens and answers."""
-    content = [[row[:n].tolist(), example.answer] for row, n, example in zip(*prompts)]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+def _digest(problems: Sequence[Example]) -> str:
+    return hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]
 
 
 def _fingerprint(folder: pathlib.Path) -> str:
