@@ -291,7 +291,8 @@ def _generate(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
 
 def _eval_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face folder with its tokenizer")
-    parser.add_argument("--data-dir", required=True, metavar="DIR", help="holds SET.jsonl (minerva_math and olympiadbench, too)")
+    parser.add_argument("--data-dir", required=True, metavar="DIR", help="holds SET.jsonl; minerva_math and olympiadbench "
+                                                                         "are known, too")
     parser.add_argument("--workdir", required=True, metavar="OUT", help="for samples and summary.json; made where missing")
     parser.add_argument("--sets", default="aime24,aime25,amc23,math500,minerva,olympiad", help="(default: %(default)s)")
     parser.add_argument("--k", default="", help="samples a problem, for all sets or one number a set, as 32,32,4 "
@@ -323,10 +324,12 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     from dcmdp_jax.stopping import Interrupted, requests
 
     precision = Precision(weights=args.weights, activations=args.activations, cache=args.cache)
+    instruction = eval_sets.INSTRUCTION if args.instruction is None else args.instruction
     evaluation = eval_sets.prepare(eval_sets.Options(
-        args.model, args.data_dir, args.tokenizer, tuple(args.sets.split(",")), tuple(map(int, k)), args.limit, args.max_tokens,
-        sampling, precision, args.bfloat16, args.tensor, args.slots, args.seed, args.chat, args.enable_thinking,
-        eval_sets.INSTRUCTION if args.instruction is None else args.instruction, args.math_verify), pathlib.Path(args.workdir))
+        model=args.model, data_dir=args.data_dir, tokenizer=args.tokenizer, sets=tuple(args.sets.split(",")), k=tuple(map(int, k)),
+        limit=args.limit, max_tokens=args.max_tokens, sampling=sampling, precision=precision, bfloat16=args.bfloat16,
+        tensor=args.tensor, slots=args.slots, seed=args.seed, chat=args.chat, enable_thinking=args.enable_thinking,
+        instruction=instruction, math_verify=args.math_verify), pathlib.Path(args.workdir))
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

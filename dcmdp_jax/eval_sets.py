@@ -33,6 +33,8 @@ INSTRUCTION = r"Please reason step by step, and put your final answer within \bo
 POSITIONS = 1 << 26  # of completions that one rollout has room for on the host
 EVERY = 30.0  # seconds between two lines of progress
 
+Key = tuple[int, int]  # a problem's place in its set, from 0, and the sample's number
+
 
 class ProblemSet(NamedTuple):
     files: tuple[str, ...]  # names in the data folder, the first that is there is read
@@ -90,6 +92,7 @@ class Evaluation:
     vocabulary: tokenizer.Tokenizer
     sets: tuple[Asked, ...]
     max_length: int  # positions of the longest prompt and its completion
+    judge: Judge
 
 
 def prepare(options: Options, workdir: pathlib.Path) -> Evaluation:
@@ -98,7 +101,7 @@ def prepare(options: Options, workdir: pathlib.Path) -> Evaluation:
     Raises ValueError, in one sentence, on whatever cannot work; nothing is compiled before.
     """
     _check(options)
-    folder = options.model
+    folder, judge = options.model, Judge(math_verify=options.math_verify)
     shape = weights.read_config(folder)
     sync.check(shape, options.precision, _mesh(options))
     weights.check(folder)
@@ -111,6 +114,8 @@ def prepare(options: Options, workdir: pathlib.Path) -> Evaluation:
     record, path = _record(options, sets, vocabulary), workdir / "options.json"
     if path.is_file():
         before = _json(path)
+        if not isinstance(before, dict) or "sets" not in before:
+            raise ValueError(f"{path} is no record of an evaluation; give another --workdir")
         _same(before, record, workdir)
         record = {**record, "sets": {**before["sets"], **record["sets"]}}
     elif stray := [item.file for item in sets if item.file.exists()]:
@@ -119,7 +124,8 @@ def prepare(options: Options, workdir: pathlib.Path) -> Evaluation:
         _kept(item)  # so that a strange line is named now
     workdir.mkdir(parents=True, exist_ok=True)
     _write(path, json.dumps(record, indent=2) + "\n")
-    return Evaluation(options, workdir, vocabulary, sets, max(int(item.prompts.lengths.max()) for item in sets) + options.max_tokens)
+    longest = max(int(item.prompts.lengths.max()) for item in sets)
+    return Evaluation(options, workdir, vocabulary, sets, longest + options.max_tokens, judge)
 
 
 def run(evaluation: Evaluation, asked: Callable[[], bool] = lambda: False,
@@ -131,10 +137,9 @@ def run(evaluation: Evaluation, asked: Callable[[], bool] = lambda: False,
     """
     started = functools.cache(lambda: _start(evaluation))  # the weights are read where there is something to sample
     figures = {}
-    with Judge(math_verify=evaluation.options.math_verify) as judge:
+    with evaluation.judge as judge:
         for item in evaluation.sets:
-            lines = _kept(item)
-            lines = _fill(evaluation, item, lines, started, judge, asked, say)
+            lines = _fill(evaluation, item, started, asked, say)
             figures[item.name] = _figures(item, lines, judge)
         if judge.given_up:
             say(f"{judge.given_up} comparisons took longer than {judge.seconds:g} s, or too much memory, and count as wrong")
@@ -151,9 +156,10 @@ def _check(options: Options) -> None:
     if len(set(options.sets)) < len(options.sets) or not options.sets:
         raise ValueError("--sets names no set, or one twice")
     if len(options.k) not in (0, 1, len(options.sets)):
-        raise ValueError(f"--k takes one number for all sets or one for each of the {len(options.sets)}, not {len(options.k)}")
-    for name, value, least in (("k", min(options.k, default=1), 1), ("max-tokens", options.max_tokens, 1), ("slots", options.slots, 1),
-                               ("limit", options.limit, 0), ("tensor", options.tensor, 1)):
+        raise ValueError(f"--k takes one number for all sets or one for each of the {len(options.sets)}, "
+                         f"not {len(options.k)}")
+    for name, value, least in (("k", min(options.k, default=1), 1), ("max-tokens", options.max_tokens, 1),
+                               ("slots", options.slots, 1), ("limit", options.limit, 0), ("tensor", options.tensor, 1)):
         if value < least:
             raise ValueError(f"--{name} {value} must be at least {least}")
     if options.tensor > len(jax.devices()):
@@ -180,8 +186,9 @@ def _ask(name: str, k: int, options: Options, vocabulary: tokenizer.Tokenizer, r
                             instruction=options.instruction)
     longest = int(prompts.lengths.max())
     if longest > room:
-        raise ValueError(f"problem {int(prompts.lengths.argmax()) + 1} of {path} has {longest} tokens, which with --max-tokens "
-                         f"{options.max_tokens} are more than the model's {room + options.max_tokens} positions; lower --max-tokens")
+        raise ValueError(f"problem {int(prompts.lengths.argmax()) + 1} of {path} has {longest} tokens, which with "
+                         f"--max-tokens {options.max_tokens} are more than the model's {room + options.max_tokens} "
+                         "positions; lower --max-tokens")
     return Asked(name, prompts, k, workdir / f"{name}.jsonl")
 
 
@@ -196,7 +203,8 @@ def _record(options: Options, sets: Sequence[Asked], vocabulary: tokenizer.Token
     asked = {item.name: {"k": item.samples, "limit": len(item.prompts.lengths), "data_dir": _digest(item.prompts.examples)}
              for item in sets}
     return {**given, **options.sampling._asdict(), **dataclasses.asdict(options.precision),
-            "tokenizer": [vocabulary.vocab_size, *vocabulary.eos_ids], "model": _fingerprint(pathlib.Path(options.model)), "sets": asked}
+            "tokenizer": [vocabulary.vocab_size, *vocabulary.eos_ids], "model": _fingerprint(pathlib.Path(options.model)),
+            "sets": asked}
 
 
 def _digest(problems: Sequence[Example]) -> str:
@@ -220,11 +228,13 @@ def _same(before: dict, now: dict, workdir: pathlib.Path) -> None:
     """Raises ValueError, with the names of the options, where a work folder was made otherwise."""
     both = before["sets"].keys() & now["sets"].keys()
     before, now = ({**record, "sets": {name: record["sets"][name] for name in both}} for record in (before, now))
-    changed = [f"--{name.rsplit('.')[-1].replace('_', '-')} ({old!r}, now {new!r}{', ' + name.split('.')[1] if '.' in name else ''})"
-               for name, (old, new) in differences(before, now).items()]
+    changed = []
+    for name, (old, new) in differences(before, now).items():
+        *of_set, option = name.removeprefix("sets.").split(".")
+        changed.append(f"--{option.replace('_', '-')} ({', '.join([repr(old), f'now {new!r}', *of_set])})")
     if changed:
-        raise ValueError(f"{workdir} was made with another {', '.join(changed)}; give another --workdir, or the options it was "
-                         "started with")
+        raise ValueError(f"{workdir} was made with another {', '.join(changed)}; give another --workdir, or the options "
+                         "it was started with")
 
 
 def _start(evaluation: Evaluation) -> tuple[Engine, Weights]:
@@ -240,7 +250,7 @@ def _start(evaluation: Evaluation) -> tuple[Engine, Weights]:
     return engine, sync.make(model, options.precision, mesh)(params, 0)
 
 
-def _kept(item: Asked) -> dict[tuple[int, int], dict]:
+def _kept(item: Asked) -> dict[Key, dict]:
     """The samples that a set's file holds, by problem and number; what stands after the last newline was cut short.
 
     Raises ValueError on a line that is none of them.
@@ -261,42 +271,41 @@ def _kept(item: Asked) -> dict[tuple[int, int], dict]:
     return found
 
 
-def _wanted(item: Asked) -> dict[tuple[int, int], None]:
-    """Every (problem, sample) of a set, in order."""
+def _wanted(item: Asked) -> dict[Key, None]:
+    """Every key of a set, in order."""
     return dict.fromkeys((i, j) for i in range(len(item.prompts.lengths)) for j in range(item.samples))
 
 
-def _fill(evaluation: Evaluation, item: Asked, kept: dict[tuple[int, int], dict], started: Callable[[], tuple[Engine, Weights]],
-          judge: Judge, asked: Callable[[], bool], say: Callable[[str], None]) -> list[dict]:
-    """All samples of a set in order, of which those that are not `kept` are sampled, judged and written."""
-    wanted = _wanted(item)
-    turns = _turns([key for key in wanted if key not in kept], item.samples, POSITIONS // evaluation.options.max_tokens)
-    if turns:
-        engine, policy = started()
-        _write(item.file, _text(kept.values()))
-        with item.file.open("a", encoding="utf-8") as file:
-            spoke = time.monotonic()
-            for keys, samples in turns:
-                def ended(number: int, ids: np.ndarray, stopped: bool, keys=keys) -> None:
-                    nonlocal spoke
-                    key = keys[number]
-                    kept[key] = _judged(item, key, evaluation.vocabulary.decode(ids.tolist()), len(ids), stopped, judge)
-                    file.write(_text([kept[key]]))
-                    file.flush()
-                    if time.monotonic() - spoke > EVERY:
-                        spoke = time.monotonic()
-                        say(f"{item.name}: {len(kept)} of {len(wanted)} samples, {sum(s['right'] for s in kept.values())} right")
+def _fill(evaluation: Evaluation, item: Asked, started: Callable[[], tuple[Engine, Weights]], asked: Callable[[], bool],
+          say: Callable[[str], None]) -> list[dict]:
+    """All samples of a set in order, of which those that its file lacks are sampled, judged and written."""
+    options, kept, wanted, spoke = evaluation.options, _kept(item), _wanted(item), time.monotonic()
+    turns = _turns([key for key in wanted if key not in kept], item.samples, POSITIONS // options.max_tokens)
+    _write(item.file, _text(kept.values()))  # without a line that was cut short
+    with item.file.open("a", encoding="utf-8") as file:
+        for keys, samples in turns:
+            def ended(number: int, ids: np.ndarray, stopped: bool, keys=keys) -> None:
+                nonlocal spoke
+                text = evaluation.vocabulary.decode(ids.tolist())
+                kept[keys[number]] = sample = _judged(item, keys[number], text, len(ids), stopped, evaluation.judge)
+                file.write(_text([sample]))
+                file.flush()
+                if time.monotonic() - spoke > EVERY:
+                    spoke, right = time.monotonic(), sum(sample["right"] for sample in kept.values())
+                    say(f"{item.name}: {len(kept)} of {len(wanted)} samples, {right} right")
 
-                rows = [problem for problem, _ in keys[::samples]]
-                prompts = Prompts(item.prompts.tokens[rows], item.prompts.lengths[rows], tuple(item.prompts.examples[i] for i in rows))
-                rollout(engine, policy, prompts, samples=samples, key=_sample_keys(evaluation.options.seed, item, keys),
-                        max_tokens=evaluation.options.max_tokens, sampling=evaluation.options.sampling, asked=asked, ended=ended)
+            engine, policy = started()
+            rows = [problem for problem, _ in keys[::samples]]
+            prompts = Prompts(item.prompts.tokens[rows], item.prompts.lengths[rows],
+                              tuple(item.prompts.examples[problem] for problem in rows))
+            rollout(engine, policy, prompts, samples=samples, key=_sample_keys(options.seed, item, keys),
+                    max_tokens=options.max_tokens, sampling=options.sampling, asked=asked, ended=ended)
     ordered = [kept[key] for key in wanted]
     _write(item.file, _text(ordered))
     return ordered
 
 
-def _turns(missing: list[tuple[int, int]], samples: int, most: int) -> list[tuple[list[tuple[int, int]], int]]:
+def _turns(missing: list[Key], samples: int, most: int) -> list[tuple[list[Key], int]]:
     """Parts of at most `most` completions (one problem's at the least), with the samples of a problem that stand together:
     all where none has been made, so that they share a prefill, else one."""
     of = {}
@@ -308,14 +317,14 @@ def _turns(missing: list[tuple[int, int]], samples: int, most: int) -> list[tupl
     return [(keys[i:i + size], each) for keys, each in ((begun, 1), (fresh, samples)) for i in range(0, len(keys), size)]
 
 
-def _sample_keys(seed: int, item: Asked, keys: list[tuple[int, int]]) -> np.ndarray:
+def _sample_keys(seed: int, item: Asked, keys: list[Key]) -> np.ndarray:
     """A random key for each (problem, sample), [N, 2] uint32, whatever else is sampled."""
     of_set = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(item.name.encode())))
     of = {i: completion_keys(jax.random.fold_in(of_set, i), item.samples) for i in dict.fromkeys(i for i, _ in keys)}
     return np.stack([of[i][j] for i, j in keys])
 
 
-def _judged(item: Asked, key: tuple[int, int], text: str, tokens: int, stopped: bool, judge: Judge) -> dict:
+def _judged(item: Asked, key: Key, text: str, tokens: int, stopped: bool, judge: Judge) -> dict:
     gold, answer = item.prompts.examples[key[0]].answer, rewards.final_answer(text)
     return {"set": item.name, "problem": key[0], "sample": key[1], "gold": gold, "answer": answer,
             "right": judge.equal(gold, answer), "stopped": stopped, "tokens": tokens, "text": text}
@@ -324,7 +333,8 @@ def _judged(item: Asked, key: tuple[int, int], text: str, tokens: int, stopped: 
 def _figures(item: Asked, lines: list[dict], judge: Judge) -> dict[str, Any]:
     """`scores.summary` of a set's samples, all of them in order."""
     shape = len(item.prompts.lengths), item.samples
-    right, stopped, tokens = (np.array([line[name] for line in lines]).reshape(shape) for name in ("right", "stopped", "tokens"))
+    names = ("right", "stopped", "tokens")
+    right, stopped, tokens = (np.array([line[name] for line in lines]).reshape(shape) for name in names)
     answers = [[line["answer"] for line in lines[i:i + shape[1]]] for i in range(0, len(lines), shape[1])]
     vote = np.stack([scores.votes(row, good, judge.equal) for row, good in zip(answers, right)])
     return {"problems": shape[0], "samples": shape[1], **scores.summary(scores.Samples(right, stopped, tokens, vote))}

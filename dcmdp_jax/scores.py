@@ -44,7 +44,8 @@ def summary(samples: Samples) -> dict[str, Interval | float]:
     problems["tokens"] = samples.tokens.mean(axis=1)
     quantiles = np.quantile(samples.tokens, [0.1, 0.5, 0.9])
     lengths = {f"tokens_{name}": float(value) for name, value in zip(("p10", "median", "p90"), quantiles)}
-    return {name: bootstrap(values) for name, values in problems.items()} | lengths | {"tokens_max": float(samples.tokens.max())}
+    lengths["tokens_max"] = float(samples.tokens.max())
+    return {name: bootstrap(values) for name, values in problems.items()} | lengths
 
 
 def pass_at(right: np.ndarray, n: int, k: int) -> np.ndarray:

@@ -51,7 +51,8 @@ def _is_number(node: Node) -> bool:
     if kind == "div":
         return all(part[0] == "num" for part in parts)
     if kind == "mul":
-        return len(parts) == 2 and parts[0][0] == "num" and parts[1][:2] == ("pow", ("num", Fraction(10))) and parts[1][2][0] == "num"
+        return (len(parts) == 2 and parts[0][0] == "num" and parts[1][:2] == ("pow", ("num", Fraction(10)))
+                and parts[1][2][0] == "num")
     return kind == "num"
 
 
@@ -210,6 +211,8 @@ def _open(operator: str) -> str:
 def _renamed(node: Node, old: str, new: str) -> Node:
     if node == ("var", old):
         return "var", new
+    if node[0] == "quantity":
+        return "quantity", _renamed(node[1], old, new), node[2]
     return tuple(_renamed(part, old, new) if isinstance(part, tuple) else part for part in node)
 
 

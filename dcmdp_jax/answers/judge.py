@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import resource
 import select
@@ -25,7 +26,8 @@ class Judge:
 
     def __init__(self, seconds: float = 5.0, math_verify: bool = False):
         if math_verify and importlib.util.find_spec("math_verify") is None:
-            raise ValueError("math-verify is not installed; pip install math-verify[antlr4_13_2], or leave --math-verify out")
+            raise ValueError("math-verify is not installed; pip install math-verify antlr4-python3-runtime==4.13.2, or leave "
+                             "--math-verify out")
         self.seconds, self.given_up = seconds, 0
         self._command = [sys.executable, "-m", "dcmdp_jax.answers.judge", *(["--math-verify"] if math_verify else [])]
         self._known: dict[tuple[str, str], bool] = {}
@@ -84,6 +86,8 @@ class Judge:
 
 def _math_verify() -> Callable[[str, str], bool]:
     import math_verify
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that time is kept elsewhere, as it is
 
     def equal(gold: str, answer: str) -> bool:
         one, other = (math_verify.parse(f"$\\boxed{{{text}}}$", parsing_timeout=None) for text in (gold, answer))

@@ -24,19 +24,21 @@ DIVISIONS = 40  # signs `/` in an answer
 
 Node = tuple
 
-
-_FUNCTIONS = ("arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "sqrt", "sin", "cos", "tan", "cot", "sec", "csc", "exp", "log",
-              "ln", "lg", "pi")
+_FUNCTIONS = ("arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "sqrt", "sin", "cos", "tan", "cot", "sec", "csc", "exp",
+              "log", "ln", "lg", "pi")
 _INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan"}
 _RELATIONS = {"=": "=", "<": "<", ">": ">", r"\le": "<=", r"\leq": "<=", r"\leqslant": "<=", r"\ge": ">=", r"\geq": ">=",
               r"\geqslant": ">=", r"\lt": "<", r"\gt": ">", r"\ne": "!=", r"\neq": "!=", r"\in": "in"}
 _TIMES = ("*", r"\cdot", r"\times", r"\ast")
 _OVER = ("/", r"\div")
-_FENCES = {r"\lfloor": (r"\rfloor", "floor"), r"\lceil": (r"\rceil", "ceil"), r"\lvert": (r"\rvert", "abs"), "|": ("|", "abs")}
+_FENCES = {r"\lfloor": (r"\rfloor", "floor"), r"\lceil": (r"\rceil", "ceil"), r"\lvert": (r"\rvert", "abs"),
+           "|": ("|", "abs")}
 _MATRICES = {"pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix"}
-_NOT_VARIABLES = {r"\begin", r"\end", r"\rfloor", r"\rceil", r"\rvert", r"\cup", r"\pm", r"\mp", r"\frac", r"\}", r"\cr", r"\%", r"\$",
-                  r"\cap", r"\setminus", r"\mid", r"\to", r"\sum", r"\int", r"\prod", r"\lim", r"\equiv", r"\approx", r"\sim", r"\bmod",
-                  r"\pmod", r"\ldots", r"\dots", r"\cdots", r"\vdots", r"\color", r"\underline", r"\overline", r"\hat", r"\vec"}
+_NOT_VARIABLES = {r"\begin", r"\end", r"\rfloor", r"\rceil", r"\rvert", r"\cup", r"\pm", r"\mp", r"\frac", r"\}", r"\cr",
+                  r"\%", r"\$", r"\cap", r"\setminus", r"\mid", r"\to", r"\sum", r"\int", r"\prod", r"\lim", r"\equiv",
+                  r"\approx", r"\sim", r"\bmod", r"\pmod", r"\ldots", r"\dots", r"\cdots", r"\vdots", r"\color",
+                  r"\underline", r"\overline", r"\hat", r"\vec"}
+_AFTER_UNIT = {",", ";", ")", "]", r"\}", r"\cup", *_RELATIONS}
 _NO_FACTOR = {*_NOT_VARIABLES, *_RELATIONS, *_TIMES, *_OVER, r"\{"} - {r"\frac"}
 _WORDS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 
@@ -89,14 +91,18 @@ class _Reader:
 
     def separated(self) -> bool:
         """Takes a comma, a semicolon, `and` or `or`."""
-        if self.kind() in ("text", "word") and inside(self.peek()).strip(" ,") in ("and", "or"):
-            self.at += 1
+        if self.says("and", "or"):
             return True
         if not self.take(",", ";"):
             return False
-        if self.kind() in ("text", "word") and inside(self.peek()).strip() in ("and", "or"):
-            self.at += 1
+        self.says("and", "or")
         return True
+
+    def says(self, *words: str) -> bool:
+        """Takes one of these words, also where `\\text{}` holds it."""
+        found = self.kind() in ("text", "word") and inside(self.peek()).strip(" ,") in words
+        self.at += found
+        return found
 
     # --- answers
 
@@ -160,7 +166,7 @@ class _Reader:
     def quantity(self) -> Node:
         dollars = bool(self.take(r"\$"))
         value = self.sum()
-        if self.take("%", r"\%") or (self.kind() in ("word", "text") and inside(self.peek()).strip() == "percent" and self.take(self.peek())):
+        if self.take("%", r"\%") or self.says("percent"):
             return "percent", value
         if self.kind() in ("word", "text") and (times := _WORDS.get(inside(self.peek()).strip().removesuffix("s"))):
             self.at += 1
@@ -173,8 +179,8 @@ class _Reader:
     def unit(self) -> units.Unit | None:
         """What follows a value in words, up to the next comma, bracket or relation."""
         start, end = self.at, self.at
-        while end < len(self.tokens) and self.tokens[end].text not in (",", ";", ")", "]", r"\}", r"\cup", *_RELATIONS) \
-                and not (self.tokens[end].kind in ("text", "word") and inside(self.tokens[end].text).strip() in ("and", "or")):
+        while end < len(self.tokens) and self.tokens[end].text not in _AFTER_UNIT and \
+                inside(self.tokens[end].text).strip() not in ("and", "or"):
             end += 1
         unit = units.read(self.text[self.tokens[start].start:self.tokens[end - 1].end])
         if unit is None:
@@ -233,7 +239,8 @@ class _Reader:
             value = "fn", "factorial", value
         if self.take("^"):
             exponent = self.exponent()
-            value = ("var", value[1] + "'") if exponent == ("var", r"\prime") and value[0] == "var" else ("pow", value, exponent)
+            prime = exponent == ("var", r"\prime") and value[0] == "var"
+            value = ("var", value[1] + "'") if prime else ("pow", value, exponent)
         if self.take("!"):
             value = "fn", "factorial", value
         if self.peek() in ("!", "^"):
@@ -256,6 +263,8 @@ class _Reader:
             return value
         token = self.tokens[self.at] if self.at < len(self.tokens) else None
         if token and token.kind in ("num", "word") and len(token.text) > 1:
+            if token.kind == "num" and not token.text.isdecimal():
+                raise Unreadable("half a decimal")
             self.tokens[self.at:self.at + 1] = [Token(token.kind, token.text[0], token.start, token.start + 1),
                                                 Token(token.kind, token.text[1:], token.start + 1, token.end)]
         return self.primary()

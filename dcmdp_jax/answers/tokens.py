@@ -26,7 +26,7 @@ _LOOKS = tuple((re.compile(pattern), new) for pattern, new in (
     (r"\{,\}", ","),
     (r"\$\s*,\s*\$", ", "),
     (r",\\!\s*", ","),  # thousands
-    (r"\\[!,;:>]|\\(?:left|right|displaystyle|textstyle|limits|big|Big|bigg|Bigg|bigl|bigr|quad|qquad)(?![A-Za-z])|~|\\ ", " "),
+    (r"\\[!,;:>]|\\(?:left|right|displaystyle|textstyle|limits|[bB]igg?[lr]?|q?quad)(?![A-Za-z])|~|\\ ", " "),
     (r"\\[()\[\]]|(?<!\\)\$", " "),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
@@ -36,7 +36,8 @@ _LOOKS = tuple((re.compile(pattern), new) for pattern, new in (
     (r"np\.(?=[a-z])", ""),
 ))
 _TEXT = r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox|hbox|operatorname|boldsymbol|bf|rm)"
-_TOKEN = re.compile(rf"\s*(?:(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{{1,4}}(?![\w.]))?)|(?P<text>{_TEXT}\s*\{{[^{{}}]*\}})"
+_TOKEN = re.compile(r"\s*(?:(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,4}(?![\w.]))?)"
+                    rf"|(?P<text>{_TEXT}\s*\{{[^{{}}]*\}})"
                     r"|(?P<cmd>\\(?:[A-Za-z]+|[{}%$|\\]))|(?P<word>[A-Za-z]+)|(?P<sign>.))", re.DOTALL | re.ASCII)
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 
@@ -54,7 +55,8 @@ def split(text: str) -> tuple[str, list[Token]]:
     if len(text) > LONGEST:
         raise Unreadable("too long")
     text = _looked(text)
-    if _THOUSANDS.search(text) and "," not in re.sub(r",\s", "", _THOUSANDS.sub("", text)) and not re.search(r"[(\[{]", text):
+    others = re.sub(r",\s", "", _THOUSANDS.sub("", text))
+    if "," not in others and not re.search(r"[(\[{]", text):
         text = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
     tokens = []
     for found in _TOKEN.finditer(text):

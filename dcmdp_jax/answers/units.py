@@ -14,26 +14,28 @@ class Unit(NamedTuple):
 
 
 _BASE = {  # name: powers of base units, factor
-    "m": ({"m": 1}, "1"), "cm": ({"m": 1}, "1/100"), "mm": ({"m": 1}, "1/1000"), "km": ({"m": 1}, "1000"), "nm": ({"m": 1}, "1e-9"),
+    "m": ({"m": 1}, "1"), "cm": ({"m": 1}, "1/100"), "mm": ({"m": 1}, "1/1000"), "km": ({"m": 1}, "1000"),
+    "nm": ({"m": 1}, "1e-9"),
     "in": ({"m": 1}, "0.0254"), "ft": ({"m": 1}, "0.3048"), "yd": ({"m": 1}, "0.9144"), "mi": ({"m": 1}, "1609.344"),
-    "s": ({"s": 1}, "1"), "ms": ({"s": 1}, "1/1000"), "min": ({"s": 1}, "60"), "h": ({"s": 1}, "3600"), "day": ({"s": 1}, "86400"),
-    "week": ({"s": 1}, "604800"), "month": ({"month": 1}, "1"), "year": ({"month": 1}, "12"),
+    "s": ({"s": 1}, "1"), "ms": ({"s": 1}, "1/1000"), "min": ({"s": 1}, "60"), "h": ({"s": 1}, "3600"),
+    "day": ({"s": 1}, "86400"), "week": ({"s": 1}, "604800"), "month": ({"month": 1}, "1"), "year": ({"month": 1}, "12"),
     "g": ({"g": 1}, "1"), "kg": ({"g": 1}, "1000"), "mg": ({"g": 1}, "1/1000"), "lb": ({"g": 1}, "453.59237"),
     "oz": ({"g": 1}, "28.349523125"), "l": ({"m": 3}, "1/1000"), "ml": ({"m": 3}, "1e-6"),
-    "n": ({"g": 1, "m": 1, "s": -2}, "1000"), "j": ({"g": 1, "m": 2, "s": -2}, "1000"), "erg": ({"g": 1, "m": 2, "s": -2}, "1e-4"),
-    "w": ({"g": 1, "m": 2, "s": -3}, "1000"), "hz": ({"s": -1}, "1"), "k": ({"K": 1}, "1"), "mol": ({"mol": 1}, "1"),
+    "n": ({"g": 1, "m": 1, "s": -2}, "1000"), "j": ({"g": 1, "m": 2, "s": -2}, "1000"),
+    "erg": ({"g": 1, "m": 2, "s": -2}, "1e-4"), "w": ({"g": 1, "m": 2, "s": -3}, "1000"), "hz": ({"s": -1}, "1"), "k": ({"K": 1}, "1"), "mol": ({"mol": 1}, "1"),
     "dollar": ({"$": 1}, "1"), "cent": ({"$": 1}, "1/100"), "degree": ({"degree": 1}, "1"), "radian": ({"rad": 1}, "1"),
 }
-_NAMES = {"meter": "m", "metre": "m", "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "kilometer": "km", "kilometre": "km",
+_NAMES = {"meter": "m", "metre": "m", "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "kilometer": "km",
+          "kilometre": "km",
           "inch": "in", "inches": "in", "foot": "ft", "feet": "ft", "yard": "yd", "mile": "mi", "sec": "s", "second": "s",
           "minute": "min", "hr": "h", "hour": "h", "gram": "g", "kilogram": "kg", "pound": "lb", "lbs": "lb", "ounce": "oz",
-          "liter": "l", "litre": "l", "milliliter": "ml", "newton": "n", "joule": "j", "watt": "w", "hertz": "hz", "kelvin": "k",
-          "deg": "degree", "rad": "radian", "yr": "year"}
+          "liter": "l", "litre": "l", "milliliter": "ml", "newton": "n", "joule": "j", "watt": "w", "hertz": "hz",
+          "kelvin": "k", "deg": "degree", "rad": "radian", "yr": "year"}
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _AFTER = {"squared": 2, "cubed": 3}
 # These change the number, or are none of its unit.
-_REFUSED = {"hundred", "thousand", "million", "billion", "trillion", "dozen", "half", "halves", "more", "less", "pi", "and", "or", "not",
-            "where", "if", "to", "mod", "is"}
+_REFUSED = {"hundred", "thousand", "million", "billion", "trillion", "dozen", "half", "halves", "more", "less", "pi", "and",
+            "or", "not", "where", "if", "to", "mod", "is"}
 _LATEX = re.compile(r"\\(?:text|textrm|textbf|mathrm|mbox|operatorname|cdot)(?![A-Za-z])|[{}~*]")
 _PIECE = re.compile(r"\s*(?:(/|per\b)|([A-Za-z]+)\.?(?:\s*\^\s*\(?\s*(-?\d)\s*\)?|(\d))?)\s*")
 

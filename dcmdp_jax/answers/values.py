@@ -66,8 +66,8 @@ def agree(one: Fraction | Complex, other: Fraction | Complex) -> bool:
         return one == other
     with decimal.localcontext(decimal.Context(prec=DIGITS, Emax=10**6, Emin=-10**6)):
         (a, b), (c, d) = _complex(one), _complex(other)
-        size, apart = max(abs(a), abs(b), abs(c), abs(d)), max(abs(a - c), abs(b - d))
-        return apart <= AGREE * size or size < NOTHING or apart < NOTHING and min(max(abs(a), abs(b)), max(abs(c), abs(d))) == 0
+        first, second, apart = max(abs(a), abs(b)), max(abs(c), abs(d)), max(abs(a - c), abs(b - d))
+        return apart <= AGREE * max(first, second) or max(first, second) < NOTHING
 
 
 def proportional(one: Node, other: Node) -> bool:
@@ -94,7 +94,7 @@ def variables(node: Node) -> set[str]:
 def functions(node: Node) -> set[str]:
     """Names of the functions in an expression, and `binom`."""
     own = {node[1]} if node[0] == "fn" else {"binom"} if node[0] == "binom" else set()
-    return own.union(*(functions(part) for part in node[1:] if isinstance(part, tuple) and part and isinstance(part[0], str)))
+    return own.union(*(functions(part) for part in node[1:] if isinstance(part, tuple)))
 
 
 def _place(name: str, number: int, whole: bool, signed: bool) -> Fraction:
@@ -146,8 +146,8 @@ class _Evaluator:
 
     def power(self, base: Fraction | Complex, exponent: Fraction | Complex) -> Fraction | Complex:
         if isinstance(exponent, Fraction) and isinstance(base, Fraction):
-            n = exponent.numerator
-            if exponent.denominator == 1 and abs(n) * max(base.numerator.bit_length(), base.denominator.bit_length()) <= BITS:
+            n, bits = exponent.numerator, max(base.numerator.bit_length(), base.denominator.bit_length())
+            if exponent.denominator == 1 and abs(n) * bits <= BITS:
                 return base ** n
             if 1 < exponent.denominator < 10 and base > 0 and (exact := _exact_root(base, exponent.denominator)) is not None:
                 return self.power(exact, Fraction(n))

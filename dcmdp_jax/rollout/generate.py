@@ -33,8 +33,8 @@ class Engine(Protocol):
 
 
 def rollout(engine: Engine, weights: Weights, prompts: Prompts, *, samples: int, key: jax.Array | np.ndarray,
-            max_tokens: int | np.ndarray, first: int = 0, sampling: Sampling = Sampling(), stop_strings: tuple[str, ...] = (),
-            decode: Callable[[Any], str] | None = None, asked: Callable[[], bool] = lambda: False,
+            max_tokens: int | np.ndarray, first: int = 0, sampling: Sampling = Sampling(),
+            stop_strings: tuple[str, ...] = (), decode: Callable[[Any], str] | None = None, asked: Callable[[], bool] = lambda: False,
             ended: Callable[[int, np.ndarray, bool], None] = lambda number, text, stopped: None) -> Rollout:
     """Samples `samples` completions of every prompt.
 
