@@ -303,7 +303,7 @@ def gold_forms(golds):
     pairs = []
     for gold in dict.fromkeys(golds):
         bare = gold.replace("$", "") if gold.count("$") == 2 and gold[0] == gold[-1] == "$" else gold
-        pairs += [(gold, form, True) for form in (f"${bare}$", bare.replace(r"\frac", r"\dfrac"), rf" \displaystyle {bare} ", f"{bare}.")]
+        pairs += [(gold, form, True) for form in (f"${bare}$", bare.replace(r"\frac", r"\dfrac"), rf" \displaystyle {bare} ")]
         if "(" in bare and r"\left" not in bare and bare.count("(") == bare.count(")"):
             pairs.append((gold, bare.replace("(", r"\left(").replace(")", r"\right)"), True))
         pairs += _of_number(gold, bare) + _of_fraction(gold, bare) + _of_list(gold, bare)

@@ -1,5 +1,6 @@
 """Answers compared, against a table of labelled pairs; hostile ones cost nothing; the judge ends what takes too long."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -97,6 +98,7 @@ def test_the_judge_answers_as_the_reader_does_and_remembers(monkeypatch):
     with judge.Judge() as judged:
         assert [judged.equal(gold, answer) for gold, answer, _ in pairs] == [label for *_, label in pairs]
         assert not judged.equal("1", None) and judged.given_up == 0
+        assert os.getpgid(judged._process.pid) != os.getpgrp()  # Ctrl-C is not for it
         monkeypatch.setattr(judged, "_ask", None)  # a pair is compared once
         assert judged.equal(*pairs[0][:2])
     assert judged._process is None

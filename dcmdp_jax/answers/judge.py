@@ -26,8 +26,8 @@ class Judge:
 
     def __init__(self, seconds: float = 5.0, math_verify: bool = False):
         if math_verify and importlib.util.find_spec("math_verify") is None:
-            raise ValueError("math-verify is not installed; pip install math-verify antlr4-python3-runtime==4.13.2, or leave "
-                             "--math-verify out")
+            raise ValueError("math-verify is not installed; pip install math-verify antlr4-python3-runtime==4.13.2, or "
+                             "leave --math-verify out")
         self.seconds, self.given_up = seconds, 0
         self._command = [sys.executable, "-m", "dcmdp_jax.answers.judge", *(["--math-verify"] if math_verify else [])]
         self._known: dict[tuple[str, str], bool] = {}
@@ -62,7 +62,8 @@ class Judge:
         return reply == b"true\n"
 
     def _start(self) -> None:
-        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        # in a session of its own, so that Ctrl-C, which lets the evaluation come to a safe point, does not end it before
+        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         if self._line(120.0) != b"ready\n":  # importing is no part of a comparison's time
             self._end()
             raise RuntimeError(f"the judging process did not start: {' '.join(self._command)}")

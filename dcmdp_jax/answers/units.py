@@ -22,12 +22,13 @@ _BASE = {  # name: powers of base units, factor
     "g": ({"g": 1}, "1"), "kg": ({"g": 1}, "1000"), "mg": ({"g": 1}, "1/1000"), "lb": ({"g": 1}, "453.59237"),
     "oz": ({"g": 1}, "28.349523125"), "l": ({"m": 3}, "1/1000"), "ml": ({"m": 3}, "1e-6"),
     "n": ({"g": 1, "m": 1, "s": -2}, "1000"), "j": ({"g": 1, "m": 2, "s": -2}, "1000"),
-    "erg": ({"g": 1, "m": 2, "s": -2}, "1e-4"), "w": ({"g": 1, "m": 2, "s": -3}, "1000"), "hz": ({"s": -1}, "1"), "k": ({"K": 1}, "1"), "mol": ({"mol": 1}, "1"),
+    "erg": ({"g": 1, "m": 2, "s": -2}, "1e-4"),
+    "w": ({"g": 1, "m": 2, "s": -3}, "1000"), "hz": ({"s": -1}, "1"), "k": ({"K": 1}, "1"), "mol": ({"mol": 1}, "1"),
     "dollar": ({"$": 1}, "1"), "cent": ({"$": 1}, "1/100"), "degree": ({"degree": 1}, "1"), "radian": ({"rad": 1}, "1"),
 }
 _NAMES = {"meter": "m", "metre": "m", "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "kilometer": "km",
-          "kilometre": "km",
-          "inch": "in", "inches": "in", "foot": "ft", "feet": "ft", "yard": "yd", "mile": "mi", "sec": "s", "second": "s",
+          "kilometre": "km", "inch": "in", "inches": "in", "foot": "ft", "feet": "ft", "yard": "yd", "mile": "mi", "sec": "s",
+          "second": "s",
           "minute": "min", "hr": "h", "hour": "h", "gram": "g", "kilogram": "kg", "pound": "lb", "lbs": "lb", "ounce": "oz",
           "liter": "l", "litre": "l", "milliliter": "ml", "newton": "n", "joule": "j", "watt": "w", "hertz": "hz",
           "kelvin": "k", "deg": "degree", "rad": "radian", "yr": "year"}
