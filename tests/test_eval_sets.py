@@ -17,7 +17,7 @@ from random_params import random_params
 
 SHARED = pathlib.Path(__file__).parents[1].parent / "shared" / "data"
 TEXT = tokenizer.Characters("0123456789\\boxed{}+-*/= ?")
-MODEL = ModelConfig(vocab_size=32, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16,
+MODEL = ModelConfig(vocab_size=32, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16,
                     max_position=64)
 PROBLEMS = [("1+1=?", "2"), ("2*3=?", "6"), ("1/2=?", "1/2"), ("10-3=?", "7"), ("4/6=?", "2/3")]
 
@@ -85,6 +85,18 @@ def test_resumed_is_uninterrupted(options, whole, tmp_path, kept, tail):
     (tmp_path / "aime24.jsonl").write_text("".join(lines[i] for i in order) + tail)
     evaluate(dataclasses.replace(options, slots=3), tmp_path)
     same(tmp_path, whole[0])
+
+
+def test_over_two_devices_the_samples_are_those_of_one(options, whole, tmp_path):
+    evaluate(dataclasses.replace(options, tensor=2), tmp_path)
+    same(tmp_path, whole[0])
+
+
+def test_other_precisions_sample_otherwise(options, whole, tmp_path):
+    rough = dataclasses.replace(options, precision=Precision(weights="int8", cache="int8"), bfloat16=True, sets=("aime24",), k=(3,))
+    figures = evaluate(rough, tmp_path)
+    assert figures["aime24"]["samples"] == 3 and figures != whole[1]
+    assert (tmp_path / "aime24.jsonl").read_text() != (whole[0] / "aime24.jsonl").read_text()
 
 
 def test_a_run_that_is_asked_to_stop_keeps_what_has_ended(options, whole, tmp_path, monkeypatch):
