@@ -1,4 +1,4 @@
-"""`dcmdp`: train, study, plan, parity, calibrate, diagnose, generate, serve, convert, report."""
+"""`dcmdp`: train, study, plan, parity, calibrate, diagnose, generate, eval, serve, convert, report."""
 
 from __future__ import annotations
 
@@ -91,6 +91,13 @@ def main(arguments: list[str] | None = None) -> int:
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a completion; may be repeated")
     generate.add_argument("--chat", action="store_true", help="wrap prompts in the chat template")
     generate.set_defaults(run=_generate)
+
+    evaluate = commands.add_parser("eval", allow_abbrev=False, help="a model folder on the mathematical evaluation sets",
+                                   description=(
+        "Samples k answers to each problem of the sets, compares them with the right ones and prints avg@k, pass@k, "
+        "majority@k and lengths, with 95 % intervals over problems. Where --workdir holds samples already, it goes on."))
+    _eval_options(evaluate)
+    evaluate.set_defaults(run=_eval)
 
     serve = commands.add_parser("serve", allow_abbrev=False, help="answer JetStream's gRPC clients from a model folder")
     serve.add_argument("model", help="a Hugging Face folder with its tokenizer")
@@ -302,8 +309,8 @@ def _overrides(rest: list[str]) -> dict[str, str]:
     return found
 
 
-def _sampling_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
+def _sampling_options(parser: argparse.ArgumentParser, temperature: float = 1.0) -> None:
+    parser.add_argument("--temperature", type=float, default=temperature, help="0 takes the likeliest token")
     parser.add_argument("--top-k", type=int, default=0, help="0: all")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--min-p", type=float, default=0.0)
@@ -339,6 +346,64 @@ def _generate(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
         for completion in chunk:
             print(f"{completion.prompt}\n  -> {completion.text}{'' if completion.stopped else ' ...'}")
     return _done
+
+
+def _eval_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face folder with its tokenizer")
+    parser.add_argument("--data-dir", required=True, metavar="DIR", help="holds SET.jsonl; minerva_math and olympiadbench "
+                                                                         "are known, too")
+    parser.add_argument("--workdir", required=True, metavar="OUT", help="for samples and summary.json; made where missing")
+    parser.add_argument("--sets", default="aime24,aime25,amc23,math500,minerva,olympiad", help="(default: %(default)s)")
+    parser.add_argument("--k", default="", help="samples a problem, for all sets or one number a set, as 32,32,4 "
+                                                "(default: 32 for AIME and AMC, 4 for the others)")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="the first N problems of each set alone")
+    parser.add_argument("--max-tokens", type=int, default=32_768)
+    parser.add_argument("--tokenizer", default="", help="folder or file (default: the model's folder)")
+    parser.add_argument("--no-chat", dest="chat", action="store_false", help="leave out the chat template")
+    parser.add_argument("--enable-thinking", action="store_true", help="passed to the chat template")
+    parser.add_argument("--instruction", help="follows each problem on a line of its own (default: asks for \\boxed{})")
+    parser.add_argument("--weights", default="float32", help="dtype of the engine's projections")
+    parser.add_argument("--activations", default="", help="dtype of what enters them")
+    parser.add_argument("--cache", default="", help="dtype of keys and values")
+    parser.add_argument("--bfloat16", action="store_true", help="load and compute in bfloat16")
+    parser.add_argument("--tensor", type=int, default=1, metavar="N", help="devices to split the model over")
+    parser.add_argument("--slots", type=int, default=32, help="sequences decoded together")
+    parser.add_argument("--math-verify", action="store_true", help="compare answers by that package")
+    _sampling_options(parser, temperature=0.7)
+
+
+def _eval(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
+    _none(rest)
+    sampling = _sampling(args)
+    k = args.k.split(",") if args.k else []
+    if not all(number.isdecimal() for number in k):
+        raise ValueError(f"--k {args.k} must be whole numbers with commas between them")
+    from dcmdp_jax import eval_sets, parity, scores
+    from dcmdp_jax.config import Precision
+    from dcmdp_jax.stopping import Interrupted, requests
+
+    precision = Precision(weights=args.weights, activations=args.activations, cache=args.cache)
+    instruction = eval_sets.INSTRUCTION if args.instruction is None else args.instruction
+    evaluation = eval_sets.prepare(eval_sets.Options(
+        model=args.model, data_dir=args.data_dir, tokenizer=args.tokenizer, sets=tuple(args.sets.split(",")), k=tuple(map(int, k)),
+        limit=args.limit, max_tokens=args.max_tokens, sampling=sampling, precision=precision, bfloat16=args.bfloat16,
+        tensor=args.tensor, slots=args.slots, seed=args.seed, chat=args.chat, enable_thinking=args.enable_thinking,
+        instruction=instruction, math_verify=args.math_verify), pathlib.Path(args.workdir))
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    def job() -> int:
+        try:
+            with requests() as asked:
+                figures = eval_sets.run(evaluation, asked, say)
+        except Interrupted:
+            say("stopped, and every ended sample is kept; the same command goes on")
+            return 130
+        print(f"{parity.columns(scores.table(figures))}\nwrote {evaluation.workdir / 'summary.json'}")
+        return 0
+
+    return job
 
 
 def _serve(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:

@@ -58,9 +58,9 @@ def read(path: str | pathlib.Path) -> list[Example]:
     return list(seen.values())
 
 
-def tokenize(examples: Sequence[Example], tokenizer: Tokenizer, *, max_prompt_tokens: int, chat: bool = False,
+def tokenize(examples: Sequence[Example], tokenizer: Tokenizer, *, max_prompt_tokens: int = 0, chat: bool = False,
              enable_thinking: bool = False, instruction: str = "") -> Prompts:
-    """One batch of prompts, padded on the right to `max_prompt_tokens`.
+    """One batch of prompts, padded on the right to `max_prompt_tokens`, or to the longest (0).
 
     With `chat` the prompt is wrapped in the tokenizer's chat template; `instruction` follows each user message (or the
     plain prompt) on a line of its own. Raises ValueError on a prompt longer than `max_prompt_tokens`: prompts are never
@@ -68,6 +68,7 @@ def tokenize(examples: Sequence[Example], tokenizer: Tokenizer, *, max_prompt_to
     """
     ids = [_encode(example, tokenizer, chat, enable_thinking, instruction) for example in examples]
     lengths = np.array([len(row) for row in ids], np.int32)
+    max_prompt_tokens = max_prompt_tokens or int(lengths.max())
     if lengths.max() > max_prompt_tokens:
         raise ValueError(f"a prompt has {lengths.max()} tokens, more than data.max_prompt_tokens={max_prompt_tokens}")
     return Prompts(_pad(ids, max_prompt_tokens, tokenizer.pad_id), lengths, tuple(examples))

@@ -49,31 +49,30 @@ def test_final_answer(text, expected):
     (r"[0,\infty)", r"\left[ 0, \infty \right)"),
 ])
 def test_spellings_are_equal(spellings):
-    found = {rewards.normalize(spelling) for spelling in spellings}
-    assert len(found) == 1, {spelling: rewards.normalize(spelling) for spelling in spellings}
+    for gold in (spellings[0], spellings[-1]):
+        assert not [answer for answer in spellings if not rewards.math_answer(Example("", gold), rf"\boxed{{{answer}}}")]
 
 
-@pytest.mark.parametrize("one, other", [
+@pytest.mark.parametrize("answer, gold", [
     ("18", "180"), ("18", "-18"), ("1/3", "0.333"), ("2 n", "2"), ("2n", "2"), ("3 m", "3"), ("1 million", "1"),
     ("5 dozens", "5"), (r"288 \pi", "288"), ("2 pi", "2"), ("52_8", "52"), ("2^{10}", "1024"), ("2+2", "4"),
     ("1/0", "0"), ("3 or more", "3"), ("1.5.5", "1.5"), ("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"), ("(1,200)", "1200"),
     ("12,00", "1200"), ("1e5", "1e6"), ("1e9999", "1e9998"), ("1 2", "12"), (r"\sqrt{3}", "3"), ("a", "A"),
     ("5 squared", "5"), ("x^2=4", "4"), ("0", ""), (r"\frac{1}{2}", r"\frac{1}{2}x"), ("٣", "3"),
 ])
-def test_different_answers_differ(one, other):
-    assert rewards.normalize(one) != rewards.normalize(other)
+def test_different_answers_differ(answer, gold):
+    assert rewards.math_answer(Example("", gold), rf"\boxed{{{answer}}}") == 0.0
 
 
 @given(st.fractions(max_denominator=10**6), st.integers(0, 8))
 def test_numbers_are_exact(value, places):
     n, d = value.numerator, value.denominator
-    assert rewards.normalize(f"{n}/{d}") == str(value)
-    assert rewards.normalize(rf"{'-' * (n < 0)}\frac{{{abs(n)}}}{{{d}}}") == str(value)
     decimal = Fraction(n, 10**places)
     digits = str(abs(n)).zfill(places + 1)
     text = "-" * (n < 0) + digits[:len(digits) - places] + "." + digits[len(digits) - places:]
-    assert rewards.normalize(text) == str(decimal)
-    assert rewards.normalize(f"{n:,}") == str(n)
+    for gold, answer in ((value, f"{n}/{d}"), (value, rf"{'-' * (n < 0)}\frac{{{abs(n)}}}{{{d}}}"), (decimal, text), (n, f"{n:,}")):
+        assert rewards.math_answer(Example("", str(gold)), f"#### {answer}") == 1.0
+        assert rewards.math_answer(Example("", str(gold + 1)), f"#### {answer}") == 0.0
 
 
 @given(st.text(max_size=200) | st.text("0123456789.,/\\frac{}boxed()^$ %+-e#\n", max_size=200))
@@ -89,7 +88,6 @@ def test_gsm8k_solutions_earn_the_reward(split, count):
     assert len(examples) == count
     for example in examples:
         value = Fraction(example.answer.replace(",", ""))  # every gold answer is a number
-        assert rewards.normalize(example.answer) == str(value)
         assert rewards.math_answer(example, f"so\n#### {example.answer}") == 1.0
         assert rewards.math_answer(example, rf"so \boxed{{\${float(value):,.2f}}}.") == 1.0
         assert rewards.math_answer(example, f"so\n#### {value + 1}") == 0.0
@@ -132,7 +130,6 @@ def test_hostile_text_costs_nothing(hostile, tmp_path, monkeypatch):
     example, started = Example("", "1"), time.perf_counter()
     for text in (hostile, rf"\boxed{{{hostile}}}", f"#### {hostile}", f"Answer: {hostile}"):
         assert rewards.math_answer(example, text) == 0.0
-    rewards.normalize(hostile)
     assert time.perf_counter() - started < 0.5
     assert not list(tmp_path.iterdir())
 

@@ -32,9 +32,10 @@ class Engine(Protocol):
     def init_decode_state(self): ...
 
 
-def rollout(engine: Engine, weights: Weights, prompts: Prompts, *, samples: int, key: jax.Array, max_tokens: int | np.ndarray,
-            first: int = 0, sampling: Sampling = Sampling(), stop_strings: tuple[str, ...] = (),
-            decode: Callable[[Any], str] | None = None, asked: Callable[[], bool] = lambda: False) -> Rollout:
+def rollout(engine: Engine, weights: Weights, prompts: Prompts, *, samples: int, key: jax.Array | np.ndarray,
+            max_tokens: int | np.ndarray, first: int = 0, sampling: Sampling = Sampling(),
+            stop_strings: tuple[str, ...] = (), decode: Callable[[Any], str] | None = None, asked: Callable[[], bool] = lambda: False,
+            ended: Callable[[int, np.ndarray, bool], None] = lambda number, text, stopped: None) -> Rollout:
     """Samples `samples` completions of every prompt.
 
     Each completion has a key of its own, folded with the token's number at each token, so that its tokens depend on the
@@ -42,11 +43,13 @@ def rollout(engine: Engine, weights: Weights, prompts: Prompts, *, samples: int,
     prefilled once, together with others of its length bucket.
 
     Args:
+      key: of all completions, or `completion_keys` of each, [N, 2].
       max_tokens: a bound for all, or one for each of the N completions.
       first: the number of the first completion in a larger batch, of which these prompts are a part; keys go by it.
       stop_strings: texts that end a completion, found by `decode` (token ids to text) after each dispatch. The token that
         completes one is the completion's last.
       asked: polled between dispatches.
+      ended: called with each completion's number, the ids of its text and whether it stopped, as soon as it has ended.
 
     Raises ValueError where a prompt leaves the engine no room for `max_tokens`, and `Interrupted` where `asked()` says so.
     """
@@ -61,7 +64,7 @@ def rollout(engine: Engine, weights: Weights, prompts: Prompts, *, samples: int,
         raise ValueError(f"a prompt and its new tokens take up to {longest} positions and do not fit the engine's "
                          f"{engine.max_length}")
     out = _Completions(prompts, count, int(limits.max()), sampling)
-    keys = np.asarray(jax.random.bits(key, (first + count, 2), "uint32"))[first:]
+    keys = key if isinstance(key, np.ndarray) else completion_keys(key, first + count)[first:]
     waiting = _Waiting(engine, weights, prompts, samples)
     owner = np.full(engine.slots, -1)  # the completion a slot holds
     state = engine.init_decode_state()
@@ -79,15 +82,22 @@ def rollout(engine: Engine, weights: Weights, prompts: Prompts, *, samples: int,
                                         window=bucket(live + engine.steps, engine.max_length))
         read = engine.read(result)
         out.add(owner, read)
-        ended = (owner >= 0) & ~read.active
-        out.end(owner[ended], engine.stop_ids)
+        idle = (owner >= 0) & ~read.active
+        out.end(owner[idle], engine.stop_ids)
         if stop_strings:
             found = [slot for slot in np.flatnonzero(owner >= 0)
                      if out.cut(owner[slot], int(read.valid[slot].sum()), stop_strings, decode)]
             state = engine.evict(state, found)
-            ended[found] = True
-        owner[ended] = -1
+            idle[found] = True
+        for i in owner[idle]:
+            ended(int(i), out.tokens[i, :out.text_lengths[i]], bool(out.stopped[i]))
+        owner[idle] = -1
     return out.record()
+
+
+def completion_keys(key: jax.Array, count: int) -> np.ndarray:
+    """A key for each of `count` completions, [count, 2] uint32; the first ones do not depend on `count`."""
+    return np.asarray(jax.random.bits(key, (count, 2), "uint32"))
 
 
 class _Completions:

@@ -1,0 +1,93 @@
+"""Units of measurement after a number: read, converted, or known to be unknown."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+
+class Unit(NamedTuple):
+    powers: tuple[tuple[str, int], ...]  # of base units, sorted by name
+    factor: Fraction  # of what the base units make
+    known: bool  # every word is in the table
+
+
+_BASE = {  # name: powers of base units, factor
+    "m": ({"m": 1}, "1"), "cm": ({"m": 1}, "1/100"), "mm": ({"m": 1}, "1/1000"), "km": ({"m": 1}, "1000"),
+    "nm": ({"m": 1}, "1e-9"),
+    "in": ({"m": 1}, "0.0254"), "ft": ({"m": 1}, "0.3048"), "yd": ({"m": 1}, "0.9144"), "mi": ({"m": 1}, "1609.344"),
+    "s": ({"s": 1}, "1"), "ms": ({"s": 1}, "1/1000"), "min": ({"s": 1}, "60"), "h": ({"s": 1}, "3600"),
+    "day": ({"s": 1}, "86400"), "week": ({"s": 1}, "604800"), "month": ({"month": 1}, "1"), "year": ({"month": 1}, "12"),
+    "g": ({"g": 1}, "1"), "kg": ({"g": 1}, "1000"), "mg": ({"g": 1}, "1/1000"), "lb": ({"g": 1}, "453.59237"),
+    "oz": ({"g": 1}, "28.349523125"), "l": ({"m": 3}, "1/1000"), "ml": ({"m": 3}, "1e-6"),
+    "n": ({"g": 1, "m": 1, "s": -2}, "1000"), "j": ({"g": 1, "m": 2, "s": -2}, "1000"),
+    "erg": ({"g": 1, "m": 2, "s": -2}, "1e-4"),
+    "w": ({"g": 1, "m": 2, "s": -3}, "1000"), "hz": ({"s": -1}, "1"), "k": ({"K": 1}, "1"), "mol": ({"mol": 1}, "1"),
+    "dollar": ({"$": 1}, "1"), "cent": ({"$": 1}, "1/100"), "degree": ({"degree": 1}, "1"), "radian": ({"rad": 1}, "1"),
+}
+_NAMES = {"meter": "m", "metre": "m", "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "kilometer": "km",
+          "kilometre": "km", "inch": "in", "inches": "in", "foot": "ft", "feet": "ft", "yard": "yd", "mile": "mi", "sec": "s",
+          "second": "s",
+          "minute": "min", "hr": "h", "hour": "h", "gram": "g", "kilogram": "kg", "pound": "lb", "lbs": "lb", "ounce": "oz",
+          "liter": "l", "litre": "l", "milliliter": "ml", "newton": "n", "joule": "j", "watt": "w", "hertz": "hz",
+          "kelvin": "k", "deg": "degree", "rad": "radian", "yr": "year"}
+_POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
+_AFTER = {"squared": 2, "cubed": 3}
+# These change the number, or are none of its unit.
+_REFUSED = {"hundred", "thousand", "million", "billion", "trillion", "dozen", "half", "halves", "more", "less", "pi", "and",
+            "or", "not", "where", "if", "to", "mod", "is"}
+_LATEX = re.compile(r"\\(?:text|textrm|textbf|mathrm|mbox|operatorname|cdot)(?![A-Za-z])|[{}~*]")
+_PIECE = re.compile(r"\s*(?:(/|per\b)|([A-Za-z]+)\.?(?:\s*\^\s*\(?\s*(-?\d)\s*\)?|(\d))?)\s*")
+
+
+def is_word(word: str) -> bool:
+    """Whether a word beside a number is read as a unit, not as a product of variables."""
+    return _name(word) in _BASE and len(word) > 1 or word in _POWERS or (len(word) > 2 and word.islower())
+
+
+def read(text: str) -> Unit | None:
+    """The unit that `text` names: words with powers, `/` and `per`; None where it is none."""
+    rest, powers, factor, known = _LATEX.sub(" ", text).strip(), {}, Fraction(1), True
+    sign, ahead, last = 1, 1, None
+    while rest:
+        piece = _PIECE.match(rest)
+        if piece is None:
+            return None
+        rest = rest[piece.end():]
+        word = piece[2]
+        if word is None:
+            sign, last = -1, None
+            continue
+        if word.lower() in _REFUSED or word.lower().removesuffix("s") in _REFUSED:
+            return None
+        if word in _POWERS:
+            ahead = _POWERS[word]
+            continue
+        if word in _AFTER:
+            if last is None:
+                return None
+            name, exponent, first = last[0], last[1] * (_AFTER[word] - 1), False
+        else:
+            name, exponent, first = _name(word), sign * ahead * int(piece[3] or piece[4] or 1), True
+        ahead = 1
+        base, scale = _BASE.get(name, ({name: 1}, "1"))
+        known = known and name in _BASE
+        for unit, power in base.items():
+            powers[unit] = powers.get(unit, 0) + power * exponent
+        factor *= Fraction(scale) ** exponent
+        last = (name, exponent) if first else None
+    return Unit(tuple(sorted((unit, power) for unit, power in powers.items() if power)), factor, known)
+
+
+def _name(word: str) -> str:
+    """The table's name of a unit, be it written out or in the plural; an unknown word in the singular."""
+    if word in _BASE:
+        return word
+    lower = word.lower()
+    for name in (lower, lower.removesuffix("s")):
+        if name in _NAMES:
+            return _NAMES[name]
+        if name in _BASE and (len(name) > 2 or word == word.upper() and len(word) <= 2):
+            return name
+    return lower.removesuffix("s")

@@ -1,0 +1,128 @@
+"""Answers compared, against a table of labelled pairs; hostile ones cost nothing; the judge ends what takes too long."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import answers_table
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dcmdp_jax import data
+from dcmdp_jax.answers import compare, judge, read, tokens, units
+
+SHARED = pathlib.Path(__file__).parents[1].parent / "shared" / "data" / "math_eval"
+SETS = ("aime24", "aime25", "amc23", "math500", "minerva_math", "olympiadbench")
+
+
+@pytest.mark.parametrize("gold, answer, label", answers_table.by_hand(), ids=lambda value: str(value)[:40])
+def test_pairs_labelled_by_hand(gold, answer, label):
+    assert compare.equal(gold, answer) is label
+    assert compare.equal(answer, gold) is label
+    assert compare.equal(gold, gold) and compare.equal(answer, answer)
+
+
+def test_pairs_made_from_numbers():
+    pairs = answers_table.numbers()
+    assert len(pairs) > 500
+    assert not [pair for pair in pairs if compare.equal(*pair[:2]) is not pair[2]]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data/math_eval")
+@pytest.mark.parametrize("name", SETS)
+def test_pairs_made_from_the_sets_own_answers(name):
+    pairs = answers_table.gold_forms(example.answer for example in data.read(SHARED / f"{name}.jsonl"))
+    assert {label for *_, label in pairs} == {True, False}
+    assert not [pair for pair in pairs if compare.equal(*pair[:2]) is not pair[2]]
+
+
+@pytest.mark.parametrize("gold, answer", [("1", ""), ("", "1"), ("", ""), ("$", r"\!"), (r"\text{}", "")])
+def test_an_empty_answer_equals_nothing(gold, answer):
+    assert not compare.equal(gold, answer)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("18", True), ("-1.5", True), (r"\frac{1}{2}", True), ("1/2", True), (r"1\frac{1}{2}", True), (r"1.5 \times 10^{3}", True),
+    ("x = 3", True), ("18 cm", True), ("50%", True), ("1,200", True), ("2+2", False), ("2^{10}", False), (r"\sqrt{4}", False),
+    ("4!", False), ("(1)(2)", False), ("1, 2", False), ("x", False), ("(", False), ("", False),
+])
+def test_a_number_has_nothing_left_to_compute(text, expected):
+    assert compare.is_number(text) is expected
+
+
+@pytest.mark.parametrize("text", [r"\frac4.5", r"\sqrt.6", r"\frac4e33", "f(x) = 5 cm", r"\frac", "x^", "_", "(1,", r"\begin{pmatrix}"])
+def test_what_is_cut_off_or_mixed_up_equals_itself_alone(text):
+    assert compare.equal(text, text) and not compare.equal(text, "1") and not compare.equal("f(t) = 6 cm", text)
+
+
+@given(st.text(max_size=60) | st.text("0123456789.,/\\frac{}sqrt()[]^_$ %+-!|xe=<>", max_size=60))
+def test_any_text_is_read_or_refused(text):
+    try:
+        read.read(text)
+    except tokens.Unreadable:
+        pass
+    compare.equal(text, "1")
+    assert compare.equal(text, text) is bool(tokens.plain(text))
+
+
+HOSTILE = ["__import__('os').system('touch HACKED')", "9^9^9^9", "9**9**9**9", "1e999999999", r"1 \times 10^{999999999}",
+           r"\sin" * 240 + "1", "(" * 900, "-" * 900 + "1", "9^" * 400 + "9", "1+" * 490 + "1", "1/" * 490 + "1", "x'" * 400, "9!" * 300,
+           "9" + "!" * 300, r"\sqrt" * 190 + "2", "e^" * 400 + "2", r"\pm1" * 300, r"\pm1," * 230, "99999999^99*" * 80 + "1",
+           r"\binom{1400}{700}" * 50, "x^{x^{" * 15 + "x" + "}}" * 15, "|" * 990, "1 1/" * 240, r"\frac12" * 140, r"\frac" * 190 + "1",
+           r"\sin x+" * 140 + "1", r"\{" * 400, r"\begin{pmatrix}" + "1&" * 400 + r"1\end{pmatrix}", "1,2" * 300, r"\text{a}" * 140]
+
+
+@pytest.mark.parametrize("hostile", HOSTILE, ids=lambda text: text[:20])
+def test_hostile_answers_cost_little(hostile, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    started = time.process_time()
+    for gold in ("1", "x+1", "1, 2"):
+        compare.equal(gold, hostile)
+    compare.equal(hostile, hostile + " ")
+    assert time.process_time() - started < 1.0
+    assert not list(tmp_path.iterdir())
+
+
+def test_units_are_converted():
+    assert units.read("cm^2").factor * 10_000 == units.read("square meters").factor == 1
+    assert units.read(r"\text{ km}/\text{h}").powers == units.read("miles per hour").powers == (("m", 1), ("s", -1))
+    assert units.read("apples") == units.read("apple") and not units.read("apples").known
+    assert [units.read(text) for text in ("or more", "3", "cm^2 + 1", "million")] == [None] * 4
+
+
+def test_the_judge_answers_as_the_reader_does_and_remembers(monkeypatch):
+    pairs = answers_table.by_hand()[::10]
+    with judge.Judge() as judged:
+        assert [judged.equal(gold, answer) for gold, answer, _ in pairs] == [label for *_, label in pairs]
+        assert not judged.equal("1", None) and judged.given_up == 0
+        assert os.getpgid(judged._process.pid) != os.getpgrp()  # Ctrl-C is not for it
+        monkeypatch.setattr(judged, "_ask", None)  # a pair is compared once
+        assert judged.equal(*pairs[0][:2])
+    assert judged._process is None
+
+
+SLOW = "import sys, time; print('ready', flush=True)\nfor line in sys.stdin: {}"
+
+
+@pytest.mark.parametrize("act, given_up", [("time.sleep(600)", 2), ("sys.exit(3)", 2), ("print('maybe', flush=True)", 2),
+                                           ("print('true', flush=True)", 0)])
+def test_a_comparison_that_hangs_or_dies_is_ended_and_counts_as_wrong(act, given_up):
+    with judge.Judge(seconds=0.5) as judged:
+        judged._command = [sys.executable, "-c", SLOW.format(act)]
+        assert [judged.equal("1", "1"), judged.equal("2", "2")] == [given_up == 0] * 2
+        assert judged.given_up == given_up
+
+
+def test_the_judging_process_prints_replies_alone():
+    process = subprocess.run([sys.executable, "-m", "dcmdp_jax.answers.judge"], input='["1", "1.0"]\n["1", "2"]\n', text=True,
+                             capture_output=True, check=True)
+    assert process.stdout == "ready\ntrue\nfalse\n"
+
+
+def test_math_verify_is_refused_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr(judge.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="math-verify is not installed; pip install"):
+        judge.Judge(math_verify=True)

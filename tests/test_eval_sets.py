@@ -1,0 +1,267 @@
+"""`dcmdp eval`: real sets and a real engine give sane zeros, a rigged sampler the closed forms; resumed is uninterrupted."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from dcmdp_jax import cli, eval_sets, scores, tokenizer
+from dcmdp_jax.config import ModelConfig, Precision
+from dcmdp_jax.models import weights
+from dcmdp_jax.records import Sampling
+from dcmdp_jax.stopping import Interrupted
+from random_params import random_params
+
+SHARED = pathlib.Path(__file__).parents[1].parent / "shared" / "data"
+TEXT = tokenizer.Characters("0123456789\\boxed{}+-*/= ?")
+MODEL = ModelConfig(vocab_size=32, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16,
+                    max_position=64)
+PROBLEMS = [("1+1=?", "2"), ("2*3=?", "6"), ("1/2=?", "1/2"), ("10-3=?", "7"), ("4/6=?", "2/3")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "hf"
+    weights.save(path, MODEL, random_params(MODEL, 0.3, norms=1.0))
+    tokenizer.save(TEXT, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """Two sets in two layouts."""
+    path = tmp_path_factory.mktemp("sets")
+    (path / "aime24.jsonl").write_text("".join(json.dumps({"problem": q, "answer": a}) + "\n" for q, a in PROBLEMS))
+    (path / "minerva_math.jsonl").write_text("".join(json.dumps({"question": q, "solution": rf"so \boxed{{{a}}}"}) + "\n"
+                                                     for q, a in PROBLEMS[:3]))
+    return path
+
+
+@pytest.fixture
+def options(folder, sets):
+    return eval_sets.Options(str(folder), str(sets), sets=("aime24", "minerva"), k=(3, 2), max_tokens=12, sampling=Sampling(0.9),
+                             slots=4, seed=5, chat=False, instruction="")
+
+
+def evaluate(options, workdir, **how):
+    return eval_sets.run(eval_sets.prepare(options, workdir), **how)
+
+
+@pytest.fixture(scope="module")
+def whole(folder, sets, tmp_path_factory):
+    """An uninterrupted evaluation's folder and figures."""
+    workdir = tmp_path_factory.mktemp("whole")
+    options = eval_sets.Options(str(folder), str(sets), sets=("aime24", "minerva"), k=(3, 2), max_tokens=12, sampling=Sampling(0.9),
+                                slots=4, seed=5, chat=False, instruction="")
+    return workdir, evaluate(options, workdir)
+
+
+def same(workdir, whole):
+    for name in ("aime24.jsonl", "minerva.jsonl", "summary.json", "options.json"):
+        assert (workdir / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_one_line_a_sample(whole):
+    workdir, figures = whole
+    lines = [json.loads(line) for line in (workdir / "aime24.jsonl").read_text().splitlines()]
+    assert [(line["problem"], line["sample"]) for line in lines] == [(i, j) for i in range(5) for j in range(3)]
+    assert [line["gold"] for line in lines[::3]] == [answer for _, answer in PROBLEMS]
+    assert len({line["text"] for line in lines}) > 5
+    for line in lines:
+        assert line["tokens"] == len(line["text"]) == 12 or line["stopped"] and line["tokens"] == len(line["text"]) < 12
+    assert [figures[name]["samples"] for name in ("aime24", "minerva")] == [3, 2]
+    assert figures["aime24"]["truncated"].mean == pytest.approx(np.mean([not line["stopped"] for line in lines]))
+
+
+@pytest.mark.parametrize("kept, tail", [(0, ""), (1, ""), (7, '{"set": "aime24", "prob'), (15, "")])
+def test_resumed_is_uninterrupted(options, whole, tmp_path, kept, tail):
+    """A run that was killed leaves samples of any order, and a line that was cut short."""
+    lines = (whole[0] / "aime24.jsonl").read_text().splitlines(keepends=True)
+    order = np.random.default_rng(kept).permutation(len(lines))[:kept]
+    shutil.copy(whole[0] / "options.json", tmp_path)
+    (tmp_path / "aime24.jsonl").write_text("".join(lines[i] for i in order) + tail)
+    evaluate(dataclasses.replace(options, slots=3), tmp_path)
+    same(tmp_path, whole[0])
+
+
+def test_over_two_devices_the_samples_are_those_of_one(options, whole, tmp_path):
+    evaluate(dataclasses.replace(options, tensor=2), tmp_path)
+    same(tmp_path, whole[0])
+
+
+def test_other_precisions_sample_otherwise(options, whole, tmp_path):
+    rough = dataclasses.replace(options, precision=Precision(weights="int8", cache="int8"), bfloat16=True, sets=("aime24",), k=(3,))
+    figures = evaluate(rough, tmp_path)
+    assert figures["aime24"]["samples"] == 3 and figures != whole[1]
+    assert (tmp_path / "aime24.jsonl").read_text() != (whole[0] / "aime24.jsonl").read_text()
+
+
+def test_a_run_that_is_asked_to_stop_keeps_what_has_ended(options, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_sets, "POSITIONS", 12 * 6)  # two problems a rollout
+    polls = iter(range(100))
+    with pytest.raises(Interrupted):
+        evaluate(options, tmp_path, asked=lambda: next(polls) > 1)
+    left = (tmp_path / "aime24.jsonl").read_text().splitlines()
+    assert 0 < len(left) < 15
+    evaluate(options, tmp_path)
+    same(tmp_path, whole[0])
+
+
+def test_a_set_may_be_added_and_a_finished_one_is_not_sampled_again(options, whole, tmp_path, monkeypatch):
+    evaluate(dataclasses.replace(options, sets=("minerva",), k=(2,)), tmp_path)
+    evaluate(options, tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text()) == json.loads((whole[0] / "summary.json").read_text())
+    monkeypatch.setattr(eval_sets, "_start", None)
+    assert evaluate(options, tmp_path) == whole[1]
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"seed": 6}, r"--seed \(5, now 6\)"), ({"sampling": Sampling(0.7)}, r"--temperature \(0.9, now 0.7\)"),
+    ({"max_tokens": 13}, "--max-tokens"), ({"precision": Precision(weights="int8")}, "--weights"),
+    ({"k": (3, 4)}, r"--k \(2, now 4, minerva\)"), ({"limit": 2}, r"--limit \(5, now 2, aime24\)"),
+    ({"enable_thinking": True}, "--enable-thinking"), ({"bfloat16": True}, "--bfloat16"),
+])
+def test_a_folder_made_with_other_options_is_refused_with_their_names(options, whole, change, named):
+    before = (whole[0] / "options.json").read_bytes()
+    with pytest.raises(ValueError, match=f"was made with another .*{named}.*; give another --workdir, or the options"):
+        eval_sets.prepare(dataclasses.replace(options, **change), whole[0])
+    assert (whole[0] / "options.json").read_bytes() == before
+
+
+def test_other_weights_and_other_problems_are_told_apart(options, whole, folder, sets, tmp_path):
+    weights.save(tmp_path / "hf", MODEL, random_params(MODEL, 0.31, norms=1.0))
+    tokenizer.save(TEXT, tmp_path / "hf")
+    with pytest.raises(ValueError, match=r"made with another --model \("):
+        eval_sets.prepare(dataclasses.replace(options, model=str(tmp_path / "hf")), whole[0])
+    shutil.copytree(sets, tmp_path / "sets")
+    text = (sets / "aime24.jsonl").read_text()
+    (tmp_path / "sets" / "aime24.jsonl").write_text(text.replace('"7"', '"8"'))
+    with pytest.raises(ValueError, match=r"made with another --data-dir \(.*aime24\)"):
+        eval_sets.prepare(dataclasses.replace(options, data_dir=str(tmp_path / "sets")), whole[0])
+    (tmp_path / "sets" / "aime24.jsonl").write_text(text)
+    shutil.copytree(folder, tmp_path / "moved")  # the same content elsewhere is the same
+    eval_sets.prepare(dataclasses.replace(options, data_dir=str(tmp_path / "sets"), model=str(tmp_path / "moved")), whole[0])
+
+
+@pytest.mark.parametrize("line", ["no json", '{"set": "aime24"}', '{"set": "aime24", "problem": 5, "sample": 0}',
+                                  '{"set": "minerva", "problem": 0, "sample": 0}', "[]"])
+def test_a_strange_line_is_named_before_anything_is_sampled(options, whole, tmp_path, line):
+    shutil.copy(whole[0] / "options.json", tmp_path)
+    first = (whole[0] / "aime24.jsonl").read_text().splitlines(keepends=True)[0]
+    (tmp_path / "aime24.jsonl").write_text(first + line + "\n")
+    with pytest.raises(ValueError, match="line 2 of .*aime24.jsonl is no sample of this evaluation"):
+        eval_sets.prepare(options, tmp_path)
+    assert (tmp_path / "aime24.jsonl").read_text() == first + line + "\n"
+
+
+@pytest.mark.parametrize("change, named", [
+    ({"sets": ("aime24", "aime99")}, "there is no set 'aime99'; --sets takes names out of aime24,"),
+    ({"sets": ("aime24", "aime24")}, "names no set, or one twice"),
+    ({"sets": ("aime24", "amc23")}, "set amc23 is not in .*: looked for amc23.jsonl; put the file there"),
+    ({"k": (1, 2, 3)}, "--k takes one number for all sets or one for each of the 2, not 3"), ({"k": (0,)}, "--k 0 must be"),
+    ({"max_tokens": 0}, "--max-tokens 0 must be"), ({"slots": 0}, "--slots 0 must be"), ({"limit": -1}, "--limit -1 must be"),
+    ({"tensor": 99}, "--tensor 99 are more devices"), ({"data_dir": "/absent"}, "--data-dir /absent is no folder"),
+    ({"max_tokens": 60}, "problem 4 of .*aime24.jsonl has 6 tokens, which with --max-tokens 60 are more than the model's 64 pos"),
+    ({"model": "/absent"}, "/absent does not exist"), ({"precision": Precision(weights="int3")}, "int3"),
+    ({"chat": True}, "has no chat template"),
+])
+def test_what_cannot_work_is_refused_before_a_folder_is_made(options, tmp_path, change, named):
+    with pytest.raises(ValueError, match=named):
+        eval_sets.prepare(dataclasses.replace(options, **change), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_model_folder_is_refused(options, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty"):
+        eval_sets.prepare(dataclasses.replace(options, model=str(tmp_path / "empty")), tmp_path / "out")
+
+
+def test_samples_of_no_known_origin_are_left_alone(options, whole, tmp_path):
+    shutil.copy(whole[0] / "aime24.jsonl", tmp_path)
+    with pytest.raises(ValueError, match="aime24.jsonl is there but .*options.json is not"):
+        eval_sets.prepare(options, tmp_path)
+
+
+def rig(monkeypatch, say):
+    """A sampler that says `say(problem, sample)` -> (text, stopped)."""
+    def rollout(engine, policy, prompts, *, samples, key, ended, **rest):
+        for i in range(len(prompts.lengths) * samples):
+            problem = [example.prompt for example in prompts.examples].index(prompts.examples[i // samples].prompt)
+            text, stopped = say(problem, i % samples)
+            ended(i, np.array(TEXT.encode(text)), stopped)
+
+    monkeypatch.setattr(eval_sets, "rollout", rollout)
+    monkeypatch.setattr(eval_sets, "_start", lambda evaluation: (None, None))
+
+
+def test_a_rigged_sampler_gives_the_closed_forms(options, tmp_path, monkeypatch):
+    """Problem i is right in its first i of 4 samples, in another spelling each time; the first sample of each is cut off."""
+    right = [["2", "2/1", "x=2", "4/2"], ["6", "6.0", "12/2", "06"], ["1/2", ".5", "2/4", "0.5"], ["7", "7.0", "07", "14/2"],
+             ["2/3", "4/6", "6/9", "20/30"]]
+    monkeypatch.setattr(TEXT, "_ids", TEXT._ids | {".": 31})
+    rig(monkeypatch, lambda problem, sample: (rf"\boxed{{{right[problem][sample] if sample < problem else 40 + sample}}}", sample > 0))
+    figures = evaluate(dataclasses.replace(options, sets=("aime24",), k=(4,)), tmp_path)["aime24"]
+    # the decoder spells "." as U+FFFD, so that the answers with a point are the wrong ones of problems 1 to 4
+    texts = [json.loads(line) for line in (tmp_path / "aime24.jsonl").read_text().splitlines()]
+    counts = [sum(line["right"] for line in texts if line["problem"] == i) for i in range(5)]
+    whole = [[answer for answer in right[i][:i] if "." not in answer] for i in range(5)]
+    assert counts == [len(answers) for answers in whole] == [0, 1, 1, 2, 4]
+    assert figures["avg@4"].mean == pytest.approx(8 / 20)
+    assert figures["completed@4"].mean == pytest.approx((8 - 4) / 20)  # the cut sample of problems 1 to 4 is right
+    assert figures["pass@1"].mean == pytest.approx(8 / 20)
+    assert figures["pass@2"].mean == pytest.approx((0 + 1 / 2 + 1 / 2 + 5 / 6 + 1) / 5)
+    assert figures["pass@4"].mean == pytest.approx(4 / 5)
+    assert figures["majority@4"].mean == pytest.approx((0 + 1 / 4 + 1 / 4 + 1 + 1) / 5)
+    assert figures["truncated"].mean == figures["truncated"].low == 1 / 4
+    assert figures["answered"].mean == 1
+
+
+def test_a_comparison_that_is_given_up_is_told(options, tmp_path, monkeypatch):
+    rig(monkeypatch, lambda problem, sample: (r"\boxed{1}", True))
+
+    class Slow(eval_sets.Judge):
+        def _ask(self, gold, answer):
+            self.given_up += 1
+            return False
+
+    monkeypatch.setattr(eval_sets, "Judge", Slow)
+    said = []
+    figures = evaluate(dataclasses.replace(options, sets=("aime24",), k=(1,)), tmp_path, say=said.append)
+    assert figures["aime24"]["avg@1"].mean == 0 and said[-1].startswith("5 comparisons took longer than 5 s")
+
+
+def test_the_command_prints_a_table_and_refuses_in_one_sentence(options, whole, capsys, tmp_path):
+    given = ["eval", "--model", options.model, "--data-dir", options.data_dir, "--sets", "aime24,minerva", "--k", "3,2",
+             "--max-tokens", "12", "--temperature", "0.9", "--seed", "5", "--no-chat", "--instruction", "", "--slots", "4"]
+    assert cli.main([*given, "--workdir", str(whole[0])]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table] == ["set", "aime24", "minerva", "wrote"]
+    for more, named in ((["--k", "3,x"], "--k 3,x must be whole numbers"), (["--top-p", "0"], "--top-p lies in"),
+                        (["--seeds", "1"], "unknown option --seeds"), (["--model", str(tmp_path)], "config.json")):
+        assert cli.main([*given, "--workdir", str(tmp_path), *more]) == 2
+        error = capsys.readouterr().err
+        assert named in error and error.count("\n") == 1
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
+def test_the_six_sets_with_a_random_model(tmp_path):
+    """Qwen3's tokenizer, chat template and vocabulary; every problem is read and tokenized, the first of each is asked."""
+    model = dataclasses.replace(MODEL, vocab_size=151_936, max_position=40_960, tie_word_embeddings=True)
+    weights.save(tmp_path / "hf", model, random_params(model, 0.05))
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        shutil.copyfile(SHARED / "qwen3_tokenizer" / name, tmp_path / "hf" / name)
+    asked = eval_sets.Options(str(tmp_path / "hf"), str(SHARED / "math_eval"))
+    found = eval_sets.prepare(asked, tmp_path / "paper")
+    assert [(item.name, len(item.prompts.lengths), item.samples) for item in found.sets] == [
+        ("aime24", 30, 32), ("aime25", 30, 32), ("amc23", 40, 32), ("math500", 500, 4), ("minerva", 272, 4), ("olympiad", 675, 4)]
+    first = found.vocabulary.decode(found.sets[0].prompts.tokens[0, :found.sets[0].prompts.lengths[0]].tolist())
+    assert first.startswith("<|im_start|>user\nEvery morning Aya") and eval_sets.INSTRUCTION in first
+    figures = evaluate(dataclasses.replace(asked, k=(2,), limit=1, max_tokens=4, slots=2), tmp_path / "out")
+    assert list(figures) == list(eval_sets.SETS)
+    for of in figures.values():
+        assert of["avg@2"] == of["pass@2"] == of["majority@2"] == of["completed@2"] == (0, 0, 0)
+        assert of["tokens_max"] == 4 and isinstance(of["truncated"], scores.Interval)
