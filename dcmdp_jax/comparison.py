@@ -27,6 +27,7 @@ HELD_OUT = (("reward_eval_infer", "engine"), ("reward_eval_train", "trainer"))
 
 class Run(NamedTuple):
     folder: pathlib.Path
+    name: str  # the folder, from the one on that holds them all
     config: dict[str, Any]
     rows: list[dict[str, Any]]
 
@@ -50,11 +51,12 @@ def write(workdirs: Sequence[str | os.PathLike], output: str | os.PathLike | Non
     for folder in folders:
         if whole.count(folder.resolve()) > 1:
             raise ValueError(f"{folder} is given twice; give each run once")
-    runs = [Run(folder, *report.load(folder)) for folder in folders]
+    base = pathlib.Path(os.path.commonpath([folder.parent for folder in whole]))
+    runs = [Run(folder, str(full.relative_to(base)), *report.load(folder)) for folder, full in zip(folders, whole)]
     for run in runs:
         if not run.rows:
             raise ValueError(f"{run.folder} has not finished a step; leave it out")
-    path = pathlib.Path(output) if output else pathlib.Path(os.path.commonpath([folder.parent for folder in whole])) / "report.html"
+    path = pathlib.Path(output) if output else base / "report.html"
     if path.resolve().parent in whole and path.name == "report.html":
         raise ValueError(f"{path} is a run's own page; give another --output")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,10 +75,14 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     plain = not any(isinstance(value, (dict, list)) for row in values for value in row)
     labels = [", ".join(f"{name.split('.')[-1]} {_short(value)}" for name, value in zip(names, row)) for row in values]
     if not names or len(names) > SHORT or not plain:
-        labels = [", ".join(run.folder.name for run in kind) for kind in kinds]
-    if len(set(labels)) < len(labels):
-        labels = [", ".join(str(run.folder) for run in kind) for kind in kinds]
+        labels = [_folders(kind) for kind in kinds]
     return [Group(label, COLORS[i % len(COLORS)], kind) for i, (label, kind) in enumerate(zip(labels, kinds))]
+
+
+def _folders(kind: Sequence[Run]) -> str:
+    """The runs' common folder where they have one to themselves, else each one's."""
+    parents = {str(pathlib.PurePath(run.name).parent) for run in kind}
+    return parents.pop() if len(kind) > 1 and len(parents) == 1 and parents != {"."} else ", ".join(run.name for run in kind)
 
 
 def changed(runs: Sequence[Run]) -> list[str]:
@@ -170,7 +176,7 @@ def _page(groups: list[Group]) -> str:
     runs = [(group, run) for group in groups for run in group.runs]
     compared = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in verdict(groups))
     charts = "".join(chart(panel) for panel in panels(groups))
-    each = "".join(f'<li><i class="dot" style="background:{group.color}"></i><b>{html.escape(run.folder.name)}</b> '
+    each = "".join(f'<li><i class="dot" style="background:{group.color}"></i><b>{html.escape(run.name)}</b> '
                    f"{html.escape(report.verdict(run.config, run.rows))}</li>" for group, run in runs)
     several = any(len(group.runs) > 1 for group in groups)
     note = "Bands reach from the lowest seed to the highest. " if several else ""
@@ -246,7 +252,7 @@ def _details(runs: Sequence[tuple[Group, Run]]) -> str:
     """Sources and worst tokens of each run, folded but for the first that has some."""
     parts = []
     for _, run in runs:
-        rows, name = metrics.read_gaps(run.folder), run.folder.name
+        rows, name = metrics.read_gaps(run.folder), run.name
         body = mismatch.sources(mismatch.read_diagnosis(run.folder)) + (mismatch.worst(rows[-1]) if rows else "")
         if body:
             parts.append(f"<details{'' if parts else ' open'}><summary>Mismatch of {html.escape(name)}</summary>{body}</details>")
