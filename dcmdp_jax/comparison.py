@@ -1,7 +1,7 @@
 """Several runs on one page: a verdict that compares them, their curves over each other, a table, their settings.
 
-Runs whose configurations differ in the seed alone are one configuration: a curve of their mean in a band from the lowest
-seed to the highest, and intervals over seeds. The configuration of the first run is the one the others are held against.
+Runs that differ in the seed alone are one configuration (siblings in a folder also where each seed starts from a model of
+its own): a curve of their mean in a band from the lowest seed to the highest, and intervals over seeds. The configuration of the first run is the one the others are held against.
 """
 
 from __future__ import annotations
@@ -68,8 +68,11 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     """Runs by configuration, in the order given; labels say by which settings they differ, or else name folders."""
     kinds: list[list[Run]] = []
     for run in runs:
-        same = next((kind for kind in kinds if _settings(kind[0].config) == _settings(run.config)), None)
-        same.append(run) if same else kinds.append([run])
+        same = next((kind for kind in kinds if _another_seed(kind[0], run)), None)
+        if same:
+            same.append(run)
+        else:
+            kinds.append([run])
     names = changed([kind[0] for kind in kinds])
     values = [[_at(kind[0].config, name) for name in names] for kind in kinds]
     plain = not any(isinstance(value, (dict, list)) for row in values for value in row)
@@ -77,6 +80,13 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     if not names or len(names) > SHORT or not plain:
         labels = [_folders(kind) for kind in kinds]
     return [Group(label, COLORS[i % len(COLORS)], kind) for i, (label, kind) in enumerate(zip(labels, kinds))]
+
+
+def _another_seed(one: Run, other: Run) -> bool:
+    apart = differences(_settings(one.config), _settings(other.config)).keys()
+    siblings = one.folder.resolve().parent == other.folder.resolve().parent
+    own_start = siblings and one.config.get("seed") != other.config.get("seed")
+    return not apart or own_start and apart == {"model.folder"}
 
 
 def _folders(kind: Sequence[Run]) -> str:
@@ -141,35 +151,41 @@ def last(group: Group, key: str) -> intervals.Interval | None:
 
 def verdict(groups: Sequence[Group]) -> list[str]:
     """Each configuration against the first, for both policies, in sentences; and what the figures cannot tell."""
-    said, first = [], groups[0]
+    first = groups[0]
+    ends = [f"{_interval(found)} for the {owner}'s policy" for key, owner in HELD_OUT if (found := last(first, key))]
+    if not ends:
+        return [f"Nothing was held out in {first.label}, so no pass rates are compared."]
+    said = [f"{first.label} ends at a held-out reward of {' and '.join(ends)}."]
     for group in groups[1:]:
-        for key, owner in HELD_OUT:
-            one, other = last(group, key), last(first, key)
-            if one is None or other is None:
-                continue
-            gap = intervals.difference(one, other)
-            what = f"Held-out reward of the {owner}'s policy: {group.label} {_interval(one)}, {first.label} {_interval(other)}"
-            if not math.isfinite(gap.low):
-                said.append(f"{what}; without intervals nothing follows.")
-                continue
-            found = "higher" if gap.low > 0 else "lower" if gap.high < 0 else "no difference shown"
-            said.append(f"{what}; the difference is {gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]: {found}.")
+        found = [f"{owner} {_told(gap)}" for key, owner in HELD_OUT if (gap := against(group, first, key))]
+        said.append(f"{group.label} against it: {'; '.join(found) or 'nothing was held out'}.")
     lone = [group.label for group in groups if len(group.runs) == 1]
     if lone and len(groups) > 1:
         said.append(f"One run of {'; '.join(lone)}: there the interval counts held-out prompts and not seeds, so it is too narrow "
                     "for a claim about the configuration.")
-    ends = {run.rows[-1]["step"] for group in groups for run in group.runs}
-    if len(ends) > 1:
-        said.append(f"The runs end at different steps, {min(ends)} to {max(ends)}; their last evaluations are compared.")
-    return said or ["One configuration, no held-out evaluation: nothing to compare." if len(groups) == 1 and not last(
-        first, "reward_eval_infer") else _alone(first)]
+    if len(groups) > 2:
+        said.append(f"The intervals are of one comparison each; among {len(groups) - 1} a chance find is likelier than 5 %.")
+    stops = {run.rows[-1]["step"] for group in groups for run in group.runs}
+    if len(stops) > 1:
+        said.append(f"The runs end at different steps, {min(stops)} to {max(stops)}; their last evaluations are compared.")
+    return said
 
 
-def _alone(group: Group) -> str:
-    parts = [f"{_interval(found)} for the {owner}'s policy" for key, owner in HELD_OUT if (found := last(group, key))]
-    count = report.counted(len(group.runs), "seed")
-    return f"One configuration, {count}: held-out reward at the end is {' and '.join(parts)}." if parts else (
-        "Nothing was held out, so there is nothing to compare.")
+def against(group: Group, first: Group, key: str) -> intervals.Interval | None:
+    """Difference of the last evaluations: seed by seed where both have the same seeds, else of two independent estimates."""
+    ends = [{run.config.get("seed"): points[-1][1] for run in kind.runs if (points := finite(report.points_of(run.rows, key)))}
+            for kind in (group, first)]
+    if ends[0].keys() == ends[1].keys() and len(ends[0]) > 1:
+        return intervals.mean([value - ends[1][seed] for seed, value in ends[0].items()])
+    one, other = last(group, key), last(first, key)
+    return intervals.difference(one, other) if one and other else None
+
+
+def _told(gap: intervals.Interval) -> str:
+    if not math.isfinite(gap.low + gap.high):
+        return f"{gap.value:+.3f}, without an interval"
+    found = "higher" if gap.low > 0 else "lower" if gap.high < 0 else "no difference shown"
+    return f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}], {found}"
 
 
 def _page(groups: list[Group]) -> str:
@@ -182,7 +198,7 @@ def _page(groups: list[Group]) -> str:
     note = "Bands reach from the lowest seed to the highest. " if several else ""
     names = sorted({str(run.config.get("name", "run")) for _, run in runs})
     configs = {str(run.folder): run.config for _, run in runs}
-    body = f"""<p class="summary">{report.counted(len(runs), "run")} of {report.counted(len(groups), "configuration")}</p>
+    body = f"""<p class="summary">{html.escape(_summary(groups))}</p>
 <div class="verdict">{compared}</div>
 {_table(groups)}
 <h2 class="section">Curves</h2><p class="note">{note}Training curves are trailing means.</p>
@@ -190,7 +206,15 @@ def _page(groups: list[Group]) -> str:
 <h2 class="section">Settings that differ</h2>{_settings_table(groups)}
 <h2 class="section">Run by run</h2><ul class="runs">{each}</ul>
 {_details(runs)}"""
-    return report.page(", ".join(names), body, configs)
+    title = names[0] if len(names) == 1 else f"{report.counted(len(groups), 'configuration')} compared"
+    return report.page(title, body, configs)
+
+
+def _summary(groups: Sequence[Group]) -> str:
+    runs = [run for group in groups for run in group.runs]
+    seeds = sorted({str(run.config.get("seed")) for run in runs})
+    return (f"{report.counted(len(runs), 'run')} of {report.counted(len(groups), 'configuration')} · seeds {', '.join(seeds)} · "
+            f"{max(run.rows[-1]['step'] for run in runs)} steps")
 
 
 def _table(groups: Sequence[Group]) -> str:
@@ -205,7 +229,7 @@ def _table(groups: Sequence[Group]) -> str:
                    + "".join(f"<td>{make(group)}</td>" for _, make in columns) + "</tr>" for group in groups)
     return (f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
             '<p class="note">Held-out: the last evaluation, with a 95 % interval (over seeds by Student\'s t; of one run by '
-            "Wilson, over its prompts). The others: means over the last tenth of the steps and over seeds.</p>")
+            "Wilson, over its prompts); differences are paired by seed where the seeds are the same. The others: means over the last tenth of the steps and over seeds.</p>")
 
 
 def _tail(group: Group, key: str) -> str:
@@ -244,7 +268,7 @@ def _settings_table(groups: Sequence[Group]) -> str:
         return '<p class="note">None but the seed.</p>'
     head = "".join(f'<th><i class="dot" style="background:{group.color}"></i>{html.escape(group.label)}</th>' for group in groups)
     rows = "".join(f"<tr><td>{html.escape(name)}</td>" + "".join(
-        f"<td>{html.escape(_short(_at(group.runs[0].config, name)))}</td>" for group in groups) + "</tr>" for name in names)
+        f'<td class="setting">{html.escape(_short(_at(group.runs[0].config, name)))}</td>' for group in groups) + "</tr>" for name in names)
     return f'<div class="scroll"><table><thead><tr><th>setting</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 

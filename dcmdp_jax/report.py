@@ -173,6 +173,7 @@ th:first-child,td:first-child{white-space:normal}}
 .verdict p{margin:.25rem 0}.runs{list-style:none;padding:0;font-size:.92rem}.runs li{margin:.5rem 0}
 .dot{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.45em}
 td.text{white-space:pre-wrap;overflow-wrap:anywhere;min-width:14rem;font-family:ui-monospace,monospace;font-size:.85rem}
+td.setting{white-space:normal;overflow-wrap:anywhere;min-width:6rem;font-size:.88rem;vertical-align:top}
 mark{background:#fed7aa;padding:0 .1em}.bar{width:30%;min-width:6rem}.bar i{display:block;height:.7em}
 .note+.scroll,h2+.scroll{margin-top:.4rem}
 details{margin-top:1.5rem}summary{cursor:pointer}
