@@ -172,11 +172,12 @@ def verdict(groups: Sequence[Group]) -> list[str]:
 
 
 def against(group: Group, first: Group, key: str) -> intervals.Interval | None:
-    """Difference of the last evaluations: seed by seed where both have the same seeds, else of two independent estimates."""
+    """Difference of the last evaluations: over the seeds that both have, two at least, else of independent estimates."""
     ends = [{run.config.get("seed"): points[-1][1] for run in kind.runs if (points := finite(report.points_of(run.rows, key)))}
             for kind in (group, first)]
-    if ends[0].keys() == ends[1].keys() and len(ends[0]) > 1:
-        return intervals.mean([value - ends[1][seed] for seed, value in ends[0].items()])
+    shared = ends[0].keys() & ends[1].keys()
+    if len(shared) > 1:
+        return intervals.mean([ends[0][seed] - ends[1][seed] for seed in sorted(shared)])
     one, other = last(group, key), last(first, key)
     return intervals.difference(one, other) if one and other else None
 
@@ -229,7 +230,7 @@ def _table(groups: Sequence[Group]) -> str:
                    + "".join(f"<td>{make(group)}</td>" for _, make in columns) + "</tr>" for group in groups)
     return (f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
             '<p class="note">Held-out: the last evaluation, with a 95 % interval (over seeds by Student\'s t; of one run by '
-            "Wilson, over its prompts); differences are paired by seed where the seeds are the same. The others: means over the last tenth of the steps and over seeds.</p>")
+            "Wilson, over its prompts); differences are over the seeds that both have, paired, if there are two. The others: means over the last tenth of the steps and over seeds.</p>")
 
 
 def _tail(group: Group, key: str) -> str:

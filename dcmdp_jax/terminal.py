@@ -52,7 +52,7 @@ class View:
         curve = min(CURVE, width - 48)
         if "reward" in values:
             lines.append(_row("reward", _number(values["reward"]), sparkline(self._rewards, curve),
-                              f"held-out {held_out}" if held_out else ""))
+                              f"held-out {held_out}" if held_out and curve >= 6 else ""))
         if "delta_mean" in values:
             place = "within" if values["delta_mean"] <= self._tolerance else "ABOVE"
             lines.append(_row("delta", f"{values['delta_mean']:.4g}", sparkline(self._deltas, curve),
@@ -64,7 +64,8 @@ class View:
             rest.append(f"lambda   {values['multiplier']:.4f}{at}")
         if "entropy" in values:
             rest.append(f"entropy {_number(values['entropy'])}")
-        return lines + (["  ".join(rest)] if rest else [])
+        narrow = [f"held-out {held_out}"] if held_out and curve < 6 else []
+        return lines + narrow + (["  ".join(rest)] if rest else [])
 
 
 def fits() -> bool:
