@@ -1,7 +1,8 @@
 """Several runs on one page: a verdict that compares them, their curves over each other, a table, their settings.
 
 Runs that differ in the seed alone are one configuration (siblings in a folder also where each seed starts from a model of
-its own): a curve of their mean in a band from the lowest seed to the highest, and intervals over seeds. The configuration of the first run is the one the others are held against.
+its own): a curve of their mean in a band from the lowest seed to the highest, and intervals over seeds. The
+configuration of the first run is the one the others are held against.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dcmdp_jax import intervals, metrics, mismatch, report
 from dcmdp_jax.charts import Panel, Series, chart, finite
 from dcmdp_jax.config import differences
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#7c3aed", "#475569")  # then again from the first
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#7c3aed", "#475569")  # then anew
 SAME = ("seed", "name", "checkpoint", "tensorboard", "wandb")  # settings that make no other configuration
 SHORT = 3  # as many differing settings still make a label
 HELD_OUT = (("reward_eval_infer", "engine"), ("reward_eval_train", "trainer"))
@@ -161,8 +162,8 @@ def verdict(groups: Sequence[Group]) -> list[str]:
         said.append(f"{group.label} against it: {'; '.join(found) or 'nothing was held out'}.")
     lone = [group.label for group in groups if len(group.runs) == 1]
     if lone and len(groups) > 1:
-        said.append(f"One run of {'; '.join(lone)}: there the interval counts held-out prompts and not seeds, so it is too narrow "
-                    "for a claim about the configuration.")
+        said.append(f"One run of {'; '.join(lone)}: there the interval counts held-out prompts and not seeds, so it is too "
+                    "narrow for a claim about the configuration.")
     if len(groups) > 2:
         said.append(f"The intervals are of one comparison each; among {len(groups) - 1} a chance find is likelier than 5 %.")
     stops = {run.rows[-1]["step"] for group in groups for run in group.runs}
@@ -173,8 +174,8 @@ def verdict(groups: Sequence[Group]) -> list[str]:
 
 def against(group: Group, first: Group, key: str) -> intervals.Interval | None:
     """Difference of the last evaluations: over the seeds that both have, two at least, else of independent estimates."""
-    ends = [{run.config.get("seed"): points[-1][1] for run in kind.runs if (points := finite(report.points_of(run.rows, key)))}
-            for kind in (group, first)]
+    ends = [{run.config.get("seed"): points[-1][1] for run in kind.runs
+             if (points := finite(report.points_of(run.rows, key)))} for kind in (group, first)]
     shared = ends[0].keys() & ends[1].keys()
     if len(shared) > 1:
         return intervals.mean([ends[0][seed] - ends[1][seed] for seed in sorted(shared)])
@@ -214,8 +215,8 @@ def _page(groups: list[Group]) -> str:
 def _summary(groups: Sequence[Group]) -> str:
     runs = [run for group in groups for run in group.runs]
     seeds = sorted({str(run.config.get("seed")) for run in runs})
-    return (f"{report.counted(len(runs), 'run')} of {report.counted(len(groups), 'configuration')} · seeds {', '.join(seeds)} · "
-            f"{max(run.rows[-1]['step'] for run in runs)} steps")
+    return (f"{report.counted(len(runs), 'run')} of {report.counted(len(groups), 'configuration')} · seeds "
+            f"{', '.join(seeds)} · {max(run.rows[-1]['step'] for run in runs)} steps")
 
 
 def _table(groups: Sequence[Group]) -> str:
@@ -230,7 +231,8 @@ def _table(groups: Sequence[Group]) -> str:
                    + "".join(f"<td>{make(group)}</td>" for _, make in columns) + "</tr>" for group in groups)
     return (f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
             '<p class="note">Held-out: the last evaluation, with a 95 % interval (over seeds by Student\'s t; of one run by '
-            "Wilson, over its prompts); differences are over the seeds that both have, paired, if there are two. The others: means over the last tenth of the steps and over seeds.</p>")
+            "Wilson, over its prompts); differences are over the seeds that both have, paired, if there are two. The others: means over "
+            "the last tenth of the steps and over seeds.</p>")
 
 
 def _tail(group: Group, key: str) -> str:
@@ -242,7 +244,8 @@ def _tail(group: Group, key: str) -> str:
 def _cell(found: intervals.Interval | None) -> str:
     if found is None:
         return "–"
-    return f"{found.value:.3f}" + (f" <small>[{found.low:.3f}, {found.high:.3f}]</small>" if math.isfinite(found.low) else "")
+    return f"{found.value:.3f}" + (
+        f" <small>[{found.low:.3f}, {found.high:.3f}]</small>" if math.isfinite(found.low) else "")
 
 
 def _interval(found: intervals.Interval) -> str:
@@ -267,9 +270,11 @@ def _settings_table(groups: Sequence[Group]) -> str:
     names = changed([group.runs[0] for group in groups])
     if not names:
         return '<p class="note">None but the seed.</p>'
-    head = "".join(f'<th><i class="dot" style="background:{group.color}"></i>{html.escape(group.label)}</th>' for group in groups)
+    head = "".join(f'<th><i class="dot" style="background:{group.color}"></i>{html.escape(group.label)}</th>'
+                   for group in groups)
     rows = "".join(f"<tr><td>{html.escape(name)}</td>" + "".join(
-        f'<td class="setting">{html.escape(_short(_at(group.runs[0].config, name)))}</td>' for group in groups) + "</tr>" for name in names)
+        f'<td class="setting">{html.escape(_short(_at(group.runs[0].config, name)))}</td>' for group in groups)
+        + "</tr>" for name in names)
     return f'<div class="scroll"><table><thead><tr><th>setting</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
@@ -280,7 +285,8 @@ def _details(runs: Sequence[tuple[Group, Run]]) -> str:
         rows, name = metrics.read_gaps(run.folder), run.name
         body = mismatch.sources(mismatch.read_diagnosis(run.folder)) + (mismatch.worst(rows[-1]) if rows else "")
         if body:
-            parts.append(f"<details{'' if parts else ' open'}><summary>Mismatch of {html.escape(name)}</summary>{body}</details>")
+            parts.append(f"<details{'' if parts else ' open'}>"
+                         f"<summary>Mismatch of {html.escape(name)}</summary>{body}</details>")
     return "".join(parts)
 
 

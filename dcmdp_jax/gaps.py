@@ -53,7 +53,8 @@ def edges(length: int) -> list[int]:
 
 
 def record(gaps: Gaps, length: int, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
-    """The gaps of a step as JSON: `positions` of the buckets that have tokens, and `worst`, decoded; `gaps` is on the host."""
+    """`gaps` (on the host) of completions of `length` tokens at most, as JSON: `positions` of the buckets that have tokens,
+    and `worst` with decoded text."""
     ends = edges(length)
     positions = [{"from": start, "to": end, "tokens": int(count), "delta": float(total) / int(count)}
                  for start, end, total, count in zip(ends, ends[1:], gaps.sums, gaps.counts) if count]

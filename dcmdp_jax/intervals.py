@@ -43,7 +43,7 @@ def mean(values: Sequence[float]) -> Interval:
 
 
 def difference(one: Interval, other: Interval) -> Interval:
-    """one - other, for independent estimates, from their own intervals (Newcombe, Stat. Med. 17, 1998; Zou and Donner, 2008).
+    """one - other, for independent estimates, from their own intervals (Newcombe, Stat. Med. 17, 1998; Zou, Donner, 2008).
 
         d - sqrt((p - l)^2 + (u' - p')^2)   to   d + sqrt((u - p)^2 + (p' - l')^2)
     """

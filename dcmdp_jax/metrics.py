@@ -92,7 +92,7 @@ class Log:
 
 
 class Progress:
-    """A block of lines on a terminal (`terminal.View`); elsewhere a line at the first step, the last and every ten seconds."""
+    """A block of lines on a terminal (`terminal.View`), else a line at the first step, the last, and each ten seconds."""
 
     def __init__(self, config: Config, first_step: int):
         self._name, self._total, self._tolerance = config.name, config.steps, config.constraint.tolerance

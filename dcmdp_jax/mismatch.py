@@ -67,9 +67,10 @@ def sources(found: dict[str, Any] | None, of: str = "") -> str:
         f'<td class="bar"><i style="width:{100 * effect["alone"]["delta"] / top:.1f}%;background:'
         f'{ENGINE if effect["left_out"] else FAINT}"></i></td>'
         f"<td>{_number(effect['alone']['delta'])} ± {_number(effect['alone']['std_error'])}</td>"
-        f"<td>{_number(effect['left_out']['delta']) if effect['left_out'] else '–'}</td></tr>" for effect in found["sources"])
-    return (f'<h2 class="section">Discrepancy by source{html.escape(of)}</h2><p class="note">Mean delta with this property of '
-            f'the engine alone, and what is left without it ({html.escape(str(found["weights"]))}; noise floor '
+        f"<td>{_number(effect['left_out']['delta']) if effect['left_out'] else '–'}</td></tr>"
+        for effect in found["sources"])
+    return (f'<h2 class="section">Discrepancy by source{html.escape(of)}</h2><p class="note">Mean delta with this property '
+            f'of the engine alone, and what is left without it ({html.escape(str(found["weights"]))}; noise floor '
             f"{_number(found['noise_floor'])}).</p>"
             '<div class="scroll"><table><thead><tr><th>source</th><th></th><th>alone</th><th>without</th></tr></thead>'
             f"<tbody>{rows}</tbody></table></div>")
@@ -85,8 +86,8 @@ def worst(row: dict[str, Any], of: str = "") -> str:
         f'<td>{token["pi_infer"]:.3f}</td><td>{token["delta"]:.3f}</td><td>{token["reward"]:g}</td></tr>'
         for token in row["worst"])
     return (f'<h2 class="section">Worst tokens of step {row["step"]}{html.escape(of)}</h2>'
-            '<p class="note">The largest gap of each of the completions that have the largest ones; ␣ is a space, ↵ a new line, '
-            "#7 a token without text.</p>"
+            '<p class="note">The largest gap of each of the completions that have the largest ones; ␣ is a space, ↵ a new '
+            "line, #7 a token without text.</p>"
             '<div class="scroll"><table><thead><tr><th>token in its completion</th><th>position</th><th>π train</th>'
             f"<th>π infer</th><th>delta</th><th>reward</th></tr></thead><tbody>{lines}</tbody></table></div>")
 

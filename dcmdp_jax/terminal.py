@@ -42,7 +42,8 @@ class View:
         """The block's text, without colour; lines may be longer than `width`, what matters stands first."""
         done = step - self._before
         left = (time.monotonic() - self._started) / done * (self._total - step) if self._started is not None else math.nan
-        speed = f"  {values['tokens'] / values['seconds']:,.0f} tokens/s" if values.get("seconds") and "tokens" in values else ""
+        timed = values.get("seconds") and "tokens" in values
+        speed = f"  {values['tokens'] / values['seconds']:,.0f} tokens/s" if timed else ""
         bar = max(min(width - 60, 30), 0)
         full = bar * step // max(self._total, 1)
         drawn = f"  {'━' * full}{'╌' * (bar - full)}" if bar >= 6 else ""

@@ -9,7 +9,8 @@ import pytest
 from dcmdp_jax import cli, comparison, intervals
 from test_report import CONFIG, ROWS, Page, make_run
 
-GAPS = {"step": 4, "positions": [{"from": 0, "to": 8, "tokens": 10, "delta": 0.1}, {"from": 8, "to": 16, "tokens": 5, "delta": 0.3}],
+GAPS = {"step": 4, "positions": [{"from": 0, "to": 8, "tokens": 10, "delta": 0.1},
+                                   {"from": 8, "to": 16, "tokens": 5, "delta": 0.3}],
         "worst": [{"position": 3, "token": 7, "text": "<b>", "before": "1 + ", "after": "", "delta": 0.4, "pi_train": 0.9,
                    "pi_infer": 0.5, "reward": 1.0}]}
 SOURCES = {"weights": "checkpoint 4", "noise_floor": 1e-7, "sources": [

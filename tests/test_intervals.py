@@ -25,7 +25,8 @@ def test_difference_is_newcombes_example():
     assert found == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
 
 
-@pytest.mark.parametrize("make", [lambda: intervals.wilson(1.2, 3), lambda: intervals.wilson(0.2, 0), lambda: intervals.mean([1.0])])
+@pytest.mark.parametrize("make", [lambda: intervals.wilson(1.2, 3), lambda: intervals.wilson(0.2, 0),
+                                  lambda: intervals.mean([1.0])])
 def test_what_has_no_interval_is_refused(make):
     with pytest.raises(ValueError, match="at least"):
         make()

@@ -37,7 +37,8 @@ def screen(monkeypatch):
 
 
 def view(**changes):
-    return terminal.View(**{"name": "trial", "first_step": 1, "total": 10, "tolerance": 0.01, "multiplier_max": 0.2} | changes)
+    return terminal.View(**{"name": "trial", "first_step": 1, "total": 10, "tolerance": 0.01,
+                            "multiplier_max": 0.2} | changes)
 
 
 def test_the_block_is_redrawn_in_place(screen, capsys):
