@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from dcmdp_jax.report import INSIDE, NEUTRAL, round_step
+from dcmdp_jax.charts import INSIDE, NEUTRAL, round_step
 
 WIDTH, LEFT, RIGHT = 720, 270, 80  # of the picture, of its labels, of the numbers behind the longest bar
 

@@ -122,8 +122,11 @@ def main(arguments: list[str] | None = None) -> int:
     convert.add_argument("--workdir", help="folder of the run (default: runs/NAME)")
     convert.set_defaults(run=_convert)
 
-    report = commands.add_parser("report", help="write report.html of a run folder")
-    report.add_argument("workdir")
+    report = commands.add_parser("report", allow_abbrev=False, help="write one page about one run or several", description=(
+        "Of one run, writes report.html into its folder; of several, one page that compares them. Runs that differ in the seed "
+        "alone are shown as one configuration; the first run given is what the others are held against."))
+    report.add_argument("workdirs", nargs="+", metavar="RUN", help="a run's folder")
+    report.add_argument("--output", metavar="FILE", help="of several runs (default: report.html in the folder that holds them)")
     report.set_defaults(run=_report)
 
     known, rest = parser.parse_known_args(arguments)
@@ -429,9 +432,12 @@ def _convert(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
 
 def _report(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     _none(rest)
-    from dcmdp_jax import report
+    from dcmdp_jax import comparison, report
 
-    print(report.write(pathlib.Path(args.workdir)))
+    if len(args.workdirs) == 1 and not args.output:
+        print(report.write(args.workdirs[0]))
+    else:
+        print(comparison.write(args.workdirs, args.output))
     return _done
 
 

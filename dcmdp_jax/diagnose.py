@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dcmdp_jax import bars, checkpoint, constraint, parity, report, sharding, sync, train
+from dcmdp_jax import bars, charts, checkpoint, constraint, parity, report, sharding, sync, train
 from dcmdp_jax.config import Config, ModelConfig, Precision, RolloutConfig, to_json
 from dcmdp_jax.models.quantized import Quantized
 from dcmdp_jax.records import Rollout, Weights
@@ -318,12 +318,12 @@ def chart(found: Blame) -> str:
         ring = left_out.delta if left_out else None
         return bars.Bar(effect.source, effect.setting, gap.delta, gap.std_error, color, ring)
 
-    rows = [bar(Effect("everything", "as configured", found.everything), report.NEUTRAL),
-            *(bar(effect, report.ENGINE if effect.left_out else report.TRAINER) for effect in found.effects),
-            *(bar(effect, report.FAINT) for effect in found.noise)]
+    rows = [bar(Effect("everything", "as configured", found.everything), charts.NEUTRAL),
+            *(bar(effect, charts.ENGINE if effect.left_out else charts.TRAINER) for effect in found.effects),
+            *(bar(effect, charts.FAINT) for effect in found.noise)]
     charts = [bars.Chart("Mean delta of each source alone (logarithmic)", rows, floor(found), True)]
     if found.layers:
-        layers = [bars.Bar(f"layer {i}", "", g.delta, g.std_error, report.ENGINE) for i, g in enumerate(found.layers)]
+        layers = [bars.Bar(f"layer {i}", "", g.delta, g.std_error, charts.ENGINE) for i, g in enumerate(found.layers)]
         title = f"Mean delta with the weights of one layer alone: {found.layer_setting}"
         charts.append(bars.Chart(title, layers, floor(found), False))
     return bars.draw(charts, LEGEND)

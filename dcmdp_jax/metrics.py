@@ -6,7 +6,8 @@ step), `tokens` (sampled), further scalars of the step, and on steps with an eva
 engine's policy) and `reward_eval_train` (the trainer's).
 
 JSON has no NaN: a value that is not finite is `null`, and `non_finite` in the same row tells which it was
-(`{"loss": null, "non_finite": {"loss": "nan"}}`). Process 0 alone writes.
+(`{"loss": null, "non_finite": {"loss": "nan"}}`). `gaps.jsonl` holds one row per step with an evaluation: `step`, and
+`positions` and `worst` as `gaps.record` makes them. Process 0 alone writes.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from typing import Any
 
 import jax
 
+from dcmdp_jax import terminal
 from dcmdp_jax.config import Config
 
-FILE = "metrics.jsonl"
+FILE, GAPS = "metrics.jsonl", "gaps.jsonl"
 SECONDS_BETWEEN_LINES = 10.0  # where stderr is no terminal, so that the logs of batch jobs stay short
 STATUS = (("reward", "reward {:.3f}"), ("reward_eval_infer", "held-out engine {:.3f}"),
           ("reward_eval_train", "trainer {:.3f}"), ("delta_mean", "delta {:.4f} (tolerance {tolerance:g})"),
@@ -48,14 +50,14 @@ class Log:
         self._tensorboard = _tensorboard_writer(workdir, first_step) if config.tensorboard else None
         self._wandb = _wandb_run(workdir, config.name) if config.wandb else None
         truncate(workdir, first_step - 1)
-        self._file = open(workdir / FILE, "a", encoding="utf-8")
+        self._file, self._gaps = open(workdir / FILE, "a", encoding="utf-8"), workdir / GAPS
         self._latest: dict[str, Any] = {}  # keeps the last evaluation on show between evaluations
-        self._progress = Progress(config.name, first_step, config.steps, config.constraint.tolerance)
+        self._progress = Progress(config, first_step)
 
     def settle(self, tolerance: float) -> None:
         """Shows delta beside this tolerance, where it was not known from the start."""
         if self._writes:
-            self._progress.tolerance = tolerance
+            self._progress.tolerance = self._progress.view.tolerance = tolerance
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Adds the row of `step`. Raises ValueError on a value that is not one number, Python's or an array of one."""
@@ -72,10 +74,15 @@ class Log:
         self._latest |= values
         self._progress.show(step, self._latest)
 
+    def write_gaps(self, step: int, record: Mapping[str, Any]) -> None:
+        """Adds the row of `step` to `gaps.jsonl`; call it before `write`, so that a row there has its row here."""
+        if self._writes:
+            with open(self._gaps, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": int(step), **record}, allow_nan=False) + "\n")
+
     def close(self) -> None:
         if not self._writes:
             return
-        self._progress.close()
         self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
@@ -90,34 +97,19 @@ class Log:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line at the first step, the last one and every ten seconds."""
+    """A block of lines on a terminal (`terminal.View`), else a line at the first step, the last, and each ten seconds."""
 
-    def __init__(self, name: str, first_step: int, total: int, tolerance: float):
-        self._name, self._first_step, self._total, self.tolerance = name, first_step, total, tolerance
-        self._bar = None  # made by the first step: until then other lines may be printed
+    def __init__(self, config: Config, first_step: int):
+        self._name, self._total, self.tolerance = config.name, config.steps, config.constraint.tolerance
+        self.view = terminal.View(self._name, first_step, self._total, self.tolerance, config.constraint.multiplier_max)
         self._printed = -math.inf
 
     def show(self, step: int, values: Mapping[str, Any]) -> None:
-        line = status(values, self.tolerance)
-        if sys.stderr.isatty():
-            self._draw(step, line)
+        if terminal.fits():
+            self.view.show(step, values)
         elif step == self._total or time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
-            print(f"{self._name}: step {step}/{self._total}  {line}", file=sys.stderr, flush=True)
+            print(f"{self._name}: step {step}/{self._total}  {status(values, self.tolerance)}", file=sys.stderr, flush=True)
             self._printed = time.monotonic()
-
-    def _draw(self, step: int, line: str) -> None:
-        from tqdm import tqdm  # only a terminal needs it
-
-        if self._bar is None:
-            form = "{desc} {n_fmt}/{total_fmt} |{bar:10}| {remaining} left{postfix}"
-            self._bar = tqdm(desc=self._name, initial=max(self._first_step - 1, 0), total=self._total,
-                             dynamic_ncols=True, bar_format=form)
-        self._bar.set_postfix_str(line, refresh=False)
-        self._bar.update(step - self._bar.n)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 def status(values: Mapping[str, Any], tolerance: float) -> str:
@@ -139,14 +131,25 @@ def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     return [row for _, row in _lines(path)]
 
 
-def truncate(workdir: str | os.PathLike, step: int) -> None:
-    """Drops the rows after `step`, and a torn last line; the rows that stay keep their bytes.
+def read_gaps(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of `gaps.jsonl`, as `read` reads those of a run; none where there is no file."""
+    path = pathlib.Path(workdir) / GAPS
+    return [row for _, row in _lines(path)] if path.is_file() else []
 
-    The file is replaced in one piece: a crash leaves the old one or the new one. No file, nothing to drop.
+
+def truncate(workdir: str | os.PathLike, step: int) -> None:
+    """Drops the rows after `step`, and a torn last line, from both files; the rows that stay keep their bytes.
+
+    A file is replaced in one piece: a crash leaves the old one or the new one. No file, nothing to drop.
     """
-    path = pathlib.Path(workdir) / FILE
-    if jax.process_index() != 0 or not path.exists():
+    if jax.process_index() != 0:
         return
+    for path in (pathlib.Path(workdir) / FILE, pathlib.Path(workdir) / GAPS):
+        if path.exists():
+            _truncate(path, step)
+
+
+def _truncate(path: pathlib.Path, step: int) -> None:
     kept = "".join(line + "\n" for line, row in _lines(path) if row["step"] <= step)
     new = path.with_name(path.name + ".new")
     with open(new, "w", encoding="utf-8") as handle:

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dcmdp_jax import constraint, optimizers, sharding
+from dcmdp_jax import constraint, gaps, optimizers, sharding
 from dcmdp_jax.config import AlgorithmConfig, Config, ModelConfig
 from dcmdp_jax.losses import corrections, diagnostics, reduce
 from dcmdp_jax.models import qwen3, scoring
 from dcmdp_jax.records import Batch, TrainState
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, jax.Array | gaps.Gaps]  # numbers, and under "gaps" where the tokens' gaps lie
 Pull = Callable[[jax.Array], tuple[Any]]
 
 
@@ -110,7 +110,9 @@ def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: 
     new_dual = controller(config).update(state.dual, total, count, dual.tolerance)
     metrics = _metrics(batch, advantage, old_logp, shaped, entropy) | {
         "loss": jnp.mean(loss), "grad_norm": jnp.mean(norm), "delta_mean": total / jnp.maximum(count, 1),
-        "multiplier": state.dual.multiplier, "multiplier_next": new_dual.multiplier, "skipped": skipped}
+        "multiplier": state.dual.multiplier, "multiplier_next": new_dual.multiplier, "skipped": skipped,
+        "gaps": gaps.measure(_flat(old_logp), _flat(batch.rollout_logp), _flat(batch.completions), _flat(batch.mask),
+                             batch.reward.reshape(-1))}
     if state.stale:
         logp, _ = score(state.params, batch, config, model)
         metrics |= diagnostics.staleness(_flat(logp), _flat(old_logp), _flat(batch.rollout_logp), _flat(batch.mask))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from dcmdp_jax import (calibrate, checkpoint, data, evaluate, hosts, metrics, report, rewards, sharding, step, stopping, sync,
+from dcmdp_jax import (calibrate, checkpoint, data, evaluate, gaps, hosts, metrics, report, rewards, sharding, step, stopping, sync,
                        tokenizer, warmup)
 from dcmdp_jax.config import (Calibrated, Config, ModelConfig, Precision, RolloutConfig, differences, to_json,
                               with_tolerance)
@@ -81,9 +81,13 @@ def run(config: Config, workdir: pathlib.Path, inputs: Inputs) -> TrainState:
             number, position = number + 1, inputs.prompts.get_state()
             policy = stale or to_engine(*step.sampled_from(state))
             collected = collect(policy, number) if ahead else None
-            values = {name: value.item() for name, value in jax.device_get(values).items()}
+            values = jax.device_get(values)
+            tokens_apart = values.pop("gaps")
+            values = {name: value.item() for name, value in values.items()}
             values |= {"tokens": tokens, "seconds": time.perf_counter() - started}
-            if inputs.held_out and _is_due(number, config.eval.every, config.steps, first=True):
+            if due := _is_due(number, config.eval.every, config.steps, first=True):
+                log.write_gaps(number, gaps.record(tokens_apart, config.rollout.max_tokens, inputs.tokenizer.decode))
+            if inputs.held_out and due:
                 values |= held_out(policy, state)
             log.write(number, values)
             if _is_due(number, config.checkpoint.every, config.steps):

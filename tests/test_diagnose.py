@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import bars, cli, config, diagnose, parity, report, sync, train
+from dcmdp_jax import bars, charts, cli, config, diagnose, parity, sync, train
 from dcmdp_jax.config import Precision
 from dcmdp_jax.rollout.replay import replay
 from test_parity import EXPERTS, FLOAT, command, folder, make_run, one_device, sampled, sharp, tiny  # noqa: F401
@@ -208,7 +208,7 @@ def test_what_is_written_down(tmp_path):
 
 def test_bars_end_where_their_values_say():
     """Read off the drawing: powers of ten are evenly spaced on one chart, round numbers on the other."""
-    rows = [bars.Bar("a<b", "note", 3e-3, 1e-3, report.ENGINE, 2e-5), bars.Bar("b", "", 0.0, 0.0, report.FAINT)]
+    rows = [bars.Bar("a<b", "note", 3e-3, 1e-3, charts.ENGINE, 2e-5), bars.Bar("b", "", 0.0, 0.0, charts.FAINT)]
     charts = [bars.Chart("one", rows, 1e-6, True), bars.Chart("two", rows, 1e-6, False)]
     logarithmic, linear = xml.fromstring(bars.draw(charts, ("legend",))).findall("{*}g")
     for drawn, scale, ticks in ((logarithmic, np.log10, [1e-6, 1e-5, 1e-4, 1e-3, 1e-2]),
@@ -234,5 +234,5 @@ def test_bars_end_where_their_values_say():
 @pytest.mark.parametrize("value", [0.0, 1e-30, 1.0, 0.37])
 def test_odd_values_can_be_drawn(value):
     for logarithmic in (True, False):
-        chart = bars.Chart("t", [bars.Bar("a", "", value, 0.0, report.ENGINE)], 0.0, logarithmic)
+        chart = bars.Chart("t", [bars.Bar("a", "", value, 0.0, charts.ENGINE)], 0.0, logarithmic)
         xml.fromstring(bars.draw([chart], ()))

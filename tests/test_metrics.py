@@ -140,13 +140,30 @@ def test_status_lines_are_few_and_say_what_matters(tmp_path, monkeypatch, capsys
                                          "2,000 tokens/s"]
 
 
-def test_a_terminal_gets_a_bar_that_starts_at_the_resumed_step(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("tqdm", reason="the bar needs tqdm")
+def test_a_terminal_gets_a_block_that_starts_at_the_resumed_step(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
     fill(tmp_path, range(5, 11), first_step=5)
-    shown = capsys.readouterr().err.split("\r")
-    assert any(" 4/10 " in line or " 5/10 " in line for line in shown) and " 10/10 " in shown[-1]
-    assert not any(f" {step}/10 " in line for line in shown for step in (0, 1, 2, 3))
+    shown = capsys.readouterr().err
+    assert re.findall(r"step (\d+)/10", shown) == ["5", "6", "7", "8", "9", "10"]
+    monkeypatch.setenv("TERM", "dumb")
+    fill(tmp_path, (1,))
+    assert capsys.readouterr().err.startswith("trial: step 1/10  ")
+
+
+def test_gaps_are_cut_with_the_rows(tmp_path):
+    """Rows of a step that is taken again are dropped from both files."""
+    record = {"positions": [], "worst": []}
+    for folder, parts in (("whole", [(1, 11)]), ("killed", [(1, 8), (5, 11)])):
+        for first, end in parts:
+            with metrics.Log(tmp_path / folder, make_config(), first_step=first) as log:
+                for step in range(first, end):
+                    if step % 2:
+                        log.write_gaps(step, record)
+                    log.write(step, values(step))
+    assert [row["step"] for row in metrics.read_gaps(tmp_path / "killed")] == [1, 3, 5, 7, 9]
+    assert (tmp_path / "killed" / "gaps.jsonl").read_bytes() == (tmp_path / "whole" / "gaps.jsonl").read_bytes()
+    assert metrics.read_gaps(tmp_path) == []
 
 
 def test_tensorboard_events_hold_every_scalar(tmp_path):

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from dcmdp_jax import report
+from dcmdp_jax import charts, report
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 CONFIG = {"name": "trial", "steps": 4, "seed": 0, "rollout": {"precision": {"weights": "int4"}, "samples": 8, "max_tokens": 32},
@@ -99,9 +99,9 @@ def test_the_page_stands_alone_and_holds_every_curve(tmp_path):
     for unit in ("mean reward", "nats per token", "tokens", "step"):
         assert unit in seen.text
     colors = {attributes.get("stroke") for _, attributes in seen.tags}
-    assert {report.ENGINE, report.TRAINER, report.INSIDE} <= colors
+    assert {charts.ENGINE, charts.TRAINER, charts.INSIDE} <= colors
     dots = [attributes["fill"] for tag, attributes in seen.tags if tag == "circle"]
-    assert sorted(dots) == sorted(2 * [report.ENGINE] + 2 * [report.TRAINER])  # two evaluations of each policy
+    assert sorted(dots) == sorted(2 * [charts.ENGINE] + 2 * [charts.TRAINER])  # two evaluations of each policy
 
 
 def test_the_table_has_first_best_and_last(tmp_path):
@@ -114,34 +114,6 @@ def test_the_table_has_first_best_and_last(tmp_path):
     assert [c.strip() for c in cells["entropy, nats per token"]] == ["0.5", "–", "0.2"]
 
 
-def test_points_lie_where_their_values_say(tmp_path):
-    """Read off the drawn curve of delta against the drawn tolerance line and the axis."""
-    shown = {panel.title: panel for panel in report.panels(CONFIG, ROWS)}
-    chart = Page(report._chart(shown["Discrepancy of probabilities"]))
-    curve = next(a["d"] for _, a in chart.tags if a.get("stroke") == report.NEUTRAL)
-    points = [tuple(map(float, point.split())) for point in curve[1:].split("L")]
-    line = next(a["d"] for _, a in chart.tags if "stroke-dasharray" in a)
-    at_tolerance = float(re.match(r"M\S+ ([\d.]+)H", line)[1])
-    zero = report.HEIGHT - report.BOTTOM
-    unit = (zero - at_tolerance) / 0.01
-    for (x, y), delta, step in zip(points, DELTAS, range(4)):
-        assert (zero - y) / unit == pytest.approx(delta, abs=0.1 / unit)  # coordinates have one decimal
-        width = report.WIDTH - report.LEFT - report.RIGHT
-        assert x == pytest.approx(report.LEFT + width * step / 3, abs=0.06)
-    drawn = report._chart(shown["Discrepancy of probabilities"])
-    labels = re.findall(r'y="([\d.]+)" text-anchor="end">([\d.]+)<', drawn)
-    assert len(labels) > 3 and float(labels[-1][0]) - 4 == report.TOP
-    for y, label in labels:  # the text's baseline lies 4 below its grid line
-        assert (zero - (float(y) - 4)) / unit == pytest.approx(float(label), abs=0.15 / unit)
-
-
-@pytest.mark.parametrize("delta, drawn", [(0.0, True), (0.004, True), (0.003, False), (0.5, True)])
-def test_the_tolerance_is_drawn_unless_it_would_flatten_the_curve(delta, drawn):
-    panel = report.Panel("t", "u", [report.Series("s", "#000", [(1, delta), (2, delta)])], tolerance=0.01)
-    assert ("stroke-dasharray" in report._chart(panel)) == drawn
-    assert report._value_ticks(panel)[-1] <= 2 * max(delta, 0.01 * drawn)
-
-
 def test_everything_read_from_files_is_escaped(tmp_path):
     attack = "<script>alert('x')</script>\"&"
     config = CONFIG | {"name": attack, "seed": attack, "rollout": {"precision": {"weights": attack}}, attack: attack}
@@ -149,28 +121,10 @@ def test_everything_read_from_files_is_escaped(tmp_path):
     assert seen.count("script") == 0 and seen.text.count(attack) >= 4
 
 
-def test_gaps_break_the_line_and_lone_points_are_dots():
-    values = [1.0, 2.0, math.nan, 3.0, math.nan, math.nan, 4.0, 5.0]
-    series = report.Series("x", "#000", [(i, v) for i, v in enumerate(values)])
-    drawn = report._line(series, lambda x: x, lambda y: y)
-    assert 'd="M0.0 1.0L1.0 2.0M6.0 4.0L7.0 5.0"' in drawn
-    assert re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn) == [("3.0", "3.0")]
-
-
 def test_smoothing_is_a_trailing_mean_over_finite_values():
     points = [(1, 2.0), (2, 4.0), (3, math.nan), (4, 9.0), (5, math.nan), (6, math.nan)]
-    smooth = [value for _, value in report._smoothed(points, 2)]
+    smooth = [value for _, value in report.smoothed(points, 2)]
     assert smooth[:5] == [2.0, 3.0, 4.0, 9.0, 9.0] and math.isnan(smooth[5])
-
-
-@pytest.mark.parametrize("low, high", [(0.0, 1.0), (0.0, 0.0), (0.0, 3e-14), (0.0, 8192.0), (-1.0, 1.0), (-3.7, 0.0),
-                                       (0.0, 0.0037), (0.0, 0.3), (0.0, 7.0)])
-def test_ticks_enclose_the_values_evenly(low, high):
-    ticks = report._value_ticks(report.Panel("t", "u", [report.Series("s", "#000", [(1, low), (2, high)])]))
-    gaps = [b - a for a, b in zip(ticks, ticks[1:])]
-    assert ticks[0] <= low and ticks[-1] >= high and 3 <= len(ticks) <= 8
-    assert all(gap == pytest.approx(gaps[0], rel=1e-6) and gap > 0 for gap in gaps)
-    assert 0.0 in ticks and float(f"{gaps[0]:.6g}") == float(f"{gaps[0]:.1g}")
 
 
 @pytest.mark.parametrize("rows", [

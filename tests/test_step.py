@@ -60,14 +60,14 @@ compiled_step = functools.cache(step.compile)
 
 
 def run(config, scored, mesh=None, row_length=2 * (P + T)):
-    """One step from fresh state: (params before, state after, metrics)."""
+    """One step from fresh state: (params before, state after, metrics that are numbers)."""
     mesh = mesh or ONE
     model, algorithm = config.model.shape, config.algorithm
     batch = data.pack(scored, minibatches=algorithm.minibatches, microbatches=algorithm.microbatches, row_length=row_length,
                       row_divisor=sharding.batch_size(mesh), seed=1)
     state = fresh_state(config, model, mesh)
     state, metrics = compiled_step(config, model, mesh)(state, jax.device_put(batch, step.batch_shardings(config, mesh)))
-    return make_params(model), state, jax.device_get(metrics)
+    return make_params(model), state, {name: value for name, value in jax.device_get(metrics).items() if name != "gaps"}
 
 
 ONE = sharding.single_device_mesh()

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import cli, config, data, sharding, train
+from dcmdp_jax import cli, config, data, metrics, sharding, train
 from dcmdp_jax.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -136,6 +136,13 @@ def test_rows_hold_what_others_read(tmp_path):
         assert ("reward_eval_infer" in row) == ("reward_eval_train" in row)
         assert row["delta_mean"] > 0
     assert all("reward_eval_train" in row for row in read)  # at the first step, each second, and the last
+    told = metrics.read_gaps(tmp_path)
+    assert [row["step"] for row in told] == [1, 2, 3]
+    for row, gap in zip(read, told):
+        deltas = [(bucket["delta"], bucket["tokens"]) for bucket in gap["positions"]]
+        assert sum(n for _, n in deltas) == row["tokens"]
+        assert sum(delta * n for delta, n in deltas) / row["tokens"] == pytest.approx(row["delta_mean"], rel=1e-4, abs=1e-9)
+        assert [token["delta"] for token in gap["worst"]][:1] == pytest.approx([row["prob_diff_max"]], rel=1e-4)
     tolerance = 0.004
     for one, two in zip(read, read[1:]):
         assert two["multiplier"] == pytest.approx(min(max(one["multiplier"] + one["delta_mean"] - tolerance, 0), 0.2), abs=1e-6)

@@ -1,0 +1,112 @@
+"""A run on a terminal: a block of lines, redrawn in place with each step."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+CURVE = 30  # columns of a sparkline, where the terminal is wide enough
+
+
+class View:
+    """Draws on stderr; the block is left standing when the run ends. Lines that others print go under it, whole."""
+
+    def __init__(self, name: str, first_step: int, total: int, tolerance: float, multiplier_max: float):
+        self._name, self._total, self.tolerance, self._bound = name, total, tolerance, multiplier_max
+        self._before, self._started = first_step - 1, None  # steps of earlier processes; when the first step was seen
+        self._rewards: list[float] = []
+        self._deltas: list[float] = []
+        self._height = 0
+        self._width = 0
+
+    def show(self, step: int, values: Mapping[str, Any]) -> None:
+        self._started = self._started or time.monotonic() - values.get("seconds", 0)
+        self._rewards.append(values.get("reward", math.nan))
+        self._deltas.append(values.get("delta_mean", math.nan))
+        width = max(shutil.get_terminal_size().columns - 1, 20)  # the last column would wrap on some terminals
+        lines = [line[:width] for line in self.lines(step, values, width)]
+        # Up to the block's first line, then down over it. Where the width changed the old lines may have been wrapped anew,
+        # and their place is not known: a new block begins below.
+        up = f"\x1b[{self._height}A" if self._height and width == self._width else ""
+        sys.stderr.write(f"\r{up}" + "".join(f"\x1b[2K{_colored(line)}\n" for line in lines))
+        sys.stderr.flush()
+        self._height, self._width = len(lines), width
+
+    def lines(self, step: int, values: Mapping[str, Any], width: int) -> list[str]:
+        """The block's text, without colour; lines may be longer than `width`, what matters stands first."""
+        done = step - self._before
+        left = (time.monotonic() - self._started) / done * (self._total - step) if self._started is not None else math.nan
+        timed = values.get("seconds") and "tokens" in values
+        speed = f"  {values['tokens'] / values['seconds']:,.0f} tokens/s" if timed else ""
+        bar = max(min(width - 60, 30), 0)
+        full = bar * step // max(self._total, 1)
+        drawn = f"  {'━' * full}{'╌' * (bar - full)}" if bar >= 6 else ""
+        lines = [f"{self._name}  step {step}/{self._total}{drawn}  {_clock(left)} left{speed}"]
+        held_out = "  ".join(f"{owner} {_number(values[key])}" for key, owner in (
+            ("reward_eval_infer", "engine"), ("reward_eval_train", "trainer")) if key in values)
+        curve = min(CURVE, width - 48)
+        if "reward" in values:
+            lines.append(_row("reward", _number(values["reward"]), sparkline(self._rewards, curve),
+                              f"held-out {held_out}" if held_out and curve >= 6 else ""))
+        if "delta_mean" in values:
+            place = "within" if values["delta_mean"] <= self.tolerance else "ABOVE"
+            lines.append(_row("delta", f"{values['delta_mean']:.4g}", sparkline(self._deltas, curve),
+                              f"{place} {self.tolerance:g}"))
+        rest = []
+        if "multiplier" in values:
+            bound = self._bound if self._bound is not None else math.inf
+            at = " (at its bound)" if values["multiplier"] >= bound * (1 - 1e-6) else f" of {bound:g}" * math.isfinite(bound)
+            rest.append(f"lambda   {values['multiplier']:.4f}{at}")
+        if "entropy" in values:
+            rest.append(f"entropy {_number(values['entropy'])}")
+        narrow = [f"held-out {held_out}"] if held_out and curve < 6 else []
+        return lines + narrow + (["  ".join(rest)] if rest else [])
+
+
+def fits() -> bool:
+    """Whether stderr is a terminal that can move its cursor."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "") != "dumb"
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """The values as `width` blocks at most, from their least to their largest; means where there are more, dots for gaps."""
+    if width < 6 or not values:
+        return ""
+    count = min(width, len(values))
+    parts = [values[len(values) * i // count:len(values) * (i + 1) // count] for i in range(count)]
+    parts = [[value for value in part if math.isfinite(value)] for part in parts]
+    means = [sum(part) / len(part) if part else math.nan for part in parts]
+    seen = [value for value in means if math.isfinite(value)]
+    low, span = min(seen, default=0.0), max(seen, default=0.0) - min(seen, default=0.0)
+    return "".join("·" if math.isnan(value) else BLOCKS[round((value - low) / span * 7) if span else 3] for value in means)
+
+
+def _row(name: str, value: str, curve: str, note: str) -> str:
+    return "  ".join(part for part in (f"{name:<7}", f"{value:<8}", curve, note) if part)
+
+
+def _colored(line: str) -> str:
+    """What asks for attention in colour, unless NO_COLOR is set (https://no-color.org)."""
+    if os.environ.get("NO_COLOR"):
+        return line
+    for word, code in (("ABOVE", "31"), ("(at its bound)", "33"), ("within", "32")):
+        line = line.replace(word, f"\x1b[{code}m{word}\x1b[0m")
+    return line
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _clock(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
