@@ -209,8 +209,8 @@ def test_what_is_written_down(tmp_path):
 def test_bars_end_where_their_values_say():
     """Read off the drawing: powers of ten are evenly spaced on one chart, round numbers on the other."""
     rows = [bars.Bar("a<b", "note", 3e-3, 1e-3, charts.ENGINE, 2e-5), bars.Bar("b", "", 0.0, 0.0, charts.FAINT)]
-    charts = [bars.Chart("one", rows, 1e-6, True), bars.Chart("two", rows, 1e-6, False)]
-    logarithmic, linear = xml.fromstring(bars.draw(charts, ("legend",))).findall("{*}g")
+    both = [bars.Chart("one", rows, 1e-6, True), bars.Chart("two", rows, 1e-6, False)]
+    logarithmic, linear = xml.fromstring(bars.draw(both, ("legend",))).findall("{*}g")
     for drawn, scale, ticks in ((logarithmic, np.log10, [1e-6, 1e-5, 1e-4, 1e-3, 1e-2]),
                                 (linear, float, [0, 0.001, 0.002, 0.003, 0.004])):
         labels = [text for text in drawn.findall("{*}text") if text.get("text-anchor") == "middle"]
