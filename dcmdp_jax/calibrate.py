@@ -62,10 +62,10 @@ def tolerance_error(found: Calibration, slack: float) -> float:
 
 def text(found: Calibration, slack: float) -> str:
     """The floor and the tolerance with their standard errors, and how the one follows from the other."""
-    decides = slack * float(found.floor) >= 3 * float(found.std_error)
-    rule = f"floor x {1 + slack:g}" if decides else "floor + 3 standard errors; more batches bring it closer"
-    return (f"floor of delta  {float(found.floor):.{DIGITS}g} ± {float(found.std_error):.1g}  ({float(found.batches):.0f} batches "
-            f"at fixed weights)\ntolerance       {tolerance(found):.{DIGITS}g} ± {tolerance_error(found, slack):.1g}  ({rule})")
+    level, error, _, batches = map(float, found)
+    rule = f"floor x {1 + slack:g}" if slack * level >= 3 * error else "floor + 3 standard errors; more batches narrow it"
+    return (f"floor of delta  {level:.{DIGITS}g} ± {error:.1g}  ({batches:.0f} batches at fixed weights)\n"
+            f"tolerance       {tolerance(found):g} ± {tolerance_error(found, slack):.1g}  ({rule})")
 
 
 def write(found: Calibration, wanted: Calibrated, workdir: pathlib.Path) -> None:
@@ -83,6 +83,6 @@ def recalled(config: Config, workdir: pathlib.Path) -> Config:
         return config
     record = json.loads(file.read_text())
     if (record["slack"], record["batches"]) != (wanted.slack, wanted.batches):
-        raise ValueError(f"{workdir} holds a run calibrated with slack={record['slack']} and batches={record['batches']}, not "
-                         f"{wanted.slack} and {wanted.batches}; choose another --workdir, or the old values")
+        raise ValueError(f"{workdir} holds a run calibrated with slack={record['slack']} and batches={record['batches']}, "
+                         f"not {wanted.slack} and {wanted.batches}; choose another --workdir, or the old values")
     return with_tolerance(config, record["tolerance"])

@@ -43,10 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
                                                         "nats (default: 1e-5 for an exact float32 engine, else no limit)")
     parity.set_defaults(run=_parity)
 
-    calibrate = commands.add_parser("calibrate", allow_abbrev=False, help="measure the tolerance that an experiment calls for",
+    calibrate = commands.add_parser("calibrate", allow_abbrev=False, help="measure the tolerance that an experiment needs",
                                     description=(
-        "Samples at fixed weights, those of the run's newest checkpoint or else those that it starts from, warm-up included, "
-        "and prints the floor of delta and the tolerance to use. Fields are set as for train."))
+        "Samples at fixed weights, those of the run's newest checkpoint or else those that it starts from, warm-up "
+        "included, and prints the floor of delta and the tolerance to use. Fields are set as for train."))
     _experiment_options(calibrate)
     calibrate.add_argument("--batches", type=int, help="rollout batches to sample (default: the experiment's, or 4)")
     calibrate.add_argument("--slack", type=float, help="of the tolerance over the floor (default: the experiment's, or 0.2)")
@@ -238,8 +238,8 @@ def _calibrate(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
         policy = trained or parity.starting(config, inputs)
         found = parity.measure(config, inputs, policy, batches, first=calibrate.FIRST, slack=slack).calibration
         print(f"{policy.origin}\n{calibrate.text(found, slack)}")
-        print(f"in the experiment: tolerance={calibrate.tolerance(found):g}, or tolerance=Calibrated(slack={slack:g}), with which "
-              "a run measures it at its start")
+        print(f"in the experiment: tolerance={calibrate.tolerance(found):g}, or tolerance=Calibrated(slack={slack:g}), with "
+              "which a run measures it at its start")
         return 0
 
     return job

@@ -265,7 +265,7 @@ def _validate(config: Config) -> None:
     dual = config.constraint
     measured = dual.tolerance if isinstance(dual.tolerance, Calibrated) else None
     if measured and (measured.slack < 0 or measured.batches < 2):
-        raise ValueError(f"constraint.tolerance={measured} needs slack >= 0 and batches >= 2, whose spread is the standard error")
+        raise ValueError(f"constraint.tolerance={measured} needs slack >= 0 and batches >= 2, for its standard error")
     if not measured and dual.tolerance < 0 or dual.dual_lr < 0 or not 0 <= dual.multiplier_init <= dual.multiplier_max:
         raise ValueError("constraint needs tolerance >= 0, dual_lr >= 0 and 0 <= multiplier_init <= multiplier_max")
     if config.eval.every and config.eval.prompts < 1:

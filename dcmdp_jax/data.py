@@ -127,10 +127,10 @@ def pack(scored: Scored, *, minibatches: int, microbatches: int, row_length: int
          seed: int | tuple[int, ...] = 0) -> Batch:
     """Deals the completions at random into M x A microbatches of n and packs each into R rows of S tokens.
 
-    First-fit decreasing, a segment being prompt + completion. Experts, where they were recorded, go to the tokens that they
-    were chosen for: those of a completion's first token to the prompt's last. R is the same in every microbatch: `row_divisor` times a
-    power of two (or just enough rows for n completions, if that is less), so that few shapes are ever compiled. Raises
-    ValueError where the completions do not divide, a row is too short, or a prompt is empty.
+    First-fit decreasing, a segment being prompt + completion. R is the same in every microbatch: `row_divisor` times a
+    power of two (or just enough rows for n completions, if that is less), so that few shapes are ever compiled. Experts,
+    where they were recorded, go to the tokens that they were chosen for: those behind a completion's first token to the
+    prompt's last. Raises ValueError where the completions do not divide, a row is too short, or a prompt is empty.
     """
     rollout, parts = scored.rollout, minibatches * microbatches
     count, width = rollout.tokens.shape

@@ -1,7 +1,7 @@
 """From a gradient to new parameters. An experiment passes one of the functions that return an `Optimizer`.
 
-Both clip the gradient by its norm, raise the rate linearly over the first `lr_warmup_steps` updates, and leave an update that
-is not finite out. Every donated array is changed in one pass, in place.
+Both clip the gradient by its norm, raise the rate linearly over the first `lr_warmup_steps` updates, and leave out an update
+that is not finite. Every donated array is changed in one pass, in place.
 """
 
 from __future__ import annotations
@@ -96,4 +96,5 @@ def _sgd(grads: Any, norm: jax.Array, finite: jax.Array, params: Any, state: Vel
     rate = _rate(count, config)
     m = jax.lax.optimization_barrier(
         jax.tree.map(lambda m, g: jnp.where(finite, config.beta1 * m + g * scale, m), state.m, grads))
-    return jax.tree.map(lambda w, m: jnp.where(finite, w - rate * (m + config.weight_decay * w), w), params, m), Velocity(count, m)
+    params = jax.tree.map(lambda w, m: jnp.where(finite, w - rate * (m + config.weight_decay * w), w), params, m)
+    return params, Velocity(count, m)

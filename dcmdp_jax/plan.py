@@ -158,7 +158,8 @@ def abstract_batch(config: Config, model: ModelConfig, mesh: Any) -> Batch:
         shape = (a.minibatches, a.microbatches, *sizes.get(name, (count, width)))
         return jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.int32), sharding=place)
 
-    return Batch(**{name: leaf(name, place) for name, place in step.batch_shardings(config, mesh)._asdict().items() if place})
+    places = step.batch_shardings(config, mesh)._asdict()
+    return Batch(**{name: leaf(name, place) for name, place in places.items() if place})
 
 
 def compile(program: Program, chip: Chip) -> Compiled:

@@ -62,7 +62,8 @@ def run(config: Config, workdir: pathlib.Path, inputs: Inputs) -> TrainState:
         asked = partial(_any, (asked_here, hosts.stopping))
         state = _restore(saved, config, inputs) or _start(config, inputs, workdir, lambda: hosts.any_of(asked()))
         number, position = int(state.step), inputs.prompts.get_state()
-        engine, to_engine = make_engine(config, inputs), sync.make(inputs.model, config.rollout.precision, inputs.decode_mesh)
+        engine = make_engine(config, inputs)
+        to_engine = sync.make(inputs.model, config.rollout.precision, inputs.decode_mesh)
         held_out = _held_out(config, inputs, engine)
         collect = partial(_collect, config, inputs, engine, asked)
         policy = to_engine(*step.sampled_from(state))
@@ -116,7 +117,10 @@ class Collected(NamedTuple):
 
 def _collect(config: Config, inputs: Inputs, engine: Engine, asked: Callable[[], bool], policy: Weights,
              number: int) -> Collected | None:
-    """The batch of constrained step `number`, from all processes; None after the last, or where any was asked to stop."""
+    """The batch of constrained step `number`, from all processes; None after the last, or where any was asked to stop.
+
+    From `calibrate.FIRST` on, numbers are those of batches that calibrate.
+    """
     if config.steps <= number < calibrate.FIRST:
         return None
     vocabulary, engines = inputs.tokenizer, hosts.engines(config.rollout)
@@ -197,7 +201,8 @@ def make_engine(config: Config, inputs: Inputs) -> Engine:
     slots = config.rollout.slots // hosts.engines(config.rollout)
     return Engine(inputs.model, slots=slots, steps=config.rollout.tokens_per_dispatch,
                   max_length=config.data.max_prompt_tokens + config.rollout.max_tokens, stop_ids=inputs.tokenizer.eos_ids,
-                  precision=config.rollout.precision, record_experts=config.algorithm.replay_routing, mesh=inputs.decode_mesh)
+                  precision=config.rollout.precision, record_experts=config.algorithm.replay_routing,
+                  mesh=inputs.decode_mesh)
 
 
 def sampling(config: RolloutConfig) -> Sampling:

@@ -4,8 +4,8 @@ import os
 from functools import partial
 
 from dcmdp_jax import constraint
-from dcmdp_jax.config import (AlgorithmConfig, Calibrated, CheckpointConfig, Config, ConstraintConfig, DataConfig, EvalConfig,
-                              ModelConfig, ModelSource, Precision, RolloutConfig, WarmupConfig)
+from dcmdp_jax.config import (AlgorithmConfig, Calibrated, CheckpointConfig, Config, ConstraintConfig, DataConfig,
+                              EvalConfig, ModelConfig, ModelSource, Precision, RolloutConfig, WarmupConfig)
 from dcmdp_jax.losses import advantages, corrections, policy, reduce
 from dcmdp_jax.tasks import Chain
 

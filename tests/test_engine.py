@@ -126,8 +126,8 @@ TIED = dataclasses.replace(MOE, experts_per_token=1)
 
 
 def tied(params):
-    """Columns of each router in pairs that differ by less than bfloat16 tells apart: which of a pair wins is round-off's choice,
-    and with one expert a token and gates that sum to one nothing else differs."""
+    """Columns of each router in pairs that differ by less than bfloat16 tells apart: which of a pair wins is round-off's
+    choice, and with one expert a token and gates that sum to one nothing else differs."""
     def leaf(path, w):
         if path[-1].key != "router":
             return w
@@ -141,15 +141,15 @@ def tied(params):
     (MOE, Precision(), None), (MOE, Precision(experts_per_token=1), 1e-2), (TIED, Precision(router="bfloat16"), 1e-2)],
     ids=["exact", "fewer experts", "near ties"])
 def test_a_trainer_that_replays_the_experts_is_the_engine(model, precision, atol):
-    """Where the choice of experts is all that differs: prompts of one token, for longer ones are not recorded before their last.
-    `atol` is exceeded without the replay; an exact engine needs none."""
+    """Where the choice of experts is all that differs: prompts of one token, for longer ones are not recorded before their
+    last. `atol` is exceeded without the replay; an exact engine needs none."""
     prompts = Prompts(np.arange(7, dtype=np.int32)[:, None] + 20, np.ones(7, np.int32), (Example("", ""),) * 7)
     params = tied(make_params(model)) if model is TIED else make_params(model)
     engine = make_engine(model, record_experts=True, precision=precision)
     out = rollout(engine, sync.make(model, precision, sharding.single_device_mesh())(params, 0), prompts, samples=G,
                   key=jax.random.key(1), max_tokens=T, sampling=Sampling(0.8))
-    batch = jax.tree.map(lambda x: x[0, 0], data.pack(Scored(out, np.zeros(len(out.tokens)), ()), minibatches=1, microbatches=1,
-                                                      row_length=2 * (1 + T)))
+    packed = data.pack(Scored(out, np.zeros(len(out.tokens)), ()), minibatches=1, microbatches=1, row_length=2 * (1 + T))
+    batch = jax.tree.map(lambda x: x[0, 0], packed)
 
     @jax.jit
     def error(experts):

@@ -97,8 +97,8 @@ def test_zero_and_padding_rows_are_finite():
 
 @pytest.mark.parametrize(("j", "norm"), [(1, True), (2, False), (3, True), (4, True)])
 def test_replayed_experts_take_the_place_of_the_router_s(j, norm):
-    """Of a router that takes three: values and gradients are the dense form's, restricted to the given experts where any are;
-    the router's gradient is a finite difference's."""
+    """Of a router that takes three: values and gradients are the dense form's, restricted to the given experts where any
+    are; the router's gradient is a finite difference's."""
     config = dataclasses.replace(CONFIG, experts_per_token=3, norm_topk_prob=norm)
     params, x = random_params(config), jax.random.normal(jax.random.key(1), (3, 4, config.hidden_size))
     given = np.argsort(np.random.default_rng(0).random((3, 4, config.num_experts)), axis=-1)[..., :j].astype(np.int16)
@@ -113,8 +113,8 @@ def test_replayed_experts_take_the_place_of_the_router_s(j, norm):
         own = probs >= jnp.sort(probs, axis=-1)[..., -3, None]
         gates = jnp.where(jnp.where(free, own, jax.nn.one_hot(given, config.num_experts).any(-2)), probs, 0)
         gates = gates / gates.sum(-1, keepdims=True) if norm else gates
-        inner = jax.nn.silu(jnp.einsum("bsd,edf->bsef", x, params["gate_proj"])) * jnp.einsum("bsd,edf->bsef", x, params["up_proj"])
-        return jnp.einsum("bsef,efd,bse->bsd", inner, params["down_proj"], gates)
+        gate, up = (jnp.einsum("bsd,edf->bsef", x, params[name]) for name in ("gate_proj", "up_proj"))
+        return jnp.einsum("bsef,efd,bse->bsd", jax.nn.silu(gate) * up, params["down_proj"], gates)
 
     def value(f):
         return jax.jit(jax.value_and_grad(lambda p, x: jnp.sum(f(p, x) * direction), argnums=(0, 1)))

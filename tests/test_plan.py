@@ -34,7 +34,7 @@ def test_every_program_compiles(model, axes):
     step = found.programs[0]
     scales = 2 * MODEL.num_layers * (MODEL.hidden_size + MODEL.head_dim) + MODEL.hidden_size
     state = 12 * (count.parameters(model).total + scales) / 4
-    batch = sharding.local_bytes(plan.abstract_batch(config, config.model.shape, sharding.make_mesh(axes, plan.topology("v5e:2x2"))))
+    batch = sharding.local_bytes(plan.abstract_batch(config, model, sharding.make_mesh(axes, plan.topology("v5e:2x2"))))
     assert abs(step.arguments - state - batch) < 0.2 * state  # small arrays are padded to whole tiles
     roomy = plan.compile(step.program, found.chip._replace(memory=step.peak))
     tight = plan.compile(step.program, found.chip._replace(memory=step.peak - 2**20))

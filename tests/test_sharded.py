@@ -73,9 +73,10 @@ def test_a_whole_step(case):
     config = make_config(model, microbatches=2, replay_routing=model.num_experts > 0)
     scored = make_scored()
     if model.num_experts:
-        experts = np.random.default_rng(0).permuted(np.tile(np.arange(8, dtype=np.int32), (*scored.rollout.tokens.shape, 2, 1)), axis=-1)
+        ids = np.tile(np.arange(8, dtype=np.int32), (*scored.rollout.tokens.shape, model.num_layers, 1))
+        experts = np.random.default_rng(0).permuted(ids, axis=-1)[..., :2]
         experts[:, ::3] = -1
-        scored = scored._replace(rollout=scored.rollout._replace(experts=experts[..., :2]))
+        scored = scored._replace(rollout=scored.rollout._replace(experts=experts))
     _, whole, metrics = run(config, scored)
     _, split, split_metrics = run(config, scored, sharding.make_mesh(axes, jax.devices()[:8]))
     assert_close(split.params, whole.params, 1e-5)

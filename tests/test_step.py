@@ -137,7 +137,8 @@ def test_accumulation_does_not_change_the_update(microbatches):
 
 def test_params_and_multiplier_change_in_one_program_without_the_host():
     config, mesh = make_config(minibatches=2, microbatches=2), sharding.single_device_mesh()
-    batch = jax.device_put(data.pack(make_scored(), minibatches=2, microbatches=2, row_length=24), step.batch_shardings(config, mesh))
+    batch = data.pack(make_scored(), minibatches=2, microbatches=2, row_length=24)
+    batch = jax.device_put(batch, step.batch_shardings(config, mesh))
     state = fresh_state(config, MODEL, mesh)
     before = jax.tree.map(jnp.copy, state)  # a NumPy view would keep the buffers from being donated
     compiled = step.compile(config, MODEL, mesh).lower(state, batch).compile()

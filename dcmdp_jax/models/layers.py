@@ -178,8 +178,8 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend,
                  live: jax.Array | None = None, replayed: jax.Array | None = None) -> tuple[jax.Array, Any]:
-        """x [B, S, D] -> [B, S, D] and what `attend` keeps. Experts may leave out rows that are not `live` [B], and are those of
-        `replayed` [B, S, j] where it names any."""
+        """x [B, S, D] -> [B, S, D] and what `attend` keeps. Experts may leave out rows that are not `live` [B], and are
+        those of `replayed` [B, S, j] where it names any."""
         c, dtype = self.config, self.param_dtype
         y = RMSNorm(c, param_dtype=dtype, name="input_norm")(x)
         y, kept = Attention(c, dtype, name="attention")(y, cos, sin, attend)

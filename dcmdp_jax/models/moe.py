@@ -26,8 +26,8 @@ def route(x: jax.Array, router: jax.Array, config: ModelConfig,
         p = softmax(x @ router) over all E experts, in float32
         gates = top-k of p, divided by their sum if norm_topk_prob
 
-    `replayed` [..., j] takes the place of the top k where it is not -1 (arXiv 2510.11370): the choice is given, the gates and
-    their gradients are those of p. j may differ from k; a gate without an expert is 0.
+    `replayed` [..., j] takes the place of the top k where it is not -1 (arXiv 2510.11370): the choice is given, gates and
+    gradients are those of p. j may differ from k; a gate without an expert is 0.
     x [..., D], router [D, E] -> gates [..., k] float32, experts [..., k] int32, or max(j, k) of them.
     """
     probs = jax.nn.softmax(einsum("...d,de->...e", x, router, jnp.float32), axis=-1)
