@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 TRAIN = ["orbax-checkpoint", "grain>=0.2.10", "tokenizers", "jinja2", "sentencepiece", "pyarrow"]
 JETSTREAM = [*TRAIN, "google-jetstream==0.2.2", "absl-py", "protobuf", "grpcio", "prometheus_client", "shortuuid"]
-REPORT = ["tensorboardX"]
+REPORT = ["tensorboardX", "matplotlib"]
 TEST = ["pytest", "pytest-xdist", "hypothesis", "nbclient", "nbformat", "ipykernel", "torch==2.13.0", "transformers==5.23.0",
         "libtpu==0.0.52", "pyyaml"]
 

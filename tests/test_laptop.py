@@ -1,6 +1,7 @@
 """The laptop studies' own parts: spellings, the outlier, shaping on a part of the tokens, and the tables of RESULTS.md."""
 
 import pathlib
+import re
 import sys
 
 import jax
@@ -83,3 +84,10 @@ def test_table_figures_are_the_closed_forms():
     assert tables.spread([0.2, 0.4, 0.6]) == "0.40 ± 0.50", "4.303 * 0.2 / sqrt(3)"
     assert tables.against(runs, control) == "0.10 ± 0.00 (3 of 3)"
     assert tables.collapsed(runs) == "1 of 3"
+
+
+def test_the_tables_of_results_are_the_studies():
+    page = (LAPTOP.parents[1] / "RESULTS.md").read_text()
+    made = tables.every(LAPTOP / "results")
+    assert page == tables.fill(page, made)
+    assert set(re.findall(r"<!-- table (.*?) -->", page)) == set(made), "every table that a study leaves is shown"

@@ -1,16 +1,15 @@
-"""The pictures of RESULTS.md, from the studies' tables: `python experiments/laptop/plots.py [FOLDER]`; needs matplotlib."""
+"""The pictures of RESULTS.md, from one STUDY.csv for each study; needs matplotlib."""
 
 from __future__ import annotations
 
 import pathlib
 import statistics
-import sys
 
 import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402
-from tables import HERE, T95, last, read  # noqa: E402
+from tables import T95, last, read  # noqa: E402
 
 ENGINE, TRAINER, INK, FAINT = "#d55e00", "#0072b2", "#334155", "#cbd5e1"
 FORMS = {"abs": "#d55e00", "signed": "#0072b2", "penalty": "#009e73"}
@@ -20,7 +19,7 @@ plt.rcParams.update({"svg.hashsalt": "dcmdp", "font.size": 9, "axes.spines.top":
                      "axes.edgecolor": "#94a3b8", "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK})
 
 
-def main(folder: pathlib.Path, out: pathlib.Path) -> None:
+def write(folder: pathlib.Path, out: pathlib.Path) -> None:
     out.mkdir(exist_ok=True)
     for name, draw in (("arms", draw_arms), ("multiplier", draw_multiplier), ("tolerance", draw_tolerance),
                        ("mismatch", draw_mismatch)):
@@ -112,7 +111,3 @@ def finish(axis, legend=True):
     axis.set_ylabel("held-out pass rate of the engine's policy")
     if legend:
         axis.legend(frameon=False)
-
-
-if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results", HERE / "plots")

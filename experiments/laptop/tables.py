@@ -1,6 +1,5 @@
-"""The tables of RESULTS.md, from the studies' tables.
+"""The tables of RESULTS.md, from one STUDY.csv for each study.
 
-`python experiments/laptop/tables.py FOLDER` prints them all; FOLDER holds one STUDY.csv for each study (default: results/ here).
 Means are over seeds, each run's last evaluation; ± is half of a 95 % interval by Student's t. "against GRPO" pairs runs of one
 seed, which start from the same parameters and see the same prompts. A run has collapsed where the engine's policy ends with a
 lower pass rate than it started with.
@@ -10,12 +9,11 @@ from __future__ import annotations
 
 import csv
 import pathlib
+import re
 import statistics
-import sys
 from collections import defaultdict
 
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # by degrees of freedom
-HERE = pathlib.Path(__file__).parent
 HEAD = ("arm", "engine", "trainer", "engine against GRPO", "delta", "lambda", "entropy", "collapsed")
 
 
@@ -152,6 +150,17 @@ def probes(folder: pathlib.Path, engine: str, kind: str) -> str:
     return markdown(head, [*rows, ("random", "0", *cells)])
 
 
+def estimates(folder: pathlib.Path) -> str:
+    """Cosine and length of each estimate of the gradient against the one on policy, over the starts."""
+    with (folder / "estimators.csv").open() as lines:
+        found = defaultdict(list)
+        for row in csv.DictReader(lines):
+            found[row["estimator"]].append((float(row["cosine"]), float(row["length"])))
+    rows = [(name, *(f"{statistics.fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})" for values in zip(*pairs)))
+            for name, pairs in found.items()]
+    return markdown(("estimate", "cosine with the gradient on policy", "length over that one's"), rows)
+
+
 def every(folder: pathlib.Path) -> dict[str, str]:
     """All tables by name; a study that has left none is missing."""
     plans = {
@@ -166,6 +175,8 @@ def every(folder: pathlib.Path) -> dict[str, str]:
         "room": lambda: shares(folder),
         **{f"{engine}, {kind}": lambda engine=engine, kind=kind: probes(folder, engine, kind)
            for engine in ("int4", "fp8") for kind in ("gradient", "signs")},
+        "estimators": lambda: estimates(folder),
+        "batch": lambda: against_grpo(folder, "batch"),
         "long": lambda: arms(read(folder, "long")),
     }
     needs = {"arms at 3e-4": "main", "arms at 1e-4": "main", "sources": "mismatch", "room": "shares"}
@@ -173,6 +184,11 @@ def every(folder: pathlib.Path) -> dict[str, str]:
             if (folder / f"{needs.get(name, 'directions' if ',' in name else name)}.csv").is_file()}
 
 
-if __name__ == "__main__":
-    for name, table in every(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results").items():
-        print(f"## {name}\n\n{table}\n")
+def fill(text: str, tables: dict[str, str]) -> str:
+    """`text` with each table between `<!-- table NAME -->` and `<!-- end -->` made anew. Raises ValueError on an unknown name."""
+    def made(match: re.Match) -> str:
+        if match[1] not in tables:
+            raise ValueError(f"no study has left the table {match[1]!r}; there are {', '.join(tables)}")
+        return f"<!-- table {match[1]} -->\n\n{tables[match[1]]}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- table (.*?) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
