@@ -25,10 +25,10 @@ from typing import Any
 
 from dcmdp_jax.config import Config, WarmupConfig, run_file, to_json
 
-COLUMNS = ("study", "arm", "seed", "step", "prompts", "engine", "trainer", "reward", "delta", "multiplier", "entropy", "k3",
-           "response_length", "grad_norm", "seconds")
-MEANS = {"reward": "reward", "delta": "delta_mean", "multiplier": "multiplier", "entropy": "entropy", "k3": "k3",
-         "response_length": "response_length", "grad_norm": "grad_norm"}
+COLUMNS = ("study", "arm", "seed", "step", "prompts", "engine", "trainer", "reward", "delta", "staleness", "multiplier", "entropy",
+           "k3", "response_length", "grad_norm", "seconds")
+MEANS = {"reward": "reward", "delta": "delta_mean", "staleness": "gap_staleness", "multiplier": "multiplier", "entropy": "entropy",
+         "k3": "k3", "response_length": "response_length", "grad_norm": "grad_norm"}
 
 
 def as_they_are(params: Any) -> Any:

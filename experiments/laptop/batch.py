@@ -1,5 +1,7 @@
 """Bias or noise? Four times the batch, and the same number of updates: noise falls by half, bias stays.
 
+The engine is that of multiplier.py.
+
 Command:  dcmdp study experiments/laptop/batch.py
 Hardware: two CPU cores
 Time:     not measured
@@ -8,8 +10,8 @@ Result:   not measured
 
 import dataclasses
 
-from chain import GRPO
+from chain import HARMED
 
 from dcmdp_jax.study import Study
 
-STUDY = Study({"grpo-batch4": dataclasses.replace(GRPO, data=dataclasses.replace(GRPO.data, prompts_per_step=64))}, seeds=3)
+STUDY = Study({"grpo-batch4": dataclasses.replace(HARMED, data=dataclasses.replace(HARMED.data, prompts_per_step=64))}, seeds=3)

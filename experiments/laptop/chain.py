@@ -22,6 +22,7 @@ EXPERTS = dataclasses.replace(DENSE, num_experts=8, experts_per_token=2, expert_
 
 FLOAT32 = Precision()
 INT4 = Precision(weights="int4")  # a scale for each output channel
+COARSE = Precision(weights="int4", group=-1)  # a scale for each weight as a whole
 FP8 = Precision(weights="float8_e4m3fn", group=-1, activations="float8_e4m3fn", cache="float8_e4m3fn")
 
 CLIPPED = partial(policy.clipped, clip_low=0.2, clip_high=0.24)
@@ -55,6 +56,9 @@ def at(config: Config, learning_rate: float, **rollout) -> Config:
 def sampled(config: Config, precision: Precision, **rollout) -> Config:
     """The same arm with another engine."""
     return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, precision=precision, **rollout))
+
+
+HARMED = sampled(GRPO, COARSE)  # where mismatch ruins the run
 
 
 def fixed(shape, multiplier: float, config: Config = GRPO) -> Config:

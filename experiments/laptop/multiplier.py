@@ -1,6 +1,6 @@
-"""How much of a fixed multiplier helps, and is its window real? Three forms, four multipliers, three seeds.
+"""Where mismatch ruins the run, what rescues it? Three forms of the constraint, four fixed multipliers each; the corrections.
 
-Multiplier 0 is `grpo-0.0003` of main.py; 0.1 of the signed form and of the penalty are there too.
+The engine holds int4 with one scale a weight. Multiplier 0 is `int4-tensor` of mismatch.py.
 
 Command:  dcmdp study experiments/laptop/multiplier.py
 Hardware: two CPU cores
@@ -8,14 +8,17 @@ Time:     not measured
 Result:   not measured
 """
 
-from chain import fixed, penalised
+from chain import HARMED, adaptive, corrected, fixed, penalised
 
 from dcmdp_jax import constraint
+from dcmdp_jax.losses import corrections
 from dcmdp_jax.study import Study
 
 GRID = (0.05, 0.1, 0.2, 0.4)
 
 STUDY = Study(
-    {f"abs-{value:g}": fixed(constraint.shape, value) for value in GRID}
-    | {f"signed-{value:g}": fixed(constraint.shape_signed, value) for value in GRID if value != 0.1}
-    | {f"penalty-{value:g}": penalised(value) for value in GRID if value != 0.1}, seeds=3)
+    {f"abs-{value:g}": fixed(constraint.shape, value, HARMED) for value in GRID}
+    | {f"signed-{value:g}": fixed(constraint.shape_signed, value, HARMED) for value in GRID}
+    | {f"penalty-{value:g}": penalised(value, HARMED) for value in GRID}
+    | {"tis": corrected(corrections.tis(2.0), HARMED), "icepop": corrected(corrections.icepop(0.5, 5.0), HARMED),
+       "dcgrpo": adaptive(constraint.shape, tolerance=0.013, multiplier_max=1.0, config=HARMED)}, seeds=3)

@@ -43,7 +43,7 @@ def draw_arms(folder):
         start = statistics.fmean(rows[0]["engine"] for runs in arms.values() for rows in runs.values())
         axis.axhline(start, color=FAINT, lw=1, zorder=0)
         axis.set_xticks(range(len(names)), [LABELS[name] for name in names], rotation=30, ha="right")
-        axis.set_title(f"learning rate {float(rate):g}", fontsize=10)
+        axis.set_title(f"learning rate {rate[-1]}e-4", fontsize=10)
         axis.set_ylim(0, 1)
     axes[0].set_ylabel("held-out pass rate at the end")
     axes[0].annotate("start", (len(names) - 0.6, start), fontsize=8, va="bottom", ha="right", color="#64748b")
@@ -54,15 +54,14 @@ def draw_arms(folder):
 
 
 def draw_multiplier(folder):
-    """Pass rate of the engine's policy against a fixed multiplier, three forms; 0 is GRPO."""
-    grid, main_ = read(folder, "multiplier"), read(folder, "main")
-    grid |= {"signed-0.1": main_["signed-0.0003"], "penalty-0.1": main_["penalty-0.0003"]}
+    """Pass rate of the engine's policy against a fixed multiplier, three forms, where mismatch ruins GRPO."""
+    grid, harmed = read(folder, "multiplier"), read(folder, "mismatch")["int4-tensor"]
     figure, axis = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
     for place, (form, color) in enumerate(FORMS.items()):
-        points = {0.0: main_["grpo-0.0003"]} | {float(name.split("-")[1]): runs for name, runs in grid.items()
-                                                 if name.startswith(f"{form}-")}
-        draw_points(axis, {x + 0.003 * (place - 1): runs for x, runs in sorted(points.items())}, form, color)
-    axis.set_xlabel("multiplier, held fixed")
+        points = {0.0: harmed} | {float(name.split("-")[1]): runs for name, runs in grid.items() if name.startswith(f"{form}-")}
+        draw_points(axis, {x + 0.004 * (place - 1): runs for x, runs in sorted(points.items())}, form, color)
+    draw_ceiling(axis, folder)
+    axis.set_xlabel("multiplier, held fixed; 0 is GRPO")
     finish(axis)
     return figure
 
@@ -73,17 +72,24 @@ def draw_tolerance(folder):
     figure, axis = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
     points = {float(name.split("-c")[1]): runs for name, runs in arms.items() if "-c" in name}
     draw_points(axis, dict(sorted(points.items())), "adaptive multiplier, at most 0.3", FORMS["abs"])
-    grpo = statistics.fmean(last(read(folder, "main")["grpo-0.0003"], "engine").values())
-    axis.axhline(grpo, color=INK, lw=1, ls="--", label="GRPO, mean of five", zorder=0)
+    harmed = statistics.fmean(last(read(folder, "mismatch")["int4-tensor"], "engine").values())
+    axis.axhline(harmed, color=INK, lw=1, ls="--", label="GRPO", zorder=0)
+    draw_ceiling(axis, folder)
     axis.axvline(1.2, color=FAINT, lw=1, zorder=0)
     axis.set_xlabel("tolerance / floor at the start; 1.2 is the calibrated one")
     finish(axis)
     return figure
 
 
+def draw_ceiling(axis, folder):
+    none = statistics.fmean(last(read(folder, "main")["none-0.0003"], "engine").values())
+    axis.axhline(none, color=FAINT, lw=1, label="no mismatch", zorder=0)
+
+
 def draw_mismatch(folder):
     """What each source of mismatch does, against the gap that it makes."""
     arms, main_ = read(folder, "mismatch"), read(folder, "main")
+    arms = {name: runs for name, runs in arms.items() if not name.startswith("stale")}
     arms |= {"int4": main_["grpo-0.0003"], "none": main_["none-0.0003"]}
     figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     for name, runs in arms.items():
@@ -91,7 +97,9 @@ def draw_mismatch(folder):
         values = list(last(runs, "engine").values())
         axis.plot([max(x, 1e-4)] * len(values), values, "o", color=FAINT, markersize=3)
         axis.plot(max(x, 1e-4), statistics.fmean(values), "o", color=ENGINE, markersize=5)
-        axis.annotate(name, (max(x, 1e-4), statistics.fmean(values)), xytext=(5, 3), textcoords="offset points", fontsize=8)
+        below = name in ("kv-fp8", "nf4")
+        axis.annotate(name, (max(x, 1e-4), statistics.fmean(values)), xytext=(5, -10 if below else 3), textcoords="offset points",
+                      fontsize=8)
     axis.set_xscale("log")
     axis.set_xlabel("mean delta at the first step (none: 1e-8)")
     finish(axis, legend=False)

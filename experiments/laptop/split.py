@@ -1,5 +1,7 @@
 """Which tokens make the difference? Shaping on one sign of the advantage, or of the gap, alone.
 
+The engine is that of multiplier.py.
+
 Command:  dcmdp study experiments/laptop/split.py
 Hardware: two CPU cores
 Time:     not measured
@@ -9,7 +11,7 @@ Result:   not measured
 from functools import partial
 
 import jax.numpy as jnp
-from chain import fixed
+from chain import HARMED, fixed
 
 from dcmdp_jax import constraint
 from dcmdp_jax.study import Study
@@ -44,8 +46,8 @@ def trainer_likelier(advantage, gap):
 
 
 STUDY = Study(
-    {f"signed-{part.__name__}": fixed(where(part, constraint.shape_signed), 0.1) for part in (failed, succeeded)}
+    {f"signed-{part.__name__}": fixed(where(part, constraint.shape_signed), 0.1, HARMED) for part in (failed, succeeded)}
     # abs and signed charge what the trainer finds likelier alike; they differ on what the engine finds likelier.
-    | {"charge-trainer_likelier": fixed(where(trainer_likelier, constraint.shape), 0.1),
-       "charge-engine_likelier": fixed(where(engine_likelier, constraint.shape), 0.1),
-       "credit-engine_likelier": fixed(where(engine_likelier, constraint.shape_signed), 0.1)}, seeds=3)
+    | {"charge-trainer_likelier": fixed(where(trainer_likelier, constraint.shape), 0.1, HARMED),
+       "charge-engine_likelier": fixed(where(engine_likelier, constraint.shape), 0.1, HARMED),
+       "credit-engine_likelier": fixed(where(engine_likelier, constraint.shape_signed), 0.1, HARMED)}, seeds=3)

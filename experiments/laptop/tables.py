@@ -79,31 +79,28 @@ def spread_small(values: list[float]) -> str:
     return f"{statistics.fmean(values):.1e} ({min(values):.1e} to {max(values):.1e})"
 
 
-def multipliers(folder: pathlib.Path) -> str:
-    """The grid, with multiplier 0 and what main.py has of it."""
-    main_, grid = read(folder, "main"), read(folder, "multiplier")
-    grid |= {f"{form}-0.1": main_[f"{form}-0.0003"] for form in ("signed", "penalty")}
-    control, order = main_["grpo-0.0003"], sorted(grid, key=lambda name: (name.split("-")[0], float(name.split("-")[1])))
-    return markdown(HEAD, [line("0 (GRPO)", control, None)] + [line(name.replace("-", " "), grid[name], control) for name in order])
-
-
-def against_grpo(folder: pathlib.Path, study: str) -> str:
-    """A study's arms against main.py's GRPO at its learning rate."""
-    control = read(folder, "main")["grpo-0.0003"]
-    return markdown(HEAD, [line(name, runs, control) for name, runs in read(folder, study).items()])
+def against_harmed(folder: pathlib.Path, study: str) -> str:
+    """A study's arms against plain GRPO under the same engine (mismatch.py), and no mismatch at the same seeds."""
+    control = read(folder, "mismatch")["int4-tensor"]
+    none = {seed: rows for seed, rows in read(folder, "main")["none-0.0003"].items() if seed in control}
+    arms_ = {"no mismatch": none, "GRPO": control} | read(folder, study)
+    return markdown(HEAD, [line(name, runs, control) for name, runs in arms_.items()])
 
 
 def sources(folder: pathlib.Path) -> str:
-    """One source of mismatch at a time, against none; by the gap at the first step."""
+    """One source of mismatch at a time, against none at the same seeds; by the gap at the first step, stale weights last."""
     main_ = read(folder, "main")
     arms_ = read(folder, "mismatch") | {"int4": main_["grpo-0.0003"], "none": main_["none-0.0003"]}
     first = {name: statistics.fmean(rows[0]["delta"] for rows in runs.values()) for name, runs in arms_.items()}
-    head = ("engine", "delta at step 1", "engine's policy", "trainer's policy", "engine against none", "delta at the end", "collapsed")
+    head = ("engine", "delta at step 1", "engine's policy", "trainer's policy", "engine against none", "delta at the end",
+            "gap of stale weights at the end", "collapsed")
     rows = []
-    for name in sorted(arms_, key=first.get):
+    for name in sorted(arms_, key=lambda name: (name.startswith("stale"), first[name])):
         runs = arms_[name]
-        shown = line(name, {seed: runs[seed] for seed in runs}, main_["none-0.0003"])
-        rows.append((name, f"{first[name]:.1e}", shown[1], shown[2], shown[3], shown[4], shown[7]))
+        shown = line(name, runs, main_["none-0.0003"])
+        stale = statistics.fmean(last(runs, "staleness").values())
+        rows.append((name, f"{first[name]:.1e}", shown[1], shown[2], shown[3], shown[4], "" if stale != stale else f"{stale:.2g}",
+                     shown[7]))
     return markdown(head, rows)
 
 
@@ -168,15 +165,15 @@ def every(folder: pathlib.Path) -> dict[str, str]:
         "arms at 3e-4": lambda: arms(read(folder, "main"), suffix="-0.0003"),
         "arms at 1e-4": lambda: arms(read(folder, "main"), suffix="-0.0001"),
         "experts": lambda: arms(read(folder, "experts")),
-        "multiplier": lambda: multipliers(folder),
-        "tolerance": lambda: against_grpo(folder, "tolerance"),
+        "multiplier": lambda: against_harmed(folder, "multiplier"),
+        "tolerance": lambda: against_harmed(folder, "tolerance"),
         "sources": lambda: sources(folder),
-        "split": lambda: against_grpo(folder, "split"),
+        "split": lambda: against_harmed(folder, "split"),
         "room": lambda: shares(folder),
         **{f"{engine}, {kind}": lambda engine=engine, kind=kind: probes(folder, engine, kind)
            for engine in ("int4", "fp8") for kind in ("gradient", "signs")},
         "estimators": lambda: estimates(folder),
-        "batch": lambda: against_grpo(folder, "batch"),
+        "batch": lambda: against_harmed(folder, "batch"),
         "long": lambda: arms(read(folder, "long")),
     }
     needs = {"arms at 3e-4": "main", "arms at 1e-4": "main", "sources": "mismatch", "room": "shares"}
