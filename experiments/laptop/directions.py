@@ -50,16 +50,16 @@ def probe(root, precision, seed):
     """Rows of one start: relative changes of total variation and entropy after each step."""
     config, inputs, params = read_start(root, precision, seed, prompts=128)
     batch = draw(config, inputs, params, number=0)
-    round_off = partial(quantized, precision=precision, model=inputs.model)
-    measure = jax.jit(partial(compare, batch=batch, model=inputs.model))
-    frozen = jax.jit(partial(log_probs, batch=batch, model=inputs.model))(round_off(params))
+    round_off = jax.jit(partial(quantized, precision=precision, model=inputs.model))
+    measure, score = (jax.jit(partial(f, model=inputs.model)) for f in (compare, log_probs))
+    frozen = score(round_off(params), batch)
 
-    tv, entropy = measure(params, frozen)
+    tv, entropy = measure(params, frozen, batch)
     for name, kind, direction, cosine in directions(params, frozen, batch, inputs.model, round_off, seed):
         for size in SIZES:
             moved = jax.tree.map(lambda w, d: w - size * d, params, direction)
-            held, new_entropy = measure(moved, frozen)
-            anew, _ = measure(moved, log_probs(round_off(moved), batch, inputs.model))
+            held, new_entropy = measure(moved, frozen, batch)
+            anew, _ = measure(moved, score(round_off(moved), batch), batch)
             yield {"direction": name, "kind": kind, "size": size, "tv_frozen": float(held / tv - 1),
                    "tv_requantized": float(anew / tv - 1), "entropy": float(new_entropy / entropy - 1), "cosine_to_ste": cosine}
 
@@ -75,8 +75,8 @@ def read_start(root, precision, seed, prompts):
 
 
 def draw(config, inputs, params, number):
-    """Batch `number` from the configuration's engine: whole sequences [N, S], which of their places [N, T] were sampled, the
-    first of those, and advantages [N, 1]."""
+    """Batch `number` from the configuration's engine: whole sequences [N, S], which of their last T places were sampled
+    [N, T], and advantages [N, 1]."""
     engine, policy = train.make_engine(config, inputs), sync.make(inputs.model, config.rollout.precision, inputs.decode_mesh)
     sampled_ = parity.sample(engine, policy(params, 0), config, inputs, number)
     scored = rewards.score(sampled_, inputs.tokenizer.decode, config.data.verifier)
@@ -84,18 +84,18 @@ def draw(config, inputs, params, number):
     asked = np.repeat(sampled_.prompts.tokens, config.rollout.samples, axis=0)  # every prompt of the task has one length
     tokens = np.concatenate([asked, sampled_.tokens], axis=1)
     mask = np.arange(sampled_.tokens.shape[1]) < sampled_.lengths[:, None]
-    group = np.arange(count) // config.rollout.samples
+    group = np.arange(count, dtype=np.int32) // config.rollout.samples
     advantage = advantages.grpo(scored.reward, group, num_groups=config.data.prompts_per_step)
-    return {"tokens": jnp.asarray(tokens), "first": asked.shape[1], "mask": jnp.asarray(mask), "advantage": advantage[:, None]}
+    return {"tokens": jnp.asarray(tokens), "mask": jnp.asarray(mask), "advantage": advantage[:, None]}
 
 
 def log_probs(params, batch, model):
     """Of every symbol at every sampled place, [N, T, V]."""
-    return jax.nn.log_softmax(qwen3.logits(params, batch["tokens"], model)[:, batch["first"] - 1:-1])
+    return jax.nn.log_softmax(qwen3.logits(params, batch["tokens"], model)[:, -batch["mask"].shape[1] - 1:-1])
 
 
 def of_sampled(logp, batch):
-    return jnp.take_along_axis(logp, batch["tokens"][:, batch["first"]:, None], axis=-1)[..., 0]
+    return jnp.take_along_axis(logp, batch["tokens"][:, -batch["mask"].shape[1]:, None], axis=-1)[..., 0]
 
 
 def mean(values, batch):
@@ -106,7 +106,7 @@ def total_variation(logp, other, batch):
     return mean(0.5 * jnp.sum(jnp.abs(jnp.exp(logp) - jnp.exp(other)), axis=-1), batch)
 
 
-def compare(params, other, *, batch, model):
+def compare(params, other, batch, *, model):
     """Total variation between the trainer's policy and another's, and the trainer's entropy, means over sampled places."""
     logp = log_probs(params, batch, model)
     return total_variation(logp, other, batch), mean(-jnp.sum(jnp.exp(logp) * logp, axis=-1), batch)
@@ -120,29 +120,34 @@ def quantized(params, *, precision, model):
 
 def directions(params, frozen, batch, model, round_off, seed):
     """Names, kinds and unit directions (in units of the parameters' norm) whose descent the terms ask for."""
-    logp = of_sampled(log_probs(params, batch, model), batch)
-    engine = of_sampled(frozen, batch)
-    gap = jnp.exp(logp) - jnp.exp(engine)
+    def sampled_logp(p, b):
+        return of_sampled(log_probs(p, b, model), b)
 
     def score_function(weight):
-        return lambda p: mean(-weight * of_sampled(log_probs(p, batch, model), batch), batch)
+        """REINFORCE with an advantage that is a function of the two log-probs."""
+        def loss(p, b, frozen):
+            logp = sampled_logp(p, b)
+            return mean(-weight(jax.lax.stop_gradient(jnp.exp(logp)) - jnp.exp(of_sampled(frozen, b)), b) * logp, b)
 
-    def penalty(p):
-        return mean(jnp.abs(jnp.exp(of_sampled(log_probs(p, batch, model), batch)) - jnp.exp(engine)), batch)
+        return loss
 
-    def kl(p):
-        return mean(jnp.sum(jnp.exp(frozen) * (frozen - log_probs(p, batch, model)), axis=-1), batch)
+    def penalty(p, b, frozen):
+        return mean(jnp.abs(jnp.exp(sampled_logp(p, b)) - jnp.exp(of_sampled(frozen, b))), b)
 
-    def both(p, q):
-        return total_variation(log_probs(p, batch, model), log_probs(q, batch, model), batch)
+    def kl(p, b, frozen):
+        return mean(jnp.sum(jnp.exp(frozen) * (frozen - log_probs(p, b, model)), axis=-1), b)
 
-    terms = {"reward": score_function(batch["advantage"]), "abs": score_function(-jnp.abs(gap)),
-             "signed": score_function(-gap), "penalty": penalty, "kl": kl}
-    grads = {name: jax.jit(jax.grad(term))(params) for name, term in terms.items()}
+    def both(p, q, b):
+        return total_variation(log_probs(p, b, model), log_probs(q, b, model), b)
+
+    terms = {"reward": score_function(lambda gap, b: b["advantage"]), "abs": score_function(lambda gap, b: -jnp.abs(gap)),
+             "signed": score_function(lambda gap, b: -gap), "penalty": penalty, "kl": kl}
+    grads = {name: jax.jit(jax.grad(term))(params, batch, frozen) for name, term in terms.items()}
     # Rounding is taken for the identity: the gradient through the engine's weights is passed on to the trainer's.
-    grads["straight-through"] = jax.tree.map(jnp.add, *jax.jit(jax.grad(both, argnums=(0, 1)))(params, round_off(params)))
+    grads["straight-through"] = jax.tree.map(jnp.add, *jax.jit(jax.grad(both, argnums=(0, 1)))(params, round_off(params), batch))
+    own = jnp.sqrt(inner(grads["straight-through"], grads["straight-through"]))
     for name, grad in grads.items():
-        cosine = float(inner(grad, grads["straight-through"]) / jnp.sqrt(inner(grad, grad) * inner(grads["straight-through"], grads["straight-through"])))
+        cosine = float(inner(grad, grads["straight-through"]) / jnp.sqrt(inner(grad, grad)) / own)
         yield name, "gradient", sized(grad, params), cosine
         yield name, "signs", sized(jax.tree.map(jnp.sign, grad), params), cosine
     leaves, tree = jax.tree.flatten(grads["abs"])

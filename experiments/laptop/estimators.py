@@ -13,6 +13,7 @@ Result:   not measured
 import csv
 import pathlib
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +41,10 @@ def of_start(root, seed):
     exact, again = (gradient(params, draw(config, inputs, params, number), inputs.model, plain) for number in (1, 2))
     config, inputs, params = read_start(root, INT4, seed, PROMPTS)
     batch = draw(config, inputs, params, number=1)
-    engine = jax.jit(lambda p: log_probs(quantized(p, precision=INT4, model=inputs.model), batch, inputs.model))(params)
+    batch["engine"] = jax.jit(partial(log_probs, model=inputs.model))(quantized(params, precision=INT4, model=inputs.model), batch)
     found = {"on policy, again": again} | {
-        name: gradient(params, batch, inputs.model, lambda logp, b, loss=loss: loss(logp, engine, b))
-        for name, loss in (("uncorrected", uncorrected), ("TIS, 2", weighted(corrections.tis(2.0))),
+        name: gradient(params, batch, inputs.model, loss)
+        for name, loss in (("uncorrected", plain), ("TIS, 2", weighted(corrections.tis(2.0))),
                            ("IcePop, 0.5 to 5", weighted(corrections.icepop(0.5, 5.0))), ("score centering", centred(centering.unweighted)),
                            ("score centering with TIS", centred(centering.truncated)))}
     for name, grad in found.items():
@@ -52,27 +53,25 @@ def of_start(root, seed):
 
 
 def gradient(params, batch, model, loss):
-    return jax.jit(jax.grad(lambda p: mean(loss(log_probs(p, batch, model), batch), batch)))(params)
+    return jax.jit(jax.grad(lambda p, b: mean(loss(log_probs(p, b, model), b), b)))(params, batch)
 
 
 def plain(logp, batch):
     return -batch["advantage"] * of_sampled(logp, batch)
 
 
-def uncorrected(logp, engine, batch):
-    return plain(logp, batch)
-
-
 def weighted(correction):
-    def loss(logp, engine, batch):
-        weight, _ = correction.weights(jax.lax.stop_gradient(of_sampled(logp, batch)), of_sampled(engine, batch), batch["mask"])
+    def loss(logp, batch):
+        old, engine = jax.lax.stop_gradient(of_sampled(logp, batch)), of_sampled(batch["engine"], batch)
+        weight, _ = correction.weights(old, engine, batch["mask"])
         return weight * plain(logp, batch)
 
     return loss
 
 
 def centred(weight):
-    def loss(logp, engine, batch):
+    def loss(logp, batch):
+        engine = batch["engine"]
         return centering.score_centering(of_sampled(logp, batch), of_sampled(engine, batch), logp, engine, batch["advantage"],
                                          batch["mask"], weight=weight)
 
