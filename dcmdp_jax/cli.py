@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         "command goes on where it was stopped."))
     study.add_argument("study", help="a Python file with STUDY = Study(...)")
     study.add_argument("--workdir", help="folder of the runs (default: runs/FOLDER/NAME, as the file is named)")
-    study.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time (default: one for each core)")
+    study.add_argument("--workers", type=int, default=0, help="runs at a time (default: one for each core)")
     study.set_defaults(run=_study)
 
     plan = commands.add_parser("plan", allow_abbrev=False, help="compile an experiment for a TPU slice that is not there",
@@ -265,8 +265,8 @@ def _diagnose(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
 
 def _study(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     _none(rest)
-    if args.workers < 1:
-        raise ValueError(f"--workers {args.workers} must be at least 1")
+    if args.workers < 0:
+        raise ValueError(f"--workers {args.workers} must not be negative")
     from dcmdp_jax import study
 
     study.load(args.study)

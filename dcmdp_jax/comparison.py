@@ -87,7 +87,8 @@ def _another_seed(one: Run, other: Run) -> bool:
     apart = differences(_settings(one.config), _settings(other.config)).keys()
     siblings = one.folder.resolve().parent == other.folder.resolve().parent
     own_start = siblings and one.config.get("seed") != other.config.get("seed")
-    return not apart or own_start and apart == {"model.folder"}
+    measured = all((run.folder / "calibration.json").is_file() for run in (one, other))  # each run's tolerance is its own
+    return not apart or own_start and apart <= {"model.folder", *(["constraint.tolerance"] if measured else [])}
 
 
 def _folders(kind: Sequence[Run]) -> str:

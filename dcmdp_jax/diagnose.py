@@ -106,7 +106,10 @@ def diagnose(config: Config, inputs: train.Inputs, policy: parity.Policy, other:
 
 
 def check(config: Config) -> None:
-    """Raises ValueError where standard errors over prompts cannot be."""
+    """Raises ValueError where standard errors over prompts cannot be, or a wrong router would be hidden."""
+    if config.algorithm.replay_routing:
+        raise ValueError("algorithm.replay_routing gives the trainer the engine's experts, which hides what a router does; "
+                         "diagnose with --algorithm.replay_routing no")
     if config.data.prompts_per_step < 2:
         raise ValueError("data.prompts_per_step=1 gives no standard error; set 2 or more")
 

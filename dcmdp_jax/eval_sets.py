@@ -255,13 +255,13 @@ def _kept(item: Asked) -> dict[Key, dict]:
 
     Raises ValueError on a line that is none of them.
     """
-    found = {}
+    found, wanted = {}, _wanted(item)
     lines = item.file.read_bytes().split(b"\n")[:-1] if item.file.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
             sample = json.loads(line)
             key = sample["problem"], sample["sample"]
-            strange = sample["set"] != item.name or key in found or key not in _wanted(item)
+            strange = sample["set"] != item.name or key in found or key not in wanted
         except (ValueError, KeyError, TypeError):
             strange = True
         if strange:

@@ -53,11 +53,11 @@ def edges(length: int) -> list[int]:
 
 
 def record(gaps: Gaps, length: int, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
-    """`gaps` (on the host) of completions of `length` tokens at most, as JSON: `positions` of the buckets that have tokens,
-    and `worst` with decoded text."""
+    """`gaps` (on the host) of completions of `length` tokens at most, as JSON: `positions` of the buckets that have tokens
+    and a finite gap, and `worst` with decoded text."""
     ends = edges(length)
     positions = [{"from": start, "to": end, "tokens": int(count), "delta": float(total) / int(count)}
-                 for start, end, total, count in zip(ends, ends[1:], gaps.sums, gaps.counts) if count]
+                 for start, end, total, count in zip(ends, ends[1:], gaps.sums, gaps.counts) if count and math.isfinite(total)]
     worst = []
     for k in range(len(gaps.delta)):
         if not gaps.delta[k] > 0:  # an exact engine has none

@@ -34,12 +34,25 @@ def final_answer(text: str) -> str | None:
 def math_answer(example: Example, text: str) -> float:
     """1.0 where the answer that `text` states equals `example.answer` (see `final_answer` and `answers.compare`), else 0.0.
 
-    Where a number is asked for, a number must be stated: `2 + 2` or `2^{10}`, copied from the problem, earns nothing.
+    Where a number is asked for, a number must be stated: `2 + 2` or `2^{10}`, copied from the problem, earns nothing. Nor does
+    any other expression that stands in the problem, unless it is written as the answer is.
     """
     stated = final_answer(text)
-    if stated is None or compare.is_number(example.answer) and not compare.is_number(stated):
+    if stated is None:
+        return 0.0
+    if not compare.is_number(stated) and (compare.is_number(example.answer) or _copied(stated, example)):
         return 0.0
     return float(compare.equal(example.answer, stated))
+
+
+def _copied(stated: str, example: Example) -> bool:
+    problem = example.prompt if isinstance(example.prompt, str) else " ".join(m["content"] for m in example.prompt)
+    return _bare(stated) in _bare(problem) and _bare(stated) != _bare(example.answer)
+
+
+def _bare(text: str) -> str:
+    """Without white space, the LaTeX that only changes the looks, and a full stop at the end."""
+    return re.sub(r"\\(?:left|right|displaystyle|[,;:! ])|[\s$]", "", text.replace("dfrac", "frac")).rstrip(".")
 
 
 def score(rollout: Rollout, decode: Callable[[Sequence[int]], str],

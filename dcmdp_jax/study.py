@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -24,11 +25,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from dcmdp_jax.config import Config, WarmupConfig, run_file, to_json
+from dcmdp_jax.stopping import Interrupted
 
 COLUMNS = ("study", "arm", "seed", "step", "prompts", "engine", "trainer", "reward", "delta", "staleness", "multiplier", "entropy",
            "k3", "response_length", "grad_norm", "seconds")
 MEANS = {"reward": "reward", "delta": "delta_mean", "staleness": "gap_staleness", "multiplier": "multiplier", "entropy": "entropy",
          "k3": "k3", "response_length": "response_length", "grad_norm": "grad_norm"}
+
+_stop: Any = None  # in a process of the pool: the event of its parent
 
 
 def as_they_are(params: Any) -> Any:
@@ -77,7 +81,7 @@ def load(file: str) -> Study:
 
 
 def run(file: str, root: pathlib.Path, workers: int, say: Callable[[str], None] = print) -> list[str]:
-    """Runs what is not finished, `workers` at a time, each on a core of its own; returns what failed.
+    """Runs what is not finished, `workers` at a time (0: as many as there are cores), each on a core; returns what failed.
 
     Writes `ROOT/table.csv`. A run that fails leaves its traceback in `run.log` and does not keep the others from going on.
     """
@@ -86,7 +90,7 @@ def run(file: str, root: pathlib.Path, workers: int, say: Callable[[str], None] 
     waiting = [one for one in runs if not finished(study, one)]
     say(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished already")
     root.mkdir(parents=True, exist_ok=True)
-    with _processes(workers, root.parent / "compiled") as submit:
+    with _processes(workers or len(_cores()), root.parent / "compiled") as submit:
         starts = {_start_folder(study, one): one for one in waiting}
         for future, _ in submit(_make_start, [one for folder, one in starts.items() if not folder.is_dir()]):
             future.result()
@@ -94,8 +98,9 @@ def run(file: str, root: pathlib.Path, workers: int, say: Callable[[str], None] 
         for done, (future, one) in enumerate(submit(_train, waiting), start=1):
             if error := future.exception():
                 failed.append(f"{one.arm} s{one.seed}: {error}")
+            outcome = f"failed; see {one.folder / 'run.log'}" if error else _outcome(study, one)
             left = (time.perf_counter() - began) / done * (len(waiting) - done)
-            say(f"{done}/{len(waiting)}  {one.arm} s{one.seed}  {_outcome(study, one)}  {left / 60:.0f} min left")
+            say(f"{done}/{len(waiting)}  {one.arm} s{one.seed}  {outcome}  {left / 60:.0f} min left")
     write_table(file, root)
     return failed
 
@@ -107,14 +112,14 @@ def finished(study: Study, one: Run) -> bool:
 
 
 def write_table(file: str, root: pathlib.Path) -> pathlib.Path:
-    """`ROOT/table.csv`: a row for each evaluation of each run, training measures as means since the evaluation before.
+    """`ROOT/table.csv`: a row for each evaluation of each finished run, training measures as means since the evaluation before.
 
     `engine` and `trainer` are the two policies' held-out pass rates over `prompts` problems; `seconds` since the run's start.
     """
     study = load(file)
-    rows = [{"study": pathlib.Path(file).stem, "arm": arm, "seed": seed, **row}
-            for arm in study.arms for seed in range(study.seeds)
-            for row in evaluations(_rows(Run(file, arm, seed, str(root))), study.arms[arm].eval.prompts)]
+    runs = [one for arm in study.arms for seed in range(study.seeds) if finished(study, one := Run(file, arm, seed, str(root)))]
+    rows = [{"study": pathlib.Path(file).stem, "arm": one.arm, "seed": one.seed, **row} for one in runs
+            for row in evaluations(_rows(one), study.arms[one.arm].eval.prompts)]
     path = root / "table.csv"
     with path.open("w", newline="") as out:
         writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
@@ -145,11 +150,10 @@ def _rows(one: Run) -> list[dict[str, Any]]:
 
 
 def _outcome(study: Study, one: Run) -> str:
-    found = list(evaluations(_rows(one), study.arms[one.arm].eval.prompts))
-    if not found:
-        return f"failed; see {one.folder / 'run.log'}"
-    last = found[-1]
-    return f"engine {last['engine']:.3f}  trainer {last['trainer']:.3f}  delta {last['delta']:.4f}  {last['seconds']:.0f} s"
+    """The last evaluation in a line; a measure that was not finite is nan."""
+    last = [*evaluations(_rows(one), study.arms[one.arm].eval.prompts)][-1]
+    engine, trainer, delta = (math.nan if last[name] in ("", None) else last[name] for name in ("engine", "trainer", "delta"))
+    return f"engine {engine:.3f}  trainer {trainer:.3f}  delta {delta:.4f}  {last['seconds']:.0f} s"
 
 
 def _configure(study: Study, one: Run) -> Config:
@@ -181,6 +185,8 @@ def _make_start(one: Run) -> None:
 
 
 def _train(one: Run) -> None:
+    if _stop is not None and _stop.is_set():
+        raise Interrupted("not begun")
     study = load(one.file)
     config = _configure(study, one)
     source = dataclasses.replace(config.model, folder=str(_start_folder(study, one) / "model"), shape=None)
@@ -211,10 +217,10 @@ def _processes(workers: int, compiled: pathlib.Path) -> Iterator[Callable[[Calla
                                                                           Iterator[tuple[Future, Run]]]]:
     """A pool of fresh processes, one to a core; yields a function that runs a job on each run and gives futures as they end."""
     spawn = multiprocessing.get_context("spawn")
-    cores = spawn.Queue()
+    cores, stop = spawn.Queue(), spawn.Event()
     for i in range(workers):
         cores.put(i)
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_settle, initargs=(cores, str(compiled))) as pool:
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_settle, initargs=(cores, stop, str(compiled))) as pool:
 
         def submit(job: Callable[[Run], None], runs: list[Run]) -> Iterator[tuple[Future, Run]]:
             futures = {pool.submit(job, one): one for one in runs}
@@ -223,17 +229,23 @@ def _processes(workers: int, compiled: pathlib.Path) -> Iterator[Callable[[Calla
         try:
             yield submit
         except BaseException:
+            stop.set()  # what the pool has handed out already cannot be cancelled
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
 
-def _settle(cores: Any, compiled: str) -> None:
-    """Takes a core, before JAX counts them: one thread each is quicker than many runs on all cores."""
-    number = cores.get()
+def _settle(cores: Any, stop: Any, compiled: str) -> None:
+    """Takes a core and the event that asks to stop, before JAX counts them: one thread each is quicker than many runs on all cores."""
+    global _stop
+    number, _stop = cores.get(), stop
     if hasattr(os, "sched_setaffinity"):
-        allowed = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {allowed[number % len(allowed)]})
+        os.sched_setaffinity(0, {_cores()[number % len(_cores())]})
     import jax
 
     jax.config.update("jax_compilation_cache_dir", compiled)  # seeds of one arm share their programs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _cores() -> list[int]:
+    """The cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))

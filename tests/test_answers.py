@@ -126,3 +126,10 @@ def test_math_verify_is_refused_where_it_is_not_installed(monkeypatch):
     monkeypatch.setattr(judge.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="math-verify is not installed; pip install"):
         judge.Judge(math_verify=True)
+
+
+@pytest.mark.parametrize("gold, answer", [
+    ("2xyz", "2"), ("2abc", "2xyz"), ("60 mph", "60 km/h"), ("3 apples", "3 oranges"), ("3", "3 fifths"), ("2", "2 quarters"),
+    ("7", r"7 \text{ minus three}"), (r"\lfloor x \rfloor", "x"), (r"\lfloor x \rfloor", r"\lceil x \rceil"), ("|x-5|", "5-x")])
+def test_what_looks_alike_is_not_equal(gold, answer):
+    assert not compare.equal(gold, answer) and not compare.equal(answer, gold)

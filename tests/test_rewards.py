@@ -156,3 +156,13 @@ def test_score_refuses_a_reward_that_is_not_finite():
     sampled = rollout([[1], [1]], [1, 1], [True, True], [Example("", "")])
     with pytest.raises(ValueError, match="gave nan for completion 0"):
         rewards.score(sampled, str, lambda example, text: float("nan"))
+
+
+def test_copying_the_problem_earns_nothing():
+    example = Example(r"Expand $\left(a+5\right)(b+2)$. It is a product.", "ab+2a+5b+10")
+    assert rewards.math_answer(example, r"\boxed{ab+2a+5b+10}") == rewards.math_answer(example, r"\boxed{10+5b+ab+2a}") == 1.0
+    assert rewards.math_answer(example, r"\boxed{(a+5)(b+2)}") == rewards.math_answer(example, r"\boxed{\left(a+5\right)(b+2).}") == 0.0
+    chat = example._replace(prompt=[{"role": "user", "content": example.prompt}])
+    assert rewards.math_answer(chat, r"\boxed{(a+5)(b+2)}") == 0.0
+    number = Example("Which is larger, 0.5 or 0.25?", r"\frac{1}{2}")
+    assert rewards.math_answer(number, r"\boxed{0.5}") == 1.0

@@ -136,7 +136,7 @@ def _quantities(one: Node, other: Node) -> bool:
     """Values with units, percentages, and plain values."""
     if "quantity" in (one[0], other[0]):
         (a, u), (b, v) = _measured(one), _measured(other)
-        if u is None or v is None or not (u.known and v.known):
+        if u is None or v is None:
             one, other = a, b
         elif u.powers != v.powers:
             return False

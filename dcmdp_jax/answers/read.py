@@ -226,7 +226,7 @@ class _Reader:
         if kind == "word":
             spaced = self.tokens[self.at].start > self.tokens[self.at - 1].end
             return not (text in ("and", "or", "percent") or text.removesuffix("s") in _WORDS or
-                        (self.tokens[self.at - 1].text not in (")", "}") or spaced) and units.is_word(text))
+                        (self.tokens[self.at - 1].text not in (")", "}") or spaced) and units.is_word(text, spaced))
         return kind == "num" or text in ("(", "[") or (text in _FENCES and text != "|") or \
             (kind == "cmd" and text not in _NO_FACTOR)
 

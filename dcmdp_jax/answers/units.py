@@ -36,14 +36,16 @@ _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _AFTER = {"squared": 2, "cubed": 3}
 # These change the number, or are none of its unit.
 _REFUSED = {"hundred", "thousand", "million", "billion", "trillion", "dozen", "half", "halves", "more", "less", "pi", "and",
-            "or", "not", "where", "if", "to", "mod", "is"}
+            "or", "not", "where", "if", "to", "mod", "is", "plus", "minus", "times", "over", "by", "third", "quarter", "fourth", "fifth",
+            "sixth", "seventh", "eighth", "ninth", "tenth", "hundredth", "thousandth", "twice", "pair", "score"}
 _LATEX = re.compile(r"\\(?:text|textrm|textbf|mathrm|mbox|operatorname|cdot)(?![A-Za-z])|[{}~*]")
 _PIECE = re.compile(r"\s*(?:(/|per\b)|([A-Za-z]+)\.?(?:\s*\^\s*\(?\s*(-?\d)\s*\)?|(\d))?)\s*")
 
 
-def is_word(word: str) -> bool:
-    """Whether a word beside a number is read as a unit, not as a product of variables."""
-    return _name(word) in _BASE and len(word) > 1 or word in _POWERS or (len(word) > 2 and word.islower())
+def is_word(word: str, apart: bool) -> bool:
+    """Whether a word beside a number is read as a unit, not as a product of variables. `2xyz` is such a product; a word that the
+    table lacks must stand `apart`, or be set as text."""
+    return _name(word) in _BASE and len(word) > 1 or word in _POWERS or (apart and len(word) > 2 and word.islower())
 
 
 def read(text: str) -> Unit | None:

@@ -19,9 +19,9 @@ AGREE = Decimal("1e-40")  # relative
 NOTHING = Decimal("1e-50")  # cancelled
 BITS = 20_000  # of an exact numerator or denominator
 CALLS = 60  # of functions that are no arithmetic, in one value
-REAL_POINTS, WHOLE_POINTS = 3, 8
+REAL_POINTS, WHOLE_POINTS = 6, 8
 PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899")
-WHOLE = ("floor", "ceil", "factorial")  # functions that are compared at whole numbers
+WHOLE, ROUND, COUNTS = {"factorial", "binom"}, {"floor", "ceil"}, set("jklmnpqMN")  # what is compared at whole numbers
 
 Complex = tuple[Decimal, Decimal]
 
@@ -33,12 +33,12 @@ class Unknown(ArithmeticError):
 def equal(one: Node, other: Node) -> bool:
     """Whether two expressions have the same value at every point where both have one, and at two at the least.
 
-    Variables take positive values, negative ones too where an absolute value is taken, whole ones where the expressions
-    round, or hold factorials or binomials.
+    Variables take positive values, negative ones too where an absolute value is taken, and whole ones where the expressions hold
+    factorials or binomials, or round what is named as a count.
     """
     names = sorted(variables(one) | variables(other))
     kinds = functions(one) | functions(other)
-    whole = bool(kinds & {*WHOLE, "binom"})
+    whole = bool(kinds & WHOLE or kinds & ROUND and COUNTS.issuperset(names))
     found = 0
     for number in range(WHOLE_POINTS if whole else REAL_POINTS) if names else range(1):
         point = {name: _place(name, number, whole, "abs" in kinds) for name in names}
@@ -102,7 +102,8 @@ def _place(name: str, number: int, whole: bool, signed: bool) -> Fraction:
     draw = int.from_bytes(hashlib.sha256(f"{name} {number}".encode()).digest()[:4], "big")
     if whole:
         return Fraction(2 + draw % 23)
-    return Fraction(53 + draw % 150, 101) * (-1 if signed and (draw >> 16) % 2 else 1)
+    far = 9 if number % 3 == 2 else 1  # what holds near 1 may not hold beyond
+    return Fraction(53 + draw % 150, 101) * far * (-1 if signed and (draw >> 16) % 2 else 1)
 
 
 class _Evaluator:

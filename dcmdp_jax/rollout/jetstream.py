@@ -220,5 +220,7 @@ def _packed(generate: Callable, weights: Weights, state: decode.DecodeState, lea
     slots = out.active.shape[0]
     numbers = jnp.stack([out.generated, out.active.astype(jnp.int32), jnp.full((slots,), weights.version, jnp.int32)], axis=1)
     floats = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in (out.steps.logp, out.steps.raw_logp, out.steps.kept)]
-    columns = [out.steps.token, out.steps.valid.astype(jnp.int32), numbers, *floats, out.steps.experts.reshape(slots, -1)]
+    columns = [out.steps.token, out.steps.valid.astype(jnp.int32), numbers, *floats]
+    if out.steps.experts.size:  # gathering nothing is no collective that processes agree on
+        columns.append(out.steps.experts.reshape(slots, -1))
     return state, jnp.concatenate(columns, axis=1)

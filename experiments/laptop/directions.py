@@ -1,8 +1,8 @@
 """Does a step along |delta| shaping close the gap, more than a step in a random direction does?
 
-From each start of floors.py, one step of relative size s = |change| / |parameters| along each term's own gradient, and along
+From three starts of floors.py, one step of relative size s = |change| / |parameters| along each term's own gradient, and along
 its signs (Adam's first step), and what that does to the total variation between trainer and engine on the sequences sampled
-before: with the engine's policy held as it was, and with the weights quantized anew. The null: 20 directions drawn at random
+before: with the engine's policy held as it was, and with the weights quantized anew. The null: 10 directions a start drawn at random
 with the size that the |delta| term's gradient has in each array.
 
 Command:  python experiments/laptop/directions.py runs/laptop
@@ -30,14 +30,14 @@ from dcmdp_jax.models.quantized import quantize
 
 ENGINES = {"int4": INT4, "fp8": Precision("float8_e4m3fn", group=-1)}  # weights alone: then the trainer's pass is the engine's
 SIZES = (1e-4, 1e-3, 5e-3)
-DRAWN = 20
+DRAWN = 10
 COLUMNS = ("engine", "seed", "direction", "kind", "size", "tv_frozen", "tv_requantized", "entropy", "cosine_to_ste")
 
 
 def main(root):
     rows = []
     for name, precision in ENGINES.items():
-        for seed in range(5):
+        for seed in range(3):
             print(f"{name}, start {seed}", flush=True)
             rows += [{"engine": name, "seed": seed, **row} for row in probe(root, precision, seed)]
     with (root / "directions.csv").open("w", newline="") as out:

@@ -1,8 +1,9 @@
 """Bias or noise: how far is each estimate of the policy gradient, from the int4 engine's samples, from the one on policy?
 
 At each start of floors.py, the gradient from 4,096 sequences by each estimator, beside that of 4,096 which the exact engine
-sampled. Two such batches of the exact engine tell how near an unbiased estimate of this size comes. Score centering takes the
-whole vocabulary for its head, which only a model of this size affords.
+sampled for the same prompts with the same random numbers, so that the two share most of their noise. A second batch of the exact engine, for
+other prompts, tells how far noise alone takes an estimate of this size. Score centering takes the whole vocabulary for its head, which
+only a model of this size affords.
 
 Command:  python experiments/laptop/estimators.py runs/laptop
 Hardware: two CPU cores
