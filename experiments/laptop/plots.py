@@ -110,7 +110,8 @@ def draw_points(axis, points, label, color):
     means = [statistics.fmean(last(runs, "engine").values()) for runs in points.values()]
     for x, runs in points.items():
         axis.plot([x] * len(runs), list(last(runs, "engine").values()), "o", color=color, alpha=0.35, markersize=3.5, markeredgewidth=0)
-    half = [T95[len(runs) - 1] * statistics.stdev(last(runs, "engine").values()) / len(runs) ** 0.5 for runs in points.values()]
+    ends = [list(last(runs, "engine").values()) for runs in points.values()]
+    half = [T95[len(end) - 1] * statistics.stdev(end) / len(end) ** 0.5 if len(end) > 2 else 0.0 for end in ends]
     axis.errorbar(list(points), means, half, color=color, label=label, lw=1.6, elinewidth=0.9, capsize=2)
 
 

@@ -1,6 +1,7 @@
 """Is there a best tolerance, is it the calibrated one, and does adapting the multiplier beat the best fixed one?
 
-The engine is that of multiplier.py. The multiplier starts at 0.1 and is kept under 0.3; tolerances are multiples of the floor that each start has (floors.py).
+The engine is that of multiplier.py. The multiplier starts at 0.1 and is kept under 0.3; tolerances are multiples of this
+engine's floor, the mean of five starts (floors.py).
 
 Command:  dcmdp study experiments/laptop/tolerance.py
 Hardware: two CPU cores
