@@ -324,12 +324,12 @@ def chart(found: Blame) -> str:
     rows = [bar(Effect("everything", "as configured", found.everything), charts.NEUTRAL),
             *(bar(effect, charts.ENGINE if effect.left_out else charts.TRAINER) for effect in found.effects),
             *(bar(effect, charts.FAINT) for effect in found.noise)]
-    charts = [bars.Chart("Mean delta of each source alone (logarithmic)", rows, floor(found), True)]
+    drawn = [bars.Chart("Mean delta of each source alone (logarithmic)", rows, floor(found), True)]
     if found.layers:
         layers = [bars.Bar(f"layer {i}", "", g.delta, g.std_error, charts.ENGINE) for i, g in enumerate(found.layers)]
         title = f"Mean delta with the weights of one layer alone: {found.layer_setting}"
-        charts.append(bars.Chart(title, layers, floor(found), False))
-    return bars.draw(charts, LEGEND)
+        drawn.append(bars.Chart(title, layers, floor(found), False))
+    return bars.draw(drawn, LEGEND)
 
 
 def write(found: Blame, config: Config, workdir: pathlib.Path) -> pathlib.Path:

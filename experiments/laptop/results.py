@@ -1,4 +1,4 @@
-"""Makes every table and picture of RESULTS.md anew, from results/*.csv, or first those from the runs of the studies.
+"""What do the studies add up to? Makes every table and picture of RESULTS.md anew, after copying what the runs left, if named.
 
 Command:  python experiments/laptop/results.py [runs/laptop]
 Hardware: any; needs matplotlib (pip install 'dcmdp-jax[report]')
