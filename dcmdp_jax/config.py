@@ -175,12 +175,13 @@ class Calibrated:
 class ConstraintConfig:
     """max E[reward] s.t. E[delta] <= tolerance, through the multiplier."""
 
-    shape: Callable  # (advantage, old_logp, rollout_logp, multiplier, tolerance, mask) -> [N, T]
+    shape: Callable | None  # (advantage, old_logp, rollout_logp, multiplier, tolerance, mask) -> [N, T]; None: advantages stay
     dual: Callable  # (dual_lr, multiplier_init, multiplier_max) -> constraint.Controller
     tolerance: float | Calibrated  # c; `Calibrated(slack=0.2)` has the run measure it before its first step
     dual_lr: float = 1.0
     multiplier_init: float = 0.1
     multiplier_max: float = 1.0
+    penalty: Callable | None = None  # (logp, rollout_logp, mask, multiplier) -> [N, T], added to the loss; None: nothing
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,8 @@ def compile(config: Config, model: ModelConfig,
 def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: ModelConfig) -> tuple[TrainState, Metrics]:
     """One rollout batch: `epochs` x M updates of the parameters, then one of the multiplier.
 
-    A'_t = A_t - lambda delta_t with the current lambda, delta from the trainer's own log-probs at the weights that sampled;
-    then lambda <- dual(lambda, mean delta) over all completion tokens, before any rejection. Updates whose gradient is
+    A'_t = A_t - lambda delta_t with the current lambda, delta from the trainer's own log-probs at the weights that sampled,
+    or whatever `constraint.shape` and `constraint.penalty` make of them; then lambda <- dual(lambda, mean delta) over all completion tokens, before any rejection. Updates whose gradient is
     not finite are left out and counted.
     """
     algorithm, dual = config.algorithm, config.constraint
@@ -90,12 +90,14 @@ def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: 
         old_logp, pull, entropy = _only_pass(state.params, batch, config, model)
     else:
         old_logp, entropy = score(behaviour, batch, config, model)
-    shaped = dual.shape(_flat(advantage), _flat(old_logp), _flat(batch.rollout_logp), state.dual.multiplier, dual.tolerance,
-                        _flat(batch.mask)).reshape(batch.mask.shape)
+    multiplier, shaped = state.dual.multiplier, jnp.broadcast_to(advantage, batch.mask.shape)
+    if dual.shape:
+        shaped = dual.shape(_flat(advantage), _flat(old_logp), _flat(batch.rollout_logp), multiplier, dual.tolerance,
+                            _flat(batch.mask)).reshape(batch.mask.shape)
 
     def update(carry, minibatch):
         params, opt_state, skipped = carry
-        loss, grads, norm = _gradients(params, minibatch, config, model, pull)
+        loss, grads, norm = _gradients(params, minibatch, multiplier, config, model, pull)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         opt_state = _moved(opt_state, jax.memory.Space.Device, algorithm)
         params, opt_state = optimizers.of(algorithm).update(grads, norm, finite, params, opt_state)
@@ -149,7 +151,7 @@ def _score(params: Any, micro: Batch, config: Config, model: ModelConfig, *,
                                config.rollout.temperature, entropy=entropy, experts=micro.experts)
 
 
-def _gradients(params: Any, minibatch: tuple, config: Config, model: ModelConfig,
+def _gradients(params: Any, minibatch: tuple, multiplier: jax.Array, config: Config, model: ModelConfig,
                pull: Pull | None = None) -> tuple[jax.Array, Any, jax.Array]:
     """Loss, its gradient and the gradient's norm, accumulated over the A microbatches of one minibatch.
 
@@ -157,12 +159,15 @@ def _gradients(params: Any, minibatch: tuple, config: Config, model: ModelConfig
     to what the minibatch in one piece would give. `pull` is that of `_only_pass`, if there was one.
     """
     batch, old_logp, shaped = minibatch
-    surrogate = config.algorithm.surrogate
+    surrogate, penalty = config.algorithm.surrogate, config.constraint.penalty
     _, denominator = surrogate(_flat(old_logp), _flat(old_logp), _flat(batch.rollout_logp), _flat(shaped), _flat(batch.mask))
     weight = jax.grad(lambda x: config.algorithm.reduce(x, denominator))(jnp.zeros_like(_flat(shaped))).reshape(shaped.shape)
 
     def loss_of(logp, micro, old_logp, shaped, weight):
-        return jnp.sum(surrogate(logp, old_logp, micro.rollout_logp, shaped, micro.mask)[0] * weight)
+        loss, _ = surrogate(logp, old_logp, micro.rollout_logp, shaped, micro.mask)
+        if penalty:
+            loss += penalty(logp, micro.rollout_logp, micro.mask, multiplier)
+        return jnp.sum(loss * weight)
 
     def loss_fn(params, micro, *arrays):
         return loss_of(_score(params, micro, config, model)[0], micro, *arrays)

@@ -46,7 +46,13 @@ class Study:
 
     arms: dict[str, Config]
     seeds: int = 5
+    first_seed: int = 0
     alter: Callable[[Any], Any] = as_they_are  # of the warmed-up parameters that all arms start from
+
+    @property
+    def numbers(self) -> range:
+        """The seeds."""
+        return range(self.first_seed, self.first_seed + self.seeds)
 
     def __post_init__(self):
         if not self.arms or self.seeds < 1:
@@ -86,7 +92,7 @@ def run(file: str, root: pathlib.Path, workers: int, say: Callable[[str], None] 
     Writes `ROOT/table.csv`. A run that fails leaves its traceback in `run.log` and does not keep the others from going on.
     """
     study, failed = load(file), []
-    runs = [Run(file, arm, seed, str(root)) for seed in range(study.seeds) for arm in study.arms]
+    runs = [Run(file, arm, seed, str(root)) for seed in study.numbers for arm in study.arms]
     waiting = [one for one in runs if not finished(study, one)]
     say(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished already")
     root.mkdir(parents=True, exist_ok=True)
@@ -117,7 +123,7 @@ def write_table(file: str, root: pathlib.Path) -> pathlib.Path:
     `engine` and `trainer` are the two policies' held-out pass rates over `prompts` problems; `seconds` since the run's start.
     """
     study = load(file)
-    runs = [one for arm in study.arms for seed in range(study.seeds) if finished(study, one := Run(file, arm, seed, str(root)))]
+    runs = [one for arm in study.arms for seed in study.numbers if finished(study, one := Run(file, arm, seed, str(root)))]
     rows = [{"study": pathlib.Path(file).stem, "arm": one.arm, "seed": one.seed, **row} for one in runs
             for row in evaluations(_rows(one), study.arms[one.arm].eval.prompts)]
     path = root / "table.csv"

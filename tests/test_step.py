@@ -126,6 +126,26 @@ def test_one_update_is_the_definition(model):
     assert abs(state.dual.multiplier - np.clip(0.1 + (delta - TOLERANCE), 0, 1)) < 1e-6
 
 
+@pytest.mark.parametrize("parts", [{}, {"minibatches": 2, "microbatches": 2}])
+def test_a_penalty_takes_the_duals_multiplier(parts):
+    """It is the loss of a surrogate that adds the term with that multiplier; the advantages stay as they are."""
+    def with_term(*arrays, clipped=corrections.decoupled(CLIPPED)):
+        loss, denominator = clipped(*arrays)
+        return loss + constraint.penalty(arrays[0], arrays[2], arrays[4], 0.3), denominator
+
+    config, scored = make_config(**parts), make_scored()
+    penalised = dataclasses.replace(config.constraint, shape=None, penalty=constraint.penalty, multiplier_init=0.3)
+    _, state, metrics = run(dataclasses.replace(config, constraint=penalised), scored)
+    plain = dataclasses.replace(config.constraint, multiplier_init=0.0)
+    expected = dataclasses.replace(make_config(surrogate=with_term, **parts), constraint=plain)
+    _, wanted, _ = run(expected, scored)
+    assert_close(state.params, wanted.params, 1e-6)
+    assert metrics["sign_flip"] == 0 and metrics["multiplier"] == np.float32(0.3)
+    assert state.dual.multiplier != metrics["multiplier"], "the dual moves it"
+    _, without, _ = run(dataclasses.replace(config, constraint=plain), scored)
+    assert np.abs(state.params["embed"] - without.params["embed"]).max() > 1e-4, "the term acts"
+
+
 @pytest.mark.parametrize("microbatches", [2, 4])
 def test_accumulation_does_not_change_the_update(microbatches):
     """Ragged microbatches weigh by their tokens, not alike."""

@@ -11,7 +11,7 @@ import dataclasses
 from functools import partial
 
 from dcmdp_jax import constraint
-from dcmdp_jax.config import (AlgorithmConfig, CheckpointConfig, Config, ConstraintConfig, DataConfig, EvalConfig, ModelConfig,
+from dcmdp_jax.config import (AlgorithmConfig, Calibrated, CheckpointConfig, Config, ConstraintConfig, DataConfig, EvalConfig, ModelConfig,
                               ModelSource, Precision, RolloutConfig, WarmupConfig)
 from dcmdp_jax.losses import advantages, corrections, policy, reduce
 from dcmdp_jax.tasks import Chain
@@ -46,11 +46,10 @@ GRPO = Config(
 )
 
 
-def at(config: Config, learning_rate: float, **rollout) -> Config:
+def at(config: Config, learning_rate: float) -> Config:
     """The same arm with another learning rate, and the steps that belong to it."""
     algorithm = dataclasses.replace(config.algorithm, learning_rate=learning_rate)
-    return dataclasses.replace(config, algorithm=algorithm, steps=STEPS[learning_rate],
-                               rollout=dataclasses.replace(config.rollout, **rollout))
+    return dataclasses.replace(config, algorithm=algorithm, steps=STEPS[learning_rate])
 
 
 def sampled(config: Config, precision: Precision, **rollout) -> Config:
@@ -67,11 +66,12 @@ def fixed(shape, multiplier: float, config: Config = GRPO) -> Config:
                                                                       multiplier_init=multiplier))
 
 
-def adaptive(shape, *, tolerance: float, multiplier_max: float, dual=constraint.projected_ascent, dual_lr: float = 1.0,
-             config: Config = GRPO) -> Config:
+def adaptive(shape, *, tolerance: float | Calibrated, multiplier_max: float, dual=constraint.projected_ascent,
+             dual_lr: float = 1.0, penalty=None, config: Config = GRPO) -> Config:
     """A multiplier that the dual moves, from the paper's 0.1."""
     return dataclasses.replace(config, constraint=ConstraintConfig(
-        shape=shape, dual=dual, tolerance=tolerance, dual_lr=dual_lr, multiplier_init=0.1, multiplier_max=multiplier_max))
+        shape=shape, penalty=penalty, dual=dual, tolerance=tolerance, dual_lr=dual_lr, multiplier_init=0.1,
+        multiplier_max=multiplier_max))
 
 
 def corrected(correction, config: Config = GRPO) -> Config:
@@ -82,13 +82,8 @@ def corrected(correction, config: Config = GRPO) -> Config:
 
 def penalised(multiplier: float, config: Config = GRPO) -> Config:
     """The gap as a term of the loss, with a gradient of its own."""
-    surrogate = partial(_with_penalty, multiplier=multiplier)
-    return dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, surrogate=surrogate))
-
-
-def _with_penalty(logp, old_logp, rollout_logp, advantage, mask, *, multiplier):
-    loss, denominator = corrections.decoupled(CLIPPED)(logp, old_logp, rollout_logp, advantage, mask)
-    return loss + constraint.penalty(logp, rollout_logp, mask, multiplier), denominator
+    return dataclasses.replace(config, constraint=dataclasses.replace(
+        config.constraint, shape=None, penalty=constraint.penalty, multiplier_init=multiplier))
 
 
 ARMS = {
@@ -96,8 +91,9 @@ ARMS = {
     "grpo": GRPO,
     "tis": corrected(corrections.tis(2.0)),
     "icepop": corrected(corrections.icepop(0.5, 5.0)),
-    # The paper's constants, but for c: 1.2 times this engine's floor at the start, mean of five (floors.py).
+    # The paper's constants, but for c: 1.2 times this engine's floor at the start, mean of five (floors.py), or the run's own.
     "dcgrpo": adaptive(constraint.shape, tolerance=0.0073, multiplier_max=1.0),
+    "calibrated": adaptive(constraint.shape, tolerance=Calibrated(slack=0.2), multiplier_max=1.0),
     "signed": fixed(constraint.shape_signed, 0.1),
     "penalty": penalised(0.1),
 }

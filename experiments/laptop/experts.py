@@ -1,4 +1,7 @@
-"""Do the arms order the same way in a Mixture-of-Experts? Eight experts, two a token.
+"""Do the arms order the same way in a Mixture-of-Experts? What does replaying the engine's routing do, and a router of fewer experts?
+
+Eight experts, two a token. `replay` trains with the experts that the int4 engine chose; `top1` is an exact engine whose router
+takes one expert a token, `top1-replay` the same with the trainer taking that one too.
 
 Command:  dcmdp study experiments/laptop/experts.py
 Hardware: two CPU cores
@@ -8,14 +11,17 @@ Result:   not measured
 
 import dataclasses
 
-from chain import ARMS, EXPERTS
+from chain import ARMS, EXPERTS, sampled
 
-from dcmdp_jax.config import ModelSource
+from dcmdp_jax.config import ModelSource, Precision
 from dcmdp_jax.study import Study
 
 
-def sparse(arm):
-    return dataclasses.replace(arm, model=ModelSource(shape=EXPERTS))
+def replayed(arm):
+    return dataclasses.replace(arm, algorithm=dataclasses.replace(arm.algorithm, replay_routing=True))
 
 
-STUDY = Study({name: sparse(arm) for name, arm in ARMS.items()}, seeds=3)
+SPARSE = {name: dataclasses.replace(arm, model=ModelSource(shape=EXPERTS)) for name, arm in ARMS.items()}
+TOP1 = sampled(SPARSE["grpo"], Precision(experts_per_token=1))
+
+STUDY = Study(SPARSE | {"replay": replayed(SPARSE["grpo"]), "top1": TOP1, "top1-replay": replayed(TOP1)}, seeds=3)

@@ -8,9 +8,8 @@ Result:   not measured
 
 import dataclasses
 
-from chain import FP8, GRPO, SLOW, adaptive, at, sampled
+from chain import ARMS, FP8, SLOW, at, sampled
 
-from dcmdp_jax import constraint
 from dcmdp_jax.config import EvalConfig
 from dcmdp_jax.study import Study
 
@@ -19,7 +18,5 @@ def long(arm):
     return dataclasses.replace(at(arm, SLOW), steps=1000, eval=EvalConfig(every=100, prompts=512))
 
 
-STUDY = Study({
-    "grpo": long(sampled(GRPO, FP8)),
-    "dcgrpo": long(sampled(adaptive(constraint.shape, tolerance=0.0037, multiplier_max=1.0), FP8)),
-}, seeds=1)
+STUDY = Study({"none": long(ARMS["none"]),
+               **{name: long(sampled(ARMS[name], FP8)) for name in ("grpo", "tis", "calibrated")}}, seeds=3)

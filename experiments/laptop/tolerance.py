@@ -1,7 +1,8 @@
 """Is there a best tolerance, is it the calibrated one, and does adapting the multiplier beat the best fixed one?
 
-The engine is that of multiplier.py. The multiplier starts at 0.1 and is kept under 0.3; tolerances are multiples of this
-engine's floor, the mean of five starts (floors.py).
+The engine is that of multiplier.py; |delta| shaping (abs) and the penalty take the multiplier of the same dual, which starts at
+0.1 and is kept under 0.3. Tolerances are multiples of this engine's floor, the mean of five starts (floors.py); `calibrated`
+measures each start's own and takes 1.2 times that. The best fixed multiplier of the penalty is multiplier.py's.
 
 Command:  dcmdp study experiments/laptop/tolerance.py
 Hardware: two CPU cores
@@ -14,13 +15,17 @@ from functools import partial
 from chain import HARMED, adaptive
 
 from dcmdp_jax import constraint
+from dcmdp_jax.config import Calibrated
 from dcmdp_jax.study import Study
 
 FLOOR = 0.0108  # of this engine at the start, mean of five (floors.py)
-CONTROLLERS = {"relative": (constraint.relative_ascent, 0.05), "pi": (partial(constraint.pi, proportional=5.0), 1.0)}
+FORMS = {"abs": {"shape": constraint.shape}, "penalty": {"shape": None, "penalty": constraint.penalty}}
+DUALS = {
+    **{f"c{part:g}": {"tolerance": part * FLOOR} for part in (0.5, 0.8, 1.2, 2.0)},
+    "calibrated": {"tolerance": Calibrated(slack=0.2)},
+    "relative": {"tolerance": 1.2 * FLOOR, "dual": constraint.relative_ascent, "dual_lr": 0.05},
+    "pi": {"tolerance": 1.2 * FLOOR, "dual": partial(constraint.pi, proportional=5.0)},
+}
 
-STUDY = Study(
-    {f"abs-c{part:g}": adaptive(constraint.shape, tolerance=part * FLOOR, multiplier_max=0.3, config=HARMED) for part in (0.5, 0.8, 1.2, 2.0)}
-    | {f"abs-{name}": adaptive(constraint.shape, tolerance=0.8 * FLOOR, multiplier_max=0.3, dual=dual, dual_lr=rate,
-                               config=HARMED)
-       for name, (dual, rate) in CONTROLLERS.items()}, seeds=3)
+STUDY = Study({f"{form}-{name}": adaptive(**terms, **dual, multiplier_max=0.3, config=HARMED)
+               for form, terms in FORMS.items() for name, dual in DUALS.items()}, seeds=3)
