@@ -24,7 +24,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
-from dcmdp_jax.config import Config, WarmupConfig, run_file, to_json
+from dcmdp_jax.config import Config, WarmupConfig, differences, run_file, to_json
 from dcmdp_jax.stopping import Interrupted
 
 COLUMNS = ("study", "arm", "seed", "step", "prompts", "engine", "trainer", "reward", "delta", "staleness", "multiplier", "entropy",
@@ -95,6 +95,9 @@ def run(file: str, root: pathlib.Path, workers: int, say: Callable[[str], None] 
     runs = [Run(file, arm, seed, str(root)) for seed in study.numbers for arm in study.arms]
     waiting = [one for one in runs if not finished(study, one)]
     say(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished already")
+    for one in runs:
+        if one not in waiting and (names := edited(study, one)):
+            say(f"{one.arm} s{one.seed} was run with another {', '.join(names)}; delete {one.folder} to run it anew")
     root.mkdir(parents=True, exist_ok=True)
     with _processes(workers or len(_cores()), root.parent / "compiled") as submit:
         starts = {_start_folder(study, one): one for one in waiting}
@@ -115,6 +118,17 @@ def finished(study: Study, one: Run) -> bool:
     """Whether a run has taken its last step."""
     rows = _rows(one)
     return bool(rows) and rows[-1]["step"] >= study.arms[one.arm].steps
+
+
+def edited(study: Study, one: Run) -> list[str]:
+    """The settings in which a run's record differs from its arm as the study's file has it now."""
+    from dcmdp_jax import calibrate
+
+    record = json.loads((one.folder / "config.json").read_text())
+    own = {"model.folder"} | ({"constraint.tolerance"} if (one.folder / calibrate.FILE).is_file() else set())
+    apart = differences(record, to_json(_started(study, one))).items()
+    names = {name for name, (old, new) in apart if old is not None or new}  # else: the record is older than the setting
+    return sorted({".".join(name.split(".")[:2]) for name in names - own})
 
 
 def write_table(file: str, root: pathlib.Path) -> pathlib.Path:
@@ -166,6 +180,13 @@ def _configure(study: Study, one: Run) -> Config:
     return dataclasses.replace(study.arms[one.arm], seed=one.seed, name=f"{one.arm}-s{one.seed}")
 
 
+def _started(study: Study, one: Run) -> Config:
+    """The run as it goes on from its start."""
+    config = _configure(study, one)
+    source = dataclasses.replace(config.model, folder=str(_start_folder(study, one) / "model"), shape=None)
+    return dataclasses.replace(config, model=source, warmup=WarmupConfig())
+
+
 def start_folder(config: Config, alter: Callable[[Any], Any], root: pathlib.Path) -> pathlib.Path:
     """Where the warmed-up model lies that a run starts from, in ROOT/starts, for all studies of ROOT that share it."""
     same = json.dumps(to_json((config.model, config.data.task, config.warmup, alter, config.seed)), sort_keys=True)
@@ -194,13 +215,11 @@ def _train(one: Run) -> None:
     if _stop is not None and _stop.is_set():
         raise Interrupted("not begun")
     study = load(one.file)
-    config = _configure(study, one)
-    source = dataclasses.replace(config.model, folder=str(_start_folder(study, one) / "model"), shape=None)
     one.folder.mkdir(parents=True, exist_ok=True)
     from dcmdp_jax import train
 
     with _log(one.folder / "run.log"):
-        train.train(dataclasses.replace(config, model=source, warmup=WarmupConfig()), one.folder)
+        train.train(_started(study, one), one.folder)
 
 
 @contextlib.contextmanager

@@ -79,3 +79,9 @@ def test_arms_share_their_start_and_a_failure_spares_the_others(small, tmp_path)
     assert len(study.run(small, root, 1, said.append)) == 1
     assert "3 runs, 2 of them finished already" in said
     assert (root / "none" / "s0" / "metrics.jsonl").stat().st_mtime_ns == before
+
+    one = study.Run(small, "none", 0, str(root))
+    assert study.edited(study.load(small), one) == []
+    file = pathlib.Path(small)
+    file.write_text(file.read_text().replace("prompts_per_step=4", "prompts_per_step=8"))
+    assert study.edited(study.load(small), one) == ["data.prompts_per_step"], "and it is kept, but said"

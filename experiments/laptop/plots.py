@@ -9,11 +9,13 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402
-from tables import T95, last, read  # noqa: E402
+from tables import last, read  # noqa: E402
+
+from dcmdp_jax import intervals  # noqa: E402
 
 ENGINE, TRAINER, INK, FAINT = "#d55e00", "#0072b2", "#334155", "#cbd5e1"
 FORMS = {"abs": "#d55e00", "signed": "#0072b2", "penalty": "#009e73"}
-LABELS = {"none": "no mismatch", "grpo": "GRPO", "tis": "TIS", "icepop": "IcePop", "dcgrpo": "DC-GRPO", "signed": "signed, 0.1",
+LABELS = {"none": "no mismatch", "grpo": "GRPO", "tis": "TIS", "icepop": "IcePop", "dcgrpo": "DC-GRPO", "calibrated": "DC-GRPO, own c", "signed": "signed, 0.1",
           "penalty": "penalty, 0.1"}
 plt.rcParams.update({"svg.hashsalt": "dcmdp", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
                      "axes.edgecolor": "#94a3b8", "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK})
@@ -70,8 +72,10 @@ def draw_tolerance(folder):
     """Pass rate of the engine's policy against the tolerance, in units of the floor at the start."""
     arms = read(folder, "tolerance")
     figure, axis = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
-    points = {float(name.split("-c")[1]): runs for name, runs in arms.items() if "-c" in name}
-    draw_points(axis, dict(sorted(points.items())), "adaptive multiplier, at most 0.3", FORMS["abs"])
+    for form in ("abs", "penalty"):
+        points = {float(name.split("-c")[1]): runs for name, runs in arms.items()
+                  if name.startswith(f"{form}-c") and name[len(form) + 2].isdigit()}
+        draw_points(axis, dict(sorted(points.items())), f"{form}, adaptive, at most 0.3", FORMS[form])
     harmed = statistics.fmean(last(read(folder, "mismatch")["int4-tensor"], "engine").values())
     axis.axhline(harmed, color=INK, lw=1, ls="--", label="GRPO", zorder=0)
     draw_ceiling(axis, folder)
@@ -111,7 +115,7 @@ def draw_points(axis, points, label, color):
     for x, runs in points.items():
         axis.plot([x] * len(runs), list(last(runs, "engine").values()), "o", color=color, alpha=0.35, markersize=3.5, markeredgewidth=0)
     ends = [list(last(runs, "engine").values()) for runs in points.values()]
-    half = [T95[len(end) - 1] * statistics.stdev(end) / len(end) ** 0.5 if len(end) > 2 else 0.0 for end in ends]
+    half = [intervals.mean(end).high - statistics.fmean(end) if len(end) > 2 else 0.0 for end in ends]
     axis.errorbar(list(points), means, half, color=color, label=label, lw=1.6, elinewidth=0.9, capsize=2)
 
 

@@ -2,7 +2,7 @@
 
 Command:  python experiments/laptop/results.py [runs/laptop]
 Hardware: any; needs matplotlib (pip install 'dcmdp-jax[report]')
-Time:     3 s
+Time:     1.3 s
 Result:   RESULTS.md and its 4 pictures in experiments/laptop/plots
 """
 

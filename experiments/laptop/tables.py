@@ -13,7 +13,8 @@ import re
 import statistics
 from collections import defaultdict
 
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # by degrees of freedom
+from dcmdp_jax import intervals
+
 HEAD = ("arm", "engine", "trainer", "engine against GRPO", "delta", "lambda", "entropy", "collapsed")
 
 
@@ -35,7 +36,8 @@ def spread(values: list[float]) -> str:
     """Mean and half of its 95 % interval; of a single value, itself."""
     if len(values) < 2:
         return f"{values[0]:.2f}" if values else ""
-    return f"{statistics.fmean(values):.2f} ± {T95[len(values) - 1] * statistics.stdev(values) / len(values)**0.5:.2f}"
+    middle, low, _ = intervals.mean(values)
+    return f"{middle:.2f} ± {middle - low:.2f}"
 
 
 def against(runs: dict, control: dict) -> str:
