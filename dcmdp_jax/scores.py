@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 DRAWS = 10_000  # of the bootstrap
+Z = 1.96  # 97.5 % quantile of the normal distribution
 
 
 class Samples(NamedTuple):
@@ -41,11 +42,10 @@ def summary(samples: Samples) -> dict[str, Interval | float]:
     problems[f"majority@{k}"] = np.array([majority(*row) for row in zip(samples.vote, samples.right)])
     problems["truncated"] = 1 - samples.stopped.mean(axis=1)
     problems["answered"] = (samples.vote >= 0).mean(axis=1)
-    problems["tokens"] = samples.tokens.mean(axis=1)
     quantiles = np.quantile(samples.tokens, [0.1, 0.5, 0.9])
     lengths = {f"tokens_{name}": float(value) for name, value in zip(("p10", "median", "p90"), quantiles)}
     lengths["tokens_max"] = float(samples.tokens.max())
-    return {name: bootstrap(values) for name, values in problems.items()} | lengths
+    return {name: rate(values) for name, values in problems.items()} | {"tokens": bootstrap(samples.tokens.mean(axis=1))} | lengths
 
 
 def pass_at(right: np.ndarray, n: int, k: int) -> np.ndarray:
@@ -78,6 +78,14 @@ def votes(answers: Sequence[str | None], right: Sequence[bool], equal: Callable[
             found[i] = next(same, len(kinds))
             if found[i] == len(kinds):
                 kinds.append((answer, right[i]))
+    return found
+
+
+def rate(values: np.ndarray) -> Interval:
+    """`bootstrap` of rates in [0, 1]; where all n are 0, or all 1, it sees no spread, and Wilson's bound stands: z^2 / (n + z^2)."""
+    found, bound = bootstrap(values), Z**2 / (len(values) + Z**2)
+    if found.low == found.high in (0.0, 1.0):
+        return Interval(found.mean, max(found.low - bound, 0.0), min(found.high + bound, 1.0))
     return found
 
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dcmdp_jax import scores
+from dcmdp_jax import intervals, scores
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
@@ -50,6 +50,14 @@ def test_the_bootstrap_interval_is_the_binomial_one():
     assert low == pytest.approx(0.3 - half, abs=0.004) and high == pytest.approx(0.3 + half, abs=0.004)
     assert scores.bootstrap(np.full(7, 0.25)) == (0.25, 0.25, 0.25)
     assert scores.bootstrap(values) == scores.bootstrap(values)
+
+
+def test_no_success_at_all_leaves_room_for_some():
+    """Where the bootstrap has nothing to draw from, the interval is Wilson's."""
+    for value, count in ((0.0, 30), (1.0, 40)):
+        expected = intervals.wilson(value, count)
+        np.testing.assert_allclose(scores.rate(np.full(count, value)), (value, expected.low, expected.high), atol=1e-4)
+    assert scores.rate(np.array([0.0, 0.5])) == scores.bootstrap(np.array([0.0, 0.5]))
 
 
 def test_summary_tells_right_from_right_and_complete():
