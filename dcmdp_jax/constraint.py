@@ -201,7 +201,7 @@ def shape_several(advantage, old_logp, rollout_logp, multiplier, tolerance, mask
 
 
 def penalty(logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array, multiplier) -> jax.Array:
-    """Variant: delta as a differentiable loss term, `[N, T]`, to be added to the policy loss.
+    """Variant: delta as a differentiable loss term, `[N, T]`, added to the policy loss (as `ConstraintConfig.penalty`).
 
     Formula: lambda * |e^logp - sg(e^rollout_logp)|
     Needs: logp (differentiated), rollout_logp, mask, multiplier

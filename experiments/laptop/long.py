@@ -19,4 +19,4 @@ def long(arm):
 
 
 STUDY = Study({"none": long(ARMS["none"]),
-               **{name: long(sampled(ARMS[name], FP8)) for name in ("grpo", "tis", "calibrated")}}, seeds=3)
+               **{name: long(sampled(ARMS[name], FP8)) for name in ("grpo", "calibrated")}}, seeds=3)

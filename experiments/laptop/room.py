@@ -22,6 +22,7 @@ from dcmdp_jax.tasks import Chain
 
 DIGITS = "0123456789"
 SPELLINGS = (DIGITS, "abcdefghij", "ABCDEFGHIJ")
+WARMUP = 1500  # steps: after chain.py's 600 the task is not learnt with so many symbols
 OUTLIER = 1.0  # the other weights of the head are about 0.13
 
 
@@ -62,7 +63,8 @@ def start(kinds):
     shape = dataclasses.replace(GRPO.model.shape, vocab_size=len(task.alphabet) + 2)
     return dataclasses.replace(
         GRPO, model=dataclasses.replace(GRPO.model, shape=shape), rollout=dataclasses.replace(GRPO.rollout, precision=Precision(head="int4")),
-        data=dataclasses.replace(GRPO.data, task=task, verifier=task.reward), checkpoint=CheckpointConfig(every=40, keep=10))
+        data=dataclasses.replace(GRPO.data, task=task, verifier=task.reward), checkpoint=CheckpointConfig(every=40, keep=10),
+        warmup=dataclasses.replace(GRPO.warmup, steps=WARMUP))
 
 
 def arms(kinds):

@@ -18,14 +18,14 @@ from room import STUDY
 from dcmdp_jax import checkpoint, constraint, parity, sync, train
 from dcmdp_jax.config import ModelSource, Precision, WarmupConfig
 
-COLUMNS = ("arm", "seed", "step", "share_engine", "share_trainer", "delta_distorted", "delta_others")
+COLUMNS = ("arm", "seed", "step", "share_engine", "share_trainer", "delta_distorted", "delta_others", "gain")
 PROMPTS = 64  # eight completions each
 
 
 def main(root):
     rows = []
     for arm in STUDY.arms:
-        for seed in range(STUDY.seeds):
+        for seed in STUDY.numbers:
             folder = root / "room" / arm / f"s{seed}"
             print(f"{arm} s{seed}", flush=True)
             rows += [{"arm": arm, "seed": seed, **row} for row in of_run(STUDY.arms[arm], folder)]
@@ -53,7 +53,8 @@ def of_run(arm, folder):
         yield {"step": step, "share_engine": share(sampled, arm.data.task, inputs.tokenizer),
                "share_trainer": share(exact, arm.data.task, inputs.tokenizer),
                "delta_distorted": float(gap[distorted].mean()) if distorted.any() else float("nan"),
-               "delta_others": float(gap[computed & ~distorted].mean())}
+               "delta_others": float(gap[computed & ~distorted].mean()),
+               "gain": float(np.abs(params["final_norm"][-1]))}  # of the muted channel, which training may open
 
 
 def model_of(folder):

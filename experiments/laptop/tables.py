@@ -90,6 +90,15 @@ def against_harmed(folder: pathlib.Path, study: str) -> str:
     return markdown(HEAD, [line(name, runs, control) for name, runs in arms_.items()])
 
 
+def confirmed(folder: pathlib.Path) -> str:
+    """Paired differences from GRPO: on the seeds an arm was picked on, on confirm.py's own, and on both."""
+    picked, fresh = read(folder, "multiplier"), read(folder, "confirm")
+    control = read(folder, "mismatch")["int4-tensor"] | fresh["grpo"]
+    rows = [(name, *(against(runs, control) for runs in (picked[before], fresh[name], picked[before] | fresh[name])))
+            for name, before in (("tis", "tis"), ("signed", "signed-0.1"), ("penalty", "penalty-0.1"))]
+    return markdown(("engine against GRPO", "seeds 0 to 2, picked on", "seeds 3 to 7", "all eight"), rows)
+
+
 def sources(folder: pathlib.Path) -> str:
     """One source of mismatch at a time, against none at the same seeds; by the gap at the first step, stale weights last."""
     main_ = read(folder, "main")
@@ -114,13 +123,14 @@ def shares(folder: pathlib.Path) -> str:
         for row in csv.DictReader(lines):
             found[row["arm"]][int(row["seed"])].append({name: float(row[name]) for name in row if name != "arm"})
     room_ = read(folder, "room")
-    head = ("arm", "pass rate, engine", "share, start", "share, end", "change against GRPO", "delta distorted, end", "delta others, end")
+    head = ("arm", "pass rate, engine", "share, start", "share, end", "change against GRPO", "delta distorted, end", "delta others, end",
+            "gain of the muted channel, end")
     rows = []
     for arm, runs in found.items():
         control = found[f"{arm[0]}-grpo"]
         ends = {seed: r[-1]["share_trainer"] for seed, r in runs.items()}
         pairs = [ends[seed] - control[seed][-1]["share_trainer"] for seed in ends]
-        gaps = [statistics.fmean(r[-1][name] for r in runs.values()) for name in ("delta_distorted", "delta_others")]
+        gaps = [statistics.fmean(r[-1][name] for r in runs.values()) for name in ("delta_distorted", "delta_others", "gain")]
         rows.append((arm, spread([*last(room_[arm], "engine").values()]),
                      spread([r[0]["share_trainer"] for r in runs.values()]), spread([*ends.values()]),
                      "" if arm.endswith("-grpo") else spread(pairs), *(f"{gap:.2g}" for gap in gaps)))
@@ -171,6 +181,8 @@ def every(folder: pathlib.Path) -> dict[str, str]:
         "arms at 1e-4": lambda: arms(read(folder, "main"), suffix="-0.0001"),
         "experts": lambda: arms(read(folder, "experts")),
         "multiplier": lambda: against_harmed(folder, "multiplier"),
+        "confirm": lambda: arms(read(folder, "confirm")),
+        "confirmed": lambda: confirmed(folder),
         "tolerance": lambda: against_harmed(folder, "tolerance"),
         "sources": lambda: sources(folder),
         "split": lambda: against_harmed(folder, "split"),
@@ -181,7 +193,7 @@ def every(folder: pathlib.Path) -> dict[str, str]:
         "batch": lambda: against_harmed(folder, "batch"),
         "long": lambda: arms(read(folder, "long")),
     }
-    needs = {"arms at 3e-4": "main", "arms at 1e-4": "main", "sources": "mismatch", "room": "shares"}
+    needs = {"arms at 3e-4": "main", "arms at 1e-4": "main", "sources": "mismatch", "room": "shares", "confirmed": "confirm"}
     return {name: plan() for name, plan in plans.items()
             if (folder / f"{needs.get(name, 'directions' if ',' in name else name)}.csv").is_file()}
 
