@@ -7,8 +7,8 @@ only a model of this size affords.
 
 Command:  python experiments/laptop/estimators.py runs/laptop
 Hardware: two CPU cores
-Time:     not measured
-Result:   not measured
+Time:     not measured apart from other work
+Result:   cosines of 0.93 uncorrected, 0.98 with TIS, where noise alone leaves 0.95
 """
 
 import csv

@@ -2,8 +2,8 @@
 
 Command:  dcmdp study experiments/laptop/floors.py
 Hardware: two CPU cores
-Time:     not measured
-Result:   not measured
+Time:     8 core-minutes of steps, beside other work
+Result:   0.0002 (bfloat16) to 0.011 (int4, one scale a weight)
 """
 
 import dataclasses

@@ -2,8 +2,8 @@
 
 Command:  dcmdp study experiments/laptop/mismatch.py
 Hardware: two CPU cores
-Time:     not measured
-Result:   not measured
+Time:     24 core-minutes of steps, beside other work
+Result:   benign up to a delta of 0.004, ruin at 0.014; stale weights do far less harm at a like gap
 """
 
 import dataclasses

@@ -92,10 +92,11 @@ def against_harmed(folder: pathlib.Path, study: str) -> str:
 
 def confirmed(folder: pathlib.Path) -> str:
     """Paired differences from GRPO: on the seeds an arm was picked on, on confirm.py's own, and on both."""
-    picked, fresh = read(folder, "multiplier"), read(folder, "confirm")
+    picked, fresh = read(folder, "multiplier") | read(folder, "tolerance"), read(folder, "confirm")
     control = read(folder, "mismatch")["int4-tensor"] | fresh["grpo"]
     rows = [(name, *(against(runs, control) for runs in (picked[before], fresh[name], picked[before] | fresh[name])))
-            for name, before in (("tis", "tis"), ("signed", "signed-0.1"), ("penalty", "penalty-0.1"))]
+            for name, before in (("tis", "tis"), ("signed", "signed-0.1"), ("penalty", "penalty-0.1"),
+                                 ("penalty-dual", "penalty-c0.5"))]
     return markdown(("engine against GRPO", "seeds 0 to 2, picked on", "seeds 3 to 7", "all eight"), rows)
 
 
