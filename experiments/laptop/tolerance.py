@@ -6,8 +6,8 @@ measures each start's own and takes 1.2 times that. The best fixed multiplier of
 
 Command:  dcmdp study experiments/laptop/tolerance.py
 Hardware: two CPU cores
-Time:     not measured
-Result:   not measured
+Time:     11 minutes
+Result:   |delta| shaping loses all 21 runs; the penalty is ahead of GRPO in 19 of 21, best at the tightest tolerance
 """
 
 from functools import partial
