@@ -76,6 +76,16 @@ def write(found: Calibration, wanted: Calibrated, workdir: pathlib.Path) -> None
     (workdir / FILE).write_text(json.dumps(record, indent=2) + "\n")
 
 
+def wanted(config: Config, workdir: pathlib.Path) -> Calibrated:
+    """What the experiment asks for, else what the run in `workdir` was measured with, else the defaults."""
+    if isinstance(config.constraint.tolerance, Calibrated):
+        return config.constraint.tolerance
+    if (workdir / FILE).is_file():
+        record = json.loads((workdir / FILE).read_text())
+        return Calibrated(record["slack"], record["batches"])
+    return Calibrated()
+
+
 def recalled(config: Config, workdir: pathlib.Path) -> Config:
     """`config` with the tolerance that the run in `workdir` measured at its start, if there is such a run."""
     wanted, file = config.constraint.tolerance, workdir / FILE

@@ -48,8 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         "Samples at fixed weights, those of the run's newest checkpoint or else those that it starts from, warm-up "
         "included, and prints the floor of delta and the tolerance to use. Fields are set as for train."))
     _experiment_options(calibrate)
-    calibrate.add_argument("--batches", type=int, help="rollout batches to sample (default: the experiment's, or 4)")
-    calibrate.add_argument("--slack", type=float, help="of the tolerance over the floor (default: the experiment's, or 0.2)")
+    calibrate.add_argument("--batches", type=int, help="rollout batches to sample (default: the experiment's or the run's, or 4)")
+    calibrate.add_argument("--slack", type=float, help="of the tolerance over the floor (default: the experiment's or the run's, or 0.2)")
     calibrate.set_defaults(run=_calibrate)
 
     diagnose = commands.add_parser("diagnose", allow_abbrev=False, help="tell which property of the engine makes the gap",
@@ -224,9 +224,8 @@ def _parity(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
 def _calibrate(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     config, workdir = _experiment(args, rest)
     from dcmdp_jax import calibrate, checkpoint, parity, train
-    from dcmdp_jax.config import Calibrated
 
-    wanted = config.constraint.tolerance if isinstance(config.constraint.tolerance, Calibrated) else Calibrated()
+    wanted = calibrate.wanted(config, workdir)
     batches = wanted.batches if args.batches is None else args.batches
     slack = wanted.slack if args.slack is None else args.slack
     if batches < 2 or not slack >= 0:

@@ -1,8 +1,9 @@
-"""Eight simulated CPU devices for every test, set before JAX reads its environment; the golden vectors."""
+"""Eight simulated CPU devices for every test, set before JAX reads its environment; programs shared by all; the golden vectors."""
 
 import json
 import os
 import pathlib
+import tempfile
 
 import pytest
 
@@ -12,10 +13,24 @@ _FLAGS = ("--xla_force_host_platform_device_count=8 --xla_backend_optimization_l
           "--xla_llvm_disable_expensive_passes=true")
 if _FLAGS not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
+# Tests train the same few models over and over: what one has compiled, the others, their workers and their children read.
+_COMPILED = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _COMPILED = tempfile.TemporaryDirectory(prefix="dcmdp-tests-")
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": _COMPILED.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+
+import jax  # noqa: E402  (reads the environment as set above)
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a few seconds; leave out with -m 'not slow'")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """A process may map 65,530 areas of memory, and a worker that keeps every file's programs is ended by LLVM past that."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

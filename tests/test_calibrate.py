@@ -114,9 +114,10 @@ def test_the_commands(tmp_path, experiment, capsys):
     assert cli.main(["train", experiment, "--workdir", str(tmp_path / "run"), "--steps", "2"]) == 0
     said = capsys.readouterr().err
     assert "goes on with its own" in said and f"constraint.tolerance={used(tmp_path / 'run')}" in said
-    assert cli.main(["calibrate", experiment, "--workdir", str(tmp_path / "run"), "--batches", "2", "--slack", "0"]) == 0
+    assert cli.main(["calibrate", experiment, "--workdir", str(tmp_path / "run"), "--batches", "2"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"checkpoint 2 of {tmp_path / 'run'}\n") and "(2 batches at fixed weights)" in out
+    assert "Calibrated(slack=0.5)" in out, "the run's own slack"
     assert cli.main(["train", experiment, "--workdir", str(tmp_path / "given"), "--constraint.tolerance", "0.01",
                      *words(steps=1)]) == 0
     assert used(tmp_path / "given") == 0.01 and not (tmp_path / "given" / calibrate.FILE).exists()

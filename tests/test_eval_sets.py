@@ -263,5 +263,5 @@ def test_the_six_sets_with_a_random_model(tmp_path):
     figures = evaluate(dataclasses.replace(asked, k=(2,), limit=1, max_tokens=4, slots=2), tmp_path / "out")
     assert list(figures) == list(eval_sets.SETS)
     for of in figures.values():
-        assert of["avg@2"] == of["pass@2"] == of["majority@2"] == of["completed@2"] == (0, 0, 0)
+        assert all(of[name][:2] == (0, 0) and of[name].high < 1 for name in ("avg@2", "pass@2", "majority@2", "completed@2"))
         assert of["tokens_max"] == 4 and isinstance(of["truncated"], scores.Interval)

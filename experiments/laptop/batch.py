@@ -4,8 +4,8 @@ The engine is that of multiplier.py.
 
 Command:  dcmdp study experiments/laptop/batch.py
 Hardware: two CPU cores
-Time:     not measured
-Result:   not measured
+Time:     4 minutes
+Result:   one seed of three is saved, at 0.92; two collapse as before
 """
 
 import dataclasses

@@ -1,12 +1,12 @@
-"""Do the arms order the same way in a Mixture-of-Experts? What does replaying the engine's routing do, and a router of fewer experts?
+"""Do the arms order the same way in a Mixture-of-Experts, what does replaying the engine's routing do, and a router of fewer experts?
 
 Eight experts, two a token. `replay` trains with the experts that the int4 engine chose; `top1` is an exact engine whose router
 takes one expert a token, `top1-replay` the same with the trainer taking that one too.
 
 Command:  dcmdp study experiments/laptop/experts.py
 Hardware: two CPU cores
-Time:     not measured
-Result:   not measured
+Time:     16 minutes, with three warm-ups
+Result:   GRPO ends at 0.17 of 0.56, |delta| shaping at 0.00; replay takes the router's gap away and saves no run
 """
 
 import dataclasses

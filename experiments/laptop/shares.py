@@ -1,9 +1,9 @@
-"""How often does each policy of room.py's runs write a digit in the kind that the engine distorts, and what is the gap there?
+"""How often does each policy of the runs with spellings write a digit in the kind that the engine distorts, and what is the gap there?
 
-Command:  python experiments/laptop/shares.py runs/laptop, after dcmdp study experiments/laptop/room.py
+Command:  python experiments/laptop/shares.py runs/laptop, after the studies room.py and room_harmed.py
 Hardware: two CPU cores
-Time:     not measured
-Result:   not measured
+Time:     5 minutes
+Result:   with three kinds the share falls by 0.15 ± 0.17 more than under GRPO, with two by 0.04 ± 0.04
 """
 
 import csv
@@ -13,22 +13,24 @@ import pathlib
 import sys
 
 import numpy as np
-from room import STUDY
+import room
+import room_harmed
 
 from dcmdp_jax import checkpoint, constraint, parity, sync, train
 from dcmdp_jax.config import ModelSource, Precision, WarmupConfig
 
-COLUMNS = ("arm", "seed", "step", "share_engine", "share_trainer", "delta_distorted", "delta_others", "gain")
+COLUMNS = ("study", "arm", "seed", "step", "share_engine", "share_trainer", "delta_distorted", "delta_others", "gain")
 PROMPTS = 64  # eight completions each
 
 
 def main(root):
     rows = []
-    for arm in STUDY.arms:
-        for seed in STUDY.numbers:
-            folder = root / "room" / arm / f"s{seed}"
-            print(f"{arm} s{seed}", flush=True)
-            rows += [{"arm": arm, "seed": seed, **row} for row in of_run(STUDY.arms[arm], folder)]
+    for study in (room, room_harmed):
+        for arm, config in study.STUDY.arms.items():
+            for seed in study.STUDY.numbers:
+                folder = root / study.__name__ / arm / f"s{seed}"
+                print(folder, flush=True)
+                rows += [{"study": study.__name__, "arm": arm, "seed": seed, **row} for row in of_run(config, folder)]
     with (root / "shares.csv").open("w", newline="") as out:
         writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
         writer.writeheader()

@@ -5,7 +5,7 @@ The engine is that of multiplier.py.
 Command:  dcmdp study experiments/laptop/split.py
 Hardware: two CPU cores
 Time:     4 minutes
-Result:   crediting what the engine finds likelier is the half that helps; charging either half does not
+Result:   at lambda 0.1 crediting what the engine finds likelier is the half that helps; charging either half does not
 """
 
 from functools import partial

@@ -117,24 +117,26 @@ def sources(folder: pathlib.Path) -> str:
     return markdown(head, rows)
 
 
-def shares(folder: pathlib.Path) -> str:
-    """The distorted kind's share at the start and the end of room.py's runs, and the gap of the two kinds of symbol."""
+def shares(folder: pathlib.Path, study: str) -> str:
+    """The distorted kind's share at the start and the end of a study's runs, and the gap of the two kinds of symbol."""
     with (folder / "shares.csv").open() as lines:
         found = defaultdict(lambda: defaultdict(list))
         for row in csv.DictReader(lines):
-            found[row["arm"]][int(row["seed"])].append({name: float(row[name]) for name in row if name != "arm"})
-    room_ = read(folder, "room")
+            if row["study"] == study:
+                values = {name: float(row[name]) for name in row if name not in ("study", "arm")}
+                found[row["arm"]][int(row["seed"])].append(values)
+    room_ = read(folder, study)
     head = ("arm", "pass rate, engine", "share, start", "share, end", "change against GRPO", "delta distorted, end", "delta others, end",
             "gain of the muted channel, end")
     rows = []
     for arm, runs in found.items():
-        control = found[f"{arm[0]}-grpo"]
+        control = found[f"{arm[0]}-grpo" if study == "room" else "grpo"]
         ends = {seed: r[-1]["share_trainer"] for seed, r in runs.items()}
         pairs = [ends[seed] - control[seed][-1]["share_trainer"] for seed in ends]
         gaps = [statistics.fmean(r[-1][name] for r in runs.values()) for name in ("delta_distorted", "delta_others", "gain")]
         rows.append((arm, spread([*last(room_[arm], "engine").values()]),
                      spread([r[0]["share_trainer"] for r in runs.values()]), spread([*ends.values()]),
-                     "" if arm.endswith("-grpo") else spread(pairs), *(f"{gap:.2g}" for gap in gaps)))
+                     "" if arm.endswith("grpo") else spread(pairs), *(f"{gap:.2g}" for gap in gaps)))
     return markdown(head, rows)
 
 
@@ -187,16 +189,19 @@ def every(folder: pathlib.Path) -> dict[str, str]:
         "tolerance": lambda: against_harmed(folder, "tolerance"),
         "sources": lambda: sources(folder),
         "split": lambda: against_harmed(folder, "split"),
-        "room": lambda: shares(folder),
+        "room": lambda: shares(folder, "room"),
+        "room_harmed": lambda: arms(read(folder, "room_harmed")),
+        "shares, harmed": lambda: shares(folder, "room_harmed"),
         **{f"{engine}, {kind}": lambda engine=engine, kind=kind: probes(folder, engine, kind)
            for engine in ("int4", "fp8") for kind in ("gradient", "signs")},
         "estimators": lambda: estimates(folder),
         "batch": lambda: against_harmed(folder, "batch"),
+        "sgd": lambda: arms(read(folder, "sgd")),
         "long": lambda: arms(read(folder, "long")),
     }
-    needs = {"arms at 3e-4": "main", "arms at 1e-4": "main", "sources": "mismatch", "room": "shares", "confirmed": "confirm"}
-    return {name: plan() for name, plan in plans.items()
-            if (folder / f"{needs.get(name, 'directions' if ',' in name else name)}.csv").is_file()}
+    needs = {"arms at 3e-4": "main", "arms at 1e-4": "main", "sources": "mismatch", "room": "shares", "shares, harmed": "shares",
+             "confirmed": "confirm", **{name: "directions" for name in plans if name.startswith(("int4, ", "fp8, "))}}
+    return {name: plan() for name, plan in plans.items() if (folder / f"{needs.get(name, name)}.csv").is_file()}
 
 
 def fill(text: str, tables: dict[str, str]) -> str:
