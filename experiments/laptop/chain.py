@@ -1,7 +1,7 @@
 """What the laptop studies share: the chain task, a model that learns it in seconds, and how an arm differs from plain GRPO.
 
 The model has 89 thousand parameters (75 thousand active of 120 with experts); a noisy expert warms it up to a pass rate of
-0.3 at temperature 1, and 0.99 greedily, so that reinforcement learning here sharpens what the model knows and teaches it
+0.35 at temperature 1, and 0.99 greedily, so that reinforcement learning here sharpens what the model knows and teaches it
 nothing new.
 """
 

@@ -1,8 +1,8 @@
 """Do the best arms hold where they were not chosen? Five of them, on five seeds of their own.
 
 multiplier.py and tolerance.py compare twenty-nine arms on three seeds, so that the best of them look better than they are. These
-were picked from them before they ran here: one of each form, then the penalty under the dual at half the floor, with the
-multiplier that it settles at as its control. Seeds 3 to 7 are not among the others'.
+were picked from them: one of each form, before any ran here; then, with those results in view, the penalty under the dual at
+half the floor, and the multiplier that it settles at as its control. No study of this engine has seeds 3 to 7.
 
 Command:  dcmdp study experiments/laptop/confirm.py
 Hardware: two CPU cores

@@ -6,7 +6,7 @@ takes one expert a token, `top1-replay` the same with the trainer taking that on
 Command:  dcmdp study experiments/laptop/experts.py
 Hardware: two CPU cores
 Time:     16 minutes, with three warm-ups
-Result:   GRPO ends at 0.17 of 0.56, |delta| shaping at 0.00; replay takes the router's gap away and saves no run
+Result:   GRPO ends at 0.17 of 0.56, |delta| shaping at 0.00; replay takes the router's gap away and is not shown to help
 """
 
 import dataclasses

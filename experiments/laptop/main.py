@@ -1,4 +1,4 @@
-"""Does the constraint help where the engine holds its weights in int4? Seven arms, two learning rates, five seeds.
+"""Does the constraint help where the engine holds its weights in int4? Eight arms, two learning rates, five seeds.
 
 Command:  dcmdp study experiments/laptop/main.py
 Hardware: two CPU cores
