@@ -57,6 +57,7 @@ def test_notebooks_are_short_and_define_nothing(path):
     assert len([line for line in source.splitlines() if line.strip()]) <= 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run(path, tmp_path, monkeypatch):
     """Two steps of the same run, report inline."""
