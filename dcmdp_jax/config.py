@@ -55,6 +55,7 @@ class ModelConfig:
     bfloat16: bool = False  # compute in bfloat16; norms, softmax, router and log-probs stay float32
     remat: bool = False  # recompute each layer in the backward pass
     remat_policy: Callable | None = None  # of what is kept all the same, as jax.checkpoint_policies.dots_saveable; None: nothing
+    expert_parts: int = 0  # devices that an expert's columns are split over; the engine says so
 
     def is_sparse(self, layer: int) -> bool:
         """Whether layer `layer` routes to experts (Hugging Face's rule for Qwen3-MoE)."""

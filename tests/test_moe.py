@@ -56,6 +56,23 @@ def test_values_and_gradients_equal_the_dense_form(k, norm):
     assert (np.abs(router).max() > 1e-3) == (k > 1 or not norm)
 
 
+@pytest.mark.parametrize("parts", [0, 1])
+def test_the_form_of_accelerators_is_the_cpu_s(parts):
+    """`ragged_dot`, with gate and up as they are and turned; values and gradients."""
+    weights = moe.Experts(*(random_params(CONFIG)[name] for name in ("gate_proj", "up_proj", "down_proj")))
+    x = jax.random.normal(jax.random.key(1), (9, CONFIG.hidden_size))
+    experts = jax.random.randint(jax.random.key(2), (9, 2), 0, CONFIG.num_experts)
+    direction = jax.random.normal(jax.random.key(3), (9, 2, CONFIG.hidden_size))
+
+    def made(f):
+        return jax.jit(jax.value_and_grad(lambda x, weights: jnp.sum(direction * f(x, weights)), argnums=(0, 1)))(x, weights)
+
+    by_ragged_dot = functools.partial(moe._by_ragged_dot, parts=parts)
+    got = made(lambda x, weights: by_ragged_dot(x, experts, weights))
+    want = made(lambda x, weights: moe._by_tiles(x, experts, weights, jnp.ones(9, bool)))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), got, want)
+
+
 def test_no_token_is_dropped_when_all_choose_one_expert():
     config = dataclasses.replace(CONFIG, experts_per_token=1)
     params = random_params(config)

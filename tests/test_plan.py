@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from dcmdp_jax import cli, count, plan, sharding
-from dcmdp_jax.config import MeshConfig, ModelConfig
+from dcmdp_jax.config import MeshConfig, ModelConfig, Precision
 from dcmdp_jax.models import qwen3
 from test_step import make_config
 
@@ -49,6 +49,16 @@ def test_offloaded_moments_leave_the_chips():
     away = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, offload=True))
     here, there = (plan.compile(next(plan.programs(c, MODEL, devices)), plan.CHIPS["v5e"]) for c in (config, away))
     assert abs(here.arguments - there.arguments - 8 * count.parameters(MODEL).total / 4) < 0.1 * here.arguments
+
+
+@pytest.mark.slow
+def test_decoding_copies_no_experts():
+    """A device has 192 columns of each expert, which are no whole vectors."""
+    model = dataclasses.replace(MOE, hidden_size=2048, num_experts=32, expert_size=768)
+    config = configure(model, mesh=MeshConfig(tensor=4), precision=Precision(weights="bfloat16"))
+    decode = next(p for p in plan.programs(config, model, plan.topology("v5e:2x2")) if p.name.startswith("decode"))
+    padded = 32 * 2048 * 256 * 2  # bytes of one of a layer's two
+    assert plan.compile(decode, plan.CHIPS["v5e"]).temporaries < padded / 2
 
 
 def test_flops_of_a_pass_are_the_compilers():

@@ -165,7 +165,7 @@ class MoE(nn.Module):
             return dispatch.mix(x, gates, experts, weights)
         tokens, gates, experts = (a.reshape(-1, a.shape[-1]) for a in (x, gates, experts))
         live = None if live is None else jnp.repeat(live, x.shape[1])
-        return moe.mix(tokens, gates, experts, weights, live).reshape(x.shape)
+        return moe.mix(tokens, gates, experts, weights, live, c.expert_parts).reshape(x.shape)
 
 
 class Layer(nn.Module):

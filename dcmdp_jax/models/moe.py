@@ -12,6 +12,9 @@ from dcmdp_jax.models.swiglu import Experts, in_tiles
 
 NORMAL = nn.initializers.normal(0.02)
 TILE = 128  # rows of one expert multiplied together on a CPU, at most
+LANES = 128  # of an accelerator's vector
+# x [n, D] by w [E, F, D]: the last axis of each is summed over.
+TURNED = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=(0,))
 
 
 def parameter(module: nn.Module, name: str, shape: tuple, axes: tuple, init=NORMAL):
@@ -50,39 +53,47 @@ def _replay(probs: jax.Array, replayed: jax.Array, k: int) -> tuple[jax.Array, j
     return jnp.where(used, jnp.take_along_axis(probs, experts, axis=-1), 0), experts
 
 
-def mix(x: jax.Array, gates: jax.Array, experts: jax.Array, weights: Experts, live: jax.Array | None = None) -> jax.Array:
+def mix(x: jax.Array, gates: jax.Array, experts: jax.Array, weights: Experts, live: jax.Array | None = None,
+        parts: int = 0) -> jax.Array:
     """`sum over k of gates_k * down_e(silu(gate_e x) * up_e x)`, e = experts_k: x [N, D], gates, experts [N, k] -> [N, D].
 
     Assignments are sorted by expert. Accelerators multiply them by `ragged_dot`; on a CPU, where that is ten times slower
     than the products it stands for, each expert's rows are cut into tiles, and tokens that are not `live` ([N] bool, None:
-    all are) cost nothing. What comes back for those has no meaning.
+    all are) cost nothing. What comes back for those has no meaning. `parts` is `ModelConfig.expert_parts`.
     """
     # Summed in the order of k, which does not depend on the other tokens.
-    return jnp.sum(assigned(x, experts, weights, live).astype(jnp.float32) * gates[..., None], axis=1).astype(x.dtype)
+    return jnp.sum(assigned(x, experts, weights, live, parts).astype(jnp.float32) * gates[..., None], axis=1).astype(x.dtype)
 
 
-def assigned(x: jax.Array, experts: jax.Array, weights: Experts, live: jax.Array | None = None) -> jax.Array:
+def assigned(x: jax.Array, experts: jax.Array, weights: Experts, live: jax.Array | None = None, parts: int = 0) -> jax.Array:
     """Each assignment's row `down_e(silu(gate_e x) * up_e x)`: x [N, D], experts [N, k] -> [N, k, D]."""
     live = jnp.ones(x.shape[:1], bool) if live is None else live
     return jax.lax.platform_dependent(
-        x, experts, weights, live, cpu=_by_tiles, default=lambda x, experts, weights, live: _by_ragged_dot(x, experts, weights))
+        x, experts, weights, live, cpu=_by_tiles,
+        default=lambda x, experts, weights, live: _by_ragged_dot(x, experts, weights, parts))
 
 
-def _by_ragged_dot(x: jax.Array, experts: jax.Array, weights: Experts) -> jax.Array:
-    """[N, k, D], each assignment's row."""
+def _by_ragged_dot(x: jax.Array, experts: jax.Array, weights: Experts, parts: int = 0) -> jax.Array:
+    """[N, k, D], each assignment's row.
+
+    XLA keeps an argument [E, D, F] of which a device holds no whole vectors of F as [E, F, D], and a product that wants it
+    otherwise copies every layer's, padded, before the loop over tokens: such weights are multiplied as they lie.
+    """
     order = jnp.argsort(experts.reshape(-1))
     expert_of = experts.reshape(-1)[order]
     count = jax.tree.leaves(weights.gate)[0].shape[0]
     sizes = jnp.bincount(expert_of, length=count).astype(jnp.int32)
 
-    def product(rows, w):
+    def product(rows, w, turned=False):
         rows, w = rounded(rows, w), w.dequantize() if isinstance(w, Quantized) else w
-        y = jax.lax.ragged_dot(rows.astype(x.dtype), w.astype(x.dtype), sizes, precision=precision(x.dtype),
-                               preferred_element_type=jnp.float32)
-        return y.astype(x.dtype)
+        rows, w, how = rows.astype(x.dtype), w.astype(x.dtype), dict(precision=precision(x.dtype), preferred_element_type=jnp.float32)
+        if turned:
+            return jax.lax.ragged_dot_general(rows, jnp.swapaxes(w, 1, 2), sizes, TURNED, **how).astype(x.dtype)
+        return jax.lax.ragged_dot(rows, w, sizes, **how).astype(x.dtype)
 
+    turned = parts > 0 and weights.gate.shape[-1] // parts % LANES > 0
     rows = x[order // experts.shape[1]]
-    rows = product(nn.silu(product(rows, weights.gate)) * product(rows, weights.up), weights.down)
+    rows = product(nn.silu(product(rows, weights.gate, turned)) * product(rows, weights.up, turned), weights.down)
     return rows[jnp.argsort(order)].reshape(*experts.shape, -1)
 
 

@@ -93,10 +93,11 @@ class Engine(engine_api.Engine):
           load: makes the weights that `load_params` returns.
         """
         self.slots, self.max_length, self.stop_ids, self.steps = slots, max_length, stop_ids, steps
-        self.config = config = dataclasses.replace(
-            config, experts_per_token=precision.experts_per_token or config.experts_per_token)
-        self.max_tokens, self.sampling = max_tokens or max_length, sampling
         self._mesh = mesh if mesh is not None else sharding.single_device_mesh()
+        self.config = config = dataclasses.replace(
+            config, experts_per_token=precision.experts_per_token or config.experts_per_token,
+            expert_parts=self._mesh.shape["tensor"])
+        self.max_tokens, self.sampling = max_tokens or max_length, sampling
         self._load = load
         self._requests = 0
         sparse = sum(config.is_sparse(layer) for layer in range(config.num_layers)) if record_experts else 0
