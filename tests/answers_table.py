@@ -219,6 +219,7 @@ x^2 | x^3
 \sin x | \cos x
 2x | 2y
 f(x)=2x | f(x)=3x
+0 | f(0)
 \{1,2\} | (1,2)
 even | neve
 i | 1

@@ -36,6 +36,8 @@ def equal(one: Node, other: Node) -> bool:
     Variables take positive values, negative ones too where an absolute value is taken, and whole ones where the expressions hold
     factorials or binomials, or round what is named as a count.
     """
+    if bool(variables(one)) != bool(variables(other)):
+        return False  # `f(0)`, which reads as a product, is not the number 0
     names = sorted(variables(one) | variables(other))
     kinds = functions(one) | functions(other)
     whole = bool(kinds & WHOLE or kinds & ROUND and COUNTS.issuperset(names))
