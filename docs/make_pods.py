@@ -24,13 +24,13 @@ SLICES = [  # title, experiment, topology, options
     ("Qwen3-30B-A3B, v5p-64", "dcgrpo_30b_a3b_bf16", "v5p:4x4x4", []),
     ("Qwen3-8B, fp8 engine, v5p-64", "dcgrpo_8b_fp8", "v5p:4x4x4", []),
     ("Qwen3-30B-A3B, fp8 engine, v5p-64", "dcgrpo_30b_a3b_fp8", "v5p:4x4x4", []),
-    ("Qwen3-30B-A3B, v6e-64", "dcgrpo_30b_a3b_bf16", "v6e:8x8", [*WHOLE, "--rollout.slots", "256"]),
+    ("Qwen3-30B-A3B, v6e-64", "dcgrpo_30b_a3b_bf16", "v6e:8x8", [*WHOLE, "--rollout.slots", "512"]),
 ]
 
 
-def plan(title: str, experiment: str, topology: str, options: list[str]) -> dict:
+def plan(experiment: str, topology: str, options: list[str]) -> dict:
     """One plan, in a process of its own: a slice's compiler is loaded once."""
-    file = ROOT / "runs" / "plans" / f"{title.replace(', ', '_').replace(' ', '-')}.json"
+    file = ROOT / "runs" / "plans" / f"{'_'.join([experiment, topology, *options]).replace(':', '-')}.json"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         command = [pathlib.Path(sys.executable).with_name("dcmdp"), "plan", f"experiments/pods/{experiment}.py",
@@ -58,7 +58,7 @@ def lines(title: str, found: dict, experiment: str, topology: str, options: list
 
 
 def main() -> None:
-    made = [line for title, *how in SLICES for line in lines(title, plan(title, *how), *how)]
+    made = [line for title, *how in SLICES for line in lines(title, plan(*how), *how)]
     page = ROOT / "docs" / "pods.md"
     before, rest = page.read_text().split("<!-- table -->\n")
     page.write_text(f"{before}<!-- table -->\n\n" + "\n".join(made) + "<!-- end -->\n" + rest.split("<!-- end -->\n")[1])
