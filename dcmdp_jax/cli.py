@@ -131,6 +131,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     known, rest = parser.parse_known_args(arguments)
     try:
+        if "://" in (getattr(known, "workdir", None) or ""):
+            raise ValueError(f"--workdir {known.workdir} is no folder; mount the bucket (gcsfuse) and name the folder it is mounted at")
         job = known.run(known, rest)
     except ModuleNotFoundError as error:
         print(f"dcmdp: {error}; the core alone does not train or sample, install requirements.txt or dcmdp-jax[jetstream]",
@@ -271,13 +273,7 @@ def _study(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     study.load(args.study)
     file = pathlib.Path(args.study)
     root = pathlib.Path(args.workdir or pathlib.Path("runs") / file.absolute().parent.name / file.stem)
-
-    def job() -> int:
-        failed = study.run(args.study, root, args.workers, partial(print, flush=True))
-        print("\n".join([f"wrote {root / 'table.csv'}", *(f"failed: {one}" for one in failed)]))
-        return int(bool(failed))
-
-    return job
+    return partial(study.command, args.study, root, args.workers)
 
 
 def _plan(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
@@ -286,6 +282,9 @@ def _plan(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
 
     config = override(load_experiment(args.experiment), _overrides(rest))
     from dcmdp_jax import parity, plan, train
+
+    if args.json and not pathlib.Path(args.json).absolute().parent.is_dir():
+        raise ValueError(f"--json {args.json}: its folder does not exist")
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

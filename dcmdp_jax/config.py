@@ -358,14 +358,21 @@ def load_experiment(path: str) -> Config:
 
 
 def run_file(path: str, kind: str) -> dict[str, Any]:
-    """What a Python file defines; it may import its neighbours, as a script may. Raises ValueError where there is no file."""
+    """What a Python file defines; it may import its neighbours, as a script may.
+
+    Raises ValueError where there is no file, and where it imports what is not there.
+    """
     file = pathlib.Path(path)
     if not file.is_file():
         raise ValueError(f"{kind} {path} does not exist; give the path of a Python file")
     folder = str(file.absolute().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    return runpy.run_path(str(file))
+    try:
+        return runpy.run_path(str(file))
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{kind} {path} imports {error.name!r}, which is neither in its folder nor installed "
+                         "(requirements.txt has what dcmdp_jax itself needs)") from error
 
 
 def _replace(config: Any, changes: dict[tuple[str, ...], Any]) -> Any:

@@ -8,6 +8,7 @@ Lengths are the longest: every prompt and completion at its limit.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -85,6 +86,8 @@ def topology(name: str, slices: int = 1) -> list[Any]:
     if kind not in CHIPS or ":" not in name:
         raise ValueError(f"--topology {name!r} is not KIND:SHAPE with KIND one of {', '.join(CHIPS)}, such as v5p:4x4x4 or "
                          "v5e:8x8")
+    if slices < 1 or "0" in name.split(":")[1].split("x"):
+        raise ValueError(f"--topology {name} with --slices {slices} has no devices; both must be positive")
     # Compiling touches no TPU, so that several processes may; the metadata server is not there to be asked.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost",
                    "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
@@ -93,7 +96,8 @@ def topology(name: str, slices: int = 1) -> list[Any]:
     try:
         found = topologies.get_topology_desc(topology_name=name, platform="tpu", num_slices=slices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"libtpu gives no topology {name!r} (pip install libtpu): {str(error).splitlines()[0]}") from error
+        hint = "" if importlib.util.find_spec("libtpu") else " (pip install libtpu)"
+        raise ValueError(f"libtpu gives no topology {name!r}{hint}: {str(error).splitlines()[0]}") from error
     return list(found.devices)
 
 
@@ -102,6 +106,7 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
     if isinstance(config.constraint.tolerance, Calibrated):
         config = with_tolerance(config, 1.0)  # any number makes the same programs
     mesh, decode_mesh = sharding.meshes(config, devices, process=0)
+    sync.check(model, config.rollout.precision, decode_mesh)
     state, batch = step.abstract_state(config, model, mesh), abstract_batch(config, model, mesh)
     sizes = sharding.local_bytes(state)
     parts, (rows, length) = config.algorithm.minibatches * config.algorithm.microbatches, batch.tokens.shape[2:]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -16,7 +17,10 @@ import multiprocessing
 import os
 import pathlib
 import shutil
+import signal
 import statistics
+import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -86,6 +90,23 @@ def load(file: str) -> Study:
     return study
 
 
+def command(file: str, root: pathlib.Path, workers: int) -> int:
+    """`run`, and what it came to, printed; the status of the process. SIGTERM and Ctrl-C save the runs that have begun."""
+    def ask(number, frame):
+        raise Interrupted
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        failed = run(file, root, workers, functools.partial(print, flush=True))
+    except (Interrupted, KeyboardInterrupt):
+        print(f"stopped; go on with: dcmdp study {file} --workdir {root}", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    print("\n".join([f"wrote {root / 'table.csv'}", *(f"failed: {one}" for one in failed)]))
+    return int(bool(failed))
+
+
 def run(file: str, root: pathlib.Path, workers: int, say: Callable[[str], None] = print) -> list[str]:
     """Runs what is not finished, `workers` at a time (0: as many as there are cores), each on a core; returns what failed.
 
@@ -101,8 +122,10 @@ def run(file: str, root: pathlib.Path, workers: int, say: Callable[[str], None] 
     root.mkdir(parents=True, exist_ok=True)
     with _processes(workers or len(_cores()), root.parent / "compiled") as submit:
         starts = {_start_folder(study, one): one for one in waiting}
-        for future, _ in submit(_make_start, [one for folder, one in starts.items() if not folder.is_dir()]):
-            future.result()
+        for future, one in submit(_make_start, [one for folder, one in starts.items() if not folder.is_dir()]):
+            if error := future.exception():
+                failed.append(f"the warm-up of {one.arm} s{one.seed}: {error}")
+        waiting = [one for one in waiting if _start_folder(study, one).is_dir()]
         began = time.perf_counter()
         for done, (future, one) in enumerate(submit(_train, waiting), start=1):
             if error := future.exception():
@@ -263,12 +286,24 @@ def _settle(cores: Any, stop: Any, compiled: str) -> None:
     """Takes a core and the event that asks to stop, before JAX counts them: one thread each is quicker than many runs on all cores."""
     global _stop
     number, _stop = cores.get(), stop
+    threading.Thread(target=_heed, args=(stop, multiprocessing.parent_process()), daemon=True).start()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {_cores()[number % len(_cores())]})
     import jax
 
     jax.config.update("jax_compilation_cache_dir", compiled)  # seeds of one arm share their programs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _heed(stop: Any, parent: Any) -> None:
+    """Stops what this process runs when its parent says so, or is gone: a run saves itself on SIGTERM, an idle process ends."""
+    while not stop.wait(1) and parent.is_alive():
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    while True:
+        parent.join()
+        time.sleep(10)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _cores() -> list[int]:

@@ -20,12 +20,15 @@ def dry_run(*arguments):
 
 def test_the_script_is_sound_and_quotes_what_it_is_given(tmp_path):
     subprocess.run(["bash", "-n", SCRIPT], check=True)
-    done = dry_run("pod", "us-east5-a", "experiments/pods/dcgrpo_8b_bf16.py", "--model.folder", "a folder's name")
+    done = dry_run("pod", "us-east5-a", "experiments/pods/dcgrpo_8b_bf16.py", "--workdir", "/bucket/run", "--model.folder", "a folder's name")
     assert done.returncode == 0 and done.stdout.startswith("gcloud compute tpus tpu-vm ssh pod --zone us-east5-a --worker=all --command set -e")
     script = done.stdout.split("--command ", 1)[1]
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     last = shlex.split(script.strip().splitlines()[-1])
-    assert last == ["exec", ".venv/bin/dcmdp", "train", "experiments/pods/dcgrpo_8b_bf16.py", "--model.folder", "a folder's name", "--distributed"]
+    assert last == ["exec", ".venv/bin/dcmdp", "train", "experiments/pods/dcgrpo_8b_bf16.py", "--workdir", "/bucket/run",
+                    "--model.folder", "a folder's name", "--distributed"]
+    refused = dry_run("pod", "us-east5-a", "experiments/pods/dcgrpo_8b_bf16.py")
+    assert refused.returncode == 2 and "give --workdir" in refused.stderr
     assert dry_run("pod").returncode == 2
 
 

@@ -2,6 +2,10 @@
 
 import csv
 import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -85,3 +89,27 @@ def test_arms_share_their_start_and_a_failure_spares_the_others(small, tmp_path)
     file = pathlib.Path(small)
     file.write_text(file.read_text().replace("prompts_per_step=4", "prompts_per_step=8"))
     assert study.edited(study.load(small), one) == ["data.prompts_per_step"], "and it is kept, but said"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_study_that_is_stopped_leaves_nothing_running(small, tmp_path, number):
+    """SIGTERM saves what has begun; after SIGKILL the runs see that their parent is gone, and do the same."""
+    file, root = pathlib.Path(small), tmp_path / "runs" / "small"
+    file.write_text(file.read_text().replace("steps=2, data", "steps=1000, data").replace("every=2", "every=500"))
+    command = [pathlib.Path(sys.executable).with_name("dcmdp"), "study", small, "--workdir", root]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as study_:
+        logs = [root / arm / "s0" for arm in ("none", "grpo")]
+        wait_for(lambda: all((log / "metrics.jsonl").exists() and (log / "metrics.jsonl").read_text() for log in logs), 300)
+        study_.send_signal(number)
+        said = study_.stderr.read()  # until the last process that holds it has ended
+    assert study_.returncode == (130 if number == signal.SIGTERM else -number)
+    assert (f"stopped; go on with: dcmdp study {small} --workdir {root}" in said) == (number == signal.SIGTERM)
+    assert all("everything is saved" in (log / "run.log").read_text() for log in logs)
+
+
+def wait_for(done, seconds):
+    ends = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < ends, "it does not come"
+        time.sleep(0.5)

@@ -1,6 +1,6 @@
 """Does the constraint hold the gap of a bfloat16 engine, and does Qwen3-30B-A3B gain by it? The paper's setting.
 
-Command:  dcmdp train experiments/pods/dcgrpo_30b_a3b_bf16.py --distributed --model.folder Qwen3-30B-A3B --data.path dapo-math-17k.parquet
+Command:  dcmdp train experiments/pods/dcgrpo_30b_a3b_bf16.py --distributed --workdir RUN --model.folder Qwen3-30B-A3B --data.path dapo-math-17k.parquet
           dcmdp convert experiments/pods/dcgrpo_30b_a3b_bf16.py out, then the evaluation in docs/pods.md
 Hardware: a TPU slice; dcmdp plan experiments/pods/dcgrpo_30b_a3b_bf16.py --topology v5p:4x4x4 tells what it needs
 Time:     not measured; no less than 9 hours for 500 steps: 65 s a step at the roof on v5p-64 (docs/pods.md)

@@ -1,6 +1,6 @@
 """What does Qwen3-8B reach without the constraint, sampled by an fp8 engine? The paper's setting.
 
-Command:  dcmdp train experiments/pods/grpo_8b_fp8.py --distributed --model.folder Qwen3-8B --data.path dapo-math-17k.parquet
+Command:  dcmdp train experiments/pods/grpo_8b_fp8.py --distributed --workdir RUN --model.folder Qwen3-8B --data.path dapo-math-17k.parquet
           dcmdp convert experiments/pods/grpo_8b_fp8.py out, then the evaluation in docs/pods.md
 Hardware: a TPU slice; dcmdp plan experiments/pods/grpo_8b_fp8.py --topology v5p:4x4x4 tells what it needs
           v5 and v6 chips hold fp8 and multiply in bfloat16; --rollout.precision.weights int8 --rollout.precision.activations int8

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on every worker of a TPU VM, from a workstation; the same line again resumes. Not run here (no TPU); see docs/pods.md.
 #
-#   bash experiments/pods/launch.sh [--dry-run] NAME ZONE EXPERIMENT [--field value ...]
+#   bash experiments/pods/launch.sh [--dry-run] NAME ZONE EXPERIMENT --workdir FOLDER [--field value ...]
 #
 # REPOSITORY (default: origin of this checkout) and CACHE (a folder or bucket for compiled programs) may be set in the environment.
 set -euo pipefail
@@ -12,11 +12,15 @@ if [[ "${1:-}" == "--dry-run" ]]; then
   shift
 fi
 if (($# < 3)); then
-  echo "usage: launch.sh [--dry-run] NAME ZONE EXPERIMENT [--field value ...]" >&2
+  echo "usage: launch.sh [--dry-run] NAME ZONE EXPERIMENT --workdir FOLDER [--field value ...]" >&2
   exit 2
 fi
 name=$1 zone=$2
 shift 2
+if [[ ! " $*" =~ " --workdir" ]]; then
+  echo "launch.sh: give --workdir, a folder that all workers see, such as one in a mounted bucket (docs/pods.md)" >&2
+  exit 2
+fi
 repository=${REPOSITORY:-$(git -C "$(dirname "$0")" remote get-url origin 2>/dev/null || true)}
 if [[ -z "$repository" ]]; then
   echo "launch.sh: this checkout has no origin; set REPOSITORY to an address that the workers can clone" >&2
