@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     known, rest = parser.parse_known_args(arguments)
     try:
         if "://" in (getattr(known, "workdir", None) or ""):
-            raise ValueError(f"--workdir {known.workdir} is no folder; mount the bucket (gcsfuse) and name the folder it is mounted at")
+            raise ValueError(f"--workdir {known.workdir} is no folder; mount the bucket (gcsfuse) and name where it is mounted")
         job = known.run(known, rest)
     except ModuleNotFoundError as error:
         print(f"dcmdp: {error}; the core alone does not train or sample, install requirements.txt or dcmdp-jax[jetstream]",

@@ -6,6 +6,7 @@ import pathlib
 
 import pytest
 
+from dcmdp_jax import cli
 from dcmdp_jax import config as c
 
 QUICKSTART = pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py"
@@ -68,3 +69,15 @@ def test_experiments_that_are_none(tmp_path):
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(ValueError, match="defines no CONFIG"):
         c.load_experiment(str(tmp_path / "empty.py"))
+
+
+def test_an_experiment_names_the_module_it_lacks(tmp_path):
+    file = tmp_path / "lacking.py"
+    file.write_text("import nothing_of_this_name")
+    with pytest.raises(ValueError, match="lacking.py imports 'nothing_of_this_name', which is neither in its folder nor installed"):
+        c.load_experiment(str(file))
+
+
+def test_a_bucket_s_address_is_no_workdir(capsys):
+    assert cli.main(["train", "experiments/quickstart.py", "--workdir", "gs://bucket/run"]) == 2
+    assert "--workdir gs://bucket/run is no folder; mount the bucket" in capsys.readouterr().err

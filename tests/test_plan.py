@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from test_step import make_config
 
 MODEL = ModelConfig(vocab_size=512, hidden_size=128, intermediate_size=256, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=128,
                     bfloat16=True, remat=True)
+QUICKSTART = str(pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py")
 MOE = dataclasses.replace(MODEL, num_experts=8, experts_per_token=2, expert_size=128)
 
 
@@ -80,6 +82,16 @@ def test_unknown_topologies_are_refused():
     for name in ("v9:2x2", "v5p", "v5e:3x5x7"):
         with pytest.raises(ValueError, match=f"(?i)topology.*{name}"):
             plan.topology(name)
+    for name, slices in (("v5e:0x2", 1), ("v5e:2x2", 0)):
+        with pytest.raises(ValueError, match="has no devices"):
+            plan.topology(name, slices)
+
+
+@pytest.mark.parametrize("words, named", [(["--rollout.precision.weights", "int5"], "precision.weights='int5' is not one of"),
+                                          (["--json", "nowhere/plan.json"], "nowhere/plan.json: its folder does not exist")])
+def test_what_cannot_work_is_refused_before_compiling(words, named, capsys):
+    assert cli.main(["plan", QUICKSTART, "--topology", "v5e:2x2", *words]) == 2
+    assert named in capsys.readouterr().err
 
 
 def test_a_mesh_that_does_not_fit_is_refused_before_compiling(capsys):

@@ -86,7 +86,8 @@ def _by_ragged_dot(x: jax.Array, experts: jax.Array, weights: Experts, parts: in
 
     def product(rows, w, turned=False):
         rows, w = rounded(rows, w), w.dequantize() if isinstance(w, Quantized) else w
-        rows, w, how = rows.astype(x.dtype), w.astype(x.dtype), dict(precision=precision(x.dtype), preferred_element_type=jnp.float32)
+        rows, w = rows.astype(x.dtype), w.astype(x.dtype)
+        how = {"precision": precision(x.dtype), "preferred_element_type": jnp.float32}
         if turned:
             return jax.lax.ragged_dot_general(rows, jnp.swapaxes(w, 1, 2), sizes, TURNED, **how).astype(x.dtype)
         return jax.lax.ragged_dot(rows, w, sizes, **how).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Do the arms order the same way in a Mixture-of-Experts, what does replaying the engine's routing do, and a router of fewer experts?
+"""Do the arms order alike in a Mixture-of-Experts, and what do replayed routing and a router of fewer experts do?
 
 Eight experts, two a token. `replay` trains with the experts that the int4 engine chose; `top1` is an exact engine whose router
 takes one expert a token, `top1-replay` the same with the trainer taking that one too.

@@ -1,8 +1,8 @@
-"""How often does each policy of the runs with spellings write a digit in the kind that the engine distorts, and what is the gap there?
+"""How often do the policies of the runs with spellings use the kind that the engine distorts, and what is the gap there?
 
 Command:  python experiments/laptop/shares.py runs/laptop, after the studies room.py and room_harmed.py
 Hardware: two CPU cores
-Time:     5 minutes
+Time:     9 minutes
 Result:   with three kinds the share falls by 0.15 ± 0.17 more than under GRPO, with two by 0.04 ± 0.04
 """
 
