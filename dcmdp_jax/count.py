@@ -62,8 +62,8 @@ def forward(model: ModelConfig, tokens: float, context: float, scored: float) ->
     return 2 * (w.layers + w.routed) * tokens, attention * tokens, 2 * w.head * scored
 
 
-def update(model: ModelConfig, rows: int, length: int, config: Config, mesh: Any) -> Work:
-    """The whole constrained step: scoring, forward, backward and optimizer."""
+def update(model: ModelConfig, rows: int, length: int, config: Config, mesh: Any, one_pass: bool) -> Work:
+    """The whole constrained step: scoring (unless the update's own forward pass does it), forward, backward and optimizer."""
     algorithm = config.algorithm
     layers, attention, head = _batch(model, rows, length, config)
     again = 1 if model.remat else 0
@@ -72,9 +72,7 @@ def update(model: ModelConfig, rows: int, length: int, config: Config, mesh: Any
     one = Work(flops / mesh.size, 0, _exchange(model, rows * length, mesh, passes, gradients=True))
     moments = Work(0, 7 * 4 * parameters(model).total / (mesh.size / mesh.shape["data"]), 0)
     whole = one * (parts * algorithm.epochs) + moments * (algorithm.minibatches * algorithm.epochs)
-    if parts * algorithm.epochs == 1 and not config.rollout.staleness:  # the update's own forward pass scores
-        return whole
-    return whole + scoring(model, rows, length, parts, config, mesh)
+    return whole if one_pass else whole + scoring(model, rows, length, parts, config, mesh)
 
 
 def scoring(model: ModelConfig, rows: int, length: int, parts: int, config: Config, mesh: Any) -> Work:

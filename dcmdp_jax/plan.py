@@ -111,7 +111,7 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
     sizes = sharding.local_bytes(state)
     parts, (rows, length) = config.algorithm.minibatches * config.algorithm.microbatches, batch.tokens.shape[2:]
     yield Program("train step", step.compile(config, model, mesh).lower(state, batch),
-                  count.update(model, rows, length, config, mesh), 1, 0,
+                  count.update(model, rows, length, config, mesh, step.in_one_pass(config)), 1, 0,
                   "algorithm.microbatches, model.remat, mesh.sequence or mesh.tensor")
     score = jax.jit(sharding.over(mesh, partial(step.score, config=config, model=model)))
     yield Program("scoring pass", score.lower(state.params, batch), count.scoring(model, rows, length, parts, config, mesh), 0,

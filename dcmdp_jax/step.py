@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dcmdp_jax import constraint, gaps, optimizers, sharding
@@ -21,7 +22,7 @@ from dcmdp_jax.models import qwen3, scoring
 from dcmdp_jax.records import Batch, TrainState
 
 Metrics = dict[str, jax.Array | gaps.Gaps]  # numbers, and under "gaps" where the tokens' gaps lie
-Pull = Callable[[jax.Array], tuple[Any]]
+Slope = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def controller(config: Config) -> constraint.Controller:
@@ -71,43 +72,81 @@ def compile(config: Config, model: ModelConfig,
         raise ValueError("bypass with the surviving denominator judges tokens anew at every update; set "
                          "algorithm.epochs=1 and minibatches=1, or take corrections.original")
     state, batch = state_shardings(config, model, mesh), batch_shardings(config, mesh)
-    return jax.jit(sharding.over(mesh, partial(constrained_step, config=config, model=model)), in_shardings=(state, batch),
-                   out_shardings=(state, sharding.replicated(mesh)), donate_argnums=0)
+    update = partial(constrained_step, config=config, model=model, one_pass=in_one_pass(config))
+    return jax.jit(sharding.over(mesh, update), in_shardings=(state, batch), out_shardings=(state, sharding.replicated(mesh)),
+                   donate_argnums=0)
 
 
-def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: ModelConfig) -> tuple[TrainState, Metrics]:
+def in_one_pass(config: Config) -> bool:
+    """Whether one forward pass both scores a batch and updates from it: there is a single update, it starts from the weights
+    that sampled, and the loss of one microbatch does not hang on the log-probs of others.
+    """
+    return _is_single(config) and (config.algorithm.microbatches == 1 or _judged_apart(config))
+
+
+def _is_single(config: Config) -> bool:
+    """Whether a batch has one update, at the weights that sampled it."""
+    return config.algorithm.epochs * config.algorithm.minibatches == 1 and not config.rollout.staleness
+
+
+def _judged_apart(config: Config) -> bool:
+    """Tried out on a made-up batch: every other microbatch is moved a little, far, and to NaN, and the rest looked at."""
+    parts, samples = config.algorithm.microbatches, config.rollout.samples
+    count, rng = config.data.prompts_per_step * samples, np.random.default_rng(0)
+    shape = 1, parts, count // parts, 8
+    logp, noise = -rng.exponential(size=(2, *shape)).astype(np.float32)
+    batch = Batch(*[None] * len(Batch._fields))._replace(
+        mask=np.arange(8) < rng.integers(0, 9, shape[:3])[..., None], rollout_logp=logp + 0.1 * noise,
+        reward=rng.normal(size=shape[:3]).astype(np.float32),
+        group=(rng.permutation(count).reshape(shape[:3]) // samples).astype(np.int32))
+    multiplier = controller(config).init().multiplier + 0.1
+    slope = jax.jit(lambda logp: _slope(logp, batch, _advantage(batch, config), multiplier, config)[1])
+    for odd in (0, 1):
+        moved = (np.arange(parts) % 2 == odd)[None, :, None, None]
+        tried = [np.asarray(slope(np.where(moved, logp + far * noise, logp))) for far in np.float32([0, 0.01, 3, np.nan])]
+        if not all(np.array_equal(tried[0][:, 1 - odd::2], other[:, 1 - odd::2]) for other in tried):
+            return False
+    return True
+
+
+def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: ModelConfig,
+                     one_pass: bool = False) -> tuple[TrainState, Metrics]:
     """One rollout batch: `epochs` x M updates of the parameters, then one of the multiplier.
 
     A'_t = A_t - lambda delta_t with the current lambda, delta from the trainer's own log-probs at the weights that sampled,
-    or whatever `constraint.shape` and `constraint.penalty` make of them; then lambda <- dual(lambda, mean delta) over all completion tokens, before any rejection. Updates whose gradient is
-    not finite are left out and counted.
+    or whatever `constraint.shape` and `constraint.penalty` make of them; then lambda <- dual(lambda, mean delta) over all
+    completion tokens, before any rejection. Updates whose gradient is not finite are left out and counted. `one_pass` as
+    `in_one_pass` says.
     """
-    algorithm, dual = config.algorithm, config.constraint
-    advantage = algorithm.advantage(batch.reward.reshape(-1), batch.group.reshape(-1),
-                                    num_groups=config.data.prompts_per_step).reshape(batch.reward.shape)[..., None]
-    pull, behaviour = None, sampled_from(state)[0]
-    if algorithm.epochs * algorithm.minibatches * algorithm.microbatches == 1 and not state.stale:
-        old_logp, pull, entropy = _only_pass(state.params, batch, config, model)
-    else:
-        old_logp, entropy = score(behaviour, batch, config, model)
-    multiplier, shaped = state.dual.multiplier, jnp.broadcast_to(advantage, batch.mask.shape)
-    if dual.shape:
-        shaped = dual.shape(_flat(advantage), _flat(old_logp), _flat(batch.rollout_logp), multiplier, dual.tolerance,
-                            _flat(batch.mask)).reshape(batch.mask.shape)
+    algorithm, dual, multiplier = config.algorithm, config.constraint, state.dual.multiplier
+    advantage = _advantage(batch, config)
 
-    def update(carry, minibatch):
+    def update(carry, loss, grads):
         params, opt_state, skipped = carry
-        loss, grads, norm = _gradients(params, minibatch, multiplier, config, model, pull)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         opt_state = _moved(opt_state, jax.memory.Space.Device, algorithm)
         params, opt_state = optimizers.of(algorithm).update(grads, norm, finite, params, opt_state)
         return (params, _moved(opt_state, jax.memory.Space.Host, algorithm), skipped + ~finite), (loss, norm)
 
-    def epoch(carry, _):
-        return jax.lax.scan(update, carry, (batch, old_logp, shaped))
+    carry = state.params, state.opt_state, state.skipped
+    if _is_single(config):
+        known = batch.rollout_logp if one_pass else score(state.params, batch, config, model)[0]
+        slope = partial(_slope, batch=batch, advantage=advantage, multiplier=multiplier, config=config)
+        loss, grads, old_logp, entropy = _single(state.params, batch, known, slope, config, model)
+        shaped = _shaped(old_logp, batch, advantage, multiplier, config)
+        (params, opt_state, skipped), (loss, norm) = update(carry, loss, grads)
+    else:
+        old_logp, entropy = score(sampled_from(state)[0], batch, config, model)
+        shaped = _shaped(old_logp, batch, advantage, multiplier, config)
 
-    (params, opt_state, skipped), (loss, norm) = jax.lax.scan(
-        epoch, (state.params, state.opt_state, state.skipped), None, length=algorithm.epochs)
+        def one(carry, minibatch):
+            return update(carry, *_gradients(carry[0], minibatch, multiplier, config, model))
+
+        def epoch(carry, _):
+            return jax.lax.scan(one, carry, (batch, old_logp, shaped))
+
+        (params, opt_state, skipped), (loss, norm) = jax.lax.scan(epoch, carry, None, length=algorithm.epochs)
     total, count = constraint.measure(_flat(old_logp), _flat(batch.rollout_logp), _flat(batch.mask))
     new_dual = controller(config).update(state.dual, total, count, dual.tolerance)
     metrics = _metrics(batch, advantage, old_logp, shaped, entropy) | {
@@ -136,13 +175,63 @@ def score(params: Any, batch: Batch, config: Config, model: ModelConfig) -> tupl
     return jax.lax.map(lambda minibatch: jax.lax.map(one, minibatch), batch)
 
 
-def _only_pass(params: Any, batch: Batch, config: Config, model: ModelConfig) -> tuple[jax.Array, Pull, jax.Array]:
-    """`score` of a single microbatch whose only update starts from the weights that sampled: the update's own forward
-    pass. Between its results stands the way back, from the gradient of the log-probs to the parameters'.
+def _advantage(batch: Batch, config: Config) -> jax.Array:
+    """[M, A, n, 1]"""
+    advantage = config.algorithm.advantage(batch.reward.reshape(-1), batch.group.reshape(-1),
+                                           num_groups=config.data.prompts_per_step)
+    return advantage.reshape(*batch.reward.shape, 1)
+
+
+def _shaped(old_logp: jax.Array, batch: Batch, advantage: jax.Array, multiplier: jax.Array, config: Config) -> jax.Array:
+    """Every token's advantage, [M, A, n, T]."""
+    if not config.constraint.shape:
+        return jnp.broadcast_to(advantage, batch.mask.shape)
+    shaped = config.constraint.shape(_flat(advantage), _flat(old_logp), _flat(batch.rollout_logp), multiplier,
+                                     config.constraint.tolerance, _flat(batch.mask))
+    return shaped.reshape(batch.mask.shape)
+
+
+def _slope(old_logp: jax.Array, batch: Batch, advantage: jax.Array, multiplier: jax.Array,
+           config: Config) -> tuple[jax.Array, jax.Array]:
+    """The loss where the log-probs are the old ones, and its gradient by them: [1, A, n, T] -> scalar, [1, A, n, T]."""
+    shaped = _shaped(old_logp, batch, advantage, multiplier, config)
+
+    def loss_of(logp):
+        loss, denominator = config.algorithm.surrogate(_flat(logp), *map(_flat, (old_logp, batch.rollout_logp, shaped, batch.mask)))
+        if config.constraint.penalty:
+            loss += config.constraint.penalty(_flat(logp), _flat(batch.rollout_logp), _flat(batch.mask), multiplier)
+        return config.algorithm.reduce(loss, denominator)
+
+    return jax.value_and_grad(loss_of)(old_logp)
+
+
+def _single(params: Any, batch: Batch, known: jax.Array, slope: Slope, config: Config,
+            model: ModelConfig) -> tuple[jax.Array, Any, jax.Array, jax.Array]:
+    """Loss, its gradient, the old log-probs and entropies, by a forward and a backward pass over each microbatch.
+
+    While one is judged, the log-probs of the others are those `known`. Were another value of theirs to matter, the loss is NaN.
     """
-    micro = jax.tree.map(lambda x: x[0, 0], batch)
-    logp, pull, entropy = jax.vjp(lambda params: _score(params, micro, config, model, entropy=True), params, has_aux=True)
-    return logp[None, None], pull, entropy[None, None]
+    def one(i, micro):
+        logp, pull, entropy = jax.vjp(lambda params: _score(params, micro, config, model, entropy=True), params, has_aux=True)
+        found = slope(known.at[0, i].set(logp))[1][0, i]
+        return pull(found)[0], (logp, found, entropy)
+
+    def accumulate(total, given):
+        # The barrier keeps sums over devices in the loop: behind it they would need whole gradients.
+        grads, made = jax.lax.optimization_barrier(one(*given))
+        return jax.tree.map(jnp.add, total, grads), made
+
+    micros = jax.tree.map(lambda x: x[0], batch)
+    if len(micros.mask) == 1:  # nothing to add up, and no room for a sum
+        grads, made = one(0, jax.tree.map(lambda x: x[0], micros))
+        old_logp, found, entropy = (x[None, None] for x in made)
+    else:
+        zero = jax.tree.map(jnp.zeros_like, params)
+        grads, made = jax.lax.scan(accumulate, zero, (jnp.arange(len(micros.mask)), micros))
+        old_logp, found, entropy = (x[None] for x in made)
+    loss, together = slope(old_logp)
+    same = jnp.sum(jnp.abs(together - found)) <= 1e-3 * jnp.sum(jnp.abs(together))
+    return jnp.where(same, loss, jnp.nan), grads, old_logp, entropy
 
 
 def _score(params: Any, micro: Batch, config: Config, model: ModelConfig, *,
@@ -151,40 +240,34 @@ def _score(params: Any, micro: Batch, config: Config, model: ModelConfig, *,
                                config.rollout.temperature, entropy=entropy, experts=micro.experts)
 
 
-def _gradients(params: Any, minibatch: tuple, multiplier: jax.Array, config: Config, model: ModelConfig,
-               pull: Pull | None = None) -> tuple[jax.Array, Any, jax.Array]:
-    """Loss, its gradient and the gradient's norm, accumulated over the A microbatches of one minibatch.
+def _gradients(params: Any, minibatch: tuple, multiplier: jax.Array, config: Config,
+               model: ModelConfig) -> tuple[jax.Array, Any]:
+    """Loss and its gradient, accumulated over the A microbatches of one minibatch.
 
     The reducer is linear, so its gradient gives every token's weight in the minibatch as a whole; microbatches then add up
-    to what the minibatch in one piece would give. `pull` is that of `_only_pass`, if there was one.
+    to what the minibatch in one piece would give, but for a loss that weighs tokens against others: it sees its microbatch.
     """
     batch, old_logp, shaped = minibatch
     surrogate, penalty = config.algorithm.surrogate, config.constraint.penalty
     _, denominator = surrogate(_flat(old_logp), _flat(old_logp), _flat(batch.rollout_logp), _flat(shaped), _flat(batch.mask))
     weight = jax.grad(lambda x: config.algorithm.reduce(x, denominator))(jnp.zeros_like(_flat(shaped))).reshape(shaped.shape)
 
-    def loss_of(logp, micro, old_logp, shaped, weight):
+    def loss_fn(params, micro, old_logp, shaped, weight):
+        logp, _ = _score(params, micro, config, model)
         loss, _ = surrogate(logp, old_logp, micro.rollout_logp, shaped, micro.mask)
         if penalty:
             loss += penalty(logp, micro.rollout_logp, micro.mask, multiplier)
         return jnp.sum(loss * weight)
 
-    def loss_fn(params, micro, *arrays):
-        return loss_of(_score(params, micro, config, model)[0], micro, *arrays)
-
     def accumulate(total, micro):
-        # The barrier keeps sums over devices in the loop: behind it they would need whole gradients.
+        # The barrier as in `_single`.
         return jax.tree.map(jnp.add, total, jax.lax.optimization_barrier(jax.value_and_grad(loss_fn)(params, *micro))), None
 
     micros = batch, old_logp, shaped, weight
-    if len(shaped) == 1:  # nothing to add up, and no room for a sum
-        only = jax.tree.map(lambda x: x[0], micros)
-        loss, grads = jax.value_and_grad(loss_of if pull else loss_fn)(old_logp[0] if pull else params, *only)
-        grads = pull(grads)[0] if pull else grads
-    else:
-        zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
-        (loss, grads), _ = jax.lax.scan(accumulate, zero, micros)
-    return loss, grads, optax.tree.norm(grads)
+    if len(shaped) == 1:
+        return jax.value_and_grad(loss_fn)(params, *jax.tree.map(lambda x: x[0], micros))
+    zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(accumulate, zero, micros)[0]
 
 
 def _metrics(batch: Batch, advantage: jax.Array, old_logp: jax.Array, shaped: jax.Array, entropy: jax.Array) -> Metrics:

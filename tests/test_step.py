@@ -12,7 +12,7 @@ import pytest
 from dcmdp_jax import constraint, data, sharding, step
 from dcmdp_jax.config import (AlgorithmConfig, Config, ConstraintConfig, DataConfig, ModelConfig, ModelSource,
                               RolloutConfig)
-from dcmdp_jax.losses import advantages, corrections, policy, reduce
+from dcmdp_jax.losses import advantages, corrections, covariance, policy, reduce, rejection
 from dcmdp_jax.models import qwen3
 from dcmdp_jax.records import Example, Prompts, Scored
 from random_params import random_params
@@ -146,13 +146,50 @@ def test_a_penalty_takes_the_duals_multiplier(parts):
     assert np.abs(state.params["embed"] - without.params["embed"]).max() > 1e-4, "the term acts"
 
 
-@pytest.mark.parametrize("microbatches", [2, 4])
-def test_accumulation_does_not_change_the_update(microbatches):
+@pytest.mark.parametrize("microbatches, surrogate", [(2, None), (4, None), (4, corrections.decoupled(
+    CLIPPED, rejections=(functools.partial(rejection.m2po, threshold=0.2),)))], ids=["2", "4", "4, a cut through the whole batch"])
+def test_accumulation_does_not_change_the_update(microbatches, surrogate):
     """Ragged microbatches weigh by their tokens, not alike."""
-    _, whole, _ = run(make_config(), make_scored())
-    _, parts, _ = run(make_config(microbatches=microbatches), make_scored())
+    of = functools.partial(make_config, surrogate=surrogate) if surrogate else make_config
+    _, whole, metrics = run(of(), make_scored())
+    _, parts, in_parts = run(of(microbatches=microbatches), make_scored())
     assert_close(parts.params, whole.params)
     assert_close(parts.dual, whole.dual, 1e-6)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(in_parts[name], value, atol=2e-5, rtol=2e-5, err_msg=name)
+
+
+K3, M2PO = functools.partial(rejection.k3, high=0.05), corrections.decoupled(CLIPPED, rejections=(rejection.m2po,))
+SURVIVING = corrections.decoupled(CLIPPED, corrections.mis(0.9, 1.1, denominator=corrections.surviving))
+KL_COV = corrections.decoupled(functools.partial(covariance.kl_cov, fraction=0.1))
+
+
+@pytest.mark.parametrize("surrogate, shape, apart", [
+    (corrections.decoupled(CLIPPED, corrections.tis(2.0)), constraint.shape, True),
+    (corrections.decoupled(CLIPPED, rejections=(K3,)), constraint.shape_hinge, True),
+    (corrections.bypass(CLIPPED), constraint.shape_cost_to_go, True), (corrections.bypass(CLIPPED), None, True),
+    (corrections.decoupled(CLIPPED), constraint.shape_centred, False), (M2PO, constraint.shape, False),
+    (SURVIVING, constraint.shape, False), (KL_COV, None, False)])
+def test_microbatches_are_scored_and_updated_in_one_pass_where_they_are_judged_apart(surrogate, shape, apart):
+    config = make_config(surrogate=surrogate, microbatches=4)
+    assert step.in_one_pass(dataclasses.replace(config, constraint=dataclasses.replace(config.constraint, shape=shape))) == apart
+    assert step.in_one_pass(make_config(surrogate=surrogate))
+
+
+def test_several_updates_and_stale_rollouts_are_scored_first():
+    assert not any(map(step.in_one_pass, (make_config(minibatches=2), make_config(epochs=2))))
+    stale = make_config(microbatches=4)
+    assert not step.in_one_pass(dataclasses.replace(stale, rollout=dataclasses.replace(stale.rollout, staleness=1)))
+
+
+def test_microbatches_that_are_not_judged_apart_after_all_give_no_update(monkeypatch):
+    monkeypatch.setattr(step, "_judged_apart", lambda config: True)
+    coupled = corrections.decoupled(CLIPPED, rejections=(functools.partial(rejection.m2po, threshold=0.01),))
+    config, mesh = make_config(microbatches=4, surrogate=coupled), ONE
+    batch = jax.device_put(data.pack(make_scored(), minibatches=1, microbatches=4, row_length=24), step.batch_shardings(config, mesh))
+    state, _ = step.compile(config, MODEL, mesh)(fresh_state(config, MODEL, mesh), batch)
+    jax.tree.map(np.testing.assert_array_equal, state.params, make_params())
+    assert state.skipped == 1
 
 
 def test_params_and_multiplier_change_in_one_program_without_the_host():

@@ -37,6 +37,7 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import numpy as np
+import optax
 from safetensors.numpy import save_file
 
 from dcmdp_jax import constraint, data, optimizers, sharding, step, sync
@@ -86,7 +87,8 @@ def update(state: Any, batch: Batch, *, config: Config, model_config: ModelConfi
     """`step.constrained_step` where the old log-probs are given."""
     minibatch = jax.tree.map(lambda x: x[0], batch)
     given = minibatch, minibatch.rollout_logp, minibatch.mask * minibatch.reward[..., None]
-    loss, grads, norm = step._gradients(state.params, given, state.dual.multiplier, config, model_config)
+    loss, grads = step._gradients(state.params, given, state.dual.multiplier, config, model_config)
+    norm = optax.tree.norm(grads)
     optimizer = optimizers.of(config.algorithm)
     params, opt_state = optimizer.update(grads, norm, jnp.isfinite(norm), state.params, state.opt_state)
     return state._replace(params=params, opt_state=opt_state), {"loss": loss, "grad_norm": norm}
