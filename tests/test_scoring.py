@@ -50,8 +50,8 @@ def as_on_accelerators(monkeypatch):
 
 
 @pytest.mark.parametrize("config", [sizes.TINY, sizes.TINY_MOE], ids=["tied", "untied"])
-@pytest.mark.parametrize(("tokens", "width", "by_row"), [(1, 500, False), (5, 500, False), (4, 200, False), (512, 200, False),
-                                                        (2, 500, True)])
+@pytest.mark.parametrize(("tokens", "width", "by_row"), [((1,), 500, False), ((5,), 500, False), ((8, 4, 1), 200, False),
+                                                        ((512, 4), 200, False), ((2,), 500, True)])
 def test_tiles_change_nothing(config, tokens, width, by_row, monkeypatch):
     """Whatever the tile, whether rows are scored as one or each by itself; parts of the vocabulary may overlap."""
     config = dataclasses.replace(config, vocab_size=500)
@@ -59,7 +59,7 @@ def test_tiles_change_nothing(config, tokens, width, by_row, monkeypatch):
     monkeypatch.setattr(scoring, "CPU_TOKENS", tokens)
     monkeypatch.setattr(scoring, "CPU_WIDTH", width)
     if by_row:
-        monkeypatch.setattr(scoring, "CHUNK", tokens * ROWS * config.vocab_size)
+        monkeypatch.setattr(scoring, "CHUNK", tokens[0] * ROWS * config.vocab_size)
         as_on_accelerators(monkeypatch)
     given = case(config)
     values, grads = run(with_entropy, params, config, given)
@@ -82,7 +82,7 @@ def test_what_is_not_wanted_is_not_computed(monkeypatch):
     params = random_params(sizes.TINY, 0.3, norms=1.0)
     hidden, targets, wanted, weight = case(sizes.TINY)
     clean = run(with_entropy, params, sizes.TINY, (jnp.where(wanted[..., None], hidden, 0), targets, wanted, weight))
-    monkeypatch.setattr(scoring, "CPU_TOKENS", 1)
+    monkeypatch.setattr(scoring, "CPU_TOKENS", (1,))
     dirty = run(with_entropy, params, sizes.TINY, (jnp.where(wanted[..., None], hidden, jnp.nan), targets, wanted, weight))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), dirty, clean)
 

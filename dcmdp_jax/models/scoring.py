@@ -19,7 +19,7 @@ from dcmdp_jax.models.layers import compute_dtype
 from dcmdp_jax.models.quantized import einsum
 
 CHUNK = 1 << 24  # logits held at a time
-CPU_TOKENS, CPU_WIDTH = 512, 4096  # of a tile of logits on a CPU, which then stays in its last cache
+CPU_TOKENS, CPU_WIDTH = (1024, 256, 64), 1024  # of tiles of logits on a CPU, which then stay in its last cache
 WIDTH = 8192  # words of a tile elsewhere; of a split weight, what is gathered at a time
 PLACE = ("rows", "positions")
 At = tuple[jax.Array, int]  # where a tile begins, and its size
@@ -27,10 +27,9 @@ LOW = -1e30  # below every logit; finite, so that it may be subtracted from itse
 
 
 class Tiling(NamedTuple):
-    """How logits are made, `tokens` x `width` of each row at a time."""
+    """How logits are made, c x `width` of each row at a time."""
 
-    tokens: int  # c
-    rest: int  # of the tiles of what is left after whole ones; divides `tokens`
+    sizes: tuple[int, ...]  # c, and those of the tiles of what is left after whole ones; each divides the one before
     width: int  # v
     vocabulary: int  # V, or this device's part of it
     tied: bool  # the weight is [V, D], not [D, V]
@@ -69,12 +68,14 @@ def token_logp(params: Any, hidden: jax.Array, targets: jax.Array, wanted: jax.A
     rows, columns = targets.shape
     mesh = sharding.ambient()
 
-    def tiling(rows, columns, vocabulary, most_words=WIDTH, most_tokens=CHUNK, rests=1):
+    def tiling(rows, columns, vocabulary, most_words=WIDTH, sizes=()):
         parts = -(-vocabulary // most_words)
         width = min(-(-vocabulary // parts // 128) * 128, vocabulary)  # whole vectors of the processor
-        rest = max(min(CHUNK // (rows * width), most_tokens, columns) // rests, 1)
-        return Tiling(rest * rests, rest, width, vocabulary, config.tie_word_embeddings, compute_dtype(config), temperature,
-                      entropy, mesh is not None)
+        most = max(min(CHUNK // (rows * width), columns), 1)
+        # A tile of all positions would be made before the loops over tiles, though none of them takes it.
+        sizes = tuple(size for size in sizes if size <= most and size < columns) or (most,)
+        return Tiling(sizes, width, vocabulary, config.tie_word_embeddings, compute_dtype(config), temperature, entropy,
+                      mesh is not None)
 
     if mesh is not None:
         here = *sharding.local_shape(PLACE, (rows, columns)), config.vocab_size // mesh.shape["tensor"]
@@ -83,7 +84,7 @@ def token_logp(params: Any, hidden: jax.Array, targets: jax.Array, wanted: jax.A
 
     def in_one(hidden, weight, targets, wanted):
         flat = [x.reshape(1, rows * columns, *x.shape[2:]) for x in (hidden, targets, wanted)]
-        made = _score(tiling(1, rows * columns, config.vocab_size, CPU_WIDTH, CPU_TOKENS, 8), flat[0], weight, *flat[1:])
+        made = _score(tiling(1, rows * columns, config.vocab_size, CPU_WIDTH, CPU_TOKENS), flat[0], weight, *flat[1:])
         return [x.reshape(rows, columns) for x in made]
 
     by_row = partial(_score, tiling(rows, columns, config.vocab_size))
@@ -226,7 +227,7 @@ def _move(tiling: Tiling, hidden: jax.Array, targets: jax.Array, wanted: jax.Arr
     rows, columns = targets.shape
     count = jnp.sum(wanted, axis=1, keepdims=True)
     rank = jnp.where(wanted, jnp.cumsum(wanted, axis=1), count + jnp.cumsum(~wanted, axis=1)) - 1
-    size = -(-columns // tiling.tokens) * tiling.tokens
+    size = -(-columns // tiling.sizes[0]) * tiling.sizes[0]
     order = jnp.zeros((rows, size), jnp.int32).at[jnp.arange(rows)[:, None], rank].set(jnp.arange(columns), unique_indices=True)
     return Moved(_take(hidden, order), _take(targets, order), order, rank, jnp.max(count))
 
@@ -269,12 +270,15 @@ def _cut_words(tiling: Tiling, weight: jax.Array, i: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(weight, _first(tiling, i), tiling.width, axis=0 if tiling.tied else 1)
 
 
-def _each_tile(tiling: Tiling, moved: Moved, tile: Callable, start: Any) -> Any:
+def _each_tile(tiling: Tiling, moved: Moved, tile: Callable, carry: Any) -> Any:
     """Whole tiles, and smaller ones of what is left, as far as there are wanted positions."""
-    whole = moved.count // tiling.tokens if tiling.rest < tiling.tokens else 0
-    carry = jax.lax.fori_loop(0, whole, lambda j, carry: tile((j * tiling.tokens, tiling.tokens), carry), start)
-    first, last = whole * (tiling.tokens // tiling.rest), -(-moved.count // tiling.rest)
-    return jax.lax.fori_loop(first, last, lambda j, carry: tile((j * tiling.rest, tiling.rest), carry), carry)
+    done = 0
+    for size in tiling.sizes:
+        left = moved.count - done
+        count = -(-left // size) if size == tiling.sizes[-1] else left // size
+        carry = jax.lax.fori_loop(0, count, lambda j, carry: tile((done + j * size, size), carry), carry)
+        done += count * size
+    return carry
 
 
 def _cut(x: jax.Array, at: At) -> jax.Array:

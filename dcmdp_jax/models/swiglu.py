@@ -16,6 +16,7 @@ from dcmdp_jax import sharding
 from dcmdp_jax.models.quantized import Quantized, einsum, expert, project, rounded
 
 ROWS = 512  # of a tile of a dense layer
+FEW = 128  # rows, at the most, that are no tile: those of decoding
 
 
 class Experts(NamedTuple):
@@ -33,7 +34,7 @@ def dense(x: jax.Array, gate: Any, up: Any, down: Any) -> jax.Array:
     """
     if sharding.ambient():
         return jax.checkpoint(_close)(project(x, gate), project(x, up), down)
-    if x.size <= ROWS * x.shape[-1] or any(isinstance(w, Quantized) for w in (gate, up, down)):
+    if x.size <= FEW * x.shape[-1] or any(isinstance(w, Quantized) for w in (gate, up, down)):
         return _close(project(x, gate), project(x, up), down)
     return _dense(x.reshape(-1, x.shape[-1]), gate, up, down).reshape(x.shape)
 
