@@ -97,5 +97,5 @@ class TrainState(NamedTuple):
     opt_state: Any
     dual: Any  # constraint.DualState: the multiplier and its controller's memory
     step: Any  # [] int32, constrained steps taken; the version of `params`
-    skipped: Any  # [] int32, updates left out because they were not finite
+    skipped: Any  # [] int32, updates left out because their loss or gradient was not finite
     stale: tuple[Any, ...]  # parameters of the last `rollout.staleness` steps, oldest first

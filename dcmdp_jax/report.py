@@ -90,7 +90,7 @@ def verdict(config: dict[str, Any], rows: list[dict[str, Any]]) -> str:
                     f"{inside} of {counted(len(delta), 'step')} ({inside / len(delta):.0%}) lay inside it.")
     said += _multiplier_verdict(config, rows)
     if skipped := rows[-1].get("skipped"):
-        said.append(f"{counted(skipped, 'update')} left out because the gradient was not finite.")
+        said.append(f"{counted(skipped, 'update')} left out because the loss or its gradient was not finite.")
     return " ".join(said)
 
 

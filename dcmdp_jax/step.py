@@ -90,33 +90,39 @@ def _is_single(config: Config) -> bool:
 
 
 def _judged_apart(config: Config) -> bool:
-    """Tried out on a made-up batch: every other microbatch is moved a little, far, and to NaN, and the rest looked at."""
-    parts, samples = config.algorithm.microbatches, config.rollout.samples
+    """Tried out on a made-up batch: every other microbatch is moved a little, far, and to NaN, and the rest looked at.
+
+    Where nothing has a slope, as when all of it is rejected, nothing is shown, and the answer is no.
+    """
+    parts, samples, width = config.algorithm.microbatches, config.rollout.samples, config.rollout.max_tokens
     count, rng = config.data.prompts_per_step * samples, np.random.default_rng(0)
-    shape = 1, parts, count // parts, 8
+    shape = 1, parts, count // parts, width
     logp, noise = -rng.exponential(size=(2, *shape)).astype(np.float32)
+    exact = np.arange(count).reshape(shape[:3])[..., None] % 2 == 0  # completions without a gap, which nothing rejects
     batch = Batch(*[None] * len(Batch._fields))._replace(
-        mask=np.arange(8) < rng.integers(0, 9, shape[:3])[..., None], rollout_logp=logp + 0.1 * noise,
-        reward=rng.normal(size=shape[:3]).astype(np.float32),
+        mask=np.arange(width) < rng.integers(1, width + 1, shape[:3])[..., None],
+        rollout_logp=logp + np.where(exact, 0, rng.normal(0, 0.1, shape)).astype(np.float32),
+        reward=rng.integers(0, 2, shape[:3]).astype(np.float32),
         group=(rng.permutation(count).reshape(shape[:3]) // samples).astype(np.int32))
     multiplier = controller(config).init().multiplier + 0.1
-    slope = jax.jit(lambda logp: _slope(logp, batch, _advantage(batch, config), multiplier, config)[1])
+    slope = jax.jit(lambda logp, batch: _slope(logp, batch, _advantage(batch, config), multiplier, config)[1])
     for odd in (0, 1):
         moved = (np.arange(parts) % 2 == odd)[None, :, None, None]
-        tried = [np.asarray(slope(np.where(moved, logp + far * noise, logp))) for far in np.float32([0, 0.01, 3, np.nan])]
-        if not all(np.array_equal(tried[0][:, 1 - odd::2], other[:, 1 - odd::2]) for other in tried):
+        fixed, *others = (np.asarray(slope(np.where(moved, logp + far * noise, logp), batch))[:, 1 - odd::2]
+                          for far in np.float32([0, 0.01, 3, 30, np.nan]))
+        if not fixed.any() or not all(np.array_equal(fixed, other) for other in others):
             return False
     return True
 
 
 def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: ModelConfig,
-                     one_pass: bool = False) -> tuple[TrainState, Metrics]:
+                     one_pass: bool) -> tuple[TrainState, Metrics]:
     """One rollout batch: `epochs` x M updates of the parameters, then one of the multiplier.
 
     A'_t = A_t - lambda delta_t with the current lambda, delta from the trainer's own log-probs at the weights that sampled,
     or whatever `constraint.shape` and `constraint.penalty` make of them; then lambda <- dual(lambda, mean delta) over all
-    completion tokens, before any rejection. Updates whose gradient is not finite are left out and counted. `one_pass` as
-    `in_one_pass` says.
+    completion tokens, before any rejection. Updates whose loss or gradient is not finite are left out and counted.
+    `one_pass` is what `in_one_pass` says; were it wrong about a batch, that batch's loss is NaN.
     """
     algorithm, dual, multiplier = config.algorithm, config.constraint, state.dual.multiplier
     advantage = _advantage(batch, config)
@@ -131,7 +137,7 @@ def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: 
 
     carry = state.params, state.opt_state, state.skipped
     if _is_single(config):
-        known = batch.rollout_logp if one_pass else score(state.params, batch, config, model)[0]
+        known = None if one_pass else score(state.params, batch, config, model)[0]
         slope = partial(_slope, batch=batch, advantage=advantage, multiplier=multiplier, config=config)
         loss, grads, old_logp, entropy = _single(state.params, batch, known, slope, config, model)
         shaped = _shaped(old_logp, batch, advantage, multiplier, config)
@@ -205,16 +211,21 @@ def _slope(old_logp: jax.Array, batch: Batch, advantage: jax.Array, multiplier: 
     return jax.value_and_grad(loss_of)(old_logp)
 
 
-def _single(params: Any, batch: Batch, known: jax.Array, slope: Slope, config: Config,
+def _single(params: Any, batch: Batch, known: jax.Array | None, slope: Slope, config: Config,
             model: ModelConfig) -> tuple[jax.Array, Any, jax.Array, jax.Array]:
     """Loss, its gradient, the old log-probs and entropies, by a forward and a backward pass over each microbatch.
 
-    While one is judged, the log-probs of the others are those `known`. Were another value of theirs to matter, the loss is NaN.
+    `known` are the old log-probs [1, A, n, T], where the loss weighs microbatches against each other. Elsewhere it is None: each
+    is judged beside the sampler's log-probs of the others, and the loss is NaN where more than a thousandth of the slopes
+    turns out to have hung on those.
     """
+    if known is not None:
+        loss, slopes = slope(known)
+
     def one(i, micro):
         logp, pull, entropy = jax.vjp(lambda params: _score(params, micro, config, model, entropy=True), params, has_aux=True)
-        found = slope(known.at[0, i].set(logp))[1][0, i]
-        return pull(found)[0], (logp, found, entropy)
+        pulled = slopes[0, i] if known is not None else slope(batch.rollout_logp.at[0, i].set(logp))[1][0, i]
+        return pull(pulled)[0], (logp, pulled, entropy)
 
     def accumulate(total, given):
         # The barrier keeps sums over devices in the loop: behind it they would need whole gradients.
@@ -224,14 +235,16 @@ def _single(params: Any, batch: Batch, known: jax.Array, slope: Slope, config: C
     micros = jax.tree.map(lambda x: x[0], batch)
     if len(micros.mask) == 1:  # nothing to add up, and no room for a sum
         grads, made = one(0, jax.tree.map(lambda x: x[0], micros))
-        old_logp, found, entropy = (x[None, None] for x in made)
+        logp, apart, entropy = (x[None, None] for x in made)
     else:
         zero = jax.tree.map(jnp.zeros_like, params)
         grads, made = jax.lax.scan(accumulate, zero, (jnp.arange(len(micros.mask)), micros))
-        old_logp, found, entropy = (x[None] for x in made)
-    loss, together = slope(old_logp)
-    same = jnp.sum(jnp.abs(together - found)) <= 1e-3 * jnp.sum(jnp.abs(together))
-    return jnp.where(same, loss, jnp.nan), grads, old_logp, entropy
+        logp, apart, entropy = (x[None] for x in made)
+    if known is None:
+        loss, whole = slope(logp)
+        agree = jnp.sum(jnp.abs(whole - apart)) <= 1e-3 * jnp.sum(jnp.abs(whole))
+        loss, known = jnp.where(agree, loss, jnp.nan), logp
+    return loss, grads, known, entropy
 
 
 def _score(params: Any, micro: Batch, config: Config, model: ModelConfig, *,

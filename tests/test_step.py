@@ -160,6 +160,9 @@ def test_accumulation_does_not_change_the_update(microbatches, surrogate):
 
 
 K3, M2PO = functools.partial(rejection.k3, high=0.05), corrections.decoupled(CLIPPED, rejections=(rejection.m2po,))
+STRICT = corrections.decoupled(CLIPPED, corrections.geometric_mask(denominator=corrections.surviving))
+TRUSTED = corrections.decoupled(CLIPPED, rejections=(functools.partial(rejection.trust_region, threshold=1e-3),),
+                                denominator=corrections.surviving)
 SURVIVING = corrections.decoupled(CLIPPED, corrections.mis(0.9, 1.1, denominator=corrections.surviving))
 KL_COV = corrections.decoupled(functools.partial(covariance.kl_cov, fraction=0.1))
 
@@ -169,11 +172,32 @@ KL_COV = corrections.decoupled(functools.partial(covariance.kl_cov, fraction=0.1
     (corrections.decoupled(CLIPPED, rejections=(K3,)), constraint.shape_hinge, True),
     (corrections.bypass(CLIPPED), constraint.shape_cost_to_go, True), (corrections.bypass(CLIPPED), None, True),
     (corrections.decoupled(CLIPPED), constraint.shape_centred, False), (M2PO, constraint.shape, False),
-    (SURVIVING, constraint.shape, False), (KL_COV, None, False)])
+    (SURVIVING, constraint.shape, False), (KL_COV, None, False), (STRICT, constraint.shape, False), (TRUSTED, None, False)])
 def test_microbatches_are_scored_and_updated_in_one_pass_where_they_are_judged_apart(surrogate, shape, apart):
     config = make_config(surrogate=surrogate, microbatches=4)
     assert step.in_one_pass(dataclasses.replace(config, constraint=dataclasses.replace(config.constraint, shape=shape))) == apart
     assert step.in_one_pass(make_config(surrogate=surrogate))
+
+
+@pytest.mark.parametrize("surrogate, passes", [(corrections.decoupled(CLIPPED), 0), (M2PO, 1)])
+def test_a_batch_that_is_judged_apart_is_not_scored_first(surrogate, passes, monkeypatch):
+    made, score = [], step.score
+    monkeypatch.setattr(step, "score", lambda *args: made.append(args) or score(*args))
+    config, mesh = make_config(surrogate=surrogate, microbatches=4), ONE
+    batch = data.pack(make_scored(), minibatches=1, microbatches=4, row_length=24)
+    step.compile(config, MODEL, mesh).lower(fresh_state(config, MODEL, mesh), batch)
+    assert len(made) == passes
+
+
+def test_tokens_without_a_log_prob_of_the_sampler_do_not_stop_microbatches():
+    scored = make_scored()
+    rollout_logp = scored.rollout.rollout_logp.copy()
+    rollout_logp[3:6, 0] = np.nan
+    rollout_logp[9, :2] = -np.inf
+    scored = scored._replace(rollout=scored.rollout._replace(rollout_logp=rollout_logp))
+    (_, whole, _), (_, parts, metrics) = (run(make_config(microbatches=n), scored) for n in (1, 4))
+    assert metrics["skipped"] == 0
+    assert_close(parts.params, whole.params)
 
 
 def test_several_updates_and_stale_rollouts_are_scored_first():

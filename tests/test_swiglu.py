@@ -32,6 +32,7 @@ def both(f, x, gate, up, down, dy):
 @pytest.mark.parametrize("rows", [3, 4, 7, 16])
 def test_tiles_change_nothing(rows, accelerator, monkeypatch):
     monkeypatch.setattr(swiglu, "ROWS", 8)
+    monkeypatch.setattr(swiglu, "FEW", 6)
     if accelerator:
         monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
     got, want = (jax.jit(functools.partial(both, f))(*case(rows)) for f in (swiglu.dense, formula))
@@ -40,6 +41,7 @@ def test_tiles_change_nothing(rows, accelerator, monkeypatch):
 
 def test_bfloat16_activations_on_float32_weights(monkeypatch):
     monkeypatch.setattr(swiglu, "ROWS", 8)
+    monkeypatch.setattr(swiglu, "FEW", 6)
     got = jax.jit(functools.partial(both, swiglu.dense))(*case(7, jnp.bfloat16))
     want = both(formula, *(x.astype(jnp.float32) for x in case(7, jnp.bfloat16)))
     assert [x.dtype.name for x in jax.tree.leaves(got)] == ["bfloat16"] * 2 + ["float32"] * 3

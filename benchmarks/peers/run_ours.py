@@ -10,8 +10,8 @@ peers (from that folder, with the full paths of the interpreter and of this file
 T1 scores completions with the trainer's packed forward pass. T2 is one update, as in `step`: forward, backward,
 gradient norm, AdamW. T3 and T4 are rollouts as training makes them, through the JetStream engine; T4's lengths are each
 request's `max_tokens`, which the engine compares with the tokens made; no slot is given or kept by it.
-Variants: int8 (T3, T4) gives the engine int8 projections; step (T2) runs the whole constrained step, whose own scoring
-pass before the update the other trainers leave out.
+Variants: int8 (T3, T4) gives the engine int8 projections; step (T2) runs the whole constrained step, with its
+advantages, shaping, metrics and dual.
 """
 
 from __future__ import annotations

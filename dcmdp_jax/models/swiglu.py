@@ -16,7 +16,7 @@ from dcmdp_jax import sharding
 from dcmdp_jax.models.quantized import Quantized, einsum, expert, project, rounded
 
 ROWS = 512  # of a tile of a dense layer
-FEW = 128  # rows, at the most, that are no tile: those of decoding
+FEW = 128  # up to so many rows (decoding) are not tiled
 
 
 class Experts(NamedTuple):
