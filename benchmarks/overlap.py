@@ -43,9 +43,9 @@ def main() -> None:
     (update, sample, both), cpu = np.median(seconds(run, args.repeats), axis=0).T
     cores = len(os.sched_getaffinity(0))
     least = max(sum(cpu[:2]) / cores, update, sample)
-    print(f"update alone {update:.3f} s ({cpu[0]:.3f} CPU s), rollout alone {sample:.3f} s ({cpu[1]:.3f} CPU s), both {both:.3f} s "
-          f"({cpu[2]:.3f}): "
-          f"{both / (update + sample):.2f} of the sum, {both / least:.2f} of the {least:.3f} s that {cores} cores need for it")
+    print(f"update alone {update:.3f} s ({cpu[0]:.3f} CPU s), rollout alone {sample:.3f} s ({cpu[1]:.3f}), both {both:.3f} s "
+          f"({cpu[2]:.3f}): {both / (update + sample):.2f} of the sum, {both / least:.2f} of the {least:.3f} s that {cores} cores "
+          "need for it")
 
 
 def seconds(run: config.Config, repeats: int) -> list[list[tuple[float, float]]]:

@@ -19,7 +19,7 @@ from dcmdp_jax.models.layers import compute_dtype
 from dcmdp_jax.models.quantized import einsum
 
 CHUNK = 1 << 24  # logits held at a time
-CPU_TOKENS, CPU_WIDTH = (1024, 256, 64), 1024  # of tiles of logits on a CPU, which then stay in its last cache
+CPU_TOKENS, CPU_WIDTH = (1024, 256, 64), 1024  # of tiles of logits on a CPU: they stay in its last cache
 WIDTH = 8192  # words of a tile elsewhere; of a split weight, what is gathered at a time
 PLACE = ("rows", "positions")
 At = tuple[jax.Array, int]  # where a tile begins, and its size
