@@ -25,7 +25,8 @@ Pure functions: arrays in, arrays out. This page is made from the docstrings by 
   trainer at the weights that sampled, `rollout_logp` of the sampler, `ref_logp` of a reference.
 - `advantage` is `[N, T]` or `[N, 1]`; `mask` is true on response tokens that are trained. What arrays hold where it is
   false is never read. A token whose `rollout_logp` is not finite takes no part in anything that compares with the sampler.
-- Ratios are train over rollout: rho = exp(old_logp - rollout_logp). Log ratios are clipped to +-20.
+- Ratios are train over rollout: rho = exp(old_logp - rollout_logp). Log ratios of tokens are clipped to +-20,
+  that of a completion once, after the sum.
 - Losses come unreduced, per token; `reduce` makes a scalar of them.
 - Policy losses are called `(logp, old_logp, advantage, mask)` with options by name, surrogates `(logp, old_logp, rollout_logp,
   advantage, mask)`, shapes `(advantage, old_logp, rollout_logp, multiplier, tolerance, mask)`; "needs" lists what is read.

@@ -1,8 +1,6 @@
-"""Eight simulated CPU devices for every test, set before JAX reads its environment; programs shared by all; the golden vectors."""
+"""Eight simulated CPU devices for every test, set before JAX reads its environment; programs shared by all."""
 
-import json
 import os
-import pathlib
 import tempfile
 
 import pytest
@@ -31,13 +29,3 @@ def forget_programs():
     """A process may map 65,530 areas of memory, and a worker that keeps every file's programs is ended by LLVM past that."""
     yield
     jax.clear_caches()
-
-
-@pytest.fixture(scope="session")
-def golden() -> dict:
-    """The file named by DCMDP_GOLDEN, else shared/golden/losses.json beside the checkout."""
-    named = os.environ.get("DCMDP_GOLDEN")
-    path = pathlib.Path(named or pathlib.Path(__file__).parents[1].parent / "shared" / "golden" / "losses.json")
-    if not named and not path.exists():
-        pytest.skip(f"golden vectors are not at {path}; name another file with DCMDP_GOLDEN")
-    return json.loads(path.read_text())

@@ -2,6 +2,7 @@
 
 import functools
 
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,10 +26,11 @@ def centred(logits, log_q, actions, advantage, mask, k, weight):
     )
 
 
+@golden.every_file
 @pytest.mark.parametrize("k", [3, 6])
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_golden(golden, name, k):
-    block = golden["score_centering"]
+def test_golden(file, name, k):
+    block = file["score_centering"]
     if f"{name}_top{k}" not in block:
         pytest.fail(f"the golden file has no {name}_top{k}")
     log_q = np.log(np.float32(block["q"]))

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,6 @@ import pytest
 from dcmdp_jax import constraint
 from dcmdp_jax.losses import corrections, diagnostics, policy, reduce
 
-CASES = ("base", "flip", "matched", "extreme", "all_masked")
 C = 0.0037
 SHAPES = (
     constraint.shape, constraint.shape_signed, constraint.shape_centred, constraint.shape_hinge,
@@ -24,9 +24,9 @@ CONTROLLERS = (
 )  # fmt: skip
 
 
-def inputs(golden, case):
+def inputs(file):
     """cur, old, roll, adv, mask in float32."""
-    return [np.float32(golden["cases"][case]["inputs"][name]) for name in ("cur", "old", "roll", "adv", "mask")]
+    return [np.float32(file["inputs"][name]) for name in ("cur", "old", "roll", "adv", "mask")]
 
 
 def batch(seed, rows=5, columns=13, gap=0.05):
@@ -46,11 +46,12 @@ def close(actual, expected, atol=0.0):
 ROUNDING = 2 * 2.0**-24 / np.e
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_golden_block(golden, case):
+@golden.every_case
+def test_golden_block(name, case):
     """delta, its mean, shaping in both orders, the update, and the variants the file has."""
-    _, old, rollout, advantage, mask = inputs(golden, case)
-    expected = golden["cases"][case]["dc"]
+    file = golden.FILES[name]["cases"][case]
+    _, old, rollout, advantage, mask = inputs(file)
+    expected = file["dc"]
     controller = constraint.projected_ascent(multiplier_init=expected["lambda_applied"])
     before = controller.init()
     gap_sum, count = constraint.measure(old, rollout, mask)
@@ -67,24 +68,25 @@ def test_golden_block(golden, case):
     close(constraint.shape_normalised(*arguments), expected["adv_normalised_variant"])
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ["dcgrpo", "dcgrpo_penalty_variant", "dcgrpo*w_tis_token"])
-def test_golden_losses(golden, case, name):
+@golden.every_case
+@pytest.mark.parametrize("entry", ["dcgrpo", "dcgrpo_penalty_variant", "dcgrpo*w_tis_token"])
+def test_golden_losses(name, case, entry):
     """Values and gradients of DC-GRPO, with the truncated weight, and of the penalty."""
-    cur, old, rollout, advantage, mask = inputs(golden, case)
+    file = golden.FILES[name]["cases"][case]
+    cur, old, rollout, advantage, mask = inputs(file)
     clipped = functools.partial(policy.clipped, clip_low=0.24, clip_high=0.24)
-    multiplier = golden["cases"][case]["dc"]["lambda_applied"]
+    multiplier = file["dc"]["lambda_applied"]
 
     def loss(logp):
-        if name == "dcgrpo_penalty_variant":
+        if entry == "dcgrpo_penalty_variant":
             term = constraint.penalty(logp, rollout, mask, multiplier)
             return reduce.token_mean(clipped(logp, old, advantage, mask) + term, mask)
         shaped = constraint.shape(advantage, old, rollout, multiplier, C, mask)
-        correction = corrections.tis() if name.endswith("tis_token") else None
+        correction = corrections.tis() if entry.endswith("tis_token") else None
         per_token, counted = corrections.decoupled(clipped, correction)(logp, old, rollout, shaped, mask)
         return reduce.token_mean(per_token, counted)
 
-    expected = golden["cases"][case]["losses"][name]
+    expected = file["losses"][entry]
     value, gradient = jax.value_and_grad(loss)(cur)
     close(value, expected["value"])
     close(gradient, expected["grad_cur"], atol=1e-8)
@@ -188,9 +190,10 @@ def test_bad_arguments_are_named():
         ("pid_antiwindup", functools.partial(constraint.pid, 1.0, derivative=0.0)),
     ],
 )
-def test_golden_trajectories(golden, name, make):
+@golden.every_file
+def test_golden_trajectories(file, name, make):
     """The null entries of the file are empty batches."""
-    block = golden["controllers"]
+    block = file["controllers"]
     controller = make(multiplier_init=block["lambda0"])
     update, state, trajectory = jax.jit(controller.update), controller.init(), []
     for mean in block["delta_bars_null_is_empty"]:

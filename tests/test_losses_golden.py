@@ -1,78 +1,83 @@
 """Values and gradients against vectors computed in float64 from the formulas, gradients by complex step.
 
-The file is the one named by DCMDP_GOLDEN, else ../shared/golden/losses.json; nothing here is taken from its numbers.
+The vectors are those of `golden`: made by `losses_float64`, and the files beside the checkout. Nothing here is taken
+from their numbers but the thresholds that they state.
 """
 
 import functools
-import json
-import os
-import pathlib
 
+import golden
 import jax
 import jax.numpy as jnp
+import losses_float64
 import numpy as np
 import pytest
 
-from dcmdp_jax.losses import advantages, corrections, kl, policy, reduce, rejection, sequence
-
-SHARED = pathlib.Path(__file__).parents[1].parent / "shared"
-PATH = pathlib.Path(os.environ.get("DCMDP_GOLDEN") or SHARED / "golden" / "losses.json")
-GOLDEN = json.loads(PATH.read_text()) if PATH.exists() else None
-CASES = ("base", "flip", "matched", "extreme", "all_masked")
+from dcmdp_jax.losses import advantages, corrections, diagnostics, kl, policy, reduce, rejection, sequence
 
 RTOL = 1e-5
-# The file's log-probabilities are float64. Rounding one of size 4 to float32 moves it by up to 2.4e-7, and a token's
+# The files' log-probabilities are float64. Rounding one of size 4 to float32 moves it by up to 2.4e-7, and a token's
 # loss of size about 1 by a few times that; where tokens of either sign cancel, that is what remains.
 ATOL = 1e-6
-
-pytestmark = pytest.mark.skipif(GOLDEN is None, reason=f"no golden file at {PATH}")
 
 partial = functools.partial
 PPO = partial(policy.clipped, clip_low=0.2, clip_high=0.28)
 TOKENS, ROWS = reduce.token_mean, reduce.sequence_mean_token_mean
-
-WEIGHTS = {
-    "w_tis_token": corrections.tis(2.0),
-    "w_tis_token_C1.05": corrections.tis(1.05),
-    "w_tis_seq": corrections.sequence_tis(2.0),
-    "w_icepop": corrections.icepop(0.5, 5.0),
-    "w_clip_token": corrections.Correction(corrections.token, corrections.clip, 0.5, 2.0),
-    "w_geo_seq_truncate": corrections.geometric_tis(2.0),
-}
 NORMALIZED = {"w_tis_token_batchnorm": ("w_tis_token", TOKENS), "w_tis_seq_batchnorm": ("w_tis_seq", ROWS)}
-KEEPS = {
-    "keep_mis_token": partial(rejection.k1, low=0.5, high=2.0),
-    "keep_mis_seq": partial(rejection.k1, low=0.7, high=1.43, level=rejection.sequence_sum),
-    "keep_geo_seq": partial(rejection.k1, low=0.95, high=1.05, level=rejection.sequence_mean),
-    "keep_veto": partial(rejection.veto, threshold=1e-4),
-    "keep_trm_max_k3": partial(rejection.trust_region, threshold=0.05),
-    "keep_seq_mean_k3": partial(rejection.k3, high=0.02, level=rejection.sequence_mean),
-    "keep_token_k3": partial(rejection.k3, high=0.05),
-    "keep_kpop": partial(rejection.kpop, threshold=0.02),
-    "keep_m2po": partial(rejection.m2po, threshold=0.02),
-    "keep_ipo_absprob": partial(rejection.ipo, threshold=0.1),
-}
-# These two are also what a correction record with the operator `reject` keeps.
-RECORDS = {
-    "keep_mis_token": corrections.Correction(corrections.token, corrections.reject, 0.5, 2.0),
-    "keep_mis_seq": corrections.Correction(corrections.sequence, corrections.reject, 0.7, 1.43),
-    "keep_geo_seq": corrections.geometric_mask(0.95, 1.05),
-}
 
 
-def opsm_surrogate(logp, old_logp, rollout_logp, advantage, mask, denominator=corrections.original):
-    keep = rejection.opsm(logp, rollout_logp, advantage, mask, threshold=0.5)
+def weights(t: dict) -> dict:
+    return {
+        "w_tis_token": corrections.tis(t["w_tis_token"]),
+        "w_tis_token_C1.05": corrections.tis(1.05),
+        "w_tis_seq": corrections.sequence_tis(t["w_tis_seq"]),
+        "w_icepop": corrections.icepop(*t["w_icepop"]),
+        "w_clip_token": corrections.Correction(corrections.token, corrections.clip, *t["w_clip_token"]),
+        "w_geo_seq_truncate": corrections.geometric_tis(2.0),
+    }
+
+
+def keeps(t: dict) -> dict:
+    def k1(name, level=rejection.each_token):
+        return partial(rejection.k1, low=t[name][0], high=t[name][1], level=level)
+
+    return {
+        "keep_mis_token": k1("keep_mis_token"),
+        "keep_mis_seq": k1("keep_mis_seq", rejection.sequence_sum),
+        "keep_geo_seq": k1("keep_geo_seq", rejection.sequence_mean),
+        "keep_veto": partial(rejection.veto, threshold=t["keep_veto"]),
+        "keep_trm_max_k3": partial(rejection.trust_region, threshold=t["keep_trm_max_k3"]),
+        "keep_seq_mean_k3": partial(rejection.k3, high=t["keep_seq_mean_k3"], level=rejection.sequence_mean),
+        "keep_token_k3": partial(rejection.k3, high=t["keep_token_k3"]),
+        "keep_kpop": partial(rejection.kpop, threshold=t["keep_kpop"]),
+        "keep_m2po": partial(rejection.m2po, threshold=t["keep_m2po"]),
+        "keep_ipo_absprob": partial(rejection.ipo, threshold=t["keep_ipo_absprob"]),
+    }
+
+
+def records(t: dict) -> dict:
+    """What a correction record with the operator `reject` keeps, of the same names."""
+    return {
+        "keep_mis_token": corrections.Correction(corrections.token, corrections.reject, *t["keep_mis_token"]),
+        "keep_mis_seq": corrections.Correction(corrections.sequence, corrections.reject, *t["keep_mis_seq"]),
+        "keep_geo_seq": corrections.geometric_mask(*t["keep_geo_seq"]),
+    }
+
+
+def opsm_surrogate(
+    logp, old_logp, rollout_logp, advantage, mask, threshold, denominator=corrections.original
+):
+    keep = rejection.opsm(logp, rollout_logp, advantage, mask, threshold=threshold)
     return jnp.where(keep, PPO(logp, old_logp, advantage, mask), 0.0), denominator(mask > 0, keep)
 
 
-def normalized_surrogate(logp, old_logp, rollout_logp, advantage, mask, name):
-    weight, mean = NORMALIZED[name]
-    weights, _ = WEIGHTS[weight].weights(old_logp, rollout_logp, mask)
-    weights = corrections.batch_normalize(weights, mask, mean=mean(weights, mask))
-    return PPO(logp, old_logp, advantage, mask) * weights, mask
+def normalized_surrogate(logp, old_logp, rollout_logp, advantage, mask, correction, mean):
+    weight, _ = correction.weights(old_logp, rollout_logp, mask)
+    weight = corrections.batch_normalize(weight, mask, mean=mean(weight, mask))
+    return PPO(logp, old_logp, advantage, mask) * weight, mask
 
 
-def losses() -> dict:
+def losses(t: dict) -> dict:
     """Name in the file -> (surrogate, reducer)."""
     plain, bypass = corrections.decoupled, corrections.bypass
     table = {
@@ -95,8 +100,8 @@ def losses() -> dict:
         "sapo": (plain(policy.sapo), ROWS),
         "cispo": (plain(partial(policy.cispo, low=1 - 0.2, high=1 + 0.28)), TOKENS),
         "cispo_abs5": (plain(partial(policy.cispo, high=5.0)), TOKENS),
-        "dppo_tv": (plain(partial(policy.dppo_tv, delta_low=0.2, delta_high=0.2)), TOKENS),
-        "dppo_kl": (plain(partial(policy.dppo_kl, delta=0.05)), TOKENS),
+        "dppo_tv": (plain(partial(policy.dppo_tv, delta_low=t["dppo_tv"], delta_high=t["dppo_tv"])), TOKENS),
+        "dppo_kl": (plain(partial(policy.dppo_kl, delta=t["dppo_kl"])), TOKENS),
         "prime_tv": (bypass(policy.prime_tv), TOKENS),
         "drpo": (bypass(partial(policy.drpo, epsilon=12.5)), TOKENS),
         "drpo_spo": (bypass(partial(policy.spo, epsilon=12.5)), TOKENS),
@@ -105,95 +110,106 @@ def losses() -> dict:
         "reinforce_tis": (bypass(partial(policy.cispo, high=2.0)), TOKENS),
         "gmpo_nonempty_rows": (plain(sequence.gmpo), ROWS),
         "gmpo_all_rows_verl": (plain(sequence.gmpo), lambda x, m: ROWS(x, m, count=m.shape[0])),
-        "ppo*keep_opsm": (opsm_surrogate, TOKENS),
-        "ppo*keep_opsm_shrink": (partial(opsm_surrogate, denominator=corrections.surviving), TOKENS),
+        "ppo*keep_opsm": (partial(opsm_surrogate, threshold=t["keep_opsm"]), TOKENS),
+        "ppo*keep_opsm_shrink": (
+            partial(opsm_surrogate, threshold=t["keep_opsm"], denominator=corrections.surviving),
+            TOKENS,
+        ),
         "ppo*w_tis_token*keep_geo_seq": (
-            plain(PPO, WEIGHTS["w_tis_token"], rejections=(KEEPS["keep_geo_seq"],)),
+            plain(PPO, weights(t)["w_tis_token"], rejections=(keeps(t)["keep_geo_seq"],)),
             TOKENS,
         ),
     }
-    table |= {f"ppo*{name}": (plain(PPO, weight), TOKENS) for name, weight in WEIGHTS.items()}
-    table |= {f"ppo*{name}": (partial(normalized_surrogate, name=name), TOKENS) for name in NORMALIZED}
-    for name, keep in KEEPS.items():
+    table |= {f"ppo*{name}": (plain(PPO, weight), TOKENS) for name, weight in weights(t).items()}
+    for name, (weight, mean) in NORMALIZED.items():
+        table[f"ppo*{name}"] = (
+            partial(normalized_surrogate, correction=weights(t)[weight], mean=mean),
+            TOKENS,
+        )
+    for name, keep in keeps(t).items():
         table[f"ppo*{name}"] = (plain(PPO, rejections=(keep,)), TOKENS)
         shrinking = plain(PPO, rejections=(keep,), denominator=corrections.surviving)
         table[f"ppo*{name}_shrink"] = (shrinking, TOKENS)
     return table
 
 
-LOSSES = losses()
 DIVERGENCES = {"kl_ref_k1": kl.k1, "kl_ref_k2": kl.k2, "kl_ref_k3": kl.k3}
-ELSEWHERE = {
-    "dcgrpo": "DC shaping is the constraint's, and tested with it",
-    "dcgrpo_penalty_variant": "DC shaping is the constraint's, and tested with it",
-    "dcgrpo*w_tis_token": "DC shaping is the constraint's, and tested with it",
-}
+ENTRIES = [*losses(golden.THRESHOLDS), *DIVERGENCES]
+# DC shaping is the constraint's, and tested with it.
+ELSEWHERE = {"dcgrpo", "dcgrpo_penalty_variant", "dcgrpo*w_tis_token"}
 
 
-def inputs(case: str) -> dict[str, np.ndarray]:
-    return {name: np.array(value, np.float32) for name, value in GOLDEN["cases"][case]["inputs"].items()}
+def contents(name: str, case: str) -> tuple[dict[str, np.ndarray], dict]:
+    """The inputs of a case in float32, and what the file says of them."""
+    file = golden.FILES[name]["cases"][case]
+    return {key: np.array(value, np.float32) for key, value in file["inputs"].items()}, file
 
 
 @functools.cache
-def value_and_gradient(name: str):
-    """The jitted function of an entry, compiled once for all cases."""
+def value_and_gradient(name: str, entry: str):
+    """The jitted function of an entry at a file's thresholds, compiled once for its cases."""
 
     def scalar(logp, x):
-        if name in DIVERGENCES:
-            return TOKENS(DIVERGENCES[name](logp, x["ref"], x["mask"]), x["mask"])
-        surrogate, reducer = LOSSES[name]
+        if entry in DIVERGENCES:
+            return TOKENS(DIVERGENCES[entry](logp, x["ref"], x["mask"]), x["mask"])
+        surrogate, reducer = losses(golden.thresholds(name))[entry]
         return reducer(*surrogate(logp, x["old"], x["roll"], x["adv"], x["mask"]))
 
     return jax.jit(jax.value_and_grad(scalar))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_every_entry_is_compared_or_listed(case):
-    file = GOLDEN["cases"][case]
-    assert set(file["losses"]) == set(LOSSES) | set(DIVERGENCES) | set(ELSEWHERE)
-    assert set(file["corrections"]) == set(WEIGHTS) | set(NORMALIZED) | set(KEEPS) | {"keep_opsm"}
-    assert set(GOLDEN["cases"]) == set(CASES)
+@golden.every_case
+def test_every_entry_is_compared_or_listed(name, case):
+    _, file = contents(name, case)
+    t = golden.thresholds(name)
+    assert set(file["losses"]) == set(ENTRIES) | ELSEWHERE
+    assert set(file["corrections"]) == set(weights(t)) | set(NORMALIZED) | set(keeps(t)) | {"keep_opsm"}
+    assert set(t) == set(golden.THRESHOLDS), "a threshold that no entry reads"
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", [*LOSSES, *DIVERGENCES])
-def test_value_and_gradient(case, name):
-    x, expected = inputs(case), GOLDEN["cases"][case]["losses"][name]
-    value, gradient = value_and_gradient(name)(x["cur"], x)
-    np.testing.assert_allclose(value, expected["value"], rtol=RTOL, atol=ATOL)
-    np.testing.assert_allclose(gradient, expected["grad_cur"], rtol=RTOL, atol=ATOL)
+@golden.every_case
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_value_and_gradient(name, case, entry):
+    x, file = contents(name, case)
+    value, gradient = value_and_gradient(name, entry)(x["cur"], x)
+    np.testing.assert_allclose(value, file["losses"][entry]["value"], rtol=RTOL, atol=ATOL)
+    np.testing.assert_allclose(gradient, file["losses"][entry]["grad_cur"], rtol=RTOL, atol=ATOL)
     assert value.dtype == gradient.dtype == jnp.float32
     assert np.all(np.asarray(gradient)[x["mask"] == 0] == 0)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_weights(case):
-    x, expected = inputs(case), GOLDEN["cases"][case]["corrections"]
-    for name, correction in WEIGHTS.items():
-        weights, keep = correction.weights(x["old"], x["roll"], x["mask"])
-        np.testing.assert_allclose(weights, expected[name], rtol=RTOL, err_msg=name)
+@golden.every_case
+def test_weights(name, case):
+    x, file = contents(name, case)
+    table = weights(golden.thresholds(name))
+    for entry, correction in table.items():
+        weight, keep = correction.weights(x["old"], x["roll"], x["mask"])
+        np.testing.assert_allclose(weight, file["corrections"][entry], rtol=RTOL, err_msg=entry)
         np.testing.assert_array_equal(keep, x["mask"] > 0)
-    for name, (weight, mean) in NORMALIZED.items():
-        weights, _ = WEIGHTS[weight].weights(x["old"], x["roll"], x["mask"])
-        weights = corrections.batch_normalize(weights, x["mask"], mean=mean(weights, x["mask"]))
-        np.testing.assert_allclose(weights, expected[name], rtol=RTOL, err_msg=name)
+    for entry, (of, mean) in NORMALIZED.items():
+        weight, _ = table[of].weights(x["old"], x["roll"], x["mask"])
+        weight = corrections.batch_normalize(weight, x["mask"], mean=mean(weight, x["mask"]))
+        np.testing.assert_allclose(weight, file["corrections"][entry], rtol=RTOL, err_msg=entry)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_keeps(case):
-    x, expected = inputs(case), GOLDEN["cases"][case]["corrections"]
-    for name, keep in KEEPS.items():
-        np.testing.assert_array_equal(keep(x["old"], x["roll"], x["mask"]), expected[name], err_msg=name)
-    for name, record in RECORDS.items():
-        weights, keep = record.weights(x["old"], x["roll"], x["mask"])
-        np.testing.assert_array_equal(keep, expected[name], err_msg=name)
-        np.testing.assert_array_equal(weights, expected[name], err_msg=name)
-    keep = rejection.opsm(x["cur"], x["roll"], x["adv"], x["mask"], threshold=0.5)
+@golden.every_case
+def test_keeps(name, case):
+    x, file = contents(name, case)
+    t, expected = golden.thresholds(name), file["corrections"]
+    for entry, keep in keeps(t).items():
+        kept = keep(x["old"], x["roll"], x["mask"])
+        np.testing.assert_array_equal(kept, expected[entry], err_msg=entry)
+    for entry, record in records(t).items():
+        weight, keep = record.weights(x["old"], x["roll"], x["mask"])
+        np.testing.assert_array_equal(keep, expected[entry], err_msg=entry)
+        np.testing.assert_array_equal(weight, expected[entry], err_msg=entry)
+    keep = rejection.opsm(x["cur"], x["roll"], x["adv"], x["mask"], threshold=t["keep_opsm"])
     np.testing.assert_array_equal(keep, expected["keep_opsm"])
 
 
-def test_advantages():
-    file = GOLDEN["advantages"]
+@golden.every_file
+def test_advantages(file):
+    file = file["advantages"]
     reward, group = np.array(file["rewards"], np.float32), np.array(file["groups"], np.int32)
     of_group = {
         "grpo": advantages.grpo,
@@ -210,3 +226,39 @@ def test_advantages():
     for name, value in computed.items():
         np.testing.assert_allclose(value, file[name], rtol=RTOL, atol=ATOL, err_msg=name)
     assert set(file) == set(computed) | {"rewards", "groups", "lengths", "token_rewards", "mask"}
+
+
+@pytest.mark.skipif(not golden.GIVEN, reason="no golden file of another hand in ../shared/golden or DCMDP_GOLDEN")
+@pytest.mark.parametrize("name", golden.GIVEN)
+def test_our_vectors_are_those_of_another_hand(name):
+    """`losses_float64` on a given file's inputs: each of its numbers to nine digits."""
+    file = golden.GIVEN[name]
+    for case in file["cases"].values():
+        same_numbers(losses_float64.of_case(case["inputs"], golden.thresholds(name)), case)
+    for part in ("controllers", "advantages", "score_centering"):
+        computed = getattr(losses_float64, part)(file[part])
+        same_numbers(computed, {key: file[part][key] for key in computed})
+
+
+def same_numbers(computed, expected):
+    if isinstance(expected, dict):
+        assert set(computed) == set(expected)
+        for key, value in expected.items():
+            same_numbers(computed[key], value)
+    else:
+        np.testing.assert_allclose(computed, np.array(expected, float), rtol=1e-9, atol=1e-11)
+
+
+def test_a_completion_s_log_ratio_is_clamped_once_after_the_sum():
+    """D of -30 and 15.25: the ratio is exp(-14.75), not the exp(-4.75) of clamping -30 to -20 first."""
+    old, rollout = np.float32([[-30.25, -0.25]]), np.float32([[-0.25, -15.5]])
+    mask, once = np.ones((1, 2), bool), np.exp(-14.75)
+    product, _ = corrections.sequence_tis(2.0).weights(old, rollout, mask)
+    np.testing.assert_allclose(product, [[once, once]], rtol=1e-5)
+    near = partial(rejection.k1, low=0.99 * once, high=1.01 * once, level=rejection.sequence_sum)
+    assert np.all(near(old, rollout, mask))
+    chi2 = diagnostics.chi2(old, rollout, mask)["chi2_sequence"]
+    np.testing.assert_allclose(chi2, np.expm1(-29.5), rtol=1e-6)
+    # VESPO, A >= 0: exp(3 + 2 log w - 3 w), of the same log w.
+    loss = sequence.vespo(old, rollout, np.ones_like(old), mask)
+    np.testing.assert_allclose(loss, -np.exp(3 - 29.5 - 3 * once) * old, rtol=1e-5)

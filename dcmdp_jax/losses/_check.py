@@ -100,17 +100,27 @@ def bound(x: Array, low: Array | float, high: Array | float) -> Array:
     return jax.lax.clamp(jnp.asarray(low, x.dtype), x, jnp.asarray(high, x.dtype))
 
 
-def log_ratio(a: Array, b: Array, mask: Array, clamp: float = 20.0) -> Array:
-    """clip(a - b, -clamp, clamp) on the mask and 0 elsewhere, in nats; the gradient is 0 outside mask and clamp.
+def difference(a: Array, b: Array, mask: Array) -> Array:
+    """a - b on the mask and 0 elsewhere, in nats, not clamped: what the log ratio of a completion is summed from.
 
     For a ratio against the sampler, pass `measured(rollout_logp, mask)` as the mask.
     """
-    return bound(select(mask, a) - select(mask, b), -clamp, clamp)
+    return select(mask, a) - select(mask, b)
+
+
+def clamped(log_ratio: Array) -> Array:
+    """clip(log_ratio, -20, 20), with gradient 0 outside."""
+    return bound(log_ratio, -20.0, 20.0)
+
+
+def log_ratio(a: Array, b: Array, mask: Array) -> Array:
+    """clip(a - b, -20, 20) of each token of the mask and 0 elsewhere; the gradient is 0 outside mask and clamp."""
+    return clamped(difference(a, b, mask))
 
 
 def ratio(logp: Array, old_logp: Array) -> Array:
     """exp(clip(logp - old_logp, -20, 20)) of log-probabilities that `arguments` has zeroed at padding."""
-    return jnp.exp(bound(logp - old_logp, -20.0, 20.0))
+    return jnp.exp(clamped(logp - old_logp))
 
 
 def row_sum(x: Array, mask: Array) -> Array:
@@ -144,9 +154,12 @@ def probability_gap(a: Array, b: Array, mask: Array) -> Array:
 
 
 def binary_kl(log_q: Array, log_p: Array) -> Array:
-    """KL(q || p) of "this token or another", in nats: q log(q/p) + (1 - q) log((1 - q + 1e-8) / (1 - p + 1e-8))."""
-    q, p = jnp.exp(log_q), jnp.exp(log_p)
-    return q * (log_q - log_p) + (1 - q) * jnp.log((1 - q + 1e-8) / (1 - p + 1e-8))
+    """KL(q || p) of "this token or another", in nats: q log(q/p) + (1 - q) log((1 - q + 1e-8) / (1 - p + 1e-8)).
+
+    1 - q is by expm1: the compiler folds the 1e-8 into a written 1, where float32 loses it, and a certain token is 0 / 0.
+    """
+    q, other_q, other_p = jnp.exp(log_q), -jnp.expm1(log_q), -jnp.expm1(log_p)
+    return q * (log_q - log_p) + other_q * jnp.log((other_q + 1e-8) / (other_p + 1e-8))
 
 
 def pessimistic(ratio: Array, adv: Array, clip_low: float, clip_high: float, ratio_max: float = math.inf) -> Array:

@@ -83,7 +83,7 @@ class Correction:
         old_logp, rollout_logp = _check.tokens(old_logp=old_logp, rollout_logp=rollout_logp)
         mask = _check.mask(mask, old_logp)
         measured = _check.measured(rollout_logp, mask)
-        difference = _check.log_ratio(old_logp, rollout_logp, measured)
+        difference = _check.difference(old_logp, rollout_logp, measured)
         weight, keep = self.operator(jnp.exp(self.level(difference, measured)), self.low, self.high)
         keep = mask & keep
         return stop(_check.select(keep, weight)), keep
@@ -100,7 +100,7 @@ class Correction:
             (
                 operator,
                 _formula(self.level),
-                "D_t = clip(old_logp_t - rollout_logp_t, -20, 20), 0 where rollout_logp_t is not finite",
+                "D_t = old_logp_t - rollout_logp_t, 0 where rollout_logp_t is not finite",
                 _formula(self.denominator),
             )
         )

@@ -77,7 +77,7 @@ def kl_cov(
     """
     _check_fraction(fraction)
     logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
-    log_ratio = _check.bound(logp - old_logp, -20.0, 20.0)
+    log_ratio = _check.clamped(logp - old_logp)
     count = jnp.maximum(jnp.sum(_check.row_count(mask).astype(jnp.int32)), 1)
     cov = jnp.where(mask, _covariance(logp, advantage, count), -jnp.inf)
     highest = _search.highest(cov, min(cov.size, int(fraction * cov.size) + 2))

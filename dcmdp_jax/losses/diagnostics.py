@@ -3,8 +3,9 @@
 Pure functions of `[N, T]` log-probs in float32 nats and a mask; no gradient passes through them. D = old_logp -
 rollout_logp, rho = e^D = train / rollout, delta = |e^old_logp - e^rollout_logp|. Every figure is over the *measured*
 tokens: in the mask, with a finite `rollout_logp`; what is left out is counted by `dropped`. Sequence figures are over
-rows with a measured token. D is clipped to +-20 wherever it is squared or exponentiated. With nothing to measure every
-figure is 0. Results are float32 scalars, or dicts of them that merge into one flat dict of metrics.
+rows with a measured token. D is clipped to +-20 wherever it is squared or exponentiated; its sum over a completion is
+clipped once, after it is taken. With nothing to measure every figure is 0. Results are float32 scalars, or dicts of
+them that merge into one flat dict of metrics.
 
 Sums run over the arrays given, so under `jit` with sharded inputs they are global.
 """
@@ -328,9 +329,10 @@ def _clipped(old_logp: Array, rollout_logp: Array, mask: Array) -> tuple[Array, 
 
 
 def _sequence(old_logp: Array, rollout_logp: Array, mask: Array) -> tuple[Array, Array]:
-    """Clipped log ratio of each completion, `[N, 1]`, and which completions have one."""
-    diff, valid = _clipped(old_logp, rollout_logp, mask)
-    return jnp.clip(_check.row_sum(diff, valid), -20.0, 20.0), jnp.any(valid, axis=-1, keepdims=True)
+    """Log ratio of each completion, `[N, 1]`, clamped after the sum, and which completions have one."""
+    old, rollout, valid = _measured(old_logp, rollout_logp, mask)
+    total = _check.row_sum(old - rollout, valid)
+    return _check.clamped(total), jnp.any(valid, axis=-1, keepdims=True)
 
 
 def _gap(old: Array, rollout: Array, valid: Array) -> Array:

@@ -85,4 +85,4 @@ def unbiased(
 
 def _log_ratio(logp: Array, ref_logp: Array, mask: Array) -> Array:
     logp, ref_logp = _check.tokens(logp=logp, ref_logp=ref_logp)
-    return _check.log_ratio(ref_logp, logp, _check.mask(mask, logp), clamp=jnp.inf)
+    return _check.difference(ref_logp, logp, _check.mask(mask, logp))

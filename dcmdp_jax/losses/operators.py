@@ -2,8 +2,9 @@
 
 A level turns the difference of log-probabilities into the log of a ratio R, an operator turns R into a weight and a
 decision to keep, a denominator says which tokens are counted. `corrections.Correction` puts them together and prints
-the `Formula:` line of each. D_t = old_logp_t - rollout_logp_t in nats, clamped to +-20 and 0 where the sampler's
-log-probability is not finite; bounds are in the ratio pi_train / pi_rollout. Arrays here are already checked.
+the `Formula:` line of each. D_t = old_logp_t - rollout_logp_t in nats, 0 where the sampler's log-probability is not
+finite; a level clamps to +-20 itself, the product of a completion once, after the sum. Bounds are in the ratio
+pi_train / pi_rollout. Arrays here are already checked.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ Array = _check.Array
 def token(difference: Array, mask: Array) -> Array:
     """Level: the ratio of each token; returns log R.
 
-    Formula: R_t = exp(D_t)
+    Formula: R_t = exp(clip(D_t, -20, 20))
     Needs: D [..., T], mask
     Default: the level of TIS, MIS and IcePop
     Paper: Yao et al. 2025, fengyao.notion.site/off-policy-rl
     """
-    return _check.select(mask, difference)
+    return _check.clamped(_check.select(mask, difference))
 
 
 def sequence(difference: Array, mask: Array) -> Array:
@@ -36,20 +37,20 @@ def sequence(difference: Array, mask: Array) -> Array:
 
     "sequence" in verl, TRL, slime and SkyRL; it grows with length.
     """
-    return jnp.clip(_check.row_sum(difference, mask), -20.0, 20.0)
+    return _check.clamped(_check.row_sum(difference, mask))
 
 
 def geometric(difference: Array, mask: Array) -> Array:
     """Level: the geometric mean over the completion, free of its length; returns log R, `[..., 1]`.
 
-    Formula: R_t = exp(mean_s D_s)
+    Formula: R_t = exp(mean_s clip(D_s, -20, 20))
     Needs: D [..., T], mask
     Default: none
     Paper: Liu et al. 2025, richardli.xyz/rl-collapse; GSPO, arXiv 2507.18071
 
     "sequence" in ms-swift and AReaL.
     """
-    return _check.row_mean(difference, mask)
+    return _check.row_mean(_check.clamped(difference), mask)
 
 
 def truncate(ratio: Array, low: float | None, high: float | None) -> tuple[Array, Array]:

@@ -197,7 +197,7 @@ def prime_tv(
     e = exp(logp - rollout_logp), differentiated.
     """
     logp, rollout_logp, advantage, mask = _check.rollout_arguments(logp, rollout_logp, advantage, mask)
-    log_ratio = _check.bound(logp - rollout_logp, -20.0, 20.0)
+    log_ratio = _check.clamped(logp - rollout_logp)
     gap = jnp.exp(stop(logp)) - jnp.exp(rollout_logp)
     keep = jnp.where(advantage > 0, gap <= delta_high, gap >= -delta_low)
     ratio = jnp.exp(jnp.where(keep, log_ratio, -jnp.inf))
@@ -241,7 +241,7 @@ def dro(logp: Array, old_logp: Array, advantage: Array, mask: Array, *, beta: fl
     if not beta > 0:
         raise ValueError(f"beta must be above zero, not {beta}")
     logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
-    return -advantage * logp + 0.5 * beta * jnp.square(_check.bound(logp - old_logp, -20.0, 20.0))
+    return -advantage * logp + 0.5 * beta * jnp.square(_check.clamped(logp - old_logp))
 
 
 def topr(
@@ -261,7 +261,7 @@ def topr(
 
 
 def _truncated_score(logp: Array, old_logp: Array, advantage: Array, keep: Array, ratio_max: float) -> Array:
-    log_weight = jnp.minimum(_check.bound(logp - old_logp, -20.0, 20.0), math.log(ratio_max))
+    log_weight = jnp.minimum(_check.clamped(logp - old_logp), math.log(ratio_max))
     weight = jnp.exp(jnp.where(keep, log_weight, -jnp.inf))  # exp last: XLA then stores the weight and not its parts
     return -stop(weight) * advantage * logp
 

@@ -78,12 +78,15 @@ def k1(
     Default: level each_token
     Paper: Liu et al. 2025, richardli.xyz/rl-collapse
 
-    `sequence_sum` is the product of the ratios, `sequence_mean` their geometric mean.
+    `sequence_sum` is the product of the ratios, clamped once, after the sum; `sequence_mean` is their geometric mean.
     """
     if not 0 <= low <= high:
         raise ValueError(f"bounds must satisfy 0 <= low <= high, not low = {low}, high = {high}")
-    difference, measured, mask = _difference(old_logp, rollout_logp, mask)
-    ratio = jnp.exp(jnp.clip(level(difference, measured), -20.0, 20.0))
+    old_logp, rollout_logp, mask = _arguments(old_logp, rollout_logp, mask)
+    measured = _check.measured(rollout_logp, mask)
+    difference = _check.difference(old_logp, rollout_logp, measured)
+    each = difference if level is sequence_sum else _check.clamped(difference)
+    ratio = jnp.exp(_check.clamped(level(each, measured)))
     return mask & (ratio >= low) & (ratio <= high)
 
 
@@ -151,9 +154,9 @@ def kpop(old_logp: Array, rollout_logp: Array, mask: Array, *, threshold: float 
     old_logp, rollout_logp, mask = _arguments(old_logp, rollout_logp, mask)
     measured = _check.measured(rollout_logp, mask)
     old_logp, rollout_logp = _check.select(measured, old_logp), _check.select(measured, rollout_logp)
-    q, p = jnp.exp(old_logp), jnp.exp(rollout_logp)
-    this, other = old_logp - rollout_logp, jnp.log((1 - q + 1e-8) / (1 - p + 1e-8))  # shared by both ways, but for sign
-    return mask & (jnp.maximum(q * this + (1 - q) * other, -p * this - (1 - p) * other) <= threshold)
+    forward = _check.binary_kl(old_logp, rollout_logp)
+    backward = _check.binary_kl(rollout_logp, old_logp)
+    return mask & (jnp.maximum(forward, backward) <= threshold)
 
 
 def ipo(old_logp: Array, rollout_logp: Array, mask: Array, *, threshold: float = 0.1) -> Array:

@@ -23,8 +23,8 @@ def gspo(
 ) -> Array:
     """Group sequence policy optimisation: the clipped surrogate of the length-normalised sequence ratio.
 
-    Formula: L = max(-s A, -clip(s, 1 - clip_low, 1 + clip_high) A), s = exp(min(mean_t(logp - old_logp), 10)),
-        A = mean_t(advantage)
+    Formula: L = max(-s A, -clip(s, 1 - clip_low, 1 + clip_high) A), s = exp(min(mean_t(d), 10)),
+        d = clip(logp - old_logp, -20, 20), A = mean_t(advantage)
     Needs: logp, old_logp, advantage, mask
     Default: clip_low 3e-4, clip_high 4e-4
     Paper: GSPO, arXiv 2507.18071
@@ -33,7 +33,7 @@ def gspo(
     """
     _check.clip_bounds(clip_low, clip_high)
     logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
-    log_ratio = _check.row_mean(_check.bound(logp - old_logp, -20.0, 20.0), mask)
+    log_ratio = _check.row_mean(_check.clamped(logp - old_logp), mask)
     ratio = jnp.exp(jnp.minimum(log_ratio, _LOG_RATIO_MAX))
     loss = _check.pessimistic(ratio, _check.row_mean(advantage, mask), clip_low, clip_high)
     return _check.select(mask, jnp.broadcast_to(loss, mask.shape))
@@ -44,7 +44,7 @@ def gspo_token(
 ) -> Array:
     """GSPO with an advantage per token: the sequence ratio in value, each token's own gradient.
 
-    Formula: as `gspo` with s_t = exp(min(sg(mean_t(logp - old_logp)) + logp_t - sg(logp_t), 10))
+    Formula: as `gspo` with s_t = exp(min(sg(mean_t(d)) + logp_t - sg(logp_t), 10))
     Needs: logp, old_logp, advantage, mask
     Default: clip_low 3e-4, clip_high 4e-4
     Paper: GSPO, arXiv 2507.18071
@@ -54,7 +54,7 @@ def gspo_token(
     """
     _check.clip_bounds(clip_low, clip_high)
     logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
-    log_ratio = stop(_check.row_mean(_check.bound(logp - old_logp, -20.0, 20.0), mask)) + logp - stop(logp)
+    log_ratio = stop(_check.row_mean(_check.clamped(logp - old_logp), mask)) + logp - stop(logp)
     ratio = jnp.exp(jnp.minimum(log_ratio, _LOG_RATIO_MAX))
     return _check.pessimistic(ratio, advantage, clip_low, clip_high)
 
@@ -64,8 +64,8 @@ def gmpo(
 ) -> Array:
     """Geometric-mean policy optimisation: token log ratios are clipped, then averaged.
 
-    Formula: L = -mean_t(A) exp(mean_t(x)), x = s min(s d, s clip(d, -clip_low, clip_high)), d = logp - old_logp,
-        s = sign(A)
+    Formula: L = -mean_t(A) exp(mean_t(x)), x = s min(s d, s clip(d, -clip_low, clip_high)),
+        d = clip(logp - old_logp, -20, 20), s = sign(A)
     Needs: logp, old_logp, advantage, mask
     Default: clip_low 0.4, clip_high 0.4, in nats
     Paper: GMPO, arXiv 2507.20673
@@ -76,7 +76,7 @@ def gmpo(
         raise ValueError("clip_low and clip_high must be at least 0, in nats")
     logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
     sign = jnp.sign(advantage)
-    log_ratio = _check.bound(logp - old_logp, -20.0, 20.0)
+    log_ratio = _check.clamped(logp - old_logp)
     clipped = sign * jnp.minimum(sign * log_ratio, sign * jnp.clip(log_ratio, -clip_low, clip_high))
     loss = -_check.row_mean(advantage, mask) * jnp.exp(_check.row_mean(clipped, mask))
     return _check.select(mask, jnp.broadcast_to(loss, mask.shape))
@@ -101,8 +101,7 @@ def vespo(
     TRL folds the train/rollout factor into log w; here it stays with `corrections`.
     """
     logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
-    total = _check.row_sum(_check.bound(logp - old_logp, -20.0, 20.0), mask)
-    log_weight = jnp.clip(total, math.log(1e-8), 20.0)
+    log_weight = jnp.clip(_check.row_sum(logp - old_logp, mask), math.log(1e-8), 20.0)
     power = jnp.where(advantage >= 0, positive[0], negative[0])
     decay = jnp.where(advantage >= 0, positive[1], negative[1])
     gate = jnp.exp(decay + power * log_weight - decay * jnp.exp(log_weight))
