@@ -18,10 +18,33 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": _COMPILED.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
 
 import jax  # noqa: E402  (reads the environment as set above)
+import own_data  # noqa: E402
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a few seconds; leave out with -m 'not slow'")
+
+
+@pytest.fixture(autouse=True)
+def folder_of_its_own(tmp_path_factory, monkeypatch):
+    """A test sees no run that lies in the directory pytest was started in, and leaves none there."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+
+
+@pytest.fixture(scope="session", params=own_data.TOKENIZERS)
+def chat_folder(request, tmp_path_factory):
+    """A folder with tokenizer.json and chat_template.jinja: our own small one, and Qwen3's where it is there."""
+    if request.param == "qwen3":
+        return own_data.SHARED / "qwen3_tokenizer"
+    return own_data.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session", params=own_data.ROOTS)
+def data_root(request, tmp_path_factory):
+    """A folder with math_eval/ and gsm8k/: our own dozen rows each, and the published ones where they are there."""
+    if request.param == "published":
+        return own_data.SHARED
+    return own_data.write_sets(tmp_path_factory.mktemp("sets"))
 
 
 @pytest.fixture(scope="module", autouse=True)

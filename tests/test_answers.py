@@ -1,7 +1,6 @@
 """Answers compared, against a table of labelled pairs; hostile ones cost nothing; the judge ends what takes too long."""
 
 import os
-import pathlib
 import subprocess
 import sys
 import time
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 from dcmdp_jax import data
 from dcmdp_jax.answers import compare, judge, read, tokens, units
 
-SHARED = pathlib.Path(__file__).parents[1].parent / "shared" / "data" / "math_eval"
 SETS = ("aime24", "aime25", "amc23", "math500", "minerva_math", "olympiadbench")
 
 
@@ -31,10 +29,10 @@ def test_pairs_made_from_numbers():
     assert not [pair for pair in pairs if compare.equal(*pair[:2]) is not pair[2]]
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data/math_eval")
 @pytest.mark.parametrize("name", SETS)
-def test_pairs_made_from_the_sets_own_answers(name):
-    pairs = answers_table.gold_forms(example.answer for example in data.read(SHARED / f"{name}.jsonl"))
+def test_pairs_made_from_the_sets_own_answers(data_root, name):
+    examples = data.read(data_root / "math_eval" / f"{name}.jsonl")
+    pairs = answers_table.gold_forms(example.answer for example in examples)
     assert {label for *_, label in pairs} == {True, False}
     assert not [pair for pair in pairs if compare.equal(*pair[:2]) is not pair[2]]
 

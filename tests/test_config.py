@@ -79,5 +79,5 @@ def test_an_experiment_names_the_module_it_lacks(tmp_path):
 
 
 def test_a_bucket_s_address_is_no_workdir(capsys):
-    assert cli.main(["train", "experiments/quickstart.py", "--workdir", "gs://bucket/run"]) == 2
+    assert cli.main(["train", str(QUICKSTART), "--workdir", "gs://bucket/run"]) == 2
     assert "--workdir gs://bucket/run is no folder; mount the bucket" in capsys.readouterr().err

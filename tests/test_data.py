@@ -8,6 +8,7 @@ import re
 import sys
 
 import numpy as np
+import own_data
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,6 +59,15 @@ def test_published_sets(name, count, first):
     examples = data.read(SHARED / f"{name}.jsonl")
     assert (len(examples), examples[0].answer, examples[0].source) == (count, first, name.split("/")[1])
     assert all(isinstance(e.prompt, str) and e.prompt and e.answer for e in examples)
+
+
+@pytest.mark.parametrize("name, answers", own_data.answers().items(), ids=list(own_data.answers()))
+def test_rows_in_the_layouts_of_the_published_sets(tmp_path, name, answers):
+    """Field names differ from set to set; our own rows have each set's."""
+    examples = data.read(own_data.write_sets(tmp_path) / f"{name}.jsonl")
+    assert [example.answer for example in examples] == answers
+    assert {example.source for example in examples} == {name.split("/")[1]}
+    assert all(isinstance(e.prompt, str) and e.prompt for e in examples)
 
 
 def test_parquet_and_repeats(tmp_path, caplog):
@@ -187,17 +197,16 @@ def test_task_prompts_are_new_each_time_and_never_held_out():
     assert not set(seen) & set(task.held_out(512))
 
 
-@needs_shared
 @pytest.mark.parametrize("enable_thinking", [True, False])
-def test_chat_wraps_each_prompt(enable_thinking):
-    qwen3 = HuggingFace(SHARED / "qwen3_tokenizer")
+def test_chat_wraps_each_prompt(chat_folder, enable_thinking):
+    vocabulary = HuggingFace(chat_folder)
     examples = [Example("1+1?", "2"), Example(MESSAGES, "3")]
-    batch = data.tokenize(examples, qwen3, max_prompt_tokens=64, chat=True, enable_thinking=enable_thinking,
+    batch = data.tokenize(examples, vocabulary, max_prompt_tokens=96, chat=True, enable_thinking=enable_thinking,
                           instruction="Box it.")
     asked = [[{"role": "user", "content": "1+1?\nBox it."}], [MESSAGES[0], {"role": "user", "content": "Q\nBox it."}]]
     for row, length, messages in zip(batch.tokens, batch.lengths, asked):
-        assert qwen3.decode(row[:length]) == qwen3.chat(messages, enable_thinking=enable_thinking)
-        assert (row[length:] == qwen3.pad_id).all()
+        assert vocabulary.decode(row[:length]) == vocabulary.chat(messages, enable_thinking=enable_thinking)
+        assert (row[length:] == vocabulary.pad_id).all()
     assert MESSAGES[1]["content"] == "Q"
 
 

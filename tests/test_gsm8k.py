@@ -1,18 +1,27 @@
-"""The language-model experiment on real problems and the real tokenizer, from a folder that transformers made."""
+"""The language-model experiment from a folder that transformers made: on GSM8K and Qwen3's tokenizer, or rows of our own."""
 
 import json
 import pathlib
 
 import numpy as np
+import own_data
 import pytest
 
 from dcmdp_jax import cli
 
 ROOT = pathlib.Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared" / "data"
 SMALL = ("--steps 3 --data.prompts_per_step 4 --rollout.samples 4 --rollout.max_tokens 24 --rollout.slots 16 "
          "--algorithm.microbatches 2 --algorithm.learning_rate 0.01 --eval.prompts 8 --rollout.precision.weights int4 "
          "--mesh.data 1 --mesh.fsdp 1").split()
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """(tokenizer, GSM8K): the real ones where they lie beside the checkout, else our own."""
+    if own_data.SHARED.is_dir():
+        return own_data.SHARED / "qwen3_tokenizer", own_data.SHARED / "gsm8k"
+    folder = tmp_path_factory.mktemp("material")
+    return own_data.write_tokenizer(folder / "tokenizer"), own_data.write_sets(folder) / "gsm8k"
 
 
 def make_folder(path, sparse):
@@ -30,9 +39,8 @@ def make_folder(path, sparse):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SHARED.exists(), reason="the data folder is not beside the checkout")
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "moe"])
-def test_train_convert_generate(tmp_path, capsys, monkeypatch, sparse):
+def test_train_convert_generate(tmp_path, material, capsys, monkeypatch, sparse):
     """Three steps, then the exported folder in transformers: equal logits, weights that moved, text that comes out."""
     import jax
     import torch
@@ -44,9 +52,10 @@ def test_train_convert_generate(tmp_path, capsys, monkeypatch, sparse):
     monkeypatch.setattr("dcmdp_jax.sharding.jax.devices", lambda *args: devices)
     make_folder(tmp_path / "model", sparse)
     experiment, run, out = str(ROOT / "experiments" / "gsm8k.py"), str(tmp_path / "run"), tmp_path / "out"
+    words, problems = material
     assert cli.main(["train", experiment, "--workdir", run, "--model.folder", str(tmp_path / "model"), "--model.tokenizer",
-                     str(SHARED / "qwen3_tokenizer"), "--data.path", str(SHARED / "gsm8k" / "train.jsonl"),
-                     "--data.eval_path", str(SHARED / "gsm8k" / "test.jsonl"), *SMALL]) == 0
+                     str(words), "--data.path", str(problems / "train.jsonl"),
+                     "--data.eval_path", str(problems / "test.jsonl"), *SMALL]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert [row["step"] for row in rows] == [1, 2, 3] and rows[0]["delta_mean"] > 0 and "reward_eval_train" in rows[2]
 
@@ -63,15 +72,14 @@ def test_train_convert_generate(tmp_path, capsys, monkeypatch, sparse):
     assert capsys.readouterr().out.count("  -> ") == 2
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the data folder is not beside the checkout")
-def test_a_damaged_shard_is_refused_and_leaves_nothing(tmp_path, capsys):
+def test_a_damaged_shard_is_refused_and_leaves_nothing(tmp_path, material, capsys):
     make_folder(tmp_path / "model", sparse=False)
     file = tmp_path / "model" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     capsys.readouterr()
     assert cli.main(["train", str(ROOT / "experiments" / "gsm8k.py"), "--workdir", str(tmp_path / "run"), "--model.folder",
-                     str(tmp_path / "model"), "--model.tokenizer", str(SHARED / "qwen3_tokenizer"), "--data.path",
-                     str(SHARED / "gsm8k" / "train.jsonl"), *SMALL, "--mesh.fsdp", "0"]) == 2
+                     str(tmp_path / "model"), "--model.tokenizer", str(material[0]), "--data.path",
+                     str(material[1] / "train.jsonl"), *SMALL, "--mesh.fsdp", "0"]) == 2
     err = capsys.readouterr().err.strip()
     assert "model.safetensors" in err and "\n" not in err and not (tmp_path / "run").exists()
 
@@ -80,8 +88,7 @@ def test_a_damaged_shard_is_refused_and_leaves_nothing(tmp_path, capsys):
     (["--weights", "fp8"], "precision.weights='fp8' is not one of float32"),
     (["--max-tokens", "0"], "must be at least 1"), (["--samples", "0"], "must be at least 1"),
 ])
-@pytest.mark.skipif(not SHARED.exists(), reason="the data folder is not beside the checkout")
-def test_bad_generation_options(tmp_path, capsys, options, message):
+def test_bad_generation_options(tmp_path, material, capsys, options, message):
     make_folder(tmp_path / "model", sparse=False)
-    assert cli.main(["generate", str(tmp_path / "model"), "2 + 2", "--tokenizer", str(SHARED / "qwen3_tokenizer"), *options]) == 2
+    assert cli.main(["generate", str(tmp_path / "model"), "2 + 2", "--tokenizer", str(material[0]), *options]) == 2
     assert message in capsys.readouterr().err

@@ -15,7 +15,8 @@ from test_step import make_config
 
 MODEL = ModelConfig(vocab_size=512, hidden_size=128, intermediate_size=256, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=128,
                     bfloat16=True, remat=True)
-QUICKSTART = str(pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py")
+EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
+QUICKSTART = str(EXPERIMENTS / "quickstart.py")
 MOE = dataclasses.replace(MODEL, num_experts=8, experts_per_token=2, expert_size=128)
 
 
@@ -95,7 +96,8 @@ def test_what_cannot_work_is_refused_before_compiling(words, named, capsys):
 
 
 def test_a_mesh_that_does_not_fit_is_refused_before_compiling(capsys):
-    assert cli.main(["plan", "experiments/pods/dcgrpo_8b_bf16.py", "--topology", "v5e:2x2", "--mesh.tensor", "3"]) == 2
+    experiment = str(EXPERIMENTS / "pods" / "dcgrpo_8b_bf16.py")
+    assert cli.main(["plan", experiment, "--topology", "v5e:2x2", "--mesh.tensor", "3"]) == 2
     assert "does not make 4, the number of devices" in capsys.readouterr().err
 
 

@@ -1,6 +1,5 @@
 """Verifiers on published answers, on the many spellings of a number, and on hostile text."""
 
-import pathlib
 import time
 from fractions import Fraction
 
@@ -13,8 +12,6 @@ from dcmdp_jax import data, rewards
 from dcmdp_jax.records import Example, Prompts
 from rollouts import make_rollout
 
-SHARED = pathlib.Path(__file__).parents[1].parent / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
 SETS = ("aime24", "aime25", "amc23", "math500", "minerva_math", "olympiadbench")
 
 
@@ -81,12 +78,9 @@ def test_any_text_is_read_without_error(text):
     assert rewards.math_answer(Example("", "1"), text + r" \boxed{1}") == 1.0
 
 
-@needs_shared
-@pytest.mark.parametrize("split, count", [("train", 7473), ("test", 1319)])
-def test_gsm8k_solutions_earn_the_reward(split, count):
-    examples = data.read(SHARED / "gsm8k" / f"{split}.jsonl")
-    assert len(examples) == count
-    for example in examples:
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_gsm8k_solutions_earn_the_reward(data_root, split):
+    for example in data.read(data_root / "gsm8k" / f"{split}.jsonl"):
         value = Fraction(example.answer.replace(",", ""))  # every gold answer is a number
         assert rewards.math_answer(example, f"so\n#### {example.answer}") == 1.0
         assert rewards.math_answer(example, rf"so \boxed{{\${float(value):,.2f}}}.") == 1.0
@@ -94,10 +88,9 @@ def test_gsm8k_solutions_earn_the_reward(split, count):
         assert rewards.math_answer(example, f"so {example.answer}") == 0.0
 
 
-@needs_shared
 @pytest.mark.parametrize("name", SETS)
-def test_evaluation_sets_accept_their_own_answers(name):
-    for example in data.read(SHARED / "math_eval" / f"{name}.jsonl"):
+def test_evaluation_sets_accept_their_own_answers(data_root, name):
+    for example in data.read(data_root / "math_eval" / f"{name}.jsonl"):
         gold = example.answer
         for spelling in (gold, f"${gold}$", f" {gold} ", f"{gold}.", gold.replace(r"\frac", r"\dfrac")):
             assert rewards.math_answer(example, rf"Thus \boxed{{{spelling}}}") == 1.0, spelling
@@ -105,9 +98,8 @@ def test_evaluation_sets_accept_their_own_answers(name):
         assert rewards.math_answer(example, r"Thus \boxed{}") == 0.0
 
 
-@needs_shared
-def test_distinct_gold_answers_stay_distinct():
-    examples = data.read(SHARED / "math_eval" / "aime24.jsonl")
+def test_distinct_gold_answers_stay_distinct(data_root):
+    examples = data.read(data_root / "math_eval" / "aime24.jsonl")
     for example in examples:
         others = [other.answer for other in examples if int(other.answer) != int(example.answer)]
         assert not any(rewards.math_answer(example, rf"\boxed{{{other}}}") for other in others)

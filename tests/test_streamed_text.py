@@ -1,14 +1,11 @@
 """Text that is streamed: whole characters, and joined the text of the whole."""
 
-import pathlib
 import random
 
 import pytest
 
 from dcmdp_jax import tokenizer
 from dcmdp_jax.rollout.serve import Text
-
-QWEN3 = pathlib.Path(__file__).parents[1].parent / "shared" / "data" / "qwen3_tokenizer"
 
 
 @pytest.mark.parametrize("decode_ids", [
@@ -46,13 +43,12 @@ def test_it_shows_what_stays_broken_once_it_ends():
         "", "a\ufffdb", "\ufffd"]
 
 
-@pytest.mark.skipif(not QWEN3.is_dir(), reason="needs ../shared/data/qwen3_tokenizer")
-def test_it_works_with_the_qwen3_tokenizer():
-    qwen = tokenizer.load(QWEN3)
+def test_it_works_with_a_byte_level_tokenizer(chat_folder):
+    found = tokenizer.load(chat_folder)
     whole = "naïve 日本語と中文 🙂👩‍👩‍👧‍👦 <0x41>\n  x  العربية ½"
-    ids = qwen.encode(whole)
+    ids = found.encode(whole)
     for size in (1, 2, 3, 7):
-        text = Text(qwen.decode, qwen.eos_ids)
+        text = Text(found.decode, found.eos_ids)
         parts = [ids[i:i + size] for i in range(0, len(ids), size)]
         pieces = [text.add(part, i == len(parts) - 1) for i, part in enumerate(parts)]
         assert "".join(pieces) == whole and not any("\ufffd" in piece for piece in pieces)

@@ -35,15 +35,15 @@ CONVERSATIONS = (
 
 
 @pytest.fixture(scope="module")
-def qwen3():
-    return tokenizer.load(QWEN3)
+def vocabulary(chat_folder):
+    return tokenizer.load(chat_folder)
 
 
 @pytest.fixture(scope="module")
-def oracle():
+def oracle(chat_folder):
     transformers = pytest.importorskip("transformers")
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(QWEN3 / "tokenizer.json"))
-    fast.chat_template = (QWEN3 / "chat_template.jinja").read_text()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(chat_folder / "tokenizer.json"))
+    fast.chat_template = (chat_folder / "chat_template.jinja").read_text()
     return fast
 
 
@@ -61,28 +61,27 @@ def write(folder, name, value):
     (folder / name).write_text(json.dumps(value))
 
 
-@needs_qwen3
 @pytest.mark.parametrize("text", TEXTS)
-def test_encodes_as_transformers_does(qwen3, oracle, text):
-    ids = qwen3.encode(text)
+def test_encodes_as_transformers_does(vocabulary, oracle, text):
+    ids = vocabulary.encode(text)
     assert ids == oracle.encode(text, add_special_tokens=False)
-    assert qwen3.decode(ids) == oracle.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert vocabulary.decode(ids) == oracle.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-@needs_qwen3
 @pytest.mark.parametrize("enable_thinking", [True, False])
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 @pytest.mark.parametrize("number", range(len(CONVERSATIONS)))
-def test_chat_is_what_transformers_renders(qwen3, oracle, number, enable_thinking, add_generation_prompt):
+def test_chat_is_what_transformers_renders(vocabulary, oracle, number, enable_thinking, add_generation_prompt):
     how = {"enable_thinking": enable_thinking, "add_generation_prompt": add_generation_prompt}
-    text = qwen3.chat(CONVERSATIONS[number], **how)
+    text = vocabulary.chat(CONVERSATIONS[number], **how)
     assert text == oracle.apply_chat_template(CONVERSATIONS[number], tokenize=False, **how)
     ids = oracle.apply_chat_template(CONVERSATIONS[number], tokenize=True, return_dict=False, **how)
-    assert qwen3.encode(text) == ids
+    assert vocabulary.encode(text) == ids
 
 
 @needs_qwen3
-def test_qwen3_ids(qwen3):
+def test_qwen3_ids():
+    qwen3 = tokenizer.load(QWEN3)
     assert (qwen3.vocab_size, qwen3.eos_ids, qwen3.pad_id) == (151669, (151645, 151643), 151643)
     assert qwen3.encode("<think></think>") == [151667, 151668]
     assert qwen3.decode([151700, 9, 151935]) == "*"  # ids that only the model's padded vocabulary has
@@ -205,8 +204,7 @@ def test_characters():
         tokenizer.Characters("aa")
 
 
-@needs_qwen3
-def test_a_tokenizer_file_stands_for_its_folder(tmp_path, qwen3):
-    assert tokenizer.load(QWEN3 / "tokenizer.json").vocab_size == qwen3.vocab_size
-    shutil.copy(QWEN3 / "tokenizer.json", tmp_path)
-    assert tokenizer.load(tmp_path).eos_ids == qwen3.eos_ids
+def test_a_tokenizer_file_stands_for_its_folder(tmp_path, chat_folder, vocabulary):
+    assert tokenizer.load(chat_folder / "tokenizer.json").vocab_size == vocabulary.vocab_size
+    shutil.copy(chat_folder / "tokenizer.json", tmp_path)
+    assert tokenizer.load(tmp_path).eos_ids == vocabulary.eos_ids
