@@ -1,0 +1,60 @@
+"""dcmdp with one fault: `python faulty.py PHASE NUMBER SIGNAL NOTE WORDS...`.
+
+When the process comes to PHASE for the NUMBER-th time it writes the time to NOTE and sends itself SIGNAL.
+"""
+
+import os
+import pathlib
+import sys
+import time
+
+from dcmdp_jax import checkpoint, cli, evaluate, metrics, report, rewards, step, sync, train, warmup
+
+# Where a phase is entered; of `update` and `sync` what these functions make is what is called.
+ENTRIES = {
+    "warm-up": (warmup, "run"),
+    "rollout": (train, "rollout"),
+    "reward": (rewards, "score"),
+    "update": (step, "compile"),
+    "sync": (sync, "make"),
+    "evaluation": (evaluate, "pass_rate"),
+    "log": (metrics.Log, "write"),
+    "save": (checkpoint.Checkpoints, "save"),
+    "saving": (checkpoint.Checkpoints, "save"),
+    "restore": (checkpoint.Checkpoints, "restore"),
+    "report": (report, "write"),
+}
+MAKERS = ("update", "sync")
+
+
+def main(phase: str, number: str, signal: str, note: str, *words: str) -> int:
+    home, name = ENTRIES[phase]
+    calls = []
+
+    def count() -> None:
+        calls.append(None)
+        if len(calls) == int(number):
+            pathlib.Path(note).write_text(str(time.time()))
+            os.kill(os.getpid(), int(signal))
+
+    def counted(function):
+        def entered(*args, **options):
+            if phase != "saving":
+                count()
+            result = function(*args, **options)
+            if phase == "saving":  # the disk is being written
+                count()
+            return result
+
+        return entered
+
+    original = getattr(home, name)
+    if phase in MAKERS:
+        setattr(home, name, lambda *args, **options: counted(original(*args, **options)))
+    else:
+        setattr(home, name, counted(original))
+    return cli.main(list(words))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
