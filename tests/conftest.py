@@ -27,13 +27,13 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def folder_of_its_own(tmp_path_factory, monkeypatch):
-    """A test sees no run that lies in the directory pytest was started in, and leaves none there."""
+    """A test sees no run of the directory that pytest was started in, and leaves none there."""
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
 
 
 @pytest.fixture(scope="session", params=own_data.TOKENIZERS)
 def chat_folder(request, tmp_path_factory):
-    """A folder with tokenizer.json and chat_template.jinja: our own small one, and Qwen3's where it is there."""
+    """A folder with tokenizer.json and chat_template.jinja: our own, and Qwen3's."""
     if request.param == "qwen3":
         return own_data.SHARED / "qwen3_tokenizer"
     return own_data.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
@@ -41,7 +41,7 @@ def chat_folder(request, tmp_path_factory):
 
 @pytest.fixture(scope="session", params=own_data.ROOTS)
 def data_root(request, tmp_path_factory):
-    """A folder with math_eval/ and gsm8k/: our own dozen rows each, and the published ones where they are there."""
+    """A folder with math_eval/ and gsm8k/: our own dozen rows each, and the published ones."""
     if request.param == "published":
         return own_data.SHARED
     return own_data.write_sets(tmp_path_factory.mktemp("sets"))

@@ -1,6 +1,7 @@
 """dcmdp with one fault: `python faulty.py PHASE NUMBER SIGNAL NOTE WORDS...`.
 
-When the process comes to PHASE for the NUMBER-th time it writes the time to NOTE and sends itself SIGNAL.
+When the process comes to PHASE for the NUMBER-th time it writes the time to NOTE and sends itself
+SIGNAL.
 """
 
 import os

@@ -1,6 +1,7 @@
-"""The golden files: vectors of our own, made at import; those of ../shared/golden where they lie beside the checkout; DCMDP_GOLDEN's.
+"""The golden files: vectors of our own, made at import, and those that are there besides.
 
-A file that states no thresholds has those of `THRESHOLDS`.
+These lie in ../shared/golden beside the checkout, or are named by DCMDP_GOLDEN. A file that states
+no thresholds has those of `THRESHOLDS`.
 """
 
 import json
@@ -45,7 +46,9 @@ FILES = {"float64": losses_float64.vectors()} | GIVEN
 CASES = [(name, case) for name, file in FILES.items() for case in file["cases"]]
 
 every_file = pytest.mark.parametrize("file", FILES.values(), ids=list(FILES))
-every_case = pytest.mark.parametrize("name, case", CASES, ids=[f"{name}-{case}" for name, case in CASES])
+every_case = pytest.mark.parametrize(
+    "name, case", CASES, ids=[f"{name}-{case}" for name, case in CASES]
+)
 
 
 def thresholds(name: str) -> dict:

@@ -1,14 +1,15 @@
-"""Values and gradients of the losses in float64 NumPy, from the formulas of docs/losses.md and the papers they name.
+"""Values and gradients of the losses in float64 NumPy, from docs/losses.md and the papers it names.
 
-Nothing of the package is called. `vectors()` has the layout of a golden file: inputs, and beside them what the losses,
-corrections, diagnostics, the constraint, its controllers and the advantages make of them. Gradients are exact, by the
-complex step f(x + ih) / h with h = 1e-30: `fixed` takes the real part, which stops a gradient, and every comparison is
-of real parts. What padding holds is garbage on purpose.
+Nothing of the package is called. `vectors()` has the layout of a golden file: inputs, and beside
+them what the losses, corrections, diagnostics, the constraint, its controllers and the advantages
+make of them. Gradients are exact, by the complex step f(x + ih) / h with h = 1e-30: `fixed` takes
+the real part, which stops a gradient, and every comparison is of real parts. What padding holds is
+garbage on purpose.
 
-Conventions. D = old - roll, so that rho = train / rollout. A token's log ratio is clamped to +-20; a completion's is the
-sum of its tokens' unclamped ones, clamped once; means are of clamped ones. A token whose roll is not finite has D = 0
-and is not counted where tokens are measured. Rejected tokens stay in the denominator unless a name ends in _shrink.
-Nothing to average gives 0.
+Conventions. D = old - roll, so that rho = train / rollout. A token's log ratio is clamped to +-20;
+a completion's is the sum of its tokens' unclamped ones, clamped once; means are of clamped ones. A
+token whose roll is not finite has D = 0 and is not counted where tokens are measured. Rejected
+tokens stay in the denominator unless a name ends in _shrink. Nothing to average gives 0.
 """
 
 import functools
@@ -83,7 +84,7 @@ def two_kl(q, p):
     return q * np.log(q / p) + (1 - q) * np.log((1 - q + 1e-8) / (1 - p + 1e-8))
 
 
-# ------------------------------------------------------------------------------------------------ reducers
+# ------------------------------------------------------------ reducers
 
 
 def token_mean(x, m):
@@ -109,7 +110,7 @@ REDUCERS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------ policy losses
+# ------------------------------------------------------------ policy losses
 # Of (log-probs, behaviour log-probs, advantage, mask), 0 at padding where arrays come in.
 
 
@@ -180,7 +181,7 @@ def vespo(cur, old, adv, m):
     return -np.exp(lam + k * log_w - lam * np.exp(log_w)) * adv * cur
 
 
-# ------------------------------------------------------------------------------------------------ the train/rollout gap
+# ------------------------------------------------------------ the train/rollout gap
 
 
 def gaps(x):
@@ -215,7 +216,10 @@ def keeps(x, t):
     roll = np.where(measured, x["roll"], x["old"])
     p, q = np.exp(np.where(m, x["old"], -1.0)), np.exp(np.where(m, roll, -1.0))
     worst = np.where(measured, k3, 0).max(axis=1, keepdims=True)
-    product, geometric = np.exp(np.clip(row_sum(raw, measured), -20, 20)), np.exp(row_mean(d, measured))
+    product, geometric = (
+        np.exp(np.clip(row_sum(raw, measured), -20, 20)),
+        np.exp(row_mean(d, measured)),
+    )
     drift = row_mean(np.clip(np.where(measured, roll - x["cur"], 0), -20, 20), measured)
 
     def between(ratio, bounds):
@@ -238,7 +242,7 @@ def keeps(x, t):
 
 
 def second_moment_cut(squares, threshold):
-    """The greatest square such that the mean of those up to it is below the threshold; at least the smallest."""
+    """The greatest square with a mean of those up to it below the threshold, or the smallest."""
     cut = min(squares, default=0.0)
     for candidate in squares:
         if np.mean([s for s in squares if s <= candidate]) < threshold:
@@ -246,7 +250,7 @@ def second_moment_cut(squares, threshold):
     return cut
 
 
-# ------------------------------------------------------------------------------------------------ the constraint
+# ------------------------------------------------------------ the constraint
 
 
 def constraint(x):
@@ -279,7 +283,7 @@ def penalty(cur, x):
     return MULTIPLIER * np.where(np.real(a) >= b, 1, -1) * (np.exp(a) - np.exp(b))
 
 
-# ------------------------------------------------------------------------------------------------ losses by name
+# ------------------------------------------------------------ losses by name
 
 
 def losses(x, t):
@@ -326,20 +330,34 @@ def losses(x, t):
         "gmpo_all_rows_verl": plain(gmpo, REDUCERS["ppo_dapo_batch_mean_token_mean"]),
         "kl_ref_k1": lambda cur: (cur - ref, m, token_mean),
         "kl_ref_k2": lambda cur: ((cur - ref) ** 2 / 2, m, token_mean),
-        "kl_ref_k3": lambda cur: (excess(clamp(ref - cur)) + clamp(ref - cur) - (ref - cur), m, token_mean),
+        "kl_ref_k3": lambda cur: (
+            excess(clamp(ref - cur)) + clamp(ref - cur) - (ref - cur),
+            m,
+            token_mean,
+        ),
     }
     weight, keep, shaped = weights(x, t), keeps(x, t), constraint(x)["adv_shaped"]
     table |= {f"ppo*{name}": plain(ppo, weight=w) for name, w in weight.items()}
     for name, kept in keep.items():
         table[f"ppo*{name}"] = plain(ppo, keep=kept)
         table[f"ppo*{name}_shrink"] = plain(ppo, keep=kept, denominator=kept)
-    table["ppo*w_tis_token*keep_geo_seq"] = plain(ppo, weight=weight["w_tis_token"], keep=keep["keep_geo_seq"])
+    table["ppo*w_tis_token*keep_geo_seq"] = plain(
+        ppo, weight=weight["w_tis_token"], keep=keep["keep_geo_seq"]
+    )
     clipped = functools.partial(ppo, low=0.24, high=0.24)
-    # The pair with `dcgrpo` in the name is the paper's loss under the truncated weight of high 2, its default.
+    # The constraint's losses take the truncated weight at its default, whatever the thresholds.
     truncated = np.where(m, np.minimum(np.exp(d), 2.0), 0)
     table["dcgrpo"] = lambda cur: (clipped(cur, old, shaped, m), m, token_mean)
-    table["dcgrpo*w_tis_token"] = lambda cur: (clipped(cur, old, shaped, m) * truncated, m, token_mean)
-    table["dcgrpo_penalty_variant"] = lambda cur: (clipped(cur, old, adv, m) + penalty(cur, x), m, token_mean)
+    table["dcgrpo*w_tis_token"] = lambda cur: (
+        clipped(cur, old, shaped, m) * truncated,
+        m,
+        token_mean,
+    )
+    table["dcgrpo_penalty_variant"] = lambda cur: (
+        clipped(cur, old, adv, m) + penalty(cur, x),
+        m,
+        token_mean,
+    )
     return table
 
 
@@ -353,7 +371,7 @@ def value_and_gradient(function, x):
     return float(np.real(function(x.astype(complex)))), gradient
 
 
-# ------------------------------------------------------------------------------------------------ diagnostics
+# ------------------------------------------------------------ diagnostics
 
 
 def metrics(x):
@@ -402,18 +420,18 @@ def metrics(x):
 
 
 METRICS = (
-    "prob_diff_mean", "prob_diff_max", "prob_diff_std_ddof1", "pearson", "logp_abs_diff_mean", "logp_abs_diff_max",
-    "k1_roll_train", "k2", "k3", "chi2_token", "chi2_seq", "train_ppl", "rollout_ppl", "ppl_ratio", "log_ppl_diff",
-    "log_ppl_abs_diff", "ess_token_truncated", "ess_seq", "token_mult_prob_error", "js_nemo", "m2", "frac_out_0.5_2",
-    "adv_skew",
+    "prob_diff_mean", "prob_diff_max", "prob_diff_std_ddof1", "pearson", "logp_abs_diff_mean",
+    "logp_abs_diff_max", "k1_roll_train", "k2", "k3", "chi2_token", "chi2_seq", "train_ppl",
+    "rollout_ppl", "ppl_ratio", "log_ppl_diff", "log_ppl_abs_diff", "ess_token_truncated",
+    "ess_seq", "token_mult_prob_error", "js_nemo", "m2", "frac_out_0.5_2", "adv_skew",
 )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------ what has no [N, T] inputs
+# ------------------------------------------------------------ what has no [N, T] inputs
 
 
 def controllers(block):
-    """The trajectory of the multiplier under each controller; None is a batch with nothing to measure."""
+    """The multiplier's trajectory under each; None is a batch with nothing to measure."""
     means, c, start = block["delta_bars_null_is_empty"], block["c"], block["lambda0"]
 
     def trajectory(advance):
@@ -480,19 +498,23 @@ def score_centering(block):
         p_head, q_head = np.take_along_axis(p, head, 1), np.take_along_axis(q, head, 1)
         tail = np.maximum(1 - q_head.sum(1), 1e-6) / np.maximum(1 - p_head.sum(1), 1e-6)
         alpha = (tail * f(1 / tail))[:, None]
-        centre = ((q_head * f(p_head / q_head) - alpha * p_head) * np.take_along_axis(logp, head, 1)).sum(1)
+        centre = (
+            (q_head * f(p_head / q_head) - alpha * p_head) * np.take_along_axis(logp, head, 1)
+        ).sum(1)
         own = f(p[rows, actions] / q[rows, actions]) * logp[rows, actions]
         return np.where(m > 0, -adv * (own - centre), 0).sum() / m.sum()
 
     found = {}
     for name, f in functions.items():
         for k in (3, 6):
-            value, gradient = value_and_gradient(functools.partial(loss, f=f, k=k), np.array(block["logits"]))
+            value, gradient = value_and_gradient(
+                functools.partial(loss, f=f, k=k), np.array(block["logits"])
+            )
             found[f"{name}_top{k}"] = {"value": value, "grad_logits": gradient}
     return found
 
 
-# ------------------------------------------------------------------------------------------------ inputs of our own
+# ------------------------------------------------------------ inputs of our own
 
 
 def of_case(inputs, thresholds):
@@ -519,7 +541,7 @@ def of_case(inputs, thresholds):
 
 
 def _inputs(case):
-    """Five completions of up to eight tokens: one with a hole, one of one token, one empty; float32 numbers."""
+    """Five completions of up to eight float32 tokens: a hole in one, one of one, one empty."""
     random = np.random.RandomState(11)  # whose numbers are the same in every version of NumPy
     shape = 5, 8
     mask = np.ones(shape)
@@ -534,7 +556,7 @@ def _inputs(case):
     if case == "matched":
         roll = cur = old
     if case == "extreme":
-        # Single tokens past the clamp, with sums of a completion that come back inside it, and one past it.
+        # Tokens past the clamp: sums of two completions come back inside it, one does not.
         old[0, 0], roll[0, 0], old[0, 1], roll[0, 1] = -30.0, -0.001, -0.3, -15.5
         old[1, 2], roll[1, 2], old[1, 4], roll[1, 4] = -0.2, -27.0, -13.0, -0.5
         old[4, 5], roll[4, 5] = -29.0, -0.05
@@ -561,7 +583,18 @@ def vectors():
     random = np.random.RandomState(5)
     singles = {
         "controllers": {
-            "delta_bars_null_is_empty": [0.002, 0.009, None, 0.0045, 0.0, 0.03, 0.0002, 0.15, None, 0.001],
+            "delta_bars_null_is_empty": [
+                0.002,
+                0.009,
+                None,
+                0.0045,
+                0.0,
+                0.03,
+                0.0002,
+                0.15,
+                None,
+                0.001,
+            ],
             "c": 0.0041,
             "lambda0": 0.08,
         },
@@ -580,7 +613,11 @@ def vectors():
             "mask": [1.0, 1.0, 0.0, 1.0],
         },
     }
-    computed = {"controllers": controllers, "advantages": advantages, "score_centering": score_centering}
+    computed = {
+        "controllers": controllers,
+        "advantages": advantages,
+        "score_centering": score_centering,
+    }
     file = {name: singles[name] | function(singles[name]) for name, function in computed.items()}
     cases = {case: of_case(_inputs(case), THRESHOLDS) for case in CASES}
     return file | {"cases": cases, "thresholds": THRESHOLDS}

@@ -1,4 +1,4 @@
-"""Data of our own, in the layouts of what is published: a small tokenizer with a chat template, six evaluation sets, GSM8K.
+"""Data of our own in the layouts of what is published: a tokenizer, six evaluation sets, GSM8K.
 
 The tests that use it use what lies in ../shared/data besides, where that is there.
 """
@@ -18,9 +18,16 @@ CORPUS = (
     "naïve café, 日本語, العربية",
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-MARKS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+MARKS = (
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+)
 
-# Turns between <|im_start|> and <|im_end|>; the thinking of earlier answers is left out, calls and their results are JSON.
+# Turns between <|im_start|> and <|im_end|>; the thinking of earlier answers is left out.
 TEMPLATE = """\
 {%- set last = namespace(user=-1) %}
 {%- for message in messages %}
@@ -54,7 +61,7 @@ TEMPLATE = """\
 
 
 def write_tokenizer(folder: pathlib.Path) -> pathlib.Path:
-    """A byte-level BPE of a few hundred pieces, trained on `CORPUS`, with Qwen's control tokens and `TEMPLATE`."""
+    """A byte-level BPE trained on `CORPUS`, with Qwen's control tokens and `TEMPLATE`."""
     import tokenizers
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -77,7 +84,7 @@ def write_tokenizer(folder: pathlib.Path) -> pathlib.Path:
 def _numbers(count: int, first: int) -> list[tuple[str, int]]:
     """Problems whose answers are whole numbers below 1000, as AIME asks for."""
     return [
-        (f"A hall has ${first + n}$ rows of ${n + 3}$ seats, and ${n}$ seats are broken. How many are whole?",
+        (f"A hall has ${first + n}$ rows of ${n + 3}$ seats, ${n}$ of them broken. How many are not?",
          (first + n) * (n + 3) - n)
         for n in range(1, count + 1)
     ]  # fmt: skip
@@ -122,43 +129,104 @@ OLYMPIAD = [
     ("Find the number of orders of four books.", ["24"]),
     ("Find the remainder of 3^{20} modulo 10.", ["1"]),
     ("Find the radius of a circle of circumference 10.", [r"\frac{5}{\pi}"]),
-    ("Find both legs, the shorter first, of the right triangle with hypotenuse 5 and area 6.", ["(3,4)"]),
+    (
+        "Find both legs, the shorter first, of the right triangle with hypotenuse 5 and area 6.",
+        ["(3,4)"],
+    ),
     ("Find the real root of x^3 = 8.", ["2"]),
 ]
 
 
 def _rows() -> dict[str, list[dict]]:
-    aime24 = [{"id": n, "problem": p, "solution": rf"So \boxed{{{a}}}.", "answer": str(a), "url": "", "question": p}
-              for n, (p, a) in enumerate(_numbers(12, 20))]
-    aime25 = [{"id": str(n), "question": p, "answer": float(a)} for n, (p, a) in enumerate(_numbers(12, 33))]
-    amc23 = [{"id": n, "problem": p, "answer": float(a), "url": "", "question": p}
-             for n, (p, a) in enumerate(_numbers(12, 7))]
-    math500 = [{"problem": p, "solution": rf"We find $\boxed{{{a}}}$.", "answer": a, "subject": "Algebra", "level": 2,
-                "unique_id": f"own/{n}.json"} for n, (p, a) in enumerate(MATH)]
-    minerva = [{"problem": p, "solution": rf"It is \boxed{{1}} at first, then \boxed{{{a}}}.", "type": "Own", "idx": n}
-               for n, (p, a) in enumerate(PHYSICS)]
-    olympiad = [{"id": n, "subfield": "Number Theory", "context": None, "question": p, "solution": ["By trying."],
-                 "final_answer": a, "is_multiple_answer": False, "unit": None, "answer_type": "Numerical", "error": None}
-                for n, (p, a) in enumerate(OLYMPIAD)]
-    gsm8k = [{"question": p.replace("$", ""), "answer": f"{a} seats are whole.\n#### {a:,}"}
-             for p, a in _numbers(24, 150)]
-    return {"math_eval/aime24": aime24, "math_eval/aime25": aime25, "math_eval/amc23": amc23,
-            "math_eval/math500": math500, "math_eval/minerva_math": minerva, "math_eval/olympiadbench": olympiad,
-            "gsm8k/train": gsm8k[:12], "gsm8k/test": gsm8k[12:]}
+    aime24 = [
+        {
+            "id": n,
+            "problem": p,
+            "solution": rf"So \boxed{{{a}}}.",
+            "answer": str(a),
+            "url": "",
+            "question": p,
+        }
+        for n, (p, a) in enumerate(_numbers(12, 20))
+    ]
+    aime25 = [
+        {"id": str(n), "question": p, "answer": float(a)}
+        for n, (p, a) in enumerate(_numbers(12, 33))
+    ]
+    amc23 = [
+        {"id": n, "problem": p, "answer": float(a), "url": "", "question": p}
+        for n, (p, a) in enumerate(_numbers(12, 7))
+    ]
+    math500 = [
+        {
+            "problem": p,
+            "solution": rf"We find $\boxed{{{a}}}$.",
+            "answer": a,
+            "subject": "Algebra",
+            "level": 2,
+            "unique_id": f"own/{n}.json",
+        }
+        for n, (p, a) in enumerate(MATH)
+    ]
+    minerva = [
+        {
+            "problem": p,
+            "solution": rf"It is \boxed{{1}} at first, then \boxed{{{a}}}.",
+            "type": "Own",
+            "idx": n,
+        }
+        for n, (p, a) in enumerate(PHYSICS)
+    ]
+    olympiad = [
+        {
+            "id": n,
+            "subfield": "Number Theory",
+            "context": None,
+            "question": p,
+            "solution": ["By trying."],
+            "final_answer": a,
+            "is_multiple_answer": False,
+            "unit": None,
+            "answer_type": "Numerical",
+            "error": None,
+        }
+        for n, (p, a) in enumerate(OLYMPIAD)
+    ]
+    gsm8k = [
+        {"question": p.replace("$", ""), "answer": f"{a} seats are whole.\n#### {a:,}"}
+        for p, a in _numbers(24, 150)
+    ]
+    return {
+        "math_eval/aime24": aime24,
+        "math_eval/aime25": aime25,
+        "math_eval/amc23": amc23,
+        "math_eval/math500": math500,
+        "math_eval/minerva_math": minerva,
+        "math_eval/olympiadbench": olympiad,
+        "gsm8k/train": gsm8k[:12],
+        "gsm8k/test": gsm8k[12:],
+    }
 
 
 def answers() -> dict[str, list[str]]:
     """The gold answers of every file, in its order."""
     whole = {"aime24": 20, "aime25": 33, "amc23": 7}
-    found = {f"math_eval/{name}": [str(a) for _, a in _numbers(12, first)] for name, first in whole.items()}
-    listed = {"math500": MATH, "minerva_math": PHYSICS, "olympiadbench": [(p, ", ".join(a)) for p, a in OLYMPIAD]}
+    found = {
+        f"math_eval/{name}": [str(a) for _, a in _numbers(12, first)]
+        for name, first in whole.items()
+    }
+    listed = {
+        "math500": MATH,
+        "minerva_math": PHYSICS,
+        "olympiadbench": [(p, ", ".join(a)) for p, a in OLYMPIAD],
+    }
     found |= {f"math_eval/{name}": [a for _, a in pairs] for name, pairs in listed.items()}
     numbers = [f"{a:,}" for _, a in _numbers(24, 150)]
     return found | {"gsm8k/train": numbers[:12], "gsm8k/test": numbers[12:]}
 
 
 def write_sets(folder: pathlib.Path) -> pathlib.Path:
-    """The six evaluation sets and GSM8K's two files, a dozen rows each, under the names that the published ones have."""
+    """Six evaluation sets and GSM8K's two files, a dozen rows each, named as the published ones."""
     for name, rows in _rows().items():
         path = folder / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -201,11 +201,12 @@ def test_task_prompts_are_new_each_time_and_never_held_out():
 def test_chat_wraps_each_prompt(chat_folder, enable_thinking):
     vocabulary = HuggingFace(chat_folder)
     examples = [Example("1+1?", "2"), Example(MESSAGES, "3")]
-    batch = data.tokenize(examples, vocabulary, max_prompt_tokens=96, chat=True, enable_thinking=enable_thinking,
-                          instruction="Box it.")
+    batch = data.tokenize(examples, vocabulary, max_prompt_tokens=96, chat=True,
+                          enable_thinking=enable_thinking, instruction="Box it.")
     asked = [[{"role": "user", "content": "1+1?\nBox it."}], [MESSAGES[0], {"role": "user", "content": "Q\nBox it."}]]
     for row, length, messages in zip(batch.tokens, batch.lengths, asked):
-        assert vocabulary.decode(row[:length]) == vocabulary.chat(messages, enable_thinking=enable_thinking)
+        text = vocabulary.chat(messages, enable_thinking=enable_thinking)
+        assert vocabulary.decode(row[:length]) == text
         assert (row[length:] == vocabulary.pad_id).all()
     assert MESSAGES[1]["content"] == "Q"
 

@@ -247,7 +247,7 @@ def test_the_command_prints_a_table_and_refuses_in_one_sentence(options, whole, 
 
 
 def test_the_six_sets_with_a_random_model(tmp_path, chat_folder, data_root):
-    """A chat template and Qwen3's vocabulary; every problem is read and tokenized, the first of each is asked."""
+    """Qwen3's vocabulary; every problem is read and tokenized, the first of each is asked."""
     model = dataclasses.replace(MODEL, vocab_size=151_936, max_position=40_960, tie_word_embeddings=True)
     weights.save(tmp_path / "hf", model, random_params(model, 0.05))
     for name in ("tokenizer.json", "chat_template.jinja"):
@@ -256,7 +256,8 @@ def test_the_six_sets_with_a_random_model(tmp_path, chat_folder, data_root):
     found = eval_sets.prepare(asked, tmp_path / "paper")
     published = data_root == own_data.SHARED
     assert [(item.name, item.samples) for item in found.sets] == [
-        ("aime24", 32), ("aime25", 32), ("amc23", 32), ("math500", 4), ("minerva", 4), ("olympiad", 4)]
+        ("aime24", 32), ("aime25", 32), ("amc23", 32), ("math500", 4), ("minerva", 4),
+        ("olympiad", 4)]
     counts = [30, 30, 40, 500, 272, 675] if published else [12] * 6
     assert [len(item.prompts.lengths) for item in found.sets] == counts
     first = found.vocabulary.decode(found.sets[0].prompts.tokens[0, :found.sets[0].prompts.lengths[0]].tolist())

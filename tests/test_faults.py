@@ -1,27 +1,56 @@
 """What a run goes through: twenty faults, each with the figure that says whether it was borne.
 
-| # | fault | figure, target | held by |
-|---|---|---|---|
-| 1 | killed, resumed | max difference of parameters and multiplier 0, data order equal | test_train: resumed_equals_uninterrupted, a_killed_process_resumes_bit_equal |
-| 2 | SIGKILL in every phase | resumable N of N; steps lost <= checkpoint.every | here |
-| 3 | SIGTERM in every phase, a hanging verifier among them | saved n of N, no step lost; <= 30 s to the end | here |
-| 4 | learning rate 0: sampler against trainer, by length | worst difference of a log-prob <= 1e-5, mean <= 1e-6 | test_parity: an_exact_engine_passes_the_gate; test_rollout: the_gate_holds_in_every_length_bucket |
-| 5 | weights that are one step old | the gate fires at k = 1, is silent at k = 0 | here |
-| 6 | NaN in loss, gradient, weight, log-prob, reward, advantage | parameters bit-unchanged, counted; the run ends after n skipped steps | test_step: non_finite_updates_are_skipped_and_counted; test_rewards: score_refuses_a_reward_that_is_not_finite; here |
-| 7 | a byte of a checkpoint flipped, a file cut | the checkpoint is named, the one before it goes on: bit-equal | here; safetensors: test_weights: missing_and_damaged_files_are_refused, test_gsm8k: a_damaged_shard_is_refused |
-| 8 | other processes, other mesh | data equal, losses to 1e-5 | test_hosts: two_processes_stopped_by_one_go_on_as_one, a_killed_process_ends_the_others_and_is_resumed_exactly |
-| 9 | hostile answers | exploits 0; <= 1 s an answer; the trainer lives | test_answers: hostile_answers_cost_little, a_comparison_that_hangs_or_dies; test_rewards: hostile_text_costs_nothing; here |
-| 10 | nothing in a mask, equal rewards, a group of one, an empty completion | finite; advantage and gradient 0 | test_losses_contract: nothing_in_the_mask; test_step: nothing_to_learn_changes_nothing; test_losses_golden: all_masked |
-| 11 | a mistyped option, a mesh that does not fit, a batch that does not divide | one sentence, nothing compiled, the nearest name | test_train: bad_input_is_one_sentence_and_leaves_nothing; test_config: bad_overrides_are_refused_in_one_sentence |
-| 12 | weight sync interrupted | version not advanced, old weights serve | test_driver: weights_that_do_not_arrive_leave_the_old_ones_serving, damaged_weights_leave_nothing_behind |
-| 13 | server: long text, full queue, clients that leave | refused; slot freed; process alive. There is no key: it listens to its own machine alone | test_serve: what_cannot_be_answered_is_refused, a_full_server_refuses_and_recovers, a_connection_that_closes_frees_its_slot, it_listens_to_this_machine_alone |
-| 14 | pickled weights | refused in a sentence | test_weights: missing_and_damaged_files_are_refused |
-| 15 | top-k, top-p: which log-prob is stored | rollout_logp + log kept = the trainer's | test_rollout: log_probs_over_a_support_are_the_trainers_less_the_mass_kept |
-| 16 | completions cut off by the limit | their share beside the reward, exact | here; of an evaluation: test_scores |
-| 17 | memory planned against measured | <= 10 % | needs a device: not here |
-| 18 | a process that is absent | named, <= 120 s | test_rollcall: the_missing_are_named_by_all, a_wrong_port_or_host_is_named |
-| 19 | no room on the disk | a sentence; the last checkpoint whole, resumed bit-equal | here |
-| 20 | the same seed twice | metrics and parameters bit-equal | here |
+Each entry: the fault, the target of its figure, the tests that hold it.
+
+ 1. Killed, resumed. Target: max difference of parameters and multiplier 0, data order equal. Held
+    by test_train: resumed_equals_uninterrupted, a_killed_process_resumes_bit_equal.
+ 2. SIGKILL in every phase. Target: resumable N of N; steps lost <= checkpoint.every. Held by this
+    file.
+ 3. SIGTERM in every phase, a hanging verifier among them. Target: saved n of N, no step lost; <=
+    30 s to the end. Held by this file.
+ 4. Learning rate 0: sampler against trainer, by length. Target: worst difference of a log-prob <=
+    1e-5, mean <= 1e-6. Held by test_parity: an_exact_engine_passes_the_gate; test_rollout:
+    the_gate_holds_in_every_length_bucket.
+ 5. Weights that are one step old. Target: the gate fires at k = 1, is silent at k = 0. Held by
+    this file.
+ 6. NaN in loss, gradient, weight, log-prob, reward, advantage. Target: parameters bit-unchanged,
+    counted; the run ends after n skipped steps. Held by test_step:
+    non_finite_updates_are_skipped_and_counted; test_rewards:
+    score_refuses_a_reward_that_is_not_finite; this file.
+ 7. A byte of a checkpoint flipped, a file cut. Target: the checkpoint is named, the one before it
+    goes on: bit-equal. Held by this file; safetensors: test_weights:
+    missing_and_damaged_files_are_refused, test_gsm8k: a_damaged_shard_is_refused.
+ 8. Other processes, other mesh. Target: data equal, losses to 1e-5. Held by test_hosts:
+    two_processes_stopped_by_one_go_on_as_one,
+    a_killed_process_ends_the_others_and_is_resumed_exactly.
+ 9. Hostile answers. Target: exploits 0; <= 1 s an answer; the trainer lives. Held by
+    test_answers: hostile_answers_cost_little, a_comparison_that_hangs_or_dies; test_rewards:
+    hostile_text_costs_nothing; this file.
+10. Nothing in a mask, equal rewards, a group of one, an empty completion. Target: finite;
+    advantage and gradient 0. Held by test_losses_contract: nothing_in_the_mask; test_step:
+    nothing_to_learn_changes_nothing; test_losses_golden: all_masked.
+11. A mistyped option, a mesh that does not fit, a batch that does not divide. Target: one
+    sentence, nothing compiled, the nearest name. Held by test_train:
+    bad_input_is_one_sentence_and_leaves_nothing; test_config:
+    bad_overrides_are_refused_in_one_sentence.
+12. Weight sync interrupted. Target: version not advanced, old weights serve. Held by test_driver:
+    weights_that_do_not_arrive_leave_the_old_ones_serving, damaged_weights_leave_nothing_behind.
+13. Server: long text, full queue, clients that leave. Target: refused; slot freed; process alive.
+    There is no key: it listens to its own machine alone. Held by test_serve:
+    what_cannot_be_answered_is_refused, a_full_server_refuses_and_recovers,
+    a_connection_that_closes_frees_its_slot, it_listens_to_this_machine_alone.
+14. Pickled weights. Target: refused in a sentence. Held by test_weights:
+    missing_and_damaged_files_are_refused.
+15. Top-k, top-p: which log-prob is stored. Target: rollout_logp + log kept = the trainer's. Held
+    by test_rollout: log_probs_over_a_support_are_the_trainers_less_the_mass_kept.
+16. Completions cut off by the limit. Target: their share beside the reward, exact. Held by this
+    file; of an evaluation: test_scores.
+17. Memory planned against measured. Target: <= 10 %. Not held here: it needs a device.
+18. A process that is absent. Target: named, <= 120 s. Held by test_rollcall:
+    the_missing_are_named_by_all, a_wrong_port_or_host_is_named.
+19. No room on the disk. Target: a sentence; the last checkpoint whole, resumed bit-equal. Held by
+    this file.
+20. The same seed twice. Target: metrics and parameters bit-equal. Held by this file.
 """
 
 import json
@@ -59,11 +88,19 @@ def environment() -> dict[str, str]:
 
 
 def run(words, **options) -> subprocess.CompletedProcess:
-    child = [sys.executable, "-c", "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"]
-    return subprocess.run([*child, *words], env=environment(), capture_output=True, text=True, timeout=300, **options)
+    child = [
+        sys.executable,
+        "-c",
+        "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))",
+    ]
+    return subprocess.run(
+        [*child, *words], env=environment(), capture_output=True, text=True, timeout=300, **options
+    )
 
 
-def strike(phase: str, number: int, what: signal.Signals, folder: pathlib.Path, words) -> tuple[int, float, str]:
+def strike(
+    phase: str, number: int, what: signal.Signals, folder: pathlib.Path, words
+) -> tuple[int, float, str]:
     """(status, seconds from the signal to the end, what was said) of a run that has the fault."""
     note = folder / "struck"
     note.unlink(missing_ok=True)
@@ -81,9 +118,19 @@ def saved_step(workdir: pathlib.Path) -> int | None:
 
 # Eight steps, a checkpoint at every second, an evaluation at the first and every fourth.
 LONG = {"steps": 8, "checkpoint.every": 2, "checkpoint.keep": 3, "eval.every": 4}
-KILLS = (("warm-up", 1), ("rollout", 1), ("update", 1), ("evaluation", 1), ("reward", 2), ("sync", 4), ("saving", 2), ("log", 1),
-         ("restore", 1), ("save", 3), ("report", 1))  # fmt: skip
-STOPS = ("warm-up", 1), ("rollout", 1), ("update", 1), ("sync", 2), ("evaluation", 1), ("reward", 2), ("saving", 2)
+KILLS = (
+    ("warm-up", 1), ("rollout", 1), ("update", 1), ("evaluation", 1), ("reward", 2), ("sync", 4),
+    ("saving", 2), ("log", 1), ("restore", 1), ("save", 3), ("report", 1),
+)  # fmt: skip
+STOPS = (
+    ("warm-up", 1),
+    ("rollout", 1),
+    ("update", 1),
+    ("sync", 2),
+    ("evaluation", 1),
+    ("reward", 2),
+    ("saving", 2),
+)
 
 
 @pytest.fixture(scope="module")
@@ -96,15 +143,19 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_2_a_run_killed_in_every_phase_is_resumed_and_loses_no_more_than_an_interval(whole, tmp_path):
-    """One folder, killed eleven times on its way; in the end it is the run that nothing happened to, bit for bit."""
+def test_2_a_run_killed_in_every_phase_is_resumed_and_loses_no_more_than_an_interval(
+    whole, tmp_path
+):
+    """One folder, killed eleven times; in the end it is the run that nothing happened to."""
     workdir, words = tmp_path / "run", command(tmp_path / "run", **LONG)
     for phase, number in KILLS:
         status, _, said = strike(phase, number, signal.SIGKILL, tmp_path, words)
         assert status == -signal.SIGKILL, f"{phase}: {said}"
         log = workdir / "metrics.jsonl"
         written = len(rows(workdir)) if log.exists() else 0
-        assert written - (saved_step(workdir) or 0) <= LONG["checkpoint.every"], f"steps lost in {phase}"
+        assert written - (saved_step(workdir) or 0) <= LONG["checkpoint.every"], (
+            f"steps lost in {phase}"
+        )
     done = run(words)
     assert done.returncode == 0, done.stderr
     assert_same_run(whole, workdir, tiny(**LONG))
@@ -113,14 +164,18 @@ def test_2_a_run_killed_in_every_phase_is_resumed_and_loses_no_more_than_an_inte
 
 @pytest.mark.slow
 def test_3_a_run_told_to_stop_in_any_phase_saves_every_step_within_30_s(whole, tmp_path):
-    """SIGTERM, one phase after the other, in one folder; in the end it is the run that nothing happened to."""
+    """SIGTERM in one folder, seven times; in the end it is the run that nothing happened to."""
     workdir, words = tmp_path / "run", command(tmp_path / "run", **LONG)
     for phase, number in STOPS:
         status, seconds, said = strike(phase, number, signal.SIGTERM, tmp_path, words)
-        assert status == 130 and seconds < 30, f"{phase}: status {status} after {seconds:.0f} s\n{said}"
+        assert status == 130 and seconds < 30, (
+            f"{phase}: status {status} after {seconds:.0f} s\n{said}"
+        )
         assert "Traceback" not in said, f"{phase}: {said}"
         log = workdir / "metrics.jsonl"
-        assert (saved_step(workdir) or 0) == (len(rows(workdir)) if log.exists() else 0), f"steps lost in {phase}"
+        assert (saved_step(workdir) or 0) == (len(rows(workdir)) if log.exists() else 0), (
+            f"steps lost in {phase}"
+        )
     done = run(words)
     assert done.returncode == 0, done.stderr
     assert_same_run(whole, workdir, tiny(**LONG))
@@ -128,32 +183,49 @@ def test_3_a_run_told_to_stop_in_any_phase_saves_every_step_within_30_s(whole, t
 
 def write_experiment(folder: pathlib.Path, body: str) -> str:
     file = folder / "experiment.py"
-    file.write_text("import dataclasses, pathlib, time\nimport jax.numpy as jnp\nfrom dcmdp_jax.config import load_experiment\n"
-                    f"BASE = load_experiment({QUICKSTART!r})\n{body}")
+    file.write_text(
+        "import dataclasses, pathlib, time\nimport jax.numpy as jnp\n"
+        "from dcmdp_jax.config import load_experiment\n"
+        f"BASE = load_experiment({QUICKSTART!r})\n{body}"
+    )
     return str(file)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_3_a_run_whose_verifier_hangs_obeys_a_signal_within_30_s(tmp_path, what):
-    """The verifier of the first step never returns; what the run has, the warmed-up start, is saved."""
+    """The verifier of the first step never returns; the warmed-up start is saved."""
     begun = tmp_path / "begun"
-    experiment = write_experiment(tmp_path, f"""
+    experiment = write_experiment(
+        tmp_path,
+        f"""
 def hangs(example, text):
     pathlib.Path({str(begun)!r}).touch()
     time.sleep(3600)
 CONFIG = dataclasses.replace(BASE, data=dataclasses.replace(BASE.data, verifier=hangs))
-""")
+""",
+    )
     words = command(tmp_path / "run", steps=4)
     words[1] = experiment
-    child = [sys.executable, "-c", "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"]
+    child = [
+        sys.executable,
+        "-c",
+        "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))",
+    ]
     # A long warm-up gives completions that end, which alone are asked about.
-    process = subprocess.Popen([*child, *words, "--warmup.steps", "200"], env=environment(), stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [*child, *words, "--warmup.steps", "200"],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         deadline = time.monotonic() + 120
         while not begun.exists():
-            assert process.poll() is None and time.monotonic() < deadline, "the verifier was never asked"
+            assert process.poll() is None and time.monotonic() < deadline, (
+                "the verifier was never asked"
+            )
             time.sleep(0.05)
         process.send_signal(what)
         said, _ = process.communicate(timeout=30)
@@ -163,8 +235,10 @@ CONFIG = dataclasses.replace(BASE, data=dataclasses.replace(BASE.data, verifier=
     assert saved_step(tmp_path / "run") == 0
 
 
-def test_5_an_engine_whose_weights_are_one_step_old_does_not_pass_the_gate(tmp_path, monkeypatch, capsys):
-    """`dcmdp parity` of an engine that rounds nothing: k = 0 under 1e-5 nats, k = 1 far over it, status 1."""
+def test_5_an_engine_whose_weights_are_one_step_old_does_not_pass_the_gate(
+    tmp_path, monkeypatch, capsys
+):
+    """`dcmdp parity`, an engine that rounds nothing: k = 0 under 1e-5 nats, k = 1 over 1e-3."""
     exact = {"rollout.precision.weights": "float32", "checkpoint.every": 1}
     words = ["--batches", "2"]
     assert cli.main(command(tmp_path / "run", steps=2, **exact)) == 0
@@ -175,7 +249,11 @@ def test_5_an_engine_whose_weights_are_one_step_old_does_not_pass_the_gate(tmp_p
             one = tiny(steps=2, **exact)
             older, _ = parity.restore(one, train.read_inputs(one), tmp_path / "run", 1)
             make = parity.sync.make
-            monkeypatch.setattr(parity.sync, "make", lambda *args: lambda _, version: make(*args)(older.params, version))
+            monkeypatch.setattr(
+                parity.sync,
+                "make",
+                lambda *args: lambda _, version: make(*args)(older.params, version),
+            )
         assert cli.main(asked) == age
         record = json.loads((tmp_path / "run" / "parity.json").read_text())
         worst.append(record["positions"]["all"]["logp_diff_max"])
@@ -185,12 +263,15 @@ def test_5_an_engine_whose_weights_are_one_step_old_does_not_pass_the_gate(tmp_p
 
 @pytest.mark.slow
 def test_6_a_run_that_can_no_longer_update_ends_and_names_what_is_not_finite(tmp_path):
-    """A surrogate that gives NaN: the run ends by itself, with a status and a sentence, its parameters those of the start."""
-    experiment = write_experiment(tmp_path, """
+    """A surrogate that gives NaN: a status, a sentence, and the parameters of the start."""
+    experiment = write_experiment(
+        tmp_path,
+        """
 def broken(logp, old_logp, rollout_logp, advantage, mask):
     return logp * jnp.nan, mask
 CONFIG = dataclasses.replace(BASE, algorithm=dataclasses.replace(BASE.algorithm, surrogate=broken))
-""")
+""",
+    )
     words = command(tmp_path / "run", steps=60, **{"checkpoint.every": 1, "checkpoint.keep": 100})
     words[1] = experiment
     done = run(words)
@@ -198,17 +279,25 @@ CONFIG = dataclasses.replace(BASE, algorithm=dataclasses.replace(BASE.algorithm,
     assert re.search(r"loss .*not finite|not finite.*loss", done.stderr), done.stderr
     log = rows(tmp_path / "run")
     assert len(log) < 60 and [row["skipped"] > 0 for row in log] == [True] * len(log)
-    of = config.override(config.load_experiment(experiment), dict(zip((w[2:] for w in words[4::2]), words[5::2])))
-    first, last = (parity.restore(of, train.read_inputs(of), tmp_path / "run", step)[0]
-                   for step in checkpoint.steps(tmp_path / "run")[:: len(checkpoint.steps(tmp_path / "run")) - 1])
+    of = config.override(
+        config.load_experiment(experiment), dict(zip((w[2:] for w in words[4::2]), words[5::2]))
+    )
+    first, last = (
+        parity.restore(of, train.read_inputs(of), tmp_path / "run", step)[0]
+        for step in checkpoint.steps(tmp_path / "run")[
+            :: len(checkpoint.steps(tmp_path / "run")) - 1
+        ]
+    )
     jax.tree.map(np.testing.assert_array_equal, first.params, last.params)
 
 
-# ------------------------------------------------------------------------------------------------ 7: a damaged checkpoint
+# ------------------------------------------------------------ 7: a damaged checkpoint
 
 
 def largest(folder: pathlib.Path) -> pathlib.Path:
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    return max(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
 
 
 def flip(where: float):
@@ -240,8 +329,15 @@ def hollow(folder):
     folder.mkdir()
 
 
-DAMAGES = {"a bit flipped early": flip(0.2), "a bit flipped in the middle": flip(0.5), "a bit flipped late": flip(0.8), "cut in half": cut,
-           "metadata emptied": empty_metadata, "data gone": without_data, "an empty folder": hollow}  # fmt: skip
+DAMAGES = {
+    "a bit flipped early": flip(0.2),
+    "a bit flipped in the middle": flip(0.5),
+    "a bit flipped late": flip(0.8),
+    "cut in half": cut,
+    "metadata emptied": empty_metadata,
+    "data gone": without_data,
+    "an empty folder": hollow,
+}
 
 
 @pytest.fixture(scope="module")
@@ -260,8 +356,10 @@ EVERY_SECOND = {"checkpoint.every": 2, "checkpoint.keep": 5}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
-def test_7_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(four_steps, tmp_path, capfd, damage):
-    """Status 0, a sentence that names checkpoint 4, and after two more steps the run that nothing happened to."""
+def test_7_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(
+    four_steps, tmp_path, capfd, damage
+):
+    """Status 0, checkpoint 4 named, and after two more steps the run that nothing happened to."""
     workdir = tmp_path / "run"
     shutil.copytree(four_steps[0], workdir)
     damage(workdir / "checkpoints" / "4")
@@ -274,7 +372,7 @@ def test_7_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(four_step
     assert_same_run(four_steps[1], workdir, tiny(steps=6, **EVERY_SECOND))
 
 
-# ------------------------------------------------------------------------------------------------ 9: answers
+# ------------------------------------------------------------ 9: answers
 
 
 HOSTILE = (
@@ -302,11 +400,11 @@ def test_9_no_answer_takes_the_trainer_more_than_a_second(answer, gold):
     assert reward == float(gold == "7" and answer == HOSTILE[-1])
 
 
-# ------------------------------------------------------------------------------------------------ 16, 19, 20
+# ------------------------------------------------------------ 16, 19, 20
 
 
 def test_16_the_share_of_completions_cut_off_stands_beside_the_reward(tmp_path):
-    """A limit of two tokens, which no answer fits in: all are cut off, in the metrics and in a row's own count."""
+    """A limit of two tokens, which no answer fits in: all are cut off, and none earns a reward."""
     assert cli.main(command(tmp_path / "short", steps=1, **{"rollout.max_tokens": 2})) == 0
     (row,) = rows(tmp_path / "short")
     assert row["truncated"] == 1 and row["reward"] == 0 and row["tokens"] == 2 * 16
@@ -314,7 +412,9 @@ def test_16_the_share_of_completions_cut_off_stands_beside_the_reward(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("room", [2_000, 20_000], ids=["2 kB a file", "20 kB a file"])
-def test_19_a_run_without_room_on_the_disk_says_so_and_goes_on_where_it_was(four_steps, tmp_path, room):
+def test_19_a_run_without_room_on_the_disk_says_so_and_goes_on_where_it_was(
+    four_steps, tmp_path, room
+):
     """No file may grow past a size, as none can on a full disk; the last checkpoint is whole."""
     workdir, words = tmp_path / "run", command(tmp_path / "run", steps=6, **EVERY_SECOND)
     shutil.copytree(four_steps[0], workdir)

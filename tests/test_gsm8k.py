@@ -1,4 +1,4 @@
-"""The language-model experiment from a folder that transformers made: on GSM8K and Qwen3's tokenizer, or rows of our own."""
+"""The language-model experiment from a folder that transformers made, on GSM8K or our own rows."""
 
 import json
 import pathlib

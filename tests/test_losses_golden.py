@@ -1,7 +1,7 @@
-"""Values and gradients against vectors computed in float64 from the formulas, gradients by complex step.
+"""Values and gradients against vectors in float64, made from the formulas.
 
-The vectors are those of `golden`: made by `losses_float64`, and the files beside the checkout. Nothing here is taken
-from their numbers but the thresholds that they state.
+The vectors are those of `golden`: made by `losses_float64`, and the files beside the checkout.
+Nothing here is taken from their numbers but the thresholds that they state.
 """
 
 import functools
@@ -13,17 +13,30 @@ import losses_float64
 import numpy as np
 import pytest
 
-from dcmdp_jax.losses import advantages, corrections, diagnostics, kl, policy, reduce, rejection, sequence
+from dcmdp_jax.losses import (
+    advantages,
+    corrections,
+    diagnostics,
+    kl,
+    policy,
+    reduce,
+    rejection,
+    sequence,
+)
 
 RTOL = 1e-5
-# The files' log-probabilities are float64. Rounding one of size 4 to float32 moves it by up to 2.4e-7, and a token's
-# loss of size about 1 by a few times that; where tokens of either sign cancel, that is what remains.
+# A file's log-probabilities are float64. Rounding one of size 4 to float32 moves it by up to
+# 2.4e-7, and a token's loss of size about 1 by a few times that; where tokens of either sign
+# cancel, that is what remains.
 ATOL = 1e-6
 
 partial = functools.partial
 PPO = partial(policy.clipped, clip_low=0.2, clip_high=0.28)
 TOKENS, ROWS = reduce.token_mean, reduce.sequence_mean_token_mean
-NORMALIZED = {"w_tis_token_batchnorm": ("w_tis_token", TOKENS), "w_tis_seq_batchnorm": ("w_tis_seq", ROWS)}
+NORMALIZED = {
+    "w_tis_token_batchnorm": ("w_tis_token", TOKENS),
+    "w_tis_seq_batchnorm": ("w_tis_seq", ROWS),
+}
 
 
 def weights(t: dict) -> dict:
@@ -32,7 +45,9 @@ def weights(t: dict) -> dict:
         "w_tis_token_C1.05": corrections.tis(1.05),
         "w_tis_seq": corrections.sequence_tis(t["w_tis_seq"]),
         "w_icepop": corrections.icepop(*t["w_icepop"]),
-        "w_clip_token": corrections.Correction(corrections.token, corrections.clip, *t["w_clip_token"]),
+        "w_clip_token": corrections.Correction(
+            corrections.token, corrections.clip, *t["w_clip_token"]
+        ),
         "w_geo_seq_truncate": corrections.geometric_tis(2.0),
     }
 
@@ -47,7 +62,9 @@ def keeps(t: dict) -> dict:
         "keep_geo_seq": k1("keep_geo_seq", rejection.sequence_mean),
         "keep_veto": partial(rejection.veto, threshold=t["keep_veto"]),
         "keep_trm_max_k3": partial(rejection.trust_region, threshold=t["keep_trm_max_k3"]),
-        "keep_seq_mean_k3": partial(rejection.k3, high=t["keep_seq_mean_k3"], level=rejection.sequence_mean),
+        "keep_seq_mean_k3": partial(
+            rejection.k3, high=t["keep_seq_mean_k3"], level=rejection.sequence_mean
+        ),
         "keep_token_k3": partial(rejection.k3, high=t["keep_token_k3"]),
         "keep_kpop": partial(rejection.kpop, threshold=t["keep_kpop"]),
         "keep_m2po": partial(rejection.m2po, threshold=t["keep_m2po"]),
@@ -58,8 +75,12 @@ def keeps(t: dict) -> dict:
 def records(t: dict) -> dict:
     """What a correction record with the operator `reject` keeps, of the same names."""
     return {
-        "keep_mis_token": corrections.Correction(corrections.token, corrections.reject, *t["keep_mis_token"]),
-        "keep_mis_seq": corrections.Correction(corrections.sequence, corrections.reject, *t["keep_mis_seq"]),
+        "keep_mis_token": corrections.Correction(
+            corrections.token, corrections.reject, *t["keep_mis_token"]
+        ),
+        "keep_mis_seq": corrections.Correction(
+            corrections.sequence, corrections.reject, *t["keep_mis_seq"]
+        ),
         "keep_geo_seq": corrections.geometric_mask(*t["keep_geo_seq"]),
     }
 
@@ -100,7 +121,10 @@ def losses(t: dict) -> dict:
         "sapo": (plain(policy.sapo), ROWS),
         "cispo": (plain(partial(policy.cispo, low=1 - 0.2, high=1 + 0.28)), TOKENS),
         "cispo_abs5": (plain(partial(policy.cispo, high=5.0)), TOKENS),
-        "dppo_tv": (plain(partial(policy.dppo_tv, delta_low=t["dppo_tv"], delta_high=t["dppo_tv"])), TOKENS),
+        "dppo_tv": (
+            plain(partial(policy.dppo_tv, delta_low=t["dppo_tv"], delta_high=t["dppo_tv"])),
+            TOKENS,
+        ),
         "dppo_kl": (plain(partial(policy.dppo_kl, delta=t["dppo_kl"])), TOKENS),
         "prime_tv": (bypass(policy.prime_tv), TOKENS),
         "drpo": (bypass(partial(policy.drpo, epsilon=12.5)), TOKENS),
@@ -163,7 +187,9 @@ def test_every_entry_is_compared_or_listed(name, case):
     _, file = contents(name, case)
     t = golden.thresholds(name)
     assert set(file["losses"]) == set(ENTRIES) | ELSEWHERE
-    assert set(file["corrections"]) == set(weights(t)) | set(NORMALIZED) | set(keeps(t)) | {"keep_opsm"}
+    assert set(file["corrections"]) == set(weights(t)) | set(NORMALIZED) | set(keeps(t)) | {
+        "keep_opsm"
+    }
     assert set(t) == set(golden.THRESHOLDS), "a threshold that no entry reads"
 
 
@@ -218,26 +244,35 @@ def test_advantages(file):
         "rfpp_baseline_unwhitened": advantages.dr_grpo,
         "keep_dynamic_sampling": advantages.dynamic_sampling_mask,
     }
-    computed = {name: f(reward, group, num_groups=int(group.max()) + 1) for name, f in of_group.items()}
+    computed = {
+        name: f(reward, group, num_groups=int(group.max()) + 1) for name, f in of_group.items()
+    }
     lengths = np.array(file["lengths"], np.int32)
     computed["overlong_penalty"] = advantages.overlong_penalty(lengths, max_length=10, cache=4)
-    token_reward, mask = np.array(file["token_rewards"], np.float32), np.array(file["mask"], np.float32)
+    token_reward, mask = (
+        np.array(file["token_rewards"], np.float32),
+        np.array(file["mask"], np.float32),
+    )
     computed["reinforce_pp_gamma1"] = advantages.reinforce_pp(token_reward, mask)
     for name, value in computed.items():
         np.testing.assert_allclose(value, file[name], rtol=RTOL, atol=ATOL, err_msg=name)
     assert set(file) == set(computed) | {"rewards", "groups", "lengths", "token_rewards", "mask"}
 
 
-@pytest.mark.skipif(not golden.GIVEN, reason="no golden file of another hand in ../shared/golden or DCMDP_GOLDEN")
-@pytest.mark.parametrize("name", golden.GIVEN)
-def test_our_vectors_are_those_of_another_hand(name):
+@pytest.mark.skipif(not golden.GIVEN, reason="no golden file in ../shared/golden or DCMDP_GOLDEN")
+def test_our_vectors_are_those_of_another_hand():
     """`losses_float64` on a given file's inputs: each of its numbers to nine digits."""
-    file = golden.GIVEN[name]
-    for case in file["cases"].values():
-        same_numbers(losses_float64.of_case(case["inputs"], golden.thresholds(name)), case)
-    for part in ("controllers", "advantages", "score_centering"):
-        computed = getattr(losses_float64, part)(file[part])
-        same_numbers(computed, {key: file[part][key] for key in computed})
+    parts = {
+        "controllers": losses_float64.controllers,
+        "advantages": losses_float64.advantages,
+        "score_centering": losses_float64.score_centering,
+    }
+    for name, file in golden.GIVEN.items():
+        for case in file["cases"].values():
+            same_numbers(losses_float64.of_case(case["inputs"], golden.thresholds(name)), case)
+        for part, function in parts.items():
+            computed = function(file[part])
+            same_numbers(computed, {key: file[part][key] for key in computed})
 
 
 def same_numbers(computed, expected):
@@ -250,7 +285,7 @@ def same_numbers(computed, expected):
 
 
 def test_a_completion_s_log_ratio_is_clamped_once_after_the_sum():
-    """D of -30 and 15.25: the ratio is exp(-14.75), not the exp(-4.75) of clamping -30 to -20 first."""
+    """D of -30 and 15.25: the ratio is exp(-14.75); with -30 clamped first it were exp(-4.75)."""
     old, rollout = np.float32([[-30.25, -0.25]]), np.float32([[-0.25, -15.5]])
     mask, once = np.ones((1, 2), bool), np.exp(-14.75)
     product, _ = corrections.sequence_tis(2.0).weights(old, rollout, mask)

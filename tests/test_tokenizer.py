@@ -71,7 +71,8 @@ def test_encodes_as_transformers_does(vocabulary, oracle, text):
 @pytest.mark.parametrize("enable_thinking", [True, False])
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 @pytest.mark.parametrize("number", range(len(CONVERSATIONS)))
-def test_chat_is_what_transformers_renders(vocabulary, oracle, number, enable_thinking, add_generation_prompt):
+def test_chat_is_what_transformers_renders(vocabulary, oracle, number, enable_thinking,
+                                           add_generation_prompt):
     how = {"enable_thinking": enable_thinking, "add_generation_prompt": add_generation_prompt}
     text = vocabulary.chat(CONVERSATIONS[number], **how)
     assert text == oracle.apply_chat_template(CONVERSATIONS[number], tokenize=False, **how)

@@ -156,7 +156,8 @@ def probability_gap(a: Array, b: Array, mask: Array) -> Array:
 def binary_kl(log_q: Array, log_p: Array) -> Array:
     """KL(q || p) of "this token or another", in nats: q log(q/p) + (1 - q) log((1 - q + 1e-8) / (1 - p + 1e-8)).
 
-    1 - q is by expm1: the compiler folds the 1e-8 into a written 1, where float32 loses it, and a certain token is 0 / 0.
+    1 - q is by expm1: the compiler folds the 1e-8 into a written 1, where float32 loses it, and a
+    certain token is 0 / 0.
     """
     q, other_q, other_p = jnp.exp(log_q), -jnp.expm1(log_q), -jnp.expm1(log_p)
     return q * (log_q - log_p) + other_q * jnp.log((other_q + 1e-8) / (other_p + 1e-8))
