@@ -1,5 +1,6 @@
 """Eight simulated CPU devices for every test, set before JAX reads its environment; programs shared by all."""
 
+import contextlib
 import os
 import tempfile
 
@@ -26,9 +27,10 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def folder_of_its_own(tmp_path_factory, monkeypatch):
+def folder_of_its_own():
     """A test sees no run of the directory that pytest was started in, and leaves none there."""
-    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        yield
 
 
 @pytest.fixture(scope="session", params=own_data.TOKENIZERS)

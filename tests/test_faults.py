@@ -73,6 +73,9 @@ from dcmdp_jax import checkpoint, cli, config, parity, rewards, sharding, train
 from dcmdp_jax.records import Example
 
 FAULTY = str(pathlib.Path(__file__).with_name("faulty.py"))
+CHILD = (
+    sys.executable, "-c", "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+)  # fmt: skip
 DEVICES = jax.devices()
 
 
@@ -88,13 +91,8 @@ def environment() -> dict[str, str]:
 
 
 def run(words, **options) -> subprocess.CompletedProcess:
-    child = [
-        sys.executable,
-        "-c",
-        "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))",
-    ]
     return subprocess.run(
-        [*child, *words], env=environment(), capture_output=True, text=True, timeout=300, **options
+        [*CHILD, *words], env=environment(), capture_output=True, text=True, timeout=300, **options
     )
 
 
@@ -205,16 +203,11 @@ def hangs(example, text):
 CONFIG = dataclasses.replace(BASE, data=dataclasses.replace(BASE.data, verifier=hangs))
 """,
     )
-    words = command(tmp_path / "run", steps=4)
-    words[1] = experiment
-    child = [
-        sys.executable,
-        "-c",
-        "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))",
-    ]
     # A long warm-up gives completions that end, which alone are asked about.
+    words = command(tmp_path / "run", steps=4, **{"warmup.steps": 200})
+    words[1] = experiment
     process = subprocess.Popen(
-        [*child, *words, "--warmup.steps", "200"],
+        [*CHILD, *words],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -235,11 +228,12 @@ CONFIG = dataclasses.replace(BASE, data=dataclasses.replace(BASE.data, verifier=
     assert saved_step(tmp_path / "run") == 0
 
 
+@pytest.mark.slow
 def test_5_an_engine_whose_weights_are_one_step_old_does_not_pass_the_gate(
     tmp_path, monkeypatch, capsys
 ):
     """`dcmdp parity`, an engine that rounds nothing: k = 0 under 1e-5 nats, k = 1 over 1e-3."""
-    exact = {"rollout.precision.weights": "float32", "checkpoint.every": 1}
+    exact = {"rollout.precision.weights": "float32", "checkpoint.every": 1, "warmup.steps": 100}
     words = ["--batches", "2"]
     assert cli.main(command(tmp_path / "run", steps=2, **exact)) == 0
     asked = ["parity", *command(tmp_path / "run", steps=2, **exact)[1:], *words]
@@ -387,7 +381,10 @@ HOSTILE = (
     r"\boxed{" + "|" * 30 + "x" + "|" * 30 + "}",
     r"\boxed{" + r"\sin(" * 40 + "1" + ")" * 40 + "}",
     r"\boxed{" + ",".join(f"{n}/{n + 1}" for n in range(400)) + "}",
-    r"\boxed{" + "-" * 300 + "7}",
+    r"\boxed{\sqrt{2+\sqrt{2+\sqrt{2+\sqrt{2+\sqrt{2}}}}}^{64}}",
+    r"\boxed{((\sqrt{2}+1)^{99}+(\sqrt{3}+1)^{99})^{99}}",
+    r"\boxed{\sqrt[3]{\sqrt[5]{\sqrt[7]{2^{99}}^{99}}^{99}}}",
+    r"\boxed{(a+b+c+d+e+f+g+h+i+j)^{9}}",
 )
 
 
@@ -395,9 +392,8 @@ HOSTILE = (
 @pytest.mark.parametrize("gold", ["7", r"\sqrt{2}+\sqrt{3}", "x^2+2x+1"])
 def test_9_no_answer_takes_the_trainer_more_than_a_second(answer, gold):
     started = time.perf_counter()
-    reward = rewards.math_answer(Example("How many?", gold), answer)
+    assert rewards.math_answer(Example("How many?", gold), answer) == 0.0
     assert time.perf_counter() - started <= 1.0
-    assert reward == float(gold == "7" and answer == HOSTILE[-1])
 
 
 # ------------------------------------------------------------ 16, 19, 20
@@ -426,6 +422,7 @@ def test_19_a_run_without_room_on_the_disk_says_so_and_goes_on_where_it_was(
     assert_same_run(four_steps[1], workdir, tiny(steps=6, **EVERY_SECOND))
 
 
+@pytest.mark.slow
 def test_20_the_same_seed_twice_is_the_same_run(tmp_path):
     """Metrics but for the seconds, parameters, optimizer, multiplier, data order: bit for bit."""
     for name in ("one", "two"):
