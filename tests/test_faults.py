@@ -114,8 +114,8 @@ def saved_step(workdir: pathlib.Path) -> int | None:
     return found[-1] if found else None
 
 
-# Eight steps, a checkpoint at every second, an evaluation at the first and every fourth.
-LONG = {"steps": 8, "checkpoint.every": 2, "checkpoint.keep": 3, "eval.every": 4}
+# Twelve steps, a checkpoint at every second, an evaluation at the first and every fourth.
+LONG = {"steps": 12, "checkpoint.every": 2, "checkpoint.keep": 3, "eval.every": 4}
 KILLS = (
     ("warm-up", 1), ("rollout", 1), ("update", 1), ("evaluation", 1), ("reward", 2), ("sync", 4),
     ("saving", 2), ("log", 1), ("restore", 1), ("save", 3), ("report", 1),
