@@ -13,8 +13,8 @@ Notation, the same in every module. N completions of T tokens; all log-probabili
     r   = exp(logp - old_logp)            staleness
     rho = exp(old_logp - rollout_logp)    gap between trainer and sampler, pi_train / pi_rollout
     e   = exp(logp - rollout_logp)        both; e = r rho
-    D   = old_logp - rollout_logp         clamped to +-20, 0 where rollout_logp is not finite; the sum over a
-                                          completion is of unclamped ones, and clamped once
+    D   = old_logp - rollout_logp         clamped to +-20, 0 where rollout_logp is not finite;
+                                          summed over a completion first, and clamped then
 
     prompts -> ... -> advantages -> shaped advantages -> loss -> gradients
 

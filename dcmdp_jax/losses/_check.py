@@ -101,7 +101,7 @@ def bound(x: Array, low: Array | float, high: Array | float) -> Array:
 
 
 def difference(a: Array, b: Array, mask: Array) -> Array:
-    """a - b on the mask and 0 elsewhere, in nats, not clamped: what the log ratio of a completion is summed from.
+    """a - b on the mask and 0 elsewhere, in nats, not clamped: a completion's log ratio sums these.
 
     For a ratio against the sampler, pass `measured(rollout_logp, mask)` as the mask.
     """
@@ -114,7 +114,7 @@ def clamped(log_ratio: Array) -> Array:
 
 
 def log_ratio(a: Array, b: Array, mask: Array) -> Array:
-    """clip(a - b, -20, 20) of each token of the mask and 0 elsewhere; the gradient is 0 outside mask and clamp."""
+    """clip(a - b, -20, 20) on the mask and 0 elsewhere; the gradient is 0 outside mask and clamp."""
     return clamped(difference(a, b, mask))
 
 
@@ -154,8 +154,9 @@ def probability_gap(a: Array, b: Array, mask: Array) -> Array:
 
 
 def binary_kl(log_q: Array, log_p: Array) -> Array:
-    """KL(q || p) of "this token or another", in nats: q log(q/p) + (1 - q) log((1 - q + 1e-8) / (1 - p + 1e-8)).
+    """KL(q || p) in nats of "this token or another".
 
+    q log(q/p) + (1 - q) log((1 - q + 1e-8) / (1 - p + 1e-8)).
     1 - q is by expm1: the compiler folds the 1e-8 into a written 1, where float32 loses it, and a
     certain token is 0 / 0.
     """

@@ -329,7 +329,7 @@ def _clipped(old_logp: Array, rollout_logp: Array, mask: Array) -> tuple[Array, 
 
 
 def _sequence(old_logp: Array, rollout_logp: Array, mask: Array) -> tuple[Array, Array]:
-    """Log ratio of each completion, `[N, 1]`, clamped after the sum, and which completions have one."""
+    """Log ratio of each completion, `[N, 1]`, clamped after the sum, and which have one."""
     old, rollout, valid = _measured(old_logp, rollout_logp, mask)
     total = _check.row_sum(old - rollout, valid)
     return _check.clamped(total), jnp.any(valid, axis=-1, keepdims=True)

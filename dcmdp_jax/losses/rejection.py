@@ -78,7 +78,8 @@ def k1(
     Default: level each_token
     Paper: Liu et al. 2025, richardli.xyz/rl-collapse
 
-    `sequence_sum` is the product of the ratios, clamped once, after the sum; `sequence_mean` is their geometric mean.
+    `sequence_sum` is the product of the ratios, clamped once, after the sum of their logs;
+    `sequence_mean` is their geometric mean.
     """
     if not 0 <= low <= high:
         raise ValueError(f"bounds must satisfy 0 <= low <= high, not low = {low}, high = {high}")
