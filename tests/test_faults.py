@@ -57,7 +57,6 @@ import json
 import os
 import pathlib
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -73,9 +72,10 @@ from dcmdp_jax import checkpoint, cli, config, parity, rewards, sharding, train
 from dcmdp_jax.records import Example
 
 FAULTY = str(pathlib.Path(__file__).with_name("faulty.py"))
-CHILD = (
-    sys.executable, "-c", "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"
-)  # fmt: skip
+MAIN = "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+CHILD = (sys.executable, "-c", MAIN)
+# No file of this child may grow past a size, as none can on a full disk.
+FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); "
 DEVICES = jax.devices()
 
 
@@ -90,9 +90,9 @@ def environment() -> dict[str, str]:
     return os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
 
 
-def run(words, **options) -> subprocess.CompletedProcess:
+def run(words, child=CHILD) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [*CHILD, *words], env=environment(), capture_output=True, text=True, timeout=300, **options
+        [*child, *words], env=environment(), capture_output=True, text=True, timeout=300
     )
 
 
@@ -411,14 +411,14 @@ def test_16_the_share_of_completions_cut_off_stands_beside_the_reward(tmp_path):
 def test_19_a_run_without_room_on_the_disk_says_so_and_goes_on_where_it_was(
     four_steps, tmp_path, room
 ):
-    """No file may grow past a size, as none can on a full disk; the last checkpoint is whole."""
+    """The last checkpoint is whole; with room again the run is the one that nothing happened to."""
     workdir, words = tmp_path / "run", command(tmp_path / "run", steps=6, **EVERY_SECOND)
     shutil.copytree(four_steps[0], workdir)
-    full = run(words, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)))
+    full = run(words, (sys.executable, "-c", FULL.format(room) + MAIN))
     assert full.returncode not in (0, 130) and "Traceback" not in full.stderr, full.stderr[-3000:]
     assert re.search(r"(?i)too large|no space|cannot be written|disk", full.stderr), full.stderr
     assert saved_step(workdir) == 4
-    assert run(words).returncode == 0
+    assert cli.main(words) == 0
     assert_same_run(four_steps[1], workdir, tiny(steps=6, **EVERY_SECOND))
 
 
