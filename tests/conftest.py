@@ -5,7 +5,11 @@ import os
 import tempfile
 
 import pytest
+from hypothesis import settings
 
+# On a shared machine an example may wait; the tests that bound a time do so themselves.
+settings.register_profile("shared", deadline=None)
+settings.load_profile("shared")
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of a test's time is compilation; the cheaper passes of LLVM are enough for shapes this small.
 _FLAGS = ("--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1 "
