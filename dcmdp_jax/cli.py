@@ -156,7 +156,7 @@ def _train(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     from dcmdp_jax.stopping import Interrupted
 
     if args.coordinator or args.distributed:
-        hosts.start(args.coordinator, args.processes, args.process, args.wait)
+        hosts.start(workdir, args.coordinator, args.processes, args.process, args.wait)
     with hosts.watched():
         inputs = train.prepare(config, workdir)
 
