@@ -28,6 +28,7 @@ class Tokenizer(Protocol):
     vocab_size: int  # highest id + 1, added tokens included
     eos_ids: tuple[int, ...]  # any of them ends a completion; the first is the one written in training data
     pad_id: int
+    longest: int  # characters of text that a token holds at most; a normalizer may leave more out
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, nothing added."""
@@ -59,12 +60,14 @@ class HuggingFace:
         settings = _read_json(self.folder / "tokenizer_config.json")
         self._special = {name: _content(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
         self.vocab_size = max(vocabulary.values()) + 1
+        self.longest = max(map(len, vocabulary))
         self.eos_ids = self._stops(vocabulary)
         self.pad_id = vocabulary.get(self._special["pad_token"], vocabulary.get("<|endoftext|>", self.eos_ids[0]))
         self._template = _chat_template(self.folder, settings)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        # `encode` would hold up every other thread, for seconds where the text is long
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -97,6 +100,7 @@ class SentencePiece:
             raise ValueError(f"SentencePiece model {self.file} does not exist")
         self._processor = _import("sentencepiece").SentencePieceProcessor(model_file=str(self.file))
         self.vocab_size = self._processor.vocab_size()
+        self.longest = max(len(self._processor.id_to_piece(i)) for i in range(self.vocab_size))
         if self._processor.eos_id() < 0:
             raise ValueError(f"{self.file} defines no end-of-sentence id; train it with eos_id set")
         self.eos_ids = (self._processor.eos_id(),)
@@ -121,6 +125,7 @@ class Characters:
 
     pad_id = 0
     eos_ids = (1,)
+    longest = 1
 
     def __init__(self, alphabet: str):
         if len(set(alphabet)) != len(alphabet):
