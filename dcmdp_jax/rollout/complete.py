@@ -49,6 +49,9 @@ def texts(folder: str, prompts: Sequence[str], *, tokenizer_path: str = "", prec
     A completion depends on the seed and its prompt's number, not on `start`. Raises ValueError on what cannot work, at
     the call; weights are read with the first chunk.
     """
+    for number, prompt in enumerate(prompts, start=1):
+        if any("\ud800" <= c <= "\udfff" for c in prompt):  # bytes of a command line that are no UTF-8
+            raise ValueError(f"prompt {number} of {len(prompts)} is not valid Unicode text; correct it")
     mesh, shape = sharding.single_device_mesh(), weights.read_config(folder)
     vocabulary = tokenizer.load(tokenizer_path or folder)
     tokenizer.check_vocabulary(vocabulary, shape.vocab_size)
