@@ -64,20 +64,6 @@ def test_stopping_ends_what_was_accepted_and_takes_no_more(start):
     assert answers(accepted) == greedy()
 
 
-def test_a_driver_that_closes_does_no_work_for_those_who_left(start, monkeypatch):
-    engine, gate = make_engine(), Gate(monkeypatch, make_engine())
-    monkeypatch.setattr(engine, "evict", fail)
-    driver = start()
-    listeners = submit(driver, *[long_prompts()[0]] * (SLOTS + 3))
-    until(lambda: gate.calls == 1)
-    for listener in listeners:
-        listener.left = True
-    driver.close()
-    gate.open.set()
-    assert driver.stop(60) and gate.calls == 1
-    assert all(isinstance(listener.error, Closed) for listener in listeners)
-
-
 def test_a_full_queue_counts_those_who_wait_for_an_answer(start, monkeypatch):
     gate = Gate(monkeypatch, make_engine())
     driver = start(waiting=2)

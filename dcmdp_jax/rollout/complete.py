@@ -93,7 +93,8 @@ def to_file(path: pathlib.Path, folder: str, prompts: Sequence[str], *, samples:
     size, total = CHUNK * samples, len(prompts) * samples
     made = json.loads(json.dumps({"model": str(folder), "samples": samples, **options}, default=dataclasses.asdict))
     # After the last newline stands nothing, or a line that was cut short.
-    lines = [_parsed(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = [_parsed(line) for line in text.split("\n")[:-1]]
     if lines and lines[0] != {"options": made}:
         raise ValueError(f"{path} was not written with these options and this model; give another --output, or those it was "
                          "started with")
@@ -119,5 +120,5 @@ def to_file(path: pathlib.Path, folder: str, prompts: Sequence[str], *, samples:
 def _parsed(line: str) -> object:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

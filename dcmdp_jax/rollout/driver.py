@@ -156,10 +156,7 @@ class Driver:
         """Until there is something to do; False at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self.running or self._next_weights or self._closing)
-            if not self._closing:
-                return True
-            asked = [*self._waiting, *(held.request for held in self._held if held)]
-            return not all(request.gone() for request in asked)
+            return bool(self._waiting or self.running or not self._closing)
 
     def _round(self) -> None:
         self._let_go()

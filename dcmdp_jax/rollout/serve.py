@@ -7,9 +7,8 @@ answered comes as trailing metadata, `dcmdp-version`. Refusals: INVALID_ARGUMENT
 answered or is no message, RESOURCE_EXHAUSTED where the queue is full, INTERNAL where the engine
 failed, UNAVAILABLE at shutdown.
 
-After SIGTERM the requests that were accepted have `grace` seconds to end, clients that do not read
-included; what is left then is cut off. The process is gone as soon as the round of decoding, or the
-long text, that is in work at that moment is done: after 10 s more at the latest.
+After SIGTERM the requests that were accepted have `grace` seconds to end, whether or not their
+clients read; what is left then is cut off and the process is gone.
 
 What JetStream 0.2.2 does that a server cannot live with is kept out here. Its `Driver` (threads that SIGKILL the
 process on any exception, `jax.tree_map`, an unbounded queue, slots that decode on for clients that left) is replaced by
@@ -66,7 +65,6 @@ PENDING = 16384  # calls that gRPC keeps until they are looked at; of more it dr
 LONG_TEXT = 8192  # characters; longer ones are encoded one after another
 GRACE = 10.0  # seconds for accepted requests to end
 MOST_GRACE = 86400.0
-LAST_ROUND = 10.0  # seconds that a round may take once nobody waits for it
 
 
 class Driver(driver.Driver):
@@ -240,6 +238,8 @@ def listen(host: str, port: int, rpcs: int) -> tuple[grpc.aio.Server, int]:
         _try_to_bind(host, port)
     except OSError as error:
         raise OSError(f"cannot listen on {address} ({error.strerror}); choose another --port or --host") from None
+    except UnicodeError:
+        raise ValueError(f"--host {host!r:.100} is no host name; give one, or an address") from None
     server = grpc.aio.server(maximum_concurrent_rpcs=rpcs, options=[
         ("grpc.max_receive_message_length", BODY),
         ("grpc.server.max_pending_requests", PENDING),
@@ -316,8 +316,8 @@ def run(model: str, *, tokenizer_path: str = "", tokens_only: bool = False, prec
         await server.start()
         print(f"serving {model} on {host}:{bound}", flush=True)
         status = await _until_stopped(server, running, grace)
-        if not await asyncio.to_thread(running.stop, LAST_ROUND):  # beside the loop, which tells it who left
-            os._exit(status)  # a thread inside XLA aborts the interpreter's own exit
+        if status:
+            os._exit(status)  # a thread inside XLA would hold up, or abort, the interpreter's own exit
         return status
 
     return asyncio.run(serve())
