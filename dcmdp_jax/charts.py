@@ -50,7 +50,8 @@ def chart(panel: Panel) -> str:
     named = list(enumerate(panel.names)) or [(step, str(step)) for step in _step_ticks(left, right)]
     marks += [f'<text x="{x(s):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{html.escape(name)}</text>'
               for s, name in named]
-    marks += [f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">{html.escape(panel.axis)}</text>',
+    axis = html.escape(panel.axis)
+    marks += [f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">{axis}</text>',
               f'<text x="0" y="13">{html.escape(panel.unit)}</text>']
     marks += [_spread(series, x, y) for series in panel.series] + [_line(series, x, y) for series in panel.series]
     title = html.escape(panel.title)

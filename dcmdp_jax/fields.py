@@ -14,9 +14,8 @@ LARGEST = 2**53  # whole numbers up to here are exact as floats
 
 
 def check(record: Any, kinds: Mapping[str, tuple[type, ...]], place: str) -> None:
-    """Raises ValueError unless `record` is an object whose field NAME is of the types `kinds[NAME]`.
-
-    The sentence begins with `place`. A boolean is no number.
+    """Raises ValueError, which begins with `place`, unless `record` is an object that has each of
+    the fields `kinds`, with a value of one of its types; a boolean is no number.
     """
     if not isinstance(record, dict):
         raise ValueError(f"{place} is {record!r:.60}, not an object; correct or remove it")

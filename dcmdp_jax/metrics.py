@@ -24,14 +24,15 @@ from typing import Any
 
 import jax
 
-from dcmdp_jax import terminal
-from dcmdp_jax import fields
+from dcmdp_jax import fields, terminal
 from dcmdp_jax.config import Config
 
 FILE, GAPS = "metrics.jsonl", "gaps.jsonl"
-POSITION = {"from": fields.WHOLE, "to": fields.WHOLE, "tokens": fields.WHOLE, "delta": fields.NUMBER}
-WORST = {"position": fields.WHOLE, "token": fields.WHOLE, "text": fields.TEXT, "before": fields.TEXT, "after": fields.TEXT,
-         "delta": fields.NUMBER, "pi_train": fields.NUMBER, "pi_infer": fields.NUMBER, "reward": fields.NUMBER}
+POSITION = {"from": fields.WHOLE, "to": fields.WHOLE, "tokens": fields.WHOLE,
+            "delta": fields.NUMBER}
+WORST = {"position": fields.WHOLE, "token": fields.WHOLE, "text": fields.TEXT,
+         "before": fields.TEXT, "after": fields.TEXT, "delta": fields.NUMBER,
+         "pi_train": fields.NUMBER, "pi_infer": fields.NUMBER, "reward": fields.NUMBER}
 SECONDS_BETWEEN_LINES = 10.0  # where stderr is no terminal, so that the logs of batch jobs stay short
 STATUS = (("reward", "reward {:.3f}"), ("reward_eval_infer", "held-out engine {:.3f}"),
           ("reward_eval_train", "trainer {:.3f}"), ("delta_mean", "delta {:.4f} (tolerance {tolerance:g})"),
@@ -127,7 +128,8 @@ def status(values: Mapping[str, Any], tolerance: float) -> str:
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The rows of a run, oldest first; values that were not finite are None. A torn last line is left out.
 
-    Raises ValueError where there is no file, a line before the last is no row, or a value is no number.
+    Raises ValueError where there is no file, a line before the last is no row, or a value is no
+    number.
     """
     path = pathlib.Path(workdir) / FILE
     if not path.is_file():
@@ -143,7 +145,8 @@ def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 def read_gaps(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The rows of `gaps.jsonl`, as `read` reads those of a run; none where there is no file.
 
-    Raises ValueError where a line before the last is no row, or a row is not as `gaps.record` makes it.
+    Raises ValueError where a line before the last is no row, or one is not as `gaps.record` makes
+    it.
     """
     path = pathlib.Path(workdir) / GAPS
     rows = [row for _, row in _lines(path)] if path.is_file() else []

@@ -16,15 +16,17 @@ from dcmdp_jax import fields, metrics
 from dcmdp_jax.charts import ENGINE, FAINT, NEUTRAL, Panel, Series, chart
 
 TITLE = "Discrepancy by position in the completion"
-GAP = {"tokens": fields.WHOLE, "delta": fields.MAYBE, "logp_diff_mean": fields.MAYBE, "logp_diff_max": fields.MAYBE,
-       "k3": fields.MAYBE}
+GAP = {"tokens": fields.WHOLE, "delta": fields.MAYBE, "logp_diff_mean": fields.MAYBE,
+       "logp_diff_max": fields.MAYBE, "k3": fields.MAYBE}
+DIAGNOSIS = {"weights": fields.TEXT, "noise_floor": fields.MAYBE, "sources": fields.LIST}
 ALONE = {"delta": fields.MAYBE, "std_error": fields.MAYBE}
 
 
 def sections(workdir: str | os.PathLike) -> str:
     """All parts that the folder has something for, as HTML. Raises ValueError on a damaged file."""
     rows = metrics.read_gaps(workdir)
-    parts = [_positions(rows), _parity(_read_parity(workdir)), sources(read_diagnosis(workdir)), worst(rows[-1]) if rows else ""]
+    parts = [_positions(rows), _parity(_read_parity(workdir)), sources(read_diagnosis(workdir)),
+             worst(rows[-1]) if rows else ""]
     return "".join(parts)
 
 
@@ -95,20 +97,23 @@ def worst(row: dict[str, Any], of: str = "") -> str:
 
 
 def read_diagnosis(workdir: str | os.PathLike) -> dict[str, Any] | None:
-    """`diagnose.json` of the run, None where there is none. Raises ValueError where it is damaged."""
+    """`diagnose.json` of the run, None where there is none. Raises ValueError where it is damaged.
+    """
     found, place = _read(workdir, "diagnose.json"), str(pathlib.Path(workdir) / "diagnose.json")
     if found is None:
         return None
-    fields.check(found, {"weights": fields.TEXT, "noise_floor": fields.MAYBE, "sources": fields.LIST}, place)
+    fields.check(found, DIAGNOSIS, place)
     for effect in found["sources"]:
         fields.check(effect, {"source": fields.TEXT, "setting": fields.TEXT}, f"{place}: a source")
-        fields.check(effect.get("alone"), ALONE, f"{place}: 'alone' of {effect['source']!r:.60}")
+        inside = f"{place}: source {effect['source']!r:.60}:"
+        fields.check(effect.get("alone"), ALONE, f"{inside} 'alone'")
         if effect.get("left_out") is not None:
-            fields.check(effect["left_out"], {"delta": fields.MAYBE}, f"{place}: 'left_out' of {effect['source']!r:.60}")
+            fields.check(effect["left_out"], {"delta": fields.MAYBE}, f"{inside} 'left_out'")
     return found
 
 
 def _read_parity(workdir: str | os.PathLike) -> dict[str, Any] | None:
+    """`parity.json`, as `read_diagnosis` reads the other."""
     found, place = _read(workdir, "parity.json"), str(pathlib.Path(workdir) / "parity.json")
     if found is None:
         return None

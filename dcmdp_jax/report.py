@@ -20,7 +20,8 @@ from dcmdp_jax import fields, metrics, mismatch
 from dcmdp_jax.charts import ENGINE, FAINT, NEUTRAL, TRAINER, Panel, Series, chart, finite
 
 
-NUMBERS = (("steps",), ("eval", "prompts"), ("constraint", "tolerance"), ("constraint", "multiplier_max"))
+NUMBERS = (("steps",), ("eval", "prompts"), ("constraint", "tolerance"),
+           ("constraint", "multiplier_max"))
 
 
 class Measure(NamedTuple):
@@ -215,7 +216,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
 def _cost(rows: list[dict[str, Any]]) -> str:
     """Wall time and sampling speed, over the steps that have both."""
     pairs = [(row.get("seconds") or 0.0, row.get("tokens")) for row in rows]
-    timed = [(seconds, tokens) for seconds, tokens in pairs if 0 < seconds < math.inf and fields.is_of(tokens, fields.NUMBER)]
+    timed = [(seconds, tokens) for seconds, tokens in pairs
+             if 0 < seconds < math.inf and fields.is_of(tokens, fields.NUMBER)]
     if not timed:
         return "No step was timed."
     seconds, tokens = (sum(column) for column in zip(*timed))
@@ -233,15 +235,18 @@ def load(workdir: str | os.PathLike) -> tuple[dict[str, Any], list[dict[str, Any
 
 
 def check(config: dict[str, Any], workdir: str | os.PathLike) -> None:
-    """Raises ValueError where a setting that sentences and curves are computed from is no number, or below 0."""
+    """Raises ValueError where a setting that sentences and curves are computed from is no number,
+    or below 0."""
     place = str(pathlib.Path(workdir) / "config.json")
     for names in NUMBERS:
         name, value = ".".join(names), setting(config, *names)
-        if value is None or name == "constraint.tolerance" and isinstance(value, dict):  # still to be measured
+        to_be_measured = name == "constraint.tolerance" and isinstance(value, dict)
+        if value is None or to_be_measured:
             continue
         fields.check({name: value}, {name: fields.NUMBER}, place)
         if value < 0:
-            raise ValueError(f"{place} has {name!r} = {value}, which must not be negative; correct it")
+            raise ValueError(f"{place} has {name!r} = {value}, which must not be negative; "
+                             "correct it")
 
 
 def setting(config: dict[str, Any], *names: str) -> Any:

@@ -242,3 +242,11 @@ def test_a_setting_that_is_no_number_is_named(tmp_path, capsys, names, wrong):
             continue
         assert cli.main(["report", *map(str, runs)]) == 2
         assert f"{folders[0] / 'config.json'} has '{'.'.join(names)}' = " in capsys.readouterr().err
+
+
+def test_a_bucket_without_tokens_is_named(tmp_path):
+    folder = make(tmp_path, PLAIN)
+    row = with_value(GAPS, ("positions", 1, "tokens"), 0)
+    (folder / metrics.GAPS).write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"gaps\.jsonl: line 1: a position has no tokens; remove it"):
+        report.write(folder)

@@ -50,8 +50,9 @@ def texts(folder: str, prompts: Sequence[str], *, tokenizer_path: str = "", prec
     the call; weights are read with the first chunk.
     """
     for number, prompt in enumerate(prompts, start=1):
-        if any("\ud800" <= c <= "\udfff" for c in prompt):  # bytes of a command line that are no UTF-8
-            raise ValueError(f"prompt {number} of {len(prompts)} is not valid Unicode text; correct it")
+        if any("\ud800" <= c <= "\udfff" for c in prompt):  # such as bytes that are no UTF-8
+            raise ValueError(f"prompt {number} of {len(prompts)} is not valid Unicode text; "
+                             "correct it")
     mesh, shape = sharding.single_device_mesh(), weights.read_config(folder)
     vocabulary = tokenizer.load(tokenizer_path or folder)
     tokenizer.check_vocabulary(vocabulary, shape.vocab_size)

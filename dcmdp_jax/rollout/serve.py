@@ -61,7 +61,7 @@ orchestrator.logging = logging.getLogger("jetstream")  # logging.info, of the mo
 
 BODY = 1 << 20  # bytes of a request
 SPARE_RPCS = 16  # beside those that decode or wait: health checks, and requests on their way to a refusal
-PENDING = 16384  # calls that gRPC keeps until they are looked at; of more it drops some as CANCELLED
+PENDING = 16384  # calls that gRPC keeps until they are looked at; it cancels further ones
 LONG_TEXT = 8192  # characters; longer ones are encoded one after another
 GRACE = 10.0  # seconds for accepted requests to end
 MOST_GRACE = 86400.0
@@ -193,7 +193,7 @@ class Orchestrator(orchestrator.LLMOrchestrator):
         if len(text) > longest:
             raise ValueError(f"the text has {len(text)} characters; the {self._max_prompt} tokens "
                              f"that this server takes hold {longest} at most; shorten it")
-        pool = self._long_texts if len(text) > LONG_TEXT else None  # short ones do not wait for long
+        pool = self._long_texts if len(text) > LONG_TEXT else None  # short ones do not wait
         return await asyncio.get_running_loop().run_in_executor(
             pool, self._vocabulary.encode, text)
 
@@ -317,7 +317,7 @@ def run(model: str, *, tokenizer_path: str = "", tokens_only: bool = False, prec
         print(f"serving {model} on {host}:{bound}", flush=True)
         status = await _until_stopped(server, running, grace)
         if status:
-            os._exit(status)  # a thread inside XLA would hold up, or abort, the interpreter's own exit
+            os._exit(status)  # a thread inside XLA holds up, or aborts, the interpreter's own exit
         return status
 
     return asyncio.run(serve())
