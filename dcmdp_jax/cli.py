@@ -324,9 +324,6 @@ def _sampling_options(parser: argparse.ArgumentParser, temperature: float = 1.0)
 def _sampling(args: argparse.Namespace):
     if not args.temperature >= 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or not 0 <= args.min_p < 1:
         raise ValueError("--temperature and --top-k must not be negative, --top-p lies in (0, 1] and --min-p in [0, 1)")
-    if args.temperature == float("inf") or args.top_k >= 2**31 or not 0 <= args.seed < 2**32:
-        raise ValueError("--temperature must be finite, --top-k less than 2^31, and --seed from 0 "
-                         "to 2^32 - 1")
     from dcmdp_jax.records import Sampling
 
     return Sampling(args.temperature, args.top_k, args.top_p, args.min_p)

@@ -7,6 +7,7 @@ Decoding keeps special tokens visible and drops ids that the tokenizer does not 
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib
 import json
 import pathlib
@@ -26,9 +27,9 @@ class Tokenizer(Protocol):
     """What the rest of the package asks of a tokenizer."""
 
     vocab_size: int  # highest id + 1, added tokens included
+    longest: int  # characters of text that a token holds at most; a normalizer may leave more out
     eos_ids: tuple[int, ...]  # any of them ends a completion; the first is the one written in training data
     pad_id: int
-    longest: int  # characters of text that a token holds at most; a normalizer may leave more out
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, nothing added."""
@@ -60,7 +61,6 @@ class HuggingFace:
         settings = _read_json(self.folder / "tokenizer_config.json")
         self._special = {name: _content(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
         self.vocab_size = max(vocabulary.values()) + 1
-        self.longest = max(map(len, vocabulary))
         self.eos_ids = self._stops(vocabulary)
         self.pad_id = vocabulary.get(self._special["pad_token"], vocabulary.get("<|endoftext|>", self.eos_ids[0]))
         self._template = _chat_template(self.folder, settings)
@@ -71,6 +71,10 @@ class HuggingFace:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    @functools.cached_property
+    def longest(self) -> int:
+        return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
 
     def chat(self, messages: Sequence[Mapping], *, enable_thinking: bool, add_generation_prompt: bool = True) -> str:
         if self._template is None:
@@ -100,7 +104,6 @@ class SentencePiece:
             raise ValueError(f"SentencePiece model {self.file} does not exist")
         self._processor = _import("sentencepiece").SentencePieceProcessor(model_file=str(self.file))
         self.vocab_size = self._processor.vocab_size()
-        self.longest = max(len(self._processor.id_to_piece(i)) for i in range(self.vocab_size))
         if self._processor.eos_id() < 0:
             raise ValueError(f"{self.file} defines no end-of-sentence id; train it with eos_id set")
         self.eos_ids = (self._processor.eos_id(),)
@@ -113,6 +116,10 @@ class SentencePiece:
         # a model's vocabulary may be larger than its tokenizer's
         return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
 
+    @functools.cached_property
+    def longest(self) -> int:
+        return max(len(self._processor.id_to_piece(i)) for i in range(self.vocab_size))
+
     def chat(self, messages: Sequence[Mapping], *, enable_thinking: bool, add_generation_prompt: bool = True) -> str:
         raise ValueError(f"{self.file} is a SentencePiece model and has no chat template; set data.chat=False")
 
@@ -123,9 +130,9 @@ class Characters:
     Every other id decodes to U+FFFD, so that a verifier sees it.
     """
 
+    longest = 1
     pad_id = 0
     eos_ids = (1,)
-    longest = 1
 
     def __init__(self, alphabet: str):
         if len(set(alphabet)) != len(alphabet):
