@@ -50,7 +50,8 @@ def chart(panel: Panel) -> str:
     named = list(enumerate(panel.names)) or [(step, str(step)) for step in _step_ticks(left, right)]
     marks += [f'<text x="{x(s):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{html.escape(name)}</text>'
               for s, name in named]
-    marks += [f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">{panel.axis}</text>',
+    axis = html.escape(panel.axis)
+    marks += [f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">{axis}</text>',
               f'<text x="0" y="13">{html.escape(panel.unit)}</text>']
     marks += [_spread(series, x, y) for series in panel.series] + [_line(series, x, y) for series in panel.series]
     title = html.escape(panel.title)
@@ -111,7 +112,7 @@ def value_ticks(panel: Panel) -> list[float]:
     low, high = min(0.0, *values), max(0.0, *values)
     if panel.tolerance is not None and (panel.tolerance <= 3 * high or high == 0):  # further up it flattens the curve
         high = max(high, 1.1 * panel.tolerance)
-    high = high if high > low else low + 1.0
+    high = high if high - low > 1e-300 else low + 1.0
     step = round_step((high - low) / 5)
     # Ten digits, not a number of decimals: the values of an exact engine are as small as 1e-14.
     return [float(f"{k * step:.10g}") for k in range(math.floor(low / step), math.ceil(round(high / step, 6)) + 1)]
@@ -120,7 +121,7 @@ def value_ticks(panel: Panel) -> list[float]:
 def _step_ticks(first: int, last: int) -> list[int]:
     """Round step numbers within first..last; all of them where they are few."""
     gap = max(1, int(round_step((last - first) / 8))) if last > first else 1
-    return [step for step in range(first, last + 1) if step % gap == 0]
+    return list(range(-(-first // gap) * gap, last + 1, gap))
 
 
 def round_step(rough: float) -> float:

@@ -112,6 +112,9 @@ def main(arguments: list[str] | None = None) -> int:
     serve.add_argument("--max-length", type=int, help="tokens of a prompt and its completion (default: 2048, or as many as "
                                                      "the model has positions)")
     serve.add_argument("--steps", type=int, default=8, help="tokens decoded, and streamed, at a time")
+    serve.add_argument("--grace", type=float, default=10, metavar="SECONDS", help=(
+        "after SIGTERM, for accepted requests to end, whether or not their clients read; what is "
+        "left is then cut off (default: %(default)s)"))
     _sampling_options(serve)
     serve.set_defaults(run=_serve)
 
@@ -156,7 +159,7 @@ def _train(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     from dcmdp_jax.stopping import Interrupted
 
     if args.coordinator or args.distributed:
-        hosts.start(args.coordinator, args.processes, args.process, args.wait)
+        hosts.start(workdir, args.coordinator, args.processes, args.process, args.wait)
     with hosts.watched():
         inputs = train.prepare(config, workdir)
 
@@ -416,7 +419,7 @@ def _serve(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     status = serve.run(args.model, tokenizer_path=args.tokenizer, tokens_only=args.tokens_only,
                        precision=Precision(weights=args.weights), host=args.host, port=args.port, slots=args.slots,
                        waiting=args.queue, max_prompt=args.max_prompt, max_length=args.max_length, steps=args.steps,
-                       sampling=how, seed=args.seed)
+                       grace=args.grace, sampling=how, seed=args.seed)
     return lambda: status
 
 

@@ -55,13 +55,14 @@ def write(workdirs: Sequence[str | os.PathLike], output: str | os.PathLike | Non
     base = pathlib.Path(os.path.commonpath([folder.parent for folder in whole]))
     runs = [Run(folder, str(full.relative_to(base)), *report.load(folder)) for folder, full in zip(folders, whole)]
     for run in runs:
+        report.check(run.config, run.folder)
         if not run.rows:
             raise ValueError(f"{run.folder} has not finished a step; leave it out")
     path = pathlib.Path(output) if output else base / "report.html"
     if path.resolve().parent in whole and path.name == "report.html":
         raise ValueError(f"{path} is a run's own page; give another --output")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_page(grouped(runs)), encoding="utf-8")
+    path.write_text(_page(grouped(runs)), "utf-8", errors="replace")
     return path
 
 
@@ -175,7 +176,7 @@ def verdict(groups: Sequence[Group]) -> list[str]:
 
 def against(group: Group, first: Group, key: str) -> intervals.Interval | None:
     """Difference of the last evaluations: over the seeds that both have, two at least, else of independent estimates."""
-    ends = [{run.config.get("seed"): points[-1][1] for run in kind.runs
+    ends = [{str(run.config.get("seed")): points[-1][1] for run in kind.runs
              if (points := finite(report.points_of(run.rows, key)))} for kind in (group, first)]
     shared = ends[0].keys() & ends[1].keys()
     if len(shared) > 1:

@@ -343,12 +343,12 @@ def write(found: Blame, config: Config, workdir: pathlib.Path) -> pathlib.Path:
               "replay_agreement": found.agreement, "notes": notes(found)}
     parity.write_json(workdir / "diagnose.json", record)
     picture = chart(found)
-    (workdir / "diagnose.svg").write_text(picture, encoding="utf-8")
+    (workdir / "diagnose.svg").write_text(picture, "utf-8", errors="replace")
     said = "".join(f"<p>{html.escape(note)}</p>" for note in [METHOD, *notes(found)])
     body = (f'<p class="summary">{html.escape(found.origin)}</p><p class="verdict">{html.escape(verdict(found))}</p>'
             f'<figure class="scroll">{picture}</figure>{_html_table(table(found))}{said}')
     path = workdir / "diagnose.html"
-    path.write_text(report.page(f"{config.name}: blame", body, to_json(config)), encoding="utf-8")
+    path.write_text(report.page(f"{config.name}: blame", body, to_json(config)), "utf-8", errors="replace")
     return path
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import hashlib
+import pathlib
 import time
 import traceback
 from collections.abc import Iterator
@@ -32,18 +33,22 @@ class Refused(ValueError):
     """All processes refuse the same input."""
 
 
-def start(coordinator: str = "", processes: int = 0, process: int = 0, limit: float = 120.0) -> None:
-    """Joins this process to a run of several, once all have called at `coordinator` (HOST:PORT of process 0).
+def start(workdir: pathlib.Path, coordinator: str = "", processes: int = 0, process: int = 0,
+          limit: float = 120.0) -> None:
+    """Joins this process to a run of several, once all have called at `coordinator` (HOST:PORT of
+    process 0).
 
-    Without a coordinator, address and numbers are those of the TPU pod, Slurm, Open MPI or Kubernetes job. Must precede the
-    first use of a device. Raises ValueError, within `limit` seconds, that names what is missing.
+    Without a coordinator, address and numbers are those of the TPU pod, Slurm, Open MPI or
+    Kubernetes job. All share `workdir`, which holds their secret during the call (see `rollcall`).
+    Must precede the first use of a device. Raises ValueError, within `limit` seconds, that names
+    what is missing.
     """
     global _roll
     if not coordinator:
         coordinator, processes, process = _detected(limit)
     if processes == 1:
         return
-    _roll = rollcall.call(coordinator, processes, process, limit)
+    _roll = rollcall.call(coordinator, processes, process, limit, workdir)
     atexit.register(_roll.send, done=True)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, and cannot end a rollout
     jax.distributed.initialize(coordinator, processes, process, initialization_timeout=int(limit) + 1)

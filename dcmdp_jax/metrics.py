@@ -24,10 +24,15 @@ from typing import Any
 
 import jax
 
-from dcmdp_jax import terminal
+from dcmdp_jax import fields, terminal
 from dcmdp_jax.config import Config
 
 FILE, GAPS = "metrics.jsonl", "gaps.jsonl"
+POSITION = {"from": fields.WHOLE, "to": fields.WHOLE, "tokens": fields.WHOLE,
+            "delta": fields.NUMBER}
+WORST = {"position": fields.WHOLE, "token": fields.WHOLE, "text": fields.TEXT,
+         "before": fields.TEXT, "after": fields.TEXT, "delta": fields.NUMBER,
+         "pi_train": fields.NUMBER, "pi_infer": fields.NUMBER, "reward": fields.NUMBER}
 SECONDS_BETWEEN_LINES = 10.0  # where stderr is no terminal, so that the logs of batch jobs stay short
 STATUS = (("reward", "reward {:.3f}"), ("reward_eval_infer", "held-out engine {:.3f}"),
           ("reward_eval_train", "trainer {:.3f}"), ("delta_mean", "delta {:.4f} (tolerance {tolerance:g})"),
@@ -123,18 +128,38 @@ def status(values: Mapping[str, Any], tolerance: float) -> str:
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The rows of a run, oldest first; values that were not finite are None. A torn last line is left out.
 
-    Raises ValueError where there is no file, or a line before the last is no row.
+    Raises ValueError where there is no file, a line before the last is no row, or a value is no
+    number.
     """
     path = pathlib.Path(workdir) / FILE
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give the folder of a run that has taken a step")
-    return [row for _, row in _lines(path)]
+    rows = [row for _, row in _lines(path)]
+    for number, row in enumerate(rows, start=1):
+        for name, value in row.items():
+            if not (name == "non_finite" or isinstance(value, (bool, float))):
+                fields.check({name: value}, {name: fields.MAYBE}, f"{path}: line {number}")
+    return rows
 
 
 def read_gaps(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of `gaps.jsonl`, as `read` reads those of a run; none where there is no file."""
+    """The rows of `gaps.jsonl`, as `read` reads those of a run; none where there is no file.
+
+    Raises ValueError where a line before the last is no row, or one is not as `gaps.record` makes
+    it.
+    """
     path = pathlib.Path(workdir) / GAPS
-    return [row for _, row in _lines(path)] if path.is_file() else []
+    rows = [row for _, row in _lines(path)] if path.is_file() else []
+    for number, row in enumerate(rows, start=1):
+        place = f"{path}: line {number}"
+        fields.check(row, {"positions": fields.LIST, "worst": fields.LIST}, place)
+        for bucket in row["positions"]:
+            fields.check(bucket, POSITION, f"{place}: a position")
+            if bucket["tokens"] < 1:
+                raise ValueError(f"{place}: a position has no tokens; remove it")
+        for token in row["worst"]:
+            fields.check(token, WORST, f"{place}: a worst token")
+    return rows
 
 
 def truncate(workdir: str | os.PathLike, step: int) -> None:
@@ -167,9 +192,9 @@ def _lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if isinstance(row, dict) and fields.is_of(row.get("step"), fields.WHOLE):
             found.append((line, row))
         elif number < len(lines):
             raise ValueError(f"{path}: line {number} is not a row with a step; remove the line")

@@ -12,16 +12,20 @@ import os
 import pathlib
 from typing import Any
 
-from dcmdp_jax import metrics
+from dcmdp_jax import fields, metrics
 from dcmdp_jax.charts import ENGINE, FAINT, NEUTRAL, Panel, Series, chart
 
 TITLE = "Discrepancy by position in the completion"
+GAP = {"tokens": fields.WHOLE, "delta": fields.MAYBE, "logp_diff_mean": fields.MAYBE,
+       "logp_diff_max": fields.MAYBE, "k3": fields.MAYBE}
+DIAGNOSIS = {"weights": fields.TEXT, "noise_floor": fields.MAYBE, "sources": fields.LIST}
+ALONE = {"delta": fields.MAYBE, "std_error": fields.MAYBE}
 
 
 def sections(workdir: str | os.PathLike) -> str:
-    """All parts that the folder has something for, as HTML. Raises ValueError on a file that holds no JSON."""
+    """All parts that the folder has something for, as HTML. Raises ValueError on a damaged file."""
     rows = metrics.read_gaps(workdir)
-    parts = [_positions(rows), _parity(_read(workdir, "parity.json")), sources(_read(workdir, "diagnose.json")),
+    parts = [_positions(rows), _parity(_read_parity(workdir)), sources(read_diagnosis(workdir)),
              worst(rows[-1]) if rows else ""]
     return "".join(parts)
 
@@ -61,13 +65,13 @@ def sources(found: dict[str, Any] | None, of: str = "") -> str:
     """`diagnose.json`: each property of the engine alone, as bars."""
     if not found or not found["sources"]:
         return ""
-    top = max(effect["alone"]["delta"] for effect in found["sources"]) or 1.0
+    top = max(effect["alone"]["delta"] or 0.0 for effect in found["sources"]) or 1.0
     rows = "".join(
         f"<tr><td>{html.escape(effect['source'])} <small>{html.escape(effect['setting'])}</small></td>"
-        f'<td class="bar"><i style="width:{100 * effect["alone"]["delta"] / top:.1f}%;background:'
-        f'{ENGINE if effect["left_out"] else FAINT}"></i></td>'
+        f'<td class="bar"><i style="width:{100 * (effect["alone"]["delta"] or 0.0) / top:.1f}%;background:'
+        f'{ENGINE if effect.get("left_out") else FAINT}"></i></td>'
         f"<td>{_number(effect['alone']['delta'])} ± {_number(effect['alone']['std_error'])}</td>"
-        f"<td>{_number(effect['left_out']['delta']) if effect['left_out'] else '–'}</td></tr>"
+        f"<td>{_number(effect['left_out']['delta']) if effect.get('left_out') else '–'}</td></tr>"
         for effect in found["sources"])
     return (f'<h2 class="section">Discrepancy by source{html.escape(of)}</h2><p class="note">Mean delta with this property '
             f'of the engine alone, and what is left without it ({html.escape(str(found["weights"]))}; noise floor '
@@ -82,10 +86,10 @@ def worst(row: dict[str, Any], of: str = "") -> str:
         return ""
     lines = "".join(
         f'<tr><td class="text">{_visible(token["before"])}<mark>{_visible(token["text"]) or "#%d" % token["token"]}</mark>'
-        f'{_visible(token["after"])}</td><td>{token["position"]}</td><td>{token["pi_train"]:.3f}</td>'
+        f'{_visible(token["after"])}</td><td>{token["position"]:d}</td><td>{token["pi_train"]:.3f}</td>'
         f'<td>{token["pi_infer"]:.3f}</td><td>{token["delta"]:.3f}</td><td>{token["reward"]:g}</td></tr>'
         for token in row["worst"])
-    return (f'<h2 class="section">Worst tokens of step {row["step"]}{html.escape(of)}</h2>'
+    return (f'<h2 class="section">Worst tokens of step {row["step"]:d}{html.escape(of)}</h2>'
             '<p class="note">The largest gap of each of the completions that have the largest ones; ␣ is a space, ↵ a new '
             "line, #7 a token without text.</p>"
             '<div class="scroll"><table><thead><tr><th>token in its completion</th><th>position</th><th>π train</th>'
@@ -93,8 +97,30 @@ def worst(row: dict[str, Any], of: str = "") -> str:
 
 
 def read_diagnosis(workdir: str | os.PathLike) -> dict[str, Any] | None:
-    """`diagnose.json` of the run, None where there is none. Raises ValueError where it holds no JSON."""
-    return _read(workdir, "diagnose.json")
+    """`diagnose.json` of the run, None where there is none. Raises ValueError where it is damaged.
+    """
+    found, place = _read(workdir, "diagnose.json"), str(pathlib.Path(workdir) / "diagnose.json")
+    if found is None:
+        return None
+    fields.check(found, DIAGNOSIS, place)
+    for effect in found["sources"]:
+        fields.check(effect, {"source": fields.TEXT, "setting": fields.TEXT}, f"{place}: a source")
+        inside = f"{place}: source {effect['source']!r:.60}:"
+        fields.check(effect.get("alone"), ALONE, f"{inside} 'alone'")
+        if effect.get("left_out") is not None:
+            fields.check(effect["left_out"], {"delta": fields.MAYBE}, f"{inside} 'left_out'")
+    return found
+
+
+def _read_parity(workdir: str | os.PathLike) -> dict[str, Any] | None:
+    """`parity.json`, as `read_diagnosis` reads the other."""
+    found, place = _read(workdir, "parity.json"), str(pathlib.Path(workdir) / "parity.json")
+    if found is None:
+        return None
+    fields.check(found, {"weights": fields.TEXT, "positions": fields.OBJECT}, place)
+    for name, gap in found["positions"].items():
+        fields.check(gap, GAP, f"{place}: position {name!r:.60}")
+    return found
 
 
 def _read(workdir: str | os.PathLike, name: str) -> dict[str, Any] | None:
@@ -103,7 +129,7 @@ def _read(workdir: str | os.PathLike, name: str) -> dict[str, Any] | None:
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} holds no JSON ({error}); remove it, or write it again") from error
 
 

@@ -16,8 +16,12 @@ import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from dcmdp_jax import metrics, mismatch
+from dcmdp_jax import fields, metrics, mismatch
 from dcmdp_jax.charts import ENGINE, FAINT, NEUTRAL, TRAINER, Panel, Series, chart, finite
+
+
+NUMBERS = (("steps",), ("eval", "prompts"), ("constraint", "tolerance"),
+           ("constraint", "multiplier_max"))
 
 
 class Measure(NamedTuple):
@@ -47,8 +51,9 @@ def write(workdir: str | os.PathLike) -> pathlib.Path:
     Raises ValueError where the folder is no run's: no `config.json` or no `metrics.jsonl`.
     """
     config, rows = load(workdir)
+    check(config, workdir)
     path = pathlib.Path(workdir) / "report.html"
-    path.write_text(_page(config, rows, mismatch.sections(workdir)), encoding="utf-8")
+    path.write_text(_page(config, rows, mismatch.sections(workdir)), "utf-8", errors="replace")
     return path
 
 
@@ -210,7 +215,9 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 def _cost(rows: list[dict[str, Any]]) -> str:
     """Wall time and sampling speed, over the steps that have both."""
-    timed = [(row["seconds"], row["tokens"]) for row in rows if row.get("seconds") and row.get("tokens") is not None]
+    pairs = [(row.get("seconds") or 0.0, row.get("tokens")) for row in rows]
+    timed = [(seconds, tokens) for seconds, tokens in pairs
+             if 0 < seconds < math.inf and fields.is_of(tokens, fields.NUMBER)]
     if not timed:
         return "No step was timed."
     seconds, tokens = (sum(column) for column in zip(*timed))
@@ -225,6 +232,21 @@ def load(workdir: str | os.PathLike) -> tuple[dict[str, Any], list[dict[str, Any
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give the folder of a run")
     return json.loads(path.read_text(encoding="utf-8")), metrics.read(workdir)
+
+
+def check(config: dict[str, Any], workdir: str | os.PathLike) -> None:
+    """Raises ValueError where a setting that sentences and curves are computed from is no number,
+    or below 0."""
+    place = str(pathlib.Path(workdir) / "config.json")
+    for names in NUMBERS:
+        name, value = ".".join(names), setting(config, *names)
+        to_be_measured = name == "constraint.tolerance" and isinstance(value, dict)
+        if value is None or to_be_measured:
+            continue
+        fields.check({name: value}, {name: fields.NUMBER}, place)
+        if value < 0:
+            raise ValueError(f"{place} has {name!r} = {value}, which must not be negative; "
+                             "correct it")
 
 
 def setting(config: dict[str, Any], *names: str) -> Any:

@@ -176,12 +176,12 @@ def evaluations(rows: list[dict[str, Any]], prompts: int) -> Iterator[dict[str, 
     """The table's rows of one run's metrics; a measure that was not finite in the whole span is empty."""
     span, seconds = [], 0.0
     for row in rows:
-        span, seconds = [*span, row], seconds + row["seconds"]
+        span, seconds = [*span, row], seconds + (row.get("seconds") or 0.0)
         if "reward_eval_infer" not in row:
             continue
         values = {name: [r[key] for r in span if r.get(key) is not None] for name, key in MEANS.items()}
         yield {"step": row["step"], "prompts": prompts, "engine": row["reward_eval_infer"],
-               "trainer": row["reward_eval_train"], "seconds": seconds,
+               "trainer": row.get("reward_eval_train"), "seconds": seconds,
                **{name: statistics.fmean(found) if found else "" for name, found in values.items()}}
         span = []
 

@@ -7,6 +7,7 @@ Decoding keeps special tokens visible and drops ids that the tokenizer does not 
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib
 import json
 import pathlib
@@ -26,6 +27,7 @@ class Tokenizer(Protocol):
     """What the rest of the package asks of a tokenizer."""
 
     vocab_size: int  # highest id + 1, added tokens included
+    longest: int  # characters of text that a token holds at most; a normalizer may leave more out
     eos_ids: tuple[int, ...]  # any of them ends a completion; the first is the one written in training data
     pad_id: int
 
@@ -64,10 +66,15 @@ class HuggingFace:
         self._template = _chat_template(self.folder, settings)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        # `encode` would hold up every other thread, for seconds where the text is long
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    @functools.cached_property
+    def longest(self) -> int:
+        return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
 
     def chat(self, messages: Sequence[Mapping], *, enable_thinking: bool, add_generation_prompt: bool = True) -> str:
         if self._template is None:
@@ -109,6 +116,10 @@ class SentencePiece:
         # a model's vocabulary may be larger than its tokenizer's
         return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
 
+    @functools.cached_property
+    def longest(self) -> int:
+        return max(len(self._processor.id_to_piece(i)) for i in range(self.vocab_size))
+
     def chat(self, messages: Sequence[Mapping], *, enable_thinking: bool, add_generation_prompt: bool = True) -> str:
         raise ValueError(f"{self.file} is a SentencePiece model and has no chat template; set data.chat=False")
 
@@ -119,6 +130,7 @@ class Characters:
     Every other id decodes to U+FFFD, so that a verifier sees it.
     """
 
+    longest = 1
     pad_id = 0
     eos_ids = (1,)
 

@@ -111,13 +111,13 @@ def test_what_one_process_refuses_all_refuse(start, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_slurm_tells_who_takes_part(monkeypatch):
+def test_slurm_tells_who_takes_part(monkeypatch, tmp_path):
     for name, value in {"JOB_ID": 7, "STEP_NODELIST": "node[001-003],other", "STEP_NUM_NODES": 4, "NTASKS": 4, "PROCID": 2,
                         "LOCALID": 0}.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     monkeypatch.setenv("JAX_COORDINATOR_PORT", "1234")
     with pytest.raises(ValueError, match=r"process 2 found no process 0 at node001:1234 within 0.1 s \(no such host name\)"):
-        hosts.start(limit=0.1)
+        hosts.start(tmp_path, limit=0.1)
 
 
 @pytest.mark.parametrize("options", [["--coordinator", "localhost:1"], ["--processes", "2"], ["--process", "0"],

@@ -1,5 +1,10 @@
-"""Who is missing is named, who is lost is named, and a request to stop reaches everybody; real processes on localhost."""
+"""Who is missing is named, who is lost is named, a request to stop reaches everybody, and a stranger nobody; real processes
+on localhost."""
 
+import contextlib
+import hmac
+import json
+import os
 import signal
 import socket
 import subprocess
@@ -8,11 +13,13 @@ import time
 
 import pytest
 
+from dcmdp_jax import rollcall
+
 WAITS = """
 import sys, time
 from dcmdp_jax import rollcall
 try:
-    roll = rollcall.call(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
+    roll = rollcall.call(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), sys.argv[5])
 except ValueError as error:
     print(error)
     sys.exit(2)
@@ -37,13 +44,15 @@ def port():
 
 
 @pytest.fixture
-def start():
+def start(tmp_path):
     started = []
 
-    def one(address, processes, process, limit=20):
-        command = [sys.executable, "-c", WAITS, str(address), str(processes), str(process), str(limit)]
+    def one(address, processes, process, limit=20, folder=tmp_path / "run", secret=""):
+        command = [sys.executable, "-c", WAITS, str(address), str(processes), str(process),
+                   str(limit), str(folder)]
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        started.append(subprocess.Popen(command, text=True, **pipes))
+        environment = os.environ | {rollcall.VARIABLE: secret}
+        started.append(subprocess.Popen(command, text=True, env=environment, **pipes))
         return started[-1]
 
     yield one
@@ -87,20 +96,6 @@ def test_a_wrong_port_or_host_is_named(port, start):
         assert f"process 1 reached 127.0.0.1:{port}, but what answers there is no process 0" in ended(caller, 2)
 
 
-def test_a_stranger_is_ignored(port, start):
-    first = start(f"127.0.0.1:{port}", 2, 0)
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            with socket.create_connection(("127.0.0.1", port)) as stranger:
-                stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-            break
-        except ConnectionRefusedError:
-            assert time.monotonic() < deadline
-    second = start(f"127.0.0.1:{port}", 2, 1)
-    assert [process.stdout.readline() for process in (first, second)] == ["go\n"] * 2
-
-
 @pytest.mark.parametrize("others, message", [
     (((3, 1),), "was started as one of 3 processes, process 0 as one of 2"),
     (((3, 1), (3, 1)), "process 1 has been started twice, on "),
@@ -138,3 +133,207 @@ def test_a_request_to_stop_reaches_all(port, start, asked):
         print("stop" if process is everybody[asked] else "", file=process.stdin, flush=True)
     for process in everybody[:asked] + everybody[asked + 1:]:
         assert ended(process, 0) == "stopping\n"
+
+
+# Strangers
+
+
+def listening(port):
+    """Whether somebody listens there, found without a call."""
+    with open("/proc/net/tcp", encoding="utf-8") as table:
+        return any(f":{port:04X} 00000000:0000 0A" in row for row in table)
+
+
+def until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def connected(port):
+    """A stranger's connection, and process 0's nonce."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        with connection.makefile("rb") as reader:
+            yield connection, json.loads(reader.readline())["nonce"], reader
+
+
+def greeting(secret, nonce, process=1, processes=2, host="here", **others):
+    """What a process of the run sends, recomputed here."""
+    words = json.dumps([nonce, "own", process, processes, host]).encode()
+    proof = hmac.new(secret.encode(), words, "sha256").hexdigest()
+    said = {"nonce": "own", "process": process, "processes": processes, "host": host, "proof": proof}
+    return json.dumps(said | others).encode() + b"\n"
+
+
+def secret_of(folder):
+    return (folder / rollcall.FILE).read_text()
+
+
+def without_proof(port, nonce, folder):
+    return json.dumps({"process": 1, "processes": 2, "host": "\x1b[2Jhere"}).encode() + b"\n"
+
+
+def wrong_secret(port, nonce, folder):
+    return greeting("another secret, as long", nonce)
+
+
+def answer_to_another_nonce(port, nonce, folder):
+    with connected(port) as (_, other, _):
+        return greeting(secret_of(folder), other)
+
+
+def other_words_under_a_proof(port, nonce, folder):
+    return greeting(secret_of(folder), nonce, process=0)[:-2] + b', "process": 1}\n'
+
+
+STRANGERS = {
+    "no proof": without_proof, "wrong secret": wrong_secret, "replayed": answer_to_another_nonce,
+    "altered": other_words_under_a_proof,
+    "proof of another type": lambda *_: greeting("", "", proof=["x"]),
+    "surrogates": lambda *_: greeting("", "", proof="\ud800", host="\udfff"),
+    "true": lambda port, nonce, folder: greeting(secret_of(folder), nonce, process=True),
+    "garbage": lambda *_: bytes(range(256)) + b"\n",
+    "http": lambda *_: b"GET / HTTP/1.1\r\n\r\n",
+    "nested": lambda *_: b"[" * 9000 + b"\n", "a deep word": lambda *_: b'{"host": ' + b"[" * 9000 + b"\n",
+    "a long number": lambda *_: b'{"process": ' + b"9" * 9000 + b"}\n",
+    "escapes": lambda *_: b'{"lost": "\\u001b[2J\\u001b]0;owned\\u0007"}\n{"stop": true}\n',
+}
+
+
+@pytest.mark.parametrize("said", STRANGERS.values(), ids=STRANGERS)
+def test_a_stranger_is_refused_once_told_and_stops_nobody(port, start, tmp_path, said):
+    first = start(f"127.0.0.1:{port}", 2, 0)
+    until(lambda: listening(port))
+    for _ in range(2):
+        with connected(port) as (connection, nonce, reader):
+            connection.sendall(said(port, nonce, tmp_path / "run"))
+            assert reader.read() == b"", "process 0 says no word and hangs up"
+    second = start(f"127.0.0.1:{port}", 2, 1)
+    assert [process.stdout.readline() for process in (first, second)] == ["go\n"] * 2
+    for process in (first, second):
+        print("done", file=process.stdin, flush=True)
+    told = "dcmdp: a call from 127.0.0.1 without the run's secret was refused; more are counted and not told\n"
+    assert ended(first, 0) == told and ended(second, 0) == ""
+
+
+def test_strangers_who_say_nothing_or_never_end_hold_nobody_up(port, start):
+    """Forty silent ones, one that drips and one whose line is a gigabyte, while the others call."""
+    first = start(f"127.0.0.1:{port}", 2, 0)
+    until(lambda: listening(port))
+    with contextlib.ExitStack() as held:
+        for _ in range(40):
+            held.enter_context(socket.create_connection(("127.0.0.1", port)))
+        dripping, _, _ = held.enter_context(connected(port))
+        dripping.sendall(b"{")
+        endless, _, _ = held.enter_context(connected(port))
+        sent = 0
+        with pytest.raises(OSError):
+            while sent < 2**30:
+                sent += endless.send(b"a" * 65536)
+        assert sent < 2**24, "what it cannot be is not read to the end"
+        began = time.monotonic()
+        second = start(f"127.0.0.1:{port}", 2, 1)
+        assert [process.stdout.readline() for process in (first, second)] == ["go\n"] * 2
+        assert time.monotonic() - began < 4, "sooner than a greeting is given up"
+
+
+@pytest.mark.slow
+def test_a_dripping_greeting_ends_in_time(port, start):
+    """A byte now and then does not start the clock anew."""
+    first = start(f"127.0.0.1:{port}", 2, 0)
+    until(lambda: listening(port))
+    began = time.monotonic()
+    with connected(port) as (connection, _, _), pytest.raises(OSError):
+        while time.monotonic() - began < 20:
+            connection.sendall(b" ")
+            time.sleep(0.2)
+    assert rollcall.GREETING_SECONDS - 0.5 < time.monotonic() - began < rollcall.GREETING_SECONDS + 3
+    assert first.poll() is None
+
+
+def test_strangers_are_counted_where_processes_are_missing(port, start):
+    first = start(f"127.0.0.1:{port}", 2, 0, limit=3)
+    until(lambda: listening(port))
+    for _ in range(3):
+        with connected(port) as (connection, _, reader):
+            connection.sendall(b"\n")
+            reader.read()
+    assert "process 1 of 2 did not call" in (said := ended(first, 2))
+    assert "; 3 calls were refused without the run's secret" in said
+
+
+@pytest.mark.parametrize("answers", [
+    b'{"answer": "go"}\n', b'{"answer": "go", "proof": "00"}\n', b'{"answer": "\\u001b[2Jowned", "proof": ""}\n',
+    b'{"go": true}\n', b"\n", b"[" * 9000 + b"\n", b"\xff\xfe\n", b""])
+def test_who_poses_as_process_0_is_not_believed(port, start, tmp_path, answers):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / rollcall.FILE).write_text("5" * 64)
+    with socket.create_server(("127.0.0.1", port)) as impostor:
+        caller = start(f"127.0.0.1:{port}", 2, 1)
+        connection, _ = impostor.accept()
+        with connection:
+            connection.sendall(b'{"nonce": "x"}\n')
+            assert b"5555" not in connection.recv(9000)
+            connection.sendall(answers)
+        assert f"process 1 was not let in at 127.0.0.1:{port}: process 0 there has another secret" in (said := ended(caller, 2))
+        assert "\x1b" not in said
+
+
+@pytest.mark.parametrize("when", ["refused", "lost"])
+def test_escapes_of_a_process_of_the_run_are_not_printed(port, start, tmp_path, when):
+    """In its host's name, and in the sentence that ends the others."""
+    first = start(f"127.0.0.1:{port}", 2, 0)
+    until(lambda: listening(port))
+    with connected(port) as (connection, nonce, reader):
+        secret = secret_of(tmp_path / "run")
+        connection.sendall(greeting(secret, nonce, processes=3 if when == "refused" else 2, host="a\x1b[2J\u202eb\n" * 900))
+        answer = json.loads(reader.readline())
+        words = json.dumps([nonce, "own", answer["answer"]]).encode()
+        assert answer["proof"] == hmac.new(secret.encode(), words, "sha256").hexdigest()
+        if when == "lost":
+            connection.sendall(json.dumps({"lost": "\x1b]0;owned\x07gone\n" + 900 * "x"}).encode() + b"\n")
+        said = ended(first, 2 if when == "refused" else 1)
+    assert ("a?[2J?b?" in said) == (when == "refused") and ("?]0;owned?gone?xxx" in said) == (when == "lost")
+    assert all(c.isprintable() for line in said.splitlines() for c in line) and len(said) < 2500
+
+
+# The secret
+
+
+def test_the_secrets_file_is_private_and_gone_after_the_call(port, start, tmp_path):
+    folder = tmp_path / "new" / "run"
+    first = start(f"127.0.0.1:{port}", 2, 0, folder=folder)
+    until(lambda: listening(port))
+    assert (folder / rollcall.FILE).stat().st_mode & 0o777 == 0o600 and len(secret_of(folder)) == 64
+    second = start(f"127.0.0.1:{port}", 2, 1, folder=folder)
+    assert [process.stdout.readline() for process in (first, second)] == ["go\n"] * 2
+    until(lambda: not list(tmp_path.iterdir()))
+
+
+@pytest.mark.parametrize("left", ["7" * 64, "7" * 30, ""], ids=["whole", "half", "empty"])
+def test_a_secret_that_a_killed_call_left_is_no_obstacle(port, start, tmp_path, left):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / rollcall.FILE).write_text(left)
+    late = start(f"127.0.0.1:{port}", 2, 1)
+    both = [start(f"127.0.0.1:{port}", 2, 0), late]
+    assert [process.stdout.readline() for process in both] == ["go\n"] * 2
+    until(lambda: not list((tmp_path / "run").iterdir()))
+
+
+def test_the_launchers_secret_needs_no_shared_folder(port, start, tmp_path):
+    secret = "given by the launcher"
+    both = [start(f"127.0.0.1:{port}", 2, i, folder=tmp_path / str(i), secret=secret) for i in (0, 1)]
+    assert [process.stdout.readline() for process in both] == ["go\n"] * 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_secrets_that_differ_or_are_short_are_named(port, start, tmp_path):
+    first = start(f"127.0.0.1:{port}", 2, 0, limit=4, secret="given by the launcher")
+    assert "process 1 was not let in at" in ended(start(f"127.0.0.1:{port}", 2, 1, secret="of another launcher"), 2)
+    folder = tmp_path / "not shared"
+    said = ended(start(f"127.0.0.1:{port}", 2, 1, limit=1, folder=folder), 2)
+    assert f"process 1 finds no {folder / rollcall.FILE}" in said and "not on a file system shared" in said
+    assert "; 1 call was refused without the run's secret" in ended(first, 2)
+    assert "DCMDP_SECRET has 5 characters" in ended(start(f"127.0.0.1:{port}", 2, 0, secret="short"), 2)

@@ -1,8 +1,10 @@
 """`dcmdp serve`: JetStream's own client stubs against the engine, and everything that may go wrong between them."""
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
+import signal
 import socket
 import subprocess
 import sys
@@ -44,7 +46,7 @@ def started(loop):
         async def run():
             server, port = serve.listen("127.0.0.1", 0, rpcs)
             servicer = serve.Orchestrator(driver, vocabulary, PROMPT)
-            jetstream_pb2_grpc.add_OrchestratorServicer_to_server(servicer, server)
+            serve.add(servicer, server)
             await server.start()
             return server, port
 
@@ -137,7 +139,8 @@ BAD = {
     "empty": (tokens_request([]), "the prompt is empty"),
     "empty text": (text_request(""), "the prompt is empty"),
     "over-long": (tokens_request([2] * (PROMPT + 1)), f"has {PROMPT + 1} tokens and this server takes {PROMPT}"),
-    "over-long text": (text_request("a" * 1000), f"has 1000 tokens and this server takes {PROMPT}"),
+    "over-long text": (text_request("a" * 1000), f"has 1000 characters; the {PROMPT} tokens that this server takes hold {PROMPT} at most"),
+    "one character too many": (text_request("a" * (PROMPT + 1)), f"has {PROMPT + 1} characters"),
     "out of vocabulary": (tokens_request([2, 37, 3]), "token id 37 is outside the vocabulary; ids go from 0 to 36"),
     "negative": (tokens_request([2, -3]), "token id -3 is outside the vocabulary"),
     "text outside the alphabet": (text_request("A"), "is not in the alphabet"),
@@ -160,6 +163,80 @@ def test_what_cannot_be_answered_is_refused_in_one_sentence(started, monkeypatch
     assert code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details
     monkeypatch.undo()
     assert decode(port, tokens_request([2] * 10, POSITIONS - 10))[0][:1] and healthy(port)
+
+
+@pytest.mark.parametrize("data", [b"\xff\xff\xff", b"\x0a\x05ab", b"\x08\x01\x9a\x01\xff\xff\xff\xff\x0f", b"\x00",
+                                  b"\x12\x04\x0a\x02\xc3\x28", b"\x2b"])
+def test_what_is_no_message_is_an_invalid_argument(started, data):
+    """Broken lengths, tags and UTF-8; a message cut short. The server goes on."""
+    _, port = started()
+    with connect(port) as channel:
+        raw = {"request_serializer": bytes, "response_deserializer": bytes}
+        decoding = channel.unary_stream("/jetstream_proto.Orchestrator/Decode", **raw)(data, timeout=30)
+        assert decoding.code() == grpc.StatusCode.INVALID_ARGUMENT and "\n" not in decoding.details()
+        if data != b"\x12\x04\x0a\x02\xc3\x28":  # a field that the health check does not have, and so does not read
+            checking = channel.unary_unary("/jetstream_proto.Orchestrator/HealthCheck", **raw)
+            with pytest.raises(grpc.RpcError) as caught:
+                checking(data, timeout=30)
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert healthy(port)
+
+
+def test_a_text_too_long_to_fit_is_refused_before_it_is_encoded(started):
+    class Pairs(tokenizer.Characters):
+        longest = 2
+
+        def encode(self, text):
+            assert len(text) <= 2 * PROMPT
+            return super().encode(text[::2])
+
+    _, port = started(vocabulary=Pairs(VOCABULARY.alphabet))
+    code, details = refusal(port, text_request("a" * (2 * PROMPT + 1)))
+    assert (code, details) == (grpc.StatusCode.INVALID_ARGUMENT, (
+        f"the text has {2 * PROMPT + 1} characters; the {PROMPT} tokens that this server takes hold {2 * PROMPT} at most; "
+        "shorten it"))
+    assert decode(port, text_request("a" * 2 * PROMPT, 1))[0]
+
+
+def test_long_texts_hold_up_neither_health_nor_short_texts(started):
+    """They are encoded one at a time, beside the loop."""
+    going, held, most = threading.Event(), [], []
+
+    class Slow(tokenizer.Characters):
+        longest = serve.BODY
+
+        def encode(self, text):
+            if len(text) > serve.LONG_TEXT:
+                held.append(text)
+                most.append(len(held))
+                assert going.wait(60)
+                held.pop()
+            return super().encode(text)
+
+    _, port = started(vocabulary=Slow(VOCABULARY.alphabet))
+    with ThreadPoolExecutor(8) as pool:
+        long = [pool.submit(refusal, port, text_request("a" * (serve.LONG_TEXT + 1))) for _ in range(8)]
+        until(lambda: held)
+        assert healthy(port) and decode(port, text_request("a" * PROMPT, 1))[0]
+        assert not any(call.done() for call in long)
+        going.set()
+        for call in long:
+            assert call.result()[0] == grpc.StatusCode.INVALID_ARGUMENT and "tokens and this server takes" in call.result()[1]
+    assert most == [1] * 8
+
+
+@pytest.mark.parametrize("channels", [1, 20])
+def test_two_thousand_calls_at_once_are_served_or_refused_none_dropped(started, channels):
+    _, port = started(waiting=20)
+    with contextlib.ExitStack() as open_channels:
+        stubs = [jetstream_pb2_grpc.OrchestratorStub(open_channels.enter_context(connect(port))) for _ in range(channels)]
+        request, expected = tokens_request(make_prompts()[0]), greedy()[0]
+        calls = [stubs[i % channels].Decode(request, timeout=120) for i in range(2000)]
+        for call in calls:
+            with contextlib.suppress(grpc.RpcError):
+                assert received(call) == expected
+        assert {call.code() for call in calls} == {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
+    assert healthy(port)
 
 
 def test_text_is_refused_without_a_tokenizer(started):
@@ -192,6 +269,7 @@ def test_requests_after_stop_are_refused(started):
 @pytest.mark.parametrize("options, sentence", [
     ({"slots": 0}, "--slots is 0"), ({"waiting": -1}, "--queue is -1"),
     ({"steps": 0}, "--steps is 0"), ({"seed": -1}, "--seed is -1"), ({"seed": 2**32}, "--seed is 4294967296"),
+    ({"grace": -1}, "--grace is -1"), ({"grace": float("nan")}, "--grace is nan"), ({"grace": float("inf")}, "--grace is inf"),
     ({"port": 65536}, "--port is 65536"), ({}, "model folder .*absent does not exist; give a Hugging Face model folder"),
 ])
 def test_a_bad_option_is_refused_before_anything_is_read(tmp_path, options, sentence):
@@ -366,6 +444,18 @@ def test_an_address_that_cannot_be_had_is_said_in_one_sentence(started, loop, ca
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("host", ["\udcff", "a" * 300, "a..b"], ids=["bytes", "long", "empty label"])
+def test_what_is_no_host_name_is_said_in_one_sentence(host):
+    with pytest.raises((ValueError, OSError), match="is no host name; give one, or an address|cannot listen on"):
+        serve.listen(host, 0, 10)
+
+
+@pytest.mark.parametrize("prompt", ["\udcff", "a\ud800b"])
+def test_a_prompt_that_is_no_unicode_is_refused_by_its_number(folder, capsys, prompt):
+    assert cli.main(["generate", str(folder), "abc", prompt]) == 2
+    assert "dcmdp: prompt 2 of 2 is not valid Unicode text" in capsys.readouterr().err
+
+
 def test_importing_and_answering_leave_the_root_logger_alone():
     code = """
 import asyncio, logging, sys
@@ -398,7 +488,7 @@ SERVE = """
 import sys
 from dcmdp_jax.records import Sampling
 from dcmdp_jax.rollout import serve
-sys.exit(serve.run(sys.argv[1], port=0, slots=2, max_prompt=20, steps=1,
+sys.exit(serve.run(sys.argv[1], port=0, slots=2, max_prompt=20, steps=1, grace=float(sys.argv[2]),
                    sampling=Sampling(temperature=0.0)))
 """
 
@@ -411,26 +501,66 @@ def folder(tmp_path_factory):
     return folder
 
 
+@contextlib.contextmanager
+def served(folder, grace):
+    """The process and its port."""
+    with subprocess.Popen([sys.executable, "-c", SERVE, str(folder), str(grace)], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process, int(process.stdout.readline().rsplit(":", 1)[1])
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize("signals, status", [(1, 0), (2, 1)], ids=["drains", "a second signal cuts it short"])
 def test_sigterm(folder, signals, status):
     number, asked = long_prompts()[0], 480
-    with subprocess.Popen([sys.executable, "-c", SERVE, str(folder)], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            port = int(process.stdout.readline().rsplit(":", 1)[1])
-            with connect(port) as channel:
-                call = jetstream_pb2_grpc.OrchestratorStub(channel).Decode(
-                    tokens_request(make_prompts()[number], asked), timeout=120)
-                tokens = list(next(call).stream_content.samples[0].token_ids)
+    with served(folder, 600) as (process, port):
+        with connect(port) as channel:
+            call = jetstream_pb2_grpc.OrchestratorStub(channel).Decode(
+                tokens_request(make_prompts()[number], asked), timeout=120)
+            tokens = list(next(call).stream_content.samples[0].token_ids)
+            process.terminate()
+            assert "finishing the requests that were accepted, for 600 s at most" in process.stdout.readline()
+            assert refusal(port, tokens_request([2]))[0] == grpc.StatusCode.UNAVAILABLE
+            if signals == 1:
+                tokens += received(call)
+                assert tokens[:NEW] == greedy()[number] and (len(tokens) == asked or tokens[-1] == 1)
+            else:
                 process.terminate()
-                assert "finishing" in process.stdout.readline()
-                assert refusal(port, tokens_request([2]))[0] == grpc.StatusCode.UNAVAILABLE
-                if signals == 1:
-                    tokens += received(call)
-                    assert tokens[:NEW] == greedy()[number] and (len(tokens) == asked or tokens[-1] == 1)
-                else:
-                    process.terminate()
-                    with pytest.raises(grpc.RpcError):
-                        list(call)
-            assert process.wait(60) == status
+                with pytest.raises(grpc.RpcError):
+                    list(call)
+        assert process.wait(60) == status
+
+
+READS_NOTHING = """
+import json, sys, time
+import grpc
+from dcmdp_jax.rollout.jetstream import stand_ins
+with stand_ins():
+    from jetstream.core.proto import jetstream_pb2, jetstream_pb2_grpc
+channel = grpc.insecure_channel(sys.argv[1])
+content = jetstream_pb2.DecodeRequest.TokenContent(token_ids=json.loads(sys.argv[2]))
+request = jetstream_pb2.DecodeRequest(token_content=content, max_tokens=480)
+calls = [jetstream_pb2_grpc.OrchestratorStub(channel).Decode(request) for _ in range(40)]
+next(calls[0])
+print("reads", flush=True)
+time.sleep(60)
+"""
+
+
+def test_clients_that_do_not_read_are_waited_for_no_longer_than_the_grace(folder):
+    """Forty calls of a process that is stopped: its sockets stay open, and nobody reads them."""
+    prompt = make_prompts()[long_prompts()[0]]
+    with served(folder, 1) as (process, port):
+        client = subprocess.Popen([sys.executable, "-c", READS_NOTHING, f"127.0.0.1:{port}", str(prompt)],
+                                  stdout=subprocess.PIPE, text=True)
+        try:
+            assert client.stdout.readline() == "reads\n"
+            client.send_signal(signal.SIGSTOP)
+            process.terminate()
+            began = time.monotonic()
+            assert process.wait(60) == 1
+            assert 1 <= time.monotonic() - began < 1 + 3
         finally:
-            process.kill()
+            client.kill()
+            client.communicate()

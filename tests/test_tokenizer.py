@@ -4,6 +4,8 @@ import json
 import pathlib
 import shutil
 import sys
+import threading
+import time
 
 import pytest
 
@@ -177,6 +179,37 @@ def test_a_missing_library_names_the_extra(folder, monkeypatch):
         tokenizer.load(folder)
 
 
+def test_no_token_is_longer_than_the_longest(folder):
+    """WordLevel's `[stop]`, a SentencePiece piece and a character; what a bound on texts is reckoned with."""
+    write(folder, "generation_config.json", {"eos_token_id": 7})
+    assert tokenizer.load(folder).longest == len("[stop]")
+    assert tokenizer.Characters("ab").longest == 1
+
+
+@needs_qwen3
+def test_qwen3_longest_token_is_met_by_128_spaces(qwen3):
+    assert len(qwen3.encode(" " * qwen3.longest)) == 1 and len(qwen3.encode(" " * (qwen3.longest + 1))) == 2
+
+
+def test_encoding_a_long_text_lets_other_threads_run(folder):
+    write(folder, "generation_config.json", {"eos_token_id": 7})
+    found, ticks, done = tokenizer.load(folder), [], threading.Event()
+
+    def tick():
+        while not done.wait(0.001):
+            ticks.append(time.perf_counter())
+
+    watch = threading.Thread(target=tick)
+    watch.start()
+    began = time.perf_counter()
+    assert len(found.encode("a b " * 300_000)) == 600_000
+    ended = time.perf_counter()
+    done.set()
+    watch.join()
+    inside = [began, *(at for at in ticks if began < at < ended), ended]
+    assert max(b - a for a, b in zip(inside, inside[1:])) < 0.7 * (ended - began)
+
+
 def test_sentencepiece(tmp_path):
     sentencepiece = pytest.importorskip("sentencepiece")
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog 0123456789\n" * 20)
@@ -188,6 +221,7 @@ def test_sentencepiece(tmp_path):
     assert [pieces.id_to_piece(i) for i in ids] == pieces.encode("the lazy fox 42", out_type=str)
     assert found.decode([*ids, found.vocab_size]) == "the lazy fox 42"
     assert (found.vocab_size, found.eos_ids, found.pad_id) == (pieces.get_piece_size(), (2,), 3)
+    assert found.longest == max(len(pieces.id_to_piece(i)) for i in range(60) if i < pieces.get_piece_size())
     with pytest.raises(ValueError, match="no chat template"):
         found.chat([USER], enable_thinking=False)
 

@@ -49,6 +49,10 @@ def texts(folder: str, prompts: Sequence[str], *, tokenizer_path: str = "", prec
     A completion depends on the seed and its prompt's number, not on `start`. Raises ValueError on what cannot work, at
     the call; weights are read with the first chunk.
     """
+    for number, prompt in enumerate(prompts, start=1):
+        if any("\ud800" <= c <= "\udfff" for c in prompt):  # such as bytes that are no UTF-8
+            raise ValueError(f"prompt {number} of {len(prompts)} is not valid Unicode text; "
+                             "correct it")
     mesh, shape = sharding.single_device_mesh(), weights.read_config(folder)
     vocabulary = tokenizer.load(tokenizer_path or folder)
     tokenizer.check_vocabulary(vocabulary, shape.vocab_size)
@@ -90,7 +94,8 @@ def to_file(path: pathlib.Path, folder: str, prompts: Sequence[str], *, samples:
     size, total = CHUNK * samples, len(prompts) * samples
     made = json.loads(json.dumps({"model": str(folder), "samples": samples, **options}, default=dataclasses.asdict))
     # After the last newline stands nothing, or a line that was cut short.
-    lines = [_parsed(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = [_parsed(line) for line in text.split("\n")[:-1]]
     if lines and lines[0] != {"options": made}:
         raise ValueError(f"{path} was not written with these options and this model; give another --output, or those it was "
                          "started with")
@@ -116,5 +121,5 @@ def to_file(path: pathlib.Path, folder: str, prompts: Sequence[str], *, samples:
 def _parsed(line: str) -> object:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

@@ -3,8 +3,12 @@
 Any client of google-jetstream 0.2.2 can use it (`jetstream_pb2_grpc.OrchestratorStub`: `Decode`, a stream, and
 `HealthCheck`). A request holds token ids or text and gets the same back; `token_ids` end with the stop token, text does
 not show it. The message has no field for a temperature: sampling is the server's. The version of the weights that
-answered comes as trailing metadata, `dcmdp-version`. Refusals: INVALID_ARGUMENT for what cannot be answered,
-RESOURCE_EXHAUSTED where the queue is full, INTERNAL where the engine failed, UNAVAILABLE at shutdown.
+answered comes as trailing metadata, `dcmdp-version`. Refusals: INVALID_ARGUMENT for what cannot be
+answered or is no message, RESOURCE_EXHAUSTED where the queue is full, INTERNAL where the engine
+failed, UNAVAILABLE at shutdown.
+
+After SIGTERM the requests that were accepted have `grace` seconds to end, whether or not their
+clients read; what is left then is cut off and the process is gone.
 
 What JetStream 0.2.2 does that a server cannot live with is kept out here. Its `Driver` (threads that SIGKILL the
 process on any exception, `jax.tree_map`, an unbounded queue, slots that decode on for clients that left) is replaced by
@@ -22,11 +26,13 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError, Message
 
 from dcmdp_jax import sharding, sync, tokenizer
 from dcmdp_jax.config import Precision
@@ -49,14 +55,16 @@ def _root_logger_kept() -> Iterator[None]:
 
 with stand_ins(), _root_logger_kept():
     from jetstream.core import orchestrator
-    from jetstream.core.proto import jetstream_pb2_grpc
+    from jetstream.core.proto import jetstream_pb2
     from jetstream.core.utils.return_sample import ReturnSample
 orchestrator.logging = logging.getLogger("jetstream")  # logging.info, of the module, would configure the root logger
 
 BODY = 1 << 20  # bytes of a request
 SPARE_RPCS = 16  # beside those that decode or wait: health checks, and requests on their way to a refusal
-LAST_ROUND = 10.0  # seconds that a round may take once nobody waits for it
-DRAIN = 86400.0  # seconds; gRPC wants a number
+PENDING = 16384  # calls that gRPC keeps until they are looked at; it cancels further ones
+LONG_TEXT = 8192  # characters; longer ones are encoded one after another
+GRACE = 10.0  # seconds for accepted requests to end
+MOST_GRACE = 86400.0
 
 
 class Driver(driver.Driver):
@@ -128,6 +136,13 @@ class Orchestrator(orchestrator.LLMOrchestrator):
     def __init__(self, slots: Driver, vocabulary: tokenizer.Tokenizer | None, max_prompt: int):
         super().__init__(slots)
         self._engine, self._vocabulary, self._max_prompt = slots.engine, vocabulary, max_prompt
+        self._long_texts = ThreadPoolExecutor(1)
+
+    async def HealthCheck(self, request: Any, context: grpc.aio.ServicerContext | None = None):
+        if request is None:
+            await orchestrator._abort_or_raise(context, grpc.StatusCode.INVALID_ARGUMENT,
+                                               "the request is no HealthCheckRequest")
+        return await super().HealthCheck(request, context)
 
     async def Decode(self, request: Any, context: grpc.aio.ServicerContext | None = None):
         """Streams a completion; see `DecodeRequest` of jetstream_pb2."""
@@ -152,6 +167,8 @@ class Orchestrator(orchestrator.LLMOrchestrator):
 
     async def _checked(self, request: Any) -> Request:
         """Raises ValueError, with what to send instead, where the engine cannot answer."""
+        if request is None:
+            raise ValueError("the request is no DecodeRequest of google-jetstream 0.2.2; send one")
         if request.session_cache:
             raise ValueError("session_cache is not kept by this server; send the whole prompt")
         if request.max_tokens < 1:
@@ -163,11 +180,22 @@ class Orchestrator(orchestrator.LLMOrchestrator):
             tokens = list(request.token_content.token_ids)
         elif self._vocabulary is None:
             raise ValueError("this server has no tokenizer; send token_content")
-        else:  # beside the event loop: a mebibyte takes a while
-            tokens = await asyncio.to_thread(self._vocabulary.encode, request.text_content.text)
+        else:
+            tokens = await self._encoded(request.text_content.text)
             text = Text(self._vocabulary.decode, self._engine.stop_ids)
         self._check_prompt(tokens, request.max_tokens)
         return Request(tokens, request.max_tokens, text)
+
+    async def _encoded(self, text: str) -> list[int]:
+        """Token ids, made beside the event loop. Raises ValueError where a text is too long to be
+        worth the work: longer than as many of the longest tokens as a prompt may have."""
+        longest = self._max_prompt * self._vocabulary.longest
+        if len(text) > longest:
+            raise ValueError(f"the text has {len(text)} characters; the {self._max_prompt} tokens "
+                             f"that this server takes hold {longest} at most; shorten it")
+        pool = self._long_texts if len(text) > LONG_TEXT else None  # short ones do not wait
+        return await asyncio.get_running_loop().run_in_executor(
+            pool, self._vocabulary.encode, text)
 
     def _check_prompt(self, tokens: list[int], max_tokens: int) -> None:
         count, vocab_size, positions = len(tokens), self._engine.config.vocab_size, self._engine.max_length
@@ -182,6 +210,27 @@ class Orchestrator(orchestrator.LLMOrchestrator):
             raise ValueError(f"max_tokens is {max_tokens}; after {count} prompt tokens at most {positions - count} fit")
 
 
+def add(servicer: Orchestrator, server: grpc.aio.Server) -> None:
+    """Registers the service. The servicer is given None for what is no message of the right type:
+    gRPC itself would answer UNKNOWN."""
+    handlers = {
+        "Decode": grpc.unary_stream_rpc_method_handler(
+            servicer.Decode, partial(_parsed, jetstream_pb2.DecodeRequest),
+            jetstream_pb2.DecodeResponse.SerializeToString),
+        "HealthCheck": grpc.unary_unary_rpc_method_handler(
+            servicer.HealthCheck, partial(_parsed, jetstream_pb2.HealthCheckRequest),
+            jetstream_pb2.HealthCheckResponse.SerializeToString)}
+    service = jetstream_pb2.DESCRIPTOR.services_by_name["Orchestrator"].full_name
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+
+
+def _parsed(kind: type[Message], data: bytes) -> Message | None:
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        return None
+
+
 def listen(host: str, port: int, rpcs: int) -> tuple[grpc.aio.Server, int]:
     """A server that is bound, not started, and its port; port 0 takes a free one. Raises OSError on failure to bind."""
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -189,8 +238,12 @@ def listen(host: str, port: int, rpcs: int) -> tuple[grpc.aio.Server, int]:
         _try_to_bind(host, port)
     except OSError as error:
         raise OSError(f"cannot listen on {address} ({error.strerror}); choose another --port or --host") from None
+    except UnicodeError:
+        raise ValueError(f"--host {host!r:.100} is no host name; give one, or an address") from None
     server = grpc.aio.server(maximum_concurrent_rpcs=rpcs, options=[
         ("grpc.max_receive_message_length", BODY),
+        ("grpc.server.max_pending_requests", PENDING),
+        ("grpc.server.max_pending_requests_hard_limit", PENDING),
         ("grpc.so_reuseport", 0),  # or two servers share a port, and each gets some of the requests
         ("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)])  # a client's machine may vanish
     try:
@@ -216,9 +269,10 @@ def _try_to_bind(host: str, port: int) -> None:
 
 def run(model: str, *, tokenizer_path: str = "", tokens_only: bool = False, precision: Precision = Precision(),
         host: str = "127.0.0.1", port: int = 9000, slots: int = 8, waiting: int = 64, max_prompt: int | None = None,
-        max_length: int | None = None, steps: int = 8, sampling: Sampling = Sampling(), seed: int = 0) -> int:
-    """Serves a Hugging Face folder until SIGTERM or SIGINT and returns an exit status: 0 once all accepted requests
-    have ended, 1 where a second signal cut that short.
+        max_length: int | None = None, steps: int = 8, grace: float = GRACE,
+        sampling: Sampling = Sampling(), seed: int = 0) -> int:
+    """Serves a Hugging Face folder until SIGTERM or SIGINT and returns an exit status: 0 once all
+    accepted requests have ended, 1 where `grace` or a second signal cut some off.
 
     Args:
       tokens_only: needs no tokenizer; text is refused, and completions end with max_tokens alone.
@@ -229,6 +283,7 @@ def run(model: str, *, tokenizer_path: str = "", tokens_only: bool = False, prec
       max_length: tokens of prompt and completion together; memory is taken for all of it in every slot. None takes
         2,048, or as many as the model has positions.
       steps: tokens that are decoded, and then streamed, at a time.
+      grace: seconds after the signal for accepted requests to end.
       sampling, seed: how tokens of every request are drawn; request number n has the key (seed, n).
 
     Raises ValueError and OSError before weights are read.
@@ -237,6 +292,7 @@ def run(model: str, *, tokenizer_path: str = "", tokens_only: bool = False, prec
     _check_range("slots", slots, 1)
     _check_range("queue", waiting, 0)
     _check_range("steps", steps, 1)
+    _check_range("grace", grace, 0, MOST_GRACE)
     _check_range("seed", seed, 0, 2**32 - 1)
     shape = weights.read_config(model)
     max_prompt, max_length = _lengths(max_prompt, max_length, shape.max_position)
@@ -256,29 +312,32 @@ def run(model: str, *, tokenizer_path: str = "", tokens_only: bool = False, prec
     async def serve() -> int:
         server, bound = listen(host, port, slots + waiting + SPARE_RPCS)
         running = load()
-        jetstream_pb2_grpc.add_OrchestratorServicer_to_server(Orchestrator(running, vocabulary, max_prompt), server)
+        add(Orchestrator(running, vocabulary, max_prompt), server)
         await server.start()
         print(f"serving {model} on {host}:{bound}", flush=True)
-        status = await _until_stopped(server, running)
-        if not await asyncio.to_thread(running.stop, LAST_ROUND):  # beside the loop, which tells it who left
-            os._exit(status)  # a thread inside XLA aborts the interpreter's own exit
+        status = await _until_stopped(server, running, grace)
+        if status:
+            os._exit(status)  # a thread inside XLA holds up, or aborts, the interpreter's own exit
         return status
 
     return asyncio.run(serve())
 
 
-async def _until_stopped(server: grpc.aio.Server, running: Driver) -> int:
-    """Waits for a signal, then for the requests that were accepted; a second signal ends those too."""
+async def _until_stopped(server: grpc.aio.Server, running: Driver, grace: float) -> int:
+    """Waits for a signal, then `grace` seconds for the requests that were accepted; a second signal
+    ends those too. Returns an exit status."""
     asked, hurried = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, lambda: (hurried if asked.is_set() else asked).set())
     await asked.wait()
     running.close()
-    print("finishing the requests that were accepted; a second signal stops at once", flush=True)
-    drained, cut = asyncio.create_task(_drain(server, running)), asyncio.create_task(hurried.wait())
-    await asyncio.wait({drained, cut}, return_when=asyncio.FIRST_COMPLETED)
+    print(f"finishing the requests that were accepted, for {grace:g} s at most; a second signal "
+          "stops at once", flush=True)
+    drained = asyncio.create_task(_drain(server, running))
+    cut = asyncio.create_task(hurried.wait())
+    await asyncio.wait({drained, cut}, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
+    cut.cancel()
     if drained.done():
-        cut.cancel()
         return 0
     await server.stop(None)
     return 1
@@ -287,7 +346,7 @@ async def _until_stopped(server: grpc.aio.Server, running: Driver) -> int:
 async def _drain(server: grpc.aio.Server, running: Driver) -> None:
     """Ends the driver first: to new requests it answers UNAVAILABLE, where a gRPC server that stops may say CANCELLED."""
     await asyncio.to_thread(running.stop)
-    await server.stop(DRAIN)
+    await server.stop(MOST_GRACE)
 
 
 def _lengths(max_prompt: int | None, max_length: int | None, positions: int) -> tuple[int, int]:
@@ -303,6 +362,6 @@ def _lengths(max_prompt: int | None, max_length: int | None, positions: int) -> 
     return max_prompt, max_length
 
 
-def _check_range(name: str, value: int, least: int, most: int = 2**31 - 1) -> None:
+def _check_range(name: str, value: float, least: float, most: float = 2**31 - 1) -> None:
     if not least <= value <= most:
         raise ValueError(f"--{name} is {value}; it must lie in {least}..{most}")
