@@ -153,7 +153,7 @@ def _train(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
         raise ValueError("one of several processes is given --coordinator HOST:PORT, --processes N and --process I, or "
                          "--distributed alone")
     from dcmdp_jax import hosts, train
-    from dcmdp_jax.stopping import Interrupted
+    from dcmdp_jax.stopping import Failed, Interrupted
 
     if args.coordinator or args.distributed:
         hosts.start(args.coordinator, args.processes, args.process, args.wait)
@@ -167,6 +167,9 @@ def _train(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
         except Interrupted as stop:
             hosts.say(f"{stop}; go on with: dcmdp train {args.experiment} --workdir {workdir}")
             return 130
+        except Failed as error:
+            print(f"dcmdp: {error}", file=sys.stderr)
+            return 1
         hosts.say(f"finished; see {workdir / 'report.html'}")
         return 0
 
@@ -421,6 +424,7 @@ def _serve(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
 
 
 def _convert(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed, and the host has more memory than a device
     config, workdir = _experiment(args, rest)
     from dcmdp_jax.train import export
 

@@ -63,7 +63,8 @@ def forward(model: ModelConfig, tokens: float, context: float, scored: float) ->
 
 
 def update(model: ModelConfig, rows: int, length: int, config: Config, mesh: Any, one_pass: bool) -> Work:
-    """The whole constrained step: scoring (unless the update's own forward pass does it), forward, backward and optimizer."""
+    """The whole constrained step: scoring (unless the update's own forward pass does it; of stale rollouts twice), forward,
+    backward and optimizer."""
     algorithm = config.algorithm
     layers, attention, head = _batch(model, rows, length, config)
     again = 1 if model.remat else 0
@@ -72,7 +73,8 @@ def update(model: ModelConfig, rows: int, length: int, config: Config, mesh: Any
     one = Work(flops / mesh.size, 0, _exchange(model, rows * length, mesh, passes, gradients=True))
     moments = Work(0, 7 * 4 * parameters(model).total / (mesh.size / mesh.shape["data"]), 0)
     whole = one * (parts * algorithm.epochs) + moments * (algorithm.minibatches * algorithm.epochs)
-    return whole if one_pass else whole + scoring(model, rows, length, parts, config, mesh)
+    scored = (not one_pass) + (config.rollout.staleness > 0)  # stale rollouts: at the weights that train, too
+    return whole + scoring(model, rows, length, parts, config, mesh) * scored
 
 
 def scoring(model: ModelConfig, rows: int, length: int, parts: int, config: Config, mesh: Any) -> Work:
@@ -88,11 +90,13 @@ def prefill(model: ModelConfig, prompts: int, length: int, mesh: Any) -> Work:
 
 
 def decode(model: ModelConfig, rollout: RolloutConfig, slots: int, length: int, mesh: Any) -> Work:
-    """One dispatch: `tokens_per_dispatch` tokens in every slot, at the mean length of a longest completion."""
+    """One dispatch: `tokens_per_dispatch` tokens in every slot, at the mean length of a longest completion; of the experts those
+    are read that a slot chooses."""
     context = length - rollout.max_tokens / 2
     flops = sum(forward(model, slots, context, slots)) / mesh.size
     w, split = parameters(model), mesh.shape["tensor"]
-    touched = min(1.0, slots * model.experts_per_token / max(model.num_experts, 1))
+    chosen = (rollout.precision.experts_per_token or model.experts_per_token) / max(model.num_experts, 1)
+    touched = 1 - (1 - chosen) ** slots  # expected share of the experts, where all are chosen alike
     weights = (_held(rollout.precision.weights) * (w.layers + touched * w.experts / mesh.shape["expert"]) + _held(rollout.precision.head) * w.head) / split
     cached = BYTES[rollout.precision.cache or ("bfloat16" if model.bfloat16 else "float32")]
     position = 2 * model.num_layers * model.num_kv_heads * model.head_dim * cached / split

@@ -2,7 +2,8 @@
 
 `metrics.jsonl` holds one row per constrained step, in order: `step` (1..N), `reward` (mean over the batch),
 `delta_mean` and `multiplier` (lambda, as used in the step), `entropy` (nats per token), `seconds` (wall time of the
-step), `tokens` (sampled), further scalars of the step, and on steps with an evaluation `reward_eval_infer` (the
+step), `tokens` (sampled), `truncated` (share of completions that the length limit cut off), `skipped` (updates of the run
+so far that were left out), `saturated` (steps in a row with lambda at its bound and delta above the tolerance), further scalars of the step, and on steps with an evaluation `reward_eval_infer` (the
 engine's policy) and `reward_eval_train` (the trainer's).
 
 JSON has no NaN: a value that is not finite is `null`, and `non_finite` in the same row tells which it was
@@ -31,7 +32,7 @@ FILE, GAPS = "metrics.jsonl", "gaps.jsonl"
 SECONDS_BETWEEN_LINES = 10.0  # where stderr is no terminal, so that the logs of batch jobs stay short
 STATUS = (("reward", "reward {:.3f}"), ("reward_eval_infer", "held-out engine {:.3f}"),
           ("reward_eval_train", "trainer {:.3f}"), ("delta_mean", "delta {:.4f} (tolerance {tolerance:g})"),
-          ("multiplier", "lambda {:.4f}"), ("entropy", "entropy {:.3f}"))
+          ("multiplier", "lambda {:.4f}"), ("entropy", "entropy {:.3f}"), ("truncated", "cut off {:.0%}"))
 
 
 class Log:
@@ -53,6 +54,8 @@ class Log:
         self._file, self._gaps = open(workdir / FILE, "a", encoding="utf-8"), workdir / GAPS
         self._latest: dict[str, Any] = {}  # keeps the last evaluation on show between evaluations
         self._progress = Progress(config, first_step)
+        if first_step > 1:
+            self._progress.view.floor = next((floor(row) for _, row in _lines(workdir / FILE)), None)
 
     def settle(self, tolerance: float) -> None:
         """Shows delta beside this tolerance, where it was not known from the start."""
@@ -72,6 +75,8 @@ class Log:
         if self._wandb:
             self._wandb.log(values | {"step": step})
         self._latest |= values
+        if step == 1:
+            self._progress.view.floor = floor({"step": step, **values})
         self._progress.show(step, self._latest)
 
     def write_gaps(self, step: int, record: Mapping[str, Any]) -> None:
@@ -108,16 +113,27 @@ class Progress:
         if terminal.fits():
             self.view.show(step, values)
         elif step == self._total or time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
-            print(f"{self._name}: step {step}/{self._total}  {status(values, self.tolerance)}", file=sys.stderr, flush=True)
+            print(f"{self._name}: step {step}/{self._total}  {status(values, self.tolerance, self.view.floor)}", file=sys.stderr, flush=True)
             self._printed = time.monotonic()
 
 
-def status(values: Mapping[str, Any], tolerance: float) -> str:
-    """The quantities to watch, in one line: those of `STATUS` that are in `values`, and tokens per second."""
+def floor(row: Mapping[str, Any]) -> float | None:
+    """What the floor of delta at a run's starting weights is no less than, from the row of its first step; None from another.
+
+    The mean less three standard errors: the trainer scores at the weights that sampled, so that the gap is the engine's alone.
+    """
+    mean, spread, tokens = (row.get(name) for name in ("delta_mean", "prob_diff_std", "tokens"))
+    if row.get("step") != 1 or mean is None or spread is None or not tokens or not math.isfinite(mean):
+        return None
+    return mean - 3 * spread / math.sqrt(tokens)
+
+
+def status(values: Mapping[str, Any], tolerance: float, floor: float | None = None) -> str:
+    """The quantities to watch, in one line: those of `STATUS` in `values`, tokens per second, and what asks for attention."""
     parts = [form.format(values[key], tolerance=tolerance) for key, form in STATUS if key in values]
     if values.get("seconds", 0) > 0 and "tokens" in values:
         parts.append(f"{values['tokens'] / values['seconds']:,.0f} tokens/s")
-    return "  ".join(parts)
+    return "  ".join(parts + [f"warning: {alarm}" for alarm in terminal.warnings(values, tolerance, floor)])
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:

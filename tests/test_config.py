@@ -38,7 +38,7 @@ def test_overrides_are_typed_and_leave_the_rest(quickstart):
     ("algorithm.advantage", "grpo", "Functions are set in the experiment file"),
     ("steps", "0", "steps=0 must be at least 1"),
     ("rollout.top_p", "0", "rollout.top_p=0.0 must lie in (0, 1]"),
-    ("rollout.temperature", "0", "rollout.temperature=0.0 must be positive"),
+    ("rollout.temperature", "0", "rollout.temperature=0.0 must be at least 1e-06"),
     ("algorithm.minibatches", "3", "128 completions do not divide into"),
     ("algorithm.row_length", "10", "shorter than one prompt and completion"),
     ("constraint.multiplier_init", "2", "0 <= multiplier_init <= multiplier_max"),

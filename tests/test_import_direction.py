@@ -19,11 +19,10 @@ ORDER = [
     ["data", "rollout.sampling", "gaps", "charts", "intervals", "terminal"],
     ["rollout.decode"],
     ["rollout.jetstream", "rollout.generate", "step", "sync", "checkpoint", "metrics"],
-    ["rollout.complete", "rollout.driver", "rollout.replay", "evaluate", "eval_sets", "mismatch", "warmup", "plan",
-     "calibrate"],
+    ["rollout.complete", "rollout.driver", "rollout.replay", "evaluate", "eval_sets", "mismatch", "warmup", "calibrate"],
     ["report"],
     ["train", "bars", "comparison", "rollout.serve"],
-    ["parity", "study"],
+    ["parity", "study", "plan"],
     ["diagnose"],
     ["cli"],
 ]

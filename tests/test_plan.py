@@ -21,7 +21,7 @@ MOE = dataclasses.replace(MODEL, num_experts=8, experts_per_token=2, expert_size
 
 def configure(model=MODEL, **rollout):
     config = make_config(model, microbatches=2)
-    data = dataclasses.replace(config.data, max_prompt_tokens=64)
+    data = dataclasses.replace(config.data, max_prompt_tokens=64, path="problems.jsonl")
     rollout = dataclasses.replace(config.rollout, max_tokens=64, slots=4, devices=-1, **rollout)
     return dataclasses.replace(config, data=data, rollout=rollout)
 
