@@ -70,8 +70,8 @@ class ModelConfig:
         sizes = {name: (1, 2**24) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads",
                                                "head_dim", "max_position", "decoder_sparse_step")}
         least = 1 if self.num_experts else 0
-        sizes |= {"num_layers": (1, 1000), "num_experts": (0, 2**16), "expert_size": (least, 2**24),
-                  "rope_theta": (1, LARGEST_FLOAT), "rms_norm_eps": (0, 1)}
+        sizes |= {"num_layers": (1, 1000), "num_experts": (0, 2**16), "experts_per_token": (0, 2**16),
+                  "expert_size": (least, 2**24), "expert_parts": (0, 2**16), "rope_theta": (1, LARGEST_FLOAT), "rms_norm_eps": (0, 1)}
         for name, (low, high) in sizes.items():
             _check_number(f"model: {name}", getattr(self, name), low, high)
         if not self.rms_norm_eps > 0:
@@ -254,6 +254,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.prompts_per_step": (1, 2**20), "data.max_prompt_tokens": (1, 2**24),
     "rollout.samples": (1, 2**20), "rollout.max_tokens": (1, 2**24), "rollout.slots": (1, 2**16),
     "rollout.tokens_per_dispatch": (1, 2**12), "rollout.temperature": (1e-6, 1e6), "rollout.top_k": (0, LARGEST),
+    "rollout.precision.group": (-1, 2**24), "rollout.precision.experts_per_token": (0, 2**16),
     "rollout.staleness": (0, 16),  # each is a copy of the parameters
     "algorithm.minibatches": (1, 2**20), "algorithm.microbatches": (1, 2**20), "algorithm.epochs": (1, 2**20),
     "algorithm.row_length": (0, 2**24), "algorithm.learning_rate": (0, LARGEST_FLOAT),
