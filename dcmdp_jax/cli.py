@@ -322,8 +322,12 @@ def _sampling_options(parser: argparse.ArgumentParser, temperature: float = 1.0)
 
 
 def _sampling(args: argparse.Namespace):
-    if not args.temperature >= 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or not 0 <= args.min_p < 1:
-        raise ValueError("--temperature and --top-k must not be negative, --top-p lies in (0, 1] and --min-p in [0, 1)")
+    if not (args.temperature == 0 or 1e-6 <= args.temperature <= 1e6):
+        raise ValueError(f"--temperature {args.temperature:g} must be 0 or lie in 1e-6..1e6")
+    if not 0 <= args.top_k < 2**31 or not 0 < args.top_p <= 1 or not 0 <= args.min_p < 1:
+        raise ValueError("--top-k must not be negative (nor past 31 bits), --top-p lies in (0, 1] and --min-p in [0, 1)")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed {args.seed} must lie in 0..4294967295")
     from dcmdp_jax.records import Sampling
 
     return Sampling(args.temperature, args.top_k, args.top_p, args.min_p)

@@ -126,10 +126,10 @@ def supervised(task: Task, tokenizer: Tokenizer, batch_size: int, seed: int, ste
 def whole_logp(rollout: Rollout) -> np.ndarray:
     """The engine's log-probs under softmax(logits / temperature) over the whole vocabulary, as the trainer scores: [N, T].
 
-    Formula: rollout_logp + log kept; 0 past the length. Nothing changes where no support was cut.
+    Formula: rollout_logp + log kept. Nothing changes past the length, and where no support was cut.
     """
     mask = np.arange(rollout.tokens.shape[1]) < rollout.lengths[:, None]
-    return np.where(mask, rollout.rollout_logp + np.log(np.where(mask, rollout.kept, 1)), 0).astype(np.float32)
+    return rollout.rollout_logp + np.log(np.where(mask, rollout.kept, 1)).astype(np.float32)
 
 
 def pack(scored: Scored, *, minibatches: int, microbatches: int, row_length: int, row_divisor: int = 1, pad_id: int = 0,

@@ -71,8 +71,9 @@ def run(config: Config, workdir: pathlib.Path, inputs: Inputs) -> TrainState:
         collect = partial(_collect, config, inputs, engine, asked)
         policy = to_engine(*step.sampled_from(state))
         if not np.asarray(policy.finite):
-            raise stopping.Failed(f"{_weight_not_finite(state, inputs) or 'a weight'} is not finite before step {number + 1}; start from other "
-                                  "weights, or with a smaller warmup.learning_rate")
+            weight = _weight_not_finite(state, inputs) or "a weight"
+            raise stopping.Failed(f"{weight} is not finite before step {number + 1}; start from other weights, or with a smaller "
+                                  "warmup.learning_rate")
         if isinstance(config.constraint.tolerance, Calibrated):
             config = _calibrated(config, inputs, workdir, state, partial(collect, policy))
             log.settle(config.constraint.tolerance)
@@ -135,6 +136,7 @@ def _give_up(saved: checkpoint.Checkpoints, state: TrainState, position: Any, co
 
 
 def _coupled(config: Config) -> str:
+    """Why a step whose microbatches were not judged apart made no update."""
     return (f"algorithm.surrogate={config.algorithm.surrogate!r}, or constraint.shape, weighs microbatches against each other "
             "in this batch, which the trial before the run had not shown, so that their gradients cannot be added up; set "
             "algorithm.microbatches=1")
@@ -174,6 +176,8 @@ def _collect(config: Config, inputs: Inputs, engine: Engine, asked: Callable[[],
     """
     if config.steps <= number < calibrate.FIRST:
         return None
+    if not np.asarray(policy.finite):
+        raise stopping.Failed(f"step {number} left a weight that is not finite; start again with a smaller algorithm.learning_rate")
     vocabulary, engines = inputs.tokenizer, hosts.engines(config.rollout)
     first = hosts.part(config.data.prompts_per_step, engines).start * config.rollout.samples
     stops = asked

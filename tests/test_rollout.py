@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import parity, tokenizer
+from dcmdp_jax import parity, sharding, sync, tokenizer
+from dcmdp_jax.config import Precision
 from dcmdp_jax.models import qwen3, weights
 from dcmdp_jax.records import Sampling
 from dcmdp_jax.rollout import complete, jetstream
@@ -134,6 +135,26 @@ def test_a_file_of_prompts_goes_on_where_it_stopped(folder, tmp_path, monkeypatc
         complete.to_file(tmp_path / "absent" / "none.jsonl", str(folder), prompts, **options)
     with pytest.raises(ValueError, match="file of prompts .*absent does not exist"):
         complete.read_prompts(str(tmp_path / "absent"))
+
+
+def test_weights_that_are_not_finite_sample_nothing(folder, tmp_path, monkeypatch):
+    """Refused at the engine's door, and where a caller made them without `sync`; no file gets a NaN."""
+    good = make_weights(DENSE)
+    assert good.finite
+    damaged = good._replace(params=jax.tree.map(lambda w: w * np.nan, good.params))
+    for weights_, message in ((damaged._replace(finite=np.False_), "given weights that hold NaN"), (damaged, "log-prob is not finite")):
+        with pytest.raises(ValueError, match=message):
+            rollout(make_engine(DENSE), weights_, make_prompts(), samples=1, key=jax.random.key(1), max_tokens=T)
+    params, convert = make_params(DENSE), sync.make(DENSE, Precision(weights="int8"), sharding.single_device_mesh())
+    for leaf in jax.tree.leaves(params):
+        broken = jax.tree.map(lambda w, leaf=leaf: w.at[(0,) * w.ndim].set(np.inf) if w is leaf else w, params)
+        assert not convert(broken, 0).finite
+    assert convert(params, 0).finite
+    load = weights.load
+    monkeypatch.setattr(complete.weights, "load", lambda *args: (DENSE, jax.tree.map(lambda w: w * np.nan, load(*args)[1])))
+    with pytest.raises(ValueError, match="given weights that hold NaN"):
+        complete.to_file(tmp_path / "none.jsonl", str(folder), ["ABC"])
+    assert len((tmp_path / "none.jsonl").read_text().splitlines()) == 1, "the options alone"
 
 
 @pytest.mark.slow
