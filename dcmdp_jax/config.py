@@ -199,7 +199,8 @@ class ConstraintConfig:
     dual_lr: float = 1.0
     multiplier_init: float = 0.1
     multiplier_max: float = 1.0
-    penalty: Callable | None = None  # (logp, rollout_logp, mask, multiplier) -> [N, T], added to the loss; None: nothing
+    penalty: Callable | None = None  # (logp, rollout_logp, mask, multiplier) -> [N, T], reduced over the mask, rejected tokens
+    # too, and added to the loss; None: nothing
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ class Interrupted(Exception):
     """The run was asked to stop, and can go on from where it was."""
 
 
-class Failed(Exception):
+class Failed(ValueError):
     """The run cannot go on as it is; what it has is saved. The text is a sentence for people, the same on all processes."""
 
 
