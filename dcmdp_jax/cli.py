@@ -325,7 +325,8 @@ def _sampling(args: argparse.Namespace):
     if not (args.temperature == 0 or 1e-6 <= args.temperature <= 1e6):
         raise ValueError(f"--temperature {args.temperature:g} must be 0 or lie in 1e-6..1e6")
     if not 0 <= args.top_k < 2**31 or not 0 < args.top_p <= 1 or not 0 <= args.min_p < 1:
-        raise ValueError("--top-k must not be negative (nor past 31 bits), --top-p lies in (0, 1] and --min-p in [0, 1)")
+        raise ValueError("--top-k must not be negative (nor past 31 bits), --top-p lies in (0, 1] "
+                         "and --min-p in [0, 1)")
     if not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed {args.seed} must lie in 0..4294967295")
     from dcmdp_jax.records import Sampling
@@ -428,7 +429,7 @@ def _serve(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
 
 
 def _convert(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
-    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed, and the host has more memory than a device
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed; the host has most memory
     config, workdir = _experiment(args, rest)
     from dcmdp_jax.train import export
 

@@ -67,15 +67,17 @@ class ModelConfig:
         return self.num_experts > 0 and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
 
     def __post_init__(self):
-        sizes = {name: (1, 2**24) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads",
-                                               "head_dim", "max_position", "decoder_sparse_step")}
-        least = 1 if self.num_experts else 0
-        sizes |= {"num_layers": (1, 1000), "num_experts": (0, 2**16), "experts_per_token": (0, 2**16),
-                  "expert_size": (least, 2**24), "expert_parts": (0, 2**16), "rope_theta": (1, LARGEST_FLOAT), "rms_norm_eps": (0, 1)}
+        sizes = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_heads",
+                               "num_kv_heads", "head_dim", "max_position", "decoder_sparse_step"),
+                              (1, 2**24))
+        sizes |= dict.fromkeys(("num_experts", "experts_per_token", "expert_parts"), (0, 2**16))
+        sizes |= {"expert_size": (1 if self.num_experts else 0, 2**24), "num_layers": (1, 1000),
+                  "rope_theta": (1, LARGEST_FLOAT), "rms_norm_eps": (0, 1)}
         for name, (low, high) in sizes.items():
             _check_number(f"model: {name}", getattr(self, name), low, high)
         if not self.rms_norm_eps > 0:
-            raise ValueError("model: rms_norm_eps=0 divides a vector of zeros by zero; set a small number such as 1e-6")
+            raise ValueError("model: rms_norm_eps=0 divides a vector of zeros by zero; set a small "
+                             "number such as 1e-6")
         if self.head_dim % 2:
             raise ValueError(f"model: head_dim={self.head_dim} must be even, for RoPE turns pairs")
         if self.num_heads % self.num_kv_heads:
@@ -177,7 +179,7 @@ class AlgorithmConfig:
     beta2: float = 0.95
     weight_decay: float = 0.0
     grad_clip: float = 1.0  # greatest norm of the gradient; 0: no bound
-    max_skipped: int = 3  # steps in a row whose every update was left out, after which the run stops; 0: it goes on
+    max_skipped: int = 3  # steps in a row without an update, after which the run stops; 0: none
     offload: bool = False  # the optimizer's moments lie in the host's memory between updates
 
 
@@ -199,8 +201,9 @@ class ConstraintConfig:
     dual_lr: float = 1.0
     multiplier_init: float = 0.1
     multiplier_max: float = 1.0
-    penalty: Callable | None = None  # (logp, rollout_logp, mask, multiplier) -> [N, T], reduced over the mask, rejected tokens
-    # too, and added to the loss; None: nothing
+    # (logp, rollout_logp, mask, multiplier) -> [N, T], reduced over the mask, rejected tokens too, and
+    # added to the loss; None: nothing
+    penalty: Callable | None = None
 
 
 @dataclass(frozen=True)
@@ -248,20 +251,24 @@ class Config:
         _validate(self)
 
 
-# Least and greatest value of a number; one that is not here has a rule of its own below, in the model, or in the task.
+# Least and greatest value of a number; one that is not here has a rule of its own in `_validate`,
+# in the model, or in the task.
 RANGES: dict[str, tuple[float, float]] = {
     "steps": (1, 2**30 - 1),  # later numbers are those of the batches that calibrate
     "seed": (0, 2**32 - 1),
     "data.prompts_per_step": (1, 2**20), "data.max_prompt_tokens": (1, 2**24),
     "rollout.samples": (1, 2**20), "rollout.max_tokens": (1, 2**24), "rollout.slots": (1, 2**16),
-    "rollout.tokens_per_dispatch": (1, 2**12), "rollout.temperature": (1e-6, 1e6), "rollout.top_k": (0, LARGEST),
+    "rollout.tokens_per_dispatch": (1, 2**12), "rollout.temperature": (1e-6, 1e6),
+    "rollout.top_k": (0, LARGEST),
     "rollout.precision.group": (-1, 2**24), "rollout.precision.experts_per_token": (0, 2**16),
     "rollout.staleness": (0, 16),  # each is a copy of the parameters
-    "algorithm.minibatches": (1, 2**20), "algorithm.microbatches": (1, 2**20), "algorithm.epochs": (1, 2**20),
+    "algorithm.minibatches": (1, 2**20), "algorithm.microbatches": (1, 2**20),
+    "algorithm.epochs": (1, 2**20),
     "algorithm.row_length": (0, 2**24), "algorithm.learning_rate": (0, LARGEST_FLOAT),
     "algorithm.lr_warmup_steps": (0, 2**30), "algorithm.weight_decay": (0, LARGEST_FLOAT),
     "algorithm.grad_clip": (0, LARGEST_FLOAT), "algorithm.max_skipped": (0, LARGEST),
-    "warmup.steps": (0, 2**30), "warmup.batch_size": (1, 2**20), "warmup.learning_rate": (0, LARGEST_FLOAT),
+    "warmup.steps": (0, 2**30), "warmup.batch_size": (1, 2**20),
+    "warmup.learning_rate": (0, LARGEST_FLOAT),
     "eval.every": (0, 2**30), "eval.temperature": (1e-6, 1e6),
     "checkpoint.every": (0, 2**30), "checkpoint.keep": (1, 2**20),
     **{f"{mesh}.{axis}": (0 if axis == "fsdp" else 1, 2**20) for mesh in ("mesh", "rollout.mesh")
@@ -273,7 +280,8 @@ def _check_number(name: str, value: Any, low: float, high: float) -> None:
     if not isinstance(value, numbers.Real):
         raise ValueError(f"{name}={value!r} must be a number")
     if value < low:
-        raise ValueError(f"{name}={value} must {'not be negative' if low == 0 else f'be at least {low:g}'}")
+        bound = "not be negative" if low == 0 else f"be at least {low:g}"
+        raise ValueError(f"{name}={value} must {bound}")
     if not value <= high:
         raise ValueError(f"{name}={value} must be at most {high:g}")
 

@@ -67,7 +67,10 @@ def _detected(limit: float) -> tuple[str, int, int]:
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """What fails inside on this process ends all; what all processes raise alike (`Refused`, `Interrupted`, `Failed`) passes."""
+    """What fails inside on this process ends all.
+
+    What all processes raise alike (`Refused`, `Interrupted`, `Failed`) passes.
+    """
     try:
         yield
     except (Refused, Interrupted, Failed):

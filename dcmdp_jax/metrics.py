@@ -2,8 +2,9 @@
 
 `metrics.jsonl` holds one row per constrained step, in order: `step` (1..N), `reward` (mean over the batch),
 `delta_mean` and `multiplier` (lambda, as used in the step), `entropy` (nats per token), `seconds` (wall time of the
-step), `tokens` (sampled), `truncated` (share of completions that the length limit cut off), `skipped` (updates of the run
-so far that were left out), `saturated` (steps in a row with lambda at its bound and delta above the tolerance), further scalars of the step, and on steps with an evaluation `reward_eval_infer` (the
+step), `tokens` (sampled), `truncated` (share of completions that the length limit cut off), `skipped`
+(updates of the run so far that were left out), `saturated` (steps in a row with lambda at its bound and
+delta above the tolerance), further scalars of the step, and on steps with an evaluation `reward_eval_infer` (the
 engine's policy) and `reward_eval_train` (the trainer's).
 
 JSON has no NaN: a value that is not finite is `null`, and `non_finite` in the same row tells which it was
@@ -32,7 +33,8 @@ FILE, GAPS = "metrics.jsonl", "gaps.jsonl"
 SECONDS_BETWEEN_LINES = 10.0  # where stderr is no terminal, so that the logs of batch jobs stay short
 STATUS = (("reward", "reward {:.3f}"), ("reward_eval_infer", "held-out engine {:.3f}"),
           ("reward_eval_train", "trainer {:.3f}"), ("delta_mean", "delta {:.4f} (tolerance {tolerance:g})"),
-          ("multiplier", "lambda {:.4f}"), ("entropy", "entropy {:.3f}"), ("truncated", "cut off {:.0%}"))
+          ("multiplier", "lambda {:.4f}"), ("entropy", "entropy {:.3f}"),
+          ("truncated", "cut off {:.0%}"))
 
 
 class Log:
@@ -55,7 +57,8 @@ class Log:
         self._latest: dict[str, Any] = {}  # keeps the last evaluation on show between evaluations
         self._progress = Progress(config, first_step)
         if first_step > 1:
-            self._progress.view.floor = next((floor(row) for _, row in _lines(workdir / FILE)), None)
+            rows = [row for _, row in _lines(workdir / FILE)]
+            self._progress.view.floor = floor(rows[0]) if rows else None
 
     def settle(self, tolerance: float) -> None:
         """Shows delta beside this tolerance, where it was not known from the start."""
@@ -113,27 +116,29 @@ class Progress:
         if terminal.fits():
             self.view.show(step, values)
         elif step == self._total or time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
-            print(f"{self._name}: step {step}/{self._total}  {status(values, self.tolerance, self.view.floor)}", file=sys.stderr, flush=True)
+            said = status(values, self.tolerance, self.view.floor)
+            print(f"{self._name}: step {step}/{self._total}  {said}", file=sys.stderr, flush=True)
             self._printed = time.monotonic()
 
 
 def floor(row: Mapping[str, Any]) -> float | None:
-    """What the floor of delta at a run's starting weights is no less than, from the row of its first step; None from another.
+    """What the floor of delta at a run's starting weights is no less than, or None where it is not known.
 
-    The mean less three standard errors: the trainer scores at the weights that sampled, so that the gap is the engine's alone.
+    From the row of the first step, the mean less three standard errors: the trainer scores at the weights
+    that sampled, so that the gap is the engine's alone.
     """
     mean, spread, tokens = (row.get(name) for name in ("delta_mean", "prob_diff_std", "tokens"))
-    if row.get("step") != 1 or mean is None or spread is None or not tokens or not math.isfinite(mean):
-        return None
-    return mean - 3 * spread / math.sqrt(tokens)
+    known = mean is not None and spread is not None and tokens and math.isfinite(mean)
+    return mean - 3 * spread / math.sqrt(tokens) if known and row.get("step") == 1 else None
 
 
 def status(values: Mapping[str, Any], tolerance: float, floor: float | None = None) -> str:
-    """The quantities to watch, in one line: those of `STATUS` in `values`, tokens per second, and what asks for attention."""
+    """The quantities to watch, in one line: those of `STATUS` in `values`, speed, and warnings."""
     parts = [form.format(values[key], tolerance=tolerance) for key, form in STATUS if key in values]
     if values.get("seconds", 0) > 0 and "tokens" in values:
         parts.append(f"{values['tokens'] / values['seconds']:,.0f} tokens/s")
-    return "  ".join(parts + [f"warning: {alarm}" for alarm in terminal.warnings(values, tolerance, floor)])
+    parts += [f"warning: {alarm}" for alarm in terminal.warnings(values, tolerance, floor)]
+    return "  ".join(parts)
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:

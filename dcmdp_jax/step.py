@@ -67,10 +67,12 @@ def batch_shardings(config: Config, mesh: jax.sharding.Mesh) -> Batch:
 def check(config: Config) -> None:
     """Raises ValueError on a surrogate that other weights than those that sampled break."""
     surrogate = config.algorithm.surrogate
-    if isinstance(surrogate, corrections.Bypass) and surrogate.denominator is corrections.surviving and not _is_single(config):
-        raise ValueError("bypass with the surviving denominator counts the tokens that survive at the weights that sampled, and "
-                         "judges them anew at those that train; set algorithm.epochs=1, algorithm.minibatches=1 and "
-                         "rollout.staleness=0, or take corrections.original")
+    counted = isinstance(surrogate, corrections.Bypass) and surrogate.denominator is corrections.surviving
+    if counted and not _is_single(config):
+        raise ValueError("bypass with the surviving denominator counts the tokens that survive at the "
+                         "weights that sampled, and judges them anew at those that train; set "
+                         "algorithm.epochs=1, algorithm.minibatches=1 and rollout.staleness=0, or take "
+                         "corrections.original")
 
 
 def compile(config: Config, model: ModelConfig,
@@ -128,8 +130,8 @@ def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: 
     A'_t = A_t - lambda delta_t with the current lambda, delta from the trainer's own log-probs at the weights that sampled,
     or whatever `constraint.shape` and `constraint.penalty` make of them; then lambda <- dual(lambda, mean delta) over all
     completion tokens, before any rejection. Updates whose loss or gradient is not finite are left out and counted.
-    `one_pass` is what `in_one_pass` says. Where it is wrong about a batch, the metric "apart" is False and the state stays as
-    it was.
+    `one_pass` is what `in_one_pass` says. Where it is wrong about a batch, the metric "apart" is False
+    and the state stays as it was.
     """
     algorithm, dual, multiplier = config.algorithm, config.constraint, state.dual.multiplier
     advantage = _advantage(batch, config)
@@ -140,13 +142,15 @@ def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: 
         finite = jnp.isfinite(norm) & jnp.isfinite(loss) & apart
         opt_state = _moved(opt_state, jax.memory.Space.Device, algorithm)
         params, opt_state = optimizers.of(algorithm).update(grads, norm, finite, params, opt_state)
-        return (params, _moved(opt_state, jax.memory.Space.Host, algorithm), skipped + (apart & ~finite)), (loss, norm)
+        opt_state = _moved(opt_state, jax.memory.Space.Host, algorithm)
+        return (params, opt_state, skipped + (apart & ~finite)), (loss, norm)
 
     carry, apart = (state.params, state.opt_state, state.skipped), jnp.bool_(True)
     if _is_single(config):
         known = None if one_pass else score(state.params, batch, config, model)[0]
         slope = partial(_slope, batch=batch, advantage=advantage, multiplier=multiplier, config=config)
-        loss, grads, old_logp, entropy, apart = _single(state.params, batch, known, slope, config, model)
+        loss, grads, old_logp, entropy, apart = _single(state.params, batch, known, slope, config,
+                                                        model)
         shaped = _shaped(old_logp, batch, advantage, multiplier, config)
         (params, opt_state, skipped), (loss, norm) = update(carry, loss, grads)
     else:
@@ -161,12 +165,13 @@ def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: 
 
         (params, opt_state, skipped), (loss, norm) = jax.lax.scan(epoch, carry, None, length=algorithm.epochs)
     total, count = constraint.measure(_flat(old_logp), _flat(batch.rollout_logp), _flat(batch.mask))
-    new_dual = controller(config).update(state.dual, total, jnp.where(apart, count, 0), dual.tolerance)
+    seen = jnp.where(apart, count, 0)
+    new_dual = controller(config).update(state.dual, total, seen, dual.tolerance)
     metrics = _metrics(batch, advantage, old_logp, shaped, entropy) | {
         "loss": jnp.mean(loss), "grad_norm": jnp.mean(norm),
         "delta_mean": jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan),
-        "multiplier": state.dual.multiplier, "multiplier_next": new_dual.multiplier, "saturated": new_dual.saturated,
-        "skipped": skipped, "apart": apart,
+        "multiplier": state.dual.multiplier, "multiplier_next": new_dual.multiplier,
+        "saturated": new_dual.saturated, "skipped": skipped, "apart": apart,
         "logp_finite": jnp.all(jnp.isfinite(old_logp) | ~batch.mask),
         "gaps": gaps.measure(_flat(old_logp), _flat(batch.rollout_logp), _flat(batch.completions), _flat(batch.mask),
                              batch.reward.reshape(-1))}
@@ -215,9 +220,10 @@ def _slope(old_logp: jax.Array, batch: Batch, advantage: jax.Array, multiplier: 
     def loss_of(logp):
         loss, denominator = config.algorithm.surrogate(_flat(logp), *map(_flat, (old_logp, batch.rollout_logp, shaped, batch.mask)))
         loss = config.algorithm.reduce(loss, denominator)
-        if config.constraint.penalty:  # of all tokens, as the dual's measurement: the rejected ones are the worst
-            penalty = config.constraint.penalty(_flat(logp), _flat(batch.rollout_logp), _flat(batch.mask), multiplier)
-            loss += config.algorithm.reduce(penalty, _flat(batch.mask))
+        if config.constraint.penalty:  # of all tokens, as the dual measures: rejected ones are the worst
+            mask = _flat(batch.mask)
+            penalty = config.constraint.penalty(_flat(logp), _flat(batch.rollout_logp), mask, multiplier)
+            loss += config.algorithm.reduce(penalty, mask)
         return loss
 
     return jax.value_and_grad(loss_of)(old_logp)
@@ -227,9 +233,10 @@ def _single(params: Any, batch: Batch, known: jax.Array | None, slope: Slope, co
             model: ModelConfig) -> tuple[jax.Array, Any, jax.Array, jax.Array, jax.Array]:
     """Loss, its gradient, the old log-probs and entropies, by a forward and a backward pass over each microbatch.
 
-    `known` are the old log-probs [1, A, n, T], where the loss weighs microbatches against each other. Elsewhere it is None: each
-    is judged beside the sampler's log-probs of the others. The last result is whether that was right: False where more than a
-    thousandth of the slopes turns out to have hung on those.
+    `known` are the old log-probs [1, A, n, T], where the loss weighs microbatches against each other.
+    Elsewhere it is None: each is judged beside the sampler's log-probs of the others. The last result is
+    whether that was right: False where more than a thousandth of the slopes turns out to have hung on
+    those.
     """
     judged_apart = jnp.bool_(True)
     if known is not None:
@@ -256,9 +263,9 @@ def _single(params: Any, batch: Batch, known: jax.Array | None, slope: Slope, co
     if known is None:
         loss, whole = slope(logp)
         difference, size = jnp.sum(jnp.abs(whole - apart)), jnp.sum(jnp.abs(whole))
-        known, shown = logp, jnp.isfinite(size)  # slopes that are not finite show nothing, and make no update
-        judged_apart = (difference <= 1e-3 * size) | ~shown
-        loss = jnp.where(shown, loss, jnp.nan)
+        known, shown = logp, jnp.isfinite(size)
+        judged_apart = (difference <= 1e-3 * size) | ~shown  # slopes that are not finite show nothing,
+        loss = jnp.where(shown, loss, jnp.nan)  # and make no update
     return loss, grads, known, entropy, judged_apart
 
 
@@ -280,7 +287,8 @@ def _gradients(params: Any, minibatch: tuple, multiplier: jax.Array, config: Con
     _, denominator = surrogate(_flat(old_logp), _flat(old_logp), _flat(batch.rollout_logp), _flat(shaped), _flat(batch.mask))
 
     def weight_of(mask):
-        return jax.grad(lambda x: config.algorithm.reduce(x, mask))(jnp.zeros_like(_flat(shaped))).reshape(shaped.shape)
+        zero = jnp.zeros_like(_flat(shaped))
+        return jax.grad(lambda x: config.algorithm.reduce(x, mask))(zero).reshape(shaped.shape)
 
     weight, of_all = weight_of(denominator), weight_of(_flat(batch.mask))
 

@@ -56,10 +56,10 @@ class View:
             lines.append(_row("reward", _number(values["reward"]), sparkline(self._rewards, curve),
                               f"held-out {held_out}" if held_out and curve >= 6 else ""))
         if "delta_mean" in values:
-            place = f"{'within' if values['delta_mean'] <= self.tolerance else 'ABOVE'} {self.tolerance:g}"
-            measured = math.isfinite(values["delta_mean"])
-            lines.append(_row("delta", f"{values['delta_mean']:.4g}", sparkline(self._deltas, curve),
-                              place if measured else "NOT MEASURED"))
+            delta = values["delta_mean"]
+            place = f"{'within' if delta <= self.tolerance else 'ABOVE'} {self.tolerance:g}"
+            place = place if math.isfinite(delta) else "NOT MEASURED"
+            lines.append(_row("delta", f"{delta:.4g}", sparkline(self._deltas, curve), place))
         rest = []
         if "multiplier" in values:
             bound = self._bound if self._bound is not None else math.inf
@@ -70,19 +70,20 @@ class View:
         if "truncated" in values:
             rest.append(f"cut off {values['truncated']:.0%}")
         narrow = [f"held-out {held_out}"] if held_out and curve < 6 else []
-        alarms = warnings(values, self.tolerance, self.floor)
-        return lines + narrow + (["  ".join(rest)] if rest else []) + [f"warning  {alarm}" for alarm in alarms]
+        alarms = [f"warning  {alarm}" for alarm in warnings(values, self.tolerance, self.floor)]
+        return lines + narrow + (["  ".join(rest)] if rest else []) + alarms
 
 
 def warnings(values: Mapping[str, Any], tolerance: float, floor: float | None) -> list[str]:
-    """What of a step's values asks for attention; `floor` is the run's, where it is known (`metrics.floor`)."""
+    """What of a step's values asks for attention; `floor` as `metrics.floor` gives it."""
     said = []
     if skipped := values.get("skipped", 0):
         said.append(f"{skipped} updates skipped, whose loss or gradient was not finite")
     if saturated := values.get("saturated", 0):
         said.append(f"lambda at its bound and delta above the tolerance, {saturated} steps in a row")
     if floor is not None and tolerance < floor:
-        said.append(f"the tolerance {tolerance:g} is under the floor {floor:.2g}, delta of the weights that the run began with")
+        said.append(f"the tolerance {tolerance:g} is under the floor {floor:.2g}, delta of the weights that "
+                    "the run began with")
     if values.get("truncated") == 1:
         said.append("all completions cut off at rollout.max_tokens")
     return said
@@ -114,7 +115,8 @@ def _colored(line: str) -> str:
     """What asks for attention in colour, unless NO_COLOR is set (https://no-color.org)."""
     if os.environ.get("NO_COLOR"):
         return line
-    for word, code in (("ABOVE", "31"), ("NOT MEASURED", "31"), ("(at its bound)", "33"), ("warning", "33"), ("within", "32")):
+    for word, code in (("ABOVE", "31"), ("NOT MEASURED", "31"), ("(at its bound)", "33"),
+                       ("warning", "33"), ("within", "32")):
         line = line.replace(word, f"\x1b[{code}m{word}\x1b[0m")
     return line
 

@@ -40,7 +40,8 @@ def train(config: Config, workdir: pathlib.Path) -> TrainState:
     """Runs or resumes the experiment in `workdir`; returns the final state.
 
     Raises ValueError on input that cannot work, before compilation. On SIGINT or SIGTERM it saves at the next safe point and
-    raises `stopping.Interrupted`; the same call resumes. Raises `stopping.Failed` where going on would teach nothing.
+    raises `stopping.Interrupted`; the same call resumes. Raises `stopping.Failed` where going on would
+    teach nothing.
     """
     return run(config, workdir, prepare(config, workdir))
 
@@ -72,8 +73,8 @@ def run(config: Config, workdir: pathlib.Path, inputs: Inputs) -> TrainState:
         policy = to_engine(*step.sampled_from(state))
         if not np.asarray(policy.finite):
             weight = _weight_not_finite(state, inputs) or "a weight"
-            raise stopping.Failed(f"{weight} is not finite before step {number + 1}; start from other weights, or with a smaller "
-                                  "warmup.learning_rate")
+            raise stopping.Failed(f"{weight} is not finite before step {number + 1}; start from other "
+                                  "weights, or with a smaller warmup.learning_rate")
         if isinstance(config.constraint.tolerance, Calibrated):
             config = _calibrated(config, inputs, workdir, state, partial(collect, policy))
             log.settle(config.constraint.tolerance)
@@ -82,6 +83,7 @@ def run(config: Config, workdir: pathlib.Path, inputs: Inputs) -> TrainState:
         if number < config.steps:
             hosts.say("compiling with the first step")
         started, ahead = time.perf_counter(), config.rollout.staleness > 0
+        updates = config.algorithm.epochs * config.algorithm.minibatches
         skipped, idle = int(state.skipped), 0  # idle: steps in a row that made no update
         collected = collect(policy, number)
         while collected:
@@ -103,12 +105,13 @@ def run(config: Config, workdir: pathlib.Path, inputs: Inputs) -> TrainState:
             if inputs.held_out and due:
                 values |= held_out(policy, state)
             log.write(number, values)
-            idle = idle + 1 if values["skipped"] - skipped == config.algorithm.epochs * config.algorithm.minibatches else 0
+            idle = idle + 1 if values["skipped"] - skipped == updates else 0
             skipped = values["skipped"]
             if idle and idle == config.algorithm.max_skipped:
                 what = _first_not_finite(state, values, logp_finite, inputs)
-                _give_up(saved, state, position, config, workdir, f"{what} is not finite, and the last {idle} steps made no "
-                         "update (algorithm.max_skipped allows that many); look for what overflows, or lower "
+                _give_up(saved, state, position, config, workdir,
+                         f"{what} is not finite, and the last {idle} steps made no update "
+                         "(algorithm.max_skipped allows that many); look for what overflows, or lower "
                          "algorithm.learning_rate")
             if _is_due(number, config.checkpoint.every, config.steps):
                 saved.save(state, position, config.seed)
@@ -127,22 +130,24 @@ def _any(questions: tuple[Callable[[], bool], ...]) -> bool:
     return any(question() for question in questions)
 
 
-def _give_up(saved: checkpoint.Checkpoints, state: TrainState, position: Any, config: Config, workdir: pathlib.Path,
-             reason: str) -> None:
+def _give_up(saved: checkpoint.Checkpoints, state: TrainState, position: Any, config: Config,
+             workdir: pathlib.Path, reason: str) -> None:
     """Saves, and raises `stopping.Failed` with the reason."""
     saved.save(state, position, config.seed)
     saved.close()
-    raise stopping.Failed(f"{reason}. Everything up to step {int(state.step)} is saved in {workdir}")
+    number = int(state.step)
+    raise stopping.Failed(f"{reason}. Everything up to step {number} is saved in {workdir}")
 
 
 def _coupled(config: Config) -> str:
     """Why a step whose microbatches were not judged apart made no update."""
-    return (f"algorithm.surrogate={config.algorithm.surrogate!r}, or constraint.shape, weighs microbatches against each other "
-            "in this batch, which the trial before the run had not shown, so that their gradients cannot be added up; set "
-            "algorithm.microbatches=1")
+    return (f"algorithm.surrogate={config.algorithm.surrogate!r}, or constraint.shape, weighs "
+            "microbatches against each other in this batch, which the trial before the run had not shown, "
+            "so that their gradients cannot be added up; set algorithm.microbatches=1")
 
 
-def _first_not_finite(state: TrainState, values: dict[str, Any], logp_finite: bool, inputs: Inputs) -> str:
+def _first_not_finite(state: TrainState, values: dict[str, Any], logp_finite: bool,
+                      inputs: Inputs) -> str:
     """The first thing on the way of a step that is not finite."""
     if weight := _weight_not_finite(state, inputs):
         return weight
@@ -153,8 +158,9 @@ def _first_not_finite(state: TrainState, values: dict[str, Any], logp_finite: bo
 
 def _weight_not_finite(state: TrainState, inputs: Inputs) -> str:
     """The first parameter that holds NaN or an infinite number, in words; empty where none does."""
-    all_finite = jax.jit(partial(jax.tree.map, lambda w: jnp.all(jnp.isfinite(w))), out_shardings=sharding.replicated(inputs.mesh))
-    for path, finite in jax.tree_util.tree_leaves_with_path(all_finite(state.params)):
+    each = partial(jax.tree.map, lambda w: jnp.all(jnp.isfinite(w)))
+    finite = jax.jit(each, out_shardings=sharding.replicated(inputs.mesh))(state.params)
+    for path, finite in jax.tree_util.tree_leaves_with_path(finite):
         if not finite:
             return f"the weight {jax.tree_util.keystr(path, simple=True, separator='.')}"
     return ""
@@ -177,7 +183,8 @@ def _collect(config: Config, inputs: Inputs, engine: Engine, asked: Callable[[],
     if config.steps <= number < calibrate.FIRST:
         return None
     if not np.asarray(policy.finite):
-        raise stopping.Failed(f"step {number} left a weight that is not finite; start again with a smaller algorithm.learning_rate")
+        raise stopping.Failed(f"step {number} left a weight that is not finite; start again with a "
+                              "smaller algorithm.learning_rate")
     vocabulary, engines = inputs.tokenizer, hosts.engines(config.rollout)
     first = hosts.part(config.data.prompts_per_step, engines).start * config.rollout.samples
     stops = asked
@@ -199,8 +206,8 @@ def _collect(config: Config, inputs: Inputs, engine: Engine, asked: Callable[[],
         scored, minibatches=config.algorithm.minibatches, microbatches=config.algorithm.microbatches,
         row_length=config.algorithm.row_length or engine.max_length, row_divisor=sharding.batch_size(inputs.mesh),
         pad_id=vocabulary.pad_id, seed=(config.seed, number))
-    return Collected(hosts.spread(batch, step.batch_shardings(config, inputs.mesh)), int(scored.rollout.lengths.sum()),
-                     float(1 - scored.rollout.stopped.mean()))
+    return Collected(hosts.spread(batch, step.batch_shardings(config, inputs.mesh)),
+                     int(scored.rollout.lengths.sum()), float(1 - scored.rollout.stopped.mean()))
 
 
 def _together(scored: Scored) -> Scored:
@@ -285,8 +292,12 @@ def read_inputs(config: Config) -> Inputs:
     return Inputs(model, vocabulary, prompts, held_out, mesh, decode_mesh)
 
 
-def check(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh, decode_mesh: jax.sharding.Mesh, engines: int) -> None:
-    """Raises ValueError on options that cannot work together on these meshes; compiles nothing and reads no file."""
+def check(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh, decode_mesh: jax.sharding.Mesh,
+          engines: int) -> None:
+    """Raises ValueError on options that cannot work together on these meshes.
+
+    Compiles nothing and reads no file.
+    """
     step.check(config)
     if config.algorithm.replay_routing and not model.num_experts:
         raise ValueError("algorithm.replay_routing replays the choices of a router, and this model is dense; leave it out")
@@ -300,27 +311,33 @@ def check(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh, decode_me
         if size % shards:
             raise ValueError(f"{name}={size} does not divide over the mesh's {shards} batch shards")
     if config.data.prompts_per_step % engines:
-        raise ValueError(f"data.prompts_per_step={config.data.prompts_per_step} does not divide over {engines} engines")
+        raise ValueError(f"data.prompts_per_step={config.data.prompts_per_step} does not divide over "
+                         f"{engines} engines")
     if config.data.max_prompt_tokens + config.rollout.max_tokens > model.max_position:
         raise ValueError(f"data.max_prompt_tokens + rollout.max_tokens = "
                          f"{config.data.max_prompt_tokens + config.rollout.max_tokens} positions are more than the model's "
                          f"{model.max_position}")
 
 
-def read_problems(config: Config, vocabulary: tokenizer.Tokenizer, engines: int) -> tuple[Iterator[Prompts], Prompts | None]:
-    """This process's prompts and the held-out problems, if there are any. Raises ValueError where one cannot be read or asked."""
+def read_problems(config: Config, vocabulary: tokenizer.Tokenizer,
+                  engines: int) -> tuple[Iterator[Prompts], Prompts | None]:
+    """This process's prompts, and the held-out problems if there are any.
+
+    Raises ValueError where one cannot be read or asked.
+    """
     task = config.data.task
     wrap = {"max_prompt_tokens": config.data.max_prompt_tokens, "chat": config.data.chat,
             "enable_thinking": config.data.enable_thinking, "instruction": config.data.instruction}
     prompts = data.prompts(data.read(config.data.path) if config.data.path else task, vocabulary,
                            batch_size=config.data.prompts_per_step, seed=config.seed, shuffle=config.data.shuffle,
                            process_index=jax.process_index() % engines, process_count=engines, **wrap)
-    if not config.data.path:
-        data.tokenize([task.example(0, config.seed)], vocabulary, **wrap)  # too long a prompt is told before any work
+    if not config.data.path:  # too long a prompt is told before any work
+        data.tokenize([task.example(0, config.seed)], vocabulary, **wrap)
     if not config.eval.every:
         return prompts, None
     if config.data.eval_path:
-        return prompts, data.tokenize(data.read(config.data.eval_path)[:config.eval.prompts], vocabulary, **wrap)
+        problems = data.read(config.data.eval_path)[:config.eval.prompts]
+        return prompts, data.tokenize(problems, vocabulary, **wrap)
     if config.data.path or task is None:
         return prompts, None
     return prompts, data.tokenize(task.held_out(config.eval.prompts), vocabulary, **wrap)
@@ -379,8 +396,8 @@ def _check_goes_on(workdir: pathlib.Path, file: pathlib.Path, now: dict) -> None
                                  f"choose another --workdir, or the old value (only {', '.join(MAY_CHANGE)} may change)")
 
 
-MAY_CHANGE = ("steps", "mesh", "rollout.devices", "rollout.mesh", "rollout.slots", "algorithm.microbatches", "algorithm.max_skipped", "eval",
-              "checkpoint", "tensorboard", "wandb")
+MAY_CHANGE = ("steps", "mesh", "rollout.devices", "rollout.mesh", "rollout.slots",
+              "algorithm.microbatches", "algorithm.max_skipped", "eval", "checkpoint", "tensorboard", "wandb")
 
 
 def _start(config: Config, inputs: Inputs, workdir: pathlib.Path, asked: Callable[[], bool]) -> TrainState:
@@ -426,7 +443,8 @@ def export(config: Config, workdir: pathlib.Path, folder: str) -> int:
     found, model = checkpoint.steps(workdir), read_model(config)
     if not found:
         raise ValueError(f"{workdir} holds no checkpoints; give the run's --workdir")
-    state, _ = checkpoint.read(workdir, found[-1], step.abstract_state(config, model, sharding.single_device_mesh()))
+    like = step.abstract_state(config, model, sharding.single_device_mesh())
+    state, _ = checkpoint.read(workdir, found[-1], like)
     weights.save(folder, model, state.params)
     tokenizer.save(read_tokenizer(config), folder)
     return int(state.step)
