@@ -201,8 +201,8 @@ class ConstraintConfig:
     dual_lr: float = 1.0
     multiplier_init: float = 0.1
     multiplier_max: float = 1.0
-    # (logp, rollout_logp, mask, multiplier) -> [N, T], reduced over the mask, rejected tokens too, and
-    # added to the loss; None: nothing
+    # (logp, rollout_logp, mask, multiplier) -> [N, T], reduced over the mask, rejected tokens too,
+    # and added to the loss; None: nothing
     penalty: Callable | None = None
 
 

@@ -72,7 +72,8 @@ def update(model: ModelConfig, rows: int, length: int, config: Config, mesh: Any
     again = 1 if model.remat else 0
     flops = (3 + again) * layers + (3.5 + again) * attention + 4 * head  # attention makes its scores again going back
     parts = algorithm.minibatches * algorithm.microbatches
-    one = Work(flops / mesh.size, 0, _exchange(model, rows * length, mesh, 2 + again, gradients=True))
+    link = _exchange(model, rows * length, mesh, 2 + again, gradients=True)
+    one = Work(flops / mesh.size, 0, link)
     moments = Work(0, 7 * 4 * parameters(model).total / (mesh.size / mesh.shape["data"]), 0)
     whole = one * (parts * algorithm.epochs) + moments * (algorithm.minibatches * algorithm.epochs)
     passes = (not one_pass) + (config.rollout.staleness > 0)
@@ -92,9 +93,9 @@ def prefill(model: ModelConfig, prompts: int, length: int, mesh: Any) -> Work:
 
 
 def decode(model: ModelConfig, rollout: RolloutConfig, slots: int, length: int, mesh: Any) -> Work:
-    """One dispatch: `tokens_per_dispatch` tokens in every slot, at the mean length of a longest completion.
+    """One dispatch: K tokens in every slot, at the mean length of a longest completion.
 
-    Of the experts, those are read that a slot chooses: the expected share, where all are chosen alike.
+    Of the experts, those are read that a slot chooses: the expected share, if all are chosen alike.
     """
     context = length - rollout.max_tokens / 2
     flops = sum(forward(model, slots, context, slots)) / mesh.size

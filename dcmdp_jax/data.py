@@ -124,7 +124,7 @@ def supervised(task: Task, tokenizer: Tokenizer, batch_size: int, seed: int, ste
 
 
 def whole_logp(rollout: Rollout) -> np.ndarray:
-    """The engine's log-probs as the trainer scores, [N, T]: of softmax(logits / temperature), uncut.
+    """The engine's log-probs as the trainer scores, uncut: of softmax(logits / temperature).
 
     Formula: rollout_logp + log kept. Nothing changes past the length, and where no support was cut.
     """
@@ -139,8 +139,8 @@ def pack(scored: Scored, *, minibatches: int, microbatches: int, row_length: int
     First-fit decreasing, a segment being prompt + completion. R is the same in every microbatch: `row_divisor` times a
     power of two (or just enough rows for n completions, if that is less), so that few shapes are ever compiled. Experts,
     where they were recorded, go to the tokens that they were chosen for: those behind a completion's first token to the
-    prompt's last. Log-probs are those of `whole_logp`. Raises ValueError where the completions do not
-    divide, a row is too short, or a prompt is empty.
+    prompt's last. Log-probs are those of `whole_logp`. Raises ValueError where the completions do
+    not divide, a row is too short, or a prompt is empty.
     """
     rollout, parts = scored.rollout, minibatches * microbatches
     count, width = rollout.tokens.shape

@@ -2,10 +2,10 @@
 
 `metrics.jsonl` holds one row per constrained step, in order: `step` (1..N), `reward` (mean over the batch),
 `delta_mean` and `multiplier` (lambda, as used in the step), `entropy` (nats per token), `seconds` (wall time of the
-step), `tokens` (sampled), `truncated` (share of completions that the length limit cut off), `skipped`
-(updates of the run so far that were left out), `saturated` (steps in a row with lambda at its bound and
-delta above the tolerance), further scalars of the step, and on steps with an evaluation `reward_eval_infer` (the
-engine's policy) and `reward_eval_train` (the trainer's).
+step), `tokens` (sampled), `truncated` (share of completions that the length limit cut off),
+`skipped` (updates of the run so far that were left out), `saturated` (steps in a row with lambda at
+its bound and delta above the tolerance), further scalars of the step, and on steps with an
+evaluation `reward_eval_infer` (the engine's policy) and `reward_eval_train` (the trainer's).
 
 JSON has no NaN: a value that is not finite is `null`, and `non_finite` in the same row tells which it was
 (`{"loss": null, "non_finite": {"loss": "nan"}}`). `gaps.jsonl` holds one row per step with an evaluation: `step`, and
@@ -122,10 +122,10 @@ class Progress:
 
 
 def floor(row: Mapping[str, Any]) -> float | None:
-    """What the floor of delta at a run's starting weights is no less than, or None where it is not known.
+    """What the floor of delta at a run's starting weights is no less than; None if not known.
 
-    From the row of the first step, the mean less three standard errors: the trainer scores at the weights
-    that sampled, so that the gap is the engine's alone.
+    From the row of the first step, the mean less three standard errors: the trainer scores at the
+    weights that sampled, so that the gap is the engine's alone.
     """
     mean, spread, tokens = (row.get(name) for name in ("delta_mean", "prob_diff_std", "tokens"))
     known = mean is not None and spread is not None and tokens and math.isfinite(mean)

@@ -1,7 +1,8 @@
 """From a gradient to new parameters. An experiment passes one of the functions that return an `Optimizer`.
 
-Both clip the gradient by its norm (not where `grad_clip` is 0), raise the rate linearly over the first
-`lr_warmup_steps` updates, and leave out an update that is not finite. Every donated array is changed in one pass, in place.
+Both clip the gradient by its norm (not where `grad_clip` is 0), raise the rate linearly over the
+first `lr_warmup_steps` updates, and leave out an update that is not finite. Every donated array is
+changed in one pass, in place.
 """
 
 from __future__ import annotations

@@ -198,8 +198,8 @@ def _roofs(work: count.Work, chip: Chip) -> tuple[float, float, float]:
 def make(config: Config, model: ModelConfig, name: str, slices: int = 1, say: Callable[[str], None] = lambda line: None) -> Plan:
     """Compiles every program of a run for a topology.
 
-    Raises ValueError where the run cannot be laid out on it, or `train` would refuse it; the files of
-    model and data need not be there yet.
+    Raises ValueError where the run cannot be laid out on it, or `train` would refuse it; the files
+    of model and data need not be there yet.
     """
     devices, chip = topology(name, slices), CHIPS[name.split(":")[0]]
     if not (config.data.path or config.model.folder or config.model.tokenizer):  # a generated task

@@ -75,10 +75,10 @@ class Scored(NamedTuple):
 class Batch(NamedTuple):
     """Completions packed into rows for the model, with the map back to [n, T] for the mathematics.
 
-    `rollout_logp` is of the distribution that the trainer scores: softmax(logits / temperature) over the
-    whole vocabulary, a rollout's `rollout_logp` + log `kept`. Where a support was cut, engine and trainer
-    are thus compared before the cut, which both would make alike: a gap, and every ratio of the two, is
-    of numerics and age alone.
+    `rollout_logp` is of the distribution that the trainer scores: softmax(logits / temperature)
+    over the whole vocabulary, a rollout's `rollout_logp` + log `kept`. Where a support was cut,
+    engine and trainer are thus compared before the cut, which both would make alike: a gap, and
+    every ratio of the two, is of numerics and age alone.
 
     Rows hold prompt + completion segments. `index[i, t]` is the flat position r*S + s, within its microbatch, of the token
     whose next-token distribution predicts completion token t: the model's outputs at `index` are the completion's.

@@ -95,12 +95,13 @@ def verdict(config: dict[str, Any], rows: list[dict[str, Any]]) -> str:
                     f"{inside} of {counted(len(delta), 'step')} ({inside / len(delta):.0%}) lay inside it.")
     asked = sum("delta_mean" in row for row in rows)
     if len(delta) < asked:
-        said.append(f"Delta could be measured in {len(delta)} of {counted(asked, 'step')}; in the others "
-                    "log-probs were not finite, or there was no token.")
+        said.append(f"Delta could be measured in {len(delta)} of {counted(asked, 'step')}; in the "
+                    "others log-probs were not finite, or there was no token.")
     floor = metrics.floor(rows[0])
     if floor is not None and tolerance is not None and tolerance < floor:
-        said.append("The tolerance lies under the floor: with the weights that the run began with mean "
-                    f"delta was {rows[0]['delta_mean']:.4g}, at which no multiplier could have met it.")
+        said.append("The tolerance lies under the floor: with the weights that the run began with "
+                    f"mean delta was {rows[0]['delta_mean']:.4g}, at which no multiplier could "
+                    "have met it.")
     said += _multiplier_verdict(config, rows)
     if skipped:
         said.append(f"{counted(skipped, 'update')} left out because the loss or its gradient was not finite.")
@@ -152,8 +153,8 @@ def _multiplier_verdict(config: dict[str, Any], rows: list[dict[str, Any]]) -> l
     if capped:
         said.append(f"It stood at its upper bound of {bound:g} after {capped} of {counted(len(points), 'step')}.")
     if saturated := rows[-1].get("saturated"):
-        said.append(f"In the last {counted(saturated, 'step')} it was held there with delta above the "
-                    "tolerance: the constraint is not enforced in full.")
+        said.append(f"In the last {counted(saturated, 'step')} it was held there with delta above "
+                    "the tolerance: the constraint is not enforced in full.")
     return said
 
 

@@ -67,12 +67,12 @@ def batch_shardings(config: Config, mesh: jax.sharding.Mesh) -> Batch:
 def check(config: Config) -> None:
     """Raises ValueError on a surrogate that other weights than those that sampled break."""
     surrogate = config.algorithm.surrogate
-    counted = isinstance(surrogate, corrections.Bypass) and surrogate.denominator is corrections.surviving
-    if counted and not _is_single(config):
-        raise ValueError("bypass with the surviving denominator counts the tokens that survive at the "
-                         "weights that sampled, and judges them anew at those that train; set "
-                         "algorithm.epochs=1, algorithm.minibatches=1 and rollout.staleness=0, or take "
-                         "corrections.original")
+    bypasses = isinstance(surrogate, corrections.Bypass)
+    if bypasses and surrogate.denominator is corrections.surviving and not _is_single(config):
+        raise ValueError("bypass with the surviving denominator counts the tokens that survive at "
+                         "the weights that sampled, and judges them anew at those that train; set "
+                         "algorithm.epochs=1, algorithm.minibatches=1 and rollout.staleness=0, or "
+                         "take corrections.original")
 
 
 def compile(config: Config, model: ModelConfig,
@@ -130,8 +130,8 @@ def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: 
     A'_t = A_t - lambda delta_t with the current lambda, delta from the trainer's own log-probs at the weights that sampled,
     or whatever `constraint.shape` and `constraint.penalty` make of them; then lambda <- dual(lambda, mean delta) over all
     completion tokens, before any rejection. Updates whose loss or gradient is not finite are left out and counted.
-    `one_pass` is what `in_one_pass` says. Where it is wrong about a batch, the metric "apart" is False
-    and the state stays as it was.
+    `one_pass` is what `in_one_pass` says. Where it is wrong about a batch, the metric "apart" is
+    False and the state stays as it was.
     """
     algorithm, dual, multiplier = config.algorithm, config.constraint, state.dual.multiplier
     advantage = _advantage(batch, config)
@@ -220,9 +220,9 @@ def _slope(old_logp: jax.Array, batch: Batch, advantage: jax.Array, multiplier: 
     def loss_of(logp):
         loss, denominator = config.algorithm.surrogate(_flat(logp), *map(_flat, (old_logp, batch.rollout_logp, shaped, batch.mask)))
         loss = config.algorithm.reduce(loss, denominator)
-        if config.constraint.penalty:  # of all tokens, as the dual measures: rejected ones are the worst
-            mask = _flat(batch.mask)
-            penalty = config.constraint.penalty(_flat(logp), _flat(batch.rollout_logp), mask, multiplier)
+        if config.constraint.penalty:  # of rejected tokens too, the worst, as the dual measures it
+            mask, rollout_logp = _flat(batch.mask), _flat(batch.rollout_logp)
+            penalty = config.constraint.penalty(_flat(logp), rollout_logp, mask, multiplier)
             loss += config.algorithm.reduce(penalty, mask)
         return loss
 
@@ -233,10 +233,10 @@ def _single(params: Any, batch: Batch, known: jax.Array | None, slope: Slope, co
             model: ModelConfig) -> tuple[jax.Array, Any, jax.Array, jax.Array, jax.Array]:
     """Loss, its gradient, the old log-probs and entropies, by a forward and a backward pass over each microbatch.
 
-    `known` are the old log-probs [1, A, n, T], where the loss weighs microbatches against each other.
-    Elsewhere it is None: each is judged beside the sampler's log-probs of the others. The last result is
-    whether that was right: False where more than a thousandth of the slopes turns out to have hung on
-    those.
+    `known` are the old log-probs [1, A, n, T], where the loss weighs microbatches against each
+    other. Elsewhere it is None: each is judged beside the sampler's log-probs of the others. The
+    last result is whether that was right: False where more than a thousandth of the slopes turns
+    out to have hung on those.
     """
     judged_apart = jnp.bool_(True)
     if known is not None:
@@ -264,8 +264,8 @@ def _single(params: Any, batch: Batch, known: jax.Array | None, slope: Slope, co
         loss, whole = slope(logp)
         difference, size = jnp.sum(jnp.abs(whole - apart)), jnp.sum(jnp.abs(whole))
         known, shown = logp, jnp.isfinite(size)
-        judged_apart = (difference <= 1e-3 * size) | ~shown  # slopes that are not finite show nothing,
-        loss = jnp.where(shown, loss, jnp.nan)  # and make no update
+        judged_apart = (difference <= 1e-3 * size) | ~shown
+        loss = jnp.where(shown, loss, jnp.nan)  # slopes that are not finite make no update
     return loss, grads, known, entropy, judged_apart
 
 

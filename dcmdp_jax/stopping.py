@@ -13,7 +13,7 @@ class Interrupted(Exception):
 
 
 class Failed(ValueError):
-    """The run cannot go on as it is; what it has is saved. All processes raise it, with one sentence."""
+    """The run cannot go on as it is; what it has is saved. All processes raise it alike."""
 
 
 @contextmanager

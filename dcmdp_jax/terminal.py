@@ -80,10 +80,11 @@ def warnings(values: Mapping[str, Any], tolerance: float, floor: float | None) -
     if skipped := values.get("skipped", 0):
         said.append(f"{skipped} updates skipped, whose loss or gradient was not finite")
     if saturated := values.get("saturated", 0):
-        said.append(f"lambda at its bound and delta above the tolerance, {saturated} steps in a row")
+        said.append("lambda at its bound and delta above the tolerance, "
+                    f"{saturated} steps in a row")
     if floor is not None and tolerance < floor:
-        said.append(f"the tolerance {tolerance:g} is under the floor {floor:.2g}, delta of the weights that "
-                    "the run began with")
+        said.append(f"the tolerance {tolerance:g} is under the floor {floor:.2g}, delta of the "
+                    "weights that the run began with")
     if values.get("truncated") == 1:
         said.append("all completions cut off at rollout.max_tokens")
     return said

@@ -40,8 +40,8 @@ def train(config: Config, workdir: pathlib.Path) -> TrainState:
     """Runs or resumes the experiment in `workdir`; returns the final state.
 
     Raises ValueError on input that cannot work, before compilation. On SIGINT or SIGTERM it saves at the next safe point and
-    raises `stopping.Interrupted`; the same call resumes. Raises `stopping.Failed` where going on would
-    teach nothing.
+    raises `stopping.Interrupted`; the same call resumes. Raises `stopping.Failed` where going on
+    would teach nothing.
     """
     return run(config, workdir, prepare(config, workdir))
 
@@ -73,8 +73,8 @@ def run(config: Config, workdir: pathlib.Path, inputs: Inputs) -> TrainState:
         policy = to_engine(*step.sampled_from(state))
         if not np.asarray(policy.finite):
             weight = _weight_not_finite(state, inputs) or "a weight"
-            raise stopping.Failed(f"{weight} is not finite before step {number + 1}; start from other "
-                                  "weights, or with a smaller warmup.learning_rate")
+            raise stopping.Failed(f"{weight} is not finite before step {number + 1}; start from "
+                                  "other weights, or with a smaller warmup.learning_rate")
         if isinstance(config.constraint.tolerance, Calibrated):
             config = _calibrated(config, inputs, workdir, state, partial(collect, policy))
             log.settle(config.constraint.tolerance)
@@ -111,8 +111,8 @@ def run(config: Config, workdir: pathlib.Path, inputs: Inputs) -> TrainState:
                 what = _first_not_finite(state, values, logp_finite, inputs)
                 _give_up(saved, state, position, config, workdir,
                          f"{what} is not finite, and the last {idle} steps made no update "
-                         "(algorithm.max_skipped allows that many); look for what overflows, or lower "
-                         "algorithm.learning_rate")
+                         "(algorithm.max_skipped allows that many); look for what overflows, or "
+                         "lower algorithm.learning_rate")
             if _is_due(number, config.checkpoint.every, config.steps):
                 saved.save(state, position, config.seed)
             started = time.perf_counter()
@@ -142,8 +142,8 @@ def _give_up(saved: checkpoint.Checkpoints, state: TrainState, position: Any, co
 def _coupled(config: Config) -> str:
     """Why a step whose microbatches were not judged apart made no update."""
     return (f"algorithm.surrogate={config.algorithm.surrogate!r}, or constraint.shape, weighs "
-            "microbatches against each other in this batch, which the trial before the run had not shown, "
-            "so that their gradients cannot be added up; set algorithm.microbatches=1")
+            "microbatches against each other in this batch, which the trial before the run had not "
+            "shown, so that their gradients cannot be added up; set algorithm.microbatches=1")
 
 
 def _first_not_finite(state: TrainState, values: dict[str, Any], logp_finite: bool,
@@ -292,8 +292,8 @@ def read_inputs(config: Config) -> Inputs:
     return Inputs(model, vocabulary, prompts, held_out, mesh, decode_mesh)
 
 
-def check(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh, decode_mesh: jax.sharding.Mesh,
-          engines: int) -> None:
+def check(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh,
+          decode_mesh: jax.sharding.Mesh, engines: int) -> None:
     """Raises ValueError on options that cannot work together on these meshes.
 
     Compiles nothing and reads no file.
@@ -311,8 +311,8 @@ def check(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh, decode_me
         if size % shards:
             raise ValueError(f"{name}={size} does not divide over the mesh's {shards} batch shards")
     if config.data.prompts_per_step % engines:
-        raise ValueError(f"data.prompts_per_step={config.data.prompts_per_step} does not divide over "
-                         f"{engines} engines")
+        raise ValueError(f"data.prompts_per_step={config.data.prompts_per_step} does not divide "
+                         f"over {engines} engines")
     if config.data.max_prompt_tokens + config.rollout.max_tokens > model.max_position:
         raise ValueError(f"data.max_prompt_tokens + rollout.max_tokens = "
                          f"{config.data.max_prompt_tokens + config.rollout.max_tokens} positions are more than the model's "
@@ -397,7 +397,8 @@ def _check_goes_on(workdir: pathlib.Path, file: pathlib.Path, now: dict) -> None
 
 
 MAY_CHANGE = ("steps", "mesh", "rollout.devices", "rollout.mesh", "rollout.slots",
-              "algorithm.microbatches", "algorithm.max_skipped", "eval", "checkpoint", "tensorboard", "wandb")
+              "algorithm.microbatches", "algorithm.max_skipped", "eval", "checkpoint",
+              "tensorboard", "wandb")
 
 
 def _start(config: Config, inputs: Inputs, workdir: pathlib.Path, asked: Callable[[], bool]) -> TrainState:
