@@ -300,7 +300,8 @@ def check(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh,
     """
     step.check(config)
     if config.algorithm.replay_routing and not model.num_experts:
-        raise ValueError("algorithm.replay_routing replays the choices of a router, and this model is dense; leave it out")
+        raise ValueError("algorithm.replay_routing replays the choices of a router, and this model "
+                         "is dense; leave it out")
     if config.warmup.steps and config.data.task is None:
         raise ValueError("warmup needs data.task: only a generated task has solutions to learn from; set --warmup.steps 0")
     qwen3_shapes = jax.eval_shape(partial(qwen3.init, config=model), jax.random.key(0))

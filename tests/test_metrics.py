@@ -141,10 +141,11 @@ def test_status_lines_are_few_and_say_what_matters(tmp_path, monkeypatch, capsys
 
 
 def test_the_floor_is_known_from_the_first_step_and_kept_by_a_resumed_run(tmp_path, capsys):
-    """Mean 0.05, standard deviation 0.1 of 100 tokens: three standard errors below lies 0.02, over the tolerance of 0.01."""
+    """Mean 0.05, deviation 0.1, 100 tokens: three standard errors below is 0.02, over c = 0.01."""
     first = values(1) | {"delta_mean": 0.05, "prob_diff_std": 0.1, "tokens": 100}
-    assert metrics.floor({"step": 1, **first}) == pytest.approx(0.02) and metrics.floor({"step": 2, **first}) is None
-    assert metrics.floor({"step": 1, **first, "delta_mean": None}) is None and metrics.floor({"step": 1, **first, "tokens": 0}) is None
+    assert metrics.floor({"step": 1, **first}) == pytest.approx(0.02)
+    for lacking in ({"step": 2}, {"delta_mean": None}, {"tokens": 0}):
+        assert metrics.floor({"step": 1, **first} | lacking) is None
     said = "warning: the tolerance 0.01 is under the floor 0.02"
     for step in (1, 2):
         with metrics.Log(tmp_path, make_config(), first_step=step) as log:

@@ -64,9 +64,14 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("changes, devices", [
-    ({}, 1), ({"rollout.top_p": 0.9}, 1), ({"rollout.top_k": 3}, 1), ({"rollout.min_p": 0.2}, 1), (EXPERTS, 1), (EXPERTS | {"mesh.fsdp": 2, "mesh.expert": 2}, 4)], ids=["dense", "top-p", "top-k", "min-p", "moe", "sharded moe"])
+    ({}, 1), ({"rollout.top_p": 0.9}, 1), ({"rollout.top_k": 3}, 1), ({"rollout.min_p": 0.2}, 1),
+    (EXPERTS, 1), (EXPERTS | {"mesh.fsdp": 2, "mesh.expert": 2}, 4)],
+    ids=["dense", "top-p", "top-k", "min-p", "moe", "sharded moe"])
 def test_an_exact_engine_passes_the_gate(changes, devices, monkeypatch):
-    """1e-5 nats on every token of two batches, through sampling, packing and scoring as a run does them; a cut support is no gap."""
+    """1e-5 nats on every token of two batches, through sampling, packing and scoring as in a run.
+
+    A cut support is no gap.
+    """
     monkeypatch.setattr(sharding.jax, "devices", lambda *args: DEVICES[:devices])
     run = tiny(**FLOAT, **changes)
     inputs = train.read_inputs(run)

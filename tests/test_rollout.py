@@ -138,20 +138,29 @@ def test_a_file_of_prompts_goes_on_where_it_stopped(folder, tmp_path, monkeypatc
 
 
 def test_weights_that_are_not_finite_sample_nothing(folder, tmp_path, monkeypatch):
-    """Refused at the engine's door, and where a caller made them without `sync`; no file gets a NaN."""
+    """Refused at the engine's door, also where a caller made them without `sync`."""
     good = make_weights(DENSE)
     assert good.finite
     damaged = good._replace(params=jax.tree.map(lambda w: w * np.nan, good.params))
-    for weights_, message in ((damaged._replace(finite=np.False_), "given weights that hold NaN"), (damaged, "log-prob is not finite")):
+    for given, message in ((damaged._replace(finite=np.False_), "given weights that hold NaN"),
+                           (damaged, "log-prob is not finite")):
         with pytest.raises(ValueError, match=message):
-            rollout(make_engine(DENSE), weights_, make_prompts(), samples=1, key=jax.random.key(1), max_tokens=T)
-    params, convert = make_params(DENSE), sync.make(DENSE, Precision(weights="int8"), sharding.single_device_mesh())
-    for leaf in jax.tree.leaves(params):
-        broken = jax.tree.map(lambda w, leaf=leaf: w.at[(0,) * w.ndim].set(np.inf) if w is leaf else w, params)
-        assert not convert(broken, 0).finite
+            rollout(make_engine(DENSE), given, make_prompts(), samples=1, key=jax.random.key(1),
+                    max_tokens=T)
+    convert = sync.make(DENSE, Precision(weights="int8"), sharding.single_device_mesh())
+    params = make_params(DENSE)
+    for chosen in jax.tree.leaves(params):
+        def broken(w, chosen=chosen):
+            return w.at[(0,) * w.ndim].set(np.inf) if w is chosen else w
+
+        assert not convert(jax.tree.map(broken, params), 0).finite
     assert convert(params, 0).finite
     load = weights.load
-    monkeypatch.setattr(complete.weights, "load", lambda *args: (DENSE, jax.tree.map(lambda w: w * np.nan, load(*args)[1])))
+
+    def damaged_load(*args):
+        return DENSE, jax.tree.map(lambda w: w * np.nan, load(*args)[1])
+
+    monkeypatch.setattr(complete.weights, "load", damaged_load)
     with pytest.raises(ValueError, match="given weights that hold NaN"):
         complete.to_file(tmp_path / "none.jsonl", str(folder), ["ABC"])
     assert len((tmp_path / "none.jsonl").read_text().splitlines()) == 1, "the options alone"

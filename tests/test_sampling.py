@@ -100,7 +100,8 @@ def test_exponentials_have_their_moments_and_do_not_correlate_between_keys():
     assert abs(correlation).max() < 6 / np.sqrt(4096)
 
 
-@pytest.mark.parametrize("how", [{}, {"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}], ids=str)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("size", [18, 300])
 def test_logits_that_are_not_finite_give_no_id_past_the_last_and_no_log_prob(size, bad, how):

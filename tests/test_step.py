@@ -219,13 +219,16 @@ def test_microbatches_that_are_not_judged_apart_after_all_are_told_and_leave_the
     assert metrics["apart"]
 
 
-@pytest.mark.parametrize("parts", [{}, {"microbatches": 4}, {"epochs": 2}, {"epochs": 2, "microbatches": 2}])
+@pytest.mark.parametrize(
+    "parts", [{}, {"microbatches": 4}, {"epochs": 2}, {"epochs": 2, "microbatches": 2}])
 def test_a_penalty_is_charged_on_rejected_tokens_too(parts):
-    """With equal rewards it is all of the loss: lambda times the mean gap that the dual sees, whatever the surrogate counts."""
-    config, scored = make_config(surrogate=corrections.decoupled(CLIPPED, STRICT_MIS), **parts), make_scored(reward=np.ones(B * G))
-    penalised = dataclasses.replace(config.constraint, shape=None, penalty=constraint.penalty, multiplier_init=0.3)
-    still = dataclasses.replace(config, constraint=penalised, algorithm=dataclasses.replace(config.algorithm, learning_rate=0.0))
-    _, _, metrics = run(still, scored)
+    """With equal rewards it is all of the loss: lambda times the mean gap that the dual sees."""
+    config = make_config(surrogate=corrections.decoupled(CLIPPED, STRICT_MIS), **parts)
+    scored = make_scored(reward=np.ones(B * G))
+    penalised = dataclasses.replace(config.constraint, shape=None, penalty=constraint.penalty,
+                                    multiplier_init=0.3)
+    still = dataclasses.replace(config.algorithm, learning_rate=0.0)
+    _, _, metrics = run(dataclasses.replace(config, constraint=penalised, algorithm=still), scored)
     np.testing.assert_allclose(metrics["loss"], 0.3 * metrics["delta_mean"], rtol=1e-5)
     rollout, mask = scored.rollout, np.arange(T) < scored.rollout.lengths[:, None]
     old = np.asarray(row_logp(make_params(), MODEL, scored))
@@ -235,16 +238,21 @@ def test_a_penalty_is_charged_on_rejected_tokens_too(parts):
     assert delta[kept].mean() < 0.8 * delta[mask].mean(), "the rejected tokens are the worst"
 
 
-@pytest.mark.parametrize("where", [{"algorithm": {"epochs": 2}}, {"algorithm": {"minibatches": 2}}, {"rollout": {"staleness": 1}}])
-def test_a_denominator_that_other_weights_would_judge_is_refused(where):
-    config = make_config(surrogate=corrections.bypass(CLIPPED, rejections=(K3,), denominator=corrections.surviving))
-    step.check(config)
-    config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **fields) for part, fields in where.items()})
-    with pytest.raises(ValueError, match="bypass with the surviving denominator .* rollout.staleness=0"):
-        step.check(config)
+@pytest.mark.parametrize("algorithm, staleness",
+                         [({"epochs": 2}, 0), ({"minibatches": 2}, 0), ({}, 1)])
+def test_a_denominator_that_other_weights_would_judge_is_refused(algorithm, staleness):
+    def of(denominator, staleness=staleness, **algorithm):
+        surrogate = corrections.bypass(CLIPPED, rejections=(K3,), denominator=denominator)
+        config = make_config(surrogate=surrogate, **algorithm)
+        rollout = dataclasses.replace(config.rollout, staleness=staleness)
+        return dataclasses.replace(config, rollout=rollout)
+
+    step.check(of(corrections.surviving, 0))
+    step.check(of(corrections.original, **algorithm))
+    with pytest.raises(ValueError, match="bypass with the surviving .* rollout.staleness=0"):
+        step.check(of(corrections.surviving, **algorithm))
     with pytest.raises(ValueError, match="bypass with the surviving denominator"):
-        step.compile(config, MODEL, ONE)
-    step.check(dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, surrogate=corrections.bypass(CLIPPED, rejections=(K3,)))))
+        step.compile(of(corrections.surviving, **algorithm), MODEL, ONE)
 
 
 def test_params_and_multiplier_change_in_one_program_without_the_host():
@@ -280,9 +288,11 @@ def test_non_finite_updates_are_skipped_and_counted():
 
 def test_an_engine_without_log_probs_measures_nothing():
     scored = make_scored()
-    silent = scored._replace(rollout=scored.rollout._replace(rollout_logp=np.full_like(scored.rollout.rollout_logp, np.nan)))
+    nothing = np.full_like(scored.rollout.rollout_logp, np.nan)
+    silent = scored._replace(rollout=scored.rollout._replace(rollout_logp=nothing))
     _, state, metrics = run(make_config(), silent)
-    assert np.isnan(metrics["delta_mean"]) and metrics["dropped_share"] == 1 and metrics["logp_finite"]
+    assert np.isnan(metrics["delta_mean"]) and metrics["dropped_share"] == 1
+    assert metrics["logp_finite"]
     assert state.dual.multiplier == np.float32(0.1) and state.dual.updates == 0
 
 
@@ -292,7 +302,8 @@ def test_a_weight_that_is_not_finite_makes_no_update_and_no_measurement(microbat
     params = make_params() | {"embed": make_params()["embed"].at[3, 0].set(np.nan)}
     monkeypatch.setitem(globals(), "make_params", lambda model=MODEL: params)
     _, state, metrics = run(config, scored)
-    assert metrics["skipped"] == 1 and not metrics["logp_finite"] and metrics["apart"] and np.isnan(metrics["delta_mean"])
+    assert metrics["skipped"] == 1 and metrics["apart"] and not metrics["logp_finite"]
+    assert np.isnan(metrics["delta_mean"])
     jax.tree.map(np.testing.assert_array_equal, state.params, params)
     assert state.dual.multiplier == np.float32(0.1)
 
@@ -307,7 +318,8 @@ def test_nothing_to_learn_changes_nothing():
     empty = scored._replace(rollout=scored.rollout._replace(lengths=np.zeros(B * G, np.int32)))
     before, state, metrics = run(make_config(), empty)
     jax.tree.map(np.testing.assert_array_equal, state.params, before)
-    assert state.dual.multiplier == np.float32(0.1) and np.isnan(metrics.pop("delta_mean")), "nothing measured is no 0"
+    assert state.dual.multiplier == np.float32(0.1)
+    assert np.isnan(metrics.pop("delta_mean")), "nothing measured is no 0"
     assert all(np.isfinite(value) for value in metrics.values())
 
 
