@@ -54,10 +54,11 @@ OFF_AT_0 = {  # where 0 means off, all, or none
     "model.shape.num_experts", "model.shape.experts_per_token", "model.shape.expert_size",
     "model.shape.expert_parts", "rollout.top_k", "rollout.min_p", "rollout.precision.group",
     "rollout.precision.experts_per_token", "rollout.staleness", "rollout.devices",
-    "rollout.mesh.fsdp", "mesh.fsdp", "algorithm.row_length", "algorithm.learning_rate", "algorithm.lr_warmup_steps",
-    "algorithm.beta1", "algorithm.beta2", "algorithm.weight_decay", "algorithm.grad_clip",
-    "algorithm.max_skipped", "constraint.tolerance", "constraint.dual_lr",
-    "constraint.multiplier_init", "seed", "warmup.steps", "warmup.learning_rate", "eval.every", "checkpoint.every"}
+    "rollout.mesh.fsdp", "mesh.fsdp", "algorithm.row_length", "algorithm.learning_rate",
+    "algorithm.lr_warmup_steps", "algorithm.beta1", "algorithm.beta2", "algorithm.weight_decay",
+    "algorithm.grad_clip", "algorithm.max_skipped", "constraint.tolerance", "constraint.dual_lr",
+    "constraint.multiplier_init", "seed", "warmup.steps", "warmup.learning_rate", "eval.every",
+    "checkpoint.every"}
 FIELDS = c.scalar_fields(c.load_experiment(str(QUICKSTART)))
 NUMBERS = {name: kind for name, kind in FIELDS.items() if kind in (int, float)}
 
