@@ -269,7 +269,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "algorithm.grad_clip": (0, LARGEST_FLOAT), "algorithm.max_skipped": (0, LARGEST),
     "warmup.steps": (0, 2**30), "warmup.batch_size": (1, 2**20),
     "warmup.learning_rate": (0, LARGEST_FLOAT),
-    "eval.every": (0, 2**30), "eval.temperature": (1e-6, 1e6),
+    "eval.every": (0, 2**30), "eval.prompts": (0, 2**16), "eval.temperature": (1e-6, 1e6),
     "checkpoint.every": (0, 2**30), "checkpoint.keep": (1, 2**20),
     **{f"{mesh}.{axis}": (0 if axis == "fsdp" else 1, 2**20) for mesh in ("mesh", "rollout.mesh")
        for axis in ("data", "fsdp", "expert", "sequence", "tensor")}}
