@@ -32,6 +32,8 @@ class View:
         self._deltas.append(values.get("delta_mean", math.nan))
         width = max(shutil.get_terminal_size().columns - 1, 20)  # the last column would wrap on some terminals
         lines = [line[:width] for line in self.lines(step, values, width)]
+        if width == self._width:  # what is said no more is wiped out
+            lines += [""] * (self._height - len(lines))
         # Up to the block's first line, then down over it. Where the width changed the old lines may have been wrapped anew,
         # and their place is not known: a new block begins below.
         up = f"\x1b[{self._height}A" if self._height and width == self._width else ""

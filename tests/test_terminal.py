@@ -68,6 +68,15 @@ def test_what_asks_for_attention_is_said(values, floor, says):
     assert shown == [f"warning  {said}" for said in says]
 
 
+def test_a_warning_that_holds_no_more_is_wiped_out(screen, capsys):
+    block = view()
+    block.show(1, VALUES | {"saturated": 3, "skipped": 2})
+    block.show(2, VALUES | {"skipped": 2})
+    block.show(3, VALUES)
+    lines = screen(capsys.readouterr().err)
+    assert lines[0].startswith("trial  step 3/10") and not any("warning" in line for line in lines)
+
+
 def test_delta_that_was_not_measured_is_neither_within_nor_above():
     lines = "\n".join(view().lines(1, VALUES | {"delta_mean": math.nan}, 99))
     assert "NOT MEASURED" in lines and "within" not in lines and "ABOVE" not in lines
