@@ -204,6 +204,7 @@ CONFIG = dataclasses.replace(RUN, constraint=dataclasses.replace(RUN.constraint,
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_makes_no_update_stops_with_a_sentence_and_is_saved(tmp_path, capsys):
     experiment, workdir = tmp_path / "never_finite.py", tmp_path / "run"
     experiment.write_text(NEVER_FINITE.format(quickstart=QUICKSTART))
@@ -238,6 +239,7 @@ def coupled(logp, old_logp, rollout_logp, advantage, mask):
     return -logp * jnp.mean(gaps**2), mask
 
 
+@pytest.mark.slow
 def test_a_surrogate_that_weighs_microbatches_stops_the_run(tmp_path, monkeypatch):
     """And the run goes on in one microbatch, equal to one that never had more."""
     def with_parts(**changes):
