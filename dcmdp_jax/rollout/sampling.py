@@ -49,7 +49,7 @@ def sample(logits: jax.Array, key: jax.Array, how: Sampling) -> Drawn:
     def tempered(x):  # the largest is taken off first, or a log-prob near 0 carries the rounding of a large logit
         column = (..., *[None] * (x.ndim - 1))
         z = (x - top[column]) * scale[column]
-        return jnp.where(x >= lowest[column], z, -jnp.inf)
+        return jnp.where(x < lowest[column], -jnp.inf, z)  # so that NaN stays
 
     mass = jnp.sum(jnp.exp(tempered(blocks)), axis=-1)
     support = jnp.sum(mass, axis=-1)
