@@ -82,7 +82,8 @@ def completions() -> Scored:
     tokens = rng.integers(2, 4000, (COUNT, NEW)).astype(np.int32)
     made = dict.fromkeys(Rollout._fields) | {
         "prompts": make_prompts(np.full(COUNT, PROMPT)), "tokens": tokens, "lengths": np.full(COUNT, NEW, np.int32),
-        "rollout_logp": np.full((COUNT, NEW), -8.3, np.float32), "sampling": Sampling()}
+        "rollout_logp": np.full((COUNT, NEW), -8.3, np.float32),
+        "kept": np.ones((COUNT, NEW), np.float32), "sampling": Sampling()}
     return Scored(Rollout(**made), rng.normal(size=COUNT).astype(np.float32), ("",) * COUNT)
 
 

@@ -156,7 +156,7 @@ def _train(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
         raise ValueError("one of several processes is given --coordinator HOST:PORT, --processes N and --process I, or "
                          "--distributed alone")
     from dcmdp_jax import hosts, train
-    from dcmdp_jax.stopping import Interrupted
+    from dcmdp_jax.stopping import Failed, Interrupted
 
     if args.coordinator or args.distributed:
         hosts.start(workdir, args.coordinator, args.processes, args.process, args.wait)
@@ -170,6 +170,9 @@ def _train(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
         except Interrupted as stop:
             hosts.say(f"{stop}; go on with: dcmdp train {args.experiment} --workdir {workdir}")
             return 130
+        except Failed as error:
+            print(f"dcmdp: {error}", file=sys.stderr)
+            return 1
         hosts.say(f"finished; see {workdir / 'report.html'}")
         return 0
 
@@ -322,8 +325,13 @@ def _sampling_options(parser: argparse.ArgumentParser, temperature: float = 1.0)
 
 
 def _sampling(args: argparse.Namespace):
-    if not args.temperature >= 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or not 0 <= args.min_p < 1:
-        raise ValueError("--temperature and --top-k must not be negative, --top-p lies in (0, 1] and --min-p in [0, 1)")
+    if not (args.temperature == 0 or 1e-6 <= args.temperature <= 1e6):
+        raise ValueError(f"--temperature {args.temperature:g} must be 0 or lie in 1e-6..1e6")
+    if not 0 <= args.top_k < 2**31 or not 0 < args.top_p <= 1 or not 0 <= args.min_p < 1:
+        raise ValueError("--top-k must not be negative (nor past 31 bits), --top-p lies in (0, 1] "
+                         "and --min-p in [0, 1)")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed {args.seed} must lie in 0..4294967295")
     from dcmdp_jax.records import Sampling
 
     return Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
@@ -424,6 +432,7 @@ def _serve(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
 
 
 def _convert(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed; the host has most memory
     config, workdir = _experiment(args, rest)
     from dcmdp_jax.train import export
 

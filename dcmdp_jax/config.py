@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import numbers
 import pathlib
 import runpy
 import sys
@@ -16,6 +17,10 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+
+LARGEST = 2**31 - 1  # of whole numbers, which programs hold as int32
+LARGEST_FLOAT = 3e38  # of the others, held as float32
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,19 @@ class ModelConfig:
         return self.num_experts > 0 and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
 
     def __post_init__(self):
+        sizes = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_heads",
+                               "num_kv_heads", "head_dim", "max_position", "decoder_sparse_step"),
+                              (1, 2**24))
+        sizes |= dict.fromkeys(("num_experts", "experts_per_token", "expert_parts"), (0, 2**16))
+        sizes |= {"expert_size": (1 if self.num_experts else 0, 2**24), "num_layers": (1, 1000),
+                  "rope_theta": (1, LARGEST_FLOAT), "rms_norm_eps": (0, 1)}
+        for name, (low, high) in sizes.items():
+            _check_number(f"model: {name}", getattr(self, name), low, high)
+        if not self.rms_norm_eps > 0:
+            raise ValueError("model: rms_norm_eps=0 divides a vector of zeros by zero; set a small "
+                             "number such as 1e-6")
+        if self.head_dim % 2:
+            raise ValueError(f"model: head_dim={self.head_dim} must be even, for RoPE turns pairs")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"model: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         if self.num_experts and not 0 < self.experts_per_token <= self.num_experts:
@@ -160,7 +178,8 @@ class AlgorithmConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.0
-    grad_clip: float = 1.0
+    grad_clip: float = 1.0  # greatest norm of the gradient; 0: no bound
+    max_skipped: int = 3  # steps in a row without an update, after which the run stops; 0: none
     offload: bool = False  # the optimizer's moments lie in the host's memory between updates
 
 
@@ -182,7 +201,9 @@ class ConstraintConfig:
     dual_lr: float = 1.0
     multiplier_init: float = 0.1
     multiplier_max: float = 1.0
-    penalty: Callable | None = None  # (logp, rollout_logp, mask, multiplier) -> [N, T], added to the loss; None: nothing
+    # (logp, rollout_logp, mask, multiplier) -> [N, T], reduced over the mask, rejected tokens too,
+    # and added to the loss; None: nothing
+    penalty: Callable | None = None
 
 
 @dataclass(frozen=True)
@@ -230,19 +251,60 @@ class Config:
         _validate(self)
 
 
+# Least and greatest value of a number; one that is not here has a rule of its own in `_validate`,
+# in the model, or in the task.
+RANGES: dict[str, tuple[float, float]] = {
+    "steps": (1, 2**30 - 1),  # later numbers are those of the batches that calibrate
+    "seed": (0, 2**32 - 1),
+    "data.prompts_per_step": (1, 2**20), "data.max_prompt_tokens": (1, 2**24),
+    "rollout.samples": (1, 2**20), "rollout.max_tokens": (1, 2**24), "rollout.slots": (1, 2**16),
+    "rollout.tokens_per_dispatch": (1, 2**12), "rollout.temperature": (1e-6, 1e6),
+    "rollout.top_k": (0, LARGEST),
+    "rollout.precision.group": (-1, 2**24), "rollout.precision.experts_per_token": (0, 2**16),
+    "rollout.staleness": (0, 16),  # each is a copy of the parameters
+    "algorithm.minibatches": (1, 2**20), "algorithm.microbatches": (1, 2**20),
+    "algorithm.epochs": (1, 2**20),
+    "algorithm.row_length": (0, 2**24), "algorithm.learning_rate": (0, LARGEST_FLOAT),
+    "algorithm.lr_warmup_steps": (0, 2**30), "algorithm.weight_decay": (0, LARGEST_FLOAT),
+    "algorithm.grad_clip": (0, LARGEST_FLOAT), "algorithm.max_skipped": (0, LARGEST),
+    "warmup.steps": (0, 2**30), "warmup.batch_size": (1, 2**20),
+    "warmup.learning_rate": (0, LARGEST_FLOAT),
+    "eval.every": (0, 2**30), "eval.prompts": (0, 2**16), "eval.temperature": (1e-6, 1e6),
+    "checkpoint.every": (0, 2**30), "checkpoint.keep": (1, 2**20),
+    **{f"{mesh}.{axis}": (0 if axis == "fsdp" else 1, 2**20) for mesh in ("mesh", "rollout.mesh")
+       for axis in ("data", "fsdp", "expert", "sequence", "tensor")}}
+
+
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
+    """Raises ValueError where `value` is no number of that range; NaN is in none."""
+    if not isinstance(value, numbers.Real):
+        raise ValueError(f"{name}={value!r} must be a number")
+    if value < low:
+        bound = "not be negative" if low == 0 else f"be at least {low:g}"
+        raise ValueError(f"{name}={value} must {bound}")
+    if not value <= high:
+        raise ValueError(f"{name}={value} must be at most {high:g}")
+
+
+def _check_numbers(config: Config) -> None:
+    for name, kind in scalar_fields(config).items():
+        value = functools.reduce(getattr, name.split("."), config)
+        if kind is int and not isinstance(value, numbers.Integral):
+            raise ValueError(f"{name}={value!r} must be a whole number")
+        largest = LARGEST if kind is int else LARGEST_FLOAT
+        if kind in (int, float) and not isinstance(value, Calibrated):
+            _check_number(name, value, *RANGES.get(name, (-largest, largest)))
+
+
 def _validate(config: Config) -> None:
     """Refuses what can be refused from the configuration alone."""
     data, rollout, algorithm = config.data, config.rollout, config.algorithm
-    for name, value in (("steps", config.steps), ("data.prompts_per_step", data.prompts_per_step),
-                        ("rollout.samples", rollout.samples), ("rollout.max_tokens", rollout.max_tokens),
-                        ("rollout.slots", rollout.slots), ("rollout.tokens_per_dispatch", rollout.tokens_per_dispatch),
-                        ("algorithm.minibatches", algorithm.minibatches), ("algorithm.epochs", algorithm.epochs),
-                        ("algorithm.microbatches", algorithm.microbatches)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    for name, value in (("rollout.temperature", rollout.temperature), ("eval.temperature", config.eval.temperature)):
-        if not value > 0:
-            raise ValueError(f"{name}={value} must be positive")
+    if not config.name:
+        raise ValueError("name is empty; it names the run's folder")
+    _check_numbers(config)
+    for name, value in (("beta1", algorithm.beta1), ("beta2", algorithm.beta2)):
+        if not 0 <= value < 1:
+            raise ValueError(f"algorithm.{name}={value} must lie in [0, 1)")
     completions = data.prompts_per_step * rollout.samples
     parts = algorithm.minibatches * algorithm.microbatches
     if completions % parts:
@@ -253,9 +315,6 @@ def _validate(config: Config) -> None:
     if algorithm.row_length and algorithm.row_length < row:
         raise ValueError(f"algorithm.row_length={algorithm.row_length} is shorter than one prompt and completion "
                          f"(data.max_prompt_tokens + rollout.max_tokens = {row})")
-    for name, value in (("top_k", rollout.top_k), ("staleness", rollout.staleness)):
-        if value < 0:
-            raise ValueError(f"rollout.{name}={value} must not be negative")
     if rollout.devices < -1:
         raise ValueError(f"rollout.devices={rollout.devices} must be a number of devices, or -1 for all")
     if not all(rollout.stop_strings):

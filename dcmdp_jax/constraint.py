@@ -15,7 +15,6 @@ arXiv 2606.08779, which leaves open the update order, the bounds of lambda, and 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -435,16 +434,3 @@ def calibrate_tolerance(delta_sums: jax.Array, counts: jax.Array, *, slack: floa
     spread = batches / jnp.maximum(batches - 1.0, 1.0) * jnp.sum((weights * (means - floor)) ** 2)
     std_error = jnp.where(spread > 0, jnp.sqrt(jnp.where(spread > 0, spread, 1.0)), 0.0)
     return Calibration(floor, std_error, jnp.maximum(floor * (1.0 + slack), floor + 3.0 * std_error), batches)
-
-
-def warn_if_under_floor(tolerance: float, calibration: Calibration) -> None:
-    """Warns when no multiplier can meet the tolerance; call it on the host, before training.
-
-    Formula: warn if c < floor
-    Needs: tolerance, calibration
-    Default: none
-    Paper: none
-    """
-    if tolerance < calibration.floor:
-        reason = f"tolerance {tolerance:.3g} is under the measured floor {calibration.floor:.3g}"
-        warnings.warn(f"{reason}, which no multiplier can meet; use {calibration.tolerance:.3g}", stacklevel=2)

@@ -63,16 +63,21 @@ def forward(model: ModelConfig, tokens: float, context: float, scored: float) ->
 
 
 def update(model: ModelConfig, rows: int, length: int, config: Config, mesh: Any, one_pass: bool) -> Work:
-    """The whole constrained step: scoring (unless the update's own forward pass does it), forward, backward and optimizer."""
+    """The whole constrained step: scoring, forward, backward and optimizer.
+
+    Scoring is no pass where the update's own forward pass does it, and two of stale rollouts.
+    """
     algorithm = config.algorithm
     layers, attention, head = _batch(model, rows, length, config)
     again = 1 if model.remat else 0
     flops = (3 + again) * layers + (3.5 + again) * attention + 4 * head  # attention makes its scores again going back
-    parts, passes = algorithm.minibatches * algorithm.microbatches, 2 + again
-    one = Work(flops / mesh.size, 0, _exchange(model, rows * length, mesh, passes, gradients=True))
+    parts = algorithm.minibatches * algorithm.microbatches
+    link = _exchange(model, rows * length, mesh, 2 + again, gradients=True)
+    one = Work(flops / mesh.size, 0, link)
     moments = Work(0, 7 * 4 * parameters(model).total / (mesh.size / mesh.shape["data"]), 0)
     whole = one * (parts * algorithm.epochs) + moments * (algorithm.minibatches * algorithm.epochs)
-    return whole if one_pass else whole + scoring(model, rows, length, parts, config, mesh)
+    passes = (not one_pass) + (config.rollout.staleness > 0)
+    return whole + scoring(model, rows, length, parts, config, mesh) * passes
 
 
 def scoring(model: ModelConfig, rows: int, length: int, parts: int, config: Config, mesh: Any) -> Work:
@@ -88,11 +93,15 @@ def prefill(model: ModelConfig, prompts: int, length: int, mesh: Any) -> Work:
 
 
 def decode(model: ModelConfig, rollout: RolloutConfig, slots: int, length: int, mesh: Any) -> Work:
-    """One dispatch: `tokens_per_dispatch` tokens in every slot, at the mean length of a longest completion."""
+    """One dispatch: K tokens in every slot, at the mean length of a longest completion.
+
+    Of the experts, those are read that a slot chooses: the expected share, if all are chosen alike.
+    """
     context = length - rollout.max_tokens / 2
     flops = sum(forward(model, slots, context, slots)) / mesh.size
     w, split = parameters(model), mesh.shape["tensor"]
-    touched = min(1.0, slots * model.experts_per_token / max(model.num_experts, 1))
+    chosen = rollout.precision.experts_per_token or model.experts_per_token
+    touched = 1 - (1 - chosen / max(model.num_experts, 1)) ** slots
     weights = (_held(rollout.precision.weights) * (w.layers + touched * w.experts / mesh.shape["expert"]) + _held(rollout.precision.head) * w.head) / split
     cached = BYTES[rollout.precision.cache or ("bfloat16" if model.bfloat16 else "float32")]
     position = 2 * model.num_layers * model.num_kv_heads * model.head_dim * cached / split

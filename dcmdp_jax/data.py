@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from dcmdp_jax.records import Batch, Example, Prompts, Scored
+from dcmdp_jax.records import Batch, Example, Prompts, Rollout, Scored
 from dcmdp_jax.rewards import final_answer
 from dcmdp_jax.tasks import Task
 from dcmdp_jax.tokenizer import Tokenizer
@@ -123,6 +123,15 @@ def supervised(task: Task, tokenizer: Tokenizer, batch_size: int, seed: int, ste
     return Supervised(tokens, (column >= starts) & (column < stops))
 
 
+def whole_logp(rollout: Rollout) -> np.ndarray:
+    """The engine's log-probs as the trainer scores, uncut: of softmax(logits / temperature).
+
+    Formula: rollout_logp + log kept. Nothing changes past the length, and where no support was cut.
+    """
+    mask = np.arange(rollout.tokens.shape[1]) < rollout.lengths[:, None]
+    return rollout.rollout_logp + np.log(np.where(mask, rollout.kept, 1)).astype(np.float32)
+
+
 def pack(scored: Scored, *, minibatches: int, microbatches: int, row_length: int, row_divisor: int = 1, pad_id: int = 0,
          seed: int | tuple[int, ...] = 0) -> Batch:
     """Deals the completions at random into M x A microbatches of n and packs each into R rows of S tokens.
@@ -130,7 +139,8 @@ def pack(scored: Scored, *, minibatches: int, microbatches: int, row_length: int
     First-fit decreasing, a segment being prompt + completion. R is the same in every microbatch: `row_divisor` times a
     power of two (or just enough rows for n completions, if that is less), so that few shapes are ever compiled. Experts,
     where they were recorded, go to the tokens that they were chosen for: those behind a completion's first token to the
-    prompt's last. Raises ValueError where the completions do not divide, a row is too short, or a prompt is empty.
+    prompt's last. Log-probs are those of `whole_logp`. Raises ValueError where the completions do
+    not divide, a row is too short, or a prompt is empty.
     """
     rollout, parts = scored.rollout, minibatches * microbatches
     count, width = rollout.tokens.shape
@@ -172,7 +182,8 @@ def pack(scored: Scored, *, minibatches: int, microbatches: int, row_length: int
     return Batch(
         tokens=scatter(source[owner, column], pad_id), positions=scatter(offset, 0),
         segment_ids=scatter(segment[owner], 0), index=deal(np.where(mask, predicts, 0).astype(np.int32)),
-        completions=deal(rollout.tokens[order]), mask=deal(mask), rollout_logp=deal(rollout.rollout_logp[order]),
+        completions=deal(rollout.tokens[order]), mask=deal(mask),
+        rollout_logp=deal(whole_logp(rollout)[order]),
         reward=deal(scored.reward[order]), group=deal(group.astype(np.int32)),
         experts=None if rollout.experts is None else place_experts(rollout.experts))
 

@@ -311,6 +311,9 @@ def notes(found: Blame) -> list[str]:
         said.append("Staleness is left out: there is no older checkpoint.")
     if "support" not in judged:
         said.append("The support is left out: every token can be drawn (top_k 0, top_p 1, min_p 0).")
+    else:
+        said.append("The support is a part of everything here alone: a run and parity measure delta before "
+                    "the cut.")
     return said
 
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from dcmdp_jax import rollcall, sharding
 from dcmdp_jax.config import MeshConfig, RolloutConfig
-from dcmdp_jax.stopping import Interrupted
+from dcmdp_jax.stopping import Failed, Interrupted
 
 NEWS_SECONDS = 5.0  # after a failed collective, for word of the process that is lost
 MESSAGE_BYTES = 2000
@@ -72,10 +72,13 @@ def _detected(limit: float) -> tuple[str, int, int]:
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """What fails inside on this process ends all; what all processes raise alike (`Refused`, `Interrupted`) passes."""
+    """What fails inside on this process ends all.
+
+    What all processes raise alike (`Refused`, `Interrupted`, `Failed`) passes.
+    """
     try:
         yield
-    except (Refused, Interrupted):
+    except (Refused, Interrupted, Failed):
         raise
     except BaseException as error:
         if _roll is None:

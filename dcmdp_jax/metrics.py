@@ -2,8 +2,10 @@
 
 `metrics.jsonl` holds one row per constrained step, in order: `step` (1..N), `reward` (mean over the batch),
 `delta_mean` and `multiplier` (lambda, as used in the step), `entropy` (nats per token), `seconds` (wall time of the
-step), `tokens` (sampled), further scalars of the step, and on steps with an evaluation `reward_eval_infer` (the
-engine's policy) and `reward_eval_train` (the trainer's).
+step), `tokens` (sampled), `truncated` (share of completions that the length limit cut off),
+`skipped` (updates of the run so far that were left out), `saturated` (steps in a row with lambda at
+its bound and delta above the tolerance), further scalars of the step, and on steps with an
+evaluation `reward_eval_infer` (the engine's policy) and `reward_eval_train` (the trainer's).
 
 JSON has no NaN: a value that is not finite is `null`, and `non_finite` in the same row tells which it was
 (`{"loss": null, "non_finite": {"loss": "nan"}}`). `gaps.jsonl` holds one row per step with an evaluation: `step`, and
@@ -36,7 +38,8 @@ WORST = {"position": fields.WHOLE, "token": fields.WHOLE, "text": fields.TEXT,
 SECONDS_BETWEEN_LINES = 10.0  # where stderr is no terminal, so that the logs of batch jobs stay short
 STATUS = (("reward", "reward {:.3f}"), ("reward_eval_infer", "held-out engine {:.3f}"),
           ("reward_eval_train", "trainer {:.3f}"), ("delta_mean", "delta {:.4f} (tolerance {tolerance:g})"),
-          ("multiplier", "lambda {:.4f}"), ("entropy", "entropy {:.3f}"))
+          ("multiplier", "lambda {:.4f}"), ("entropy", "entropy {:.3f}"),
+          ("truncated", "cut off {:.0%}"))
 
 
 class Log:
@@ -58,6 +61,9 @@ class Log:
         self._file, self._gaps = open(workdir / FILE, "a", encoding="utf-8"), workdir / GAPS
         self._latest: dict[str, Any] = {}  # keeps the last evaluation on show between evaluations
         self._progress = Progress(config, first_step)
+        if first_step > 1:
+            rows = [row for _, row in _lines(workdir / FILE)]
+            self._progress.view.floor = floor(rows[0]) if rows else None
 
     def settle(self, tolerance: float) -> None:
         """Shows delta beside this tolerance, where it was not known from the start."""
@@ -77,6 +83,8 @@ class Log:
         if self._wandb:
             self._wandb.log(values | {"step": step})
         self._latest |= values
+        if step == 1:
+            self._progress.view.floor = floor({"step": step, **values})
         self._progress.show(step, self._latest)
 
     def write_gaps(self, step: int, record: Mapping[str, Any]) -> None:
@@ -113,15 +121,28 @@ class Progress:
         if terminal.fits():
             self.view.show(step, values)
         elif step == self._total or time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
-            print(f"{self._name}: step {step}/{self._total}  {status(values, self.tolerance)}", file=sys.stderr, flush=True)
+            said = status(values, self.tolerance, self.view.floor)
+            print(f"{self._name}: step {step}/{self._total}  {said}", file=sys.stderr, flush=True)
             self._printed = time.monotonic()
 
 
-def status(values: Mapping[str, Any], tolerance: float) -> str:
-    """The quantities to watch, in one line: those of `STATUS` that are in `values`, and tokens per second."""
+def floor(row: Mapping[str, Any]) -> float | None:
+    """What the floor of delta at a run's starting weights is no less than; None if not known.
+
+    From the row of the first step, the mean less three standard errors: the trainer scores at the
+    weights that sampled, so that the gap is the engine's alone.
+    """
+    mean, spread, tokens = (row.get(name) for name in ("delta_mean", "prob_diff_std", "tokens"))
+    known = mean is not None and spread is not None and tokens and math.isfinite(mean)
+    return mean - 3 * spread / math.sqrt(tokens) if known and row.get("step") == 1 else None
+
+
+def status(values: Mapping[str, Any], tolerance: float, floor: float | None = None) -> str:
+    """The quantities to watch, in one line: those of `STATUS` in `values`, speed, and warnings."""
     parts = [form.format(values[key], tolerance=tolerance) for key, form in STATUS if key in values]
     if values.get("seconds", 0) > 0 and "tokens" in values:
         parts.append(f"{values['tokens'] / values['seconds']:,.0f} tokens/s")
+    parts += [f"warning: {alarm}" for alarm in terminal.warnings(values, tolerance, floor)]
     return "  ".join(parts)
 
 

@@ -1,7 +1,8 @@
 """From a gradient to new parameters. An experiment passes one of the functions that return an `Optimizer`.
 
-Both clip the gradient by its norm, raise the rate linearly over the first `lr_warmup_steps` updates, and leave out an update
-that is not finite. Every donated array is changed in one pass, in place.
+Both clip the gradient by its norm (not where `grad_clip` is 0), raise the rate linearly over the
+first `lr_warmup_steps` updates, and leave out an update that is not finite. Every donated array is
+changed in one pass, in place.
 """
 
 from __future__ import annotations
@@ -64,13 +65,18 @@ def sgd(config: AlgorithmConfig) -> Optimizer:
     return Optimizer(init, partial(_sgd, config=config))
 
 
+def _clip(norm: jax.Array, config: AlgorithmConfig) -> jax.Array | float:
+    """What the gradient is multiplied by."""
+    return jnp.minimum(1.0, config.grad_clip / norm) if config.grad_clip else 1.0
+
+
 def _rate(count: jax.Array, config: AlgorithmConfig) -> jax.Array:
     return config.learning_rate * jnp.minimum(1.0, count / (config.lr_warmup_steps + 1))
 
 
 def _adamw(grads: Any, norm: jax.Array, finite: jax.Array, params: Any, state: optax.ScaleByAdamState, *,
            config: AlgorithmConfig) -> tuple[Any, optax.ScaleByAdamState]:
-    scale = jnp.minimum(1.0, config.grad_clip / norm)
+    scale = _clip(norm, config)
     count = state.count + finite
     rate = _rate(count, config)
     unbias1, unbias2 = (1 / (1 - beta ** jnp.maximum(count, 1)) for beta in (config.beta1, config.beta2))
@@ -91,7 +97,7 @@ def _adamw(grads: Any, norm: jax.Array, finite: jax.Array, params: Any, state: o
 
 def _sgd(grads: Any, norm: jax.Array, finite: jax.Array, params: Any, state: Velocity, *,
          config: AlgorithmConfig) -> tuple[Any, Velocity]:
-    scale = jnp.minimum(1.0, config.grad_clip / norm)
+    scale = _clip(norm, config)
     count = state.count + finite
     rate = _rate(count, config)
     m = jax.lax.optimization_barrier(

@@ -143,7 +143,7 @@ def measure(config: Config, inputs: train.Inputs, policy: Policy, batches: int, 
     for number in range(first, first + batches):
         sampled = sample(engine, served, config, inputs, number)
         old.append(score(policy.params, sampled, (config.seed, number)))
-        reported.append(sampled.rollout_logp)
+        reported.append(data.whole_logp(sampled))
         mask.append(mask_of(sampled))
         asked = np.repeat(sampled.prompts.lengths, config.rollout.samples)
         position.append(asked[:, None] + 1 + np.arange(sampled.tokens.shape[1]))
@@ -183,9 +183,7 @@ def _figures(old_logp, rollout_logp, mask) -> dict[str, jax.Array]:
 
 def default_limit(config: Config, inputs: train.Inputs) -> float | None:
     """The bound on |D| where nothing but round-off in float32 tells the engine from the trainer; None elsewhere."""
-    engine = config.rollout
-    full = (engine.top_k, engine.top_p, engine.min_p) == (0, 1, 0)
-    return EXACT if full and engine.precision == Precision() and not inputs.model.bfloat16 else None
+    return EXACT if config.rollout.precision == Precision() and not inputs.model.bfloat16 else None
 
 
 def failure(found: Parity, limit: float | None) -> str:

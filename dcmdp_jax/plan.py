@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax import count, sharding, step, sync
+from dcmdp_jax import count, sharding, step, sync, tokenizer, train
 from dcmdp_jax.config import Calibrated, Config, ModelConfig, with_tolerance
 from dcmdp_jax.records import Batch
 from dcmdp_jax.rollout import generate
@@ -40,7 +40,7 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v4": Chip(32 * GIB, 275e12, 1.2e12, 150e9),
+    "v4": Chip(32 * GIB, 275e12, 1.2e12, 270e9),
     "v5e": Chip(16 * GIB, 197e12, 0.82e12, 200e9),
     "v5p": Chip(95 * GIB, 459e12, 2.77e12, 600e9),
     "v6e": Chip(32 * GIB, 918e12, 1.64e12, 400e9),
@@ -106,7 +106,8 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
     if isinstance(config.constraint.tolerance, Calibrated):
         config = with_tolerance(config, 1.0)  # any number makes the same programs
     mesh, decode_mesh = sharding.meshes(config, devices, process=0)
-    sync.check(model, config.rollout.precision, decode_mesh)
+    engines = 1 if config.rollout.one_engine else len({device.process_index for device in devices})
+    train.check(config, model, mesh, decode_mesh, engines)
     state, batch = step.abstract_state(config, model, mesh), abstract_batch(config, model, mesh)
     sizes = sharding.local_bytes(state)
     parts, (rows, length) = config.algorithm.minibatches * config.algorithm.microbatches, batch.tokens.shape[2:]
@@ -117,7 +118,6 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
     yield Program("scoring pass", score.lower(state.params, batch), count.scoring(model, rows, length, parts, config, mesh), 0,
                   sizes - sharding.local_bytes(state.params), "algorithm.microbatches, mesh.sequence or mesh.tensor")
     shared = set(decode_mesh.devices.flat) <= set(mesh.devices.flat)
-    engines = 1 if config.rollout.one_engine else len({device.process_index for device in devices})
     yield from _engine(config, model, decode_mesh, engines, sizes if shared else 0)
     own = decode_mesh if shared else sharding.block(mesh, 0)
     version = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
@@ -131,9 +131,6 @@ def _engine(config: Config, model: ModelConfig, mesh: Any, engines: int, beside:
     rollout, data = config.rollout, config.data
     length = data.max_prompt_tokens + rollout.max_tokens
     slots, prompts = rollout.slots // engines, data.prompts_per_step // engines
-    if slots < 1 or prompts < 1:
-        raise ValueError(f"rollout.slots={rollout.slots} and data.prompts_per_step={data.prompts_per_step} leave nothing for "
-                         f"some of {engines} engines; raise them")
     engine = Engine(model, slots=slots, steps=rollout.tokens_per_dispatch, max_length=length, stop_ids=(0,),
                     precision=rollout.precision, record_experts=config.algorithm.replay_routing, mesh=mesh)
     weights = sync.abstract(model, rollout.precision, mesh)
@@ -199,8 +196,16 @@ def _roofs(work: count.Work, chip: Chip) -> tuple[float, float, float]:
 
 
 def make(config: Config, model: ModelConfig, name: str, slices: int = 1, say: Callable[[str], None] = lambda line: None) -> Plan:
-    """Compiles every program of a run for a topology. Raises ValueError where the run cannot be laid out on it."""
+    """Compiles every program of a run for a topology.
+
+    Raises ValueError where the run cannot be laid out on it, or `train` would refuse it; the files
+    of model and data need not be there yet.
+    """
     devices, chip = topology(name, slices), CHIPS[name.split(":")[0]]
+    if not (config.data.path or config.model.folder or config.model.tokenizer):  # a generated task
+        vocabulary = train.read_tokenizer(config)
+        tokenizer.check_vocabulary(vocabulary, model.vocab_size)
+        train.read_problems(config, vocabulary, engines=1)
     found = []
     for program in programs(config, model, devices):
         say(f"compiling {program.name}")

@@ -45,6 +45,7 @@ class Weights(NamedTuple):
 
     params: Any
     version: Any  # [] int32
+    finite: Any = True  # [] bool: no parameter is NaN or infinite
 
 
 class Rollout(NamedTuple):
@@ -74,6 +75,11 @@ class Scored(NamedTuple):
 class Batch(NamedTuple):
     """Completions packed into rows for the model, with the map back to [n, T] for the mathematics.
 
+    `rollout_logp` is of the distribution that the trainer scores: softmax(logits / temperature)
+    over the whole vocabulary, a rollout's `rollout_logp` + log `kept`. Where a support was cut,
+    engine and trainer are thus compared before the cut, which both would make alike: a gap, and
+    every ratio of the two, is of numerics and age alone.
+
     Rows hold prompt + completion segments. `index[i, t]` is the flat position r*S + s, within its microbatch, of the token
     whose next-token distribution predicts completion token t: the model's outputs at `index` are the completion's.
     """
@@ -84,7 +90,7 @@ class Batch(NamedTuple):
     index: np.ndarray  # [M, A, n, T] int32; 0 where masked
     completions: np.ndarray  # [M, A, n, T] int32
     mask: np.ndarray  # [M, A, n, T] bool, completion tokens that are trained
-    rollout_logp: np.ndarray  # [M, A, n, T] float32
+    rollout_logp: np.ndarray  # [M, A, n, T] float32, over the whole vocabulary
     reward: np.ndarray  # [M, A, n] float32
     group: np.ndarray  # [M, A, n] int32, 0..B-1: the prompt a completion answers
     experts: np.ndarray | None = None  # [M, A, R, S, sparse layers, k] int16 that each token takes; -1: its router's choice

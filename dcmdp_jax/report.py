@@ -41,6 +41,7 @@ MEASURES = (
     Measure("entropy", "entropy, nats per token", None),
     Measure("k3", "KL(engine ‖ trainer), nats per token", min),
     Measure("response_length", "response length, tokens", None),
+    Measure("truncated", "completions cut off by the limit", min),
     Measure("grad_norm", "gradient norm", None),
 )
 
@@ -84,7 +85,11 @@ def verdict(config: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         return "No step was finished."
     last, total = rows[-1]["step"], config.get("steps", rows[-1]["step"])
     said = [f"The run stopped at step {last} of {total}."] if last < total else []
-    said += _reward_verdict(config, rows)
+    skipped = rows[-1].get("skipped") or 0
+    updates = [setting(config, "algorithm", name) or 1 for name in ("epochs", "minibatches")]
+    if skipped and skipped == last * math.prod(updates):
+        said.append("Nothing was learnt: every update was left out.")
+    said += _reward_verdict(config, rows) + _truncated_verdict(config, rows)
     tail = finite(points_of(rows[-max(1, len(rows) // 10):], "delta_mean"))
     tolerance, delta = tolerance_of(config), [value for _, value in finite(points_of(rows, "delta_mean"))]
     if tail and tolerance is not None:
@@ -93,8 +98,17 @@ def verdict(config: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         when = "at the last step" if len(tail) == 1 else f"over the last {len(tail)} steps"
         said.append(f"Mean delta was {mean:.4g} {when}, {place} the tolerance of {tolerance:g}; "
                     f"{inside} of {counted(len(delta), 'step')} ({inside / len(delta):.0%}) lay inside it.")
+    asked = sum("delta_mean" in row for row in rows)
+    if len(delta) < asked:
+        said.append(f"Delta could be measured in {len(delta)} of {counted(asked, 'step')}; in the "
+                    "others log-probs were not finite, or there was no token.")
+    floor = metrics.floor(rows[0])
+    if floor is not None and tolerance is not None and tolerance < floor:
+        said.append("The tolerance lies under the floor: with the weights that the run began with "
+                    f"mean delta was {rows[0]['delta_mean']:.4g}, at which no multiplier could "
+                    "have met it.")
     said += _multiplier_verdict(config, rows)
-    if skipped := rows[-1].get("skipped"):
+    if skipped:
         said.append(f"{counted(skipped, 'update')} left out because the loss or its gradient was not finite.")
     return " ".join(said)
 
@@ -122,6 +136,17 @@ def _reward_verdict(config: dict[str, Any], rows: list[dict[str, Any]]) -> list[
     return said
 
 
+def _truncated_verdict(config: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    """How many completions the length limit cut off, over the last tenth of the steps."""
+    shares = [share for _, share in finite(points_of(rows[-max(1, len(rows) // 10):], "truncated"))]
+    if not shares or not sum(shares):
+        return []
+    mean, limit = statistics.fmean(shares), setting(config, "rollout", "max_tokens")
+    which = "All completions" if mean == 1 else f"{mean:.1%} of the completions"
+    when = "at the last step" if len(shares) == 1 else f"over the last {len(shares)} steps"
+    return [f"{which} were cut off by the limit of {limit} tokens {when}."]
+
+
 def _multiplier_verdict(config: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     """Where lambda ended, and whether its upper bound held it: then the constraint was not enforced in full."""
     points = finite(points_of(rows, "multiplier_next")) or finite(points_of(rows, "multiplier"))
@@ -132,6 +157,9 @@ def _multiplier_verdict(config: dict[str, Any], rows: list[dict[str, Any]]) -> l
     said = [f"After the last update the multiplier is {points[-1][1]:.4g}."]
     if capped:
         said.append(f"It stood at its upper bound of {bound:g} after {capped} of {counted(len(points), 'step')}.")
+    if saturated := rows[-1].get("saturated"):
+        said.append(f"In the last {counted(saturated, 'step')} it was held there with delta above "
+                    "the tolerance: the constraint is not enforced in full.")
     return said
 
 

@@ -64,13 +64,21 @@ def batch_shardings(config: Config, mesh: jax.sharding.Mesh) -> Batch:
                  rollout_logp=whole, reward=whole, group=whole, experts=rows if config.algorithm.replay_routing else None)
 
 
+def check(config: Config) -> None:
+    """Raises ValueError on a surrogate that other weights than those that sampled break."""
+    surrogate = config.algorithm.surrogate
+    bypasses = isinstance(surrogate, corrections.Bypass)
+    if bypasses and surrogate.denominator is corrections.surviving and not _is_single(config):
+        raise ValueError("bypass with the surviving denominator counts the tokens that survive at "
+                         "the weights that sampled, and judges them anew at those that train; set "
+                         "algorithm.epochs=1, algorithm.minibatches=1 and rollout.staleness=0, or "
+                         "take corrections.original")
+
+
 def compile(config: Config, model: ModelConfig,
             mesh: jax.sharding.Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted step; its state argument is donated. Raises ValueError on a surrogate that several updates break."""
-    surrogate, updates = config.algorithm.surrogate, config.algorithm.epochs * config.algorithm.minibatches
-    if isinstance(surrogate, corrections.Bypass) and surrogate.denominator is corrections.surviving and updates > 1:
-        raise ValueError("bypass with the surviving denominator judges tokens anew at every update; set "
-                         "algorithm.epochs=1 and minibatches=1, or take corrections.original")
+    """The jitted step; its state argument is donated. Raises ValueError as `check` does."""
+    check(config)
     state, batch = state_shardings(config, model, mesh), batch_shardings(config, mesh)
     update = partial(constrained_step, config=config, model=model, one_pass=in_one_pass(config))
     return jax.jit(sharding.over(mesh, update), in_shardings=(state, batch), out_shardings=(state, sharding.replicated(mesh)),
@@ -122,7 +130,8 @@ def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: 
     A'_t = A_t - lambda delta_t with the current lambda, delta from the trainer's own log-probs at the weights that sampled,
     or whatever `constraint.shape` and `constraint.penalty` make of them; then lambda <- dual(lambda, mean delta) over all
     completion tokens, before any rejection. Updates whose loss or gradient is not finite are left out and counted.
-    `one_pass` is what `in_one_pass` says; were it wrong about a batch, that batch's loss is NaN.
+    `one_pass` is what `in_one_pass` says. Where it is wrong about a batch, the metric "apart" is
+    False and the state stays as it was.
     """
     algorithm, dual, multiplier = config.algorithm, config.constraint, state.dual.multiplier
     advantage = _advantage(batch, config)
@@ -130,16 +139,18 @@ def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: 
     def update(carry, loss, grads):
         params, opt_state, skipped = carry
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss) & apart
         opt_state = _moved(opt_state, jax.memory.Space.Device, algorithm)
         params, opt_state = optimizers.of(algorithm).update(grads, norm, finite, params, opt_state)
-        return (params, _moved(opt_state, jax.memory.Space.Host, algorithm), skipped + ~finite), (loss, norm)
+        opt_state = _moved(opt_state, jax.memory.Space.Host, algorithm)
+        return (params, opt_state, skipped + (apart & ~finite)), (loss, norm)
 
-    carry = state.params, state.opt_state, state.skipped
+    carry, apart = (state.params, state.opt_state, state.skipped), jnp.bool_(True)
     if _is_single(config):
         known = None if one_pass else score(state.params, batch, config, model)[0]
         slope = partial(_slope, batch=batch, advantage=advantage, multiplier=multiplier, config=config)
-        loss, grads, old_logp, entropy = _single(state.params, batch, known, slope, config, model)
+        loss, grads, old_logp, entropy, apart = _single(state.params, batch, known, slope, config,
+                                                        model)
         shaped = _shaped(old_logp, batch, advantage, multiplier, config)
         (params, opt_state, skipped), (loss, norm) = update(carry, loss, grads)
     else:
@@ -154,17 +165,21 @@ def constrained_step(state: TrainState, batch: Batch, *, config: Config, model: 
 
         (params, opt_state, skipped), (loss, norm) = jax.lax.scan(epoch, carry, None, length=algorithm.epochs)
     total, count = constraint.measure(_flat(old_logp), _flat(batch.rollout_logp), _flat(batch.mask))
-    new_dual = controller(config).update(state.dual, total, count, dual.tolerance)
+    seen = jnp.where(apart, count, 0)
+    new_dual = controller(config).update(state.dual, total, seen, dual.tolerance)
     metrics = _metrics(batch, advantage, old_logp, shaped, entropy) | {
-        "loss": jnp.mean(loss), "grad_norm": jnp.mean(norm), "delta_mean": total / jnp.maximum(count, 1),
-        "multiplier": state.dual.multiplier, "multiplier_next": new_dual.multiplier, "skipped": skipped,
+        "loss": jnp.mean(loss), "grad_norm": jnp.mean(norm),
+        "delta_mean": jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan),
+        "multiplier": state.dual.multiplier, "multiplier_next": new_dual.multiplier,
+        "saturated": new_dual.saturated, "skipped": skipped, "apart": apart,
+        "logp_finite": jnp.all(jnp.isfinite(old_logp) | ~batch.mask),
         "gaps": gaps.measure(_flat(old_logp), _flat(batch.rollout_logp), _flat(batch.completions), _flat(batch.mask),
                              batch.reward.reshape(-1))}
     if state.stale:
         logp, _ = score(state.params, batch, config, model)
         metrics |= diagnostics.staleness(_flat(logp), _flat(old_logp), _flat(batch.rollout_logp), _flat(batch.mask))
     stale = (*state.stale, state.params)[1:]
-    return TrainState(params, opt_state, new_dual, state.step + 1, skipped, stale), metrics
+    return TrainState(params, opt_state, new_dual, state.step + apart, skipped, stale), metrics
 
 
 def _moved(opt_state: Any, memory: Any, algorithm: AlgorithmConfig) -> Any:
@@ -204,21 +219,26 @@ def _slope(old_logp: jax.Array, batch: Batch, advantage: jax.Array, multiplier: 
 
     def loss_of(logp):
         loss, denominator = config.algorithm.surrogate(_flat(logp), *map(_flat, (old_logp, batch.rollout_logp, shaped, batch.mask)))
-        if config.constraint.penalty:
-            loss += config.constraint.penalty(_flat(logp), _flat(batch.rollout_logp), _flat(batch.mask), multiplier)
-        return config.algorithm.reduce(loss, denominator)
+        loss = config.algorithm.reduce(loss, denominator)
+        if config.constraint.penalty:  # of rejected tokens too, the worst, as the dual measures it
+            mask, rollout_logp = _flat(batch.mask), _flat(batch.rollout_logp)
+            penalty = config.constraint.penalty(_flat(logp), rollout_logp, mask, multiplier)
+            loss += config.algorithm.reduce(penalty, mask)
+        return loss
 
     return jax.value_and_grad(loss_of)(old_logp)
 
 
 def _single(params: Any, batch: Batch, known: jax.Array | None, slope: Slope, config: Config,
-            model: ModelConfig) -> tuple[jax.Array, Any, jax.Array, jax.Array]:
+            model: ModelConfig) -> tuple[jax.Array, Any, jax.Array, jax.Array, jax.Array]:
     """Loss, its gradient, the old log-probs and entropies, by a forward and a backward pass over each microbatch.
 
-    `known` are the old log-probs [1, A, n, T], where the loss weighs microbatches against each other. Elsewhere it is None: each
-    is judged beside the sampler's log-probs of the others, and the loss is NaN where more than a thousandth of the slopes
-    turns out to have hung on those.
+    `known` are the old log-probs [1, A, n, T], where the loss weighs microbatches against each
+    other. Elsewhere it is None: each is judged beside the sampler's log-probs of the others. The
+    last result is whether that was right: False where more than a thousandth of the slopes turns
+    out to have hung on those.
     """
+    judged_apart = jnp.bool_(True)
     if known is not None:
         loss, slopes = slope(known)
 
@@ -242,9 +262,11 @@ def _single(params: Any, batch: Batch, known: jax.Array | None, slope: Slope, co
         logp, apart, entropy = (x[None] for x in made)
     if known is None:
         loss, whole = slope(logp)
-        agree = jnp.sum(jnp.abs(whole - apart)) <= 1e-3 * jnp.sum(jnp.abs(whole))
-        loss, known = jnp.where(agree, loss, jnp.nan), logp
-    return loss, grads, known, entropy
+        difference, size = jnp.sum(jnp.abs(whole - apart)), jnp.sum(jnp.abs(whole))
+        known, shown = logp, jnp.isfinite(size)
+        judged_apart = (difference <= 1e-3 * size) | ~shown
+        loss = jnp.where(shown, loss, jnp.nan)  # slopes that are not finite make no update
+    return loss, grads, known, entropy, judged_apart
 
 
 def _score(params: Any, micro: Batch, config: Config, model: ModelConfig, *,
@@ -263,20 +285,26 @@ def _gradients(params: Any, minibatch: tuple, multiplier: jax.Array, config: Con
     batch, old_logp, shaped = minibatch
     surrogate, penalty = config.algorithm.surrogate, config.constraint.penalty
     _, denominator = surrogate(_flat(old_logp), _flat(old_logp), _flat(batch.rollout_logp), _flat(shaped), _flat(batch.mask))
-    weight = jax.grad(lambda x: config.algorithm.reduce(x, denominator))(jnp.zeros_like(_flat(shaped))).reshape(shaped.shape)
 
-    def loss_fn(params, micro, old_logp, shaped, weight):
+    def weight_of(mask):
+        zero = jnp.zeros_like(_flat(shaped))
+        return jax.grad(lambda x: config.algorithm.reduce(x, mask))(zero).reshape(shaped.shape)
+
+    weight, of_all = weight_of(denominator), weight_of(_flat(batch.mask))
+
+    def loss_fn(params, micro, old_logp, shaped, weight, of_all):
         logp, _ = _score(params, micro, config, model)
         loss, _ = surrogate(logp, old_logp, micro.rollout_logp, shaped, micro.mask)
-        if penalty:
-            loss += penalty(logp, micro.rollout_logp, micro.mask, multiplier)
-        return jnp.sum(loss * weight)
+        loss = jnp.sum(loss * weight)
+        if penalty:  # as in `_slope`
+            loss += jnp.sum(penalty(logp, micro.rollout_logp, micro.mask, multiplier) * of_all)
+        return loss
 
     def accumulate(total, micro):
         # The barrier as in `_single`.
         return jax.tree.map(jnp.add, total, jax.lax.optimization_barrier(jax.value_and_grad(loss_fn)(params, *micro))), None
 
-    micros = batch, old_logp, shaped, weight
+    micros = batch, old_logp, shaped, weight, of_all
     if len(shaped) == 1:
         return jax.value_and_grad(loss_fn)(params, *jax.tree.map(lambda x: x[0], micros))
     zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)

@@ -12,6 +12,10 @@ class Interrupted(Exception):
     """The run was asked to stop, and can go on from where it was."""
 
 
+class Failed(ValueError):
+    """The run cannot go on as it is; what it has is saved. All processes raise it alike."""
+
+
 @contextmanager
 def requests(tell: Callable[[], None] = lambda: None) -> Iterator[Callable[[], bool]]:
     """Yields a function that tells whether SIGINT or SIGTERM came; a second SIGINT interrupts at once.

@@ -34,6 +34,7 @@ def make(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> 
     float32 and "" leave a parameter as the trainer has it, bfloat16 casts it, the rest quantizes it: projections as
     `precision` says, embedding and head with one scale per token of the vocabulary. Biases stay as they are. Where
     embeddings are tied and the head's precision is another, the engine's parameters have a `"head"` [V, D] of their own.
+    `finite` of the weights tells whether all are numbers, so that an engine can refuse them.
     Parameters on other devices than the mesh's are converted there and sent over. Where they are spread over several
     processes, each gets a whole copy on its own devices, and all must call. The result shares no buffer with its arguments,
     which the next training step donates. Raises ValueError for a precision not in `ALLOWED`, and for groups
@@ -78,7 +79,8 @@ def abstract(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh)
 
 def _convert(params: Any, version: Any, *, config: ModelConfig, precision: Precision) -> Weights:
     params, version = jax.tree.map(jnp.copy, (params, version))
-    return Weights(qwen3.unstack(_cast(params, config, precision), config), version)
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(w)) for w in jax.tree.leaves(params)]))
+    return Weights(qwen3.unstack(_cast(params, config, precision), config), version, finite)
 
 
 def _shapes(config: ModelConfig, precision: Precision) -> Weights:
@@ -87,7 +89,8 @@ def _shapes(config: ModelConfig, precision: Precision) -> Weights:
 
 
 def _places(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> Weights:
-    return Weights(_shardings(_shapes(config, precision).params, config, mesh), sharding.replicated(mesh))
+    whole = sharding.replicated(mesh)
+    return Weights(_shardings(_shapes(config, precision).params, config, mesh), whole, whole)
 
 
 def _check_names(precision: Precision) -> None:

@@ -43,7 +43,7 @@ class Chain:
     noise: tuple[float, float, float] = (0.15, 0.20, 0.30)  # chance that the expert gets a step wrong, for + - *
 
     def __post_init__(self):
-        if not 1 <= self.operations <= 12:  # the problem's number fits an int64
+        if self.operations not in range(1, 13):  # the problem's number fits an int64
             raise ValueError(f"Chain: operations={self.operations} must lie in 1..12")
         if len(self.noise) != 3 or not all(0 <= p <= 1 for p in self.noise):
             raise ValueError(f"Chain: noise={self.noise} must be three probabilities, for + - *")

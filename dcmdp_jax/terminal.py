@@ -20,6 +20,7 @@ class View:
     def __init__(self, name: str, first_step: int, total: int, tolerance: float, multiplier_max: float):
         self._name, self._total, self.tolerance, self._bound = name, total, tolerance, multiplier_max
         self._before, self._started = first_step - 1, None  # steps of earlier processes; when the first step was seen
+        self.floor: float | None = None  # see `metrics.floor`
         self._rewards: list[float] = []
         self._deltas: list[float] = []
         self._height = 0
@@ -31,6 +32,8 @@ class View:
         self._deltas.append(values.get("delta_mean", math.nan))
         width = max(shutil.get_terminal_size().columns - 1, 20)  # the last column would wrap on some terminals
         lines = [line[:width] for line in self.lines(step, values, width)]
+        if width == self._width:  # what is said no more is wiped out
+            lines += [""] * (self._height - len(lines))
         # Up to the block's first line, then down over it. Where the width changed the old lines may have been wrapped anew,
         # and their place is not known: a new block begins below.
         up = f"\x1b[{self._height}A" if self._height and width == self._width else ""
@@ -55,9 +58,10 @@ class View:
             lines.append(_row("reward", _number(values["reward"]), sparkline(self._rewards, curve),
                               f"held-out {held_out}" if held_out and curve >= 6 else ""))
         if "delta_mean" in values:
-            place = "within" if values["delta_mean"] <= self.tolerance else "ABOVE"
-            lines.append(_row("delta", f"{values['delta_mean']:.4g}", sparkline(self._deltas, curve),
-                              f"{place} {self.tolerance:g}"))
+            delta = values["delta_mean"]
+            place = f"{'within' if delta <= self.tolerance else 'ABOVE'} {self.tolerance:g}"
+            place = place if math.isfinite(delta) else "NOT MEASURED"
+            lines.append(_row("delta", f"{delta:.4g}", sparkline(self._deltas, curve), place))
         rest = []
         if "multiplier" in values:
             bound = self._bound if self._bound is not None else math.inf
@@ -65,8 +69,27 @@ class View:
             rest.append(f"lambda   {values['multiplier']:.4f}{at}")
         if "entropy" in values:
             rest.append(f"entropy {_number(values['entropy'])}")
+        if "truncated" in values:
+            rest.append(f"cut off {values['truncated']:.0%}")
         narrow = [f"held-out {held_out}"] if held_out and curve < 6 else []
-        return lines + narrow + (["  ".join(rest)] if rest else [])
+        alarms = [f"warning  {alarm}" for alarm in warnings(values, self.tolerance, self.floor)]
+        return lines + narrow + (["  ".join(rest)] if rest else []) + alarms
+
+
+def warnings(values: Mapping[str, Any], tolerance: float, floor: float | None) -> list[str]:
+    """What of a step's values asks for attention; `floor` as `metrics.floor` gives it."""
+    said = []
+    if skipped := values.get("skipped", 0):
+        said.append(f"{skipped} updates skipped, whose loss or gradient was not finite")
+    if saturated := values.get("saturated", 0):
+        said.append("lambda at its bound and delta above the tolerance, "
+                    f"{saturated} steps in a row")
+    if floor is not None and tolerance < floor:
+        said.append(f"the tolerance {tolerance:g} is under the floor {floor:.2g}, delta of the "
+                    "weights that the run began with")
+    if values.get("truncated") == 1:
+        said.append("all completions cut off at rollout.max_tokens")
+    return said
 
 
 def fits() -> bool:
@@ -95,7 +118,8 @@ def _colored(line: str) -> str:
     """What asks for attention in colour, unless NO_COLOR is set (https://no-color.org)."""
     if os.environ.get("NO_COLOR"):
         return line
-    for word, code in (("ABOVE", "31"), ("(at its bound)", "33"), ("within", "32")):
+    for word, code in (("ABOVE", "31"), ("NOT MEASURED", "31"), ("(at its bound)", "33"),
+                       ("warning", "33"), ("within", "32")):
         line = line.replace(word, f"\x1b[{code}m{word}\x1b[0m")
     return line
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from dcmdp_jax import (calibrate, checkpoint, data, evaluate, gaps, hosts, metrics, report, rewards, sharding, step, stopping, sync,
                        tokenizer, warmup)
@@ -37,7 +40,8 @@ def train(config: Config, workdir: pathlib.Path) -> TrainState:
     """Runs or resumes the experiment in `workdir`; returns the final state.
 
     Raises ValueError on input that cannot work, before compilation. On SIGINT or SIGTERM it saves at the next safe point and
-    raises `stopping.Interrupted`; the same call resumes.
+    raises `stopping.Interrupted`; the same call resumes. Raises `stopping.Failed` where going on
+    would teach nothing.
     """
     return run(config, workdir, prepare(config, workdir))
 
@@ -67,6 +71,10 @@ def run(config: Config, workdir: pathlib.Path, inputs: Inputs) -> TrainState:
         held_out = _held_out(config, inputs, engine)
         collect = partial(_collect, config, inputs, engine, asked)
         policy = to_engine(*step.sampled_from(state))
+        if not np.asarray(policy.finite):
+            weight = _weight_not_finite(state, inputs) or "a weight"
+            raise stopping.Failed(f"{weight} is not finite before step {number + 1}; start from "
+                                  "other weights, or with a smaller warmup.learning_rate")
         if isinstance(config.constraint.tolerance, Calibrated):
             config = _calibrated(config, inputs, workdir, state, partial(collect, policy))
             log.settle(config.constraint.tolerance)
@@ -75,22 +83,36 @@ def run(config: Config, workdir: pathlib.Path, inputs: Inputs) -> TrainState:
         if number < config.steps:
             hosts.say("compiling with the first step")
         started, ahead = time.perf_counter(), config.rollout.staleness > 0
+        updates = config.algorithm.epochs * config.algorithm.minibatches
+        skipped, idle = int(state.skipped), 0  # idle: steps in a row that made no update
         collected = collect(policy, number)
         while collected:
             stale = to_engine(*step.sampled_from(_aged(state))) if ahead else None
-            (state, values), tokens = update(state, collected.batch), collected.tokens
-            number, position = number + 1, inputs.prompts.get_state()
+            sampled = {"tokens": collected.tokens, "truncated": collected.truncated}
+            state, values = update(state, collected.batch)
+            number, before, position = number + 1, position, inputs.prompts.get_state()
             policy = stale or to_engine(*step.sampled_from(state))
             collected = collect(policy, number) if ahead else None
             values = jax.device_get(values)
             tokens_apart = values.pop("gaps")
             values = {name: value.item() for name, value in values.items()}
-            values |= {"tokens": tokens, "seconds": time.perf_counter() - started}
+            if not values.pop("apart"):  # the step has left the state as it was
+                _give_up(saved, state, before, config, workdir, _coupled(config))
+            logp_finite = values.pop("logp_finite")
+            values |= sampled | {"seconds": time.perf_counter() - started}
             if due := _is_due(number, config.eval.every, config.steps, first=True):
                 log.write_gaps(number, gaps.record(tokens_apart, config.rollout.max_tokens, inputs.tokenizer.decode))
             if inputs.held_out and due:
                 values |= held_out(policy, state)
             log.write(number, values)
+            idle = idle + 1 if values["skipped"] - skipped == updates else 0
+            skipped = values["skipped"]
+            if idle and idle == config.algorithm.max_skipped:
+                what = _first_not_finite(state, values, logp_finite, inputs)
+                _give_up(saved, state, position, config, workdir,
+                         f"{what} is not finite, and the last {idle} steps made no update "
+                         "(algorithm.max_skipped allows that many); look for what overflows, or "
+                         "lower algorithm.learning_rate")
             if _is_due(number, config.checkpoint.every, config.steps):
                 saved.save(state, position, config.seed)
             started = time.perf_counter()
@@ -108,11 +130,48 @@ def _any(questions: tuple[Callable[[], bool], ...]) -> bool:
     return any(question() for question in questions)
 
 
+def _give_up(saved: checkpoint.Checkpoints, state: TrainState, position: Any, config: Config,
+             workdir: pathlib.Path, reason: str) -> None:
+    """Saves, and raises `stopping.Failed` with the reason."""
+    saved.save(state, position, config.seed)
+    saved.close()
+    number = int(state.step)
+    raise stopping.Failed(f"{reason}. Everything up to step {number} is saved in {workdir}")
+
+
+def _coupled(config: Config) -> str:
+    """Why a step whose microbatches were not judged apart made no update."""
+    return (f"algorithm.surrogate={config.algorithm.surrogate!r}, or constraint.shape, weighs "
+            "microbatches against each other in this batch, which the trial before the run had not "
+            "shown, so that their gradients cannot be added up; set algorithm.microbatches=1")
+
+
+def _first_not_finite(state: TrainState, values: dict[str, Any], logp_finite: bool,
+                      inputs: Inputs) -> str:
+    """The first thing on the way of a step that is not finite."""
+    if weight := _weight_not_finite(state, inputs):
+        return weight
+    if not logp_finite:
+        return "a log-prob of the trainer"
+    return "the gradient" if math.isfinite(values["loss"]) else "the loss"
+
+
+def _weight_not_finite(state: TrainState, inputs: Inputs) -> str:
+    """The first parameter that holds NaN or an infinite number, in words; empty where none does."""
+    each = partial(jax.tree.map, lambda w: jnp.all(jnp.isfinite(w)))
+    finite = jax.jit(each, out_shardings=sharding.replicated(inputs.mesh))(state.params)
+    for path, finite in jax.tree_util.tree_leaves_with_path(finite):
+        if not finite:
+            return f"the weight {jax.tree_util.keystr(path, simple=True, separator='.')}"
+    return ""
+
+
 class Collected(NamedTuple):
     """What one step trains on."""
 
     batch: Batch  # laid out over the training mesh
     tokens: int  # sampled
+    truncated: float  # share of completions that the length limit cut off
 
 
 def _collect(config: Config, inputs: Inputs, engine: Engine, asked: Callable[[], bool], policy: Weights,
@@ -123,6 +182,9 @@ def _collect(config: Config, inputs: Inputs, engine: Engine, asked: Callable[[],
     """
     if config.steps <= number < calibrate.FIRST:
         return None
+    if not np.asarray(policy.finite):
+        raise stopping.Failed(f"step {number} left a weight that is not finite; start again with a "
+                              "smaller algorithm.learning_rate")
     vocabulary, engines = inputs.tokenizer, hosts.engines(config.rollout)
     first = hosts.part(config.data.prompts_per_step, engines).start * config.rollout.samples
     stops = asked
@@ -144,7 +206,8 @@ def _collect(config: Config, inputs: Inputs, engine: Engine, asked: Callable[[],
         scored, minibatches=config.algorithm.minibatches, microbatches=config.algorithm.microbatches,
         row_length=config.algorithm.row_length or engine.max_length, row_divisor=sharding.batch_size(inputs.mesh),
         pad_id=vocabulary.pad_id, seed=(config.seed, number))
-    return Collected(hosts.spread(batch, step.batch_shardings(config, inputs.mesh)), int(scored.rollout.lengths.sum()))
+    return Collected(hosts.spread(batch, step.batch_shardings(config, inputs.mesh)),
+                     int(scored.rollout.lengths.sum()), float(1 - scored.rollout.stopped.mean()))
 
 
 def _together(scored: Scored) -> Scored:
@@ -216,41 +279,69 @@ HELD_OUT_KEY = 2**31 - 1  # no step's number, so that evaluation shares no key w
 def read_inputs(config: Config) -> Inputs:
     """Model shape, tokenizer and data of a run. Raises ValueError, in one sentence, on whatever cannot work."""
     mesh, decode_mesh = sharding.meshes(config)
-    task, model = config.data.task, read_model(config)
+    model = read_model(config)
     if config.model.folder:
         weights.check(config.model.folder)
-    if config.algorithm.replay_routing and not model.num_experts:
-        raise ValueError("algorithm.replay_routing replays the choices of a router, and this model is dense; leave it out")
+    engines = hosts.engines(config.rollout)
+    check(config, model, mesh, decode_mesh, engines)
     vocabulary = read_tokenizer(config)
     tokenizer.check_vocabulary(vocabulary, model.vocab_size)
-    if config.warmup.steps and task is None:
+    prompts, held_out = read_problems(config, vocabulary, engines)
+    if config.eval.every and held_out is None:
+        hosts.say("no held-out evaluation: data.eval_path names no file")
+    return Inputs(model, vocabulary, prompts, held_out, mesh, decode_mesh)
+
+
+def check(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh,
+          decode_mesh: jax.sharding.Mesh, engines: int) -> None:
+    """Raises ValueError on options that cannot work together on these meshes.
+
+    Compiles nothing and reads no file.
+    """
+    step.check(config)
+    if config.algorithm.replay_routing and not model.num_experts:
+        raise ValueError("algorithm.replay_routing replays the choices of a router, and this model "
+                         "is dense; leave it out")
+    if config.warmup.steps and config.data.task is None:
         raise ValueError("warmup needs data.task: only a generated task has solutions to learn from; set --warmup.steps 0")
     qwen3_shapes = jax.eval_shape(partial(qwen3.init, config=model), jax.random.key(0))
     sharding.params(qwen3.logical_axes(model), mesh, sharding.TRAIN, qwen3_shapes)
     sync.check(model, config.rollout.precision, decode_mesh)
-    engines = hosts.engines(config.rollout)
     for name, size, shards in (("rollout.slots", config.rollout.slots, engines * sharding.batch_size(decode_mesh)),
                                ("warmup.batch_size", config.warmup.batch_size, sharding.batch_size(mesh))):
         if size % shards:
             raise ValueError(f"{name}={size} does not divide over the mesh's {shards} batch shards")
+    if config.data.prompts_per_step % engines:
+        raise ValueError(f"data.prompts_per_step={config.data.prompts_per_step} does not divide "
+                         f"over {engines} engines")
     if config.data.max_prompt_tokens + config.rollout.max_tokens > model.max_position:
         raise ValueError(f"data.max_prompt_tokens + rollout.max_tokens = "
                          f"{config.data.max_prompt_tokens + config.rollout.max_tokens} positions are more than the model's "
                          f"{model.max_position}")
 
+
+def read_problems(config: Config, vocabulary: tokenizer.Tokenizer,
+                  engines: int) -> tuple[Iterator[Prompts], Prompts | None]:
+    """This process's prompts, and the held-out problems if there are any.
+
+    Raises ValueError where one cannot be read or asked.
+    """
+    task = config.data.task
     wrap = {"max_prompt_tokens": config.data.max_prompt_tokens, "chat": config.data.chat,
             "enable_thinking": config.data.enable_thinking, "instruction": config.data.instruction}
     prompts = data.prompts(data.read(config.data.path) if config.data.path else task, vocabulary,
                            batch_size=config.data.prompts_per_step, seed=config.seed, shuffle=config.data.shuffle,
                            process_index=jax.process_index() % engines, process_count=engines, **wrap)
-    held_out = None
-    if config.eval.every and config.data.eval_path:
-        held_out = data.tokenize(data.read(config.data.eval_path)[:config.eval.prompts], vocabulary, **wrap)
-    elif config.eval.every and task is not None and not config.data.path:
-        held_out = data.tokenize(task.held_out(config.eval.prompts), vocabulary, **wrap)
-    elif config.eval.every:
-        hosts.say("no held-out evaluation: data.eval_path names no file")
-    return Inputs(model, vocabulary, prompts, held_out, mesh, decode_mesh)
+    if not config.data.path:  # too long a prompt is told before any work
+        data.tokenize([task.example(0, config.seed)], vocabulary, **wrap)
+    if not config.eval.every:
+        return prompts, None
+    if config.data.eval_path:
+        problems = data.read(config.data.eval_path)[:config.eval.prompts]
+        return prompts, data.tokenize(problems, vocabulary, **wrap)
+    if config.data.path or task is None:
+        return prompts, None
+    return prompts, data.tokenize(task.held_out(config.eval.prompts), vocabulary, **wrap)
 
 
 def read_model(config: Config) -> ModelConfig:
@@ -306,7 +397,9 @@ def _check_goes_on(workdir: pathlib.Path, file: pathlib.Path, now: dict) -> None
                                  f"choose another --workdir, or the old value (only {', '.join(MAY_CHANGE)} may change)")
 
 
-MAY_CHANGE = ("steps", "mesh", "rollout.devices", "rollout.mesh", "rollout.slots", "eval", "checkpoint", "tensorboard", "wandb")
+MAY_CHANGE = ("steps", "mesh", "rollout.devices", "rollout.mesh", "rollout.slots",
+              "algorithm.microbatches", "algorithm.max_skipped", "eval", "checkpoint",
+              "tensorboard", "wandb")
 
 
 def _start(config: Config, inputs: Inputs, workdir: pathlib.Path, asked: Callable[[], bool]) -> TrainState:
@@ -352,7 +445,8 @@ def export(config: Config, workdir: pathlib.Path, folder: str) -> int:
     found, model = checkpoint.steps(workdir), read_model(config)
     if not found:
         raise ValueError(f"{workdir} holds no checkpoints; give the run's --workdir")
-    state, _ = checkpoint.read(workdir, found[-1], step.abstract_state(config, model, sharding.meshes(config)[0]))
+    like = step.abstract_state(config, model, sharding.single_device_mesh())
+    state, _ = checkpoint.read(workdir, found[-1], like)
     weights.save(folder, model, state.params)
     tokenizer.save(read_tokenizer(config), folder)
     return int(state.step)

@@ -297,7 +297,6 @@ TABLE = {
         shuffled="it returns rows",
     ),
 }  # fmt: skip
-ON_THE_HOST = {"constraint.warn_if_under_floor": "warns; reads numbers, returns nothing"}
 
 
 def reduce_rows(x):

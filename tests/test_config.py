@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from dcmdp_jax import cli
+from dcmdp_jax import cli, train
 from dcmdp_jax import config as c
 
 QUICKSTART = pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py"
@@ -38,7 +38,7 @@ def test_overrides_are_typed_and_leave_the_rest(quickstart):
     ("algorithm.advantage", "grpo", "Functions are set in the experiment file"),
     ("steps", "0", "steps=0 must be at least 1"),
     ("rollout.top_p", "0", "rollout.top_p=0.0 must lie in (0, 1]"),
-    ("rollout.temperature", "0", "rollout.temperature=0.0 must be positive"),
+    ("rollout.temperature", "0", "rollout.temperature=0.0 must be at least 1e-06"),
     ("algorithm.minibatches", "3", "128 completions do not divide into"),
     ("algorithm.row_length", "10", "shorter than one prompt and completion"),
     ("constraint.multiplier_init", "2", "0 <= multiplier_init <= multiplier_max"),
@@ -48,6 +48,86 @@ def test_bad_overrides_are_refused_in_one_sentence(quickstart, name, value, mess
     with pytest.raises(ValueError) as error:
         c.override(quickstart, {name: value})
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+OFF_AT_0 = {  # where 0 means off, all, or none
+    "model.shape.num_experts", "model.shape.experts_per_token", "model.shape.expert_size",
+    "model.shape.expert_parts", "rollout.top_k", "rollout.min_p", "rollout.precision.group",
+    "rollout.precision.experts_per_token", "rollout.staleness", "rollout.devices",
+    "rollout.mesh.fsdp", "mesh.fsdp", "algorithm.row_length", "algorithm.learning_rate",
+    "algorithm.lr_warmup_steps", "algorithm.beta1", "algorithm.beta2", "algorithm.weight_decay",
+    "algorithm.grad_clip", "algorithm.max_skipped", "constraint.tolerance", "constraint.dual_lr",
+    "constraint.multiplier_init", "seed", "warmup.steps", "warmup.learning_rate", "eval.every",
+    "checkpoint.every"}
+FIELDS = c.scalar_fields(c.load_experiment(str(QUICKSTART)))
+NUMBERS = {name: kind for name, kind in FIELDS.items() if kind in (int, float)}
+
+
+def of_one_sentence(error):
+    return isinstance(error, ValueError) and str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_its_range(name, quickstart):
+    """0 where it means something, -1 hardly ever, nothing past 32 bits, no NaN.
+
+    On the command line and in an experiment file.
+    """
+    assert accepted(quickstart, name, "0") == (name in OFF_AT_0)
+    below = ("rollout.devices", "rollout.precision.group")
+    assert accepted(quickstart, name, "-1") == (name in below)
+    for text in ("1" + 40 * "0", "-1e300", "nan", "inf", "-inf", "", "x", "1e400"):
+        assert not accepted(quickstart, name, text), text
+    bad = [float("nan"), float("inf"), None, "3", 10**40]
+    for value in bad + [2.5] * (NUMBERS[name] is int):
+        with pytest.raises(ValueError) as error:
+            c._replace(quickstart, {tuple(name.split(".")): value})
+        assert of_one_sentence(error.value), value
+
+
+def accepted(config, name, text):
+    try:
+        c.override(config, {name: text})
+    except Exception as error:
+        assert of_one_sentence(error), repr(error)
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NUMBERS)
+def test_what_passes_is_read_or_refused_before_anything_is_left(name, quickstart, tmp_path):
+    for text in ("0", "-1", "1", "3", "1000", "1000000", "2147483647", "1e30"):
+        if accepted(quickstart, name, text):
+            try:
+                train.prepare(c.override(quickstart, {name: text}), tmp_path / text)
+            except Exception as error:
+                assert of_one_sentence(error), repr(error)
+                assert not (tmp_path / text).exists()
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"algorithm.beta1": "1"}, "algorithm.beta1=1.0 must lie in [0, 1)"),
+    ({"algorithm.beta2": "2"}, "algorithm.beta2=2.0 must lie in [0, 1)"),
+    ({"checkpoint.keep": "0"}, "checkpoint.keep=0 must be at least 1"),
+    ({"seed": "4294967296"}, "seed=4294967296 must be at most 4.29497e+09"),
+    ({"algorithm.grad_clip": "-1"}, "algorithm.grad_clip=-1.0 must not be negative"),
+    ({"warmup.batch_size": "0"}, "warmup.batch_size=0 must be at least 1"),
+    ({"steps": "1073741824"}, "steps=1073741824 must be at most"),
+    ({"rollout.staleness": "100000"}, "rollout.staleness=100000 must be at most 16"),
+    ({"model.shape.head_dim": "7"}, "model: head_dim=7 must be even"),
+    ({"model.shape.hidden_size": "-64"}, "model: hidden_size=-64 must be at least 1"),
+    ({"model.shape.num_experts": "4", "model.shape.experts_per_token": "5",
+      "model.shape.expert_size": "8"}, "experts_per_token=5 must lie in 1..4"),
+    ({"model.shape.num_experts": "4", "model.shape.experts_per_token": "2"},
+     "model: expert_size=0 must be at least 1"),
+    ({"name": ""}, "name is empty"),
+    ({"rollout.mesh.tensor": "0", "rollout.devices": "1"},
+     "rollout.mesh.tensor=0 must be at least 1")])
+def test_numbers_that_make_no_run_are_refused(quickstart, changes, message):
+    with pytest.raises(ValueError) as error:
+        c.override(quickstart, changes)
+    assert message in str(error.value) and of_one_sentence(error.value)
 
 
 def test_record_is_json_and_names_functions(quickstart):

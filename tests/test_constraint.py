@@ -3,7 +3,6 @@
 import functools
 import subprocess
 import sys
-import warnings
 
 import golden
 import jax
@@ -392,17 +391,11 @@ def test_calibration_standard_error_covers_the_truth():
     assert (miss <= 3).sum() >= 290 and (miss <= 1 / 3).sum() <= 120
 
 
-def test_calibration_refuses_and_warns():
+def test_calibration_refuses_what_is_no_set_of_batches():
     with pytest.raises(ValueError, match="K >= 2"):
         constraint.calibrate_tolerance(np.float32([1.0]), np.float32([10.0]))
     with pytest.raises(ValueError, match="K >= 2"):
         constraint.calibrate_tolerance(np.float32([1.0, 2.0]), np.float32([10.0]))
-    result = constraint.calibrate_tolerance(np.float32([4.0, 4.2]), np.float32([1000, 1000]))
-    with pytest.warns(UserWarning, match="under the measured floor 0.0041"):
-        constraint.warn_if_under_floor(0.0037, result)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        constraint.warn_if_under_floor(0.005, result)
 
 
 def test_floor_is_what_lr_zero_measures():

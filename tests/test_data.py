@@ -398,6 +398,22 @@ def test_packing_depends_on_the_seed():
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_batch_is_compared_before_the_support_is_cut():
+    """log p = rollout_logp + log kept on every token."""
+    scored, rng = completions([2, 3], 2, [4, 1, 0, 3]), np.random.default_rng(1)
+    p = rng.uniform(0.01, 0.5, scored.rollout.tokens.shape)
+    inside = np.arange(4) < scored.rollout.lengths[:, None]
+    kept = np.where(inside, rng.uniform(0.5, 1, p.shape), 0).astype(np.float32)
+    logp = np.log(p / np.maximum(kept, 0.1)).astype(np.float32)
+    cut = scored.rollout._replace(rollout_logp=logp, kept=kept)
+    batch = data.pack(scored._replace(rollout=cut), minibatches=1, microbatches=2, row_length=8)
+    order = [int(np.flatnonzero(scored.reward == reward)[0]) for reward in batch.reward.reshape(-1)]
+    mask = batch.mask.reshape(p.shape)
+    assert mask.sum() == 8
+    found = batch.rollout_logp.reshape(p.shape)[mask]
+    np.testing.assert_allclose(found, np.log(p)[order][mask], rtol=1e-6)
+
+
 def test_packing_refuses():
     scored = completions([3, 3], 2, [5, 1, 2, 3])
     with pytest.raises(ValueError, match="4 completions do not divide into .* = 3"):

@@ -104,6 +104,7 @@ def test_the_support_is_blamed_for_what_it_cuts():
     mask = parity.mask_of(out)
     expected = (np.exp(trainer[mask].astype(float)) * (1 / out.kept[mask] - 1)).mean()
     assert support.alone.delta == pytest.approx(expected, rel=1e-3) and expected > 1e-2
+    assert any("measure delta before the cut" in note for note in diagnose.notes(found))
     assert support.setting == "top_p 0.7" and support.left_out.delta < 1e-6 and support.alone == found.everything
 
 

@@ -158,9 +158,13 @@ def test_damaged_weights_leave_nothing_behind(start):
     """NaN keys and values stay in a slot past the next sequence's end, where a mask alone does not stop them."""
     driver = start()
     good = make_weights(0)
-    driver.update_weights(good._replace(params=jax.tree.map(lambda w: w * jnp.nan, good.params)))
+    damaged = good._replace(params=jax.tree.map(lambda w: w * jnp.nan, good.params))
+    with pytest.raises(ValueError, match="the new weights hold NaN or an infinite number"):
+        driver.update_weights(damaged._replace(finite=False))
+    driver.update_weights(damaged)
     for request in submit(driver, *range(8)):
-        answers([request])
+        until(lambda request=request: request.error)
+        assert isinstance(request.error, Failed) and not request.received, "no id is made up"
     driver.update_weights(good)
     assert answers(submit(driver, *range(8))) == greedy()[:8]
 

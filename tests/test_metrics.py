@@ -140,6 +140,22 @@ def test_status_lines_are_few_and_say_what_matters(tmp_path, monkeypatch, capsys
                                          "2,000 tokens/s"]
 
 
+def test_the_floor_is_known_from_the_first_step_and_kept_by_a_resumed_run(tmp_path, capsys):
+    """Mean 0.05, deviation 0.1, 100 tokens: three standard errors below is 0.02, over c = 0.01."""
+    first = values(1) | {"delta_mean": 0.05, "prob_diff_std": 0.1, "tokens": 100}
+    assert metrics.floor({"step": 1, **first}) == pytest.approx(0.02)
+    for lacking in ({"step": 2}, {"delta_mean": None}, {"tokens": 0}):
+        assert metrics.floor({"step": 1, **first} | lacking) is None
+    said = "warning: the tolerance 0.01 is under the floor 0.02"
+    for step in (1, 2):
+        with metrics.Log(tmp_path, make_config(), first_step=step) as log:
+            log.write(step, first if step == 1 else values(2))
+        assert said in capsys.readouterr().err
+    with metrics.Log(tmp_path / "other", make_config()) as log:
+        log.write(1, first | {"prob_diff_std": 0.15})
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_a_terminal_gets_a_block_that_starts_at_the_resumed_step(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")

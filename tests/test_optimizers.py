@@ -59,6 +59,21 @@ def test_plain_sgd_is_optax_sgd():
     np.testing.assert_allclose(params["a"], expected["a"], rtol=1e-6)
 
 
+@pytest.mark.parametrize("optimizer", [optimizers.adamw, optimizers.sgd])
+def test_a_clip_of_0_is_no_clip(optimizer):
+    params, grads = {"a": jnp.array([1.0, -2.0])}, {"a": jnp.array([30.0, 40.0])}
+
+    def moved(clip):
+        plain = make_config().algorithm
+        algorithm = dataclasses.replace(plain, optimizer=optimizer, grad_clip=clip)
+        ours, norm = optimizers.of(algorithm), optax.tree.norm(grads)
+        return ours.update(grads, norm, jnp.asarray(True), params, ours.init(params))
+
+    jax.tree.map(np.testing.assert_array_equal, moved(0.0), moved(1e9))
+    (_, none), (_, clipped) = moved(0.0), moved(1.0)
+    np.testing.assert_allclose(none[1]["a"], 50 * clipped[1]["a"], rtol=1e-6)  # the norm is 50
+
+
 def test_a_step_of_sgd_follows_the_gradient_s_norm():
     """One update from rest moves the parameters by rate * the gradient's norm; the state holds no second moment."""
     config = make_config(optimizer=optimizers.sgd, grad_clip=1e9)

@@ -22,7 +22,7 @@ MOE = dataclasses.replace(MODEL, num_experts=8, experts_per_token=2, expert_size
 
 def configure(model=MODEL, **rollout):
     config = make_config(model, microbatches=2)
-    data = dataclasses.replace(config.data, max_prompt_tokens=64)
+    data = dataclasses.replace(config.data, max_prompt_tokens=64, path="problems.jsonl")
     rollout = dataclasses.replace(config.rollout, max_tokens=64, slots=4, devices=-1, **rollout)
     return dataclasses.replace(config, data=data, rollout=rollout)
 
@@ -93,6 +93,72 @@ def test_unknown_topologies_are_refused():
 def test_what_cannot_work_is_refused_before_compiling(words, named, capsys):
     assert cli.main(["plan", QUICKSTART, "--topology", "v5e:2x2", *words]) == 2
     assert named in capsys.readouterr().err
+
+
+FOLDER = {"architectures": ["Qwen3ForCausalLM"], "vocab_size": 512, "hidden_size": 64,
+          "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
+          "num_key_value_heads": 2, "head_dim": 16, "rope_theta": 1e6,
+          "max_position_embeddings": 100}
+
+
+@pytest.mark.parametrize("words, named", [
+    ("--rollout.slots 6", "rollout.slots=6 does not divide over the mesh's 4 batch shards"),
+    ("--rollout.max_tokens 60", "rollout.max_tokens = 110 positions are more than the model's 100"),
+    ("--algorithm.replay_routing yes", "replays the choices of a router, and this model is dense"),
+    ("--rollout.devices 3", "rollout.slots=64 does not divide over the mesh's 3 batch shards"),
+    ("--rollout.devices 5", "rollout.devices=5 are more than the 4 there are"),
+    ("--mesh.tensor 4", "kv_heads axis of size 2 does not divide over mesh.tensor=4"),
+    ("--rollout.precision.experts_per_token 2", "precision.experts_per_token=2 must lie in 1..0"),
+    ("--algorithm.microbatches 3", "completions do not divide into"),
+    ("--rollout.precision.group 7", "group"), ("--warmup.steps 3", "warmup needs data.task"),
+    ("--seed -1", "seed=-1 must not be negative"),
+    ("--rollout.staleness 99", "rollout.staleness=99 must be at most 16")])
+def test_what_train_refuses_is_not_compiled(words, named, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "compile", None)
+    (tmp_path / "config.json").write_text(json.dumps(FOLDER))
+    gsm8k = str(pathlib.Path(QUICKSTART).with_name("gsm8k.py"))
+    fitting = ("--data.path later.jsonl --rollout.samples 2 --algorithm.microbatches 2 "
+               "--data.max_prompt_tokens 50 --rollout.max_tokens 50 --rollout.slots 64")
+    assert cli.main(["plan", gsm8k, "--topology", "v5e:2x2", "--model.folder", str(tmp_path),
+                     *fitting.split(), *words.split()]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("dcmdp: ") and named in said
+
+
+@pytest.mark.parametrize("words, named", [
+    ("--model.shape.vocab_size 10", "the tokenizer has 18 ids but the model's vocab_size is 10"),
+    ("--data.max_prompt_tokens 5", "a prompt has 12 tokens, more than data.max_prompt_tokens=5"),
+    ("--data.task.operations 1", "too few problems to hold out 512")])
+def test_a_generated_task_is_asked_before_compiling(words, named, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "compile", None)
+    assert cli.main(["plan", QUICKSTART, "--topology", "v5e:2x2", *words.split()]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_stale_rollouts_are_scored_twice_and_experts_are_read_as_they_are_chosen():
+    """By hand: with 2 of 8 experts a token, 4 slots leave (3/4)^4 of them unread."""
+    config, mesh = configure(MOE), sharding.make_mesh(MeshConfig(), jax.devices()[:4])
+    scoring = count.scoring(MOE, 4, 128, 2, config, mesh).flops
+    stale = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, staleness=1))
+    one, fresh, aged = (count.update(MOE, 4, 128, *rest).flops for rest in
+                        ((config, mesh, True), (config, mesh, False), (stale, mesh, False)))
+    assert fresh - one == pytest.approx(scoring) and aged - one == pytest.approx(2 * scoring)
+    alone = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    rollout = dataclasses.replace(config.rollout, tokens_per_dispatch=1)
+    experts = 4 * count.parameters(MOE).experts
+
+    def without_cache(slots):
+        position = 2 * MOE.num_layers * MOE.num_kv_heads * MOE.head_dim * 2
+        read = count.decode(MOE, rollout, slots, 128, alone).memory
+        return read - position * (128 - 64 / 2) * slots
+
+    assert without_cache(4) - without_cache(1) == pytest.approx(((1 - 0.75**4) - 0.25) * experts)
+
+
+def test_links_follow_one_convention():
+    """The sum over a chip's links, one way; a v4 and a v5p have six, a v5e and a v6e four."""
+    assert {kind: plan.CHIPS[kind].link for kind in ("v4", "v5p", "v5e", "v6e")} == {
+        "v4": 6 * 45e9, "v5p": 6 * 100e9, "v5e": 4 * 50e9, "v6e": 4 * 100e9}
 
 
 def test_a_mesh_that_does_not_fit_is_refused_before_compiling(capsys):

@@ -87,6 +87,31 @@ def test_verdict_tells_of_interruption_skipped_updates_and_violation():
     assert "above the tolerance of 0.01; 1 of 4 steps (25%)" in said and "1 update left out" in said
 
 
+def test_verdict_tells_that_nothing_was_learnt_or_measured():
+    rows = [row | {"skipped": 2 * row["step"], "delta_mean": None} for row in ROWS]
+    config = CONFIG | {"algorithm": {"epochs": 1, "minibatches": 2}}
+    said = report.verdict(config, rows)
+    assert said.startswith("Nothing was learnt: every update was left out.")
+    assert "8 updates left out" in said
+    assert "Delta could be measured in 0 of 4 steps" in said and "Mean delta" not in said
+    assert "Nothing was learnt" not in report.verdict(config, [*rows[:3], ROWS[3]])
+
+
+def test_verdict_tells_of_a_bound_that_holds_a_floor_that_is_above_and_completions_cut_off():
+    rows = [row | {"prob_diff_std": 0.1, "truncated": 1.0} for row in ROWS]
+    rows[3]["saturated"] = 2
+    said = report.verdict(CONFIG, rows)
+    assert "All completions were cut off by the limit of 32 tokens at the last step." in said
+    assert "In the last 2 steps it was held there with delta above the tolerance" in said
+    assert "The tolerance lies under the floor: with the weights that the run began with" in said
+    assert "mean delta was 0.03, at which no multiplier" in said
+    rows = [row | {"prob_diff_std": 0.15, "truncated": 0.25} for row in ROWS]
+    said = report.verdict(CONFIG, rows)
+    assert "25.0% of the completions were cut off by the limit of 32 tokens" in said
+    assert "floor" not in said
+    assert "cut off" not in report.verdict(CONFIG, [row | {"truncated": 0.0} for row in ROWS])
+
+
 def test_the_page_stands_alone_and_holds_every_curve(tmp_path):
     seen = page(tmp_path, ROWS)
     assert not {tag for tag, _ in seen.tags} & {"script", "link", "img", "iframe", "object"}

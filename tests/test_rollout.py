@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import parity, tokenizer
+from dcmdp_jax import parity, sharding, sync, tokenizer
+from dcmdp_jax.config import Precision
 from dcmdp_jax.models import qwen3, weights
 from dcmdp_jax.records import Sampling
 from dcmdp_jax.rollout import complete, jetstream
@@ -134,6 +135,35 @@ def test_a_file_of_prompts_goes_on_where_it_stopped(folder, tmp_path, monkeypatc
         complete.to_file(tmp_path / "absent" / "none.jsonl", str(folder), prompts, **options)
     with pytest.raises(ValueError, match="file of prompts .*absent does not exist"):
         complete.read_prompts(str(tmp_path / "absent"))
+
+
+def test_weights_that_are_not_finite_sample_nothing(folder, tmp_path, monkeypatch):
+    """Refused at the engine's door, also where a caller made them without `sync`."""
+    good = make_weights(DENSE)
+    assert good.finite
+    damaged = good._replace(params=jax.tree.map(lambda w: w * np.nan, good.params))
+    for given, message in ((damaged._replace(finite=np.False_), "given weights that hold NaN"),
+                           (damaged, "log-prob is not finite")):
+        with pytest.raises(ValueError, match=message):
+            rollout(make_engine(DENSE), given, make_prompts(), samples=1, key=jax.random.key(1),
+                    max_tokens=T)
+    convert = sync.make(DENSE, Precision(weights="int8"), sharding.single_device_mesh())
+    params = make_params(DENSE)
+    for chosen in jax.tree.leaves(params):
+        def broken(w, chosen=chosen):
+            return w.at[(0,) * w.ndim].set(np.inf) if w is chosen else w
+
+        assert not convert(jax.tree.map(broken, params), 0).finite
+    assert convert(params, 0).finite
+    load = weights.load
+
+    def damaged_load(*args):
+        return DENSE, jax.tree.map(lambda w: w * np.nan, load(*args)[1])
+
+    monkeypatch.setattr(complete.weights, "load", damaged_load)
+    with pytest.raises(ValueError, match="given weights that hold NaN"):
+        complete.to_file(tmp_path / "none.jsonl", str(folder), ["ABC"])
+    assert len((tmp_path / "none.jsonl").read_text().splitlines()) == 1, "the options alone"
 
 
 @pytest.mark.slow

@@ -100,6 +100,18 @@ def test_exponentials_have_their_moments_and_do_not_correlate_between_keys():
     assert abs(correlation).max() < 6 / np.sqrt(4096)
 
 
+@pytest.mark.parametrize(
+    "how", [{}, {"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}], ids=str)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("size", [18, 300])
+def test_logits_that_are_not_finite_give_no_id_past_the_last_and_no_log_prob(size, bad, how):
+    logits = np.tile(logits_of(300)[:size], (32, 1))
+    logits[np.arange(32), np.arange(32) % size] = bad
+    out = draw(logits, keys(32), alike(32, **how))
+    assert (out.token >= 0).all() and (out.token < size).all() and not np.isfinite(out.logp).any()
+    assert np.isfinite(draw(logits_of(300)[None, :size], keys(1), alike(1, **how)).logp).all()
+
+
 def test_a_row_does_not_see_its_neighbours():
     logits = jax.random.normal(jax.random.key(1), (16, 40))
     key, how = keys(16), alike(16)._replace(temperature=jnp.linspace(0.0, 2, 16), top_k=jnp.arange(16) % 5)

@@ -163,6 +163,7 @@ K3, M2PO = functools.partial(rejection.k3, high=0.05), corrections.decoupled(CLI
 STRICT = corrections.decoupled(CLIPPED, corrections.geometric_mask(denominator=corrections.surviving))
 TRUSTED = corrections.decoupled(CLIPPED, rejections=(functools.partial(rejection.trust_region, threshold=1e-3),),
                                 denominator=corrections.surviving)
+STRICT_MIS = corrections.mis(0.5, 2.0, denominator=corrections.surviving)
 SURVIVING = corrections.decoupled(CLIPPED, corrections.mis(0.9, 1.1, denominator=corrections.surviving))
 KL_COV = corrections.decoupled(functools.partial(covariance.kl_cov, fraction=0.1))
 
@@ -206,14 +207,52 @@ def test_several_updates_and_stale_rollouts_are_scored_first():
     assert not step.in_one_pass(dataclasses.replace(stale, rollout=dataclasses.replace(stale.rollout, staleness=1)))
 
 
-def test_microbatches_that_are_not_judged_apart_after_all_give_no_update(monkeypatch):
+def test_microbatches_that_are_not_judged_apart_after_all_are_told_and_leave_the_state(monkeypatch):
     monkeypatch.setattr(step, "_judged_apart", lambda config: True)
     coupled = corrections.decoupled(CLIPPED, rejections=(functools.partial(rejection.m2po, threshold=0.01),))
     config, mesh = make_config(microbatches=4, surrogate=coupled), ONE
     batch = jax.device_put(data.pack(make_scored(), minibatches=1, microbatches=4, row_length=24), step.batch_shardings(config, mesh))
-    state, _ = step.compile(config, MODEL, mesh)(fresh_state(config, MODEL, mesh), batch)
-    jax.tree.map(np.testing.assert_array_equal, state.params, make_params())
-    assert state.skipped == 1
+    state, metrics = step.compile(config, MODEL, mesh)(fresh_state(config, MODEL, mesh), batch)
+    jax.tree.map(np.testing.assert_array_equal, state, fresh_state(config, MODEL, mesh))
+    assert not metrics["apart"] and np.isfinite(metrics["loss"])
+    _, _, metrics = run(make_config(microbatches=4), make_scored())
+    assert metrics["apart"]
+
+
+@pytest.mark.parametrize(
+    "parts", [{}, {"microbatches": 4}, {"epochs": 2}, {"epochs": 2, "microbatches": 2}])
+def test_a_penalty_is_charged_on_rejected_tokens_too(parts):
+    """With equal rewards it is all of the loss: lambda times the mean gap that the dual sees."""
+    config = make_config(surrogate=corrections.decoupled(CLIPPED, STRICT_MIS), **parts)
+    scored = make_scored(reward=np.ones(B * G))
+    penalised = dataclasses.replace(config.constraint, shape=None, penalty=constraint.penalty,
+                                    multiplier_init=0.3)
+    still = dataclasses.replace(config.algorithm, learning_rate=0.0)
+    _, _, metrics = run(dataclasses.replace(config, constraint=penalised, algorithm=still), scored)
+    np.testing.assert_allclose(metrics["loss"], 0.3 * metrics["delta_mean"], rtol=1e-5)
+    rollout, mask = scored.rollout, np.arange(T) < scored.rollout.lengths[:, None]
+    old = np.asarray(row_logp(make_params(), MODEL, scored))
+    delta = np.abs(np.exp(old) - np.exp(rollout.rollout_logp))
+    np.testing.assert_allclose(metrics["loss"], 0.3 * delta[mask].mean(), rtol=1e-4)
+    kept = mask & (np.abs(old - rollout.rollout_logp) < np.log(2))
+    assert delta[kept].mean() < 0.8 * delta[mask].mean(), "the rejected tokens are the worst"
+
+
+@pytest.mark.parametrize("algorithm, staleness",
+                         [({"epochs": 2}, 0), ({"minibatches": 2}, 0), ({}, 1)])
+def test_a_denominator_that_other_weights_would_judge_is_refused(algorithm, staleness):
+    def of(denominator, staleness=staleness, **algorithm):
+        surrogate = corrections.bypass(CLIPPED, rejections=(K3,), denominator=denominator)
+        config = make_config(surrogate=surrogate, **algorithm)
+        rollout = dataclasses.replace(config.rollout, staleness=staleness)
+        return dataclasses.replace(config, rollout=rollout)
+
+    step.check(of(corrections.surviving, 0))
+    step.check(of(corrections.original, **algorithm))
+    with pytest.raises(ValueError, match="bypass with the surviving .* rollout.staleness=0"):
+        step.check(of(corrections.surviving, **algorithm))
+    with pytest.raises(ValueError, match="bypass with the surviving denominator"):
+        step.compile(of(corrections.surviving, **algorithm), MODEL, ONE)
 
 
 def test_params_and_multiplier_change_in_one_program_without_the_host():
@@ -247,6 +286,28 @@ def test_non_finite_updates_are_skipped_and_counted():
     jax.tree.map(np.testing.assert_array_equal, state.params, before)
 
 
+def test_an_engine_without_log_probs_measures_nothing():
+    scored = make_scored()
+    nothing = np.full_like(scored.rollout.rollout_logp, np.nan)
+    silent = scored._replace(rollout=scored.rollout._replace(rollout_logp=nothing))
+    _, state, metrics = run(make_config(), silent)
+    assert np.isnan(metrics["delta_mean"]) and metrics["dropped_share"] == 1
+    assert metrics["logp_finite"]
+    assert state.dual.multiplier == np.float32(0.1) and state.dual.updates == 0
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_a_weight_that_is_not_finite_makes_no_update_and_no_measurement(microbatches, monkeypatch):
+    config, scored = make_config(microbatches=microbatches), make_scored()
+    params = make_params() | {"embed": make_params()["embed"].at[3, 0].set(np.nan)}
+    monkeypatch.setitem(globals(), "make_params", lambda model=MODEL: params)
+    _, state, metrics = run(config, scored)
+    assert metrics["skipped"] == 1 and metrics["apart"] and not metrics["logp_finite"]
+    assert np.isnan(metrics["delta_mean"])
+    jax.tree.map(np.testing.assert_array_equal, state.params, params)
+    assert state.dual.multiplier == np.float32(0.1)
+
+
 def test_nothing_to_learn_changes_nothing():
     """Equal rewards and no multiplier: no gradient. No completion tokens: the dual rests as well."""
     config = make_config()
@@ -257,7 +318,9 @@ def test_nothing_to_learn_changes_nothing():
     empty = scored._replace(rollout=scored.rollout._replace(lengths=np.zeros(B * G, np.int32)))
     before, state, metrics = run(make_config(), empty)
     jax.tree.map(np.testing.assert_array_equal, state.params, before)
-    assert state.dual.multiplier == np.float32(0.1) and all(np.isfinite(value) for value in metrics.values())
+    assert state.dual.multiplier == np.float32(0.1)
+    assert np.isnan(metrics.pop("delta_mean")), "nothing measured is no 0"
+    assert all(np.isfinite(value) for value in metrics.values())
 
 
 def test_garbage_in_padding_changes_nothing():

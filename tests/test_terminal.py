@@ -52,6 +52,36 @@ def test_the_block_is_redrawn_in_place(screen, capsys):
     assert lines[2].endswith("█▅▁  within 0.01") and lines[3] == "lambda   0.3000 (at its bound)  entropy 0.500"
 
 
+@pytest.mark.parametrize("values, floor, says", [
+    ({}, None, []), ({"skipped": 0, "saturated": 0, "truncated": 0.99}, 0.009, []),
+    ({"skipped": 4}, None, ["4 updates skipped, whose loss or gradient was not finite"]),
+    ({"saturated": 7}, None,
+     ["lambda at its bound and delta above the tolerance, 7 steps in a row"]),
+    ({}, 0.0123, ["the tolerance 0.01 is under the floor 0.012, delta of the weights that the run "
+                  "began with"]),
+    ({"truncated": 1.0}, None, ["all completions cut off at rollout.max_tokens"])])
+def test_what_asks_for_attention_is_said(values, floor, says):
+    assert terminal.warnings(VALUES | values, 0.01, floor) == says
+    block = view()
+    block.floor = floor
+    shown = [line for line in block.lines(1, VALUES | values, 99) if line.startswith("warning")]
+    assert shown == [f"warning  {said}" for said in says]
+
+
+def test_a_warning_that_holds_no_more_is_wiped_out(screen, capsys):
+    block = view()
+    block.show(1, VALUES | {"saturated": 3, "skipped": 2})
+    block.show(2, VALUES | {"skipped": 2})
+    block.show(3, VALUES)
+    lines = screen(capsys.readouterr().err)
+    assert lines[0].startswith("trial  step 3/10") and not any("warning" in line for line in lines)
+
+
+def test_delta_that_was_not_measured_is_neither_within_nor_above():
+    lines = "\n".join(view().lines(1, VALUES | {"delta_mean": math.nan}, 99))
+    assert "NOT MEASURED" in lines and "within" not in lines and "ABOVE" not in lines
+
+
 def test_a_new_width_begins_a_new_block(screen, capsys, monkeypatch):
     block = view()
     block.show(1, VALUES)

@@ -10,11 +10,13 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcmdp_jax import cli, config, data, metrics, sharding, train
+from dcmdp_jax import checkpoint, cli, config, data, metrics, sharding, step, stopping, train
 from dcmdp_jax.checkpoint import Checkpoints
+from dcmdp_jax.models import weights
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "experiments" / "quickstart.py")
@@ -149,13 +151,18 @@ def test_rows_hold_what_others_read(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["rollout"]["precision"]["weights"] == "int4"
 
 
-@pytest.mark.parametrize("changes", [{}, {"model.shape.num_experts": 4, "model.shape.experts_per_token": 2,
-                                          "model.shape.expert_size": 16, "algorithm.replay_routing": "yes"}],
-                         ids=["dense", "moe that replays"])
+EXPERTS = {"model.shape.num_experts": 4, "model.shape.experts_per_token": 2,
+           "model.shape.expert_size": 16}
+CUT = {"rollout.top_p": 0.9, "rollout.top_k": 5, "rollout.min_p": 0.05}
+
+
+@pytest.mark.parametrize("changes", [{}, CUT, EXPERTS | {"algorithm.replay_routing": "yes"}],
+                         ids=["dense", "cut supports", "moe that replays"])
 def test_a_float32_engine_has_no_discrepancy(tmp_path, changes):
     train.train(tiny(steps=2, **{"rollout.precision.weights": "float32", "eval.every": 1}, **changes), tmp_path)
     for row in rows(tmp_path):
-        assert row["logp_diff_max"] <= 1e-5 and row["reward_eval_infer"] == row["reward_eval_train"]
+        assert row["logp_diff_max"] <= 1e-5 and row["delta_mean"] < 1e-6
+        assert row["reward_eval_infer"] == row["reward_eval_train"]
 
 
 def test_a_finished_run_stays_finished_and_can_go_on(tmp_path, capsys):
@@ -171,6 +178,84 @@ def test_a_finished_run_stays_finished_and_can_go_on(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["generate", str(out), "3+5*2=", "--max-tokens", "4"]) == 0
     assert "3+5*2=\n  -> " in capsys.readouterr().out, "the folder brings its characters along"
+
+
+def test_a_run_is_converted_where_its_meshes_do_not_fit(tmp_path):
+    """On one device, with eight that train over experts and four that sample by tensor."""
+    state = train.train(tiny(steps=1), tmp_path)
+    out = tmp_path / "out"
+    meshes = "--mesh.expert 8 --mesh.fsdp 2 --rollout.devices -1 --rollout.mesh.tensor 4"
+    words = ["convert", QUICKSTART, str(out), "--workdir", str(tmp_path), *meshes.split()]
+    assert cli.main(words) == 0
+    _, params = weights.load(str(out))
+    jax.tree.map(np.testing.assert_array_equal, params, state.params)
+
+
+NEVER_FINITE = """
+import dataclasses
+import jax.numpy as jnp
+from dcmdp_jax.config import load_experiment
+
+def penalty(logp, rollout_logp, mask, multiplier):
+    return logp * jnp.nan
+
+RUN = load_experiment({quickstart!r})
+CONFIG = dataclasses.replace(RUN, constraint=dataclasses.replace(RUN.constraint, penalty=penalty))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_makes_no_update_stops_with_a_sentence_and_is_saved(tmp_path, capsys):
+    experiment, workdir = tmp_path / "never_finite.py", tmp_path / "run"
+    experiment.write_text(NEVER_FINITE.format(quickstart=QUICKSTART))
+    words = ["train", str(experiment), *command(workdir, steps=9)[2:], "--algorithm.max_skipped=2"]
+    assert cli.main(words) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("dcmdp: the loss is not finite, and the last 2 steps made no update (")
+    assert said.endswith(f"Everything up to step 2 is saved in {workdir}")
+    assert [row["skipped"] for row in rows(workdir)] == [2, 4]
+    assert checkpoint.steps(workdir) == [0, 2]
+    assert cli.main([*words[:-1], "--algorithm.max_skipped=0", "--steps=5"]) == 0, "0 goes on"
+    assert [row["skipped"] for row in rows(workdir)] == [2, 4, 6, 8, 10]
+    assert "Nothing was learnt: every update was left out." in (workdir / "report.html").read_text()
+
+
+def test_weights_that_are_not_finite_are_named_before_the_first_step(tmp_path, monkeypatch):
+    start = train.starting_weights
+
+    def damaged(*args):
+        params = start(*args)
+        return params | {"final_norm": params["final_norm"].at[0].set(np.nan)}
+
+    monkeypatch.setattr(train, "starting_weights", damaged)
+    with pytest.raises(stopping.Failed, match="^the weight final_norm is not finite before step 1"):
+        train.train(tiny(**{"warmup.steps": 0}), tmp_path)
+    assert not checkpoint.steps(tmp_path)
+
+
+def coupled(logp, old_logp, rollout_logp, advantage, mask):
+    """All tokens weigh as much as the squared gaps of the whole batch."""
+    gaps = jnp.where(mask, jax.lax.stop_gradient(logp) - rollout_logp, 0.0)
+    return -logp * jnp.mean(gaps**2), mask
+
+
+@pytest.mark.slow
+def test_a_surrogate_that_weighs_microbatches_stops_the_run(tmp_path, monkeypatch):
+    """And the run goes on in one microbatch, equal to one that never had more."""
+    def with_parts(**changes):
+        run = tiny(**{"algorithm.minibatches": 1, "steps": 3} | changes)
+        algorithm = dataclasses.replace(run.algorithm, surrogate=coupled)
+        return dataclasses.replace(run, algorithm=algorithm)
+
+    monkeypatch.setattr(step, "_judged_apart", lambda config: True)
+    said = "weighs microbatches against each other .*; set algorithm.microbatches=1. Everything up"
+    with pytest.raises(stopping.Failed, match=said):
+        train.train(with_parts(**{"algorithm.microbatches": 4}), tmp_path / "parts")
+    train.train(with_parts(), tmp_path / "parts")
+    train.train(with_parts(), tmp_path / "whole")
+    assert len(rows(tmp_path / "whole")) == 3
+    for one, two in zip(rows(tmp_path / "parts"), rows(tmp_path / "whole")):
+        assert one == pytest.approx(two, rel=1e-4, abs=1e-6)
 
 
 def test_interruption_in_the_warm_up_says_so(tmp_path, capsys, monkeypatch):
@@ -194,6 +279,9 @@ def test_interruption_in_the_warm_up_says_so(tmp_path, capsys, monkeypatch):
     ({"stepz": 5}, "did you mean --steps?"),
     ({"model.shape.max_position": 20}, "= 26 positions are more than the model's 20"),
     ({"eval.every": 1, "eval.prompts": 0}, "eval.prompts=0 must be at least 1"),
+    ({"data.max_prompt_tokens": 5}, "a prompt has 6 tokens, more than data.max_prompt_tokens=5"),
+    ({"checkpoint.keep": 0}, "checkpoint.keep=0 must be at least 1"),
+    ({"seed": -1}, "seed=-1 must not be negative"),
 ])
 def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, changes, message):
     assert cli.main(command(tmp_path / "run", **changes)) == 2

@@ -154,6 +154,7 @@ def packed(ctx: Any) -> Batch:
     given = ctx.batch
     made = dict.fromkeys(Rollout._fields) | {
         "prompts": as_prompts(given["prompt"]), "tokens": given["completion"], "rollout_logp": given["old_logps"],
+        "kept": np.ones_like(given["old_logps"]),
         "lengths": given["mask"].sum(axis=1).astype(np.int32)}
     scored = Scored(Rollout(**made), given["advantages"], ("",) * len(given["mask"]))
     positions = given["prompt"].size + int(made["lengths"].sum())

@@ -105,11 +105,14 @@ class Driver:
         """Exchanges the weights once the running requests have ended; those that wait start with the new ones.
 
         Returns when the new ones serve. Whatever is raised, the old ones go on serving: ValueError where the arrays are
-        not shaped as theirs, what computing `weights` raises, `Closed`, and KeyboardInterrupt while waiting.
+        not shaped as theirs or not all finite, what computing `weights` raises, `Closed`, and
+        KeyboardInterrupt while waiting.
         """
         if _layout(weights.params) != _layout(self._weights.params):
             raise ValueError("the new weights are not shaped as those that serve; make them with the same `sync`")
         jax.block_until_ready(weights)
+        if not np.asarray(weights.finite):
+            raise ValueError("the new weights hold NaN or an infinite number; make them anew")
         with self._changed:
             if self._next_weights is not None:
                 raise ValueError("another exchange of weights is waiting; wait for it")

@@ -51,8 +51,12 @@ def rollout(engine: Engine, weights: Weights, prompts: Prompts, *, samples: int,
       asked: polled between dispatches.
       ended: called with each completion's number, the ids of its text and whether it stopped, as soon as it has ended.
 
-    Raises ValueError where a prompt leaves the engine no room for `max_tokens`, and `Interrupted` where `asked()` says so.
+    Raises ValueError where a prompt leaves the engine no room for `max_tokens`, and where a weight
+    or a log-prob is not finite; `Interrupted` where `asked()` says so.
     """
+    if not np.asarray(weights.finite):
+        raise ValueError("the engine is given weights that hold NaN or an infinite number; take a "
+                         "checkpoint or a model folder from before, and a smaller learning rate")
     if stop_strings and (decode is None or not all(stop_strings)):
         raise ValueError("rollout: stop_strings need `decode`, and none may be empty")
     count = len(prompts.lengths) * samples

@@ -172,12 +172,17 @@ class Engine(engine_api.Engine):
                                               length_idx=(2 * k, 2 * k + 1), samples_per_slot=1)
 
     def read(self, result: Any) -> Read:
-        """What `generate` returned, on the host."""
+        """What `generate` returned, on the host. Raises ValueError if a log-prob is not finite."""
         data, k = np.asarray(result.data), self.steps
         token, valid, numbers, logp, raw, kept, experts = np.split(data, np.cumsum([k, k, 3, k, k, k]), axis=1)
         floats = (np.ascontiguousarray(bits).view(np.float32) for bits in (logp, raw, kept))
-        return Read(token, *floats, experts.reshape(len(data), k, *self._experts), valid > 0, numbers[:, 1] > 0,
-                    int(numbers[0, 2]))
+        found = Read(token, *floats, experts.reshape(len(data), k, *self._experts), valid > 0,
+                     numbers[:, 1] > 0, int(numbers[0, 2]))
+        if not np.isfinite(found.logp[found.valid]).all():
+            raise ValueError("the engine sampled a token whose log-prob is not finite: its logits "
+                             "overflow or hold NaN; take other weights, or a more exact precision "
+                             "of the engine")
+        return found
 
     def init_decode_state(self, *args, **kwargs) -> decode.DecodeState:
         return self._init()

@@ -27,7 +27,8 @@ def sample(logits: jax.Array, key: jax.Array, how: Sampling) -> Drawn:
     Formula: z = logits / temperature; p = softmax(z) over the support of `how`; the token is the winner of an exponential
     race, argmin_v E_v / p_v with E_v ~ Exp(1), run first over blocks of 128 tokens and then within the winning block: both
     races are exact, so the token has law p, and only V / 128 + 128 numbers are drawn. Temperature 0 takes the argmax and
-    reports plain softmax log-probs.
+    reports plain softmax log-probs. Where logits hold NaN or +inf the token means nothing, and its
+    log-prob is NaN.
 
     A race is decided by the order of E / p, so that round-off in p moves a token only in a near tie. (Inverting a
     cumulative sum moves every boundary.)
@@ -48,7 +49,7 @@ def sample(logits: jax.Array, key: jax.Array, how: Sampling) -> Drawn:
     def tempered(x):  # the largest is taken off first, or a log-prob near 0 carries the rounding of a large logit
         column = (..., *[None] * (x.ndim - 1))
         z = (x - top[column]) * scale[column]
-        return jnp.where(x >= lowest[column], z, -jnp.inf)
+        return jnp.where(x < lowest[column], -jnp.inf, z)  # so that NaN stays
 
     mass = jnp.sum(jnp.exp(tempered(blocks)), axis=-1)
     support = jnp.sum(mass, axis=-1)
@@ -64,7 +65,8 @@ def sample(logits: jax.Array, key: jax.Array, how: Sampling) -> Drawn:
         jnp.all(plain & (scale == 1)), lambda: (support, support),
         lambda: (_mass(logits, top, scale), _mass(logits, top, jnp.ones_like(top))))
     kept = jnp.where(plain, 1.0, jnp.minimum(support / total, 1.0))
-    token = (block * BLOCK + place).astype(jnp.int32)
+    last = logits.shape[-1] - 1  # NaN may win in the block's filling
+    token = jnp.minimum(block * BLOCK + place, last).astype(jnp.int32)
     return Drawn(token, chosen * scale - jnp.log(support), chosen - jnp.log(raw), kept)
 
 

@@ -5,7 +5,7 @@ Command:  dcmdp train experiments/pods/grpo_30b_a3b_fp8.py --distributed --workd
 Hardware: a TPU slice; dcmdp plan experiments/pods/grpo_30b_a3b_fp8.py --topology v5p:4x4x4 tells what it needs
           v5 and v6 chips hold fp8 and multiply in bfloat16; --rollout.precision.weights int8 --rollout.precision.activations int8
           multiplies in 8 bits there.
-Time:     not measured; no less than 5.6 hours for 500 steps: 41 s a step at the roof on v5p-64 (docs/pods.md)
+Time:     not measured; no less than 5.3 hours for 500 steps: 38 s a step at the roof on v5p-64 (docs/pods.md)
 Result:   not run here; the paper's average over six sets is 65.2 (AIME24, AIME25, AMC23, MATH-500, Minerva, OlympiadBench:
           52.4, 37.5, 87.3, 93.8, 49.6, 65.2; arXiv 2606.08779)
 """

@@ -1,9 +1,17 @@
 """The setting of the DCMDP paper (arXiv 2606.08779), which the experiments beside this file share.
 
-64 prompts x 8 samples of up to 8,192 tokens, one AdamW update a batch at a learning rate of 1e-6 with betas 0.9 and 0.95, clip 0.24,
-float32 parameters and moments, bfloat16 products. The multiplier starts at 0.1 (8B) or 0.05 (30B-A3B), its step is 1.0, and the
-tolerance is 0.0037 or 0.0050. What the summary of the paper leaves open is chosen here: 500 steps, prompts of up to 1,024 tokens,
-a multiplier of at most 1, thinking on.
+Known, from a published summary (the authors' code is not public): GRPO, 64 prompts x 8 samples of
+up to 8,192 tokens, AdamW at a learning rate of 1e-6 with betas 0.9 and 0.95, clip 0.24, bfloat16
+training. The multiplier starts at 0.1 (8B) or 0.05 (30B-A3B), its step is 1.0, and the tolerance is
+0.0037 or 0.0050.
+
+Left open there and chosen here: one update a batch, both sides of the clip at 0.24, float32
+parameters and moments, 500 steps, prompts of up to 1,024 tokens, a multiplier of at most 1,
+thinking on. With one update the ratio is 1 when its gradient is taken, so that the clip never acts:
+the paper, which states a clip, may make several updates a batch. One is the choice that leaves the
+constraint alone to hold the policy near the sampler, and scores a batch in the update's own forward
+pass. `--algorithm.minibatches 4 --algorithm.microbatches 2` makes four, with the clip at work and a
+scoring pass before them.
 """
 
 from __future__ import annotations
