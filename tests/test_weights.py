@@ -197,7 +197,7 @@ def test_missing_and_damaged_files_are_refused(folder):
     with pytest.raises(ValueError, match=f"names the shard {shards[1].name}, which is missing"):
         weights.load(folder)
     (folder / weights.INDEX).write_text("{")
-    with pytest.raises(ValueError, match="not an index"):
+    with pytest.raises(ValueError, match="index.json is not valid JSON"):
         weights.load(folder)
     (folder / weights.INDEX).unlink()
     with pytest.raises(ValueError, match="neither model.safetensors nor"):
