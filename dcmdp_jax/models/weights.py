@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -84,9 +85,10 @@ class Leaf:
             tensor = self.tensors[place]
             at = tuple(p - s.start for p, s in zip(place, leading, strict=True))
             block = tensor.read(files[tensor.name].get_slice(tensor.name), rest)
-            out[at] = block
+            with np.errstate(over="ignore"):  # it is refused
+                out[at] = block
             if not _all_finite(out[at]):
-                raise ValueError(f"tensor {tensor.name} holds NaN or infinity")
+                raise ValueError(f"tensor {tensor.name} holds NaN, infinity, or what {out.dtype} cannot hold")
             if tensor.copy in files and not _equal(block, tensor.read(files[tensor.copy].get_slice(tensor.copy), rest)):
                 raise ValueError(f"tensor {tensor.copy} is not {tensor.name}, as tie_word_embeddings in config.json says; "
                                  "set it to false there to use the head that is stored, or take the tensor out")
@@ -263,8 +265,8 @@ def _shard_names(path: pathlib.Path) -> list[str]:
                          "copy or download it again")
     names = sorted(set(where.values()))
     for name in names:
-        if pathlib.PurePath(name).name != name or "\\" in name or "\0" in name:
-            raise ValueError(f"{path} names the shard {name!r}, which is no file of its own folder; "
+        if not re.fullmatch(r"[^/\\\0]{1,240}\.safetensors", name):
+            raise ValueError(f"{path} names the shard {name[:240]!r}, which is no .safetensors file of its own folder; "
                              "copy the model from a source that you trust")
     return names
 
