@@ -10,7 +10,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from dcmdp_jax import sharding
+from dcmdp_jax import sharding, tokenizer
 from dcmdp_jax.config import MeshConfig, Yarn
 from dcmdp_jax.models import hf_config, layers, quantized, qwen3, sizes, weights
 from random_params import random_params
@@ -59,6 +59,45 @@ def test_transformers_loads_what_is_saved(tmp_path):
         assert all(torch.equal(want[name], got[name]) for name in want), case
         tokens = reference_hf.tokens(case, 1, 30)
         np.testing.assert_array_equal(reference_hf.logits(back, tokens), reference_hf.logits(model, tokens))
+
+
+@pytest.mark.parametrize("named", ["config.json", "generation_config.json"])
+def test_what_is_converted_stops_in_transformers_where_the_source_does(named, tmp_path):
+    """Greedy completions of a few prompts end after as many tokens, some of them at a stop token."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    import reference_hf
+
+    source, out, vocabulary = tmp_path / "source", tmp_path / "out", tmp_path / "tokenizer"
+    reference_hf.make("dense").save_pretrained(source)
+    (source / "generation_config.json").unlink()
+    size = reference_hf.CASES["dense"]["vocab_size"]
+    stops = {"eos_token_id": list(range(0, size, 9)), "bos_token_id": 3, "pad_token_id": 2}
+    if named == "config.json":
+        edit(source, **stops)
+    else:
+        edit(source, eos_token_id="drop")
+        (source / named).write_text(json.dumps(stops))
+    vocabulary.mkdir()
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0")).save(
+        str(vocabulary / "tokenizer.json"))
+
+    found = tokenizer.load(vocabulary, source)  # given apart, and silent about stops
+    assert found.eos_ids == tuple(stops["eos_token_id"])
+    weights.save(out, *weights.load(source), token_ids=tokenizer.token_ids(found))
+    tokenizer.save(found, out)
+    written = json.loads((out / "config.json").read_text())
+    assert {name: written[name] for name in stops} == stops
+
+    def lengths(folder):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        prompts = torch.arange(1, size, 9)[:, None]
+        return [model.generate(prompt[None], max_new_tokens=6, do_sample=False).shape[1] for prompt in prompts]
+
+    want = lengths(source)
+    assert lengths(out) == want and len(set(want)) > 1
+    (out / "generation_config.json").unlink()
+    assert lengths(out) == want
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
