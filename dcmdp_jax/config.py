@@ -95,7 +95,7 @@ class DataConfig:
     chat: bool = False  # wrap prompts in the tokenizer's chat template
     enable_thinking: bool = False
     instruction: str = ""  # appended to each user message
-    special_tokens_in_text: bool = False  # a special token written in a chat message is its id; False: it is text
+    special_tokens_in_text: bool = False  # special tokens written in a message are ids, not text
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from dcmdp_jax.tokenizer import Tokenizer
 
 LAYOUTS = ("GSM8K {question, answer with ####}", "evaluation set {problem | question | prompt, answer | final_answer | "
            "solution with \\boxed{}}", "verl {prompt, reward_model.ground_truth}")
-NO_ANSWER = ("", "nan", "NaN", "null", "None")  # what a missing value leaves behind where it is made text
+NO_ANSWER = ("", "nan", "NaN", "null", "None")  # what a missing value leaves as text
 ENDLESS = 2**62  # problems in a pipeline: no run sees the end
 
 log = logging.getLogger(__name__)
@@ -61,15 +61,27 @@ def read(path: str | pathlib.Path) -> list[Example]:
     return list(seen.values())
 
 
-def tokenize(examples: Sequence[Example], tokenizer: Tokenizer, *, max_prompt_tokens: int = 0, chat: bool = False,
-             enable_thinking: bool = False, instruction: str = "", special_tokens_in_text: bool = False) -> Prompts:
+def tokenize(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    *,
+    max_prompt_tokens: int = 0,
+    chat: bool = False,
+    enable_thinking: bool = False,
+    instruction: str = "",
+    special_tokens_in_text: bool = False,
+) -> Prompts:
     """One batch of prompts, padded on the right to `max_prompt_tokens`, or to the longest (0).
 
     With `chat` the prompt is wrapped in the tokenizer's chat template; `instruction` follows each user message (or the
-    plain prompt) on a line of its own. A special token written in a message is text unless `special_tokens_in_text`; in a
-    plain prompt it is its id. Raises ValueError on a prompt longer than `max_prompt_tokens`: prompts are never cut.
+    plain prompt) on a line of its own. A special token written in a message is text unless
+    `special_tokens_in_text`; in a plain prompt it is its id. Raises ValueError on a prompt longer
+    than `max_prompt_tokens`: prompts are never cut.
     """
-    ids = [_encode(example, tokenizer, chat, enable_thinking, instruction, special_tokens_in_text) for example in examples]
+    ids = [
+        _encode(example, tokenizer, chat, enable_thinking, instruction, special_tokens_in_text)
+        for example in examples
+    ]
     lengths = np.array([len(row) for row in ids], np.int32)
     max_prompt_tokens = max_prompt_tokens or int(lengths.max())
     if lengths.max() > max_prompt_tokens:
@@ -218,8 +230,14 @@ def _pad(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> np.ndarray:
     return padded
 
 
-def _encode(example: Example, tokenizer: Tokenizer, chat: bool, enable_thinking: bool, instruction: str,
-            special_tokens_in_text: bool) -> list[int]:
+def _encode(
+    example: Example,
+    tokenizer: Tokenizer,
+    chat: bool,
+    enable_thinking: bool,
+    instruction: str,
+    special_tokens_in_text: bool,
+) -> list[int]:
     """Ids of one prompt, wrapped as asked."""
     tail = f"\n{instruction}" if instruction else ""
     if not chat:
@@ -230,7 +248,9 @@ def _encode(example: Example, tokenizer: Tokenizer, chat: bool, enable_thinking:
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     messages = [{**m, "content": m["content"] + tail} if m["role"] == "user" else m for m in messages]
-    return tokenizer.encode_chat(messages, enable_thinking=enable_thinking, special_tokens_in_text=special_tokens_in_text)
+    return tokenizer.encode_chat(
+        messages, enable_thinking=enable_thinking, special_tokens_in_text=special_tokens_in_text
+    )
 
 
 def _fitting(examples: Sequence[Example], tokenizer: Tokenizer, max_prompt_tokens: int, wrap: Mapping) -> list[Example]:
@@ -287,9 +307,13 @@ def _example(row: Any, source: str, place: str) -> Example:
         example = Example(_prompt(prompt), _as_text(answer), source)
         json.dumps(example, ensure_ascii=False).encode()  # what no tokenizer and no log could write
     except UnicodeEncodeError:
-        raise ValueError(f"{place} holds half a surrogate pair, which is no text; mend it or leave it out") from None
+        raise ValueError(
+            f"{place} holds half a surrogate pair, which is no text; mend it or leave it out"
+        ) from None
     except (TypeError, RecursionError) as error:
-        raise ValueError(f"{place} holds what JSON cannot ({error}); mend it or leave it out") from None
+        raise ValueError(
+            f"{place} holds what JSON cannot ({error}); mend it or leave it out"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{place} {error}; it has the fields {sorted(row)}; "
                          f"known layouts: {'; '.join(LAYOUTS)}") from None
@@ -297,10 +321,16 @@ def _example(row: Any, source: str, place: str) -> Example:
 
 
 def _prompt(prompt: Any) -> str | list[dict]:
-    """A prompt as text or as messages whose contents are texts. Raises ValueError on anything else."""
+    """A prompt as text or as messages whose contents are texts.
+
+    Raises ValueError on anything else.
+    """
     if isinstance(prompt, str) and prompt.strip():
         if _is_message(_json_in(prompt)):
-            raise ValueError("gives its messages as JSON in a string, which would be read as text; write them as a list")
+            raise ValueError(
+                "gives its messages as JSON in a string, which would be read as text; write them "
+                "as a list"
+            )
         return prompt
     if not isinstance(prompt, list):
         raise ValueError("gives no problem")
@@ -311,7 +341,10 @@ def _prompt(prompt: Any) -> str | list[dict]:
 
 
 def _message(message: Any, number: int) -> dict:
-    """A chat message, its content one text: text parts are joined, and null beside tool calls is the empty text."""
+    """A chat message, its content one text: text parts are joined, null beside tool calls is empty.
+
+    Raises ValueError on content of another kind.
+    """
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
         raise ValueError(f"gives no problem: message {number} has no role and content")
     role, content = message["role"], message["content"]
@@ -322,24 +355,38 @@ def _message(message: Any, number: int) -> dict:
     if isinstance(content, list):
         content = "".join(_part(part, number) for part in content)
     if not isinstance(content, str):
-        raise ValueError(f"gives no problem: the content of message {number} is {jsonfile.kind(content)}")
+        raise ValueError(
+            f"gives no problem: the content of message {number} is {jsonfile.kind(content)}"
+        )
     return {**message, "content": content}
 
 
 def _part(part: Any, number: int) -> str:
-    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+    if (
+        not isinstance(part, dict)
+        or part.get("type") != "text"
+        or not isinstance(part.get("text"), str)
+    ):
         found = part.get("type") if isinstance(part, dict) else jsonfile.kind(part)
-        raise ValueError(f"gives no problem: message {number} has a part that is not text ({found})")
+        raise ValueError(
+            f"gives no problem: message {number} has a part that is not text ({found})"
+        )
     return part["text"]
 
 
 def _as_text(answer: Any) -> str:
-    """A gold as the text that answers are compared with. Raises ValueError on what no answer could ever equal."""
+    """A gold as the text that answers are compared with.
+
+    Raises ValueError on what no answer could ever equal.
+    """
     if isinstance(answer, list) and answer and not any(isinstance(item, list) for item in answer):
         return ", ".join(_as_text(item) for item in answer)
     if isinstance(answer, str) and answer.strip() not in NO_ANSWER:
         if _is_structure(answer.strip()):
-            raise ValueError(f"gives an answer that is JSON in a string, {answer.strip()[:60]!r}; write the answer itself")
+            raise ValueError(
+                f"gives an answer that is JSON in a string, {answer.strip()[:60]!r}; write the "
+                "answer itself"
+            )
         return answer.strip()
     if isinstance(answer, float) and math.isfinite(answer):
         return str(int(answer)) if answer.is_integer() else str(answer)
@@ -353,7 +400,10 @@ def _as_text(answer: Any) -> str:
 
 
 def _is_structure(text: str) -> bool:
-    """True if a text is a JSON object, or a JSON list that is no pair or tuple of numbers: [0, 1] may be an interval."""
+    """True if a text is a JSON object, or a JSON list other than of several numbers.
+
+    [0, 1] may be an interval.
+    """
     if text.startswith("['") and text.endswith("']"):  # as Python prints a list of texts
         return True
     value = _json_in(text)

@@ -1,7 +1,7 @@
-"""Chat templates, which are programs that a folder brings: jinja2 in a process of its own, with limits.
+"""Chat templates, programs that a folder brings: jinja2 in a process of its own, with limits.
 
-The same file is both sides. The process imports the standard library and jinja2 alone, answers a line of JSON with a line
-of JSON, and ends when its input does.
+The same file is both sides. The process imports the standard library and jinja2 alone, answers a
+line of JSON with a line of JSON, and ends when its input does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ TOLD = 300  # characters of a template's own error message
 
 
 class Template:
-    """The chat template of a folder. Renders conversations as transformers does; one process serves them all."""
+    """The chat template of a folder.
+
+    Renders conversations as transformers does; one process serves them all.
+    """
 
     def __init__(self, source: str, folder: str | pathlib.Path):
         if importlib.util.find_spec("jinja2") is None:
@@ -39,8 +42,14 @@ class Template:
         self._finalizer = None
 
     def render(self, messages: Sequence[Mapping], **settings: Any) -> str:
-        """The conversation as text. Raises ValueError where the template fails, refuses or exceeds a limit."""
-        request = {"source": self._source, "settings": {"messages": messages, "tools": None, "documents": None} | settings}
+        """The conversation as text.
+
+        Raises ValueError where the template fails, refuses or exceeds a limit.
+        """
+        request = {
+            "source": self._source,
+            "settings": {"messages": messages, "tools": None, "documents": None} | settings,
+        }
         reply = self._ask(json.dumps(request).encode() + b"\n")
         if "error" in reply:
             raise ValueError(f"the chat template of {self._folder} {reply['error']}")
@@ -59,18 +68,24 @@ class Template:
             return json.loads(line)
         self._finalizer()
         ended, self._process = self._process.returncode, None
+        what = f"ended its process with status {ended}"
         if ended == -signal.SIGPROF:
-            return {"error": f"takes more than {SECONDS:g} s for one conversation; mend it, or set data.chat=False"}
-        return {"error": f"ended its process with status {ended}; mend it, or set data.chat=False"}
+            what = f"takes more than {SECONDS:g} s for one conversation"
+        return {"error": f"{what}; mend it, or set data.chat=False"}
 
     def _start(self) -> None:
-        # -P: the package's folder is no place to import from; a session of its own: Ctrl-C is not for it
-        self._process = subprocess.Popen([sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         stderr=subprocess.DEVNULL, start_new_session=True)
+        # -P: nothing is imported from the package's folder; own session: Ctrl-C is not for it
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         self._finalizer = weakref.finalize(self, _end, self._process)
 
     def _line(self) -> bytes:
-        """What the process writes next, up to a newline; less where it ends or is silent for too long."""
+        """What the process writes next, up to a newline; less where it ends or falls silent."""
         output, read = self._process.stdout.fileno(), []
         while select.select([output], [], [], PATIENCE)[0]:
             part = os.read(output, 1 << 16)
@@ -106,11 +121,19 @@ def _compiled(source: str) -> Any:
 
         def parse(self, parser):
             line = next(parser.stream).lineno
-            return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+            return jinja2.nodes.Scope(
+                parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
+            )
 
     def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         # jinja2's own filter escapes HTML, which a chat template must not do
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
 
     def raise_exception(message):
         raise _Refused(message)
@@ -138,7 +161,8 @@ def _rendered(source: str, settings: dict) -> dict:
             pieces.append(piece)
             length += len(piece)
             if length > LENGTH:
-                return {"error": f"writes more than {LENGTH >> 20} Mi characters for one conversation"}
+                what = f"writes more than {LENGTH >> 20} Mi characters"
+                return {"error": f"{what} for one conversation"}
         return {"text": "".join(pieces)}
     except _Refused as error:
         return {"error": f"refuses the conversation: {_told(error)}"}

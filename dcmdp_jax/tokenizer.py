@@ -1,8 +1,9 @@
 """Text to token ids and back: Hugging Face `tokenizer.json`, SentencePiece, or single characters, behind one protocol.
 
-Encoding adds nothing to a text (no BOS, no EOS), and special tokens written out in it become their ids. Conversations are
-data that nobody vouches for: a special token written in a message is text, and only what the chat template writes becomes
-an id. Decoding keeps special tokens visible and drops ids that the tokenizer does not have.
+Encoding adds nothing to a text (no BOS, no EOS), and special tokens written out in it become their
+ids. Conversations are data that nobody vouches for: a special token written in a message is text,
+and only what the chat template writes becomes an id. Decoding keeps special tokens visible and
+drops ids that the tokenizer does not have.
 """
 
 from __future__ import annotations
@@ -43,19 +44,26 @@ class Tokenizer(Protocol):
     def chat(self, messages: Sequence[Mapping], *, enable_thinking: bool, add_generation_prompt: bool = True) -> str:
         """The conversation as the text that the model was trained on. Raises ValueError without a chat template."""
 
-    def encode_chat(self, messages: Sequence[Mapping], *, enable_thinking: bool, add_generation_prompt: bool = True,
-                    special_tokens_in_text: bool = False) -> list[int]:
-        """Ids of `chat`'s text; a special token written in a message is text unless `special_tokens_in_text`."""
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping],
+        *,
+        enable_thinking: bool,
+        add_generation_prompt: bool = True,
+        special_tokens_in_text: bool = False,
+    ) -> list[int]:
+        """Ids of `chat`'s text; special tokens in a message are text, or ids if asked for."""
 
 
 class HuggingFace:
-    """A folder with `tokenizer.json`, and the folder of the model that it serves where that is another.
+    """A folder with `tokenizer.json`, and that of the model that it serves, where it is another.
 
-    The chat template comes from `chat_template.jinja`, else from `chat_template` in `tokenizer_config.json`. A completion
-    stops at whatever any file names: `eos_token_id` in the `generation_config.json` and `config.json` of either folder,
-    `eos_token` in `tokenizer_config.json`, and the special token with which the chat template ends an assistant's turn;
-    Qwen3's where no file names one. Raises ValueError where the folder holds no tokenizer, names no stop token, or names
-    one that is none.
+    The chat template comes from `chat_template.jinja`, else from `chat_template` in
+    `tokenizer_config.json`. A completion stops at whatever any file names: `eos_token_id` in the
+    `generation_config.json` and `config.json` of either folder, `eos_token` in
+    `tokenizer_config.json`, and the special token with which the chat template ends an assistant's
+    turn; Qwen3's where no file names one. Raises ValueError where the folder holds no tokenizer,
+    names no stop token, or names one that is none.
     """
 
     def __init__(self, folder: str | pathlib.Path, model: str | pathlib.Path = ""):
@@ -75,11 +83,15 @@ class HuggingFace:
         self._special = {name: _content(self.folder, settings, name) for name in names}
         source = _chat_template(self.folder, settings)
         self._template = Template(source, self.folder) if source else None
-        self._added = {token.content: token for token in self._tokenizer.get_added_tokens_decoder().values()}
+        self._added = {
+            token.content: token for token in self._tokenizer.get_added_tokens_decoder().values()
+        }
         named, self.generation = _declared(_folders(self.folder, model), self.vocab_size)
         self.eos_ids = self._stops(named)
         pad = self._vocabulary.get("<|endoftext|>", self.eos_ids[0])
-        self.pad_id = self._vocabulary.get(self._special["pad_token"], self.generation.get("pad_token_id", pad))
+        self.pad_id = self._vocabulary.get(
+            self._special["pad_token"], self.generation.get("pad_token_id", pad)
+        )
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -95,54 +107,69 @@ class HuggingFace:
         return self._template.render(messages, enable_thinking=enable_thinking,
                                      add_generation_prompt=add_generation_prompt, **special)
 
-    def encode_chat(self, messages: Sequence[Mapping], *, enable_thinking: bool, add_generation_prompt: bool = True,
-                    special_tokens_in_text: bool = False) -> list[int]:
-        opening, closing = _unused_characters(messages)
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping],
+        *,
+        enable_thinking: bool,
+        add_generation_prompt: bool = True,
+        special_tokens_in_text: bool = False,
+    ) -> list[int]:
+        cut = _unused_character(messages)
         if not special_tokens_in_text:
-            messages = [self._marked(message, opening, closing) for message in messages]
-        text = self.chat(messages, enable_thinking=enable_thinking, add_generation_prompt=add_generation_prompt)
-        return self._encode_marked(text, opening, closing)
+            messages = [self._cut_up(message, cut) for message in messages]
+        text = self.chat(
+            messages, enable_thinking=enable_thinking, add_generation_prompt=add_generation_prompt
+        )
+        return self._encode_cut_up(text, cut)
 
-    def _marked(self, message: Mapping, opening: str, closing: str) -> dict:
-        """`message` with each special token in its texts between two characters that are in no text.
+    def _cut_up(self, message: Mapping, cut: str) -> dict:
+        """`message` with the character `cut` after each character of a special token in it.
 
-        Tokens such as <think> are the assistant's own, and templates look for them in what it said: there they stay ids.
+        Whatever the template does with the text, no part of it is a special token then. Tokens such
+        as <think> are the assistant's own, and templates look for them in what it said: there they
+        stay whole.
         """
         own = message.get("role") == "assistant"
-        tokens = [text for text, token in self._added.items() if token.special or not own and _is_mark(text)]
-        if not tokens:
-            return dict(message)
-        special = re.compile(_any_of(tokens))
+        special = [
+            text
+            for text, token in self._added.items()
+            if token.special or not own and _is_mark(text)
+        ]
+        pattern = re.compile(_any_of(special))
 
         def mark(value: Any) -> Any:
             if isinstance(value, str):
-                return special.sub(lambda match: opening + match[0] + closing, value)
+                return pattern.sub(lambda match: "".join(c + cut for c in match[0]), value)
             if isinstance(value, Mapping):
                 return {mark(key): mark(item) for key, item in value.items()}
             return [mark(item) for item in value] if isinstance(value, (list, tuple)) else value
 
         return mark(message)
 
-    def _encode_marked(self, text: str, opening: str, closing: str) -> list[int]:
-        """Ids of a rendered conversation. Text around a marked token, up to the template's next token, is only text."""
-        if opening not in text and closing not in text:
+    def _encode_cut_up(self, text: str, cut: str) -> list[int]:
+        """Ids of a rendered conversation: what is cut up is text, up to the template's next token."""
+        if cut not in text:
             return self.encode(text)
-        tokens = _any_of([text for text, token in self._added.items() if token.special or _is_mark(text)])
-        ids, whole, part, at = [], "", "", 0  # whole: encoded as it stands; part: since the last token of the template
-        for match in re.finditer(f"{opening}(?:{tokens}){closing}|({tokens})|\\Z", text):
-            part, at = part + text[at:match.start()], match.end()
-            if match[0].startswith(opening):
-                part += match[0]
-                continue
-            if opening in part or closing in part:
-                ids += self.encode(whole) + self._encode_text(part.replace(opening, "").replace(closing, ""))
-                whole, part = match[0], ""
+        own = [name for name, token in self._added.items() if token.special or _is_mark(name)]
+        ids = []
+        whole = ""  # to be encoded as it stands
+        at = 0
+        for match in re.finditer(rf"{_any_of(own)}|\Z", text):
+            part = text[at : match.start()]
+            at = match.end()
+            if cut in part:
+                ids += self.encode(whole) + self._encode_text(part.replace(cut, ""))
+                whole = match[0]
             else:
-                whole, part = whole + part + match[0], ""
+                whole += part + match[0]
         return ids + self.encode(whole)
 
     def _encode_text(self, text: str) -> list[int]:
-        """Ids of `text` by the model alone, as if no token had been added. Raises ValueError where it has them itself."""
+        """Ids of `text` by the model alone, as if no token had been added.
+
+        Raises ValueError where it has them itself.
+        """
         if self._tokenizer.normalizer is not None:
             text = self._tokenizer.normalizer.normalize_str(text)
         words = [text]
@@ -151,37 +178,53 @@ class HuggingFace:
         ids = [token.id for word in words for token in self._tokenizer.model.tokenize(word)]
         for name, token in self._added.items():
             if token.special and self._vocabulary[name] in ids:
-                raise ValueError(f"{self.folder / 'tokenizer.json'} makes the special token {name} of plain text, so that a "
-                                 "message cannot hold it; set data.special_tokens_in_text=True, or leave the problem out")
+                raise ValueError(
+                    f"{self.folder / 'tokenizer.json'} makes the special token {name} of plain "
+                    "text, so that a message cannot hold it; set "
+                    "data.special_tokens_in_text=True, or leave the problem out"
+                )
         return ids
 
     def _stops(self, named: Mapping[int, pathlib.Path]) -> tuple[int, ...]:
         eos = self._special["eos_token"]
         if eos and eos not in self._vocabulary:
-            raise ValueError(f"{self.folder / 'tokenizer_config.json'}: eos_token {eos!r} is not in tokenizer.json")
+            raise ValueError(
+                f"{self.folder / 'tokenizer_config.json'}: eos_token {eos!r} is not in "
+                "tokenizer.json"
+            )
         found = [*named, *([self._vocabulary[eos]] if eos else [])]
-        found = found or [self._vocabulary[token] for token in QWEN3_STOPS if token in self._vocabulary]
+        found = found or [
+            self._vocabulary[token] for token in QWEN3_STOPS if token in self._vocabulary
+        ]
         found = tuple(dict.fromkeys([*found, *self._turn_end()]))
         if not found:
-            raise ValueError(f"{self.folder} names no stop token; put eos_token_id in its {GENERATION}")
+            raise ValueError(
+                f"{self.folder} names no stop token; put eos_token_id in its {GENERATION}"
+            )
         return found
 
     def _turn_end(self) -> list[int]:
-        """The special token that the chat template writes after what the assistant said, if there is one."""
-        turns = [{"role": "user", "content": "6 * 11?"}, {"role": "assistant", "content": ANSWER}]
+        """The special token that the chat template writes after what the assistant said, if any."""
+        if self._template is None:
+            return []
+        turns = [
+            {"role": "user", "content": "6 * 11?"},
+            {"role": "assistant", "content": ANSWER},
+        ]
         try:
-            text = self.chat(turns, enable_thinking=False, add_generation_prompt=False) if self._template else ""
+            text = self.chat(turns, enable_thinking=False, add_generation_prompt=False)
         except ValueError:  # a template that is wrong is refused where it is used
             return []
-        found = re.search(rf"{ANSWER}\s*({_any_of([name for name, token in self._added.items() if token.special])})", text)
+        special = _any_of([name for name, token in self._added.items() if token.special])
+        found = re.search(rf"{ANSWER}\s*({special})", text)
         return [self._vocabulary[found[1]]] if found else []
 
 
 class SentencePiece:
     """A SentencePiece model file. It has no chat template.
 
-    A completion stops at its end-of-sentence id and at what the files beside it, or of the model's folder, name. Raises
-    ValueError where there is none.
+    A completion stops at its end-of-sentence id and at what the files beside it, or of the model's
+    folder, name. Raises ValueError where there is none.
     """
 
     def __init__(self, file: str | pathlib.Path, model: str | pathlib.Path = ""):
@@ -208,8 +251,14 @@ class SentencePiece:
     def chat(self, messages: Sequence[Mapping], *, enable_thinking: bool, add_generation_prompt: bool = True) -> str:
         raise ValueError(f"{self.file} is a SentencePiece model and has no chat template; set data.chat=False")
 
-    def encode_chat(self, messages: Sequence[Mapping], *, enable_thinking: bool, add_generation_prompt: bool = True,
-                    special_tokens_in_text: bool = False) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping],
+        *,
+        enable_thinking: bool,
+        add_generation_prompt: bool = True,
+        special_tokens_in_text: bool = False,
+    ) -> list[int]:
         return self.encode(self.chat(messages, enable_thinking=enable_thinking))
 
 
@@ -244,22 +293,30 @@ class Characters:
     def chat(self, messages: Sequence[Mapping], *, enable_thinking: bool, add_generation_prompt: bool = True) -> str:
         raise ValueError("a character tokenizer has no chat template; set data.chat=False")
 
-    def encode_chat(self, messages: Sequence[Mapping], *, enable_thinking: bool, add_generation_prompt: bool = True,
-                    special_tokens_in_text: bool = False) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping],
+        *,
+        enable_thinking: bool,
+        add_generation_prompt: bool = True,
+        special_tokens_in_text: bool = False,
+    ) -> list[int]:
         return self.encode(self.chat(messages, enable_thinking=enable_thinking))
 
 
 def load(path: str | pathlib.Path, model: str | pathlib.Path = "") -> Tokenizer:
     """The tokenizer of a folder (`tokenizer.json`, else `tokenizer.model`) or of a SentencePiece `.model` file.
 
-    `model` is the folder of the model that it serves, whose own stop tokens then count too. Raises ValueError where there
-    is no tokenizer, or one that cannot be read.
+    `model` is the folder of the model that it serves, whose own stop tokens then count too. Raises
+    ValueError where there is no tokenizer, or one that cannot be read.
     """
     path = pathlib.Path(path)
     if not path.exists():
         raise ValueError(f"tokenizer {path} does not exist")
     if path.is_file():
-        return HuggingFace(path.parent, model) if path.name == "tokenizer.json" else SentencePiece(path, model)
+        if path.name == "tokenizer.json":
+            return HuggingFace(path.parent, model)
+        return SentencePiece(path, model)
     if (path / "tokenizer.json").is_file():
         return HuggingFace(path, model)
     if (path / "tokenizer.model").is_file():
@@ -274,7 +331,10 @@ def load(path: str | pathlib.Path, model: str | pathlib.Path = "") -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, folder: str | pathlib.Path) -> None:
-    """Writes the files that `load` reads into `folder`, and a generation_config.json that stops where `tokenizer` does."""
+    """Writes the files that `load` reads into `folder`.
+
+    Its generation_config.json is the model's own, with all the ids that `tokenizer` stops at.
+    """
     folder = pathlib.Path(folder)
     if isinstance(tokenizer, Characters):
         (folder / "characters.json").write_text(json.dumps({"alphabet": tokenizer.alphabet}))
@@ -308,7 +368,7 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
 
 
 def _is_mark(token: str) -> bool:
-    """True if an added token is written like a mark, as <think> is; others, such as words, are text like any other."""
+    """True if an added token is written like a mark, as <think> is; others may be mere words."""
     return token.startswith("<") and token.endswith(">")
 
 
@@ -317,11 +377,10 @@ def _any_of(tokens: Sequence[str]) -> str:
     return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)"
 
 
-def _unused_characters(messages: Sequence[Mapping]) -> tuple[str, str]:
-    """Two characters for private use that no message holds."""
+def _unused_character(messages: Sequence[Mapping]) -> str:
+    """A character for private use that no message holds."""
     text = json.dumps([*messages], ensure_ascii=False)
-    unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
-    return next(unused), next(unused)
+    return next(chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
 
 
 # Files
@@ -332,10 +391,13 @@ def _folders(own: pathlib.Path, model: str | pathlib.Path) -> list[pathlib.Path]
     return list(dict.fromkeys([*([pathlib.Path(model)] if model else []), own]))
 
 
-def _declared(folders: Sequence[pathlib.Path], vocab_size: int) -> tuple[dict[int, pathlib.Path], dict]:
-    """The stop ids that files name, those of generation configs first, and what the first generation config says.
+def _declared(
+    folders: Sequence[pathlib.Path], vocab_size: int
+) -> tuple[dict[int, pathlib.Path], dict]:
+    """The stop ids that files name, generation configs first, and what the first of those says.
 
-    Raises ValueError on ids that are none: no integers, negative, past the vocabulary, or an empty list.
+    Raises ValueError on ids that are none: no integers, negative, past the vocabulary, or an empty
+    list.
     """
     configs = {folder / "config.json": _read_json(folder / "config.json") for folder in folders}
     generations = {folder / GENERATION: _read_json(folder / GENERATION) for folder in folders}
@@ -346,10 +408,14 @@ def _declared(folders: Sequence[pathlib.Path], vocab_size: int) -> tuple[dict[in
         for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
             if said.get(key) is None:
                 continue
-            found = said[key] if isinstance(said[key], list) and key == "eos_token_id" else [said[key]]
+            found = said[key]
+            if not isinstance(found, list) or key != "eos_token_id":
+                found = [found]
             if not found or not all(type(i) is int and 0 <= i < room for i in found):
-                raise ValueError(f"{file}: {key}={said[key]!r} is no token id from 0 to {room - 1}, or list of such; "
-                                 "mend it, or take it out")
+                raise ValueError(
+                    f"{file}: {key}={said[key]!r} is no token id from 0 to {room - 1}, "
+                    "or list of such; mend it, or take it out"
+                )
             if key == "eos_token_id":
                 stops.update(dict.fromkeys(found, file))
             else:
@@ -368,11 +434,19 @@ def _chat_template(folder: pathlib.Path, settings: dict) -> str | None:
             raise ValueError(f"{file} is not UTF-8 text: {error}") from None
     source = settings.get("chat_template")
     if isinstance(source, list):  # several named templates
-        if not all(isinstance(item, dict) and {"name", "template"} <= item.keys() for item in source):
-            raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template holds items without name and template")
+        if not all(
+            isinstance(item, dict) and {"name", "template"} <= item.keys() for item in source
+        ):
+            raise ValueError(
+                f"{folder / 'tokenizer_config.json'}: chat_template holds items without name and "
+                "template"
+            )
         source = next((item["template"] for item in source if item["name"] == "default"), None)
     if not isinstance(source, str | None):
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template is {jsonfile.kind(source)}, not a string")
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: chat_template is {jsonfile.kind(source)}, not a "
+            "string"
+        )
     return source
 
 
@@ -382,7 +456,9 @@ def _from_file(read: Any, file: pathlib.Path) -> Any:
         return read(str(file))
     except Exception as error:  # the libraries raise Exception itself, and RuntimeError
         said = " ".join(str(error).split())[:300]
-        raise ValueError(f"{file} is no tokenizer that can be read ({said}); copy or download it again") from None
+        raise ValueError(
+            f"{file} is no tokenizer that can be read ({said}); copy or download it again"
+        ) from None
 
 
 def _read_json(file: pathlib.Path) -> dict:
@@ -394,7 +470,10 @@ def _content(folder: pathlib.Path, settings: dict, name: str) -> str:
     token = settings.get(name)
     token = token.get("content") if isinstance(token, dict) else token
     if not isinstance(token, str | None):
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: {name} is {jsonfile.kind(token)}, not a token's text")
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: {name} is {jsonfile.kind(token)}, not a token's "
+            "text"
+        )
     return token or ""
 
 

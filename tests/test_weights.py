@@ -63,7 +63,7 @@ def test_transformers_loads_what_is_saved(tmp_path):
 
 @pytest.mark.parametrize("named", ["config.json", "generation_config.json"])
 def test_what_is_converted_stops_in_transformers_where_the_source_does(named, tmp_path):
-    """Greedy completions of a few prompts end after as many tokens, some of them at a stop token."""
+    """Greedy completions of a few prompts end after as many tokens, some at a stop token."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
     import reference_hf
@@ -79,8 +79,9 @@ def test_what_is_converted_stops_in_transformers_where_the_source_does(named, tm
         edit(source, eos_token_id="drop")
         (source / named).write_text(json.dumps(stops))
     vocabulary.mkdir()
-    tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0")).save(
-        str(vocabulary / "tokenizer.json"))
+    tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0")
+    ).save(str(vocabulary / "tokenizer.json"))
 
     found = tokenizer.load(vocabulary, source)  # given apart, and silent about stops
     assert found.eos_ids == tuple(stops["eos_token_id"])
@@ -92,7 +93,10 @@ def test_what_is_converted_stops_in_transformers_where_the_source_does(named, tm
     def lengths(folder):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         prompts = torch.arange(1, size, 9)[:, None]
-        return [model.generate(prompt[None], max_new_tokens=6, do_sample=False).shape[1] for prompt in prompts]
+        return [
+            model.generate(prompt[None], max_new_tokens=6, do_sample=False).shape[1]
+            for prompt in prompts
+        ]
 
     want = lengths(source)
     assert lengths(out) == want and len(set(want)) > 1
@@ -189,7 +193,10 @@ PLAIN = {"rope_type": "default", "rope_theta": 1e6}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM.*supported are Qwen3ForCausalLM"),
+        (
+            {"architectures": ["LlamaForCausalLM"]},
+            "LlamaForCausalLM.*supported are Qwen3ForCausalLM",
+        ),
         ({"architectures": "drop"}, "architectures"),
         ({"architectures": "Qwen3ForCausalLM"}, "architectures is 'Qwen3ForCausalLM'"),
         ({"architectures": ["Qwen3ForCausalLM", "Qwen3MoeForCausalLM"]}, "architectures"),
@@ -198,28 +205,67 @@ PLAIN = {"rope_type": "default", "rope_theta": 1e6}
         ({"rope_theta": "drop"}, "rope_theta is missing"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' is not supported"),
         ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "'linear' is not supported"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}, "rope_parameters": PLAIN}, "'dynamic' is not supported"),
-        ({"rope_scaling": {"rope_type": "longrope", "long_factor": [1.0]}}, "'longrope' is not supported"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}, "rope_parameters": PLAIN},
+            "'dynamic' is not supported",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "long_factor": [1.0]}},
+            "'longrope' is not supported",
+        ),
         ({"rope_scaling": ["yarn"]}, "rope_scaling is a list, not an object"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "original_max_position_embeddings is missing"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "original_max_position_embeddings is missing",
+        ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7}}, "mscale=0.7"),
         ({"rope_scaling": YARN | {"factor": "4"}}, "factor='4' is not a positive number"),
         ({"rope_scaling": YARN | {"factor": 0.5}}, "factor=0.5 of rope_scaling is less than 1"),
-        ({"rope_scaling": YARN | {"type": "linear"}}, "kind of rope is said twice and differs: 'yarn'.*'linear'"),
+        (
+            {"rope_scaling": YARN | {"type": "linear"}},
+            "kind of rope is said twice and differs: 'yarn'.*'linear'",
+        ),
         ({"rope_scaling": YARN | {"short_factor": [1.0]}}, "rope setting short_factor"),
-        ({"rope_scaling": {"factor": 4.0}}, "factor=4.0 of rope_scaling is not supported with rope_type 'default'"),
-        ({"rope_scaling": YARN, "rope_parameters": PLAIN | YARN | {"factor": 2.0}}, "disagree; keep one of the two"),
-        ({"rope_scaling": {"rope_type": "default"}, "rope_parameters": PLAIN | YARN}, "disagree; keep one of the two"),
-        ({"rope_scaling": YARN, "original_max_position_embeddings": 9}, "said twice and differs: 32768.* 9"),
-        ({"rope_scaling": YARN, "rope_parameters": PLAIN, "rope_theta": "drop"}, "transformers takes 10000.0"),
-        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
-        ({"rope_parameters": PLAIN | {"rope_theta": 5e5}}, "rope_theta is said twice and differs: 1000000.0 .* 500000.0"),
+        (
+            {"rope_scaling": {"factor": 4.0}},
+            "factor=4.0 of rope_scaling is not supported with rope_type 'default'",
+        ),
+        (
+            {"rope_scaling": YARN, "rope_parameters": PLAIN | YARN | {"factor": 2.0}},
+            "disagree; keep one of the two",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "default"}, "rope_parameters": PLAIN | YARN},
+            "disagree; keep one of the two",
+        ),
+        (
+            {"rope_scaling": YARN, "original_max_position_embeddings": 9},
+            "said twice and differs: 32768.* 9",
+        ),
+        (
+            {"rope_scaling": YARN, "rope_parameters": PLAIN, "rope_theta": "drop"},
+            "transformers takes 10000.0",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5",
+        ),
+        (
+            {"rope_parameters": PLAIN | {"rope_theta": 5e5}},
+            "rope_theta is said twice and differs: 1000000.0 .* 500000.0",
+        ),
         ({"rope_parameters": {"full_attention": PLAIN}}, "rope setting full_attention"),
         ({"rope_theta": -1.0}, "rope_theta=-1.0 is not a positive number"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
-        ({"layer_types": ["sliding_attention", "full_attention", "full_attention"]}, "layer_types holds 'sliding_attention'"),
-        ({"layer_types": ["full_attention"] * 2 + ["linear_attention"]}, "layer_types holds 'linear_attention'"),
+        (
+            {"layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+            "layer_types holds 'sliding_attention'",
+        ),
+        (
+            {"layer_types": ["full_attention"] * 2 + ["linear_attention"]},
+            "layer_types holds 'linear_attention'",
+        ),
         ({"layer_types": ["full_attention"] * 2}, "not a list of num_hidden_layers=3 kinds"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
@@ -227,9 +273,15 @@ PLAIN = {"rope_type": "default", "rope_theta": 1e6}
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),
         ({"attention_chunk_size": 64}, "attention_chunk_size=64 is not supported"),
         ({"per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config=.* is not supported"),
-        ({"dual_chunk_attention_config": {"chunk_size": 64}}, "dual_chunk_attention_config=.* is not supported"),
+        (
+            {"dual_chunk_attention_config": {"chunk_size": 64}},
+            "dual_chunk_attention_config=.* is not supported",
+        ),
         ({"num_experts": 8}, "num_experts=8 is not supported by Qwen3ForCausalLM"),
-        ({"quantization_config": {"quant_method": "fp8", "kept": ["lm_head"] * 500}}, "^.{1,250}; only None is$"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "kept": ["lm_head"] * 500}},
+            "^.{1,250}; only None is$",
+        ),
         ({"num_attention_heads": 3}, "num_heads=3 is not a multiple"),
         ({"num_attention_heads": True}, "num_attention_heads=True is not a whole number"),
         ({"vocab_size": "256"}, "vocab_size='256' is not a whole number"),
@@ -239,7 +291,10 @@ PLAIN = {"rope_type": "default", "rope_theta": 1e6}
         ({"num_key_value_heads": 2.0}, "num_key_value_heads=2.0 is not a whole number"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0 is not a positive number"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' is not true or false"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 is not a whole number from 1 to 10000"),
+        (
+            {"num_hidden_layers": 10**9},
+            "num_hidden_layers=1000000000 is not a whole number from 1 to 10000",
+        ),
         ({"num_hidden_layers": 9999}, "too few for num_hidden_layers=9999"),
         ({"num_hidden_layers": 4}, r"no tensor model\.layers\.3\."),
         ({"num_hidden_layers": 2}, r"model\.layers\.2\..*no place for"),
@@ -282,11 +337,35 @@ def test_sparse_configs_that_do_not_fit_are_refused(changes, message, tmp_path):
     [
         {"layer_types": ["full_attention"] * 3},
         {"sliding_window": 8, "max_window_layers": 28, "use_sliding_window": False},
-        {"torch_dtype": "bfloat16", "dtype": "float32", "transformers_version": "5.0.0", "use_cache": False},
-        {"my_note": "kept for the record", "unsloth_version": "2025.6", "temperature": 0.6, "_name_or_path": "x"},
-        {"output_router_logits": True, "router_aux_loss_coef": 0.5, "use_qk_norm": True, "qkv_bias": False},
-        {"final_logit_softcapping": None, "attention_chunk_size": 0, "mlp_bias": False, "num_experts": 0},
-        {"rope_scaling": {"rope_type": "default"}, "partial_rotary_factor": 1.0, "quantization_config": None},
+        {
+            "torch_dtype": "bfloat16",
+            "dtype": "float32",
+            "transformers_version": "5.0.0",
+            "use_cache": False,
+        },
+        {
+            "my_note": "kept for the record",
+            "unsloth_version": "2025.6",
+            "temperature": 0.6,
+            "_name_or_path": "x",
+        },
+        {
+            "output_router_logits": True,
+            "router_aux_loss_coef": 0.5,
+            "use_qk_norm": True,
+            "qkv_bias": False,
+        },
+        {
+            "final_logit_softcapping": None,
+            "attention_chunk_size": 0,
+            "mlp_bias": False,
+            "num_experts": 0,
+        },
+        {
+            "rope_scaling": {"rope_type": "default"},
+            "partial_rotary_factor": 1.0,
+            "quantization_config": None,
+        },
     ],
 )
 def test_settings_that_change_nothing_are_left_alone(changes, folder):
@@ -294,21 +373,29 @@ def test_settings_that_change_nothing_are_left_alone(changes, folder):
     assert weights.read_config(folder) == CONFIGS["dense"]
 
 
-DENSE_FILE = """{"architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 151643,
-"eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
-"intermediate_size": 12288, "max_position_embeddings": 40960, "max_window_layers": 36, "model_type": "qwen3",
-"num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": null,
-"rope_theta": 1000000, "sliding_window": null, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
-"transformers_version": "4.51.0", "use_cache": true, "use_sliding_window": false, "vocab_size": 151936}"""
-SPARSE_FILE = """{"architectures": ["Qwen3MoeForCausalLM"], "attention_dropout": 0.0, "decoder_sparse_step": 1,
-"eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
-"intermediate_size": 6144, "max_position_embeddings": 262144, "max_window_layers": 28, "mlp_only_layers": [],
-"model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": true, "num_attention_heads": 32,
-"num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4,
-"output_router_logits": false, "qkv_bias": false, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 10000000,
-"router_aux_loss_coef": 0.0, "shared_expert_intermediate_size": 0, "sliding_window": null, "tie_word_embeddings": false,
-"torch_dtype": "bfloat16", "transformers_version": "4.52.3", "use_cache": true, "use_qk_norm": true,
-"use_sliding_window": false, "vocab_size": 151936}"""
+DENSE_FILE = """
+{"architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+"bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+"hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 12288,
+"max_position_embeddings": 40960, "max_window_layers": 36, "model_type": "qwen3",
+"num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps":
+1e-06, "rope_scaling": null, "rope_theta": 1000000, "sliding_window": null, "tie_word_embeddings":
+false, "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": true,
+"use_sliding_window": false, "vocab_size": 151936}
+"""
+SPARSE_FILE = """
+{"architectures": ["Qwen3MoeForCausalLM"], "attention_dropout": 0.0, "decoder_sparse_step": 1,
+"eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+"initializer_range": 0.02, "intermediate_size": 6144, "max_position_embeddings": 262144,
+"max_window_layers": 28, "mlp_only_layers": [], "model_type": "qwen3_moe",
+"moe_intermediate_size": 768, "norm_topk_prob": true, "num_attention_heads": 32, "num_experts":
+128, "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4,
+"output_router_logits": false, "qkv_bias": false, "rms_norm_eps": 1e-06, "rope_scaling": null,
+"rope_theta": 10000000, "router_aux_loss_coef": 0.0, "shared_expert_intermediate_size": 0,
+"sliding_window": null, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+"transformers_version": "4.52.3", "use_cache": true, "use_qk_norm": true, "use_sliding_window":
+false, "vocab_size": 151936}
+"""
 
 
 @pytest.mark.parametrize("text, want", [
@@ -320,20 +407,33 @@ def test_files_written_as_the_published_ones_are_read(text, want, tmp_path):
     assert weights.read_config(tmp_path) == want
 
 
-@pytest.mark.parametrize("rope", [
-    {"rope_theta": 1e6, "rope_scaling": None},
-    {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}, "rope_scaling": YARN},  # added by hand to a new file
-    {"rope_parameters": PLAIN, "rope_scaling": YARN | {"rope_theta": 1e6}},
-    {"rope_parameters": PLAIN, "rope_theta": 1e6, "rope_scaling": YARN | {"rope_theta": 1e6}},
-    {"rope_theta": 1e6, "rope_scaling": {"type": "yarn"} | {k: v for k, v in YARN.items() if k != "rope_type"}},
-    {"rope_parameters": PLAIN | YARN, "rope_scaling": YARN | {"rope_theta": 1e6}},
-    {"rope_parameters": PLAIN | YARN | {"truncate": False}},
-    {"rope_parameters": PLAIN | YARN | {"beta_fast": 16, "beta_slow": 2, "truncate": False}},
-    {"rope_parameters": PLAIN | YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}},
-    {"rope_parameters": PLAIN | YARN | {"mscale": 0.7, "mscale_all_dim": 1.3, "attention_factor": 1.5}},
-    {"rope_parameters": PLAIN | YARN | {"factor": 1.0}},
-    {"rope_parameters": PLAIN | YARN, "original_max_position_embeddings": 32768},
-])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 1e6, "rope_scaling": None},
+        {
+            "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"},
+            "rope_scaling": YARN,
+        },  # added by hand to a new file
+        {"rope_parameters": PLAIN, "rope_scaling": YARN | {"rope_theta": 1e6}},
+        {"rope_parameters": PLAIN, "rope_theta": 1e6, "rope_scaling": YARN | {"rope_theta": 1e6}},
+        {
+            "rope_theta": 1e6,
+            "rope_scaling": {"type": "yarn"} | {k: v for k, v in YARN.items() if k != "rope_type"},
+        },
+        {"rope_parameters": PLAIN | YARN, "rope_scaling": YARN | {"rope_theta": 1e6}},
+        {"rope_parameters": PLAIN | YARN | {"truncate": False}},
+        {"rope_parameters": PLAIN | YARN | {"beta_fast": 16, "beta_slow": 2, "truncate": False}},
+        {"rope_parameters": PLAIN | YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}},
+        {
+            "rope_parameters": PLAIN
+            | YARN
+            | {"mscale": 0.7, "mscale_all_dim": 1.3, "attention_factor": 1.5}
+        },
+        {"rope_parameters": PLAIN | YARN | {"factor": 1.0}},
+        {"rope_parameters": PLAIN | YARN, "original_max_position_embeddings": 32768},
+    ],
+)
 def test_rotary_positions_are_those_of_transformers(rope, tmp_path):
     """Its own reading of the same config.json, and of the one that is written back."""
     transformers = pytest.importorskip("transformers")
@@ -351,11 +451,20 @@ def test_rotary_positions_are_those_of_transformers(rope, tmp_path):
         assert weights.read_config(tmp_path) == ours
 
 
-@pytest.mark.parametrize("text, message", [
-    (b"[1]", "holds a list, not a JSON object"), (b'"Qwen3"', "holds a string"), (b"null", "holds null"), (b"", "not valid JSON"),
-    (b'{"architectures": ', "not valid JSON"), (b'{"a": "\xe9"}', "not valid JSON"), (b"[" * 100_000, "nested too deeply"),
-    (b'{"vocab_size": ' + b"1" * 5000 + b"}", "not valid JSON"), (b"{}", "architectures is None"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (b"[1]", "holds a list, not a JSON object"),
+        (b'"Qwen3"', "holds a string"),
+        (b"null", "holds null"),
+        (b"", "not valid JSON"),
+        (b'{"architectures": ', "not valid JSON"),
+        (b'{"a": "\xe9"}', "not valid JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"vocab_size": ' + b"1" * 5000 + b"}", "not valid JSON"),
+        (b"{}", "architectures is None"),
+    ],
+)
 def test_a_config_that_is_none_is_one_sentence_with_its_name(text, message, tmp_path):
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(ValueError, match=f"config.json.*{message}"):
@@ -383,7 +492,9 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ])
 def test_a_tied_head_that_is_stored_and_differs_is_refused(head, folder):
     rewrite(folder, lambda tensors: tensors.update({HEAD: head(tensors[EMBED])}))
-    with pytest.raises(ValueError, match="tensor lm_head.weight is not model.embed_tokens.weight.*set it to false"):
+    with pytest.raises(
+        ValueError, match="tensor lm_head.weight is not model.embed_tokens.weight.*set it to false"
+    ):
         weights.load(folder)
     edit(folder, tie_word_embeddings=False)
     config, params = weights.load(folder)
@@ -450,20 +561,44 @@ def test_a_sharded_load_finds_what_is_not_finite(folder):
         weights.load(folder, shardings=places)
 
 
-@pytest.mark.parametrize("index, message", [
-    ({"weight_map": {"a": "../model-00001-of-00002.safetensors"}}, "which is no .safetensors file of its own folder"),
-    ({"weight_map": {"a": "/etc/model.safetensors"}}, "which is no .safetensors file of its own folder"),
-    ({"weight_map": {"a": "..\\model.safetensors"}}, "which is no .safetensors file of its own folder"),
-    ({"weight_map": {"a": "sub/model.safetensors"}}, "which is no .safetensors file of its own folder"),
-    ({"weight_map": {"a": "x\0.safetensors"}}, "which is no .safetensors file of its own folder"),
-    ({"weight_map": {"a": "x" * 300 + ".safetensors"}}, "which is no .safetensors file of its own folder"),
-    ({"weight_map": {"a": "pytorch_model.bin"}}, "which is no .safetensors file of its own folder"),
-    ({"weight_map": {"a": 5}}, "not an index of safetensors"),
-    ({"weight_map": ["model.safetensors"]}, "not an index of safetensors"),
-    ({"weight_map": {}}, "not an index of safetensors"),
-    ({}, "not an index of safetensors"),
-    (["model.safetensors"], "holds a list, not a JSON object"),
-])
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        (
+            {"weight_map": {"a": "../model-00001-of-00002.safetensors"}},
+            "which is no .safetensors file of its own folder",
+        ),
+        (
+            {"weight_map": {"a": "/etc/model.safetensors"}},
+            "which is no .safetensors file of its own folder",
+        ),
+        (
+            {"weight_map": {"a": "..\\model.safetensors"}},
+            "which is no .safetensors file of its own folder",
+        ),
+        (
+            {"weight_map": {"a": "sub/model.safetensors"}},
+            "which is no .safetensors file of its own folder",
+        ),
+        (
+            {"weight_map": {"a": "x\0.safetensors"}},
+            "which is no .safetensors file of its own folder",
+        ),
+        (
+            {"weight_map": {"a": "x" * 300 + ".safetensors"}},
+            "which is no .safetensors file of its own folder",
+        ),
+        (
+            {"weight_map": {"a": "pytorch_model.bin"}},
+            "which is no .safetensors file of its own folder",
+        ),
+        ({"weight_map": {"a": 5}}, "not an index of safetensors"),
+        ({"weight_map": ["model.safetensors"]}, "not an index of safetensors"),
+        ({"weight_map": {}}, "not an index of safetensors"),
+        ({}, "not an index of safetensors"),
+        (["model.safetensors"], "holds a list, not a JSON object"),
+    ],
+)
 def test_indices_that_are_none_or_lead_out_of_the_folder_are_refused(index, message, folder):
     (folder / weights.INDEX).write_text(json.dumps(index))
     with pytest.raises(ValueError, match=f"{weights.INDEX}.*{message}"):

@@ -1,8 +1,8 @@
 """Hugging Face's `config.json` of Qwen3 and Qwen3-MoE, to and from `ModelConfig`.
 
-A key is read, or must have the one value that this model has, or is known to change nothing. Of the others, those whose
-name speaks of the model's mathematics are refused, unless they are switched off; the rest are notes and are left alone.
-What a file says twice must agree.
+A key is read, or must have the one value that this model has, or is known to change nothing. Of the
+others, those whose name speaks of the model's mathematics are refused, unless they are switched
+off; the rest are notes and are left alone. What a file says twice must agree.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ REMEDY = "give a Hugging Face model folder, with config.json and safetensors"
 DENSE, SPARSE = "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
 MODEL_TYPES = {DENSE: "qwen3", SPARSE: "qwen3_moe"}
 MAX_LAYERS = 10_000
-THETA = 10_000.0  # of a rope_scaling that gives none, where rope_parameters stand beside it, in transformers 5
+THETA = 10_000.0  # transformers 5 takes it where rope_scaling, beside rope_parameters, gives none
 
-READ = {
-    "architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-    "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "attention_bias",
-    "max_position_embeddings", "rope_theta", "rope_parameters", "rope_scaling", "original_max_position_embeddings",
-    "layer_types", "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size",
-    "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers",
-}
+READ = """
+    architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers
+    num_attention_heads num_key_value_heads head_dim rms_norm_eps tie_word_embeddings
+    attention_bias max_position_embeddings rope_theta rope_parameters rope_scaling
+    original_max_position_embeddings layer_types num_experts num_local_experts
+    num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step
+    mlp_only_layers
+""".split()
 # Settings that would change the model and that this one does not have, each with the value under which it does nothing.
 ONE_VALUE = {
     "hidden_act": "silu",
@@ -44,28 +45,34 @@ ONE_VALUE = {
     "use_qk_norm": True,
     "qk_norm": True,
 }
-# Names that hold one of `WORDS` and still change nothing in a forward pass of this model.
-HARMLESS = {
-    "sliding_window", "max_window_layers",  # idle without use_sliding_window
-    "router_aux_loss_coef", "output_router_logits", "output_attentions", "output_hidden_states", "initializer_range",
-    "attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
-    "experts_implementation", "_experts_implementation", "_experts_implementation_internal", "tie_last_hidden_states",
-    "cross_attention_hidden_size", "torch_dtype", "dtype", "transformers_version",
-}
-WORDS = (
-    "rope", "rotary", "alibi", "position", "attention", "attn", "causal", "window", "chunk", "sink", "norm", "bias", "scal",
-    "multiplier", "softcap", "logit", "expert", "moe", "router", "routed", "topk", "group", "scoring", "layer", "mlp", "head",
-    "hidden", "emb", "activation", "quant", "dropout", "sparse", "linear", "mamba", "nextn", "mtp", "lora", "residual",
-)
+# Names that hold one of `WORDS` and still change nothing in a forward pass of this model; the
+# sliding window is idle without use_sliding_window.
+HARMLESS = """
+    sliding_window max_window_layers router_aux_loss_coef output_router_logits
+    output_attentions output_hidden_states initializer_range attn_implementation
+    _attn_implementation _attn_implementation_autoset _attn_implementation_internal
+    experts_implementation _experts_implementation _experts_implementation_internal
+    tie_last_hidden_states cross_attention_hidden_size torch_dtype dtype
+    transformers_version
+""".split()
+WORDS = """
+    rope rotary alibi position attention attn causal window chunk sink norm bias scal
+    multiplier softcap logit expert moe router routed topk group scoring layer mlp head
+    hidden emb activation quant dropout sparse linear mamba nextn mtp lora residual
+""".split()
 
-ROPE_SETTINGS = {
-    "type", "rope_type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings", "beta_fast",
-    "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate",
-}
+ROPE_SETTINGS = """
+    type rope_type rope_theta partial_rotary_factor factor
+    original_max_position_embeddings beta_fast beta_slow attention_factor mscale
+    mscale_all_dim truncate
+""".split()
 
 
 def read(folder: str | pathlib.Path) -> ModelConfig:
-    """The shape of the model in `folder`. Raises ValueError for what is missing, contradictory or not supported."""
+    """The shape of the model in `folder`.
+
+    Raises ValueError for what is missing, contradictory or not supported.
+    """
     folder = pathlib.Path(folder)
     path = folder / "config.json"
     if not folder.is_dir():
@@ -82,10 +89,14 @@ def read(folder: str | pathlib.Path) -> ModelConfig:
 def _parse(raw: dict) -> ModelConfig:
     names = raw.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or names[0] not in (DENSE, SPARSE):
-        raise ValueError(f"architectures is {reprlib.repr(names)}; supported are {DENSE} and {SPARSE}")
+        raise ValueError(
+            f"architectures is {reprlib.repr(names)}; supported are {DENSE} and {SPARSE}"
+        )
     sparse = names[0] == SPARSE
     if raw.get("model_type") not in (None, MODEL_TYPES[names[0]]):
-        raise ValueError(f"model_type is {raw['model_type']!r}, which is not that of architectures, {names[0]}")
+        raise ValueError(
+            f"model_type is {raw['model_type']!r}, which is not that of architectures, {names[0]}"
+        )
     _check_others(raw)
     layers = _whole(raw, "num_hidden_layers", most=MAX_LAYERS)
     _check_layer_types(raw.get("layer_types"), layers)
@@ -117,27 +128,38 @@ def _check_others(raw: dict) -> None:
     """Raises ValueError on a setting of the mathematics that is not read."""
     for name, value in ONE_VALUE.items():
         if raw.get(name) not in (value, None):
-            raise ValueError(f"{name}={reprlib.repr(raw[name])} is not supported; only {value!r} is")
-    for name in raw.keys() - READ - ONE_VALUE.keys() - HARMLESS:
+            raise ValueError(
+                f"{name}={reprlib.repr(raw[name])} is not supported; only {value!r} is"
+            )
+    for name in raw.keys() - {*READ, *ONE_VALUE, *HARMLESS}:
         off = raw[name] is None or raw[name] is False or raw[name] in ("", 0, [], {})
         if not off and any(word in name.lower() for word in WORDS):
-            raise ValueError(f"{name}={reprlib.repr(raw[name])} is not supported; take it out if it changes nothing")
+            raise ValueError(
+                f"{name}={reprlib.repr(raw[name])} is not supported; take it out if it changes "
+                "nothing"
+            )
 
 
 def _check_layer_types(kinds: Any, layers: int) -> None:
     if kinds is None:
         return
     if not isinstance(kinds, list) or len(kinds) != layers:
-        raise ValueError(f"layer_types is {reprlib.repr(kinds)}, not a list of num_hidden_layers={layers} kinds")
+        raise ValueError(
+            f"layer_types is {reprlib.repr(kinds)}, not a list of num_hidden_layers={layers} kinds"
+        )
     for kind in kinds:
         if kind not in ("full_attention", "attention"):
-            raise ValueError(f"layer_types holds {kind!r}, which is not supported; only 'full_attention' is")
+            raise ValueError(
+                f"layer_types holds {kind!r}, which is not supported; only 'full_attention' is"
+            )
 
 
 def _no_experts(raw: dict) -> dict:
     for name in ("num_experts", "num_local_experts"):
         if raw.get(name) not in (0, None):
-            raise ValueError(f"{name}={raw[name]!r} is not supported by {DENSE}; experts are {SPARSE}'s")
+            raise ValueError(
+                f"{name}={raw[name]!r} is not supported by {DENSE}; experts are {SPARSE}'s"
+            )
     return {}
 
 
@@ -146,7 +168,9 @@ def _experts(raw: dict, layers: int) -> dict:
     only = raw.get("mlp_only_layers")
     only = [] if only is None else only
     if not isinstance(only, list) or not all(type(i) is int and 0 <= i < layers for i in only):
-        raise ValueError(f"mlp_only_layers is {reprlib.repr(only)}, not a list of layers from 0 to {layers - 1}")
+        raise ValueError(
+            f"mlp_only_layers is {reprlib.repr(only)}, not a list of layers from 0 to {layers - 1}"
+        )
     return {
         "num_experts": _whole({"num_experts": _agreed(said, "num_experts")}, "num_experts"),
         "experts_per_token": _whole(raw, "num_experts_per_tok"),
@@ -161,24 +185,34 @@ def _experts(raw: dict, layers: int) -> dict:
 
 
 def _rope(raw: dict) -> tuple[float, Yarn | None]:
-    """theta and YaRN, from `rope_parameters` (transformers 5) and from `rope_theta` beside `rope_scaling` (before).
+    """theta and YaRN, of `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`.
 
-    A `rope_scaling` added to a file whose `rope_parameters` are of type 'default' is obeyed, as transformers 5 does.
+    A `rope_scaling` added to a file whose `rope_parameters` are of type 'default' is obeyed, as
+    transformers 5 does.
     """
     new = _rope_settings(raw, "rope_parameters")
     old = _rope_settings(raw, "rope_scaling")
     if old and new and _kind(new) != "default" and _described(old) != _described(new):
-        raise ValueError(f"rope_scaling={old} and rope_parameters={new} disagree; keep one of the two")
+        raise ValueError(
+            f"rope_scaling={old} and rope_parameters={new} disagree; keep one of the two"
+        )
     theta = _theta(raw, old, new)
     rope = old or new
     if _kind(rope) == "default":
         return theta, None
     attention_factor = _attention_factor(rope)
-    length = _agreed({"rope_scaling": rope.get("original_max_position_embeddings"),
-                      "config.json": raw.get("original_max_position_embeddings")}, "original_max_position_embeddings")
+    length = _agreed(
+        {
+            "rope_scaling": rope.get("original_max_position_embeddings"),
+            "config.json": raw.get("original_max_position_embeddings"),
+        },
+        "original_max_position_embeddings",
+    )
     return theta, Yarn(
         factor=_factor(rope),
-        original_max_position=_whole({"original_max_position_embeddings": length}, "original_max_position_embeddings"),
+        original_max_position=_whole(
+            {"original_max_position_embeddings": length}, "original_max_position_embeddings"
+        ),
         beta_fast=_positive(rope, "beta_fast", 32.0),
         beta_slow=_positive(rope, "beta_slow", 1.0),
         attention_factor=attention_factor,
@@ -198,19 +232,28 @@ def _rope_settings(raw: dict, name: str) -> dict:
     if kind not in ("default", "yarn"):
         raise ValueError(f"rope_type {kind!r} is not supported; supported are 'default' and 'yarn'")
     for key, value in rope.items():
-        known = key in ROPE_SETTINGS and (kind == "yarn" or key in ("type", "rope_type", "rope_theta"))
+        known = key in ROPE_SETTINGS and (
+            kind == "yarn" or key in ("type", "rope_type", "rope_theta")
+        )
         if not known and (key, value) != ("partial_rotary_factor", 1):
-            raise ValueError(f"rope setting {key}={value!r} of {name} is not supported with rope_type {kind!r}")
+            raise ValueError(
+                f"rope setting {key}={value!r} of {name} is not supported with rope_type {kind!r}"
+            )
     return rope
 
 
 def _kind(rope: dict) -> str:
-    return _agreed({"rope_type": rope.get("rope_type"), "type": rope.get("type")}, "the kind of rope") or "default"
+    return (
+        _agreed({"rope_type": rope.get("rope_type"), "type": rope.get("type")}, "the kind of rope")
+        or "default"
+    )
 
 
 def _described(rope: dict) -> dict:
     """The settings that two descriptions must share; theta is compared apart."""
-    return {key: value for key, value in rope.items() if key not in ("type", "rope_type", "rope_theta")} | {"": _kind(rope)}
+    return {
+        key: value for key, value in rope.items() if key not in ("type", "rope_type", "rope_theta")
+    } | {"": _kind(rope)}
 
 
 def _theta(raw: dict, old: dict, new: dict) -> float:
@@ -220,8 +263,10 @@ def _theta(raw: dict, old: dict, new: dict) -> float:
     if theta <= 1:
         raise ValueError(f"rope_theta={theta} must be more than 1")
     if old and said["rope_theta"] is None and said["rope_scaling"] is None and theta != THETA:
-        raise ValueError(f"rope_theta={theta} of rope_parameters is not in rope_scaling, without which transformers takes "
-                         f"{THETA}; write it into rope_scaling too")
+        raise ValueError(
+            f"rope_theta={theta} of rope_parameters is not in rope_scaling, without which "
+            f"transformers takes {THETA}; write it into rope_scaling too"
+        )
     return theta
 
 
@@ -242,7 +287,10 @@ def _attention_factor(rope: dict) -> float | None:
         return None
     if len(given) == 1:
         name = given[0]
-        raise ValueError(f"rope setting {name}={rope[name]!r} is not supported alone; give {' and '.join(names)}, or neither")
+        raise ValueError(
+            f"rope setting {name}={rope[name]!r} is not supported alone; give "
+            f"{' and '.join(names)}, or neither"
+        )
     log = math.log(_factor(rope))
     above, below = (0.1 * _positive(rope, name) * log + 1 for name in names)
     return above / below
@@ -252,7 +300,10 @@ def _attention_factor(rope: dict) -> float | None:
 
 
 def _agreed(said: dict[str, Any], name: str) -> Any:
-    """The one value of what several places say, or None where none does. Raises ValueError where two differ."""
+    """The one value of what several places say, or None where none does.
+
+    Raises ValueError where two differ.
+    """
     said = {place: value for place, value in said.items() if value is not None}
     values = list(said.values())
     if any(value != values[0] for value in values):
@@ -294,7 +345,7 @@ def _need(raw: dict, name: str, default: Any = None) -> Any:
 
 
 def write(path: pathlib.Path, config: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> None:
-    """Write `config.json` as the published Qwen3 folders have it, which every transformers with Qwen3 reads.
+    """Write `config.json` as the published Qwen3 folders have it, for any transformers with Qwen3.
 
     `token_ids` holds `eos_token_id` and its like, as the tokenizer names them.
     """

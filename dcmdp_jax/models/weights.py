@@ -77,7 +77,10 @@ class Leaf:
     tensors: dict[tuple[int, ...], Tensor]
 
     def read(self, files: dict[str, Any], index: Index, dtype) -> np.ndarray:
-        """Our block `index` of the whole parameter. Raises ValueError on NaN, infinity, or a copy that differs."""
+        """Our block `index` of the whole parameter.
+
+        Raises ValueError on NaN, infinity, or a copy that differs.
+        """
         rank = len(next(iter(self.tensors)))
         leading, rest = index[:rank], index[rank:]
         out = np.empty([s.stop - s.start for s in index], dtype)
@@ -88,10 +91,17 @@ class Leaf:
             with np.errstate(over="ignore"):  # it is refused
                 out[at] = block
             if not _all_finite(out[at]):
-                raise ValueError(f"tensor {tensor.name} holds NaN, infinity, or what {out.dtype} cannot hold")
-            if tensor.copy in files and not _equal(block, tensor.read(files[tensor.copy].get_slice(tensor.copy), rest)):
-                raise ValueError(f"tensor {tensor.copy} is not {tensor.name}, as tie_word_embeddings in config.json says; "
-                                 "set it to false there to use the head that is stored, or take the tensor out")
+                raise ValueError(
+                    f"tensor {tensor.name} holds NaN, infinity, or what {out.dtype} cannot hold"
+                )
+            if tensor.copy in files and not _equal(
+                block, tensor.read(files[tensor.copy].get_slice(tensor.copy), rest)
+            ):
+                raise ValueError(
+                    f"tensor {tensor.copy} is not {tensor.name}, as tie_word_embeddings says in "
+                    "config.json; set it to false there to use the head that is stored, or take "
+                    "the tensor out"
+                )
         return out
 
 
@@ -145,7 +155,8 @@ def _layer(c: ModelConfig, sparse: bool) -> dict:
 def leaves(config: ModelConfig) -> dict:
     """`qwen3.init`'s tree with a `Leaf` in place of each array."""
     v, d = config.vocab_size, config.hidden_size
-    copy = HEAD if config.tie_word_embeddings else None  # some writers store a tied head a second time
+    # some writers store a tied head a second time
+    copy = HEAD if config.tie_word_embeddings else None
     tree = {
         "embed": Leaf({(): Tensor("model.embed_tokens.weight", (v, d), (0, 1), copy=copy)}),
         "final_norm": Leaf({(): Tensor("model.norm.weight", (d,), (0,))}),
@@ -181,14 +192,18 @@ def read_config(folder: str | pathlib.Path) -> ModelConfig:
 
 
 def check(folder: str | pathlib.Path) -> None:
-    """Reads headers, and a few rows of a tied head: raises ValueError, as `load` does, for most of what `load` refuses.
+    """Reads headers, and a few rows of a tied head: raises ValueError for most that `load` refuses.
 
     NaN, infinity and the rest of a tied head are found by `load` alone.
     """
     folder, config = pathlib.Path(folder), read_config(folder)
     files, tree = _checked(folder, config)
     with _naming(folder):
-        tree["embed"].read(files, (slice(0, min(ROWS, config.vocab_size)), slice(0, config.hidden_size)), np.float32)
+        tree["embed"].read(
+            files,
+            (slice(0, min(ROWS, config.vocab_size)), slice(0, config.hidden_size)),
+            np.float32,
+        )
 
 
 def load(folder: str | pathlib.Path, dtype=jnp.float32, *, shardings: Any = None) -> tuple[ModelConfig, dict]:
@@ -198,8 +213,9 @@ def load(folder: str | pathlib.Path, dtype=jnp.float32, *, shardings: Any = None
     this host's devices hold. None puts everything on the default device. Weights are cast to `dtype`.
 
     Raises ValueError, before anything is read, for a missing folder, config.json, shard or tensor, an architecture or
-    setting that is not supported, a tensor of the wrong shape, one the model has no place for, and a damaged shard;
-    and, as they are read, for weights that are not finite in `dtype` and a tied head that is not the embedding.
+    setting that is not supported, a tensor of the wrong shape, one the model has no place for, and
+    a damaged shard; and, as they are read, for weights that are not finite in `dtype` and a tied
+    head that is not the embedding.
     """
     folder, config = pathlib.Path(folder), read_config(folder)
     files, found = _checked(folder, config)
@@ -207,7 +223,10 @@ def load(folder: str | pathlib.Path, dtype=jnp.float32, *, shardings: Any = None
     shapes = treedef.flatten_up_to(jax.eval_shape(lambda: qwen3.init(jax.random.key(0), config, dtype)))
     places = [None] * len(tree) if shardings is None else treedef.flatten_up_to(shardings)
     with _naming(folder):
-        arrays = [_place(leaf, shape, place, files) for leaf, shape, place in zip(tree, shapes, places, strict=True)]
+        arrays = [
+            _place(leaf, shape, place, files)
+            for leaf, shape, place in zip(tree, shapes, places, strict=True)
+        ]
     return config, treedef.unflatten(arrays)
 
 
@@ -252,23 +271,33 @@ def _open(folder: pathlib.Path) -> dict[str, Any]:
             raise ValueError(f"{folder / name} is damaged or cut short ({error}); copy or download it again") from None
         for tensor in file.keys():
             if tensor in files:
-                raise ValueError(f"{folder}: tensor {tensor} is in {shards[tensor]} and in {name}; keep one of the two")
+                raise ValueError(
+                    f"{folder}: tensor {tensor} is in {shards[tensor]} and in {name}; keep one of "
+                    "the two"
+                )
             files[tensor], shards[tensor] = file, name
     return files
 
 
 def _shard_names(path: pathlib.Path) -> list[str]:
-    """The files that an index names. Raises ValueError on one outside the folder, and on an index of another form."""
+    """The files that an index names.
+
+    Raises ValueError on one outside the folder, and on an index of another form.
+    """
     where = jsonfile.read_object(path).get("weight_map")
-    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
-        raise ValueError(f"{path} is not an index of safetensors: it needs weight_map, from tensors to file names; "
-                         "copy or download it again")
-    names = sorted(set(where.values()))
+    names = where.values() if isinstance(where, dict) else ()
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"{path} is not an index of safetensors: it needs weight_map, from tensors to "
+            "file names; copy or download it again"
+        )
     for name in names:
         if not re.fullmatch(r"[^/\\\0]{1,240}\.safetensors", name):
-            raise ValueError(f"{path} names the shard {name[:240]!r}, which is no .safetensors file of its own folder; "
-                             "copy the model from a source that you trust")
-    return names
+            raise ValueError(
+                f"{path} names the shard {name[:240]!r}, which is no .safetensors file of its "
+                "own folder; copy the model from a source that you trust"
+            )
+    return sorted(set(names))
 
 
 def _no_weights(folder: pathlib.Path) -> str:
@@ -281,15 +310,19 @@ def _no_weights(folder: pathlib.Path) -> str:
 
 
 def _checked(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Any], dict]:
-    """The open files and the tree of `leaves`, once names, shapes and dtypes are what the model needs."""
+    """The open files and the tree of `leaves`, once names, shapes and dtypes are as needed."""
     files = _open(folder)
     # counted before any is named: a damaged config.json may call for billions
     sparse = sum(config.is_sparse(layer) for layer in range(config.num_layers))
     if config.num_layers + sparse * config.num_experts > len(files):
-        raise ValueError(f"{folder} has {len(files)} tensors, too few for num_hidden_layers={config.num_layers} of its "
-                         f"config.json{f' with num_experts={config.num_experts}' if sparse else ''}")
+        raise ValueError(
+            f"{folder} has {len(files)} tensors, too few for num_hidden_layers={config.num_layers} "
+            f"of its config.json{f' with num_experts={config.num_experts}' if sparse else ''}"
+        )
     tree = leaves(config)
-    tensors = {tensor.name: tensor for leaf in jax.tree.leaves(tree) for tensor in leaf.tensors.values()}
+    tensors = {
+        tensor.name: tensor for leaf in jax.tree.leaves(tree) for tensor in leaf.tensors.values()
+    }
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if config.tie_word_embeddings and HEAD in files:
         shapes[HEAD] = (config.vocab_size, config.hidden_size)
@@ -299,7 +332,9 @@ def _checked(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Any],
         stored = files[name].get_slice(name)
         if tuple(stored.get_shape()) != shape:
             got = tuple(stored.get_shape())
-            raise ValueError(f"{folder}: tensor {name} has shape {got}; its config.json calls for {shape}")
+            raise ValueError(
+                f"{folder}: tensor {name} has shape {got}; its config.json calls for {shape}"
+            )
         if stored.get_dtype() not in FLOATS:
             raise ValueError(f"{folder}: tensor {name} is {stored.get_dtype()}; only {', '.join(FLOATS)} are read")
     extra = files.keys() - shapes.keys()
@@ -311,13 +346,20 @@ def _checked(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Any],
 # Out
 
 
-def save(folder: str | pathlib.Path, config: ModelConfig, params: dict, *, max_shard_bytes: int = 5_000_000_000,
-         token_ids: dict[str, Any] | None = None) -> None:
+def save(
+    folder: str | pathlib.Path,
+    config: ModelConfig,
+    params: dict,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    token_ids: dict[str, Any] | None = None,
+) -> None:
     """Write `params` (the tree of `qwen3.init`) as a Hugging Face folder that `load` and transformers read.
 
-    `token_ids` are those that config.json names, as `tokenizer.token_ids` gives them. Writes config.json, safetensors of at most `max_shard_bytes` each (or one tensor, if larger) and their index.
-    The folder appears whole or not at all. Raises ValueError when it exists and is not empty, for parameters of
-    another form or shape, and for parameters that other hosts hold.
+    `token_ids` are those that config.json names, as `tokenizer.token_ids` gives them. Writes
+    config.json, safetensors of at most `max_shard_bytes` each (or one tensor, if larger) and their
+    index. The folder appears whole or not at all. Raises ValueError when it exists and is not
+    empty, for parameters of another form or shape, and for parameters that other hosts hold.
     """
     folder = pathlib.Path(folder).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -328,7 +370,9 @@ def save(folder: str | pathlib.Path, config: ModelConfig, params: dict, *, max_s
     building.mkdir()
     try:
         _write(building, pairs, max_shard_bytes)
-        hf_config.write(building / "config.json", config, str(params["embed"].dtype), token_ids or {})
+        hf_config.write(
+            building / "config.json", config, str(params["embed"].dtype), token_ids or {}
+        )
         os.replace(building, folder)
     except BaseException:
         shutil.rmtree(building)

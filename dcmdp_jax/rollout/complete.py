@@ -36,9 +36,10 @@ def read_prompts(path: str) -> list[str]:
         prompts = [example.prompt for example in data.read(path)]
     else:
         try:
-            prompts = [line for line in pathlib.Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
+            lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+        prompts = [line for line in lines if line.strip()]
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"{path} holds no prompts, or chat messages where texts are wanted")
     return prompts
@@ -57,7 +58,9 @@ def texts(folder: str, prompts: Sequence[str], *, tokenizer_path: str = "", prec
     tokenizer.check_vocabulary(vocabulary, shape.vocab_size)
     asked = data.tokenize([Example(prompt, "") for prompt in prompts], vocabulary, chat=chat)
     if not asked.lengths.all():
-        raise ValueError(f"prompt {int(asked.lengths.argmin()) + 1} of {len(prompts)} is empty; leave it out")
+        raise ValueError(
+            f"prompt {int(asked.lengths.argmin()) + 1} of {len(prompts)} is empty; leave it out"
+        )
     longest = int(asked.lengths.max())
     sync.check(shape, precision, mesh)
     weights.check(folder)
