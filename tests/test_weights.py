@@ -225,6 +225,8 @@ PLAIN = {"rope_type": "default", "rope_theta": 1e6}
             {"rope_scaling": YARN | {"type": "linear"}},
             "kind of rope is said twice and differs: 'yarn'.*'linear'",
         ),
+        ({"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"rope_scaling": YARN | {"attn_factor": 0.9}}, "rope setting attn_factor=0.9"),
         ({"rope_scaling": YARN | {"short_factor": [1.0]}}, "rope setting short_factor"),
         (
             {"rope_scaling": {"factor": 4.0}},

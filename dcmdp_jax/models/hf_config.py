@@ -61,9 +61,9 @@ WORDS = """
     hidden emb activation quant dropout sparse linear mamba nextn mtp lora residual
 """.split()
 
-ROPE_SETTINGS = """
-    type rope_type rope_theta partial_rotary_factor factor
-    original_max_position_embeddings beta_fast beta_slow attention_factor mscale
+PLAIN_SETTINGS = ["type", "rope_type", "rope_theta"]
+YARN_SETTINGS = """
+    factor original_max_position_embeddings beta_fast beta_slow attention_factor mscale
     mscale_all_dim truncate
 """.split()
 
@@ -201,18 +201,11 @@ def _rope(raw: dict) -> tuple[float, Yarn | None]:
     if _kind(rope) == "default":
         return theta, None
     attention_factor = _attention_factor(rope)
-    length = _agreed(
-        {
-            "rope_scaling": rope.get("original_max_position_embeddings"),
-            "config.json": raw.get("original_max_position_embeddings"),
-        },
-        "original_max_position_embeddings",
-    )
+    name = "original_max_position_embeddings"
+    length = _agreed({"rope_scaling": rope.get(name), "config.json": raw.get(name)}, name)
     return theta, Yarn(
         factor=_factor(rope),
-        original_max_position=_whole(
-            {"original_max_position_embeddings": length}, "original_max_position_embeddings"
-        ),
+        original_max_position=_whole({name: length}, name),
         beta_fast=_positive(rope, "beta_fast", 32.0),
         beta_slow=_positive(rope, "beta_slow", 1.0),
         attention_factor=attention_factor,
@@ -231,11 +224,9 @@ def _rope_settings(raw: dict, name: str) -> dict:
     kind = _kind(rope)
     if kind not in ("default", "yarn"):
         raise ValueError(f"rope_type {kind!r} is not supported; supported are 'default' and 'yarn'")
+    known = PLAIN_SETTINGS + YARN_SETTINGS if kind == "yarn" else PLAIN_SETTINGS
     for key, value in rope.items():
-        known = key in ROPE_SETTINGS and (
-            kind == "yarn" or key in ("type", "rope_type", "rope_theta")
-        )
-        if not known and (key, value) != ("partial_rotary_factor", 1):
+        if key not in known and (key, value) != ("partial_rotary_factor", 1):
             raise ValueError(
                 f"rope setting {key}={value!r} of {name} is not supported with rope_type {kind!r}"
             )
@@ -243,17 +234,13 @@ def _rope_settings(raw: dict, name: str) -> dict:
 
 
 def _kind(rope: dict) -> str:
-    return (
-        _agreed({"rope_type": rope.get("rope_type"), "type": rope.get("type")}, "the kind of rope")
-        or "default"
-    )
+    said = {name: rope.get(name) for name in ("rope_type", "type")}
+    return _agreed(said, "the kind of rope") or "default"
 
 
 def _described(rope: dict) -> dict:
     """The settings that two descriptions must share; theta is compared apart."""
-    return {
-        key: value for key, value in rope.items() if key not in ("type", "rope_type", "rope_theta")
-    } | {"": _kind(rope)}
+    return {key: value for key, value in rope.items() if key in YARN_SETTINGS} | {"": _kind(rope)}
 
 
 def _theta(raw: dict, old: dict, new: dict) -> float:
