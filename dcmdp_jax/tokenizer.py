@@ -13,7 +13,7 @@ import json
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -83,9 +83,11 @@ class HuggingFace:
         self._special = {name: _content(self.folder, settings, name) for name in names}
         source = _chat_template(self.folder, settings)
         self._template = Template(source, self.folder) if source else None
-        self._added = {
-            token.content: token for token in self._tokenizer.get_added_tokens_decoder().values()
-        }
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        special = [token.content for token in added if token.special]
+        marks = [token.content for token in added if _is_mark(token.content)]
+        self._special_tokens = re.compile(_any_of(special))
+        self._all_marks = re.compile(_any_of({*special, *marks}))
         named, self.generation = _declared(_folders(self.folder, model), self.vocab_size)
         self.eos_ids = self._stops(named)
         pad = self._vocabulary.get("<|endoftext|>", self.eos_ids[0])
@@ -131,12 +133,7 @@ class HuggingFace:
         stay whole.
         """
         own = message.get("role") == "assistant"
-        special = [
-            text
-            for text, token in self._added.items()
-            if token.special or not own and _is_mark(text)
-        ]
-        pattern = re.compile(_any_of(special))
+        pattern = self._special_tokens if own else self._all_marks
 
         def mark(value: Any) -> Any:
             if isinstance(value, str):
@@ -151,11 +148,10 @@ class HuggingFace:
         """Ids of a rendered conversation: what is cut up is text, up to the template's next token."""
         if cut not in text:
             return self.encode(text)
-        own = [name for name, token in self._added.items() if token.special or _is_mark(name)]
         ids = []
         whole = ""  # to be encoded as it stands
         at = 0
-        for match in re.finditer(rf"{_any_of(own)}|\Z", text):
+        for match in re.finditer(rf"{self._all_marks.pattern}|\Z", text):
             part = text[at : match.start()]
             at = match.end()
             if cut in part:
@@ -176,11 +172,12 @@ class HuggingFace:
         if self._tokenizer.pre_tokenizer is not None:
             words = [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
         ids = [token.id for word in words for token in self._tokenizer.model.tokenize(word)]
-        for name, token in self._added.items():
-            if token.special and self._vocabulary[name] in ids:
+        made = set(ids)
+        for number, token in self._tokenizer.get_added_tokens_decoder().items():
+            if token.special and number in made:
                 raise ValueError(
-                    f"{self.folder / 'tokenizer.json'} makes the special token {name} of plain "
-                    "text, so that a message cannot hold it; set "
+                    f"{self.folder / 'tokenizer.json'} makes the special token {token.content} of "
+                    "plain text, so that a message cannot hold it; set "
                     "data.special_tokens_in_text=True, or leave the problem out"
                 )
         return ids
@@ -215,8 +212,7 @@ class HuggingFace:
             text = self.chat(turns, enable_thinking=False, add_generation_prompt=False)
         except ValueError:  # a template that is wrong is refused where it is used
             return []
-        special = _any_of([name for name, token in self._added.items() if token.special])
-        found = re.search(rf"{ANSWER}\s*({special})", text)
+        found = re.search(rf"{ANSWER}\s*({self._special_tokens.pattern})", text)
         return [self._vocabulary[found[1]]] if found else []
 
 
@@ -372,7 +368,7 @@ def _is_mark(token: str) -> bool:
     return token.startswith("<") and token.endswith(">")
 
 
-def _any_of(tokens: Sequence[str]) -> str:
+def _any_of(tokens: Iterable[str]) -> str:
     """A pattern for any of `tokens`, the longest first; it matches nothing where there is none."""
     return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)"
 
