@@ -326,11 +326,8 @@ def _prompt(prompt: Any) -> str | list[dict]:
     Raises ValueError on anything else.
     """
     if isinstance(prompt, str) and prompt.strip():
-        if _is_message(_json_in(prompt)):
-            raise ValueError(
-                "gives its messages as JSON in a string, which would be read as text; write them "
-                "as a list"
-            )
+        if _holds_messages(prompt):
+            raise ValueError("gives its messages as JSON in a string; write them as a list")
         return prompt
     if not isinstance(prompt, list):
         raise ValueError("gives no problem")
@@ -358,6 +355,8 @@ def _message(message: Any, number: int) -> dict:
         raise ValueError(
             f"gives no problem: the content of message {number} is {jsonfile.kind(content)}"
         )
+    if role == "user" and _holds_messages(content):
+        raise ValueError("gives its parts as JSON in a string; write them as a list")
     return {**message, "content": content}
 
 
@@ -404,7 +403,7 @@ def _is_structure(text: str) -> bool:
 
     [0, 1] may be an interval.
     """
-    if text.startswith("['") and text.endswith("']"):  # as Python prints a list of texts
+    if text.startswith(("['", "{'")):  # as Python prints a list or a dict
         return True
     value = _json_in(text)
     if isinstance(value, list):
@@ -412,10 +411,11 @@ def _is_structure(text: str) -> bool:
     return isinstance(value, dict)
 
 
-def _is_message(value: Any) -> bool:
-    """True if a JSON value is a chat message, or a list of them."""
+def _holds_messages(text: str) -> bool:
+    """True if a text is, as a whole, a chat message or a part of one in JSON, or a list of them."""
+    value = _json_in(text)
     first = value[0] if isinstance(value, list) and value else value
-    return isinstance(first, dict) and {"role", "content"} <= first.keys()
+    return isinstance(first, dict) and not {"role", "type"}.isdisjoint(first)
 
 
 def _json_in(text: str) -> Any:

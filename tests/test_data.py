@@ -150,6 +150,12 @@ def test_null_beside_tool_calls_is_the_empty_text(tmp_path):
             "its messages as JSON in a string",
         ),
         (
+            {"prompt": json.dumps([TEXT]), "answer": "1"},
+            "its messages as JSON in a string",
+        ),
+        (asked(json.dumps([TEXT])), "its parts as JSON in a string"),
+        ({"problem": "p", "answer": "{'target': 5}"}, "gives an answer that is JSON in a string"),
+        (
             {"prompt": json.dumps({"role": "user", "content": "q"}), "answer": "1"},
             "its messages as JSON in a string",
         ),
