@@ -32,6 +32,7 @@ class Yarn:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None  # None: 0.1 ln(factor) + 1
+    truncate: bool = True  # the pairs between which it blends are whole numbers
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class DataConfig:
     chat: bool = False  # wrap prompts in the tokenizer's chat template
     enable_thinking: bool = False
     instruction: str = ""  # appended to each user message
+    special_tokens_in_text: bool = False  # special tokens written in a message are ids, not text
 
 
 @dataclass(frozen=True)

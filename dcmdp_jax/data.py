@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
+from dcmdp_jax import jsonfile
 from dcmdp_jax.records import Batch, Example, Prompts, Rollout, Scored
 from dcmdp_jax.rewards import final_answer
 from dcmdp_jax.tasks import Task
@@ -19,6 +21,7 @@ from dcmdp_jax.tokenizer import Tokenizer
 
 LAYOUTS = ("GSM8K {question, answer with ####}", "evaluation set {problem | question | prompt, answer | final_answer | "
            "solution with \\boxed{}}", "verl {prompt, reward_model.ground_truth}")
+NO_ANSWER = ("", "nan", "NaN", "null", "None")  # what a missing value leaves as text
 ENDLESS = 2**62  # problems in a pipeline: no run sees the end
 
 log = logging.getLogger(__name__)
@@ -58,15 +61,27 @@ def read(path: str | pathlib.Path) -> list[Example]:
     return list(seen.values())
 
 
-def tokenize(examples: Sequence[Example], tokenizer: Tokenizer, *, max_prompt_tokens: int = 0, chat: bool = False,
-             enable_thinking: bool = False, instruction: str = "") -> Prompts:
+def tokenize(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    *,
+    max_prompt_tokens: int = 0,
+    chat: bool = False,
+    enable_thinking: bool = False,
+    instruction: str = "",
+    special_tokens_in_text: bool = False,
+) -> Prompts:
     """One batch of prompts, padded on the right to `max_prompt_tokens`, or to the longest (0).
 
     With `chat` the prompt is wrapped in the tokenizer's chat template; `instruction` follows each user message (or the
-    plain prompt) on a line of its own. Raises ValueError on a prompt longer than `max_prompt_tokens`: prompts are never
-    cut.
+    plain prompt) on a line of its own. A special token written in a message is text unless
+    `special_tokens_in_text`; in a plain prompt it is its id. Raises ValueError on a prompt longer
+    than `max_prompt_tokens`: prompts are never cut.
     """
-    ids = [_encode(example, tokenizer, chat, enable_thinking, instruction) for example in examples]
+    ids = [
+        _encode(example, tokenizer, chat, enable_thinking, instruction, special_tokens_in_text)
+        for example in examples
+    ]
     lengths = np.array([len(row) for row in ids], np.int32)
     max_prompt_tokens = max_prompt_tokens or int(lengths.max())
     if lengths.max() > max_prompt_tokens:
@@ -76,7 +91,8 @@ def tokenize(examples: Sequence[Example], tokenizer: Tokenizer, *, max_prompt_to
 
 def prompts(source: Sequence[Example] | Task, tokenizer: Tokenizer, *, batch_size: int, max_prompt_tokens: int,
             seed: int, shuffle: bool = True, chat: bool = False, enable_thinking: bool = False, instruction: str = "",
-            process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator[Prompts]:
+            special_tokens_in_text: bool = False, process_index: int = 0,
+            process_count: int = 1) -> grain.DatasetIterator[Prompts]:
     """Endless batches of prompts, from a list of problems (shuffled anew each epoch) or a generated task (always new).
 
     `batch_size` counts the prompts of all processes; each process gets its contiguous part of every batch, so that the
@@ -86,7 +102,8 @@ def prompts(source: Sequence[Example] | Task, tokenizer: Tokenizer, *, batch_siz
     """
     if batch_size % process_count:
         raise ValueError(f"data.prompts_per_step={batch_size} does not divide over {process_count} processes")
-    wrap = {"chat": chat, "enable_thinking": enable_thinking, "instruction": instruction}
+    wrap = {"chat": chat, "enable_thinking": enable_thinking, "instruction": instruction,
+            "special_tokens_in_text": special_tokens_in_text}
     if isinstance(source, Sequence):
         problems = _fitting(source, tokenizer, max_prompt_tokens, wrap)
         order = grain.MapDataset.range(len(problems)).seed(seed)
@@ -224,7 +241,14 @@ def _pad(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> np.ndarray:
     return padded
 
 
-def _encode(example: Example, tokenizer: Tokenizer, chat: bool, enable_thinking: bool, instruction: str) -> list[int]:
+def _encode(
+    example: Example,
+    tokenizer: Tokenizer,
+    chat: bool,
+    enable_thinking: bool,
+    instruction: str,
+    special_tokens_in_text: bool,
+) -> list[int]:
     """Ids of one prompt, wrapped as asked."""
     tail = f"\n{instruction}" if instruction else ""
     if not chat:
@@ -235,7 +259,9 @@ def _encode(example: Example, tokenizer: Tokenizer, chat: bool, enable_thinking:
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     messages = [{**m, "content": m["content"] + tail} if m["role"] == "user" else m for m in messages]
-    return tokenizer.encode(tokenizer.chat(messages, enable_thinking=enable_thinking))
+    return tokenizer.encode_chat(
+        messages, enable_thinking=enable_thinking, special_tokens_in_text=special_tokens_in_text
+    )
 
 
 def _fitting(examples: Sequence[Example], tokenizer: Tokenizer, max_prompt_tokens: int, wrap: Mapping) -> list[Example]:
@@ -253,10 +279,8 @@ def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                try:
-                    yield f"{path} line {number}", json.loads(line)
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                    raise ValueError(f"{path} line {number} is not valid JSON: {error}") from None
+                place = f"{path} line {number}"
+                yield place, jsonfile.parse(line, place)
 
 
 def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
@@ -278,33 +302,138 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
 def _example(row: Any, source: str, place: str) -> Example:
     """A row of any known layout as an Example; `place` names it in messages."""
     if not isinstance(row, dict):
-        raise ValueError(f"{place} is not a JSON object")
+        raise ValueError(f"{place} is not a JSON object but {jsonfile.kind(row)}")
     prompt = next((row[name] for name in ("problem", "question", "prompt") if row.get(name)), None)
     if isinstance(row.get("reward_model"), dict):
-        answer, source = row["reward_model"].get("ground_truth"), row.get("data_source") or source
+        answer = row["reward_model"].get("ground_truth")
+        if isinstance(row.get("data_source"), str):
+            source = row["data_source"] or source
     else:
         answer = next((row[name] for name in ("answer", "final_answer") if row.get(name) is not None), None)
         if answer is None and isinstance(row.get("solution"), str):
             answer = final_answer(row["solution"])
     if isinstance(answer, str) and "####" in answer:
         answer = final_answer(answer)
-    answer = _as_text(answer)
-    if not answer or not _is_prompt(prompt):
-        missing = "problem" if answer else "answer"
-        raise ValueError(f"{place} gives no {missing}: it has the fields {sorted(row)}; "
-                         f"known layouts: {'; '.join(LAYOUTS)}")
-    return Example(prompt, answer, source)
+    try:
+        example = Example(_prompt(prompt), _as_text(answer), source)
+        json.dumps(example, ensure_ascii=False).encode()  # what no tokenizer and no log could write
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{place} holds half a surrogate pair, which is no text; mend it or leave it out"
+        ) from None
+    except (TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{place} holds what JSON cannot ({error}); mend it or leave it out"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{place} {error}; it has the fields {sorted(row)}; "
+                         f"known layouts: {'; '.join(LAYOUTS)}") from None
+    return example
 
 
-def _is_prompt(prompt: Any) -> bool:
-    if isinstance(prompt, list):
-        return bool(prompt) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
-    return isinstance(prompt, str) and bool(prompt.strip())
+def _prompt(prompt: Any) -> str | list[dict]:
+    """A prompt as text or as messages whose contents are texts.
+
+    Raises ValueError on anything else.
+    """
+    if isinstance(prompt, str) and prompt.strip():
+        if _holds_messages(prompt):
+            raise ValueError("gives its messages as JSON in a string; write them as a list")
+        return prompt
+    if not isinstance(prompt, list):
+        raise ValueError("gives no problem")
+    messages = [_message(message, number) for number, message in enumerate(prompt, start=1)]
+    if not any(message["content"].strip() for message in messages):
+        raise ValueError("gives no problem")
+    return messages
+
+
+def _message(message: Any, number: int) -> dict:
+    """A chat message, its content one text: text parts are joined, null beside tool calls is empty.
+
+    Raises ValueError on content of another kind.
+    """
+    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        raise ValueError(f"gives no problem: message {number} has no role and content")
+    role, content = message["role"], message["content"]
+    if not isinstance(role, str) or not role:
+        raise ValueError(f"gives no problem: the role of message {number} is {jsonfile.kind(role)}")
+    if content is None and message.get("tool_calls"):
+        content = ""
+    if isinstance(content, list):
+        content = "".join(_part(part, number) for part in content)
+    if not isinstance(content, str):
+        raise ValueError(
+            f"gives no problem: the content of message {number} is {jsonfile.kind(content)}"
+        )
+    if role == "user" and _holds_messages(content):
+        raise ValueError("gives its parts as JSON in a string; write them as a list")
+    return {**message, "content": content}
+
+
+def _part(part: Any, number: int) -> str:
+    if (
+        not isinstance(part, dict)
+        or part.get("type") != "text"
+        or not isinstance(part.get("text"), str)
+    ):
+        found = part.get("type") if isinstance(part, dict) else jsonfile.kind(part)
+        raise ValueError(
+            f"gives no problem: message {number} has a part that is not text ({found})"
+        )
+    return part["text"]
 
 
 def _as_text(answer: Any) -> str:
-    if isinstance(answer, list):
+    """A gold as the text that answers are compared with.
+
+    Raises ValueError on what no answer could ever equal.
+    """
+    if isinstance(answer, list) and answer and not any(isinstance(item, list) for item in answer):
         return ", ".join(_as_text(item) for item in answer)
-    if isinstance(answer, float) and answer.is_integer():
-        return str(int(answer))
-    return "" if answer is None else str(answer).strip()
+    if isinstance(answer, str) and answer.strip() not in NO_ANSWER:
+        if _is_structure(answer.strip()):
+            raise ValueError(
+                f"gives an answer that is JSON in a string, {answer.strip()[:60]!r}; write the "
+                "answer itself"
+            )
+        return answer.strip()
+    if isinstance(answer, float) and math.isfinite(answer):
+        return str(int(answer)) if answer.is_integer() else str(answer)
+    if type(answer) is int:
+        return str(answer)
+    if answer is None or answer == []:
+        raise ValueError("gives no answer")
+    if isinstance(answer, (str, float)):
+        raise ValueError(f"gives no answer: it says {str(answer).strip()!r}")
+    raise ValueError(f"gives no answer: what stands there is {jsonfile.kind(answer)}")
+
+
+def _is_structure(text: str) -> bool:
+    """True if a text is a JSON object, or a JSON list other than of several numbers.
+
+    [0, 1] may be an interval.
+    """
+    if text.startswith(("['", "{'")):  # as Python prints a list or a dict
+        return True
+    value = _json_in(text)
+    if isinstance(value, list):
+        return len(value) < 2 or any(isinstance(item, (str, dict, list, bool)) for item in value)
+    return isinstance(value, dict)
+
+
+def _holds_messages(text: str) -> bool:
+    """True if a text is, as a whole, a chat message or a part of one in JSON, or a list of them."""
+    value = _json_in(text)
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, dict) and not {"role", "type"}.isdisjoint(first)
+
+
+def _json_in(text: str) -> Any:
+    """The list or object that `text` is as a whole, or None."""
+    if text.strip()[:1] not in ("[", "{"):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # a text like any other
+        return None

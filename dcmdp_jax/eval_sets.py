@@ -105,7 +105,7 @@ def prepare(options: Options, workdir: pathlib.Path) -> Evaluation:
     shape = weights.read_config(folder)
     sync.check(shape, options.precision, _mesh(options))
     weights.check(folder)
-    vocabulary = tokenizer.load(options.tokenizer or folder)
+    vocabulary = tokenizer.load(options.tokenizer or folder, folder)
     tokenizer.check_vocabulary(vocabulary, shape.vocab_size)
     room = shape.max_position - options.max_tokens
     sets = tuple(_ask(name, k, options, vocabulary, room, workdir) for name, k in zip(options.sets, _samples(options)))

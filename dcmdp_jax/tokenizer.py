@@ -1,26 +1,31 @@
 """Text to token ids and back: Hugging Face `tokenizer.json`, SentencePiece, or single characters, behind one protocol.
 
-Encoding adds nothing to the text (no BOS, no EOS); special tokens written out in the text become their ids.
-Decoding keeps special tokens visible and drops ids that the tokenizer does not have.
+Encoding adds nothing to a text (no BOS, no EOS), and special tokens written out in it become their
+ids. Conversations are data that nobody vouches for: a special token written in a message is text,
+and only what the chat template writes becomes an id. Decoding keeps special tokens visible and
+drops ids that the tokenizer does not have.
 """
 
 from __future__ import annotations
 
-import datetime
 import functools
 import importlib
 import json
 import pathlib
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
-# Qwen3's generation config stops at either; used where a folder names no stop token of its own.
+from dcmdp_jax import jsonfile
+from dcmdp_jax.templates import Template
+
+# Qwen3's generation config stops at either; used where no file names a stop token.
 QWEN3_STOPS = ("<|im_end|>", "<|endoftext|>")
-
-
-FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+GENERATION = "generation_config.json"
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+ANSWER = "sixty-six"  # of the conversation that shows how a template ends a turn
 
 
 class Tokenizer(Protocol):
@@ -30,6 +35,7 @@ class Tokenizer(Protocol):
     longest: int  # characters of text that a token holds at most; a normalizer may leave more out
     eos_ids: tuple[int, ...]  # any of them ends a completion; the first is the one written in training data
     pad_id: int
+    generation: dict  # what the model's generation_config.json says
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, nothing added."""
@@ -40,30 +46,56 @@ class Tokenizer(Protocol):
     def chat(self, messages: Sequence[Mapping], *, enable_thinking: bool, add_generation_prompt: bool = True) -> str:
         """The conversation as the text that the model was trained on. Raises ValueError without a chat template."""
 
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping],
+        *,
+        enable_thinking: bool,
+        add_generation_prompt: bool = True,
+        special_tokens_in_text: bool = False,
+    ) -> list[int]:
+        """Ids of `chat`'s text; special tokens in a message are text, or ids if asked for."""
+
 
 class HuggingFace:
-    """A folder with `tokenizer.json`.
+    """A folder with `tokenizer.json`, and that of the model that it serves, where it is another.
 
-    The chat template comes from `chat_template.jinja`, else from `chat_template` in `tokenizer_config.json`; stop
-    tokens from `generation_config.json`, else from `eos_token` in `tokenizer_config.json`, else Qwen3's. Templates run
-    in an immutable jinja2 sandbox. Raises ValueError where the folder holds no tokenizer or names no stop token.
+    The chat template comes from `chat_template.jinja`, else from `chat_template` in
+    `tokenizer_config.json`. A completion stops at whatever any file names: `eos_token_id` in the
+    `generation_config.json` and `config.json` of either folder, `eos_token` in
+    `tokenizer_config.json`, and the special token with which the chat template ends an assistant's
+    turn; Qwen3's where no file names one. Raises ValueError where the folder holds no tokenizer,
+    names no stop token, or names one that is none.
     """
 
-    def __init__(self, folder: str | pathlib.Path):
+    def __init__(self, folder: str | pathlib.Path, model: str | pathlib.Path = ""):
         self.folder = pathlib.Path(folder)
         file = self.folder / "tokenizer.json"
         if not file.is_file():
             raise ValueError(f"{self.folder} holds no tokenizer.json")
-        self._tokenizer = _import("tokenizers").Tokenizer.from_file(str(file))
+        self._tokenizer = _from_file(_import("tokenizers").Tokenizer.from_file, file)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self._vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not self._vocabulary:
+            raise ValueError(f"{file} holds no tokens; copy or download it again")
+        self.vocab_size = max(self._vocabulary.values()) + 1
         settings = _read_json(self.folder / "tokenizer_config.json")
-        self._special = {name: _content(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
-        self.vocab_size = max(vocabulary.values()) + 1
-        self.eos_ids = self._stops(vocabulary)
-        self.pad_id = vocabulary.get(self._special["pad_token"], vocabulary.get("<|endoftext|>", self.eos_ids[0]))
-        self._template = _chat_template(self.folder, settings)
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        self._special = {name: _content(self.folder, settings, name) for name in names}
+        source = _chat_template(self.folder, settings)
+        self._template = Template(source, self.folder) if source else None
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        special = [token.content for token in added if token.special]
+        marks = [token.content for token in added if _is_mark(token.content)]
+        self._special_tokens = re.compile(_any_of(special))
+        self._all_marks = re.compile(_any_of({*special, *marks}))
+        named, self.generation = _declared(_folders(self.folder, model), self.vocab_size)
+        self.eos_ids = self._stops(named)
+        pad = self._vocabulary.get("<|endoftext|>", self.eos_ids[0])
+        self.pad_id = self._vocabulary.get(
+            self._special["pad_token"], self.generation.get("pad_token_id", pad)
+        )
 
     def encode(self, text: str) -> list[int]:
         # `encode` would hold up every other thread, for seconds where the text is long
@@ -81,32 +113,135 @@ class HuggingFace:
             raise ValueError(f"{self.folder} has no chat template (chat_template.jinja, or chat_template in "
                              "tokenizer_config.json); add one, or train on plain prompts with data.chat=False")
         special = {name: text for name, text in self._special.items() if text}
-        return self._template.render(messages=messages, enable_thinking=enable_thinking,
+        return self._template.render(messages, enable_thinking=enable_thinking,
                                      add_generation_prompt=add_generation_prompt, **special)
 
-    def _stops(self, vocabulary: dict[str, int]) -> tuple[int, ...]:
-        declared = _read_json(self.folder / "generation_config.json").get("eos_token_id")
-        if declared is not None:
-            return tuple(declared) if isinstance(declared, list) else (declared,)
-        named = (self._special["eos_token"],) if self._special["eos_token"] else QWEN3_STOPS
-        found = tuple(vocabulary[token] for token in named if token in vocabulary)
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping],
+        *,
+        enable_thinking: bool,
+        add_generation_prompt: bool = True,
+        special_tokens_in_text: bool = False,
+    ) -> list[int]:
+        cut = _unused_character(messages)
+        if not special_tokens_in_text:
+            messages = [self._cut_up(message, cut) for message in messages]
+        text = self.chat(
+            messages, enable_thinking=enable_thinking, add_generation_prompt=add_generation_prompt
+        )
+        return self._encode_cut_up(text, cut)
+
+    def _cut_up(self, message: Mapping, cut: str) -> dict:
+        """`message` with the character `cut` after each character of a special token in it.
+
+        Whatever the template does with the text, no part of it is a special token then. Tokens such
+        as <think> are the assistant's own, and templates look for them in what it said: there they
+        stay whole.
+        """
+        own = message.get("role") == "assistant"
+        pattern = self._special_tokens if own else self._all_marks
+
+        def mark(value: Any) -> Any:
+            if isinstance(value, str):
+                return pattern.sub(lambda match: "".join(c + cut for c in match[0]), value)
+            if isinstance(value, Mapping):
+                return {mark(key): mark(item) for key, item in value.items()}
+            return [mark(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+        return mark(message)
+
+    def _encode_cut_up(self, text: str, cut: str) -> list[int]:
+        """Ids of a rendered conversation: what is cut up is text, up to the template's next token."""
+        if cut not in text:
+            return self.encode(text)
+        ids = []
+        whole = ""  # to be encoded as it stands
+        at = 0
+        for match in re.finditer(rf"{self._all_marks.pattern}|\Z", text):
+            part = text[at : match.start()]
+            at = match.end()
+            if cut in part:
+                ids += self.encode(whole) + self._encode_text(part.replace(cut, ""))
+                whole = match[0]
+            else:
+                whole += part + match[0]
+        return ids + self.encode(whole)
+
+    def _encode_text(self, text: str) -> list[int]:
+        """Ids of `text` by the model alone, as if no token had been added.
+
+        Raises ValueError where it has them itself.
+        """
+        if self._tokenizer.normalizer is not None:
+            text = self._tokenizer.normalizer.normalize_str(text)
+        words = [text]
+        if self._tokenizer.pre_tokenizer is not None:
+            words = [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        ids = [token.id for word in words for token in self._tokenizer.model.tokenize(word)]
+        made = set(ids)
+        for number, token in self._tokenizer.get_added_tokens_decoder().items():
+            if token.special and number in made:
+                raise ValueError(
+                    f"{self.folder / 'tokenizer.json'} makes the special token {token.content} of "
+                    "plain text, so that a message cannot hold it; set "
+                    "data.special_tokens_in_text=True, or leave the problem out"
+                )
+        return ids
+
+    def _stops(self, named: Mapping[int, pathlib.Path]) -> tuple[int, ...]:
+        eos = self._special["eos_token"]
+        if eos and eos not in self._vocabulary:
+            raise ValueError(
+                f"{self.folder / 'tokenizer_config.json'}: eos_token {eos!r} is not in "
+                "tokenizer.json"
+            )
+        found = [*named, *([self._vocabulary[eos]] if eos else [])]
+        found = found or [
+            self._vocabulary[token] for token in QWEN3_STOPS if token in self._vocabulary
+        ]
+        found = tuple(dict.fromkeys([*found, *self._turn_end()]))
         if not found:
-            raise ValueError(f"{self.folder} names no stop token; put eos_token_id in its generation_config.json")
+            raise ValueError(
+                f"{self.folder} names no stop token; put eos_token_id in its {GENERATION}"
+            )
         return found
+
+    def _turn_end(self) -> list[int]:
+        """The special token that the chat template writes after what the assistant said, if any."""
+        if self._template is None:
+            return []
+        turns = [
+            {"role": "user", "content": "6 * 11?"},
+            {"role": "assistant", "content": ANSWER},
+        ]
+        try:
+            text = self.chat(turns, enable_thinking=False, add_generation_prompt=False)
+        except ValueError:  # a template that is wrong is refused where it is used
+            return []
+        found = re.search(rf"{ANSWER}\s*({self._special_tokens.pattern})", text)
+        return [self._vocabulary[found[1]]] if found else []
 
 
 class SentencePiece:
-    """A SentencePiece model file. Raises ValueError where it defines no end-of-sentence id. It has no chat template."""
+    """A SentencePiece model file. It has no chat template.
 
-    def __init__(self, file: str | pathlib.Path):
+    A completion stops at its end-of-sentence id and at what the files beside it, or of the model's
+    folder, name. Raises ValueError where there is none.
+    """
+
+    def __init__(self, file: str | pathlib.Path, model: str | pathlib.Path = ""):
         self.file = pathlib.Path(file)
         if not self.file.is_file():
             raise ValueError(f"SentencePiece model {self.file} does not exist")
-        self._processor = _import("sentencepiece").SentencePieceProcessor(model_file=str(self.file))
+        read = _import("sentencepiece").SentencePieceProcessor
+        self._processor = _from_file(lambda name: read(model_file=name), self.file)
         self.vocab_size = self._processor.vocab_size()
-        if self._processor.eos_id() < 0:
+        named, self.generation = _declared(_folders(self.file.parent, model), self.vocab_size)
+        own = [self._processor.eos_id()] if self._processor.eos_id() >= 0 else []
+        self.eos_ids = tuple(dict.fromkeys([*named, *own]))
+        if not self.eos_ids:
             raise ValueError(f"{self.file} defines no end-of-sentence id; train it with eos_id set")
-        self.eos_ids = (self._processor.eos_id(),)
         self.pad_id = max(self._processor.pad_id(), 0)
 
     def encode(self, text: str) -> list[int]:
@@ -123,6 +258,16 @@ class SentencePiece:
     def chat(self, messages: Sequence[Mapping], *, enable_thinking: bool, add_generation_prompt: bool = True) -> str:
         raise ValueError(f"{self.file} is a SentencePiece model and has no chat template; set data.chat=False")
 
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping],
+        *,
+        enable_thinking: bool,
+        add_generation_prompt: bool = True,
+        special_tokens_in_text: bool = False,
+    ) -> list[int]:
+        return self.encode(self.chat(messages, enable_thinking=enable_thinking))
+
 
 class Characters:
     """One id per character of `alphabet`, from 2 on; 0 is padding and 1 ends a completion.
@@ -133,6 +278,7 @@ class Characters:
     longest = 1
     pad_id = 0
     eos_ids = (1,)
+    generation: dict = {}
 
     def __init__(self, alphabet: str):
         if len(set(alphabet)) != len(alphabet):
@@ -155,29 +301,48 @@ class Characters:
     def chat(self, messages: Sequence[Mapping], *, enable_thinking: bool, add_generation_prompt: bool = True) -> str:
         raise ValueError("a character tokenizer has no chat template; set data.chat=False")
 
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping],
+        *,
+        enable_thinking: bool,
+        add_generation_prompt: bool = True,
+        special_tokens_in_text: bool = False,
+    ) -> list[int]:
+        return self.encode(self.chat(messages, enable_thinking=enable_thinking))
 
-def load(path: str | pathlib.Path) -> Tokenizer:
+
+def load(path: str | pathlib.Path, model: str | pathlib.Path = "") -> Tokenizer:
     """The tokenizer of a folder (`tokenizer.json`, else `tokenizer.model`) or of a SentencePiece `.model` file.
 
-    Raises ValueError where there is none.
+    `model` is the folder of the model that it serves, whose own stop tokens then count too. Raises
+    ValueError where there is no tokenizer, or one that cannot be read.
     """
     path = pathlib.Path(path)
     if not path.exists():
         raise ValueError(f"tokenizer {path} does not exist")
     if path.is_file():
-        return HuggingFace(path.parent) if path.name == "tokenizer.json" else SentencePiece(path)
+        if path.name == "tokenizer.json":
+            return HuggingFace(path.parent, model)
+        return SentencePiece(path, model)
     if (path / "tokenizer.json").is_file():
-        return HuggingFace(path)
+        return HuggingFace(path, model)
     if (path / "tokenizer.model").is_file():
-        return SentencePiece(path / "tokenizer.model")
+        return SentencePiece(path / "tokenizer.model", model)
     if (path / "characters.json").is_file():
-        return Characters(_read_json(path / "characters.json")["alphabet"])
+        alphabet = _read_json(path / "characters.json").get("alphabet")
+        if not isinstance(alphabet, str):
+            raise ValueError(f"{path / 'characters.json'} holds no alphabet; copy it again")
+        return Characters(alphabet)
     raise ValueError(f"{path} holds no tokenizer: looked for tokenizer.json (Hugging Face) and tokenizer.model "
                      "(SentencePiece); put one there or name the tokenizer's own folder")
 
 
 def save(tokenizer: Tokenizer, folder: str | pathlib.Path) -> None:
-    """Writes the files that `load` reads into `folder`."""
+    """Writes the files that `load` reads into `folder`.
+
+    Its generation_config.json is the model's own, with all the ids that `tokenizer` stops at.
+    """
     folder = pathlib.Path(folder)
     if isinstance(tokenizer, Characters):
         (folder / "characters.json").write_text(json.dumps({"alphabet": tokenizer.alphabet}))
@@ -187,6 +352,16 @@ def save(tokenizer: Tokenizer, folder: str | pathlib.Path) -> None:
         for name in FILES:
             if (tokenizer.folder / name).is_file():
                 shutil.copyfile(tokenizer.folder / name, folder / name)
+    generation = {**tokenizer.generation, **token_ids(tokenizer)}
+    (folder / GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """`eos_token_id` and its like, as config.json and generation_config.json name them."""
+    eos = list(tokenizer.eos_ids)
+    named = {"eos_token_id": eos if len(eos) > 1 else eos[0], "pad_token_id": tokenizer.pad_id}
+    bos = tokenizer.generation.get("bos_token_id")
+    return named if bos is None else {**named, "bos_token_id": bos}
 
 
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
@@ -197,47 +372,117 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
                          "use the tokenizer that belongs to the model")
 
 
-def _chat_template(folder: pathlib.Path, settings: dict) -> Any:
-    """The compiled jinja2 template of a folder, or None."""
+# Special tokens
+
+
+def _is_mark(token: str) -> bool:
+    """True if an added token is written like a mark, as <think> is; others may be mere words."""
+    return token.startswith("<") and token.endswith(">")
+
+
+def _any_of(tokens: Iterable[str]) -> str:
+    """A pattern for any of `tokens`, the longest first; it matches nothing where there is none."""
+    return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)"
+
+
+def _unused_character(messages: Sequence[Mapping]) -> str:
+    """A character for private use that no message holds."""
+    text = json.dumps([*messages], ensure_ascii=False)
+    return next(chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
+
+
+# Files
+
+
+def _folders(own: pathlib.Path, model: str | pathlib.Path) -> list[pathlib.Path]:
+    """The model's folder, where there is one, and the tokenizer's."""
+    return list(dict.fromkeys([*([pathlib.Path(model)] if model else []), own]))
+
+
+def _declared(
+    folders: Sequence[pathlib.Path], vocab_size: int
+) -> tuple[dict[int, pathlib.Path], dict]:
+    """The stop ids that files name, generation configs first, and what the first of those says.
+
+    Raises ValueError on ids that are none: no integers, negative, past the vocabulary, or an empty
+    list.
+    """
+    configs = {folder / "config.json": _read_json(folder / "config.json") for folder in folders}
+    generations = {folder / GENERATION: _read_json(folder / GENERATION) for folder in folders}
+    sizes = [config.get("vocab_size") for config in configs.values()]
+    room = max([vocab_size, *(size for size in sizes if type(size) is int)])
+    stops, ids = {}, {}
+    for file, said in {**generations, **configs}.items():
+        for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
+            if said.get(key) is None:
+                continue
+            found = said[key]
+            if not isinstance(found, list) or key != "eos_token_id":
+                found = [found]
+            if not found or not all(type(i) is int and 0 <= i < room for i in found):
+                raise ValueError(
+                    f"{file}: {key}={said[key]!r} is no token id from 0 to {room - 1}, "
+                    "or list of such; mend it, or take it out"
+                )
+            if key == "eos_token_id":
+                stops.update(dict.fromkeys(found, file))
+            else:
+                ids.setdefault(key, found[0])
+    said = next((said for said in generations.values() if said), {})
+    return stops, {**said, **ids}
+
+
+def _chat_template(folder: pathlib.Path, settings: dict) -> str | None:
+    """The source of a folder's chat template, or None."""
     file = folder / "chat_template.jinja"
-    source = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text: {error}") from None
+    source = settings.get("chat_template")
     if isinstance(source, list):  # several named templates
-        source = {item["name"]: item["template"] for item in source}.get("default")
-    if not source:
-        return None
-    jinja2, sandbox = _import("jinja2"), _import("jinja2.sandbox")
+        if not all(
+            isinstance(item, dict) and {"name", "template"} <= item.keys() for item in source
+        ):
+            raise ValueError(
+                f"{folder / 'tokenizer_config.json'}: chat_template holds items without name and "
+                "template"
+            )
+        source = next((item["template"] for item in source if item["name"] == "default"), None)
+    if not isinstance(source, str | None):
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: chat_template is {jsonfile.kind(source)}, not a "
+            "string"
+        )
+    return source
 
-    def raise_exception(message: str) -> None:
-        raise ValueError(f"the chat template of {folder} refuses the conversation: {message}")
 
-    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
-                sort_keys: bool = False) -> str:
-        # jinja2's own filter escapes HTML, which a chat template must not do
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                        extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda layout: datetime.datetime.now().strftime(layout)
+def _from_file(read: Any, file: pathlib.Path) -> Any:
+    """What a tokenizer library makes of a file. Raises ValueError where it makes nothing of it."""
     try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"the chat template of {folder} is not valid jinja2: {error}") from None
+        return read(str(file))
+    except Exception as error:  # the libraries raise Exception itself, and RuntimeError
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{file} is no tokenizer that can be read ({said}); copy or download it again"
+        ) from None
 
 
 def _read_json(file: pathlib.Path) -> dict:
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    return jsonfile.read_object(file) if file.is_file() else {}
 
 
-def _content(token: str | dict | None) -> str:
+def _content(folder: pathlib.Path, settings: dict, name: str) -> str:
     """A special token as text; Hugging Face writes it as a string or as a record."""
-    return token["content"] if isinstance(token, dict) else token or ""
+    token = settings.get(name)
+    token = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(token, str | None):
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'}: {name} is {jsonfile.kind(token)}, not a token's "
+            "text"
+        )
+    return token or ""
 
 
 def _import(name: str) -> ModuleType:

@@ -328,7 +328,8 @@ def read_problems(config: Config, vocabulary: tokenizer.Tokenizer,
     """
     task = config.data.task
     wrap = {"max_prompt_tokens": config.data.max_prompt_tokens, "chat": config.data.chat,
-            "enable_thinking": config.data.enable_thinking, "instruction": config.data.instruction}
+            "enable_thinking": config.data.enable_thinking, "instruction": config.data.instruction,
+            "special_tokens_in_text": config.data.special_tokens_in_text}
     prompts = data.prompts(data.read(config.data.path) if config.data.path else task, vocabulary,
                            batch_size=config.data.prompts_per_step, seed=config.seed, shuffle=config.data.shuffle,
                            process_index=jax.process_index() % engines, process_count=engines, **wrap)
@@ -357,7 +358,7 @@ def read_model(config: Config) -> ModelConfig:
 def read_tokenizer(config: Config) -> tokenizer.Tokenizer:
     """The named tokenizer, the model folder's, or the task's characters. Raises ValueError where there is none."""
     if config.model.tokenizer or config.model.folder:
-        return tokenizer.load(config.model.tokenizer or config.model.folder)
+        return tokenizer.load(config.model.tokenizer or config.model.folder, config.model.folder)
     if config.data.task is None:
         raise ValueError("model.tokenizer names no tokenizer; give --model.tokenizer DIR")
     return tokenizer.Characters(config.data.task.alphabet)
@@ -424,7 +425,8 @@ def starting_weights(config: Config, inputs: Inputs, workdir: pathlib.Path, aske
 def warm_start(config: Config, folder: pathlib.Path, alter: Callable[[Any], Any]) -> None:
     """Writes what `alter` makes of a run's first parameters to `folder/model`, as a Hugging Face folder with its tokenizer."""
     inputs, model = read_inputs(config), folder / "model"
-    weights.save(model, inputs.model, alter(_start(config, inputs, folder, lambda: False).params))
+    weights.save(model, inputs.model, alter(_start(config, inputs, folder, lambda: False).params),
+                 token_ids=tokenizer.token_ids(inputs.tokenizer))
     tokenizer.save(inputs.tokenizer, model)
 
 
@@ -447,8 +449,9 @@ def export(config: Config, workdir: pathlib.Path, folder: str) -> int:
         raise ValueError(f"{workdir} holds no checkpoints; give the run's --workdir")
     like = step.abstract_state(config, model, sharding.single_device_mesh())
     state, _ = checkpoint.read(workdir, found[-1], like)
-    weights.save(folder, model, state.params)
-    tokenizer.save(read_tokenizer(config), folder)
+    vocabulary = read_tokenizer(config)
+    weights.save(folder, model, state.params, token_ids=tokenizer.token_ids(vocabulary))
+    tokenizer.save(vocabulary, folder)
     return int(state.step)
 
 

@@ -1,6 +1,7 @@
 """Layouts of files, the order of prompts, and packing: every token exactly once, where `index` says."""
 
 import collections
+import datetime
 import json
 import logging
 import pathlib
@@ -101,6 +102,166 @@ def test_bad_files(tmp_path, name, content, error):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=error):
         data.read(tmp_path / name)
+
+
+def asked(content, **more):
+    return {
+        "prompt": [{"role": "user", "content": content, **more}],
+        "reward_model": {"ground_truth": "5"},
+    }
+
+
+TEXT = {"type": "text", "text": "2+3?"}
+
+
+@pytest.mark.parametrize("row, expected", [
+    (asked([TEXT]), "2+3?"),
+    (asked([{"type": "text", "text": "What is "}, TEXT]), "What is 2+3?"),
+    (asked([TEXT | {"image": None}, {"type": "text", "text": ""}]), "2+3?"),
+    (asked("2+3?"), "2+3?"),
+])
+def test_contents_as_parts_are_joined(tmp_path, row, expected):
+    want = [Example([{"role": "user", "content": expected}], "5", "set")]
+    assert data.read(jsonl(tmp_path / "set.jsonl", row)) == want
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "set.parquet")
+    assert data.read(tmp_path / "set.parquet") == want
+
+
+def test_null_beside_tool_calls_is_the_empty_text(tmp_path):
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "add", "arguments": {}}}],
+    }
+    row = {"prompt": [{"role": "user", "content": "q"}, call], "answer": "5"}
+    assert data.read(jsonl(tmp_path / "set.jsonl", row))[0].prompt[1] == call | {"content": ""}
+
+
+@pytest.mark.parametrize(
+    "row, error",
+    [
+        (asked(None), "gives no problem: the content of message 1 is null"),
+        (asked(5), "the content of message 1 is a number"),
+        (asked({"text": "q"}), "the content of message 1 is an object"),
+        (asked([]), "gives no problem"),
+        (asked("  "), "gives no problem"),
+        (asked(["q"]), r"message 1 has a part that is not text \(a string\)"),
+        (
+            asked([TEXT, {"type": "image_url", "image_url": "x"}]),
+            r"message 1 has a part that is not text \(image_url\)",
+        ),
+        (asked([{"type": "text", "text": None}]), "message 1 has a part that is not text"),
+        (asked("q", role=5), "the role of message 1 is a number"),
+        ({"prompt": ["q"], "answer": "1"}, "message 1 has no role and content"),
+        ({"prompt": {"role": "user", "content": "q"}, "answer": "1"}, "gives no problem"),
+        (
+            {"prompt": json.dumps([{"role": "user", "content": "q"}]), "answer": "1"},
+            "its messages as JSON in a string",
+        ),
+        (
+            {"prompt": json.dumps([TEXT]), "answer": "1"},
+            "its messages as JSON in a string",
+        ),
+        (asked(json.dumps([TEXT])), "its parts as JSON in a string"),
+        ({"problem": "p", "answer": "{'target': 5}"}, "gives an answer that is JSON in a string"),
+        (
+            {"prompt": json.dumps({"role": "user", "content": "q"}), "answer": "1"},
+            "its messages as JSON in a string",
+        ),
+        ({"problem": 5, "answer": "1"}, "gives no problem"),
+        ({"problem": "p", "answer": float("nan")}, "gives no answer: it says 'nan'"),
+        ({"problem": "p", "answer": float("inf")}, "gives no answer: it says 'inf'"),
+        ({"problem": "p", "answer": "nan"}, "gives no answer: it says 'nan'"),
+        ({"problem": "p", "answer": "None"}, "gives no answer: it says 'None'"),
+        ({"problem": "p", "answer": " "}, "gives no answer"),
+        ({"problem": "p", "answer": True}, "gives no answer: what stands there is true or false"),
+        (
+            {"problem": "p", "answer": {"target": 5}},
+            "gives no answer: what stands there is an object",
+        ),
+        (
+            {"problem": "p", "reward_model": {"ground_truth": {"target": 5}}},
+            "gives no answer: what stands there is an object",
+        ),
+        ({"problem": "p", "reward_model": json.dumps({"ground_truth": "5"})}, "gives no answer"),
+        ({"problem": "p", "answer": []}, "gives no answer"),
+        ({"problem": "p", "answer": [None]}, "gives no answer"),
+        ({"problem": "p", "answer": [["1"]]}, "gives no answer: what stands there is a list"),
+        (
+            {"problem": "p", "answer": ["1", {"a": 2}]},
+            "gives no answer: what stands there is an object",
+        ),
+        ({"problem": "p", "answer": '["34"]'}, "gives an answer that is JSON in a string"),
+        ({"problem": "p", "answer": "['34']"}, "gives an answer that is JSON in a string"),
+        ({"problem": "p", "answer": "[34]"}, "gives an answer that is JSON in a string"),
+        ({"problem": "p", "answer": '["a", "b"]'}, "gives an answer that is JSON in a string"),
+        ({"problem": "p", "answer": '{"target": 5}'}, "gives an answer that is JSON in a string"),
+        ({"problem": "p \ud800", "answer": "1"}, "holds half a surrogate pair"),
+        ({"problem": "p", "answer": "\udc00"}, "holds half a surrogate pair"),
+        (asked("q", name="\ud83d"), "holds half a surrogate pair"),
+    ],
+)
+def test_rows_that_would_be_trained_on_as_other_text_are_refused_by_line(tmp_path, row, error):
+    with pytest.raises(ValueError, match=f"set.jsonl line 2 .*{error}"):
+        data.read(jsonl(tmp_path / "set.jsonl", {"problem": "p", "answer": "1"}, row))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["[0, 1]", "[-2,7]", "(1, 2)", "[2,5)", "{1,2}", "nano", "None of them", r"\text{None}"],
+)
+def test_golds_that_look_like_lists_or_nothing_are_kept(tmp_path, answer):
+    assert data.read(jsonl(tmp_path / "set.jsonl", {"problem": "[1, 2]", "answer": answer})) == [
+        Example("[1, 2]", answer, "set")]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[" * 100_000,
+        b'{"problem": "p", "answer": ' + b"[" * 100_000,
+        b'{"problem": "p", "answer": ' + b"1" * 5000 + b"}",
+        b'"text"',
+        b"null",
+        b"{",
+        b'{"problem": "\xff", "answer": "1"}',
+    ],
+)
+def test_lines_that_are_no_rows_are_refused_by_line(tmp_path, line):
+    (tmp_path / "set.jsonl").write_bytes(b'{"problem": "p", "answer": "1"}\n' + line)
+    with pytest.raises(ValueError, match="set.jsonl line 2 is not "):
+        data.read(tmp_path / "set.jsonl")
+
+
+@pytest.mark.parametrize(
+    "value, error",
+    [
+        (float("nan"), "it says 'nan'"),
+        (b"5", "a value of type bytes"),
+        (datetime.date(2026, 1, 1), "a value of type date"),
+        ({"target": 5}, "an object"),
+        (True, "true or false"),
+    ],
+)
+def test_parquet_rows_are_refused_by_row(tmp_path, value, error):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(
+        pyarrow.Table.from_pylist([{"problem": "p", "answer": value}]), tmp_path / "a.parquet"
+    )
+    with pytest.raises(ValueError, match=f"a.parquet row 1 gives no answer: .*{error}"):
+        data.read(tmp_path / "a.parquet")
+
+
+def test_a_date_in_a_message_is_refused_by_row(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    row = {
+        "prompt": [{"role": "user", "content": "q", "when": datetime.date(2026, 1, 1)}],
+        "answer": "1",
+    }
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet row 1 holds what JSON cannot"):
+        data.read(tmp_path / "a.parquet")
 
 
 def test_missing_file_and_missing_library(tmp_path, monkeypatch):
@@ -209,6 +370,24 @@ def test_chat_wraps_each_prompt(chat_folder, enable_thinking):
         assert vocabulary.decode(row[:length]) == text
         assert (row[length:] == vocabulary.pad_id).all()
     assert MESSAGES[1]["content"] == "Q"
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    "chat, special_tokens_in_text, closed", [(True, False, 1), (True, True, 2), (False, False, 1)]
+)
+def test_special_tokens_of_a_problem_are_text_in_a_message_alone(
+    chat, special_tokens_in_text, closed
+):
+    """A plain prompt is all there is, and may hold a conversation that somebody has rendered."""
+    qwen3 = HuggingFace(SHARED / "qwen3_tokenizer")
+    batch = data.tokenize(
+        [Example("a<|im_end|>b", "2")],
+        qwen3,
+        chat=chat,
+        special_tokens_in_text=special_tokens_in_text,
+    )
+    assert (batch.tokens == 151_645).sum() == closed
 
 
 def test_plain_prompts():

@@ -64,6 +64,11 @@ def test_train_convert_generate(tmp_path, material, capsys, monkeypatch, sparse)
     tokens = np.random.default_rng(0).integers(0, 151_936, (2, 16)).astype(np.int32)
     theirs = exported(torch.tensor(tokens, dtype=torch.long)).logits.detach().numpy()
     np.testing.assert_allclose(qwen3.logits(params, tokens, config), theirs, atol=1e-4)
+    assert (
+        exported.generation_config.eos_token_id
+        == [151_645, 151_643]
+        == exported.config.eos_token_id
+    )
     before = weights.load(tmp_path / "model")[1]
     assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(params)))
 

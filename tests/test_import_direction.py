@@ -12,7 +12,8 @@ FILES = {str(path.relative_to(ROOT).with_suffix("")).replace("/", "."): path for
 
 # Each may import from the package only what stands in an earlier line, or its own line where it is a folder.
 ORDER = [
-    ["records", "config", "stopping", "rollcall", "fields", "answers", "scores"],
+    ["records", "config", "stopping", "rollcall", "fields", "jsonfile", "templates", "answers",
+     "scores"],
     ["sharding", "losses", "rewards", "tokenizer", "tasks"],
     ["constraint", "hosts", "count", "optimizers"],
     ["models"],
@@ -33,7 +34,7 @@ DOORS = {
     "safetensors": {"models.weights"},
     "tokenizers": {"tokenizer"},
     "sentencepiece": {"tokenizer"},
-    "jinja2": {"tokenizer"},
+    "jinja2": {"templates"},
     "orbax": {"checkpoint"},
     "grain": {"data"},
 }

@@ -10,9 +10,9 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from dcmdp_jax import sharding
+from dcmdp_jax import sharding, tokenizer
 from dcmdp_jax.config import MeshConfig, Yarn
-from dcmdp_jax.models import quantized, qwen3, sizes, weights
+from dcmdp_jax.models import hf_config, layers, quantized, qwen3, sizes, weights
 from random_params import random_params
 
 CONFIGS = {
@@ -59,6 +59,49 @@ def test_transformers_loads_what_is_saved(tmp_path):
         assert all(torch.equal(want[name], got[name]) for name in want), case
         tokens = reference_hf.tokens(case, 1, 30)
         np.testing.assert_array_equal(reference_hf.logits(back, tokens), reference_hf.logits(model, tokens))
+
+
+@pytest.mark.parametrize("named", ["config.json", "generation_config.json"])
+def test_what_is_converted_stops_in_transformers_where_the_source_does(named, tmp_path):
+    """Greedy completions of a few prompts end after as many tokens, some at a stop token."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    import reference_hf
+
+    source, out, vocabulary = tmp_path / "source", tmp_path / "out", tmp_path / "tokenizer"
+    reference_hf.make("dense").save_pretrained(source)
+    (source / "generation_config.json").unlink()
+    size = reference_hf.CASES["dense"]["vocab_size"]
+    stops = {"eos_token_id": list(range(0, size, 9)), "bos_token_id": 3, "pad_token_id": 2}
+    if named == "config.json":
+        edit(source, **stops)
+    else:
+        edit(source, eos_token_id="drop")
+        (source / named).write_text(json.dumps(stops))
+    vocabulary.mkdir()
+    tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0")
+    ).save(str(vocabulary / "tokenizer.json"))
+
+    found = tokenizer.load(vocabulary, source)  # given apart, and silent about stops
+    assert found.eos_ids == tuple(stops["eos_token_id"])
+    weights.save(out, *weights.load(source), token_ids=tokenizer.token_ids(found))
+    tokenizer.save(found, out)
+    written = json.loads((out / "config.json").read_text())
+    assert {name: written[name] for name in stops} == stops
+
+    def lengths(folder):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        prompts = torch.arange(1, size, 9)[:, None]
+        return [
+            model.generate(prompt[None], max_new_tokens=6, do_sample=False).shape[1]
+            for prompt in prompts
+        ]
+
+    want = lengths(source)
+    assert lengths(out) == want and len(set(want)) > 1
+    (out / "generation_config.json").unlink()
+    assert lengths(out) == want
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -143,21 +186,118 @@ def edit(folder, **changes):
     (folder / "config.json").write_text(json.dumps(kept))
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+PLAIN = {"rope_type": "default", "rope_theta": 1e6}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM.*supported are Qwen3ForCausalLM"),
+        (
+            {"architectures": ["LlamaForCausalLM"]},
+            "LlamaForCausalLM.*supported are Qwen3ForCausalLM",
+        ),
         ({"architectures": "drop"}, "architectures"),
+        ({"architectures": "Qwen3ForCausalLM"}, "architectures is 'Qwen3ForCausalLM'"),
+        ({"architectures": ["Qwen3ForCausalLM", "Qwen3MoeForCausalLM"]}, "architectures"),
+        ({"model_type": "qwen2"}, "model_type is 'qwen2', which is not that of architectures"),
         ({"hidden_size": "drop"}, "hidden_size is missing"),
         ({"rope_theta": "drop"}, "rope_theta is missing"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "original_max_position_embeddings is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "'linear' is not supported"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}, "rope_parameters": PLAIN},
+            "'dynamic' is not supported",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "long_factor": [1.0]}},
+            "'longrope' is not supported",
+        ),
+        ({"rope_scaling": ["yarn"]}, "rope_scaling is a list, not an object"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "original_max_position_embeddings is missing",
+        ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7}}, "mscale=0.7"),
-        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"rope_scaling": YARN | {"factor": "4"}}, "factor='4' is not a positive number"),
+        ({"rope_scaling": YARN | {"factor": 0.5}}, "factor=0.5 of rope_scaling is less than 1"),
+        (
+            {"rope_scaling": YARN | {"type": "linear"}},
+            "kind of rope is said twice and differs: 'yarn'.*'linear'",
+        ),
+        ({"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"rope_scaling": YARN | {"attn_factor": 0.9}}, "rope setting attn_factor=0.9"),
+        ({"rope_scaling": YARN | {"short_factor": [1.0]}}, "rope setting short_factor"),
+        (
+            {"rope_scaling": {"factor": 4.0}},
+            "factor=4.0 of rope_scaling is not supported with rope_type 'default'",
+        ),
+        (
+            {"rope_scaling": YARN, "rope_parameters": PLAIN | YARN | {"factor": 2.0}},
+            "disagree; keep one of the two",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "default"}, "rope_parameters": PLAIN | YARN},
+            "disagree; keep one of the two",
+        ),
+        (
+            {"rope_scaling": YARN, "original_max_position_embeddings": 9},
+            "said twice and differs: 32768.* 9",
+        ),
+        (
+            {"rope_scaling": YARN, "rope_parameters": PLAIN, "rope_theta": "drop"},
+            "transformers takes 10000.0",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5",
+        ),
+        (
+            {"rope_parameters": PLAIN | {"rope_theta": 5e5}},
+            "rope_theta is said twice and differs: 1000000.0 .* 500000.0",
+        ),
+        ({"rope_parameters": {"full_attention": PLAIN}}, "rope setting full_attention"),
+        ({"rope_theta": -1.0}, "rope_theta=-1.0 is not a positive number"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"use_sliding_window": True}, "use_sliding_window=True"),
+        (
+            {"layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+            "layer_types holds 'sliding_attention'",
+        ),
+        (
+            {"layer_types": ["full_attention"] * 2 + ["linear_attention"]},
+            "layer_types holds 'linear_attention'",
+        ),
+        ({"layer_types": ["full_attention"] * 2}, "not a list of num_hidden_layers=3 kinds"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ({"use_qk_norm": False}, "use_qk_norm=False"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),
+        ({"attention_chunk_size": 64}, "attention_chunk_size=64 is not supported"),
+        ({"per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config=.* is not supported"),
+        (
+            {"dual_chunk_attention_config": {"chunk_size": 64}},
+            "dual_chunk_attention_config=.* is not supported",
+        ),
+        ({"num_experts": 8}, "num_experts=8 is not supported by Qwen3ForCausalLM"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "kept": ["lm_head"] * 500}},
+            "^.{1,250}; only None is$",
+        ),
         ({"num_attention_heads": 3}, "num_heads=3 is not a multiple"),
+        ({"num_attention_heads": True}, "num_attention_heads=True is not a whole number"),
+        ({"vocab_size": "256"}, "vocab_size='256' is not a whole number"),
+        ({"hidden_size": -64}, "hidden_size=-64 is not a whole number"),
+        ({"head_dim": 0}, "head_dim=0 is not a whole number"),
+        ({"head_dim": 15}, "head_dim=15 is odd"),
+        ({"num_key_value_heads": 2.0}, "num_key_value_heads=2.0 is not a whole number"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0 is not a positive number"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' is not true or false"),
+        (
+            {"num_hidden_layers": 10**9},
+            "num_hidden_layers=1000000000 is not a whole number from 1 to 10000",
+        ),
+        ({"num_hidden_layers": 9999}, "too few for num_hidden_layers=9999"),
         ({"num_hidden_layers": 4}, r"no tensor model\.layers\.3\."),
         ({"num_hidden_layers": 2}, r"model\.layers\.2\..*no place for"),
         ({"attention_bias": False}, r"self_attn\.\w_proj\.bias.*no place for"),
@@ -168,6 +308,310 @@ def edit(folder, **changes):
 def test_configs_that_do_not_fit_are_refused(changes, message, folder):
     edit(folder, **changes)
     with pytest.raises(ValueError, match=message):
+        weights.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": 10**9}, "too few for .* with num_experts=1000000000"),
+        ({"num_local_experts": 4}, "num_experts is said twice and differs: 8 .* 4"),
+        ({"num_experts": "drop"}, "num_experts is missing"),
+        ({"mlp_only_layers": [5]}, r"mlp_only_layers is \[5\], not a list of layers from 0 to 4"),
+        ({"mlp_only_layers": 1}, "mlp_only_layers is 1"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step=0 is not a whole number"),
+        ({"norm_topk_prob": "yes"}, "norm_topk_prob='yes' is not true or false"),
+        ({"num_experts_per_tok": 9}, "experts_per_token=9 must lie in 1..8"),
+        ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size=64"),
+        ({"routed_scaling_factor": 2.5}, "routed_scaling_factor=2.5 is not supported"),
+        ({"mlp_layer_types": ["dense"] * 5}, "mlp_layer_types=.* is not supported"),
+    ],
+)
+def test_sparse_configs_that_do_not_fit_are_refused(changes, message, tmp_path):
+    weights.save(tmp_path / "model", CONFIGS["moe"], random_params(CONFIGS["moe"]))
+    edit(tmp_path / "model", **changes)
+    with pytest.raises(ValueError, match=message):
+        weights.check(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layer_types": ["full_attention"] * 3},
+        {"sliding_window": 8, "max_window_layers": 28, "use_sliding_window": False},
+        {
+            "torch_dtype": "bfloat16",
+            "dtype": "float32",
+            "transformers_version": "5.0.0",
+            "use_cache": False,
+        },
+        {
+            "my_note": "kept for the record",
+            "unsloth_version": "2025.6",
+            "temperature": 0.6,
+            "_name_or_path": "x",
+        },
+        {
+            "output_router_logits": True,
+            "router_aux_loss_coef": 0.5,
+            "use_qk_norm": True,
+            "qkv_bias": False,
+        },
+        {
+            "final_logit_softcapping": None,
+            "attention_chunk_size": 0,
+            "mlp_bias": False,
+            "num_experts": 0,
+        },
+        {
+            "rope_scaling": {"rope_type": "default"},
+            "partial_rotary_factor": 1.0,
+            "quantization_config": None,
+        },
+    ],
+)
+def test_settings_that_change_nothing_are_left_alone(changes, folder):
+    edit(folder, **changes)
+    assert weights.read_config(folder) == CONFIGS["dense"]
+
+
+DENSE_FILE = """
+{"architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+"bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+"hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 12288,
+"max_position_embeddings": 40960, "max_window_layers": 36, "model_type": "qwen3",
+"num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps":
+1e-06, "rope_scaling": null, "rope_theta": 1000000, "sliding_window": null, "tie_word_embeddings":
+false, "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": true,
+"use_sliding_window": false, "vocab_size": 151936}
+"""
+SPARSE_FILE = """
+{"architectures": ["Qwen3MoeForCausalLM"], "attention_dropout": 0.0, "decoder_sparse_step": 1,
+"eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+"initializer_range": 0.02, "intermediate_size": 6144, "max_position_embeddings": 262144,
+"max_window_layers": 28, "mlp_only_layers": [], "model_type": "qwen3_moe",
+"moe_intermediate_size": 768, "norm_topk_prob": true, "num_attention_heads": 32, "num_experts":
+128, "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4,
+"output_router_logits": false, "qkv_bias": false, "rms_norm_eps": 1e-06, "rope_scaling": null,
+"rope_theta": 10000000, "router_aux_loss_coef": 0.0, "shared_expert_intermediate_size": 0,
+"sliding_window": null, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+"transformers_version": "4.52.3", "use_cache": true, "use_qk_norm": true, "use_sliding_window":
+false, "vocab_size": 151936}
+"""
+
+
+@pytest.mark.parametrize("text, want", [
+    (DENSE_FILE, sizes.QWEN3_8B),
+    (SPARSE_FILE, dataclasses.replace(sizes.QWEN3_30B_A3B, rope_theta=1e7, max_position=262_144)),
+])
+def test_files_written_as_the_published_ones_are_read(text, want, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    assert weights.read_config(tmp_path) == want
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 1e6, "rope_scaling": None},
+        {
+            "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"},
+            "rope_scaling": YARN,
+        },  # added by hand to a new file
+        {"rope_parameters": PLAIN, "rope_scaling": YARN | {"rope_theta": 1e6}},
+        {"rope_parameters": PLAIN, "rope_theta": 1e6, "rope_scaling": YARN | {"rope_theta": 1e6}},
+        {
+            "rope_theta": 1e6,
+            "rope_scaling": {"type": "yarn"} | {k: v for k, v in YARN.items() if k != "rope_type"},
+        },
+        {"rope_parameters": PLAIN | YARN, "rope_scaling": YARN | {"rope_theta": 1e6}},
+        {"rope_parameters": PLAIN | YARN | {"truncate": False}},
+        {"rope_parameters": PLAIN | YARN | {"beta_fast": 16, "beta_slow": 2, "truncate": False}},
+        {"rope_parameters": PLAIN | YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}},
+        {
+            "rope_parameters": PLAIN
+            | YARN
+            | {"mscale": 0.7, "mscale_all_dim": 1.3, "attention_factor": 1.5}
+        },
+        {"rope_parameters": PLAIN | YARN | {"factor": 1.0}},
+        {"rope_parameters": PLAIN | YARN, "original_max_position_embeddings": 32768},
+    ],
+)
+def test_rotary_positions_are_those_of_transformers(rope, tmp_path):
+    """Its own reading of the same config.json, and of the one that is written back."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+    raw = {k: v for k, v in json.loads(DENSE_FILE).items() if "rope" not in k} | rope
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    ours = weights.read_config(tmp_path)
+    frequencies, factor = layers.frequencies(ours)
+    for _ in range(2):
+        theirs = Qwen3RotaryEmbedding(transformers.Qwen3Config.from_pretrained(tmp_path))
+        np.testing.assert_allclose(frequencies, theirs.inv_freq.numpy(), rtol=2e-6)
+        assert factor == pytest.approx(theirs.attention_scaling)
+        hf_config.write(tmp_path / "config.json", ours, "bfloat16", {})
+        assert weights.read_config(tmp_path) == ours
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (b"[1]", "holds a list, not a JSON object"),
+        (b'"Qwen3"', "holds a string"),
+        (b"null", "holds null"),
+        (b"", "not valid JSON"),
+        (b'{"architectures": ', "not valid JSON"),
+        (b'{"a": "\xe9"}', "not valid JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"vocab_size": ' + b"1" * 5000 + b"}", "not valid JSON"),
+        (b"{}", "architectures is None"),
+    ],
+)
+def test_a_config_that_is_none_is_one_sentence_with_its_name(text, message, tmp_path):
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match=f"config.json.*{message}"):
+        weights.check(tmp_path)
+
+
+def rewrite(folder, change):
+    """The same folder in one file, with its tensors changed."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= safetensors.numpy.load_file(path)
+        path.unlink()
+    (folder / weights.INDEX).unlink(missing_ok=True)
+    change(tensors)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize("head", [
+    lambda embed: embed * 1.5,
+    lambda embed: embed.astype(jnp.bfloat16),
+    lambda embed: np.where(np.arange(embed.size).reshape(embed.shape) == embed.size - 1, 0, embed),
+])
+def test_a_tied_head_that_is_stored_and_differs_is_refused(head, folder):
+    rewrite(folder, lambda tensors: tensors.update({HEAD: head(tensors[EMBED])}))
+    with pytest.raises(
+        ValueError, match="tensor lm_head.weight is not model.embed_tokens.weight.*set it to false"
+    ):
+        weights.load(folder)
+    edit(folder, tie_word_embeddings=False)
+    config, params = weights.load(folder)
+    stored = safetensors.numpy.load_file(folder / "model.safetensors")[HEAD]
+    np.testing.assert_array_equal(params["head"], stored.T.astype(np.float32))
+    assert not config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_a_tied_head_that_is_stored_and_equal_is_accepted(dtype, folder):
+    rounded = weights.load(folder, jnp.bfloat16)[1]["embed"]
+
+    def change(tensors):
+        tensors[EMBED] = np.asarray(rounded).astype(np.float32)
+        tensors[HEAD] = np.asarray(rounded).astype(dtype)
+
+    rewrite(folder, change)
+    weights.check(folder)
+    config, params = weights.load(folder)
+    np.testing.assert_array_equal(params["embed"], rounded.astype(jnp.float32))
+    assert "head" not in params and config.tie_word_embeddings
+
+
+def test_much_of_a_wrong_tied_head_is_found_before_weights_are_read(folder):
+    rewrite(folder, lambda tensors: tensors.update({HEAD: -tensors[EMBED]}))
+    with pytest.raises(ValueError, match="lm_head.weight is not"):
+        weights.check(folder)
+    rewrite(folder, lambda tensors: tensors.update({HEAD: tensors[EMBED][:9]}))
+    with pytest.raises(ValueError, match=r"lm_head.weight has shape \(9, 64\)"):
+        weights.check(folder)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16, np.float64])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(dtype, value, folder):
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def change(tensors):
+        tensors[name] = tensors[name].astype(dtype)
+        tensors[name][3, 4] = value
+
+    rewrite(folder, change)
+    for wanted in (jnp.float32, jnp.bfloat16):
+        with pytest.raises(ValueError, match=f"tensor {name} holds NaN, infinity"):
+            weights.load(folder, wanted)
+
+
+def test_weights_too_large_for_their_dtype_are_refused(folder):
+    name = "model.norm.weight"
+    rewrite(folder, lambda tensors: tensors.update({name: np.full(tensors[name].shape, 1e300)}))
+    with pytest.raises(ValueError, match=f"tensor {name} holds .* what float32 cannot hold"):
+        weights.load(folder)
+
+
+def test_a_sharded_load_finds_what_is_not_finite(folder):
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 devices; conftest.py simulates them")
+    rewrite(folder, lambda tensors: tensors[EMBED].__setitem__((200, 3), np.nan))
+    config = CONFIGS["dense"]
+    shapes = jax.eval_shape(lambda: qwen3.init(jax.random.key(0), config))
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    places = sharding.params(qwen3.logical_axes(config), mesh, sharding.TRAIN, shapes)
+    with pytest.raises(ValueError, match=f"tensor {EMBED} holds NaN"):
+        weights.load(folder, shardings=places)
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        (
+            {"weight_map": {"a": "../model-00001-of-00002.safetensors"}},
+            "which is no .safetensors file of its own folder",
+        ),
+        (
+            {"weight_map": {"a": "/etc/model.safetensors"}},
+            "which is no .safetensors file of its own folder",
+        ),
+        (
+            {"weight_map": {"a": "..\\model.safetensors"}},
+            "which is no .safetensors file of its own folder",
+        ),
+        (
+            {"weight_map": {"a": "sub/model.safetensors"}},
+            "which is no .safetensors file of its own folder",
+        ),
+        (
+            {"weight_map": {"a": "x\0.safetensors"}},
+            "which is no .safetensors file of its own folder",
+        ),
+        (
+            {"weight_map": {"a": "x" * 300 + ".safetensors"}},
+            "which is no .safetensors file of its own folder",
+        ),
+        (
+            {"weight_map": {"a": "pytorch_model.bin"}},
+            "which is no .safetensors file of its own folder",
+        ),
+        ({"weight_map": {"a": 5}}, "not an index of safetensors"),
+        ({"weight_map": ["model.safetensors"]}, "not an index of safetensors"),
+        ({"weight_map": {}}, "not an index of safetensors"),
+        ({}, "not an index of safetensors"),
+        (["model.safetensors"], "holds a list, not a JSON object"),
+    ],
+)
+def test_indices_that_are_none_or_lead_out_of_the_folder_are_refused(index, message, folder):
+    (folder / weights.INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"{weights.INDEX}.*{message}"):
+        weights.load(folder)
+
+
+def test_a_tensor_in_two_shards_is_refused(folder):
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    tensors = safetensors.numpy.load_file(first)
+    safetensors.numpy.save_file(safetensors.numpy.load_file(second) | tensors, second)
+    with pytest.raises(ValueError, match=f"is in {first.name} and in {second.name}; keep one"):
         weights.load(folder)
 
 
@@ -197,7 +641,7 @@ def test_missing_and_damaged_files_are_refused(folder):
     with pytest.raises(ValueError, match=f"names the shard {shards[1].name}, which is missing"):
         weights.load(folder)
     (folder / weights.INDEX).write_text("{")
-    with pytest.raises(ValueError, match="not an index"):
+    with pytest.raises(ValueError, match="index.json is not valid JSON"):
         weights.load(folder)
     (folder / weights.INDEX).unlink()
     with pytest.raises(ValueError, match="neither model.safetensors nor"):

@@ -46,8 +46,10 @@ def _stretch(plain: np.ndarray, config: ModelConfig, yarn: Yarn) -> tuple[np.nda
         turns = yarn.original_max_position / (rotations * 2 * math.pi)
         return config.head_dim * math.log(turns) / (2 * math.log(config.rope_theta))
 
-    low = max(math.floor(pair(yarn.beta_fast)), 0)
-    high = min(math.ceil(pair(yarn.beta_slow)), config.head_dim - 1)
+    low, high = pair(yarn.beta_fast), pair(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, config.head_dim - 1)
     slow = np.clip((np.arange(plain.size) - low) / max(high - low, 0.001), 0.0, 1.0)
     scale = yarn.attention_factor
     if scale is None:

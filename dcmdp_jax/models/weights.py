@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -17,12 +19,15 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from dcmdp_jax import jsonfile
 from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models import hf_config, qwen3
 from dcmdp_jax.models.quantized import Quantized
 
 FLOATS = ("F32", "BF16", "F16", "F64")
 INDEX = "model.safetensors.index.json"
+HEAD = "lm_head.weight"
+ROWS = 64  # of the embedding that `check` compares with a stored copy
 
 Index = tuple[slice, ...]
 
@@ -32,12 +37,14 @@ class Tensor:
     """A stored tensor. Ours is `stored.reshape(view).transpose(order)`.
 
     `view` takes apart the stored axis `heads`, which holds heads and head size as one (None: there is no such axis).
+    `copy` names a tensor that has to equal this one where it is stored too.
     """
 
     name: str
     view: tuple[int, ...]
     order: tuple[int, ...]
     heads: int | None = None
+    copy: str | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -70,15 +77,46 @@ class Leaf:
     tensors: dict[tuple[int, ...], Tensor]
 
     def read(self, files: dict[str, Any], index: Index, dtype) -> np.ndarray:
-        """Our block `index` of the whole parameter."""
+        """Our block `index` of the whole parameter.
+
+        Raises ValueError on NaN, infinity, or a copy that differs.
+        """
         rank = len(next(iter(self.tensors)))
         leading, rest = index[:rank], index[rank:]
         out = np.empty([s.stop - s.start for s in index], dtype)
         for place in itertools.product(*(range(s.start, s.stop) for s in leading)):
             tensor = self.tensors[place]
             at = tuple(p - s.start for p, s in zip(place, leading, strict=True))
-            out[at] = tensor.read(files[tensor.name].get_slice(tensor.name), rest)
+            block = tensor.read(files[tensor.name].get_slice(tensor.name), rest)
+            with np.errstate(over="ignore"):  # it is refused
+                out[at] = block
+            if not _all_finite(out[at]):
+                raise ValueError(
+                    f"tensor {tensor.name} holds NaN, infinity, or what {out.dtype} cannot hold"
+                )
+            if tensor.copy in files and not _equal(
+                block, tensor.read(files[tensor.copy].get_slice(tensor.copy), rest)
+            ):
+                raise ValueError(
+                    f"tensor {tensor.copy} is not {tensor.name}, as tie_word_embeddings says in "
+                    "config.json; set it to false there to use the head that is stored, or take "
+                    "the tensor out"
+                )
         return out
+
+
+def _all_finite(block: np.ndarray) -> bool:
+    """True if no number is NaN or infinite; of a GiB that takes about half a second."""
+    if block.dtype == jnp.bfloat16:  # by the exponent's bits: three times as quick as isfinite
+        return bool((block.view(np.uint16) & 0x7F80).max() < 0x7F80)
+    return bool(np.isfinite(block).all())
+
+
+def _equal(one: np.ndarray, other: np.ndarray) -> bool:
+    """True if two blocks hold the same numbers, whatever their dtypes."""
+    if one.dtype != other.dtype:
+        one, other = one.astype(np.float64), other.astype(np.float64)
+    return np.array_equal(one, other)
 
 
 # Which stored tensors make which parameter
@@ -117,13 +155,15 @@ def _layer(c: ModelConfig, sparse: bool) -> dict:
 def leaves(config: ModelConfig) -> dict:
     """`qwen3.init`'s tree with a `Leaf` in place of each array."""
     v, d = config.vocab_size, config.hidden_size
+    # some writers store a tied head a second time
+    copy = HEAD if config.tie_word_embeddings else None
     tree = {
-        "embed": Leaf({(): Tensor("model.embed_tokens.weight", (v, d), (0, 1))}),
+        "embed": Leaf({(): Tensor("model.embed_tokens.weight", (v, d), (0, 1), copy=copy)}),
         "final_norm": Leaf({(): Tensor("model.norm.weight", (d,), (0,))}),
         "stacks": [],
     }
     if not config.tie_word_embeddings:
-        tree["head"] = Leaf({(): Tensor("lm_head.weight", (v, d), (1, 0))})
+        tree["head"] = Leaf({(): Tensor(HEAD, (v, d), (1, 0))})
     first = 0
     for sparse, count in qwen3.stacks(config):
 
@@ -152,9 +192,18 @@ def read_config(folder: str | pathlib.Path) -> ModelConfig:
 
 
 def check(folder: str | pathlib.Path) -> None:
-    """Reads headers alone: raises ValueError, as `load` does, where `load` would."""
+    """Reads headers, and a few rows of a tied head: raises ValueError for most that `load` refuses.
+
+    NaN, infinity and the rest of a tied head are found by `load` alone.
+    """
     folder, config = pathlib.Path(folder), read_config(folder)
-    _check(folder, _open(folder), jax.tree.leaves(leaves(config)), config)
+    files, tree = _checked(folder, config)
+    with _naming(folder):
+        tree["embed"].read(
+            files,
+            (slice(0, min(ROWS, config.vocab_size)), slice(0, config.hidden_size)),
+            np.float32,
+        )
 
 
 def load(folder: str | pathlib.Path, dtype=jnp.float32, *, shardings: Any = None) -> tuple[ModelConfig, dict]:
@@ -164,16 +213,30 @@ def load(folder: str | pathlib.Path, dtype=jnp.float32, *, shardings: Any = None
     this host's devices hold. None puts everything on the default device. Weights are cast to `dtype`.
 
     Raises ValueError, before anything is read, for a missing folder, config.json, shard or tensor, an architecture or
-    setting that is not supported, a tensor of the wrong shape, one the model has no place for, and a damaged shard.
+    setting that is not supported, a tensor of the wrong shape, one the model has no place for, and
+    a damaged shard; and, as they are read, for weights that are not finite in `dtype` and a tied
+    head that is not the embedding.
     """
-    config = read_config(folder)
-    tree, treedef = jax.tree.flatten(leaves(config))
-    files = _open(pathlib.Path(folder))
-    _check(pathlib.Path(folder), files, tree, config)
+    folder, config = pathlib.Path(folder), read_config(folder)
+    files, found = _checked(folder, config)
+    tree, treedef = jax.tree.flatten(found)
     shapes = treedef.flatten_up_to(jax.eval_shape(lambda: qwen3.init(jax.random.key(0), config, dtype)))
     places = [None] * len(tree) if shardings is None else treedef.flatten_up_to(shardings)
-    arrays = [_place(leaf, shape, place, files) for leaf, shape, place in zip(tree, shapes, places, strict=True)]
+    with _naming(folder):
+        arrays = [
+            _place(leaf, shape, place, files)
+            for leaf, shape, place in zip(tree, shapes, places, strict=True)
+        ]
     return config, treedef.unflatten(arrays)
+
+
+@contextlib.contextmanager
+def _naming(folder: pathlib.Path) -> Iterator[None]:
+    """Puts the folder's name before what a ValueError says."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
 
 
 def _place(leaf: Leaf, shape: jax.ShapeDtypeStruct, sharding: Any, files: dict[str, Any]) -> jax.Array:
@@ -198,7 +261,7 @@ def _open(folder: pathlib.Path) -> dict[str, Any]:
         if not (folder / INDEX).is_file():
             raise ValueError(_no_weights(folder))
         names = _shard_names(folder / INDEX)
-    files = {}
+    files, shards = {}, {}
     for name in names:
         if not (folder / name).is_file():
             raise ValueError(f"{folder / INDEX} names the shard {name}, which is missing; copy or download it again")
@@ -206,15 +269,35 @@ def _open(folder: pathlib.Path) -> dict[str, Any]:
             file = safetensors.safe_open(folder / name, framework="np")
         except safetensors.SafetensorError as error:
             raise ValueError(f"{folder / name} is damaged or cut short ({error}); copy or download it again") from None
-        files |= dict.fromkeys(file.keys(), file)
+        for tensor in file.keys():
+            if tensor in files:
+                raise ValueError(
+                    f"{folder}: tensor {tensor} is in {shards[tensor]} and in {name}; keep one of "
+                    "the two"
+                )
+            files[tensor], shards[tensor] = file, name
     return files
 
 
 def _shard_names(path: pathlib.Path) -> list[str]:
-    try:
-        return sorted(set(json.loads(path.read_text())["weight_map"].values()))
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{path} is not an index of safetensors ({error!r}); copy or download it again") from None
+    """The files that an index names.
+
+    Raises ValueError on one outside the folder, and on an index of another form.
+    """
+    where = jsonfile.read_object(path).get("weight_map")
+    names = where.values() if isinstance(where, dict) else ()
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"{path} is not an index of safetensors: it needs weight_map, from tensors to "
+            "file names; copy or download it again"
+        )
+    for name in names:
+        if not re.fullmatch(r"[^/\\\0]{1,240}\.safetensors", name):
+            raise ValueError(
+                f"{path} names the shard {name[:240]!r}, which is no .safetensors file of its "
+                "own folder; copy the model from a source that you trust"
+            )
+    return sorted(set(names))
 
 
 def _no_weights(folder: pathlib.Path) -> str:
@@ -226,35 +309,57 @@ def _no_weights(folder: pathlib.Path) -> str:
     return f"{folder} has neither model.safetensors nor {INDEX}"
 
 
-def _check(folder: pathlib.Path, files: dict[str, Any], tree: list[Leaf], config: ModelConfig) -> None:
-    """Compare names, shapes and dtypes with what the model needs."""
-    tensors = {tensor.name: tensor for leaf in tree for tensor in leaf.tensors.values()}
-    for name, tensor in tensors.items():
+def _checked(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Any], dict]:
+    """The open files and the tree of `leaves`, once names, shapes and dtypes are as needed."""
+    files = _open(folder)
+    # counted before any is named: a damaged config.json may call for billions
+    sparse = sum(config.is_sparse(layer) for layer in range(config.num_layers))
+    if config.num_layers + sparse * config.num_experts > len(files):
+        raise ValueError(
+            f"{folder} has {len(files)} tensors, too few for num_hidden_layers={config.num_layers} "
+            f"of its config.json{f' with num_experts={config.num_experts}' if sparse else ''}"
+        )
+    tree = leaves(config)
+    tensors = {
+        tensor.name: tensor for leaf in jax.tree.leaves(tree) for tensor in leaf.tensors.values()
+    }
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if config.tie_word_embeddings and HEAD in files:
+        shapes[HEAD] = (config.vocab_size, config.hidden_size)
+    for name, shape in shapes.items():
         if name not in files:
             raise ValueError(f"{folder} has no tensor {name}, which its config.json calls for")
         stored = files[name].get_slice(name)
-        if tuple(stored.get_shape()) != tensor.shape:
-            shape = tuple(stored.get_shape())
-            raise ValueError(f"{folder}: tensor {name} has shape {shape}; its config.json calls for {tensor.shape}")
+        if tuple(stored.get_shape()) != shape:
+            got = tuple(stored.get_shape())
+            raise ValueError(
+                f"{folder}: tensor {name} has shape {got}; its config.json calls for {shape}"
+            )
         if stored.get_dtype() not in FLOATS:
             raise ValueError(f"{folder}: tensor {name} is {stored.get_dtype()}; only {', '.join(FLOATS)} are read")
-    # Some writers store a tied head a second time.
-    extra = files.keys() - tensors.keys() - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    extra = files.keys() - shapes.keys()
     if extra:
         raise ValueError(f"{folder} has a tensor {min(extra)}, which its config.json has no place for")
+    return files, tree
 
 
 # Out
 
 
 def save(
-    folder: str | pathlib.Path, config: ModelConfig, params: dict, *, max_shard_bytes: int = 5_000_000_000
+    folder: str | pathlib.Path,
+    config: ModelConfig,
+    params: dict,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    token_ids: dict[str, Any] | None = None,
 ) -> None:
     """Write `params` (the tree of `qwen3.init`) as a Hugging Face folder that `load` and transformers read.
 
-    Writes config.json, safetensors of at most `max_shard_bytes` each (or one tensor, if larger) and their index.
-    The folder appears whole or not at all. Raises ValueError when it exists and is not empty, for parameters of
-    another form or shape, and for parameters that other hosts hold.
+    `token_ids` are those that config.json names, as `tokenizer.token_ids` gives them. Writes
+    config.json, safetensors of at most `max_shard_bytes` each (or one tensor, if larger) and their
+    index. The folder appears whole or not at all. Raises ValueError when it exists and is not
+    empty, for parameters of another form or shape, and for parameters that other hosts hold.
     """
     folder = pathlib.Path(folder).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -265,7 +370,9 @@ def save(
     building.mkdir()
     try:
         _write(building, pairs, max_shard_bytes)
-        hf_config.write(building / "config.json", config, str(params["embed"].dtype))
+        hf_config.write(
+            building / "config.json", config, str(params["embed"].dtype), token_ids or {}
+        )
         os.replace(building, folder)
     except BaseException:
         shutil.rmtree(building)

@@ -14,7 +14,7 @@ import jax
 from dcmdp_jax import data, sharding, sync, tokenizer
 from dcmdp_jax.config import Precision
 from dcmdp_jax.models import weights
-from dcmdp_jax.records import Example, Sampling
+from dcmdp_jax.records import Example, Prompts, Sampling
 from dcmdp_jax.rollout.generate import rollout
 from dcmdp_jax.rollout.jetstream import Engine
 
@@ -35,7 +35,11 @@ def read_prompts(path: str) -> list[str]:
     if pathlib.Path(path).suffix in (".jsonl", ".json", ".parquet"):
         prompts = [example.prompt for example in data.read(path)]
     else:
-        prompts = [line for line in pathlib.Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
+        try:
+            lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+        prompts = [line for line in lines if line.strip()]
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"{path} holds no prompts, or chat messages where texts are wanted")
     return prompts
@@ -54,14 +58,14 @@ def texts(folder: str, prompts: Sequence[str], *, tokenizer_path: str = "", prec
             raise ValueError(f"prompt {number} of {len(prompts)} is not valid Unicode text; "
                              "correct it")
     mesh, shape = sharding.single_device_mesh(), weights.read_config(folder)
-    vocabulary = tokenizer.load(tokenizer_path or folder)
+    vocabulary = tokenizer.load(tokenizer_path or folder, folder)
     tokenizer.check_vocabulary(vocabulary, shape.vocab_size)
-    asked = [Example(vocabulary.chat([{"role": "user", "content": prompt}], enable_thinking=False) if chat else prompt, "")
-             for prompt in prompts]
-    lengths = [len(vocabulary.encode(example.prompt)) for example in asked]
-    if 0 in lengths:
-        raise ValueError(f"prompt {lengths.index(0) + 1} of {len(lengths)} is empty; leave it out")
-    longest = max(lengths)
+    asked = data.tokenize([Example(prompt, "") for prompt in prompts], vocabulary, chat=chat)
+    if not asked.lengths.all():
+        raise ValueError(
+            f"prompt {int(asked.lengths.argmin()) + 1} of {len(prompts)} is empty; leave it out"
+        )
+    longest = int(asked.lengths.max())
     sync.check(shape, precision, mesh)
     weights.check(folder)
     if longest + max_tokens > shape.max_position:
@@ -74,7 +78,7 @@ def texts(folder: str, prompts: Sequence[str], *, tokenizer_path: str = "", prec
                         stop_ids=vocabulary.eos_ids, mesh=mesh)
         policy = sync.make(model, precision, mesh)(params, 0)
         for first in range(start, len(prompts), CHUNK):
-            chunk = data.tokenize(asked[first:first + CHUNK], vocabulary, max_prompt_tokens=longest)
+            chunk = Prompts(*(part[first:first + CHUNK] for part in asked))
             out = rollout(engine, policy, chunk, samples=samples, key=jax.random.fold_in(jax.random.key(seed), first),
                           max_tokens=max_tokens, sampling=sampling, stop_strings=stop_strings, decode=vocabulary.decode)
             yield [Completion(prompts[first + i // samples], vocabulary.decode(out.tokens[i, :n]),

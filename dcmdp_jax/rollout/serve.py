@@ -296,7 +296,7 @@ def run(model: str, *, tokenizer_path: str = "", tokens_only: bool = False, prec
     _check_range("seed", seed, 0, 2**32 - 1)
     shape = weights.read_config(model)
     max_prompt, max_length = _lengths(max_prompt, max_length, shape.max_position)
-    vocabulary = None if tokens_only else tokenizer.load(tokenizer_path or model)
+    vocabulary = None if tokens_only else tokenizer.load(tokenizer_path or model, model)
     if vocabulary is not None:
         tokenizer.check_vocabulary(vocabulary, shape.vocab_size)
     sync.check(shape, precision, sharding.single_device_mesh())
