@@ -40,7 +40,7 @@ def math_answer(example: Example, text: str) -> float:
     stated = final_answer(text)
     if stated is None:
         return 0.0
-    if not compare.is_number(stated) and (compare.is_number(example.answer) or _copied(stated, example)):
+    if not compare.is_computed(stated) and (compare.is_computed(example.answer) or _copied(stated, example)):
         return 0.0
     return float(compare.equal(example.answer, stated))
 

@@ -9,6 +9,7 @@ multiples of each other. Units are converted where both sides have known ones an
 
 from __future__ import annotations
 
+import enum
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -22,38 +23,62 @@ _DEFINED = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?'?\s*\(\s*([A-Za-z])\s*\)")
 INFINITY = ("var", r"\infty")
 
 
-def equal(gold: str, answer: str) -> bool:
-    """Whether `answer` equals `gold`; an empty one equals nothing."""
+class Verdict(enum.Enum):
+    EQUAL = "equal"
+    DIFFERENT = "different"
+    UNREADABLE = "cannot read"
+
+
+def compare(gold: str, answer: str) -> Verdict:
+    """Compares two answers by what is read here alone, at a cost that is bounded in advance.
+
+    Returns EQUAL where both are spelled alike but for what only changes the looks, or have one value. Returns DIFFERENT
+    where one of them is empty, or where both are read and have different values. Returns UNREADABLE where one of them is
+    of no known form, or where comparing them has no result or would cost too much.
+    """
     if not plain(answer) or not plain(gold):
-        return False
+        return Verdict.DIFFERENT
     if plain(gold) == plain(answer):
-        return True
+        return Verdict.EQUAL
     try:
-        return _same(read(gold), read(answer))
+        return Verdict.EQUAL if _same(read(gold), read(answer)) else Verdict.DIFFERENT
     except (Unreadable, values.Unknown):
-        return False
+        return Verdict.UNREADABLE
 
 
-def is_number(text: str) -> bool:
-    r"""Whether an answer is a number with nothing left to compute: an integer, decimal or fraction, `1.5 \times 10^3`."""
+def equal(gold: str, answer: str) -> bool:
+    """True if `compare` finds `answer` equal to `gold`."""
+    return compare(gold, answer) is Verdict.EQUAL
+
+
+def is_computed(text: str) -> bool:
+    r"""True if an answer has nothing left to compute: a number, a name, words, a constant such as `\pi/2`, a surd in
+    lowest terms, or a list, tuple, set, interval or relation of such. False for `2+2`, `2^{10}` and `(x+1)(x-1)`."""
     try:
-        return _is_number(read(text))
+        return _is_computed(read(text))
     except Unreadable:
         return False
 
 
-def _is_number(node: Node) -> bool:
+def _is_computed(node: Node) -> bool:
     kind, *parts = node
+    if kind in ("num", "var", "text"):
+        return True
     if kind in ("quantity", "percent", "neg"):
-        return _is_number(parts[0])
+        return _is_computed(parts[0])
     if kind == "rel":
-        return parts[0] == "=" and parts[1][0] == "var" and _is_number(parts[2])
+        return _is_computed(parts[2]) and (parts[0] == "=" or _is_computed(parts[1]))
+    if kind in ("list", "set", "union"):
+        return all(map(_is_computed, parts))
+    if kind == "group":
+        return all(map(_is_computed, parts[2:]))
     if kind == "div":
-        return all(part[0] == "num" for part in parts)
+        return parts[1][0] == "num" and _is_computed(parts[0])
     if kind == "mul":
-        return (len(parts) == 2 and parts[0][0] == "num" and parts[1][:2] == ("pow", ("num", Fraction(10)))
-                and parts[1][2][0] == "num")
-    return kind == "num"
+        return len(parts) == 2 and parts[0][0] == "num" and (
+            parts[1][0] == "root" or parts[1][0] == "var" or
+            parts[1][:2] == ("pow", ("num", Fraction(10))) and parts[1][2][0] == "num")
+    return False
 
 
 def _same(one: Node, other: Node) -> bool:
