@@ -1,0 +1,172 @@
+r"""The answer that a completion states.
+
+Four forms state one: a box (`\boxed{7}`, `\fbox{7}`, `\boxed 7`), a line `#### 7`, a label `Answer: 7`, and a sentence `The
+answer is 7.` Of these the last counts, whatever its form. The time is linear in the text, which is cut to `TAIL` characters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+TAIL = 20_000  # characters at the end of a completion in which its answer is looked for
+LONGEST = 2_000  # characters of a line that are an answer, or a remark after it
+GAP = 200  # characters between two boxes that may still be one answer
+
+_THINK = re.compile(r"<(/?)think(?:ing)?>")
+
+_BOX = r"\\(?:boxed|fbox)(?![A-Za-z])"
+_BRACES = re.compile(rf"{_BOX}\s*\{{?|\\.|[{{}}]", re.DOTALL)
+_UNBRACED = re.compile(rf"(?:(?!\$|\\[)\]]|{_BOX}|[.,;:!?](?:\s|$)|\s[A-Za-z]{{2}})"
+                       r"(?:\{(?:[^{}\n]|\{[^{}\n]*\})*\}|[^{}\n])){1,200}")
+_NAME = r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_(?:\w|\{\w{1,9}\}))?"
+_NAMED = re.compile(rf"(?<![A-Za-z\\])({_NAME})\s*=\s*\$?\Z")
+_BESIDE = re.compile(rf"(?:[\s$,;&]|\\[()\[\],;:!\\ ]|\\q?quad|\*\*|(?:and|or)\b|\\text\{{[\s,]*(?:and|or)\s*\}}|{_NAME}\s*="
+                     r"|(?<=\n)(?:[-+*•]|\(?(?:[a-z]|\d|[ivx]{1,4})[.)])(?=\s))*")
+
+_HASHES = re.compile(r"(?<!#)####(?!#)[^\S\n]*(.*)")
+_TITLE = re.compile(
+    r"\W*(?:final|answer|summary|conclusion|solution|explanation|verif\w+|check\w*|notes?|step|case|part|results?|approach|"
+    r"reasoning|method|analysis|proof|remarks?|calculat\w+|understand\w*|problem|question|alternative|recap|key)\b", re.IGNORECASE)
+_PROSE = re.compile(r"[*_]*(?:\d+[.)]\s+[*_]*)?[A-Za-z]{2,}(?![A-Za-z]|\s*[=({])")
+
+_MARKS = r"[>#*_+•\-\t \xa0\u3000]*(?:\d{1,2}[.)][ \t]*[*_]*)?(?:\\text(?:bf)?\{)?"
+_LABEL = re.compile(rf"^{_MARKS}(?:(?:the[ \t]+)?(?:final|correct)[ \t]+)?answer(?:[ \t]+is)?[*_ \t]*(?:[:：][ \t]*\}}?|\r?$)",
+                    re.IGNORECASE | re.MULTILINE)
+_SENTENCE = re.compile(rf"(?:^{_MARKS}|[.!?:;][ \t]+[*_]*|\b(?:so|thus|hence|therefore|then)\b,?[ \t]+)(?:the[ \t]+)?"
+                       r"(?:(?:final|correct)[ \t]+)?answer[ \t]+is[*_ \t]*([:：]?)", re.IGNORECASE | re.MULTILINE)
+_ONE_VALUE = re.compile(r"[ \t]*((?:\*\*)?(?:\$[^$\n]{1,200}\$|\\\([^\n]{1,200}?\\\)|\*\*[^*\n]{1,200}\*\*|"
+                        r"[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?:[ \t][A-Za-z]+)?)(?:\*\*)?)[.!]?[ \t\r]*(?=$|[ \t][A-Z])", re.MULTILINE)
+_BLANK = re.compile(r"[\s*_]*(?:```\w*[ \t]*\r?\n)?[\s*_`]*")
+_DISPLAY = re.compile(r"\$\$([^$]{1,1000})\$\$|\\\[(.{1,1000}?)\\\]", re.DOTALL)
+_BULLETS = re.compile(r"[*_ \t\r]*\n\s*((?:^[ \t]*[-+*•][ \t]+\S.*\n?)+)", re.MULTILINE)
+_BULLET = re.compile(r"^[ \t]*[-+*•][ \t]+", re.MULTILINE)
+_EMPHASIS = re.compile(r"(?<=\S)(?:\*\*|__)(?=[\s.,;:!?)]|$)|(?:(?<=[\s(:])|^)(?:\*\*|__)(?=\S)")
+_STRONG = re.compile(r"\*\*([^*]+)\*\*")
+_REMARK = re.compile(r"(?:[.!]\s+(?=[A-Z])|,\s+(?=which\b|since\b|because\b)|\s+(?=\((?!mod\b)[A-Za-z\s,.'-]{3,}\)[.\s]*$))([^\d\\$]*)$")
+_DOUBT = re.compile(r"\b(?:or|not|no|but|maybe|wait|wrong|incorrect|actually|instead|either)\b", re.IGNORECASE)
+
+
+class Statement(NamedTuple):
+    start: int  # where its answer begins
+    answer: str
+
+
+class _Box(NamedTuple):
+    start: int
+    end: int
+    inside: str
+
+
+def final_answer(text: str) -> str | None:
+    r"""The answer that a completion states; None without any.
+
+    What is thought is not stated: only what follows the last `</think>` is read, and nothing where a `<think>` has no end.
+    Boxes that stand together are one list. A heading over a section, `#### Summary`, is no answer.
+    """
+    said = _said(text)[-TAIL:]
+    found = [*_boxes(said), *_hashes(said), *_labels(said), *_sentences(said)]
+    filled = [statement for statement in found if statement.answer] or found
+    return max(filled, key=lambda statement: statement.start).answer if filled else None
+
+
+def _said(text: str) -> str:
+    """The text without the thinking before it."""
+    last = None
+    for last in _THINK.finditer(text):
+        pass
+    if last is None:
+        return text
+    return text[last.end():] if last[1] else ""
+
+
+def _boxes(text: str) -> Iterator[Statement]:
+    """A statement for each group of boxes that stand together."""
+    group: list[_Box] = []
+    for box in _each_box(text):
+        if group and not _together(text[group[-1].end:box.start]):
+            yield _list(text, group)
+            group = []
+        group.append(box)
+    if group:
+        yield _list(text, group)
+
+
+def _each_box(text: str) -> list[_Box]:
+    """The boxes that close, in order; of nested ones the inner. Escaped braces do not count."""
+    found: list[_Box] = []
+    opened: list[re.Match] = []
+    for match in _BRACES.finditer(text):
+        token = match.group()
+        if token.endswith("{") and not token.startswith(r"\{"):
+            opened.append(match)
+        elif token == "}" and opened:
+            brace = opened.pop()
+            if brace.group() != "{" and not (found and found[-1].start > brace.start()):
+                found.append(_Box(brace.start(), match.end(), text[brace.end():match.start()].strip()))
+        elif re.match(_BOX, token) and (bare := _UNBRACED.match(text, match.end())):
+            found.append(_Box(match.start(), bare.end(), bare.group().strip()))
+    return found
+
+
+def _together(between: str) -> bool:
+    return len(between) <= GAP and _BESIDE.fullmatch(between) is not None
+
+
+def _list(text: str, group: list[_Box]) -> Statement:
+    """Boxes that stand together, as a list; one that is repeated is one answer. Names before them stay where they differ."""
+    inside = [box.inside for box in group if box.inside]
+    names = [_NAMED.search(text, max(box.start - 30, 0), box.start) for box in group]
+    if len(inside) == len(group) > 1 and all(names) and len({name[1] for name in names}) == len(group):
+        inside = [f"{name[1]}={value}" for name, value in zip(names, inside)]
+    once = inside[:1] if len(set(inside)) == 1 else inside
+    return Statement(group[-1].start, ", ".join(once))
+
+
+def _hashes(text: str) -> Iterator[Statement]:
+    """What follows `####` on its line, unless it is a heading: a usual title, or words over more text."""
+    for match in _HASHES.finditer(text):
+        line = match[1].strip()
+        heading = _TITLE.match(line) or _PROSE.match(line) and text[match.end():].strip()
+        if line and not heading:
+            yield Statement(match.start(1), _trimmed(line.rstrip("# ")))
+
+
+def _labels(text: str) -> Iterator[Statement]:
+    """What follows a label, `Answer:` or `**Final Answer**`, on its line or below it."""
+    for match in _LABEL.finditer(text):
+        yield _below(text, match.end())
+
+
+def _sentences(text: str) -> Iterator[Statement]:
+    """The one value that a sentence `The answer is ...` gives; a sentence that says more states nothing."""
+    for match in _SENTENCE.finditer(text):
+        if match[1]:
+            yield _below(text, match.end())
+        elif value := _ONE_VALUE.match(text, match.end()):
+            yield Statement(value.start(1), _trimmed(value[1]))
+
+
+def _below(text: str, start: int) -> Statement:
+    """Bullets on the lines after `start`, or else displayed mathematics, or the first line that is not empty."""
+    if bullets := _BULLETS.match(text, start):
+        items = _BULLET.sub("", bullets[1]).splitlines()
+        return Statement(bullets.start(1), ", ".join(map(_trimmed, items)))
+    start = _BLANK.match(text, start).end()
+    if display := _DISPLAY.match(text, start):
+        return Statement(start, (display[1] or display[2]).strip())
+    line, *_ = text[start:start + LONGEST].split("\n", 1)
+    return Statement(start, _trimmed(line))
+
+
+def _trimmed(line: str) -> str:
+    """A line without its emphasis, and without a remark after the answer that has no number and no doubt in it."""
+    line = line[:LONGEST].strip().strip("`")
+    strong = _STRONG.findall(line)
+    if len(strong) == 1 and _PROSE.match(line) and not line.startswith("*"):
+        line = strong[0]  # She has **42** apples.
+    line = _EMPHASIS.sub("", line).strip().strip("*")
+    if (remark := _REMARK.search(line)) and not _DOUBT.search(remark.group()):
+        line = line[:remark.start()]
+    return line.strip()
