@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dcmdp_jax import cli, eval_sets, scores, tokenizer
+from dcmdp_jax.answers import judge
 from dcmdp_jax.config import ModelConfig, Precision
 from dcmdp_jax.models import weights
 from dcmdp_jax.records import Sampling
@@ -223,12 +224,14 @@ def test_a_rigged_sampler_gives_the_closed_forms(options, tmp_path, monkeypatch)
 def test_a_comparison_that_is_given_up_is_told(options, tmp_path, monkeypatch):
     rig(monkeypatch, lambda problem, sample: (r"\boxed{1}", True))
 
-    class Slow(eval_sets.Judge):
-        def _ask(self, gold, answer):
+    class Slow(judge.Pool):
+        def _compared(self, gold, answer):
             self.given_up += 1
             return False
 
-    monkeypatch.setattr(eval_sets, "Judge", Slow)
+    slow = Slow()
+    monkeypatch.setattr(judge, "library", lambda: slow)
+    monkeypatch.setattr(judge, "compare", lambda gold, answer: judge.Verdict.UNREADABLE)
     said = []
     figures = evaluate(dataclasses.replace(options, sets=("aime24",), k=(1,)), tmp_path, say=said.append)
     assert figures["aime24"]["avg@1"].mean == 0 and said[-1].startswith("5 comparisons took longer than 5 s")

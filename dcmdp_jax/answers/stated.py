@@ -32,12 +32,13 @@ _TITLE = re.compile(
 _PROSE = re.compile(r"[*_]*(?:\d+[.)]\s+[*_]*)?[A-Za-z]{2,}(?![A-Za-z]|\s*[=({])")
 
 _MARKS = r"[>#*_+•\-\t \xa0\u3000]*(?:\d{1,2}[.)][ \t]*[*_]*)?(?:\\text(?:bf)?\{)?"
-_LABEL = re.compile(rf"^{_MARKS}(?:(?:the[ \t]+)?(?:final|correct)[ \t]+)?answer(?:[ \t]+is)?[*_ \t]*(?:[:：][ \t]*\}}?|\r?$)",
+_LABEL = re.compile(rf"^{_MARKS}(?:(?:the[ \t]+)?(?:final|correct)[ \t]+)?answer(?:[ \t]+is)?[*_ \t]*(?:[:：=][ \t]*\}}?|\r?$)",
                     re.IGNORECASE | re.MULTILINE)
 _SENTENCE = re.compile(rf"(?:^{_MARKS}|[.!?:;][ \t]+[*_]*|\b(?:so|thus|hence|therefore|then)\b,?[ \t]+)(?:the[ \t]+)?"
                        r"(?:(?:final|correct)[ \t]+)?answer[ \t]+is[*_ \t]*([:：]?)", re.IGNORECASE | re.MULTILINE)
 _ONE_VALUE = re.compile(r"[ \t]*((?:\*\*)?(?:\$[^$\n]{1,200}\$|\\\([^\n]{1,200}?\\\)|\*\*[^*\n]{1,200}\*\*|"
-                        r"[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?:[ \t][A-Za-z]+)?)(?:\*\*)?)[.!]?[ \t\r]*(?=$|[ \t][A-Z])", re.MULTILINE)
+                        r"\(?[A-J]\)?|[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?:[ \t][A-Za-z]+)?)(?:\*\*)?)[.!]?[*_]*[ \t\r]*"
+                        r"(?=$|[ \t][A-Z])", re.MULTILINE)
 _BLANK = re.compile(r"[\s*_]*(?:```\w*[ \t]*\r?\n)?[\s*_`]*")
 _DISPLAY = re.compile(r"\$\$([^$]{1,1000})\$\$|\\\[(.{1,1000}?)\\\]", re.DOTALL)
 _BULLETS = re.compile(r"[*_ \t\r]*\n\s*((?:^[ \t]*[-+*•][ \t]+\S.*\n?)+)", re.MULTILINE)
@@ -136,7 +137,8 @@ def _hashes(text: str) -> Iterator[Statement]:
 def _labels(text: str) -> Iterator[Statement]:
     """What follows a label, `Answer:` or `**Final Answer**`, on its line or below it."""
     for match in _LABEL.finditer(text):
-        yield _below(text, match.end())
+        if (statement := _below(text, match.end())).answer:
+            yield statement
 
 
 def _sentences(text: str) -> Iterator[Statement]:
@@ -166,7 +168,7 @@ def _trimmed(line: str) -> str:
     strong = _STRONG.findall(line)
     if len(strong) == 1 and _PROSE.match(line) and not line.startswith("*"):
         line = strong[0]  # She has **42** apples.
-    line = _EMPHASIS.sub("", line).strip().strip("*")
+    line = _EMPHASIS.sub("", line).strip().strip("*_")
     if (remark := _REMARK.search(line)) and not _DOUBT.search(remark.group()):
         line = line[:remark.start()]
     return line.strip()
