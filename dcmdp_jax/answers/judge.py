@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 
 from dcmdp_jax.answers.compare import Verdict, compare
 from dcmdp_jax.answers.tokens import LONGEST
@@ -26,7 +27,7 @@ START = 120.0  # seconds in which a process imports its library
 PROCESSES = 2
 KNOWN = 1 << 16  # pairs that are remembered
 
-_LIBRARY = str(pathlib.Path(__file__).with_name("library.py"))
+COMMAND = (sys.executable, "-P", str(pathlib.Path(__file__).with_name("library.py")))
 
 
 def equal(gold: str, answer: str) -> bool:
@@ -52,13 +53,13 @@ class Absent(Exception):
 
 
 class Pool:
-    """Processes that compare answers, each one pair at a time.
+    """Processes of `command`, which is given `seconds`, that compare answers, each one pair at a time.
 
     `given_up` counts comparisons that took longer than `seconds`, or that two processes did not survive: they count as
     different. A pair that was compared is remembered.
     """
 
-    def __init__(self, *options: str, seconds: float = SECONDS, processes: int = PROCESSES):
+    def __init__(self, command: Sequence[str] = COMMAND, seconds: float = SECONDS, processes: int = PROCESSES):
         self.seconds = seconds
         self.given_up = 0
         self.equal = functools.lru_cache(KNOWN)(self._compared)
@@ -66,7 +67,7 @@ class Pool:
         self._lock = threading.Lock()
         self._idle: queue.LifoQueue[_Process] = queue.LifoQueue()
         for _ in range(processes):
-            self._idle.put(_Process([sys.executable, "-P", _LIBRARY, str(seconds), *options], seconds + SLACK))
+            self._idle.put(_Process([*command, str(seconds)], seconds + SLACK))
 
     def _compared(self, gold: str, answer: str) -> bool:
         if self._absent:
@@ -149,9 +150,10 @@ class _Process:
         return read
 
     def _end(self) -> int:
-        """Ends the process and returns its status."""
-        self._process.kill()
-        self._process.communicate()
-        status = self._process.returncode
-        self._process = None
-        return status
+        """Ends the process, if there is one, and returns its status."""
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        process.kill()
+        process.communicate()
+        return process.returncode
