@@ -1,0 +1,60 @@
+r"""What an equation gives the value of: `x` in `x = 5`, `m + n` in `m + n = 293`, `(x, y)` in `(x, y) = (1, 2)`."""
+
+from __future__ import annotations
+
+from dcmdp_jax.answers import values
+from dcmdp_jax.answers.read import Node
+from dcmdp_jax.answers.work import Work
+
+_CONSTANTS = (r"\pi", "e", "i", r"\infty")
+_MODULI = ("z", "w", "v", "u")  # of which `|z| = 5` gives the absolute value; `|x| = 5` is solved for x
+
+
+def spread(node: Node) -> Node:
+    """Returns the equations `x = 1, y = 2` for `(x, y) = (1, 2)`, and any other node as it is."""
+    if node[:2] == ("rel", "=") and node[2][0] == node[3][0] == "group" and len(node[2]) == len(node[3]):
+        lefts = node[2][3:]
+        if all(_is_variable(left) for left in lefts):
+            return "list", *(("rel", "=", left, right) for left, right in zip(lefts, node[3][3:]))
+    return node
+
+
+def named_value(equation: Node, work: Work) -> Node | None:
+    """Returns the side of an equation that is the value of the other one, or None where neither is.
+
+    `x + 1 = 5` and `x^2 = 4` give no value: they are to be solved. An expression in several variables, such as `m + n`,
+    cannot be, so that a number beside it is its value.
+    """
+    left, right = equation[2:4]
+    for name, value in ((left, right), (right, left)):
+        if _is_variable(name) or name[0] == "applied":
+            return value
+        if _is_name(name, work) and not values.variables(value, work):
+            return value
+    return None
+
+
+def _is_variable(node: Node) -> bool:
+    return node[0] == "var" and node[1] not in _CONSTANTS
+
+
+def _is_name(node: Node, work: Work) -> bool:
+    if node[0] == "ratio":
+        return all(map(_is_variable, node[1:]))
+    if node[0] == "fn" and node[1] == "abs":
+        return _is_name(node[2], work) or _is_variable(node[2]) and node[2][1].rstrip("_0123456789") in _MODULI
+    if node[0] == "fn" and node[1] in ("sin", "cos", "tan", "cot", "sec", "csc"):
+        return _is_variable(node[2]) or _is_name(node[2], work)
+    return _is_polynomial(node) and len(values.variables(node, work)) > 1
+
+
+def _is_polynomial(node: Node) -> bool:
+    """True of sums, products, quotients and whole powers of variables, without a number as a summand."""
+    kind, *parts = node
+    if kind == "add":
+        return all(part[0] != "num" and _is_polynomial(part) for part in parts)
+    if kind in ("mul", "div", "neg"):
+        return all(map(_is_polynomial, parts))
+    if kind == "pow":
+        return _is_polynomial(parts[0]) and parts[1][0] == "num"
+    return kind == "num" or kind == "var"
