@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from dcmdp_jax.answers import compare, judge
+from dcmdp_jax.answers import judge
+from dcmdp_jax.answers.computed import is_computed, is_number
 from dcmdp_jax.answers.stated import final_answer
 from dcmdp_jax.records import Example, Rollout, Scored
 
@@ -21,7 +22,7 @@ def math_answer(example: Example, text: str) -> float:
     stated = final_answer(text)
     if not stated:
         return 0.0
-    if not compare.is_computed(stated) and (compare.is_number(example.answer) or _copied(stated, example)):
+    if not is_computed(stated) and (is_number(example.answer) or _copied(stated, example)):
         return 0.0
     return float(judge.equal(example.answer, stated))
 

@@ -82,7 +82,7 @@ def percent(gold, number):
 
 
 def spacing(gold, number):
-    spaced = re.sub(r", ?(?!\d{3}(?!\d))", (r",\\ ", r",\\;", r",\\,", ",~")[number % 4], gold)
+    spaced = gold.replace(", ", (r",\ ", r",\;", r",\,", ",~")[number % 4])
     spaced = spaced.replace(r"\frac", r"\dfrac") if number % 2 else spaced
     return rf"\[ \boxed{{\,{spaced}\;}} \]"
 

@@ -344,24 +344,3 @@ def _letters(node: Node) -> str:
         parts = [_letters(part) for part in node[1:]]
         return "".join(parts) if all(parts) else ""
     return ""
-
-
-def is_number(text: str) -> bool:
-    r"""True if an answer is one number with nothing left to compute: an integer, decimal or fraction, `1.5 \times 10^3`."""
-    try:
-        return _is_number(read(text))
-    except Unreadable:
-        return False
-
-
-def _is_number(node: Node) -> bool:
-    kind, *parts = node
-    if kind in ("quantity", "percent", "neg"):
-        return _is_number(parts[0])
-    if kind == "rel":
-        return parts[0] == "=" and _is_number(parts[2])
-    if kind == "div":
-        return all(part[0] == "num" for part in parts)
-    if kind == "mul":
-        return _is_computed(node) and parts[1][0] == "pow"
-    return kind == "num"

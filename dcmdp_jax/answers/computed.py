@@ -25,11 +25,22 @@ def is_computed(text: str) -> bool:
         return False
 
 
+def is_number(text: str) -> bool:
+    r"""True if an answer is one number with nothing left to compute, named or with a unit or not; no root and no constant."""
+    try:
+        node = read(text)
+    except Unreadable:
+        return False
+    while node[0] in ("quantity", "percent", "neg", "rel"):
+        node = node[3] if node[0] == "rel" else node[1]
+    return _kind_of_term(node) == ("num", 1)
+
+
 def _is_computed(node: Node) -> bool:
     kind, *parts = node
     if kind in ("text", "reals", "clock"):
         return True
-    if kind in ("quantity", "percent"):
+    if kind in ("quantity", "percent") or kind == "neg" and parts[0][0] in ("quantity", "percent"):
         return _is_computed(parts[0])
     if kind == "rel" and parts[0] == "=":
         return _is_computed(parts[1] if parts[2][0] == "var" and parts[1][0] != "var" else parts[2])
