@@ -92,13 +92,13 @@ class _Comparison:
         """Whether the values of several names, as in `x = 5, y = 3`, are those of a bare list or tuple in its order; None
         where the two are not such."""
         for named, bare in ((one, other), (other, one)):
-            if named[0] != "list" or bare[0] not in ("list", "group"):
+            if named[0] != "list" or bare[0] not in ("list", "group", "set"):
                 continue
             items = bare[3:] if bare[0] == "group" else bare[1:]
             if not _has_different_names(named[1:]) or any(item[0] == "rel" for item in items):
                 continue
-            if bare[0] == "group" and bare[1:3] != ("(", ")"):
-                return False
+            if bare[0] == "set" or bare[0] == "group" and bare[1:3] != ("(", ")"):
+                return False  # has no order, or is an interval
             return self.pairwise([item[3] for item in named[1:]], items)
         return None
 

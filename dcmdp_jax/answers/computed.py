@@ -8,6 +8,8 @@ from fractions import Fraction
 from dcmdp_jax.answers.read import Node, read
 from dcmdp_jax.answers.work import Unreadable
 
+_CONSTANTS = (r"\pi", "e", "i", r"\infty")
+_TO_TENS = ("pow", ("num", Fraction(10)))
 LARGEST_RADICAND = 10**6  # whose square factors are looked for
 
 
@@ -43,7 +45,9 @@ def _is_computed(node: Node) -> bool:
     if kind in ("quantity", "percent") or kind == "neg" and parts[0][0] in ("quantity", "percent"):
         return _is_computed(parts[0])
     if kind == "rel" and parts[0] == "=":
-        return _is_computed(parts[1] if parts[2][0] == "var" and parts[1][0] != "var" else parts[2])
+        left, right = parts[1:]
+        turned = right[0] == "var" and right[1][0].isalpha() and left[0] != "var"  # `5 = x`
+        return _is_computed(left if turned else right)
     if kind == "rel":
         return all(map(_is_computed, parts[1:]))
     if kind in ("list", "set", "union", "without", "both", "either", "ratio"):
@@ -60,46 +64,59 @@ def _is_computed(node: Node) -> bool:
 
 
 def _is_in_lowest_terms(node: Node) -> bool:
-    """True of a sum of terms that no two of have a root, a constant or nothing in common, over a number or not."""
-    if node[0] == "div" and node[2][0] == "num":
+    """True of a term, or of a sum of terms of which no two can be added, over a whole number or not."""
+    if node[0] == "div" and node[2][0] == "num" and node[1][0] == "add":
         node = node[1]
     if node[0] in ("neg", "pm", "mp"):
         node = node[1]
     if node[0] != "add":
-        return _kind_of_term(node) is not None
-    kinds = [_kind_of_term(part[1] if part[0] in ("neg", "pm", "mp") else part) for part in node[1:]]
-    return None not in kinds and len(set(kinds)) == len(kinds) and not any(kind[0] == "var" for kind in kinds)
+        return _term(node) is not None
+    terms = [_term(part[1] if part[0] in ("neg", "pm", "mp") else part) for part in node[1:]]
+    if None in terms or any(factor[0] == "var" and factor[1] not in _CONSTANTS for term in terms for factor in term):
+        return False
+    kinds = [frozenset(factor for factor in term if factor[:2] != _TO_TENS) for term in terms]
+    return len(set(kinds)) == len(kinds)
 
 
-def _kind_of_term(node: Node) -> Node | None:
-    """What a term is a multiple of: a variable, a constant, a root, or ("num", 1); None where it has to be computed."""
+def _term(node: Node) -> frozenset[Node] | None:
+    """What a term is a multiple of: constants, a root, variables, or nothing; None where there is something to compute."""
+    over, under, others = _factors(node)
+    if None in others or over > 1 or under > 1:
+        return None
+    roots = [factor for factor in others if factor[0] == "root"]
+    variables = [factor for factor in others if factor[0] == "var" and factor[1] != r"\pi"]
+    if len(roots) > 1:
+        return None
+    if len(set(others)) < len(others) and len(variables) < len(others) + over + under:  # `noon` may be a word
+        return None
+    return frozenset(others)
+
+
+def _factors(node: Node) -> tuple[int, int, list[Node | None]]:
+    """How many numbers a product has, how many it is divided by, and its other factors; None for one to be computed."""
     kind, *parts = node
     if kind == "num":
-        return "num", 1
+        return 1, 0, []
     if kind == "neg":
-        return _kind_of_term(parts[0])
+        return _factors(parts[0])
     if kind == "var":
-        return ("constant", parts[0]) if parts[0] in (r"\pi", "e", "i", r"\infty") else node
+        return 0, 0, [node]
     if kind == "root":
-        return node if _is_simple_root(*parts) else None
+        return 0, 0, [node if _is_simple_root(*parts) else None]
+    if kind == "pow":
+        constant = node[:2] == _TO_TENS or parts[0][0] == "var" and parts[0][1] in _CONSTANTS
+        return 0, 0, [node if constant and parts[1][0] == "num" else None]
     if kind == "div":
-        return _kind_of_term(parts[0]) if parts[1][0] == "num" else None
+        over, under, others = _factors(parts[0])
+        if parts[1][0] == "num":
+            return over, under + 1, others
+        constant = parts[1][0] == "var" and parts[1][1] in _CONSTANTS
+        return over, under, [*others, ("div", parts[1]) if constant else None]
     if kind == "mul":
-        return _kind_of_product(parts)
-    return None
-
-
-def _kind_of_product(parts: list[Node]) -> Node | None:
-    *numbers, last = parts
-    if len(numbers) == 1 and _is_number(numbers[0]):
-        if last[0] == "pow" and last[1] == ("num", Fraction(10)) and last[2][0] == "num":
-            return "num", 1
-        return _kind_of_term(last) if last[0] in ("var", "root") else None
-    return None
-
-
-def _is_number(node: Node) -> bool:
-    return node[0] == "num" or node[0] == "div" and node[1][0] == node[2][0] == "num"
+        found = [_factors(part) for part in parts]
+        over, under, others = zip(*found)
+        return sum(over), sum(under), [factor for part in others for factor in part]
+    return 0, 0, [None]
 
 
 def _is_simple_root(degree: Node, inside: Node) -> bool:

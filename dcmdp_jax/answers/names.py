@@ -29,7 +29,8 @@ def named_value(equation: Node, work: Work) -> Node | None:
     for name, value in ((left, right), (right, left)):
         if _is_variable(name) or name[0] == "applied":
             return value
-        if _is_name(name, work) and not values.variables(value, work):
+        unknown = values.variables(value, work)
+        if _is_name(name, work) and all(part[0].isdigit() for part in unknown):  # but for `52_8`
             return value
     return None
 

@@ -141,28 +141,31 @@ class _Reader:
     def element(self) -> Node:
         if (word := self.words()) is not None:
             return word
-        left = self.named() or self.union()
-        if self.take(":"):
-            left = self.ratio(left)
-        elif self.says("to"):
-            left = ("ratio", left, self.union())
+        left = self.named() or self.side()
         if self.peek() not in _RELATIONS:
             return left
         operator = _RELATIONS[self.take(*_RELATIONS)]
-        right = self.union()
+        right = self.side()
         if operator in ("!=", "in") or self.peek() not in _RELATIONS:
             return "rel", operator, left, right
         if operator == "=":
             while self.take("="):
-                right = self.union()
+                right = self.side()
             if self.peek() in _RELATIONS:
                 raise Unreadable("relations do not chain")
             return "rel", "=", left, right
         second = _RELATIONS[self.take(*_RELATIONS)]
-        end = self.union()
+        end = self.side()
         if operator[0] != second[0] or self.peek() in _RELATIONS:
             raise Unreadable("relations do not chain")
         return "rel", f"{operator} {second}", left, end, right
+
+    def side(self) -> Node:
+        """What may stand beside a relation: an expression, a set or a ratio."""
+        value = self.union()
+        if self.take(":"):
+            return self.ratio(value)
+        return ("ratio", value, self.union()) if self.says("to") else value
 
     def words(self) -> Node | None:
         """An element of words alone, such as `\\text{Evelyn}` or `even`, or `all real numbers except` some."""
@@ -174,7 +177,10 @@ class _Reader:
         said = " ".join(token.text for token in run).casefold()
         if reals := _ALL_REALS.fullmatch(said):
             self.at = end
-            return ("without", ("reals",), ("set", *self.items()[0])) if reals[1] else ("reals",)
+            if not reals[1]:
+                return ("reals",)
+            self.take("=")
+            return "without", ("reals",), ("set", *self.items()[0])
         follows = self.tokens[end].text if end < len(self.tokens) else ""
         if not run or follows not in ("", ",", ";", "and", "or", ")", r"\}"):
             return None
@@ -229,13 +235,17 @@ class _Reader:
     def ratio(self, first: Node) -> Node:
         """`3:2:1`, whose first colon is taken."""
         start = self.at - 2
-        parts = [first, self.sum()]
+        parts = [first, self.part()]
         while self.take(":"):
-            parts.append(self.sum())
+            parts.append(self.part())
         spelled = "".join(token.text for token in self.tokens[start:self.at])
         clock = first[0] == "num" and re.fullmatch(r"(?:[01]?\d|2[0-4])(:[0-5]\d)+", spelled)
         value = ("clock" if clock else "ratio", *parts)
         return ("quantity", value, self.unit()) if self.kind() in ("word", "name") else value
+
+    def part(self) -> Node:
+        """A part of a ratio behind the colon; what follows a number of two digits, such as `pm`, belongs to the whole."""
+        return self.number() if re.fullmatch(r"\d\d", self.peek()) else self.sum()
 
     def unit(self) -> units.Unit:
         """What follows a value in words, up to a number, a comma, a bracket or an operator."""
@@ -649,6 +659,8 @@ def _signed(sign: str, value: Node) -> Node:
     if sign == "-":
         if value[0] == "matrix":
             return _times(("num", Fraction(-1)), value)
+        if value[0] in ("percent", "quantity"):
+            return value[0], _signed(sign, value[1]), *value[2:]
         return ("num", -value[1]) if value[0] == "num" else ("neg", value)
     return {r"\pm": ("pm", value), r"\mp": ("mp", value)}.get(sign, value)
 

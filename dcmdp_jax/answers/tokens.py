@@ -26,7 +26,7 @@ class Token(NamedTuple):
 
 
 _LEXEME = re.compile(
-    r"(?P<space>(?:[\s~$]|\\[,;:>!/ ()\[\]]|\\(?:q?quad|enspace|thinspace|medspace|thickspace|negthinspace|displaystyle|"
+    r"(?P<space>(?:[\s~$]|\\\Z|\\[,;:>!/ ()\[\]]|\\(?:q?quad|enspace|thinspace|medspace|thickspace|negthinspace|displaystyle|"
     r"textstyle|scriptstyle|limits|nolimits|middle|[bB]igg?[lrm]?|nonumber|strut|null|mathstrut)(?![A-Za-z]))+)"
     r"|(?P<fence>\\(?:left|right)(?![A-Za-z])\s*\.?)"
     r"|(?P<row>\\\\(?:\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm|in)\s*\])?)"
