@@ -33,9 +33,13 @@ def is_number(text: str) -> bool:
         node = read(text)
     except Unreadable:
         return False
-    while node[0] in ("quantity", "percent", "neg", "rel"):
-        node = node[3] if node[0] == "rel" else node[1]
-    return _kind_of_term(node) == ("num", 1)
+    if node[:2] == ("rel", "="):
+        node = node[3]
+    while node[0] in ("quantity", "percent", "neg"):
+        node = node[1]
+    tens = node[0] == "mul" and len(node) == 3 and node[2][:2] == _TO_TENS  # 1.5 \times 10^3
+    parts = node[1:2] if tens else node[1:] if node[0] == "div" else [node]
+    return all(part[0] == "num" for part in parts)
 
 
 def _is_computed(node: Node) -> bool:
