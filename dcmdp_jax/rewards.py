@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dcmdp_jax.answers import judge
+from dcmdp_jax.answers import compare, judge
 from dcmdp_jax.answers.computed import is_computed, is_number
 from dcmdp_jax.answers.stated import final_answer
 from dcmdp_jax.records import Example, Rollout, Scored
@@ -17,12 +17,15 @@ def math_answer(example: Example, text: str) -> float:
     """1.0 if the answer that `text` states is judged equal to `example.answer`, else 0.0. Training and evaluation both ask it.
 
     An expression with something left to compute, `2 + 2` or `(x + 1)(x - 1)`, earns nothing where a number is asked for, or
-    where it stands in the problem and is not how the answer is written: it is no work to copy it.
+    where it stands in the problem and is not how the answer is written: it is no work to copy it. Numbers are compared by our
+    reader alone, the rest as `answers.judge` does.
     """
     stated = final_answer(text)
     if not stated:
         return 0.0
-    if not is_computed(stated) and (is_number(example.answer) or _copied(stated, example)):
+    if is_number(example.answer):
+        return float(is_computed(stated) and compare.equal(example.answer, stated))
+    if not is_computed(stated) and _copied(stated, example):
         return 0.0
     return float(judge.equal(example.answer, stated))
 

@@ -6,6 +6,8 @@ r"""Golds as a model writes them, and wrong neighbours of golds, for `rewards.ma
 
 import re
 
+from dcmdp_jax import rewards
+
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 WHOLE = re.compile(r"-?\d+")
 WORD = re.compile(r"(?:\\text\{)?\(?[A-Za-z]{1,20}\)?\}?")
@@ -140,3 +142,16 @@ def wrong(gold, number):
         yield from right(near, number)
         yield "last", rf"First guess: \boxed{{{bare(gold)}}}. That is wrong." + "\n\n" + (hashes, answer)[number % 2](near, number)
         yield "last", f"Answer: {bare(gold)}\n\nNo: " + rf"it is $\boxed{{{near}}}$."
+
+
+def graded(examples):
+    """Completions that state a gold and earn nothing, completions that state another answer and are paid, and the number of
+    each kind tried, {True: right, False: wrong}; a completion with its spelling's name and its example."""
+    missed, paid, count = [], [], {True: 0, False: 0}
+    for number, example in enumerate(examples):
+        for kind, completions in ((True, right(example.answer, number)), (False, wrong(example.answer, number))):
+            for name, completion in completions:
+                count[kind] += 1
+                if (rewards.math_answer(example, completion) == 1.0) is not kind:
+                    (missed if kind else paid).append((name, completion, example))
+    return missed, paid, count

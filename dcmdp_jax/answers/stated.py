@@ -7,45 +7,55 @@ answer is 7.` Of these the last counts, whatever its form. The time is linear in
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 TAIL = 20_000  # characters at the end of a completion in which its answer is looked for
-LONGEST = 2_000  # characters of a line that are an answer, or a remark after it
+LONGEST = 1_000  # characters of an answer and a remark after it
 GAP = 200  # characters between two boxes that may still be one answer
 
 _THINK = re.compile(r"<(/?)think(?:ing)?>")
 
+# Boxes. One without braces goes on to the end of the formula, or else to a punctuation mark, a word or another box.
 _BOX = r"\\(?:boxed|fbox)(?![A-Za-z])"
 _BRACES = re.compile(rf"{_BOX}\s*\{{?|\\.|[{{}}]", re.DOTALL)
-_UNBRACED = re.compile(rf"(?:(?!\$|\\[)\]]|{_BOX}|[.,;:!?](?:\s|$)|\s[A-Za-z]{{2}})"
-                       r"(?:\{(?:[^{}\n]|\{[^{}\n]*\})*\}|[^{}\n])){1,200}")
+_STOP = rf"\$|\\[)\]]|{_BOX}|\s[A-Za-z]{{2}}"
+_ITEM = r"(?:\\\$|\{(?:[^{}\n]|\{[^{}\n]*\})*\}|[^{}\n])"
+_UNBRACED = re.compile(rf"(?:(?!{_STOP}){_ITEM}){{1,200}}(?=\$|\\[)\]])|(?:(?!{_STOP}|[.,;:!?](?:\s|$)){_ITEM}){{1,200}}")
 _NAME = r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_(?:\w|\{\w{1,9}\}))?"
 _NAMED = re.compile(rf"(?<![A-Za-z\\])({_NAME})\s*=\s*\$?\Z")
+# what may stand between boxes that are one list: separators, `and`, a name, or the mark of the next item on a line
 _BESIDE = re.compile(rf"(?:[\s$,;&]|\\[()\[\],;:!\\ ]|\\q?quad|\*\*|(?:and|or)\b|\\text\{{[\s,]*(?:and|or)\s*\}}|{_NAME}\s*="
                      r"|(?<=\n)(?:[-+*•]|\(?(?:[a-z]|\d|[ivx]{1,4})[.)])(?=\s))*")
 
+# Lines of four hashes, of which some are headings
 _HASHES = re.compile(r"(?<!#)####(?!#)[^\S\n]*(.*)")
-_TITLE = re.compile(
-    r"\W*(?:final|answer|summary|conclusion|solution|explanation|verif\w+|check\w*|notes?|step|case|part|results?|approach|"
-    r"reasoning|method|analysis|proof|remarks?|calculat\w+|understand\w*|problem|question|alternative|recap|key)\b", re.IGNORECASE)
-_PROSE = re.compile(r"[*_]*(?:\d+[.)]\s+[*_]*)?[A-Za-z]{2,}(?![A-Za-z]|\s*[=({])")
+_TITLE = re.compile(r"\W*(?:final|answer|summary|conclusion|solution|explanation|verif\w+|check\w*|notes?|step|case|part|results?"
+                    r"|approach|reasoning|method|analysis|proof|remarks?|calculat\w+|understand\w*|problem|question|alternative"
+                    r"|recap|key)\b", re.IGNORECASE)
+_PROSE = re.compile(r"[*_]*(?:\d+[.)]\s+[*_]*)?[A-Za-z]{2,}(?![A-Za-z]|\s*[=({])")  # begins with a word, or `2.` and a word
 
+# Labels, with the marks of Markdown around them
 _MARKS = r"[>#*_+•\-\t \xa0\u3000]*(?:\d{1,2}[.)][ \t]*[*_]*)?(?:\\text(?:bf)?\{)?"
 _LABEL = re.compile(rf"^{_MARKS}(?:(?:the[ \t]+)?(?:final|correct)[ \t]+)?answer(?:[ \t]+is)?[*_ \t]*(?:[:：=][ \t]*\}}?|\r?$)",
                     re.IGNORECASE | re.MULTILINE)
 _SENTENCE = re.compile(rf"(?:^{_MARKS}|[.!?:;][ \t]+[*_]*|\b(?:so|thus|hence|therefore|then)\b,?[ \t]+)(?:the[ \t]+)?"
                        r"(?:(?:final|correct)[ \t]+)?answer[ \t]+is[*_ \t]*([:：]?)", re.IGNORECASE | re.MULTILINE)
-_ONE_VALUE = re.compile(r"[ \t]*((?:\*\*)?(?:\$[^$\n]{1,200}\$|\\\([^\n]{1,200}?\\\)|\*\*[^*\n]{1,200}\*\*|"
-                        r"\(?[A-J]\)?|[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?:[ \t][A-Za-z]+)?)(?:\*\*)?)[.!]?[*_]*[ \t\r]*"
-                        r"(?=$|[ \t][A-Z])", re.MULTILINE)
+
+# What follows a label
+_VALUE = re.compile(r"[*_]*[-+]?(?:\d|\$|\\\()")
+_ONE_VALUE = re.compile(  # a formula, bold text, a choice or a number with one word behind it, and the end of the sentence
+    r"[ \t]*((?:\*\*)?(?:\$(?:[^$\\\n]|\\.){1,300}\$|\\\([^\n]{1,200}?\\\)|\*\*[^*\n]{1,200}\*\*|\(?[A-J]\)?"
+    r"|[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?:[ \t][A-Za-z]+)?)(?:\*\*)?)[.!]?[*_]*[ \t\r]*(?=$|[ \t][A-Z])", re.MULTILINE)
 _BLANK = re.compile(r"[\s*_]*(?:```\w*[ \t]*\r?\n)?[\s*_`]*")
 _DISPLAY = re.compile(r"\$\$([^$]{1,1000})\$\$|\\\[(.{1,1000}?)\\\]", re.DOTALL)
 _BULLETS = re.compile(r"[*_ \t\r]*\n\s*((?:^[ \t]*[-+*•][ \t]+\S.*\n?)+)", re.MULTILINE)
 _BULLET = re.compile(r"^[ \t]*[-+*•][ \t]+", re.MULTILINE)
 _EMPHASIS = re.compile(r"(?<=\S)(?:\*\*|__)(?=[\s.,;:!?)]|$)|(?:(?<=[\s(:])|^)(?:\*\*|__)(?=\S)")
 _STRONG = re.compile(r"\*\*([^*]+)\*\*")
-_REMARK = re.compile(r"(?:[.!]\s+(?=[A-Z])|,\s+(?=which\b|since\b|because\b)|\s+(?=\((?!mod\b)[A-Za-z\s,.'-]{3,}\)[.\s]*$))([^\d\\$]*)$")
+# a sentence, a clause or a bracket behind an answer, without a number
+_REMARK = re.compile(r"(?:[.!]\s+(?=[A-Z])|,\s+(?=which\b|since\b|because\b)|\s+(?=\((?!mod\b)[A-Za-z\s,.'-]{3,}\)[.\s]*$))"
+                     r"[^\d\\$]*$")
 _DOUBT = re.compile(r"\b(?:or|not|no|but|maybe|wait|wrong|incorrect|actually|instead|either)\b", re.IGNORECASE)
 
 
@@ -67,9 +77,20 @@ def final_answer(text: str) -> str | None:
     Boxes that stand together are one list. A heading over a section, `#### Summary`, is no answer.
     """
     said = _said(text)[-TAIL:]
-    found = [*_boxes(said), *_hashes(said), *_labels(said), *_sentences(said)]
+    last_of_each = (_last(statements) for statements in (_boxes(said), _hashes(said), _labels(said), _sentences(said)))
+    found = [statement for statement in last_of_each if statement]
     filled = [statement for statement in found if statement.answer] or found
     return max(filled, key=lambda statement: statement.start).answer if filled else None
+
+
+def _last(statements: Iterable[Statement]) -> Statement | None:
+    """The first that says something, of statements from the last to the first; an empty one without any; else None."""
+    empty = None
+    for statement in statements:
+        if statement.answer:
+            return statement
+        empty = empty or statement
+    return empty
 
 
 def _said(text: str) -> str:
@@ -83,13 +104,13 @@ def _said(text: str) -> str:
 
 
 def _boxes(text: str) -> Iterator[Statement]:
-    """A statement for each group of boxes that stand together."""
+    """A statement for each group of boxes that stand together, the last group first."""
     group: list[_Box] = []
-    for box in _each_box(text):
-        if group and not _together(text[group[-1].end:box.start]):
+    for box in reversed(_each_box(text)):
+        if group and not _together(text[box.end:group[0].start]):
             yield _list(text, group)
             group = []
-        group.append(box)
+        group.insert(0, box)
     if group:
         yield _list(text, group)
 
@@ -126,8 +147,8 @@ def _list(text: str, group: list[_Box]) -> Statement:
 
 
 def _hashes(text: str) -> Iterator[Statement]:
-    """What follows `####` on its line, unless it is a heading: a usual title, or words over more text."""
-    for match in _HASHES.finditer(text):
+    """What follows `####` on its line, the last first, without headings: a usual title, or words over more text."""
+    for match in reversed(list(_HASHES.finditer(text))):
         line = match[1].strip()
         heading = _TITLE.match(line) or _PROSE.match(line) and text[match.end():].strip()
         if line and not heading:
@@ -135,19 +156,19 @@ def _hashes(text: str) -> Iterator[Statement]:
 
 
 def _labels(text: str) -> Iterator[Statement]:
-    """What follows a label, `Answer:` or `**Final Answer**`, on its line or below it."""
-    for match in _LABEL.finditer(text):
-        if (statement := _below(text, match.end())).answer:
-            yield statement
+    """What follows a label, `Answer:` or `**Final Answer**`, on its line or below it; the last first."""
+    statements = (_below(text, match.end()) for match in reversed(list(_LABEL.finditer(text))))
+    return (statement for statement in statements if statement.answer)
 
 
 def _sentences(text: str) -> Iterator[Statement]:
-    """The one value that a sentence `The answer is ...` gives; a sentence that says more states nothing."""
-    for match in _SENTENCE.finditer(text):
-        if match[1]:
-            yield _below(text, match.end())
-        elif value := _ONE_VALUE.match(text, match.end()):
+    """What `The answer is: ...` and `The answer is 7.` state, the last first; `The answer is not easy.` states nothing."""
+    for match in reversed(list(_SENTENCE.finditer(text))):
+        value = _ONE_VALUE.match(text, match.end())
+        if value and not match[1]:
             yield Statement(value.start(1), _trimmed(value[1]))
+        elif match[1] or _VALUE.match(text, match.end()):
+            yield _below(text, match.end())
 
 
 def _below(text: str, start: int) -> Statement:
