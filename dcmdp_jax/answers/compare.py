@@ -200,12 +200,11 @@ class _Comparison:
             return ("neg", value), unit
         if node[0] == "add" and any(part[0] == "quantity" for part in node[1:]):
             return self.measured_sum(node[1:])
-        if node[0] == "mul" and not any(values.variables(part, self.work) for part in node[1:-1]):
-            last, power = node[-1][1:] if node[-1][0] == "pow" else (node[-1], ("num", 1))
-            if last[0] == "var" and power[0] == "num":
-                unit = units.read(f"{last[1]}^{power[1]}")
-                if unit is not None and unit.known:
-                    return node[:-1], unit
+        value, letters = _lettered(node)
+        if letters and not values.variables(value, self.work):
+            unit = units.read(letters)
+            if unit is not None and unit.known:
+                return value, unit
         return node, None
 
     def measured_sum(self, parts: Sequence[Node]) -> tuple[Node, units.Unit | None]:
@@ -332,6 +331,24 @@ def _rising(relation: Node) -> Node:
 
 def _in_base_units(value: Node, unit: units.Unit) -> Node:
     return "mul", value, ("num", unit.factor), ("pow", ("var", r"\pi"), ("num", Fraction(unit.pi)))
+
+
+def _lettered(node: Node) -> tuple[Node, str]:
+    """A value and the letters that stand behind it as factors and divisors, such as `m/s^2`."""
+    letters = ""
+    while node[0] in ("div", "mul") and len(node) > 2 and (letter := _letter(node[-1])):
+        if node[0] == "mul":
+            return (node[1] if len(node) == 3 else node[:-1]), letter + letters
+        letters = f"/{letter}{letters}"
+        node = node[1]
+    return node, ""
+
+
+def _letter(node: Node) -> str:
+    """A variable, or one to the power of a number, as it is written; "" for anything else."""
+    if node[0] == "pow" and node[1][0] == "var" and node[2][0] == "num":
+        return f"{node[1][1]}^{node[2][1]}"
+    return node[1] if node[0] == "var" else ""
 
 
 def _letters(node: Node) -> str:

@@ -122,6 +122,13 @@ def _of_relation(node: Node, work: Work) -> Domain | None:
         first, second = operator.split()
         conditions = ("rel", first, left, node[4]), ("rel", second, node[4], right)
         return _combined("both", [_of_relation(condition, work) for condition in conditions], work)
+    if operator in ("<", "<=") and (left[0] == "var" and right == INFINITY or left == ("neg", INFINITY) and right[0] == "var"):
+        return (EVERYTHING,)
+    if right[:2] == ("fn", "abs"):
+        operator, left, right = MIRRORED.get(operator, operator), right, left
+    if left[:2] == ("fn", "abs") and operator != "=":
+        sides = ("rel", operator, left[2], right), ("rel", MIRRORED[operator], left[2], ("neg", right))
+        return _combined("either" if operator[0] == ">" else "both", [_of_relation(side, work) for side in sides], work)
     found = _solved(("add", left, ("neg", right)), work)
     if found is None:
         return None

@@ -11,7 +11,10 @@ _MODULI = ("z", "w", "v", "u")  # of which `|z| = 5` gives the absolute value; `
 
 
 def spread(node: Node) -> Node:
-    """Returns the equations `x = 1, y = 2` for `(x, y) = (1, 2)`, and any other node as it is."""
+    """Returns the equations `x = 1, y = 2` for `(x, y) = (1, 2)`, the set for `x \\in \\{1, 2\\}`, and any other node as
+    it is."""
+    if node[:2] == ("rel", "in") and node[2][0] == "var":
+        return node[3]
     if node[:2] == ("rel", "=") and node[2][0] == node[3][0] == "group" and len(node[2]) == len(node[3]):
         lefts = node[2][3:]
         if all(_is_variable(left) for left in lefts):

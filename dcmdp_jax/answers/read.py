@@ -257,6 +257,8 @@ class _Reader:
             self.at += 1
             if text == ".":
                 continue
+            if text == r"\frac":
+                text = f"{self.raw()} / {self.raw()}"
             said.append(text)
             if text == "^":
                 braced = self.take("{")
@@ -312,12 +314,14 @@ class _Reader:
             self.at += 1
             value = ("num", value[1] * times) if value[0] == "num" else _times(value, ("num", Fraction(times)))
         unit = None
-        if self.kind() in ("word", "name") and self.peek() not in _JOINING:
+        if self.kind() in ("word", "name") and self.peek() not in _JOINING or self.peek() == r"\frac":
             unit = self.unit()
         if dollars and (unit is None or unit.known):
             unit = units.read("dollars")
         if unit is None:
             return value
+        if value[0] == "group":
+            return (*value[:3], *(("quantity", item, unit) for item in value[3:]))
         value = "quantity", value, unit
         if self.kind() != "num":
             return value
@@ -344,6 +348,8 @@ class _Reader:
                 return False
             closed = self.peek(-1) in (")", "}") and not self.spaced()
             return closed or not units.is_word(text, self.spaced())
+        if text == r"\frac" and self.worded and self.peek(1) == "{" and self.kind(2) == "name":
+            return len(self.peek(2)) == 1 and not units.read(self.peek(2)).known  # else a unit over a unit
         return kind == "num" or text in ("(", "[", r"\lfloor", r"\lceil") or text in _FACTORS
 
     def postfix(self, value: Node) -> Node:

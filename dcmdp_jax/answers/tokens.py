@@ -27,7 +27,7 @@ class Token(NamedTuple):
 
 _LEXEME = re.compile(
     r"(?P<space>(?:[\s~$]|\\\Z|\\[,;:>!/ ()\[\]]|\\(?:q?quad|enspace|thinspace|medspace|thickspace|negthinspace|displaystyle|"
-    r"textstyle|scriptstyle|limits|nolimits|middle|[bB]igg?[lrm]?|nonumber|strut|null|mathstrut)(?![A-Za-z]))+)"
+    r"textstyle|scriptstyle|tiny|small|normalsize|large|Large|LARGE|huge|Huge|limits|nolimits|middle|[bB]igg?[lrm]?|nonumber|strut|null|mathstrut)(?![A-Za-z]))+)"
     r"|(?P<fence>\\(?:left|right)(?![A-Za-z])\s*\.?)"
     r"|(?P<row>\\\\(?:\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm|in)\s*\])?)"
     r"|(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,4}(?![\w.]))?)"
@@ -36,6 +36,7 @@ _UPRIGHT = {rf"\{name}" for name in ("text", "textbf", "textit", "textrm", "text
                                      "mathrm", "mathsf", "mathtt", "mbox", "hbox", "operatorname", "rm")}
 _FACES = _UPRIGHT | {rf"\{name}" for name in ("mathbf", "mathit", "mathnormal", "boldsymbol", "bm", "bf", "it", "underline",
                                               "boxed", "fbox", "bold", "pmb", "ensuremath", "mathop", "mathord")}
+_WITH_SETTING = {r"\color", r"\textcolor", r"\hspace", r"\vspace", r"\phantom", r"\tag", r"\label"}  # in braces behind them
 _SPELLINGS = {
     r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\cfrac": r"\frac", r"\dbinom": r"\binom", r"\tbinom": r"\binom",
     r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lbrack": "[", r"\rbrack": "]", r"\lparen": "(",
@@ -130,6 +131,10 @@ def _without_looks(lexemes: Sequence[Token]) -> list[Token]:
         if (length := _degree(lexemes, at - 1)):
             tokens.append(Token("name", "degrees", spaced))
             at += length - 1
+        elif token.text in _WITH_SETTING:
+            while at < len(lexemes) and lexemes[at].text != "}":
+                at += 1
+            at += 1
         elif token.text in _FACES:
             if following != "{":
                 continue  # `\bf 5`, `\text cm`

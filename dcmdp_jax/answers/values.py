@@ -88,8 +88,10 @@ def agree(one: Number, other: Number) -> bool:
             return True
         if max(first, second) >= NOTHING:
             return False
-        if first and second or max(first, second) < LEAST_ROUND_OFF:
-            raise Unknown("too small to compare")
+        if max(first, second) < LEAST_ROUND_OFF:
+            return False
+        if first and second:
+            raise Unknown("round-off beside round-off")
         return True
 
 
