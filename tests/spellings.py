@@ -145,13 +145,9 @@ def wrong(gold, number):
 
 
 def graded(examples):
-    """Completions that state a gold and earn nothing, completions that state another answer and are paid, and the number of
-    each kind tried, {True: right, False: wrong}; a completion with its spelling's name and its example."""
-    missed, paid, count = [], [], {True: 0, False: 0}
+    """Yields (True for a completion that states the gold, the spelling's name, the completion, its example, whether it earns
+    what it should), for all spellings of all golds and of their neighbours."""
     for number, example in enumerate(examples):
         for kind, completions in ((True, right(example.answer, number)), (False, wrong(example.answer, number))):
             for name, completion in completions:
-                count[kind] += 1
-                if (rewards.math_answer(example, completion) == 1.0) is not kind:
-                    (missed if kind else paid).append((name, completion, example))
-    return missed, paid, count
+                yield kind, name, completion, example, (rewards.math_answer(example, completion) == 1.0) is kind

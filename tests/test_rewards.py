@@ -177,7 +177,7 @@ def test_any_text_is_read_without_error(text):
 def test_gsm8k_solutions_earn_the_reward(split, count):
     examples = data.read(SHARED / "gsm8k" / f"{split}.jsonl")
     assert len(examples) == count
-    for example in examples:
+    for example in examples[::5 if split == "train" else 1]:
         value = Fraction(example.answer.replace(",", ""))  # every gold answer is a number
         assert rewards.math_answer(example, f"so\n#### {example.answer}") == 1.0
         assert rewards.math_answer(example, rf"so \boxed{{\${float(value):,.2f}}}.") == 1.0
@@ -208,17 +208,19 @@ def test_distinct_gold_answers_stay_distinct():
 @pytest.mark.parametrize("file", ["gsm8k/test.jsonl", *(f"math_eval/{name}.jsonl" for name in SETS)])
 def test_golds_as_a_model_writes_them_and_their_neighbours(file):
     """The table of docs/answers.md on every seventh problem, and on a few of each kind of gold below where there are no sets."""
-    missed, paid, count = spellings.graded(data.read(SHARED / file)[::7])
-    assert count[True] > 40 and count[False] > 40
-    assert len(missed) <= 0.005 * count[True], missed
-    assert not paid
+    found = list(spellings.graded(data.read(SHARED / file)[::7]))
+    right, wrong = ([row for row in found if row[0] is kind] for kind in (True, False))
+    assert len(right) > 40 and len(wrong) > 40
+    assert sum(not row[-1] for row in right) <= 0.005 * len(right)
+    assert not [row for row in wrong if not row[-1]]
 
 
 def test_a_few_golds_as_a_model_writes_them_and_their_neighbours():
     golds = ("31", "-4", "1,250", "12500", "0.75", r"\frac{3}{8}", r"-\frac{17}{3}", "(4, 9)", r"\left( 3, \frac{\pi}{2} \right)", "4, 6, 9", "3,-1",
              r"\text{Ida}", "(C)", r"2\sqrt{5}", "[2,7)", r"x^2-4x+1", r"\frac{\pi}{6}", "$31$", r"1 \pm \sqrt{2}")
-    missed, paid, count = spellings.graded([Example("Find it.", gold) for gold in golds])
-    assert not missed and not paid and count[True] > 150 and count[False] > 150
+    found = list(spellings.graded([Example("Find it.", gold) for gold in golds]))
+    assert not [row for row in found if not row[-1]]
+    assert len(found) > 300 and {name for _, name, *_ in found} == {"last", *(spell.__name__ for spell in spellings.SPELLINGS)}
 
 
 def test_an_empty_answer_is_never_right():
