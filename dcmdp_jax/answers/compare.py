@@ -12,6 +12,7 @@ equal but for case. Digits in a base, `52_8`, are a name of their own.
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
@@ -119,15 +120,12 @@ class _Comparison:
 
     def matched(self, ones: Sequence[Node], others: Sequence[Node], same: Callable[[Node, Node], bool]) -> bool:
         """Whether the items pair off, in whatever order."""
-        left = list(others)
-        if len(ones) != len(left):
+        if len(ones) != len(others):
             return False
+        alike = Counter(ones) & Counter(others)
+        left = _rest(others, alike)
         unknown = None
-        for one in sorted(ones, key=lambda one: one not in left):  # those that are written alike go first
-            self.work.spend(PAIR + len(left))
-            if one in left:
-                left.remove(one)
-                continue
+        for one in _rest(ones, alike):
             for i, other in enumerate(left):
                 self.work.spend(PAIR)
                 try:
@@ -161,6 +159,8 @@ class _Comparison:
             shapes = [list(map(len, node[1:])) for node in (one, other)]
             cells = [[cell for row in node[1:] for cell in row] for node in (one, other)]
             return shapes[0] == shapes[1] and self.pairwise(*cells)
+        if "qualified" in (one[0], other[0]):
+            return one[0] == other[0] and one[2] == other[2] and self.same(one[1], other[1])
         kinds = {one[0], other[0]}
         if kinds == {"group", "matrix"} or kinds.issubset(_SETS):
             raise values.Unknown("two forms")
@@ -278,6 +278,18 @@ class _Comparison:
             interval = "group", "[" if opening == "<=" else "(", "]" if closing == "<=" else ")", low, high
             return self.element(interval, bare)
         raise values.Unknown("an inequality and a set")
+
+
+def _rest(items: Sequence[Node], taken: Counter[Node]) -> list[Node]:
+    """The items without those that are taken, as often as they are."""
+    left = Counter(taken)
+    rest = []
+    for item in items:
+        if left[item]:
+            left[item] -= 1
+        else:
+            rest.append(item)
+    return rest
 
 
 def _items(node: Node) -> list[Node]:

@@ -46,7 +46,7 @@ def _is_computed(node: Node) -> bool:
     kind, *parts = node
     if kind in ("text", "reals", "clock"):
         return True
-    if kind in ("quantity", "percent") or kind == "neg" and parts[0][0] in ("quantity", "percent"):
+    if kind in ("quantity", "qualified", "percent") or kind == "neg" and parts[0][0] in ("quantity", "percent"):
         return _is_computed(parts[0])
     if kind == "rel" and parts[0] == "=":
         left, right = parts[1:]

@@ -26,16 +26,30 @@ def named_value(equation: Node, work: Work) -> Node | None:
     """Returns the side of an equation that is the value of the other one, or None where neither is.
 
     `x + 1 = 5` and `x^2 = 4` give no value: they are to be solved. An expression in several variables, such as `m + n`,
-    cannot be, so that a number beside it is its value.
+    cannot be, so that a number beside it is its value; unless it is 0, as in the equation of a curve.
     """
     left, right = equation[2:4]
     for name, value in ((left, right), (right, left)):
-        if _is_variable(name) or name[0] == "applied":
+        if _is_variable(name) or name[0] == "applied" or _is_segment(name) or _is_derivative(name):
             return value
-        unknown = values.variables(value, work)
-        if _is_name(name, work) and all(part[0].isdigit() for part in unknown):  # but for `52_8`
+        if value == ("num", 0) and not _is_sum_of_variables(name):
+            continue
+        unknown = {part for part in values.variables(value, work) if not part[0].isdigit()}  # `52_8` is a number
+        if name[0] == "fn":
+            unknown &= values.variables(name, work)
+        if _is_name(name, work) and not unknown:
             return value
     return None
+
+
+def _is_segment(node: Node) -> bool:
+    """True of `AB` and `ABC`, for a length, an area or an angle."""
+    return node[0] == "mul" and len(node) > 2 and all(_is_variable(part) and part[1].isupper() for part in node[1:])
+
+
+def _is_derivative(node: Node) -> bool:
+    """True of `dy/dx`."""
+    return node[0] == "div" and all(part[:2] == ("mul", ("var", "d")) for part in node[1:])
 
 
 def _is_variable(node: Node) -> bool:
@@ -44,12 +58,18 @@ def _is_variable(node: Node) -> bool:
 
 def _is_name(node: Node, work: Work) -> bool:
     if node[0] == "ratio":
-        return all(map(_is_variable, node[1:]))
+        return all(_is_variable(part) or _is_segment(part) for part in node[1:])
     if node[0] == "fn" and node[1] == "abs":
         return _is_name(node[2], work) or _is_variable(node[2]) and node[2][1].rstrip("_0123456789") in _MODULI
     if node[0] == "fn" and node[1] in ("sin", "cos", "tan", "cot", "sec", "csc"):
         return _is_variable(node[2]) or _is_name(node[2], work)
     return _is_polynomial(node) and len(values.variables(node, work)) > 1
+
+
+def _is_sum_of_variables(node: Node) -> bool:
+    if node[0] in ("add", "neg"):
+        return all(map(_is_sum_of_variables, node[1:]))
+    return _is_variable(node)
 
 
 def _is_polynomial(node: Node) -> bool:

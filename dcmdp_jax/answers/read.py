@@ -11,7 +11,7 @@ kind first:
     ("matrix", *rows of cells)  ("det", *rows of cells)  ("ratio", *parts)  ("clock", *parts): a ratio or a time of day
     ("rel", operator, left, right): also a chain of two inequalities, as in ("rel", "< <=", left, right, middle)
     ("applied", name, *arguments): the left side of `f(x) = 2x`, its arguments as they are written
-    ("quantity", a, units.Unit)  ("percent", a)  ("text", words)
+    ("quantity", a, units.Unit)  ("qualified", a, words) as in `3 fifths`  ("percent", a)  ("text", words)
 """
 
 from __future__ import annotations
@@ -139,9 +139,13 @@ class _Reader:
         return items, between
 
     def element(self) -> Node:
+        self.label()
         if (word := self.words()) is not None:
             return word
-        left = self.named() or self.side()
+        if self.peek() in _RELATIONS:
+            left = ("var", "")  # `= 5` and `> 5`, of what was asked for
+        else:
+            left = self.named() or self.side()
         if self.peek() not in _RELATIONS:
             return left
         operator = _RELATIONS[self.take(*_RELATIONS)]
@@ -193,6 +197,16 @@ class _Reader:
         self.at = end
         return "text", said.replace(" ", "")
 
+    def label(self) -> None:
+        """Takes words with a colon before an element, as in `Answer: 5`."""
+        end = self.at
+        while end < len(self.tokens) and self.tokens[end].kind in ("word", "name"):
+            end += 1
+        words = "".join(token.text for token in self.tokens[self.at:end])
+        colon = end < len(self.tokens) and self.tokens[end].text == ":"
+        if colon and len(words) > 3 and not words.isupper() and not words.startswith(_FUNCTIONS):
+            self.at = end + 1
+
     def named(self) -> Node | None:
         """The left side of `f(x) = 2x` and of `\\text{Area of } ABC = 5`, which is a name as a whole."""
         if self.kind() not in ("word", "name", "cmd"):
@@ -241,20 +255,35 @@ class _Reader:
         spelled = "".join(token.text for token in self.tokens[start:self.at])
         clock = first[0] == "num" and re.fullmatch(r"(?:[01]?\d|2[0-4])(:[0-5]\d)+", spelled)
         value = ("clock" if clock else "ratio", *parts)
-        return ("quantity", value, self.unit()) if self.kind() in ("word", "name") else value
+        return self.quantity(value, False) if self.kind() in ("word", "name") else value
 
     def part(self) -> Node:
         """A part of a ratio behind the colon; what follows a number of two digits, such as `pm`, belongs to the whole."""
         return self.number() if re.fullmatch(r"\d\d", self.peek()) else self.sum()
 
-    def unit(self) -> units.Unit:
-        """What follows a value in words, up to a number, a comma, a bracket or an operator."""
+    def quantity(self, value: Node, dollars: bool) -> Node:
+        """A value with the words that follow it: its unit, or what makes another number of it."""
+        words = self.said()
+        unit = units.read(words)
+        if unit is None and re.fullmatch("[A-Za-z ]+", words):
+            return "qualified", value, words.casefold()  # `3 fifths`
+        if unit is None:
+            raise Unreadable("no unit")
+        if dollars and unit.known:
+            unit = units.read("dollars")
+        if value[0] == "group":
+            return (*value[:3], *(("quantity", item, unit) for item in value[3:]))
+        return "quantity", value, unit
+
+    def said(self) -> str:
+        """What follows in words, up to a number, a comma, a bracket or an operator."""
         said = []
         while self.at < len(self.tokens):
             text = self.peek()
             if text in _BEHIND_UNIT or text in _JOINING or self.kind() == "num" and self.spaced():
                 break
             self.at += 1
+            self.work.spend(PRIMARY)
             if text == ".":
                 continue
             if text == r"\frac":
@@ -265,11 +294,7 @@ class _Reader:
                 said.append(self.take("-") + self.take(self.peek()))
                 if braced:
                     self.need("}")
-            self.work.spend(PRIMARY)
-        unit = units.read(" ".join(said).replace("^ ", "^"))
-        if unit is None:
-            raise Unreadable("no unit")
-        return unit
+        return " ".join(said).replace("^ ", "^")
 
     # --- expressions
 
@@ -313,18 +338,13 @@ class _Reader:
         if self.kind() in ("word", "name") and (times := _WORDS.get(self.peek().removesuffix("s"))):
             self.at += 1
             value = ("num", value[1] * times) if value[0] == "num" else _times(value, ("num", Fraction(times)))
-        unit = None
         if self.kind() in ("word", "name") and self.peek() not in _JOINING or self.peek() == r"\frac":
-            unit = self.unit()
-        if dollars and (unit is None or unit.known):
-            unit = units.read("dollars")
-        if unit is None:
+            value = self.quantity(value, dollars)
+        elif dollars:
+            value = "quantity", value, units.read("dollars")
+        if self.kind() != "num" or value[0] != "quantity":
             return value
-        if value[0] == "group":
-            return (*value[:3], *(("quantity", item, unit) for item in value[3:]))
-        value = "quantity", value, unit
-        if self.kind() != "num":
-            return value
+        unit = value[2]
         rest = self.term()  # `6 ft 2 in`
         first = rest[1] if rest[0] == "add" else rest
         if first[0] != "quantity" or not unit.known or first[2].powers != unit.powers or first[2].factor >= unit.factor:
@@ -354,9 +374,8 @@ class _Reader:
 
     def postfix(self, value: Node) -> Node:
         """A value with the primes, the factorial and the exponent that follow it."""
-        while self.kind() == "'" and value[0] == "var":
-            self.at += 1
-            value = "var", value[1] + "'"
+        if value[0] == "var" and self.kind() in ("'", "("):
+            value = "var", value[1] + self.primes() + self.place()
         if self.take("!"):
             value = "fn", "factorial", value
         if self.take("^"):
@@ -368,6 +387,20 @@ class _Reader:
         if self.peek() in ("!", "^"):
             raise Unreadable("a second one of its kind")
         return value
+
+    def primes(self) -> str:
+        start = self.at
+        while self.kind() == "'":
+            self.at += 1
+        return "'" * (self.at - start)
+
+    def place(self) -> str:
+        """Takes the number in the brackets of `f(0)`, which is no product, and returns them."""
+        lone = self.peek() == "(" and not self.spaced() and self.kind(1) == "num" and self.peek(2) == ")"
+        if not lone or self.peek(-1) in ("e", "i", "pi", r"\pi"):
+            return ""
+        self.at += 3
+        return f"({self.peek(-2)})"
 
     @_counted
     def exponent(self) -> Node:
@@ -435,6 +468,8 @@ class _Reader:
             text, block = repeated
             places = len(text.partition(".")[2])
             return "num", number(text) + number(block) / ((10 ** len(block) - 1) * 10 ** places)
+        if self.take("..."):
+            return "var", f"{text}..."  # of `3.14...`, the digits that follow are not known
         value = number(text)
         if self.take("_"):
             return "var", f"{value}_{self.subscript()}"  # digits in a base are a name of their own
@@ -459,13 +494,9 @@ class _Reader:
                 self.need(r"\dot")
                 block += self.digits()
             return text, block
-        if self.take("...") or self.peek() == self.peek(1) == self.peek(2) == "." and self.take("."):
-            while self.take("."):
-                pass
-            if found := re.search(r"(\d)\1\1$|(\d{2,6})\2$", text.partition(".")[2]):
-                block = found[1] or found[2]
-                return text[:len(text) - len(found[0])], block
-            raise Unreadable("digits that do not end")
+        found = re.search(r"(\d)\1\1$|(\d{2,6})\2$", text.partition(".")[2])
+        if found and self.take("..."):
+            return text[:-len(found[0])], found[1] or found[2]
         return None
 
     def digits(self) -> str:

@@ -30,7 +30,7 @@ _LEXEME = re.compile(
     r"textstyle|scriptstyle|tiny|small|normalsize|large|Large|LARGE|huge|Huge|limits|nolimits|middle|[bB]igg?[lrm]?|nonumber|strut|null|mathstrut)(?![A-Za-z]))+)"
     r"|(?P<fence>\\(?:left|right)(?![A-Za-z])\s*\.?)"
     r"|(?P<row>\\\\(?:\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm|in)\s*\])?)"
-    r"|(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,4}(?![\w.]))?)"
+    r"|(?P<dots>\.{3,})|(?P<num>(?:\d+(?:\.(?!\.)\d*)?|\.\d+)(?:[eE][+-]?\d{1,4}(?![\w.]))?)"
     r"|(?P<cmd>\\(?:[A-Za-z]+|.))|(?P<word>[A-Za-z]+)|(?P<sign>.)", re.DOTALL | re.ASCII)
 _UPRIGHT = {rf"\{name}" for name in ("text", "textbf", "textit", "textrm", "textsf", "texttt", "textnormal", "textup", "emph",
                                      "mathrm", "mathsf", "mathtt", "mbox", "hbox", "operatorname", "rm")}
@@ -77,7 +77,7 @@ def split(text: str) -> list[Token]:
     if len(text) > 2 * LONGEST:
         raise Unreadable("too long")
     tokens = _turned(_without_thousands(_without_looks(_lexemes(text))))
-    while tokens and tokens[-1].text == "." and [token.text for token in tokens[-3:]] != ["."] * 3:
+    while tokens and tokens[-1].text == ".":
         tokens.pop()
     return tokens
 
@@ -99,8 +99,8 @@ def _lexemes(text: str) -> list[Token]:
         if kind in ("space", "fence"):
             spaced = spaced or kind == "space"
             continue
-        if kind == "row":
-            lexeme = r"\\"
+        if kind in ("row", "dots"):
+            lexeme = r"\\" if kind == "row" else "..."
         lexeme = _SPELLINGS.get(lexeme, lexeme)
         if lexeme in _JOINERS:
             found.append(Token("name", _JOINERS[lexeme], spaced))

@@ -38,8 +38,8 @@ _NAMES = {"meter": "m", "metre": "m", "centimeter": "cm", "centimetre": "cm", "m
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _AFTER = {"squared": 2, "cubed": 3}
 # These change the number, or are none of its unit.
-_REFUSED = {"hundred", "thousand", "million", "billion", "trillion", "dozen", "half", "halves", "more", "less", "pi", "and",
-            "or", "not", "where", "if", "to", "mod", "is", "plus", "minus", "times", "over", "by", "third", "quarter",
+_REFUSED = {"hundred", "thousand", "million", "billion", "trillion", "dozen", "half", "halves", "pi", "and",
+            "or", "not", "where", "if", "to", "mod", "is", "plus", "minus", "over", "by", "third", "quarter",
             "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "hundredth", "thousandth", "twice", "pair",
             "score", "than", "from", "between", "about", "approximately", "modulo", "for", "when", "base"}
 _LATEX = re.compile(r"\\(?:text|textrm|textbf|mathrm|mbox|operatorname|cdot)(?![A-Za-z])|[{}~*]")
