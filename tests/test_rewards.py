@@ -38,7 +38,9 @@ def test_final_answer(text, expected):
     ("**Final Answer:** 31", "31"), ("The final answer is: **31**", "31"), ("* **Answer**: 31", "31"), ("> **Answer:** 31", "31"),
     ("3. ANSWER: 31", "31"), ("final answer\uff1a31", "31"), ("Answer : *31*", "31"), ("_Answer: 31_", "31"), ("Answer: `31`", "31"),
     ("Answer: **31** metres", "31 metres"), ("Answer = 31", "31"), (r"\textbf{Answer:} $31$", "$31$"), ("#### 31 ####", "31"),
-    ("Answer: 2**5", "2**5"), ("Answer: He has **31** pens.", "31"), ("Answer: -31", "-31"), ("#### Answer: **31**", "31"),
+    ("Answer: 2**5", "2**5"), ("Answer: He has **31** pens.", "31"), ("Answer: The total number of pens is 31.", "31"),
+    ("Answer: Either there are 4, or it is 31.", "Either there are 4, or it is 31."), ("Answer: It is not 31.", "It is not 31."), ("Answer $31$", "$31$"),
+    ("Answer \\[ 31 \\]", "31"), ("Answer: -31", "-31"), ("#### Answer: **31**", "31"),
     # an answer below its label
     ("Answer:\n31", "31"), ("### Final Answer\n\n**31**", "31"), ("**Answer**\n\n$x = 31$\nas 3 + 28", "$x = 31$"),
     ("Final Answer:\n$$\n31\n$$", "31"), ("Answer:\n\\[\n\\frac{1}{3}\n\\]", r"\frac{1}{3}"), ("Answer:\n```\n31\n```", "31"),

@@ -19,7 +19,7 @@ from fractions import Fraction
 from dcmdp_jax.answers import units, values
 from dcmdp_jax.answers.computed import is_computed as is_computed
 from dcmdp_jax.answers.domains import MIRRORED, describes, domain
-from dcmdp_jax.answers.names import named_value, spread
+from dcmdp_jax.answers.names import is_curve, named_value, spread
 from dcmdp_jax.answers.read import Node, read
 from dcmdp_jax.answers.tokens import plain
 from dcmdp_jax.answers.work import Unreadable, Work
@@ -145,6 +145,8 @@ class _Comparison:
         if one[0] == other[0] == "rel":
             return self.relations(one, other)
         if "rel" in (one[0], other[0]):
+            if one[0] == "rel" and is_curve(one, self.work):
+                return False
             relation, bare = (one, other) if one[0] == "rel" else (other, one)
             return self.relation_and_value(relation, bare)
         if "text" in (one[0], other[0]):

@@ -42,6 +42,13 @@ def named_value(equation: Node, work: Work) -> Node | None:
     return None
 
 
+def is_curve(equation: Node, work: Work) -> bool:
+    """True if an equation, where it is asked for, is more than a value with a name: `x + y = 5`, `x^2 + y^2 = 25`."""
+    operator, left, right = equation[1:4]
+    return operator == "=" and any(side[0] == "add" and len(values.variables(side, work)) > 1 for side in (left, right)) \
+        and not _is_variable(left) and not _is_variable(right)
+
+
 def _is_segment(node: Node) -> bool:
     """True of `AB` and `ABC`, for a length, an area or an angle."""
     return node[0] == "mul" and len(node) > 2 and all(_is_variable(part) and part[1].isupper() for part in node[1:])

@@ -37,7 +37,7 @@ _PROSE = re.compile(r"[*_]*(?:\d+[.)]\s+[*_]*)?[A-Za-z]{2,}(?![A-Za-z]|\s*[=({])
 
 # Labels, with the marks of Markdown around them
 _MARKS = r"[>#*_+•\-\t \xa0\u3000]*(?:\d{1,2}[.)][ \t]*[*_]*)?(?:\\text(?:bf)?\{)?"
-_LABEL = re.compile(rf"^{_MARKS}(?:(?:the[ \t]+)?(?:final|correct)[ \t]+)?answer(?:[ \t]+is)?[*_ \t]*(?:[:：=][ \t]*\}}?|\r?$)",
+_LABEL = re.compile(rf"^{_MARKS}(?:(?:the[ \t]+)?(?:final|correct)[ \t]+)?answer(?:[ \t]+is)?[*_ \t]*(?:[:：=][ \t]*\}}?|(?=\$|\\[(\[])|\r?$)",
                     re.IGNORECASE | re.MULTILINE)
 _SENTENCE = re.compile(rf"(?:^{_MARKS}|[.!?:;][ \t]+[*_]*|\b(?:so|thus|hence|therefore|then)\b,?[ \t]+)(?:the[ \t]+)?"
                        r"(?:(?:final|correct)[ \t]+)?answer[ \t]+is[*_ \t]*([:：]?)", re.IGNORECASE | re.MULTILINE)
@@ -52,6 +52,7 @@ _DISPLAY = re.compile(r"\$\$([^$]{1,1000})\$\$|\\\[(.{1,1000}?)\\\]", re.DOTALL)
 _BULLETS = re.compile(r"[*_ \t\r]*\n\s*((?:^[ \t]*[-+*•][ \t]+\S.*\n?)+)", re.MULTILINE)
 _BULLET = re.compile(r"^[ \t]*[-+*•][ \t]+", re.MULTILINE)
 _EMPHASIS = re.compile(r"(?<=\S)(?:\*\*|__)(?=[\s.,;:!?)]|$)|(?:(?<=[\s(:])|^)(?:\*\*|__)(?=\S)")
+_IS = re.compile(r".*\b(?:is|are|equals|be)[ \t]+")
 _STRONG = re.compile(r"\*\*([^*]+)\*\*")
 # a sentence, a clause or a bracket behind an answer, without a number
 _REMARK = re.compile(r"(?:[.!]\s+(?=[A-Z])|,\s+(?=which\b|since\b|because\b)|\s+(?=\((?!mod\b)[A-Za-z\s,.'-]{3,}\)[.\s]*$))"
@@ -186,9 +187,12 @@ def _below(text: str, start: int) -> Statement:
 def _trimmed(line: str) -> str:
     """A line without its emphasis, and without a remark after the answer that has no number and no doubt in it."""
     line = line[:LONGEST].strip().strip("`")
-    strong = _STRONG.findall(line)
-    if len(strong) == 1 and _PROSE.match(line) and not line.startswith("*"):
-        line = strong[0]  # She has **42** apples.
+    if _PROSE.match(line) and not line.startswith("*"):
+        strong = _STRONG.findall(line)
+        if len(strong) == 1:
+            line = strong[0]  # She has **42** apples.
+        elif (verb := _IS.match(line)) and not _DOUBT.search(line) and (value := _ONE_VALUE.fullmatch(line, verb.end())):
+            line = value[1]  # The largest number is 42.
     line = _EMPHASIS.sub("", line).strip().strip("*_")
     if (remark := _REMARK.search(line)) and not _DOUBT.search(remark.group()):
         line = line[:remark.start()]
