@@ -28,6 +28,13 @@ def test_a_curve_that_is_asked_for_is_not_its_right_side(gold, equation):
     assert compare.equal(gold, equation) and compare.compare(equation, gold) is compare.Verdict.DIFFERENT
 
 
+@pytest.mark.parametrize("gold, answer, label", [
+    ("(3,8),(8,3)", "(x,y)=(3,8),(8,3)", True), ("(3,8),(8,3)", r"(x,y)=(3,8) \text{ and } (8,3)", True), ("(3,8),(8,3)", "(x,y)=(3,8),(8,4)", False),
+    ("(3,8),(8,3)", "(x,y)=(3,8),(x,y)=(8,3)", True), ("(a,b)=(3,8),(8,2)", "(a,b)=(8,3),(8,2)", False)])
+def test_a_name_before_the_first_tuple_is_for_all(gold, answer, label):
+    assert compare.equal(gold, answer) is label
+
+
 @pytest.mark.parametrize("gold, answer, label", answers_table.by_hand(), ids=lambda value: str(value)[:40])
 def test_pairs_labelled_by_hand(gold, answer, label):
     assert compare.equal(gold, answer) is label

@@ -11,15 +11,20 @@ _MODULI = ("z", "w", "v", "u")  # of which `|z| = 5` gives the absolute value; `
 
 
 def spread(node: Node) -> Node:
-    """Returns the equations `x = 1, y = 2` for `(x, y) = (1, 2)`, the set for `x \\in \\{1, 2\\}`, and any other node as
-    it is."""
+    """Returns the equations `x = 1, y = 2` for `(x, y) = (1, 2)`, the tuples for `(x, y) = (1, 2), (3, 4)`, the set for
+    `x \\in \\{1, 2\\}`, and any other node as it is."""
     if node[:2] == ("rel", "in") and node[2][0] == "var":
         return node[3]
-    if node[:2] == ("rel", "=") and node[2][0] == node[3][0] == "group" and len(node[2]) == len(node[3]):
-        lefts = node[2][3:]
-        if all(_is_variable(left) for left in lefts):
-            return "list", *(("rel", "=", left, right) for left, right in zip(lefts, node[3][3:]))
+    if _is_named_tuple(node):
+        return "list", *(("rel", "=", left, right) for left, right in zip(node[2][3:], node[3][3:]))
+    if node[0] == "list" and all(_is_named_tuple(item) or item[0] == "group" for item in node[1:]):
+        return "list", *(item[3] if item[0] == "rel" else item for item in node[1:])
     return node
+
+
+def _is_named_tuple(node: Node) -> bool:
+    return node[:2] == ("rel", "=") and node[2][0] == node[3][0] == "group" and len(node[2]) == len(node[3]) \
+        and all(map(_is_variable, node[2][3:]))
 
 
 def named_value(equation: Node, work: Work) -> Node | None:
