@@ -19,8 +19,9 @@ from fractions import Fraction
 from dcmdp_jax.answers import units, values
 from dcmdp_jax.answers.computed import is_computed as is_computed
 from dcmdp_jax.answers.domains import MIRRORED, describes, domain
+from dcmdp_jax.answers.cursor import Node
 from dcmdp_jax.answers.names import is_curve, named_value, spread
-from dcmdp_jax.answers.read import Node, read
+from dcmdp_jax.answers.read import read
 from dcmdp_jax.answers.tokens import plain
 from dcmdp_jax.answers.work import Unreadable, Work
 

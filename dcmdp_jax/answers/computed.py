@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
-from dcmdp_jax.answers.read import Node, read
+from dcmdp_jax.answers.cursor import Node
+from dcmdp_jax.answers.read import read
 from dcmdp_jax.answers.work import Unreadable
 
 _CONSTANTS = (r"\pi", "e", "i", r"\infty")

@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from dcmdp_jax.answers import values
-from dcmdp_jax.answers.read import Node
+from dcmdp_jax.answers.cursor import Node
 from dcmdp_jax.answers.work import Work
 
 DIGITS = 40

@@ -3,11 +3,11 @@ r"""What an equation gives the value of: `x` in `x = 5`, `m + n` in `m + n = 293
 from __future__ import annotations
 
 from dcmdp_jax.answers import values
-from dcmdp_jax.answers.read import Node
+from dcmdp_jax.answers.cursor import Node
 from dcmdp_jax.answers.work import Work
 
 _CONSTANTS = (r"\pi", "e", "i", r"\infty")
-_MODULI = ("z", "w", "v", "u")  # of which `|z| = 5` gives the absolute value; `|x| = 5` is solved for x
+_MODULI = ("z", "w", "v", "u")  # of these `|z| = 5` gives the absolute value; `|x| = 5` is solved for x
 
 
 def spread(node: Node) -> Node:
@@ -36,6 +36,8 @@ def named_value(equation: Node, work: Work) -> Node | None:
     left, right = equation[2:4]
     for name, value in ((left, right), (right, left)):
         if _is_variable(name) or name[0] == "applied" or _is_segment(name) or _is_derivative(name):
+            return value
+        if name[0] == "group" and all(map(_is_variable, name[3:])):
             return value
         if value == ("num", 0) and not _is_sum_of_variables(name):
             continue
@@ -72,7 +74,8 @@ def _is_name(node: Node, work: Work) -> bool:
     if node[0] == "ratio":
         return all(_is_variable(part) or _is_segment(part) for part in node[1:])
     if node[0] == "fn" and node[1] == "abs":
-        return _is_name(node[2], work) or _is_variable(node[2]) and node[2][1].rstrip("_0123456789") in _MODULI
+        inside = node[2]
+        return _is_name(inside, work) or _is_variable(inside) and ("{" in inside[1] or inside[1][0] in _MODULI)
     if node[0] == "fn" and node[1] in ("sin", "cos", "tan", "cot", "sec", "csc"):
         return _is_variable(node[2]) or _is_name(node[2], work)
     return _is_polynomial(node) and len(values.variables(node, work)) > 1

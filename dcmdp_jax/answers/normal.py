@@ -47,6 +47,7 @@ _THOUSANDS = re.compile(  # a mark between two groups of digits that no list has
     r"(?=\d{3}(?!\d))", re.ASCII)
 _POWER = re.compile(r"(?<=[\w)}])\s*\*\*\s*(?=[\w({\\-])", re.ASCII)
 _MODULE = re.compile(r"\b(?:np|math|sympy)\.(?=[a-z])")
+_NO_WHOLE_PART = re.compile(r"(?<!\d)\.(?=\\(?:overline|bar|dot)\b)", re.ASCII)
 _EMPHASIS = ("***", "**", "__", "`")
 
 
@@ -59,7 +60,7 @@ def normal(text: str) -> str:
     text = _THOUSANDS.sub("", text)
     text = _compatible(text.translate(_TRANSLATED)).translate(_TRANSLATED)
     text = _THOUSANDS.sub("", text)  # full-width digits are digits now
-    text = _MODULE.sub("", _POWER.sub("^", text))
+    text = _NO_WHOLE_PART.sub("0.", _MODULE.sub("", _POWER.sub("^", text)))
     text = _without_emphasis(text.strip())
     return text if text.endswith("...") else text.rstrip(". ")
 

@@ -131,6 +131,9 @@ def _without_looks(lexemes: Sequence[Token]) -> list[Token]:
         if (length := _degree(lexemes, at - 1)):
             tokens.append(Token("name", "degrees", spaced))
             at += length - 1
+        elif token.text == r"\not" and following == "=":
+            tokens.append(Token("cmd", r"\ne", spaced))
+            at += 1
         elif token.text in _WITH_SETTING:
             while at < len(lexemes) and lexemes[at].text != "}":
                 at += 1

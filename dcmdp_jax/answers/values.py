@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from decimal import Decimal
 from fractions import Fraction
 
-from dcmdp_jax.answers.read import Node
+from dcmdp_jax.answers.cursor import Node
 from dcmdp_jax.answers.work import Work
 
 DIGITS = 60
