@@ -14,13 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcmdp_jax import data
-from dcmdp_jax.answers import compare, judge, read, tokens, units, values, work
+from dcmdp_jax.answers import compare, judge, names, read, tokens, units, values, work
 
 SHARED = pathlib.Path(__file__).parents[1].parent / "shared" / "data" / "math_eval"
 SETS = ("aime24", "aime25", "amc23", "math500", "minerva_math", "olympiadbench")
 
 
-SUMS = ("m+n=293", "a^2+b^2=25", "10a+b = 25", r"\angle A + \angle B = 12^\circ", "a + b = 0", "m - n = 0")  # are no gold for their value
+def is_curve(text):
+    """True of `m + n = 5`, which names its value 5, but is no gold for it."""
+    try:
+        node = read.read(text)
+    except work.Unreadable:
+        return False
+    return node[0] == "rel" and names.is_curve(node, work.Work())
+
 
 
 @pytest.mark.parametrize("gold, equation", [("5", "p+q=5"), ("25", "x^2+y^2=25"), ("7", "3x - 2y = 7"), ("0", "p - q = 0")])
@@ -38,7 +45,7 @@ def test_a_name_before_the_first_tuple_is_for_all(gold, answer, label):
 @pytest.mark.parametrize("gold, answer, label", answers_table.by_hand(), ids=lambda value: str(value)[:40])
 def test_pairs_labelled_by_hand(gold, answer, label):
     assert compare.equal(gold, answer) is label
-    assert compare.equal(answer, gold) is (label and answer not in SUMS)
+    assert compare.equal(answer, gold) is (label and ("=" in gold or not is_curve(answer)))
     assert compare.equal(gold, gold) and compare.equal(answer, answer)
 
 
