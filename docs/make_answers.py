@@ -1,24 +1,27 @@
 r"""Writes docs/answers.md: how often a right and a wrong completion earns what it should, and our judge beside math-verify.
 
-    python -m docs.make_answers SETS_FOLDER [GSM8K_FILE] [--pairs FOLDER]
+    python -m docs.make_answers SETS_FOLDER [GSM8K_FILE] [--reports FOLDER] [--tests FOLDER]
 
-SETS_FOLDER holds the six evaluation sets' JSONL files, GSM8K_FILE more problems, and FOLDER files of labelled pairs, one
-{"gold": ..., "answer": ..., "equal": true} a line, of which the page holds counts alone. Needs math-verify
-(`pip install 'dcmdp-jax[answers]'`). The pairs and spellings are those of tests/answers_table.py and tests/spellings.py.
+SETS_FOLDER holds the six evaluation sets' JSONL files and GSM8K_FILE more problems. `--reports` are JSONL files of labelled
+pairs, one {"gold": ..., "answer": ..., "equal": true} a line; `--tests` are math-verify's own, the tests/ of a clone of
+github.com/huggingface/Math-Verify. Needs math-verify (`pip install 'dcmdp-jax[answers]'`). The other pairs and the spellings
+are those of tests/answers_table.py and tests/spellings.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import collections
 import concurrent.futures
 import importlib.metadata
 import json
 import pathlib
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-from dcmdp_jax import data
+from dcmdp_jax import data, rewards
 from dcmdp_jax.answers import judge
 from dcmdp_jax.records import Example
 
@@ -30,7 +33,7 @@ PAGE = pathlib.Path(__file__).with_name("answers.md")
 SHOWN = 15  # disagreements of a rule's pairs that are listed, evenly spread
 INTRODUCTION = r'''# Answers: what earns a reward, and our judge beside math-verify
 
-This page is made by `python -m docs.make_answers SETS_FOLDER GSM8K_FILE --pairs FOLDER`.
+This page is made by `python -m docs.make_answers SETS_FOLDER GSM8K_FILE --reports FOLDER --tests FOLDER`.
 
 ## Golds as a model writes them
 
@@ -49,33 +52,56 @@ PAIRS = r'''
 ## Two judges on labelled pairs
 
 `answers.judge` (our reader, and math-verify for what it cannot read) against math-verify {version} alone, on pairs of answers
-whose equality is known: written and labelled by hand, made by rule from random fractions and from the gold answers of the sets,
-and from public reports about other graders, which neither author wrote. The first of a pair is the gold answer.
+whose equality is known. The first of a pair is the gold answer, and "right" counts verdicts that are the label. The pairs by
+hand were written while the reader was, and the rules that make pairs from random fractions and from the gold answers of the sets
+by its author: they show what it does, not how often a model's answer would be misjudged. The public reports are of faults that
+users found in other graders. Math-verify's own tests carry its authors' labels; their answers are what `rewards.final_answer`
+finds in them.
 
-"Right" counts verdicts that are the label. The pairs by hand were written while the reader was, and the rules by its author:
-they show what it does, not how often a model's answer would be misjudged. Some labels are conventions, which math-verify
-chooses otherwise: it rounds to six digits, is freer with order, repetition and case, and drops units unread. Where our judge
-asks math-verify, it refuses what comes about by these.
+Some labels are conventions on which the two differ. Math-verify rounds to six digits, is freer with order, repetition and case,
+takes a comma for a decimal point and a number out of a sentence, and drops units unread. Where our judge asks math-verify, it
+refuses what comes about by these. Of the pairs that our author did not write, the page lists those in which math-verify alone
+is right.
 
 '''
+
+REPORTS, TESTS = "public reports", "math-verify's tests"  # of which our author wrote none
 
 Group = Sequence[tuple[str, str, bool]]  # gold, answer, whether they are equal
 
 
-def write(sets: pathlib.Path, gsm8k: pathlib.Path | None, pairs: pathlib.Path | None) -> None:
+def write(sets: pathlib.Path, gsm8k: pathlib.Path | None, reports: pathlib.Path | None, tests: pathlib.Path | None) -> None:
     files = [*([gsm8k] if gsm8k else []), *sorted(sets.glob("*.jsonl"))]
     problems = {"gsm8k" if file == gsm8k else file.stem: data.read(file) for file in files}
     groups = {"by hand": answers_table.by_hand(), "random fractions": answers_table.numbers()}
     groups |= {name: answers_table.gold_forms(example.answer for example in examples) for name, examples in problems.items()}
-    if pairs:
-        groups["public reports"] = _read_pairs(pairs)
+    if reports:
+        groups[REPORTS] = _reports(reports)
+    if tests:
+        groups[TESTS] = _tests(tests)
     page = [INTRODUCTION, *_spellings(problems), *_judges(groups)]
     PAGE.write_text("".join(page), encoding="utf-8")
 
 
-def _read_pairs(folder: pathlib.Path) -> Group:
+def _reports(folder: pathlib.Path) -> Group:
     rows = [json.loads(line) for path in sorted(folder.rglob("*.jsonl")) for line in path.read_text(encoding="utf-8").splitlines()]
     return [(row["gold"], row["answer"], row["equal"]) for row in rows if row.keys() >= {"gold", "answer", "equal"}]
+
+
+def _tests(folder: pathlib.Path) -> Group:
+    """The tuples `(gold, completion, 0 or 1)` that stand in test files, which are read and not run."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("test_*.py"))]
+    tuples = [node.elts[:3] for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Tuple)]
+    rows = [tuple(part.value for part in parts) for parts in tuples if all(isinstance(part, ast.Constant) for part in parts)]
+    pairs = [(row[0], row[1], row[2] == 1) for row in rows if list(map(type, row)) == [str, str, int]]
+    return list(dict.fromkeys((_formula(gold), _formula(answer), label) for gold, answer, label in pairs))
+
+
+def _formula(text: str) -> str:
+    """What a text states, or else the text without the dollars around it."""
+    stated = rewards.final_answer(text) or text.strip()
+    alone = re.fullmatch(r"(\$\$?)([^$]+)\1", stated)
+    return alone[2].strip() if alone else stated
 
 
 def _spellings(problems: dict[str, list[Example]]) -> Iterator[str]:
@@ -128,9 +154,9 @@ def _judges(groups: dict[str, Group]) -> Iterator[str]:
 
 
 def _disagreements(name: str, apart: list[tuple[str, str, bool, bool, bool]]) -> Iterator[str]:
-    """All in which math-verify is right; the others whole or in part, and none of the public reports."""
+    """All in which math-verify is right; the others whole or in part, and none of those that our author did not write."""
     theirs = [row for row in apart if row[4] == row[2]]
-    ours = [row for row in apart if row[3] == row[2] and name != "public reports"]
+    ours = [row for row in apart if row[3] == row[2] and name not in (REPORTS, TESTS)]
     listed = [*theirs, *(ours if name == "by hand" else ours[::-(-len(ours) // SHOWN) or 1])]
     if listed:
         yield f"\n### Disagreements: {name}\n\n" + _table(("gold", "answer", "equal", "who is right"), (
@@ -151,6 +177,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Writes docs/answers.md.")
     parser.add_argument("sets", type=pathlib.Path, help="folder of the six evaluation sets' JSONL files")
     parser.add_argument("gsm8k", type=pathlib.Path, nargs="?", help="GSM8K's test.jsonl")
-    parser.add_argument("--pairs", type=pathlib.Path, help="folder of JSONL files of labelled pairs")
-    arguments = parser.parse_args()
-    write(arguments.sets, arguments.gsm8k, arguments.pairs)
+    parser.add_argument("--reports", type=pathlib.Path, help="folder of JSONL files of labelled pairs")
+    parser.add_argument("--tests", type=pathlib.Path, help="folder of math-verify's test files")
+    write(**vars(parser.parse_args()))
