@@ -165,7 +165,9 @@ class _Comparison:
         if "qualified" in (one[0], other[0]):
             return one[0] == other[0] and one[2] == other[2] and self.same(one[1], other[1])
         kinds = {one[0], other[0]}
-        if kinds == {"group", "matrix"} or kinds.issubset(_SETS):
+        if "residue" in kinds:
+            return kinds == {"residue"} and self.residues(one, other)
+        if kinds == {"group", "matrix"} or kinds.issubset(_SETS) or _is_compound(one) or _is_compound(other):
             raise values.Unknown("two forms")
         if kinds.intersection(_NO_EXPRESSION):
             return False
@@ -233,6 +235,14 @@ class _Comparison:
         if len(one) != len(other):
             return False
         return all(values.equal(("mul", a, other[1]), ("mul", b, one[1]), self.work) for a, b in zip(one[2:], other[2:]))
+
+    def residues(self, one: Node, other: Node) -> bool:
+        """`3 mod 5` equals `8 mod 5`."""
+        if not values.equal(one[2], other[2], self.work):
+            return False
+        difference = "add", one[1], ("neg", other[1])
+        turns = values.value(("div", difference, one[2]), {}, self.work)
+        return isinstance(turns, Fraction) and turns.denominator == 1
 
     # --- relations
 
@@ -329,6 +339,11 @@ def _renamed(node: Node, old: str, new: str) -> Node:
 def _has_different_names(items: Sequence[Node]) -> bool:
     """True if items are equations that each name a value, of more than one name."""
     return all(item[:2] == ("rel", "=") for item in items) and len({item[2] for item in items}) == len(items) > 1
+
+
+def _is_compound(node: Node) -> bool:
+    """True of sums, products and powers that hold a matrix, a tuple or a set: they are not computed here."""
+    return node[0] in ("add", "mul", "div", "neg", "pow", "fn") and _holds(node, "matrix", "group", "set")
 
 
 def _is_opaque(node: Node) -> bool:

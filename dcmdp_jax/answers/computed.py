@@ -55,7 +55,7 @@ def _is_computed(node: Node) -> bool:
         return _is_computed(left if turned else right)
     if kind == "rel":
         return all(map(_is_computed, parts[1:]))
-    if kind in ("list", "set", "union", "without", "both", "either", "ratio"):
+    if kind in ("list", "set", "union", "without", "both", "either", "ratio", "residue"):
         return all(map(_is_computed, parts))
     if kind == "such":
         return _is_computed(parts[1])

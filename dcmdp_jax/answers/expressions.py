@@ -27,7 +27,8 @@ _MARKED = {r"\overline", r"\hat", r"\widehat", r"\vec", r"\overrightarrow", r"\t
 SHAPES = {r"\angle", r"\triangle"}  # the letters behind them belong to a name
 _FACTORS = {r"\frac", r"\binom", r"\sqrt", r"\surd", r"\begin", r"\emptyset", *_MARKED, *SHAPES, *_LETTERS,
             *(rf"\{name}" for name in FUNCTIONS)}
-JOINING = ("and", "or", "to")
+JOINING = ("and", "or", "to", "mod")
+MODULO = (r"\pmod", r"\bmod", r"\mod", "mod")
 _BEHIND_UNIT = {",", ";", ":", "(", ")", "[", "]", "{", "}", "+", "-", "|", r"\}", r"\cup", r"\setminus", r"\pm",
                 *RELATIONS}
 _WORDS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
@@ -146,6 +147,8 @@ class Expressions(Cursor):
                 return False
             closed = self.peek(-1) in (")", "}") and not self.spaced()
             return closed or not units.is_word(text, self.spaced())
+        if text == "(" and self.peek(1) in MODULO:
+            return False
         if text == r"\frac" and self.worded and self.peek(1) == "{" and self.kind(2) == "name":
             return len(self.peek(2)) == 1 and not units.read(self.peek(2)).known  # else a unit over a unit
         return kind == "num" or text in ("(", "[", r"\lfloor", r"\lceil") or text in _FACTORS
@@ -320,7 +323,7 @@ class Expressions(Cursor):
         if name == r"\emptyset":
             return ("set",)
         if name == r"\mathbb{R}":
-            return ("reals",)
+            return self.reals()
         if name in _MARKED:
             return self.variable(f"{name}{{{self.raw()}}}")
         if name in SHAPES:
@@ -331,6 +334,18 @@ class Expressions(Cursor):
         if name in _LETTERS or name.startswith(r"\mathbb"):
             return self.variable(name)
         raise Unreadable(name)
+
+    def reals(self) -> Node:
+        """The real numbers, the positive or the negative ones, or a space of them."""
+        if not self.take("^"):
+            return ("reals",)
+        zero, infinity = ("num", Fraction(0)), ("var", r"\infty")
+        power = self.raw()
+        if power == "+":
+            return "group", "(", ")", zero, infinity
+        if power == "-":
+            return "group", "(", ")", ("neg", infinity), zero
+        return "var", rf"\mathbb{{R}}^{power}"
 
     def function(self, name: str) -> Node:
         base = power = None

@@ -8,6 +8,7 @@ kind first:
     ("list", *items)  ("set", *items)  ("group", open, close, *items): a tuple or an interval
     ("union", *pieces)  ("without", set, set)  ("reals",)  ("such", name, condition): a set by what holds for its members
     ("both", *conditions)  ("either", *conditions): joined by `and`, by `or`
+    ("residue", a, modulus): a congruence but for what it is of
     ("matrix", *rows of cells)  ("det", *rows of cells)  ("ratio", *parts)  ("clock", *parts): a ratio or a time of day
     ("rel", operator, left, right): also a chain of two inequalities, as in ("rel", "< <=", left, right, middle)
     ("applied", name, *arguments): the left side of `f(x) = 2x`, its arguments as they are written
@@ -20,7 +21,7 @@ import re
 from collections.abc import Sequence
 
 from dcmdp_jax.answers.cursor import Node, counted
-from dcmdp_jax.answers.expressions import FUNCTIONS, JOINING, RELATIONS, SHAPES, Expressions, is_part_of
+from dcmdp_jax.answers.expressions import FUNCTIONS, JOINING, MODULO, RELATIONS, SHAPES, Expressions, is_part_of
 from dcmdp_jax.answers.work import Unreadable, Work
 
 _DEFINED = re.compile(r"(\\?[A-Za-z]+(?:_\w|_\{\w+\})?'*)\(([\w\\,|;]+)\)")
@@ -67,6 +68,10 @@ class _Reader(Expressions):
             left = ("var", "")  # `= 5` and `> 5`, of what was asked for
         else:
             left = self.named() or self.side()
+        if self.take(r"\equiv"):
+            left = self.side()
+            if left[0] != "residue":
+                raise Unreadable("a congruence without a modulus")
         if self.peek() not in RELATIONS:
             return left
         operator = RELATIONS[self.take(*RELATIONS)]
@@ -86,8 +91,15 @@ class _Reader(Expressions):
         return "rel", f"{operator} {second}", left, end, right
 
     def side(self) -> Node:
-        """What may stand beside a relation: an expression, a set or a ratio."""
+        """What may stand beside a relation: an expression, a set, a ratio or a residue."""
         value = self.union()
+        if self.take(*MODULO):
+            return "residue", value, self.unworded(self.braced)
+        if self.peek() == "(" and self.peek(1) in MODULO:
+            self.at += 2
+            modulus = self.unworded(self.sum)
+            self.need(")")
+            return "residue", value, modulus
         if self.take(":"):
             return self.ratio(value)
         return ("ratio", value, self.union()) if self.says("to") else value
@@ -168,6 +180,8 @@ class _Reader(Expressions):
 
     def difference(self) -> Node:
         value = self.sum()
+        while self.take(r"\cap"):
+            value = "both", value, self.sum()
         if self.take(r"\setminus", "-"):  # a sum ends at a minus sign before a set
             return "without", value, self.sum()
         return value

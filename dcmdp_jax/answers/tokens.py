@@ -48,6 +48,7 @@ _SPELLINGS = {
     r"\div": "/", r"\measuredangle": r"\angle", r"\bar": r"\overline", r"\lgroup": "(", r"\rgroup": ")", r"\degree": "degrees",
     r"\ldots": "...", r"\dots": "...", r"\cdots": "...", r"\dotsc": "...", r"\cr": r"\\",
 }
+_OTHER_NAMES = {"tg": "tan", "ctg": "cot", "cotg": "cot", "arctg": "arctan", "cosec": "csc"}
 _JOINERS = {r"\land": "and", r"\wedge": "and", r"\lor": "or", r"\vee": "or"}
 _TAKES_ONE = {"^", "_", r"\frac", r"\sqrt", r"\binom", r"\overline"}  # braces behind these hold what they take
 _OPENS = {"(": ")", "[": "]", r"\{": r"\}", r"\langle": r"\rangle", "{": "}"}
@@ -102,6 +103,8 @@ def _lexemes(text: str) -> list[Token]:
         if kind in ("row", "dots"):
             lexeme = r"\\" if kind == "row" else "..."
         lexeme = _SPELLINGS.get(lexeme, lexeme)
+        if lexeme.lstrip("\\") in _OTHER_NAMES:
+            lexeme = lexeme.replace(lexeme.lstrip("\\"), _OTHER_NAMES[lexeme.lstrip("\\")])
         if lexeme in _JOINERS:
             found.append(Token("name", _JOINERS[lexeme], spaced))
         elif kind in ("num", "word"):
