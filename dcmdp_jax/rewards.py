@@ -12,6 +12,9 @@ from dcmdp_jax.answers import compare, judge
 from dcmdp_jax.answers.computed import is_computed, is_number
 from dcmdp_jax.answers.stated import final_answer
 from dcmdp_jax.records import Example, Rollout, Scored
+_CHOICE = re.compile(r"(?:\\text\w*\s*\{)?\(?[A-J]\)?\}?")
+_CHOSEN = re.compile(r"(?:\\text\w*\s*\{)?\s*(?:\(([A-J])\)|([A-J])[).:])[\s}]*[^\s}]")  # with what it says: (B) 12
+
 
 def math_answer(example: Example, text: str) -> float:
     """1.0 if the answer that `text` states is judged equal to `example.answer`, else 0.0. Training and evaluation both ask it.
@@ -25,6 +28,8 @@ def math_answer(example: Example, text: str) -> float:
         return 0.0
     if is_number(example.answer):
         return float(is_computed(stated) and compare.equal(example.answer, stated))
+    if _CHOICE.fullmatch(example.answer) and (chosen := _CHOSEN.match(stated)):
+        stated = chosen[1] or chosen[2]
     if not is_computed(stated) and _copied(stated, example):
         return 0.0
     return float(judge.equal(example.answer, stated))

@@ -40,6 +40,7 @@ def test_final_answer(text, expected):
     ("Answer: **31** metres", "31 metres"), ("Answer = 31", "31"), (r"\textbf{Answer:} $31$", "$31$"), ("#### 31 ####", "31"),
     ("Answer: 2**5", "2**5"), ("Answer: He has **31** pens.", "31"), ("Answer: The total number of pens is 31.", "31"),
     ("Answer: Either there are 4, or it is 31.", "Either there are 4, or it is 31."), ("Answer: It is not 31.", "It is not 31."), ("Answer $31$", "$31$"),
+    ("\u2705 **Answer: 31**", "31"), ("Answer\uff1a**31**\u3002", "31"), ("The answer is **31**, as required.", "31"), ("The answer is 4!", "4!"),
     ("Answer \\[ 31 \\]", "31"), ("Answer: -31", "-31"), ("#### Answer: **31**", "31"),
     # an answer below its label
     ("Answer:\n31", "31"), ("### Final Answer\n\n**31**", "31"), ("**Answer**\n\n$x = 31$\nas 3 + 28", "$x = 31$"),
@@ -89,6 +90,10 @@ def test_what_a_completion_states(text, expected):
     ("31", r"\boxed{30+1}", 0), ("31", r"\boxed{31 = 30}", 0),
     # the value of a named quantity
     ("31", r"\boxed{p+q = 14+17 = 31}", 1), ("31", r"\boxed{CD = 31}", 1), ("31", r"\boxed{p+q = 14+17 = 30}", 0), ("31", r"\boxed{p+q = 14+17}", 0),
+    # choices, with what they say or without
+    ("B", "Answer: (B) 31", 1), ("(B)", r"\boxed{\text{(B) } 31}", 1), (r"\text{(B)}", r"\boxed{B. 31}", 1), ("B", "Answer: B) the last", 1),
+    ("B", "Answer: (C) 31", 0), ("B", r"\boxed{31}", 0), ("B", "Answer: Ben", 0), ("yes", "**Answer:** Yes.", 1), ("yes", "**Answer:** No.", 0),
+    ("no", r"\boxed{\text{No}}", 1),
     # lists
     ("4,6,9", r"So \boxed{4}, \boxed{6} and \boxed{9}.", 1), ("4,6,9", r"So \boxed{4}, \boxed{6}.", 0), ("9", r"So \boxed{4}, \boxed{6}, \boxed{9}.", 0),
     ("x=4, y=6", r"$y=\boxed{6}$ and $x=\boxed{4}$", 1), ("x=4, y=6", r"$y=\boxed{4}$ and $x=\boxed{6}$", 0),

@@ -27,6 +27,7 @@ from dcmdp_jax.answers.work import Unreadable, Work
 _DEFINED = re.compile(r"(\\?[A-Za-z]+(?:_\w|_\{\w+\})?'*)\(([\w\\,|;]+)\)")
 _ALL_REALS = re.compile(r"(?:x is )?(?:all|any) real(?: number|s| numbers| values)?"
                         r"(?: (except|except for|but|but not|other than|excluding|besides))?(?: x)?")
+_SHORT_WORDS = ("yes", "no", "odd")  # others of so few letters are products of variables
 _NO_NUMBERS = {"empty set", "the empty set", "no solution", "no solutions", "no real solution", "no real solutions"}
 
 
@@ -128,7 +129,7 @@ class _Reader(Expressions):
             return None  # a variable
         upright = any(token.kind == "name" for token in run)
         functions = any(token.text.startswith(name) for name in FUNCTIONS for token in run)
-        if not upright and (len(said.replace(" ", "")) < 4 or functions):
+        if not upright and (len(said.replace(" ", "")) < 4 and said not in _SHORT_WORDS or functions):
             return None
         if any(token.text in FUNCTIONS for token in run):
             return None  # `\\operatorname{tan} x`

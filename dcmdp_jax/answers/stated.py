@@ -36,7 +36,7 @@ _TITLE = re.compile(r"\W*(?:final|answer|summary|conclusion|solution|explanation
 _PROSE = re.compile(r"[*_]*(?:\d+[.)]\s+[*_]*)?[A-Za-z]{2,}(?![A-Za-z]|\s*[=({])")  # begins with a word, or `2.` and a word
 
 # Labels, with the marks of Markdown around them
-_MARKS = r"[>#*_+•\-\t \xa0\u3000]*(?:\d{1,2}[.)][ \t]*[*_]*)?(?:\\text(?:bf)?\{)?"
+_MARKS = r"(?:[^\w\n\\$|]|_)*(?:\d{1,2}[.)][ \t]*[*_]*)?(?:\\text(?:bf)?\{)?"
 _LABEL = re.compile(rf"^{_MARKS}(?:(?:the[ \t]+)?(?:final|correct)[ \t]+)?answer(?:[ \t]+is)?[*_ \t]*(?:[:：=][ \t]*\}}?|(?=\$|\\[(\[])|\r?$)",
                     re.IGNORECASE | re.MULTILINE)
 _SENTENCE = re.compile(rf"(?:^{_MARKS}|[.!?:;][ \t]+[*_]*|\b(?:so|thus|hence|therefore|then)\b,?[ \t]+)(?:the[ \t]+)?"
@@ -46,16 +46,16 @@ _SENTENCE = re.compile(rf"(?:^{_MARKS}|[.!?:;][ \t]+[*_]*|\b(?:so|thus|hence|the
 _VALUE = re.compile(r"[*_]*[-+]?(?:\d|\$|\\\()")
 _ONE_VALUE = re.compile(  # a formula, bold text, a choice or a number with one word behind it, and the end of the sentence
     r"[ \t]*((?:\*\*)?(?:\$(?:[^$\\\n]|\\.){1,300}\$|\\\([^\n]{1,200}?\\\)|\*\*[^*\n]{1,200}\*\*|\(?[A-J]\)?"
-    r"|[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?:[ \t][A-Za-z]+)?)(?:\*\*)?)[.!]?[*_]*[ \t\r]*(?=$|[ \t][A-Z])", re.MULTILINE)
+    r"|[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?:[ \t][A-Za-z]+)?)(?:\*\*)?)[.。]?[*_]*[ \t\r]*(?=$|[ \t][A-Z])", re.MULTILINE)
 _BLANK = re.compile(r"[\s*_]*(?:```\w*[ \t]*\r?\n)?[\s*_`]*")
 _DISPLAY = re.compile(r"\$\$([^$]{1,1000})\$\$|\\\[(.{1,1000}?)\\\]", re.DOTALL)
 _BULLETS = re.compile(r"[*_ \t\r]*\n\s*((?:^[ \t]*[-+*•][ \t]+\S.*\n?)+)", re.MULTILINE)
 _BULLET = re.compile(r"^[ \t]*[-+*•][ \t]+", re.MULTILINE)
-_EMPHASIS = re.compile(r"(?<=\S)(?:\*\*|__)(?=[\s.,;:!?)]|$)|(?:(?<=[\s(:])|^)(?:\*\*|__)(?=\S)")
+_EMPHASIS = re.compile(r"(?<=\S)(?:\*\*|__)(?=[\s.,;:!?)。]|$)|(?:(?<=[\s(:])|^)(?:\*\*|__)(?=\S)")
 _IS = re.compile(r".*\b(?:is|are|equals|be)[ \t]+")
 _STRONG = re.compile(r"\*\*([^*]+)\*\*")
 # a sentence, a clause or a bracket behind an answer, without a number
-_REMARK = re.compile(r"(?:[.!]\s+(?=[A-Z])|,\s+(?=which\b|since\b|because\b)|\s+(?=\((?!mod\b)[A-Za-z\s,.'-]{3,}\)[.\s]*$))"
+_REMARK = re.compile(r"(?:[.!]\s+(?=[A-Z])|,\s+(?=which\b|since\b|because\b|as\b)|\s+(?=\((?!mod\b)[A-Za-z\s,.'-]{3,}\)[.\s]*$))"
                      r"[^\d\\$]*$")
 _DOUBT = re.compile(r"\b(?:or|not|no|but|maybe|wait|wrong|incorrect|actually|instead|either)\b", re.IGNORECASE)
 
@@ -193,7 +193,7 @@ def _trimmed(line: str) -> str:
             line = strong[0]  # She has **42** apples.
         elif (verb := _IS.match(line)) and not _DOUBT.search(line) and (value := _ONE_VALUE.fullmatch(line, verb.end())):
             line = value[1]  # The largest number is 42.
-    line = _EMPHASIS.sub("", line).strip().strip("*_")
+    line = _EMPHASIS.sub("", line).strip().strip("*_").removesuffix("。")
     if (remark := _REMARK.search(line)) and not _DOUBT.search(remark.group()):
         line = line[:remark.start()]
     return line.strip()
