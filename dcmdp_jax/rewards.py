@@ -13,7 +13,7 @@ from dcmdp_jax.answers.computed import is_computed, is_number
 from dcmdp_jax.answers.stated import final_answer
 from dcmdp_jax.records import Example, Rollout, Scored
 _CHOICE = re.compile(r"(?:\\text\w*\s*\{)?\(?[A-J]\)?\}?")
-_CHOSEN = re.compile(r"(?:\\text\w*\s*\{)?\s*(?:\(([A-J])\)|([A-J])[).:])[\s}]*[^\s}]")  # with what it says: (B) 12
+_CHOSEN = re.compile(r"(?:\\text\w*\s*\{)?\s*(?:\(([A-J])\)|([A-J])[).:])[\s}]*[\w$\\(]")  # with what it says: (B) 12
 
 
 def math_answer(example: Example, text: str) -> float:
