@@ -30,7 +30,7 @@ import answers_table  # noqa: E402
 import spellings  # noqa: E402
 
 PAGE = pathlib.Path(__file__).with_name("answers.md")
-SHOWN = 15  # disagreements of a rule's pairs that are listed, evenly spread
+SHOWN = 25  # pairs of a group in which our judge alone is right that are listed, evenly spread
 INTRODUCTION = r'''# Answers: what earns a reward, and our judge beside math-verify
 
 This page is made by `python -m docs.make_answers SETS_FOLDER GSM8K_FILE --reports FOLDER --tests FOLDER`.
@@ -89,12 +89,14 @@ def _reports(folder: pathlib.Path) -> Group:
 
 
 def _tests(folder: pathlib.Path) -> Group:
-    """The tuples `(gold, completion, 0 or 1)` that stand in test files, which are read and not run."""
+    """The tuples `(gold, completion, 0 or 1)` that stand in test files, which are read and not run; without the completions
+    that state nothing."""
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("test_*.py"))]
     tuples = [node.elts[:3] for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Tuple)]
     rows = [tuple(part.value for part in parts) for parts in tuples if all(isinstance(part, ast.Constant) for part in parts)]
     pairs = [(row[0], row[1], row[2] == 1) for row in rows if list(map(type, row)) == [str, str, int]]
-    return list(dict.fromkeys((_formula(gold), _formula(answer), label) for gold, answer, label in pairs))
+    found = dict.fromkeys((_formula(gold), _formula(answer), label) for gold, answer, label in pairs)
+    return [pair for pair in found if max(map(len, pair[:2])) <= 200]
 
 
 def _formula(text: str) -> str:
@@ -154,10 +156,10 @@ def _judges(groups: dict[str, Group]) -> Iterator[str]:
 
 
 def _disagreements(name: str, apart: list[tuple[str, str, bool, bool, bool]]) -> Iterator[str]:
-    """All in which math-verify is right; the others whole or in part, and none of those that our author did not write."""
+    """All in which math-verify is right; the others in part, and none of those that our author did not write."""
     theirs = [row for row in apart if row[4] == row[2]]
     ours = [row for row in apart if row[3] == row[2] and name not in (REPORTS, TESTS)]
-    listed = [*theirs, *(ours if name == "by hand" else ours[::-(-len(ours) // SHOWN) or 1])]
+    listed = [*theirs, *ours[::-(-len(ours) // SHOWN) or 1]]
     if listed:
         yield f"\n### Disagreements: {name}\n\n" + _table(("gold", "answer", "equal", "who is right"), (
             (_code(gold), _code(answer), "yes" if label else "no", "ours" if our == label else "math-verify")

@@ -39,7 +39,8 @@ def test_final_answer(text, expected):
     ("3. ANSWER: 31", "31"), ("final answer\uff1a31", "31"), ("Answer : *31*", "31"), ("_Answer: 31_", "31"), ("Answer: `31`", "31"),
     ("Answer: **31** metres", "31 metres"), ("Answer = 31", "31"), (r"\textbf{Answer:} $31$", "$31$"), ("#### 31 ####", "31"),
     ("Answer: 2**5", "2**5"), ("Answer: He has **31** pens.", "31"), ("Answer: The total number of pens is 31.", "31"),
-    ("Answer: Either there are 4, or it is 31.", "Either there are 4, or it is 31."), ("Answer: It is not 31.", "It is not 31."), ("Answer $31$", "$31$"),
+    ("Answer: Either there are 4, or it is 31.", "Either there are 4, or it is 31."), ("Answer: It is not 31.", "It is not 31."),
+    ("4 and 27. Final Answer: The sum of $a$ and $b$ is 31. I hope it is correct.", "31"), ("Is the Answer: 31", None), ("Answer $31$", "$31$"),
     ("\u2705 **Answer: 31**", "31"), ("Answer\uff1a**31**\u3002", "31"), ("The answer is **31**, as required.", "31"), ("The answer is 4!", "4!"),
     ("Answer \\[ 31 \\]", "31"), ("Answer: -31", "-31"), ("#### Answer: **31**", "31"),
     # an answer below its label

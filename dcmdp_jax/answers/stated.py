@@ -37,7 +37,7 @@ _PROSE = re.compile(r"[*_]*(?:\d+[.)]\s+[*_]*)?[A-Za-z]{2,}(?![A-Za-z]|\s*[=({])
 
 # Labels, with the marks of Markdown around them
 _MARKS = r"(?:[^\w\n\\$|]|_)*(?:\d{1,2}[.)][ \t]*[*_]*)?(?:\\text(?:bf)?\{)?"
-_LABEL = re.compile(rf"^{_MARKS}(?:(?:the[ \t]+)?(?:final|correct)[ \t]+)?answer(?:[ \t]+is)?[*_ \t]*(?:[:：=][ \t]*\}}?|(?=\$|\\[(\[])|\r?$)",
+_LABEL = re.compile(rf"(?:^{_MARKS}|[.!?][ \t]+)(?:(?:the[ \t]+)?(?:final|correct)[ \t]+)?answer(?:[ \t]+is)?[*_ \t]*(?:[:：=][ \t]*\}}?|(?=\$|\\[(\[])|\r?$)",
                     re.IGNORECASE | re.MULTILINE)
 _SENTENCE = re.compile(rf"(?:^{_MARKS}|[.!?:;][ \t]+[*_]*|\b(?:so|thus|hence|therefore|then)\b,?[ \t]+)(?:the[ \t]+)?"
                        r"(?:(?:final|correct)[ \t]+)?answer[ \t]+is[*_ \t]*([:：]?)", re.IGNORECASE | re.MULTILINE)
@@ -187,13 +187,12 @@ def _below(text: str, start: int) -> Statement:
 def _trimmed(line: str) -> str:
     """A line without its emphasis, and without a remark after the answer that has no number and no doubt in it."""
     line = line[:LONGEST].strip().strip("`")
+    if (remark := _REMARK.search(line)) and not _DOUBT.search(remark.group()):
+        line = line[:remark.start()]
     if _PROSE.match(line) and not line.startswith("*"):
         strong = _STRONG.findall(line)
         if len(strong) == 1:
             line = strong[0]  # She has **42** apples.
         elif (verb := _IS.match(line)) and not _DOUBT.search(line) and (value := _ONE_VALUE.fullmatch(line, verb.end())):
             line = value[1]  # The largest number is 42.
-    line = _EMPHASIS.sub("", line).strip().strip("*_").removesuffix("。")
-    if (remark := _REMARK.search(line)) and not _DOUBT.search(remark.group()):
-        line = line[:remark.start()]
-    return line.strip()
+    return _EMPHASIS.sub("", line).strip().strip("*_").removesuffix("。").strip()
