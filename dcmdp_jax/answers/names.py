@@ -1,4 +1,5 @@
-r"""What an equation gives the value of: `x` in `x = 5`, `m + n` in `m + n = 293`, `(x, y)` in `(x, y) = (1, 2)`."""
+r"""What an equation gives the value of: `x` in `x = 5`, `m + n` in `m + n = 293`, `(x, y)` in `(x,
+y) = (1, 2)`."""
 
 from __future__ import annotations
 
@@ -7,26 +8,27 @@ from dcmdp_jax.answers.cursor import Node
 from dcmdp_jax.answers.work import Work
 
 _CONSTANTS = (r"\pi", "e", "i", r"\infty")
-_MODULI = ("z", "w", "v", "u")  # of these `|z| = 5` gives the absolute value; `|x| = 5` is solved for x
+_MODULI = ("z", "w", "v", "u")  # `|z| = 5` gives the absolute value; `|x| = 5` is solved for x
 
 
 def spread(node: Node) -> Node:
-    """Returns the equations `x = 1, y = 2` for `(x, y) = (1, 2)`, the set for `x \\in \\{1, 2\\}`, and any other node as
-    it is."""
+    """Returns the equations `x = 1, y = 2` for `(x, y) = (1, 2)`, the set for `x \\in \\{1, 2\\}`,
+    and any other node as it is."""
     if node[:2] == ("rel", "in") and node[2][0] == "var":
         return node[3]
-    if node[:2] == ("rel", "=") and node[2][0] == node[3][0] == "group" and len(node[2]) == len(node[3]):
-        lefts = node[2][3:]
-        if all(_is_variable(left) for left in lefts):
-            return "list", *(("rel", "=", left, right) for left, right in zip(lefts, node[3][3:]))
+    if node[:2] == ("rel", "=") and node[2][0] == node[3][0] == "group":
+        lefts, rights = node[2][3:], node[3][3:]
+        if all(map(_is_variable, lefts)) and len(lefts) == len(rights):
+            return "list", *(("rel", "=", *sides) for sides in zip(lefts, rights))
     return node
 
 
 def named_value(equation: Node, work: Work) -> Node | None:
     """Returns the side of an equation that is the value of the other one, or None where neither is.
 
-    `x + 1 = 5` and `x^2 = 4` give no value: they are to be solved. An expression in several variables, such as `m + n`,
-    cannot be, so that a number beside it is its value; unless it is 0, as in the equation of a curve.
+    `x + 1 = 5` and `x^2 = 4` give no value: they are to be solved. An expression in several
+    variables, such as `m + n`, cannot be, so that a number beside it is its value; unless it is 0,
+    as in the equation of a curve.
     """
     left, right = equation[2:4]
     for name, value in ((left, right), (right, left)):
@@ -36,7 +38,8 @@ def named_value(equation: Node, work: Work) -> Node | None:
             return value
         if value == ("num", 0) and not _is_sum_of_variables(name):
             continue
-        unknown = {part for part in values.variables(value, work) if not part[0].isdigit()}  # `52_8` is a number
+        names = values.variables(value, work)
+        unknown = {part for part in names if not part[0].isdigit()}  # `52_8` is a number
         if name[0] == "fn":
             unknown &= values.variables(name, work)
         if _is_name(name, work) and not unknown:
@@ -46,7 +49,9 @@ def named_value(equation: Node, work: Work) -> Node | None:
 
 def _is_segment(node: Node) -> bool:
     """True of `AB` and `ABC`, for a length, an area or an angle."""
-    return node[0] == "mul" and len(node) > 2 and all(_is_variable(part) and part[1].isupper() for part in node[1:])
+    if node[0] != "mul" or len(node) < 3:
+        return False
+    return all(_is_variable(part) and part[1].isupper() for part in node[1:])
 
 
 def _is_derivative(node: Node) -> bool:
@@ -63,7 +68,9 @@ def _is_name(node: Node, work: Work) -> bool:
         return all(_is_variable(part) or _is_segment(part) for part in node[1:])
     if node[0] == "fn" and node[1] == "abs":
         inside = node[2]
-        return _is_name(inside, work) or _is_variable(inside) and ("{" in inside[1] or inside[1][0] in _MODULI)
+        if _is_variable(inside):
+            return "{" in inside[1] or inside[1][0] in _MODULI  # `\overline{AB}`, `z_1`
+        return _is_name(inside, work)
     if node[0] == "fn" and node[1] in ("sin", "cos", "tan", "cot", "sec", "csc"):
         return _is_variable(node[2]) or _is_name(node[2], work)
     return _is_polynomial(node) and len(values.variables(node, work)) > 1
@@ -76,7 +83,8 @@ def _is_sum_of_variables(node: Node) -> bool:
 
 
 def _is_polynomial(node: Node) -> bool:
-    """True of sums, products, quotients and whole powers of variables, without a number as a summand."""
+    """True of sums, products, quotients and whole powers of variables, without a number as a
+    summand."""
     kind, *parts = node
     if kind == "add":
         return all(part[0] != "num" and _is_polynomial(part) for part in parts)
