@@ -118,6 +118,9 @@ class Expressions(Cursor):
     def with_unit(self, value: Node, dollars: bool) -> Node:
         """A value with the per cent sign, the word for a number and the unit that follow it."""
         if self.take("%") or self.says("percent"):
+            if self.kind() in ("word", "name") and self.peek() not in JOINING:
+                if units.read(self.said()) is None:
+                    raise Unreadable("no words behind a percentage")
             return "percent", value
         if self.kind() in ("word", "name") and (times := _WORDS.get(self.peek().removesuffix("s"))):
             self.at += 1

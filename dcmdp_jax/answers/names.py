@@ -16,6 +16,8 @@ def spread(node: Node) -> Node:
     and any other node as it is."""
     if node[:2] == ("rel", "in") and node[2][0] == "var":
         return node[3]
+    if node[:3] == ("rel", "=", ("var", "")):
+        return node[3]  # `= 5`
     if node[:2] == ("rel", "=") and node[2][0] == node[3][0] == "group":
         lefts, rights = node[2][3:], node[3][3:]
         if all(map(_is_variable, lefts)) and len(lefts) == len(rights):
@@ -33,6 +35,8 @@ def named_value(equation: Node, work: Work) -> Node | None:
     left, right = equation[2:4]
     for name, value in ((left, right), (right, left)):
         if _is_variable(name) or name[0] == "applied" or _is_segment(name) or _is_derivative(name):
+            return value
+        if name is left and name in (("var", "e"), ("var", "i")):
             return value
         if name[0] == "group" and all(map(_is_variable, name[3:])):
             return value
