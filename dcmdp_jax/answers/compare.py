@@ -1,19 +1,20 @@
 r"""Whether two answers are equal, different, or of a form that is not read here.
 
-Numbers, fractions, decimals and expressions are equal where their values are; 0.33 is not 1/3. Top-level lists and sets
-are unordered, tuples and intervals ordered, with brackets that match; `1 \pm x` is two answers. Sets of real numbers are
-equal whether written as intervals, inequalities, by what they leave out or by a condition. `x = 5`, `m + n = 5` and
-`\text{Area} = 5` equal 5, and `f(x) = 2x` equals `2x`; `x = 5, y = 3` is `5, 3` in this order; two equations are equal
-where they are multiples of each other. Units are converted where both sides have known ones and left out where one has
-none; 50\% is 50 and 1/2. Ratios are equal where they are proportional, times of day where they are the same. Words are
-equal but for case. Digits in a base, `52_8`, are a name of their own.
+Numbers, fractions, decimals and expressions are equal where their values are; 0.33 is not 1/3.
+Top-level lists and sets are unordered, tuples and intervals ordered, with brackets that match; `1
+\pm x` is two answers. Sets of real numbers are equal whether written as intervals, inequalities, by
+what they leave out or by a condition. `x = 5`, `m + n = 5` and `\text{Area} = 5` equal 5, and `f(x)
+= 2x` equals `2x`; `x = 5, y = 3` is `5, 3` in this order; two equations are equal where they are
+multiples of each other. Units are converted where both sides have known ones and left out where one
+has none; 50\% is 50 and 1/2. Ratios are equal where they are proportional, times of day where they
+are the same. Words are equal but for case. Digits in a base, `52_8`, are a name of their own.
 """
 
 from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 
 from dcmdp_jax.answers import units, values
@@ -37,11 +38,13 @@ class Verdict(enum.Enum):
 
 
 def compare(gold: str, answer: str) -> Verdict:
-    """Compares two answers by what is read here alone, at a cost that is bounded in advance (see `work`).
+    """Compares two answers by what is read here alone, at a cost that is bounded in advance (see
+    `work`).
 
-    Returns EQUAL where both are spelled alike but for what only changes the looks, or have one value. Returns DIFFERENT
-    where one of them is empty, or where both are read and have different values. Returns UNREADABLE where one of them is
-    of no known form, or where comparing them has no result or would cost too much.
+    Returns EQUAL where both are spelled alike but for what only changes the looks, or have one
+    value. Returns DIFFERENT where one of them is empty, or where both are read and have different
+    values. Returns UNREADABLE where one of them is of no known form, or where comparing them has no
+    result or would cost too much.
     """
     spelled = plain(gold), plain(answer)
     if not all(spelled):
@@ -62,7 +65,8 @@ def equal(gold: str, answer: str) -> bool:
 
 
 class _Comparison:
-    """Compares trees. Its methods raise Unknown where they cannot tell, and Unreadable where the work is too much."""
+    """Compares trees. Its methods raise Unknown where they cannot tell, and Unreadable where the
+    work is too much."""
 
     def __init__(self, work: Work):
         self.work = work
@@ -73,7 +77,7 @@ class _Comparison:
             return found
         if (found := self.in_order(one, other)) is not None:
             return found
-        return self.matched(_items(one), _items(other), self.element)
+        return self.matched(_items(one), _items(other))
 
     def domains(self, one: Node, other: Node) -> bool | None:
         """Whether two sets of real numbers are equal; None where they are not two such sets."""
@@ -91,8 +95,8 @@ class _Comparison:
         return values.variables(node, self.work) - {r"\infty"}
 
     def in_order(self, one: Node, other: Node) -> bool | None:
-        """Whether the values of several names, as in `x = 5, y = 3`, are those of a bare list or tuple in its order; None
-        where the two are not such."""
+        """Whether the values of several names, as in `x = 5, y = 3`, are those of a bare list or
+        tuple in its order; None where the two are not such."""
         for named, bare in ((one, other), (other, one)):
             if named[0] != "list" or bare[0] not in ("list", "group", "set"):
                 continue
@@ -119,7 +123,7 @@ class _Comparison:
             raise unknown
         return True
 
-    def matched(self, ones: Sequence[Node], others: Sequence[Node], same: Callable[[Node, Node], bool]) -> bool:
+    def matched(self, ones: Sequence[Node], others: Sequence[Node]) -> bool:
         """Whether the items pair off, in whatever order."""
         if len(ones) != len(others):
             return False
@@ -130,7 +134,7 @@ class _Comparison:
             for i, other in enumerate(left):
                 self.work.spend(PAIR)
                 try:
-                    if same(one, other):
+                    if self.element(one, other):
                         del left[i]
                         break
                 except values.Unknown as error:
@@ -155,7 +159,7 @@ class _Comparison:
         if one[0] == other[0] == "group":
             return one[1:3] == other[1:3] and self.pairwise(one[3:], other[3:])
         if one[0] == other[0] == "union":
-            return self.matched(one[1:], other[1:], self.element)
+            return self.matched(one[1:], other[1:])
         if one[0] == other[0] == "set":
             return self.same(one, other)
         if one[0] == other[0] == "matrix":
@@ -167,11 +171,13 @@ class _Comparison:
         kinds = {one[0], other[0]}
         if "residue" in kinds:
             return kinds == {"residue"} and self.residues(one, other)
-        if kinds == {"group", "matrix"} or kinds.issubset(_SETS) or _is_compound(one) or _is_compound(other):
-            raise values.Unknown("two forms")
+        if kinds == {"group", "matrix"} or kinds.issubset(_SETS):
+            raise values.Unknown("two forms of a set or a vector")
+        if _is_compound(one) or _is_compound(other):
+            raise values.Unknown("an expression of sets or matrices")
         if kinds.intersection(_NO_EXPRESSION):
             return False
-        return self.ratios(one, other) if kinds.intersection(("ratio", "clock")) else self.quantities(one, other)
+        return self.quantities(one, other)
 
     def quantities(self, one: Node, other: Node) -> bool:
         """Values with units, percentages, and plain values."""
@@ -227,14 +233,15 @@ class _Comparison:
         """`3:2` equals `6:4`, and `3/2`; of times of day, each equals itself alone."""
         one, other = (node[1] if node[0] == "quantity" else node for node in (one, other))
         kinds = {one[0], other[0]}
-        if kinds == {"clock"} or any(node[0] == "clock" and any(part[1] < 10 for part in node[2:]) for node in (one, other)):
+        if kinds == {"clock"} or _is_surely_a_time(one) or _is_surely_a_time(other):
             return one == other
         if not kinds.issubset(("ratio", "clock")):
             ratio, bare = (one, other) if one[0] in ("ratio", "clock") else (other, one)
             return len(ratio) == 3 and self.quantities(("div", *ratio[1:]), bare)
         if len(one) != len(other):
             return False
-        return all(values.equal(("mul", a, other[1]), ("mul", b, one[1]), self.work) for a, b in zip(one[2:], other[2:]))
+        return all(values.equal(("mul", a, other[1]), ("mul", b, one[1]), self.work)
+                   for a, b in zip(one[2:], other[2:]))
 
     def residues(self, one: Node, other: Node) -> bool:
         """`3 mod 5` equals `8 mod 5`."""
@@ -268,8 +275,11 @@ class _Comparison:
             renamed = other[3]
             for new, old in zip(lefts[0][2:], lefts[1][2:]):
                 renamed = _renamed(renamed, old, new)
-            return lefts[0][1] == lefts[1][1] and len(lefts[0]) == len(lefts[1]) and self.same(one[3], renamed)
-        if lefts[0] == lefts[1] or not _is_opaque(lefts[0]) and not _is_opaque(lefts[1]) and self.same(*lefts):
+            alike = lefts[0][1] == lefts[1][1] and len(lefts[0]) == len(lefts[1])
+            return alike and self.same(one[3], renamed)
+        if lefts[0] == lefts[1]:
+            return self.same(one[3], other[3])
+        if "applied" not in (lefts[0][0], lefts[1][0]) and self.same(*lefts):
             return self.same(one[3], other[3])
         differences = [("add", side[2], ("neg", side[3])) for side in (one, other)]
         return values.proportional(*differences, self.work)
@@ -280,16 +290,18 @@ class _Comparison:
             return self.same(right, bare)
         if operator == "=":
             value = named_value(relation, self.work)
-            if value is None and not values.variables(relation, self.work) and self.same(left, right):
+            constant = not values.variables(relation, self.work)
+            if value is None and constant and self.same(left, right):
                 value = right  # `2 + 3 = 5`
             return value is not None and self.same(value, bare)
         if bare[0] not in _SETS:
             return False
         if middle and middle[0][0] == "var":
             _, operator, low, high, _ = _rising(relation)
-            opening, closing = operator.split()
-            interval = "group", "[" if opening == "<=" else "(", "]" if closing == "<=" else ")", low, high
-            return self.element(interval, bare)
+            below, above = operator.split()
+            opening = "[" if below == "<=" else "("
+            closing = "]" if above == "<=" else ")"
+            return self.element(("group", opening, closing, low, high), bare)
         raise values.Unknown("an inequality and a set")
 
 
@@ -338,16 +350,20 @@ def _renamed(node: Node, old: str, new: str) -> Node:
 
 def _has_different_names(items: Sequence[Node]) -> bool:
     """True if items are equations that each name a value, of more than one name."""
-    return all(item[:2] == ("rel", "=") for item in items) and len({item[2] for item in items}) == len(items) > 1
+    names = {item[2] for item in items if item[:2] == ("rel", "=")}
+    return len(names) == len(items) > 1
 
 
 def _is_compound(node: Node) -> bool:
-    """True of sums, products and powers that hold a matrix, a tuple or a set: they are not computed here."""
-    return node[0] in ("add", "mul", "div", "neg", "pow", "fn") and _holds(node, "matrix", "group", "set")
+    """True of sums, products and powers that hold a matrix, a tuple or a set: they are not computed
+    here."""
+    computed = node[0] in ("add", "mul", "div", "neg", "pow", "fn")
+    return computed and _holds(node, "matrix", "group", "set")
 
 
-def _is_opaque(node: Node) -> bool:
-    return node[0] == "applied"
+def _is_surely_a_time(node: Node) -> bool:
+    """True of `9:05`, whose minutes begin with a zero as no part of a ratio does."""
+    return node[0] == "clock" and any(part[1] < 10 for part in node[2:])
 
 
 def _rising(relation: Node) -> Node:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 from fractions import Fraction
 
 from dcmdp_jax.answers.cursor import Node
@@ -17,10 +17,11 @@ LARGEST_RADICAND = 10**6  # whose square factors are looked for
 def is_computed(text: str) -> bool:
     r"""True if an answer has nothing left to compute.
 
-    So it is with numbers, fractions and powers of ten behind a number, whatever their type face or unit; with names, words
-    and choices; with constants and roots in lowest terms, such as `\pi/2` and `1 + 2\sqrt{3}`; and with lists, sets, tuples,
-    intervals and relations of such, of an equation the last side. Not so with `2 + 2`, `2^{10}`, `\sqrt{4}` and
-    `(x+1)(x-1)`. What cannot be read has.
+    So it is with numbers, fractions and powers of ten behind a number, whatever their type face or
+    unit; with names, words and choices; with constants and roots in lowest terms, such as `\pi/2`
+    and `1 + 2\sqrt{3}`; and with lists, sets, tuples, intervals and relations of such, of an
+    equation the last side. Not so with `2 + 2`, `2^{10}`, `\sqrt{4}` and `(x+1)(x-1)`. What cannot
+    be read has.
     """
     try:
         return _is_computed(read(text))
@@ -69,7 +70,8 @@ def _is_computed(node: Node) -> bool:
 
 
 def _is_in_lowest_terms(node: Node) -> bool:
-    """True of a term, or of a sum of terms of which no two can be added, over a whole number or not."""
+    """True of a term, or of a sum of terms of which no two can be added, over a whole number or
+    not."""
     if node[0] == "div" and node[2][0] == "num" and node[1][0] == "add":
         node = node[1]
     if node[0] in ("neg", "pm", "mp"):
@@ -77,14 +79,18 @@ def _is_in_lowest_terms(node: Node) -> bool:
     if node[0] != "add":
         return _term(node) is not None
     terms = [_term(part[1] if part[0] in ("neg", "pm", "mp") else part) for part in node[1:]]
-    if None in terms or any(factor[0] == "var" and factor[1] not in _CONSTANTS for term in terms for factor in term):
+    if None in terms:
+        return False
+    names = {factor[1] for term in terms for factor in term if factor[0] == "var"}
+    if not names.issubset(_CONSTANTS):
         return False
     kinds = [frozenset(factor for factor in term if factor[:2] != _TO_TENS) for term in terms]
     return len(set(kinds)) == len(kinds)
 
 
 def _term(node: Node) -> frozenset[Node] | None:
-    """What a term is a multiple of: constants, a root, variables, or nothing; None where there is something to compute."""
+    """What a term is a multiple of: constants, a root, variables, or nothing; None where there is
+    something to compute."""
     over, under, others = _factors(node)
     if None in others or over > 1 or under > 1:
         return None
@@ -92,13 +98,15 @@ def _term(node: Node) -> frozenset[Node] | None:
     variables = [factor for factor in others if factor[0] == "var" and factor[1] != r"\pi"]
     if len(roots) > 1:
         return None
-    if len(set(others)) < len(others) and len(variables) < len(others) + over + under:  # `noon` may be a word
+    word = len(variables) == len(others) and not over and not under  # `noon`
+    if len(set(others)) < len(others) and not word:
         return None
     return frozenset(others)
 
 
 def _factors(node: Node) -> tuple[int, int, list[Node | None]]:
-    """How many numbers a product has, how many it is divided by, and its other factors; None for one to be computed."""
+    """How many numbers a product has, how many it is divided by, and its other factors; None for
+    one to be computed."""
     kind, *parts = node
     if kind == "num":
         return 1, 0, []
@@ -128,10 +136,13 @@ def _is_simple_root(degree: Node, inside: Node) -> bool:
     """True of the root of a whole number, or of a variable, from which no factor can be drawn."""
     if inside[0] == "var":
         return True
-    if inside[0] != "num" or degree[0] != "num" or inside[1].denominator > 1 or degree[1].denominator > 1:
+    if not inside[0] == degree[0] == "num":
+        return False
+    if not inside[1].denominator == degree[1].denominator == 1:
         return False
     n = int(inside[1])
     power = int(degree[1])
     if not 2 <= power <= 20 or not 2 <= n <= LARGEST_RADICAND:
         return False
-    return all(n % factor ** power for factor in range(2, math.isqrt(n) + 1) if factor ** power <= n)
+    factors = itertools.takewhile(lambda factor: factor ** power <= n, itertools.count(2))
+    return all(n % factor ** power for factor in factors)

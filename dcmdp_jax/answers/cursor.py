@@ -28,6 +28,8 @@ def counted(method: Callable) -> Callable:
 
 
 class Cursor:
+    """The place in an answer's tokens, the depth of calls, and the work done."""
+
     def __init__(self, text: str, work: Work):
         self.work = work
         work.spend(len(text))
@@ -80,7 +82,8 @@ class Cursor:
         """Makes two tokens of the next one, if it is longer than `length` characters."""
         kind, text, spaced = self.tokens[self.at]
         if len(text) > length:
-            self.tokens[self.at:self.at + 1] = [Token(kind, text[:length], spaced), Token(kind, text[length:], False)]
+            halves = Token(kind, text[:length], spaced), Token(kind, text[length:], False)
+            self.tokens[self.at:self.at + 1] = halves
 
     def unworded(self, method: Callable[[], Node]) -> Node:
         """What `method` reads, where no unit may follow a value."""

@@ -1,7 +1,8 @@
-r"""Sets of real numbers: what `x > 2`, `x \ne 1`, `\mathbb{R} \setminus \{0\}` and `(-\infty, 1) \cup (2, 3]` describe.
+r"""Sets of real numbers: what `x > 2`, `x \ne 1`, `\mathbb{R} \setminus \{0\}` and `(-\infty, 1)
+\cup (2, 3]` describe.
 
-A set is a tuple of intervals in rising order that do not touch; a point is an interval of its own. Its ends are known
-numbers, rounded to 40 digits.
+A set is a tuple of intervals in rising order that do not touch; a point is an interval of its own.
+Its ends are known numbers, rounded to 40 digits.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def describes(node: Node) -> bool:
 
 
 def domain(node: Node, work: Work) -> Domain | None:
-    """Returns the set of real numbers that a node describes; None where it describes none, or none with known ends."""
+    """Returns the set of real numbers that a node describes; None where it describes none, or none
+    with known ends."""
     kind, *parts = node
     if kind == "reals":
         return (EVERYTHING,)
@@ -51,17 +53,19 @@ def domain(node: Node, work: Work) -> Domain | None:
         return _interval(*parts, work)
     if kind == "set":
         ends = [_end(part, work) for part in parts]
-        return None if None in ends else _merged((Interval(end, True, end, True) for end in ends), work)
+        return None if None in ends else _merged(map(_point, ends), work)
     if kind in ("union", "either", "both"):
         return _combined(kind, [domain(part, work) for part in parts], work)
     if kind == "without":
         whole, taken = (domain(part, work) for part in parts)
-        return None if whole is None or taken is None else _common(whole, _complement(taken, work), work)
+        if whole is None or taken is None:
+            return None
+        return _common(whole, _complement(taken, work), work)
     if kind == "such":
         return domain(parts[1], work)
     if kind == "rel":
         return _of_relation(node, work)
-    if kind == "list" and describes(node):  # the comma is an `and` where the conditions can hold together
+    if kind == "list" and describes(node):  # a comma is an `and` where both conditions can hold
         found = [domain(part, work) for part in parts]
         return _combined("both", found, work) or _combined("either", found, work)
     return None
@@ -107,6 +111,10 @@ def _end(node: Node, work: Work) -> Decimal | None:
         return None
 
 
+def _point(at: Decimal) -> Interval:
+    return Interval(at, True, at, True)
+
+
 def _rounded(value: values.Number) -> Decimal | None:
     with decimal.localcontext(decimal.Context(prec=DIGITS, Emax=10**6, Emin=-10**6)):
         if isinstance(value, Fraction):
@@ -122,21 +130,24 @@ def _of_relation(node: Node, work: Work) -> Domain | None:
         first, second = operator.split()
         conditions = ("rel", first, left, node[4]), ("rel", second, node[4], right)
         return _combined("both", [_of_relation(condition, work) for condition in conditions], work)
-    if operator in ("<", "<=") and (left[0] == "var" and right == INFINITY or left == ("neg", INFINITY) and right[0] == "var"):
+    bounded = left != ("neg", INFINITY) and right != INFINITY
+    if operator[0] == "<" and not bounded and "var" in (left[0], right[0]):
         return (EVERYTHING,)
     if right[:2] == ("fn", "abs"):
         operator, left, right = MIRRORED.get(operator, operator), right, left
     if left[:2] == ("fn", "abs") and operator != "=":
-        sides = ("rel", operator, left[2], right), ("rel", MIRRORED[operator], left[2], ("neg", right))
-        return _combined("either" if operator[0] == ">" else "both", [_of_relation(side, work) for side in sides], work)
+        inside = left[2]
+        upper = _of_relation(("rel", operator, inside, right), work)
+        lower = _of_relation(("rel", MIRRORED[operator], inside, ("neg", right)), work)
+        return _combined("either" if operator[0] == ">" else "both", [upper, lower], work)
     found = _solved(("add", left, ("neg", right)), work)
     if found is None:
         return None
     root, rising = found
     if operator == "=":
-        return (Interval(root, True, root, True),)
+        return (_point(root),)
     if operator == "!=":
-        return _complement((Interval(root, True, root, True),), work)
+        return _complement((_point(root),), work)
     if not rising:
         operator = MIRRORED[operator]
     inside = operator.endswith("=")
@@ -146,17 +157,21 @@ def _of_relation(node: Node, work: Work) -> Domain | None:
 
 
 def _solved(node: Node, work: Work) -> tuple[Decimal, bool] | None:
-    """Where an expression that is linear in one variable is 0, and whether it rises; None where it is another."""
+    """Where an expression that is linear in one variable is 0, and whether it rises; None where it
+    is another."""
     names = values.variables(node, work)
     if len(names) != 1 or values.functions(node, work) or ("var", r"\infty") in (node[1], node[2]):
         return None
     (name,) = names
     try:
         at = [values.value(node, {name: Fraction(x)}, work) for x in (0, 1, 2, 5)]
-        slope, *others = [values.value(("add", ("num", at[i]), ("neg", ("num", at[0]))), {}, work) for i in (1, 2, 3)]
-        straight = all(values.agree(other, values.value(("mul", ("num", slope), ("num", Fraction(x))), {}, work))
-                       for other, x in zip(others, (2, 5)))
-        root = _rounded(values.value(("div", ("neg", ("num", at[0])), ("num", slope)), {}, work))
+        start = "num", at[0]
+        rises = [values.value(("add", ("num", y), ("neg", start)), {}, work) for y in at[1:]]
+        slope = rises[0]
+        twice, five_times = (values.value(("mul", ("num", slope), ("num", Fraction(x))), {}, work)
+                             for x in (2, 5))
+        straight = values.agree(rises[1], twice) and values.agree(rises[2], five_times)
+        root = _rounded(values.value(("div", ("neg", start), ("num", slope)), {}, work))
     except values.Unknown:
         return None
     way = _rounded(slope)
@@ -169,7 +184,8 @@ def _merged(intervals: Iterable[Interval], work: Work) -> Domain:
     for interval in sorted(intervals, key=lambda interval: (interval.low, not interval.low_inside)):
         work.spend(STEP)
         last = merged[-1] if merged else None
-        if last and (interval.low < last.high or interval.low == last.high and (interval.low_inside or last.high_inside)):
+        inside = last and (interval.low_inside or last.high_inside)
+        if last and (interval.low < last.high or interval.low == last.high and inside):
             high, inside = max((last.high, last.high_inside), (interval.high, interval.high_inside))
             merged[-1] = last._replace(high=high, high_inside=inside)
         else:

@@ -13,25 +13,28 @@ from dcmdp_jax.answers.work import Unreadable, Work
 DIVISIONS = 40  # signs `/` in an answer
 PRIMARY = 20  # operations that a number, a name or a bracket takes to read
 
-FUNCTIONS = ("arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "sqrt", "sin", "cos", "tan", "cot", "sec", "csc", "exp",
-             "log", "ln", "lg", "pi")
+FUNCTIONS = ("arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "sqrt", "sin", "cos", "tan",
+             "cot", "sec", "csc", "exp", "log", "ln", "lg", "pi")
 _OF_ANGLES = {"sin", "cos", "tan", "cot", "sec", "csc"}
 _INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan"}
 RELATIONS = {"=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\in": "in"}
 _FENCES = {r"\lfloor": (r"\rfloor", "floor"), r"\lceil": (r"\rceil", "ceil"), "|": ("|", "abs")}
 _MATRICES = {"pmatrix", "bmatrix", "matrix", "Bmatrix", "smallmatrix", "array", "vmatrix"}
 _LETTERS = {rf"\{name}" for name in (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma varsigma tau upsilon phi chi psi "
-    "omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell hbar infty prime partial").split()}
-_MARKED = {r"\overline", r"\hat", r"\widehat", r"\vec", r"\overrightarrow", r"\tilde", r"\dot", r"\ddot"}
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma "
+    "varsigma tau upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi "
+    "Omega ell hbar infty prime partial").split()}
+_MARKED = {r"\overline", r"\hat", r"\widehat", r"\vec", r"\overrightarrow", r"\tilde", r"\dot",
+           r"\ddot"}
 SHAPES = {r"\angle", r"\triangle"}  # the letters behind them belong to a name
-_FACTORS = {r"\frac", r"\binom", r"\sqrt", r"\surd", r"\begin", r"\emptyset", *_MARKED, *SHAPES, *_LETTERS,
-            *(rf"\{name}" for name in FUNCTIONS)}
+_FACTORS = {r"\frac", r"\binom", r"\sqrt", r"\surd", r"\begin", r"\emptyset",
+            *_MARKED, *SHAPES, *_LETTERS, *(rf"\{name}" for name in FUNCTIONS)}
 JOINING = ("and", "or", "to", "mod")
 MODULO = (r"\pmod", r"\bmod", r"\mod", "mod")
-_BEHIND_UNIT = {",", ";", ":", "(", ")", "[", "]", "{", "}", "+", "-", "|", r"\}", r"\cup", r"\setminus", r"\pm",
-                *RELATIONS}
-_WORDS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+_BEHIND_UNIT = {",", ";", ":", "(", ")", "[", "]", "{", "}", "+", "-", "|", r"\}", r"\cup", r"\cap",
+                r"\setminus", r"\pm", *RELATIONS}
+_WORDS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9,
+          "trillion": 10**12, "dozen": 12}
 
 
 class Expressions(Cursor):
@@ -40,7 +43,8 @@ class Expressions(Cursor):
         self.divisions = 0
 
     def bracketed(self) -> Node:
-        """What a bracket holds, a set, a tuple or an interval too: for the reader of whole answers."""
+        """What a bracket holds, a set, a tuple or an interval too: for the reader of
+        whole answers."""
         raise NotImplementedError
 
     def quantity(self, value: Node, dollars: bool) -> Node:
@@ -81,7 +85,7 @@ class Expressions(Cursor):
     @counted
     def sum(self) -> Node:
         parts = [_signed(self.take("+", "-", r"\pm", r"\mp"), self.term())]
-        while not (self.peek() == "-" and self.peek(1) == r"\{") and (sign := self.take("+", "-", r"\pm", r"\mp")):
+        while self.peek(1) != r"\{" and (sign := self.take("+", "-", r"\pm", r"\mp")):
             parts.append(_signed(sign, self.term()))
         return parts[0] if len(parts) == 1 else ("add", *parts)
 
@@ -114,11 +118,16 @@ class Expressions(Cursor):
     def with_unit(self, value: Node, dollars: bool) -> Node:
         """A value with the per cent sign, the word for a number and the unit that follow it."""
         if self.take("%") or self.says("percent"):
+            if self.kind() in ("word", "name") and self.peek() not in JOINING:
+                if units.read(self.said()) is None:
+                    raise Unreadable("no words behind a percentage")
             return "percent", value
         if self.kind() in ("word", "name") and (times := _WORDS.get(self.peek().removesuffix("s"))):
             self.at += 1
-            value = ("num", value[1] * times) if value[0] == "num" else _times(value, ("num", Fraction(times)))
-        if self.kind() in ("word", "name") and self.peek() not in JOINING or self.peek() == r"\frac":
+            many = "num", Fraction(times)
+            value = ("num", value[1] * times) if value[0] == "num" else _times(value, many)
+        worded = self.kind() in ("word", "name") and self.peek() not in JOINING
+        if worded or self.peek() == r"\frac":
             value = self.quantity(value, dollars)
         elif dollars:
             value = "quantity", value, units.read("dollars")
@@ -141,7 +150,9 @@ class Expressions(Cursor):
         kind = self.kind()
         text = self.peek()
         if kind == "name":
-            return text in FUNCTIONS or len(text) == 1 and (text in "ei" or not self.worded or not units.read(text).known)
+            if len(text) > 1:
+                return text in FUNCTIONS
+            return text in "ei" or not self.worded or not units.read(text).known
         if kind == "word":
             if text in JOINING or text == "percent" or text.removesuffix("s") in _WORDS:
                 return False
@@ -150,7 +161,8 @@ class Expressions(Cursor):
         if text == "(" and self.peek(1) in MODULO:
             return False
         if text == r"\frac" and self.worded and self.peek(1) == "{" and self.kind(2) == "name":
-            return len(self.peek(2)) == 1 and not units.read(self.peek(2)).known  # else a unit over a unit
+            letter = self.peek(2)  # or a unit over a unit
+            return len(letter) == 1 and not units.read(letter).known
         return kind == "num" or text in ("(", "[", r"\lfloor", r"\lceil") or text in _FACTORS
 
     def postfix(self, value: Node) -> Node:
@@ -177,8 +189,7 @@ class Expressions(Cursor):
 
     def place(self) -> str:
         """Takes the number in the brackets of `f(0)`, which is no product, and returns them."""
-        lone = self.peek() == "(" and not self.spaced() and self.kind(1) == "num" and self.peek(2) == ")"
-        if not lone or self.peek(-1) in ("e", "i", "pi", r"\pi"):
+        if not self.number_in_brackets() or self.peek(-1) in ("e", "i", "pi", r"\pi"):
             return ""
         self.at += 3
         return f"({self.peek(-2)})"
@@ -221,7 +232,9 @@ class Expressions(Cursor):
             close, name = _FENCES[self.take(text)]
             value = self.unworded(self.sum)
             self.need(close)
-            return ("det", *value[1:]) if name == "abs" and value[0] == "matrix" else ("fn", name, value)
+            if name == "abs" and value[0] == "matrix":
+                return "det", *value[1:]
+            return "fn", name, value
         if kind == "cmd":
             self.at += 1
             return self.command(text)
@@ -241,17 +254,23 @@ class Expressions(Cursor):
         value = number(text)
         if self.take("_"):
             return "var", f"{value}_{self.subscript()}"  # digits in a base are a name of their own
-        if value.denominator == 1 and self.kind() == "num" and self.peek(1) == "/" and self.kind(2) == "num":
+        over = self.kind() == "num" and self.peek(1) == "/" and self.kind(2) == "num"
+        if over and value.denominator == 1:
             top, bottom = number(self.peek()), number(self.peek(2))
             if 0 < top < bottom:
                 self.at += 3
                 return "num", value + top / bottom
         return "num", value
 
+    def number_in_brackets(self) -> bool:
+        """True if a bracket follows at once, with a number alone in it."""
+        inside = self.kind(1) == "num" and self.peek(2) == ")"
+        return self.peek() == "(" and inside and not self.spaced()
+
     def repeated(self, text: str) -> tuple[str, str] | None:
-        r"""The decimal before what repeats, and what repeats: in `0.1\overline{6}`, `0.1(6)`, `0.1\dot{6}` and `0.1666...`;
-        None where nothing does."""
-        if self.peek() == "(" and self.peek(1).isdecimal() and self.peek(2) == ")" and not self.spaced():
+        r"""The decimal before what repeats, and what repeats: in `0.1\overline{6}`, `0.1(6)`,
+        `0.1\dot{6}` and `0.1666...`; None where nothing does."""
+        if self.number_in_brackets() and self.peek(1).isdecimal():
             self.at += 3
             return text, self.peek(-2)
         if self.peek() in (r"\overline", r"\dot") and "num" in (self.kind(1), self.kind(2)):
@@ -315,7 +334,9 @@ class Expressions(Cursor):
             if self.take("["):
                 degree = self.unworded(self.sum)
                 self.need("]")
-            return "root", degree, self.braced() if name == r"\sqrt" else self.unworded(self.primary)
+            if name == r"\surd":
+                return "root", degree, self.unworded(self.primary)
+            return "root", degree, self.braced()
         if name == r"\begin":
             return self.matrix()
         if name[1:] in FUNCTIONS and name != r"\pi":
@@ -365,7 +386,8 @@ class Expressions(Cursor):
         return value if power is None else ("pow", value, power)
 
     def argument(self, angle: bool) -> Node:
-        """A bracket, or the product that follows up to an operator or another function; of an angle, in radians."""
+        """A bracket, or the product that follows up to an operator or another function; of an
+        angle, in radians."""
         if self.peek() in ("(", "[", "{"):
             before, self.worded = self.worded, angle
             value = self.bracketed()

@@ -1,8 +1,9 @@
 r"""One spelling for what Unicode, markdown and keyboards write in several: LaTeX in ASCII.
 
-`５` becomes `5`, `x²` becomes `x^{2}`, `½` becomes `\frac{1}{2}`, `θ` becomes `\theta`, `**5**` becomes `5`, and `1{,}234`,
-`1\,234` and `1,\!234` become `1234`: these marks between groups of three digits are written for thousands alone. A plain
-comma depends on the brackets around it and is left to `tokens`.
+`５` becomes `5`, `x²` becomes `x^{2}`, `½` becomes `\frac{1}{2}`, `θ` becomes `\theta`, `**5**`
+becomes `5`, and `1{,}234`, `1\,234` and `1,\!234` become `1234`: these marks between groups of
+three digits are written for thousands alone. A plain comma depends on the brackets around it and is
+left to `tokens`.
 """
 
 from __future__ import annotations
@@ -10,40 +11,34 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho varsigma sigma tau "
-          "upsilon phi chi psi omega").split()
-_CAPITALS = "Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega".split()
-
-_SIGNS = {  # read before and after NFKC, which takes some of them apart
+_GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho "
+          "varsigma sigma tau upsilon phi chi psi omega").split()
+_NAMED = {  # signs of a command
+    "Gamma": "Γ", "Delta": "Δ", "Theta": "Θ", "Lambda": "Λ", "Xi": "Ξ", "Pi": "Π", "Sigma": "Σ",
+    "Upsilon": "Υ", "Phi": "Φ", "Psi": "Ψ", "Omega": "Ω",
+    "cdot": "×·⋅∙•", "le": "≤⩽≦", "ge": "≥⩾≧", "ne": "≠", "approx": "≈", "equiv": "≡", "pm": "±",
+    "mp": "∓", "surd": "√", "infty": "∞", "in": "∈", "cup": "∪", "cap": "∩", "setminus": "∖",
+    "emptyset": "∅⌀", "mid": "∣", "langle": "⟨〈", "rangle": "⟩〉", "lfloor": "⌊", "rfloor": "⌋",
+    "lceil": "⌈", "rceil": "⌉", "angle": "∠", "triangle": "△", "land": "∧", "lor": "∨", "to": "→",
+}
+_SIGNS = {  # read before NFKC, which takes some of them apart, and after it
     **{chr(0x3B1 + i): rf"\{name} " for i, name in enumerate(_GREEK)},
-    **{unicodedata.lookup(f"GREEK CAPITAL LETTER {name.upper().replace('LAMBDA', 'LAMDA')}"): rf"\{name} "
-       for name in _CAPITALS},
+    **{sign: rf"\{name} " for name, signs in _NAMED.items() for sign in signs},
+    **{sign: rf"\mathbb{{{letter}}}" for sign, letter in zip("ℝℤℕℚℂ", "RZNQC")},
     **dict.fromkeys("‐‑‒–—―−﹣－", "-"),
-    **dict.fromkeys("×·⋅∙•", r"\cdot "),
     **dict.fromkeys("°º˚", r"^{\circ}"),
-    **dict.fromkeys("≤⩽≦", r"\le "),
-    **dict.fromkeys("≥⩾≧", r"\ge "),
-    **dict.fromkeys("∅⌀", r"\emptyset "),
-    **dict.fromkeys("⟨〈", r"\langle "),
-    **dict.fromkeys("⟩〉", r"\rangle "),
-    **dict.fromkeys("⁄∕", "/"),
+    **dict.fromkeys("⁄∕÷", "/"),
     **dict.fromkeys("’‘′ʹ", "'"),
-    **dict.fromkeys("∖∣", r"\setminus "),
-    **dict.fromkeys("“”\"", ""),
-    **dict.fromkeys("£€¥₹", ""),
-    **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""),
-    "∣": r"\mid ", "÷": "/", "√": r"\surd ", "∛": r"\surd[3]", "∜": r"\surd[4]", "≠": r"\ne ", "∈": r"\in ", "∞": r"\infty ",
-    "∪": r"\cup ", "±": r"\pm ", "∓": r"\mp ", "∠": r"\angle ", "△": r"\triangle ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}",
-    "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ",
-    "⌉": r"\rceil ", "∶": ":", "、": ",", "。": ".", "¢": r"\text{ cents}", "∧": r"\land ", "∨": r"\lor ", "…": "...",
-    "≈": r"\approx ", "≡": r"\equiv ", "∩": r"\cap ", "→": r"\to ", "Ω": r"\Omega ",
+    **dict.fromkeys("“”\"£€¥₹\u200b\u200c\u200d\u2060\ufeff", ""),
+    "∛": r"\surd[3]", "∜": r"\surd[4]", "∶": ":", "、": ",", "。": ".", "…": "...",
+    "¢": r"\text{ cents}",
 }
 _TRANSLATED = str.maketrans(_SIGNS)
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+")
 _LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋ₐₑₒₓₕₖₗₘₙₚₛₜ]+")
 _ONE_CHARACTER_FRACTION = re.compile("[¼½¾⅐-⅞↉]")
 _THOUSANDS = re.compile(  # a mark between two groups of digits that no list has
-    r"(?<=\d)(?:\s*\{\s*,\s*\}\s*|\s*,\s*\\!\s*|\\!,\s*|\s*\\,\s*|\s*\\thinspace\s*|[\u2005-\u2009\u202f\u00a0])"
+    r"(?<=\d)(?:\s*(?:\{\s*,\s*\}|,\s*\\!|\\!\s*,|\\,|\\thinspace)\s*|[\u2005-\u2009\u202f\u00a0])"
     r"(?=\d{3}(?!\d))", re.ASCII)
 _POWER = re.compile(r"(?<=[\w)}])\s*\*\*\s*(?=[\w({\\-])", re.ASCII)
 _MODULE = re.compile(r"\b(?:np|math|sympy)\.(?=[a-z])")
@@ -75,7 +70,8 @@ def _fraction(found: re.Match) -> str:
 
 
 def _without_emphasis(text: str) -> str:
-    """The text without markdown's marks at its ends; half a pair may have been left with what stood before."""
+    """The text without markdown's marks at its ends; half a pair may have been left with what stood
+    before."""
     for mark in _EMPHASIS:
         text = text.removeprefix(mark).removesuffix(mark)
     if len(text) > 2 and text[0] == text[-1] and text[0] in "*_":

@@ -1,18 +1,22 @@
 r"""Reads an answer in LaTeX, or as people type it, into a tree; nothing is computed.
 
-A recursive descent over at most `LONGEST` characters, `DEEPEST` calls deep, that never goes back. Nodes are tuples, their
-kind first:
+A recursive descent over at most `LONGEST` characters, `DEEPEST` calls deep, that never goes back.
+Nodes are tuples, their kind first:
 
-    ("num", Fraction)  ("var", name)  ("add", *parts)  ("mul", *parts)  ("div", a, b)  ("pow", a, b)  ("root", n, a)
+    ("num", Fraction)  ("var", name)  ("add", *parts)  ("mul", *parts)  ("div", a, b)
+    ("pow", a, b)  ("root", n, a)
     ("neg", a)  ("pm", a) for +-a  ("mp", a) for -+a  ("fn", name, a)  ("binom", a, b)
     ("list", *items)  ("set", *items)  ("group", open, close, *items): a tuple or an interval
-    ("union", *pieces)  ("without", set, set)  ("reals",)  ("such", name, condition): a set by what holds for its members
+    ("union", *pieces)  ("without", set, set)  ("reals",)
+    ("such", name, condition): a set by what holds for its members
     ("both", *conditions)  ("either", *conditions): joined by `and`, by `or`
     ("residue", a, modulus): a congruence but for what it is of
-    ("matrix", *rows of cells)  ("det", *rows of cells)  ("ratio", *parts)  ("clock", *parts): a ratio or a time of day
-    ("rel", operator, left, right): also a chain of two inequalities, as in ("rel", "< <=", left, right, middle)
+    ("matrix", *rows of cells)  ("det", *rows of cells)
+    ("ratio", *parts)  ("clock", *parts): a ratio or a time of day
+    ("rel", operator, left, right)  ("rel", "< <=", left, right, middle): a chain of two
     ("applied", name, *arguments): the left side of `f(x) = 2x`, its arguments as they are written
-    ("quantity", a, units.Unit)  ("qualified", a, words) as in `3 fifths`  ("percent", a)  ("text", words)
+    ("quantity", a, units.Unit)  ("qualified", a, words) as in `3 fifths`  ("percent", a)
+    ("text", words)
 """
 
 from __future__ import annotations
@@ -21,18 +25,22 @@ import re
 from collections.abc import Sequence
 
 from dcmdp_jax.answers.cursor import Node, counted
-from dcmdp_jax.answers.expressions import FUNCTIONS, JOINING, MODULO, RELATIONS, SHAPES, Expressions, is_part_of
+from dcmdp_jax.answers.expressions import (FUNCTIONS, JOINING, MODULO, RELATIONS, SHAPES,
+                                           Expressions, is_part_of)
 from dcmdp_jax.answers.work import Unreadable, Work
 
 _DEFINED = re.compile(r"(\\?[A-Za-z]+(?:_\w|_\{\w+\})?'*)\(([\w\\,|;]+)\)")
-_ALL_REALS = re.compile(r"(?:x is )?(?:all|any) real(?: number|s| numbers| values)?"
-                        r"(?: (except|except for|but|but not|other than|excluding|besides))?(?: x)?")
+_ALL_REALS = re.compile(
+    r"(?:x is )?(?:all|any) real(?: number|s| numbers| values)?"
+    r"(?: (except|except for|but|but not|other than|excluding|besides))?(?: x)?")
 _SHORT_WORDS = ("yes", "no", "odd")  # others of so few letters are products of variables
-_NO_NUMBERS = {"empty set", "the empty set", "no solution", "no solutions", "no real solution", "no real solutions"}
+_NO_NUMBERS = {"empty set", "the empty set", "no solution", "no solutions", "no real solution",
+               "no real solutions"}
 
 
 def read(text: str, work: Work | None = None) -> Node:
-    """Returns the tree of an answer. Raises Unreadable where it is of no known form or takes too much work."""
+    """Returns the tree of an answer. Raises Unreadable where it is of no known form or takes too
+    much work."""
     return _Reader(text, work or Work()).answer()
 
 
@@ -54,7 +62,8 @@ class _Reader(Expressions):
         return items, between
 
     def separated(self) -> str:
-        """Takes a comma, a semicolon, `and` or `or`, and returns it; the word alone where both stand there."""
+        """Takes a comma, a semicolon, `and` or `or`, and returns it; the word alone where both
+        stand there."""
         if word := self.says("and", "or"):
             return word
         if not (sign := self.take(",", ";")):
@@ -106,7 +115,8 @@ class _Reader(Expressions):
         return ("ratio", value, self.union()) if self.says("to") else value
 
     def words(self) -> Node | None:
-        """An element of words alone, such as `\\text{Evelyn}` or `even`, or `all real numbers except` some."""
+        """An element of words alone, such as `\\text{Evelyn}` or `even`, or `all real numbers
+        except` some."""
         end = self.at
         while end < len(self.tokens) and self.kind(end - self.at) in ("word", "name") and \
                 self.tokens[end].text not in JOINING:
@@ -147,7 +157,8 @@ class _Reader(Expressions):
             self.at = end + 1
 
     def named(self) -> Node | None:
-        """The left side of `f(x) = 2x` and of `\\text{Area of } ABC = 5`, which is a name as a whole."""
+        """The left side of `f(x) = 2x` and of `\\text{Area of } ABC = 5`, which is a name as a
+        whole."""
         if self.kind() not in ("word", "name", "cmd"):
             return None
         end = self.at
@@ -199,7 +210,8 @@ class _Reader(Expressions):
         return self.quantity(value, False) if self.kind() in ("word", "name") else value
 
     def part(self) -> Node:
-        """A part of a ratio behind the colon; what follows a number of two digits, such as `pm`, belongs to the whole."""
+        """A part of a ratio behind the colon; what follows a number of two digits, such as `pm`,
+        belongs to the whole."""
         return self.number() if re.fullmatch(r"\d\d", self.peek()) else self.sum()
 
     def bracketed(self) -> Node:
@@ -224,7 +236,8 @@ class _Reader(Expressions):
         r"""A set, whose `\{` is taken."""
         if self.take(r"\}"):
             return ("set",)
-        if self.kind() == "word" and len(self.peek()) == 1 and self.peek(1) in (r"\mid", "|", ":", r"\in"):
+        by_condition = self.peek(1) in (r"\mid", "|", ":", r"\in")
+        if by_condition and self.kind() == "word" and len(self.peek()) == 1:
             name = self.take(self.peek())
             domain = self.union() if self.take(r"\in") else ("reals",)
             self.need(r"\mid", "|", ":")
@@ -237,7 +250,8 @@ class _Reader(Expressions):
 
 
 def _joined(items: Sequence[Node], between: Sequence[str]) -> Node:
-    """One answer of elements and what stands between them: conditions joined by `and` or `or`, or a list."""
+    """One answer of elements and what stands between them: conditions joined by `and` or `or`, or a
+    list."""
     if len(items) == 1:
         return items[0]
     conditions = all(item[0] == "rel" for item in items) and any(item[1] != "=" for item in items)
@@ -246,7 +260,8 @@ def _joined(items: Sequence[Node], between: Sequence[str]) -> Node:
     if conditions and set(between) == {"and"}:
         return "both", *items
     if items[0][:2] == ("rel", "!=") and not any(item[0] == "rel" for item in items[1:]):
-        return "both", items[0], *(("rel", "!=", items[0][2], item) for item in items[1:])  # `x \ne 1, 2`
+        others = [("rel", "!=", items[0][2], item) for item in items[1:]]  # `x \ne 1, 2`
+        return "both", items[0], *others
     if set(between) == {"and"} and all(map(is_part_of, items[1:], items)):
         return "add", *items  # `2 hours and 30 minutes`
     return "list", *items

@@ -1,7 +1,7 @@
 r"""An answer cut into tokens, without what only changes its looks.
 
-Spaces, type faces, `\left`, `\displaystyle` and the like go; words keep whether they were set upright, as `\text{cm}` is; a
-comma for thousands goes where it is one.
+Spaces, type faces, `\left`, `\displaystyle` and the like go; words keep whether they were set
+upright, as `\text{cm}` is; a comma for thousands goes where it is one.
 """
 
 from __future__ import annotations
@@ -25,32 +25,50 @@ class Token(NamedTuple):
     spaced: bool  # a space stands before it
 
 
+_SPACES = ("quad", "qquad", "enspace", "thinspace", "medspace", "thickspace", "negthinspace",
+           "strut", "mathstrut", "displaystyle", "textstyle", "scriptstyle", "limits", "nolimits",
+           "nonumber", "middle", "tiny", "small", "normalsize", "large", "Large", "LARGE", "huge",
+           "Huge")
 _LEXEME = re.compile(
-    r"(?P<space>(?:[\s~$]|\\\Z|\\[,;:>!/ ()\[\]]|\\(?:q?quad|enspace|thinspace|medspace|thickspace|negthinspace|displaystyle|"
-    r"textstyle|scriptstyle|tiny|small|normalsize|large|Large|LARGE|huge|Huge|limits|nolimits|middle|[bB]igg?[lrm]?|nonumber|strut|null|mathstrut)(?![A-Za-z]))+)"
+    r"(?P<space>(?:[\s~$]|\\\Z|\\[,;:>!/ ()\[\]]|"
+    rf"\\(?:{'|'.join(_SPACES)}|[bB]igg?[lrm]?)(?![A-Za-z]))+)"
     r"|(?P<fence>\\(?:left|right)(?![A-Za-z])\s*\.?)"
     r"|(?P<row>\\\\(?:\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm|in)\s*\])?)"
     r"|(?P<dots>\.{3,})|(?P<num>(?:\d+(?:\.(?!\.)\d*)?|\.\d+)(?:[eE][+-]?\d{1,4}(?![\w.]))?)"
     r"|(?P<cmd>\\(?:[A-Za-z]+|.))|(?P<word>[A-Za-z]+)|(?P<sign>.)", re.DOTALL | re.ASCII)
-_UPRIGHT = {rf"\{name}" for name in ("text", "textbf", "textit", "textrm", "textsf", "texttt", "textnormal", "textup", "emph",
-                                     "mathrm", "mathsf", "mathtt", "mbox", "hbox", "operatorname", "rm")}
-_FACES = _UPRIGHT | {rf"\{name}" for name in ("mathbf", "mathit", "mathnormal", "boldsymbol", "bm", "bf", "it", "underline",
-                                              "boxed", "fbox", "bold", "pmb", "ensuremath", "mathop", "mathord")}
-_WITH_SETTING = {r"\color", r"\textcolor", r"\hspace", r"\vspace", r"\phantom", r"\tag", r"\label"}  # in braces behind them
+
+
+def _commands(names: str) -> set[str]:
+    return {rf"\{name}" for name in names.split()}
+
+
+_UPRIGHT = _commands("text textbf textit textrm textsf texttt textnormal textup emph mathrm mathsf "
+                     "mathtt mbox hbox operatorname rm")
+_FACES = _UPRIGHT | _commands("mathbf mathit mathnormal boldsymbol bm bf it underline boxed fbox "
+                              "bold pmb ensuremath mathop mathord")
+_WITH_SETTING = _commands("color textcolor hspace vspace phantom tag label")  # in braces
 _SPELLINGS = {
-    r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\cfrac": r"\frac", r"\dbinom": r"\binom", r"\tbinom": r"\binom",
-    r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lbrack": "[", r"\rbrack": "]", r"\lparen": "(",
-    r"\rparen": ")", r"\vert": "|", r"\lvert": "|", r"\rvert": "|", r"\%": "%", r"\leq": r"\le", r"\leqslant": r"\le",
-    r"\leqq": r"\le", r"\geq": r"\ge", r"\geqslant": r"\ge", r"\geqq": r"\ge", r"\lt": "<", r"\gt": ">", r"\neq": r"\ne",
-    r"\varnothing": r"\emptyset", r"\colon": ":", r"\ratio": ":", r"\backslash": r"\setminus",
-    r"\smallsetminus": r"\setminus", r"\varepsilon": r"\epsilon", r"\varphi": r"\phi", r"\vartheta": r"\theta",
-    r"\infin": r"\infty", r"\Bbb": r"\mathbb", r"\bold": r"\mathbf", r"\times": "*", r"\cdot": "*", r"\ast": "*",
-    r"\div": "/", r"\measuredangle": r"\angle", r"\bar": r"\overline", r"\lgroup": "(", r"\rgroup": ")", r"\degree": "degrees",
-    r"\ldots": "...", r"\dots": "...", r"\cdots": "...", r"\dotsc": "...", r"\cr": r"\\",
+    **dict.fromkeys(_commands("dfrac tfrac cfrac"), r"\frac"),
+    **dict.fromkeys(_commands("dbinom tbinom"), r"\binom"),
+    **dict.fromkeys(_commands("vert lvert rvert"), "|"),
+    **dict.fromkeys(_commands("lparen lgroup"), "("),
+    **dict.fromkeys(_commands("rparen rgroup"), ")"),
+    **dict.fromkeys(_commands("leq leqslant leqq"), r"\le"),
+    **dict.fromkeys(_commands("geq geqslant geqq"), r"\ge"),
+    **dict.fromkeys(_commands("times cdot ast"), "*"),
+    **dict.fromkeys(_commands("colon ratio"), ":"),
+    **dict.fromkeys(_commands("backslash smallsetminus"), r"\setminus"),
+    **dict.fromkeys(_commands("ldots dots cdots dotsc"), "..."),
+    r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lbrack": "[", r"\rbrack": "]", r"\lt": "<",
+    r"\gt": ">", r"\neq": r"\ne", r"\varnothing": r"\emptyset", r"\varepsilon": r"\epsilon",
+    r"\varphi": r"\phi", r"\vartheta": r"\theta", r"\infin": r"\infty", r"\Bbb": r"\mathbb",
+    r"\div": "/", r"\%": "%",
+    r"\measuredangle": r"\angle", r"\bar": r"\overline", r"\degree": "degrees", r"\cr": r"\\",
 }
 _OTHER_NAMES = {"tg": "tan", "ctg": "cot", "cotg": "cot", "arctg": "arctan", "cosec": "csc"}
 _JOINERS = {r"\land": "and", r"\wedge": "and", r"\lor": "or", r"\vee": "or"}
-_TAKES_ONE = {"^", "_", r"\frac", r"\sqrt", r"\binom", r"\overline"}  # braces behind these hold what they take
+# braces behind these hold what they take
+_TAKES_ONE = {"^", "_", r"\frac", r"\sqrt", r"\binom", r"\overline"}
 _OPENS = {"(": ")", "[": "]", r"\{": r"\}", r"\langle": r"\rangle", "{": "}"}
 _BEFORE_OPENING = {"", "(", "{", ",", ";", "=", "and", "or", r"\{", r"\in", r"\cup", r"\setminus"}
 _BEHIND_CLOSING = {"", ")", "}", ",", ";", "and", "or", r"\}", r"\cup", r"\setminus"}
@@ -122,7 +140,7 @@ def _lexemes(text: str) -> list[Token]:
 def _without_looks(lexemes: Sequence[Token]) -> list[Token]:
     """Takes type faces away and joins what stands for one sign."""
     tokens: list[Token] = []
-    opened: list[tuple[bool, bool]] = []  # of each open brace: whether it stays, whether words inside are upright
+    opened: list[tuple[bool, bool]] = []  # whether an open brace stays, whether words were upright
     upright = False
     at = 0
     spaced = False
@@ -182,8 +200,8 @@ def _degree(lexemes: Sequence[Token], at: int) -> int:
 
 
 def _without_thousands(tokens: Sequence[Token]) -> list[Token]:
-    """Joins `1,234` to one number, except where its bracket may be a tuple, a set or an interval. `(1,000)` is none: no
-    item of theirs begins with a zero."""
+    """Joins `1,234` to one number, except where its bracket may be a tuple, a set or an interval.
+    `(1,000)` is none: no item of theirs begins with a zero."""
     joined: list[Token] = []
     brackets: list[str] = []
     at = 0
@@ -206,15 +224,18 @@ def _without_thousands(tokens: Sequence[Token]) -> list[Token]:
 def _thousands(tokens: Sequence[Token], at: int) -> int:
     """How many groups of three digits, each behind a comma, belong to the number at `at`."""
     before = tokens[at - 1].text if at else ""
-    if not re.fullmatch(r"\d{1,3}", tokens[at].text) or (before in (",", ".") and not tokens[at].spaced):
+    if not re.fullmatch(r"\d{1,3}", tokens[at].text):
+        return 0
+    if before in (",", ".") and not tokens[at].spaced:
         return 0
     groups = 0
     while True:
         mark = at + 2 * groups + 1
         pair = tokens[mark:mark + 2]
-        if len(pair) < 2 or pair[0].text != "," or pair[1].kind != "num" or pair[0].spaced or pair[1].spaced:
+        if [part.kind for part in pair] != [",", "num"] or any(part.spaced for part in pair):
             return groups
-        if groups and "." in tokens[mark - 1].text or not re.fullmatch(r"\d{3}(\.\d*)?", pair[1].text):
+        ended = groups and "." in tokens[mark - 1].text
+        if ended or not re.fullmatch(r"\d{3}(\.\d*)?", pair[1].text):
             return 0
         groups += 1
 

@@ -38,23 +38,25 @@ _NAMES = {"meter": "m", "metre": "m", "centimeter": "cm", "centimetre": "cm", "m
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _AFTER = {"squared": 2, "cubed": 3}
 # These change the number, or are none of its unit.
-_REFUSED = {"hundred", "thousand", "million", "billion", "trillion", "dozen", "half", "halves", "pi", "and",
-            "or", "not", "where", "if", "to", "mod", "is", "plus", "minus", "over", "by", "third", "quarter",
-            "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth", "hundredth", "thousandth", "twice", "pair",
-            "score", "than", "from", "between", "about", "approximately", "modulo", "for", "when", "base"}
+_REFUSED = {"hundred", "thousand", "million", "billion", "trillion", "dozen", "half", "halves", "pi",
+            "and", "or", "not", "where", "if", "to", "mod", "is", "plus", "minus", "over", "by",
+            "third", "quarter", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth",
+            "hundredth", "thousandth", "twice", "pair", "score", "than", "from", "between", "about",
+            "approximately", "modulo", "for", "when", "base"}
 _LATEX = re.compile(r"\\(?:text|textrm|textbf|mathrm|mbox|operatorname|cdot)(?![A-Za-z])|[{}~*]")
 _PIECE = re.compile(r"\s*(?:(/|per\b)|([A-Za-z]+)\.?(?:\s*\^\s*\(?\s*(-?\d)\s*\)?|(\d))?)\s*")
 _HALF_OF_DAY = re.compile(r"\b([ap])\s?\.?\s?m\b\.?", re.IGNORECASE)
 
 
 def is_word(word: str, apart: bool) -> bool:
-    """True if a word beside a number is read as a unit, not as a product of variables. `2xyz` is such a product; a word
-    that the table lacks must stand `apart`, or be set as text."""
+    """True if a word beside a number is read as a unit, not as a product of variables. `2xyz` is
+    such a product; a word that the table lacks must stand `apart`, or be set as text."""
     return _name(word) in _BASE and len(word) > 1 or word in _POWERS or (apart and len(word) > 2 and word.islower())
 
 
 def read(text: str) -> Unit | None:
-    """Returns the unit that `text` names by words with powers, `/` and `per`; None where it is none."""
+    """Returns the unit that `text` names by words with powers, `/` and `per`; None where it is
+    none."""
     rest = _HALF_OF_DAY.sub(lambda found: found[1].lower() + "m", _LATEX.sub(" ", text).strip())
     powers: dict[str, int] = {}
     factor = Fraction(1)
@@ -91,11 +93,13 @@ def read(text: str) -> Unit | None:
         factor *= Fraction(scale) ** exponent
         pi -= exponent * (name in _OVER_PI)
         last = (name, exponent) if first else None
-    return Unit(tuple(sorted((unit, power) for unit, power in powers.items() if power)), factor, pi, known)
+    left = tuple(sorted((unit, power) for unit, power in powers.items() if power))
+    return Unit(left, factor, pi, known)
 
 
 def _name(word: str) -> str:
-    """The table's name of a unit, be it written out or in the plural; an unknown word in the singular."""
+    """The table's name of a unit, be it written out or in the plural; an unknown word in the
+    singular."""
     if word in _BASE:
         return word
     lower = word.lower()

@@ -1,7 +1,8 @@
-"""The value of a tree at a point: an exact fraction where it is one, else a complex number of 60 digits.
+"""The value of a tree at a point: an exact fraction where it is one, else a complex number of 60
+digits.
 
-Two expressions are equal where they agree at several fixed points, to 40 digits. Every operation is counted, a large one as
-many, before it is done.
+Two expressions are equal where they agree at several fixed points, to 40 digits. Every operation is
+counted, a large one as many, before it is done.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ NOTHING, LEAST_ROUND_OFF = Decimal("1e-50"), Decimal("1e-70")  # between them li
 BITS = 20_000  # of an exact numerator or denominator
 REAL_POINTS, WHOLE_POINTS = 6, 8
 PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899")
-WHOLE, ROUND, COUNTS = {"factorial", "binom"}, {"floor", "ceil"}, set("jklmnpqMN")  # what is compared at whole numbers
+# what is compared at whole numbers
+WHOLE, ROUND, COUNTS = {"factorial", "binom"}, {"floor", "ceil"}, set("jklmnpqMN")
 
 STEP = 3  # operations that a node of a tree, or a sum or product of numbers, takes
 EXPONENTIAL, LOGARITHM, SERIES = 25, 45, 90  # an exponential, a logarithm, a sine or an angle
@@ -39,11 +41,11 @@ class Unknown(ArithmeticError):
 
 
 def equal(one: Node, other: Node, work: Work) -> bool:
-    """Returns whether two expressions have the same value at every point where both have one. Raises Unknown where there
-    are too few such points: two, or one where there is no variable.
+    """Returns whether two expressions have the same value at every point where both have one.
+    Raises Unknown where there are too few such points: two, or one where there is no variable.
 
-    Variables take positive values, negative ones too where an absolute value is taken, and whole ones where the
-    expressions hold factorials or binomials, or round what is named as a count.
+    Variables take positive values, negative ones too where an absolute value is taken, and whole
+    ones where the expressions hold factorials or binomials, or round what is named as a count.
     """
     ones, others = variables(one, work), variables(other, work)
     if bool(ones) != bool(others):
@@ -66,11 +68,12 @@ def equal(one: Node, other: Node, work: Work) -> bool:
 
 
 def value(node: Node, point: dict[str, Fraction], work: Work) -> Number:
-    """Returns the value of an expression where its variables have the values of `point`. Raises Unknown where it has
-    none."""
+    """Returns the value of an expression where its variables have the values of `point`. Raises
+    Unknown where it has none."""
     with decimal.localcontext(decimal.Context(
             prec=DIGITS, Emax=10**6, Emin=-10**6,
-            traps=[decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow, decimal.Underflow])):
+            traps=[decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow,
+                   decimal.Underflow])):
         try:
             return _Evaluator(point, work).value(node)
         except (decimal.DecimalException, ZeroDivisionError) as error:
@@ -78,7 +81,8 @@ def value(node: Node, point: dict[str, Fraction], work: Work) -> Number:
 
 
 def agree(one: Number, other: Number) -> bool:
-    """Whether two values are the same but for round-off. Raises Unknown where both may be nothing but that."""
+    """Whether two values are the same but for round-off. Raises Unknown where both may be nothing
+    but that."""
     if isinstance(one, Fraction) and isinstance(other, Fraction):
         return one == other
     with decimal.localcontext(decimal.Context(prec=DIGITS, Emax=10**6, Emin=-10**6)):
@@ -96,7 +100,8 @@ def agree(one: Number, other: Number) -> bool:
 
 
 def proportional(one: Node, other: Node, work: Work, positive: bool = False) -> bool:
-    """True if one expression is a constant, not zero, times the other; if `positive`, one over zero."""
+    """True if one expression is a constant, not zero, times the other; if `positive`, one over
+    zero."""
     names = sorted(variables(one, work) | variables(other, work))
     ratios = []
     for number in range(REAL_POINTS):
@@ -111,12 +116,14 @@ def proportional(one: Node, other: Node, work: Work, positive: bool = False) -> 
 
 def variables(node: Node, work: Work) -> set[str]:
     """Names of the variables, without pi, e and i."""
-    return {part[1] for part in _nodes(node, work) if part[0] == "var" and part[1] not in _CONSTANTS}
+    names = {part[1] for part in _nodes(node, work) if part[0] == "var"}
+    return names.difference(_CONSTANTS)
 
 
 def functions(node: Node, work: Work) -> set[str]:
     """Names of the functions in an expression, and `binom`."""
-    return {part[1] if part[0] == "fn" else "binom" for part in _nodes(node, work) if part[0] in ("fn", "binom")}
+    found = [part for part in _nodes(node, work) if part[0] in ("fn", "binom")]
+    return {part[1] if part[0] == "fn" else "binom" for part in found}
 
 
 def _nodes(node: Node, work: Work) -> Iterator[Node]:
@@ -127,7 +134,8 @@ def _nodes(node: Node, work: Work) -> Iterator[Node]:
         node = left.pop()
         if isinstance(node[0], str):
             yield node
-        left.extend(part for part in node if type(part) is tuple and part and not isinstance(part[0], Decimal))
+        parts = [part for part in node if type(part) is tuple and part]
+        left.extend(part for part in parts if not isinstance(part[0], Decimal))
 
 
 def _place(name: str, number: int, whole: bool, signed: bool) -> Fraction:
@@ -188,8 +196,9 @@ class _Evaluator:
     # --- arithmetic
 
     def sized(self, *numbers: Fraction) -> None:
-        """Counts what an operation on exact numbers takes: their greatest common divisor, mostly."""
-        sizes = [bits for x in numbers for bits in (x.numerator.bit_length(), x.denominator.bit_length())]
+        """Counts what an operation on exact numbers takes: their greatest common
+        divisor, mostly."""
+        sizes = [part.bit_length() for x in numbers for part in (x.numerator, x.denominator)]
         self.work.spend(STEP + sum(sizes) // 200 + max(sizes) ** 2 // 400_000)
 
     def exact(self, x: Fraction | int) -> Fraction:
@@ -355,7 +364,8 @@ class _Evaluator:
 
     def arcsin(self, z: Complex) -> Number:
         root = self.power(self.sub(Fraction(1), self.mul(z, z)), Fraction(1, 2))
-        return self.mul((Decimal(0), Decimal(-1)), self.log(self.add(self.mul((Decimal(0), Decimal(1)), z), root)))
+        i = Decimal(0), Decimal(1)
+        return self.mul(self.negative(i), self.log(self.add(self.mul(i, z), root)))
 
     def arccos(self, z: Complex) -> Number:
         return self.sub((PI / 2, Decimal(0)), self.arcsin(z))
@@ -402,8 +412,9 @@ class _Evaluator:
 
 
 _OF_COMPLEX = {
-    "sin": _Evaluator.sin, "cos": _Evaluator.cos, "tan": _Evaluator.tan, "cot": _Evaluator.cot, "sec": _Evaluator.sec,
-    "csc": _Evaluator.csc, "arcsin": _Evaluator.arcsin, "arccos": _Evaluator.arccos, "arctan": _Evaluator.arctan,
+    "sin": _Evaluator.sin, "cos": _Evaluator.cos, "tan": _Evaluator.tan, "cot": _Evaluator.cot,
+    "sec": _Evaluator.sec, "csc": _Evaluator.csc, "arcsin": _Evaluator.arcsin,
+    "arccos": _Evaluator.arccos, "arctan": _Evaluator.arctan,
     "sinh": _Evaluator.sinh, "cosh": _Evaluator.cosh, "tanh": _Evaluator.tanh,
 }
 
@@ -413,13 +424,16 @@ def _is_zero(x: Number) -> bool:
 
 
 def _complex(x: Number) -> Complex:
-    return (Decimal(x.numerator) / Decimal(x.denominator), Decimal(0)) if isinstance(x, Fraction) else x
+    if isinstance(x, Fraction):
+        return Decimal(x.numerator) / Decimal(x.denominator), Decimal(0)
+    return x
 
 
 def _exact_root(x: Fraction, degree: int) -> Fraction | None:
     """The positive root of a positive fraction where it is a fraction."""
     top, bottom = _whole_root(x.numerator, degree), _whole_root(x.denominator, degree)
-    return Fraction(top, bottom) if top ** degree == x.numerator and bottom ** degree == x.denominator else None
+    root = Fraction(top, bottom)
+    return root if root ** degree == x else None
 
 
 def _whole_root(n: int, degree: int) -> int:
