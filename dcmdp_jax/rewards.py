@@ -1,4 +1,5 @@
-"""Verifiers: text in, reward out. `answers` finds what a completion states and compares it, at a cost bounded in advance."""
+"""Verifiers: text in, reward out. `answers` finds what a completion states and compares it, at a
+cost bounded in advance."""
 
 from __future__ import annotations
 
@@ -13,15 +14,17 @@ from dcmdp_jax.answers.computed import is_computed, is_number
 from dcmdp_jax.answers.stated import final_answer
 from dcmdp_jax.records import Example, Rollout, Scored
 _CHOICE = re.compile(r"(?:\\text\w*\s*\{)?\(?[A-J]\)?\}?")
-_CHOSEN = re.compile(r"(?:\\text\w*\s*\{)?\s*(?:\(([A-J])\)|([A-J])[).:])[\s}]*[\w$\\(]")  # with what it says: (B) 12
+# a choice with what it says, as (B) 12
+_CHOSEN = re.compile(r"(?:\\text\w*\s*\{)?\s*(?:\(([A-J])\)|([A-J])[).:])[\s}]*[\w$\\(]")
 
 
 def math_answer(example: Example, text: str) -> float:
-    """1.0 if the answer that `text` states is judged equal to `example.answer`, else 0.0. Training and evaluation both ask it.
+    """1.0 if the answer that `text` states is judged equal to `example.answer`, else 0.0. Training
+    and evaluation both ask it.
 
-    An expression with something left to compute, `2 + 2` or `(x + 1)(x - 1)`, earns nothing where a number is asked for, or
-    where it stands in the problem and is not how the answer is written: it is no work to copy it. Numbers are compared by our
-    reader alone, the rest as `answers.judge` does.
+    An expression with something left to compute, `2 + 2` or `(x + 1)(x - 1)`, earns nothing where a
+    number is asked for, or where it stands in the problem and is not how the answer is written: it
+    is no work to copy it. Numbers are compared by our reader alone, the rest by `answers.judge`.
     """
     stated = final_answer(text)
     if not stated:
@@ -40,7 +43,8 @@ def _copied(stated: str, example: Example) -> bool:
 
 
 def _words(prompt: Any) -> str:
-    """The text of a prompt: a string, or chat messages whose content is a string or parts that may hold text."""
+    """The text of a prompt: a string, or chat messages whose content is a string or parts that may
+    hold text."""
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, dict):

@@ -30,7 +30,8 @@ def is_computed(text: str) -> bool:
 
 
 def is_number(text: str) -> bool:
-    r"""True if an answer is one number with nothing left to compute, named or with a unit or not; no root and no constant."""
+    r"""True if an answer is one number with nothing left to compute, with a name or a unit or
+    without; no root and no constant."""
     try:
         node = read(text)
     except Unreadable:
@@ -48,7 +49,9 @@ def _is_computed(node: Node) -> bool:
     kind, *parts = node
     if kind in ("text", "reals", "clock"):
         return True
-    if kind in ("quantity", "qualified", "percent") or kind == "neg" and parts[0][0] in ("quantity", "percent"):
+    if kind in ("quantity", "qualified", "percent"):
+        return _is_computed(parts[0])
+    if kind == "neg" and parts[0][0] in ("quantity", "percent"):
         return _is_computed(parts[0])
     if kind == "rel" and parts[0] == "=":
         left, right = parts[1:]

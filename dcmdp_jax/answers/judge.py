@@ -1,7 +1,8 @@
-"""Answers compared: by our own reader, and what it cannot read by the `math-verify` package in processes of its own.
+"""Answers compared: by our own reader, and what it cannot read by the `math-verify` package in
+processes of its own.
 
-A comparison that takes too long or too much memory is ended with its process. A few processes serve all threads; each starts
-when it is first needed, and ends with its parent, however that ends.
+A comparison that takes too long or too much memory is ended with its process. A few processes serve
+all threads; each starts when it is first needed, and ends with its parent, however that ends.
 """
 
 from __future__ import annotations
@@ -53,13 +54,14 @@ class Absent(Exception):
 
 
 class Pool:
-    """Processes of `command`, which is given `seconds`, that compare answers, each one pair at a time.
+    """Processes of `command`, which is given `seconds`; each compares one pair at a time.
 
-    `given_up` counts comparisons that took longer than `seconds`, or that two processes did not survive: they count as
-    different. A pair that was compared is remembered.
+    `given_up` counts comparisons that took longer than `seconds`, or that two processes did not
+    survive: they count as different. A pair that was compared is remembered.
     """
 
-    def __init__(self, command: Sequence[str] = COMMAND, seconds: float = SECONDS, processes: int = PROCESSES):
+    def __init__(self, command: Sequence[str] = COMMAND, seconds: float = SECONDS,
+                 processes: int = PROCESSES):
         self.seconds = seconds
         self.given_up = 0
         self.equal = functools.lru_cache(KNOWN)(self._compared)
@@ -92,8 +94,8 @@ class Pool:
     def _say_absent(self, error: Absent) -> None:
         with self._lock:
             if not self._absent:
-                print(f"math-verify cannot be used ({error}): answers that need it count as different; "
-                      "pip install 'dcmdp-jax[answers]'", file=sys.stderr, flush=True)
+                print(f"math-verify cannot be used ({error}): answers that need it count as "
+                      "different; pip install 'dcmdp-jax[answers]'", file=sys.stderr, flush=True)
             self._absent = True
 
 
@@ -108,7 +110,8 @@ class _Process:
     def ask(self, gold: str, answer: str) -> bool | None:
         """Returns whether they are equal; None where the process ended instead.
 
-        Raises TimeoutError where it ended because its time was over, and Absent where it has no library.
+        Raises TimeoutError where it ended because its time was over, and Absent where it has no
+        library.
         """
         try:
             if self._process is None:
@@ -118,7 +121,7 @@ class _Process:
             reply = self._line(self._seconds)
         except BrokenPipeError:
             reply = b""
-        except BaseException:  # a signal's exception, too: no reply may be left for the next question
+        except BaseException:  # a signal's, too: no reply may be left for the next question
             self._end()
             raise
         if reply in (b"true\n", b"false\n"):
@@ -128,8 +131,10 @@ class _Process:
         return None
 
     def _start(self) -> None:
-        # in a session of its own: Ctrl-C at the terminal is for its parent, which comes to a safe point first
-        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        # in a session of its own: Ctrl-C at the terminal is for its parent, which comes to a safe
+        # point first
+        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE,
+                                         stdout=subprocess.PIPE, start_new_session=True)
         said = self._line(START)
         if said.startswith(b"absent"):
             raise Absent(json.loads(said.removeprefix(b"absent")))
@@ -137,7 +142,8 @@ class _Process:
             raise BrokenPipeError
 
     def _line(self, seconds: float) -> bytes:
-        """What the process writes next, up to a newline. Raises TimeoutError where it writes nothing for so long."""
+        """What the process writes next, up to a newline. Raises TimeoutError where it writes
+        nothing for so long."""
         output = self._process.stdout.fileno()
         read = b""
         while not read.endswith(b"\n"):

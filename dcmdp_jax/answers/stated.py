@@ -1,7 +1,8 @@
 r"""The answer that a completion states.
 
-Four forms state one: a box (`\boxed{7}`, `\fbox{7}`, `\boxed 7`), a line `#### 7`, a label `Answer: 7`, and a sentence `The
-answer is 7.` Of these the last counts, whatever its form. The time is linear in the text, which is cut to `TAIL` characters.
+Four forms state one: a box (`\boxed{7}`, `\fbox{7}`, `\boxed 7`), a line `#### 7`, a label
+`Answer: 7`, and a sentence `The answer is 7.` Of these the last counts, whatever its form. The time
+is linear in the text, which is cut to `TAIL` characters.
 """
 
 from __future__ import annotations
@@ -16,48 +17,60 @@ GAP = 200  # characters between two boxes that may still be one answer
 
 _THINK = re.compile(r"<(/?)think(?:ing)?>")
 
-# Boxes. One without braces goes on to the end of the formula, or else to a punctuation mark, a word or another box.
+# Boxes. One without braces goes on to the end of the formula, or else to a punctuation mark, a
+# word or another box.
 _BOX = r"\\(?:boxed|fbox)(?![A-Za-z])"
 _BRACES = re.compile(rf"{_BOX}\s*\{{?|\\.|[{{}}]", re.DOTALL)
 _STOP = rf"\$|\\[)\]]|{_BOX}|\s[A-Za-z]{{2}}"
 _ITEM = r"(?:\\\$|\{(?:[^{}\n]|\{[^{}\n]*\})*\}|[^{}\n])"
-_UNBRACED = re.compile(rf"(?:(?!{_STOP}){_ITEM}){{1,200}}(?=\$|\\[)\]])|(?:(?!{_STOP}|[.,;:!?](?:\s|$)){_ITEM}){{1,200}}")
+_UNBRACED = re.compile(rf"(?:(?!{_STOP}){_ITEM}){{1,200}}(?=\$|\\[)\]])"
+                       rf"|(?:(?!{_STOP}|[.,;:!?](?:\s|$)){_ITEM}){{1,200}}")
 _NAME = r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_(?:\w|\{\w{1,9}\}))?"
 _NAMED = re.compile(rf"(?<![A-Za-z\\])({_NAME})\s*=\s*\$?\Z")
-# what may stand between boxes that are one list: separators, `and`, a name, or the mark of the next item on a line
-_BESIDE = re.compile(rf"(?:[\s$,;&]|\\[()\[\],;:!\\ ]|\\q?quad|\*\*|(?:and|or)\b|\\text\{{[\s,]*(?:and|or)\s*\}}|{_NAME}\s*="
+# what may stand between boxes that are one list: separators, `and`, a name, or the mark of the
+# next item on a line
+_BESIDE = re.compile(rf"(?:[\s$,;&]|\\[()\[\],;:!\\ ]|\\q?quad|\*\*|(?:and|or)\b"
+                     rf"|\\text\{{[\s,]*(?:and|or)\s*\}}|{_NAME}\s*="
                      r"|(?<=\n)(?:[-+*•]|\(?(?:[a-z]|\d|[ivx]{1,4})[.)])(?=\s))*")
 
 # Lines of four hashes, of which some are headings
 _HASHES = re.compile(r"(?<!#)####(?!#)[^\S\n]*(.*)")
-_TITLE = re.compile(r"\W*(?:final|answer|summary|conclusion|solution|explanation|verif\w+|check\w*|notes?|step|case|part|results?"
-                    r"|approach|reasoning|method|analysis|proof|remarks?|calculat\w+|understand\w*|problem|question|alternative"
-                    r"|recap|key)\b", re.IGNORECASE)
-_PROSE = re.compile(r"[*_]*(?:\d+[.)]\s+[*_]*)?[A-Za-z]{2,}(?![A-Za-z]|\s*[=({])")  # begins with a word, or `2.` and a word
+_TITLE = re.compile(
+    r"\W*(?:final|answer|summary|conclusion|solution|explanation|verif\w+|check\w*|notes?|step|case"
+    r"|part|results?|approach|reasoning|method|analysis|proof|remarks?|calculat\w+|understand\w*"
+    r"|problem|question|alternative|recap|key)\b", re.IGNORECASE)
+# begins with a word, or with `2.` and a word
+_PROSE = re.compile(r"[*_]*(?:\d+[.)]\s+[*_]*)?[A-Za-z]{2,}(?![A-Za-z]|\s*[=({])")
 
-# Labels, with the marks of Markdown around them
+# Labels, with the marks of Markdown before them
 _MARKS = r"(?:[^\w\n\\$|]|_)*(?:\d{1,2}[.)][ \t]*[*_]*)?(?:\\text(?:bf)?\{)?"
-_LABEL = re.compile(rf"(?:^{_MARKS}|[.!?][ \t]+)(?:(?:the[ \t]+)?(?:final|correct)[ \t]+)?answer(?:[ \t]+is)?[*_ \t]*(?:[:：=][ \t]*\}}?|(?=\$|\\[(\[])|\r?$)",
-                    re.IGNORECASE | re.MULTILINE)
-_SENTENCE = re.compile(rf"(?:^{_MARKS}|[.!?:;][ \t]+[*_]*|\b(?:so|thus|hence|therefore|then)\b,?[ \t]+)(?:the[ \t]+)?"
-                       r"(?:(?:final|correct)[ \t]+)?answer[ \t]+is[*_ \t]*([:：]?)", re.IGNORECASE | re.MULTILINE)
+_LABEL = re.compile(
+    rf"(?:^{_MARKS}|[.!?][ \t]+)(?:(?:the[ \t]+)?(?:final|correct)[ \t]+)?answer(?:[ \t]+is)?"
+    r"[*_ \t]*(?:[:：=][ \t]*\}?|(?=\$|\\[(\[])|\r?$)", re.IGNORECASE | re.MULTILINE)
+_SENTENCE = re.compile(
+    rf"(?:^{_MARKS}|[.!?:;][ \t]+[*_]*|\b(?:so|thus|hence|therefore|then)\b,?[ \t]+)(?:the[ \t]+)?"
+    r"(?:(?:final|correct)[ \t]+)?answer[ \t]+is[*_ \t]*([:：]?)", re.IGNORECASE | re.MULTILINE)
 
 # What follows a label
 _VALUE = re.compile(r"[*_]*[-+]?(?:\d|\$|\\\()")
-_ONE_VALUE = re.compile(  # a formula, bold text, a choice or a number with one word behind it, and the end of the sentence
-    r"[ \t]*((?:\*\*)?(?:\$(?:[^$\\\n]|\\.){1,300}\$|\\\([^\n]{1,200}?\\\)|\*\*[^*\n]{1,200}\*\*|\(?[A-J]\)?"
-    r"|[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?:[ \t][A-Za-z]+)?)(?:\*\*)?)[.。]?[*_]*[ \t\r]*(?=$|[ \t][A-Z])", re.MULTILINE)
+# a formula, bold text, a choice or a number with one word behind it, and the end of the sentence
+_ONE_VALUE = re.compile(
+    r"[ \t]*((?:\*\*)?(?:\$(?:[^$\\\n]|\\.){1,300}\$|\\\([^\n]{1,200}?\\\)|\*\*[^*\n]{1,200}\*\*"
+    r"|\(?[A-J]\)?|[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?:[ \t][A-Za-z]+)?)(?:\*\*)?)"
+    r"[.。]?[*_]*[ \t\r]*(?=$|[ \t][A-Z])", re.MULTILINE)
 _BLANK = re.compile(r"[\s*_]*(?:```\w*[ \t]*\r?\n)?[\s*_`]*")
 _DISPLAY = re.compile(r"\$\$([^$]{1,1000})\$\$|\\\[(.{1,1000}?)\\\]", re.DOTALL)
 _BULLETS = re.compile(r"[*_ \t\r]*\n\s*((?:^[ \t]*[-+*•][ \t]+\S.*\n?)+)", re.MULTILINE)
 _BULLET = re.compile(r"^[ \t]*[-+*•][ \t]+", re.MULTILINE)
-_EMPHASIS = re.compile(r"(?<=\S)(?:\*\*|__)(?=[\s.,;:!?)。]|$)|(?:(?<=[\s(:])|^)(?:\*\*|__)(?=\S)")
+_EMPHASIS = re.compile(r"(?<=\S)(?:\*\*|__)(?=[\s.,;:!?)。]|$)"
+                       r"|(?:(?<=[\s(:])|^)(?:\*\*|__)(?=\S)")
 _IS = re.compile(r".*\b(?:is|are|equals|be)[ \t]+")
 _STRONG = re.compile(r"\*\*([^*]+)\*\*")
 # a sentence, a clause or a bracket behind an answer, without a number
-_REMARK = re.compile(r"(?:[.!]\s+(?=[A-Z])|,\s+(?=which\b|since\b|because\b|as\b)|\s+(?=\((?!mod\b)[A-Za-z\s,.'-]{3,}\)[.\s]*$))"
-                     r"[^\d\\$]*$")
-_DOUBT = re.compile(r"\b(?:or|not|no|but|maybe|wait|wrong|incorrect|actually|instead|either)\b", re.IGNORECASE)
+_REMARK = re.compile(r"(?:[.!]\s+(?=[A-Z])|,\s+(?=(?:which|since|because|as)\b)"
+                     r"|\s+(?=\((?!mod\b)[A-Za-z\s,.'-]{3,}\)[.\s]*$))[^\d\\$]*$")
+_DOUBT = re.compile(r"\b(?:or|not|no|but|maybe|perhaps|wait|wrong|incorrect|actually|instead"
+                    r"|either)\b", re.IGNORECASE)
 
 
 class Statement(NamedTuple):
@@ -74,18 +87,20 @@ class _Box(NamedTuple):
 def final_answer(text: str) -> str | None:
     r"""The answer that a completion states; None without any.
 
-    What is thought is not stated: only what follows the last `</think>` is read, and nothing where a `<think>` has no end.
-    Boxes that stand together are one list. A heading over a section, `#### Summary`, is no answer.
+    What is thought is not stated: only what follows the last `</think>` is read, and nothing where
+    a `<think>` has no end. Boxes that stand together are one list. A heading over a section,
+    `#### Summary`, is no answer.
     """
     said = _said(text)[-TAIL:]
-    last_of_each = (_last(statements) for statements in (_boxes(said), _hashes(said), _labels(said), _sentences(said)))
-    found = [statement for statement in last_of_each if statement]
+    forms = _boxes(said), _hashes(said), _labels(said), _sentences(said)
+    found = [statement for statement in map(_last, forms) if statement]
     filled = [statement for statement in found if statement.answer] or found
     return max(filled, key=lambda statement: statement.start).answer if filled else None
 
 
 def _last(statements: Iterable[Statement]) -> Statement | None:
-    """The first that says something, of statements from the last to the first; an empty one without any; else None."""
+    """The first that says something, of statements from the last to the first; without any an
+    empty one, or None."""
     empty = None
     for statement in statements:
         if statement.answer:
@@ -127,7 +142,8 @@ def _each_box(text: str) -> list[_Box]:
         elif token == "}" and opened:
             brace = opened.pop()
             if brace.group() != "{" and not (found and found[-1].start > brace.start()):
-                found.append(_Box(brace.start(), match.end(), text[brace.end():match.start()].strip()))
+                inside = text[brace.end():match.start()].strip()
+                found.append(_Box(brace.start(), match.end(), inside))
         elif re.match(_BOX, token) and (bare := _UNBRACED.match(text, match.end())):
             found.append(_Box(match.start(), bare.end(), bare.group().strip()))
     return found
@@ -138,17 +154,20 @@ def _together(between: str) -> bool:
 
 
 def _list(text: str, group: list[_Box]) -> Statement:
-    """Boxes that stand together, as a list; one that is repeated is one answer. Names before them stay where they differ."""
+    """Boxes that stand together, as a list; one that is repeated is one answer. Names before them
+    stay where they differ."""
     inside = [box.inside for box in group if box.inside]
     names = [_NAMED.search(text, max(box.start - 30, 0), box.start) for box in group]
-    if len(inside) == len(group) > 1 and all(names) and len({name[1] for name in names}) == len(group):
+    different = {name[1] for name in names if name}
+    if len(inside) == len(different) == len(group) > 1:
         inside = [f"{name[1]}={value}" for name, value in zip(names, inside)]
     once = inside[:1] if len(set(inside)) == 1 else inside
     return Statement(group[-1].start, ", ".join(once))
 
 
 def _hashes(text: str) -> Iterator[Statement]:
-    """What follows `####` on its line, the last first, without headings: a usual title, or words over more text."""
+    """What follows `####` on its line, the last first, without headings: a usual title, or words
+    over more text."""
     for match in reversed(list(_HASHES.finditer(text))):
         line = match[1].strip()
         heading = _TITLE.match(line) or _PROSE.match(line) and text[match.end():].strip()
@@ -157,13 +176,15 @@ def _hashes(text: str) -> Iterator[Statement]:
 
 
 def _labels(text: str) -> Iterator[Statement]:
-    """What follows a label, `Answer:` or `**Final Answer**`, on its line or below it; the last first."""
+    """What follows a label, `Answer:` or `**Final Answer**`, on its line or below it; the last
+    first."""
     statements = (_below(text, match.end()) for match in reversed(list(_LABEL.finditer(text))))
     return (statement for statement in statements if statement.answer)
 
 
 def _sentences(text: str) -> Iterator[Statement]:
-    """What `The answer is: ...` and `The answer is 7.` state, the last first; `The answer is not easy.` states nothing."""
+    """What `The answer is: ...` and `The answer is 7.` state, the last first; `The answer is not
+    easy.` states nothing."""
     for match in reversed(list(_SENTENCE.finditer(text))):
         value = _ONE_VALUE.match(text, match.end())
         if value and not match[1]:
@@ -173,7 +194,8 @@ def _sentences(text: str) -> Iterator[Statement]:
 
 
 def _below(text: str, start: int) -> Statement:
-    """Bullets on the lines after `start`, or else displayed mathematics, or the first line that is not empty."""
+    """Bullets on the lines after `start`, or else displayed mathematics, or the first line that is
+    not empty."""
     if bullets := _BULLETS.match(text, start):
         items = _BULLET.sub("", bullets[1]).splitlines()
         return Statement(bullets.start(1), ", ".join(map(_trimmed, items)))
@@ -185,7 +207,8 @@ def _below(text: str, start: int) -> Statement:
 
 
 def _trimmed(line: str) -> str:
-    """A line without its emphasis, and without a remark after the answer that has no number and no doubt in it."""
+    """A line without its emphasis, and without a remark after the answer that has no number and no
+    doubt in it."""
     line = line[:LONGEST].strip().strip("`")
     if (remark := _REMARK.search(line)) and not _DOUBT.search(remark.group()):
         line = line[:remark.start()]
@@ -193,6 +216,7 @@ def _trimmed(line: str) -> str:
         strong = _STRONG.findall(line)
         if len(strong) == 1:
             line = strong[0]  # She has **42** apples.
-        elif (verb := _IS.match(line)) and not _DOUBT.search(line) and (value := _ONE_VALUE.fullmatch(line, verb.end())):
-            line = value[1]  # The largest number is 42.
+        elif (verb := _IS.match(line)) and not _DOUBT.search(line):
+            value = _ONE_VALUE.fullmatch(line, verb.end())
+            line = value[1] if value else line  # The largest number is 42.
     return _EMPHASIS.sub("", line).strip().strip("*_").removesuffix("。").strip()
