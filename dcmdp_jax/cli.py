@@ -380,7 +380,6 @@ def _eval_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bfloat16", action="store_true", help="load and compute in bfloat16")
     parser.add_argument("--tensor", type=int, default=1, metavar="N", help="devices to split the model over")
     parser.add_argument("--slots", type=int, default=32, help="sequences decoded together")
-    parser.add_argument("--math-verify", action="store_true", help="compare answers by that package")
     _sampling_options(parser, temperature=0.7)
 
 
@@ -400,7 +399,7 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
         model=args.model, data_dir=args.data_dir, tokenizer=args.tokenizer, sets=tuple(args.sets.split(",")), k=tuple(map(int, k)),
         limit=args.limit, max_tokens=args.max_tokens, sampling=sampling, precision=precision, bfloat16=args.bfloat16,
         tensor=args.tensor, slots=args.slots, seed=args.seed, chat=args.chat, enable_thinking=args.enable_thinking,
-        instruction=instruction, math_verify=args.math_verify), pathlib.Path(args.workdir))
+        instruction=instruction), pathlib.Path(args.workdir))
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

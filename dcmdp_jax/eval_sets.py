@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dcmdp_jax import data, rewards, scores, sharding, sync, tokenizer
-from dcmdp_jax.answers.judge import Judge
+from dcmdp_jax.answers import judge
 from dcmdp_jax.config import MeshConfig, Precision, differences
 from dcmdp_jax.models import qwen3, weights
 from dcmdp_jax.records import Example, Prompts, Sampling, Weights
@@ -71,7 +71,6 @@ class Options:
     chat: bool = True
     enable_thinking: bool = False
     instruction: str = INSTRUCTION
-    math_verify: bool = False  # compare answers by the math-verify package
 
 
 class Asked(NamedTuple):
@@ -92,7 +91,6 @@ class Evaluation:
     vocabulary: tokenizer.Tokenizer
     sets: tuple[Asked, ...]
     max_length: int  # positions of the longest prompt and its completion
-    judge: Judge
 
 
 def prepare(options: Options, workdir: pathlib.Path) -> Evaluation:
@@ -101,7 +99,7 @@ def prepare(options: Options, workdir: pathlib.Path) -> Evaluation:
     Raises ValueError, in one sentence, on whatever cannot work; nothing is compiled before.
     """
     _check(options)
-    folder, judge = options.model, Judge(math_verify=options.math_verify)
+    folder = options.model
     shape = weights.read_config(folder)
     sync.check(shape, options.precision, _mesh(options))
     weights.check(folder)
@@ -125,7 +123,7 @@ def prepare(options: Options, workdir: pathlib.Path) -> Evaluation:
     workdir.mkdir(parents=True, exist_ok=True)
     _write(path, json.dumps(record, indent=2) + "\n")
     longest = max(int(item.prompts.lengths.max()) for item in sets)
-    return Evaluation(options, workdir, vocabulary, sets, longest + options.max_tokens, judge)
+    return Evaluation(options, workdir, vocabulary, sets, longest + options.max_tokens)
 
 
 def run(evaluation: Evaluation, asked: Callable[[], bool] = lambda: False,
@@ -137,12 +135,13 @@ def run(evaluation: Evaluation, asked: Callable[[], bool] = lambda: False,
     """
     started = functools.cache(lambda: _start(evaluation))  # the weights are read where there is something to sample
     figures = {}
-    with evaluation.judge as judge:
-        for item in evaluation.sets:
-            lines = _fill(evaluation, item, started, asked, say)
-            figures[item.name] = _figures(item, lines, judge)
-        if judge.given_up:
-            say(f"{judge.given_up} comparisons took longer than {judge.seconds:g} s, or too much memory, and count as wrong")
+    library = judge.library()
+    given_up = library.given_up
+    for item in evaluation.sets:
+        lines = _fill(evaluation, item, started, asked, say)
+        figures[item.name] = _figures(item, lines)
+    if count := library.given_up - given_up:
+        say(f"{count} comparisons took longer than {library.seconds:g} s, or too much memory, and count as wrong")
     path = evaluation.workdir / "summary.json"
     _write(path, json.dumps({**(_json(path) if path.is_file() else {}), **figures}, indent=2) + "\n")
     return figures
@@ -199,7 +198,7 @@ def _mesh(options: Options) -> jax.sharding.Mesh:
 def _record(options: Options, sets: Sequence[Asked], vocabulary: tokenizer.Tokenizer) -> dict[str, Any]:
     """What a work folder is made with, all that its samples depend on, by the names of the options."""
     given = {name: getattr(options, name) for name in ("max_tokens", "bfloat16", "seed", "chat", "enable_thinking",
-                                                       "instruction", "math_verify")}
+                                                       "instruction")}
     asked = {item.name: {"k": item.samples, "limit": len(item.prompts.lengths), "data_dir": _digest(item.prompts.examples)}
              for item in sets}
     return {**given, **options.sampling._asdict(), **dataclasses.asdict(options.precision),
@@ -225,7 +224,13 @@ def _fingerprint(folder: pathlib.Path) -> str:
 
 
 def _same(before: dict, now: dict, workdir: pathlib.Path) -> None:
-    """Raises ValueError, with the names of the options, where a work folder was made otherwise."""
+    """Raises ValueError, with the names of the options, where a work folder was made otherwise.
+
+    An option that is not known today is left out where it was not set.
+    """
+    before = {name: value for name, value in before.items() if value or name in now}
+    if unknown := before.keys() - now.keys():
+        raise ValueError(f"{workdir} was made with {', '.join(sorted(unknown))}, which is not known here; give another --workdir")
     both = before["sets"].keys() & now["sets"].keys()
     before, now = ({**record, "sets": {name: record["sets"][name] for name in both}} for record in (before, now))
     changed = []
@@ -287,7 +292,7 @@ def _fill(evaluation: Evaluation, item: Asked, started: Callable[[], tuple[Engin
             def ended(number: int, ids: np.ndarray, stopped: bool, keys=keys) -> None:
                 nonlocal spoke
                 text = evaluation.vocabulary.decode(ids.tolist())
-                kept[keys[number]] = sample = _judged(item, keys[number], text, len(ids), stopped, evaluation.judge)
+                kept[keys[number]] = sample = _judged(item, keys[number], text, len(ids), stopped)
                 file.write(_text([sample]))
                 file.flush()
                 if time.monotonic() - spoke > EVERY:
@@ -324,13 +329,13 @@ def _sample_keys(seed: int, item: Asked, keys: list[Key]) -> np.ndarray:
     return np.stack([of[i][j] for i, j in keys])
 
 
-def _judged(item: Asked, key: Key, text: str, tokens: int, stopped: bool, judge: Judge) -> dict:
-    gold, answer = item.prompts.examples[key[0]].answer, rewards.final_answer(text)
-    return {"set": item.name, "problem": key[0], "sample": key[1], "gold": gold, "answer": answer,
-            "right": judge.equal(gold, answer), "stopped": stopped, "tokens": tokens, "text": text}
+def _judged(item: Asked, key: Key, text: str, tokens: int, stopped: bool) -> dict:
+    example = item.prompts.examples[key[0]]
+    return {"set": item.name, "problem": key[0], "sample": key[1], "gold": example.answer, "answer": rewards.final_answer(text),
+            "right": rewards.math_answer(example, text) == 1.0, "stopped": stopped, "tokens": tokens, "text": text}
 
 
-def _figures(item: Asked, lines: list[dict], judge: Judge) -> dict[str, Any]:
+def _figures(item: Asked, lines: list[dict]) -> dict[str, Any]:
     """`scores.summary` of a set's samples, all of them in order."""
     shape = len(item.prompts.lengths), item.samples
     names = ("right", "stopped", "tokens")

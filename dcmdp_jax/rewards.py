@@ -1,53 +1,55 @@
-"""Verifiers: text in, reward out. Answers are read and compared by `answers`, at a cost bounded in advance."""
+"""Verifiers: text in, reward out. `answers` finds what a completion states and compares it, at a
+cost bounded in advance."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from dcmdp_jax.answers import compare
+from dcmdp_jax.answers import compare, judge
+from dcmdp_jax.answers.computed import is_computed, is_number
+from dcmdp_jax.answers.stated import final_answer
 from dcmdp_jax.records import Example, Rollout, Scored
-
-TAIL = 20_000  # characters at the end of a completion in which its answer is looked for
-
-_BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_STATED = (re.compile(r"####[ \t]*(\S.*)"), re.compile(r"^Answer:[ \t]*(\S.*)", re.MULTILINE))
-
-
-def final_answer(text: str) -> str | None:
-    r"""The answer that a completion states: its last balanced `\boxed{...}`, else what follows the last `####` on its
-    line, else what follows `Answer:` on the last such line; None without any. Only the last 20,000 characters are
-    read."""
-    text = text[-TAIL:]
-    boxed = _last_boxed(text)
-    if boxed is not None:
-        return boxed.strip()
-    for pattern in _STATED:
-        stated = pattern.findall(text)
-        if stated:
-            return stated[-1].strip()
-    return None
+_CHOICE = re.compile(r"(?:\\text\w*\s*\{)?\(?[A-J]\)?\}?")
+# a choice with what it says, as (B) 12
+_CHOSEN = re.compile(r"(?:\\text\w*\s*\{)?\s*(?:\(([A-J])\)|([A-J])[).:])[\s}]*[\w$\\(]")
 
 
 def math_answer(example: Example, text: str) -> float:
-    """1.0 where the answer that `text` states equals `example.answer` (see `final_answer` and `answers.compare`), else 0.0.
+    """1.0 if the answer that `text` states is judged equal to `example.answer`, else 0.0. Training
+    and evaluation both ask it.
 
-    Where a number is asked for, a number must be stated: `2 + 2` or `2^{10}`, copied from the problem, earns nothing. Nor does
-    any other expression that stands in the problem, unless it is written as the answer is.
+    An expression with something left to compute, `2 + 2` or `(x + 1)(x - 1)`, earns nothing where a
+    number is asked for, or where it stands in the problem and is not how the answer is written: it
+    is no work to copy it. Numbers are compared by our reader alone, the rest by `answers.judge`.
     """
     stated = final_answer(text)
-    if stated is None:
+    if not stated:
         return 0.0
-    if not compare.is_number(stated) and (compare.is_number(example.answer) or _copied(stated, example)):
+    if is_number(example.answer):
+        return float(is_computed(stated) and compare.equal(example.answer, stated))
+    if _CHOICE.fullmatch(example.answer) and (chosen := _CHOSEN.match(stated)):
+        stated = chosen[1] or chosen[2]
+    if not is_computed(stated) and _copied(stated, example):
         return 0.0
-    return float(compare.equal(example.answer, stated))
+    return float(judge.equal(example.answer, stated))
 
 
 def _copied(stated: str, example: Example) -> bool:
-    problem = example.prompt if isinstance(example.prompt, str) else " ".join(m["content"] for m in example.prompt)
-    return _bare(stated) in _bare(problem) and _bare(stated) != _bare(example.answer)
+    return _bare(stated) in _bare(_words(example.prompt)) and _bare(stated) != _bare(example.answer)
+
+
+def _words(prompt: Any) -> str:
+    """The text of a prompt: a string, or chat messages whose content is a string or parts that may
+    hold text."""
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, dict):
+        return _words(prompt.get("content", prompt.get("text")))
+    return " ".join(map(_words, prompt or ()))
 
 
 def _bare(text: str) -> str:
@@ -71,20 +73,3 @@ def score(rollout: Rollout, decode: Callable[[Sequence[int]], str],
         where = int(np.argmin(np.isfinite(reward)))
         raise ValueError(f"the verifier gave {reward[where]} for completion {where}; a reward must be a finite number")
     return Scored(rollout, reward, text)
-
-
-def _last_boxed(text: str) -> str | None:
-    r"""Inside of the `\boxed{...}` that opens last among those that close; escaped braces do not count."""
-    opened: list[int] = []  # where each open brace's inside starts; negative unless it belongs to \boxed
-    start, end = -1, -1
-    for match in _BRACES.finditer(text):
-        token = match.group()
-        if token.startswith("\\boxed") and token.endswith("{"):
-            opened.append(match.end())
-        elif token == "{":
-            opened.append(-1)
-        elif token == "}" and opened:
-            inside = opened.pop()
-            if inside > start:
-                start, end = inside, match.start()
-    return text[start:end] if start >= 0 else None

@@ -1,64 +1,184 @@
-"""Writes docs/answers.md: our answer checker and math-verify on labelled pairs. `python -m docs.make_answers SETS_FOLDER`.
+r"""Writes docs/answers.md: how often a right and a wrong completion earns what it should, and our judge beside math-verify.
 
-Needs math-verify (`pip install math-verify antlr4-python3-runtime==4.13.2`); SETS_FOLDER holds the six evaluation sets' JSONL
-files. The pairs are those of tests/answers_table.py.
+    python -m docs.make_answers SETS_FOLDER [GSM8K_FILE] [--reports FOLDER] [--tests FOLDER]
+
+SETS_FOLDER holds the six evaluation sets' JSONL files and GSM8K_FILE more problems. `--reports` are JSONL files of labelled
+pairs, one {"gold": ..., "answer": ..., "equal": true} a line; `--tests` are math-verify's own, the tests/ of a clone of
+github.com/huggingface/Math-Verify. Needs math-verify (`pip install 'dcmdp-jax[answers]'`). The other pairs and the spellings
+are those of tests/answers_table.py and tests/spellings.py.
 """
 
 from __future__ import annotations
 
+import argparse
+import ast
+import collections
+import concurrent.futures
+import importlib.metadata
+import json
 import pathlib
-import runpy
+import re
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 
-from dcmdp_jax import data
-from dcmdp_jax.answers.judge import Judge
+from dcmdp_jax import data, rewards
+from dcmdp_jax.answers import judge
+from dcmdp_jax.records import Example
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests"))
+import answers_table  # noqa: E402
+import spellings  # noqa: E402
 
 PAGE = pathlib.Path(__file__).with_name("answers.md")
-TABLE = pathlib.Path(__file__).parents[1] / "tests" / "answers_table.py"
-SHOWN = 15  # disagreements of a rule's pairs that are listed, evenly spread
-INTRODUCTION = '''# Two answer checkers on labelled pairs
+SHOWN = 25  # pairs of a group in which our judge alone is right that are listed, evenly spread
+INTRODUCTION = r'''# Answers: what earns a reward, and our judge beside math-verify
 
-`dcmdp_jax.answers` against math-verify 0.9.0, on pairs of answers whose equality is known: written and labelled by hand,
-made by rule from random fractions, and made by rule from the gold answers of the six evaluation sets (the same answer in
-other spellings, and others that it is not). The first of a pair is the gold answer. This page is made by
-`python -m docs.make_answers SETS_FOLDER`.
+This page is made by `python -m docs.make_answers SETS_FOLDER GSM8K_FILE --reports FOLDER --tests FOLDER`.
 
-"Right" counts verdicts that are the label. The pairs by hand were written while the checker was, and the rules by its
-author: they show what it does, not how often a model's answer would be misjudged. Some labels are conventions, which
-math-verify chooses otherwise: it rounds to six digits, is freer with order, repetition and case, and drops units unread.
+## Golds as a model writes them
+
+Each gold answer of GSM8K's test set and of the six evaluation sets is written in twelve ways, and graded by
+`rewards.math_answer` with its problem, as in training and in `dcmdp eval`. A way is left out where it makes no sense: a number
+under 1,000 has no thousands mark. `tests/spellings.py` says what each way is. Counts are right ones of those tried.
+
+'''
+NEIGHBOURS = r'''
+The same ways of writing what is not the gold, and a wrong last statement after a right guess (`last`): another last digit, a
+tuple or fraction with two parts exchanged, a list without its last item, another choice or word. Counts are those that were
+paid, of those tried.
+
+'''
+PAIRS = r'''
+## Two judges on labelled pairs
+
+`answers.judge` (our reader, and math-verify for what it cannot read) against math-verify {version} alone, on pairs of answers
+whose equality is known. The first of a pair is the gold answer, and "right" counts verdicts that are the label. The pairs by
+hand were written while the reader was, and the rules that make pairs from random fractions and from the gold answers of the sets
+by its author: they show what it does, not how often a model's answer would be misjudged. The public reports are of faults that
+users found in other graders. Math-verify's own tests carry its authors' labels; their answers are what `rewards.final_answer`
+finds in them.
+
+Some labels are conventions on which the two differ. Math-verify rounds to six digits, is freer with order, repetition and case,
+takes a comma for a decimal point and a number out of a sentence, and drops units unread. Where our judge asks math-verify, it
+refuses what comes about by these. Of the pairs that our author did not write, the page lists those in which math-verify alone
+is right.
 
 '''
 
+REPORTS, TESTS = "public reports", "math-verify's tests"  # of which our author wrote none
 
-def write(folder: pathlib.Path) -> None:
-    table = runpy.run_path(str(TABLE))
-    groups = {"by hand": table["by_hand"](), "random fractions": table["numbers"]()}
-    for path in sorted(folder.glob("*.jsonl")):
-        groups[path.stem] = table["gold_forms"](example.answer for example in data.read(path))
-    lines = ["| pairs from | pairs | ours right | math-verify right | agree | ours alone right | math-verify alone right |",
-             "|---|" + "---|" * 6]
-    shown = []
-    with Judge() as ours, Judge(math_verify=True) as theirs:
-        for name, pairs in groups.items():
-            found = [(*pair, ours.equal(*pair[:2]), theirs.equal(*pair[:2])) for pair in pairs]
-            apart = [row for row in found if row[3] != row[4]]
-            good = [sum(row[i] == row[2] for row in found) for i in (3, 4)]
-            alone = [sum(row[i] == row[2] for row in apart) for i in (3, 4)]
-            cells = [name, len(found), *good, len(found) - len(apart), *alone]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-            if apart:
-                shown += [f"\n## Disagreements: {name}\n", "| gold | answer | equal | who is right |", "|---|---|---|---|"]
-                shown += [_line(*row) for row in (apart if name == "by hand" else apart[::-(-len(apart) // SHOWN)])]
-            print(lines[-1], flush=True)
-        gave_up = (f"\nComparisons given up after {ours.seconds:g} s: {ours.given_up} of ours, {theirs.given_up} of "
-                   "math-verify.\n")
-    PAGE.write_text(INTRODUCTION + "\n".join([*lines, gave_up, *shown]) + "\n", encoding="utf-8")
+Group = Sequence[tuple[str, str, bool]]  # gold, answer, whether they are equal
 
 
-def _line(gold: str, answer: str, label: bool, ours: bool, theirs: bool) -> str:
-    cells = [f"`{text}`".replace("|", "\\|") for text in (gold, answer)]
-    return f"| {' | '.join(cells)} | {'yes' if label else 'no'} | {'ours' if ours == label else 'math-verify'} |"
+def write(sets: pathlib.Path, gsm8k: pathlib.Path | None, reports: pathlib.Path | None, tests: pathlib.Path | None) -> None:
+    files = [*([gsm8k] if gsm8k else []), *sorted(sets.glob("*.jsonl"))]
+    problems = {"gsm8k" if file == gsm8k else file.stem: data.read(file) for file in files}
+    groups = {"by hand": answers_table.by_hand(), "random fractions": answers_table.numbers()}
+    groups |= {name: answers_table.gold_forms(example.answer for example in examples) for name, examples in problems.items()}
+    if reports:
+        groups[REPORTS] = _reports(reports)
+    if tests:
+        groups[TESTS] = _tests(tests)
+    page = [INTRODUCTION, *_spellings(problems), *_judges(groups)]
+    PAGE.write_text("".join(page), encoding="utf-8")
+
+
+def _reports(folder: pathlib.Path) -> Group:
+    rows = [json.loads(line) for path in sorted(folder.rglob("*.jsonl")) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [(row["gold"], row["answer"], row["equal"]) for row in rows if row.keys() >= {"gold", "answer", "equal"}]
+
+
+def _tests(folder: pathlib.Path) -> Group:
+    """The tuples `(gold, completion, 0 or 1)` that stand in test files, which are read and not run; without the completions
+    that state nothing."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("test_*.py"))]
+    tuples = [node.elts[:3] for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Tuple)]
+    rows = [tuple(part.value for part in parts) for parts in tuples if all(isinstance(part, ast.Constant) for part in parts)]
+    pairs = [(row[0], row[1], row[2] == 1) for row in rows if list(map(type, row)) == [str, str, int]]
+    found = dict.fromkeys((_formula(gold), _formula(answer), label) for gold, answer, label in pairs)
+    return [pair for pair in found if max(map(len, pair[:2])) <= 200]
+
+
+def _formula(text: str) -> str:
+    """What a text states, or else the text without the dollars around it."""
+    stated = rewards.final_answer(text) or text.strip()
+    alone = re.fullmatch(r"(\$\$?)([^$]+)\1", stated)
+    return alone[2].strip() if alone else stated
+
+
+def _spellings(problems: dict[str, list[Example]]) -> Iterator[str]:
+    tried = {True: collections.Counter(), False: collections.Counter()}
+    failed = {True: collections.Counter(), False: collections.Counter()}
+    misses = []
+    for name, examples in problems.items():
+        for kind, spelling, completion, example, good in spellings.graded(examples):
+            tried[kind][spelling, name] += 1
+            failed[kind][spelling, name] += not good
+            if not good:
+                misses.append((name, spelling, example.answer, completion))
+        print(f"{name}: graded", flush=True)
+    yield _counts(problems, tried[True], tried[True] - failed[True])
+    yield NEIGHBOURS
+    yield _counts(problems, tried[False], failed[False])
+    if misses:
+        yield "\nNot as they should be:\n\n" + _table(("set", "way", "gold", "completion"), (
+            (name, spelling, _code(gold), _code(completion[-80:])) for name, spelling, gold, completion in misses))
+
+
+def _counts(names: Iterable[str], tried: collections.Counter, counted: collections.Counter) -> str:
+    """A row a way of writing, a column a set, and totals."""
+    def cells(ways: Iterable[str]) -> Iterator[str]:
+        for sets in (*([name] for name in names), names):
+            total = sum(tried[way, name] for way in ways for name in sets)
+            yield f"{sum(counted[way, name] for way in ways for name in sets):,} of {total:,}" if total else ""
+
+    ways = list(dict.fromkeys(way for way, _ in tried))
+    return _table(("way", *names, "all"), [*((way, *cells([way])) for way in ways), ("all", *cells(ways))])
+
+
+def _judges(groups: dict[str, Group]) -> Iterator[str]:
+    alone = judge.Pool([*judge.COMMAND, "alone"])
+    rows, shown, asked = [], [], judge.library()
+    for name, pairs in groups.items():
+        with concurrent.futures.ThreadPoolExecutor(judge.PROCESSES) as threads:
+            theirs = list(threads.map(lambda pair: alone.equal(*pair[:2]), pairs))
+        found = [(*pair, judge.equal(*pair[:2]), their) for pair, their in zip(pairs, theirs)]
+        apart = [row for row in found if row[3] != row[4]]
+        good = [sum(row[i] == row[2] for row in found) for i in (3, 4)]
+        only = [sum(row[i] == row[2] for row in apart) for i in (3, 4)]
+        rows.append([name, len(found), *good, len(found) - len(apart), *only])
+        shown += _disagreements(name, apart)
+        print(*rows[-1], sep=", ", flush=True)
+    yield PAIRS.format(version=importlib.metadata.version("math-verify"))
+    yield _table(("pairs from", "pairs", "ours right", "math-verify right", "agree", "ours alone right", "math-verify alone right"), rows)
+    yield f"\nComparisons given up after {alone.seconds:g} s: {asked.given_up} of ours, {alone.given_up} of math-verify.\n"
+    yield from shown
+
+
+def _disagreements(name: str, apart: list[tuple[str, str, bool, bool, bool]]) -> Iterator[str]:
+    """All in which math-verify is right; the others in part, and none of those that our author did not write."""
+    theirs = [row for row in apart if row[4] == row[2]]
+    ours = [row for row in apart if row[3] == row[2] and name not in (REPORTS, TESTS)]
+    listed = [*theirs, *ours[::-(-len(ours) // SHOWN) or 1]]
+    if listed:
+        yield f"\n### Disagreements: {name}\n\n" + _table(("gold", "answer", "equal", "who is right"), (
+            (_code(gold), _code(answer), "yes" if label else "no", "ours" if our == label else "math-verify")
+            for gold, answer, label, our, _ in listed))
+
+
+def _table(heading: Sequence[str], rows: Iterable[Sequence]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def _code(text: str) -> str:
+    return "`" + text.replace("|", "\\|").replace("\n", " ").replace("`", "'") + "`"
 
 
 if __name__ == "__main__":
-    write(pathlib.Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description="Writes docs/answers.md.")
+    parser.add_argument("sets", type=pathlib.Path, help="folder of the six evaluation sets' JSONL files")
+    parser.add_argument("gsm8k", type=pathlib.Path, nargs="?", help="GSM8K's test.jsonl")
+    parser.add_argument("--reports", type=pathlib.Path, help="folder of JSONL files of labelled pairs")
+    parser.add_argument("--tests", type=pathlib.Path, help="folder of math-verify's test files")
+    write(**vars(parser.parse_args()))

@@ -4,9 +4,12 @@ Where it is a matter of convention: units, degrees and percent signs may be left
 no order; the answer asked for in one base is not that in another; a rounded decimal is not the exact value.
 """
 
+import pathlib
 import random
 import re
 from fractions import Fraction
+
+BY_KIND = pathlib.Path(__file__).with_name("answers_by_kind.txt")
 
 _EQUAL = r"""
 18 | 18.0
@@ -281,7 +284,11 @@ EQUAL, DIFFERENT = ([tuple(line.split(" | ")) for line in text.strip("\n").split
 
 def by_hand():
     """(gold, answer, whether they are equal)"""
-    return [(*pair, True) for pair in EQUAL] + [(*pair, False) for pair in DIFFERENT]
+    pairs = [(*pair, True) for pair in EQUAL] + [(*pair, False) for pair in DIFFERENT]
+    for line in BY_KIND.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            pairs.append((*line[2:].split(" | "), line[0] == "="))
+    return pairs
 
 
 def numbers(count=60):

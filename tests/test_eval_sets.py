@@ -8,12 +8,14 @@ import numpy as np
 import own_data
 import pytest
 
-from dcmdp_jax import cli, eval_sets, scores, tokenizer
+from dcmdp_jax import cli, data, eval_sets, rewards, scores, tokenizer
+from dcmdp_jax.answers import judge
 from dcmdp_jax.config import ModelConfig, Precision
 from dcmdp_jax.models import weights
-from dcmdp_jax.records import Sampling
+from dcmdp_jax.records import Prompts, Sampling
 from dcmdp_jax.stopping import Interrupted
 from random_params import random_params
+from rollouts import make_rollout
 
 TEXT = tokenizer.Characters("0123456789\\boxed{}+-*/= ?")
 MODEL = ModelConfig(vocab_size=32, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16,
@@ -220,17 +222,48 @@ def test_a_rigged_sampler_gives_the_closed_forms(options, tmp_path, monkeypatch)
 
 
 def test_a_comparison_that_is_given_up_is_told(options, tmp_path, monkeypatch):
-    rig(monkeypatch, lambda problem, sample: (r"\boxed{1}", True))
+    rig(monkeypatch, lambda problem, sample: (rf"\boxed{{{40 + 2 * problem + sample}}}", True))
 
-    class Slow(eval_sets.Judge):
-        def _ask(self, gold, answer):
+    class Slow(judge.Pool):
+        def _compared(self, gold, answer):
             self.given_up += 1
             return False
 
-    monkeypatch.setattr(eval_sets, "Judge", Slow)
+    slow = Slow()
+    monkeypatch.setattr(judge, "library", lambda: slow)
+    monkeypatch.setattr(judge, "compare", lambda gold, answer: judge.Verdict.UNREADABLE)
     said = []
-    figures = evaluate(dataclasses.replace(options, sets=("aime24",), k=(1,)), tmp_path, say=said.append)
-    assert figures["aime24"]["avg@1"].mean == 0 and said[-1].startswith("5 comparisons took longer than 5 s")
+    figures = evaluate(dataclasses.replace(options, sets=("aime24",), k=(2,)), tmp_path, say=said.append)
+    assert figures["aime24"]["avg@2"].mean == 0 and said[-1].startswith("5 comparisons took longer than 5 s")
+
+
+COMPLETIONS = ["Guess \\boxed{3}, no.\n#### 2", r"<think>\boxed{2}</think> I do not know.", "<think>7</think>\n**Answer:** 2", r"\boxed{\textbf{2}}",
+               r"\boxed{1+1}", r"So \boxed{1} and \boxed{2}.", r"\fbox{2}", r"\boxed{2\text{ pens}}", r"\boxed{\sqrt{4}}", "no answer"]
+
+
+def test_a_completion_is_right_exactly_where_training_pays_for_it(sets):
+    examples = data.read(sets / "aime24.jsonl")
+    item = eval_sets.Asked("aime24", Prompts(np.zeros((5, 1)), np.ones(5), tuple(examples)), 1, sets / "unused")
+    for place, example in enumerate(examples):
+        for text in (completion.replace("2", example.answer) for completion in COMPLETIONS):
+            line = eval_sets._judged(item, (place, 0), text, 9, True)
+            rollout = make_rollout(item.prompts._replace(examples=(example,)), np.zeros((1, 9), np.int32), [9], np.zeros((1, 9)), [True])
+            paid = rewards.score(rollout, lambda ids: text, rewards.math_answer).reward[0]
+            assert line["right"] is bool(paid == 1.0) and line["answer"] == rewards.final_answer(text)
+    assert [eval_sets._judged(item, (0, 0), text, 9, True)["right"] for text in COMPLETIONS] == [
+        True, False, True, True, False, False, True, True, False, False]
+
+
+def test_a_folder_of_a_version_with_another_option_goes_on_where_it_was_not_set(options, whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "out")
+    path = tmp_path / "out" / "options.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "math_verify": False}))
+    assert evaluate(options, tmp_path / "out") == whole[1]
+    assert json.loads(path.read_text()) == record
+    path.write_text(json.dumps({**record, "math_verify": True}))
+    with pytest.raises(ValueError, match="was made with math_verify, which is not known here; give another --workdir"):
+        eval_sets.prepare(options, tmp_path / "out")
 
 
 def test_the_command_prints_a_table_and_refuses_in_one_sentence(options, whole, capsys, tmp_path):

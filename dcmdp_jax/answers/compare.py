@@ -1,63 +1,320 @@
-r"""Whether two answers are equal.
+r"""Whether two answers are equal, different, or of a form that is not read here.
 
-Numbers, fractions, decimals and expressions are equal where their values are; 0.33 is not 1/3. Top-level lists and sets
-are unordered, tuples and intervals ordered, with brackets that match; `\cup` joins pieces in any order; `1 \pm x` is two
-answers; `x \ge 2` is `[2, \infty)`. `x = 5` equals 5 and `f(x) = 2x` equals `2x`; two equations are equal where they are
-multiples of each other. Units are converted where both sides have known ones and left out where one has none; 50\% is
-50 and 1/2. Words are equal but for case. Digits in a base, `52_8`, are a name of their own.
+Numbers, fractions, decimals and expressions are equal where their values are; 0.33 is not 1/3.
+Top-level lists and sets are unordered, tuples and intervals ordered, with brackets that match; `1
+\pm x` is two answers. Sets of real numbers are equal whether written as intervals, inequalities, by
+what they leave out or by a condition. `x = 5`, `m + n = 5` and `\text{Area} = 5` equal 5, and `f(x)
+= 2x` equals `2x`; `x = 5, y = 3` is `5, 3` in this order; two equations are equal where they are
+multiples of each other. Units are converted where both sides have known ones and left out where one
+has none; 50\% is 50 and 1/2. Ratios are equal where they are proportional, times of day where they
+are the same. Words are equal but for case. Digits in a base, `52_8`, are a name of their own.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+import enum
+from collections import Counter
+from collections.abc import Sequence
 from fractions import Fraction
 
 from dcmdp_jax.answers import units, values
-from dcmdp_jax.answers.read import Node, read
-from dcmdp_jax.answers.tokens import Unreadable, plain
+from dcmdp_jax.answers.computed import is_computed as is_computed
+from dcmdp_jax.answers.domains import MIRRORED, describes, domain
+from dcmdp_jax.answers.cursor import Node
+from dcmdp_jax.answers.names import is_curve, named_value, spread
+from dcmdp_jax.answers.read import read
+from dcmdp_jax.answers.tokens import plain
+from dcmdp_jax.answers.work import Unreadable, Work
 
-MOST = 100  # items of a list or pieces of a union
-_DEFINED = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?'?\s*\(\s*([A-Za-z])\s*\)")
-INFINITY = ("var", r"\infty")
+PAIR = 10  # operations that a pair of elements takes to be looked at
+_SETS = ("group", "union", "set", "reals", "without", "such", "both", "either", "rel")
+_NO_EXPRESSION = (*_SETS, "matrix", "text")
+
+
+class Verdict(enum.Enum):
+    EQUAL = "equal"
+    DIFFERENT = "different"
+    UNREADABLE = "cannot read"
+
+
+def compare(gold: str, answer: str) -> Verdict:
+    """Compares two answers by what is read here alone, at a cost that is bounded in advance (see
+    `work`).
+
+    Returns EQUAL where both are spelled alike but for what only changes the looks, or have one
+    value. Returns DIFFERENT where one of them is empty, or where both are read and have different
+    values. Returns UNREADABLE where one of them is of no known form, or where comparing them has no
+    result or would cost too much.
+    """
+    spelled = plain(gold), plain(answer)
+    if not all(spelled):
+        return Verdict.DIFFERENT
+    if spelled[0] == spelled[1]:
+        return Verdict.EQUAL
+    work = Work()
+    try:
+        same = _Comparison(work).same(read(gold, work), read(answer, work))
+    except (Unreadable, values.Unknown):
+        return Verdict.UNREADABLE
+    return Verdict.EQUAL if same else Verdict.DIFFERENT
 
 
 def equal(gold: str, answer: str) -> bool:
-    """Whether `answer` equals `gold`; an empty one equals nothing."""
-    if not plain(answer) or not plain(gold):
-        return False
-    if plain(gold) == plain(answer):
+    """True if `compare` finds `answer` equal to `gold`."""
+    return compare(gold, answer) is Verdict.EQUAL
+
+
+class _Comparison:
+    """Compares trees. Its methods raise Unknown where they cannot tell, and Unreadable where the
+    work is too much."""
+
+    def __init__(self, work: Work):
+        self.work = work
+
+    def same(self, one: Node, other: Node) -> bool:
+        one, other = spread(one), spread(other)
+        if (describes(one) or describes(other)) and (found := self.domains(one, other)) is not None:
+            return found
+        if (found := self.in_order(one, other)) is not None:
+            return found
+        return self.matched(_items(one), _items(other))
+
+    def domains(self, one: Node, other: Node) -> bool | None:
+        """Whether two sets of real numbers are equal; None where they are not two such sets."""
+        names = [self.names(node) for node in (one, other)]
+        if all(names) and names[0] != names[1]:
+            return None
+        ones = domain(one, self.work)
+        others = domain(other, self.work)
+        return None if ones is None or others is None else ones == others
+
+    def names(self, node: Node) -> set[str]:
+        """The variables of a node but for those that only a set's condition has."""
+        if node[0] == "such":
+            return set()
+        return values.variables(node, self.work) - {r"\infty"}
+
+    def in_order(self, one: Node, other: Node) -> bool | None:
+        """Whether the values of several names, as in `x = 5, y = 3`, are those of a bare list or
+        tuple in its order; None where the two are not such."""
+        for named, bare in ((one, other), (other, one)):
+            if named[0] != "list" or bare[0] not in ("list", "group", "set"):
+                continue
+            items = bare[3:] if bare[0] == "group" else bare[1:]
+            if not _has_different_names(named[1:]) or any(item[0] == "rel" for item in items):
+                continue
+            if bare[0] == "set" or bare[0] == "group" and bare[1:3] != ("(", ")"):
+                return False  # has no order, or is an interval
+            return self.pairwise([item[3] for item in named[1:]], items)
+        return None
+
+    def pairwise(self, ones: Sequence[Node], others: Sequence[Node]) -> bool:
+        """Whether items are equal one by one."""
+        if len(ones) != len(others):
+            return False
+        unknown = None
+        for one, other in zip(ones, others):
+            try:
+                if not self.same(one, other):
+                    return False
+            except values.Unknown as error:
+                unknown = error
+        if unknown:
+            raise unknown
         return True
-    try:
-        return _same(read(gold), read(answer))
-    except (Unreadable, values.Unknown):
-        return False
+
+    def matched(self, ones: Sequence[Node], others: Sequence[Node]) -> bool:
+        """Whether the items pair off, in whatever order."""
+        if len(ones) != len(others):
+            return False
+        alike = Counter(ones) & Counter(others)
+        left = _rest(others, alike)
+        unknown = None
+        for one in _rest(ones, alike):
+            for i, other in enumerate(left):
+                self.work.spend(PAIR)
+                try:
+                    if self.element(one, other):
+                        del left[i]
+                        break
+                except values.Unknown as error:
+                    unknown = error
+            else:
+                if unknown:
+                    raise unknown
+                return False
+        return True
+
+    def element(self, one: Node, other: Node) -> bool:
+        """Of a list: neither is one."""
+        if one[0] == other[0] == "rel":
+            return self.relations(one, other)
+        if "rel" in (one[0], other[0]):
+            if one[0] == "rel" and is_curve(one, self.work):
+                return False
+            relation, bare = (one, other) if one[0] == "rel" else (other, one)
+            return self.relation_and_value(relation, bare)
+        if "text" in (one[0], other[0]):
+            return _letters(one) == _letters(other) != ""
+        if one[0] == other[0] == "group":
+            return one[1:3] == other[1:3] and self.pairwise(one[3:], other[3:])
+        if one[0] == other[0] == "union":
+            return self.matched(one[1:], other[1:])
+        if one[0] == other[0] == "set":
+            return self.same(one, other)
+        if one[0] == other[0] == "matrix":
+            shapes = [list(map(len, node[1:])) for node in (one, other)]
+            cells = [[cell for row in node[1:] for cell in row] for node in (one, other)]
+            return shapes[0] == shapes[1] and self.pairwise(*cells)
+        if "qualified" in (one[0], other[0]):
+            return one[0] == other[0] and one[2] == other[2] and self.same(one[1], other[1])
+        kinds = {one[0], other[0]}
+        if "residue" in kinds:
+            return kinds == {"residue"} and self.residues(one, other)
+        if kinds == {"group", "matrix"} or kinds.issubset(_SETS):
+            raise values.Unknown("two forms of a set or a vector")
+        if _is_compound(one) or _is_compound(other):
+            raise values.Unknown("an expression of sets or matrices")
+        if kinds.intersection(_NO_EXPRESSION):
+            return False
+        return self.quantities(one, other)
+
+    def quantities(self, one: Node, other: Node) -> bool:
+        """Values with units, percentages, and plain values."""
+        a, u = self.measured(one)
+        b, v = self.measured(other)
+        if not _holds(one, "quantity") and not _holds(other, "quantity"):
+            u = v = None  # `5 m` alone is a product
+        if u is not None and v is not None:
+            if u.powers != v.powers:
+                return False
+            if (u.factor, u.pi) != (v.factor, v.pi):
+                a, b = _in_base_units(a, u), _in_base_units(b, v)
+        if u is not None or v is not None:
+            one, other = a, b
+        if "ratio" in (one[0], other[0]) or "clock" in (one[0], other[0]):
+            return self.ratios(one, other)
+        if "percent" in (one[0], other[0]) and one[0] != other[0]:
+            share, bare = (one[1], other) if one[0] == "percent" else (other[1], one)
+            part = ("div", share, ("num", Fraction(100)))
+            return values.equal(share, bare, self.work) or values.equal(part, bare, self.work)
+        if one[0] == "percent":
+            one, other = one[1], other[1]
+        return values.equal(one, other, self.work)
+
+    def measured(self, node: Node) -> tuple[Node, units.Unit | None]:
+        """A value and its unit. Beside a quantity, the letter of `5 m` or `5 m^2` is one, too."""
+        if node[0] == "quantity":
+            return node[1:]
+        if node[0] == "neg":
+            value, unit = self.measured(node[1])
+            return ("neg", value), unit
+        if node[0] == "add" and any(part[0] == "quantity" for part in node[1:]):
+            return self.measured_sum(node[1:])
+        value, letters = _lettered(node)
+        if letters and not values.variables(value, self.work):
+            unit = units.read(letters)
+            if unit is not None and unit.known:
+                return value, unit
+        return node, None
+
+    def measured_sum(self, parts: Sequence[Node]) -> tuple[Node, units.Unit | None]:
+        """`6 ft + 2 in`; a part without a unit has that of the others, if they have one alone."""
+        measured = [self.measured(part) for part in parts]
+        found = [unit for _, unit in measured if unit is not None]
+        if all(unit == found[0] for unit in found):
+            return ("add", *(value for value, _ in measured)), found[0]
+        if len(found) < len(parts) or any(unit.powers != found[0].powers for unit in found):
+            raise values.Unknown("a sum of several units")
+        total = "add", *(_in_base_units(value, unit) for value, unit in measured)
+        return total, units.Unit(found[0].powers, Fraction(1), 0, True)
+
+    def ratios(self, one: Node, other: Node) -> bool:
+        """`3:2` equals `6:4`, and `3/2`; of times of day, each equals itself alone."""
+        one, other = (node[1] if node[0] == "quantity" else node for node in (one, other))
+        kinds = {one[0], other[0]}
+        if kinds == {"clock"} or _is_surely_a_time(one) or _is_surely_a_time(other):
+            return one == other
+        if not kinds.issubset(("ratio", "clock")):
+            ratio, bare = (one, other) if one[0] in ("ratio", "clock") else (other, one)
+            return len(ratio) == 3 and self.quantities(("div", *ratio[1:]), bare)
+        if len(one) != len(other):
+            return False
+        return all(values.equal(("mul", a, other[1]), ("mul", b, one[1]), self.work)
+                   for a, b in zip(one[2:], other[2:]))
+
+    def residues(self, one: Node, other: Node) -> bool:
+        """`3 mod 5` equals `8 mod 5`."""
+        if not values.equal(one[2], other[2], self.work):
+            return False
+        difference = "add", one[1], ("neg", other[1])
+        turns = values.value(("div", difference, one[2]), {}, self.work)
+        return isinstance(turns, Fraction) and turns.denominator == 1
+
+    # --- relations
+
+    def relations(self, one: Node, other: Node) -> bool:
+        """Two equations, inequalities, or memberships."""
+        if one[1] == other[1] == "=":
+            return self.equations(one, other)
+        if "in" in (one[1], other[1]):
+            return self.same(*(node[3] if node[1] == "in" else node for node in (one, other)))
+        if "=" in (one[1], other[1]) or len(one) != len(other):
+            return False
+        one, other = _rising(one), _rising(other)
+        if one[1] != other[1]:
+            return False
+        if " " in one[1]:
+            return self.pairwise(one[2:], other[2:])
+        differences = [("add", side[2], ("neg", side[3])) for side in (one, other)]
+        return values.proportional(*differences, self.work, positive=one[1] != "!=")
+
+    def equations(self, one: Node, other: Node) -> bool:
+        lefts = one[2], other[2]
+        if lefts[0][0] == lefts[1][0] == "applied":
+            renamed = other[3]
+            for new, old in zip(lefts[0][2:], lefts[1][2:]):
+                renamed = _renamed(renamed, old, new)
+            alike = lefts[0][1] == lefts[1][1] and len(lefts[0]) == len(lefts[1])
+            return alike and self.same(one[3], renamed)
+        if lefts[0] == lefts[1]:
+            return self.same(one[3], other[3])
+        if "applied" not in (lefts[0][0], lefts[1][0]) and self.same(*lefts):
+            return self.same(one[3], other[3])
+        differences = [("add", side[2], ("neg", side[3])) for side in (one, other)]
+        return values.proportional(*differences, self.work)
+
+    def relation_and_value(self, relation: Node, bare: Node) -> bool:
+        _, operator, left, right, *middle = relation
+        if operator == "in":
+            return self.same(right, bare)
+        if operator == "=":
+            value = named_value(relation, self.work)
+            constant = not values.variables(relation, self.work)
+            if value is None and constant and self.same(left, right):
+                value = right  # `2 + 3 = 5`
+            return value is not None and self.same(value, bare)
+        if bare[0] not in _SETS:
+            return False
+        if middle and middle[0][0] == "var":
+            _, operator, low, high, _ = _rising(relation)
+            below, above = operator.split()
+            opening = "[" if below == "<=" else "("
+            closing = "]" if above == "<=" else ")"
+            return self.element(("group", opening, closing, low, high), bare)
+        raise values.Unknown("an inequality and a set")
 
 
-def is_number(text: str) -> bool:
-    r"""Whether an answer is a number with nothing left to compute: an integer, decimal or fraction, `1.5 \times 10^3`."""
-    try:
-        return _is_number(read(text))
-    except Unreadable:
-        return False
-
-
-def _is_number(node: Node) -> bool:
-    kind, *parts = node
-    if kind in ("quantity", "percent", "neg"):
-        return _is_number(parts[0])
-    if kind == "rel":
-        return parts[0] == "=" and parts[1][0] == "var" and _is_number(parts[2])
-    if kind == "div":
-        return all(part[0] == "num" for part in parts)
-    if kind == "mul":
-        return (len(parts) == 2 and parts[0][0] == "num" and parts[1][:2] == ("pow", ("num", Fraction(10)))
-                and parts[1][2][0] == "num")
-    return kind == "num"
-
-
-def _same(one: Node, other: Node) -> bool:
-    return _matched(_items(one), _items(other), _element)
+def _rest(items: Sequence[Node], taken: Counter[Node]) -> list[Node]:
+    """The items without those that are taken, as often as they are."""
+    left = Counter(taken)
+    rest = []
+    for item in items:
+        if left[item]:
+            left[item] -= 1
+        else:
+            rest.append(item)
+    return rest
 
 
 def _items(node: Node) -> list[Node]:
@@ -70,150 +327,74 @@ def _ways(node: Node) -> list[Node]:
     """A node without `\\pm`: two of them, where it has any."""
     if not _holds(node, "pm", "mp"):
         return [node]
-    return [_signed(node, upper) for upper in (True, False)]
+    return [_chosen(node, upper) for upper in (True, False)]
 
 
 def _holds(node: Node, *kinds: str) -> bool:
-    return node[0] in kinds or any(_holds(part, *kinds) for part in _parts(node))
+    return node[0] in kinds or any(_holds(part, *kinds) for part in node[1:] if type(part) is tuple)
 
 
-def _parts(node: Node) -> list[Node]:
-    """The nodes right under a node."""
-    if node[0] == "matrix":
-        return [cell for row in node[1:] for cell in row]
-    if node[0] in ("quantity", "percent"):
-        return [node[1]]
-    return [part for part in node[1:] if isinstance(part, tuple)]
-
-
-def _signed(node: Node, upper: bool) -> Node:
+def _chosen(node: Node, upper: bool) -> Node:
+    """A node with the upper signs of `\\pm` and `\\mp`, or the lower ones."""
     if node[0] in ("pm", "mp"):
-        inner = _signed(node[1], upper)
+        inner = _chosen(node[1], upper)
         return inner if upper == (node[0] == "pm") else ("neg", inner)
-    if node[0] == "quantity":
-        return ("quantity", _signed(node[1], upper), node[2])
-    if node[0] == "matrix":
-        return ("matrix", *(tuple(_signed(cell, upper) for cell in row) for row in node[1:]))
-    return tuple(_signed(part, upper) if isinstance(part, tuple) else part for part in node)
-
-
-def _matched(ones: Sequence[Node], others: Sequence[Node], same: Callable[[Node, Node], bool]) -> bool:
-    """Whether the items pair off, in whatever order."""
-    left = list(others)
-    if len(ones) != len(left) or len(left) > MOST:
-        return False
-    for one in ones:
-        found = next((i for i, other in enumerate(left) if same(one, other)), None)
-        if found is None:
-            return False
-        del left[found]
-    return True
-
-
-def _element(one: Node, other: Node) -> bool:
-    """Of a list: neither is one."""
-    if one[0] == other[0] == "rel":
-        return _relations(one, other)
-    if "rel" in (one[0], other[0]):
-        relation, bare = (one, other) if one[0] == "rel" else (other, one)
-        named = _named(relation)
-        return named is not None and _element(named, bare)
-    if "text" in (one[0], other[0]):
-        return _letters(one) == _letters(other) != ""
-    if one[0] == other[0] == "group":
-        return one[1:3] == other[1:3] and len(one) == len(other) and all(map(_same, one[3:], other[3:]))
-    if one[0] == other[0] == "union":
-        return _matched(one[1:], other[1:], _element)
-    if one[0] == other[0] == "set":
-        return _same(one, other)
-    if one[0] == other[0] == "matrix":
-        rows = list(zip(one[1:], other[1:]))
-        return len(one) == len(other) and all(len(a) == len(b) and all(map(_element, a, b)) for a, b in rows)
-    return _quantities(one, other)
-
-
-def _quantities(one: Node, other: Node) -> bool:
-    """Values with units, percentages, and plain values."""
-    if "quantity" in (one[0], other[0]):
-        (a, u), (b, v) = _measured(one), _measured(other)
-        if u is None or v is None:
-            one, other = a, b
-        elif u.powers != v.powers:
-            return False
-        else:
-            one, other = ("mul", a, ("num", u.factor)), ("mul", b, ("num", v.factor))
-    if "percent" in (one[0], other[0]) and one[0] != other[0]:
-        share, bare = (one[1], other) if one[0] == "percent" else (other[1], one)
-        return values.equal(share, bare) or values.equal(("div", share, ("num", Fraction(100))), bare)
-    if one[0] == "percent":
-        one, other = one[1], other[1]
-    return values.equal(one, other)
-
-
-def _measured(node: Node) -> tuple[Node, units.Unit | None]:
-    """A value and its unit. Beside a quantity, the letter of `5 m` or `5 m^2` is one, too."""
-    if node[0] == "quantity":
-        return node[1], node[2]
-    if node[0] == "mul" and not values.variables(node[:-1]):
-        last, power = node[-1][1:] if node[-1][0] == "pow" else (node[-1], ("num", 1))
-        if last[0] == "var" and power[0] == "num":
-            unit = units.read(f"{last[1]}^{power[1]}")
-            if unit is not None and unit.known:
-                return node[:-1], unit
-    return node, None
-
-
-def _relations(one: Node, other: Node) -> bool:
-    """Two equations, inequalities, or memberships."""
-    if one[1] == other[1] == "=":
-        first, second = (_DEFINED.fullmatch(side[4]) for side in (one, other))
-        if first and second:
-            return _same(one[3], _renamed(other[3], second[1], first[1]))
-        if _same(one[2], other[2]):
-            return _same(one[3], other[3])
-        differences = [("add", side[2], ("neg", side[3])) for side in (one, other)]
-        return values.proportional(*differences)
-    a, b = _named(one), _named(other)
-    if a is not None and b is not None and one[1] != "=" != other[1]:
-        return _element(a, b)
-    return one[1] == other[1] and _same(one[2], other[2]) and _same(one[3], other[3])
-
-
-def _named(relation: Node) -> Node | None:
-    """What a relation says of its variable: the value of `x = 5` or `f(x) = 2x`, the interval of `x > 2`."""
-    _, operator, left, right, written = relation
-    if operator == "in":
-        return right
-    if operator == "=":
-        if left[0] == "var" or _DEFINED.fullmatch(written):
-            return right
-        return left if right[0] == "var" and right[1] not in (r"\pi", "e", "i") else None
-    if operator == "!=":
-        return None
-    if " " in operator:  # a < x < b, whose middle is not kept
-        low, high, (first, second) = left, right, operator.split()
-        if first[0] == ">":
-            low, high, first, second = high, low, second, first
-        return "group", _open(first), {"(": ")", "[": "]"}[_open(second)], low, high
-    if left[0] != "var":
-        left, right, operator = right, left, operator.translate(str.maketrans("<>", "><"))
-    if left[0] != "var":
-        return None
-    if operator[0] == "<":
-        return "group", "(", {"(": ")", "[": "]"}[_open(operator)], ("neg", INFINITY), right
-    return "group", _open(operator), ")", right, INFINITY
-
-
-def _open(operator: str) -> str:
-    return "[" if operator.endswith("=") else "("
+    return tuple(_chosen(part, upper) if type(part) is tuple else part for part in node)
 
 
 def _renamed(node: Node, old: str, new: str) -> Node:
     if node == ("var", old):
         return "var", new
-    if node[0] == "quantity":
-        return "quantity", _renamed(node[1], old, new), node[2]
-    return tuple(_renamed(part, old, new) if isinstance(part, tuple) else part for part in node)
+    return tuple(_renamed(part, old, new) if type(part) is tuple else part for part in node)
+
+
+def _has_different_names(items: Sequence[Node]) -> bool:
+    """True if items are equations that each name a value, of more than one name."""
+    names = {item[2] for item in items if item[:2] == ("rel", "=")}
+    return len(names) == len(items) > 1
+
+
+def _is_compound(node: Node) -> bool:
+    """True of sums, products and powers that hold a matrix, a tuple or a set: they are not computed
+    here."""
+    computed = node[0] in ("add", "mul", "div", "neg", "pow", "fn")
+    return computed and _holds(node, "matrix", "group", "set")
+
+
+def _is_surely_a_time(node: Node) -> bool:
+    """True of `9:05`, whose minutes begin with a zero as no part of a ratio does."""
+    return node[0] == "clock" and any(part[1] < 10 for part in node[2:])
+
+
+def _rising(relation: Node) -> Node:
+    """An inequality with `<` or `<=` for `>` or `>=`."""
+    kind, operator, left, right, *middle = relation
+    if operator[0] != ">":
+        return relation
+    mirrored = " ".join(MIRRORED[sign] for sign in reversed(operator.split()))
+    return kind, mirrored, right, left, *middle
+
+
+def _in_base_units(value: Node, unit: units.Unit) -> Node:
+    return "mul", value, ("num", unit.factor), ("pow", ("var", r"\pi"), ("num", Fraction(unit.pi)))
+
+
+def _lettered(node: Node) -> tuple[Node, str]:
+    """A value and the letters that stand behind it as factors and divisors, such as `m/s^2`."""
+    letters = ""
+    while node[0] in ("div", "mul") and len(node) > 2 and (letter := _letter(node[-1])):
+        if node[0] == "mul":
+            return (node[1] if len(node) == 3 else node[:-1]), letter + letters
+        letters = f"/{letter}{letters}"
+        node = node[1]
+    return node, ""
+
+
+def _letter(node: Node) -> str:
+    """A variable, or one to the power of a number, as it is written; "" for anything else."""
+    if node[0] == "pow" and node[1][0] == "var" and node[2][0] == "num":
+        return f"{node[1][1]}^{node[2][1]}"
+    return node[1] if node[0] == "var" else ""
 
 
 def _letters(node: Node) -> str:

@@ -1,442 +1,267 @@
 r"""Reads an answer in LaTeX, or as people type it, into a tree; nothing is computed.
 
-A recursive descent over at most `LONGEST` characters, `DEEPEST` calls deep. Nodes are tuples, their kind first:
+A recursive descent over at most `LONGEST` characters, `DEEPEST` calls deep, that never goes back.
+Nodes are tuples, their kind first:
 
-    ("num", Fraction)  ("var", name)  ("add", *parts)  ("mul", *parts)  ("div", a, b)  ("pow", a, b)  ("root", n, a)
+    ("num", Fraction)  ("var", name)  ("add", *parts)  ("mul", *parts)  ("div", a, b)
+    ("pow", a, b)  ("root", n, a)
     ("neg", a)  ("pm", a) for +-a  ("mp", a) for -+a  ("fn", name, a)  ("binom", a, b)
-    ("list", *items)  ("set", *items)  ("group", open, close, *items): a tuple or an interval  ("union", *pieces)
-    ("matrix", *rows of cells)  ("rel", operator, left, right, left as written)  ("quantity", a, units.Unit)  ("percent", a)
+    ("list", *items)  ("set", *items)  ("group", open, close, *items): a tuple or an interval
+    ("union", *pieces)  ("without", set, set)  ("reals",)
+    ("such", name, condition): a set by what holds for its members
+    ("both", *conditions)  ("either", *conditions): joined by `and`, by `or`
+    ("residue", a, modulus): a congruence but for what it is of
+    ("matrix", *rows of cells)  ("det", *rows of cells)
+    ("ratio", *parts)  ("clock", *parts): a ratio or a time of day
+    ("rel", operator, left, right)  ("rel", "< <=", left, right, middle): a chain of two
+    ("applied", name, *arguments): the left side of `f(x) = 2x`, its arguments as they are written
+    ("quantity", a, units.Unit)  ("qualified", a, words) as in `3 fifths`  ("percent", a)
     ("text", words)
 """
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Callable
-from fractions import Fraction
+from collections.abc import Sequence
 
-from dcmdp_jax.answers import units
-from dcmdp_jax.answers.tokens import Token, Unreadable, inside, number, split
+from dcmdp_jax.answers.cursor import Node, counted
+from dcmdp_jax.answers.expressions import (FUNCTIONS, JOINING, MODULO, RELATIONS, SHAPES,
+                                           Expressions, is_part_of)
+from dcmdp_jax.answers.work import Unreadable, Work
 
-DEEPEST = 100  # calls of the reader's own; three or four for a bracket in a bracket
-DIVISIONS = 40  # signs `/` in an answer
-
-Node = tuple
-
-_FUNCTIONS = ("arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "sqrt", "sin", "cos", "tan", "cot", "sec", "csc", "exp",
-              "log", "ln", "lg", "pi")
-_INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan"}
-_RELATIONS = {"=": "=", "<": "<", ">": ">", r"\le": "<=", r"\leq": "<=", r"\leqslant": "<=", r"\ge": ">=", r"\geq": ">=",
-              r"\geqslant": ">=", r"\lt": "<", r"\gt": ">", r"\ne": "!=", r"\neq": "!=", r"\in": "in"}
-_TIMES = ("*", r"\cdot", r"\times", r"\ast")
-_OVER = ("/", r"\div")
-_FENCES = {r"\lfloor": (r"\rfloor", "floor"), r"\lceil": (r"\rceil", "ceil"), r"\lvert": (r"\rvert", "abs"),
-           "|": ("|", "abs")}
-_MATRICES = {"pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix"}
-_NOT_VARIABLES = {r"\begin", r"\end", r"\rfloor", r"\rceil", r"\rvert", r"\cup", r"\pm", r"\mp", r"\frac", r"\}", r"\cr",
-                  r"\%", r"\$", r"\cap", r"\setminus", r"\mid", r"\to", r"\sum", r"\int", r"\prod", r"\lim", r"\equiv",
-                  r"\approx", r"\sim", r"\bmod", r"\pmod", r"\ldots", r"\dots", r"\cdots", r"\vdots", r"\color",
-                  r"\underline", r"\overline", r"\hat", r"\vec"}
-_AFTER_UNIT = {",", ";", ")", "]", r"\}", r"\cup", *_RELATIONS}
-_NO_FACTOR = {*_NOT_VARIABLES, *_RELATIONS, *_TIMES, *_OVER, r"\{"} - {r"\frac"}
-_WORDS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+_DEFINED = re.compile(r"(\\?[A-Za-z]+(?:_\w|_\{\w+\})?'*)\(([\w\\,|;]+)\)")
+_ALL_REALS = re.compile(
+    r"(?:x is )?(?:all|any) real(?: number|s| numbers| values)?"
+    r"(?: (except|except for|but|but not|other than|excluding|besides))?(?: x)?")
+_SHORT_WORDS = ("yes", "no", "odd")  # others of so few letters are products of variables
+_NO_NUMBERS = {"empty set", "the empty set", "no solution", "no solutions", "no real solution",
+               "no real solutions"}
 
 
-@functools.lru_cache(maxsize=4096)
-def read(text: str) -> Node:
-    """The tree of an answer. Raises Unreadable where it is of no known form."""
-    return _Reader(text).answer()
+def read(text: str, work: Work | None = None) -> Node:
+    """Returns the tree of an answer. Raises Unreadable where it is of no known form or takes too
+    much work."""
+    return _Reader(text, work or Work()).answer()
 
 
-def _counted(method: Callable) -> Callable:
-    """Bounds how deep a reader's methods call each other."""
-    @functools.wraps(method)
-    def counted(self, *arguments):
-        self.depth += 1
-        if self.depth > DEEPEST:
-            raise Unreadable("too deep")
-        found = method(self, *arguments)
-        self.depth -= 1
-        return found
-
-    return counted
-
-
-class _Reader:
-    def __init__(self, text: str):
-        self.text, self.tokens = split(text)
-        self.at, self.depth, self.divisions = 0, 0, 0
-
-    # --- tokens
-
-    def peek(self, ahead: int = 0) -> str:
-        """The next token's text; "" at the end."""
-        return self.tokens[self.at + ahead].text if self.at + ahead < len(self.tokens) else ""
-
-    def kind(self, ahead: int = 0) -> str:
-        return self.tokens[self.at + ahead].kind if self.at + ahead < len(self.tokens) else ""
-
-    def take(self, *wanted: str) -> str:
-        """Takes the next token if it is one of `wanted`, else returns ""."""
-        if self.peek() and self.peek() in wanted:
-            self.at += 1
-            return self.tokens[self.at - 1].text
-        return ""
-
-    def need(self, *wanted: str) -> str:
-        if not (found := self.take(*wanted)):
-            raise Unreadable(f"wants {wanted[0]}")
-        return found
-
-    def separated(self) -> bool:
-        """Takes a comma, a semicolon, `and` or `or`."""
-        if self.says("and", "or"):
-            return True
-        if not self.take(",", ";"):
-            return False
-        self.says("and", "or")
-        return True
-
-    def says(self, *words: str) -> bool:
-        """Takes one of these words, also where `\\text{}` holds it."""
-        found = self.kind() in ("text", "word") and inside(self.peek()).strip(" ,") in words
-        self.at += found
-        return found
-
-    # --- answers
-
+class _Reader(Expressions):
     def answer(self) -> Node:
-        items = self.items()
+        found = self.items()
         if self.at < len(self.tokens):
             raise Unreadable("something is left over")
-        return items[0] if len(items) == 1 else ("list", *items)
+        return _joined(*found)
 
-    @_counted
-    def items(self) -> list[Node]:
+    @counted
+    def items(self) -> tuple[list[Node], list[str]]:
+        """Elements, and what stands between them."""
         items = [self.element()]
-        while self.separated():
+        between = []
+        while sign := self.separated():
+            between.append(sign)
             items.append(self.element())
-        return items
+        return items, between
+
+    def separated(self) -> str:
+        """Takes a comma, a semicolon, `and` or `or`, and returns it; the word alone where both
+        stand there."""
+        if word := self.says("and", "or"):
+            return word
+        if not (sign := self.take(",", ";")):
+            return ""
+        return self.says("and", "or") or sign
 
     def element(self) -> Node:
+        self.label()
         if (word := self.words()) is not None:
             return word
-        start = self.at
-        left = self.union()
-        if self.peek() not in _RELATIONS:
+        if self.peek() in RELATIONS:
+            left = ("var", "")  # `= 5` and `> 5`, of what was asked for
+        else:
+            left = self.named() or self.side()
+        if self.take(r"\equiv"):
+            left = self.side()
+            if left[0] != "residue":
+                raise Unreadable("a congruence without a modulus")
+        if self.peek() not in RELATIONS:
             return left
-        written = self.text[self.tokens[start].start:self.tokens[self.at].start].strip()
-        operator = _RELATIONS[self.take(*_RELATIONS)]
-        right = self.union()
-        if self.peek() not in _RELATIONS:
-            return "rel", operator, left, right, written
-        second, end = _RELATIONS[self.take(*_RELATIONS)], self.union()
-        if operator == second == "=":
-            return "rel", "=", left, end, written
-        if operator[0] == second[0] in ("<", ">"):
-            return "rel", operator + " " + second, left, end, ""
-        raise Unreadable("relations do not chain")
+        operator = RELATIONS[self.take(*RELATIONS)]
+        right = self.side()
+        if operator in ("!=", "in") or self.peek() not in RELATIONS:
+            return "rel", operator, left, right
+        if operator == "=":
+            while self.take("="):
+                right = self.side()
+            if self.peek() in RELATIONS:
+                raise Unreadable("relations do not chain")
+            return "rel", "=", left, right
+        second = RELATIONS[self.take(*RELATIONS)]
+        end = self.side()
+        if operator[0] != second[0] or self.peek() in RELATIONS:
+            raise Unreadable("relations do not chain")
+        return "rel", f"{operator} {second}", left, end, right
+
+    def side(self) -> Node:
+        """What may stand beside a relation: an expression, a set, a ratio or a residue."""
+        value = self.union()
+        if self.take(*MODULO):
+            return "residue", value, self.unworded(self.braced)
+        if self.peek() == "(" and self.peek(1) in MODULO:
+            self.at += 2
+            modulus = self.unworded(self.sum)
+            self.need(")")
+            return "residue", value, modulus
+        if self.take(":"):
+            return self.ratio(value)
+        return ("ratio", value, self.union()) if self.says("to") else value
 
     def words(self) -> Node | None:
-        """An element of words alone, such as `\\text{Evelyn}` or `even`."""
+        """An element of words alone, such as `\\text{Evelyn}` or `even`, or `all real numbers
+        except` some."""
         end = self.at
-        while end < len(self.tokens) and self.tokens[end].kind in ("text", "word"):
+        while end < len(self.tokens) and self.kind(end - self.at) in ("word", "name") and \
+                self.tokens[end].text not in JOINING:
             end += 1
         run = self.tokens[self.at:end]
-        follows = self.tokens[end].text if end < len(self.tokens) else ""
-        if not run or follows not in ("", ",", ";"):
-            return None
-        said = " ".join(inside(token.text) for token in run).strip()
-        wrapped = any(token.kind == "text" for token in run)
-        if re.fullmatch(r"\(?([A-Za-z])\)?", said):
+        said = " ".join(token.text for token in run).casefold()
+        if reals := _ALL_REALS.fullmatch(said):
             self.at = end
-            return "var", said.strip("()")
-        if not wrapped and (len(said.replace(" ", "")) < 4 or any(said.startswith(name) for name in _FUNCTIONS)):
+            if not reals[1]:
+                return ("reals",)
+            self.take("=")
+            return "without", ("reals",), ("set", *self.items()[0])
+        if said in _NO_NUMBERS:
+            self.at = end
+            return ("set",)
+        follows = self.tokens[end].text if end < len(self.tokens) else ""
+        if not run or follows not in ("", ",", ";", "and", "or", ")", r"\}"):
             return None
+        if len(run) == 1 and len(said) == 1:
+            return None  # a variable
+        upright = any(token.kind == "name" for token in run)
+        functions = any(token.text.startswith(name) for name in FUNCTIONS for token in run)
+        if not upright and (len(said.replace(" ", "")) < 4 and said not in _SHORT_WORDS or functions):
+            return None
+        if any(token.text in FUNCTIONS for token in run):
+            return None  # `\\operatorname{tan} x`
         self.at = end
-        return "text", re.sub(r"[\s.]+", "", said).casefold()
+        return "text", said.replace(" ", "")
 
-    def union(self) -> Node:
-        pieces = [self.quantity()]
-        while self.take(r"\cup"):
-            pieces.append(self.quantity())
-        return pieces[0] if len(pieces) == 1 else ("union", *pieces)
-
-    def quantity(self) -> Node:
-        dollars = bool(self.take(r"\$"))
-        value = self.sum()
-        if self.take("%", r"\%") or self.says("percent"):
-            return "percent", value
-        if self.kind() in ("word", "text") and (times := _WORDS.get(inside(self.peek()).strip().removesuffix("s"))):
-            self.at += 1
-            value = "mul", value, ("num", Fraction(times))
-        unit = self.unit() if self.kind() in ("word", "text") else None
-        if dollars:
-            unit = units.read("dollars") if unit is None or unit.known else unit
-        return value if unit is None else ("quantity", value, unit)
-
-    def unit(self) -> units.Unit | None:
-        """What follows a value in words, up to the next comma, bracket or relation."""
-        start, end = self.at, self.at
-        while end < len(self.tokens) and self.tokens[end].text not in _AFTER_UNIT and \
-                inside(self.tokens[end].text).strip() not in ("and", "or"):
+    def label(self) -> None:
+        """Takes words with a colon before an element, as in `Answer: 5`."""
+        end = self.at
+        while end < len(self.tokens) and self.tokens[end].kind in ("word", "name"):
             end += 1
-        unit = units.read(self.text[self.tokens[start].start:self.tokens[end - 1].end])
-        if unit is None:
-            raise Unreadable("no unit")
-        self.at = end
-        return unit
+        words = "".join(token.text for token in self.tokens[self.at:end])
+        colon = end < len(self.tokens) and self.tokens[end].text == ":"
+        if colon and len(words) > 3 and not words.isupper() and not words.startswith(FUNCTIONS):
+            self.at = end + 1
 
-    # --- expressions
-
-    @_counted
-    def sum(self) -> Node:
-        parts = [_sign(self.take("+", "-", r"\pm", r"\mp"), self.term())]
-        while sign := self.take("+", "-", r"\pm", r"\mp"):
-            parts.append(_sign(sign, self.term()))
-        return parts[0] if len(parts) == 1 else ("add", *parts)
-
-    def term(self) -> Node:
-        value = self.factor()
-        while True:
-            if self.take(*_TIMES):
-                value = _times(value, self.factor())
-            elif self.take(*_OVER):
-                self.divisions += 1
-                if self.divisions > DIVISIONS:
-                    raise Unreadable("too many divisions")
-                value = "div", value, self.factor()
-            elif self.starts_factor():
-                if self.kind() == "num" and self.kind(-1) == "num":
-                    raise Unreadable("two numbers beside each other")
-                value = _times(value, self.factor())
-            else:
-                return value
-
-    @_counted
-    def factor(self) -> Node:
-        if sign := self.take("+", "-"):
-            return _sign(sign, self.factor())
-        return self.postfix(self.primary())
-
-    def starts_factor(self) -> bool:
-        """Whether a factor follows that multiplies what stands before it."""
-        kind, text = self.kind(), self.peek()
-        if kind == "word":
-            spaced = self.tokens[self.at].start > self.tokens[self.at - 1].end
-            return not (text in ("and", "or", "percent") or text.removesuffix("s") in _WORDS or
-                        (self.tokens[self.at - 1].text not in (")", "}") or spaced) and units.is_word(text, spaced))
-        return kind == "num" or text in ("(", "[") or (text in _FENCES and text != "|") or \
-            (kind == "cmd" and text not in _NO_FACTOR)
-
-    def postfix(self, value: Node) -> Node:
-        """A value with the primes, the factorial and the exponent that follow it."""
-        while self.kind() == "'" and value[0] == "var":
-            self.at += 1
-            value = "var", value[1] + "'"
-        if self.take("!"):
-            value = "fn", "factorial", value
-        if self.take("^"):
-            exponent = self.exponent()
-            prime = exponent == ("var", r"\prime") and value[0] == "var"
-            value = ("var", value[1] + "'") if prime else ("pow", value, exponent)
-        if self.take("!"):
-            value = "fn", "factorial", value
-        if self.peek() in ("!", "^"):
-            raise Unreadable("a second one of its kind")
-        return value
-
-    @_counted
-    def exponent(self) -> Node:
-        if sign := self.take("+", "-"):
-            return _sign(sign, self.exponent())
-        if self.peek() == "{":
-            return self.braced()
-        return self.postfix(self.primary())
-
-    def braced(self) -> Node:
-        """`{...}`, or the single digit, letter or command that LaTeX takes in its place."""
-        if self.take("{"):
-            value = self.sum()
-            self.need("}")
-            return value
-        token = self.tokens[self.at] if self.at < len(self.tokens) else None
-        if token and token.kind in ("num", "word") and len(token.text) > 1:
-            if token.kind == "num" and not token.text.isdecimal():
-                raise Unreadable("half a decimal")
-            self.tokens[self.at:self.at + 1] = [Token(token.kind, token.text[0], token.start, token.start + 1),
-                                                Token(token.kind, token.text[1:], token.start + 1, token.end)]
-        return self.primary()
-
-    @_counted
-    def primary(self) -> Node:
-        kind, text = self.kind(), self.peek()
-        if kind == "num":
-            return self.number()
-        if kind == "word":
-            return self.word()
-        if text in ("(", "[", r"\{", "{"):
-            return self.bracketed()
-        if text in _FENCES:
-            close, name = _FENCES[self.take(text)]
-            value = self.sum()
-            self.need(close)
-            return "fn", name, value
-        if kind == "cmd":
-            self.at += 1
-            return self.command(text)
-        raise Unreadable(f"{text!r}")
-
-    def number(self) -> Node:
-        value = ("num", number(self.take(self.peek())))
-        if self.take("_"):
-            return "var", f"{value[1]}_{self.subscript()}"  # digits in a base are a name of their own
-        whole = value[1].denominator == 1
-        if whole and self.peek() == r"\frac" and (part := self.mixed()):
-            return "num", value[1] + part
-        if whole and self.kind() == "num" and self.peek(1) == "/" and self.kind(2) == "num":
-            top, bottom = number(self.peek()), number(self.peek(2))
-            if 0 < top < bottom:
-                self.at += 3
-                return "num", value[1] + top / bottom
-        return value
-
-    def mixed(self) -> Fraction | None:
-        """Takes a `\\frac` of two numbers, the part of a mixed number."""
-        before = self.at, list(self.tokens)
-        self.at += 1
-        top, bottom = self.braced(), self.braced()
-        if top[0] == bottom[0] == "num" and 0 < top[1] < bottom[1]:
-            return top[1] / bottom[1]
-        self.at, self.tokens = before
+    def named(self) -> Node | None:
+        """The left side of `f(x) = 2x` and of `\\text{Area of } ABC = 5`, which is a name as a
+        whole."""
+        if self.kind() not in ("word", "name", "cmd"):
+            return None
+        end = self.at
+        depth = 0
+        while end < len(self.tokens) and self.tokens[end].text not in RELATIONS and depth >= 0:
+            depth += {"(": 1, ")": -1}.get(self.tokens[end].text, 0)
+            if self.tokens[end].text in (",", ";") and not depth:
+                break
+            end += 1
+        self.work.spend(end - self.at)
+        if end == len(self.tokens) or self.tokens[end].text != "=":
+            return None
+        run = self.tokens[self.at:end]
+        spelled = "".join(token.text for token in run)
+        defined = _DEFINED.fullmatch(spelled)
+        if defined and defined[1].lstrip("\\") not in FUNCTIONS:
+            self.at = end
+            return "applied", defined[1], *re.split("[,;]", defined[2])
+        first = run[0]
+        if first.kind == "name" and len(first.text) > 1 and first.text not in FUNCTIONS and \
+                all(token.kind in ("name", "word") or token.text in SHAPES for token in run):
+            self.at = end
+            return "var", spelled.casefold()
         return None
 
-    def word(self) -> Node:
-        """A function by its plain name, else the first letter of a product of variables."""
-        token = self.tokens[self.at]
-        name = next((name for name in _FUNCTIONS if token.text.startswith(name)), token.text[0])
-        self.at += 1
-        if len(token.text) > len(name):
-            self.at -= 1
-            self.tokens[self.at:self.at + 1] = [Token("word", name, token.start, token.start + len(name)),
-                                                Token("word", token.text[len(name):], token.start + len(name), token.end)]
-            self.at += 1
-        if name == "pi":
-            return "var", r"\pi"
-        return self.function(name) if len(name) > 1 else self.variable(name)
+    def union(self) -> Node:
+        pieces = [self.difference()]
+        while self.take(r"\cup"):
+            pieces.append(self.difference())
+        return pieces[0] if len(pieces) == 1 else ("union", *pieces)
 
-    def variable(self, name: str) -> Node:
-        if self.take("_"):
-            name += "_" + self.subscript()
-        return "var", name
+    def difference(self) -> Node:
+        value = self.sum()
+        while self.take(r"\cap"):
+            value = "both", value, self.sum()
+        if self.take(r"\setminus", "-"):  # a sum ends at a minus sign before a set
+            return "without", value, self.sum()
+        return value
 
-    def subscript(self) -> str:
-        """The raw text of what follows `_`."""
-        if self.take("{"):
-            depth, start = 1, self.at
-            while depth:
-                if self.at >= len(self.tokens):
-                    raise Unreadable("a subscript does not end")
-                depth += {"{": 1, "}": -1}.get(self.peek(), 0)
-                self.at += 1
-            return "".join(inside(token.text).replace(" ", "") for token in self.tokens[start:self.at - 1])
-        if not self.peek():
-            raise Unreadable("a subscript is missing")
-        self.at += 1
-        return inside(self.tokens[self.at - 1].text)
+    def ratio(self, first: Node) -> Node:
+        """`3:2:1`, whose first colon is taken."""
+        start = self.at - 2
+        parts = [first, self.part()]
+        while self.take(":"):
+            parts.append(self.part())
+        spelled = "".join(token.text for token in self.tokens[start:self.at])
+        clock = first[0] == "num" and re.fullmatch(r"(?:[01]?\d|2[0-4])(:[0-5]\d)+", spelled)
+        value = ("clock" if clock else "ratio", *parts)
+        return self.quantity(value, False) if self.kind() in ("word", "name") else value
+
+    def part(self) -> Node:
+        """A part of a ratio behind the colon; what follows a number of two digits, such as `pm`,
+        belongs to the whole."""
+        return self.number() if re.fullmatch(r"\d\d", self.peek()) else self.sum()
 
     def bracketed(self) -> Node:
-        opening = self.take("(", "[", r"\{", "{")
+        opening = self.take("(", "[", r"\{", "{", r"\langle")
         if opening == "{":
             value = self.sum()
             self.need("}")
             return value
         if opening == r"\{":
-            items = self.items()
-            self.need(r"\}")
-            return "set", *items
-        items = self.items()
-        closing = self.need(")", "]")
+            return self.braces()
+        items, between = self.items()
+        closing = self.need(")", "]", r"\rangle")
+        if (opening == r"\langle") != (closing == r"\rangle") or set(between) - {",", ";"}:
+            raise Unreadable("brackets do not match")
+        if opening == r"\langle":
+            return "group", "(", ")", *items
         if len(items) == 1 and (opening, closing) in (("(", ")"), ("[", "]")):
             return items[0]
         return "group", opening, closing, *items
 
-    def command(self, name: str) -> Node:
-        if name == r"\frac":
-            return "div", self.braced(), self.braced()
-        if name == r"\binom":
-            return "binom", self.braced(), self.braced()
-        if name == r"\sqrt":
-            degree = ("num", Fraction(2))
-            if self.take("["):
-                degree = self.sum()
-                self.need("]")
-            return "root", degree, self.braced()
-        if name == r"\begin":
-            return self.matrix()
-        if name[1:] in _FUNCTIONS and name != r"\pi":
-            return self.function(name[1:])
-        if name in (r"\dot", r"\ddot"):
-            inner = self.braced()
-            if inner[0] != "var":
-                raise Unreadable("a dot over more than a variable")
-            return self.variable(name + inner[1])
-        if name in _NOT_VARIABLES or name in _RELATIONS:
-            raise Unreadable(name)
-        return self.variable(name)
-
-    def function(self, name: str) -> Node:
-        base = power = None
-        if name == "log" and self.take("_"):
-            base = self.braced()
-        if name != "sqrt" and self.take("^"):
-            power = self.exponent()
-        if power == ("num", Fraction(-1)) and name in _INVERSE:
-            name, power = _INVERSE[name], None
-        value = self.argument()
-        if name == "sqrt":
-            value = "root", ("num", Fraction(2)), value
-        elif name == "lg" or base is not None:
-            value = "div", ("fn", "ln", value), ("fn", "ln", base or ("num", Fraction(10)))
-        else:
-            value = "fn", "ln" if name == "log" else name, value
-        return value if power is None else ("pow", value, power)
-
-    def argument(self) -> Node:
-        """A bracket, or the product that follows up to an operator or another function."""
-        if self.peek() in ("(", "[", "{"):
-            return self.bracketed()
-        value = self.postfix(self.primary())
-        while self.starts_factor() and self.peek().lstrip("\\") not in _FUNCTIONS[:-1]:
-            value = _times(value, self.postfix(self.primary()))
-        return value
-
-    def matrix(self) -> Node:
-        name = self.environment()
-        if name not in _MATRICES:
-            raise Unreadable(name)
-        rows = [[self.sum()]]
-        while not self.take(r"\end"):
-            if self.need("&", r"\cr") == "&":
-                rows[-1].append(self.sum())
-            elif self.peek() != r"\end":
-                rows.append([self.sum()])
-        self.environment()
-        return "matrix", *map(tuple, rows)
-
-    def environment(self) -> str:
-        self.need("{")
-        name = self.take(self.peek())
-        self.need("}")
-        return name
+    def braces(self) -> Node:
+        r"""A set, whose `\{` is taken."""
+        if self.take(r"\}"):
+            return ("set",)
+        by_condition = self.peek(1) in (r"\mid", "|", ":", r"\in")
+        if by_condition and self.kind() == "word" and len(self.peek()) == 1:
+            name = self.take(self.peek())
+            domain = self.union() if self.take(r"\in") else ("reals",)
+            self.need(r"\mid", "|", ":")
+            conditions = _joined(*self.items())
+            self.need(r"\}")
+            return "such", name, ("both", ("rel", "in", ("var", name), domain), conditions)
+        items = self.items()[0]
+        self.need(r"\}")
+        return "set", *items
 
 
-def _sign(sign: str, value: Node) -> Node:
-    if sign == "-":
-        return ("num", -value[1]) if value[0] == "num" else ("neg", value)
-    return {r"\pm": ("pm", value), r"\mp": ("mp", value)}.get(sign, value)
-
-
-def _times(product: Node, factor: Node) -> Node:
-    return (*product, factor) if product[0] == "mul" else ("mul", product, factor)
+def _joined(items: Sequence[Node], between: Sequence[str]) -> Node:
+    """One answer of elements and what stands between them: conditions joined by `and` or `or`, or a
+    list."""
+    if len(items) == 1:
+        return items[0]
+    conditions = all(item[0] == "rel" for item in items) and any(item[1] != "=" for item in items)
+    if conditions and set(between) == {"or"}:
+        return "either", *items
+    if conditions and set(between) == {"and"}:
+        return "both", *items
+    if items[0][:2] == ("rel", "!=") and not any(item[0] == "rel" for item in items[1:]):
+        others = [("rel", "!=", items[0][2], item) for item in items[1:]]  # `x \ne 1, 2`
+        return "both", items[0], *others
+    if set(between) == {"and"} and all(map(is_part_of, items[1:], items)):
+        return "add", *items  # `2 hours and 30 minutes`
+    return "list", *items

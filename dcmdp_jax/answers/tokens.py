@@ -1,85 +1,254 @@
-"""The text of an answer, without what only changes its looks, cut into tokens."""
+r"""An answer cut into tokens, without what only changes its looks.
+
+Spaces, type faces, `\left`, `\displaystyle` and the like go; words keep whether they were set
+upright, as `\text{cm}` is; a comma for thousands goes where it is one.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
+from dcmdp_jax.answers.normal import normal
+from dcmdp_jax.answers.work import Unreadable
+
 LONGEST = 1_000  # characters
 LARGEST_EXPONENT = 300  # of a number as 1.5e10 writes it
-
-
-class Unreadable(ValueError):
-    """Not an answer of the forms known here."""
+DIGITS = 400  # of a number
 
 
 class Token(NamedTuple):
-    kind: str  # num, word, text, cmd, or the character itself
+    kind: str  # num, word, name (a word set upright), cmd, or the character itself
     text: str
-    start: int
-    end: int
+    spaced: bool  # a space stands before it
 
 
-_LOOKS = tuple((re.compile(pattern), new) for pattern, new in (
-    (r"\\\\", r"\\cr "),  # the end of a matrix's row
-    (r"\{,\}", ","),
-    (r"\$\s*,\s*\$", ", "),
-    (r",\\!\s*", ","),  # thousands
-    (r"\\[!,;:>]|\\(?:left|right|displaystyle|textstyle|limits|[bB]igg?[lr]?|q?quad)(?![A-Za-z])|~|\\ ", " "),
-    (r"\\[()\[\]]|(?<!\\)\$", " "),
-    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-    (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
-    (r"\^\s*\{?\s*(?:\\circ|\\degree|°)\s*\}?|\\degree(?![A-Za-z])|°", r"\\text{degrees}"),
-    (r"−|–", "-"), (r"π", r"\\pi "), (r"∞", r"\\infty "), (r"×|·|⋅|\*\*(?=\D)", "*"), (r"\*\*", "^"), (r"÷", "/"),
-    (r"≤", r"\\le "), (r"≥", r"\\ge "), (r"∪", r"\\cup "), (r"∈", r"\\in "), (r"±", r"\\pm "), (r"[£€]", ""),
-    (r"np\.(?=[a-z])", ""),
-))
-_TEXT = r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox|hbox|operatorname|boldsymbol|bf|rm)"
-_TOKEN = re.compile(r"\s*(?:(?P<num>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,4}(?![\w.]))?)"
-                    rf"|(?P<text>{_TEXT}\s*\{{[^{{}}]*\}})"
-                    r"|(?P<cmd>\\(?:[A-Za-z]+|[{}%$|\\]))|(?P<word>[A-Za-z]+)|(?P<sign>.))", re.DOTALL | re.ASCII)
-_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+_SPACES = ("quad", "qquad", "enspace", "thinspace", "medspace", "thickspace", "negthinspace",
+           "strut", "mathstrut", "displaystyle", "textstyle", "scriptstyle", "limits", "nolimits",
+           "nonumber", "middle", "tiny", "small", "normalsize", "large", "Large", "LARGE", "huge",
+           "Huge")
+_LEXEME = re.compile(
+    r"(?P<space>(?:[\s~$]|\\\Z|\\[,;:>!/ ()\[\]]|"
+    rf"\\(?:{'|'.join(_SPACES)}|[bB]igg?[lrm]?)(?![A-Za-z]))+)"
+    r"|(?P<fence>\\(?:left|right)(?![A-Za-z])\s*\.?)"
+    r"|(?P<row>\\\\(?:\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm|in)\s*\])?)"
+    r"|(?P<dots>\.{3,})|(?P<num>(?:\d+(?:\.(?!\.)\d*)?|\.\d+)(?:[eE][+-]?\d{1,4}(?![\w.]))?)"
+    r"|(?P<cmd>\\(?:[A-Za-z]+|.))|(?P<word>[A-Za-z]+)|(?P<sign>.)", re.DOTALL | re.ASCII)
+
+
+def _commands(names: str) -> set[str]:
+    return {rf"\{name}" for name in names.split()}
+
+
+_UPRIGHT = _commands("text textbf textit textrm textsf texttt textnormal textup emph mathrm mathsf "
+                     "mathtt mbox hbox operatorname rm")
+_FACES = _UPRIGHT | _commands("mathbf mathit mathnormal boldsymbol bm bf it underline boxed fbox "
+                              "bold pmb ensuremath mathop mathord")
+_WITH_SETTING = _commands("color textcolor hspace vspace phantom tag label")  # in braces
+_SPELLINGS = {
+    **dict.fromkeys(_commands("dfrac tfrac cfrac"), r"\frac"),
+    **dict.fromkeys(_commands("dbinom tbinom"), r"\binom"),
+    **dict.fromkeys(_commands("vert lvert rvert"), "|"),
+    **dict.fromkeys(_commands("lparen lgroup"), "("),
+    **dict.fromkeys(_commands("rparen rgroup"), ")"),
+    **dict.fromkeys(_commands("leq leqslant leqq"), r"\le"),
+    **dict.fromkeys(_commands("geq geqslant geqq"), r"\ge"),
+    **dict.fromkeys(_commands("times cdot ast"), "*"),
+    **dict.fromkeys(_commands("colon ratio"), ":"),
+    **dict.fromkeys(_commands("backslash smallsetminus"), r"\setminus"),
+    **dict.fromkeys(_commands("ldots dots cdots dotsc"), "..."),
+    r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lbrack": "[", r"\rbrack": "]", r"\lt": "<",
+    r"\gt": ">", r"\neq": r"\ne", r"\varnothing": r"\emptyset", r"\varepsilon": r"\epsilon",
+    r"\varphi": r"\phi", r"\vartheta": r"\theta", r"\infin": r"\infty", r"\Bbb": r"\mathbb",
+    r"\div": "/", r"\%": "%",
+    r"\measuredangle": r"\angle", r"\bar": r"\overline", r"\degree": "degrees", r"\cr": r"\\",
+}
+_OTHER_NAMES = {"tg": "tan", "ctg": "cot", "cotg": "cot", "arctg": "arctan", "cosec": "csc"}
+_JOINERS = {r"\land": "and", r"\wedge": "and", r"\lor": "or", r"\vee": "or"}
+# braces behind these hold what they take
+_TAKES_ONE = {"^", "_", r"\frac", r"\sqrt", r"\binom", r"\overline"}
+_OPENS = {"(": ")", "[": "]", r"\{": r"\}", r"\langle": r"\rangle", "{": "}"}
+_BEFORE_OPENING = {"", "(", "{", ",", ";", "=", "and", "or", r"\{", r"\in", r"\cup", r"\setminus"}
+_BEHIND_CLOSING = {"", ")", "}", ",", ";", "and", "or", r"\}", r"\cup", r"\setminus"}
+_MAY_BE_LISTS = {"(", "[", r"\{", r"\langle"}
 
 
 def plain(text: str) -> str:
-    """The answer without white space and LaTeX that only changes the looks; a longer one than `LONGEST` as it stands."""
-    if len(text) > LONGEST:
-        return text
-    text = re.sub(rf"{_TEXT}\s*\{{([^{{}}]*)\}}", r" \1 ", _looked(text)).strip()
-    return re.sub(r"\s+(?!\d)|(?<!\d)\s+", "", text)  # a space between two digits parts two numbers
+    """The answer without what only changes its looks; one longer than `LONGEST` as it stands."""
+    try:
+        tokens = split(text)
+    except Unreadable:
+        return text.strip()
+    joined = ""
+    for before, token in zip([None, *tokens], tokens):
+        apart = before is not None and before.kind == token.kind == "num"
+        joined += " " * apart + token.text
+    return joined
 
 
-def split(text: str) -> tuple[str, list[Token]]:
-    """The answer as it is read, and its tokens, which stand for places in it. Raises Unreadable where it is too long."""
+def split(text: str) -> list[Token]:
+    """The tokens of an answer. Raises Unreadable where it is too long."""
     if len(text) > LONGEST:
         raise Unreadable("too long")
-    text = _looked(text)
-    others = re.sub(r",\s", "", _THOUSANDS.sub("", text))
-    if "," not in others and not re.search(r"[(\[{]", text):
-        text = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
-    tokens = []
-    for found in _TOKEN.finditer(text):
-        kind = found.lastgroup
-        start, end = found.span(kind)
-        tokens.append(Token(found[kind] if kind == "sign" else kind, found[kind], start, end))
-    return text, tokens
-
-
-def _looked(text: str) -> str:
-    """The text without LaTeX that only changes its looks, and without the full stop."""
-    for pattern, new in _LOOKS:
-        text = pattern.sub(new, text)
-    return text.strip().rstrip(". ")
-
-
-def inside(token: str) -> str:
-    """What `\\text{...}` holds; any other token as it is."""
-    return token[token.index("{") + 1:-1].strip(" ~") if token.endswith("}") and "{" in token else token
+    text = normal(text)
+    if len(text) > 2 * LONGEST:
+        raise Unreadable("too long")
+    tokens = _turned(_without_thousands(_without_looks(_lexemes(text))))
+    while tokens and tokens[-1].text == ".":
+        tokens.pop()
+    return tokens
 
 
 def number(text: str) -> Fraction:
+    """The number that a token of digits is. Raises Unreadable where it is too large."""
     digits, _, exponent = text.lower().partition("e")
-    if abs(int(exponent or 0)) > LARGEST_EXPONENT or len(digits) > 100:
+    if abs(int(exponent or 0)) > LARGEST_EXPONENT or len(digits) > DIGITS:
         raise Unreadable("too large a number")
-    return Fraction(digits.rstrip(".") if digits.endswith(".") else digits) * Fraction(10) ** int(exponent or 0)
+    return Fraction(digits.removesuffix(".")) * Fraction(10) ** int(exponent or 0)
+
+
+def _lexemes(text: str) -> list[Token]:
+    found = []
+    spaced = False
+    for match in _LEXEME.finditer(text):
+        kind = match.lastgroup
+        lexeme = match[0]
+        if kind in ("space", "fence"):
+            spaced = spaced or kind == "space"
+            continue
+        if kind in ("row", "dots"):
+            lexeme = r"\\" if kind == "row" else "..."
+        lexeme = _SPELLINGS.get(lexeme, lexeme)
+        if lexeme.lstrip("\\") in _OTHER_NAMES:
+            lexeme = lexeme.replace(lexeme.lstrip("\\"), _OTHER_NAMES[lexeme.lstrip("\\")])
+        if lexeme in _JOINERS:
+            found.append(Token("name", _JOINERS[lexeme], spaced))
+        elif kind in ("num", "word"):
+            found.append(Token(kind, lexeme, spaced))
+        elif lexeme == "degrees":
+            found.append(Token("name", lexeme, spaced))
+        elif lexeme[0] == "\\" and len(lexeme) > 1:
+            found.append(Token("cmd", lexeme, spaced))
+        else:
+            found.append(Token(lexeme, lexeme, spaced))
+        spaced = False
+    return found
+
+
+def _without_looks(lexemes: Sequence[Token]) -> list[Token]:
+    """Takes type faces away and joins what stands for one sign."""
+    tokens: list[Token] = []
+    opened: list[tuple[bool, bool]] = []  # whether an open brace stays, whether words were upright
+    upright = False
+    at = 0
+    spaced = False
+    while at < len(lexemes):
+        token = lexemes[at]
+        spaced = spaced or token.spaced
+        following = lexemes[at + 1].text if at + 1 < len(lexemes) else ""
+        at += 1
+        if (length := _degree(lexemes, at - 1)):
+            tokens.append(Token("name", "degrees", spaced))
+            at += length - 1
+        elif token.text == r"\not" and following == "=":
+            tokens.append(Token("cmd", r"\ne", spaced))
+            at += 1
+        elif token.text in _WITH_SETTING:
+            while at < len(lexemes) and lexemes[at].text != "}":
+                at += 1
+            at += 1
+        elif token.text in _FACES:
+            if following != "{":
+                continue  # `\bf 5`, `\text cm`
+            stays = bool(tokens) and tokens[-1].text in _TAKES_ONE
+            opened.append((stays, upright))
+            upright = token.text in _UPRIGHT
+            at += 1
+            if stays:
+                tokens.append(Token("{", "{", spaced))
+        elif token.text == r"\mathbb":
+            end = at + (3 if following == "{" else 1)
+            letters = "".join(part.text for part in lexemes[at:end]).strip("{}")
+            tokens.append(Token("cmd", rf"\mathbb{{{letters}}}", spaced))
+            at = end
+        elif token.text == "{":
+            opened.append((True, upright))
+            tokens.append(token._replace(spaced=spaced))
+        elif token.text == "}" and opened:
+            stays, upright = opened.pop()
+            if not stays:
+                spaced = True  # `\text{m}\text{s}` are two words
+                continue
+            tokens.append(token._replace(spaced=spaced))
+        else:
+            kind = "name" if token.kind == "word" and upright else token.kind
+            tokens.append(Token(kind, token.text, spaced))
+        spaced = False
+    return tokens
+
+
+def _degree(lexemes: Sequence[Token], at: int) -> int:
+    r"""How many lexemes from `at` on are a sign of degrees: `^\circ`, `^{\circ}`, `^\degree`."""
+    texts = [token.text for token in lexemes[at:at + 4]]
+    if texts[:1] != ["^"]:
+        return 0
+    if texts[1:2] in ([r"\circ"], ["degrees"]):
+        return 2
+    return 4 if texts[1:] in (["{", r"\circ", "}"], ["{", "degrees", "}"]) else 0
+
+
+def _without_thousands(tokens: Sequence[Token]) -> list[Token]:
+    """Joins `1,234` to one number, except where its bracket may be a tuple, a set or an interval.
+    `(1,000)` is none: no item of theirs begins with a zero."""
+    joined: list[Token] = []
+    brackets: list[str] = []
+    at = 0
+    while at < len(tokens):
+        token = tokens[at]
+        if token.text in _OPENS:
+            brackets.append(token.text)
+        elif brackets and token.text == _OPENS[brackets[-1]]:
+            brackets.pop()
+        groups = _thousands(tokens, at)
+        if brackets and brackets[-1] in _MAY_BE_LISTS and not any(
+                part.text[0] == "0" for part in tokens[at + 2:at + 2 * groups + 1:2]):
+            groups = 0
+        number = "".join(part.text for part in tokens[at:at + 2 * groups + 1:2])
+        joined.append(token._replace(text=number))
+        at += 2 * groups + 1
+    return joined
+
+
+def _thousands(tokens: Sequence[Token], at: int) -> int:
+    """How many groups of three digits, each behind a comma, belong to the number at `at`."""
+    before = tokens[at - 1].text if at else ""
+    if not re.fullmatch(r"\d{1,3}", tokens[at].text):
+        return 0
+    if before in (",", ".") and not tokens[at].spaced:
+        return 0
+    groups = 0
+    while True:
+        mark = at + 2 * groups + 1
+        pair = tokens[mark:mark + 2]
+        if [part.kind for part in pair] != [",", "num"] or any(part.spaced for part in pair):
+            return groups
+        ended = groups and "." in tokens[mark - 1].text
+        if ended or not re.fullmatch(r"\d{3}(\.\d*)?", pair[1].text):
+            return 0
+        groups += 1
+
+
+def _turned(tokens: Sequence[Token]) -> list[Token]:
+    """Writes the open interval `]1, 2[` with round brackets."""
+    turned = []
+    for at, token in enumerate(tokens):
+        before = tokens[at - 1].text if at else ""
+        behind = tokens[at + 1].text if at + 1 < len(tokens) else ""
+        if token.text == "]" and before in _BEFORE_OPENING and behind not in _BEHIND_CLOSING:
+            token = Token("(", "(", token.spaced)
+        elif token.text == "[" and behind in _BEHIND_CLOSING and before not in _BEFORE_OPENING:
+            token = Token(")", ")", token.spaced)
+        turned.append(token)
+    return turned

@@ -10,6 +10,7 @@ from typing import NamedTuple
 class Unit(NamedTuple):
     powers: tuple[tuple[str, int], ...]  # of base units, sorted by name
     factor: Fraction  # of what the base units make
+    pi: int  # the power of pi that the factor is to be multiplied by
     known: bool  # every word is in the table
 
 
@@ -24,34 +25,46 @@ _BASE = {  # name: powers of base units, factor
     "n": ({"g": 1, "m": 1, "s": -2}, "1000"), "j": ({"g": 1, "m": 2, "s": -2}, "1000"),
     "erg": ({"g": 1, "m": 2, "s": -2}, "1e-4"),
     "w": ({"g": 1, "m": 2, "s": -3}, "1000"), "hz": ({"s": -1}, "1"), "k": ({"K": 1}, "1"), "mol": ({"mol": 1}, "1"),
-    "dollar": ({"$": 1}, "1"), "cent": ({"$": 1}, "1/100"), "degree": ({"degree": 1}, "1"), "radian": ({"rad": 1}, "1"),
+    "dollar": ({"$": 1}, "1"), "cent": ({"$": 1}, "1/100"),
+    "degree": ({"degree": 1}, "1"), "radian": ({"degree": 1}, "180"),  # over pi
 }
+_OVER_PI = {"radian"}
 _NAMES = {"meter": "m", "metre": "m", "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "kilometer": "km",
-          "kilometre": "km", "inch": "in", "inches": "in", "foot": "ft", "feet": "ft", "yard": "yd", "mile": "mi", "sec": "s",
-          "second": "s",
-          "minute": "min", "hr": "h", "hour": "h", "gram": "g", "kilogram": "kg", "pound": "lb", "lbs": "lb", "ounce": "oz",
-          "liter": "l", "litre": "l", "milliliter": "ml", "newton": "n", "joule": "j", "watt": "w", "hertz": "hz",
-          "kelvin": "k", "deg": "degree", "rad": "radian", "yr": "year"}
+          "kilometre": "km", "inch": "in", "inches": "in", "foot": "ft", "feet": "ft", "yard": "yd", "mile": "mi",
+          "sec": "s", "second": "s", "minute": "min", "hr": "h", "hour": "h", "gram": "g", "kilogram": "kg",
+          "pound": "lb", "lbs": "lb", "ounce": "oz", "liter": "l", "litre": "l", "milliliter": "ml", "newton": "n",
+          "joule": "j", "watt": "w", "hertz": "hz", "kelvin": "k", "deg": "degree", "rad": "radian", "yr": "year",
+          "usd": "dollar"}
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _AFTER = {"squared": 2, "cubed": 3}
 # These change the number, or are none of its unit.
-_REFUSED = {"hundred", "thousand", "million", "billion", "trillion", "dozen", "half", "halves", "more", "less", "pi", "and",
-            "or", "not", "where", "if", "to", "mod", "is", "plus", "minus", "times", "over", "by", "third", "quarter", "fourth", "fifth",
-            "sixth", "seventh", "eighth", "ninth", "tenth", "hundredth", "thousandth", "twice", "pair", "score"}
+_REFUSED = {"hundred", "thousand", "million", "billion", "trillion", "dozen", "half", "halves", "pi",
+            "and", "or", "not", "where", "if", "to", "mod", "is", "plus", "minus", "over", "by",
+            "third", "quarter", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth",
+            "hundredth", "thousandth", "twice", "pair", "score", "than", "from", "between", "about",
+            "approximately", "modulo", "for", "when", "base"}
 _LATEX = re.compile(r"\\(?:text|textrm|textbf|mathrm|mbox|operatorname|cdot)(?![A-Za-z])|[{}~*]")
 _PIECE = re.compile(r"\s*(?:(/|per\b)|([A-Za-z]+)\.?(?:\s*\^\s*\(?\s*(-?\d)\s*\)?|(\d))?)\s*")
+_HALF_OF_DAY = re.compile(r"\b([ap])\s?\.?\s?m\b\.?", re.IGNORECASE)
 
 
 def is_word(word: str, apart: bool) -> bool:
-    """Whether a word beside a number is read as a unit, not as a product of variables. `2xyz` is such a product; a word that the
-    table lacks must stand `apart`, or be set as text."""
+    """True if a word beside a number is read as a unit, not as a product of variables. `2xyz` is
+    such a product; a word that the table lacks must stand `apart`, or be set as text."""
     return _name(word) in _BASE and len(word) > 1 or word in _POWERS or (apart and len(word) > 2 and word.islower())
 
 
 def read(text: str) -> Unit | None:
-    """The unit that `text` names: words with powers, `/` and `per`; None where it is none."""
-    rest, powers, factor, known = _LATEX.sub(" ", text).strip(), {}, Fraction(1), True
-    sign, ahead, last = 1, 1, None
+    """Returns the unit that `text` names by words with powers, `/` and `per`; None where it is
+    none."""
+    rest = _HALF_OF_DAY.sub(lambda found: found[1].lower() + "m", _LATEX.sub(" ", text).strip())
+    powers: dict[str, int] = {}
+    factor = Fraction(1)
+    pi = 0
+    known = True
+    sign = 1
+    ahead = 1
+    last = None
     while rest:
         piece = _PIECE.match(rest)
         if piece is None:
@@ -78,12 +91,15 @@ def read(text: str) -> Unit | None:
         for unit, power in base.items():
             powers[unit] = powers.get(unit, 0) + power * exponent
         factor *= Fraction(scale) ** exponent
+        pi -= exponent * (name in _OVER_PI)
         last = (name, exponent) if first else None
-    return Unit(tuple(sorted((unit, power) for unit, power in powers.items() if power)), factor, known)
+    left = tuple(sorted((unit, power) for unit, power in powers.items() if power))
+    return Unit(left, factor, pi, known)
 
 
 def _name(word: str) -> str:
-    """The table's name of a unit, be it written out or in the plural; an unknown word in the singular."""
+    """The table's name of a unit, be it written out or in the plural; an unknown word in the
+    singular."""
     if word in _BASE:
         return word
     lower = word.lower()

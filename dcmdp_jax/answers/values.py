@@ -1,7 +1,8 @@
-"""The value of a tree at a point: an exact fraction where it is one, else a complex number of 60 digits.
+"""The value of a tree at a point: an exact fraction where it is one, else a complex number of 60
+digits.
 
-Two expressions are equal where they agree at several fixed points, to 40 digits. Work is bounded: sizes of exact integers,
-numbers of transcendental functions, arguments of sines.
+Two expressions are equal where they agree at several fixed points, to 40 digits. Every operation is
+counted, a large one as many, before it is done.
 """
 
 from __future__ import annotations
@@ -9,94 +10,132 @@ from __future__ import annotations
 import decimal
 import hashlib
 import math
+from collections.abc import Iterator
 from decimal import Decimal
 from fractions import Fraction
 
-from dcmdp_jax.answers.read import Node
+from dcmdp_jax.answers.cursor import Node
+from dcmdp_jax.answers.work import Work
 
 DIGITS = 60
 AGREE = Decimal("1e-40")  # relative
-NOTHING = Decimal("1e-50")  # cancelled
+NOTHING, LEAST_ROUND_OFF = Decimal("1e-50"), Decimal("1e-70")  # between them lies what cancelled
 BITS = 20_000  # of an exact numerator or denominator
-CALLS = 60  # of functions that are no arithmetic, in one value
 REAL_POINTS, WHOLE_POINTS = 6, 8
 PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899")
-WHOLE, ROUND, COUNTS = {"factorial", "binom"}, {"floor", "ceil"}, set("jklmnpqMN")  # what is compared at whole numbers
+# what is compared at whole numbers
+WHOLE, ROUND, COUNTS = {"factorial", "binom"}, {"floor", "ceil"}, set("jklmnpqMN")
+
+STEP = 3  # operations that a node of a tree, or a sum or product of numbers, takes
+EXPONENTIAL, LOGARITHM, SERIES = 25, 45, 90  # an exponential, a logarithm, a sine or an angle
+ROOT = 15
 
 Complex = tuple[Decimal, Decimal]
+Number = Fraction | Complex
+
+_CONSTANTS = (r"\pi", "e", "i")
 
 
 class Unknown(ArithmeticError):
     """No value: undefined, too large, or of no kind that is known here."""
 
 
-def equal(one: Node, other: Node) -> bool:
-    """Whether two expressions have the same value at every point where both have one, and at two at the least.
+def equal(one: Node, other: Node, work: Work) -> bool:
+    """Returns whether two expressions have the same value at every point where both have one.
+    Raises Unknown where there are too few such points: two, or one where there is no variable.
 
-    Variables take positive values, negative ones too where an absolute value is taken, and whole ones where the expressions hold
-    factorials or binomials, or round what is named as a count.
+    Variables take positive values, negative ones too where an absolute value is taken, and whole
+    ones where the expressions hold factorials or binomials, or round what is named as a count.
     """
-    if bool(variables(one)) != bool(variables(other)):
+    ones, others = variables(one, work), variables(other, work)
+    if bool(ones) != bool(others):
         return False  # `f(0)`, which reads as a product, is not the number 0
-    names = sorted(variables(one) | variables(other))
-    kinds = functions(one) | functions(other)
+    names = sorted(ones | others)
+    kinds = functions(one, work) | functions(other, work)
     whole = bool(kinds & WHOLE or kinds & ROUND and COUNTS.issuperset(names))
     found = 0
     for number in range(WHOLE_POINTS if whole else REAL_POINTS) if names else range(1):
         point = {name: _place(name, number, whole, "abs" in kinds) for name in names}
         try:
-            if not agree(value(one, point), value(other, point)):
+            if not agree(value(one, point, work), value(other, point, work)):
                 return False
             found += 1
         except Unknown:
             continue
-    return found >= (2 if names else 1)
+    if found < (2 if names else 1):
+        raise Unknown("no point at which both have a value")
+    return True
 
 
-def value(node: Node, point: dict[str, Fraction]) -> Fraction | Complex:
-    """The value of an expression where its variables have the values of `point`. Raises Unknown where it has none."""
-    with decimal.localcontext(decimal.Context(prec=DIGITS, Emax=10**6, Emin=-10**6,
-                                              traps=[decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow])):
+def value(node: Node, point: dict[str, Fraction], work: Work) -> Number:
+    """Returns the value of an expression where its variables have the values of `point`. Raises
+    Unknown where it has none."""
+    with decimal.localcontext(decimal.Context(
+            prec=DIGITS, Emax=10**6, Emin=-10**6,
+            traps=[decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow,
+                   decimal.Underflow])):
         try:
-            return _Evaluator(point).value(node)
+            return _Evaluator(point, work).value(node)
         except (decimal.DecimalException, ZeroDivisionError) as error:
             raise Unknown(str(error)) from None
 
 
-def agree(one: Fraction | Complex, other: Fraction | Complex) -> bool:
+def agree(one: Number, other: Number) -> bool:
+    """Whether two values are the same but for round-off. Raises Unknown where both may be nothing
+    but that."""
     if isinstance(one, Fraction) and isinstance(other, Fraction):
         return one == other
     with decimal.localcontext(decimal.Context(prec=DIGITS, Emax=10**6, Emin=-10**6)):
         (a, b), (c, d) = _complex(one), _complex(other)
         first, second, apart = max(abs(a), abs(b)), max(abs(c), abs(d)), max(abs(a - c), abs(b - d))
-        return apart <= AGREE * max(first, second) or max(first, second) < NOTHING
+        if apart <= AGREE * max(first, second):
+            return True
+        if max(first, second) >= NOTHING:
+            return False
+        if max(first, second) < LEAST_ROUND_OFF:
+            return False
+        if first and second:
+            raise Unknown("round-off beside round-off")
+        return True
 
 
-def proportional(one: Node, other: Node) -> bool:
-    """Whether one expression is a constant, not zero, times the other."""
-    names = sorted(variables(one) | variables(other))
+def proportional(one: Node, other: Node, work: Work, positive: bool = False) -> bool:
+    """True if one expression is a constant, not zero, times the other; if `positive`, one over
+    zero."""
+    names = sorted(variables(one, work) | variables(other, work))
     ratios = []
     for number in range(REAL_POINTS):
         point = {name: _place(name, number, False, False) for name in names}
-        try:
-            ratios.append(value(("div", ("num", value(one, point)), ("num", value(other, point))), {}))
-        except Unknown:
-            return False
-    zero = Fraction(0)
-    return not agree(ratios[0], zero) and all(agree(ratios[0], ratio) for ratio in ratios[1:])
+        parts = ("num", value(one, point, work)), ("num", value(other, point, work))
+        ratios.append(value(("div", *parts), {}, work))
+    first = ratios[0]
+    if agree(first, Fraction(0)) or not all(agree(first, ratio) for ratio in ratios[1:]):
+        return False
+    return not positive or (first > 0 if isinstance(first, Fraction) else first[0] > 0)
 
 
-def variables(node: Node) -> set[str]:
+def variables(node: Node, work: Work) -> set[str]:
     """Names of the variables, without pi, e and i."""
-    if node[0] == "var":
-        return set() if node[1] in (r"\pi", "e", "i") else {node[1]}
-    return set().union(*(variables(part) for part in node[1:] if isinstance(part, tuple)))
+    names = {part[1] for part in _nodes(node, work) if part[0] == "var"}
+    return names.difference(_CONSTANTS)
 
 
-def functions(node: Node) -> set[str]:
+def functions(node: Node, work: Work) -> set[str]:
     """Names of the functions in an expression, and `binom`."""
-    own = {node[1]} if node[0] == "fn" else {"binom"} if node[0] == "binom" else set()
-    return own.union(*(functions(part) for part in node[1:] if isinstance(part, tuple)))
+    found = [part for part in _nodes(node, work) if part[0] in ("fn", "binom")]
+    return {part[1] if part[0] == "fn" else "binom" for part in found}
+
+
+def _nodes(node: Node, work: Work) -> Iterator[Node]:
+    """A node and all those under it."""
+    left = [node]
+    while left:
+        work.spend(1)
+        node = left.pop()
+        if isinstance(node[0], str):
+            yield node
+        parts = [part for part in node if type(part) is tuple and part]
+        left.extend(part for part in parts if not isinstance(part[0], Decimal))
 
 
 def _place(name: str, number: int, whole: bool, signed: bool) -> Fraction:
@@ -109,228 +148,300 @@ def _place(name: str, number: int, whole: bool, signed: bool) -> Fraction:
 
 
 class _Evaluator:
-    def __init__(self, point: dict[str, Fraction]):
-        self.point, self.calls = point, 0
+    def __init__(self, point: dict[str, Fraction], work: Work):
+        self.point = point
+        self.work = work
 
-    def value(self, node: Node) -> Fraction | Complex:
+    def value(self, node: Node) -> Number:
+        self.work.spend(STEP)
         kind, *parts = node
         if kind == "num":
             return parts[0]
         if kind == "var":
             return self.variable(parts[0])
         if kind in ("add", "mul"):
+            combine = self.add if kind == "add" else self.mul
             total = self.value(parts[0])
             for part in parts[1:]:
-                total = (_add if kind == "add" else _mul)(total, self.value(part))
+                total = combine(total, self.value(part))
             return total
         if kind == "neg":
-            return _mul(Fraction(-1), self.value(parts[0]))
-        if kind == "div":
-            return _div(self.value(parts[0]), self.value(parts[1]))
+            return self.negative(self.value(parts[0]))
+        if kind in ("div", "ratio") and len(parts) == 2:
+            return self.div(self.value(parts[0]), self.value(parts[1]))
         if kind == "pow":
             return self.power(self.value(parts[0]), self.value(parts[1]))
         if kind == "root":
             return self.root(self.value(parts[0]), self.value(parts[1]))
         if kind == "binom":
-            n, k = (_whole(self.value(part)) for part in parts)
-            return _bounded(Fraction(math.comb(n, k)))
+            n, k = (self.whole(self.value(part)) for part in parts)
+            return self.exact(math.comb(n, k))
         if kind == "fn":
             return self.call(parts[0], self.value(parts[1]))
+        if kind == "det":
+            return self.determinant(parts)
         raise Unknown(kind)
 
-    def variable(self, name: str) -> Fraction | Complex:
+    def variable(self, name: str) -> Number:
         if name == r"\pi":
             return +PI, Decimal(0)
         if name == "e":
             return Decimal(1).exp(), Decimal(0)
         if name == "i":
             return Decimal(0), Decimal(1)
+        if name not in self.point:
+            raise Unknown(name)
         return self.point[name]
 
-    def power(self, base: Fraction | Complex, exponent: Fraction | Complex) -> Fraction | Complex:
+    # --- arithmetic
+
+    def sized(self, *numbers: Fraction) -> None:
+        """Counts what an operation on exact numbers takes: their greatest common
+        divisor, mostly."""
+        sizes = [part.bit_length() for x in numbers for part in (x.numerator, x.denominator)]
+        self.work.spend(STEP + sum(sizes) // 200 + max(sizes) ** 2 // 400_000)
+
+    def exact(self, x: Fraction | int) -> Fraction:
+        if max(x.numerator.bit_length(), x.denominator.bit_length()) > BITS:
+            raise Unknown("too large")
+        return Fraction(x)
+
+    def complex(self, x: Number) -> Complex:
+        if isinstance(x, Fraction):
+            self.sized(x)
+        return _complex(x)
+
+    def add(self, x: Number, y: Number) -> Number:
+        if isinstance(x, Fraction) and isinstance(y, Fraction):
+            self.sized(x, y)
+            return self.exact(x + y)
+        self.work.spend(STEP)
+        (a, b), (c, d) = self.complex(x), self.complex(y)
+        return a + c, b + d
+
+    def negative(self, x: Number) -> Number:
+        return -x if isinstance(x, Fraction) else (-x[0], -x[1])
+
+    def sub(self, x: Number, y: Number) -> Number:
+        return self.add(x, self.negative(y))
+
+    def mul(self, x: Number, y: Number) -> Number:
+        if isinstance(x, Fraction) and isinstance(y, Fraction):
+            self.sized(x, y)
+            return self.exact(x * y)
+        self.work.spend(STEP)
+        (a, b), (c, d) = self.complex(x), self.complex(y)
+        return a * c - b * d, a * d + b * c
+
+    def div(self, x: Number, y: Number) -> Number:
+        if isinstance(x, Fraction) and isinstance(y, Fraction):
+            self.sized(x, y)
+            return self.exact(x / y)
+        self.work.spend(2 * STEP)
+        (a, b), (c, d) = self.complex(x), self.complex(y)
+        if _is_zero((c, d)):
+            raise Unknown("division by zero")
+        size = c * c + d * d
+        return (a * c + b * d) / size, (b * c - a * d) / size
+
+    def power(self, base: Number, exponent: Number) -> Number:
         if isinstance(exponent, Fraction) and isinstance(base, Fraction):
-            n, bits = exponent.numerator, max(base.numerator.bit_length(), base.denominator.bit_length())
+            n = exponent.numerator
+            bits = max(base.numerator.bit_length(), base.denominator.bit_length())
             if exponent.denominator == 1 and abs(n) * bits <= BITS:
+                self.work.spend(STEP + abs(n) * bits // 200)
                 return base ** n
-            if 1 < exponent.denominator < 10 and base > 0 and (exact := _exact_root(base, exponent.denominator)) is not None:
-                return self.power(exact, Fraction(n))
+            if 1 < exponent.denominator < 10 and base > 0:
+                self.work.spend(ROOT + bits // 10 + bits ** 2 // 100_000)
+                if (exact := _exact_root(base, exponent.denominator)) is not None:
+                    return self.power(exact, Fraction(n))
         if _is_zero(base):
             if isinstance(exponent, Fraction) and exponent > 0:
                 return Fraction(0)
             raise Unknown("a power of zero")
-        self.called(2)
-        return _exp(_mul(exponent, self.log(base)))
+        return self.exp(self.mul(exponent, self.log(base)))
 
-    def root(self, degree: Fraction | Complex, inside: Fraction | Complex) -> Fraction | Complex:
+    def root(self, degree: Number, inside: Number) -> Number:
         if not isinstance(degree, Fraction) or degree.denominator > 1 or not 1 <= degree <= 100:
             raise Unknown("a root of this degree")
         if isinstance(inside, Fraction) and inside < 0 and degree % 2:
-            return _mul(Fraction(-1), self.root(degree, -inside))  # the real one
+            return self.negative(self.root(degree, -inside))  # the real one
         if degree == 2 and not isinstance(inside, Fraction) and inside[1] == 0 and inside[0] > 0:
+            self.work.spend(ROOT)
             return inside[0].sqrt(), Decimal(0)
         return self.power(inside, 1 / degree)
 
-    def call(self, name: str, x: Fraction | Complex) -> Fraction | Complex:
+    def determinant(self, rows: list[tuple[Node, ...]]) -> Number:
+        """By the first row's minors; of at most four rows."""
+        if not 1 <= len(rows) <= 4 or any(len(row) != len(rows) for row in rows):
+            raise Unknown("no determinant, or a large one")
+        if len(rows) == 1:
+            return self.value(rows[0][0])
+        total: Number = Fraction(0)
+        for column, cell in enumerate(rows[0]):
+            minor = [row[:column] + row[column + 1:] for row in rows[1:]]
+            part = self.mul(self.value(cell), self.determinant(minor))
+            total = self.sub(total, part) if column % 2 else self.add(total, part)
+        return total
+
+    # --- functions
+
+    def call(self, name: str, x: Number) -> Number:
         if name == "abs":
-            return abs(x) if isinstance(x, Fraction) else (_modulus(x), Decimal(0))
+            return abs(x) if isinstance(x, Fraction) else (self.modulus(x), Decimal(0))
         if name in ("floor", "ceil"):
             return Fraction((math.floor if name == "floor" else math.ceil)(self.real(x)))
         if name == "factorial":
-            return _bounded(Fraction(math.factorial(_whole(x))))
-        self.called(1)
-        z = _complex(x)
+            return self.exact(math.factorial(self.whole(x)))
+        z = self.complex(x)
         if name == "exp":
-            return _exp(z)
+            return self.exp(z)
         if name == "ln":
             return self.log(z)
-        return _TRIGONOMETRY[name](self, z)
+        return _OF_COMPLEX[name](self, z)
 
-    def called(self, times: int) -> None:
-        self.calls += times
-        if self.calls > CALLS:
-            raise Unknown("too many functions")
+    def whole(self, x: Number) -> int:
+        if not isinstance(x, Fraction) or x.denominator > 1 or not 0 <= x <= 1_500:
+            raise Unknown("not a whole number of moderate size")
+        self.work.spend(STEP + int(x) // 10)
+        return int(x)
 
-    def log(self, x: Fraction | Complex) -> Complex:
-        a, b = _complex(x)
-        if a == b == 0:
-            raise Unknown("log 0")
-        return _modulus((a, b)).ln(), _angle(a, b)
-
-    def real(self, x: Fraction | Complex) -> Fraction | Decimal:
+    def real(self, x: Number) -> Fraction | Decimal:
         """To be rounded: what is whole but for round-off is whole."""
         if isinstance(x, Fraction):
+            self.sized(x)
             return x
         if abs(x[1]) > NOTHING or abs(x[0]) > 10**30:
             raise Unknown("rounded")
         near = x[0].to_integral_value()
         return near if abs(x[0] - near) < Decimal("1e-25") else x[0]
 
-    def turned(self, z: Complex) -> tuple[Complex, Complex]:
+    def modulus(self, z: Complex) -> Decimal:
+        if not z[1]:
+            return abs(z[0])
+        self.work.spend(ROOT)
+        return (z[0] * z[0] + z[1] * z[1]).sqrt()
+
+    def exp(self, x: Number) -> Complex:
+        a, b = self.complex(x)
+        self.work.spend(EXPONENTIAL)
+        size = a.exp()
+        return size * self.series_cosine(b), size * self.series_sine(b)
+
+    def log(self, x: Number) -> Complex:
+        a, b = self.complex(x)
+        if a == b == 0:
+            raise Unknown("log 0")
+        self.work.spend(LOGARITHM)
+        return self.modulus((a, b)).ln(), self.angle(a, b)
+
+    def sin(self, z: Complex) -> Complex:
+        return self.turned(z)[0]
+
+    def cos(self, z: Complex) -> Complex:
+        return self.turned(z)[1]
+
+    def tan(self, z: Complex) -> Number:
+        return self.div(*self.turned(z))
+
+    def cot(self, z: Complex) -> Number:
+        sine, cosine = self.turned(z)
+        return self.div(cosine, sine)
+
+    def sec(self, z: Complex) -> Number:
+        return self.div(Fraction(1), self.cos(z))
+
+    def csc(self, z: Complex) -> Number:
+        return self.div(Fraction(1), self.sin(z))
+
+    def turned(self, z: Complex) -> tuple[Number, Number]:
         """sin z and cos z."""
-        up, down = _exp((-z[1], z[0])), _exp((z[1], -z[0]))
-        half = Fraction(1, 2)
-        return _mul(_div(_sub(up, down), (Decimal(0), Decimal(1))), half), _mul(_add(up, down), half)
+        if not z[1]:
+            return (self.series_sine(z[0]), Decimal(0)), (self.series_cosine(z[0]), Decimal(0))
+        up, down = self.exp((-z[1], z[0])), self.exp((z[1], -z[0]))
+        sine = self.div(self.sub(up, down), (Decimal(0), Decimal(2)))
+        return sine, self.div(self.add(up, down), Fraction(2))
 
-    def arcsin(self, z: Complex) -> Complex:
-        inside = _sub(Fraction(1), _mul(z, z))
-        root = self.power(inside, Fraction(1, 2))
-        return _mul((Decimal(0), Decimal(-1)), self.log(_add(_mul((Decimal(0), Decimal(1)), z), root)))
+    def arcsin(self, z: Complex) -> Number:
+        root = self.power(self.sub(Fraction(1), self.mul(z, z)), Fraction(1, 2))
+        i = Decimal(0), Decimal(1)
+        return self.mul(self.negative(i), self.log(self.add(self.mul(i, z), root)))
+
+    def arccos(self, z: Complex) -> Number:
+        return self.sub((PI / 2, Decimal(0)), self.arcsin(z))
+
+    def arctan(self, z: Complex) -> Number:
+        if z[1]:
+            raise Unknown("arctan")
+        return self.angle(Decimal(1), z[0]), Decimal(0)
+
+    def sinh(self, z: Complex) -> Number:
+        return self.div(self.sub(self.exp(z), self.exp(self.negative(z))), Fraction(2))
+
+    def cosh(self, z: Complex) -> Number:
+        return self.div(self.add(self.exp(z), self.exp(self.negative(z))), Fraction(2))
+
+    def tanh(self, z: Complex) -> Number:
+        return self.div(self.sinh(z), self.cosh(z))
+
+    def series_cosine(self, x: Decimal) -> Decimal:
+        return self.series_sine(x + PI / 2) if x else Decimal(1)
+
+    def series_sine(self, x: Decimal) -> Decimal:
+        if not x:
+            return x
+        if abs(x) > 10**6:
+            raise Unknown("sine of a large number")
+        self.work.spend(SERIES)
+        x = x % (2 * PI)
+        total, term, n = x, x, 1
+        while abs(term) > Decimal(10) ** -(DIGITS + 5):
+            term *= -x * x / ((n + 1) * (n + 2))
+            total, n = total + term, n + 2
+        return total
+
+    def angle(self, a: Decimal, b: Decimal) -> Decimal:
+        """The angle of a + ib in (-pi, pi]."""
+        if not b:
+            return PI if a < 0 else Decimal(0)
+        self.work.spend(SERIES)
+        if abs(a) < abs(b):
+            return (PI / 2).copy_sign(b) - _arctan(a / b)
+        turn = Decimal(0) if a > 0 else PI.copy_sign(b)
+        return turn + _arctan(b / a)
 
 
-_TRIGONOMETRY = {
-    "sin": lambda at, z: at.turned(z)[0],
-    "cos": lambda at, z: at.turned(z)[1],
-    "tan": lambda at, z: _div(*at.turned(z)),
-    "cot": lambda at, z: _div(*at.turned(z)[::-1]),
-    "sec": lambda at, z: _div(Fraction(1), at.turned(z)[1]),
-    "csc": lambda at, z: _div(Fraction(1), at.turned(z)[0]),
-    "arcsin": lambda at, z: at.arcsin(z),
-    "arccos": lambda at, z: _sub((PI / 2, Decimal(0)), at.arcsin(z)),
-    "arctan": lambda at, z: (_angle(Decimal(1), z[0]), Decimal(0)) if not z[1] else _unknown("arctan"),
-    "sinh": lambda at, z: _mul(_sub(_exp(z), _exp(_mul(Fraction(-1), z))), Fraction(1, 2)),
-    "cosh": lambda at, z: _mul(_add(_exp(z), _exp(_mul(Fraction(-1), z))), Fraction(1, 2)),
-    "tanh": lambda at, z: _div(_sub(_exp(z), _exp(_mul(Fraction(-1), z))), _add(_exp(z), _exp(_mul(Fraction(-1), z)))),
+_OF_COMPLEX = {
+    "sin": _Evaluator.sin, "cos": _Evaluator.cos, "tan": _Evaluator.tan, "cot": _Evaluator.cot,
+    "sec": _Evaluator.sec, "csc": _Evaluator.csc, "arcsin": _Evaluator.arcsin,
+    "arccos": _Evaluator.arccos, "arctan": _Evaluator.arctan,
+    "sinh": _Evaluator.sinh, "cosh": _Evaluator.cosh, "tanh": _Evaluator.tanh,
 }
 
 
-def _unknown(what: str) -> None:
-    raise Unknown(what)
-
-
-def _bounded(x: Fraction) -> Fraction:
-    if max(x.numerator.bit_length(), x.denominator.bit_length()) > BITS:
-        raise Unknown("too large")
-    return x
-
-
-def _whole(x: Fraction | Complex) -> int:
-    if not isinstance(x, Fraction) or x.denominator > 1 or not 0 <= x <= 1_500:
-        raise Unknown("not a whole number of moderate size")
-    return int(x)
-
-
-def _is_zero(x: Fraction | Complex) -> bool:
+def _is_zero(x: Number) -> bool:
     return x == 0 if isinstance(x, Fraction) else max(abs(x[0]), abs(x[1])) < NOTHING
 
 
-def _complex(x: Fraction | Complex) -> Complex:
-    return (Decimal(x.numerator) / Decimal(x.denominator), Decimal(0)) if isinstance(x, Fraction) else x
-
-
-def _add(x: Fraction | Complex, y: Fraction | Complex) -> Fraction | Complex:
-    if isinstance(x, Fraction) and isinstance(y, Fraction):
-        return _bounded(x + y)
-    (a, b), (c, d) = _complex(x), _complex(y)
-    return a + c, b + d
-
-
-def _sub(x: Fraction | Complex, y: Fraction | Complex) -> Fraction | Complex:
-    return _add(x, _mul(Fraction(-1), y))
-
-
-def _mul(x: Fraction | Complex, y: Fraction | Complex) -> Fraction | Complex:
-    if isinstance(x, Fraction) and isinstance(y, Fraction):
-        return _bounded(x * y)
-    (a, b), (c, d) = _complex(x), _complex(y)
-    return a * c - b * d, a * d + b * c
-
-
-def _div(x: Fraction | Complex, y: Fraction | Complex) -> Fraction | Complex:
-    if isinstance(x, Fraction) and isinstance(y, Fraction):
-        return _bounded(x / y)
-    (a, b), (c, d) = _complex(x), _complex(y)
-    if _is_zero((c, d)):
-        raise Unknown("division by zero")
-    size = c * c + d * d
-    return (a * c + b * d) / size, (b * c - a * d) / size
+def _complex(x: Number) -> Complex:
+    if isinstance(x, Fraction):
+        return Decimal(x.numerator) / Decimal(x.denominator), Decimal(0)
+    return x
 
 
 def _exact_root(x: Fraction, degree: int) -> Fraction | None:
     """The positive root of a positive fraction where it is a fraction."""
-    roots = []
-    for part in (x.numerator, x.denominator):
-        low, high = 1, 1 << -(-part.bit_length() // degree)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if middle ** degree >= part else (middle + 1, high)
-        if low ** degree != part:
-            return None
-        roots.append(low)
-    return Fraction(*roots)
+    top, bottom = _whole_root(x.numerator, degree), _whole_root(x.denominator, degree)
+    root = Fraction(top, bottom)
+    return root if root ** degree == x else None
 
 
-def _modulus(z: Complex) -> Decimal:
-    return abs(z[0]) if not z[1] else (z[0] * z[0] + z[1] * z[1]).sqrt()
-
-
-def _exp(x: Fraction | Complex) -> Complex:
-    a, b = _complex(x)
-    size = a.exp()
-    sine, cosine = _sine(b), _sine(b + PI / 2)
-    return size * cosine, size * sine
-
-
-def _sine(x: Decimal) -> Decimal:
-    if not x:
-        return x
-    if abs(x) > 10**6:
-        raise Unknown("sine of a large number")
-    x = x % (2 * PI)
-    total, term, n = x, x, 1
-    while abs(term) > Decimal(10) ** -(DIGITS + 5):
-        term *= -x * x / ((n + 1) * (n + 2))
-        total, n = total + term, n + 2
-    return total
-
-
-def _angle(a: Decimal, b: Decimal) -> Decimal:
-    """The angle of a + ib in (-pi, pi]."""
-    if not b:
-        return PI if a < 0 else Decimal(0)
-    if abs(a) < abs(b):
-        return (PI / 2).copy_sign(b) - _arctan(a / b)
-    turn = Decimal(0) if a > 0 else PI.copy_sign(b)
-    return turn + _arctan(b / a)
+def _whole_root(n: int, degree: int) -> int:
+    """The root of a positive whole number, rounded down, by Newton's method from above."""
+    root = 1 << -(-n.bit_length() // degree)
+    while (lower := ((degree - 1) * root + n // root ** (degree - 1)) // degree) < root:
+        root = lower
+    return root
 
 
 def _arctan(x: Decimal) -> Decimal:

@@ -1,0 +1,151 @@
+"""Whether an answer has anything left to compute."""
+
+from __future__ import annotations
+
+import itertools
+from fractions import Fraction
+
+from dcmdp_jax.answers.cursor import Node
+from dcmdp_jax.answers.read import read
+from dcmdp_jax.answers.work import Unreadable
+
+_CONSTANTS = (r"\pi", "e", "i", r"\infty")
+_TO_TENS = ("pow", ("num", Fraction(10)))
+LARGEST_RADICAND = 10**6  # whose square factors are looked for
+
+
+def is_computed(text: str) -> bool:
+    r"""True if an answer has nothing left to compute.
+
+    So it is with numbers, fractions and powers of ten behind a number, whatever their type face or
+    unit; with names, words and choices; with constants and roots in lowest terms, such as `\pi/2`
+    and `1 + 2\sqrt{3}`; and with lists, sets, tuples, intervals and relations of such, of an
+    equation the last side. Not so with `2 + 2`, `2^{10}`, `\sqrt{4}` and `(x+1)(x-1)`. What cannot
+    be read has.
+    """
+    try:
+        return _is_computed(read(text))
+    except Unreadable:
+        return False
+
+
+def is_number(text: str) -> bool:
+    r"""True if an answer is one number with nothing left to compute, with a name or a unit or
+    without; no root and no constant."""
+    try:
+        node = read(text)
+    except Unreadable:
+        return False
+    if node[:2] == ("rel", "="):
+        node = node[3]
+    while node[0] in ("quantity", "percent", "neg"):
+        node = node[1]
+    tens = node[0] == "mul" and len(node) == 3 and node[2][:2] == _TO_TENS  # 1.5 \times 10^3
+    parts = node[1:2] if tens else node[1:] if node[0] == "div" else [node]
+    return all(part[0] == "num" for part in parts)
+
+
+def _is_computed(node: Node) -> bool:
+    kind, *parts = node
+    if kind in ("text", "reals", "clock"):
+        return True
+    if kind in ("quantity", "qualified", "percent"):
+        return _is_computed(parts[0])
+    if kind == "neg" and parts[0][0] in ("quantity", "percent"):
+        return _is_computed(parts[0])
+    if kind == "rel" and parts[0] == "=":
+        left, right = parts[1:]
+        turned = right[0] == "var" and right[1][0].isalpha() and left[0] != "var"  # `5 = x`
+        return _is_computed(left if turned else right)
+    if kind == "rel":
+        return all(map(_is_computed, parts[1:]))
+    if kind in ("list", "set", "union", "without", "both", "either", "ratio", "residue"):
+        return all(map(_is_computed, parts))
+    if kind == "such":
+        return _is_computed(parts[1])
+    if kind == "group":
+        return all(map(_is_computed, parts[2:]))
+    if kind == "matrix":
+        return all(_is_computed(cell) for row in parts for cell in row)
+    if kind == "add" and all(part[0] == "quantity" for part in parts):
+        return all(map(_is_computed, parts))  # `6 ft 2 in`
+    return _is_in_lowest_terms(node)
+
+
+def _is_in_lowest_terms(node: Node) -> bool:
+    """True of a term, or of a sum of terms of which no two can be added, over a whole number or
+    not."""
+    if node[0] == "div" and node[2][0] == "num" and node[1][0] == "add":
+        node = node[1]
+    if node[0] in ("neg", "pm", "mp"):
+        node = node[1]
+    if node[0] != "add":
+        return _term(node) is not None
+    terms = [_term(part[1] if part[0] in ("neg", "pm", "mp") else part) for part in node[1:]]
+    if None in terms:
+        return False
+    names = {factor[1] for term in terms for factor in term if factor[0] == "var"}
+    if not names.issubset(_CONSTANTS):
+        return False
+    kinds = [frozenset(factor for factor in term if factor[:2] != _TO_TENS) for term in terms]
+    return len(set(kinds)) == len(kinds)
+
+
+def _term(node: Node) -> frozenset[Node] | None:
+    """What a term is a multiple of: constants, a root, variables, or nothing; None where there is
+    something to compute."""
+    over, under, others = _factors(node)
+    if None in others or over > 1 or under > 1:
+        return None
+    roots = [factor for factor in others if factor[0] == "root"]
+    variables = [factor for factor in others if factor[0] == "var" and factor[1] != r"\pi"]
+    if len(roots) > 1:
+        return None
+    word = len(variables) == len(others) and not over and not under  # `noon`
+    if len(set(others)) < len(others) and not word:
+        return None
+    return frozenset(others)
+
+
+def _factors(node: Node) -> tuple[int, int, list[Node | None]]:
+    """How many numbers a product has, how many it is divided by, and its other factors; None for
+    one to be computed."""
+    kind, *parts = node
+    if kind == "num":
+        return 1, 0, []
+    if kind == "neg":
+        return _factors(parts[0])
+    if kind == "var":
+        return 0, 0, [node]
+    if kind == "root":
+        return 0, 0, [node if _is_simple_root(*parts) else None]
+    if kind == "pow":
+        constant = node[:2] == _TO_TENS or parts[0][0] == "var" and parts[0][1] in _CONSTANTS
+        return 0, 0, [node if constant and parts[1][0] == "num" else None]
+    if kind == "div":
+        over, under, others = _factors(parts[0])
+        if parts[1][0] == "num":
+            return over, under + 1, others
+        constant = parts[1][0] == "var" and parts[1][1] in _CONSTANTS
+        return over, under, [*others, ("div", parts[1]) if constant else None]
+    if kind == "mul":
+        found = [_factors(part) for part in parts]
+        over, under, others = zip(*found)
+        return sum(over), sum(under), [factor for part in others for factor in part]
+    return 0, 0, [None]
+
+
+def _is_simple_root(degree: Node, inside: Node) -> bool:
+    """True of the root of a whole number, or of a variable, from which no factor can be drawn."""
+    if inside[0] == "var":
+        return True
+    if not inside[0] == degree[0] == "num":
+        return False
+    if not inside[1].denominator == degree[1].denominator == 1:
+        return False
+    n = int(inside[1])
+    power = int(degree[1])
+    if not 2 <= power <= 20 or not 2 <= n <= LARGEST_RADICAND:
+        return False
+    factors = itertools.takewhile(lambda factor: factor ** power <= n, itertools.count(2))
+    return all(n % factor ** power for factor in factors)

@@ -1,0 +1,114 @@
+r"""What an equation gives the value of: `x` in `x = 5`, `m + n` in `m + n = 293`, `(x, y)` in `(x,
+y) = (1, 2)`."""
+
+from __future__ import annotations
+
+from dcmdp_jax.answers import values
+from dcmdp_jax.answers.cursor import Node
+from dcmdp_jax.answers.work import Work
+
+_CONSTANTS = (r"\pi", "e", "i", r"\infty")
+_MODULI = ("z", "w", "v", "u")  # `|z| = 5` gives the absolute value; `|x| = 5` is solved for x
+
+
+def spread(node: Node) -> Node:
+    """Returns the equations `x = 1, y = 2` for `(x, y) = (1, 2)`, the tuples for
+    `(x, y) = (1, 2), (3, 4)`, the set for `x \\in \\{1, 2\\}`, and any other node as it is."""
+    if node[:2] == ("rel", "in") and node[2][0] == "var":
+        return node[3]
+    if node[:3] == ("rel", "=", ("var", "")):
+        return node[3]  # `= 5`
+    if _is_named_tuple(node):
+        return "list", *(("rel", "=", *sides) for sides in zip(node[2][3:], node[3][3:]))
+    if node[0] == "list" and all(_is_named_tuple(item) or item[0] == "group" for item in node[1:]):
+        return "list", *(item[3] if item[0] == "rel" else item for item in node[1:])
+    return node
+
+
+def _is_named_tuple(node: Node) -> bool:
+    if node[:2] != ("rel", "=") or not node[2][0] == node[3][0] == "group":
+        return False
+    return len(node[2]) == len(node[3]) and all(map(_is_variable, node[2][3:]))
+
+
+def named_value(equation: Node, work: Work) -> Node | None:
+    """Returns the side of an equation that is the value of the other one, or None where neither is.
+
+    `x + 1 = 5` and `x^2 = 4` give no value: they are to be solved. An expression in several
+    variables, such as `m + n`, cannot be, so that a number beside it is its value; unless it is 0,
+    as in the equation of a curve.
+    """
+    left, right = equation[2:4]
+    for name, value in ((left, right), (right, left)):
+        if _is_variable(name) or name[0] == "applied" or _is_segment(name) or _is_derivative(name):
+            return value
+        if name is left and name in (("var", "e"), ("var", "i")):
+            return value
+        if name[0] == "group" and all(map(_is_variable, name[3:])):
+            return value
+        if value == ("num", 0) and not _is_sum_of_variables(name):
+            continue
+        names = values.variables(value, work)
+        unknown = {part for part in names if not part[0].isdigit()}  # `52_8` is a number
+        if name[0] == "fn":
+            unknown &= values.variables(name, work)
+        if _is_name(name, work) and not unknown:
+            return value
+    return None
+
+
+def is_curve(equation: Node, work: Work) -> bool:
+    """True if an equation, where it is asked for, is more than a value with a name, as
+    `x + y = 5` and `x^2 + y^2 = 25` are."""
+    operator, *sides = equation[1:4]
+    if operator != "=" or any(map(_is_variable, sides)):
+        return False
+    return any(side[0] == "add" and len(values.variables(side, work)) > 1 for side in sides)
+
+
+def _is_segment(node: Node) -> bool:
+    """True of `AB` and `ABC`, for a length, an area or an angle."""
+    if node[0] != "mul" or len(node) < 3:
+        return False
+    return all(_is_variable(part) and part[1].isupper() for part in node[1:])
+
+
+def _is_derivative(node: Node) -> bool:
+    """True of `dy/dx`."""
+    return node[0] == "div" and all(part[:2] == ("mul", ("var", "d")) for part in node[1:])
+
+
+def _is_variable(node: Node) -> bool:
+    return node[0] == "var" and node[1] not in _CONSTANTS
+
+
+def _is_name(node: Node, work: Work) -> bool:
+    if node[0] == "ratio":
+        return all(_is_variable(part) or _is_segment(part) for part in node[1:])
+    if node[0] == "fn" and node[1] == "abs":
+        inside = node[2]
+        if _is_variable(inside):
+            return "{" in inside[1] or inside[1][0] in _MODULI  # `\overline{AB}`, `z_1`
+        return _is_name(inside, work)
+    if node[0] == "fn" and node[1] in ("sin", "cos", "tan", "cot", "sec", "csc"):
+        return _is_variable(node[2]) or _is_name(node[2], work)
+    return _is_polynomial(node) and len(values.variables(node, work)) > 1
+
+
+def _is_sum_of_variables(node: Node) -> bool:
+    if node[0] in ("add", "neg"):
+        return all(map(_is_sum_of_variables, node[1:]))
+    return _is_variable(node)
+
+
+def _is_polynomial(node: Node) -> bool:
+    """True of sums, products, quotients and whole powers of variables, without a number as a
+    summand."""
+    kind, *parts = node
+    if kind == "add":
+        return all(part[0] != "num" and _is_polynomial(part) for part in parts)
+    if kind in ("mul", "div", "neg"):
+        return all(map(_is_polynomial, parts))
+    if kind == "pow":
+        return _is_polynomial(parts[0]) and parts[1][0] == "num"
+    return kind == "num" or kind == "var"

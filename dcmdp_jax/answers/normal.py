@@ -1,0 +1,80 @@
+r"""One spelling for what Unicode, markdown and keyboards write in several: LaTeX in ASCII.
+
+`５` becomes `5`, `x²` becomes `x^{2}`, `½` becomes `\frac{1}{2}`, `θ` becomes `\theta`, `**5**`
+becomes `5`, and `1{,}234`, `1\,234` and `1,\!234` become `1234`: these marks between groups of
+three digits are written for thousands alone. A plain comma depends on the brackets around it and is
+left to `tokens`.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho "
+          "varsigma sigma tau upsilon phi chi psi omega").split()
+_NAMED = {  # signs of a command
+    "Gamma": "Γ", "Delta": "Δ", "Theta": "Θ", "Lambda": "Λ", "Xi": "Ξ", "Pi": "Π", "Sigma": "Σ",
+    "Upsilon": "Υ", "Phi": "Φ", "Psi": "Ψ", "Omega": "Ω",
+    "cdot": "×·⋅∙•", "le": "≤⩽≦", "ge": "≥⩾≧", "ne": "≠", "approx": "≈", "equiv": "≡", "pm": "±",
+    "mp": "∓", "surd": "√", "infty": "∞", "in": "∈", "cup": "∪", "cap": "∩", "setminus": "∖",
+    "emptyset": "∅⌀", "mid": "∣", "langle": "⟨〈", "rangle": "⟩〉", "lfloor": "⌊", "rfloor": "⌋",
+    "lceil": "⌈", "rceil": "⌉", "angle": "∠", "triangle": "△", "land": "∧", "lor": "∨", "to": "→",
+}
+_SIGNS = {  # read before NFKC, which takes some of them apart, and after it
+    **{chr(0x3B1 + i): rf"\{name} " for i, name in enumerate(_GREEK)},
+    **{sign: rf"\{name} " for name, signs in _NAMED.items() for sign in signs},
+    **{sign: rf"\mathbb{{{letter}}}" for sign, letter in zip("ℝℤℕℚℂ", "RZNQC")},
+    **dict.fromkeys("‐‑‒–—―−﹣－", "-"),
+    **dict.fromkeys("°º˚", r"^{\circ}"),
+    **dict.fromkeys("⁄∕÷", "/"),
+    **dict.fromkeys("’‘′ʹ", "'"),
+    **dict.fromkeys("“”\"£€¥₹\u200b\u200c\u200d\u2060\ufeff", ""),
+    "∛": r"\surd[3]", "∜": r"\surd[4]", "∶": ":", "、": ",", "。": ".", "…": "...",
+    "¢": r"\text{ cents}",
+}
+_TRANSLATED = str.maketrans(_SIGNS)
+_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+")
+_LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋ₐₑₒₓₕₖₗₘₙₚₛₜ]+")
+_ONE_CHARACTER_FRACTION = re.compile("[¼½¾⅐-⅞↉]")
+_THOUSANDS = re.compile(  # a mark between two groups of digits that no list has
+    r"(?<=\d)(?:\s*(?:\{\s*,\s*\}|,\s*\\!|\\!\s*,|\\,|\\thinspace)\s*|[\u2005-\u2009\u202f\u00a0])"
+    r"(?=\d{3}(?!\d))", re.ASCII)
+_POWER = re.compile(r"(?<=[\w)}])\s*\*\*\s*(?=[\w({\\-])", re.ASCII)
+_MODULE = re.compile(r"\b(?:np|math|sympy)\.(?=[a-z])")
+_NO_WHOLE_PART = re.compile(r"(?<!\d)\.(?=\\(?:overline|bar|dot)\b)", re.ASCII)
+_EMPHASIS = ("***", "**", "__", "`")
+
+
+def normal(text: str) -> str:
+    """Returns an answer in ASCII LaTeX as far as it has a spelling there, without emphasis and
+    without its full stop."""
+    text = _RAISED.sub(lambda found: "^{" + _compatible(found[0]) + "}", text)
+    text = _LOWERED.sub(lambda found: "_{" + _compatible(found[0]) + "}", text)
+    text = _ONE_CHARACTER_FRACTION.sub(_fraction, text)
+    text = _THOUSANDS.sub("", text)
+    text = _compatible(text.translate(_TRANSLATED)).translate(_TRANSLATED)
+    text = _THOUSANDS.sub("", text)  # full-width digits are digits now
+    text = _NO_WHOLE_PART.sub("0.", _MODULE.sub("", _POWER.sub("^", text)))
+    text = _without_emphasis(text.strip())
+    return text if text.endswith("...") else text.rstrip(". ")
+
+
+def _compatible(text: str) -> str:
+    return unicodedata.normalize("NFKC", text)
+
+
+def _fraction(found: re.Match) -> str:
+    top, bottom = _compatible(found[0]).split("⁄")
+    return rf"\frac{{{top}}}{{{bottom}}}"
+
+
+def _without_emphasis(text: str) -> str:
+    """The text without markdown's marks at its ends; half a pair may have been left with what stood
+    before."""
+    for mark in _EMPHASIS:
+        text = text.removeprefix(mark).removesuffix(mark)
+    if len(text) > 2 and text[0] == text[-1] and text[0] in "*_":
+        text = text[1:-1]
+    return text.strip()
+

@@ -1,0 +1,222 @@
+r"""The answer that a completion states.
+
+Four forms state one: a box (`\boxed{7}`, `\fbox{7}`, `\boxed 7`), a line `#### 7`, a label
+`Answer: 7`, and a sentence `The answer is 7.` Of these the last counts, whatever its form. The time
+is linear in the text, which is cut to `TAIL` characters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+TAIL = 20_000  # characters at the end of a completion in which its answer is looked for
+LONGEST = 1_000  # characters of an answer and a remark after it
+GAP = 200  # characters between two boxes that may still be one answer
+
+_THINK = re.compile(r"<(/?)think(?:ing)?>")
+
+# Boxes. One without braces goes on to the end of the formula, or else to a punctuation mark, a
+# word or another box.
+_BOX = r"\\(?:boxed|fbox)(?![A-Za-z])"
+_BRACES = re.compile(rf"{_BOX}\s*\{{?|\\.|[{{}}]", re.DOTALL)
+_STOP = rf"\$|\\[)\]]|{_BOX}|\s[A-Za-z]{{2}}"
+_ITEM = r"(?:\\\$|\{(?:[^{}\n]|\{[^{}\n]*\})*\}|[^{}\n])"
+_UNBRACED = re.compile(rf"(?:(?!{_STOP}){_ITEM}){{1,200}}(?=\$|\\[)\]])"
+                       rf"|(?:(?!{_STOP}|[.,;:!?](?:\s|$)){_ITEM}){{1,200}}")
+_NAME = r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_(?:\w|\{\w{1,9}\}))?"
+_NAMED = re.compile(rf"(?<![A-Za-z\\])({_NAME})\s*=\s*\$?\Z")
+# what may stand between boxes that are one list: separators, `and`, a name, or the mark of the
+# next item on a line
+_BESIDE = re.compile(rf"(?:[\s$,;&]|\\[()\[\],;:!\\ ]|\\q?quad|\*\*|(?:and|or)\b"
+                     rf"|\\text\{{[\s,]*(?:and|or)\s*\}}|{_NAME}\s*="
+                     r"|(?<=\n)(?:[-+*•]|\(?(?:[a-z]|\d|[ivx]{1,4})[.)])(?=\s))*")
+
+# Lines of four hashes, of which some are headings
+_HASHES = re.compile(r"(?<!#)####(?!#)[^\S\n]*(.*)")
+_TITLE = re.compile(
+    r"\W*(?:final|answer|summary|conclusion|solution|explanation|verif\w+|check\w*|notes?|step|case"
+    r"|part|results?|approach|reasoning|method|analysis|proof|remarks?|calculat\w+|understand\w*"
+    r"|problem|question|alternative|recap|key)\b", re.IGNORECASE)
+# begins with a word, or with `2.` and a word
+_PROSE = re.compile(r"[*_]*(?:\d+[.)]\s+[*_]*)?[A-Za-z]{2,}(?![A-Za-z]|\s*[=({])")
+
+# Labels, with the marks of Markdown before them
+_MARKS = r"(?:[^\w\n\\$|]|_)*(?:\d{1,2}[.)][ \t]*[*_]*)?(?:\\text(?:bf)?\{)?"
+_LABEL = re.compile(
+    rf"(?:^{_MARKS}|[.!?][ \t]+)(?:(?:the[ \t]+)?(?:final|correct)[ \t]+)?answer(?:[ \t]+is)?"
+    r"[*_ \t]*(?:[:：=][ \t]*\}?|(?=\$|\\[(\[])|\r?$)", re.IGNORECASE | re.MULTILINE)
+_SENTENCE = re.compile(
+    rf"(?:^{_MARKS}|[.!?:;][ \t]+[*_]*|\b(?:so|thus|hence|therefore|then)\b,?[ \t]+)(?:the[ \t]+)?"
+    r"(?:(?:final|correct)[ \t]+)?answer[ \t]+is[*_ \t]*([:：]?)", re.IGNORECASE | re.MULTILINE)
+
+# What follows a label
+_VALUE = re.compile(r"[*_]*[-+]?(?:\d|\$|\\\()")
+# a formula, bold text, a choice or a number with one word behind it, and the end of the sentence
+_ONE_VALUE = re.compile(
+    r"[ \t]*((?:\*\*)?(?:\$(?:[^$\\\n]|\\.){1,300}\$|\\\([^\n]{1,200}?\\\)|\*\*[^*\n]{1,200}\*\*"
+    r"|\(?[A-J]\)?|[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?:[ \t][A-Za-z]+)?)(?:\*\*)?)"
+    r"[.。]?[*_]*[ \t\r]*(?=$|[ \t][A-Z])", re.MULTILINE)
+_BLANK = re.compile(r"[\s*_]*(?:```\w*[ \t]*\r?\n)?[\s*_`]*")
+_DISPLAY = re.compile(r"\$\$([^$]{1,1000})\$\$|\\\[(.{1,1000}?)\\\]", re.DOTALL)
+_BULLETS = re.compile(r"[*_ \t\r]*\n\s*((?:^[ \t]*[-+*•][ \t]+\S.*\n?)+)", re.MULTILINE)
+_BULLET = re.compile(r"^[ \t]*[-+*•][ \t]+", re.MULTILINE)
+_EMPHASIS = re.compile(r"(?<=\S)(?:\*\*|__)(?=[\s.,;:!?)。]|$)"
+                       r"|(?:(?<=[\s(:])|^)(?:\*\*|__)(?=\S)")
+_IS = re.compile(r".*\b(?:is|are|equals|be)[ \t]+")
+_STRONG = re.compile(r"\*\*([^*]+)\*\*")
+# a sentence, a clause or a bracket behind an answer, without a number
+_REMARK = re.compile(r"(?:[.!]\s+(?=[A-Z])|,\s+(?=(?:which|since|because|as)\b)"
+                     r"|\s+(?=\((?!mod\b)[A-Za-z\s,.'-]{3,}\)[.\s]*$))[^\d\\$]*$")
+_DOUBT = re.compile(r"\b(?:or|not|no|but|maybe|perhaps|wait|wrong|incorrect|actually|instead"
+                    r"|either)\b", re.IGNORECASE)
+
+
+class Statement(NamedTuple):
+    start: int  # where its answer begins
+    answer: str
+
+
+class _Box(NamedTuple):
+    start: int
+    end: int
+    inside: str
+
+
+def final_answer(text: str) -> str | None:
+    r"""The answer that a completion states; None without any.
+
+    What is thought is not stated: only what follows the last `</think>` is read, and nothing where
+    a `<think>` has no end. Boxes that stand together are one list. A heading over a section,
+    `#### Summary`, is no answer.
+    """
+    said = _said(text)[-TAIL:]
+    forms = _boxes(said), _hashes(said), _labels(said), _sentences(said)
+    found = [statement for statement in map(_last, forms) if statement]
+    filled = [statement for statement in found if statement.answer] or found
+    return max(filled, key=lambda statement: statement.start).answer if filled else None
+
+
+def _last(statements: Iterable[Statement]) -> Statement | None:
+    """The first that says something, of statements from the last to the first; without any an
+    empty one, or None."""
+    empty = None
+    for statement in statements:
+        if statement.answer:
+            return statement
+        empty = empty or statement
+    return empty
+
+
+def _said(text: str) -> str:
+    """The text without the thinking before it."""
+    last = None
+    for last in _THINK.finditer(text):
+        pass
+    if last is None:
+        return text
+    return text[last.end():] if last[1] else ""
+
+
+def _boxes(text: str) -> Iterator[Statement]:
+    """A statement for each group of boxes that stand together, the last group first."""
+    group: list[_Box] = []
+    for box in reversed(_each_box(text)):
+        if group and not _together(text[box.end:group[0].start]):
+            yield _list(text, group)
+            group = []
+        group.insert(0, box)
+    if group:
+        yield _list(text, group)
+
+
+def _each_box(text: str) -> list[_Box]:
+    """The boxes that close, in order; of nested ones the inner. Escaped braces do not count."""
+    found: list[_Box] = []
+    opened: list[re.Match] = []
+    for match in _BRACES.finditer(text):
+        token = match.group()
+        if token.endswith("{") and not token.startswith(r"\{"):
+            opened.append(match)
+        elif token == "}" and opened:
+            brace = opened.pop()
+            if brace.group() != "{" and not (found and found[-1].start > brace.start()):
+                inside = text[brace.end():match.start()].strip()
+                found.append(_Box(brace.start(), match.end(), inside))
+        elif re.match(_BOX, token) and (bare := _UNBRACED.match(text, match.end())):
+            found.append(_Box(match.start(), bare.end(), bare.group().strip()))
+    return found
+
+
+def _together(between: str) -> bool:
+    return len(between) <= GAP and _BESIDE.fullmatch(between) is not None
+
+
+def _list(text: str, group: list[_Box]) -> Statement:
+    """Boxes that stand together, as a list; one that is repeated is one answer. Names before them
+    stay where they differ."""
+    inside = [box.inside for box in group if box.inside]
+    names = [_NAMED.search(text, max(box.start - 30, 0), box.start) for box in group]
+    different = {name[1] for name in names if name}
+    if len(inside) == len(different) == len(group) > 1:
+        inside = [f"{name[1]}={value}" for name, value in zip(names, inside)]
+    once = inside[:1] if len(set(inside)) == 1 else inside
+    return Statement(group[-1].start, ", ".join(once))
+
+
+def _hashes(text: str) -> Iterator[Statement]:
+    """What follows `####` on its line, the last first, without headings: a usual title, or words
+    over more text."""
+    for match in reversed(list(_HASHES.finditer(text))):
+        line = match[1].strip()
+        heading = _TITLE.match(line) or _PROSE.match(line) and text[match.end():].strip()
+        if line and not heading:
+            yield Statement(match.start(1), _trimmed(line.rstrip("# ")))
+
+
+def _labels(text: str) -> Iterator[Statement]:
+    """What follows a label, `Answer:` or `**Final Answer**`, on its line or below it; the last
+    first."""
+    statements = (_below(text, match.end()) for match in reversed(list(_LABEL.finditer(text))))
+    return (statement for statement in statements if statement.answer)
+
+
+def _sentences(text: str) -> Iterator[Statement]:
+    """What `The answer is: ...` and `The answer is 7.` state, the last first; `The answer is not
+    easy.` states nothing."""
+    for match in reversed(list(_SENTENCE.finditer(text))):
+        value = _ONE_VALUE.match(text, match.end())
+        if value and not match[1]:
+            yield Statement(value.start(1), _trimmed(value[1]))
+        elif match[1] or _VALUE.match(text, match.end()):
+            yield _below(text, match.end())
+
+
+def _below(text: str, start: int) -> Statement:
+    """Bullets on the lines after `start`, or else displayed mathematics, or the first line that is
+    not empty."""
+    if bullets := _BULLETS.match(text, start):
+        items = _BULLET.sub("", bullets[1]).splitlines()
+        return Statement(bullets.start(1), ", ".join(map(_trimmed, items)))
+    start = _BLANK.match(text, start).end()
+    if display := _DISPLAY.match(text, start):
+        return Statement(start, (display[1] or display[2]).strip())
+    line, *_ = text[start:start + LONGEST].split("\n", 1)
+    return Statement(start, _trimmed(line))
+
+
+def _trimmed(line: str) -> str:
+    """A line without its emphasis, and without a remark after the answer that has no number and no
+    doubt in it."""
+    line = line[:LONGEST].strip().strip("`")
+    if (remark := _REMARK.search(line)) and not _DOUBT.search(remark.group()):
+        line = line[:remark.start()]
+    if _PROSE.match(line) and not line.startswith("*"):
+        strong = _STRONG.findall(line)
+        if len(strong) == 1:
+            line = strong[0]  # She has **42** apples.
+        elif (verb := _IS.match(line)) and not _DOUBT.search(line):
+            value = _ONE_VALUE.fullmatch(line, verb.end())
+            line = value[1] if value else line  # The largest number is 42.
+    return _EMPHASIS.sub("", line).strip().strip("*_").removesuffix("。").strip()
