@@ -1,0 +1,321 @@
+"""What a config.json may say: read as transformers reads it, refused by name, or left alone."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from dcmdp_jax.config import Yarn
+from dcmdp_jax.models import hf_config, layers, sizes, weights
+from folders import edit
+from random_params import random_params
+
+DENSE = dataclasses.replace(sizes.TINY, attention_bias=True, num_layers=3)
+SPARSE = dataclasses.replace(sizes.TINY_MOE, num_layers=5, mlp_only_layers=(1,))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    weights.save(tmp_path / "model", DENSE, random_params(DENSE))
+    return tmp_path / "model"
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+PLAIN = {"rope_type": "default", "rope_theta": 1e6}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"architectures": ["LlamaForCausalLM"]},
+            "LlamaForCausalLM.*supported are Qwen3ForCausalLM",
+        ),
+        ({"architectures": "drop"}, "architectures"),
+        ({"architectures": "Qwen3ForCausalLM"}, "architectures is 'Qwen3ForCausalLM'"),
+        ({"architectures": ["Qwen3ForCausalLM", "Qwen3MoeForCausalLM"]}, "architectures"),
+        ({"model_type": "qwen2"}, "model_type is 'qwen2', which is not that of architectures"),
+        ({"hidden_size": "drop"}, "hidden_size is missing"),
+        ({"rope_theta": "drop"}, "rope_theta is missing"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' is not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "'linear' is not supported"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}, "rope_parameters": PLAIN},
+            "'dynamic' is not supported",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "long_factor": [1.0]}},
+            "'longrope' is not supported",
+        ),
+        ({"rope_scaling": ["yarn"]}, "rope_scaling is a list, not an object"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "original_max_position_embeddings is missing",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7}}, "mscale=0.7"),
+        ({"rope_scaling": YARN | {"factor": "4"}}, "factor='4' is not a positive number"),
+        ({"rope_scaling": YARN | {"factor": 0.5}}, "factor=0.5 of rope_scaling is less than 1"),
+        (
+            {"rope_scaling": YARN | {"type": "linear"}},
+            "kind of rope is said twice and differs: 'yarn'.*'linear'",
+        ),
+        ({"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"rope_scaling": YARN | {"attn_factor": 0.9}}, "rope setting attn_factor=0.9"),
+        ({"rope_scaling": YARN | {"short_factor": [1.0]}}, "rope setting short_factor"),
+        (
+            {"rope_scaling": {"factor": 4.0}},
+            "factor=4.0 of rope_scaling is not supported with rope_type 'default'",
+        ),
+        (
+            {"rope_scaling": YARN, "rope_parameters": PLAIN | YARN | {"factor": 2.0}},
+            "disagree; keep one of the two",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "default"}, "rope_parameters": PLAIN | YARN},
+            "disagree; keep one of the two",
+        ),
+        (
+            {"rope_scaling": YARN, "original_max_position_embeddings": 9},
+            "said twice and differs: 32768.* 9",
+        ),
+        (
+            {"rope_scaling": YARN, "rope_parameters": PLAIN, "rope_theta": "drop"},
+            "transformers takes 10000.0",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5",
+        ),
+        (
+            {"rope_parameters": PLAIN | {"rope_theta": 5e5}},
+            "rope_theta is said twice and differs: 1000000.0 .* 500000.0",
+        ),
+        ({"rope_parameters": {"full_attention": PLAIN}}, "rope setting full_attention"),
+        ({"rope_theta": -1.0}, "rope_theta=-1.0 is not a positive number"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"use_sliding_window": True}, "use_sliding_window=True"),
+        (
+            {"layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+            "layer_types holds 'sliding_attention'",
+        ),
+        (
+            {"layer_types": ["full_attention"] * 2 + ["linear_attention"]},
+            "layer_types holds 'linear_attention'",
+        ),
+        ({"layer_types": ["full_attention"] * 2}, "not a list of num_hidden_layers=3 kinds"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ({"use_qk_norm": False}, "use_qk_norm=False"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),
+        ({"attention_chunk_size": 64}, "attention_chunk_size=64 is not supported"),
+        ({"per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config=.* is not supported"),
+        (
+            {"dual_chunk_attention_config": {"chunk_size": 64}},
+            "dual_chunk_attention_config=.* is not supported",
+        ),
+        ({"num_experts": 8}, "num_experts=8 is not supported by Qwen3ForCausalLM"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "kept": ["lm_head"] * 500}},
+            "^.{1,250}; only None is$",
+        ),
+        ({"num_attention_heads": 3}, "num_heads=3 is not a multiple"),
+        ({"num_attention_heads": True}, "num_attention_heads=True is not a whole number"),
+        ({"vocab_size": "256"}, "vocab_size='256' is not a whole number"),
+        ({"hidden_size": -64}, "hidden_size=-64 is not a whole number"),
+        ({"head_dim": 0}, "head_dim=0 is not a whole number"),
+        ({"head_dim": 15}, "head_dim=15 is odd"),
+        ({"num_key_value_heads": 2.0}, "num_key_value_heads=2.0 is not a whole number"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0 is not a positive number"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' is not true or false"),
+        (
+            {"num_hidden_layers": 10**9},
+            "num_hidden_layers=1000000000 is not a whole number from 1 to 10000",
+        ),
+        ({"num_hidden_layers": 9999}, "too few for num_hidden_layers=9999"),
+        ({"num_hidden_layers": 4}, r"no tensor model\.layers\.3\."),
+        ({"num_hidden_layers": 2}, r"model\.layers\.2\..*no place for"),
+        ({"attention_bias": False}, r"self_attn\.\w_proj\.bias.*no place for"),
+        ({"intermediate_size": 96}, r"_proj\.weight has shape \((64, 128|128, 64)\).*96"),
+        ({"tie_word_embeddings": False}, r"no tensor lm_head\.weight"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(changes, message, folder):
+    edit(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        weights.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": 10**9}, "too few for .* with num_experts=1000000000"),
+        ({"num_local_experts": 4}, "num_experts is said twice and differs: 8 .* 4"),
+        ({"num_experts": "drop"}, "num_experts is missing"),
+        ({"mlp_only_layers": [5]}, r"mlp_only_layers is \[5\], not a list of layers from 0 to 4"),
+        ({"mlp_only_layers": 1}, "mlp_only_layers is 1"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step=0 is not a whole number"),
+        ({"norm_topk_prob": "yes"}, "norm_topk_prob='yes' is not true or false"),
+        ({"num_experts_per_tok": 9}, "experts_per_token=9 must lie in 1..8"),
+        ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size=64"),
+        ({"routed_scaling_factor": 2.5}, "routed_scaling_factor=2.5 is not supported"),
+        ({"mlp_layer_types": ["dense"] * 5}, "mlp_layer_types=.* is not supported"),
+    ],
+)
+def test_sparse_configs_that_do_not_fit_are_refused(changes, message, tmp_path):
+    weights.save(tmp_path / "model", SPARSE, random_params(SPARSE))
+    edit(tmp_path / "model", **changes)
+    with pytest.raises(ValueError, match=message):
+        weights.check(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layer_types": ["full_attention"] * 3},
+        {"sliding_window": 8, "max_window_layers": 28, "use_sliding_window": False},
+        {
+            "torch_dtype": "bfloat16",
+            "dtype": "float32",
+            "transformers_version": "5.0.0",
+            "use_cache": False,
+        },
+        {
+            "my_note": "kept for the record",
+            "unsloth_version": "2025.6",
+            "temperature": 0.6,
+            "_name_or_path": "x",
+        },
+        {
+            "output_router_logits": True,
+            "router_aux_loss_coef": 0.5,
+            "use_qk_norm": True,
+            "qkv_bias": False,
+        },
+        {
+            "final_logit_softcapping": None,
+            "attention_chunk_size": 0,
+            "mlp_bias": False,
+            "num_experts": 0,
+        },
+        {
+            "rope_scaling": {"rope_type": "default"},
+            "partial_rotary_factor": 1.0,
+            "quantization_config": None,
+        },
+    ],
+)
+def test_settings_that_change_nothing_are_left_alone(changes, folder):
+    edit(folder, **changes)
+    assert weights.read_config(folder) == DENSE
+
+
+DENSE_FILE = """
+{"architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+"bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+"hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 12288,
+"max_position_embeddings": 40960, "max_window_layers": 36, "model_type": "qwen3",
+"num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps":
+1e-06, "rope_scaling": null, "rope_theta": 1000000, "sliding_window": null, "tie_word_embeddings":
+false, "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": true,
+"use_sliding_window": false, "vocab_size": 151936}
+"""
+SPARSE_FILE = """
+{"architectures": ["Qwen3MoeForCausalLM"], "attention_dropout": 0.0, "decoder_sparse_step": 1,
+"eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+"initializer_range": 0.02, "intermediate_size": 6144, "max_position_embeddings": 262144,
+"max_window_layers": 28, "mlp_only_layers": [], "model_type": "qwen3_moe",
+"moe_intermediate_size": 768, "norm_topk_prob": true, "num_attention_heads": 32, "num_experts":
+128, "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4,
+"output_router_logits": false, "qkv_bias": false, "rms_norm_eps": 1e-06, "rope_scaling": null,
+"rope_theta": 10000000, "router_aux_loss_coef": 0.0, "shared_expert_intermediate_size": 0,
+"sliding_window": null, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+"transformers_version": "4.52.3", "use_cache": true, "use_qk_norm": true, "use_sliding_window":
+false, "vocab_size": 151936}
+"""
+
+
+@pytest.mark.parametrize("text, want", [
+    (DENSE_FILE, sizes.QWEN3_8B),
+    (SPARSE_FILE, dataclasses.replace(sizes.QWEN3_30B_A3B, rope_theta=1e7, max_position=262_144)),
+])
+def test_files_written_as_the_published_ones_are_read(text, want, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    assert weights.read_config(tmp_path) == want
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 1e6, "rope_scaling": None},
+        {
+            "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"},
+            "rope_scaling": YARN,
+        },  # added by hand to a new file
+        {"rope_parameters": PLAIN, "rope_scaling": YARN | {"rope_theta": 1e6}},
+        {"rope_parameters": PLAIN, "rope_theta": 1e6, "rope_scaling": YARN | {"rope_theta": 1e6}},
+        {
+            "rope_theta": 1e6,
+            "rope_scaling": {"type": "yarn"} | {k: v for k, v in YARN.items() if k != "rope_type"},
+        },
+        {"rope_parameters": PLAIN | YARN, "rope_scaling": YARN | {"rope_theta": 1e6}},
+        {"rope_parameters": PLAIN | YARN | {"truncate": False}},
+        {"rope_parameters": PLAIN | YARN | {"beta_fast": 16, "beta_slow": 2, "truncate": False}},
+        {"rope_parameters": PLAIN | YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}},
+        {
+            "rope_parameters": PLAIN
+            | YARN
+            | {"mscale": 0.7, "mscale_all_dim": 1.3, "attention_factor": 1.5}
+        },
+        {"rope_parameters": PLAIN | YARN | {"factor": 1.0}},
+        {"rope_parameters": PLAIN | YARN, "original_max_position_embeddings": 32768},
+    ],
+)
+def test_rotary_positions_are_those_of_transformers(rope, tmp_path):
+    """Its own reading of the same config.json, and of the one that is written back."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+    raw = {k: v for k, v in json.loads(DENSE_FILE).items() if "rope" not in k} | rope
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    ours = weights.read_config(tmp_path)
+    frequencies, factor = layers.frequencies(ours)
+    for _ in range(2):
+        theirs = Qwen3RotaryEmbedding(transformers.Qwen3Config.from_pretrained(tmp_path))
+        np.testing.assert_allclose(frequencies, theirs.inv_freq.numpy(), rtol=2e-6)
+        assert factor == pytest.approx(theirs.attention_scaling)
+        hf_config.write(tmp_path / "config.json", ours, "bfloat16", {})
+        assert weights.read_config(tmp_path) == ours
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (b"[1]", "holds a list, not a JSON object"),
+        (b'"Qwen3"', "holds a string"),
+        (b"null", "holds null"),
+        (b"", "not valid JSON"),
+        (b'{"architectures": ', "not valid JSON"),
+        (b'{"a": "\xe9"}', "not valid JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"vocab_size": ' + b"1" * 5000 + b"}", "not valid JSON"),
+        (b"{}", "architectures is None"),
+    ],
+)
+def test_a_config_that_is_none_is_one_sentence_with_its_name(text, message, tmp_path):
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match=f"config.json.*{message}"):
+        weights.check(tmp_path)
+
+
+def test_both_spellings_of_rope_are_read(folder):
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    want = Yarn(4.0, 32768)
+    edit(folder, rope_theta=5e5, rope_scaling=scaling)
+    old = weights.read_config(folder)
+    together = scaling | {"rope_theta": 5e5}
+    edit(folder, rope_theta="drop", rope_scaling="drop", rope_parameters=together)
+    expected = dataclasses.replace(DENSE, yarn=want, rope_theta=5e5)
+    assert old == weights.read_config(folder) == expected
+    edit(folder, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    assert weights.read_config(folder) == dataclasses.replace(DENSE, rope_theta=5e5)
