@@ -15,17 +15,20 @@ Each entry: the fault, the target of its figure, the tests that hold it.
     this file.
  6. NaN in loss, gradient, weight, log-prob, reward, advantage. Target: parameters bit-unchanged,
     counted; the run ends after n skipped steps. Held by test_step:
-    non_finite_updates_are_skipped_and_counted; test_rewards:
-    score_refuses_a_reward_that_is_not_finite; this file.
+    non_finite_updates_are_skipped_and_counted; test_train:
+    a_run_that_makes_no_update_stops_with_a_sentence_and_is_saved,
+    weights_that_are_not_finite_are_named_before_the_first_step; test_rewards:
+    a_reward_that_is_no_finite_number_is_refused_with_prompt_and_verifier.
  7. A byte of a checkpoint flipped, a file cut. Target: the checkpoint is named, the one before it
-    goes on: bit-equal. Held by this file; safetensors: test_weights:
+    goes on: bit-equal. Held by this file; test_checkpoint: no_flipped_bit_gives_another_state,
+    a_damaged_file_is_fallen_back_from_or_is_no_harm; safetensors: test_weights:
     missing_and_damaged_files_are_refused, test_gsm8k: a_damaged_shard_is_refused.
  8. Other processes, other mesh. Target: data equal, losses to 1e-5. Held by test_hosts:
     two_processes_stopped_by_one_go_on_as_one,
     a_killed_process_ends_the_others_and_is_resumed_exactly.
  9. Hostile answers. Target: exploits 0; <= 1 s an answer; the trainer lives. Held by
-    test_answers: hostile_answers_cost_little, a_comparison_that_hangs_or_dies; test_rewards:
-    hostile_text_costs_nothing; this file.
+    test_answers: hostile_answers_cost_little, a_process_that_hangs_or_dies_gives_no_verdict;
+    test_rewards: hostile_text_costs_nothing; this file.
 10. Nothing in a mask, equal rewards, a group of one, an empty completion. Target: finite;
     advantage and gradient 0. Held by test_losses_contract: nothing_in_the_mask; test_step:
     nothing_to_learn_changes_nothing; test_losses_golden: all_masked.
@@ -64,11 +67,10 @@ import sys
 import time
 
 import jax
-import numpy as np
 import pytest
 from test_train import QUICKSTART, assert_same_run, command, rows, tiny
 
-from dcmdp_jax import checkpoint, cli, config, parity, rewards, sharding, train
+from dcmdp_jax import checkpoint, cli, parity, rewards, sharding, train
 from dcmdp_jax.records import Example
 
 FAULTY = str(pathlib.Path(__file__).with_name("faulty.py"))
@@ -182,7 +184,7 @@ def test_3_a_run_told_to_stop_in_any_phase_saves_every_step_within_30_s(whole, t
 def write_experiment(folder: pathlib.Path, body: str) -> str:
     file = folder / "experiment.py"
     file.write_text(
-        "import dataclasses, pathlib, time\nimport jax.numpy as jnp\n"
+        "import dataclasses, pathlib, time\n"
         "from dcmdp_jax.config import load_experiment\n"
         f"BASE = load_experiment({QUICKSTART!r})\n{body}"
     )
@@ -190,7 +192,7 @@ def write_experiment(folder: pathlib.Path, body: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("what", [signal.SIGTERM, signal.SIGHUP])
 def test_3_a_run_whose_verifier_hangs_obeys_a_signal_within_30_s(tmp_path, what):
     """The verifier of the first step never returns; the warmed-up start is saved."""
     begun = tmp_path / "begun"
@@ -255,36 +257,6 @@ def test_5_an_engine_whose_weights_are_one_step_old_does_not_pass_the_gate(
     assert "exceeds the limit of 1e-05" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_6_a_run_that_can_no_longer_update_ends_and_names_what_is_not_finite(tmp_path):
-    """A surrogate that gives NaN: a status, a sentence, and the parameters of the start."""
-    experiment = write_experiment(
-        tmp_path,
-        """
-def broken(logp, old_logp, rollout_logp, advantage, mask):
-    return logp * jnp.nan, mask
-CONFIG = dataclasses.replace(BASE, algorithm=dataclasses.replace(BASE.algorithm, surrogate=broken))
-""",
-    )
-    words = command(tmp_path / "run", steps=60, **{"checkpoint.every": 1, "checkpoint.keep": 100})
-    words[1] = experiment
-    done = run(words)
-    assert done.returncode not in (0, 130) and "Traceback" not in done.stderr, done.stderr
-    assert re.search(r"loss .*not finite|not finite.*loss", done.stderr), done.stderr
-    log = rows(tmp_path / "run")
-    assert len(log) < 60 and [row["skipped"] > 0 for row in log] == [True] * len(log)
-    of = config.override(
-        config.load_experiment(experiment), dict(zip((w[2:] for w in words[4::2]), words[5::2]))
-    )
-    first, last = (
-        parity.restore(of, train.read_inputs(of), tmp_path / "run", step)[0]
-        for step in checkpoint.steps(tmp_path / "run")[
-            :: len(checkpoint.steps(tmp_path / "run")) - 1
-        ]
-    )
-    jax.tree.map(np.testing.assert_array_equal, first.params, last.params)
-
-
 # ------------------------------------------------------------ 7: a damaged checkpoint
 
 
@@ -294,14 +266,11 @@ def largest(folder: pathlib.Path) -> pathlib.Path:
     )
 
 
-def flip(where: float):
-    def damage(folder):
-        file = largest(folder)
-        data = bytearray(file.read_bytes())
-        data[int(where * (len(data) - 1))] ^= 0x10
-        file.write_bytes(data)
-
-    return damage
+def flip(folder):
+    file = largest(folder)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    file.write_bytes(data)
 
 
 def cut(folder):
@@ -324,9 +293,7 @@ def hollow(folder):
 
 
 DAMAGES = {
-    "a bit flipped early": flip(0.2),
-    "a bit flipped in the middle": flip(0.5),
-    "a bit flipped late": flip(0.8),
+    "a bit flipped": flip,
     "cut in half": cut,
     "metadata emptied": empty_metadata,
     "data gone": without_data,
