@@ -141,7 +141,20 @@ def test_any_text_is_read_or_refused(text):
     except tokens.Unreadable:
         pass
     compare.equal(text, "1")
+    compare.is_computed(text)
     assert compare.equal(text, text) is bool(tokens.plain(text))
+
+
+WRITTEN = sorted({text for gold, answer, _ in answers_table.by_hand() for text in (gold, answer)})
+
+
+@given(st.sampled_from(WRITTEN), st.integers(0, 60), st.integers(0, 3), st.sampled_from(WRITTEN))
+def test_an_answer_spoilt_in_one_place_is_read_or_refused(text, at, length, other):
+    spoilt = text[:at] + other[:length] + text[at + length:]
+    for one, another in ((spoilt, text), (text, spoilt), (spoilt, other)):
+        assert compare.compare(one, another) in compare.Verdict
+    compare.is_computed(spoilt)
+    assert compare.equal(spoilt, spoilt) is bool(tokens.plain(spoilt))
 
 
 HOSTILE = [
@@ -153,6 +166,8 @@ HOSTILE = [
     "|" * 990, "1 1/" * 240, r"\frac12" * 140, r"\frac" * 190 + "1", r"\sin x+" * 140 + "1",
     r"\{" * 400, r"\begin{pmatrix}" + "1&" * 400 + r"1\end{pmatrix}", "1,2" * 300,
     r"\text{a}" * 140, r"\sqrt{2+\sqrt{2+\sqrt{2+\sqrt{2+\sqrt{2}}}}}",
+    r"\sqrt[3]{x^{999}\sqrt[3]{x^{999}}}", r"\sqrt[9]{x^{999}\sqrt[9]{x^{999}\sqrt[9]{x^{999}}}}",
+    r"\sqrt[9]{x^{1999}}\sqrt[9]{x^{1998}}\sqrt[9]{x^{1997}}",
     r"\sqrt[9]{3^{12000}}+\sqrt[7]{3^{12000}}", r"\sqrt{\sqrt{\sqrt{2^{19999}}}}",
     r"(2^{19999})^{1/9}", r"\sqrt[7]{1000!}", r"1500!/1499!", r"\binom{1500}{750}^{1/7}",
     "x^{x^{x^{x^{x^x}}}}", "1.0000001^{2000}", "(1/3)^{6000}+(1/7)^{6000}",
