@@ -1,11 +1,13 @@
-r"""Writes docs/answers.md: how often a right and a wrong completion earns what it should, and our judge beside math-verify.
+r"""Writes docs/answers.md: how often a right and a wrong completion earns what it should, and our
+judge beside math-verify.
 
     python -m docs.make_answers SETS_FOLDER [GSM8K_FILE] [--reports FOLDER] [--tests FOLDER]
 
-SETS_FOLDER holds the six evaluation sets' JSONL files and GSM8K_FILE more problems. `--reports` are JSONL files of labelled
-pairs, one {"gold": ..., "answer": ..., "equal": true} a line; `--tests` are math-verify's own, the tests/ of a clone of
-github.com/huggingface/Math-Verify. Needs math-verify (`pip install 'dcmdp-jax[answers]'`). The other pairs and the spellings
-are those of tests/answers_table.py and tests/spellings.py.
+SETS_FOLDER holds the six evaluation sets' JSONL files and GSM8K_FILE more problems. `--reports` are
+JSONL files of labelled pairs, one {"gold": ..., "answer": ..., "equal": true} a line; `--tests` are
+math-verify's own, the tests/ of a clone of github.com/huggingface/Math-Verify. Needs math-verify
+(`pip install 'dcmdp-jax[answers]'`). The other pairs and the spellings are those of
+tests/answers_table.py and tests/spellings.py.
 """
 
 from __future__ import annotations
@@ -30,38 +32,41 @@ import answers_table  # noqa: E402
 import spellings  # noqa: E402
 
 PAGE = pathlib.Path(__file__).with_name("answers.md")
-SHOWN = 25  # pairs of a group in which our judge alone is right that are listed, evenly spread
+SHOWN = 25  # listed pairs of a group in which our judge alone is right, evenly spread
 INTRODUCTION = r'''# Answers: what earns a reward, and our judge beside math-verify
 
-This page is made by `python -m docs.make_answers SETS_FOLDER GSM8K_FILE --reports FOLDER --tests FOLDER`.
+This page is made by `python -m docs.make_answers SETS_FOLDER GSM8K_FILE --reports FOLDER --tests
+FOLDER`.
 
 ## Golds as a model writes them
 
-Each gold answer of GSM8K's test set and of the six evaluation sets is written in twelve ways, and graded by
-`rewards.math_answer` with its problem, as in training and in `dcmdp eval`. A way is left out where it makes no sense: a number
-under 1,000 has no thousands mark. `tests/spellings.py` says what each way is. Counts are right ones of those tried.
+Each gold answer of GSM8K's test set and of the six evaluation sets is written in twelve ways, and
+graded by `rewards.math_answer` with its problem, as in training and in `dcmdp eval`. A way is left
+out where it makes no sense: a number under 1,000 has no thousands mark. `tests/spellings.py` says
+what each way is. Counts are right ones of those tried.
 
 '''
 NEIGHBOURS = r'''
-The same ways of writing what is not the gold, and a wrong last statement after a right guess (`last`): another last digit, a
-tuple or fraction with two parts exchanged, a list without its last item, another choice or word. Counts are those that were
-paid, of those tried.
+The same ways of writing what is not the gold, and a wrong last statement after a right guess
+(`last`): another last digit, a tuple or fraction with two parts exchanged, a list without its last
+item, another choice or word. Counts are those that were paid, of those tried.
 
 '''
 PAIRS = r'''
 ## Two judges on labelled pairs
 
-`answers.judge` (our reader, and math-verify for what it cannot read) against math-verify {version} alone, on pairs of answers
-whose equality is known. The first of a pair is the gold answer, and "right" counts verdicts that are the label. The pairs by
-hand were written while the reader was, and the rules that make pairs from random fractions and from the gold answers of the sets
-by its author: they show what it does, not how often a model's answer would be misjudged. The public reports are of faults that
-users found in other graders. Math-verify's own tests carry its authors' labels; their answers are what `rewards.final_answer`
-finds in them.
+`answers.judge` (our reader, and math-verify for what it cannot read) against math-verify {version}
+alone, on pairs of answers whose equality is known. The first of a pair is the gold answer, and
+"right" counts verdicts that are the label. The pairs by hand were written while the reader was, and
+the rules that make pairs from random fractions and from the gold answers of the sets by its author:
+they show what it does, not how often a model's answer would be misjudged. The public reports are of
+faults that users found in other graders, and our reader was mended by them. Math-verify's own tests
+carry its authors' labels; their answers are what `rewards.final_answer` finds in them.
 
-Some labels are conventions on which the two differ. Math-verify rounds to six digits, is freer with order, repetition and case,
-takes a comma for a decimal point and a number out of a sentence, and drops units unread. Where our judge asks math-verify, it
-refuses what comes about by these. Of the pairs that our author did not write, the page lists those in which math-verify alone
-is right.
+Some labels are conventions on which the two differ. Math-verify rounds to six digits, is freer with
+order, repetition and case, takes a comma for a decimal point and a number out of a sentence, and
+drops units unread. Where our judge asks math-verify, it refuses what comes about by these. Of the
+pairs that our author did not write, the page lists those in which math-verify alone is right.
 
 '''
 
@@ -70,11 +75,13 @@ REPORTS, TESTS = "public reports", "math-verify's tests"  # of which our author 
 Group = Sequence[tuple[str, str, bool]]  # gold, answer, whether they are equal
 
 
-def write(sets: pathlib.Path, gsm8k: pathlib.Path | None, reports: pathlib.Path | None, tests: pathlib.Path | None) -> None:
+def write(sets: pathlib.Path, gsm8k: pathlib.Path | None, reports: pathlib.Path | None,
+          tests: pathlib.Path | None) -> None:
     files = [*([gsm8k] if gsm8k else []), *sorted(sets.glob("*.jsonl"))]
     problems = {"gsm8k" if file == gsm8k else file.stem: data.read(file) for file in files}
     groups = {"by hand": answers_table.by_hand(), "random fractions": answers_table.numbers()}
-    groups |= {name: answers_table.gold_forms(example.answer for example in examples) for name, examples in problems.items()}
+    for name, examples in problems.items():
+        groups[name] = answers_table.gold_forms(example.answer for example in examples)
     if reports:
         groups[REPORTS] = _reports(reports)
     if tests:
@@ -84,19 +91,25 @@ def write(sets: pathlib.Path, gsm8k: pathlib.Path | None, reports: pathlib.Path 
 
 
 def _reports(folder: pathlib.Path) -> Group:
-    rows = [json.loads(line) for path in sorted(folder.rglob("*.jsonl")) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [(row["gold"], row["answer"], row["equal"]) for row in rows if row.keys() >= {"gold", "answer", "equal"}]
+    pairs = []
+    for path in sorted(folder.rglob("*.jsonl")):
+        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            if row.keys() >= {"gold", "answer", "equal"}:
+                pairs.append((row["gold"], row["answer"], row["equal"]))
+    return pairs
 
 
 def _tests(folder: pathlib.Path) -> Group:
-    """The tuples `(gold, completion, 0 or 1)` that stand in test files, which are read and not run; without the completions
-    that state nothing."""
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("test_*.py"))]
-    tuples = [node.elts[:3] for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Tuple)]
-    rows = [tuple(part.value for part in parts) for parts in tuples if all(isinstance(part, ast.Constant) for part in parts)]
-    pairs = [(row[0], row[1], row[2] == 1) for row in rows if list(map(type, row)) == [str, str, int]]
-    found = dict.fromkeys((_formula(gold), _formula(answer), label) for gold, answer, label in pairs)
-    return [pair for pair in found if max(map(len, pair[:2])) <= 200]
+    """The tuples `(gold, completion, 0 or 1)` that stand in test files, which are read and not run;
+    without the completions that state nothing."""
+    pairs = {}
+    for path in sorted(folder.glob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = node.elts[:3] if isinstance(node, ast.Tuple) else []
+            row = [part.value for part in parts if isinstance(part, ast.Constant)]
+            if list(map(type, row)) == [str, str, int]:
+                pairs[_formula(row[0]), _formula(row[1]), row[2] == 1] = None
+    return [pair for pair in pairs if max(map(len, pair[:2])) <= 200]
 
 
 def _formula(text: str) -> str:
@@ -121,19 +134,21 @@ def _spellings(problems: dict[str, list[Example]]) -> Iterator[str]:
     yield NEIGHBOURS
     yield _counts(problems, tried[False], failed[False])
     if misses:
-        yield "\nNot as they should be:\n\n" + _table(("set", "way", "gold", "completion"), (
-            (name, spelling, _code(gold), _code(completion[-80:])) for name, spelling, gold, completion in misses))
+        rows = [(*which, _code(gold), _code(said[-80:])) for *which, gold, said in misses]
+        yield "\nNot as they should be:\n\n" + _table(("set", "way", "gold", "completion"), rows)
 
 
 def _counts(names: Iterable[str], tried: collections.Counter, counted: collections.Counter) -> str:
     """A row a way of writing, a column a set, and totals."""
-    def cells(ways: Iterable[str]) -> Iterator[str]:
-        for sets in (*([name] for name in names), names):
-            total = sum(tried[way, name] for way in ways for name in sets)
-            yield f"{sum(counted[way, name] for way in ways for name in sets):,} of {total:,}" if total else ""
+    def cell(ways: Iterable[str], sets: Iterable[str]) -> str:
+        keys = [(way, name) for way in ways for name in sets]
+        total = sum(tried[key] for key in keys)
+        return f"{sum(counted[key] for key in keys):,} of {total:,}" if total else ""
 
     ways = list(dict.fromkeys(way for way, _ in tried))
-    return _table(("way", *names, "all"), [*((way, *cells([way])) for way in ways), ("all", *cells(ways))])
+    columns = [*([name] for name in names), names]
+    rows = [(way, *(cell([way], sets) for sets in columns)) for way in ways]
+    return _table(("way", *names, "all"), [*rows, ("all", *(cell(ways, sets) for sets in columns))])
 
 
 def _judges(groups: dict[str, Group]) -> Iterator[str]:
@@ -150,20 +165,24 @@ def _judges(groups: dict[str, Group]) -> Iterator[str]:
         shown += _disagreements(name, apart)
         print(*rows[-1], sep=", ", flush=True)
     yield PAIRS.format(version=importlib.metadata.version("math-verify"))
-    yield _table(("pairs from", "pairs", "ours right", "math-verify right", "agree", "ours alone right", "math-verify alone right"), rows)
-    yield f"\nComparisons given up after {alone.seconds:g} s: {asked.given_up} of ours, {alone.given_up} of math-verify.\n"
+    yield _table(("pairs from", "pairs", "ours right", "math-verify right", "agree",
+                  "ours alone right", "math-verify alone right"), rows)
+    yield (f"\nComparisons given up after {alone.seconds:g} s: {asked.given_up} of ours, "
+           f"{alone.given_up} of math-verify.\n")
     yield from shown
 
 
 def _disagreements(name: str, apart: list[tuple[str, str, bool, bool, bool]]) -> Iterator[str]:
-    """All in which math-verify is right; the others in part, and none of those that our author did not write."""
+    """All in which math-verify is right; the others in part, and none of those that our author did
+    not write."""
     theirs = [row for row in apart if row[4] == row[2]]
     ours = [row for row in apart if row[3] == row[2] and name not in (REPORTS, TESTS)]
     listed = [*theirs, *ours[::-(-len(ours) // SHOWN) or 1]]
     if listed:
-        yield f"\n### Disagreements: {name}\n\n" + _table(("gold", "answer", "equal", "who is right"), (
-            (_code(gold), _code(answer), "yes" if label else "no", "ours" if our == label else "math-verify")
-            for gold, answer, label, our, _ in listed))
+        rows = [(*map(_code, row[:2]), "yes" if row[2] else "no",
+                 "ours" if row[3] == row[2] else "math-verify") for row in listed]
+        yield f"\n### Disagreements: {name}\n\n"
+        yield _table(("gold", "answer", "equal", "who is right"), rows)
 
 
 def _table(heading: Sequence[str], rows: Iterable[Sequence]) -> str:
@@ -177,8 +196,8 @@ def _code(text: str) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Writes docs/answers.md.")
-    parser.add_argument("sets", type=pathlib.Path, help="folder of the six evaluation sets' JSONL files")
+    parser.add_argument("sets", type=pathlib.Path, help="folder of evaluation sets")
     parser.add_argument("gsm8k", type=pathlib.Path, nargs="?", help="GSM8K's test.jsonl")
-    parser.add_argument("--reports", type=pathlib.Path, help="folder of JSONL files of labelled pairs")
+    parser.add_argument("--reports", type=pathlib.Path, help="folder of labelled pairs")
     parser.add_argument("--tests", type=pathlib.Path, help="folder of math-verify's test files")
     write(**vars(parser.parse_args()))

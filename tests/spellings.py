@@ -1,7 +1,8 @@
 r"""Golds as a model writes them, and wrong neighbours of golds, for `rewards.math_answer`.
 
-`right(gold, number)` yields the spellings of one gold, and `wrong(gold, number)` the same spellings of what is not the gold;
-`number` is the problem's place in its set and picks a variant. A spelling is left out where it makes no sense for a gold.
+`right(gold, number)` yields the spellings of one gold, and `wrong(gold, number)` the same spellings
+of what is not the gold; `number` is the problem's place in its set and picks a variant. A spelling
+is left out where it makes no sense for a gold.
 """
 
 import re
@@ -12,7 +13,11 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 WHOLE = re.compile(r"-?\d+")
 WORD = re.compile(r"(?:\\text\{)?\(?[A-Za-z]{1,20}\)?\}?")
 TUPLE = re.compile(r"(?:\\left)?([(\[])([^()\[\]{}=<>]+)(?:\\right)?([)\]])")
-UNITS = (r"\text{ apples}", r"\text{ dollars}", r"\ \mathrm{cm}", r" \text{ cm}^2", " dollars", r"\text{ miles per hour}")
+UNITS = (r"\text{ apples}", r"\text{ dollars}", r"\ \mathrm{cm}", r" \text{ cm}^2", " dollars",
+         r"\text{ miles per hour}")
+LABELS = ("Answer: ", "**Answer:** ", "**Final Answer:** ", "The final answer is: ",
+          "### Final Answer\n\n", "Answer:\n")
+HASHES = (("#### ", ""), ("####", ""), ("#### **", "**"), ("#### $", "$"))
 FULL_WIDTH = {ord(sign): ord(sign) + 0xFEE0 for sign in "0123456789+-.,()/=:"}
 
 
@@ -25,7 +30,8 @@ def bare(gold):
 
 def items(gold):
     """The items of a list without brackets, or the gold alone."""
-    return re.split(r",\s*", gold) if re.fullmatch(r"[^()\[\]{},]+(, ?[^()\[\]{},]+)+", gold) else [gold]
+    is_list = re.fullmatch(r"[^()\[\]{},]+(, ?[^()\[\]{},]+)+", gold)
+    return re.split(r",\s*", gold) if is_list else [gold]
 
 
 def bold(gold, number):
@@ -37,7 +43,9 @@ def bold(gold, number):
 def text(gold, number):
     if WORD.fullmatch(gold) and "text" not in gold:
         return rf"\boxed{{\text{{{gold}}}}}"
-    return rf"\boxed{{\{('text', 'mathrm', 'mbox')[number % 3]}{{{gold}}}}}" if NUMBER.fullmatch(gold) else None
+    if NUMBER.fullmatch(gold):
+        return rf"\boxed{{\{('text', 'mathrm', 'mbox')[number % 3]}{{{gold}}}}}"
+    return None
 
 
 def units(gold, number):
@@ -52,12 +60,12 @@ def thousands(gold, number):
 
 
 def hashes(gold, number):
-    return f"so it is done.\n{('#### ', '####', '#### **', '#### $')[number % 4]}{gold}{('', '', '**', '$')[number % 4]}"
+    before, after = HASHES[number % 4]
+    return f"so it is done.\n{before}{gold}{after}"
 
 
 def answer(gold, number):
-    label = ("Answer: ", "**Answer:** ", "**Final Answer:** ", "The final answer is: ", "### Final Answer\n\n", "Answer:\n")[number % 6]
-    return f"so it is done.\n\n{label}${gold}$"
+    return f"so it is done.\n\n{LABELS[number % 6]}${gold}$"
 
 
 def several(gold, number):
@@ -68,15 +76,19 @@ def several(gold, number):
 
 
 def guess(gold, number):
-    return rf"First guess: \boxed{{{(4, 40)[number % 2]}321}}. That missed one." + "\n\n" + hashes(gold, number)
+    tried = (4321, 40321)[number % 2]
+    return rf"First guess: \boxed{{{tried}}}. That missed one." + "\n\n" + hashes(gold, number)
 
 
 def thinking(gold, number):
-    return "<think>\nmaybe \\boxed{4321}, or\nAnswer: 4321\n</think>\n\n" + (answer, hashes)[number % 2](gold, number)
+    thought = "<think>\nmaybe \\boxed{4321}, or\nAnswer: 4321\n</think>\n\n"
+    return thought + (answer, hashes)[number % 2](gold, number)
 
 
 def full_width(gold, number):
-    return rf"\boxed{{{gold.translate(FULL_WIDTH)}}}" if re.fullmatch(r"[\d.,()/+-]+", gold) else None
+    if re.fullmatch(r"[\d.,()/+-]+", gold):
+        return rf"\boxed{{{gold.translate(FULL_WIDTH)}}}"
+    return None
 
 
 def percent(gold, number):
@@ -89,12 +101,14 @@ def spacing(gold, number):
     return rf"\[ \boxed{{\,{spaced}\;}} \]"
 
 
-SPELLINGS = (bold, text, units, thousands, hashes, answer, several, guess, thinking, full_width, percent, spacing)
+SPELLINGS = (bold, text, units, thousands, hashes, answer, several, guess, thinking, full_width,
+             percent, spacing)
 
 
 def other_digit(gold):
     """The gold with another last digit."""
-    return re.sub(r"\d(?=\D*$)", lambda digit: str((int(digit[0]) + 1) % 10), gold) if re.search(r"\d", gold) else None
+    changed = re.sub(r"\d(?=\D*$)", lambda digit: str((int(digit[0]) + 1) % 10), gold)
+    return changed if changed != gold else None
 
 
 def exchanged(gold):
@@ -102,7 +116,9 @@ def exchanged(gold):
     found = TUPLE.fullmatch(gold)
     if found and found[2].count(",") and "infty" not in gold:
         first, second, *rest = re.split(r",\s*", found[2])
-        return f"{found[1]}{', '.join((second, first, *rest))}{found[3]}" if first.strip() != second.strip() else None
+        if first.strip() == second.strip():
+            return None
+        return f"{found[1]}{', '.join((second, first, *rest))}{found[3]}"
     fraction = re.fullmatch(r"(-?)\\frac\{(\w+)\}\{(\w+)\}", gold)
     if fraction and fraction[2] != fraction[3]:
         return rf"{fraction[1]}\frac{{{fraction[3]}}}{{{fraction[2]}}}"
@@ -119,7 +135,7 @@ def other_word(gold):
     """Another choice or word."""
     if not WORD.fullmatch(gold):
         return None
-    return re.sub(r"([A-Za-z])(\)?\}?)$", lambda end: ("b" if end[1] in "aA" else "a") + end[2], gold)
+    return re.sub(r"([A-Za-z])(\)?\}?)$", lambda end: "ba"[end[1] not in "aA"] + end[2], gold)
 
 
 NEIGHBOURS = (other_digit, exchanged, cut, other_word)
@@ -134,20 +150,24 @@ def right(gold, number):
 
 
 def wrong(gold, number):
-    """(name of the spelling, completion) of what the gold is not; and, after a right guess, a wrong last statement."""
+    """(name of the spelling, completion) of what the gold is not; and, after a right guess, a wrong
+    last statement."""
     for neighbour in NEIGHBOURS:
         near = neighbour(bare(gold))
         if near is None:
             continue
         yield from right(near, number)
-        yield "last", rf"First guess: \boxed{{{bare(gold)}}}. That is wrong." + "\n\n" + (hashes, answer)[number % 2](near, number)
+        guessed = rf"First guess: \boxed{{{bare(gold)}}}. That is wrong."
+        yield "last", guessed + "\n\n" + (hashes, answer)[number % 2](near, number)
         yield "last", f"Answer: {bare(gold)}\n\nNo: " + rf"it is $\boxed{{{near}}}$."
 
 
 def graded(examples):
-    """Yields (True for a completion that states the gold, the spelling's name, the completion, its example, whether it earns
-    what it should), for all spellings of all golds and of their neighbours."""
+    """Yields, for all spellings of all golds and of their neighbours, (True for a completion that
+    states the gold, the spelling's name, the completion, its example, whether it earns what it
+    should)."""
     for number, example in enumerate(examples):
-        for kind, completions in ((True, right(example.answer, number)), (False, wrong(example.answer, number))):
-            for name, completion in completions:
-                yield kind, name, completion, example, (rewards.math_answer(example, completion) == 1.0) is kind
+        for kind, spell in ((True, right), (False, wrong)):
+            for name, completion in spell(example.answer, number):
+                paid = rewards.math_answer(example, completion) == 1.0
+                yield kind, name, completion, example, paid is kind

@@ -237,19 +237,24 @@ def test_a_comparison_that_is_given_up_is_told(options, tmp_path, monkeypatch):
     assert figures["aime24"]["avg@2"].mean == 0 and said[-1].startswith("5 comparisons took longer than 5 s")
 
 
-COMPLETIONS = ["Guess \\boxed{3}, no.\n#### 2", r"<think>\boxed{2}</think> I do not know.", "<think>7</think>\n**Answer:** 2", r"\boxed{\textbf{2}}",
-               r"\boxed{1+1}", r"So \boxed{1} and \boxed{2}.", r"\fbox{2}", r"\boxed{2\text{ pens}}", r"\boxed{\sqrt{4}}", "no answer"]
+COMPLETIONS = ["Guess \\boxed{3}, no.\n#### 2", r"<think>\boxed{2}</think> I do not know.",
+               "<think>7</think>\n**Answer:** 2", r"\boxed{\textbf{2}}", r"\boxed{1+1}",
+               r"So \boxed{1} and \boxed{2}.", r"\fbox{2}", r"\boxed{2\text{ pens}}",
+               r"\boxed{\sqrt{4}}", "no answer"]
 
 
 def test_a_completion_is_right_exactly_where_training_pays_for_it(sets):
     examples = data.read(sets / "aime24.jsonl")
-    item = eval_sets.Asked("aime24", Prompts(np.zeros((5, 1)), np.ones(5), tuple(examples)), 1, sets / "unused")
+    prompts = Prompts(np.zeros((5, 1)), np.ones(5), tuple(examples))
+    item = eval_sets.Asked("aime24", prompts, 1, sets / "unused")
     for place, example in enumerate(examples):
         for text in (completion.replace("2", example.answer) for completion in COMPLETIONS):
             line = eval_sets._judged(item, (place, 0), text, 9, True)
-            rollout = make_rollout(item.prompts._replace(examples=(example,)), np.zeros((1, 9), np.int32), [9], np.zeros((1, 9)), [True])
+            rollout = make_rollout(prompts._replace(examples=(example,)), np.zeros((1, 9), np.int32), [9],
+                                   np.zeros((1, 9)), [True])
             paid = rewards.score(rollout, lambda ids: text, rewards.math_answer).reward[0]
-            assert line["right"] is bool(paid == 1.0) and line["answer"] == rewards.final_answer(text)
+            assert line["right"] is bool(paid == 1.0)
+            assert line["answer"] == rewards.final_answer(text)
     assert [eval_sets._judged(item, (0, 0), text, 9, True)["right"] for text in COMPLETIONS] == [
         True, False, True, True, False, False, True, True, False, False]
 
@@ -262,7 +267,7 @@ def test_a_folder_of_a_version_with_another_option_goes_on_where_it_was_not_set(
     assert evaluate(options, tmp_path / "out") == whole[1]
     assert json.loads(path.read_text()) == record
     path.write_text(json.dumps({**record, "math_verify": True}))
-    with pytest.raises(ValueError, match="was made with math_verify, which is not known here; give another --workdir"):
+    with pytest.raises(ValueError, match="made with math_verify, which is not known here; give another"):
         eval_sets.prepare(options, tmp_path / "out")
 
 

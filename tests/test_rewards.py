@@ -31,48 +31,78 @@ def test_final_answer(text, expected):
 
 @pytest.mark.parametrize("text, expected", [
     # emphasis and the marks of Markdown are no part of an answer
-    ("#### **31**", "31"), ("so\n\n**Answer: 31**", "31"), ("**Answer:** 31", "31"), ("\u3000Answer: 31", "31"), ("__Answer__: 31", "31"),
-    ("**Final Answer:** 31", "31"), ("The final answer is: **31**", "31"), ("* **Answer**: 31", "31"), ("> **Answer:** 31", "31"),
-    ("3. ANSWER: 31", "31"), ("final answer\uff1a31", "31"), ("Answer : *31*", "31"), ("_Answer: 31_", "31"), ("Answer: `31`", "31"),
-    ("Answer: **31** metres", "31 metres"), ("Answer = 31", "31"), (r"\textbf{Answer:} $31$", "$31$"), ("#### 31 ####", "31"),
-    ("Answer: 2**5", "2**5"), ("Answer: He has **31** pens.", "31"), ("Answer: The total number of pens is 31.", "31"),
-    ("Answer: Either there are 4, or it is 31.", "Either there are 4, or it is 31."), ("Answer: It is not 31.", "It is not 31."),
-    ("4 and 27. Final Answer: The sum of $a$ and $b$ is 31. I hope it is correct.", "31"), ("Is the Answer: 31", None), ("Answer $31$", "$31$"),
-    ("\u2705 **Answer: 31**", "31"), ("Answer\uff1a**31**\u3002", "31"), ("The answer is **31**, as required.", "31"), ("The answer is 4!", "4!"),
+    ("#### **31**", "31"), ("so\n\n**Answer: 31**", "31"), ("**Answer:** 31", "31"),
+    ("\u3000Answer: 31", "31"), ("__Answer__: 31", "31"),
+    ("**Final Answer:** 31", "31"), ("The final answer is: **31**", "31"), ("* **Answer**: 31",
+    "31"), ("> **Answer:** 31", "31"),
+    ("3. ANSWER: 31", "31"), ("final answer\uff1a31", "31"), ("Answer : *31*", "31"),
+    ("_Answer: 31_", "31"), ("Answer: `31`", "31"),
+    ("Answer: **31** metres", "31 metres"), ("Answer = 31", "31"), (r"\textbf{Answer:} $31$",
+    "$31$"), ("#### 31 ####", "31"),
+    ("Answer: 2**5", "2**5"), ("Answer: He has **31** pens.", "31"),
+    ("Answer: The total number of pens is 31.", "31"),
+    ("Answer: Either there are 4, or it is 31.", "Either there are 4, or it is 31."),
+    ("Answer: It is not 31.", "It is not 31."),
+    ("4 and 27. Final Answer: The sum of $a$ and $b$ is 31. I hope it is correct.", "31"),
+    ("Is the Answer: 31", None), ("Answer $31$", "$31$"),
+    ("\u2705 **Answer: 31**", "31"), ("Answer\uff1a**31**\u3002", "31"),
+    ("The answer is **31**, as required.", "31"), ("The answer is 4!", "4!"),
     ("Answer \\[ 31 \\]", "31"), ("Answer: -31", "-31"), ("#### Answer: **31**", "31"),
     # an answer below its label
-    ("Answer:\n31", "31"), ("### Final Answer\n\n**31**", "31"), ("**Answer**\n\n$x = 31$\nas 3 + 28", "$x = 31$"),
-    ("Final Answer:\n$$\n31\n$$", "31"), ("Answer:\n\\[\n\\frac{1}{3}\n\\]", r"\frac{1}{3}"), ("Answer:\n```\n31\n```", "31"),
+    ("Answer:\n31", "31"), ("### Final Answer\n\n**31**", "31"),
+    ("**Answer**\n\n$x = 31$\nas 3 + 28", "$x = 31$"),
+    ("Final Answer:\n$$\n31\n$$", "31"), ("Answer:\n\\[\n\\frac{1}{3}\n\\]", r"\frac{1}{3}"),
+    ("Answer:\n```\n31\n```", "31"),
     ("Answer:\n- x = 1\n- x = 31\n", "x = 1, x = 31"), ("Answer:", None), ("answer", None),
     # what is said behind an answer, unless it is a doubt or holds a number
-    ("Answer: 31 (as shown above).", "31"), ("Answer: 31. This is the sum.", "31"), ("#### 31 pens", "31 pens"),
-    ("Final Answer: The final answer is $31$. I hope it is correct.", "$31$"), ("Answer: 31, which is odd", "31"),
-    ("Answer: 4 (mod 9)", "4 (mod 9)"), ("Answer: 31 (or so)", "31 (or so)"), ("Answer: 31. Or 32.", "31. Or 32."),
+    ("Answer: 31 (as shown above).", "31"), ("Answer: 31. This is the sum.", "31"), ("#### 31 pens",
+    "31 pens"),
+    ("Final Answer: The final answer is $31$. I hope it is correct.", "$31$"),
+    ("Answer: 31, which is odd", "31"),
+    ("Answer: 4 (mod 9)", "4 (mod 9)"), ("Answer: 31 (or so)", "31 (or so)"), ("Answer: 31. Or 32.",
+    "31. Or 32."),
     ("Answer: 31. No, wait.", "31. No, wait."),
     # a sentence
-    ("So the answer is 31.", "31"), ("Hence, the answer is $31$.", "$31$"), ("**The answer is 31.**", "31"), ("The answer is (B).", "(B)"),
-    ("The final answer is 1,031 pens.", "1,031 pens"), (r"The correct answer is \(31\)", r"\(31\)"), ("I doubt the answer is 31.", None),
-    ("if the answer is 31.", None), ("The answer is not 31.", None), ("The answer is less than 31.", None), ("the answer 31", None),
-    (r"\boxed{30}. So the answer is correct.", "30"), (r"\boxed{30}. No. The answer is 31 as 1 is missing.", "31 as 1 is missing."),
+    ("So the answer is 31.", "31"), ("Hence, the answer is $31$.", "$31$"),
+    ("**The answer is 31.**", "31"), ("The answer is (B).", "(B)"),
+    ("The final answer is 1,031 pens.", "1,031 pens"), (r"The correct answer is \(31\)", r"\(31\)"),
+    ("I doubt the answer is 31.", None),
+    ("if the answer is 31.", None), ("The answer is not 31.", None),
+    ("The answer is less than 31.", None), ("the answer 31", None),
+    (r"\boxed{30}. So the answer is correct.", "30"),
+    (r"\boxed{30}. No. The answer is 31 as 1 is missing.", "31 as 1 is missing."),
     # boxes of other kinds
-    (r"so $\fbox{31}$", "31"), (r"\fbox{\frac{1}{3}}", r"\frac{1}{3}"), (r"so $\boxed 31$.", "31"), (r"\boxed 31, as said", "31"),
-    (r"$\boxed\frac{1}{3}$", r"\frac{1}{3}"), (r"\boxed -3.5.", "-3.5"), (r"$\boxed (3, 1)$", "(3, 1)"), (r"\boxed31 is it", "31"),
-    (r"\[ \boxed{\frac{\sqrt{3}}{\{1\}}} \]", r"\frac{\sqrt{3}}{\{1\}}"), (r"\boxedly{31}", None), (r"\boxed{31} in \boxed{}", "31"),
+    (r"so $\fbox{31}$", "31"), (r"\fbox{\frac{1}{3}}", r"\frac{1}{3}"), (r"so $\boxed 31$.", "31"),
+    (r"\boxed 31, as said", "31"),
+    (r"$\boxed\frac{1}{3}$", r"\frac{1}{3}"), (r"\boxed -3.5.", "-3.5"), (r"$\boxed (3, 1)$",
+    "(3, 1)"), (r"\boxed31 is it", "31"),
+    (r"\[ \boxed{\frac{\sqrt{3}}{\{1\}}} \]", r"\frac{\sqrt{3}}{\{1\}}"), (r"\boxedly{31}", None),
+    (r"\boxed{31} in \boxed{}", "31"),
     # boxes that stand together
-    (r"So \boxed{4}, \boxed{6} and \boxed{9}.", "4, 6, 9"), (r"$x=\boxed{4}$ or $x=\boxed{6}$", "4, 6"), (r"\boxed{4} \boxed{4}", "4"),
-    ("$$\\boxed{4}$$\n\n$$\\boxed{4}$$", "4"), (r"$x=\boxed{4}$, $y=\boxed{6}$", "x=4, y=6"), (r"\boxed{4}\quad\text{or}\quad\boxed{6}", "4, 6"),
-    ("- $\\boxed{4}$\n- $\\boxed{6}$", "4, 6"), ("(a) \\boxed{4}\n(b) \\boxed{6}", "4, 6"), (r"\fbox{4}; \boxed 6", "4, 6"),
-    (r"\boxed{4}, \boxed{4}, \boxed{6}", "4, 4, 6"), (r"\boxed{4}, so \boxed{6}", "6"), (r"\boxed{4}. \boxed{6}", "6"), (r"\boxed{4} = \boxed{6}", "6"),
+    (r"So \boxed{4}, \boxed{6} and \boxed{9}.", "4, 6, 9"), (r"$x=\boxed{4}$ or $x=\boxed{6}$",
+    "4, 6"), (r"\boxed{4} \boxed{4}", "4"),
+    ("$$\\boxed{4}$$\n\n$$\\boxed{4}$$", "4"), (r"$x=\boxed{4}$, $y=\boxed{6}$", "x=4, y=6"),
+    (r"\boxed{4}\quad\text{or}\quad\boxed{6}", "4, 6"),
+    ("- $\\boxed{4}$\n- $\\boxed{6}$", "4, 6"), ("(a) \\boxed{4}\n(b) \\boxed{6}", "4, 6"),
+    (r"\fbox{4}; \boxed 6", "4, 6"),
+    (r"\boxed{4}, \boxed{4}, \boxed{6}", "4, 4, 6"), (r"\boxed{4}, so \boxed{6}", "6"),
+    (r"\boxed{4}. \boxed{6}", "6"), (r"\boxed{4} = \boxed{6}", "6"),
     # what stands last
-    ("Guess: \\boxed{30}. It fails.\n#### 31", "31"), ("\\boxed{30}\n\n**Answer:** 31", "31"), ("#### 30\nno, \\boxed{31}", "31"),
-    ("Answer: 30\nSo the answer is 31.", "31"), ("Answer: 30\n#### 31", "31"), ("#### 30\nAnswer: $\\boxed{31}$", "31"),
+    ("Guess: \\boxed{30}. It fails.\n#### 31", "31"), ("\\boxed{30}\n\n**Answer:** 31", "31"),
+    ("#### 30\nno, \\boxed{31}", "31"),
+    ("Answer: 30\nSo the answer is 31.", "31"), ("Answer: 30\n#### 31", "31"),
+    ("#### 30\nAnswer: $\\boxed{31}$", "31"),
     ("\\boxed{even}\n#### odd", "odd"), ("\\boxed{31}\nAnswer:", "31"),
     # a heading is no answer
-    ("\\boxed{31}\n#### Step 4: check\nfine", "31"), ("\\boxed{31}\n#### 2. Check it\nfine", "31"), ("\\boxed{31}\n#### Why this works\n1", "31"),
-    ("\\boxed{30}\n#### Final Answer\n31", "31"), ("#### no solution", "no solution"), ("##### 31", None), ("\\boxed{31}\n### 4", "31"),
+    ("\\boxed{31}\n#### Step 4: check\nfine", "31"), ("\\boxed{31}\n#### 2. Check it\nfine", "31"),
+    ("\\boxed{31}\n#### Why this works\n1", "31"),
+    ("\\boxed{30}\n#### Final Answer\n31", "31"), ("#### no solution", "no solution"),
+    ("##### 31", None), ("\\boxed{31}\n### 4", "31"),
     # what is thought is not stated
-    ("<think>\nmaybe \\boxed{30}\n</think>\nAnswer: 31", "31"), ("maybe \\boxed{30}</think>\n\n#### 31", "31"), ("<think>\\boxed{31}</think> No.", None),
-    ("<think>\nAnswer: 31", None), ("\\boxed{31} <think> \\boxed{30}", None), ("<think>a</think> 1 <think>b \\boxed{30}</think>\\boxed{31}", "31"),
+    ("<think>\nmaybe \\boxed{30}\n</think>\nAnswer: 31", "31"),
+    ("maybe \\boxed{30}</think>\n\n#### 31", "31"), ("<think>\\boxed{31}</think> No.", None),
+    ("<think>\nAnswer: 31", None), ("\\boxed{31} <think> \\boxed{30}", None),
+    ("<think>a</think> 1 <think>b \\boxed{30}</think>\\boxed{31}", "31"),
     ("<think>" + "so " * 10_000 + "\\boxed{31}", None),
 ])
 def test_what_a_completion_states(text, expected):
@@ -81,30 +111,41 @@ def test_what_a_completion_states(text, expected):
 
 @pytest.mark.parametrize("gold, completion, reward", [
     # a number is a number whatever its type face or unit
-    ("31", r"\boxed{\textbf{31}}", 1), ("31", r"\boxed{\mathbf{31}}", 1), ("31", r"\boxed{\text{31 pens}}", 1), ("31", r"\boxed{\boldsymbol{31}}", 1),
-    ("2/3", r"\boxed{\text{2/3}}", 1), ("36", r"\boxed{3\text{ dozen}}", 1), ("4500000", r"\boxed{4.5\text{ million}}", 1),
-    ("31", r"\boxed{g(x)=31}", 1), ("31", r"\boxed{31 = n}", 1), ("31", r"\boxed{\{31\}}", 1), ("31", r"\boxed{\text{\$31}}", 1),
-    ("31", r"\boxed{\textbf{13}}", 0), ("31", r"\boxed{\text{13 pens}}", 0), ("36", r"\boxed{2\text{ dozen}}", 0), ("3", r"\boxed{\sqrt{9}}", 0),
+    ("31", r"\boxed{\textbf{31}}", 1), ("31", r"\boxed{\mathbf{31}}", 1), ("31",
+    r"\boxed{\text{31 pens}}", 1), ("31", r"\boxed{\boldsymbol{31}}", 1),
+    ("2/3", r"\boxed{\text{2/3}}", 1), ("36", r"\boxed{3\text{ dozen}}", 1), ("4500000",
+    r"\boxed{4.5\text{ million}}", 1),
+    ("31", r"\boxed{g(x)=31}", 1), ("31", r"\boxed{31 = n}", 1), ("31", r"\boxed{\{31\}}", 1),
+    ("31", r"\boxed{\text{\$31}}", 1),
+    ("31", r"\boxed{\textbf{13}}", 0), ("31", r"\boxed{\text{13 pens}}", 0), ("36",
+    r"\boxed{2\text{ dozen}}", 0), ("3", r"\boxed{\sqrt{9}}", 0),
     ("31", r"\boxed{30+1}", 0), ("31", r"\boxed{31 = 30}", 0),
     # the value of a named quantity
-    ("31", r"\boxed{p+q = 14+17 = 31}", 1), ("31", r"\boxed{CD = 31}", 1), ("31", r"\boxed{p+q = 14+17 = 30}", 0), ("31", r"\boxed{p+q = 14+17}", 0),
+    ("31", r"\boxed{p+q = 14+17 = 31}", 1), ("31", r"\boxed{CD = 31}", 1), ("31",
+    r"\boxed{p+q = 14+17 = 30}", 0), ("31", r"\boxed{p+q = 14+17}", 0),
     # choices, with what they say or without
-    ("B", "Answer: (B) 31", 1), ("(B)", r"\boxed{\text{(B) } 31}", 1), (r"\text{(B)}", r"\boxed{B. 31}", 1), ("B", "Answer: B) the last", 1),
-    ("B", "Answer: (C) 31", 0), ("B", r"\boxed{31}", 0), ("B", "Answer: Ben", 0), ("yes", "**Answer:** Yes.", 1), ("yes", "**Answer:** No.", 0),
+    ("B", "Answer: (B) 31", 1), ("(B)", r"\boxed{\text{(B) } 31}", 1), (r"\text{(B)}",
+    r"\boxed{B. 31}", 1), ("B", "Answer: B) the last", 1),
+    ("B", "Answer: (C) 31", 0), ("B", r"\boxed{31}", 0), ("B", "Answer: Ben", 0), ("yes",
+    "**Answer:** Yes.", 1), ("yes", "**Answer:** No.", 0),
     ("no", r"\boxed{\text{No}}", 1),
     # lists
-    ("4,6,9", r"So \boxed{4}, \boxed{6} and \boxed{9}.", 1), ("4,6,9", r"So \boxed{4}, \boxed{6}.", 0), ("9", r"So \boxed{4}, \boxed{6}, \boxed{9}.", 0),
-    ("x=4, y=6", r"$y=\boxed{6}$ and $x=\boxed{4}$", 1), ("x=4, y=6", r"$y=\boxed{4}$ and $x=\boxed{6}$", 0),
+    ("4,6,9", r"So \boxed{4}, \boxed{6} and \boxed{9}.", 1), ("4,6,9",
+    r"So \boxed{4}, \boxed{6}.", 0), ("9", r"So \boxed{4}, \boxed{6}, \boxed{9}.", 0),
+    ("x=4, y=6", r"$y=\boxed{6}$ and $x=\boxed{4}$", 1), ("x=4, y=6",
+    r"$y=\boxed{4}$ and $x=\boxed{6}$", 0),
     # marks that are no ASCII
-    ("(4,1)", "\\boxed{\uff08\uff14\uff0c\uff11\uff09}", 1), ("(4,1)", "\\boxed{\uff08\uff11\uff0c\uff14\uff09}", 0), ("31", "Answer\uff1a\uff13\uff11", 1),
-    ("1/4", "#### \u00bc", 1), ("1/4", "#### \u00be", 0), ("3\\sqrt{2}", "\\boxed{3\u221a2}", 1), ("3\\sqrt{2}", "\\boxed{2\u221a3}", 0),
+    ("(4,1)", "\\boxed{\uff08\uff14\uff0c\uff11\uff09}", 1), ("(4,1)",
+    "\\boxed{\uff08\uff11\uff0c\uff14\uff09}", 0), ("31", "Answer\uff1a\uff13\uff11", 1),
+    ("1/4", "#### \u00bc", 1), ("1/4", "#### \u00be", 0), ("3\\sqrt{2}", "\\boxed{3\u221a2}", 1),
+    ("3\\sqrt{2}", "\\boxed{2\u221a3}", 0),
 ])
 def test_a_completion_earns_what_its_answer_is_worth(gold, completion, reward):
     assert rewards.math_answer(Example("How many are there?", gold), completion) == reward
 
 
 @pytest.mark.parametrize("prompt", ["Find p.", [{"role": "user", "content": "Find p."}],
-                                    [{"role": "user", "content": [{"type": "text", "text": "Find p."}, {"type": "image"}]}],
+                                    [{"role": "user", "content": [{"type": "image"}, {"text": "Find p."}]}],
                                     [{"role": "assistant", "content": None}], None, []])
 def test_a_prompt_may_be_a_string_a_chat_or_parts(prompt):
     example = Example(prompt, "(p+1)^2")
@@ -118,11 +159,16 @@ def test_an_expression_is_copied_from_a_part_of_a_chat_too():
 
 
 @pytest.mark.parametrize("problem, gold, completion", [
-    ("Which is odd? (A) 2 (B) 4 (C) 5", "(C)", r"\boxed{C}"), ("Which is odd? (A) 2 (B) 4 (C) 5", r"\text{C}", r"\boxed{(C)}"),
-    ("Is 6 even or odd?", r"\text{even}", r"\boxed{even}"), ("Tom and Ida race. Who wins?", r"\text{Ida}", r"\boxed{Ida}"),
-    ("Which of 4, 6, 8 and 9 are squares?", "9,4", r"\boxed{4, 9}"), ("Choose from 4,6,9,8.", r"\{4,6,9\}", r"\boxed{4,6,9}"),
-    (r"Is it $[0, 2)$ or $[0, 3)$?", r"\left[0,2\right)", r"\boxed{[0, 2)}"), (r"Is it $\frac{\pi}{3}$?", r"\pi/3", r"\boxed{\frac{\pi}{3}}"),
-    (r"Is $(3, 4)$ or $(4, 3)$ nearer?", "(3,4)", r"\boxed{\left(3, 4\right)}"), (r"Is $x > 2$ or $x < 2$?", r"(2, \infty)", r"\boxed{x > 2}")])
+    ("Which is odd? (A) 2 (B) 4 (C) 5", "(C)", r"\boxed{C}"), ("Which is odd? (A) 2 (B) 4 (C) 5",
+    r"\text{C}", r"\boxed{(C)}"),
+    ("Is 6 even or odd?", r"\text{even}", r"\boxed{even}"), ("Tom and Ida race. Who wins?",
+    r"\text{Ida}", r"\boxed{Ida}"),
+    ("Which of 4, 6, 8 and 9 are squares?", "9,4", r"\boxed{4, 9}"), ("Choose from 4,6,9,8.",
+    r"\{4,6,9\}", r"\boxed{4,6,9}"),
+    (r"Is it $[0, 2)$ or $[0, 3)$?", r"\left[0,2\right)", r"\boxed{[0, 2)}"),
+    (r"Is it $\frac{\pi}{3}$?", r"\pi/3", r"\boxed{\frac{\pi}{3}}"),
+    (r"Is $(3, 4)$ or $(4, 3)$ nearer?", "(3,4)", r"\boxed{\left(3, 4\right)}"),
+    (r"Is $x > 2$ or $x < 2$?", r"(2, \infty)", r"\boxed{x > 2}")])
 def test_what_has_nothing_to_compute_may_stand_in_the_problem(problem, gold, completion):
     assert rewards.math_answer(Example(problem, gold), completion) == 1.0
 
@@ -146,7 +192,8 @@ def test_what_has_nothing_to_compute_may_stand_in_the_problem(problem, gold, com
 ])
 def test_spellings_are_equal(forms):
     for gold in (forms[0], forms[-1]):
-        assert not [answer for answer in forms if not rewards.math_answer(Example("", gold), rf"\boxed{{{answer}}}")]
+        example = Example("", gold)
+        assert not [form for form in forms if not rewards.math_answer(example, rf"\boxed{{{form}}}")]
 
 
 @pytest.mark.parametrize("answer, gold", [
@@ -204,10 +251,10 @@ def test_distinct_gold_answers_stay_distinct(data_root):
         assert not any(rewards.math_answer(example, rf"\boxed{{{other}}}") for other in others)
 
 
-@pytest.mark.parametrize("file", ["gsm8k/test.jsonl", *(f"math_eval/{name}.jsonl" for name in SETS)])
+@pytest.mark.parametrize("file", ["gsm8k/test", *(f"math_eval/{name}" for name in SETS)])
 def test_golds_as_a_model_writes_them_and_their_neighbours(data_root, file):
     """The table of docs/answers.md, on every seventh problem of a set with many."""
-    examples = data.read(data_root / file)
+    examples = data.read(data_root / f"{file}.jsonl")
     found = list(spellings.graded(examples[:: 7 if len(examples) > 100 else 1]))
     right, wrong = ([row for row in found if row[0] is kind] for kind in (True, False))
     assert len(right) > 40 and len(wrong) > 40
@@ -216,11 +263,15 @@ def test_golds_as_a_model_writes_them_and_their_neighbours(data_root, file):
 
 
 def test_golds_of_every_kind_as_a_model_writes_them_and_their_neighbours():
-    golds = ("31", "-4", "1,250", "12500", "0.75", r"\frac{3}{8}", r"-\frac{17}{3}", "(4, 9)", r"\left( 3, \frac{\pi}{2} \right)", "4, 6, 9", "3,-1",
-             r"\text{Ida}", "(C)", r"2\sqrt{5}", "[2,7)", r"x^2-4x+1", r"\frac{\pi}{6}", "$31$", r"1 \pm \sqrt{2}")
+    golds = ("31", "-4", "1,250", "12500", "0.75", r"\frac{3}{8}", r"-\frac{17}{3}", "(4, 9)", r"\left( 3, \frac{\pi}{2} \right)",
+             "4, 6, 9", "3,-1",
+             r"\text{Ida}", "(C)", r"2\sqrt{5}", "[2,7)", r"x^2-4x+1", r"\frac{\pi}{6}", "$31$",
+             r"1 \pm \sqrt{2}")
     found = list(spellings.graded([Example("Find it.", gold) for gold in golds]))
     assert not [row for row in found if not row[-1]]
-    assert len(found) > 300 and {name for _, name, *_ in found} == {"last", *(spell.__name__ for spell in spellings.SPELLINGS)}
+    assert len(found) > 300
+    names = {spell.__name__ for spell in spellings.SPELLINGS}
+    assert {name for _, name, *_ in found} == {"last", *names}
 
 
 def test_an_empty_answer_is_never_right():
@@ -234,16 +285,19 @@ def test_an_empty_answer_is_never_right():
     "{" * 10**5 + "}" * 10**5, r"\boxed{" * 10**5, r"\frac{" * 10**5, "a " * 5 * 10**5, "1/" * 10**5, "\\" * 10**6,
     "-" * 10**5, r"\text{" * 10**5, "####" * 10**5, " " * 10**6, "Answer: " * 10**5, "#### " + "9" * 990,
     "#### " + "1 cm " * 190, "#### 1" + " /" * 400, "#### " + r"\text{a}" * 140, "1" + "0" * 4400,
-    r"\boxed a{" * 3000, r"\boxed{2}, " * 2000, "answer\n" * 3000, "Answer:\n- x\n" * 2000, "So the answer is $" * 1500, "Answer: " + ". A" * 7000 + "1",
-    "#### Word\n" * 2000, "> " * 10_000 + "answer", "Answer: " + "(see " * 4000, r"$x=\boxed{2}$ or " * 1200, "</think>" * 10**5, "Answer:" + "*_" * 9000,
-    "; answer is 1 a" * 1400, r"\boxed " + "{a{b}" * 4000, "the answer is $" + r"\a" * 9000, r"\boxed{1}" + "a_{aaaaaaaa" * 18 + r"\boxed{2}",
+    r"\boxed a{" * 3000, r"\boxed{2}, " * 2000, "answer\n" * 3000, "Answer:\n- x\n" * 2000,
+    "So the answer is $" * 1500, "Answer: " + ". A" * 7000 + "1",
+    "#### Word\n" * 2000, "> " * 10_000 + "answer", "Answer: " + "(see " * 4000,
+    r"$x=\boxed{2}$ or " * 1200, "</think>" * 10**5, "Answer:" + "*_" * 9000,
+    "; answer is 1 a" * 1400, r"\boxed " + "{a{b}" * 4000, "the answer is $" + r"\a" * 9000,
+    r"\boxed{1}" + "a_{aaaaaaaa" * 18 + r"\boxed{2}",
 ])
 def test_hostile_text_costs_nothing(hostile, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    example, started = Example("", "1"), time.perf_counter()
+    example, started = Example("", "1"), time.process_time()
     for text in (hostile, rf"\boxed{{{hostile}}}", f"#### {hostile}", f"Answer: {hostile}"):
         assert rewards.math_answer(example, text) == 0.0
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
     assert not list(tmp_path.iterdir())
 
 

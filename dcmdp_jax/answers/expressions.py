@@ -349,8 +349,10 @@ class Expressions(Cursor):
             return self.variable(f"{name}{{{self.raw()}}}")
         if name in SHAPES:
             letters = []
-            while self.kind() in ("word", "name") or self.peek() in _LETTERS:
+            while self.kind() in ("word", "name", "'") or self.peek() in _LETTERS:
                 letters.append(self.take(self.peek()))
+                if self.take("_"):
+                    letters.append("_" + self.subscript())
             return "var", name + "".join(letters)
         if name in _LETTERS or name.startswith(r"\mathbb"):
             return self.variable(name)

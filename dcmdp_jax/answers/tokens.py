@@ -106,7 +106,7 @@ def number(text: str) -> Fraction:
     digits, _, exponent = text.lower().partition("e")
     if abs(int(exponent or 0)) > LARGEST_EXPONENT or len(digits) > DIGITS:
         raise Unreadable("too large a number")
-    return Fraction(digits.removesuffix(".")) * Fraction(10) ** int(exponent or 0)
+    return Fraction("0" + digits.removesuffix(".")) * Fraction(10) ** int(exponent or 0)
 
 
 def _lexemes(text: str) -> list[Token]:
