@@ -140,6 +140,9 @@ def watched(asked: Callable[[], bool], slow: Callable[[int], None]) -> Iterator[
     """
     watch, done = Watch(), threading.Event()
     main = threading.get_ident()
+    if threading.current_thread() is not threading.main_thread():
+        yield watch  # signals are not for this thread
+        return
 
     def leave(number, frame):
         if watch.inside:

@@ -211,7 +211,6 @@ def test_wandb_itself_takes_the_rows(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flag, module, package", [("tensorboard", "tensorboardX", "'dcmdp-jax[report]'"),
                                                    ("wandb", "wandb", "wandb")])
 def test_an_absent_logger_says_what_to_install_and_touches_nothing(tmp_path, monkeypatch, flag, module, package):
-    fill(tmp_path, (1, 2))
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=re.escape(f"{flag}=True needs {module}; pip install {package}")):
         metrics.Log(tmp_path, make_config(**{flag: True}))
