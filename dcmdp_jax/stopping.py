@@ -85,13 +85,11 @@ def _listening(hear: Callable[[int], None]) -> Iterator[None]:
     """Has a thread call `hear` with the number of each signal that has a handler, as it comes."""
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    end = threading.Event()
 
     def listen() -> None:
         while numbers := reader.recv(64):
             for number in numbers:
-                if not end.is_set():
-                    hear(number)
+                hear(number)
 
     thread = threading.Thread(target=listen, daemon=True)
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
@@ -99,7 +97,6 @@ def _listening(hear: Callable[[int], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        end.set()
         signal.set_wakeup_fd(before)
         writer.close()  # ends the thread
         thread.join()
@@ -185,4 +182,4 @@ def watched(asked: Callable[[], bool], slow: Callable[[int], None]) -> Iterator[
 
 def _arm() -> None:
     """Leaves the function by a timer, too: no thread runs where a function keeps the interpreter's lock."""
-    signal.setitimer(signal.ITIMER_VIRTUAL, PATIENCE, PATIENCE)
+    signal.setitimer(signal.ITIMER_VIRTUAL, PATIENCE / 2, PATIENCE)  # of the process's own time
