@@ -332,11 +332,12 @@ def recorded(config: Config, record: dict) -> Config:
 def read_record(workdir: pathlib.Path) -> dict:
     """A run's `config.json`. Raises ValueError, with the remedy, where it is gone or damaged."""
     file = workdir / RECORD
-    remedy = ("put back a copy of it: the same command writes the same file when it is started in another --workdir")
+    remedy = ("put a copy back; one is written where the command that began the run, with its options, is started in another "
+              "--workdir")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{file} is gone, and with it what the run there is; {remedy}") from None
+        raise ValueError(f"{file} is gone, so that what the run was made with is not known; {remedy}") from None
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}); {remedy}") from None
     if not isinstance(found, dict):
