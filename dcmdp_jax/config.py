@@ -89,7 +89,7 @@ class ModelSource:
 class DataConfig:
     """What is asked, and how the answer is judged."""
 
-    verifier: Callable  # (example, text) -> reward
+    verifier: Callable  # (example, text) -> reward, on any scale; text is empty where the length limit cut it off
     path: str = ""  # JSONL or Parquet; empty: `task`
     task: Any = None  # a generated task (`tasks.Chain(...)`)
     eval_path: str = ""  # held-out problems; empty: the task's own where it asks, else none

@@ -13,8 +13,8 @@ from typing import IO, Any, NamedTuple
 
 import jax
 
-from dcmdp_jax import (calibrate, checkpoint, data, evaluate, gaps, hosts, lock, metrics, report, rewards, sharding, step, stopping, sync,
-                       tokenizer, warmup)
+from dcmdp_jax import (calibrate, checkpoint, data, evaluate, gaps, hosts, lock, metrics, report, rewards, sharding, step,
+                       stopping, sync, tokenizer, warmup)
 from dcmdp_jax.config import (RECORD, Calibrated, Config, ModelConfig, Precision, RolloutConfig, differences, read_record,
                               to_json, unknown, updated, with_tolerance)
 from dcmdp_jax.models import qwen3, weights
@@ -71,7 +71,8 @@ def run(config: Config, workdir: pathlib.Path, inputs: Inputs, at_once: bool = F
             state = _walk(config, workdir, inputs, saved, log, asked, restored)
         saved.close()
         if int(state.step) < config.steps:
-            raise stopping.Interrupted(f"stopped after step {int(state.step)} of {config.steps}; everything is saved in {workdir}")
+            raise stopping.Interrupted(f"stopped after step {int(state.step)} of {config.steps}; everything is saved in "
+                                       f"{workdir}")
         if jax.process_index() == 0:
             report.write(workdir)
     return state
