@@ -20,8 +20,9 @@ def sentence(error: BaseException) -> str | None:
     if users_line(error):
         return described(error)
     frames = traceback.extract_tb(error.__traceback__)
-    refused = isinstance(error, ValueError) and frames and frames[-1].filename.startswith(OWN)
-    return message(error) if refused or isinstance(error, (OSError, ImportError)) else None
+    if isinstance(error, ValueError) and frames and frames[-1].filename.startswith(OWN):
+        return str(error)
+    return message(error) if isinstance(error, (OSError, ImportError)) else None
 
 
 def described(error: BaseException) -> str:

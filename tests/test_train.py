@@ -1,6 +1,7 @@
 """The loop as its user sees it: resume is exact, interruption saves, bad input is one sentence and touches nothing."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import cli, config, data, metrics, sharding, train
+from dcmdp_jax import cli, config, data, metrics, sharding, tasks, train
 from dcmdp_jax.checkpoint import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -220,14 +221,15 @@ def test_another_experiment_cannot_take_over_a_run(tmp_path):
 
 
 def broken_from(call, monkeypatch, what):
-    """The quickstart's verifier, which gives `what()` at that call and from then on."""
-    calls, right = [], train.rewards._reward
+    """Has the quickstart's verifier do `what()` from that call on; returns the right one."""
+    calls, right = [], tasks.Chain.reward
 
-    def reward(verifier, example, text):
+    @functools.wraps(right)
+    def reward(self, example, text):
         calls.append(None)
-        return right(verifier if len(calls) < call else lambda *_: what(), example, text)
+        return right(self, example, text) if len(calls) < call else what()
 
-    monkeypatch.setattr(train.rewards, "_reward", reward)
+    monkeypatch.setattr(tasks.Chain, "reward", reward)
     return right
 
 
@@ -242,7 +244,7 @@ def test_a_verifier_that_fails_leaves_every_step_before_saved(tmp_path, capsys, 
     said = err.splitlines()[-1]
     assert said.startswith("dcmdp: the verifier ") and "ZeroDivisionError: division by zero; go on with: dcmdp train" in said
     assert "Traceback" not in err
-    monkeypatch.setattr(train.rewards, "_reward", right)
+    monkeypatch.setattr(tasks.Chain, "reward", right)
     assert cli.main(["train", QUICKSTART, "--workdir", str(tmp_path / "a")]) == 0
     train.train(tiny(**changes), tmp_path / "b")
     assert_same_run(tmp_path / "a", tmp_path / "b", tiny(**changes))
@@ -258,7 +260,7 @@ def test_a_verifier_that_hangs_is_left_and_its_batch_asked_again(tmp_path, monke
     assert cli.main(command(tmp_path / "a", steps=2)) == 130
     assert time.monotonic() - began < 300
     assert "stopped after step 1 of 2; everything is saved" in capsys.readouterr().out
-    monkeypatch.setattr(train.rewards, "_reward", right)
+    monkeypatch.setattr(tasks.Chain, "reward", right)
     assert cli.main(["train", QUICKSTART, "--workdir", str(tmp_path / "a")]) == 0
     train.train(tiny(steps=2), tmp_path / "b")
     assert_same_run(tmp_path / "a", tmp_path / "b", tiny(steps=2))
