@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from dcmdp_jax import checkpoint, constraint, sharding, step
-from dcmdp_jax.config import Calibrated, Config, ModelConfig, with_tolerance
+from dcmdp_jax.config import RECORD, Calibrated, Config, ModelConfig, with_tolerance
 from dcmdp_jax.constraint import Calibration
 from dcmdp_jax.records import Batch
 
@@ -76,12 +76,23 @@ def write(found: Calibration, wanted: Calibrated, workdir: pathlib.Path) -> None
     (workdir / FILE).write_text(json.dumps(record, indent=2) + "\n")
 
 
+def read(workdir: pathlib.Path) -> dict[str, float]:
+    """What `write` has recorded. Raises ValueError where that is damaged."""
+    file = workdir / FILE
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return {name: record[name] for name in ("slack", "batches", "tolerance")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}); {RECORD} beside it holds the tolerance: set "
+                         f"--constraint.tolerance to it and move {FILE} away") from None
+
+
 def wanted(config: Config, workdir: pathlib.Path) -> Calibrated:
     """What the experiment asks for, else what the run in `workdir` was measured with, else the defaults."""
     if isinstance(config.constraint.tolerance, Calibrated):
         return config.constraint.tolerance
     if (workdir / FILE).is_file():
-        record = json.loads((workdir / FILE).read_text())
+        record = read(workdir)
         return Calibrated(record["slack"], record["batches"])
     return Calibrated()
 
@@ -91,7 +102,7 @@ def recalled(config: Config, workdir: pathlib.Path) -> Config:
     wanted, file = config.constraint.tolerance, workdir / FILE
     if not (isinstance(wanted, Calibrated) and checkpoint.steps(workdir) and file.is_file()):
         return config
-    record = json.loads(file.read_text())
+    record = read(workdir)
     if (record["slack"], record["batches"]) != (wanted.slack, wanted.batches):
         raise ValueError(f"{workdir} holds a run calibrated with slack={record['slack']} and batches={record['batches']}, "
                          f"not {wanted.slack} and {wanted.batches}; choose another --workdir, or the old values")

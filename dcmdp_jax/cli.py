@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import pathlib
 import sys
 from collections.abc import Callable
 from functools import partial
+
+from dcmdp_jax import faults, terminal
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -141,13 +142,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"dcmdp: {error}; the core alone does not train or sample, install requirements.txt or dcmdp-jax[jetstream]",
               file=sys.stderr)
         return 2
-    except (ValueError, ImportError, OSError) as error:
-        print(f"dcmdp: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("dcmdp: stopped before the start; nothing is changed", file=sys.stderr)
+        return 130
+    except Exception as error:
+        said = faults.sentence(error)
+        if said is None and not isinstance(error, ValueError):
+            raise
+        print(f"dcmdp: {said or error}", file=sys.stderr)
         return 2
     return job()
 
 
 def _train(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
+    terminal.outlive_streams()
     config, workdir = _experiment(args, rest)
     if args.fields:
         return partial(_print_fields, config)
@@ -156,6 +164,7 @@ def _train(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
         raise ValueError("one of several processes is given --coordinator HOST:PORT, --processes N and --process I, or "
                          "--distributed alone")
     from dcmdp_jax import hosts, train
+    from dcmdp_jax.checkpoint import NoneWhole
     from dcmdp_jax.stopping import Failed, Interrupted
 
     if args.coordinator or args.distributed:
@@ -163,15 +172,25 @@ def _train(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     with hosts.watched():
         inputs = train.prepare(config, workdir)
 
-    def job() -> int:  # what goes wrong from here on is no bad input and shows its traceback
+    def job() -> int:  # a fault of the project's own shows its traceback
+        again = f"go on with: dcmdp train {args.experiment} --workdir {workdir}"
         try:
             with hosts.watched():
-                train.run(config, workdir, inputs)
+                train.run(config, workdir, inputs, at_once=True)
         except Interrupted as stop:
-            hosts.say(f"{stop}; go on with: dcmdp train {args.experiment} --workdir {workdir}")
+            hosts.say(f"{stop}; {again}")
             return 130
+        except NoneWhole as error:
+            print(f"dcmdp: {error}", file=sys.stderr)
+            return 2
         except Failed as error:
             print(f"dcmdp: {error}", file=sys.stderr)
+            return 1
+        except Exception as error:
+            said = faults.sentence(error)
+            if said is None:
+                raise
+            print(f"dcmdp: {said}; {again}", file=sys.stderr)
             return 1
         hosts.say(f"finished; see {workdir / 'report.html'}")
         return 0
@@ -189,13 +208,13 @@ def _print_fields(config) -> int:
 
 def _experiment(args: argparse.Namespace, rest: list[str]):
     """The experiment's configuration, as recorded where its folder holds a run already, with the options on top."""
-    from dcmdp_jax.config import differences, load_experiment, override, recorded, to_json
+    from dcmdp_jax.config import differences, load_experiment, override, read_record, recorded, to_json
 
     config, options = load_experiment(args.experiment), _overrides(rest)
     workdir = pathlib.Path(args.workdir or f"runs/{config.name}")
     if any((workdir / "checkpoints").glob("[0-9]*")):
         written = to_json(config)
-        config = recorded(config, json.loads((workdir / "config.json").read_text()))
+        config = recorded(config, read_record(workdir))
         kept = [f"{name}={old}" for name, (_, old) in differences(written, to_json(config)).items() if name not in options]
         if kept:
             print(f"{workdir} goes on with its own {', '.join(kept)}", file=sys.stderr)
@@ -259,7 +278,7 @@ def _diagnose(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     diagnose.check(config)
     inputs = train.read_inputs(config)
     policy = parity.load(config, inputs, workdir)
-    other = diagnose.other_version(config, inputs, workdir)
+    other = diagnose.other_version(config, inputs, workdir, policy)
 
     def job() -> int:
         found = diagnose.diagnose(config, inputs, policy, other, probe=args.all)
@@ -406,7 +425,7 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
 
     def job() -> int:
         try:
-            with requests() as asked:
+            with requests(at_once=True) as asked:
                 figures = eval_sets.run(evaluation, asked, say)
         except Interrupted:
             say("stopped, and every ended sample is kept; the same command goes on")

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import numbers
+import json
 import pathlib
 import runpy
 import sys
@@ -17,6 +18,10 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from dcmdp_jax import faults
+
+RECORD = "config.json"  # of a run, in its work folder
 
 
 LARGEST = 2**31 - 1  # of whole numbers, which programs hold as int32
@@ -103,7 +108,7 @@ class ModelSource:
 class DataConfig:
     """What is asked, and how the answer is judged."""
 
-    verifier: Callable  # (example, text) -> reward
+    verifier: Callable  # (example, text) -> reward, on any scale; text is empty where the length limit cut it off
     path: str = ""  # JSONL or Parquet; empty: `task`
     task: Any = None  # a generated task (`tasks.Chain(...)`)
     eval_path: str = ""  # held-out problems; empty: the task's own where it asks, else none
@@ -385,6 +390,60 @@ def recorded(config: Config, record: dict) -> Config:
     return override(config, {name: str(value) for name, value in found.items() if value is not None})
 
 
+def read_record(workdir: pathlib.Path) -> dict:
+    """A run's `config.json`. Raises ValueError, with the remedy, where it is gone or damaged."""
+    file = workdir / RECORD
+    remedy = ("put a copy back; one is written where the command that began the run, with its options, is started in another "
+              "--workdir")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file} is gone, so that what the run was made with is not known; {remedy}") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); {remedy}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is damaged (it holds no object); {remedy}")
+    return found
+
+
+def updated(record: dict, config: Any) -> dict:
+    """A record of `to_json` as this version writes it: fields that it lacks have their defaults, and fields that are unknown
+    today are left out where they are not set to anything."""
+    fields = {item.name: item for item in dataclasses.fields(config)}
+    found = {}
+    for name, item in fields.items():
+        value = getattr(config, name)
+        if name not in record:
+            found[name] = to_json(_default(item, value))
+        elif dataclasses.is_dataclass(value) and isinstance(record[name], dict):
+            found[name] = updated(record[name], value)
+        else:
+            found[name] = record[name]
+    return found | {name: value for name, value in record.items() if name not in fields and _is_set(value)}
+
+
+def _default(item: dataclasses.Field, value: Any) -> Any:
+    """A field's default; `value` where it has none."""
+    if item.default is not dataclasses.MISSING:
+        return item.default
+    return value if item.default_factory is dataclasses.MISSING else item.default_factory()
+
+
+def _is_set(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_is_set(item) for item in value.values())
+    return bool(value)
+
+
+def unknown(name: str, record: Any) -> bool:
+    """Whether a record of `to_json` has no field of that dotted name."""
+    for part in name.split("."):
+        if not isinstance(record, dict) or part not in record:
+            return True
+        record = record[part]
+    return False
+
+
 def to_json(config: Any) -> Any:
     """The resolved configuration as plain JSON values; functions appear by their qualified names."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
@@ -421,7 +480,7 @@ def load_experiment(path: str) -> Config:
 def run_file(path: str, kind: str) -> dict[str, Any]:
     """What a Python file defines; it may import its neighbours, as a script may.
 
-    Raises ValueError where there is no file, and where it imports what is not there.
+    Raises ValueError where there is no file, where it imports what is not there, and where it fails, with its own line.
     """
     file = pathlib.Path(path)
     if not file.is_file():
@@ -434,6 +493,8 @@ def run_file(path: str, kind: str) -> dict[str, Any]:
     except ModuleNotFoundError as error:
         raise ValueError(f"{kind} {path} imports {error.name!r}, which is neither in its folder nor installed "
                          "(requirements.txt has what dcmdp_jax itself needs)") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{kind} {path} fails at {faults.described(error)}") from error
 
 
 def _replace(config: Any, changes: dict[tuple[str, ...], Any]) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import html
+import math
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -255,16 +256,16 @@ def measure(trainer: np.ndarray, engine: np.ndarray, sampled: Rollout) -> Gap:
                figures.clipped)
 
 
-def other_version(config: Config, inputs: train.Inputs, workdir: pathlib.Path) -> parity.Policy | None:
-    """What `parity.load`'s weights can be compared with, if there is any.
+def other_version(config: Config, inputs: train.Inputs, workdir: pathlib.Path, policy: parity.Policy) -> parity.Policy | None:
+    """What `policy`, `parity.load`'s, can be compared with, if there is any.
 
-    The newest weights, where a run samples from stale ones; else those of the checkpoint before the newest.
+    The newest weights, where a run samples from stale ones; else those of the checkpoint before.
     """
-    steps = checkpoint.steps(workdir)[-1 if config.rollout.staleness else -2:]
-    if len(steps) < (1 if config.rollout.staleness else 2):
+    before = math.inf if config.rollout.staleness else policy.version
+    if not any(number < before for number in checkpoint.steps(workdir)):
         return None
-    state, _ = parity.restore(config, inputs, workdir, steps[0])
-    return parity.Policy(state.params, int(state.step), f"checkpoint {steps[0]} of {workdir}")
+    state, _ = checkpoint.read(workdir, step.abstract_state(config, inputs.model, inputs.mesh), before)
+    return parity.Policy(state.params, int(state.step), f"checkpoint {int(state.step)} of {workdir}")
 
 
 def floor(found: Blame) -> float:

@@ -15,13 +15,13 @@ import pathlib
 import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dcmdp_jax import data, rewards, scores, sharding, sync, tokenizer
+from dcmdp_jax import data, lock, rewards, scores, sharding, sync, tokenizer
 from dcmdp_jax.answers import judge
 from dcmdp_jax.config import MeshConfig, Precision, differences
 from dcmdp_jax.models import qwen3, weights
@@ -91,6 +91,7 @@ class Evaluation:
     vocabulary: tokenizer.Tokenizer
     sets: tuple[Asked, ...]
     max_length: int  # positions of the longest prompt and its completion
+    lock: IO[str]  # on the work folder, until `run` ends
 
 
 def prepare(options: Options, workdir: pathlib.Path) -> Evaluation:
@@ -120,10 +121,10 @@ def prepare(options: Options, workdir: pathlib.Path) -> Evaluation:
         raise ValueError(f"{stray[0]} is there but {path} is not; give another --workdir, or move the file away")
     for item in sets:
         _kept(item)  # so that a strange line is named now
-    workdir.mkdir(parents=True, exist_ok=True)
+    held = lock.take(workdir)
     _write(path, json.dumps(record, indent=2) + "\n")
     longest = max(int(item.prompts.lengths.max()) for item in sets)
-    return Evaluation(options, workdir, vocabulary, sets, longest + options.max_tokens)
+    return Evaluation(options, workdir, vocabulary, sets, longest + options.max_tokens, held)
 
 
 def run(evaluation: Evaluation, asked: Callable[[], bool] = lambda: False,
@@ -137,9 +138,10 @@ def run(evaluation: Evaluation, asked: Callable[[], bool] = lambda: False,
     figures = {}
     library = judge.library()
     given_up = library.given_up
-    for item in evaluation.sets:
-        lines = _fill(evaluation, item, started, asked, say)
-        figures[item.name] = _figures(item, lines)
+    with evaluation.lock:
+        for item in evaluation.sets:
+            lines = _fill(evaluation, item, started, asked, say)
+            figures[item.name] = _figures(item, lines)
     if count := library.given_up - given_up:
         say(f"{count} comparisons took longer than {library.seconds:g} s, or too much memory, and count as wrong")
     path = evaluation.workdir / "summary.json"

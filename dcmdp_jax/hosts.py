@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import hashlib
 import pathlib
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from dcmdp_jax import rollcall, sharding
+from dcmdp_jax import faults, rollcall, sharding
 from dcmdp_jax.config import MeshConfig, RolloutConfig
 from dcmdp_jax.stopping import Failed, Interrupted
 
@@ -84,7 +85,10 @@ def watched() -> Iterator[None]:
         if _roll is None:
             raise
         time.sleep(NEWS_SECONDS)  # a collective fails here where another process is lost, which the roll tells and ends
-        traceback.print_exc()
+        if said := faults.sentence(error):
+            print(f"dcmdp: {said}", file=sys.stderr)
+        else:
+            traceback.print_exc()
         _roll.end(f"process {jax.process_index()} failed with {type(error).__name__}")
 
 
@@ -105,6 +109,20 @@ def agreed() -> Iterator[None]:
     for process, text in enumerate(texts):
         if text:
             raise Refused(f"process {process} refuses: {text}")
+
+
+def alike(error: Exception) -> bool:
+    """Whether all processes raise that at the same place."""
+    return jax.process_count() == 1 or isinstance(error, Refused)
+
+
+@contextlib.contextmanager
+def tried(failure: str) -> Iterator[None]:
+    """What fails inside is told, after `failure`, and passed over: something worse is being raised already."""
+    try:
+        yield
+    except Exception as error:
+        say(f"{failure}: {faults.kind(error)}")
 
 
 def check_same(text: str, name: str) -> None:

@@ -14,6 +14,8 @@ JSON has no NaN: a value that is not finite is `null`, and `non_finite` in the s
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
 import math
 import os
@@ -21,12 +23,12 @@ import pathlib
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
-from dcmdp_jax import fields, terminal
+from dcmdp_jax import faults, fields, terminal
 from dcmdp_jax.config import Config
 
 FILE, GAPS = "metrics.jsonl", "gaps.jsonl"
@@ -45,8 +47,8 @@ STATUS = (("reward", "reward {:.3f}"), ("reward_eval_infer", "held-out engine {:
 class Log:
     """A run's rows in `workdir/metrics.jsonl`, its progress on stderr, and TensorBoard or Weights & Biases when asked.
 
-    Opening drops the rows from `first_step` on (`truncate`): a resumed run's file equals an uninterrupted one's. Raises
-    ImportError where `config.tensorboard` or `config.wandb` asks for what is not installed.
+    Opening drops the rows from `first_step` on (`truncate`): a resumed run's file equals an uninterrupted one's. A logger
+    that fails is a warning, and is left out from there on.
     """
 
     def __init__(self, workdir: str | os.PathLike, config: Config, *, first_step: int = 1):
@@ -55,8 +57,12 @@ class Log:
             return
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        self._tensorboard = _tensorboard_writer(workdir, first_step) if config.tensorboard else None
-        self._wandb = _wandb_run(workdir, config.name) if config.wandb else None
+        self.step = first_step - 1  # of the last row
+        self._loggers: dict[str, Any] = {}
+        if config.tensorboard:
+            self._begin("TensorBoard", lambda: _TensorBoard(workdir, first_step))
+        if config.wandb:
+            self._begin("Weights & Biases", lambda: _WeightsAndBiases(workdir, config.name))
         truncate(workdir, first_step - 1)
         self._file, self._gaps = open(workdir / FILE, "a", encoding="utf-8"), workdir / GAPS
         self._latest: dict[str, Any] = {}  # keeps the last evaluation on show between evaluations
@@ -77,11 +83,8 @@ class Log:
         values = {key: _number(key, value) for key, value in values.items()}
         self._file.write(json.dumps(_row(step, values), allow_nan=False) + "\n")
         self._file.flush()
-        if self._tensorboard:
-            for key, value in values.items():
-                self._tensorboard.add_scalar(key, value, step)
-        if self._wandb:
-            self._wandb.log(values | {"step": step})
+        self.step = step
+        self._each(lambda logger: logger.write(step, values))
         self._latest |= values
         if step == 1:
             self._progress.view.floor = floor({"step": step, **values})
@@ -97,10 +100,21 @@ class Log:
         if not self._writes:
             return
         self._file.close()
-        if self._tensorboard:
-            self._tensorboard.close()
-        if self._wandb:
-            self._wandb.finish()
+        self._each(lambda logger: logger.close())
+
+    def _begin(self, name: str, start: Callable[[], Any]) -> None:
+        try:
+            self._loggers[name] = start()
+        except Exception as error:
+            _warn(name, error)
+
+    def _each(self, call: Callable[[Any], None]) -> None:
+        for name, logger in list(self._loggers.items()):
+            try:
+                call(logger)
+            except Exception as error:
+                del self._loggers[name]
+                _warn(name, error)
 
     def __enter__(self) -> Log:
         return self
@@ -238,24 +252,66 @@ def _row(step: int, values: Mapping[str, bool | int | float]) -> dict[str, Any]:
     return row | {"non_finite": non_finite} if non_finite else row
 
 
-def _tensorboard_writer(workdir: pathlib.Path, first_step: int) -> Any:
-    try:
+def check_loggers(config: Config) -> None:
+    """Raises ImportError where `config.tensorboard` or `config.wandb` asks for what cannot be imported."""
+    wanted = {"tensorboardX": (config.tensorboard, "tensorboard=True", "pip install 'dcmdp-jax[report]'"),
+              "wandb": (config.wandb, "wandb=True", "pip install wandb")}
+    for module, (asked, option, remedy) in wanted.items():
+        if not asked:
+            continue
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise ImportError(f"{option} needs {module}; {remedy}") from error
+        except Exception as error:  # a broken installation fails in ways of its own
+            raise ImportError(f"{option} needs {module}, which fails to import ({faults.kind(error)}); {remedy}") from error
+
+
+def keep_aside(workdir: pathlib.Path) -> None:
+    """Renames the rows of a run that has lost its checkpoints, and says so; it starts anew."""
+    if jax.process_index() != 0:
+        return
+    for path in (workdir / FILE, workdir / GAPS):
+        if path.is_file() and path.stat().st_size:
+            number = next(i for i in itertools.count(1) if not path.with_name(f"{path.name}.{i}").exists())
+            aside = path.with_name(f"{path.name}.{number}")
+            path.rename(aside)
+            print(f"{workdir} holds no checkpoint and starts anew; its old rows are kept in {aside}", file=sys.stderr)
+
+
+def _warn(name: str, error: Exception) -> None:
+    print(f"{name} failed ({faults.kind(error)}); the run goes on without it, and {FILE} holds every row",
+          file=sys.stderr, flush=True)
+
+
+class _TensorBoard:
+    def __init__(self, workdir: pathlib.Path, first_step: int):
         from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ImportError("tensorboard=True needs tensorboardX; pip install 'dcmdp-jax[report]'") from error
-    # purge_step hides the events of steps that a resumed run takes again.
-    return SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
+
+        # purge_step hides the events of steps that a resumed run takes again.
+        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
 
 
-def _wandb_run(workdir: pathlib.Path, name: str) -> Any:
-    try:
+class _WeightsAndBiases:
+    def __init__(self, workdir: pathlib.Path, name: str):
         import wandb
-    except ImportError as error:
-        raise ImportError("wandb=True needs wandb; pip install wandb") from error
-    identity = workdir / "wandb_id"  # a resumed run continues the same W&B run
-    if not identity.exists():
-        identity.write_text(uuid.uuid4().hex, encoding="utf-8")
-    run = wandb.init(project="dcmdp_jax", name=name, dir=str(workdir), id=identity.read_text(encoding="utf-8"),
-                     resume="allow")
-    run.define_metric("*", step_metric="step")  # W&B's own counter refuses to go back to a checkpoint's step
-    return run
+
+        identity = workdir / "wandb_id"  # a resumed run continues the same W&B run
+        if not identity.exists():
+            identity.write_text(uuid.uuid4().hex, encoding="utf-8")
+        self._run = wandb.init(project="dcmdp_jax", name=name, dir=str(workdir), id=identity.read_text(encoding="utf-8"),
+                               resume="allow")
+        self._run.define_metric("*", step_metric="step")  # W&B's own counter refuses to go back to a checkpoint's step
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        self._run.log({**values, "step": step})
+
+    def close(self) -> None:
+        self._run.finish()

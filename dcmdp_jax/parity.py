@@ -18,7 +18,7 @@ from dcmdp_jax import checkpoint, constraint, data, sharding, step, sync, train
 from dcmdp_jax.config import Calibrated, Config, ModelConfig, Precision
 from dcmdp_jax.losses import diagnostics
 from dcmdp_jax.models import qwen3, scoring, weights
-from dcmdp_jax.records import Rollout, Scored, TrainState, Weights
+from dcmdp_jax.records import Rollout, Scored, Weights
 from dcmdp_jax.rollout.generate import rollout
 from dcmdp_jax.rollout.jetstream import Engine
 
@@ -59,15 +59,15 @@ class Parity(NamedTuple):
 
 
 def load(config: Config, inputs: train.Inputs, workdir: pathlib.Path) -> Policy:
-    """What the next batch is sampled from: the newest checkpoint in `workdir`, else the model's folder, else noise.
+    """What the next batch is sampled from: the newest whole checkpoint in `workdir`, else the model's folder, else noise.
 
     The prompts go on from where that checkpoint left them.
     """
-    if steps := checkpoint.steps(workdir):
-        state, position = restore(config, inputs, workdir, steps[-1])
+    if checkpoint.steps(workdir):
+        state, position = checkpoint.read(workdir, step.abstract_state(config, inputs.model, inputs.mesh))
         inputs.prompts.set_state(position)
         params, version = step.sampled_from(state)
-        return Policy(params, int(version), f"checkpoint {steps[-1]} of {workdir}"
+        return Policy(params, int(version), f"checkpoint {int(state.step)} of {workdir}"
                       + (f", weights of step {int(version)}" if state.stale else ""))
     place = step.state_shardings(config, inputs.model, inputs.mesh).params
     if config.model.folder:
@@ -82,11 +82,6 @@ def starting(config: Config, inputs: train.Inputs) -> Policy:
         params = train.starting_weights(config, inputs, pathlib.Path(folder), lambda: False)
     origin = config.model.folder or "random weights"
     return Policy(params, 0, f"{origin}, after {config.warmup.steps} steps of warm-up" if config.warmup.steps else origin)
-
-
-def restore(config: Config, inputs: train.Inputs, workdir: pathlib.Path, number: int) -> tuple[TrainState, Any]:
-    """Checkpoint `number` and its data position (`checkpoint.read`). Raises ValueError where it does not fit the model."""
-    return checkpoint.read(workdir, number, step.abstract_state(config, inputs.model, inputs.mesh))
 
 
 def sample(engine: Engine, policy: Weights, config: Config, inputs: train.Inputs, number: int) -> Rollout:

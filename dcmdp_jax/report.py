@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from dcmdp_jax import fields, metrics, mismatch
 from dcmdp_jax.charts import ENGINE, FAINT, NEUTRAL, TRAINER, Panel, Series, chart, finite
+from dcmdp_jax.config import RECORD, read_record
 
 
 NUMBERS = (("steps",), ("eval", "prompts"), ("constraint", "tolerance"),
@@ -256,10 +257,10 @@ def _cost(rows: list[dict[str, Any]]) -> str:
 
 
 def load(workdir: str | os.PathLike) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    path = pathlib.Path(workdir) / "config.json"
+    path = pathlib.Path(workdir) / RECORD
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give the folder of a run")
-    return json.loads(path.read_text(encoding="utf-8")), metrics.read(workdir)
+    return read_record(path.parent), metrics.read(workdir)
 
 
 def check(config: dict[str, Any], workdir: str | os.PathLike) -> None:

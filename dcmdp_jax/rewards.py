@@ -4,15 +4,20 @@ cost bounded in advance."""
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from dcmdp_jax import faults, stopping
 from dcmdp_jax.answers import compare, judge
 from dcmdp_jax.answers.computed import is_computed, is_number
 from dcmdp_jax.answers.stated import final_answer
 from dcmdp_jax.records import Example, Rollout, Scored
+
+SHORT = 60  # characters of a prompt in a message
+
 _CHOICE = re.compile(r"(?:\\text\w*\s*\{)?\(?[A-J]\)?\}?")
 # a choice with what it says, as (B) 12
 _CHOSEN = re.compile(r"(?:\\text\w*\s*\{)?\s*(?:\(([A-J])\)|([A-J])[).:])[\s}]*[\w$\\(]")
@@ -57,19 +62,52 @@ def _bare(text: str) -> str:
     return re.sub(r"\\(?:left|right|displaystyle|[,;:! ])|[\s$]", "", text.replace("dfrac", "frac")).rstrip(".")
 
 
-def score(rollout: Rollout, decode: Callable[[Sequence[int]], str],
-          verifier: Callable[[Example, str], float]) -> Scored:
+def score(rollout: Rollout, decode: Callable[[Sequence[int]], str], verifier: Callable[[Example, str], float],
+          asked: Callable[[], bool] = lambda: False) -> Scored:
     """Decodes each completion, stop token left out, and asks the verifier for its reward.
 
-    A completion that the length limit cut off earns 0 unasked: it has not answered. Raises ValueError on a reward that
-    is not finite.
+    A completion that the length limit cut off has stated nothing: it earns what the verifier gives to an empty text, so that
+    the verifier's own scale holds. Raises ValueError, with the prompt and the verifier, where that fails or gives no finite
+    number, and `Interrupted` where it does not return after `asked()` says so.
     """
     examples = rollout.prompts.examples
     samples = len(rollout.tokens) // len(examples)
     text = tuple(decode(ids[:length].tolist()) for ids, length in zip(rollout.tokens, rollout.text_lengths))
-    reward = np.array([verifier(examples[i // samples], text[i]) if stop else 0.0
-                       for i, stop in enumerate(rollout.stopped)], np.float32)
-    if not np.isfinite(reward).all():
-        where = int(np.argmin(np.isfinite(reward)))
-        raise ValueError(f"the verifier gave {reward[where]} for completion {where}; a reward must be a finite number")
+    reward = np.zeros(len(text), np.float32)
+    with stopping.watched(asked, lambda i: _slow(verifier, examples[i // samples], i)) as watch:
+        for i, stopped in enumerate(rollout.stopped):
+            watch.begin(i)
+            reward[i] = _reward(verifier, examples[i // samples], text[i] if stopped else "")
     return Scored(rollout, reward, text)
+
+
+def _reward(verifier: Callable[[Example, str], float], example: Example, text: str) -> np.float32:
+    try:
+        given = verifier(example, text)
+    except Exception as error:
+        raise ValueError(f"the verifier {_name(verifier)} fails on a completion of the prompt {_short(example)}: "
+                         f"{faults.described(error)}") from error
+    try:
+        with np.errstate(over="ignore"):
+            reward = np.float32(given)
+    except (TypeError, ValueError):
+        reward = np.float32("nan")
+    if np.ndim(reward) or not np.isfinite(reward):
+        raise ValueError(f"the verifier {_name(verifier)} gives {given!r:.80} for a completion of the prompt "
+                         f"{_short(example)}; a reward must be one finite number")
+    return reward
+
+
+def _slow(verifier: Callable[[Example, str], float], example: Example, number: int) -> None:
+    print(f"the verifier {_name(verifier)} has been at completion {number}, of the prompt {_short(example)}, for "
+          f"{stopping.SLOW:.0f} s", file=sys.stderr, flush=True)
+
+
+def _name(verifier: Callable) -> str:
+    function = getattr(verifier, "func", verifier)  # of a partial
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def _short(example: Example) -> str:
+    prompt = _words(example.prompt)
+    return repr(prompt if len(prompt) <= SHORT else prompt[:SHORT] + "...")

@@ -28,7 +28,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
-from dcmdp_jax.config import Config, WarmupConfig, differences, run_file, to_json
+from dcmdp_jax.config import Config, WarmupConfig, differences, read_record, run_file, to_json, updated
 from dcmdp_jax.stopping import Interrupted
 
 COLUMNS = ("study", "arm", "seed", "step", "prompts", "engine", "trainer", "reward", "delta", "staleness", "multiplier", "entropy",
@@ -147,10 +147,10 @@ def edited(study: Study, one: Run) -> list[str]:
     """The settings in which a run's record differs from its arm as the study's file has it now."""
     from dcmdp_jax import calibrate
 
-    record = json.loads((one.folder / "config.json").read_text())
+    started = _started(study, one)
+    record = updated(read_record(one.folder), started)
     own = {"model.folder"} | ({"constraint.tolerance"} if (one.folder / calibrate.FILE).is_file() else set())
-    apart = differences(record, to_json(_started(study, one))).items()
-    names = {name for name, (old, new) in apart if old is not None or new}  # else: the record is older than the setting
+    names = set(differences(record, to_json(started)))
     return sorted({".".join(name.split(".")[:2]) for name in names - own})
 
 

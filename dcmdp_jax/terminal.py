@@ -8,7 +8,43 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO
+
+class _Outliving:
+    """A stream that ends nothing where its reader is gone or its disk is full: what is written is lost from there on."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            return self._lost(len(text))
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._lost(0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _lost(self, size: int) -> int:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())  # what is still in the stream's buffer goes there, too
+        os.close(nowhere)
+        return size
+
+
+def outlive_streams() -> None:
+    """From here on a closed stdout or stderr, or one on a full disk, ends nothing."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, _Outliving):
+            setattr(sys, name, _Outliving(stream))
+
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE = 30  # columns of a sparkline, where the terminal is wide enough

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -9,16 +10,16 @@ import pathlib
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dcmdp_jax import (calibrate, checkpoint, data, evaluate, gaps, hosts, metrics, report, rewards, sharding, step, stopping, sync,
-                       tokenizer, warmup)
-from dcmdp_jax.config import (Calibrated, Config, ModelConfig, Precision, RolloutConfig, differences, to_json,
-                              with_tolerance)
+from dcmdp_jax import (calibrate, checkpoint, data, evaluate, gaps, hosts, lock, metrics, report, rewards, sharding, step,
+                       stopping, sync, tokenizer, warmup)
+from dcmdp_jax.config import (RECORD, Calibrated, Config, ModelConfig, Precision, RolloutConfig, differences, read_record,
+                              to_json, unknown, updated, with_tolerance)
 from dcmdp_jax.models import qwen3, weights
 from dcmdp_jax.records import Batch, Prompts, Sampling, Scored, TrainState, Weights
 from dcmdp_jax.rollout.generate import rollout
@@ -34,6 +35,7 @@ class Inputs(NamedTuple):
     held_out: Prompts | None
     mesh: jax.sharding.Mesh  # that trains
     decode_mesh: jax.sharding.Mesh  # that samples
+    lock: IO[str] | None = None  # on the work folder, held by process 0 from the claim to the end
 
 
 def train(config: Config, workdir: pathlib.Path) -> TrainState:
@@ -55,36 +57,57 @@ def prepare(config: Config, workdir: pathlib.Path) -> Inputs:
     with hosts.agreed():
         inputs = read_inputs(config)
         config = calibrate.recalled(config, workdir)
-    claim(workdir, config)
-    return inputs
+        metrics.check_loggers(config)
+    return inputs._replace(lock=claim(workdir, config))
 
 
-def run(config: Config, workdir: pathlib.Path, inputs: Inputs) -> TrainState:
-    """The walk, over and over. With stale rollouts the next batch is sampled while the update runs."""
-    config, saved = calibrate.recalled(config, workdir), checkpoint.Checkpoints(workdir, config.checkpoint.keep)
-    with metrics.Log(workdir, config, first_step=(saved.latest or 0) + 1) as log, stopping.requests(hosts.stop) as asked_here:
+def run(config: Config, workdir: pathlib.Path, inputs: Inputs, at_once: bool = False) -> TrainState:
+    """The walk, over and over. With stale rollouts the next batch is sampled while the update runs.
+
+    What fails after a step leaves that step saved. With `at_once` a second Ctrl-C ends the process.
+    """
+    with (inputs.lock or contextlib.nullcontext(), stopping.requests(hosts.stop, at_once) as asked_here,
+          contextlib.closing(checkpoint.Checkpoints(workdir, config.checkpoint.keep)) as saved):
+        config = calibrate.recalled(config, workdir)
+        restored = _restore(saved, config, inputs)
         asked = partial(_any, (asked_here, hosts.stopping))
-        state = _restore(saved, config, inputs) or _start(config, inputs, workdir, lambda: hosts.any_of(asked()))
-        number, position = int(state.step), inputs.prompts.get_state()
-        engine = make_engine(config, inputs)
-        to_engine = sync.make(inputs.model, config.rollout.precision, inputs.decode_mesh)
-        held_out = _held_out(config, inputs, engine)
-        collect = partial(_collect, config, inputs, engine, asked)
-        policy = to_engine(*step.sampled_from(state))
-        if not np.asarray(policy.finite):
-            weight = _weight_not_finite(state, inputs) or "a weight"
-            raise stopping.Failed(f"{weight} is not finite before step {number + 1}; start from "
-                                  "other weights, or with a smaller warmup.learning_rate")
-        if isinstance(config.constraint.tolerance, Calibrated):
-            config = _calibrated(config, inputs, workdir, state, partial(collect, policy))
-            log.settle(config.constraint.tolerance)
-        saved.save(state, position, config.seed)
-        update = step.compile(config, inputs.model, inputs.mesh)
-        if number < config.steps:
-            hosts.say("compiling with the first step")
-        started, ahead = time.perf_counter(), config.rollout.staleness > 0
-        updates = config.algorithm.epochs * config.algorithm.minibatches
-        skipped, idle = int(state.skipped), 0  # idle: steps in a row that made no update
+        with metrics.Log(workdir, config, first_step=int(restored.step if restored else 0) + 1) as log:
+            state = _walk(config, workdir, inputs, saved, log, asked, restored)
+        saved.close()
+        if int(state.step) < config.steps:
+            raise stopping.Interrupted(f"stopped after step {int(state.step)} of {config.steps}; everything is saved in "
+                                       f"{workdir}")
+        if jax.process_index() == 0:
+            report.write(workdir)
+    return state
+
+
+def _walk(config: Config, workdir: pathlib.Path, inputs: Inputs, saved: checkpoint.Checkpoints, log: metrics.Log,
+          asked: Callable[[], bool], restored: TrainState | None) -> TrainState:
+    """The state after the last step, or the one after which the run was asked to stop; it is saved."""
+    state = restored or _start(config, inputs, workdir, lambda: hosts.any_of(asked()))
+    number, position = int(state.step), inputs.prompts.get_state()
+    engine = make_engine(config, inputs)
+    to_engine = sync.make(inputs.model, config.rollout.precision, inputs.decode_mesh)
+    held_out = _held_out(config, inputs, engine, asked)
+    collect = partial(_collect, config, inputs, engine, asked)
+    policy = to_engine(*step.sampled_from(state))
+    if not np.asarray(policy.finite):
+        weight = _weight_not_finite(state, inputs) or "a weight"
+        raise stopping.Failed(f"{weight} is not finite before step {number + 1}; start from "
+                              "other weights, or with a smaller warmup.learning_rate")
+    if isinstance(config.constraint.tolerance, Calibrated):
+        config = _calibrated(config, inputs, workdir, state, partial(collect, policy))
+        log.settle(config.constraint.tolerance)
+    saved.save(state, position, config.seed)
+    update = step.compile(config, inputs.model, inputs.mesh)
+    if number < config.steps:
+        hosts.say("compiling with the first step")
+    started, ahead = time.perf_counter(), config.rollout.staleness > 0
+    updates = config.algorithm.epochs * config.algorithm.minibatches
+    skipped = int(state.skipped)
+    idle = 0  # steps in a row that made no update
+    try:
         collected = collect(policy, number)
         while collected:
             stale = to_engine(*step.sampled_from(_aged(state))) if ahead else None
@@ -93,22 +116,18 @@ def run(config: Config, workdir: pathlib.Path, inputs: Inputs) -> TrainState:
             number, before, position = number + 1, position, inputs.prompts.get_state()
             policy = stale or to_engine(*step.sampled_from(state))
             collected = collect(policy, number) if ahead else None
-            values = jax.device_get(values)
-            tokens_apart = values.pop("gaps")
-            values = {name: value.item() for name, value in values.items()}
-            if not values.pop("apart"):  # the step has left the state as it was
+            row, others = _row(values, sampled, started)
+            if not others["apart"]:  # the step has left the state as it was
                 _give_up(saved, state, before, config, workdir, _coupled(config))
-            logp_finite = values.pop("logp_finite")
-            values |= sampled | {"seconds": time.perf_counter() - started}
             if due := _is_due(number, config.eval.every, config.steps, first=True):
-                log.write_gaps(number, gaps.record(tokens_apart, config.rollout.max_tokens, inputs.tokenizer.decode))
+                log.write_gaps(number, gaps.record(others["gaps"], config.rollout.max_tokens, inputs.tokenizer.decode))
             if inputs.held_out and due:
-                values |= held_out(policy, state)
-            log.write(number, values)
-            idle = idle + 1 if values["skipped"] - skipped == updates else 0
-            skipped = values["skipped"]
+                row |= held_out(policy, state)
+            log.write(number, row)
+            idle = idle + 1 if row["skipped"] - skipped == updates else 0
+            skipped = row["skipped"]
             if idle and idle == config.algorithm.max_skipped:
-                what = _first_not_finite(state, values, logp_finite, inputs)
+                what = _first_not_finite(state, row, others["logp_finite"], inputs)
                 _give_up(saved, state, position, config, workdir,
                          f"{what} is not finite, and the last {idle} steps made no update "
                          "(algorithm.max_skipped allows that many); look for what overflows, or "
@@ -117,13 +136,29 @@ def run(config: Config, workdir: pathlib.Path, inputs: Inputs) -> TrainState:
                 saved.save(state, position, config.seed)
             started = time.perf_counter()
             collected = collected if ahead else collect(policy, number)
-        saved.save(state, position, config.seed)
-        saved.close()
-    if number < config.steps:
-        raise stopping.Interrupted(f"stopped after step {number} of {config.steps}; everything is saved in {workdir}")
-    if jax.process_index() == 0:
-        report.write(workdir)
+    except stopping.Failed:
+        raise
+    except Exception as error:
+        if not hosts.alike(error):
+            raise
+        with hosts.tried(f"the state after step {number} is not saved"):
+            if log.step < number:  # its row is missing: something failed beside it
+                log.write(number, _row(values, sampled, started)[0])
+            saved.save(state, position, config.seed)
+            saved.close()
+            hosts.say(f"the state after step {number} is saved in {workdir}")
+        raise
+    saved.save(state, position, config.seed)
     return state
+
+
+def _row(values: step.Metrics, sampled: dict[str, float],
+         started: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A step's row, once it is computed, and what of its metrics is no part of a row."""
+    values = jax.device_get(values)
+    others = {name: values.pop(name) for name in ("gaps", "apart", "logp_finite")}
+    row = {name: value.item() for name, value in values.items()}
+    return row | sampled | {"seconds": time.perf_counter() - started}, others
 
 
 def _any(questions: tuple[Callable[[], bool], ...]) -> bool:
@@ -198,9 +233,15 @@ def _collect(config: Config, inputs: Inputs, engine: Engine, asked: Callable[[],
                               stop_strings=config.rollout.stop_strings, decode=vocabulary.decode, asked=stops)
     except stopping.Interrupted:
         sampled = None
-    if hosts.any_of(sampled is None):
+    scored = None
+    with hosts.agreed():  # what one process's verifier fails on ends all in the same place
+        try:
+            if sampled is not None:
+                scored = rewards.score(sampled, vocabulary.decode, config.data.verifier, asked)
+        except stopping.Interrupted:
+            pass  # `scored` says so
+    if hosts.any_of(scored is None):
         return None
-    scored = rewards.score(sampled, vocabulary.decode, config.data.verifier)
     scored = scored if engines == 1 else _together(scored)
     batch = data.pack(
         scored, minibatches=config.algorithm.minibatches, microbatches=config.algorithm.microbatches,
@@ -245,16 +286,20 @@ def _aged(state: TrainState) -> TrainState:
     return state._replace(stale=(*state.stale, state.params)[1:], step=state.step + 1)
 
 
-def _held_out(config: Config, inputs: Inputs, engine: Engine) -> Callable[[Weights, TrainState], dict[str, float]]:
-    """Pass rates of the engine's policy and the trainer's on the held-out problems."""
+def _held_out(config: Config, inputs: Inputs, engine: Engine,
+              asked: Callable[[], bool]) -> Callable[[Weights, TrainState], dict[str, float]]:
+    """Pass rates of the engine's policy and the trainer's on the held-out problems; none where the run stops in them."""
     to_exact, key = sync.make(inputs.model, Precision(), inputs.decode_mesh), jax.random.key(config.seed)
     rate = partial(evaluate.pass_rate, engine, prompts=inputs.held_out, config=config, tokenizer=inputs.tokenizer,
-                   key=jax.random.fold_in(key, HELD_OUT_KEY))
+                   key=jax.random.fold_in(key, HELD_OUT_KEY), asked=asked)
 
     def measure(policy: Weights, state: TrainState) -> dict[str, float]:
         sampled, same = rate(policy), config.rollout.precision == Precision() and not state.stale
-        return {"reward_eval_infer": sampled,
-                "reward_eval_train": sampled if same else rate(to_exact(state.params, state.step))}
+        exact = sampled if same or sampled is None else rate(to_exact(state.params, state.step))
+        if exact is None:
+            hosts.say(f"stopped in the evaluation of step {int(state.step)}, which is left out")
+            return {}
+        return {"reward_eval_infer": sampled, "reward_eval_train": exact}
 
     return measure
 
@@ -364,38 +409,54 @@ def read_tokenizer(config: Config) -> tokenizer.Tokenizer:
     return tokenizer.Characters(config.data.task.alphabet)
 
 
-def claim(workdir: pathlib.Path, config: Config) -> None:
-    """Writes the resolved config beside the run, or checks that the run there is this one.
+def claim(workdir: pathlib.Path, config: Config) -> IO[str] | None:
+    """Locks the folder, writes the resolved config beside the run, or checks that the run there is this one.
 
     The number of steps, where it runs, and what only watches it may change between resumptions; anything else raises
-    ValueError with its name. Process 0 writes.
+    ValueError with its name, and so does a folder that another process uses. Process 0 writes, and gets the lock.
     """
-    file, now = workdir / "config.json", to_json(config)
-    with hosts.agreed():
-        _check_goes_on(workdir, file, now)
+    taken = None
     with hosts.agreed():
         if jax.process_index() == 0:
-            workdir.mkdir(parents=True, exist_ok=True)
-            _write_config(workdir, config)
-    with hosts.agreed():
-        if not file.is_file():
-            raise ValueError(f"{workdir.absolute()} is not on a file system shared with process 0; give another --workdir")
+            taken = lock.take(workdir)
+    try:
+        with hosts.agreed():
+            _check_goes_on(workdir, config)
+        with hosts.agreed():
+            if jax.process_index() == 0:
+                if not checkpoint.steps(workdir):
+                    metrics.keep_aside(workdir)
+                _write_config(workdir, config)
+        with hosts.agreed():
+            if not (workdir / RECORD).is_file():
+                raise ValueError(f"{workdir.absolute()} is not on a file system shared with process 0; give another --workdir")
+    except ValueError:
+        if taken:
+            taken.close()
+        raise
+    return taken
 
 
 def _write_config(workdir: pathlib.Path, config: Config) -> None:
     new = workdir / "config.new"  # put in place whole: a run that dies here can still be resumed
     new.write_text(json.dumps(to_json(config), indent=2) + "\n")
-    new.replace(workdir / "config.json")
+    new.replace(workdir / RECORD)
 
 
-def _check_goes_on(workdir: pathlib.Path, file: pathlib.Path, now: dict) -> None:
-    if checkpoint.steps(workdir):
-        before = json.loads(file.read_text())
-        for name, (old, new) in differences(before, now).items():
-            if not f"{name}.".startswith(tuple(f"{free}." for free in MAY_CHANGE)):
-                short = not isinstance(old, dict) and not isinstance(new, dict)
-                raise ValueError(f"{workdir} holds a run with {f'{name}={old}, not {new}' if short else f'another {name}'}; "
-                                 f"choose another --workdir, or the old value (only {', '.join(MAY_CHANGE)} may change)")
+def _check_goes_on(workdir: pathlib.Path, config: Config) -> None:
+    if not checkpoint.steps(workdir):
+        return
+    now = to_json(config)
+    before = updated(read_record(workdir), config)
+    for name, (old, new) in differences(before, now).items():
+        if f"{name}.".startswith(tuple(f"{free}." for free in MAY_CHANGE)):
+            continue
+        if unknown(name, now):
+            raise ValueError(f"{workdir} holds a run of another version, with {name}={old}, which this one does not know; go on "
+                             f"with that version, or take {name} out of {workdir / RECORD}")
+        short = not isinstance(old, dict) and not isinstance(new, dict)
+        raise ValueError(f"{workdir} holds a run with {f'{name}={old}, not {new}' if short else f'another {name}'}; "
+                         f"choose another --workdir, or the old value (only {', '.join(MAY_CHANGE)} may change)")
 
 
 MAY_CHANGE = ("steps", "mesh", "rollout.devices", "rollout.mesh", "rollout.slots",
@@ -431,24 +492,23 @@ def warm_start(config: Config, folder: pathlib.Path, alter: Callable[[Any], Any]
 
 
 def _restore(saved: checkpoint.Checkpoints, config: Config, inputs: Inputs) -> TrainState | None:
-    """The newest checkpoint's state, with the data at its position; None where there is none."""
-    if saved.latest is None:
+    """The newest whole checkpoint's state, with the data at its position; None where there is none."""
+    found = saved.restore(step.abstract_state(config, inputs.model, inputs.mesh))
+    if found is None:
         return None
-    state, position = saved.restore(step.abstract_state(config, inputs.model, inputs.mesh))
+    state, position = found
     inputs.prompts.set_state(position)
     return state
 
 
 def export(config: Config, workdir: pathlib.Path, folder: str) -> int:
-    """Writes the newest checkpoint of `workdir` as a Hugging Face folder, with its tokenizer; returns its step.
+    """Writes the newest whole checkpoint of `workdir` as a Hugging Face folder, with its tokenizer; returns its step.
 
     Raises ValueError where there is no checkpoint.
     """
-    found, model = checkpoint.steps(workdir), read_model(config)
-    if not found:
-        raise ValueError(f"{workdir} holds no checkpoints; give the run's --workdir")
+    model = read_model(config)
     like = step.abstract_state(config, model, sharding.single_device_mesh())
-    state, _ = checkpoint.read(workdir, found[-1], like)
+    state, _ = checkpoint.read(workdir, like)
     vocabulary = read_tokenizer(config)
     weights.save(folder, model, state.params, token_ids=tokenizer.token_ids(vocabulary))
     tokenizer.save(vocabulary, folder)

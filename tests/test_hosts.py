@@ -72,7 +72,7 @@ def saved(workdir):
     """The newest checkpoint on one device, as NumPy, with the data position."""
     experiment = config.load_experiment(EXPERIMENT)
     like = step.abstract_state(experiment, experiment.model.shape, sharding.single_device_mesh())
-    state, position = checkpoint.read(workdir, checkpoint.steps(workdir)[-1], like)
+    state, position = checkpoint.read(workdir, like)
     return jax.device_get(state), position
 
 
@@ -172,13 +172,15 @@ def test_processes_that_sample_on_devices_of_their_own(start, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("signalled", [False, True], ids=["failed", "killed"])
 def test_a_process_that_fails_ends_all(start, tmp_path, signalled):
-    """An error in process 1 is told by process 0; where process 0 is killed, JAX's own coordinator, which it held, may be the
+    """What process 1's verifier fails on ends both with the same step saved; where process 0 is killed, JAX's own coordinator, which it held, may be the
     first to end process 1."""
     both = start(tmp_path / "two", 2, 1, "--steps", 1000, broken=None if signalled else 1)
     if not signalled:
         first, second = end(both, [1, 1])
-        assert "dcmdp: process 1 failed with RuntimeError" in first
-        assert "RuntimeError: the verifier is broken" in second
+        for text in (first, second):
+            assert "the verifier even fails on a completion of the prompt" in text and "Traceback" not in text
+            assert "RuntimeError: the verifier is broken; go on with: dcmdp train" in text
+        assert "dcmdp: process 1 refuses: the verifier" in first and "the state after step 0 is saved" in first
         return
     await_rows(tmp_path / "two", 1, both)
     both[0].send_signal(signal.SIGKILL)

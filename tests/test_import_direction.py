@@ -12,8 +12,9 @@ FILES = {str(path.relative_to(ROOT).with_suffix("")).replace("/", "."): path for
 
 # Each may import from the package only what stands in an earlier line, or its own line where it is a folder.
 ORDER = [
-    ["records", "config", "stopping", "rollcall", "fields", "jsonfile", "templates", "answers",
-     "scores"],
+    ["faults"],
+    ["records", "config", "stopping", "lock", "rollcall", "fields", "jsonfile", "templates",
+     "answers", "scores"],
     ["sharding", "losses", "rewards", "tokenizer", "tasks"],
     ["constraint", "hosts", "count", "optimizers"],
     ["models"],

@@ -226,9 +226,42 @@ def test_wandb_itself_takes_the_rows(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flag, module, package", [("tensorboard", "tensorboardX", "'dcmdp-jax[report]'"),
                                                    ("wandb", "wandb", "wandb")])
-def test_an_absent_logger_says_what_to_install_and_touches_nothing(tmp_path, monkeypatch, flag, module, package):
-    fill(tmp_path, (1, 2))
+def test_an_absent_logger_says_what_to_install(monkeypatch, flag, module, package):
+    metrics.check_loggers(make_config())
     monkeypatch.setitem(sys.modules, module, None)
+    metrics.check_loggers(make_config())
     with pytest.raises(ImportError, match=re.escape(f"{flag}=True needs {module}; pip install {package}")):
-        metrics.Log(tmp_path, make_config(**{flag: True}))
-    assert len(metrics.read(tmp_path)) == 2
+        metrics.check_loggers(make_config(**{flag: True}))
+
+
+@pytest.mark.parametrize("fails", ["init", "define_metric", "log", "finish"])
+def test_a_logger_that_fails_is_one_warning_and_every_row_is_written(tmp_path, monkeypatch, capsys, fails):
+    def call(name, result=None):
+        def method(*args, **kwargs):
+            if name == fails:
+                raise ConnectionError("unreachable\nfor a while")
+            return result
+        return method
+
+    run = types.SimpleNamespace(**{name: call(name) for name in ("define_metric", "log", "finish")})
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=call("init", run)))
+    with metrics.Log(tmp_path, make_config(wandb=True)) as log:
+        for step in (1, 2, 3):
+            log.write(step, values(step))
+    assert [row["step"] for row in metrics.read(tmp_path)] == [1, 2, 3]
+    warned = [line for line in capsys.readouterr().err.splitlines() if "failed" in line]
+    assert warned == ["Weights & Biases failed (ConnectionError: unreachable for a while); the run goes on without it, and "
+                      "metrics.jsonl holds every row"]
+
+
+def test_rows_without_a_checkpoint_are_kept_aside(tmp_path, capsys):
+    fill(tmp_path, (1, 2))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    metrics.keep_aside(tmp_path)
+    fill(tmp_path, (1,))
+    metrics.keep_aside(tmp_path)
+    metrics.keep_aside(tmp_path)
+    assert (tmp_path / "metrics.jsonl.1").read_bytes() == before
+    assert len((tmp_path / "metrics.jsonl.2").read_text().splitlines()) == 1
+    assert not (tmp_path / "metrics.jsonl").exists() and not (tmp_path / "metrics.jsonl.3").exists()
+    assert f"its old rows are kept in {tmp_path / 'metrics.jsonl.1'}" in capsys.readouterr().err

@@ -203,8 +203,7 @@ def test_the_newest_checkpoint_is_what_the_next_batch_is_sampled_from(tmp_path):
     assert found.version == 1 and found.origin == f"checkpoint 2 of {tmp_path}, weights of step 1"
     assert all((leaf == 1).all() for leaf in jax.tree.leaves(found.params))
     np.testing.assert_array_equal(next(inputs.prompts).tokens, following.tokens)
-    assert parity.restore(run, inputs, tmp_path, 1)[0].step == 1
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="do not fit"):
         parity.load(tiny(), train.read_inputs(tiny()), tmp_path)
 
 

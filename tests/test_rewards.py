@@ -1,5 +1,7 @@
 """Verifiers on published answers, on the many spellings of a number, and on hostile text."""
 
+import pathlib
+import re
 import time
 from fractions import Fraction
 
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcmdp_jax import data, rewards
+from dcmdp_jax.losses import advantages
 from dcmdp_jax.records import Example, Prompts
 from rollouts import make_rollout
 
@@ -308,7 +311,7 @@ def rollout(tokens, lengths, stopped, examples):
     return make_rollout(prompts, tokens, lengths, logp, stopped)
 
 
-def test_score_decodes_without_the_stop_token_and_pays_finished_completions():
+def test_score_decodes_without_the_stop_token():
     examples = [Example("", "ab"), Example("", "cd")]
     tokens = [[1, 2, 9, 7], [1, 2, 7, 7], [3, 4, 9, 7], [1, 2, 9, 7]]
     sampled = rollout(tokens, [3, 2, 3, 3], [True, False, True, True], examples)
@@ -319,10 +322,45 @@ def test_score_decodes_without_the_stop_token_and_pays_finished_completions():
     assert scored.reward.dtype == np.float32 and scored.rollout is sampled
 
 
-def test_score_refuses_a_reward_that_is_not_finite():
-    sampled = rollout([[1], [1]], [1, 1], [True, True], [Example("", "")])
-    with pytest.raises(ValueError, match="gave nan for completion 0"):
-        rewards.score(sampled, str, lambda example, text: float("nan"))
+def test_a_completion_that_is_cut_off_earns_what_an_empty_one_earns():
+    """With a verifier of -1 and +1, eight completions of a prompt, seven wrong and one cut off, teach nothing."""
+    def plus_minus(example, text):
+        return 1.0 if text == example.answer else -1.0
+
+    sampled = rollout([[1, 9]] * 7 + [[2, 2]], [2] * 8, [True] * 7 + [False], [Example("", "b")])
+    scored = rewards.score(sampled, lambda ids: "".join("_ab"[i] for i in ids), plus_minus)
+    assert scored.text[7] == "bb"
+    np.testing.assert_array_equal(scored.reward, [-1] * 8)
+    advantage = advantages.grpo(scored.reward, np.zeros(8, np.int32), num_groups=1)
+    np.testing.assert_array_equal(advantage, np.zeros(8))
+    zero_one = rewards.score(sampled, str, rewards.math_answer)
+    np.testing.assert_array_equal(zero_one.reward, np.zeros(8))
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf"), None, 1e300, [1.0, 0.0], "high", 1j],
+                         ids=["nan", "-inf", "None", "over float32", "a list", "a word", "complex"])
+def test_a_reward_that_is_no_finite_number_is_refused_with_prompt_and_verifier(value):
+    sampled = rollout([[1], [1]], [1, 1], [True, True], [Example("How many? " * 9, "")])
+
+    def judge(example, text):
+        return value
+
+    with pytest.raises(ValueError) as error:
+        rewards.score(sampled, str, judge)
+    assert re.fullmatch(r"the verifier \S*judge gives .* for a completion of the prompt 'How many\? .{50}\.\.\.'; a reward must "
+                        "be one finite number", str(error.value))
+
+
+def test_a_verifier_that_fails_is_named_with_its_prompt_and_line():
+    def judge(example, text):
+        return {}["gold"]
+
+    sampled = rollout([[1]], [1], [True], [Example([{"role": "user", "content": "How many?"}], "")])
+    with pytest.raises(ValueError) as error:
+        rewards.score(sampled, str, judge)
+    line = judge.__code__.co_firstlineno + 1
+    assert str(error.value).endswith(f"judge fails on a completion of the prompt 'How many?': {__file__}, line {line}: "
+                                     "KeyError: 'gold'")
 
 
 def test_copying_the_problem_earns_nothing():

@@ -1,9 +1,11 @@
 """The loop as its user sees it: resume is exact, interruption saves, bad input is one sentence and touches nothing."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcmdp_jax import checkpoint, cli, config, data, metrics, sharding, step, stopping, train
+from dcmdp_jax import checkpoint, cli, config, data, metrics, sharding, step, stopping, tasks, train
 from dcmdp_jax.checkpoint import Checkpoints
 from dcmdp_jax.models import weights
 
@@ -304,3 +306,143 @@ def test_another_experiment_cannot_take_over_a_run(tmp_path):
     train.claim(tmp_path, tiny(steps=99))
     with pytest.raises(ValueError, match=r"constraint\.tolerance=0\.004, not 0\.5"):
         train.claim(tmp_path, tiny(**{"constraint.tolerance": 0.5}))
+
+
+def broken_from(call, monkeypatch, what):
+    """Has the quickstart's verifier do `what()` from that call on; returns the right one."""
+    calls, right = [], tasks.Chain.reward
+
+    @functools.wraps(right)
+    def reward(self, example, text):
+        calls.append(None)
+        return right(self, example, text) if len(calls) < call else what()
+
+    monkeypatch.setattr(tasks.Chain, "reward", reward)
+    return right
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_verifier_that_fails_leaves_every_step_before_saved(tmp_path, capsys, monkeypatch, staleness):
+    """The batch of step 4 cannot be judged; the run goes on from step 3 as if nothing had been."""
+    changes = {"steps": 5, "checkpoint.every": 0, "rollout.staleness": staleness}
+    right = broken_from(3 * 16 + 2, monkeypatch, lambda: 1 / 0)
+    assert cli.main(command(tmp_path / "a", **changes)) == 1
+    out, err = capsys.readouterr()
+    assert "the state after step 3 is saved" in out
+    said = err.splitlines()[-1]
+    assert said.startswith("dcmdp: the verifier ") and "ZeroDivisionError: division by zero; go on with: dcmdp train" in said
+    assert "Traceback" not in err
+    monkeypatch.setattr(tasks.Chain, "reward", right)
+    assert cli.main(["train", QUICKSTART, "--workdir", str(tmp_path / "a")]) == 0
+    train.train(tiny(**changes), tmp_path / "b")
+    assert_same_run(tmp_path / "a", tmp_path / "b", tiny(**changes))
+
+
+def test_a_verifier_that_hangs_is_left_and_its_batch_asked_again(tmp_path, monkeypatch, capsys):
+    def hang():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(600)
+
+    right = broken_from(16 + 3, monkeypatch, hang)
+    began = time.monotonic()
+    assert cli.main(command(tmp_path / "a", steps=2)) == 130
+    assert time.monotonic() - began < 300
+    assert "stopped after step 1 of 2; everything is saved" in capsys.readouterr().out
+    monkeypatch.setattr(tasks.Chain, "reward", right)
+    assert cli.main(["train", QUICKSTART, "--workdir", str(tmp_path / "a")]) == 0
+    train.train(tiny(steps=2), tmp_path / "b")
+    assert_same_run(tmp_path / "a", tmp_path / "b", tiny(steps=2))
+
+
+def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(tmp_path, capsys):
+    changes = {"steps": 4, "checkpoint.every": 2}
+    train.train(tiny(**changes), tmp_path / "a")
+    newest = tmp_path / "a" / "checkpoints" / "4" / "state"
+    for file in newest.rglob("d/*"):
+        file.write_bytes(bytes(file.stat().st_size))
+    assert cli.main(["convert", QUICKSTART, str(tmp_path / "out"), "--workdir", str(tmp_path / "a")]) == 0
+    assert f"wrote step 2 to {tmp_path / 'out'}" in capsys.readouterr().out
+    assert cli.main(["train", QUICKSTART, "--workdir", str(tmp_path / "a")]) == 0
+    err = capsys.readouterr().err
+    assert "checkpoint 4 in" in err and "going on from checkpoint 2" in err
+    train.train(tiny(**changes), tmp_path / "b")
+    assert_same_run(tmp_path / "a", tmp_path / "b", tiny(**changes))
+    for folder in (tmp_path / "a" / "checkpoints").glob("[0-9]"):
+        shutil.rmtree(folder / "state")
+    assert cli.main(["train", QUICKSTART, "--workdir", str(tmp_path / "a")]) == 2
+    assert "dcmdp: no checkpoint in" in capsys.readouterr().err and len(rows(tmp_path / "a")) == 4
+
+
+def record_of(workdir, change):
+    file = workdir / "config.json"
+    record = json.loads(file.read_text())
+    change(record)
+    file.write_text(json.dumps(record))
+
+
+def test_a_run_survives_another_version(tmp_path):
+    """A field that its version did not know has today's default; one that is unknown today counts where it is set."""
+    (tmp_path / "checkpoints" / "0").mkdir(parents=True)
+    train._write_config(tmp_path, tiny())
+    record_of(tmp_path, lambda r: (r.pop("wandb"), r["algorithm"].pop("offload"), r["rollout"].pop("precision"),
+                                   r["data"]["task"].pop("noise"), r.update(nova=0), r["data"].update(extra={"a": None})))
+    with pytest.raises(ValueError, match=r"rollout\.precision\.weights=float32, not int4"):
+        train.claim(tmp_path, tiny())
+    plain = {"rollout.precision.weights": "float32"}
+    with pytest.raises(ValueError, match="data.task.noise"):
+        train.claim(tmp_path, tiny(**plain))
+    record_of(tmp_path, lambda r: r["data"]["task"].update(noise=[0.15, 0.2, 0.3]))
+    with pytest.raises(ValueError, match="algorithm.offload=False, not True"):
+        train.claim(tmp_path, tiny(**plain, **{"algorithm.offload": "true"}))
+    train.claim(tmp_path, tiny(**plain)).close()
+    assert json.loads((tmp_path / "config.json").read_text())["algorithm"]["offload"] is False
+    record_of(tmp_path, lambda r: r["algorithm"].update(nova={"factor": 3}))
+    with pytest.raises(ValueError, match="a run of another version, with algorithm.nova={'factor': 3}, which this one does not know"):
+        train.claim(tmp_path, tiny(**plain))
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"name": "quick', None], ids=["empty", "list", "cut", "gone"])
+def test_a_damaged_record_is_named_with_its_remedy(tmp_path, capsys, content):
+    (tmp_path / "checkpoints" / "0").mkdir(parents=True)
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    assert cli.main(command(tmp_path)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"dcmdp: {tmp_path / 'config.json'} is ") and "put a copy back" in err and err.count("\n") == 1
+
+
+def test_an_absent_logger_is_refused_before_there_is_a_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert cli.main(command(tmp_path / "run", wandb="yes")) == 2
+    assert capsys.readouterr().err == "dcmdp: wandb=True needs wandb; pip install wandb\n" and not (tmp_path / "run").exists()
+
+
+def test_rows_of_a_run_without_its_checkpoints_are_kept(tmp_path):
+    train.train(tiny(steps=2, **{"eval.every": 1}), tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "gaps.jsonl")}
+    shutil.rmtree(tmp_path / "checkpoints")
+    train.claim(tmp_path, tiny(steps=2)).close()
+    assert {name: (tmp_path / f"{name}.1").read_bytes() for name in before} == before
+
+
+@pytest.mark.slow
+def test_two_runs_cannot_share_a_folder_and_a_second_ctrl_c_and_closed_streams_cost_nothing(tmp_path):
+    child = [sys.executable, "-c", "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"]
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    first = subprocess.Popen([*child, *command(tmp_path / "a", steps=10000)], env=environment, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "a" / "metrics.jsonl"
+    while first.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 6):
+        time.sleep(0.05)
+    second = subprocess.run([*child, *command(tmp_path / "a", steps=2, seed=1)], env=environment, capture_output=True, text=True)
+    assert second.returncode == 2
+    assert f"a is in use by process {first.pid} on " in second.stderr and "Traceback" not in second.stderr
+    first.send_signal(signal.SIGINT)
+    first.send_signal(signal.SIGINT)
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 130 and "Traceback" not in err and "shutdown" not in err
+    steps = len(log.read_text().splitlines()) + 2
+    with open("/dev/full", "w") as full:
+        whole = subprocess.run([*child, *command(tmp_path / "a", steps=steps)], env=environment, stdout=full, stderr=full)
+    assert whole.returncode == 0 and (tmp_path / "a" / "report.html").is_file()
+    train.train(tiny(steps=steps), tmp_path / "b")
+    assert_same_run(tmp_path / "a", tmp_path / "b", tiny(steps=steps))

@@ -1,0 +1,57 @@
+"""What is told of an exception: a sentence where an input, a user's function or the machine is at fault."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+import sysconfig
+import traceback
+
+OWN = f"{pathlib.Path(__file__).parent}/"
+LIBRARIES = (*{sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")},
+             str(pathlib.Path(sys.prefix) / "lib"))
+LONGEST = 500  # characters of a message
+
+
+def sentence(error: BaseException) -> str | None:
+    """The fault in one sentence: that of a user's function with its file and line, of the machine (OSError), or what the
+    project refuses itself. None for a fault of the project's own, which needs its traceback.
+    """
+    if users_line(error):
+        return described(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, ValueError) and frames and frames[-1].filename.startswith(OWN):
+        return str(error)
+    return message(error) if isinstance(error, (OSError, ImportError)) else None
+
+
+def described(error: BaseException) -> str:
+    """The kind of an exception and its message, after the user's file and line if it comes from there."""
+    place = users_line(error)
+    return f"{place}: {kind(error)}" if place else kind(error)
+
+
+def users_line(error: BaseException) -> str | None:
+    """The innermost line that belongs neither to the project nor to a library, and that the project called."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = next((i for i, frame in enumerate(frames) if frame.filename.startswith(OWN)), len(frames))
+    users = [frame for frame in frames[own:] if _is_users(frame.filename)]
+    return f"{users[-1].filename}, line {users[-1].lineno}" if users else None
+
+
+def kind(error: BaseException) -> str:
+    """Its type and message in one line."""
+    said = error.msg if isinstance(error, SyntaxError) else message(error)
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def message(error: BaseException) -> str:
+    """Its message in one line."""
+    said = " ".join(str(error).split())
+    return said if len(said) <= LONGEST else said[:LONGEST] + "..."
+
+
+def _is_users(file: str) -> bool:
+    return not file.startswith((OWN, *LIBRARIES, "<"))
