@@ -69,8 +69,12 @@ _STRONG = re.compile(r"\*\*([^*]+)\*\*")
 # a sentence, a clause or a bracket behind an answer, without a number
 _REMARK = re.compile(r"(?:[.!]\s+(?=[A-Z])|,\s+(?=(?:which|since|because|as)\b)"
                      r"|\s+(?=\((?!mod\b)[A-Za-z\s,.'-]{3,}\)[.\s]*$))[^\d\\$]*$")
+_NUMBER = re.compile(r"(?<![\w.])-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?!\w)")
+_SENTENCE_BEGINS = re.compile(r"[A-Za-z]+[ \t]+[A-Za-z]{2}")
 _DOUBT = re.compile(r"\b(?:or|not|no|but|maybe|perhaps|wait|wrong|incorrect|actually|instead"
                     r"|either)\b", re.IGNORECASE)
+_BOUND = re.compile(r"\b(?:than|least|most|about|approximately|between|under|over|below|above"
+                    r"|if)\b")
 
 
 class Statement(NamedTuple):
@@ -206,6 +210,22 @@ def _below(text: str, start: int) -> Statement:
     return Statement(start, _trimmed(line))
 
 
+def _of_sentence(line: str) -> str:
+    """The value that a sentence behind a label gives: the one in bold, what it ends with behind
+    `is`, or its one number; the sentence without any of these, or where it has a doubt in it."""
+    strong = _STRONG.findall(line)
+    if len(strong) == 1:
+        return strong[0]
+    if _DOUBT.search(line):
+        return line
+    if (verb := _IS.match(line)) and (value := _ONE_VALUE.fullmatch(line, verb.end())):
+        return value[1]
+    if not _SENTENCE_BEGINS.match(line) or _BOUND.search(line) or "\\" in line:
+        return line
+    numbers = _NUMBER.findall(line)
+    return numbers[0] if len(numbers) == 1 else line
+
+
 def _trimmed(line: str) -> str:
     """A line without its emphasis, and without a remark after the answer that has no number and no
     doubt in it."""
@@ -213,10 +233,5 @@ def _trimmed(line: str) -> str:
     if (remark := _REMARK.search(line)) and not _DOUBT.search(remark.group()):
         line = line[:remark.start()]
     if _PROSE.match(line) and not line.startswith("*"):
-        strong = _STRONG.findall(line)
-        if len(strong) == 1:
-            line = strong[0]  # She has **42** apples.
-        elif (verb := _IS.match(line)) and not _DOUBT.search(line):
-            value = _ONE_VALUE.fullmatch(line, verb.end())
-            line = value[1] if value else line  # The largest number is 42.
+        line = _of_sentence(line)
     return _EMPHASIS.sub("", line).strip().strip("*_").removesuffix("。").strip()
