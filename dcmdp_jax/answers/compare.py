@@ -320,7 +320,15 @@ def _rest(items: Sequence[Node], taken: Counter[Node]) -> list[Node]:
 def _items(node: Node) -> list[Node]:
     """The answers that a list, a set or a `\\pm` holds, or the one that it is."""
     items = list(node[1:]) if node[0] in ("list", "set") else [node]
+    items = [item for item in items if not _is_of_whole_numbers(item)] or items
     return [way for item in items for way in _ways(item)]
+
+
+def _is_of_whole_numbers(node: Node) -> bool:
+    r"""True of `k \in \mathbb{Z}` behind an answer with a `k`."""
+    if node[:2] != ("rel", "in") or node[3][0] != "var":
+        return False
+    return node[3][1] in (r"\mathbb{Z}", r"\mathbb{N}")
 
 
 def _ways(node: Node) -> list[Node]:

@@ -55,7 +55,7 @@ def _is_computed(node: Node) -> bool:
         return _is_computed(parts[0])
     if kind == "rel" and parts[0] == "=":
         left, right = parts[1:]
-        turned = right[0] == "var" and right[1][0].isalpha() and left[0] != "var"  # `5 = x`
+        turned = right[0] == "var" and right[1][:1].isalpha() and left[0] != "var"  # `5 = x`
         return _is_computed(left if turned else right)
     if kind == "rel":
         return all(map(_is_computed, parts[1:]))

@@ -150,7 +150,7 @@ class Expressions(Cursor):
         kind = self.kind()
         text = self.peek()
         if kind == "name":
-            if len(text) > 1:
+            if len(text) > 1 or not text.isascii():
                 return text in FUNCTIONS
             return text in "ei" or not self.worded or not units.read(text).known
         if kind == "word":

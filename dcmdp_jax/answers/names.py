@@ -49,7 +49,7 @@ def named_value(equation: Node, work: Work) -> Node | None:
         if value == ("num", 0) and not _is_sum_of_variables(name):
             continue
         names = values.variables(value, work)
-        unknown = {part for part in names if not part[0].isdigit()}  # `52_8` is a number
+        unknown = {part for part in names if not part[:1].isdigit()}  # `52_8` is a number
         if name[0] == "fn":
             unknown &= values.variables(name, work)
         if _is_name(name, work) and not unknown:
@@ -88,7 +88,7 @@ def _is_name(node: Node, work: Work) -> bool:
     if node[0] == "fn" and node[1] == "abs":
         inside = node[2]
         if _is_variable(inside):
-            return "{" in inside[1] or inside[1][0] in _MODULI  # `\overline{AB}`, `z_1`
+            return "{" in inside[1] or inside[1][:1] in _MODULI  # `\overline{AB}`, `z_1`
         return _is_name(inside, work)
     if node[0] == "fn" and node[1] in ("sin", "cos", "tan", "cot", "sec", "csc"):
         return _is_variable(node[2]) or _is_name(node[2], work)

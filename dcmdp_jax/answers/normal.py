@@ -31,7 +31,8 @@ _SIGNS = {  # read before NFKC, which takes some of them apart, and after it
     **dict.fromkeys("’‘′ʹ", "'"),
     **dict.fromkeys("“”\"£€¥₹\u200b\u200c\u200d\u2060\ufeff", ""),
     "∛": r"\surd[3]", "∜": r"\surd[4]", "∶": ":", "、": ",", "。": ".", "…": "...",
-    "¢": r"\text{ cents}",
+    "㎡": r"\text{ m}^{2}", "㎥": r"\text{ m}^{3}", "㎠": r"\text{ cm}^{2}", "㎤": r"\text{ cm}^{3}",
+    "¢": r"\text{ cents}", "或": r"\text{ or }", "和": r"\text{ and }", "且": r"\text{ and }",
 }
 _TRANSLATED = str.maketrans(_SIGNS)
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+")

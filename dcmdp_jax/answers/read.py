@@ -147,7 +147,9 @@ class _Reader(Expressions):
         return "text", said.replace(" ", "")
 
     def label(self) -> None:
-        """Takes words with a colon before an element, as in `Answer: 5`."""
+        """Takes what names an element: `Answer:` in `Answer: 5`, `Option` in `Option B`."""
+        if self.says("Option", "option", "Choice", "choice") and self.at == len(self.tokens):
+            self.at -= 1  # a word alone
         end = self.at
         while end < len(self.tokens) and self.tokens[end].kind in ("word", "name"):
             end += 1

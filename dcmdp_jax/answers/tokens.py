@@ -35,7 +35,9 @@ _LEXEME = re.compile(
     r"|(?P<fence>\\(?:left|right)(?![A-Za-z])\s*\.?)"
     r"|(?P<row>\\\\(?:\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm|in)\s*\])?)"
     r"|(?P<dots>\.{3,})|(?P<num>(?:\d+(?:\.(?!\.)\d*)?|\.\d+)(?:[eE][+-]?\d{1,4}(?![\w.]))?)"
-    r"|(?P<cmd>\\(?:[A-Za-z]+|.))|(?P<word>[A-Za-z]+)|(?P<sign>.)", re.DOTALL | re.ASCII)
+    r"|(?P<cmd>\\(?:[A-Za-z]+|.))|(?P<word>[A-Za-z]+)"
+    r"|(?P<name>[\u00c0-\u024f\u0400-\u04ff\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]+)"
+    r"|(?P<sign>.)", re.DOTALL | re.ASCII)
 
 
 def _commands(names: str) -> set[str]:
@@ -125,7 +127,7 @@ def _lexemes(text: str) -> list[Token]:
             lexeme = lexeme.replace(lexeme.lstrip("\\"), _OTHER_NAMES[lexeme.lstrip("\\")])
         if lexeme in _JOINERS:
             found.append(Token("name", _JOINERS[lexeme], spaced))
-        elif kind in ("num", "word"):
+        elif kind in ("num", "word", "name"):
             found.append(Token(kind, lexeme, spaced))
         elif lexeme == "degrees":
             found.append(Token("name", lexeme, spaced))

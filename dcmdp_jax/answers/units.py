@@ -44,7 +44,7 @@ _REFUSED = {"hundred", "thousand", "million", "billion", "trillion", "dozen", "h
             "hundredth", "thousandth", "twice", "pair", "score", "than", "from", "between", "about",
             "approximately", "modulo", "for", "when", "base"}
 _LATEX = re.compile(r"\\(?:text|textrm|textbf|mathrm|mbox|operatorname|cdot)(?![A-Za-z])|[{}~*]")
-_PIECE = re.compile(r"\s*(?:(/|per\b)|([A-Za-z]+)\.?(?:\s*\^\s*\(?\s*(-?\d)\s*\)?|(\d))?)\s*")
+_PIECE = re.compile(r"\s*(?:(/|per\b)|([^\W\d_]+)\.?(?:\s*\^\s*\(?\s*(-?\d)\s*\)?|(\d))?)\s*")
 _HALF_OF_DAY = re.compile(r"\b([ap])\s?\.?\s?m\b\.?", re.IGNORECASE)
 
 
