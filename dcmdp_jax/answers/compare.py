@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from dcmdp_jax.answers import units, values
-from dcmdp_jax.answers.computed import is_computed as is_computed
 from dcmdp_jax.answers.domains import MIRRORED, describes, domain
 from dcmdp_jax.answers.cursor import Node
 from dcmdp_jax.answers.names import is_curve, named_value, spread

@@ -20,8 +20,8 @@ def is_computed(text: str) -> bool:
     So it is with numbers, fractions and powers of ten behind a number, whatever their type face or
     unit; with names, words and choices; with constants and roots in lowest terms, such as `\pi/2`
     and `1 + 2\sqrt{3}`; and with lists, sets, tuples, intervals and relations of such, of an
-    equation the last side. Not so with `2 + 2`, `2^{10}`, `\sqrt{4}` and `(x+1)(x-1)`. What cannot
-    be read has.
+    equation the last side or a number on the first. Not so with `2 + 2`, `2^{10}`, `\sqrt{4}` and
+    `(x+1)(x-1)`. What cannot be read has.
     """
     try:
         return _is_computed(read(text))
@@ -36,8 +36,10 @@ def is_number(text: str) -> bool:
         node = read(text)
     except Unreadable:
         return False
-    if node[:2] == ("rel", "="):
-        node = node[3]
+    return _is_number(node[3] if node[:2] == ("rel", "=") else node)
+
+
+def _is_number(node: Node) -> bool:
     while node[0] in ("quantity", "percent", "neg"):
         node = node[1]
     tens = node[0] == "mul" and len(node) == 3 and node[2][:2] == _TO_TENS  # 1.5 \times 10^3
@@ -55,8 +57,7 @@ def _is_computed(node: Node) -> bool:
         return _is_computed(parts[0])
     if kind == "rel" and parts[0] == "=":
         left, right = parts[1:]
-        turned = right[0] == "var" and right[1][:1].isalpha() and left[0] != "var"  # `5 = x`
-        return _is_computed(left if turned else right)
+        return _is_number(left) or _is_computed(right)  # `5 = m + n`, `x = 5`
     if kind == "rel":
         return all(map(_is_computed, parts[1:]))
     if kind in ("list", "set", "union", "without", "both", "either", "ratio", "residue"):

@@ -42,6 +42,8 @@ def named_value(equation: Node, work: Work) -> Node | None:
     for name, value in ((left, right), (right, left)):
         if _is_variable(name) or name[0] == "applied" or _is_segment(name) or _is_derivative(name):
             return value
+        if _is_probability(name):
+            return value
         if name is left and name in (("var", "e"), ("var", "i")):
             return value
         if name[0] == "group" and all(map(_is_variable, name[3:])):
@@ -76,6 +78,11 @@ def _is_segment(node: Node) -> bool:
 def _is_derivative(node: Node) -> bool:
     """True of `dy/dx`."""
     return node[0] == "div" and all(part[:2] == ("mul", ("var", "d")) for part in node[1:])
+
+
+def _is_probability(node: Node) -> bool:
+    """True of `P(X > 2)`."""
+    return node[0] == "mul" and node[1] == ("var", "P") and len(node) == 3 and node[2][0] == "rel"
 
 
 def _is_variable(node: Node) -> bool:

@@ -30,7 +30,7 @@ _SIGNS = {  # read before NFKC, which takes some of them apart, and after it
     **dict.fromkeys("⁄∕÷", "/"),
     **dict.fromkeys("’‘′ʹ", "'"),
     **dict.fromkeys("“”\"£€¥₹\u200b\u200c\u200d\u2060\ufeff", ""),
-    "∛": r"\surd[3]", "∜": r"\surd[4]", "∶": ":", "、": ",", "。": ".", "…": "...",
+    "∛": r"\surd[3]", "∜": r"\surd[4]", "∶": ":", "、": ",", "。": ".", "｛": r"\{", "｝": r"\}", "…": "...",
     "㎡": r"\text{ m}^{2}", "㎥": r"\text{ m}^{3}", "㎠": r"\text{ cm}^{2}", "㎤": r"\text{ cm}^{3}",
     "¢": r"\text{ cents}", "或": r"\text{ or }", "和": r"\text{ and }", "且": r"\text{ and }",
 }
@@ -39,8 +39,9 @@ _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+")
 _LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋ₐₑₒₓₕₖₗₘₙₚₛₜ]+")
 _ONE_CHARACTER_FRACTION = re.compile("[¼½¾⅐-⅞↉]")
 _THOUSANDS = re.compile(  # a mark between two groups of digits that no list has
-    r"(?<=\d)(?:\s*(?:\{\s*,\s*\}|,\s*\\!|\\!\s*,|\\,|\\thinspace)\s*|[\u2005-\u2009\u202f\u00a0])"
+    r"(?<=\d)(?:\s*(?:\{\s*,\s*\}|,\s*\\!|\\!\s*,|\\[,;: ]|\\thinspace)\s*|[\u2005-\u2009\u202f\u00a0])"
     r"(?=\d{3}(?!\d))", re.ASCII)
+_DECIMAL_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)", re.ASCII)  # `3{,}14`; a list's comma has no braces
 _POWER = re.compile(r"(?<=[\w)}])\s*\*\*\s*(?=[\w({\\-])", re.ASCII)
 _MODULE = re.compile(r"\b(?:np|math|sympy)\.(?=[a-z])")
 _NO_WHOLE_PART = re.compile(r"(?<!\d)\.(?=\\(?:overline|bar|dot)\b)", re.ASCII)
@@ -56,6 +57,7 @@ def normal(text: str) -> str:
     text = _THOUSANDS.sub("", text)
     text = _compatible(text.translate(_TRANSLATED)).translate(_TRANSLATED)
     text = _THOUSANDS.sub("", text)  # full-width digits are digits now
+    text = _DECIMAL_COMMA.sub(".", text)
     text = _NO_WHOLE_PART.sub("0.", _MODULE.sub("", _POWER.sub("^", text)))
     text = _without_emphasis(text.strip())
     return text if text.endswith("...") else text.rstrip(". ")

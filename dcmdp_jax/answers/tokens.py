@@ -52,7 +52,7 @@ _WITH_SETTING = _commands("color textcolor hspace vspace phantom tag label")  # 
 _SPELLINGS = {
     **dict.fromkeys(_commands("dfrac tfrac cfrac"), r"\frac"),
     **dict.fromkeys(_commands("dbinom tbinom"), r"\binom"),
-    **dict.fromkeys(_commands("vert lvert rvert"), "|"),
+    **dict.fromkeys([*_commands("vert lvert rvert Vert lVert rVert"), r"\|"], "|"),
     **dict.fromkeys(_commands("lparen lgroup"), "("),
     **dict.fromkeys(_commands("rparen rgroup"), ")"),
     **dict.fromkeys(_commands("leq leqslant leqq"), r"\le"),
