@@ -335,6 +335,16 @@ def test_the_library_is_not_as_generous_as_it_comes(pool):
     assert not [pair for pair in GENEROUS if strict.equal(*pair)]
 
 
+def test_neighbours_of_what_the_library_judges_are_different():
+    matrix = r"\begin{pmatrix} 7 & 2 \\ 3 & x+1 \end{pmatrix}"
+    same = [matrix.replace("pmatrix", "bmatrix"), matrix.replace("x+1", "1+x"), matrix.replace("7", "7.0")]
+    others = [matrix.replace("7", "8"), matrix.replace("7 & 2", "2 & 7"), matrix.replace("x", "y"),
+              matrix.replace("7", "7.0000001"), matrix.replace("pmatrix", "vmatrix"), "7, 2, 3, x+1",
+              matrix.replace("7 & 2", r"7 \\ 2"), "-" + matrix, matrix + r" \text{ cm}"]
+    assert all(judge.equal(matrix, answer) for answer in same)
+    assert not [answer for answer in others if judge.equal(matrix, answer)]
+
+
 def test_a_pair_is_compared_once(pool, monkeypatch):
     processes = pool(processes=1)
     assert processes.equal(*CALCULUS[0][:2])
