@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import pathlib
 import sys
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,7 +20,7 @@ from jax import lax
 from dcmdp_jax import hosts
 from dcmdp_jax.records import TrainState
 
-REASON = 200  # characters of what Orbax says about a damaged file
+REASON = 200  # characters of what Orbax says about a file
 
 
 class NoneWhole(hosts.Refused):
@@ -34,6 +36,7 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+        logging.getLogger("absl").addFilter(_is_not_raised)
 
     @property
     def latest(self) -> int | None:
@@ -44,14 +47,28 @@ class Checkpoints:
         """Saves params, optimizer, dual and counters, the data position, and the seed: with the step, the PRNG's state.
 
         Each leaf's checksum goes with it. Returns once the state may be donated; the disk is written while training goes on,
-        and `close` waits for it.
+        and `close` waits for it. Raises OSError where that, or the save before, cannot be written.
         """
         step = int(state.step)
         if step == self.latest:
             return
         rest = {"data": position, "seed": seed, "checksums": checksums(state)}
         rest |= {"checksum": _text_checksum(rest)}
-        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), rest=ocp.args.JsonSave(rest)))
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), rest=ocp.args.JsonSave(rest))
+        with self._written():
+            self._manager.save(step, args=args)
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        """Orbax and TensorStore raise ValueError, among others, where a disk is full."""
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:
+            cause = ": ".join(_first_line(error).split(": ")[-2:])  # behind the places it came from
+            raise OSError(f"a checkpoint cannot be written to {self._manager.directory}: "
+                          f"{cause[:REASON]}") from error
 
     def restore(self, like: TrainState) -> tuple[TrainState, Any] | None:
         """The newest whole checkpoint as (state, data position), laid out as `like` (shapes with shardings); None without any.
@@ -72,10 +89,18 @@ class Checkpoints:
         return found
 
     def close(self) -> None:
+        """Waits for what is being saved. Raises OSError where it cannot be written."""
         try:
-            self._manager.wait_until_finished()
+            with self._written():
+                self._manager.wait_until_finished()
         finally:
             self._manager.close()
+
+
+def _is_not_raised(record: logging.LogRecord) -> bool:
+    """False for what Orbax logs of an exception in a thread that saves, which may outlive the run: `save` or `close`
+    raises the exception, too."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def read(workdir: pathlib.Path, like: TrainState, before: float = math.inf) -> tuple[TrainState, Any]:
@@ -166,11 +191,14 @@ def _read(manager: ocp.CheckpointManager, step: int, args: Any) -> tuple[TrainSt
         found = manager.restore(step, args=ocp.args.Composite(state=args, rest=ocp.args.JsonRestore()))
         state = jax.block_until_ready(found["state"])
     except Exception as error:  # Orbax and TensorStore have no error of their own for files that are damaged
-        first = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{type(error).__name__}: {first[:REASON]}") from error
+        raise ValueError(f"{type(error).__name__}: {_first_line(error)[:REASON]}") from error
     if any(leaf is ocp.PLACEHOLDER for leaf in jax.tree.leaves(state.opt_state)):
         state = state._replace(opt_state=None)
     return state, found["rest"]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 def _check(state: TrainState, rest: Any) -> None:
