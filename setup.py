@@ -4,7 +4,7 @@ import pathlib
 
 from setuptools import find_packages, setup
 
-TRAIN = ["orbax-checkpoint", "grain>=0.2.10", "tokenizers", "jinja2", "sentencepiece", "pyarrow"]
+TRAIN = ["orbax-checkpoint", "etils[epath]", "grain>=0.2.10", "tokenizers", "jinja2", "sentencepiece", "pyarrow"]
 JETSTREAM = [*TRAIN, "google-jetstream==0.2.2", "absl-py", "protobuf", "grpcio", "prometheus_client", "shortuuid"]
 ANSWERS = ["math-verify==0.9.0", "antlr4-python3-runtime==4.13.2"]
 REPORT = ["tensorboardX", "matplotlib"]

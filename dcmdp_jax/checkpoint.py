@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from jax import lax
 
 from dcmdp_jax import hosts
@@ -60,12 +61,12 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[None]:
-        """Orbax and TensorStore raise ValueError, among others, where a disk is full."""
+        """TensorStore raises ValueError where a disk is full."""
         try:
             yield
-        except OSError:
-            raise
-        except Exception as error:
+        except ValueError as error:
+            if "os_error_code" not in str(error):
+                raise
             cause = ": ".join(_first_line(error).split(": ")[-2:])  # behind the places it came from
             raise OSError(f"a checkpoint cannot be written to {self._manager.directory}: "
                           f"{cause[:REASON]}") from error
@@ -79,7 +80,8 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         if not steps:
             return None
-        found, damaged = _newest_whole(self._manager, steps, ocp.args.StandardRestore(like))
+        reader = ocp.StandardCheckpointHandler()
+        found, damaged = _newest_whole(self._manager.directory, steps, reader, ocp.args.StandardRestore(like))
         with hosts.agreed():
             if jax.process_index() == 0:
                 for step in damaged:
@@ -109,14 +111,13 @@ def read(workdir: pathlib.Path, like: TrainState, before: float = math.inf) -> t
     Nothing in the folder is touched; what is damaged is said. The optimizer's moments are not read: `opt_state` is None.
     Raises `NoneWhole` where there is no such checkpoint, or none fits the model.
     """
-    options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
     wanted = like._replace(opt_state=jax.tree.map(lambda _: ocp.PLACEHOLDER, like.opt_state))
     numbers = [step for step in reversed(steps(workdir)) if step < before]
     if not numbers:
         raise NoneWhole(f"{workdir} holds no checkpoints; give the run's --workdir")
-    with contextlib.closing(ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)) as manager:
-        places = ocp.checkpoint_utils.construct_restore_args(wanted)
-        (state, position), _ = _newest_whole(manager, numbers, ocp.args.PyTreeRestore(wanted, restore_args=places))
+    args = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
+    folder = epath.Path((workdir / "checkpoints").absolute())
+    (state, position), _ = _newest_whole(folder, numbers, ocp.PyTreeCheckpointHandler(), args)
     return state, position
 
 
@@ -163,14 +164,14 @@ def _text_checksum(record: Any) -> str:
     return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
 
 
-def _newest_whole(manager: ocp.CheckpointManager, steps: list[int],
+def _newest_whole(folder: epath.Path, steps: list[int], reader: ocp.CheckpointHandler,
                   args: Any) -> tuple[tuple[TrainState, Any], list[int]]:
     """Of `steps`, newest first: what the first whole one holds, and those before it. All processes take the same."""
     damaged, reasons = [], []
     for step in steps:
         try:
             with hosts.agreed():
-                found, rest = _read(manager, step, args)
+                found, rest = _read(folder / str(step), reader, args)
             with hosts.agreed():
                 _check(found, rest)
         except ValueError as error:
@@ -178,23 +179,29 @@ def _newest_whole(manager: ocp.CheckpointManager, steps: list[int],
             reasons.append(str(error))
             continue
         for number, reason in zip(damaged, reasons):
-            _warn(f"checkpoint {number} in {manager.directory} is damaged ({reason}); going on from checkpoint {step}")
+            _warn(f"checkpoint {number} in {folder} is damaged ({reason}); going on from checkpoint {step}")
         if "checksums" not in rest:
-            _warn(f"checkpoint {step} in {manager.directory} holds no checksums, so damage to it would not be seen")
+            _warn(f"checkpoint {step} in {folder} holds no checksums, so damage to it would not be seen")
         return (found, rest["data"]), damaged
-    raise NoneWhole(f"no checkpoint in {manager.directory} can be read: {', '.join(map(str, steps))} do not fit this "
+    raise NoneWhole(f"no checkpoint in {folder} can be read: {', '.join(map(str, steps))} do not fit this "
                     f"experiment's model and optimizer, or are damaged; nothing was changed (the newest: {reasons[0]})")
 
 
-def _read(manager: ocp.CheckpointManager, step: int, args: Any) -> tuple[TrainState, dict]:
+def _read(folder: epath.Path, reader: ocp.CheckpointHandler, args: Any) -> tuple[TrainState, dict]:
+    """A checkpoint's state, and the rest. Orbax's manager would wait for the other processes in here, for ever where one
+    of them finds damage; its readers do not."""
     try:
-        found = manager.restore(step, args=ocp.args.Composite(state=args, rest=ocp.args.JsonRestore()))
-        state = jax.block_until_ready(found["state"])
+        rest = ocp.JsonCheckpointHandler().restore(folder / "rest", ocp.args.JsonRestore())
+        state = jax.block_until_ready(reader.restore(folder / "state", args=args))
+    except MemoryError:
+        raise
     except Exception as error:  # Orbax and TensorStore have no error of their own for files that are damaged
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
         raise ValueError(f"{type(error).__name__}: {_first_line(error)[:REASON]}") from error
     if any(leaf is ocp.PLACEHOLDER for leaf in jax.tree.leaves(state.opt_state)):
         state = state._replace(opt_state=None)
-    return state, found["rest"]
+    return state, rest
 
 
 def _first_line(error: Exception) -> str:

@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
               file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("dcmdp: stopped before the start; nothing is changed", file=sys.stderr)
+        print("dcmdp: stopped before the start", file=sys.stderr)
         return 130
     except Exception as error:
         said = faults.sentence(error)

@@ -102,9 +102,11 @@ def agreed() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         refusal = error
-    said = np.frombuffer(str(refusal or "").encode()[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0"), np.uint8)
-    texts = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in gather(said[None])]
-    if refusal:
+    reason = "" if refusal is None else faults.message(refusal) or type(refusal).__name__
+    encoded = reason.encode(errors="replace")[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0")
+    rows = gather(np.frombuffer(encoded, np.uint8)[None])
+    texts = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
+    if refusal is not None:
         raise Refused(str(refusal)) from refusal
     for process, text in enumerate(texts):
         if text:
@@ -122,7 +124,7 @@ def tried(failure: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        say(f"{failure}: {faults.kind(error)}")
+        print(f"{failure}: {faults.kind(error)}", file=sys.stderr, flush=True)
 
 
 def check_same(text: str, name: str) -> None:

@@ -8,10 +8,14 @@ import os
 import pathlib
 import socket
 import sys
+import weakref
 from typing import IO
 
 FILE = "in_use"
 TAKEN = (errno.EACCES, errno.EAGAIN)
+
+# What this process holds: POSIX gives it the same lock twice, and drops both with the first.
+_held: weakref.WeakValueDictionary[pathlib.Path, IO[str]] = weakref.WeakValueDictionary()
 
 
 def take(folder: pathlib.Path) -> IO[str]:
@@ -19,9 +23,13 @@ def take(folder: pathlib.Path) -> IO[str]:
 
     POSIX record locks work over NFS, and no forked child keeps them. Where the file system has none,
     this is said and the folder is not locked. Raises ValueError, with its process and host, where
-    another process holds the lock.
+    the lock is held.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    mine = _held.get(folder.resolve())
+    if mine is not None and not mine.closed:
+        raise ValueError(f"{folder} is in use by another run of this process; wait until it ends, or "
+                         "choose another --workdir")
     file = open(folder / FILE, "a+", encoding="utf-8")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -37,4 +45,5 @@ def take(folder: pathlib.Path) -> IO[str]:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
+    _held[folder.resolve()] = file
     return file

@@ -53,11 +53,11 @@ class Log:
 
     def __init__(self, workdir: str | os.PathLike, config: Config, *, first_step: int = 1):
         self._writes = jax.process_index() == 0
+        self.step = first_step - 1  # of the last row
         if not self._writes:
             return
         workdir = pathlib.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        self.step = first_step - 1  # of the last row
         self._loggers: dict[str, Any] = {}
         if config.tensorboard:
             self._begin("TensorBoard", lambda: _TensorBoard(workdir, first_step))

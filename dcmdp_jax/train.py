@@ -93,9 +93,12 @@ def _walk(config: Config, workdir: pathlib.Path, inputs: Inputs, saved: checkpoi
     collect = partial(_collect, config, inputs, engine, asked)
     policy = to_engine(*step.sampled_from(state))
     if not np.asarray(policy.finite):
-        weight = _weight_not_finite(state, inputs) or "a weight"
-        raise stopping.Failed(f"{weight} is not finite before step {number + 1}; start from "
-                              "other weights, or with a smaller warmup.learning_rate")
+        weight = _weight_not_finite(state, inputs) or "a weight of the engine"
+        raise stopping.Failed(
+            f"{weight} is not finite in checkpoint {number} of {workdir}; remove the checkpoint, to go on "
+            "from the one before with a smaller algorithm.learning_rate" if number else
+            f"{weight} is not finite before the first step; start from other weights, or with a smaller "
+            "warmup.learning_rate")
     if isinstance(config.constraint.tolerance, Calibrated):
         config = _calibrated(config, inputs, workdir, state, partial(collect, policy))
         log.settle(config.constraint.tolerance)
@@ -115,6 +118,10 @@ def _walk(config: Config, workdir: pathlib.Path, inputs: Inputs, saved: checkpoi
             state, values = update(state, collected.batch)
             number, before, position = number + 1, position, inputs.prompts.get_state()
             policy = stale or to_engine(*step.sampled_from(state))
+            if not np.asarray(policy.finite):
+                weight = _weight_not_finite(state, inputs) or "a weight of the engine"
+                raise stopping.Failed(f"{weight} is not finite after step {number}, which is not saved; go on "
+                                      "from the last checkpoint, with a smaller algorithm.learning_rate")
             collected = collect(policy, number) if ahead else None
             row, others = _row(values, sampled, started)
             if not others["apart"]:  # the step has left the state as it was
@@ -141,9 +148,10 @@ def _walk(config: Config, workdir: pathlib.Path, inputs: Inputs, saved: checkpoi
     except Exception as error:
         if not hosts.alike(error):
             raise
-        with hosts.tried(f"the state after step {number} is not saved"):
-            if log.step < number:  # its row is missing: something failed beside it
+        if log.step < number:  # its row is missing: something failed beside it
+            with hosts.tried(f"the row of step {number} is not written"):
                 log.write(number, _row(values, sampled, started)[0])
+        with hosts.tried(f"the state after step {number} is not saved"):
             saved.save(state, position, config.seed)
             saved.close()
             hosts.say(f"the state after step {number} is saved in {workdir}")
@@ -192,7 +200,8 @@ def _first_not_finite(state: TrainState, values: dict[str, Any], logp_finite: bo
 
 
 def _weight_not_finite(state: TrainState, inputs: Inputs) -> str:
-    """The first parameter that holds NaN or an infinite number, in words; empty where none does."""
+    """The first parameter that holds NaN or an infinite number, in words; empty where none does, as where
+    the engine's precision makes it so."""
     each = partial(jax.tree.map, lambda w: jnp.all(jnp.isfinite(w)))
     finite = jax.jit(each, out_shardings=sharding.replicated(inputs.mesh))(state.params)
     for path, finite in jax.tree_util.tree_leaves_with_path(finite):
@@ -217,9 +226,6 @@ def _collect(config: Config, inputs: Inputs, engine: Engine, asked: Callable[[],
     """
     if config.steps <= number < calibrate.FIRST:
         return None
-    if not np.asarray(policy.finite):
-        raise stopping.Failed(f"step {number} left a weight that is not finite; start again with a "
-                              "smaller algorithm.learning_rate")
     vocabulary, engines = inputs.tokenizer, hosts.engines(config.rollout)
     first = hosts.part(config.data.prompts_per_step, engines).start * config.rollout.samples
     stops = asked

@@ -1,7 +1,11 @@
 """A tiny run for tests of several processes: a random policy is now and then rewarded, so that parameters move."""
 
+import itertools
 import os
+import sys
 from functools import partial
+
+import orbax.checkpoint as ocp
 
 from dcmdp_jax import constraint
 from dcmdp_jax.config import (AlgorithmConfig, Calibrated, CheckpointConfig, Config, ConstraintConfig, DataConfig,
@@ -12,9 +16,22 @@ from dcmdp_jax.tasks import Chain
 CHAIN = Chain(operations=2)
 
 
+CALLS = itertools.count()
+
+if "UNREADABLE_CHECKPOINT" in os.environ:
+    restore = ocp.StandardCheckpointHandler.restore
+
+    def refuse(handler, directory, **arguments):
+        if directory.parent.name == os.environ["UNREADABLE_CHECKPOINT"]:
+            raise ValueError("a shard is damaged")
+        return restore(handler, directory, **arguments)
+
+    ocp.StandardCheckpointHandler.restore = refuse
+
+
 def even(example, text):
-    """A reward that noise earns now and then; broken on request."""
-    if "BROKEN_VERIFIER" in os.environ:
+    """A reward that noise earns now and then; broken after so many calls, on request."""
+    if next(CALLS) >= int(os.environ.get("BROKEN_VERIFIER", sys.maxsize)):
         raise RuntimeError("the verifier is broken")
     return float(sum(map(ord, text)) % 2 == 0)
 

@@ -38,7 +38,7 @@ def jsonl(path, *rows):
 
 @pytest.mark.parametrize("row, expected", [
     ({"question": "q", "answer": "so <<1+1=2>>2\n#### 1,200"}, Example("q", "1,200", "set")),
-    ({"problem": "p", "solution": r"\boxed{1} and \boxed{\frac{1}{2}}"}, Example("p", r"\frac{1}{2}", "set")),
+    ({"problem": "p", "solution": r"\boxed{1} and \boxed{\frac{1}{2}}"}, Example("p", r"1, \frac{1}{2}", "set")),
     ({"problem": "p", "solution": r"\boxed{1}", "answer": "2"}, Example("p", "2", "set")),
     ({"question": "q", "answer": 70.0}, Example("q", "70", "set")),
     ({"question": "q", "answer": 0.5}, Example("q", "0.5", "set")),

@@ -70,7 +70,8 @@ import jax
 import pytest
 from test_train import QUICKSTART, assert_same_run, command, rows, tiny
 
-from dcmdp_jax import checkpoint, cli, parity, rewards, sharding, train
+from dcmdp_jax import checkpoint, cli, parity, rewards, sharding, step, train
+from dcmdp_jax.answers import judge
 from dcmdp_jax.records import Example
 
 FAULTY = str(pathlib.Path(__file__).with_name("faulty.py"))
@@ -243,7 +244,9 @@ def test_5_an_engine_whose_weights_are_one_step_old_does_not_pass_the_gate(
     for age in (0, 1):
         if age:
             one = tiny(steps=2, **exact)
-            older, _ = parity.restore(one, train.read_inputs(one), tmp_path / "run", 1)
+            inputs = train.read_inputs(one)
+            like = step.abstract_state(one, inputs.model, inputs.mesh)
+            older, _ = checkpoint.read(tmp_path / "run", like, before=2)
             make = parity.sync.make
             monkeypatch.setattr(
                 parity.sync,
@@ -357,20 +360,27 @@ HOSTILE = (
 
 @pytest.mark.parametrize("answer", HOSTILE, ids=range(len(HOSTILE)))
 @pytest.mark.parametrize("gold", ["7", r"\sqrt{2}+\sqrt{3}", "x^2+2x+1"])
-def test_9_no_answer_takes_the_trainer_more_than_a_second(answer, gold):
-    started = time.perf_counter()
+def test_9_no_answer_takes_the_trainer_longer_than_the_limit(answer, gold):
+    """0.2 s of the trainer's own time; the judge's limit and its slack, where that is asked."""
+    started, own = time.perf_counter(), time.process_time()
     assert rewards.math_answer(Example("How many?", gold), answer) == 0.0
-    assert time.perf_counter() - started <= 1.0
+    assert time.process_time() - own <= 0.2
+    assert time.perf_counter() - started <= judge.SECONDS + judge.SLACK
 
 
 # ------------------------------------------------------------ 16, 19, 20
 
 
-def test_16_the_share_of_completions_cut_off_stands_beside_the_reward(tmp_path):
-    """A limit of two tokens, which no answer fits in: all are cut off, and none earns a reward."""
+def test_16_the_share_of_completions_cut_off_stands_beside_the_reward(tmp_path, monkeypatch):
+    """A limit of two tokens, which no answer fits in: none earns a reward, and most are cut off."""
+    stopped, score = [], rewards.score
+    monkeypatch.setattr(
+        rewards, "score", lambda sampled, *rest: stopped.extend(sampled.stopped) or score(sampled, *rest)
+    )
     assert cli.main(command(tmp_path / "short", steps=1, **{"rollout.max_tokens": 2})) == 0
     (row,) = rows(tmp_path / "short")
-    assert row["truncated"] == 1 and row["reward"] == 0 and row["tokens"] == 2 * 16
+    assert len(stopped) == 16 and 8 < stopped.count(False) == 16 * row["truncated"]
+    assert row["reward"] == 0
 
 
 @pytest.mark.slow

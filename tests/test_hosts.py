@@ -25,7 +25,7 @@ def start(tmp_path):
     """Starts a run's processes; what is left of them is killed."""
     started = []
 
-    def run(workdir, processes, devices, *options, broken=None):
+    def run(workdir, processes, devices, *options, faults=None):
         with socket.create_server(("127.0.0.1", 0)) as free:
             address = f"127.0.0.1:{free.getsockname()[1]}"
         environment = os.environ | {"XLA_FLAGS": FLAGS + str(devices), "JAX_PLATFORMS": "cpu"}
@@ -33,7 +33,7 @@ def start(tmp_path):
         here = [["--coordinator", address, "--processes", str(processes), "--process", str(i)] for i in range(processes)]
         logs = [(tmp_path / f"log{len(started) + i}").open("w+") for i in range(processes)]
         new = [subprocess.Popen([*command, *(own if processes > 1 else [])], stdout=log, stderr=log,
-                                env=environment | ({"BROKEN_VERIFIER": "1"} if i == broken else {}))
+                                env=environment | (faults or {}).get(i, {}))
                for i, (own, log) in enumerate(zip(here, logs))]
         for process, process.log in zip(new, logs):
             started.append(process)
@@ -174,7 +174,7 @@ def test_processes_that_sample_on_devices_of_their_own(start, tmp_path):
 def test_a_process_that_fails_ends_all(start, tmp_path, signalled):
     """What process 1's verifier fails on ends both with one sentence; where process 0 is killed, JAX's own coordinator, which
     it held, may be the first to end process 1."""
-    both = start(tmp_path / "two", 2, 1, "--steps", 1000, broken=None if signalled else 1)
+    both = start(tmp_path / "two", 2, 1, "--steps", 1000, faults=None if signalled else {1: {"BROKEN_VERIFIER": "0"}})
     if not signalled:
         first, second = end(both, [1, 1])
         for text in (first, second):
@@ -188,3 +188,24 @@ def test_a_process_that_fails_ends_all(start, tmp_path, signalled):
     assert status in (1, -signal.SIGABRT)
     text = end(both, [-signal.SIGKILL, status])[1]
     assert "process 0 at 127.0.0.1" in text if status == 1 else "another task died" in text
+
+
+@pytest.mark.slow
+def test_a_verifier_that_fails_on_one_process_loses_no_step(start, tmp_path):
+    """It fails in a step between two saves: that before it is saved by both."""
+    options = "--steps", 1000, "--checkpoint.every", 0, "--eval.every", 0
+    first, second = end(start(tmp_path / "two", 2, 1, *options, faults={1: {"BROKEN_VERIFIER": str(16 + 3 * 8 + 1)}}), [1, 1])
+    assert "the state after step 3 is saved in" in first and "Traceback" not in first + second
+    assert "RuntimeError: the verifier is broken" in first and "RuntimeError: the verifier is broken" in second
+    assert checkpoint.steps(tmp_path / "two") == [0, 3] and len(rows(tmp_path / "two")) == 3
+
+
+@pytest.mark.slow
+def test_what_one_process_cannot_read_of_a_checkpoint_all_leave(start, tmp_path):
+    """Both go on from the checkpoint before, to the run that nothing happened to."""
+    end(start(tmp_path / "two", 2, 1), [0, 0])
+    expected = saved(tmp_path / "two"), rows(tmp_path / "two")
+    first, _ = end(start(tmp_path / "two", 2, 1, faults={1: {"UNREADABLE_CHECKPOINT": "4"}}), [0, 0])
+    assert "checkpoint 4 in" in first and "is damaged" in first and "going on from checkpoint 2" in first
+    jax.tree.map(np.testing.assert_array_equal, saved(tmp_path / "two"), expected[0])
+    assert rows(tmp_path / "two") == expected[1] and (tmp_path / "two" / "checkpoints" / "4.damaged").is_dir()

@@ -43,6 +43,15 @@ def test_a_refused_process_does_not_take_the_lock_away(tmp_path, holder):
             lock.take(tmp_path / "run")
 
 
+def test_a_process_takes_a_folder_once_until_it_lets_it_go(tmp_path):
+    with lock.take(tmp_path / "run"):
+        with pytest.raises(ValueError, match="is in use by another run of this process"):
+            lock.take(tmp_path / "other" / ".." / "run")
+    lock.take(tmp_path / "run").close()
+    lock.take(tmp_path / "run")  # nobody keeps it
+    lock.take(tmp_path / "run").close()
+
+
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
     def refuse(*args):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

@@ -4,6 +4,7 @@ of a wrong type is named with its file and line."""
 import copy
 import html.parser
 import json
+import pathlib
 import re
 import xml.etree.ElementTree
 
@@ -14,6 +15,7 @@ from dcmdp_jax.config import load_experiment
 from test_comparison import GAPS, SOURCES
 from test_report import CONFIG, ROWS, make_run
 
+ROOT = pathlib.Path(__file__).parents[1]
 PLAIN = "word"
 ATTACKS = {
     "script": "<script>alert(1)</script>",
@@ -106,7 +108,7 @@ def test_nor_has_the_page_that_compares_runs(tmp_path, word):
 
 @pytest.mark.parametrize("word", ATTACKS.values(), ids=ATTACKS)
 def test_nor_has_the_page_of_a_diagnosis(tmp_path, word):
-    config = load_experiment("experiments/quickstart.py")
+    config = load_experiment(str(ROOT / "experiments" / "quickstart.py"))
     gap = diagnose.Gap(0.1, 0.01, 0.2, 0.3, 0.01, 0.1)
     found = []
     for text in (PLAIN, word):

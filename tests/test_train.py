@@ -230,7 +230,7 @@ def test_weights_that_are_not_finite_are_named_before_the_first_step(tmp_path, m
         return params | {"final_norm": params["final_norm"].at[0].set(np.nan)}
 
     monkeypatch.setattr(train, "starting_weights", damaged)
-    with pytest.raises(stopping.Failed, match="^the weight final_norm is not finite before step 1"):
+    with pytest.raises(stopping.Failed, match="^the weight final_norm is not finite before the first step"):
         train.train(tiny(**{"warmup.steps": 0}), tmp_path)
     assert not checkpoint.steps(tmp_path)
 

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dcmdp_jax.answers.compare import Verdict, compare
 from dcmdp_jax.answers.tokens import LONGEST
 
-SECONDS = 5.0  # of one comparison
+SECONDS = 2.0  # of one comparison
 SLACK = 5.0  # seconds by which a process may miss its own limit
 START = 120.0  # seconds in which a process imports its library
 PROCESSES = 2

@@ -54,9 +54,6 @@ def rollout(engine: Engine, weights: Weights, prompts: Prompts, *, samples: int,
     Raises ValueError where a prompt leaves the engine no room for `max_tokens`, and where a weight
     or a log-prob is not finite; `Interrupted` where `asked()` says so.
     """
-    if not np.asarray(weights.finite):
-        raise ValueError("the engine is given weights that hold NaN or an infinite number; take a "
-                         "checkpoint or a model folder from before, and a smaller learning rate")
     if stop_strings and (decode is None or not all(stop_strings)):
         raise ValueError("rollout: stop_strings need `decode`, and none may be empty")
     count = len(prompts.lengths) * samples
@@ -67,6 +64,9 @@ def rollout(engine: Engine, weights: Weights, prompts: Prompts, *, samples: int,
     if longest > engine.max_length:
         raise ValueError(f"a prompt and its new tokens take up to {longest} positions and do not fit the engine's "
                          f"{engine.max_length}")
+    if not np.asarray(weights.finite):
+        raise ValueError("the engine is given weights that hold NaN or an infinite number; take a "
+                         "checkpoint or a model folder from before, and a smaller learning rate")
     out = _Completions(prompts, count, int(limits.max()), sampling)
     keys = key if isinstance(key, np.ndarray) else completion_keys(key, first + count)[first:]
     waiting = _Waiting(engine, weights, prompts, samples)

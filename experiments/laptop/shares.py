@@ -18,6 +18,7 @@ import room_harmed
 
 from dcmdp_jax import checkpoint, constraint, parity, sync, train
 from dcmdp_jax.config import ModelSource, Precision, WarmupConfig
+from dcmdp_jax.step import abstract_state
 
 COLUMNS = ("study", "arm", "seed", "step", "share_engine", "share_trainer", "delta_distorted", "delta_others", "gain")
 PROMPTS = 64  # eight completions each
@@ -45,8 +46,9 @@ def of_run(arm, folder):
     engine, score = train.make_engine(start, inputs), parity.scorer(start, inputs)
     to_engine = sync.make(inputs.model, start.rollout.precision, inputs.decode_mesh)
     to_exact = sync.make(inputs.model, Precision(), inputs.decode_mesh)
+    like = abstract_state(start, inputs.model, inputs.mesh)
     for step in checkpoint.steps(folder):
-        params = parity.restore(start, inputs, folder, step)[0].params
+        params = checkpoint.read(folder, like, before=step + 1)[0].params
         sampled = parity.sample(engine, to_engine(params, step), start, inputs, step)
         exact = parity.sample(engine, to_exact(params, step), start, inputs, step)
         old = score(params, sampled, (0, step))
