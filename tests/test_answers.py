@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcmdp_jax import data
+from dcmdp_jax import data, worker
 from dcmdp_jax.answers import compare, computed, judge, names, read, tokens, units, values, work
 
 SETS = ("aime24", "aime25", "amc23", "math500", "minerva_math", "olympiadbench")
@@ -284,12 +284,12 @@ def pool():
     yield make
     for processes in made:
         while not processes._idle.empty():
-            processes._idle.get()._end()
+            processes._idle.get().end()
 
 
 def started(processes):
     """Process ids of those of a pool that have been started."""
-    found = [process._process for process in processes._idle.queue]
+    found = [idle._process for idle in processes._idle.queue]
     return [process.pid for process in found if process is not None]
 
 
@@ -348,7 +348,7 @@ def test_neighbours_of_what_the_library_judges_are_different():
 def test_a_pair_is_compared_once(pool, monkeypatch):
     processes = pool(processes=1)
     assert processes.equal(*CALCULUS[0][:2])
-    monkeypatch.setattr(judge._Process, "ask", None)
+    monkeypatch.setattr(worker.Worker, "ask", None)
     assert processes.equal(*CALCULUS[0][:2])
 
 
@@ -370,13 +370,13 @@ def test_a_process_that_hangs_or_dies_gives_no_verdict(act, times, pool, monkeyp
     """One that dies is asked once more: it may have been ended while it was idle."""
     monkeypatch.setattr(judge, "SLACK", 0.0)
     starts = []
-    start = judge._Process._start
+    start = worker.Worker._start
 
     def counted(process):
         starts.append(1)
         start(process)
 
-    monkeypatch.setattr(judge._Process, "_start", counted)
+    monkeypatch.setattr(worker.Worker, "_start", counted)
     processes = pool([sys.executable, "-c", FAKE.format(act)], seconds=0.5, processes=1)
     assert processes.equal("1", "1") is (times == 0)
     assert processes.given_up == (times > 0) and len(starts) == max(times, 1)
@@ -394,7 +394,7 @@ def test_an_interrupted_question_leaves_no_reply_for_the_next(pool, monkeypatch)
     processes = pool(processes=1)
     assert processes.equal(*CALCULUS[0][:2])
     with monkeypatch.context() as patched:
-        patched.setattr(judge._Process, "_line", lambda *asked: signal.raise_signal(signal.SIGINT))
+        patched.setattr(worker.Worker, "_line", lambda *asked: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             processes.equal(*CALCULUS[2][:2])
     assert not processes.equal(*CALCULUS[1][:2])
