@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pathlib
-import sys
 import sysconfig
 import traceback
 
 OWN = f"{pathlib.Path(__file__).parent}/"
-LIBRARIES = (*{sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")},
-             str(pathlib.Path(sys.prefix) / "lib"))
+STDLIB = f"{sysconfig.get_path('stdlib')}/"
+LIBRARIES = {"site-packages", "dist-packages"}  # folders, wherever they are
 LONGEST = 500  # characters of a message
 
 
@@ -54,4 +53,5 @@ def message(error: BaseException) -> str:
 
 
 def _is_users(file: str) -> bool:
-    return not file.startswith((OWN, *LIBRARIES, "<"))
+    of_library = file.startswith((OWN, STDLIB, "<"))
+    return not of_library and LIBRARIES.isdisjoint(pathlib.PurePath(file).parts)

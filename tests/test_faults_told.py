@@ -29,6 +29,23 @@ def test_a_user_s_function_that_the_project_calls_is_named_by_its_line(tmp_path)
     assert faults.sentence(error).startswith(f"{file}, line 5: JSONDecodeError: Expecting property name")
 
 
+@pytest.mark.parametrize("folder, of_library", [
+    ("home/.local/lib/python3/site-packages/helper", True),  # pip install --user
+    ("venv/lib64/python3/site-packages", True), ("base/lib/python3/dist-packages", True),
+    ("my-site-packages", False), ("site-packages.old", False), ("lib/python3", False)])
+def test_a_library_s_line_is_not_the_user_s_wherever_it_is_installed(tmp_path, folder, of_library):
+    library, mine = tmp_path / folder / "library.py", tmp_path / "mine.py"
+    library.parent.mkdir(parents=True)
+    library.write_text("def fail():\n    raise RuntimeError('no')\n")
+    mine.write_text("import runpy\n"
+                    f"fail = runpy.run_path({str(library)!r})['fail']\n"
+                    "def optimizer(algorithm):\n"
+                    "    return fail()\n")
+    algorithm = types.SimpleNamespace(optimizer=config.run_file(str(mine), "experiment")["optimizer"])
+    line = faults.users_line(caught(lambda: optimizers.of(algorithm)))
+    assert line == (f"{mine}, line 4" if of_library else f"{library}, line 2")
+
+
 def test_a_fault_of_the_project_s_own_keeps_its_traceback():
     """An error of another kind that no line of a user's has to do with."""
     assert faults.sentence(caught(lambda: config.scalar_fields(3))) is None
