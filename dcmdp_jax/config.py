@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import functools
 import numbers
-import json
 import pathlib
 import runpy
 import sys
@@ -19,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from dcmdp_jax import faults
+from dcmdp_jax import faults, jsonfile
 
 RECORD = "config.json"  # of a run, in its work folder
 
@@ -38,6 +37,10 @@ class Yarn:
     beta_slow: float = 1.0
     attention_factor: float | None = None  # None: 0.1 ln(factor) + 1
     truncate: bool = True  # the pairs between which it blends are whole numbers
+
+    def __post_init__(self):
+        name = "yarn: original_max_position"
+        _check_number(name, self.original_max_position, 1, LARGEST)
 
 
 @dataclass(frozen=True)
@@ -393,17 +396,15 @@ def recorded(config: Config, record: dict) -> Config:
 def read_record(workdir: pathlib.Path) -> dict:
     """A run's `config.json`. Raises ValueError, with the remedy, where it is gone or damaged."""
     file = workdir / RECORD
-    remedy = ("put a copy back; one is written where the command that began the run, with its options, is started in another "
-              "--workdir")
+    remedy = ("put a copy back; one is written where the command that began the run, with its "
+              "options, is started in another --workdir")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        return jsonfile.read_object(file)
     except FileNotFoundError:
-        raise ValueError(f"{file} is gone, so that what the run was made with is not known; {remedy}") from None
+        raise ValueError(f"{file} is gone, so that what the run was made with is not known; "
+                         f"{remedy}") from None
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); {remedy}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} is damaged (it holds no object); {remedy}")
-    return found
+        raise ValueError(f"{error}; {remedy}") from None
 
 
 def updated(record: dict, config: Any) -> dict:
