@@ -111,7 +111,8 @@ class ModelSource:
 class DataConfig:
     """What is asked, and how the answer is judged."""
 
-    verifier: Callable  # (example, text) -> reward, on any scale; text is empty where the length limit cut it off
+    # (example, text) -> reward, on any scale; text is empty where the length limit cut it off
+    verifier: Callable
     path: str = ""  # JSONL or Parquet; empty: `task`
     task: Any = None  # a generated task (`tasks.Chain(...)`)
     eval_path: str = ""  # held-out problems; empty: the task's own where it asks, else none
@@ -408,8 +409,11 @@ def read_record(workdir: pathlib.Path) -> dict:
 
 
 def updated(record: dict, config: Any) -> dict:
-    """A record of `to_json` as this version writes it: fields that it lacks have their defaults, and fields that are unknown
-    today are left out where they are not set to anything."""
+    """A record of `to_json` as this version writes it.
+
+    Fields that it lacks have their defaults, and fields that are unknown today are left out where
+    they are not set to anything.
+    """
     fields = {item.name: item for item in dataclasses.fields(config)}
     found = {}
     for name, item in fields.items():
@@ -420,7 +424,8 @@ def updated(record: dict, config: Any) -> dict:
             found[name] = updated(record[name], value)
         else:
             found[name] = record[name]
-    return found | {name: value for name, value in record.items() if name not in fields and _is_set(value)}
+    unknown_ones = {name: value for name, value in record.items() if name not in fields}
+    return found | {name: value for name, value in unknown_ones.items() if _is_set(value)}
 
 
 def _default(item: dataclasses.Field, value: Any) -> Any:
@@ -481,7 +486,8 @@ def load_experiment(path: str) -> Config:
 def run_file(path: str, kind: str) -> dict[str, Any]:
     """What a Python file defines; it may import its neighbours, as a script may.
 
-    Raises ValueError where there is no file, where it imports what is not there, and where it fails, with its own line.
+    Raises ValueError where there is no file, where it imports what is not there, and where it
+    fails, with its own line.
     """
     file = pathlib.Path(path)
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""Chat templates, programs that a folder brings: rendered by a process of their own, with limits."""
+"""Chat templates, programs that a folder brings: a process of their own renders, with limits."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ class HuggingFace:
         return mark(message)
 
     def _encode_cut_up(self, text: str, cut: str) -> list[int]:
-        """Ids of a rendered conversation: what is cut up is text, up to the template's next token."""
+        """Ids of a rendered conversation; what is cut up is text, up to the next token."""
         if cut not in text:
             return self.encode(text)
         ids = []

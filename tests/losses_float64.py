@@ -1,9 +1,9 @@
 """Values and gradients of the losses in float64 NumPy, from docs/losses.md and the papers it names.
 
 Nothing of the package is called. `of_case` has the layout of a golden file's case: inputs, and
-beside them what the losses, corrections, diagnostics and the constraint make of them. Gradients are exact, by the complex step f(x + ih) / h with h = 1e-30: `fixed` takes
-the real part, which stops a gradient, and every comparison is of real parts. What padding holds is
-garbage on purpose.
+beside them what the losses, corrections, diagnostics and the constraint make of them. Gradients are
+exact, by the complex step f(x + ih) / h with h = 1e-30: `fixed` takes the real part, which stops a
+gradient, and every comparison is of real parts. What padding holds is garbage on purpose.
 
 Conventions. D = old - roll, so that rho = train / rollout. A token's log ratio is clamped to +-20;
 a completion's is the sum of its tokens' unclamped ones, clamped once; means are of clamped ones. A

@@ -131,7 +131,10 @@ PLAIN = {"rope_type": "default", "rope_theta": 1e6}
         ({"head_dim": 15}, "head_dim=15 must be even"),
         ({"num_key_value_heads": 2.0}, "num_key_value_heads=2.0 is not a whole number"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0 is not a positive number"),
-        ({"rope_theta": 10**400}, "rope_theta=10{0,59} is not a positive number that float32 holds"),
+        (
+            {"rope_theta": 10**400},
+            "rope_theta=10{0,59} is not a positive number that float32 holds",
+        ),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false' is not true or false"),
         ({"num_hidden_layers": 10**9}, "num_layers=1000000000 must be at most 1000"),
         ({"num_hidden_layers": 10**400}, "num_layers=10{400} must be at most 1000"),

@@ -17,8 +17,13 @@ from dcmdp_jax.records import Example
 SHARED = pathlib.Path(__file__).parents[1].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
 
-VERL = {"data_source": "math_dapo", "prompt": [{"role": "user", "content": "1+1?"}], "ability": "MATH",
-        "reward_model": {"ground_truth": "2", "style": "rule"}, "extra_info": {"index": "0"}}
+VERL = {
+    "data_source": "math_dapo",
+    "prompt": [{"role": "user", "content": "1+1?"}],
+    "ability": "MATH",
+    "reward_model": {"ground_truth": "2", "style": "rule"},
+    "extra_info": {"index": "0"},
+}
 
 
 def jsonl(path, *rows):
@@ -28,12 +33,14 @@ def jsonl(path, *rows):
 
 @pytest.mark.parametrize("row, expected", [
     ({"question": "q", "answer": "so <<1+1=2>>2\n#### 1,200"}, Example("q", "1,200", "set")),
-    ({"problem": "p", "solution": r"First \boxed{1}. Then \boxed{\frac{1}{2}}."}, Example("p", r"\frac{1}{2}", "set")),
+    ({"problem": "p", "solution": r"First \boxed{1}. Then \boxed{\frac{1}{2}}."},
+     Example("p", r"\frac{1}{2}", "set")),
     ({"problem": "p", "solution": r"\boxed{1}", "answer": "2"}, Example("p", "2", "set")),
     ({"question": "q", "answer": 70.0}, Example("q", "70", "set")),
     ({"question": "q", "answer": 0.5}, Example("q", "0.5", "set")),
     ({"question": "q", "answer": 0}, Example("q", "0", "set")),
-    ({"question": "q", "final_answer": ["$1,3$", 5.0], "solution": ["..."]}, Example("q", "$1,3$, 5", "set")),
+    ({"question": "q", "final_answer": ["$1,3$", 5.0], "solution": ["..."]},
+     Example("q", "$1,3$, 5", "set")),
     ({"prompt": "p", "answer": "a"}, Example("p", "a", "set")),
     (VERL, Example([{"role": "user", "content": "1+1?"}], "2", "math_dapo")),
 ])
@@ -43,12 +50,14 @@ def test_layouts(tmp_path, row, expected):
 
 @pytest.mark.parametrize("name, count, first", [
     ("math_eval/aime24", 30, "204"), ("math_eval/aime25", 30, "70"), ("math_eval/amc23", 40, "27"),
-    ("math_eval/math500", 500, r"\left( 3, \frac{\pi}{2} \right)"), ("math_eval/minerva_math", 272, "1.6"),
+    ("math_eval/math500", 500, r"\left( 3, \frac{\pi}{2} \right)"),
+    ("math_eval/minerva_math", 272, "1.6"),
     ("math_eval/olympiadbench", 675, "2"), ("gsm8k/train", 7473, "72"), ("gsm8k/test", 1319, "18")])
 @needs_shared
 def test_published_sets(name, count, first):
     examples = data.read(SHARED / f"{name}.jsonl")
-    assert (len(examples), examples[0].answer, examples[0].source) == (count, first, name.split("/")[1])
+    found = len(examples), examples[0].answer, examples[0].source
+    assert found == (count, first, name.split("/")[1])
     assert all(isinstance(e.prompt, str) and e.prompt and e.answer for e in examples)
 
 
@@ -77,10 +86,12 @@ def test_parquet_and_repeats(tmp_path, caplog):
     ("a.jsonl", "", "is empty"),
     ("a.jsonl", "\n\n", "is empty"),
     ("a.csv", "x", "neither .jsonl nor .parquet"),
-    ("a.jsonl", '{"problem": "p", "answer": "1"}\n{"problem": ', "a.jsonl line 2 is not valid JSON"),
+    ("a.jsonl", '{"problem": "p", "answer": "1"}\n{"problem": ',
+     "a.jsonl line 2 is not valid JSON"),
     ("a.jsonl", b'{"problem": "\xff"}', "a.jsonl line 1 is not valid JSON"),
     ("a.jsonl", "[1]", "line 1 is not a JSON object"),
-    ("a.jsonl", '{"text": "p", "label": 1}', r"line 1 gives no .*\['label', 'text'\]; known layouts: GSM8K .* verl"),
+    ("a.jsonl", '{"text": "p", "label": 1}',
+     r"line 1 gives no .*\['label', 'text'\]; known layouts: GSM8K .* verl"),
     ("a.jsonl", '\n{"problem": "p"}', "line 2 gives no answer"),
     ("a.jsonl", '{"problem": "p", "solution": "no box"}', "gives no answer"),
     ("a.jsonl", '{"problem": "  ", "answer": "1"}', "gives no problem"),
@@ -204,7 +215,8 @@ ASKED = [{"role": "user", "content": "What's 2+3?"}]
     ASKED, ASKED[0], [{"role": "system", "content": "s"}, *ASKED], [TEXT], TEXT, [TEXT, TEXT],
     [{"index": 0, "content": "q", "role": "user"}], [{"type": "image_url", "image_url": "x"}]])
 @pytest.mark.parametrize("printed", [
-    str, lambda value: f" {value!r}\n", pprint.pformat, lambda value: pprint.pformat(value, width=9),
+    str, lambda value: f" {value!r}\n", pprint.pformat,
+    lambda value: pprint.pformat(value, width=9),
     lambda value: str(np.array(value, object)), lambda value: repr(np.array(value, object))])
 def test_messages_that_python_printed_are_refused_by_line(tmp_path, content, printed):
     """As prompts, and as what a user says."""
@@ -287,5 +299,6 @@ def test_missing_file_and_missing_library(tmp_path, monkeypatch):
         data.read(tmp_path / "nowhere.jsonl")
     (tmp_path / "a.parquet").touch()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=r"pyarrow is not installed; pip install 'dcmdp-jax\[train\]'"):
+    remedy = r"pyarrow is not installed; pip install 'dcmdp-jax\[train\]'"
+    with pytest.raises(ValueError, match=remedy):
         data.read(tmp_path / "a.parquet")

@@ -1,4 +1,4 @@
-"""Special tokens that a message spells out are text; those of the template are tokens, and may stop."""
+"""Special tokens that a message spells out are text; the template's are tokens, and may stop."""
 
 import json
 import pathlib

@@ -72,7 +72,9 @@ def write(folder, name, value):
 def test_encodes_as_transformers_does(vocabulary, oracle, text):
     ids = vocabulary.encode(text)
     assert ids == oracle.encode(text, add_special_tokens=False)
-    assert vocabulary.decode(ids) == oracle.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert vocabulary.decode(ids) == oracle.decode(
+        ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
 
 
 @pytest.mark.parametrize("enable_thinking", [True, False])
@@ -252,7 +254,10 @@ def test_a_missing_library_names_the_extra(folder, monkeypatch):
 
 
 def test_no_token_is_longer_than_the_longest(folder):
-    """WordLevel's `[stop]`, a SentencePiece piece and a character; what a bound on texts is reckoned with."""
+    """WordLevel's `[stop]`, a SentencePiece piece and a character.
+
+    A bound on texts is reckoned with it.
+    """
     write(folder, "generation_config.json", {"eos_token_id": 7})
     assert tokenizer.load(folder).longest == len("[stop]")
     assert tokenizer.Characters("ab").longest == 1
@@ -260,7 +265,10 @@ def test_no_token_is_longer_than_the_longest(folder):
 
 @needs_qwen3
 def test_qwen3_longest_token_is_met_by_128_spaces(qwen3):
-    assert len(qwen3.encode(" " * qwen3.longest)) == 1 and len(qwen3.encode(" " * (qwen3.longest + 1))) == 2
+    assert (
+        len(qwen3.encode(" " * qwen3.longest)) == 1
+        and len(qwen3.encode(" " * (qwen3.longest + 1))) == 2
+    )
 
 
 def test_encoding_a_long_text_lets_other_threads_run(folder):
@@ -293,7 +301,9 @@ def test_sentencepiece(tmp_path):
     assert [pieces.id_to_piece(i) for i in ids] == pieces.encode("the lazy fox 42", out_type=str)
     assert found.decode([*ids, found.vocab_size]) == "the lazy fox 42"
     assert (found.vocab_size, found.eos_ids, found.pad_id) == (pieces.get_piece_size(), (2,), 3)
-    assert found.longest == max(len(pieces.id_to_piece(i)) for i in range(60) if i < pieces.get_piece_size())
+    assert found.longest == max(
+        len(pieces.id_to_piece(i)) for i in range(60) if i < pieces.get_piece_size()
+    )
     with pytest.raises(ValueError, match="no chat template"):
         found.chat([USER], enable_thinking=False)
 
