@@ -12,12 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from dcmdp_jax import checkpoint, constraint, sharding, step
+from dcmdp_jax import checkpoint, constraint, fields, jsonfile, sharding, step
 from dcmdp_jax.config import RECORD, Calibrated, Config, ModelConfig, with_tolerance
 from dcmdp_jax.constraint import Calibration
 from dcmdp_jax.records import Batch
 
 FILE = "calibration.json"
+RECORDED = {"slack": fields.NUMBER, "batches": fields.WHOLE, "tolerance": fields.NUMBER}
 FIRST = 2**30  # number of the first batch: no step's, so that calibration shares no key with training
 DIGITS = 4  # of a tolerance: its error is far larger
 
@@ -80,11 +81,14 @@ def read(workdir: pathlib.Path) -> dict[str, float]:
     """What `write` has recorded. Raises ValueError where that is damaged."""
     file = workdir / FILE
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        return {name: record[name] for name in ("slack", "batches", "tolerance")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}); {RECORD} beside it holds the tolerance: set "
-                         f"--constraint.tolerance to it and move {FILE} away") from None
+        record = jsonfile.read_object(file)
+        fields.check(record, RECORDED, str(file))
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; {RECORD} beside it holds the tolerance: set --constraint.tolerance to it "
+            f"and move {FILE} away"
+        ) from None
+    return {name: record[name] for name in RECORDED}
 
 
 def wanted(config: Config, workdir: pathlib.Path) -> Calibrated:

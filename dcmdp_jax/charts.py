@@ -51,7 +51,8 @@ def chart(panel: Panel) -> str:
     marks += [f'<text x="{x(s):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{html.escape(name)}</text>'
               for s, name in named]
     axis = html.escape(panel.axis)
-    marks += [f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" text-anchor="middle">{axis}</text>',
+    marks += [f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 3}" '
+              f'text-anchor="middle">{axis}</text>',
               f'<text x="0" y="13">{html.escape(panel.unit)}</text>']
     marks += [_spread(series, x, y) for series in panel.series] + [_line(series, x, y) for series in panel.series]
     title = html.escape(panel.title)

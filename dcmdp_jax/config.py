@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import functools
 import numbers
-import json
 import pathlib
 import runpy
 import sys
@@ -19,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from dcmdp_jax import faults
+from dcmdp_jax import faults, jsonfile
 
 RECORD = "config.json"  # of a run, in its work folder
 
@@ -38,6 +37,10 @@ class Yarn:
     beta_slow: float = 1.0
     attention_factor: float | None = None  # None: 0.1 ln(factor) + 1
     truncate: bool = True  # the pairs between which it blends are whole numbers
+
+    def __post_init__(self):
+        name = "yarn: original_max_position"
+        _check_number(name, self.original_max_position, 1, LARGEST)
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,8 @@ class ModelSource:
 class DataConfig:
     """What is asked, and how the answer is judged."""
 
-    verifier: Callable  # (example, text) -> reward, on any scale; text is empty where the length limit cut it off
+    # (example, text) -> reward, on any scale; text is empty where the length limit cut it off
+    verifier: Callable
     path: str = ""  # JSONL or Parquet; empty: `task`
     task: Any = None  # a generated task (`tasks.Chain(...)`)
     eval_path: str = ""  # held-out problems; empty: the task's own where it asks, else none
@@ -393,22 +397,23 @@ def recorded(config: Config, record: dict) -> Config:
 def read_record(workdir: pathlib.Path) -> dict:
     """A run's `config.json`. Raises ValueError, with the remedy, where it is gone or damaged."""
     file = workdir / RECORD
-    remedy = ("put a copy back; one is written where the command that began the run, with its options, is started in another "
-              "--workdir")
+    remedy = ("put a copy back; one is written where the command that began the run, with its "
+              "options, is started in another --workdir")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        return jsonfile.read_object(file)
     except FileNotFoundError:
-        raise ValueError(f"{file} is gone, so that what the run was made with is not known; {remedy}") from None
+        raise ValueError(f"{file} is gone, so that what the run was made with is not known; "
+                         f"{remedy}") from None
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); {remedy}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} is damaged (it holds no object); {remedy}")
-    return found
+        raise ValueError(f"{error}; {remedy}") from None
 
 
 def updated(record: dict, config: Any) -> dict:
-    """A record of `to_json` as this version writes it: fields that it lacks have their defaults, and fields that are unknown
-    today are left out where they are not set to anything."""
+    """A record of `to_json` as this version writes it.
+
+    Fields that it lacks have their defaults, and fields that are unknown today are left out where
+    they are not set to anything.
+    """
     fields = {item.name: item for item in dataclasses.fields(config)}
     found = {}
     for name, item in fields.items():
@@ -419,7 +424,8 @@ def updated(record: dict, config: Any) -> dict:
             found[name] = updated(record[name], value)
         else:
             found[name] = record[name]
-    return found | {name: value for name, value in record.items() if name not in fields and _is_set(value)}
+    unknown_ones = {name: value for name, value in record.items() if name not in fields}
+    return found | {name: value for name, value in unknown_ones.items() if _is_set(value)}
 
 
 def _default(item: dataclasses.Field, value: Any) -> Any:
@@ -480,7 +486,8 @@ def load_experiment(path: str) -> Config:
 def run_file(path: str, kind: str) -> dict[str, Any]:
     """What a Python file defines; it may import its neighbours, as a script may.
 
-    Raises ValueError where there is no file, where it imports what is not there, and where it fails, with its own line.
+    Raises ValueError where there is no file, where it imports what is not there, and where it
+    fails, with its own line.
     """
     file = pathlib.Path(path)
     if not file.is_file():

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -338,7 +339,7 @@ def _prompt(prompt: Any) -> str | list[dict]:
     """
     if isinstance(prompt, str) and prompt.strip():
         if _holds_messages(prompt):
-            raise ValueError("gives its messages as JSON in a string; write them as a list")
+            raise ValueError("gives its messages in a string; write them as a list")
         return prompt
     if not isinstance(prompt, list):
         raise ValueError("gives no problem")
@@ -367,7 +368,7 @@ def _message(message: Any, number: int) -> dict:
             f"gives no problem: the content of message {number} is {jsonfile.kind(content)}"
         )
     if role == "user" and _holds_messages(content):
-        raise ValueError("gives its parts as JSON in a string; write them as a list")
+        raise ValueError("gives its parts in a string; write them as a list")
     return {**message, "content": content}
 
 
@@ -423,7 +424,13 @@ def _is_structure(text: str) -> bool:
 
 
 def _holds_messages(text: str) -> bool:
-    """True if a text is, as a whole, a chat message or a part of one in JSON, or a list of them."""
+    """True if a text is, as a whole, a chat message or a part of one, or a list of them.
+
+    In JSON, or as Python or NumPy prints it.
+    """
+    printed = re.sub(r"^array\(|,\s+dtype=object\)$", "", text.strip())
+    if printed.startswith(("{'", "[{'")) and printed.endswith(("}", "}]")):
+        return "'role':" in printed or "'type':" in printed
     value = _json_in(text)
     first = value[0] if isinstance(value, list) and value else value
     return isinstance(first, dict) and not {"role", "type"}.isdisjoint(first)

@@ -256,7 +256,8 @@ def measure(trainer: np.ndarray, engine: np.ndarray, sampled: Rollout) -> Gap:
                figures.clipped)
 
 
-def other_version(config: Config, inputs: train.Inputs, workdir: pathlib.Path, policy: parity.Policy) -> parity.Policy | None:
+def other_version(config: Config, inputs: train.Inputs, workdir: pathlib.Path,
+                  policy: parity.Policy) -> parity.Policy | None:
     """What `policy`, `parity.load`'s, can be compared with, if there is any.
 
     The newest weights, where a run samples from stale ones; else those of the checkpoint before.
@@ -264,8 +265,10 @@ def other_version(config: Config, inputs: train.Inputs, workdir: pathlib.Path, p
     before = math.inf if config.rollout.staleness else policy.version
     if not any(number < before for number in checkpoint.steps(workdir)):
         return None
-    state, _ = checkpoint.read(workdir, step.abstract_state(config, inputs.model, inputs.mesh), before)
-    return parity.Policy(state.params, int(state.step), f"checkpoint {int(state.step)} of {workdir}")
+    like = step.abstract_state(config, inputs.model, inputs.mesh)
+    state, _ = checkpoint.read(workdir, like, before)
+    number = int(state.step)
+    return parity.Policy(state.params, number, f"checkpoint {number} of {workdir}")
 
 
 def floor(found: Blame) -> float:
@@ -313,8 +316,8 @@ def notes(found: Blame) -> list[str]:
     if "support" not in judged:
         said.append("The support is left out: every token can be drawn (top_k 0, top_p 1, min_p 0).")
     else:
-        said.append("The support is a part of everything here alone: a run and parity measure delta before "
-                    "the cut.")
+        said.append("The support is a part of everything here alone: a run and parity measure "
+                    "delta before the cut.")
     return said
 
 
@@ -352,7 +355,8 @@ def write(found: Blame, config: Config, workdir: pathlib.Path) -> pathlib.Path:
     body = (f'<p class="summary">{html.escape(found.origin)}</p><p class="verdict">{html.escape(verdict(found))}</p>'
             f'<figure class="scroll">{picture}</figure>{_html_table(table(found))}{said}')
     path = workdir / "diagnose.html"
-    path.write_text(report.page(f"{config.name}: blame", body, to_json(config)), "utf-8", errors="replace")
+    page = report.page(f"{config.name}: blame", body, to_json(config))
+    path.write_text(page, "utf-8", errors="replace")
     return path
 
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dcmdp_jax import data, lock, rewards, scores, sharding, sync, tokenizer
+from dcmdp_jax import data, jsonfile, lock, rewards, scores, sharding, sync, tokenizer
 from dcmdp_jax.answers import judge
 from dcmdp_jax.config import MeshConfig, Precision, differences
 from dcmdp_jax.models import qwen3, weights
@@ -32,6 +32,8 @@ from dcmdp_jax.rollout.generate import Engine, completion_keys, rollout
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 POSITIONS = 1 << 26  # of completions that one rollout has room for on the host
 EVERY = 30.0  # seconds between two lines of progress
+SUMMARY = "summary.json"
+JUDGED = {"answer", "right", "stopped", "tokens"}  # what the figures are made of
 
 Key = tuple[int, int]  # a problem's place in its set, from 0, and the sample's number
 
@@ -112,8 +114,8 @@ def prepare(options: Options, workdir: pathlib.Path) -> Evaluation:
         raise ValueError(f"--workdir {workdir} is a file; name a folder")
     record, path = _record(options, sets, vocabulary), workdir / "options.json"
     if path.is_file():
-        before = _json(path)
-        if not isinstance(before, dict) or "sets" not in before:
+        before = _read(path)
+        if not isinstance(before.get("sets"), dict):
             raise ValueError(f"{path} is no record of an evaluation; give another --workdir")
         _same(before, record, workdir)
         record = {**record, "sets": {**before["sets"], **record["sets"]}}
@@ -121,6 +123,7 @@ def prepare(options: Options, workdir: pathlib.Path) -> Evaluation:
         raise ValueError(f"{stray[0]} is there but {path} is not; give another --workdir, or move the file away")
     for item in sets:
         _kept(item)  # so that a strange line is named now
+    _read(workdir / SUMMARY)  # and a damaged summary
     held = lock.take(workdir)
     _write(path, json.dumps(record, indent=2) + "\n")
     longest = max(int(item.prompts.lengths.max()) for item in sets)
@@ -143,9 +146,10 @@ def run(evaluation: Evaluation, asked: Callable[[], bool] = lambda: False,
             lines = _fill(evaluation, item, started, asked, say)
             figures[item.name] = _figures(item, lines)
     if count := library.given_up - given_up:
-        say(f"{count} comparisons took longer than {library.seconds:g} s, or too much memory, and count as wrong")
-    path = evaluation.workdir / "summary.json"
-    _write(path, json.dumps({**(_json(path) if path.is_file() else {}), **figures}, indent=2) + "\n")
+        say(f"{count} comparisons took longer than {library.seconds:g} s, or too much memory, and "
+            "count as wrong")
+    path = evaluation.workdir / SUMMARY
+    _write(path, json.dumps({**_read(path), **figures}, indent=2) + "\n")
     return figures
 
 
@@ -232,7 +236,8 @@ def _same(before: dict, now: dict, workdir: pathlib.Path) -> None:
     """
     before = {name: value for name, value in before.items() if value or name in now}
     if unknown := before.keys() - now.keys():
-        raise ValueError(f"{workdir} was made with {', '.join(sorted(unknown))}, which is not known here; give another --workdir")
+        raise ValueError(f"{workdir} was made with {', '.join(sorted(unknown))}, which is not "
+                         "known here; give another --workdir")
     both = before["sets"].keys() & now["sets"].keys()
     before, now = ({**record, "sets": {name: record["sets"][name] for name in both}} for record in (before, now))
     changed = []
@@ -266,9 +271,10 @@ def _kept(item: Asked) -> dict[Key, dict]:
     lines = item.file.read_bytes().split(b"\n")[:-1] if item.file.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
-            sample = json.loads(line)
+            sample = jsonfile.parse(line, str(item.file))
             key = sample["problem"], sample["sample"]
             strange = sample["set"] != item.name or key in found or key not in wanted
+            strange = strange or not JUDGED <= sample.keys()
         except (ValueError, KeyError, TypeError):
             strange = True
         if strange:
@@ -332,9 +338,23 @@ def _sample_keys(seed: int, item: Asked, keys: list[Key]) -> np.ndarray:
 
 
 def _judged(item: Asked, key: Key, text: str, tokens: int, stopped: bool) -> dict:
+    """The sample that a file holds.
+
+    A completion that was cut off is judged by what it states, as is usual for avg@k; training gives
+    its verifier an empty text instead (`rewards.score`).
+    """
     example = item.prompts.examples[key[0]]
-    return {"set": item.name, "problem": key[0], "sample": key[1], "gold": example.answer, "answer": rewards.final_answer(text),
-            "right": rewards.math_answer(example, text) == 1.0, "stopped": stopped, "tokens": tokens, "text": text}
+    return {
+        "set": item.name,
+        "problem": key[0],
+        "sample": key[1],
+        "gold": example.answer,
+        "answer": rewards.final_answer(text),
+        "right": rewards.math_answer(example, text) == 1.0,
+        "stopped": stopped,
+        "tokens": tokens,
+        "text": text,
+    }
 
 
 def _figures(item: Asked, lines: list[dict]) -> dict[str, Any]:
@@ -351,11 +371,12 @@ def _text(lines: Iterable[dict]) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-def _json(path: pathlib.Path) -> Any:
+def _read(path: pathlib.Path) -> dict:
+    """The object that a file of the work folder holds; none where it is not there."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return jsonfile.read_object(path) if path.is_file() else {}
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}; move it away") from None
+        raise ValueError(f"{error}; move it away") from None
 
 
 def _write(path: pathlib.Path, text: str) -> None:

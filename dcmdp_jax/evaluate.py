@@ -19,8 +19,8 @@ def pass_rate(engine: Engine, weights: Weights, prompts: Prompts, config: Config
               key: jax.Array, asked: Callable[[], bool] = lambda: False) -> float | None:
     """Mean reward of one sample per held-out prompt, in [0, 1] for verifiers that answer 0 or 1.
 
-    Each engine samples its part of the prompts; all processes get the mean. None where a verifier did not return and any
-    process was asked to stop.
+    Each engine samples its part of the prompts; all processes get the mean. None where a verifier
+    did not return and any process was asked to stop.
     """
     count, engines = len(prompts.lengths), hosts.engines(config.rollout)
     here = hosts.part(count, engines)

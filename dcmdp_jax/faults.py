@@ -1,21 +1,25 @@
-"""What is told of an exception: a sentence where an input, a user's function or the machine is at fault."""
+"""What is told of an exception.
+
+A sentence where an input, a user's function or the machine is at fault.
+"""
 
 from __future__ import annotations
 
 import pathlib
-import sys
 import sysconfig
 import traceback
 
 OWN = f"{pathlib.Path(__file__).parent}/"
-LIBRARIES = (*{sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")},
-             str(pathlib.Path(sys.prefix) / "lib"))
+STDLIB = f"{sysconfig.get_path('stdlib')}/"
+LIBRARIES = {"site-packages", "dist-packages"}  # folders, wherever they are
 LONGEST = 500  # characters of a message
 
 
 def sentence(error: BaseException) -> str | None:
-    """The fault in one sentence: that of a user's function with its file and line, of the machine (OSError), or what the
-    project refuses itself. None for a fault of the project's own, which needs its traceback.
+    """The fault in one sentence.
+
+    That of a user's function with its file and line, of the machine (OSError), or what the project
+    refuses itself. None for a fault of the project's own, which needs its traceback.
     """
     if users_line(error):
         return described(error)
@@ -26,13 +30,13 @@ def sentence(error: BaseException) -> str | None:
 
 
 def described(error: BaseException) -> str:
-    """The kind of an exception and its message, after the user's file and line if it comes from there."""
+    """The kind of an exception and its message, after the user's file and line if it has one."""
     place = users_line(error)
     return f"{place}: {kind(error)}" if place else kind(error)
 
 
 def users_line(error: BaseException) -> str | None:
-    """The innermost line that belongs neither to the project nor to a library, and that the project called."""
+    """The innermost line that the project called and that is neither its own nor a library's."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
@@ -54,4 +58,5 @@ def message(error: BaseException) -> str:
 
 
 def _is_users(file: str) -> bool:
-    return not file.startswith((OWN, *LIBRARIES, "<"))
+    of_library = file.startswith((OWN, STDLIB, "<"))
+    return not of_library and LIBRARIES.isdisjoint(pathlib.PurePath(file).parts)

@@ -7,12 +7,11 @@ Each part shows a file of the run's folder, where it is there: `gaps.jsonl` of t
 from __future__ import annotations
 
 import html
-import json
 import os
 import pathlib
 from typing import Any
 
-from dcmdp_jax import fields, metrics
+from dcmdp_jax import fields, jsonfile, metrics
 from dcmdp_jax.charts import ENGINE, FAINT, NEUTRAL, Panel, Series, chart
 
 TITLE = "Discrepancy by position in the completion"
@@ -68,8 +67,8 @@ def sources(found: dict[str, Any] | None, of: str = "") -> str:
     top = max(effect["alone"]["delta"] or 0.0 for effect in found["sources"]) or 1.0
     rows = "".join(
         f"<tr><td>{html.escape(effect['source'])} <small>{html.escape(effect['setting'])}</small></td>"
-        f'<td class="bar"><i style="width:{100 * (effect["alone"]["delta"] or 0.0) / top:.1f}%;background:'
-        f'{ENGINE if effect.get("left_out") else FAINT}"></i></td>'
+        f'<td class="bar"><i style="width:{100 * (effect["alone"]["delta"] or 0.0) / top:.1f}%;'
+        f'background:{ENGINE if effect.get("left_out") else FAINT}"></i></td>'
         f"<td>{_number(effect['alone']['delta'])} ± {_number(effect['alone']['std_error'])}</td>"
         f"<td>{_number(effect['left_out']['delta']) if effect.get('left_out') else '–'}</td></tr>"
         for effect in found["sources"])
@@ -86,7 +85,8 @@ def worst(row: dict[str, Any], of: str = "") -> str:
         return ""
     lines = "".join(
         f'<tr><td class="text">{_visible(token["before"])}<mark>{_visible(token["text"]) or "#%d" % token["token"]}</mark>'
-        f'{_visible(token["after"])}</td><td>{token["position"]:d}</td><td>{token["pi_train"]:.3f}</td>'
+        f'{_visible(token["after"])}</td><td>{token["position"]:d}</td>'
+        f'<td>{token["pi_train"]:.3f}</td>'
         f'<td>{token["pi_infer"]:.3f}</td><td>{token["delta"]:.3f}</td><td>{token["reward"]:g}</td></tr>'
         for token in row["worst"])
     return (f'<h2 class="section">Worst tokens of step {row["step"]:d}{html.escape(of)}</h2>'
@@ -97,8 +97,7 @@ def worst(row: dict[str, Any], of: str = "") -> str:
 
 
 def read_diagnosis(workdir: str | os.PathLike) -> dict[str, Any] | None:
-    """`diagnose.json` of the run, None where there is none. Raises ValueError where it is damaged.
-    """
+    """`diagnose.json` of the run, or None. Raises ValueError where it is damaged."""
     found, place = _read(workdir, "diagnose.json"), str(pathlib.Path(workdir) / "diagnose.json")
     if found is None:
         return None
@@ -128,9 +127,9 @@ def _read(workdir: str | os.PathLike, name: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} holds no JSON ({error}); remove it, or write it again") from error
+        return jsonfile.parse(path.read_bytes(), str(path))
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it, or write it again") from None
 
 
 def _visible(text: str) -> str:

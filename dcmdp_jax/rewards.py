@@ -62,13 +62,18 @@ def _bare(text: str) -> str:
     return re.sub(r"\\(?:left|right|displaystyle|[,;:! ])|[\s$]", "", text.replace("dfrac", "frac")).rstrip(".")
 
 
-def score(rollout: Rollout, decode: Callable[[Sequence[int]], str], verifier: Callable[[Example, str], float],
-          asked: Callable[[], bool] = lambda: False) -> Scored:
+def score(
+    rollout: Rollout,
+    decode: Callable[[Sequence[int]], str],
+    verifier: Callable[[Example, str], float],
+    asked: Callable[[], bool] = lambda: False,
+) -> Scored:
     """Decodes each completion, stop token left out, and asks the verifier for its reward.
 
-    A completion that the length limit cut off has stated nothing: it earns what the verifier gives to an empty text, so that
-    the verifier's own scale holds. Raises ValueError, with the prompt and the verifier, where that fails or gives no finite
-    number, and `Interrupted` where it does not return after `asked()` says so.
+    A completion that the length limit cut off has stated nothing: it earns what the verifier gives
+    to an empty text, so that the verifier's own scale holds. Raises ValueError, with the prompt and
+    the verifier, where that fails or gives no finite number, and `Interrupted` where it does not
+    return after `asked()` says so.
     """
     examples = rollout.prompts.examples
     samples = len(rollout.tokens) // len(examples)
@@ -85,22 +90,22 @@ def _reward(verifier: Callable[[Example, str], float], example: Example, text: s
     try:
         given = verifier(example, text)
     except Exception as error:
-        raise ValueError(f"the verifier {_name(verifier)} fails on a completion of the prompt {_short(example)}: "
-                         f"{faults.described(error)}") from error
+        raise ValueError(f"the verifier {_name(verifier)} fails on a completion of the prompt "
+                         f"{_short(example)}: {faults.described(error)}") from error
     try:
         with np.errstate(over="ignore"):
             reward = np.float32(given)
     except (TypeError, ValueError):
         reward = np.float32("nan")
     if np.ndim(reward) or not np.isfinite(reward):
-        raise ValueError(f"the verifier {_name(verifier)} gives {given!r:.80} for a completion of the prompt "
-                         f"{_short(example)}; a reward must be one finite number")
+        raise ValueError(f"the verifier {_name(verifier)} gives {given!r:.80} for a completion of "
+                         f"the prompt {_short(example)}; a reward must be one finite number")
     return reward
 
 
 def _slow(verifier: Callable[[Example, str], float], example: Example, number: int) -> None:
-    print(f"the verifier {_name(verifier)} has been at completion {number}, of the prompt {_short(example)}, for "
-          f"{stopping.SLOW:.0f} s", file=sys.stderr, flush=True)
+    print(f"the verifier {_name(verifier)} has been at completion {number}, of the prompt "
+          f"{_short(example)}, for {stopping.SLOW:.0f} s", file=sys.stderr, flush=True)
 
 
 def _name(verifier: Callable) -> str:

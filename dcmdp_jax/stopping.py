@@ -36,8 +36,9 @@ def requests(tell: Callable[[], None] = lambda: None,
     """Yields a function that tells whether SIGINT, SIGTERM or SIGHUP came.
 
     A thread hears them, so that they are answered while the main thread compiles. The first signal
-    calls `tell`. A second SIGINT raises KeyboardInterrupt as soon as Python runs in the main thread;
-    with `at_once` it ends the process, which is as safe as SIGKILL. SIGHUP stays ignored under nohup.
+    calls `tell`. A second SIGINT raises KeyboardInterrupt as soon as Python runs in the main
+    thread; with `at_once` it ends the process, which is as safe as SIGKILL. SIGHUP stays ignored
+    under nohup.
     """
     heard, handled = [], []  # by the thread, each signal; by the main thread, later and fewer
 
@@ -74,7 +75,7 @@ _before: dict[int, Any] = {}  # handlers that `requests` replaces
 
 
 def _in_child() -> None:
-    """A forked child, as a verifier's pool may have, answers to signals as before, and not for its parent."""
+    """A forked child, as of a verifier's pool, answers to signals as before, not for its parent."""
     if _before:
         signal.set_wakeup_fd(-1)
         for number, handler in _before.items():
@@ -185,5 +186,8 @@ def watched(asked: Callable[[], bool], slow: Callable[[int], None]) -> Iterator[
 
 
 def _arm() -> None:
-    """Leaves the function by a timer, too: no thread runs where a function keeps the interpreter's lock."""
+    """Leaves the function by a timer, too.
+
+    No thread runs where a function keeps the interpreter's lock.
+    """
     signal.setitimer(signal.ITIMER_VIRTUAL, PATIENCE / 2, PATIENCE)  # of the process's own time

@@ -28,7 +28,8 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
-from dcmdp_jax.config import Config, WarmupConfig, differences, read_record, run_file, to_json, updated
+from dcmdp_jax.config import (
+    Config, WarmupConfig, differences, read_record, run_file, to_json, updated)
 from dcmdp_jax.stopping import Interrupted
 
 COLUMNS = ("study", "arm", "seed", "step", "prompts", "engine", "trainer", "reward", "delta", "staleness", "multiplier", "entropy",

@@ -11,7 +11,10 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 class _Outliving:
-    """A stream that ends nothing where its reader is gone or its disk is full: what is written is lost from there on."""
+    """A stream that ends nothing where its reader is gone or its disk is full.
+
+    What is written is lost from there on.
+    """
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -33,7 +36,8 @@ class _Outliving:
 
     def _lost(self, size: int) -> int:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())  # what is still in the stream's buffer goes there, too
+        # what is still in the stream's buffer goes there, too
+        os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
         return size
 

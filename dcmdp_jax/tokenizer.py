@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from dcmdp_jax import jsonfile
 from dcmdp_jax.templates import Template
@@ -152,7 +152,7 @@ class HuggingFace:
         return mark(message)
 
     def _encode_cut_up(self, text: str, cut: str) -> list[int]:
-        """Ids of a rendered conversation: what is cut up is text, up to the template's next token."""
+        """Ids of a rendered conversation; what is cut up is text, up to the next token."""
         if cut not in text:
             return self.encode(text)
         ids = []
@@ -255,18 +255,10 @@ class SentencePiece:
     def longest(self) -> int:
         return max(len(self._processor.id_to_piece(i)) for i in range(self.vocab_size))
 
-    def chat(self, messages: Sequence[Mapping], *, enable_thinking: bool, add_generation_prompt: bool = True) -> str:
+    def chat(self, messages: Sequence[Mapping], **settings: bool) -> NoReturn:
         raise ValueError(f"{self.file} is a SentencePiece model and has no chat template; set data.chat=False")
 
-    def encode_chat(
-        self,
-        messages: Sequence[Mapping],
-        *,
-        enable_thinking: bool,
-        add_generation_prompt: bool = True,
-        special_tokens_in_text: bool = False,
-    ) -> list[int]:
-        return self.encode(self.chat(messages, enable_thinking=enable_thinking))
+    encode_chat = chat
 
 
 class Characters:
@@ -298,18 +290,10 @@ class Characters:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self._characters.get(int(i), "\ufffd") for i in ids)
 
-    def chat(self, messages: Sequence[Mapping], *, enable_thinking: bool, add_generation_prompt: bool = True) -> str:
+    def chat(self, messages: Sequence[Mapping], **settings: bool) -> NoReturn:
         raise ValueError("a character tokenizer has no chat template; set data.chat=False")
 
-    def encode_chat(
-        self,
-        messages: Sequence[Mapping],
-        *,
-        enable_thinking: bool,
-        add_generation_prompt: bool = True,
-        special_tokens_in_text: bool = False,
-    ) -> list[int]:
-        return self.encode(self.chat(messages, enable_thinking=enable_thinking))
+    encode_chat = chat
 
 
 def load(path: str | pathlib.Path, model: str | pathlib.Path = "") -> Tokenizer:
@@ -429,6 +413,7 @@ def _declared(
             else:
                 ids.setdefault(key, found[0])
     said = next((said for said in generations.values() if said), {})
+    said = {key: value for key, value in said.items() if value is not None}  # null is unsaid
     return stops, {**said, **ids}
 
 

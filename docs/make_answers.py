@@ -41,9 +41,11 @@ FOLDER`.
 ## Golds as a model writes them
 
 Each gold answer of GSM8K's test set and of the six evaluation sets is written in twelve ways, and
-graded by `rewards.math_answer` with its problem, as in training and in `dcmdp eval`. A way is left
-out where it makes no sense: a number under 1,000 has no thousands mark. `tests/spellings.py` says
-what each way is. Counts are right ones of those tried.
+graded by `rewards.math_answer` with its problem, as in training and in `dcmdp eval`. They differ in
+a completion that the length limit cut off: `dcmdp eval` grades what it states, as is usual for
+avg@k; training gives its verifier an empty text. A way is left out where it makes no sense: a
+number under 1,000 has no thousands mark. `tests/spellings.py` says what each way is. Counts are
+right ones of those tried.
 
 '''
 NEIGHBOURS = r'''

@@ -1,4 +1,7 @@
-"""Eight simulated CPU devices for every test, set before JAX reads its environment; programs shared by all."""
+"""Eight simulated CPU devices for every test, set before JAX reads its environment.
+
+And programs shared by all.
+"""
 
 import contextlib
 import os

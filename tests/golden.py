@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 
-import losses_float64
+import losses_vectors
 import pytest
 
 SHARED = pathlib.Path(__file__).parents[1].parent / "shared" / "golden"
@@ -42,7 +42,7 @@ def _named() -> dict[str, dict]:
 
 
 GIVEN = _named()
-FILES = {"float64": losses_float64.vectors()} | GIVEN
+FILES = {"float64": losses_vectors.vectors()} | GIVEN
 CASES = [(name, case) for name, file in FILES.items() for case in file["cases"]]
 
 every_file = pytest.mark.parametrize("file", FILES.values(), ids=list(FILES))

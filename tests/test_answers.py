@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcmdp_jax import data
+from dcmdp_jax import data, worker
 from dcmdp_jax.answers import compare, computed, judge, names, read, tokens, units, values, work
 
 SETS = ("aime24", "aime25", "amc23", "math500", "minerva_math", "olympiadbench")
@@ -29,8 +29,8 @@ def is_curve(text):
 
 
 
-@pytest.mark.parametrize("gold, equation", [("5", "p+q=5"), ("25", "x^2+y^2=25"), ("7", "3x - 2y = 7"),
-                                            ("0", "p - q = 0")])
+@pytest.mark.parametrize("gold, equation", [
+    ("5", "p+q=5"), ("25", "x^2+y^2=25"), ("7", "3x - 2y = 7"), ("0", "p - q = 0")])
 def test_a_curve_that_is_asked_for_is_not_its_right_side(gold, equation):
     assert compare.compare(gold, equation) is compare.Verdict.EQUAL
     assert compare.compare(equation, gold) is compare.Verdict.DIFFERENT
@@ -39,7 +39,8 @@ def test_a_curve_that_is_asked_for_is_not_its_right_side(gold, equation):
 @pytest.mark.parametrize("gold, answer, label", [
     ("(3,8),(8,3)", "(x,y)=(3,8),(8,3)", True), ("(3,8),(8,3)", "(x,y)=(3,8),(8,4)", False),
     ("(3,8),(8,3)", r"(x,y)=(3,8) \text{ and } (8,3)", True),
-    ("(3,8),(8,3)", "(x,y)=(3,8),(x,y)=(8,3)", True), ("(a,b)=(3,8),(8,2)", "(a,b)=(8,3),(8,2)", False)])
+    ("(3,8),(8,3)", "(x,y)=(3,8),(x,y)=(8,3)", True),
+    ("(a,b)=(3,8),(8,2)", "(a,b)=(8,3),(8,2)", False)])
 def test_a_name_before_the_first_tuple_is_for_all(gold, answer, label):
     assert compare.equal(gold, answer) is label
 
@@ -65,7 +66,8 @@ def test_pairs_labelled_by_hand_are_read_but_for_a_few():
     ("1/0", "0"), ("1.5.5", "1.5"), (r"\int_0^1 x\,dx", r"\frac{1}{2}"),
     (r"\begin{cases} 1 \\ 2 \end{cases}", "1, 2"), (r"\tan 90^\circ", "0"),
     (r"\begin{pmatrix} 5 & 2 \end{pmatrix}^T", r"\begin{pmatrix} 5 \\ 2 \end{pmatrix}"),
-    (r"\begin{pmatrix} 5 \end{pmatrix}\begin{pmatrix} 2 \end{pmatrix}", r"\begin{pmatrix} 10 \end{pmatrix}"),
+    (r"\begin{pmatrix} 5 \end{pmatrix}\begin{pmatrix} 2 \end{pmatrix}",
+     r"\begin{pmatrix} 10 \end{pmatrix}"),
     ("(1, 2)", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}")])
 def test_what_is_not_read_or_cannot_be_decided_is_said_so(gold, answer):
     for one, other in ((gold, answer), (answer, gold)):
@@ -94,7 +96,8 @@ def test_an_empty_answer_equals_nothing(gold, answer):
 
 COMPUTED = [
     "18", "-1.5", r"\frac{1}{2}", "1/2", r"1\frac{1}{2}", r"1.5 \times 10^{3}", "10^6", "x = 3",
-    "3 = x", "7 = a + b", "18 cm", "-18 cm", "50%", "1,200", "2.5 million", r"3\text{ dozen}", r"0.\overline{3}",
+    "3 = x", "7 = a + b", "18 cm", "-18 cm", "50%", "1,200", "2.5 million",
+    r"3\text{ dozen}", r"0.\overline{3}",
     r"\textbf{7}", r"\mathbf{7}", r"\text{3/4}", r"\text{9 apples}", r"\text{\$9}", "**7**",
     "f(x) = 7", r"\{7\}", "AB = 7", r"\text{Area} = 7", "a+b = 3+4 = 7", "1, 2", "(1, 2)",
     r"\{1, 2\}", "x", "B", r"\text{(B)}", "Anna", "no", "noon", r"\pi", r"\frac{\pi}{3}",
@@ -220,9 +223,9 @@ def test_hostile_answers_cost_little(hostile, tmp_path, monkeypatch):
 
 def grown(parts):
     """Expressions from smaller ones, up to high towers of what is slow to compute."""
-    forms = (r"\sqrt{%s}", r"\sqrt[7]{%s}", "(%s)^{%s}", r"\frac{%s}{%s}", "(%s)(%s)", "%s+%s", "(%s)!",
-             r"\sin(%s)", r"\ln(%s)", r"\arcsin(%s)", r"\binom{%s}{%s}", r"|%s|", r"\lfloor %s \rfloor",
-             r"%s\pm %s", "%s,%s", "(%s,%s)", r"\log_{%s} %s", "%s=%s", "%s<%s", r"%s\cup %s")
+    forms = (r"\sqrt{%s}", r"\sqrt[7]{%s}", "(%s)^{%s}", r"\frac{%s}{%s}", "(%s)(%s)", "%s+%s",
+             "(%s)!", r"\sin(%s)", r"\ln(%s)", r"\arcsin(%s)", r"\binom{%s}{%s}", r"|%s|",
+             r"\lfloor %s \rfloor", r"%s\pm %s", "%s,%s", "(%s,%s)", r"\log_{%s} %s", "%s=%s", "%s<%s", r"%s\cup %s")
 
     def filled(form):
         return st.tuples(*[parts] * form.count("%s")).map(lambda chosen: form % chosen)
@@ -284,12 +287,12 @@ def pool():
     yield make
     for processes in made:
         while not processes._idle.empty():
-            processes._idle.get()._end()
+            processes._idle.get().end()
 
 
 def started(processes):
     """Process ids of those of a pool that have been started."""
-    found = [process._process for process in processes._idle.queue]
+    found = [idle._process for idle in processes._idle.queue]
     return [process.pid for process in found if process is not None]
 
 
@@ -316,8 +319,8 @@ def test_what_the_reader_cannot_read_is_judged_by_the_library():
     assert judge.library().given_up == 0
 
 
-@pytest.mark.parametrize("gold, answer", [("1/2", "0.5"), ("1/2", "1/3"), ("", ""), ("1", r"\int " * 1000),
-                                          (r"\int x dx", r"\int x dx")])
+@pytest.mark.parametrize("gold, answer", [
+    ("1/2", "0.5"), ("1/2", "1/3"), ("", ""), ("1", r"\int " * 1000), (r"\int x dx", r"\int x dx")])
 def test_what_the_reader_can_read_is_judged_without_the_library(gold, answer, monkeypatch):
     monkeypatch.setattr(judge, "library", None)
     assert judge.equal(gold, answer) is compare.equal(gold, answer)
@@ -337,9 +340,11 @@ def test_the_library_is_not_as_generous_as_it_comes(pool):
 
 def test_neighbours_of_what_the_library_judges_are_different():
     matrix = r"\begin{pmatrix} 7 & 2 \\ 3 & x+1 \end{pmatrix}"
-    same = [matrix.replace("pmatrix", "bmatrix"), matrix.replace("x+1", "1+x"), matrix.replace("7", "7.0")]
+    same = [matrix.replace("pmatrix", "bmatrix"), matrix.replace("x+1", "1+x"),
+            matrix.replace("7", "7.0")]
     others = [matrix.replace("7", "8"), matrix.replace("7 & 2", "2 & 7"), matrix.replace("x", "y"),
-              matrix.replace("7", "7.0000001"), matrix.replace("pmatrix", "vmatrix"), "7, 2, 3, x+1",
+              matrix.replace("7", "7.0000001"), matrix.replace("pmatrix", "vmatrix"),
+              "7, 2, 3, x+1",
               matrix.replace("7 & 2", r"7 \\ 2"), "-" + matrix, matrix + r" \text{ cm}"]
     assert all(judge.equal(matrix, answer) for answer in same)
     assert not [answer for answer in others if judge.equal(matrix, answer)]
@@ -348,7 +353,7 @@ def test_neighbours_of_what_the_library_judges_are_different():
 def test_a_pair_is_compared_once(pool, monkeypatch):
     processes = pool(processes=1)
     assert processes.equal(*CALCULUS[0][:2])
-    monkeypatch.setattr(judge._Process, "ask", None)
+    monkeypatch.setattr(worker.Worker, "ask", None)
     assert processes.equal(*CALCULUS[0][:2])
 
 
@@ -364,19 +369,20 @@ def test_a_comparison_that_takes_too_long_is_ended_and_the_next_is_answered(pool
 FAKE = "import os, sys, time; print('ready', flush=True)\nfor line in sys.stdin: {}"
 
 
-@pytest.mark.parametrize("act, times", [("time.sleep(600)", 1), ("sys.exit(3)", 2), ("print('maybe', flush=True)", 2),
-                                        ("os.abort()", 2), ("print('true', flush=True)", 0)])
+@pytest.mark.parametrize("act, times", [
+    ("time.sleep(600)", 1), ("sys.exit(3)", 2), ("print('maybe', flush=True)", 2),
+    ("os.abort()", 2), ("print('true', flush=True)", 0)])
 def test_a_process_that_hangs_or_dies_gives_no_verdict(act, times, pool, monkeypatch):
     """One that dies is asked once more: it may have been ended while it was idle."""
     monkeypatch.setattr(judge, "SLACK", 0.0)
     starts = []
-    start = judge._Process._start
+    start = worker.Worker._start
 
     def counted(process):
         starts.append(1)
         start(process)
 
-    monkeypatch.setattr(judge._Process, "_start", counted)
+    monkeypatch.setattr(worker.Worker, "_start", counted)
     processes = pool([sys.executable, "-c", FAKE.format(act)], seconds=0.5, processes=1)
     assert processes.equal("1", "1") is (times == 0)
     assert processes.given_up == (times > 0) and len(starts) == max(times, 1)
@@ -394,7 +400,7 @@ def test_an_interrupted_question_leaves_no_reply_for_the_next(pool, monkeypatch)
     processes = pool(processes=1)
     assert processes.equal(*CALCULUS[0][:2])
     with monkeypatch.context() as patched:
-        patched.setattr(judge._Process, "_line", lambda *asked: signal.raise_signal(signal.SIGINT))
+        patched.setattr(worker.Worker, "_line", lambda *asked: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             processes.equal(*CALCULUS[2][:2])
     assert not processes.equal(*CALCULUS[1][:2])

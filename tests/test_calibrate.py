@@ -145,3 +145,17 @@ def test_the_tolerance_s_error_is_its_spread(slack):
     spread = np.std([float(one.tolerance) for one in found])
     told = np.mean([calibrate.tolerance_error(one, slack) for one in found])
     assert told == pytest.approx(spread, rel=0.15)
+
+
+@pytest.mark.parametrize("content, fault", [
+    ("", "is not valid JSON"), ("[" * 100_000, "nested too deeply"), ("[]", "holds a list"),
+    ("1" * 9999, "is not valid JSON"), ('{"slack": 0.2, "batches": 3}', "lacks 'tolerance'"),
+    ('{"slack": "0.2", "batches": 3, "tolerance": 1}', "'slack' = '0.2', not a finite number"),
+    ('{"slack": 0.2, "batches": 3, "tolerance": NaN}', "'tolerance' = nan")])
+def test_a_damaged_calibration_is_named_with_its_remedy(tmp_path, content, fault):
+    (tmp_path / calibrate.FILE).write_text(content)
+    with pytest.raises(ValueError) as error:
+        calibrate.read(tmp_path)
+    said = str(error.value)
+    assert said.startswith(str(tmp_path / calibrate.FILE)) and fault in said and "\n" not in said
+    assert "set --constraint.tolerance to it and move calibration.json away" in said

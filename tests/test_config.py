@@ -163,17 +163,25 @@ def test_a_bucket_s_address_is_no_workdir(capsys):
     assert "--workdir gs://bucket/run is no folder; mount the bucket" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("source, said", [
-    ("x = 1\ny = 1 / 0\n", ", line 2: ZeroDivisionError: division by zero"),
-    ("x = 1\nfor\n", ", line 2: SyntaxError: invalid syntax"),
-    ("def f():\n    raise KeyError('b')\n\nf()\n", ", line 2: KeyError: 'b'"),
-    ("import json\n\njson.loads('{')\n", ", line 3: JSONDecodeError"),
-    ("from dcmdp_jax.config import EvalConfig, MeshConfig\nMeshConfig(dat=2)\n", ", line 2: TypeError"),
-    ("import sys\nsys.exit('no')\n", ", line 2: SystemExit: no"),
-])
+@pytest.mark.parametrize(
+    "source, said",
+    [
+        ("x = 1\ny = 1 / 0\n", ", line 2: ZeroDivisionError: division by zero"),
+        ("x = 1\nfor\n", ", line 2: SyntaxError: invalid syntax"),
+        ("def f():\n    raise KeyError('b')\n\nf()\n", ", line 2: KeyError: 'b'"),
+        ("import json\n\njson.loads('{')\n", ", line 3: JSONDecodeError"),
+        (
+            "from dcmdp_jax.config import EvalConfig, MeshConfig\nMeshConfig(dat=2)\n",
+            ", line 2: TypeError",
+        ),
+        ("import sys\nsys.exit('no')\n", ", line 2: SystemExit: no"),
+    ],
+)
 def test_an_experiment_that_fails_shows_its_own_line(tmp_path, capsys, source, said):
     file = tmp_path / "mine.py"
     file.write_text(source)
     assert cli.main(["train", str(file), "--workdir", str(tmp_path / "run")]) == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"dcmdp: experiment {file} fails at {file}{said}") and err.count("\n") == 1
+    assert (
+        err.startswith(f"dcmdp: experiment {file} fails at {file}{said}") and err.count("\n") == 1
+    )

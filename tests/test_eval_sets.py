@@ -147,8 +147,18 @@ def test_other_weights_and_other_problems_are_told_apart(options, whole, folder,
     eval_sets.prepare(dataclasses.replace(options, data_dir=str(tmp_path / "sets"), model=str(tmp_path / "moved")), whole[0])
 
 
-@pytest.mark.parametrize("line", ["no json", '{"set": "aime24"}', '{"set": "aime24", "problem": 5, "sample": 0}',
-                                  '{"set": "minerva", "problem": 0, "sample": 0}', "[]"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "no json",
+        '{"set": "aime24"}',
+        '{"set": "aime24", "problem": 5, "sample": 0}',
+        '{"set": "minerva", "problem": 0, "sample": 0}',
+        "[]",
+        "[" * 10**5,
+        '{"set": "aime24", "problem": 1, "sample": 0, "right": true}',
+    ],
+)
 def test_a_strange_line_is_named_before_anything_is_sampled(options, whole, tmp_path, line):
     shutil.copy(whole[0] / "options.json", tmp_path)
     first = (whole[0] / "aime24.jsonl").read_text().splitlines(keepends=True)[0]
@@ -179,6 +189,20 @@ def test_an_empty_model_folder_is_refused(options, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty"):
         eval_sets.prepare(dataclasses.replace(options, model=str(tmp_path / "empty")), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["options.json", "summary.json"])
+@pytest.mark.parametrize("content, fault", [
+    ("{", "is not valid JSON"), ("[" * 10**5, "nested too deeply"), ("[]", "holds a list"),
+    (b"\xff", "is not valid JSON")])
+def test_a_damaged_record_is_named_before_anything_is_sampled(
+    options, whole, tmp_path, name, content, fault
+):
+    out = shutil.copytree(whole[0], tmp_path / "out")
+    (out / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"{name} .*{fault}.*; move it away") as error:
+        eval_sets.prepare(options, out)
+    assert "\n" not in str(error.value)
 
 
 def test_samples_of_no_known_origin_are_left_alone(options, whole, tmp_path):
@@ -233,8 +257,12 @@ def test_a_comparison_that_is_given_up_is_told(options, tmp_path, monkeypatch):
     monkeypatch.setattr(judge, "library", lambda: slow)
     monkeypatch.setattr(judge, "compare", lambda gold, answer: judge.Verdict.UNREADABLE)
     said = []
-    figures = evaluate(dataclasses.replace(options, sets=("aime24",), k=(2,)), tmp_path, say=said.append)
-    assert figures["aime24"]["avg@2"].mean == 0 and said[-1].startswith("5 comparisons took longer than 5 s")
+    figures = evaluate(
+        dataclasses.replace(options, sets=("aime24",), k=(2,)), tmp_path, say=said.append
+    )
+    assert figures["aime24"]["avg@2"].mean == 0 and said[-1].startswith(
+        "5 comparisons took longer than 5 s"
+    )
 
 
 COMPLETIONS = ["Guess \\boxed{3}, no.\n#### 2", r"<think>\boxed{2}</think> I do not know.",
@@ -250,8 +278,13 @@ def test_a_completion_is_right_exactly_where_training_pays_for_it(sets):
     for place, example in enumerate(examples):
         for text in (completion.replace("2", example.answer) for completion in COMPLETIONS):
             line = eval_sets._judged(item, (place, 0), text, 9, True)
-            rollout = make_rollout(prompts._replace(examples=(example,)), np.zeros((1, 9), np.int32), [9],
-                                   np.zeros((1, 9)), [True])
+            rollout = make_rollout(
+                prompts._replace(examples=(example,)),
+                np.zeros((1, 9), np.int32),
+                [9],
+                np.zeros((1, 9)),
+                [True],
+            )
             paid = rewards.score(rollout, lambda ids: text, rewards.math_answer).reward[0]
             assert line["right"] is bool(paid == 1.0)
             assert line["answer"] == rewards.final_answer(text)
@@ -259,7 +292,23 @@ def test_a_completion_is_right_exactly_where_training_pays_for_it(sets):
         True, False, True, True, False, False, True, True, False, False]
 
 
-def test_a_folder_of_a_version_with_another_option_goes_on_where_it_was_not_set(options, whole, tmp_path):
+def test_a_cut_off_completion_counts_in_an_evaluation_and_earns_nothing_in_training(sets):
+    example = data.read(sets / "aime24.jsonl")[0]
+    prompts = Prompts(np.zeros((1, 1)), np.ones(1), (example,))
+    text = rf"\boxed{{{example.answer}}} and so"
+    item = eval_sets.Asked("aime24", prompts, 1, sets / "unused")
+    for stopped, paid in ((True, 1.0), (False, 0.0)):
+        line = eval_sets._judged(item, (0, 0), text, 9, stopped)
+        assert (line["right"], line["stopped"]) == (True, stopped)
+        rollout = make_rollout(
+            prompts, np.zeros((1, 9), np.int32), [9], np.zeros((1, 9)), [stopped]
+        )
+        assert rewards.score(rollout, lambda ids: text, rewards.math_answer).reward[0] == paid
+
+
+def test_a_folder_of_a_version_with_another_option_goes_on_where_it_was_not_set(
+    options, whole, tmp_path
+):
     shutil.copytree(whole[0], tmp_path / "out")
     path = tmp_path / "out" / "options.json"
     record = json.loads(path.read_text())
@@ -267,7 +316,9 @@ def test_a_folder_of_a_version_with_another_option_goes_on_where_it_was_not_set(
     assert evaluate(options, tmp_path / "out") == whole[1]
     assert json.loads(path.read_text()) == record
     path.write_text(json.dumps({**record, "math_verify": True}))
-    with pytest.raises(ValueError, match="made with math_verify, which is not known here; give another"):
+    with pytest.raises(
+        ValueError, match="made with math_verify, which is not known here; give another"
+    ):
         eval_sets.prepare(options, tmp_path / "out")
 
 

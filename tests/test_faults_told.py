@@ -24,9 +24,32 @@ def test_a_refusal_of_the_project_is_told_whole(tmp_path):
 def test_a_user_s_function_that_the_project_calls_is_named_by_its_line(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("import json\n\n\ndef optimizer(algorithm):\n    return json.loads('{')\n")
-    algorithm = types.SimpleNamespace(optimizer=config.run_file(str(file), "experiment")["optimizer"])
+    algorithm = types.SimpleNamespace(
+        optimizer=config.run_file(str(file), "experiment")["optimizer"]
+    )
     error = caught(lambda: optimizers.of(algorithm))
-    assert faults.sentence(error).startswith(f"{file}, line 5: JSONDecodeError: Expecting property name")
+    assert faults.sentence(error).startswith(
+        f"{file}, line 5: JSONDecodeError: Expecting property name"
+    )
+
+
+@pytest.mark.parametrize("folder, of_library", [
+    ("home/.local/lib/python3/site-packages/helper", True),  # pip install --user
+    ("venv/lib64/python3/site-packages", True), ("base/lib/python3/dist-packages", True),
+    ("my-site-packages", False), ("site-packages.old", False), ("lib/python3", False)])
+def test_a_library_s_line_is_not_the_user_s_wherever_it_is_installed(tmp_path, folder, of_library):
+    library, mine = tmp_path / folder / "library.py", tmp_path / "mine.py"
+    library.parent.mkdir(parents=True)
+    library.write_text("def fail():\n    raise RuntimeError('no')\n")
+    mine.write_text("import runpy\n"
+                    f"fail = runpy.run_path({str(library)!r})['fail']\n"
+                    "def optimizer(algorithm):\n"
+                    "    return fail()\n")
+    algorithm = types.SimpleNamespace(
+        optimizer=config.run_file(str(mine), "experiment")["optimizer"]
+    )
+    line = faults.users_line(caught(lambda: optimizers.of(algorithm)))
+    assert line == (f"{mine}, line 4" if of_library else f"{library}, line 2")
 
 
 def test_a_fault_of_the_project_s_own_keeps_its_traceback():
@@ -38,7 +61,9 @@ def test_what_comes_before_the_project_is_no_user_s_fault():
     assert faults.users_line(caught(lambda: config.override(None, {}))) is None
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ImportError("no module\nof that name")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), ImportError("no module\nof that name")]
+)
 def test_the_machine_s_faults_are_one_line(error):
     said = faults.sentence(error)
     assert said == " ".join(str(error).split()) and "\n" not in said
@@ -46,4 +71,6 @@ def test_the_machine_s_faults_are_one_line(error):
 
 def test_long_messages_are_cut():
     assert len(faults.message(ValueError("x" * 9999))) == faults.LONGEST + 3
-    assert faults.kind(caught(lambda: json.loads(""))).startswith("JSONDecodeError: Expecting value")
+    assert faults.kind(caught(lambda: json.loads(""))).startswith(
+        "JSONDecodeError: Expecting value"
+    )

@@ -95,5 +95,6 @@ def test_a_damaged_shard_is_refused_and_leaves_nothing(tmp_path, material, capsy
 ])
 def test_bad_generation_options(tmp_path, material, capsys, options, message):
     make_folder(tmp_path / "model", sparse=False)
-    assert cli.main(["generate", str(tmp_path / "model"), "2 + 2", "--tokenizer", str(material[0]), *options]) == 2
+    asked = ["generate", str(tmp_path / "model"), "2 + 2", "--tokenizer", str(material[0])]
+    assert cli.main([*asked, *options]) == 2
     assert message in capsys.readouterr().err

@@ -12,8 +12,8 @@ FILES = {str(path.relative_to(ROOT).with_suffix("")).replace("/", "."): path for
 
 # Each may import from the package only what stands in an earlier line, or its own line where it is a folder.
 ORDER = [
-    ["faults"],
-    ["records", "config", "stopping", "lock", "rollcall", "fields", "jsonfile", "templates",
+    ["faults", "jsonfile", "worker"],
+    ["records", "config", "stopping", "lock", "rollcall", "fields", "templates", "rendering",
      "answers", "scores"],
     ["sharding", "losses", "rewards", "tokenizer", "tasks"],
     ["constraint", "hosts", "count", "optimizers"],
@@ -35,7 +35,7 @@ DOORS = {
     "safetensors": {"models.weights"},
     "tokenizers": {"tokenizer"},
     "sentencepiece": {"tokenizer"},
-    "jinja2": {"templates"},
+    "jinja2": {"rendering"},
     "orbax": {"checkpoint"},
     "grain": {"data"},
 }

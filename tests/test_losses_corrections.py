@@ -102,7 +102,9 @@ def test_a_correction_prints_its_formula():
         "w_t = R_t, keep_t = 0 <= R_t <= 3; R_t = exp(clip(sum_s D_s, -20, 20))"
     )
     shrinking = corrections.geometric_mask(denominator=corrections.surviving)
-    assert str(shrinking).startswith("w_t = 1, keep_t = 0.99 <= R_t <= 1.01; R_t = exp(mean_s clip(D_s, -20, 20))")
+    assert str(shrinking).startswith(
+        "w_t = 1, keep_t = 0.99 <= R_t <= 1.01; R_t = exp(mean_s clip(D_s, -20, 20))"
+    )
     assert str(shrinking).endswith("denominator = m keep")
     assert repr(shrinking) == "Correction(geometric, reject, low=0.99, high=1.01, surviving)"
 
@@ -294,9 +296,11 @@ def test_kpop_looks_both_ways():
 
 
 def test_a_token_that_both_programs_find_certain_is_kept_by_kpop():
-    """Compiled: 1 - 1 + 1e-8 over itself, which float32 makes 0 / 0 where the compiler folds the two constants."""
+    """Compiled: 1 - 1 + 1e-8 over itself, 0 / 0 in float32 where a compiler folds constants."""
     certain = np.zeros((1, 1), np.float32)
-    assert jax.jit(partial(rejection.kpop, threshold=0.02))(certain, certain, np.ones((1, 1), bool))[0, 0]
+    assert jax.jit(partial(rejection.kpop, threshold=0.02))(
+        certain, certain, np.ones((1, 1), bool)
+    )[0, 0]
 
 
 def m2po_by_sorting(square: np.ndarray, threshold: float) -> np.ndarray:

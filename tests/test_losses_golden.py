@@ -1,6 +1,7 @@
 """Values and gradients against vectors in float64, made from the formulas.
 
-The vectors are those of `golden`: made by `losses_float64`, and the files beside the checkout.
+The vectors are those of `golden`: made by `losses_float64` of inputs of our own, and the files
+beside the checkout.
 Nothing here is taken from their numbers but the thresholds that they state.
 """
 

@@ -1,5 +1,7 @@
-"""Whatever stands in a run's files, its pages have the elements and attributes of a page with plain words there; and what is
-of a wrong type is named with its file and line."""
+"""Whatever stands in a run's files, its pages have the elements of a page with plain words there.
+
+And what is of a wrong type is named with its file and line.
+"""
 
 import copy
 import html.parser
@@ -19,15 +21,26 @@ ROOT = pathlib.Path(__file__).parents[1]
 PLAIN = "word"
 ATTACKS = {
     "script": "<script>alert(1)</script>",
-    "attribute": "\"><img src=x onerror=alert(1)>", "single quotes": "'><img src=x onerror='alert(1)'>",
-    "handler": "x\" onmouseover=\"alert(1)\" style=\"", "no quotes": "x onload=alert(1)",
+    "attribute": '"><img src=x onerror=alert(1)>',
+    "single quotes": "'><img src=x onerror='alert(1)'>",
+    "handler": 'x" onmouseover="alert(1)" style="',
+    "no quotes": "x onload=alert(1)",
     "title": "</title></style></pre></details></svg><svg onload=alert(1)>",
-    "cdata": "]]><![CDATA[<script>", "comment": "--><script>alert(1)</script><!--", "half a tag": "<img src=x onerror=alert(1) ",
-    "json": "\u2028</script>{\"a\": \"<\"}", "entity": "&lt;script&gt;&#60;b&#62;&amp", "control": "\0\x1b[2J\x07\r\n\t",
-    "surrogate": "\ud800<b>", "right to left": "\u202e<i>",
+    "cdata": "]]><![CDATA[<script>",
+    "comment": "--><script>alert(1)</script><!--",
+    "half a tag": "<img src=x onerror=alert(1) ",
+    "json": '\u2028</script>{"a": "<"}',
+    "entity": "&lt;script&gt;&#60;b&#62;&amp",
+    "control": "\0\x1b[2J\x07\r\n\t",
+    "surrogate": "\ud800<b>",
+    "right to left": "\u202e<i>",
 }
-PARITY = {"weights": "checkpoint 4", "positions": {"all": {"tokens": 5, "delta": 0.1, "logp_diff_mean": 0.1,
-                                                           "logp_diff_max": 0.3, "k3": 0.01}}}
+PARITY = {
+    "weights": "checkpoint 4",
+    "positions": {
+        "all": {"tokens": 5, "delta": 0.1, "logp_diff_mean": 0.1, "logp_diff_max": 0.3, "k3": 0.01}
+    },
+}
 
 
 class Elements(html.parser.HTMLParser):
@@ -65,10 +78,17 @@ def put(record, word):
 
 
 def files_of(word):
-    config = put(CONFIG, word) | {f"key {word}": {f"inner {word}": [word, {word: word}]}, "seed": f"s{word}"}
+    config = put(CONFIG, word) | {
+        f"key {word}": {f"inner {word}": [word, {word: word}]},
+        "seed": f"s{word}",
+    }
     parity = put(PARITY, word)
-    return {"config.json": config, "parity.json": parity | {"positions": {f"all{word}": parity["positions"]["all"]}},
-            "diagnose.json": put(SOURCES, word), "gaps.jsonl": put(GAPS, word)}
+    return {
+        "config.json": config,
+        "parity.json": parity | {"positions": {f"all{word}": parity["positions"]["all"]}},
+        "diagnose.json": put(SOURCES, word),
+        "gaps.jsonl": put(GAPS, word),
+    }
 
 
 def make(folder, word, **changes):
@@ -84,9 +104,14 @@ def elements(path):
 
 @pytest.mark.parametrize("word", ATTACKS.values(), ids=ATTACKS)
 def test_the_page_of_a_run_has_no_element_or_attribute_from_its_files(tmp_path, word):
-    clean, attacked = (elements(report.write(make(tmp_path / name, text))) for name, text in (("a", PLAIN), ("b", word)))
+    clean, attacked = (
+        elements(report.write(make(tmp_path / name, text)))
+        for name, text in (("a", PLAIN), ("b", word))
+    )
     assert attacked == clean and len(clean) > 200
-    assert {tag for tag, _ in (item for item in clean if isinstance(item, tuple))}.isdisjoint({"script", "img", "iframe"})
+    assert {tag for tag, _ in (item for item in clean if isinstance(item, tuple))}.isdisjoint(
+        {"script", "img", "iframe"}
+    )
 
 
 @pytest.mark.parametrize("word", ATTACKS.values(), ids=ATTACKS)
@@ -112,7 +137,9 @@ def test_nor_has_the_page_of_a_diagnosis(tmp_path, word):
     gap = diagnose.Gap(0.1, 0.01, 0.2, 0.3, 0.01, 0.1)
     found = []
     for text in (PLAIN, word):
-        effects = tuple(diagnose.Effect(f"{name}{text}", text, gap, gap) for name in ("weights", "head"))
+        effects = tuple(
+            diagnose.Effect(f"{name}{text}", text, gap, gap) for name in ("weights", "head")
+        )
         blame = diagnose.Blame(text, 9, gap, effects, effects, text, (gap, gap), 1e-6)
         folder = tmp_path / str(len(found))
         object.__setattr__(config, "name", text)
@@ -126,8 +153,15 @@ def test_nor_has_the_page_of_a_diagnosis(tmp_path, word):
 
 # Wrong types
 
-WRONG = {"text": "\"><script>alert(1)</script>", "number as text": "0.5", "NaN as text": "NaN", "true": True, "list": [1],
-         "object": {"a": 1}, "huge": 10**400}
+WRONG = {
+    "text": '"><script>alert(1)</script>',
+    "number as text": "0.5",
+    "NaN as text": "NaN",
+    "true": True,
+    "list": [1],
+    "object": {"a": 1},
+    "huge": 10**400,
+}
 
 
 def paths(record, kinds):
@@ -147,12 +181,18 @@ def with_value(record, path, value):
     return record
 
 
-CASES = [(name, path) for name, record in files_of(PLAIN).items() for path in paths(record, (int, float))
-         if name != "config.json"]
+CASES = [
+    (name, path)
+    for name, record in files_of(PLAIN).items()
+    for path in paths(record, (int, float))
+    if name != "config.json"
+]
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
-@pytest.mark.parametrize("name, path", CASES, ids=[f"{name}-{'.'.join(map(str, path))}" for name, path in CASES])
+@pytest.mark.parametrize(
+    "name, path", CASES, ids=[f"{name}-{'.'.join(map(str, path))}" for name, path in CASES]
+)
 def test_a_number_that_is_none_is_named_with_its_file(tmp_path, capsys, name, path, wrong):
     """By both pages, but for parity.json, which the comparison does not show."""
     folder, other = make(tmp_path / "a", PLAIN), make(tmp_path / "b", PLAIN)
@@ -164,7 +204,11 @@ def test_a_number_that_is_none_is_named_with_its_file(tmp_path, capsys, name, pa
         assert cli.main(["report", *map(str, runs)]) == 2
         said = capsys.readouterr().err
         place = f"{folder / name}: line 2" if name.endswith("l") else str(folder / name)
-        assert said.startswith(f"dcmdp: {place}") and said.count("\n") == 1 and len(said) < len(place) + 250
+        assert (
+            said.startswith(f"dcmdp: {place}")
+            and said.count("\n") == 1
+            and len(said) < len(place) + 250
+        )
     assert not list(tmp_path.rglob("report.html"))
 
 
@@ -173,7 +217,9 @@ TEXTS = [(name, path) for name, path in ((name, path) for name, record in files_
 
 
 @pytest.mark.parametrize("wrong", [7, None, True, ["<script>"], {"<b>": 1}], ids=repr)
-@pytest.mark.parametrize("name, path", TEXTS, ids=[f"{name}-{'.'.join(map(str, path))}" for name, path in TEXTS])
+@pytest.mark.parametrize(
+    "name, path", TEXTS, ids=[f"{name}-{'.'.join(map(str, path))}" for name, path in TEXTS]
+)
 def test_a_text_that_is_none_is_named_with_its_file(tmp_path, capsys, name, path, wrong):
     folder = make(tmp_path, PLAIN)
     (folder / name).write_text(json.dumps(with_value(files_of(PLAIN)[name], path, wrong)) + "\n")
@@ -196,38 +242,87 @@ def test_any_container_may_be_anything(tmp_path, name, empty):
             assert str(error).startswith(str(folder / name)), path
 
 
-@pytest.mark.parametrize("key", ["reward", "delta_mean", "multiplier_next", "seconds", "tokens", "reward_eval_infer", "skipped", "new"])
-@pytest.mark.parametrize("wrong", [value for value in WRONG.values() if value is not True], ids=[name for name in WRONG if name != "true"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "reward",
+        "delta_mean",
+        "multiplier_next",
+        "seconds",
+        "tokens",
+        "reward_eval_infer",
+        "skipped",
+        "new",
+    ],
+)
+@pytest.mark.parametrize(
+    "wrong",
+    [value for value in WRONG.values() if value is not True],
+    ids=[name for name in WRONG if name != "true"],
+)
 def test_a_metric_that_is_no_number_is_named_with_its_line(tmp_path, capsys, key, wrong):
     folder = make_run(tmp_path / "a", [ROWS[0], ROWS[1] | {key: wrong}, *ROWS[2:]])
     other = make_run(tmp_path / "b", ROWS)
     for runs in ([folder], [other, folder]):
         assert cli.main(["report", *map(str, runs)]) == 2
         said = capsys.readouterr().err
-        assert said.startswith(f"dcmdp: {folder / metrics.FILE}: line 2 has '{key}' = ") and said.count("\n") == 1
+        assert (
+            said.startswith(f"dcmdp: {folder / metrics.FILE}: line 2 has '{key}' = ")
+            and said.count("\n") == 1
+        )
 
 
 @pytest.mark.parametrize("step", ["<b>", True, 1.5, None, [1], 10**400, 2**60])
 def test_a_step_that_is_none_is_named_with_its_line(tmp_path, step):
     make_run(tmp_path, [ROWS[0], ROWS[1] | {"step": step}, *ROWS[2:]])
-    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 is not a row with a step; remove the line"):
+    with pytest.raises(
+        ValueError, match=r"metrics\.jsonl: line 2 is not a row with a step; remove the line"
+    ):
         report.write(tmp_path)
 
 
-@pytest.mark.parametrize("rows", [
-    [{**row, "seconds": None} for row in ROWS], [{**row, "seconds": 0, "tokens": 0} for row in ROWS],
-    [{**row, "seconds": -1.0} for row in ROWS], [{**row, "delta_mean": 1e308} for row in ROWS],
-    [{**row, "delta_mean": 5e-324} for row in ROWS], [{**row, "reward": True} for row in ROWS],
-    [{**row, "step": 10**15 + i} for i, row in enumerate(ROWS)], [ROWS[0] | {"step": 0}, ROWS[1] | {"step": 10**12}],
-    ROWS[::-1], [ROWS[0]] * 3, [{**row, "step": -row["step"]} for row in ROWS],
-], ids=["null seconds", "no seconds", "back in time", "large", "denormal", "true", "late steps", "far apart", "backwards", "twice", "negative"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{**row, "seconds": None} for row in ROWS],
+        [{**row, "seconds": 0, "tokens": 0} for row in ROWS],
+        [{**row, "seconds": -1.0} for row in ROWS],
+        [{**row, "delta_mean": 1e308} for row in ROWS],
+        [{**row, "delta_mean": 5e-324} for row in ROWS],
+        [{**row, "reward": True} for row in ROWS],
+        [{**row, "step": 10**15 + i} for i, row in enumerate(ROWS)],
+        [ROWS[0] | {"step": 0}, ROWS[1] | {"step": 10**12}],
+        ROWS[::-1],
+        [ROWS[0]] * 3,
+        [{**row, "step": -row["step"]} for row in ROWS],
+    ],
+    ids=[
+        "null seconds",
+        "no seconds",
+        "back in time",
+        "large",
+        "denormal",
+        "true",
+        "late steps",
+        "far apart",
+        "backwards",
+        "twice",
+        "negative",
+    ],
+)
 def test_odd_numbers_have_a_page_at_once(tmp_path, rows):
     assert elements(report.write(make_run(tmp_path, rows)))
 
 
 def test_nan_and_infinity_spelt_in_the_file_have_a_page(tmp_path):
     make_run(tmp_path, ROWS)
-    text = (tmp_path / metrics.FILE).read_text().replace("0.02", "NaN").replace("0.004", "-Infinity").replace("2.0", "Infinity")
+    text = (
+        (tmp_path / metrics.FILE)
+        .read_text()
+        .replace("0.02", "NaN")
+        .replace("0.004", "-Infinity")
+        .replace("2.0", "Infinity")
+    )
     (tmp_path / metrics.FILE).write_text(text)
     page = report.write(tmp_path).read_text()
     assert not re.search(r"\b(nan|inf)\b", re.sub(r"<pre>.*</pre>", "", page, flags=re.S))
@@ -240,7 +335,8 @@ def test_a_setting_that_is_no_number_is_named(tmp_path, capsys, names, wrong):
     folders = [make_run(tmp_path / name, ROWS, config) for name in "ab"]
     for runs in ([folders[0]], folders):
         if names == ("constraint", "tolerance") and wrong == WRONG["object"]:
-            assert cli.main(["report", *map(str, runs)]) == 0  # one that the run is still to measure
+            # one that the run is still to measure
+            assert cli.main(["report", *map(str, runs)]) == 0
             continue
         assert cli.main(["report", *map(str, runs)]) == 2
         assert f"{folders[0] / 'config.json'} has '{'.'.join(names)}' = " in capsys.readouterr().err
@@ -250,5 +346,7 @@ def test_a_bucket_without_tokens_is_named(tmp_path):
     folder = make(tmp_path, PLAIN)
     row = with_value(GAPS, ("positions", 1, "tokens"), 0)
     (folder / metrics.GAPS).write_text(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match=r"gaps\.jsonl: line 1: a position has no tokens; remove it"):
+    with pytest.raises(
+        ValueError, match=r"gaps\.jsonl: line 1: a position has no tokens; remove it"
+    ):
         report.write(folder)

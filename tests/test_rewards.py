@@ -50,7 +50,8 @@ def test_final_answer(text, expected):
     ("Is the Answer: 31", None), ("Answer $31$", "$31$"),
     ("Answer: Tom makes $31 every day.", "$31"),
     ("Answer: Tom has more than 31 pens.", "Tom has more than 31 pens."),
-    ("Answer: Tom has 4 of 31 pens.", "Tom has 4 of 31 pens."), ("Answer: It takes 3/4 hour.", "3/4"),
+    ("Answer: Tom has 4 of 31 pens.", "Tom has 4 of 31 pens."),
+    ("Answer: It takes 3/4 hour.", "3/4"),
     ("\u2705 **Answer: 31**", "31"), ("Answer\uff1a**31**\u3002", "31"),
     ("The answer is **31**, as required.", "31"), ("The answer is 4!", "4!"),
     ("Answer \\[ 31 \\]", "31"), ("Answer: -31", "-31"), ("#### Answer: **31**", "31"),
@@ -150,9 +151,10 @@ def test_a_completion_earns_what_its_answer_is_worth(gold, completion, reward):
     assert rewards.math_answer(Example("How many are there?", gold), completion) == reward
 
 
-@pytest.mark.parametrize("prompt", ["Find p.", [{"role": "user", "content": "Find p."}],
-                                    [{"role": "user", "content": [{"type": "image"}, {"text": "Find p."}]}],
-                                    [{"role": "assistant", "content": None}], None, []])
+@pytest.mark.parametrize("prompt", [
+    "Find p.", [{"role": "user", "content": "Find p."}],
+    [{"role": "user", "content": [{"type": "image"}, {"text": "Find p."}]}],
+    [{"role": "assistant", "content": None}], None, []])
 def test_a_prompt_may_be_a_string_a_chat_or_parts(prompt):
     example = Example(prompt, "(p+1)^2")
     assert rewards.math_answer(example, r"\boxed{p^2+2p+1}") == 1.0
@@ -199,7 +201,8 @@ def test_what_has_nothing_to_compute_may_stand_in_the_problem(problem, gold, com
 def test_spellings_are_equal(forms):
     for gold in (forms[0], forms[-1]):
         example = Example("", gold)
-        assert not [form for form in forms if not rewards.math_answer(example, rf"\boxed{{{form}}}")]
+        stated = [rf"\boxed{{{form}}}" for form in forms]
+        assert not [text for text in stated if not rewards.math_answer(example, text)]
 
 
 @pytest.mark.parametrize("answer, gold", [
@@ -232,7 +235,8 @@ def test_any_text_is_read_without_error(text):
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_gsm8k_solutions_earn_the_reward(data_root, split):
-    for example in data.read(data_root / "gsm8k" / f"{split}.jsonl")[:: 5 if split == "train" else 1]:
+    every = 5 if split == "train" else 1
+    for example in data.read(data_root / "gsm8k" / f"{split}.jsonl")[::every]:
         value = Fraction(example.answer.replace(",", ""))  # every gold answer is a number
         assert rewards.math_answer(example, f"so\n#### {example.answer}") == 1.0
         assert rewards.math_answer(example, rf"so \boxed{{\${float(value):,.2f}}}.") == 1.0
@@ -269,8 +273,8 @@ def test_golds_as_a_model_writes_them_and_their_neighbours(data_root, file):
 
 
 def test_golds_of_every_kind_as_a_model_writes_them_and_their_neighbours():
-    golds = ("31", "-4", "1,250", "12500", "0.75", r"\frac{3}{8}", r"-\frac{17}{3}", "(4, 9)", r"\left( 3, \frac{\pi}{2} \right)",
-             "4, 6, 9", "3,-1",
+    golds = ("31", "-4", "1,250", "12500", "0.75", r"\frac{3}{8}", r"-\frac{17}{3}", "(4, 9)",
+             r"\left( 3, \frac{\pi}{2} \right)", "4, 6, 9", "3,-1",
              r"\text{Ida}", "(C)", r"2\sqrt{5}", "[2,7)", r"x^2-4x+1", r"\frac{\pi}{6}", "$31$",
              r"1 \pm \sqrt{2}")
     found = list(spellings.graded([Example("Find it.", gold) for gold in golds]))
@@ -326,7 +330,7 @@ def test_score_decodes_without_the_stop_token():
 
 
 def test_a_completion_that_is_cut_off_earns_what_an_empty_one_earns():
-    """With a verifier of -1 and +1, eight completions of a prompt, seven wrong and one cut off, teach nothing."""
+    """With a verifier of -1 and +1, seven wrong completions and one cut off teach nothing."""
     def plus_minus(example, text):
         return 1.0 if text == example.answer else -1.0
 
@@ -340,8 +344,9 @@ def test_a_completion_that_is_cut_off_earns_what_an_empty_one_earns():
     np.testing.assert_array_equal(zero_one.reward, np.zeros(8))
 
 
-@pytest.mark.parametrize("value", [float("nan"), -float("inf"), None, 1e300, [1.0, 0.0], "high", 1j],
-                         ids=["nan", "-inf", "None", "over float32", "a list", "a word", "complex"])
+@pytest.mark.parametrize(
+    "value", [float("nan"), -float("inf"), None, 1e300, [1.0, 0.0], "high", 1j],
+    ids=["nan", "-inf", "None", "over float32", "a list", "a word", "complex"])
 def test_a_reward_that_is_no_finite_number_is_refused_with_prompt_and_verifier(value):
     sampled = rollout([[1], [1]], [1, 1], [True, True], [Example("How many? " * 9, "")])
 
@@ -350,8 +355,9 @@ def test_a_reward_that_is_no_finite_number_is_refused_with_prompt_and_verifier(v
 
     with pytest.raises(ValueError) as error:
         rewards.score(sampled, str, judge)
-    assert re.fullmatch(r"the verifier \S*judge gives .* for a completion of the prompt 'How many\? .{50}\.\.\.'; a reward must "
-                        "be one finite number", str(error.value))
+    assert re.fullmatch(r"the verifier \S*judge gives .* for a completion of the prompt "
+                        r"'How many\? .{50}\.\.\.'; a reward must be one finite number",
+                        str(error.value))
 
 
 def test_a_verifier_that_fails_is_named_with_its_prompt_and_line():
@@ -362,8 +368,9 @@ def test_a_verifier_that_fails_is_named_with_its_prompt_and_line():
     with pytest.raises(ValueError) as error:
         rewards.score(sampled, str, judge)
     line = judge.__code__.co_firstlineno + 1
-    assert str(error.value).endswith(f"judge fails on a completion of the prompt 'How many?': {__file__}, line {line}: "
-                                     "KeyError: 'gold'")
+    assert str(error.value).endswith(
+        f"judge fails on a completion of the prompt 'How many?': {__file__}, line {line}: "
+        "KeyError: 'gold'")
 
 
 def test_copying_the_problem_earns_nothing():

@@ -1,5 +1,7 @@
-"""Who is missing is named, who is lost is named, a request to stop reaches everybody, and a stranger nobody; real processes
-on localhost."""
+"""Who is missing or lost is named; a request to stop reaches everybody, and a stranger nobody.
+
+With real processes on localhost.
+"""
 
 import contextlib
 import hmac
@@ -19,7 +21,8 @@ WAITS = """
 import sys, time
 from dcmdp_jax import rollcall
 try:
-    roll = rollcall.call(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), sys.argv[5])
+    address, processes, process, limit, secret = sys.argv[1:6]
+    roll = rollcall.call(address, int(processes), int(process), float(limit), secret)
 except ValueError as error:
     print(error)
     sys.exit(2)
@@ -163,7 +166,13 @@ def greeting(secret, nonce, process=1, processes=2, host="here", **others):
     """What a process of the run sends, recomputed here."""
     words = json.dumps([nonce, "own", process, processes, host]).encode()
     proof = hmac.new(secret.encode(), words, "sha256").hexdigest()
-    said = {"nonce": "own", "process": process, "processes": processes, "host": host, "proof": proof}
+    said = {
+        "nonce": "own",
+        "process": process,
+        "processes": processes,
+        "host": host,
+        "proof": proof,
+    }
     return json.dumps(said | others).encode() + b"\n"
 
 
@@ -189,14 +198,17 @@ def other_words_under_a_proof(port, nonce, folder):
 
 
 STRANGERS = {
-    "no proof": without_proof, "wrong secret": wrong_secret, "replayed": answer_to_another_nonce,
+    "no proof": without_proof,
+    "wrong secret": wrong_secret,
+    "replayed": answer_to_another_nonce,
     "altered": other_words_under_a_proof,
     "proof of another type": lambda *_: greeting("", "", proof=["x"]),
     "surrogates": lambda *_: greeting("", "", proof="\ud800", host="\udfff"),
     "true": lambda port, nonce, folder: greeting(secret_of(folder), nonce, process=True),
     "garbage": lambda *_: bytes(range(256)) + b"\n",
     "http": lambda *_: b"GET / HTTP/1.1\r\n\r\n",
-    "nested": lambda *_: b"[" * 9000 + b"\n", "a deep word": lambda *_: b'{"host": ' + b"[" * 9000 + b"\n",
+    "nested": lambda *_: b"[" * 9000 + b"\n",
+    "a deep word": lambda *_: b'{"host": ' + b"[" * 9000 + b"\n",
     "a long number": lambda *_: b'{"process": ' + b"9" * 9000 + b"}\n",
     "escapes": lambda *_: b'{"lost": "\\u001b[2J\\u001b]0;owned\\u0007"}\n{"stop": true}\n',
 }
@@ -214,7 +226,8 @@ def test_a_stranger_is_refused_once_told_and_stops_nobody(port, start, tmp_path,
     assert [process.stdout.readline() for process in (first, second)] == ["go\n"] * 2
     for process in (first, second):
         print("done", file=process.stdin, flush=True)
-    told = "dcmdp: a call from 127.0.0.1 without the run's secret was refused; more are counted and not told\n"
+    told = ("dcmdp: a call from 127.0.0.1 without the run's secret was refused; more are counted "
+            "and not told\n")
     assert ended(first, 0) == told and ended(second, 0) == ""
 
 
@@ -249,7 +262,8 @@ def test_a_dripping_greeting_ends_in_time(port, start):
         while time.monotonic() - began < 20:
             connection.sendall(b" ")
             time.sleep(0.2)
-    assert rollcall.GREETING_SECONDS - 0.5 < time.monotonic() - began < rollcall.GREETING_SECONDS + 3
+    took = time.monotonic() - began
+    assert rollcall.GREETING_SECONDS - 0.5 < took < rollcall.GREETING_SECONDS + 3
     assert first.poll() is None
 
 
@@ -264,9 +278,19 @@ def test_strangers_are_counted_where_processes_are_missing(port, start):
     assert "; 3 calls were refused without the run's secret" in said
 
 
-@pytest.mark.parametrize("answers", [
-    b'{"answer": "go"}\n', b'{"answer": "go", "proof": "00"}\n', b'{"answer": "\\u001b[2Jowned", "proof": ""}\n',
-    b'{"go": true}\n', b"\n", b"[" * 9000 + b"\n", b"\xff\xfe\n", b""])
+@pytest.mark.parametrize(
+    "answers",
+    [
+        b'{"answer": "go"}\n',
+        b'{"answer": "go", "proof": "00"}\n',
+        b'{"answer": "\\u001b[2Jowned", "proof": ""}\n',
+        b'{"go": true}\n',
+        b"\n",
+        b"[" * 9000 + b"\n",
+        b"\xff\xfe\n",
+        b"",
+    ],
+)
 def test_who_poses_as_process_0_is_not_believed(port, start, tmp_path, answers):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / rollcall.FILE).write_text("5" * 64)
@@ -277,7 +301,9 @@ def test_who_poses_as_process_0_is_not_believed(port, start, tmp_path, answers):
             connection.sendall(b'{"nonce": "x"}\n')
             assert b"5555" not in connection.recv(9000)
             connection.sendall(answers)
-        assert f"process 1 was not let in at 127.0.0.1:{port}: process 0 there has another secret" in (said := ended(caller, 2))
+        said = ended(caller, 2)
+        refused = f"process 1 was not let in at 127.0.0.1:{port}"
+        assert f"{refused}: process 0 there has another secret" in said
         assert "\x1b" not in said
 
 
@@ -288,14 +314,24 @@ def test_escapes_of_a_process_of_the_run_are_not_printed(port, start, tmp_path, 
     until(lambda: listening(port))
     with connected(port) as (connection, nonce, reader):
         secret = secret_of(tmp_path / "run")
-        connection.sendall(greeting(secret, nonce, processes=3 if when == "refused" else 2, host="a\x1b[2J\u202eb\n" * 900))
+        connection.sendall(
+            greeting(
+                secret,
+                nonce,
+                processes=3 if when == "refused" else 2,
+                host="a\x1b[2J\u202eb\n" * 900,
+            )
+        )
         answer = json.loads(reader.readline())
         words = json.dumps([nonce, "own", answer["answer"]]).encode()
         assert answer["proof"] == hmac.new(secret.encode(), words, "sha256").hexdigest()
         if when == "lost":
-            connection.sendall(json.dumps({"lost": "\x1b]0;owned\x07gone\n" + 900 * "x"}).encode() + b"\n")
+            connection.sendall(
+                json.dumps({"lost": "\x1b]0;owned\x07gone\n" + 900 * "x"}).encode() + b"\n"
+            )
         said = ended(first, 2 if when == "refused" else 1)
-    assert ("a?[2J?b?" in said) == (when == "refused") and ("?]0;owned?gone?xxx" in said) == (when == "lost")
+    assert ("a?[2J?b?" in said) == (when == "refused")
+    assert ("?]0;owned?gone?xxx" in said) == (when == "lost")
     assert all(c.isprintable() for line in said.splitlines() for c in line) and len(said) < 2500
 
 
@@ -324,16 +360,23 @@ def test_a_secret_that_a_killed_call_left_is_no_obstacle(port, start, tmp_path, 
 
 def test_the_launchers_secret_needs_no_shared_folder(port, start, tmp_path):
     secret = "given by the launcher"
-    both = [start(f"127.0.0.1:{port}", 2, i, folder=tmp_path / str(i), secret=secret) for i in (0, 1)]
+    both = [
+        start(f"127.0.0.1:{port}", 2, i, folder=tmp_path / str(i), secret=secret) for i in (0, 1)
+    ]
     assert [process.stdout.readline() for process in both] == ["go\n"] * 2
     assert not list(tmp_path.iterdir())
 
 
 def test_secrets_that_differ_or_are_short_are_named(port, start, tmp_path):
     first = start(f"127.0.0.1:{port}", 2, 0, limit=4, secret="given by the launcher")
-    assert "process 1 was not let in at" in ended(start(f"127.0.0.1:{port}", 2, 1, secret="of another launcher"), 2)
+    assert "process 1 was not let in at" in ended(
+        start(f"127.0.0.1:{port}", 2, 1, secret="of another launcher"), 2
+    )
     folder = tmp_path / "not shared"
     said = ended(start(f"127.0.0.1:{port}", 2, 1, limit=1, folder=folder), 2)
-    assert f"process 1 finds no {folder / rollcall.FILE}" in said and "not on a file system shared" in said
+    assert f"process 1 finds no {folder / rollcall.FILE}" in said
+    assert "not on a file system shared" in said
     assert "; 1 call was refused without the run's secret" in ended(first, 2)
-    assert "DCMDP_SECRET has 5 characters" in ended(start(f"127.0.0.1:{port}", 2, 0, secret="short"), 2)
+    assert "DCMDP_SECRET has 5 characters" in ended(
+        start(f"127.0.0.1:{port}", 2, 0, secret="short"), 2
+    )

@@ -138,8 +138,10 @@ def test_text_that_looks_like_a_byte_stays_text(started):
 BAD = {
     "empty": (tokens_request([]), "the prompt is empty"),
     "empty text": (text_request(""), "the prompt is empty"),
-    "over-long": (tokens_request([2] * (PROMPT + 1)), f"has {PROMPT + 1} tokens and this server takes {PROMPT}"),
-    "over-long text": (text_request("a" * 1000), f"has 1000 characters; the {PROMPT} tokens that this server takes hold {PROMPT} at most"),
+    "over-long": (tokens_request([2] * (PROMPT + 1)),
+                  f"has {PROMPT + 1} tokens and this server takes {PROMPT}"),
+    "over-long text": (text_request("a" * 1000), f"has 1000 characters; the {PROMPT} tokens that "
+                       f"this server takes hold {PROMPT} at most"),
     "one character too many": (text_request("a" * (PROMPT + 1)), f"has {PROMPT + 1} characters"),
     "out of vocabulary": (tokens_request([2, 37, 3]), "token id 37 is outside the vocabulary; ids go from 0 to 36"),
     "negative": (tokens_request([2, -3]), "token id -3 is outside the vocabulary"),
@@ -165,16 +167,20 @@ def test_what_cannot_be_answered_is_refused_in_one_sentence(started, monkeypatch
     assert decode(port, tokens_request([2] * 10, POSITIONS - 10))[0][:1] and healthy(port)
 
 
-@pytest.mark.parametrize("data", [b"\xff\xff\xff", b"\x0a\x05ab", b"\x08\x01\x9a\x01\xff\xff\xff\xff\x0f", b"\x00",
-                                  b"\x12\x04\x0a\x02\xc3\x28", b"\x2b"])
+@pytest.mark.parametrize("data", [
+    b"\xff\xff\xff", b"\x0a\x05ab", b"\x08\x01\x9a\x01\xff\xff\xff\xff\x0f", b"\x00",
+    b"\x12\x04\x0a\x02\xc3\x28", b"\x2b"])
 def test_what_is_no_message_is_an_invalid_argument(started, data):
     """Broken lengths, tags and UTF-8; a message cut short. The server goes on."""
     _, port = started()
     with connect(port) as channel:
         raw = {"request_serializer": bytes, "response_deserializer": bytes}
-        decoding = channel.unary_stream("/jetstream_proto.Orchestrator/Decode", **raw)(data, timeout=30)
-        assert decoding.code() == grpc.StatusCode.INVALID_ARGUMENT and "\n" not in decoding.details()
-        if data != b"\x12\x04\x0a\x02\xc3\x28":  # a field that the health check does not have, and so does not read
+        call = channel.unary_stream("/jetstream_proto.Orchestrator/Decode", **raw)
+        decoding = call(data, timeout=30)
+        assert decoding.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert "\n" not in decoding.details()
+        # a field that the health check does not have, and so does not read
+        if data != b"\x12\x04\x0a\x02\xc3\x28":
             checking = channel.unary_unary("/jetstream_proto.Orchestrator/HealthCheck", **raw)
             with pytest.raises(grpc.RpcError) as caught:
                 checking(data, timeout=30)
@@ -193,8 +199,8 @@ def test_a_text_too_long_to_fit_is_refused_before_it_is_encoded(started):
     _, port = started(vocabulary=Pairs(VOCABULARY.alphabet))
     code, details = refusal(port, text_request("a" * (2 * PROMPT + 1)))
     assert (code, details) == (grpc.StatusCode.INVALID_ARGUMENT, (
-        f"the text has {2 * PROMPT + 1} characters; the {PROMPT} tokens that this server takes hold {2 * PROMPT} at most; "
-        "shorten it"))
+        f"the text has {2 * PROMPT + 1} characters; the {PROMPT} tokens that this server takes "
+        f"hold {2 * PROMPT} at most; shorten it"))
     assert decode(port, text_request("a" * 2 * PROMPT, 1))[0]
 
 
@@ -215,13 +221,15 @@ def test_long_texts_hold_up_neither_health_nor_short_texts(started):
 
     _, port = started(vocabulary=Slow(VOCABULARY.alphabet))
     with ThreadPoolExecutor(8) as pool:
-        long = [pool.submit(refusal, port, text_request("a" * (serve.LONG_TEXT + 1))) for _ in range(8)]
+        request = text_request("a" * (serve.LONG_TEXT + 1))
+        long = [pool.submit(refusal, port, request) for _ in range(8)]
         until(lambda: held)
         assert healthy(port) and decode(port, text_request("a" * PROMPT, 1))[0]
         assert not any(call.done() for call in long)
         going.set()
         for call in long:
-            assert call.result()[0] == grpc.StatusCode.INVALID_ARGUMENT and "tokens and this server takes" in call.result()[1]
+            assert call.result()[0] == grpc.StatusCode.INVALID_ARGUMENT
+            assert "tokens and this server takes" in call.result()[1]
     assert most == [1] * 8
 
 
@@ -229,13 +237,15 @@ def test_long_texts_hold_up_neither_health_nor_short_texts(started):
 def test_two_thousand_calls_at_once_are_served_or_refused_none_dropped(started, channels):
     _, port = started(waiting=20)
     with contextlib.ExitStack() as open_channels:
-        stubs = [jetstream_pb2_grpc.OrchestratorStub(open_channels.enter_context(connect(port))) for _ in range(channels)]
+        opened = [open_channels.enter_context(connect(port)) for _ in range(channels)]
+        stubs = [jetstream_pb2_grpc.OrchestratorStub(channel) for channel in opened]
         request, expected = tokens_request(make_prompts()[0]), greedy()[0]
         calls = [stubs[i % channels].Decode(request, timeout=120) for i in range(2000)]
         for call in calls:
             with contextlib.suppress(grpc.RpcError):
                 assert received(call) == expected
-        assert {call.code() for call in calls} == {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
+        codes = {call.code() for call in calls}
+        assert codes == {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
     assert healthy(port)
 
 
@@ -268,9 +278,11 @@ def test_requests_after_stop_are_refused(started):
 
 @pytest.mark.parametrize("options, sentence", [
     ({"slots": 0}, "--slots is 0"), ({"waiting": -1}, "--queue is -1"),
-    ({"steps": 0}, "--steps is 0"), ({"seed": -1}, "--seed is -1"), ({"seed": 2**32}, "--seed is 4294967296"),
-    ({"grace": -1}, "--grace is -1"), ({"grace": float("nan")}, "--grace is nan"), ({"grace": float("inf")}, "--grace is inf"),
-    ({"port": 65536}, "--port is 65536"), ({}, "model folder .*absent does not exist; give a Hugging Face model folder"),
+    ({"steps": 0}, "--steps is 0"), ({"seed": -1}, "--seed is -1"),
+    ({"seed": 2**32}, "--seed is 4294967296"), ({"grace": -1}, "--grace is -1"),
+    ({"grace": float("nan")}, "--grace is nan"), ({"grace": float("inf")}, "--grace is inf"),
+    ({"port": 65536}, "--port is 65536"),
+    ({}, "model folder .*absent does not exist; give a Hugging Face model folder"),
 ])
 def test_a_bad_option_is_refused_before_anything_is_read(tmp_path, options, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -444,9 +456,11 @@ def test_an_address_that_cannot_be_had_is_said_in_one_sentence(started, loop, ca
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("host", ["\udcff", "a" * 300, "a..b"], ids=["bytes", "long", "empty label"])
+@pytest.mark.parametrize(
+    "host", ["\udcff", "a" * 300, "a..b"], ids=["bytes", "long", "empty label"])
 def test_what_is_no_host_name_is_said_in_one_sentence(host):
-    with pytest.raises((ValueError, OSError), match="is no host name; give one, or an address|cannot listen on"):
+    said = "is no host name; give one, or an address|cannot listen on"
+    with pytest.raises((ValueError, OSError), match=said):
         serve.listen(host, 0, 10)
 
 
@@ -504,7 +518,8 @@ def folder(tmp_path_factory):
 @contextlib.contextmanager
 def served(folder, grace):
     """The process and its port."""
-    with subprocess.Popen([sys.executable, "-c", SERVE, str(folder), str(grace)], stdout=subprocess.PIPE, text=True) as process:
+    program = [sys.executable, "-c", SERVE, str(folder), str(grace)]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process, int(process.stdout.readline().rsplit(":", 1)[1])
         finally:
@@ -520,11 +535,13 @@ def test_sigterm(folder, signals, status):
                 tokens_request(make_prompts()[number], asked), timeout=120)
             tokens = list(next(call).stream_content.samples[0].token_ids)
             process.terminate()
-            assert "finishing the requests that were accepted, for 600 s at most" in process.stdout.readline()
+            said = process.stdout.readline()
+            assert "finishing the requests that were accepted, for 600 s at most" in said
             assert refusal(port, tokens_request([2]))[0] == grpc.StatusCode.UNAVAILABLE
             if signals == 1:
                 tokens += received(call)
-                assert tokens[:NEW] == greedy()[number] and (len(tokens) == asked or tokens[-1] == 1)
+                assert tokens[:NEW] == greedy()[number]
+                assert len(tokens) == asked or tokens[-1] == 1
             else:
                 process.terminate()
                 with pytest.raises(grpc.RpcError):
@@ -552,8 +569,8 @@ def test_clients_that_do_not_read_are_waited_for_no_longer_than_the_grace(folder
     """Forty calls of a process that is stopped: its sockets stay open, and nobody reads them."""
     prompt = make_prompts()[long_prompts()[0]]
     with served(folder, 1) as (process, port):
-        client = subprocess.Popen([sys.executable, "-c", READS_NOTHING, f"127.0.0.1:{port}", str(prompt)],
-                                  stdout=subprocess.PIPE, text=True)
+        program = [sys.executable, "-c", READS_NOTHING, f"127.0.0.1:{port}", str(prompt)]
+        client = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
         try:
             assert client.stdout.readline() == "reads\n"
             client.send_signal(signal.SIGSTOP)

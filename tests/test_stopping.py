@@ -17,7 +17,7 @@ SLEEP = "import time; time.sleep(60)"
 
 
 def kill_later(seconds, number=signal.SIGTERM):
-    """From another process: a function that keeps the interpreter's lock lets no thread of this one run."""
+    """From another process: a function that keeps the interpreter's lock lets no thread run."""
     return subprocess.Popen(["bash", "-c", f"sleep {seconds}; kill -{int(number)} {os.getpid()}"])
 
 
@@ -64,7 +64,9 @@ def test_a_second_interrupt_ends_a_process_that_is_busy_outside_of_python():
             "    print('in', flush=True)\n"
             "    x = np.random.default_rng(0).normal(size=(6000, 6000))\n"
             "    while True: x = x @ x / 1e3\n")
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert child.stdout.readline() == "in\n"
     time.sleep(0.5)
     child.send_signal(signal.SIGINT)
@@ -73,8 +75,10 @@ def test_a_second_interrupt_ends_a_process_that_is_busy_outside_of_python():
     began = time.monotonic()
     _, err = child.communicate(timeout=60)
     assert child.returncode == 130 and time.monotonic() - began < 5
-    assert err.split("\n")[1::2] == ["stopping at the next safe point; press Ctrl-C again to stop at once",
-                                     "stopped at once; the same command goes on from what was saved last"]
+    assert err.split("\n")[1::2] == [
+        "stopping at the next safe point; press Ctrl-C again to stop at once",
+        "stopped at once; the same command goes on from what was saved last",
+    ]
 
 
 def loops():
@@ -90,9 +94,14 @@ def keeps_what_is_raised():
             pass
 
 
-HANGS = {"in a loop": loops, "asleep": lambda: time.sleep(60), "waiting": lambda: threading.Event().wait(),
-         "in a child": lambda: subprocess.run([sys.executable, "-c", SLEEP]), "retrying": keeps_what_is_raised,
-         "in a regular expression": lambda: re.match(r"(a+)+$", "a" * 64 + "b")}
+HANGS = {
+    "in a loop": loops,
+    "asleep": lambda: time.sleep(60),
+    "waiting": lambda: threading.Event().wait(),
+    "in a child": lambda: subprocess.run([sys.executable, "-c", SLEEP]),
+    "retrying": keeps_what_is_raised,
+    "in a regular expression": lambda: re.match(r"(a+)+$", "a" * 64 + "b"),
+}
 
 
 @pytest.mark.slow
@@ -101,7 +110,10 @@ def test_a_function_that_hangs_is_left(how):
     with stopping.requests() as asked:
         killer = kill_later(0.3)
         began = time.monotonic()
-        with pytest.raises(stopping.Interrupted), stopping.watched(asked, lambda turn: None) as watch:
+        with (
+            pytest.raises(stopping.Interrupted),
+            stopping.watched(asked, lambda turn: None) as watch,
+        ):
             watch.begin(0)
             HANGS[how]()
         assert time.monotonic() - began < 20

@@ -1,5 +1,8 @@
 """Chat templates that hang, swell or fail: one sentence, and the next conversation is rendered."""
 
+import os
+import signal
+
 import pytest
 
 from dcmdp_jax.templates import Template
@@ -68,7 +71,24 @@ def test_what_an_assistant_said_may_stand_in_a_generation_block():
 def test_the_process_ends_with_its_template():
     template = Template("{{ messages[0].content }}", "folder")
     assert template.render([USER]) == USER["content"]
-    process = template._process
+    process = template._worker._process
     assert process.poll() is None
     del template
     assert process.poll() is not None
+
+
+def test_a_process_that_is_killed_while_it_is_idle_is_started_again():
+    template = Template("{{ messages[0].content }}", "folder")
+    assert template.render([USER]) == USER["content"]
+    os.kill(template._worker._process.pid, signal.SIGKILL)
+    template._worker._process.wait()
+    assert template.render([USER]) == USER["content"]
+
+
+def test_an_interrupted_conversation_is_not_the_text_of_the_next(monkeypatch):
+    template = Template("{{ messages[0].content }}", "folder")
+    with monkeypatch.context() as patched:
+        patched.setattr(template._worker, "_line", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            template.render([USER])
+    assert template.render([USER | {"content": "another"}]) == "another"

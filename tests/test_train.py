@@ -398,14 +398,16 @@ def test_a_run_survives_another_version(tmp_path):
         train.claim(tmp_path, tiny(**plain))
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"name": "quick', None], ids=["empty", "list", "cut", "gone"])
+@pytest.mark.parametrize("content", ["", "[]", '{"name": "quick', '{"a": ' * 9**5, None],
+                         ids=["empty", "list", "cut", "deep", "gone"])
 def test_a_damaged_record_is_named_with_its_remedy(tmp_path, capsys, content):
     (tmp_path / "checkpoints" / "0").mkdir(parents=True)
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     assert cli.main(command(tmp_path)) == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"dcmdp: {tmp_path / 'config.json'} is ") and "put a copy back" in err and err.count("\n") == 1
+    assert err.startswith(f"dcmdp: {tmp_path / 'config.json'} ") and "put a copy back" in err
+    assert err.count("\n") == 1
 
 
 def test_an_absent_logger_is_refused_before_there_is_a_folder(tmp_path, capsys, monkeypatch):

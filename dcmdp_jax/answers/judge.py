@@ -12,19 +12,17 @@ import json
 import os
 import pathlib
 import queue
-import select
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Sequence
 
 from dcmdp_jax.answers.compare import Verdict, compare
 from dcmdp_jax.answers.tokens import LONGEST
+from dcmdp_jax.worker import Ended, Unready, Worker
 
 SECONDS = 2.0  # of one comparison
 SLACK = 5.0  # seconds by which a process may miss its own limit
-START = 120.0  # seconds in which a process imports its library
 PROCESSES = 2
 KNOWN = 1 << 16  # pairs that are remembered
 
@@ -49,10 +47,6 @@ def _library(pid: int) -> Pool:
     return Pool()
 
 
-class Absent(Exception):
-    """The library cannot be imported; the message says why."""
-
-
 class Pool:
     """Processes of `command`, which is given `seconds`; each compares one pair at a time.
 
@@ -67,31 +61,32 @@ class Pool:
         self.equal = functools.lru_cache(KNOWN)(self._compared)
         self._absent = False
         self._lock = threading.Lock()
-        self._idle: queue.LifoQueue[_Process] = queue.LifoQueue()
+        self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()
         for _ in range(processes):
-            self._idle.put(_Process([*command, str(seconds)], seconds + SLACK))
+            self._idle.put(Worker([*command, str(seconds)], seconds + SLACK))
 
     def _compared(self, gold: str, answer: str) -> bool:
         if self._absent:
             return False
-        process = self._idle.get()
+        question = json.dumps([gold, answer]).encode()
+        worker = self._idle.get()
         try:
-            verdict = process.ask(gold, answer)
+            verdict = _verdict(worker, question)
             if verdict is None:  # it may have been ended while it was idle
-                verdict = process.ask(gold, answer)
+                verdict = _verdict(worker, question)
         except TimeoutError:
             verdict = None
-        except Absent as error:
+        except Unready as error:
             self._say_absent(error)
             return False
         finally:
-            self._idle.put(process)
+            self._idle.put(worker)
         if verdict is None:
             with self._lock:
                 self.given_up += 1
         return bool(verdict)
 
-    def _say_absent(self, error: Absent) -> None:
+    def _say_absent(self, error: Unready) -> None:
         with self._lock:
             if not self._absent:
                 print(f"math-verify cannot be used ({error}): answers that need it count as "
@@ -99,67 +94,18 @@ class Pool:
             self._absent = True
 
 
-class _Process:
-    """One process, started when it is asked and not there."""
+def _verdict(worker: Worker, question: bytes) -> bool | None:
+    """None where the process gave none.
 
-    def __init__(self, command: list[str], seconds: float):
-        self._command = command
-        self._seconds = seconds
-        self._process: subprocess.Popen | None = None
-
-    def ask(self, gold: str, answer: str) -> bool | None:
-        """Returns whether they are equal; None where the process ended instead.
-
-        Raises TimeoutError where it ended because its time was over, and Absent where it has no
-        library.
-        """
-        try:
-            if self._process is None:
-                self._start()
-            self._process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
-            self._process.stdin.flush()
-            reply = self._line(self._seconds)
-        except BrokenPipeError:
-            reply = b""
-        except BaseException:  # a signal's, too: no reply may be left for the next question
-            self._end()
-            raise
-        if reply in (b"true\n", b"false\n"):
-            return reply == b"true\n"
-        if self._end() == -signal.SIGALRM:
-            raise TimeoutError
+    Raises TimeoutError where its time was over.
+    """
+    try:
+        reply = worker.ask(question)
+    except Ended as error:
+        if error.status == -signal.SIGALRM:
+            raise TimeoutError from None
         return None
-
-    def _start(self) -> None:
-        # in a session of its own: Ctrl-C at the terminal is for its parent, which comes to a safe
-        # point first
-        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE,
-                                         stdout=subprocess.PIPE, start_new_session=True)
-        said = self._line(START)
-        if said.startswith(b"absent"):
-            raise Absent(json.loads(said.removeprefix(b"absent")))
-        if said != b"ready\n":
-            raise BrokenPipeError
-
-    def _line(self, seconds: float) -> bytes:
-        """What the process writes next, up to a newline. Raises TimeoutError where it writes
-        nothing for so long."""
-        output = self._process.stdout.fileno()
-        read = b""
-        while not read.endswith(b"\n"):
-            if not select.select([output], [], [], seconds)[0]:
-                raise TimeoutError
-            part = os.read(output, 1000)
-            if not part:
-                break
-            read += part
-        return read
-
-    def _end(self) -> int:
-        """Ends the process, if there is one, and returns its status."""
-        process, self._process = self._process, None
-        if process is None:
-            return 0
-        process.kill()
-        process.communicate()
-        return process.returncode
+    if reply not in (b"true\n", b"false\n"):
+        worker.end()
+        return None
+    return reply == b"true\n"

@@ -1,7 +1,7 @@
 """The process that compares answers by the `math-verify` package; `judge.py` runs this file, and
 nothing imports it.
 
-`library.py SECONDS` writes `ready`, or `absent` and why, and answers each line `[gold, answer]` of
+`library.py SECONDS` writes `ready`, or why it is not, and answers each line `[gold, answer]` of
 standard input with `true` or `false`. It ends with its input, and by SIGALRM where a comparison
 takes longer than SECONDS.
 
@@ -33,7 +33,7 @@ def _serve(seconds: float, alone: bool) -> None:
     try:
         import math_verify
     except ImportError as error:
-        print("absent", json.dumps(str(error)), file=replies, flush=True)
+        print(" ".join(str(error).split()), file=replies, flush=True)
         return
     # it warns that time is kept elsewhere, as it is
     logging.getLogger("math_verify").setLevel(logging.ERROR)

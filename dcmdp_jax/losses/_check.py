@@ -114,7 +114,7 @@ def clamped(log_ratio: Array) -> Array:
 
 
 def log_ratio(a: Array, b: Array, mask: Array) -> Array:
-    """clip(a - b, -20, 20) on the mask and 0 elsewhere; the gradient is 0 outside mask and clamp."""
+    """clip(a - b, -20, 20) on the mask, 0 elsewhere; the gradient is 0 outside mask and clamp."""
     return clamped(difference(a, b, mask))
 
 

@@ -1,11 +1,12 @@
 """What the gap between trainer and sampler looks like.
 
-Pure functions of `[N, T]` log-probs in float32 nats and a mask; no gradient passes through them. D = old_logp -
-rollout_logp, rho = e^D = train / rollout, delta = |e^old_logp - e^rollout_logp|. Every figure is over the *measured*
-tokens: in the mask, with a finite `rollout_logp`; what is left out is counted by `dropped`. Sequence figures are over
-rows with a measured token. D is clipped to +-20 wherever it is squared or exponentiated; its sum over a completion is
-clipped once, after it is taken. With nothing to measure every figure is 0. Results are float32 scalars, or dicts of
-them that merge into one flat dict of metrics.
+Pure functions of `[N, T]` log-probs in float32 nats and a mask; no gradient passes through them. D
+= old_logp - rollout_logp, rho = e^D = train / rollout, delta = |e^old_logp - e^rollout_logp|. Every
+figure is over the *measured* tokens: in the mask, with a finite `rollout_logp`; what is left out is
+counted by `dropped`. Sequence figures are over rows with a measured token. D is clipped to +-20
+wherever it is squared or exponentiated; its sum over a completion is clipped once, after it is
+taken. With nothing to measure every figure is 0. Results are float32 scalars, or dicts of them that
+merge into one flat dict of metrics.
 
 Sums run over the arrays given, so under `jit` with sharded inputs they are global.
 """

@@ -1,10 +1,11 @@
 """The three parts of a correction: the level, the operator, the denominator.
 
-A level turns the difference of log-probabilities into the log of a ratio R, an operator turns R into a weight and a
-decision to keep, a denominator says which tokens are counted. `corrections.Correction` puts them together and prints
-the `Formula:` line of each. D_t = old_logp_t - rollout_logp_t in nats, 0 where the sampler's log-probability is not
-finite; a level clamps to +-20 itself, the product of a completion once, after the sum. Bounds are in the ratio
-pi_train / pi_rollout. Arrays here are already checked.
+A level turns the difference of log-probabilities into the log of a ratio R, an operator turns R
+into a weight and a decision to keep, a denominator says which tokens are counted.
+`corrections.Correction` puts them together and prints the `Formula:` line of each. D_t = old_logp_t
+- rollout_logp_t in nats, 0 where the sampler's log-probability is not finite; a level clamps to
++-20 itself, the product of a completion once, after the sum. Bounds are in the ratio pi_train /
+pi_rollout. Arrays here are already checked.
 """
 
 from __future__ import annotations

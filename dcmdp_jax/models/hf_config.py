@@ -14,12 +14,11 @@ import reprlib
 from typing import Any
 
 from dcmdp_jax import jsonfile
-from dcmdp_jax.config import ModelConfig, Yarn
+from dcmdp_jax.config import LARGEST_FLOAT, ModelConfig, Yarn
 
 REMEDY = "give a Hugging Face model folder, with config.json and safetensors"
 DENSE, SPARSE = "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
 MODEL_TYPES = {DENSE: "qwen3", SPARSE: "qwen3_moe"}
-MAX_LAYERS = 10_000
 THETA = 10_000.0  # transformers 5 takes it where rope_scaling, beside rope_parameters, gives none
 
 READ = """
@@ -98,14 +97,12 @@ def _parse(raw: dict) -> ModelConfig:
             f"model_type is {raw['model_type']!r}, which is not that of architectures, {names[0]}"
         )
     _check_others(raw)
-    layers = _whole(raw, "num_hidden_layers", most=MAX_LAYERS)
+    layers = _whole(raw, "num_hidden_layers")
     _check_layer_types(raw.get("layer_types"), layers)
     heads, width = _whole(raw, "num_attention_heads"), _whole(raw, "hidden_size")
     theta, yarn = _rope(raw)
     # transformers fills in 128 for the dense model, hidden_size / heads for the sparse one
     head_dim = _whole(raw, "head_dim", width // heads if sparse else 128)
-    if head_dim % 2:
-        raise ValueError(f"head_dim={head_dim} is odd; rotary positions turn pairs")
     return ModelConfig(
         vocab_size=_whole(raw, "vocab_size"),
         hidden_size=width,
@@ -299,17 +296,18 @@ def _agreed(said: dict[str, Any], name: str) -> Any:
     return values[0] if values else None
 
 
-def _whole(raw: dict, name: str, default: int | None = None, most: int = 2**31 - 1) -> int:
+def _whole(raw: dict, name: str, default: int | None = None) -> int:
+    """A positive whole number; `ModelConfig` and `Yarn` know how large each may be."""
     value = _need(raw, name, default)
-    if type(value) is not int or not 1 <= value <= most:
-        raise ValueError(f"{name}={value!r} is not a whole number from 1 to {most}")
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name}={value!r} is not a whole number of at least 1")
     return value
 
 
 def _positive(raw: dict, name: str, default: float | None = None) -> float:
     value = _need(raw, name, default)
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r} is not a positive number")
+    if type(value) not in (int, float) or not 0 < value <= LARGEST_FLOAT:
+        raise ValueError(f"{name}={value!r:.60} is not a positive number that float32 holds")
     return float(value)
 
 

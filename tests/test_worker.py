@@ -1,0 +1,119 @@
+"""A process that answers lines: whatever ends a question, the next one has its own answer."""
+
+import gc
+import os
+import resource
+import signal
+import sys
+import time
+
+import pytest
+
+from dcmdp_jax import worker
+
+READY = "import os, signal, sys, time\nprint('ready', flush=True)\n"
+ECHO = READY + "for line in sys.stdin: print(line.strip()[::-1], flush=True)"
+
+
+def of(program, seconds=30.0):
+    return worker.Worker([sys.executable, "-c", program], seconds)
+
+
+@pytest.fixture
+def echo():
+    made = of(ECHO)
+    yield made
+    made.end()
+
+
+def test_a_line_is_answered_by_a_line_however_long(echo):
+    assert echo.ask(b"abc") == b"cba\n"
+    assert echo.ask(b"12" * 10**6) == b"21" * 10**6 + b"\n"
+
+
+@pytest.mark.parametrize("act, status", [
+    ("sys.exit(3)", 3), ("os.kill(os.getpid(), signal.SIGPROF)", -signal.SIGPROF),
+    ("os.abort()", -signal.SIGABRT), ("sys.stdout.write('half'); sys.exit()", 0)])
+def test_a_process_that_ends_tells_its_status_and_another_one_starts(act, status):
+    answers = f"for line in sys.stdin:\n if line == 'die\\n': {act}\n print('ok', flush=True)"
+    asked = of(READY + answers)
+    for _ in range(2):
+        with pytest.raises(worker.Ended) as ended:
+            asked.ask(b"die")
+        assert ended.value.status == status and asked.ask(b"live") == b"ok\n"
+    asked.end()
+
+
+def test_a_silent_process_is_ended():
+    asked = of(READY + "for line in sys.stdin: time.sleep(600)", seconds=0.2)
+    before = time.monotonic()
+    with pytest.raises(TimeoutError, match="no answer within 0.2 s"):
+        asked.ask(b"?")
+    assert time.monotonic() - before < 20.0 and asked._process is None
+
+
+@pytest.mark.parametrize("program, error", [
+    ("print('no such library')", worker.Unready), ("raise SystemExit(4)", worker.Ended),
+    ("print('read', end='')", worker.Ended)])
+def test_a_process_that_cannot_start_is_told_apart_from_one_that_died(program, error):
+    with pytest.raises(error) as raised:
+        of(program).ask(b"?")
+    if error is worker.Unready:
+        assert str(raised.value) == "no such library"
+
+
+def test_an_interrupted_question_leaves_no_answer_for_the_next(echo, monkeypatch):
+    assert echo.ask(b"one") == b"eno\n"
+    with monkeypatch.context() as patched:
+        patched.setattr(echo, "_line", lambda seconds: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            echo.ask(b"two")
+    assert echo.ask(b"three") == b"eerht\n"
+
+
+def test_a_process_that_was_killed_while_it_was_idle_is_started_again(echo):
+    assert echo.ask(b"one") == b"eno\n"
+    os.kill(echo._process.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, echo._process.pid, os.WEXITED | os.WNOWAIT)
+    assert echo.ask(b"two") == b"owt\n"
+
+
+def test_a_fork_asks_a_process_of_its_own_and_leaves_its_parent_s_alone(echo):
+    assert echo.ask(b"one") == b"eno\n"
+    parents = echo._process.pid
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            right = echo.ask(b"two") == b"owt\n" and echo._process.pid != parents
+            echo.end()
+            status = 0 if right else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert echo.ask(b"three") == b"eerht\n" and echo._process.pid == parents
+
+
+def test_a_process_ends_with_its_worker():
+    asked = of(ECHO)
+    asked.ask(b"one")
+    process = asked._process
+    assert process.poll() is None
+    del asked
+    gc.collect()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_program_with_many_open_files_may_ask(echo):
+    """More than 1024, as a server with many clients has."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2048, hard))
+    files = []
+    try:
+        while not files or files[-1] < 1100:
+            files.append(os.dup(0))
+        assert echo.ask(b"one") == b"eno\n" and echo._process.stdout.fileno() > 1024
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
