@@ -173,10 +173,11 @@ def compile(program: Program, chip: Chip) -> Compiled:
         if "limited ICI routing" in str(error) or "Unexpected device_id" in str(error):
             raise ValueError(f"on this slice a program takes one device or all, and {program.name} takes some; set "
                              "rollout.one_engine to yes, with a rollout.mesh of all devices") from error
-        used = re.search(r"Used ([\d.]+)([GMK]) of ([\d.]+)([GMK]) hbm", str(error))
+        # of arguments and temporaries, or of these alone where they do not fit by themselves
+        used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([TGMK])", str(error))
         if not used:
             raise
-        need = float(used[1]) * {"G": 1, "M": 2**-10, "K": 2**-20}[used[2]] * GIB
+        need = float(used[1]) * {"T": 2**10, "G": 1, "M": 2**-10, "K": 2**-20}[used[2]] * GIB
         arguments = temporaries = 0
     else:
         arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes

@@ -42,15 +42,15 @@ def test_final_answer(text, expected):
     ("_Answer: 31_", "31"), ("Answer: `31`", "31"),
     ("Answer: **31** metres", "31 metres"), ("Answer = 31", "31"), (r"\textbf{Answer:} $31$",
     "$31$"), ("#### 31 ####", "31"),
-    ("Answer: 2**5", "2**5"), ("Answer: He has **31** pens.", "31"),
+    ("Answer: 2**5", "2**5"), ("Answer: He has **31** pens.", "31 pens"),
     ("Answer: The total number of pens is 31.", "31"),
     ("Answer: Either there are 4, or it is 31.", "Either there are 4, or it is 31."),
     ("Answer: It is not 31.", "It is not 31."),
     ("4 and 27. Final Answer: The sum of $a$ and $b$ is 31. I hope it is correct.", "31"),
     ("Is the Answer: 31", None), ("Answer $31$", "$31$"),
-    ("Answer: Tom makes $31 every day.", "$31"),
+    ("Answer: Tom makes $31 every day.", "$31 every day"),
     ("Answer: Tom has more than 31 pens.", "Tom has more than 31 pens."),
-    ("Answer: Tom has 4 of 31 pens.", "Tom has 4 of 31 pens."), ("Answer: It takes 3/4 hour.", "3/4"),
+    ("Answer: Tom has 4 of 31 pens.", "4 of 31 pens"), ("Answer: It takes 3/4 hour.", "3/4 hour"),
     ("\u2705 **Answer: 31**", "31"), ("Answer\uff1a**31**\u3002", "31"),
     ("The answer is **31**, as required.", "31"), ("The answer is 4!", "4!"),
     ("Answer \\[ 31 \\]", "31"), ("Answer: -31", "-31"), ("#### Answer: **31**", "31"),
@@ -296,7 +296,7 @@ def test_an_empty_answer_is_never_right():
     "#### Word\n" * 2000, "> " * 10_000 + "answer", "Answer: " + "(see " * 4000,
     r"$x=\boxed{2}$ or " * 1200, "</think>" * 10**5, "Answer:" + "*_" * 9000,
     "; answer is 1 a" * 1400, r"\boxed " + "{a{b}" * 4000, "the answer is $" + r"\a" * 9000,
-    r"\boxed{1}" + "a_{aaaaaaaa" * 18 + r"\boxed{2}",
+    r"\boxed{3}" + "a_{aaaaaaaa" * 18 + r"\boxed{2}",
 ])
 def test_hostile_text_costs_nothing(hostile, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -360,9 +360,16 @@ class Expressions(Cursor):
 
     def reals(self) -> Node:
         """The real numbers, the positive or the negative ones, or a space of them."""
+        zero, infinity = ("num", Fraction(0)), ("var", r"\infty")
+        if self.take("_"):
+            bound = self.subscript()
+            if bound in (">0", r"\ge0"):
+                return "group", "(" if bound == ">0" else "[", ")", zero, infinity
+            if bound in ("<0", r"\le0"):
+                return "group", "(", ")" if bound == "<0" else "]", ("neg", infinity), zero
+            raise Unreadable("unknown numbers")
         if not self.take("^"):
             return ("reals",)
-        zero, infinity = ("num", Fraction(0)), ("var", r"\infty")
         power = self.raw()
         if power == "+":
             return "group", "(", ")", zero, infinity

@@ -20,6 +20,7 @@ TAIL = 20_000  # characters at the end of a completion in which its answer is lo
 LONGEST = 1_000  # characters of an answer and a remark after it
 GAP = 200  # characters between two boxes that may still be one answer
 
+LABELS = 50  # the last ones, of which one has an answer behind it
 ALIKE = 3  # boxes of a list that are compared, as they may be one answer in several forms
 
 _THINK = re.compile(r"[<\[](/?)(?:think(?:ing)?|thought|reasoning)[>\]]", re.IGNORECASE)
@@ -65,7 +66,7 @@ _LABEL = re.compile(
 _SENTENCE = re.compile(
     rf"(?:(?:^{_MARKS}|[.!?:;][ \t]+[*_]*|{_SO}){_WHOSE}(?:{_FINAL})?"
     rf"|(?:[,(]|[,.!?][ \t]+actually)[ \t]*{_WHOSE}{_FINAL})"
-    r"(?:answer|(?<=correct[ \t])(?:option|choice))[ \t]+is[*_ \t]*([:：]?)"
+    r"(?:answer|(?<=correct[ \t])(?:option|choice))[ \t]+is(?:\*\*|__)?[ \t]*([:：]?)"
     # further along a line, where one value follows
     r"|(?<!\bthe )(?-i:\bFinal [Aa]nswer|\bAnswer)[*_ \t]*:(?=(?P<late>[*_ \t]*))",
     re.IGNORECASE | re.MULTILINE)
@@ -168,18 +169,20 @@ def _each_box(text: str) -> list[_Box]:
     part_ends = -1
     for match in _BRACES.finditer(text):
         token = match.group()
-        within = bool(opened and opened[-1][1])
         if token.endswith("{") and not token.startswith(r"\{"):
             before = text[max(match.start() - 20, 0):match.start()]
             part = match.start() == part_ends or _PART.search(before) is not None
-            opened.append((match, within or part and token == "{"))
+            opened.append((match, part and token == "{"))
         elif token == "}" and opened:
             brace, part = opened.pop()
-            part_ends = match.end() if part else -1
-            if brace.group() != "{" and not (found and found[-1].start > brace.start()) and not part:
+            if part:
+                part_ends = match.end()
+                while found and found[-1].start > brace.start():
+                    found.pop()
+            elif brace.group() != "{" and not (found and found[-1].start > brace.start()):
                 inside = text[brace.end():match.start()].strip()
                 found.append(_Box(brace.start(), match.end(), inside))
-        elif re.match(_BOX, token) and not within and (bare := _UNBRACED.match(text, match.end())):
+        elif re.match(_BOX, token) and (bare := _UNBRACED.match(text, match.end())):
             found.append(_Box(match.start(), bare.end(), bare.group().strip()))
     return found
 
@@ -216,8 +219,9 @@ def _hashes(text: str) -> Iterator[Statement]:
 def _labels(text: str) -> Iterator[Statement]:
     """What follows a label, `Answer:` or `**Final Answer**`, on its line or below it; the last
     first."""
-    statements = (_below(text, match.end()) for match in reversed(list(_LABEL.finditer(text))))
-    return (statement for statement in statements if statement.answer)
+    for match in list(_LABEL.finditer(text))[:-LABELS - 1:-1]:
+        if (statement := _below(text, match.end())).answer:
+            yield statement
 
 
 def _sentences(text: str) -> Iterator[Statement]:

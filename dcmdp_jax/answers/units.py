@@ -25,6 +25,7 @@ _BASE = {  # name: powers of base units, factor
     "n": ({"g": 1, "m": 1, "s": -2}, "1000"), "j": ({"g": 1, "m": 2, "s": -2}, "1000"),
     "erg": ({"g": 1, "m": 2, "s": -2}, "1e-4"),
     "w": ({"g": 1, "m": 2, "s": -3}, "1000"), "hz": ({"s": -1}, "1"), "k": ({"K": 1}, "1"), "mol": ({"mol": 1}, "1"),
+    "mph": ({"m": 1, "s": -1}, "0.44704"), "kph": ({"m": 1, "s": -1}, "5/18"),
     "dollar": ({"$": 1}, "1"), "cent": ({"$": 1}, "1/100"),
     "degree": ({"degree": 1}, "1"), "radian": ({"degree": 1}, "180"),  # over pi
 }
@@ -47,7 +48,7 @@ half halve third quarter fourth fifth sixth seventh eighth ninth tenth twentieth
 millionth billionth pi tau radical
 plus minus divided multiplied added subtracted reduced increased decreased raised root power
 exponent factorial reciprocal inverse inverted opposite complement conjugate modulo mod base log
-negative negated neg loss deficit debt less fewer more
+negative negated neg loss deficit debt
 """.split())
 # These compare it or belong to another clause.
 _NO_UNITS = set("""
