@@ -75,6 +75,8 @@ def _ordered(node: Node) -> Node:
     kind, *parts = node
     parts = [_ordered(part) if type(part) is tuple and part and isinstance(part[0], str) else part
              for part in parts]
+    if kind == "div" and parts[1] == _NOTHING["mul"]:
+        return parts[0]
     if kind in _NOTHING:
         parts = sorted((part for part in parts if part != _NOTHING[kind]), key=repr)
         if len(parts) == 1:

@@ -34,6 +34,9 @@ _ITEM = r"(?:\\\$|\{(?:[^{}\n]|\{[^{}\n]*\})*\}|[^{}\n])"
 _UNBRACED = re.compile(rf"(?:(?!{_STOP}){_ITEM}){{1,200}}(?=\$|\\[)\]])"
                        rf"|(?:(?!{_STOP}|[.,;:!?](?:\s|$)){_ITEM}){{1,200}}")
 _NAME = r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_(?:\w|\{\w{1,9}\}))?"
+# a word behind a box, which is of its number
+_TIMES = re.compile(r"[\s~}$]*(?:\\[,;: ]|\\text\{|\\mathrm\{)?\s*"
+                    r"((?:hundred|thousand|million|billion|trillion|dozen)s?)\b")
 _NAMED = re.compile(rf"(?<![A-Za-z\\])({_NAME})\s*=\s*\$?\Z")
 # what may stand between boxes that are one list: separators, `and`, a name, or the mark of the
 # next item on a line
@@ -93,7 +96,7 @@ _VERB = re.compile(
     r"|pays?|spends?)[ \t]+(?=[*_]*(?:[-+]?\\?[$\d(]|\\[A-Za-z(]))")
 # a sentence, a clause or a bracket behind an answer
 _REMARK = re.compile(r"[.!]\s+(?=[A-Z])[^\d\\$]*$|,\s+(?:which|as|it|they)\b[^\d\\$]*$"
-                     r"|(?:,\s+|\s+\()(?:since|because|see)\b[^()\n]*(?:\([^()\n]*\)[^()\n]*)*\)?[.\s]*$"
+                     r"|(?:,?\s+|\s+\()(?:since|because|see)\b[^()\n]*(?:\([^()\n]*\)[^()\n]*)*\)?[.\s]*$"
                      r"|\s+\((?:as|from)\b[^()\d\\$]*\)[.\s]*$")
 _DOUBT = re.compile(
     r"\b(?:or|not|no|but|maybe|perhaps|wait|wrong|incorrect|actually|instead|either|cannot|never"
@@ -195,6 +198,8 @@ def _list(text: str, group: list[_Box]) -> Statement:
     """Boxes that stand together, as a list; those of one value are one answer. Names before them
     stay where they differ."""
     inside = [box.inside for box in group if box.inside]
+    if times := _TIMES.match(text, group[-1].end):
+        inside[-1:] = [f"{value} {times[1]}" for value in inside[-1:]]
     names = [_NAMED.search(text, max(box.start - 30, 0), box.start) for box in group]
     different = {name[1] for name in names if name}
     if len(inside) == len(different) == len(group) > 1:

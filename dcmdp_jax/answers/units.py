@@ -42,14 +42,17 @@ _AFTER = {"squared": 2, "cubed": 3}
 _CHANGE = set("""
 zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
 seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand
-million billion trillion mn bn mil lakh lac crore myriad dozen score gross pair couple double triple
-quadruple twice thrice fold ppm ppb permil permille permyriad bp bps
+mn bn mil lakh lac crore myriad dozen score gross pair couple double triple
+quadruple doubled tripled halved rooted twice thrice
+fold kilo mega giga tera milli micro nano th st nd rd ppm ppb permil permille permyriad bp bps
 half halve third quarter fourth fifth sixth seventh eighth ninth tenth twentieth hundredth thousandth
-millionth billionth pi tau radical
+pi tau radical
 plus minus divided multiplied added subtracted reduced increased decreased raised root power
 exponent factorial reciprocal inverse inverted opposite complement conjugate modulo mod base log
+octal hex hexadecimal binary decimal short wrong incorrect
 negative negated neg loss deficit debt
 """.split())
+_MULTIPLES = ("fold", "illion", "illions", "illionth", "illionths")
 # These compare it or belong to another clause.
 _NO_UNITS = set("""
 over by below under above beyond exceeding than between about approximately roughly almost nearly
@@ -75,9 +78,9 @@ def is_known(letter: str) -> bool:
 def changes_a_number(word: str) -> bool:
     """True of `million`, `half`, `negative`, `tenfold` and the like, and of `k` and `M`."""
     lower = word.lower()
-    if lower in _CHANGE or lower.removesuffix("s") in _CHANGE or lower.endswith("fold"):
+    if lower in _CHANGE or lower.removesuffix("s") in _CHANGE:
         return True
-    return len(word) == 1 and word in "kMBT"
+    return lower.endswith(_MULTIPLES) or len(word) == 1 and word in "kMBT"
 
 
 def read(text: str) -> Unit | None:
