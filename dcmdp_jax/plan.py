@@ -111,12 +111,13 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
     state, batch = step.abstract_state(config, model, mesh), abstract_batch(config, model, mesh)
     sizes = sharding.local_bytes(state)
     parts, (rows, length) = config.algorithm.minibatches * config.algorithm.microbatches, batch.tokens.shape[2:]
+    row = "algorithm.row_length, " if config.algorithm.row_length else ""
     yield Program("train step", step.compile(config, model, mesh).lower(state, batch),
                   count.update(model, rows, length, config, mesh, step.in_one_pass(config)), 1, 0,
-                  "algorithm.microbatches, model.remat, mesh.sequence or mesh.tensor")
+                  f"{row}algorithm.microbatches, model.remat, mesh.sequence or mesh.tensor")
     score = jax.jit(sharding.over(mesh, partial(step.score, config=config, model=model)))
     yield Program("scoring pass", score.lower(state.params, batch), count.scoring(model, rows, length, parts, config, mesh), 0,
-                  sizes - sharding.local_bytes(state.params), "algorithm.microbatches, mesh.sequence or mesh.tensor")
+                  sizes - sharding.local_bytes(state.params), f"{row}algorithm.microbatches, mesh.sequence or mesh.tensor")
     shared = set(decode_mesh.devices.flat) <= set(mesh.devices.flat)
     yield from _engine(config, model, decode_mesh, engines, sizes if shared else 0)
     own = decode_mesh if shared else sharding.block(mesh, 0)
@@ -173,10 +174,11 @@ def compile(program: Program, chip: Chip) -> Compiled:
         if "limited ICI routing" in str(error) or "Unexpected device_id" in str(error):
             raise ValueError(f"on this slice a program takes one device or all, and {program.name} takes some; set "
                              "rollout.one_engine to yes, with a rollout.mesh of all devices") from error
-        used = re.search(r"Used ([\d.]+)([GMK]) of ([\d.]+)([GMK]) hbm", str(error))
+        # of arguments and temporaries, or of these alone where they do not fit by themselves
+        used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([TGMK])", str(error))
         if not used:
             raise
-        need = float(used[1]) * {"G": 1, "M": 2**-10, "K": 2**-20}[used[2]] * GIB
+        need = float(used[1]) * {"T": 2**10, "G": 1, "M": 2**-10, "K": 2**-20}[used[2]] * GIB
         arguments = temporaries = 0
     else:
         arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes

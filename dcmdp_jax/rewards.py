@@ -13,6 +13,7 @@ import numpy as np
 from dcmdp_jax import faults, stopping
 from dcmdp_jax.answers import compare, judge
 from dcmdp_jax.answers.computed import is_computed, is_number
+from dcmdp_jax.answers.copied import is_copied
 from dcmdp_jax.answers.stated import final_answer
 from dcmdp_jax.records import Example, Rollout, Scored
 
@@ -20,7 +21,9 @@ SHORT = 60  # characters of a prompt in a message
 
 _CHOICE = re.compile(r"(?:\\text\w*\s*\{)?\(?[A-J]\)?\}?")
 # a choice with what it says, as (B) 12
-_CHOSEN = re.compile(r"(?:\\text\w*\s*\{)?\s*(?:\(([A-J])\)|([A-J])[).:])[\s}]*[\w$\\(]")
+_CHOSEN = re.compile(
+    r"(?:\\(?:text|math)\w*\s*\{)?\s*(?:\(([A-J])\)|([A-J])(?:[).:]|(?=\}|\\q?quad)))"
+    r"(?!.*(?:\b(?:and|or)\b|\b[A-J]\)))[\s}~.:]*[\w$\\(]")
 
 
 def math_answer(example: Example, text: str) -> float:
@@ -38,13 +41,9 @@ def math_answer(example: Example, text: str) -> float:
         return float(is_computed(stated) and compare.equal(example.answer, stated))
     if _CHOICE.fullmatch(example.answer) and (chosen := _CHOSEN.match(stated)):
         stated = chosen[1] or chosen[2]
-    if not is_computed(stated) and _copied(stated, example):
+    if not is_computed(stated) and is_copied(stated, _words(example.prompt), example.answer):
         return 0.0
     return float(judge.equal(example.answer, stated))
-
-
-def _copied(stated: str, example: Example) -> bool:
-    return _bare(stated) in _bare(_words(example.prompt)) and _bare(stated) != _bare(example.answer)
 
 
 def _words(prompt: Any) -> str:
@@ -55,11 +54,6 @@ def _words(prompt: Any) -> str:
     if isinstance(prompt, dict):
         return _words(prompt.get("content", prompt.get("text")))
     return " ".join(map(_words, prompt or ()))
-
-
-def _bare(text: str) -> str:
-    """Without white space, the LaTeX that only changes the looks, and a full stop at the end."""
-    return re.sub(r"\\(?:left|right|displaystyle|[,;:! ])|[\s$]", "", text.replace("dfrac", "frac")).rstrip(".")
 
 
 def score(

@@ -46,6 +46,25 @@ def test_every_program_compiles(model, axes):
                for line in plan.verdict(found._replace(programs=(tight,))))
 
 
+@pytest.mark.parametrize("said, gigabytes", [
+    ("Ran out of memory in memory space hbm. Used 40.25G of 15.75G hbm. Exceeded by 24.50G.", 40.25),
+    ("CompileTimeHbmOom: HLO temporaries (2.5T) exceeds available HBM (15.75G).", 2560.0)])
+def test_a_program_that_the_compiler_refuses_for_want_of_memory_does_not_fit(said, gigabytes):
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: E1000: {said}")
+
+    work = count.Work(1.0, 1.0, 1.0)
+    program = plan.Program("train step", Lowered(), work, 1, 0, "algorithm.microbatches")
+    chip = plan.CHIPS["v5e"]
+    found = plan.compile(program, chip)
+    assert found.peak == gigabytes * 2**30
+    line, _ = plan.verdict(plan.Plan("v5e:2x2", 4, chip, 100, (found,)))
+    more = gigabytes - chip.memory / 2**30
+    assert line == (f"train step does not fit: {more:.1f} GiB more than the {chip.memory / 2**30:.0f} of a chip; "
+                    "turn algorithm.microbatches")
+
+
 @pytest.mark.slow
 def test_offloaded_moments_leave_the_chips():
     config, devices = configure(), plan.topology("v5e:2x2")

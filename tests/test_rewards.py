@@ -42,16 +42,15 @@ def test_final_answer(text, expected):
     ("_Answer: 31_", "31"), ("Answer: `31`", "31"),
     ("Answer: **31** metres", "31 metres"), ("Answer = 31", "31"), (r"\textbf{Answer:} $31$",
     "$31$"), ("#### 31 ####", "31"),
-    ("Answer: 2**5", "2**5"), ("Answer: He has **31** pens.", "31"),
+    ("Answer: 2**5", "2**5"), ("Answer: He has **31** pens.", "31 pens"),
     ("Answer: The total number of pens is 31.", "31"),
     ("Answer: Either there are 4, or it is 31.", "Either there are 4, or it is 31."),
     ("Answer: It is not 31.", "It is not 31."),
     ("4 and 27. Final Answer: The sum of $a$ and $b$ is 31. I hope it is correct.", "31"),
     ("Is the Answer: 31", None), ("Answer $31$", "$31$"),
-    ("Answer: Tom makes $31 every day.", "$31"),
+    ("Answer: Tom makes $31 every day.", "$31 every day"),
     ("Answer: Tom has more than 31 pens.", "Tom has more than 31 pens."),
-    ("Answer: Tom has 4 of 31 pens.", "Tom has 4 of 31 pens."),
-    ("Answer: It takes 3/4 hour.", "3/4"),
+    ("Answer: Tom has 4 of 31 pens.", "4 of 31 pens"), ("Answer: It takes 3/4 hour.", "3/4 hour"),
     ("\u2705 **Answer: 31**", "31"), ("Answer\uff1a**31**\u3002", "31"),
     ("The answer is **31**, as required.", "31"), ("The answer is 4!", "4!"),
     ("Answer \\[ 31 \\]", "31"), ("Answer: -31", "-31"), ("#### Answer: **31**", "31"),
@@ -151,10 +150,69 @@ def test_a_completion_earns_what_its_answer_is_worth(gold, completion, reward):
     assert rewards.math_answer(Example("How many are there?", gold), completion) == reward
 
 
-@pytest.mark.parametrize("prompt", [
-    "Find p.", [{"role": "user", "content": "Find p."}],
-    [{"role": "user", "content": [{"type": "image"}, {"text": "Find p."}]}],
-    [{"role": "assistant", "content": None}], None, []])
+SAID_OF_31 = [
+    "It cannot be 31.", "It isn't 31.", "The total won\u2019t be **31**.", "It is never 31.", "He has neither 30 nor 31.",
+    "The change is negative 31.", "The double of 31.", "half of $31$", "The third power of 31", "all but 31",
+    "None of the 31 pens are red.", "See line 31.", "It has at most 31.", "There are about 31.", "minus **31**",
+    "The loss is 31 million dollars.", "She has 31 dozen eggs.", "The total is $31$ thousand.", "He has **31** score.",
+    "31 (thousand)", "31 (in millions)", "31 (cubed)", "31 (negative)", "31. This is in millions.", "31, which is half of it",
+    "31, since it is in thousands", "It is 31 out of 40.", "It is 31, not 30."]
+
+
+@pytest.mark.parametrize("label", ["Answer: ", "#### ", "**Answer:** ", "\u7b54\u6848\uff1a"])
+@pytest.mark.parametrize("said", SAID_OF_31)
+def test_a_sentence_that_says_something_else_of_a_number_earns_nothing(label, said):
+    assert rewards.math_answer(Example("How many?", "31"), label + said) == 0.0
+
+
+@pytest.mark.parametrize("gold, completion", [
+    ("31000000", "Answer: The loss is 31 million dollars."), ("372", "Answer: She has 31 dozen eggs."),
+    ("31000", "#### The total is $31$ thousand."), ("31000", r"\boxed{31} thousand dollars"), ("31", "Answer: There are 31 in total."),
+    ("31", r"The answer is \$31."), ("31", "Thus the answer: 31"), ("31", "My final answer is 31."),
+    ("31", "(Answer: 31)"), ("31", "[Answer: 31]"), ("31", "Answer:\n> 31"), ("31", "Answer: 31 (because 62/2=31)"),
+    ("31", "Answer: 31, since 62/2=31"), ("31", "#### **31** \u2705"), ("31", "**Answer:** \u2714 31"),
+    (r"\frac{2}{5}", r"The answer is \frac{2}{5}."), ("(3,4)", "The answer is (3, 4)."), ("x^3", "The answer is x^3."),
+    (r"\pi", "The answer is \u03c0."), ("Friday", "The answer is Friday."), ("31", r"The answer is \textbf{31}."),
+    ("yes", "**Answer:** Yes, they are."), ("31", "\u7b54\u6848\u662f31\u3002"), ("31", "**\u7b54\u6848\uff1a** $31$"),
+    ("31", "<think>\\boxed{30}</think><answer>31</answer>"), ("31", "<answer>\n$31$\n</answer>"),
+    ("31", r"\boxed{30} is a guess, final answer is 31"), ("31", "#### 30\nOh: Answer: 31"), ("31", r"\boxed{30}. Actually Answer: 31"),
+    ("1/4", r"\boxed{0.25}, \boxed{1/4}"), ("31", r"\textcolor{blue}{\boxed{31}}"),
+    ("4,6", "Part (a): \\boxed{4}\n\nPart (b): \\boxed{6}"), ("4,6", "$\\boxed{4}$\uff0c$\\boxed{6}$"), ("4,6", "$\\boxed{4}$\u3001\\boxed{6}"),
+    ("4,6", "\\boxed{4}\u548c\\boxed{6}"),
+    ("C", r"\boxed{\text{(C)}~31}"), ("C", r"\boxed{\mathbf{(C)}\ 31}"), ("C", r"\boxed{\text{C}. 31}"), ("C", r"\boxed{\text{C}\quad 31}"),
+    ("C", "The correct choice is (C)."), ("C", "The answer is **C. 31**")])
+def test_an_answer_is_found_in_its_other_forms(gold, completion):
+    assert rewards.math_answer(Example("How many?", gold), completion) == 1.0
+
+
+@pytest.mark.parametrize("gold, completion", [
+    ("3", "#### 3. Check the sum"), ("3", "#### **3. Check the sum**"), ("31", r"\boxed{31} is a guess, final answer is 30"),
+    ("31", "#### 31\nOh: Answer: 30"), ("31", "[THINK]\\boxed{31}[/THINK] No."), ("31", "<reasoning>\\boxed{31}"),
+    ("4", r"\frac{\boxed{3}}{\boxed{4}}"), ("4", r"\sqrt[3]{\boxed{4}}"), ("4", r"2^{\boxed{4}}"), ("31", r"\boxed{31} million"),
+    ("6", "$\\boxed{4}$\uff0c$\\boxed{6}$"), ("B", r"\boxed{\text{(B) or (C)}}"), ("B", "Answer: (B) and (C)"), ("B", r"\boxed{B+C}"),
+    ("(4,6)", r"\boxed{y=4, x=6}"), ("(4,6)", r"\boxed{b=4, a=6}")])
+def test_a_guess_a_part_or_a_heading_earns_nothing(gold, completion):
+    assert rewards.math_answer(Example("How many?", gold), completion) == 0.0
+
+
+@pytest.mark.parametrize("problem, gold, copies, others", [
+    ("Factor $y^2+6y+9$.", "(y+3)^2", ["y^{2}+6y+9", "y\u00b2+6y+9", "9+6y+y^2", "f(y)=y^2+6y+9"], ["(3+y)^2", "(y+3)(y+3)"]),
+    ("Factor y^2+6y+9 over the integers.", "(y+3)^2", ["y^{2}+6y+9"], ["(3+y)^2"]),
+    (r"Simplify \(\sqrt{45}\).", r"3\sqrt{5}",
+     [r"\sqrt{45}\text{ cm}", r"x=\sqrt{45}", r"{\sqrt{45}}", "\u221a45", r"\textbf{\sqrt{45}}", r"\sqrt{45}+0", r"1\cdot\sqrt{45}"],
+     [r"3\sqrt5", r"\sqrt5\cdot3"]),
+    (r"Simplify $\frac{y^2-9}{y^2-2y-3}$.", r"\frac{y+3}{y+1}", [r"\frac{y^2-9}{y^{2}-2y-3}", "(y^2-9)/(y^2-2y-3)"], ["(y+3)/(y+1)"]),
+    ("Expand $(y+4)(y-4)$.", "y^2-16", ["=(y+4)(y-4)", "((y+4)(y-4))", r"(y-4) \cdot (y+4)", r"\mathbf{(y+4)(y-4)}"], ["-16+y^2"]),
+    (r"Evaluate \[\int_0^2 y\,dy\]", "2+0x", [r"\int_0^2 y \, dy", r"I = \int_0^2 y\,dy"], ["2+0x"])])
+def test_an_expression_of_the_problem_is_copied_in_whatever_spelling(problem, gold, copies, others):
+    example = Example(problem, gold)
+    assert not [copy for copy in copies if rewards.math_answer(example, rf"\boxed{{{copy}}}")]
+    assert all(rewards.math_answer(example, rf"\boxed{{{other}}}") for other in others)
+
+
+@pytest.mark.parametrize("prompt", ["Find p.", [{"role": "user", "content": "Find p."}],
+                                    [{"role": "user", "content": [{"type": "image"}, {"text": "Find p."}]}],
+                                    [{"role": "assistant", "content": None}], None, []])
 def test_a_prompt_may_be_a_string_a_chat_or_parts(prompt):
     example = Example(prompt, "(p+1)^2")
     assert rewards.math_answer(example, r"\boxed{p^2+2p+1}") == 1.0
@@ -300,7 +358,8 @@ def test_an_empty_answer_is_never_right():
     "#### Word\n" * 2000, "> " * 10_000 + "answer", "Answer: " + "(see " * 4000,
     r"$x=\boxed{2}$ or " * 1200, "</think>" * 10**5, "Answer:" + "*_" * 9000,
     "; answer is 1 a" * 1400, r"\boxed " + "{a{b}" * 4000, "the answer is $" + r"\a" * 9000,
-    r"\boxed{1}" + "a_{aaaaaaaa" * 18 + r"\boxed{2}",
+    "=. Answer" * 2200, ". Answer: x " * 1700, "Answer: " + ", since (" * 100, "<answer>" * 2500, r"\frac{\boxed{3}}" * 1200,
+    r"\boxed{3}" + "a_{aaaaaaaa" * 18 + r"\boxed{2}",
 ])
 def test_hostile_text_costs_nothing(hostile, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

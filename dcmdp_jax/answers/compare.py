@@ -13,6 +13,7 @@ are the same. Words are equal but for case. Digits in a base, `52_8`, are a name
 from __future__ import annotations
 
 import enum
+import string
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
@@ -95,7 +96,8 @@ class _Comparison:
 
     def in_order(self, one: Node, other: Node) -> bool | None:
         """Whether the values of several names, as in `x = 5, y = 3`, are those of a bare list or
-        tuple in its order; None where the two are not such."""
+        tuple in its order; None where the two are not such. Names that follow each other in the
+        alphabet are in its order."""
         for named, bare in ((one, other), (other, one)):
             if named[0] != "list" or bare[0] not in ("list", "group", "set"):
                 continue
@@ -104,7 +106,7 @@ class _Comparison:
                 continue
             if bare[0] == "set" or bare[0] == "group" and bare[1:3] != ("(", ")"):
                 return False  # has no order, or is an interval
-            return self.pairwise([item[3] for item in named[1:]], items)
+            return self.pairwise([item[3] for item in _by_name(named[1:])], items)
         return None
 
     def pairwise(self, ones: Sequence[Node], others: Sequence[Node]) -> bool:
@@ -170,6 +172,8 @@ class _Comparison:
         kinds = {one[0], other[0]}
         if "residue" in kinds:
             return kinds == {"residue"} and self.residues(one, other)
+        if kinds == {"group", "matrix"} and (vector := _vector(one, other)):
+            return self.pairwise(*vector)
         if kinds == {"group", "matrix"} or kinds.issubset(_SETS):
             raise values.Unknown("two forms of a set or a vector")
         if _is_compound(one) or _is_compound(other):
@@ -232,10 +236,10 @@ class _Comparison:
         """`3:2` equals `6:4`, and `3/2`; of times of day, each equals itself alone."""
         one, other = (node[1] if node[0] == "quantity" else node for node in (one, other))
         kinds = {one[0], other[0]}
-        if kinds == {"clock"} or _is_surely_a_time(one) or _is_surely_a_time(other):
+        if "clock" in kinds:
             return one == other
-        if not kinds.issubset(("ratio", "clock")):
-            ratio, bare = (one, other) if one[0] in ("ratio", "clock") else (other, one)
+        if kinds != {"ratio"}:
+            ratio, bare = (one, other) if one[0] == "ratio" else (other, one)
             return len(ratio) == 3 and self.quantities(("div", *ratio[1:]), bare)
         if len(one) != len(other):
             return False
@@ -304,6 +308,15 @@ class _Comparison:
         raise values.Unknown("an inequality and a set")
 
 
+def _vector(one: Node, other: Node) -> tuple[Sequence[Node], Sequence[Node]] | None:
+    """The entries of a tuple and of a row or a column; None where they are another pair."""
+    tuple_, matrix = (one, other) if one[0] == "group" else (other, one)
+    rows = matrix[1:]
+    if tuple_[1:3] != ("(", ")") or len(rows) > 1 and any(len(row) > 1 for row in rows):
+        return None
+    return tuple_[3:], [cell for row in rows for cell in row]
+
+
 def _rest(items: Sequence[Node], taken: Counter[Node]) -> list[Node]:
     """The items without those that are taken, as often as they are."""
     left = Counter(taken)
@@ -361,16 +374,20 @@ def _has_different_names(items: Sequence[Node]) -> bool:
     return len(names) == len(items) > 1
 
 
+def _by_name(equations: Sequence[Node]) -> Sequence[Node]:
+    """Equations as they are written, or in the order of the alphabet if it has their names in a
+    row, such as x, y and z."""
+    names = [equation[2][1] for equation in equations if equation[2][0] == "var"]
+    if len(names) == len(equations) and "".join(sorted(names)) in string.ascii_letters:
+        return sorted(equations, key=lambda equation: equation[2][1])
+    return equations
+
+
 def _is_compound(node: Node) -> bool:
     """True of sums, products and powers that hold a matrix, a tuple or a set: they are not computed
     here."""
     computed = node[0] in ("add", "mul", "div", "neg", "pow", "fn")
     return computed and _holds(node, "matrix", "group", "set")
-
-
-def _is_surely_a_time(node: Node) -> bool:
-    """True of `9:05`, whose minutes begin with a zero as no part of a ratio does."""
-    return node[0] == "clock" and any(part[1] < 10 for part in node[2:])
 
 
 def _rising(relation: Node) -> Node:

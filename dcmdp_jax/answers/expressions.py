@@ -152,7 +152,7 @@ class Expressions(Cursor):
         if kind == "name":
             if len(text) > 1 or not text.isascii():
                 return text in FUNCTIONS
-            return text in "ei" or not self.worded or not units.read(text).known
+            return text in "ei" or not self.worded or not units.is_known(text)
         if kind == "word":
             if text in JOINING or text == "percent" or text.removesuffix("s") in _WORDS:
                 return False
@@ -162,7 +162,7 @@ class Expressions(Cursor):
             return False
         if text == r"\frac" and self.worded and self.peek(1) == "{" and self.kind(2) == "name":
             letter = self.peek(2)  # or a unit over a unit
-            return len(letter) == 1 and not units.read(letter).known
+            return len(letter) == 1 and not units.is_known(letter)
         return kind == "num" or text in ("(", "[", r"\lfloor", r"\lceil") or text in _FACTORS
 
     def postfix(self, value: Node) -> Node:
@@ -360,9 +360,16 @@ class Expressions(Cursor):
 
     def reals(self) -> Node:
         """The real numbers, the positive or the negative ones, or a space of them."""
+        zero, infinity = ("num", Fraction(0)), ("var", r"\infty")
+        if self.take("_"):
+            bound = self.subscript()
+            if bound in (">0", r"\ge0"):
+                return "group", "(" if bound == ">0" else "[", ")", zero, infinity
+            if bound in ("<0", r"\le0"):
+                return "group", "(", ")" if bound == "<0" else "]", ("neg", infinity), zero
+            raise Unreadable("unknown numbers")
         if not self.take("^"):
             return ("reals",)
-        zero, infinity = ("num", Fraction(0)), ("var", r"\infty")
         power = self.raw()
         if power == "+":
             return "group", "(", ")", zero, infinity

@@ -14,8 +14,10 @@ _MODULI = ("z", "w", "v", "u")  # `|z| = 5` gives the absolute value; `|x| = 5` 
 def spread(node: Node) -> Node:
     """Returns the equations `x = 1, y = 2` for `(x, y) = (1, 2)`, the tuples for
     `(x, y) = (1, 2), (3, 4)`, the set for `x \\in \\{1, 2\\}`, and any other node as it is."""
-    if node[:2] == ("rel", "in") and node[2][0] == "var":
+    if node[:2] == ("rel", "in") and (node[2][0] == "var" or _is_tuple_of_names(node[2])):
         return node[3]
+    if node[:2] == ("rel", "=") and _is_variable(node[2]) and node[3][0] == "set":
+        return node[3]  # `S = \\{1, 2\\}`
     if node[:3] == ("rel", "=", ("var", "")):
         return node[3]  # `= 5`
     if _is_named_tuple(node):
@@ -28,7 +30,11 @@ def spread(node: Node) -> Node:
 def _is_named_tuple(node: Node) -> bool:
     if node[:2] != ("rel", "=") or not node[2][0] == node[3][0] == "group":
         return False
-    return len(node[2]) == len(node[3]) and all(map(_is_variable, node[2][3:]))
+    return len(node[2]) == len(node[3]) and _is_tuple_of_names(node[2])
+
+
+def _is_tuple_of_names(node: Node) -> bool:
+    return node[0] == "group" and all(map(_is_variable, node[3:]))
 
 
 def named_value(equation: Node, work: Work) -> Node | None:
@@ -46,7 +52,7 @@ def named_value(equation: Node, work: Work) -> Node | None:
             return value
         if name is left and name in (("var", "e"), ("var", "i")):
             return value
-        if name[0] == "group" and all(map(_is_variable, name[3:])):
+        if _is_tuple_of_names(name):
             return value
         if value == ("num", 0) and not _is_sum_of_variables(name):
             continue
@@ -95,8 +101,11 @@ def _is_name(node: Node, work: Work) -> bool:
     if node[0] == "fn" and node[1] == "abs":
         inside = node[2]
         if _is_variable(inside):
-            return "{" in inside[1] or inside[1][:1] in _MODULI  # `\overline{AB}`, `z_1`
+            known = "{" in inside[1] or inside[1][:1] in _MODULI  # `\overline{AB}`, `z_1`
+            return known or inside[1].isupper()  # `|A|`, of a set or a matrix
         return _is_name(inside, work)
+    if node[0] == "fn" and node[1] in ("floor", "ceil"):
+        return _is_variable(node[2])
     if node[0] == "fn" and node[1] in ("sin", "cos", "tan", "cot", "sec", "csc"):
         return _is_variable(node[2]) or _is_name(node[2], work)
     return _is_polynomial(node) and len(values.variables(node, work)) > 1

@@ -14,7 +14,7 @@ import unicodedata
 _GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho "
           "varsigma sigma tau upsilon phi chi psi omega").split()
 _NAMED = {  # signs of a command
-    "Gamma": "Γ", "Delta": "Δ", "Theta": "Θ", "Lambda": "Λ", "Xi": "Ξ", "Pi": "Π", "Sigma": "Σ",
+    "Gamma": "Γ", "Delta": "Δ∆", "ell": "ℓ", "Theta": "Θ", "Lambda": "Λ", "Xi": "Ξ", "Pi": "Π", "Sigma": "Σ",
     "Upsilon": "Υ", "Phi": "Φ", "Psi": "Ψ", "Omega": "Ω",
     "cdot": "×·⋅∙•", "le": "≤⩽≦", "ge": "≥⩾≧", "ne": "≠", "approx": "≈", "equiv": "≡", "pm": "±",
     "mp": "∓", "surd": "√", "infty": "∞", "in": "∈", "cup": "∪", "cap": "∩", "setminus": "∖",
@@ -35,11 +35,12 @@ _SIGNS = {  # read before NFKC, which takes some of them apart, and after it
     "¢": r"\text{ cents}", "或": r"\text{ or }", "和": r"\text{ and }", "且": r"\text{ and }",
 }
 _TRANSLATED = str.maketrans(_SIGNS)
+_REPEATED = re.compile("((?:[0-9][\u0305\u0307])+)")  # digits with a bar or a dot of their own
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+")
 _LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋ₐₑₒₓₕₖₗₘₙₚₛₜ]+")
 _ONE_CHARACTER_FRACTION = re.compile("[¼½¾⅐-⅞↉]")
 _THOUSANDS = re.compile(  # a mark between two groups of digits that no list has
-    r"(?<=\d)(?:\s*(?:\{\s*,\s*\}|,\s*\\!|\\!\s*,|\\[,;: ]|\\thinspace)\s*|[\u2005-\u2009\u202f\u00a0])"
+    r"(?<=\d)(?:\s*(?:(?:\\text)?\{\s*,\s*\}|,\s*\\!|\\!\s*,|\\[,;: ]|\\thinspace)\s*|[\u2005-\u2009\u202f\u00a0])"
     r"(?=\d{3}(?!\d))", re.ASCII)
 _DECIMAL_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)", re.ASCII)  # `3{,}14`; a list's comma has no braces
 _POWER = re.compile(r"(?<=[\w)}])\s*\*\*\s*(?=[\w({\\-])", re.ASCII)
@@ -51,6 +52,8 @@ _EMPHASIS = ("***", "**", "__", "`")
 def normal(text: str) -> str:
     """Returns an answer in ASCII LaTeX as far as it has a spelling there, without emphasis and
     without its full stop."""
+    text = text.replace(r"\overset{\cdot}", r"\dot")
+    text = _REPEATED.sub(lambda found: rf"\overline{{{found[0][::2]}}}", text)
     text = _RAISED.sub(lambda found: "^{" + _compatible(found[0]) + "}", text)
     text = _LOWERED.sub(lambda found: "_{" + _compatible(found[0]) + "}", text)
     text = _ONE_CHARACTER_FRACTION.sub(_fraction, text)

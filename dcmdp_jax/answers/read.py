@@ -29,7 +29,8 @@ from dcmdp_jax.answers.expressions import (FUNCTIONS, JOINING, MODULO, RELATIONS
                                            Expressions, is_part_of)
 from dcmdp_jax.answers.work import Unreadable, Work
 
-_DEFINED = re.compile(r"(\\?[A-Za-z]+(?:_\w|_\{\w+\})?'*)\(([\w\\,|;]+)\)")
+_DEFINED = re.compile(r"(\\?[A-Za-z]+(?:_\w|_\{\w+\})?'*(?:\^\{-1\})?)\(([\w\\,|;]+)\)")
+_OPERATORS = {r"\max", r"\min", r"\det", r"\Pr", r"\gcd", r"\deg", r"\dim", r"\arg"}
 _ALL_REALS = re.compile(
     r"(?:x is )?(?:all|any) real(?: number|s| numbers| values)?"
     r"(?: (except|except for|but|but not|other than|excluding|besides))?(?: x)?")
@@ -165,7 +166,8 @@ class _Reader(Expressions):
             return None
         end = self.at
         depth = 0
-        while end < len(self.tokens) and self.tokens[end].text not in RELATIONS and depth >= 0:
+        while end < len(self.tokens) and depth >= 0 and (
+                depth or self.tokens[end].text not in RELATIONS):
             depth += {"(": 1, ")": -1}.get(self.tokens[end].text, 0)
             if self.tokens[end].text in (",", ";") and not depth:
                 break
@@ -180,6 +182,9 @@ class _Reader(Expressions):
             self.at = end
             return "applied", defined[1], *re.split("[,;]", defined[2])
         first = run[0]
+        if first.text in _OPERATORS:
+            self.at = end
+            return "var", spelled
         if first.kind == "name" and len(first.text) > 1 and first.text not in FUNCTIONS and \
                 all(token.kind in ("name", "word") or token.text in SHAPES for token in run):
             self.at = end

@@ -1,8 +1,10 @@
 r"""The answer that a completion states.
 
 Four forms state one: a box (`\boxed{7}`, `\fbox{7}`, `\boxed 7`), a line `#### 7`, a label
-`Answer: 7`, and a sentence `The answer is 7.` Of these the last counts, whatever its form. The time
-is linear in the text, which is cut to `TAIL` characters.
+`Answer: 7` or `<answer>7`, and a sentence `The answer is 7.` Of these the last counts, whatever its
+form. The answer is what stands there; of a sentence behind a label it is what stands at its end
+behind a verb, `He has 7 pens.`, in full, so that it cannot be read where more than a number and a
+unit stands there. The time is linear in the text, which is cut to `TAIL` characters.
 """
 
 from __future__ import annotations
@@ -11,11 +13,17 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from dcmdp_jax.answers import units
+from dcmdp_jax.answers.compare import equal
+
 TAIL = 20_000  # characters at the end of a completion in which its answer is looked for
 LONGEST = 1_000  # characters of an answer and a remark after it
 GAP = 200  # characters between two boxes that may still be one answer
 
-_THINK = re.compile(r"<(/?)think(?:ing)?>")
+LABELS = 50  # the last ones, of which one has an answer behind it
+ALIKE = 3  # boxes of a list that are compared, as they may be one answer in several forms
+
+_THINK = re.compile(r"[<\[](/?)(?:think(?:ing)?|thought|reasoning)[>\]]", re.IGNORECASE)
 
 # Boxes. One without braces goes on to the end of the formula, or else to a punctuation mark, a
 # word or another box.
@@ -26,12 +34,17 @@ _ITEM = r"(?:\\\$|\{(?:[^{}\n]|\{[^{}\n]*\})*\}|[^{}\n])"
 _UNBRACED = re.compile(rf"(?:(?!{_STOP}){_ITEM}){{1,200}}(?=\$|\\[)\]])"
                        rf"|(?:(?!{_STOP}|[.,;:!?](?:\s|$)){_ITEM}){{1,200}}")
 _NAME = r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_(?:\w|\{\w{1,9}\}))?"
+# a word behind a box, which is of its number
+_TIMES = re.compile(r"[\s~}$]*(?:\\[,;: ]|\\text\{|\\mathrm\{)?\s*"
+                    r"((?:hundred|thousand|million|billion|trillion|dozen)s?)\b")
 _NAMED = re.compile(rf"(?<![A-Za-z\\])({_NAME})\s*=\s*\$?\Z")
 # what may stand between boxes that are one list: separators, `and`, a name, or the mark of the
 # next item on a line
-_BESIDE = re.compile(rf"(?:[\s$,;&]|\\[()\[\],;:!\\ ]|\\q?quad|\*\*|(?:and|or)\b"
+_BESIDE = re.compile(rf"(?:[\s$,;&，、；和或与]|\\[()\[\],;:!\\ ]|\\q?quad|\*\*|(?:and|or)\b"
                      rf"|\\text\{{[\s,]*(?:and|or)\s*\}}|{_NAME}\s*="
-                     r"|(?<=\n)(?:[-+*•]|\(?(?:[a-z]|\d|[ivx]{1,4})[.)])(?=\s))*")
+                     r"|(?<=\n)(?:[-+*•]|(?:Part )?\(?(?:[a-z]|\d|[ivx]{1,4})[.):]{1,2})"
+                     r"(?=\s))*")
+_PART = re.compile(r"(?:\\(?:[dtc]?frac|[dt]?binom|sqrt(?:\[\w{1,9}\])?)|[\^_])\s?\Z")
 
 # Lines of four hashes, of which some are headings
 _HASHES = re.compile(r"(?<!#)####(?!#)[^\S\n]*(.*)")
@@ -39,42 +52,58 @@ _TITLE = re.compile(
     r"\W*(?:final|answer|summary|conclusion|solution|explanation|verif\w+|check\w*|notes?|step|case"
     r"|part|results?|approach|reasoning|method|analysis|proof|remarks?|calculat\w+|understand\w*"
     r"|problem|question|alternative|recap|key)\b", re.IGNORECASE)
-# begins with a word, or with `2.` and a word
-_PROSE = re.compile(r"[*_]*(?:\d+[.)]\s+[*_]*)?[A-Za-z]{2,}(?![A-Za-z]|\s*[=({])")
+_NUMBERED = re.compile(r"[*_]*\d+[.)]\s+[*_]*[A-Za-z]{2}")
+_PROSE = re.compile(r"[*_]*[A-Za-z]{2,}(?![A-Za-z]|\s*[=({])")
 
-# Labels, with the marks of Markdown before them
+# Labels, with the marks of Markdown before them, and sentences
 _MARKS = r"(?:[^\w\n\\$|]|_)*(?:\d{1,2}[.)][ \t]*[*_]*)?(?:\\text(?:bf)?\{)?"
+_WHOSE = r"(?:(?:the|my|our)[ \t]+)?"
+_FINAL = r"(?:final|correct)[ \t]+"
+_SO = r"\b(?:so|thus|hence|therefore|then)\b,?[ \t]+"
 _LABEL = re.compile(
-    rf"(?:^{_MARKS}|[.!?][ \t]+)(?:(?:the[ \t]+)?(?:final|correct)[ \t]+)?answer(?:[ \t]+is)?"
-    r"[*_ \t]*(?:[:：=][ \t]*\}?|(?=\$|\\[(\[])|\r?$)", re.IGNORECASE | re.MULTILINE)
+    rf"(?:^{_MARKS}|[.!?][ \t]+)(?:{_WHOSE}{_FINAL})?"
+    r"answer(?:[ \t]+is)?[*_ \t]*(?:[:：=][ \t]*\}?|(?=\$|\\[(\[])|\r?$)"
+    rf"|{_SO}{_WHOSE}(?:{_FINAL})?answer[*_]*:"
+    rf"|(?:^{_MARKS}|[。，；！]|所以|因此)(?:最终|正确)?答案[*_]*[是为：:][*_ \t：:]*"
+    r"|<answer>", re.IGNORECASE | re.MULTILINE)
 _SENTENCE = re.compile(
-    rf"(?:^{_MARKS}|[.!?:;][ \t]+[*_]*|\b(?:so|thus|hence|therefore|then)\b,?[ \t]+)(?:the[ \t]+)?"
-    r"(?:(?:final|correct)[ \t]+)?answer[ \t]+is[*_ \t]*([:：]?)", re.IGNORECASE | re.MULTILINE)
+    rf"(?:(?:^{_MARKS}|[.!?:;][ \t]+[*_]*|{_SO}){_WHOSE}(?:{_FINAL})?"
+    rf"|(?:[,(]|[,.!?][ \t]+actually)[ \t]*{_WHOSE}{_FINAL})"
+    r"(?:answer|(?<=correct[ \t])(?:option|choice))[ \t]+is(?:\*\*|__)?[ \t]*([:：]?)"
+    # further along a line, where one value follows
+    r"|(?<!\bthe )(?-i:\bFinal [Aa]nswer|\bAnswer)[*_ \t]*:(?=(?P<late>[*_ \t]*))",
+    re.IGNORECASE | re.MULTILINE)
 
 # What follows a label
 _VALUE = re.compile(r"[*_]*[-+]?(?:\d|\$|\\\()")
-# a formula, bold text, a choice or a number with one word behind it, and the end of the sentence
+# what a sentence may call its answer, up to its end: it begins as a value does, or is one word
 _ONE_VALUE = re.compile(
     r"[ \t]*((?:\*\*)?(?:\$(?:[^$\\\n]|\\.){1,300}\$|\\\([^\n]{1,200}?\\\)|\*\*[^*\n]{1,200}\*\*"
-    r"|\(?[A-J]\)?|[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?:[ \t][A-Za-z]+)?)(?:\*\*)?)"
-    r"[.。]?[*_]*[ \t\r]*(?=$|[ \t][A-Z])", re.MULTILINE)
-_BLANK = re.compile(r"[\s*_]*(?:```\w*[ \t]*\r?\n)?[\s*_`]*")
+    r"|\(?[A-J]\)?|\\[A-Za-z]+[{(\d][^\s.;]{0,200}|\([^()\n]{1,200}\)|[a-z]\^\S{1,100}?"
+    r"|[^\x00-\x7f]|[-+]?\\?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?:[ \t][A-Za-z]+){0,3}"
+    r"|(?-i:[A-Z][a-z]+)|yes|no)(?:\*\*)?)[.。]?[*_]*[ \t\r]*(?=$|[ \t][A-Z])", re.MULTILINE)
+_BLANK = re.compile(r"[\s*_]*(?:```\w*[ \t]*\r?\n)?[\s*_`]*(?:(?<=\n)>[ \t]+)?[*_`]*")
 _DISPLAY = re.compile(r"\$\$([^$]{1,1000})\$\$|\\\[(.{1,1000}?)\\\]", re.DOTALL)
 _BULLETS = re.compile(r"[*_ \t\r]*\n\s*((?:^[ \t]*[-+*•][ \t]+\S.*\n?)+)", re.MULTILINE)
 _BULLET = re.compile(r"^[ \t]*[-+*•][ \t]+", re.MULTILINE)
 _EMPHASIS = re.compile(r"(?<=\S)(?:\*\*|__)(?=[\s.,;:!?)。]|$)"
                        r"|(?:(?<=[\s(:])|^)(?:\*\*|__)(?=\S)")
-_IS = re.compile(r".*\b(?:is|are|equals|be)[ \t]+")
-_STRONG = re.compile(r"\*\*([^*]+)\*\*")
-# a sentence, a clause or a bracket behind an answer, without a number
-_REMARK = re.compile(r"(?:[.!]\s+(?=[A-Z])|,\s+(?=(?:which|since|because|as)\b)"
-                     r"|\s+(?=\((?!mod\b)[A-Za-z\s,.'-]{3,}\)[.\s]*$))[^\d\\$]*$")
-_NUMBER = re.compile(r"(?<![\w.])-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?!\w)")
-_SENTENCE_BEGINS = re.compile(r"[A-Za-z]+[ \t]+[A-Za-z]{2}")
-_DOUBT = re.compile(r"\b(?:or|not|no|but|maybe|perhaps|wait|wrong|incorrect|actually|instead"
-                    r"|either)\b", re.IGNORECASE)
-_BOUND = re.compile(r"\b(?:than|least|most|about|approximately|between|under|over|below|above"
-                    r"|if)\b")
+_CHECKED = re.compile("[✅☑✔✓🎉\ufe0f]")
+
+# a sentence that ends with its value behind one of these verbs
+_VERB = re.compile(
+    r".*\b(?:is|are|was|were|be|equals?|has|have|had|makes?|gets?|gives?|takes?|needs?|costs?|earns?"
+    r"|pays?|spends?)[ \t]+(?=[*_]*(?:[-+]?\\?[$\d(]|\\[A-Za-z(]))")
+# a sentence, a clause or a bracket behind an answer
+_REMARK = re.compile(r"[.!]\s+(?=[A-Z])[^\d\\$]*$|,\s+(?:which|as|it|they)\b[^\d\\$]*$"
+                     r"|(?:,?\s+|\s+\()(?:since|because|see)\b[^()\n]*(?:\([^()\n]*\)[^()\n]*)*\)?[.\s]*$"
+                     r"|\s+\((?:as|from)\b[^()\d\\$]*\)[.\s]*$")
+_DOUBT = re.compile(
+    r"\b(?:or|not|no|but|maybe|perhaps|wait|wrong|incorrect|actually|instead|either|cannot|never"
+    r"|neither|nor|none|except|unless|if|half|zero|than|least|most|up to|approximately|roughly|nearly"
+    r"|almost)\b|n['’]t\b", re.IGNORECASE)
+_ROUGH = re.compile(r"\b(?:about|around|between|under|over|below|above)\b")
+_WORD = re.compile(r"[A-Za-z]+")
 
 
 class Statement(NamedTuple):
@@ -136,16 +165,24 @@ def _boxes(text: str) -> Iterator[Statement]:
 
 
 def _each_box(text: str) -> list[_Box]:
-    """The boxes that close, in order; of nested ones the inner. Escaped braces do not count."""
+    """The boxes that close, in order; of nested ones the inner, and none that is a part of a
+    fraction, a root or a power. Escaped braces do not count."""
     found: list[_Box] = []
-    opened: list[re.Match] = []
+    opened: list[tuple[re.Match, bool]] = []  # whether what is inside is a part of a value
+    part_ends = -1
     for match in _BRACES.finditer(text):
         token = match.group()
         if token.endswith("{") and not token.startswith(r"\{"):
-            opened.append(match)
+            before = text[max(match.start() - 20, 0):match.start()]
+            part = match.start() == part_ends or _PART.search(before) is not None
+            opened.append((match, part and token == "{"))
         elif token == "}" and opened:
-            brace = opened.pop()
-            if brace.group() != "{" and not (found and found[-1].start > brace.start()):
+            brace, part = opened.pop()
+            if part:
+                part_ends = match.end()
+                while found and found[-1].start > brace.start():
+                    found.pop()
+            elif brace.group() != "{" and not (found and found[-1].start > brace.start()):
                 inside = text[brace.end():match.start()].strip()
                 found.append(_Box(brace.start(), match.end(), inside))
         elif re.match(_BOX, token) and (bare := _UNBRACED.match(text, match.end())):
@@ -158,23 +195,28 @@ def _together(between: str) -> bool:
 
 
 def _list(text: str, group: list[_Box]) -> Statement:
-    """Boxes that stand together, as a list; one that is repeated is one answer. Names before them
+    """Boxes that stand together, as a list; those of one value are one answer. Names before them
     stay where they differ."""
     inside = [box.inside for box in group if box.inside]
+    if times := _TIMES.match(text, group[-1].end):
+        inside[-1:] = [f"{value} {times[1]}" for value in inside[-1:]]
     names = [_NAMED.search(text, max(box.start - 30, 0), box.start) for box in group]
     different = {name[1] for name in names if name}
     if len(inside) == len(different) == len(group) > 1:
         inside = [f"{name[1]}={value}" for name, value in zip(names, inside)]
-    once = inside[:1] if len(set(inside)) == 1 else inside
-    return Statement(group[-1].start, ", ".join(once))
+    others = set(inside[1:]) - set(inside[:1])
+    if len(others) < ALIKE and all(equal(inside[0], other) for other in others):
+        inside = inside[:1]
+    return Statement(group[-1].start, ", ".join(inside))
 
 
 def _hashes(text: str) -> Iterator[Statement]:
-    """What follows `####` on its line, the last first, without headings: a usual title, or words
-    over more text."""
+    """What follows `####` on its line, the last first, without headings: a usual title, one with a
+    number, or words over more text."""
     for match in reversed(list(_HASHES.finditer(text))):
         line = match[1].strip()
-        heading = _TITLE.match(line) or _PROSE.match(line) and text[match.end():].strip()
+        heading = _TITLE.match(line) or _NUMBERED.match(line)
+        heading = heading or _PROSE.match(line) and text[match.end():].strip()
         if line and not heading:
             yield Statement(match.start(1), _trimmed(line.rstrip("# ")))
 
@@ -182,8 +224,9 @@ def _hashes(text: str) -> Iterator[Statement]:
 def _labels(text: str) -> Iterator[Statement]:
     """What follows a label, `Answer:` or `**Final Answer**`, on its line or below it; the last
     first."""
-    statements = (_below(text, match.end()) for match in reversed(list(_LABEL.finditer(text))))
-    return (statement for statement in statements if statement.answer)
+    for match in list(_LABEL.finditer(text))[:-LABELS - 1:-1]:
+        if (statement := _below(text, match.end())).answer:
+            yield statement
 
 
 def _sentences(text: str) -> Iterator[Statement]:
@@ -193,7 +236,7 @@ def _sentences(text: str) -> Iterator[Statement]:
         value = _ONE_VALUE.match(text, match.end())
         if value and not match[1]:
             yield Statement(value.start(1), _trimmed(value[1]))
-        elif match[1] or _VALUE.match(text, match.end()):
+        elif match["late"] is None and (match[1] or _VALUE.match(text, match.end())):
             yield _below(text, match.end())
 
 
@@ -211,27 +254,28 @@ def _below(text: str, start: int) -> Statement:
 
 
 def _of_sentence(line: str) -> str:
-    """The value that a sentence behind a label gives: the one in bold, what it ends with behind
-    `is`, or its one number; the sentence without any of these, or where it has a doubt in it."""
-    strong = _STRONG.findall(line)
-    if len(strong) == 1:
-        return strong[0]
-    if _DOUBT.search(line):
+    """What a sentence behind a label ends with, behind its verb; the sentence where it has no such
+    end, or a doubt in it."""
+    verb = _VERB.match(line)
+    if not verb or _DOUBT.search(line) or _ROUGH.search(line):
         return line
-    if (verb := _IS.match(line)) and (value := _ONE_VALUE.fullmatch(line, verb.end())):
-        return value[1]
-    if not _SENTENCE_BEGINS.match(line) or _BOUND.search(line) or "\\" in line:
-        return line
-    numbers = _NUMBER.findall(line)
-    return numbers[0] if len(numbers) == 1 else line
+    return line[verb.end():].removesuffix(".")
 
 
 def _trimmed(line: str) -> str:
-    """A line without its emphasis, and without a remark after the answer that has no number and no
-    doubt in it."""
-    line = line[:LONGEST].strip().strip("`")
-    if (remark := _REMARK.search(line)) and not _DOUBT.search(remark.group()):
+    """A line without its emphasis, and without a remark after the answer that neither doubts nor
+    changes it."""
+    line = _CHECKED.sub("", line[:LONGEST]).strip().strip("`").removesuffix("</answer>").rstrip()
+    if (remark := _REMARK.search(line)) and not _doubts(remark.group()):
         line = line[:remark.start()]
-    if _PROSE.match(line) and not line.startswith("*"):
+    if _PROSE.match(line):
         line = _of_sentence(line)
-    return _EMPHASIS.sub("", line).strip().strip("*_").removesuffix("。").strip()
+    line = _EMPHASIS.sub("", line).strip().strip("*_").removesuffix("。").strip()
+    opened, closed = (sum(map(line.count, marks)) for marks in ("([", ")]"))
+    return line[:-1] if closed > opened and line[-1] in ")]" else line  # of `(Answer: 7)`
+
+
+def _doubts(remark: str) -> bool:
+    """True if a remark doubts the answer, or has a word that changes a number."""
+    words = _WORD.findall(remark)
+    return _DOUBT.search(remark) is not None or any(map(units.changes_a_number, words))

@@ -65,7 +65,7 @@ _SPELLINGS = {
     r"\gt": ">", r"\neq": r"\ne", r"\varnothing": r"\emptyset", r"\varepsilon": r"\epsilon",
     r"\varphi": r"\phi", r"\vartheta": r"\theta", r"\infin": r"\infty", r"\Bbb": r"\mathbb",
     r"\div": "/", r"\%": "%",
-    r"\measuredangle": r"\angle", r"\bar": r"\overline", r"\degree": "degrees", r"\cr": r"\\",
+    r"\measuredangle": r"\angle", r"\bar": r"\overline", **dict.fromkeys([r"\degree", r"\textdegree"], "degrees"), r"\cr": r"\\",
 }
 _OTHER_NAMES = {"tg": "tan", "ctg": "cot", "cotg": "cot", "arctg": "arctan", "cosec": "csc"}
 _JOINERS = {r"\land": "and", r"\wedge": "and", r"\lor": "or", r"\vee": "or"}
@@ -161,6 +161,11 @@ def _without_looks(lexemes: Sequence[Token]) -> list[Token]:
             while at < len(lexemes) and lexemes[at].text != "}":
                 at += 1
             at += 1
+        elif token.text == r"\mathbb" or token.text == r"\mathbf" and _is_reals(lexemes[at:at + 3]):
+            end = at + (3 if following == "{" else 1)
+            letters = "".join(part.text for part in lexemes[at:end]).strip("{}")
+            tokens.append(Token("cmd", rf"\mathbb{{{letters}}}", spaced))
+            at = end
         elif token.text in _FACES:
             if following != "{":
                 continue  # `\bf 5`, `\text cm`
@@ -170,11 +175,8 @@ def _without_looks(lexemes: Sequence[Token]) -> list[Token]:
             at += 1
             if stays:
                 tokens.append(Token("{", "{", spaced))
-        elif token.text == r"\mathbb":
-            end = at + (3 if following == "{" else 1)
-            letters = "".join(part.text for part in lexemes[at:end]).strip("{}")
-            tokens.append(Token("cmd", rf"\mathbb{{{letters}}}", spaced))
-            at = end
+        elif token.text == "{" and following == "}" and not (tokens and tokens[-1].text in _TAKES_ONE):
+            at += 1
         elif token.text == "{":
             opened.append((True, upright))
             tokens.append(token._replace(spaced=spaced))
@@ -191,11 +193,17 @@ def _without_looks(lexemes: Sequence[Token]) -> list[Token]:
     return tokens
 
 
+def _is_reals(lexemes: Sequence[Token]) -> bool:
+    return [lexeme.text for lexeme in lexemes] == ["{", "R", "}"]
+
+
 def _degree(lexemes: Sequence[Token], at: int) -> int:
     r"""How many lexemes from `at` on are a sign of degrees: `^\circ`, `^{\circ}`, `^\degree`."""
     texts = [token.text for token in lexemes[at:at + 4]]
     if texts[:1] != ["^"]:
         return 0
+    if at and lexemes[at - 1].kind == "num":
+        texts = [r"\circ" if text == "o" else text for text in texts]  # `75^o`
     if texts[1:2] in ([r"\circ"], ["degrees"]):
         return 2
     return 4 if texts[1:] in (["{", r"\circ", "}"], ["{", "degrees", "}"]) else 0
@@ -243,7 +251,11 @@ def _thousands(tokens: Sequence[Token], at: int) -> int:
 
 
 def _turned(tokens: Sequence[Token]) -> list[Token]:
-    """Writes the open interval `]1, 2[` with round brackets."""
+    """Writes the open interval `]1, 2[` with round brackets, and a vector with angular ones."""
+    if len(tokens) > 2 and (tokens[0].text, tokens[-1].text) == ("<", ">"):  # `<1, 2>`
+        first, *inside, last = tokens
+        tokens = [first._replace(kind="cmd", text=r"\langle"), *inside,
+                  last._replace(kind="cmd", text=r"\rangle")]
     turned = []
     for at, token in enumerate(tokens):
         before = tokens[at - 1].text if at else ""

@@ -25,6 +25,7 @@ _BASE = {  # name: powers of base units, factor
     "n": ({"g": 1, "m": 1, "s": -2}, "1000"), "j": ({"g": 1, "m": 2, "s": -2}, "1000"),
     "erg": ({"g": 1, "m": 2, "s": -2}, "1e-4"),
     "w": ({"g": 1, "m": 2, "s": -3}, "1000"), "hz": ({"s": -1}, "1"), "k": ({"K": 1}, "1"), "mol": ({"mol": 1}, "1"),
+    "mph": ({"m": 1, "s": -1}, "0.44704"), "kph": ({"m": 1, "s": -1}, "5/18"),
     "dollar": ({"$": 1}, "1"), "cent": ({"$": 1}, "1/100"),
     "degree": ({"degree": 1}, "1"), "radian": ({"degree": 1}, "180"),  # over pi
 }
@@ -37,12 +38,26 @@ _NAMES = {"meter": "m", "metre": "m", "centimeter": "cm", "centimetre": "cm", "m
           "usd": "dollar"}
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _AFTER = {"squared": 2, "cubed": 3}
-# These change the number, or are none of its unit.
-_REFUSED = {"hundred", "thousand", "million", "billion", "trillion", "dozen", "half", "halves", "pi",
-            "and", "or", "not", "where", "if", "to", "mod", "is", "plus", "minus", "over", "by",
-            "third", "quarter", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth",
-            "hundredth", "thousandth", "twice", "pair", "score", "than", "from", "between", "about",
-            "approximately", "modulo", "for", "when", "base"}
+# These change the number: numbers and multiples, parts, operations, signs.
+_CHANGE = set("""
+zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand
+mn bn mil lakh lac crore myriad dozen score gross pair couple double triple
+quadruple doubled tripled halved rooted twice thrice
+fold kilo mega giga tera milli micro nano th st nd rd ppm ppb permil permille permyriad bp bps
+half halve third quarter fourth fifth sixth seventh eighth ninth tenth twentieth hundredth thousandth
+pi tau radical
+plus minus divided multiplied added subtracted reduced increased decreased raised root power
+exponent factorial reciprocal inverse inverted opposite complement conjugate modulo mod base log
+octal hex hexadecimal binary decimal short wrong incorrect
+negative negated neg loss deficit debt
+""".split())
+_MULTIPLES = ("fold", "illion", "illions", "illionth", "illionths")
+# These compare it or belong to another clause.
+_NO_UNITS = set("""
+over by below under above beyond exceeding than between about approximately roughly almost nearly
+around and or not no nor except without if unless when where while is isn are was to from for but
+""".split())
 _LATEX = re.compile(r"\\(?:text|textrm|textbf|mathrm|mbox|operatorname|cdot)(?![A-Za-z])|[{}~*]")
 _PIECE = re.compile(r"\s*(?:(/|per\b)|([^\W\d_]+)\.?(?:\s*\^\s*\(?\s*(-?\d)\s*\)?|(\d))?)\s*")
 _HALF_OF_DAY = re.compile(r"\b([ap])\s?\.?\s?m\b\.?", re.IGNORECASE)
@@ -52,6 +67,20 @@ def is_word(word: str, apart: bool) -> bool:
     """True if a word beside a number is read as a unit, not as a product of variables. `2xyz` is
     such a product; a word that the table lacks must stand `apart`, or be set as text."""
     return _name(word) in _BASE and len(word) > 1 or word in _POWERS or (apart and len(word) > 2 and word.islower())
+
+
+def is_known(letter: str) -> bool:
+    """True if a letter is a unit of the table."""
+    unit = read(letter)
+    return unit is not None and unit.known
+
+
+def changes_a_number(word: str) -> bool:
+    """True of `million`, `half`, `negative`, `tenfold` and the like, and of `k` and `M`."""
+    lower = word.lower()
+    if lower in _CHANGE or lower.removesuffix("s") in _CHANGE:
+        return True
+    return lower.endswith(_MULTIPLES) or len(word) == 1 and word in "kMBT"
 
 
 def read(text: str) -> Unit | None:
@@ -74,7 +103,8 @@ def read(text: str) -> Unit | None:
         if word is None:
             sign, last = -1, None
             continue
-        if word.lower() in _REFUSED or word.lower().removesuffix("s") in _REFUSED:
+        clause = word.lower() in _NO_UNITS or word == "times" and rest
+        if clause or changes_a_number(word):
             return None
         if word in _POWERS:
             ahead = _POWERS[word]

@@ -18,7 +18,8 @@ from dcmdp_jax.answers.cursor import Node
 from dcmdp_jax.answers.work import Work
 
 DIGITS = 60
-AGREE = Decimal("1e-40")  # relative
+AGREE, SURE = Decimal("1e-40"), Decimal("1e-52")  # relative; between them it is not known
+LOST = Decimal("1e-45")  # relative; so small a summand may have no digit in the sum
 NOTHING, LEAST_ROUND_OFF = Decimal("1e-50"), Decimal("1e-70")  # between them lies what cancelled
 BITS = 20_000  # of an exact numerator or denominator
 REAL_POINTS, WHOLE_POINTS = 6, 8
@@ -88,8 +89,10 @@ def agree(one: Number, other: Number) -> bool:
     with decimal.localcontext(decimal.Context(prec=DIGITS, Emax=10**6, Emin=-10**6)):
         (a, b), (c, d) = _complex(one), _complex(other)
         first, second, apart = max(abs(a), abs(b)), max(abs(c), abs(d)), max(abs(a - c), abs(b - d))
-        if apart <= AGREE * max(first, second):
+        if apart <= SURE * max(first, second):
             return True
+        if max(first, second) >= NOTHING and apart <= AGREE * max(first, second):
+            raise Unknown("the same in all but the last digits")
         if max(first, second) >= NOTHING:
             return False
         if max(first, second) < LEAST_ROUND_OFF:
@@ -217,6 +220,10 @@ class _Evaluator:
             return self.exact(x + y)
         self.work.spend(STEP)
         (a, b), (c, d) = self.complex(x), self.complex(y)
+        for one, other in ((a, c), (b, d)):
+            small, large = sorted((abs(one), abs(other)))
+            if NOTHING < small < LOST * large:
+                raise Unknown("a summand is lost beside another")
         return a + c, b + d
 
     def negative(self, x: Number) -> Number:
