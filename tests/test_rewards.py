@@ -156,7 +156,7 @@ SAID_OF_31 = [
     "None of the 31 pens are red.", "See line 31.", "It has at most 31.", "There are about 31.", "minus **31**",
     "The loss is 31 million dollars.", "She has 31 dozen eggs.", "The total is $31$ thousand.", "He has **31** score.",
     "31 (thousand)", "31 (in millions)", "31 (cubed)", "31 (negative)", "31. This is in millions.", "31, which is half of it",
-    "31, since it is in thousands", "It is 31 out of 40.", "It is 31, not 30."]
+    "31, since it is in thousands", "Nobody has 31.", "The first is 30, the second is 31.", "Tom has 30; Ida has 31.", "It is 31 out of 40.", "It is 31, not 30."]
 
 
 @pytest.mark.parametrize("label", ["Answer: ", "#### ", "**Answer:** ", "\u7b54\u6848\uff1a"])
@@ -177,6 +177,7 @@ def test_a_sentence_that_says_something_else_of_a_number_earns_nothing(label, sa
     ("31", "<think>\\boxed{30}</think><answer>31</answer>"), ("31", "<answer>\n$31$\n</answer>"),
     ("31", r"\boxed{30} is a guess, final answer is 31"), ("31", "#### 30\nOh: Answer: 31"), ("31", r"\boxed{30}. Actually Answer: 31"),
     ("1/4", r"\boxed{0.25}, \boxed{1/4}"), ("31", r"\textcolor{blue}{\boxed{31}}"),
+    ("31", r"$\boxed{31}^{\circ}$"), ("31", r"$x = +\boxed{31}$"),
     ("4,6", "Part (a): \\boxed{4}\n\nPart (b): \\boxed{6}"), ("4,6", "$\\boxed{4}$\uff0c$\\boxed{6}$"), ("4,6", "$\\boxed{4}$\u3001\\boxed{6}"),
     ("4,6", "\\boxed{4}\u548c\\boxed{6}"),
     ("C", r"\boxed{\text{(C)}~31}"), ("C", r"\boxed{\mathbf{(C)}\ 31}"), ("C", r"\boxed{\text{C}. 31}"), ("C", r"\boxed{\text{C}\quad 31}"),
@@ -189,6 +190,8 @@ def test_an_answer_is_found_in_its_other_forms(gold, completion):
     ("3", "#### 3. Check the sum"), ("3", "#### **3. Check the sum**"), ("31", r"\boxed{31} is a guess, final answer is 30"),
     ("31", "#### 31\nOh: Answer: 30"), ("31", "[THINK]\\boxed{31}[/THINK] No."), ("31", "<reasoning>\\boxed{31}"),
     ("4", r"\frac{\boxed{3}}{\boxed{4}}"), ("4", r"\sqrt[3]{\boxed{4}}"), ("4", r"2^{\boxed{4}}"), ("31", r"\boxed{31} million"),
+    ("31", r"-\boxed{31}"), ("31", r"2\boxed{31}"), ("31", r"1/\boxed{31}"), ("31", r"\boxed{31}^2"), ("31", r"\boxed{31} \cdot 2"),
+    ("31", "\u7b54\u6848\u662f31\u4e07"),
     ("6", "$\\boxed{4}$\uff0c$\\boxed{6}$"), ("B", r"\boxed{\text{(B) or (C)}}"), ("B", "Answer: (B) and (C)"), ("B", r"\boxed{B+C}"),
     ("(4,6)", r"\boxed{y=4, x=6}"), ("(4,6)", r"\boxed{b=4, a=6}")])
 def test_a_guess_a_part_or_a_heading_earns_nothing(gold, completion):

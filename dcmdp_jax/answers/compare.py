@@ -4,10 +4,11 @@ Numbers, fractions, decimals and expressions are equal where their values are; 0
 Top-level lists and sets are unordered, tuples and intervals ordered, with brackets that match; `1
 \pm x` is two answers. Sets of real numbers are equal whether written as intervals, inequalities, by
 what they leave out or by a condition. `x = 5`, `m + n = 5` and `\text{Area} = 5` equal 5, and `f(x)
-= 2x` equals `2x`; `x = 5, y = 3` is `5, 3` in this order; two equations are equal where they are
-multiples of each other. Units are converted where both sides have known ones and left out where one
-has none; 50\% is 50 and 1/2. Ratios are equal where they are proportional, times of day where they
-are the same. Words are equal but for case. Digits in a base, `52_8`, are a name of their own.
+= 2x` equals `2x`; `x = 5, y = 3` and `y = 3, x = 5` are `5, 3` in this order; two equations are
+equal where they are multiples of each other. A row or a column equals the tuple of its entries.
+Units are converted where both sides have known ones and left out where one has none; 50\% is 50 and
+1/2. Ratios are equal where they are proportional, times of day where they are the same. Words are
+equal but for case. Digits in a base, `52_8`, are a name of their own.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ import unicodedata
 _GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho "
           "varsigma sigma tau upsilon phi chi psi omega").split()
 _NAMED = {  # signs of a command
-    "Gamma": "Γ", "Delta": "Δ∆", "ell": "ℓ", "Theta": "Θ", "Lambda": "Λ", "Xi": "Ξ", "Pi": "Π", "Sigma": "Σ",
-    "Upsilon": "Υ", "Phi": "Φ", "Psi": "Ψ", "Omega": "Ω",
+    "Gamma": "Γ", "Delta": "Δ∆", "ell": "ℓ", "Theta": "Θ", "Lambda": "Λ", "Xi": "Ξ", "Pi": "Π",
+    "Sigma": "Σ", "Upsilon": "Υ", "Phi": "Φ", "Psi": "Ψ", "Omega": "Ω",
     "cdot": "×·⋅∙•", "le": "≤⩽≦", "ge": "≥⩾≧", "ne": "≠", "approx": "≈", "equiv": "≡", "pm": "±",
     "mp": "∓", "surd": "√", "infty": "∞", "in": "∈", "cup": "∪", "cap": "∩", "setminus": "∖",
     "emptyset": "∅⌀", "mid": "∣", "langle": "⟨〈", "rangle": "⟩〉", "lfloor": "⌊", "rfloor": "⌋",
@@ -40,7 +40,8 @@ _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+")
 _LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋ₐₑₒₓₕₖₗₘₙₚₛₜ]+")
 _ONE_CHARACTER_FRACTION = re.compile("[¼½¾⅐-⅞↉]")
 _THOUSANDS = re.compile(  # a mark between two groups of digits that no list has
-    r"(?<=\d)(?:\s*(?:(?:\\text)?\{\s*,\s*\}|,\s*\\!|\\!\s*,|\\[,;: ]|\\thinspace)\s*|[\u2005-\u2009\u202f\u00a0])"
+    r"(?<=\d)(?:\s*"
+    r"(?:(?:\\text)?\{\s*,\s*\}|,\s*\\!|\\!\s*,|\\[,;: ]|\\thinspace)\s*|[\u2005-\u2009\u202f\u00a0])"
     r"(?=\d{3}(?!\d))", re.ASCII)
 _DECIMAL_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)", re.ASCII)  # `3{,}14`; a list's comma has no braces
 _POWER = re.compile(r"(?<=[\w)}])\s*\*\*\s*(?=[\w({\\-])", re.ASCII)

@@ -44,7 +44,11 @@ _BESIDE = re.compile(rf"(?:[\s$,;&，、；和或与]|\\[()\[\],;:!\\ ]|\\q?quad
                      rf"|\\text\{{[\s,]*(?:and|or)\s*\}}|{_NAME}\s*="
                      r"|(?<=\n)(?:[-+*•]|(?:Part )?\(?(?:[a-z]|\d|[ivx]{1,4})[.):]{1,2})"
                      r"(?=\s))*")
+# before a brace, and before and behind a box that is a part of a larger value
 _PART = re.compile(r"(?:\\(?:[dtc]?frac|[dt]?binom|sqrt(?:\[\w{1,9}\])?)|[\^_])\s?\Z")
+_OPERATION = r"\\(?:cdot|times|div)(?![A-Za-z])"
+_FACTOR = re.compile(rf"(?:[\d/-]|[\w)}}]\s?\+|{_OPERATION}\s?)\Z")
+_OPERATED = re.compile(rf"[/+]|\^\s*\{{?\s*[\w(+-]|\s?{_OPERATION}")  # not `^\circ`
 
 # Lines of four hashes, of which some are headings
 _HASHES = re.compile(r"(?<!#)####(?!#)[^\S\n]*(.*)")
@@ -57,31 +61,33 @@ _PROSE = re.compile(r"[*_]*[A-Za-z]{2,}(?![A-Za-z]|\s*[=({])")
 
 # Labels, with the marks of Markdown before them, and sentences
 _MARKS = r"(?:[^\w\n\\$|]|_)*(?:\d{1,2}[.)][ \t]*[*_]*)?(?:\\text(?:bf)?\{)?"
-_WHOSE = r"(?:(?:the|my|our)[ \t]+)?"
+_THE = r"(?:(?:the|my|our)[ \t]+)?"
 _FINAL = r"(?:final|correct)[ \t]+"
 _SO = r"\b(?:so|thus|hence|therefore|then)\b,?[ \t]+"
 _LABEL = re.compile(
-    rf"(?:^{_MARKS}|[.!?][ \t]+)(?:{_WHOSE}{_FINAL})?"
-    r"answer(?:[ \t]+is)?[*_ \t]*(?:[:：=][ \t]*\}?|(?=\$|\\[(\[])|\r?$)"
-    rf"|{_SO}{_WHOSE}(?:{_FINAL})?answer[*_]*:"
+    rf"(?:^{_MARKS}|[.!?][ \t]+)(?:{_THE}{_FINAL})?answer(?:[ \t]+is)?[*_ \t]*"
+    r"(?:[:：=][ \t]*\}?|(?=\$|\\[(\[])|\r?$)"
+    rf"|{_SO}{_THE}(?:{_FINAL})?answer[*_]*:"
     rf"|(?:^{_MARKS}|[。，；！]|所以|因此)(?:最终|正确)?答案[*_]*[是为：:][*_ \t：:]*"
     r"|<answer>", re.IGNORECASE | re.MULTILINE)
 _SENTENCE = re.compile(
-    rf"(?:(?:^{_MARKS}|[.!?:;][ \t]+[*_]*|{_SO}){_WHOSE}(?:{_FINAL})?"
-    rf"|(?:[,(]|[,.!?][ \t]+actually)[ \t]*{_WHOSE}{_FINAL})"
-    r"(?:answer|(?<=correct[ \t])(?:option|choice))[ \t]+is(?:\*\*|__)?[ \t]*([:：]?)"
-    # further along a line, where one value follows
-    r"|(?<!\bthe )(?-i:\bFinal [Aa]nswer|\bAnswer)[*_ \t]*:(?=(?P<late>[*_ \t]*))",
-    re.IGNORECASE | re.MULTILINE)
+    rf"(?:(?:^{_MARKS}|[.!?:;][ \t]+[*_]*|{_SO}){_THE}(?:{_FINAL})?"
+    rf"|[,(][ \t]*{_THE}{_FINAL})(?:answer|(?<=correct[ \t])(?:option|choice))"
+    r"[ \t]+is(?:\*\*|__)?[ \t]*([:：]?)", re.IGNORECASE | re.MULTILINE)
+_LATE_LABEL = re.compile(r"(?<!\b[Tt]he )\b(?:Final [Aa]nswer|Answer)[*_ \t]*:")
 
 # What follows a label
 _VALUE = re.compile(r"[*_]*[-+]?(?:\d|\$|\\\()")
-# what a sentence may call its answer, up to its end: it begins as a value does, or is one word
-_ONE_VALUE = re.compile(
-    r"[ \t]*((?:\*\*)?(?:\$(?:[^$\\\n]|\\.){1,300}\$|\\\([^\n]{1,200}?\\\)|\*\*[^*\n]{1,200}\*\*"
-    r"|\(?[A-J]\)?|\\[A-Za-z]+[{(\d][^\s.;]{0,200}|\([^()\n]{1,200}\)|[a-z]\^\S{1,100}?"
-    r"|[^\x00-\x7f]|[-+]?\\?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?:[ \t][A-Za-z]+){0,3}"
-    r"|(?-i:[A-Z][a-z]+)|yes|no)(?:\*\*)?)[.。]?[*_]*[ \t\r]*(?=$|[ \t][A-Z])", re.MULTILINE)
+# one value that ends its sentence
+_ONE_VALUE = re.compile(r"""
+    [ \t]*((?:\*\*)?(?:
+      \$(?:[^$\\\n]|\\.){1,300}\$ | \\\([^\n]{1,200}?\\\)           # a formula
+    | \*\*[^*\n]{1,200}\*\*                                         # in bold
+    | \\[A-Za-z]+[{(\d][^\s.;]{0,200} | \([^()\n]{1,200}\)          # a command, a tuple
+    | [a-z]\^\S{1,100}? | [^\x00-\x7f]                              # a power, a sign
+    | [-+]?\\?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?:[ \t][A-Za-z]+){0,3}  # a number and its unit
+    | \(?[A-J]\)? | (?-i:[A-Z][a-z]+) | yes | no                    # a choice, a word
+    )(?:\*\*)?)[.。]?[*_]*[ \t\r]*(?=$|[ \t][A-Z])""", re.MULTILINE | re.VERBOSE)
 _BLANK = re.compile(r"[\s*_]*(?:```\w*[ \t]*\r?\n)?[\s*_`]*(?:(?<=\n)>[ \t]+)?[*_`]*")
 _DISPLAY = re.compile(r"\$\$([^$]{1,1000})\$\$|\\\[(.{1,1000}?)\\\]", re.DOTALL)
 _BULLETS = re.compile(r"[*_ \t\r]*\n\s*((?:^[ \t]*[-+*•][ \t]+\S.*\n?)+)", re.MULTILINE)
@@ -90,18 +96,21 @@ _EMPHASIS = re.compile(r"(?<=\S)(?:\*\*|__)(?=[\s.,;:!?)。]|$)"
                        r"|(?:(?<=[\s(:])|^)(?:\*\*|__)(?=\S)")
 _CHECKED = re.compile("[✅☑✔✓🎉\ufe0f]")
 
-# a sentence that ends with its value behind one of these verbs
+# a value behind one of these verbs ends a sentence
 _VERB = re.compile(
-    r".*\b(?:is|are|was|were|be|equals?|has|have|had|makes?|gets?|gives?|takes?|needs?|costs?|earns?"
-    r"|pays?|spends?)[ \t]+(?=[*_]*(?:[-+]?\\?[$\d(]|\\[A-Za-z(]))")
-# a sentence, a clause or a bracket behind an answer
-_REMARK = re.compile(r"[.!]\s+(?=[A-Z])[^\d\\$]*$|,\s+(?:which|as|it|they)\b[^\d\\$]*$"
-                     r"|(?:,?\s+|\s+\()(?:since|because|see)\b[^()\n]*(?:\([^()\n]*\)[^()\n]*)*\)?[.\s]*$"
-                     r"|\s+\((?:as|from)\b[^()\d\\$]*\)[.\s]*$")
+    r"\b(?:is|are|was|were|be|equals?|has|have|had|makes?|gets?|gives?|takes?|needs?|costs?"
+    r"|earns?|pays?|spends?)[ \t]+(?=[*_]*(?:[-+]?\\?[$\d(]|\\[A-Za-z(]))")
+# what may stand behind an answer
+_REMARK = re.compile(r"""
+    [.!]\s+(?=[A-Z])[^\d\\$]*$                            # another sentence
+    | ,\s+(?:which|as|it|they)\b[^\d\\$]*$
+    | \s+\((?:as|from)\b[^()\d\\$]*\)[.\s]*$
+    | (?:,?\s+|\s+\()(?:since|because|see)\b[^()\n]*(?:\([^()\n]*\)[^()\n]*)*\)?[.\s]*$
+    """, re.VERBOSE)
 _DOUBT = re.compile(
     r"\b(?:or|not|no|but|maybe|perhaps|wait|wrong|incorrect|actually|instead|either|cannot|never"
-    r"|neither|nor|none|except|unless|if|half|zero|than|least|most|up to|approximately|roughly|nearly"
-    r"|almost)\b|n['’]t\b", re.IGNORECASE)
+    r"|hardly|barely|nobody|nothing|neither|nor|none|except|unless|if|half|zero|than|least|most|up to|approximately|roughly"
+    r"|nearly|almost)\b|n['’]t\b", re.IGNORECASE)
 _ROUGH = re.compile(r"\b(?:about|around|between|under|over|below|above)\b")
 _WORD = re.compile(r"[A-Za-z]+")
 
@@ -125,7 +134,7 @@ def final_answer(text: str) -> str | None:
     `#### Summary`, is no answer.
     """
     said = _said(text)[-TAIL:]
-    forms = _boxes(said), _hashes(said), _labels(said), _sentences(said)
+    forms = (_boxes(said), _hashes(said), _labels(said), _sentences(said), _late_labels(said))
     found = [statement for statement in map(_last, forms) if statement]
     filled = [statement for statement in found if statement.answer] or found
     return max(filled, key=lambda statement: statement.start).answer if filled else None
@@ -165,8 +174,8 @@ def _boxes(text: str) -> Iterator[Statement]:
 
 
 def _each_box(text: str) -> list[_Box]:
-    """The boxes that close, in order; of nested ones the inner, and none that is a part of a
-    fraction, a root or a power. Escaped braces do not count."""
+    r"""The boxes that close, in order; of nested ones the inner, and none that is a part of a larger
+    value, as in `\frac{1}{\boxed{2}}` and `-\boxed{2}`. Escaped braces do not count."""
     found: list[_Box] = []
     opened: list[tuple[re.Match, bool]] = []  # whether what is inside is a part of a value
     part_ends = -1
@@ -187,7 +196,12 @@ def _each_box(text: str) -> list[_Box]:
                 found.append(_Box(brace.start(), match.end(), inside))
         elif re.match(_BOX, token) and (bare := _UNBRACED.match(text, match.end())):
             found.append(_Box(match.start(), bare.end(), bare.group().strip()))
-    return found
+    return [box for box in found if not _is_part(text, box)]
+
+
+def _is_part(text: str, box: _Box) -> bool:
+    before = text[max(box.start - 8, 0):box.start]
+    return bool(_FACTOR.search(before) or _OPERATED.match(text, box.end))
 
 
 def _together(between: str) -> bool:
@@ -236,8 +250,15 @@ def _sentences(text: str) -> Iterator[Statement]:
         value = _ONE_VALUE.match(text, match.end())
         if value and not match[1]:
             yield Statement(value.start(1), _trimmed(value[1]))
-        elif match["late"] is None and (match[1] or _VALUE.match(text, match.end())):
+        elif match[1] or _VALUE.match(text, match.end()):
             yield _below(text, match.end())
+
+
+def _late_labels(text: str) -> Iterator[Statement]:
+    """What follows `Answer:` further along its line, if it is one value; the last first."""
+    for match in reversed(list(_LATE_LABEL.finditer(text))):
+        if value := _ONE_VALUE.match(text, match.end()):
+            yield Statement(value.start(1), _trimmed(value[1]))
 
 
 def _below(text: str, start: int) -> Statement:
@@ -255,11 +276,11 @@ def _below(text: str, start: int) -> Statement:
 
 def _of_sentence(line: str) -> str:
     """What a sentence behind a label ends with, behind its verb; the sentence where it has no such
-    end, or a doubt in it."""
-    verb = _VERB.match(line)
-    if not verb or _DOUBT.search(line) or _ROUGH.search(line):
+    end or several, or a doubt in it."""
+    values = list(_VERB.finditer(line))
+    if len(values) != 1 or _DOUBT.search(line) or _ROUGH.search(line):
         return line
-    return line[verb.end():].removesuffix(".")
+    return line[values[0].end():].removesuffix(".")
 
 
 def _trimmed(line: str) -> str:

@@ -169,13 +169,13 @@ def _without_looks(lexemes: Sequence[Token]) -> list[Token]:
         elif token.text in _FACES:
             if following != "{":
                 continue  # `\bf 5`, `\text cm`
-            stays = bool(tokens) and tokens[-1].text in _TAKES_ONE
+            stays = _takes_one(tokens)
             opened.append((stays, upright))
             upright = token.text in _UPRIGHT
             at += 1
             if stays:
                 tokens.append(Token("{", "{", spaced))
-        elif token.text == "{" and following == "}" and not (tokens and tokens[-1].text in _TAKES_ONE):
+        elif (token.text, following) == ("{", "}") and not _takes_one(tokens):
             at += 1
         elif token.text == "{":
             opened.append((True, upright))
@@ -191,6 +191,11 @@ def _without_looks(lexemes: Sequence[Token]) -> list[Token]:
             tokens.append(Token(kind, token.text, spaced))
         spaced = False
     return tokens
+
+
+def _takes_one(tokens: Sequence[Token]) -> bool:
+    """True if what follows is the argument of the last token."""
+    return bool(tokens) and tokens[-1].text in _TAKES_ONE
 
 
 def _is_reals(lexemes: Sequence[Token]) -> bool:

@@ -40,17 +40,18 @@ _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _AFTER = {"squared": 2, "cubed": 3}
 # These change the number: numbers and multiples, parts, operations, signs.
 _CHANGE = set("""
-zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand
+zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
+sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand
 mn bn mil lakh lac crore myriad dozen score gross pair couple double triple
 quadruple doubled tripled halved rooted twice thrice
 fold kilo mega giga tera milli micro nano th st nd rd ppm ppb permil permille permyriad bp bps
-half halve third quarter fourth fifth sixth seventh eighth ninth tenth twentieth hundredth thousandth
-pi tau radical
+half halve third quarter fourth fifth sixth seventh eighth ninth tenth twentieth hundredth
+thousandth pi tau radical
 plus minus divided multiplied added subtracted reduced increased decreased raised root power
 exponent factorial reciprocal inverse inverted opposite complement conjugate modulo mod base log
 octal hex hexadecimal binary decimal short wrong incorrect
 negative negated neg loss deficit debt
+百 千 万 亿 半 倍
 """.split())
 _MULTIPLES = ("fold", "illion", "illions", "illionth", "illionths")
 # These compare it or belong to another clause.

@@ -83,7 +83,7 @@ def value(node: Node, point: dict[str, Fraction], work: Work) -> Number:
 
 def agree(one: Number, other: Number) -> bool:
     """Whether two values are the same but for round-off. Raises Unknown where both may be nothing
-    but that."""
+    but that, or where they differ by little more."""
     if isinstance(one, Fraction) and isinstance(other, Fraction):
         return one == other
     with decimal.localcontext(decimal.Context(prec=DIGITS, Emax=10**6, Emin=-10**6)):
