@@ -6,6 +6,7 @@ And what is of a wrong type is named with its file and line.
 import copy
 import html.parser
 import json
+import pathlib
 import re
 import xml.etree.ElementTree
 
@@ -16,6 +17,7 @@ from dcmdp_jax.config import load_experiment
 from test_comparison import GAPS, SOURCES
 from test_report import CONFIG, ROWS, make_run
 
+QUICKSTART = pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py"
 PLAIN = "word"
 ATTACKS = {
     "script": "<script>alert(1)</script>",
@@ -131,7 +133,7 @@ def test_nor_has_the_page_that_compares_runs(tmp_path, word):
 
 @pytest.mark.parametrize("word", ATTACKS.values(), ids=ATTACKS)
 def test_nor_has_the_page_of_a_diagnosis(tmp_path, word):
-    config = load_experiment("experiments/quickstart.py")
+    config = load_experiment(str(QUICKSTART))
     gap = diagnose.Gap(0.1, 0.01, 0.2, 0.3, 0.01, 0.1)
     found = []
     for text in (PLAIN, word):
