@@ -227,6 +227,17 @@ def test_a_text_that_is_none_is_named_with_its_file(tmp_path, capsys, name, path
     assert capsys.readouterr().err.startswith(f"dcmdp: {folder / name}")
 
 
+@pytest.mark.parametrize("name", ["diagnose.json", "parity.json", "config.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[1]", b"\xe9", b"[" * 10**5, b"1" * 9999],
+                         ids=["empty", "cut", "null", "list", "bytes", "deep", "digits"])
+def test_a_file_that_is_no_object_is_one_sentence(tmp_path, capsys, name, content):
+    folder = make(tmp_path, PLAIN)
+    (folder / name).write_bytes(content)
+    assert cli.main(["report", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"dcmdp: {folder / name} ") and said.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["gaps.jsonl", "diagnose.json", "parity.json"])
 @pytest.mark.parametrize("empty", [None, 3, "<b>", [], {}, [3], {"a": 3}, [None]], ids=repr)
 def test_any_container_may_be_anything(tmp_path, name, empty):
