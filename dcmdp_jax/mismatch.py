@@ -127,7 +127,7 @@ def _read(workdir: str | os.PathLike, name: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return jsonfile.parse(path.read_bytes(), str(path))
+        return jsonfile.read_object(path)
     except ValueError as error:
         raise ValueError(f"{error}; remove it, or write it again") from None
 

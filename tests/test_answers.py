@@ -230,7 +230,8 @@ def grown(parts):
     """Expressions from smaller ones, up to high towers of what is slow to compute."""
     forms = (r"\sqrt{%s}", r"\sqrt[7]{%s}", "(%s)^{%s}", r"\frac{%s}{%s}", "(%s)(%s)", "%s+%s",
              "(%s)!", r"\sin(%s)", r"\ln(%s)", r"\arcsin(%s)", r"\binom{%s}{%s}", r"|%s|",
-             r"\lfloor %s \rfloor", r"%s\pm %s", "%s,%s", "(%s,%s)", r"\log_{%s} %s", "%s=%s", "%s<%s", r"%s\cup %s")
+             r"\lfloor %s \rfloor", r"%s\pm %s", "%s,%s", "(%s,%s)", r"\log_{%s} %s", "%s=%s",
+             "%s<%s", r"%s\cup %s")
 
     def filled(form):
         return st.tuples(*[parts] * form.count("%s")).map(lambda chosen: form % chosen)

@@ -17,7 +17,11 @@ from dcmdp_jax.config import load_experiment
 from test_comparison import GAPS, SOURCES
 from test_report import CONFIG, ROWS, make_run
 
+<<<<<<< HEAD
 ROOT = pathlib.Path(__file__).parents[1]
+=======
+QUICKSTART = pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py"
+>>>>>>> w-mend
 PLAIN = "word"
 ATTACKS = {
     "script": "<script>alert(1)</script>",
@@ -133,7 +137,11 @@ def test_nor_has_the_page_that_compares_runs(tmp_path, word):
 
 @pytest.mark.parametrize("word", ATTACKS.values(), ids=ATTACKS)
 def test_nor_has_the_page_of_a_diagnosis(tmp_path, word):
+<<<<<<< HEAD
     config = load_experiment(str(ROOT / "experiments" / "quickstart.py"))
+=======
+    config = load_experiment(str(QUICKSTART))
+>>>>>>> w-mend
     gap = diagnose.Gap(0.1, 0.01, 0.2, 0.3, 0.01, 0.1)
     found = []
     for text in (PLAIN, word):
@@ -225,6 +233,17 @@ def test_a_text_that_is_none_is_named_with_its_file(tmp_path, capsys, name, path
     (folder / name).write_text(json.dumps(with_value(files_of(PLAIN)[name], path, wrong)) + "\n")
     assert cli.main(["report", str(folder)]) == 2
     assert capsys.readouterr().err.startswith(f"dcmdp: {folder / name}")
+
+
+@pytest.mark.parametrize("name", ["diagnose.json", "parity.json", "config.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[1]", b"\xe9", b"[" * 10**5, b"1" * 9999],
+                         ids=["empty", "cut", "null", "list", "bytes", "deep", "digits"])
+def test_a_file_that_is_no_object_is_one_sentence(tmp_path, capsys, name, content):
+    folder = make(tmp_path, PLAIN)
+    (folder / name).write_bytes(content)
+    assert cli.main(["report", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"dcmdp: {folder / name} ") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["gaps.jsonl", "diagnose.json", "parity.json"])

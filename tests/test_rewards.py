@@ -1,6 +1,5 @@
 """Verifiers on published answers, on the many spellings of a number, and on hostile text."""
 
-import pathlib
 import re
 import time
 from fractions import Fraction
