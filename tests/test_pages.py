@@ -17,11 +17,7 @@ from dcmdp_jax.config import load_experiment
 from test_comparison import GAPS, SOURCES
 from test_report import CONFIG, ROWS, make_run
 
-<<<<<<< HEAD
-ROOT = pathlib.Path(__file__).parents[1]
-=======
 QUICKSTART = pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py"
->>>>>>> w-mend
 PLAIN = "word"
 ATTACKS = {
     "script": "<script>alert(1)</script>",
@@ -137,11 +133,7 @@ def test_nor_has_the_page_that_compares_runs(tmp_path, word):
 
 @pytest.mark.parametrize("word", ATTACKS.values(), ids=ATTACKS)
 def test_nor_has_the_page_of_a_diagnosis(tmp_path, word):
-<<<<<<< HEAD
-    config = load_experiment(str(ROOT / "experiments" / "quickstart.py"))
-=======
     config = load_experiment(str(QUICKSTART))
->>>>>>> w-mend
     gap = diagnose.Gap(0.1, 0.01, 0.2, 0.3, 0.01, 0.1)
     found = []
     for text in (PLAIN, word):
