@@ -172,7 +172,7 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
     assert capsys.readouterr().err == "dcmdp: data.prompts_per_step=1 gives no standard error; set 2 or more\n"
     run, inputs, policy, _ = case()
     broken = policy._replace(params=policy.params | {"final_norm": policy.params["final_norm"] * np.nan})
-    with pytest.raises(ValueError, match="the trainer gives log-probs that are not finite"):
+    with pytest.raises(ValueError, match="the engine is given weights that hold NaN"):
         diagnose.diagnose(run, train.read_inputs(run), broken)
 
 
