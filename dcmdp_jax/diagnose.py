@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dcmdp_jax import bars, charts, checkpoint, constraint, parity, report, sharding, step, sync, train
+from dcmdp_jax import (
+    bars, charts, checkpoint, constraint, parity, report, sharding, step, sync, train)
 from dcmdp_jax.config import Config, ModelConfig, Precision, RolloutConfig, to_json
 from dcmdp_jax.models.quantized import Quantized
 from dcmdp_jax.records import Rollout, Weights
