@@ -31,6 +31,13 @@ def name(case):
     return "-".join(["moe" if model.num_experts else "dense", *axes])
 
 
+def assert_grads_close(found, expected):
+    """To 1e-5, or to 1e-5 of a parameter's largest gradient where that is over 1: float32 sums round by their size."""
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        atol = 1e-5 * max(1.0, float(np.abs(other).max()))
+        np.testing.assert_allclose(np.asarray(one), np.asarray(other), atol=atol, rtol=0)
+
+
 def packed(rows=8, length=24, vocab=32, seed=0):
     """Tokens, positions, segment ids of rows with two segments and padding, and the index of each row's scored tokens."""
     rng = np.random.default_rng(seed)
@@ -63,7 +70,7 @@ def test_log_probs_and_gradients(case):
     found = jax.jit(sharding.over(mesh, f), out_shardings=((None, None), places))(jax.device_put(params, places), *packed())
     assert_close(found[0][1], aux, 1e-5)
     assert_close(found[0][0], loss, 1e-5)
-    assert_close(found[1], grads, 1e-5)
+    assert_grads_close(found[1], grads)
 
 
 @pytest.mark.parametrize("case", [(DENSE, MESHES[5]), (MOE, SPARSE[2])], ids=name)
