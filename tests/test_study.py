@@ -70,7 +70,8 @@ def test_what_is_no_study_is_refused(tmp_path):
 def test_arms_share_their_start_and_a_failure_spares_the_others(small, tmp_path):
     root, said = tmp_path / "runs" / "small", []
     failed = study.run(small, root, 2, said.append)
-    assert len(failed) == 1 and failed[0].startswith("broken s0: no verdict")
+    assert len(failed) == 1 and failed[0].startswith("broken s0: the verifier broken fails on a completion")
+    assert failed[0].endswith("line 13: RuntimeError: no verdict")
     assert "RuntimeError: no verdict" in (root / "broken" / "s0" / "run.log").read_text()
     rows = list(csv.DictReader((root / "table.csv").open()))
     assert [(row["arm"], row["seed"], row["step"]) for row in rows] == [
