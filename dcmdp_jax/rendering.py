@@ -93,6 +93,7 @@ def _told(error: Exception) -> str:
 
 
 def _serve(seconds: float) -> None:
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # a parent that ignores it would leave it ignored
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     print("ready", flush=True)

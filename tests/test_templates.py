@@ -62,6 +62,16 @@ def test_a_template_that_hung_once_renders_again():
     assert template.render([USER]) == "ok"
 
 
+def test_a_template_that_hangs_is_ended_though_its_parent_ignores_the_signal():
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    before = signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    try:
+        with pytest.raises(ValueError, match="takes more than 1 s"):
+            Template(loop, "folder").render([USER])
+    finally:
+        signal.signal(signal.SIGPROF, before)
+
+
 def test_what_an_assistant_said_may_stand_in_a_generation_block():
     said = "{% generation %}{{ m.content }}{% endgeneration %}"
     template = "{% for m in messages %}" + said + "{% endfor %}"

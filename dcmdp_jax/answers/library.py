@@ -29,6 +29,7 @@ _LETTER = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
 
 
 def _serve(seconds: float, alone: bool) -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a parent that ignores it would leave it ignored
     replies, sys.stdout = sys.stdout, sys.stderr  # a library's own printing is no reply
     try:
         import math_verify
