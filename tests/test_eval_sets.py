@@ -261,7 +261,7 @@ def test_a_comparison_that_is_given_up_is_told(options, tmp_path, monkeypatch):
         dataclasses.replace(options, sets=("aime24",), k=(2,)), tmp_path, say=said.append
     )
     assert figures["aime24"]["avg@2"].mean == 0 and said[-1].startswith(
-        "5 comparisons took longer than 5 s"
+        "5 comparisons took longer than 2 s"
     )
 
 
