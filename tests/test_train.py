@@ -445,3 +445,21 @@ def test_two_runs_cannot_share_a_folder_and_a_second_ctrl_c_and_closed_streams_c
     assert whole.returncode == 0 and (tmp_path / "a" / "report.html").is_file()
     train.train(tiny(steps=steps), tmp_path / "b")
     assert_same_run(tmp_path / "a", tmp_path / "b", tiny(steps=steps))
+
+
+def test_a_step_that_leaves_a_weight_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
+    """The last checkpoint stays the newest, also where it is the last step that overflows."""
+    make = train.sync.make
+
+    def overflowing(*arguments):
+        def to_engine(params, version):
+            weights = make(*arguments)(params, version)
+            return weights._replace(finite=weights.finite & (int(version) < 2))
+
+        return to_engine
+
+    monkeypatch.setattr(train.sync, "make", overflowing)
+    run = tiny(steps=2, **{"checkpoint.every": 1})
+    with pytest.raises(stopping.Failed, match="^a weight of the engine is not finite after step 2, which is not saved"):
+        train.train(run, tmp_path)
+    assert checkpoint.steps(tmp_path) == [0, 1] and len(rows(tmp_path)) == 1
