@@ -33,7 +33,7 @@ def test_a_line_is_answered_by_a_line_however_long(echo):
 
 
 @pytest.mark.parametrize("act, status", [
-    ("sys.exit(3)", 3), ("os.kill(os.getpid(), signal.SIGPROF)", -signal.SIGPROF),
+    ("sys.exit(3)", 3), ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
     ("os.abort()", -signal.SIGABRT), ("sys.stdout.write('half'); sys.exit()", 0)])
 def test_a_process_that_ends_tells_its_status_and_another_one_starts(act, status):
     answers = f"for line in sys.stdin:\n if line == 'die\\n': {act}\n print('ok', flush=True)"
