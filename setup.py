@@ -4,12 +4,38 @@ import pathlib
 
 from setuptools import find_packages, setup
 
-TRAIN = ["orbax-checkpoint", "etils[epath]", "grain>=0.2.10", "tokenizers", "jinja2", "sentencepiece", "pyarrow"]
-JETSTREAM = [*TRAIN, "google-jetstream==0.2.2", "absl-py", "protobuf", "grpcio", "prometheus_client", "shortuuid"]
+TRAIN = [
+    "orbax-checkpoint",
+    "etils[epath]",
+    "grain>=0.2.10",
+    "tokenizers",
+    "jinja2",
+    "sentencepiece",
+    "pyarrow",
+]
+JETSTREAM = [
+    *TRAIN,
+    "google-jetstream==0.2.2",
+    "absl-py",
+    "protobuf",
+    "grpcio",
+    "prometheus_client",
+    "shortuuid",
+]
 ANSWERS = ["math-verify==0.9.0", "antlr4-python3-runtime==4.13.2"]
 REPORT = ["tensorboardX", "matplotlib"]
-TEST = ["pytest", "pytest-xdist", "hypothesis", "nbclient", "nbformat", "ipykernel", "torch==2.13.0", "transformers==5.23.0",
-        "libtpu==0.0.52", "pyyaml"]
+TEST = [
+    "pytest",
+    "pytest-xdist",
+    "hypothesis",
+    "nbclient",
+    "nbformat",
+    "ipykernel",
+    "torch==2.13.0",
+    "transformers==5.23.0",
+    "libtpu==0.0.52",
+    "pyyaml",
+]
 
 setup(
     name="dcmdp-jax",

@@ -1,18 +1,25 @@
 """The engine against what bounds it, and against itself: `python -m benchmarks.inference`.
 
-Prints, each pair interleaved in one run and in process CPU seconds where the device is a CPU (wall seconds elsewhere):
-  loop      a rollout of equal lengths through the JetStream engine, against one compiled prefill and while_loop that does
+Prints, each pair interleaved in one run and in process CPU seconds where the device is a CPU (wall
+    seconds elsewhere):
+  loop      a rollout of equal lengths through the JetStream engine, against one compiled prefill
+  and while_loop that does
             nothing else
-  slots     occupancy of the slots, tokens over decode steps x slots, on long-tailed lengths, beside that of static batches
+  slots     occupancy of the slots, tokens over decode steps x slots, on long-tailed lengths, beside
+  that of static batches
   prefix    prefill and start of 8 samples of one 512-token prompt, against 1
-  sampler   a draw and its log-prob from 16 rows of 151,936 logits, against `jax.random.categorical` and log_softmax
+  sampler   a draw and its log-prob from 16 rows of 151,936 logits, against `jax.random.categorical`
+  and log_softmax
   weights   a decode dispatch by the weights' dtype: time against float32, and bytes
-  peers     other engines beside this one, as `benchmarks.peers.compare` prints them where PEERS names the harness
-  roof      tokens a second against the least time in which the parameters and the live cache can be read (needs --bandwidth)
+  peers     other engines beside this one, as `benchmarks.peers.compare` prints them where PEERS
+  names the harness
+  roof      tokens a second against the least time in which the parameters and the live cache can be
+  read (needs --bandwidth)
 
     python -m benchmarks.inference
     taskset -c 0 python -m benchmarks.inference loop slots prefix weights
-    python -m benchmarks.inference roof --shape 0.6B --batch 64 256 --bandwidth 3350       # GB/s, of an H100
+    python -m benchmarks.inference roof --shape 0.6B --batch 64 256 --bandwidth 3350       # GB/s,
+    of an H100
 """
 
 from __future__ import annotations
@@ -29,27 +36,44 @@ import numpy as np
 from benchmarks.peers.compare import compare
 from dcmdp_jax import sharding, sync
 from dcmdp_jax.config import ModelConfig, Precision
-from dcmdp_jax.models import qwen3, sizes
+from dcmdp_jax.models import decoder, sizes
 from dcmdp_jax.records import Example, Prompts, Sampling
 from dcmdp_jax.rollout import decode, sampling
 from dcmdp_jax.rollout.generate import bucket, rollout
 from dcmdp_jax.rollout.jetstream import Engine
 
-SMALL = ModelConfig(vocab_size=4096, hidden_size=256, intermediate_size=768, num_layers=4, num_heads=8, num_kv_heads=4,
-                    head_dim=32)
+SMALL = ModelConfig(
+    vocab_size=4096,
+    hidden_size=256,
+    intermediate_size=768,
+    num_layers=4,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=32,
+)
 SHAPES = {"small": SMALL, "0.6B": sizes.QWEN3_0_6B, "8B": sizes.QWEN3_8B}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["loop", "slots", "prefix", "sampler", "weights", "peers"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "parts", nargs="*", default=["loop", "slots", "prefix", "sampler", "weights", "peers"]
+    )
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--batch", type=int, nargs="+", default=[16], help="slots of `roof`")
     parser.add_argument("--bandwidth", type=float, help="memory bandwidth in GB/s")
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
-    parts = {"loop": loop, "slots": slots, "prefix": prefix, "sampler": sampler, "weights": weights,
-             "peers": lambda repeats: compare(["T3", "T4"], rounds=repeats, cpu="0")}
+    parts = {
+        "loop": loop,
+        "slots": slots,
+        "prefix": prefix,
+        "sampler": sampler,
+        "weights": weights,
+        "peers": lambda repeats: compare(["T3", "T4"], rounds=repeats, cpu="0"),
+    }
     for part in args.parts:
         if part == "roof":
             for batch in args.batch:
@@ -62,42 +86,81 @@ def main() -> None:
 
 def loop(repeats: int) -> None:
     """16 prompts of 64 tokens, 64 new ones each."""
-    count, new = 16, 64
-    prompts, policy = make_prompts(np.full(count, 64)), make_weights(SMALL)
+    count = 16
+    new = 64
+    prompts = make_prompts(np.full(count, 64))
+    policy = make_weights(SMALL)
     engine = make_engine(SMALL, slots=count, max_length=128)
 
     @jax.jit
     def alone(weights, tokens, lengths, keys):
         state = decode.init_state(SMALL, count, 128, "")
-        first, ones = decode.prefill(weights.params, tokens, lengths, SMALL), jnp.ones((count,))
+        first = decode.prefill(weights.params, tokens, lengths, SMALL)
+        ones = jnp.ones((count,))
         how = Sampling(ones, jnp.zeros((count,), jnp.int32), ones, jnp.zeros((count,)))
         everyone = jnp.arange(count)
-        state = decode.insert(state, first, everyone, everyone, keys, jnp.full((count,), new), how, positions=128)
-        return decode.generate(weights, state, jnp.int32(count), config=SMALL, stop_ids=(), steps=new, window=128,
-                               record_experts=False)[1].steps
+        state = decode.insert(
+            state, first, everyone, everyone, keys, jnp.full((count,), new), how, positions=128
+        )
+        return decode.generate(
+            weights,
+            state,
+            jnp.int32(count),
+            config=SMALL,
+            stop_ids=(),
+            steps=new,
+            window=128,
+            record_experts=False,
+        )[1].steps
 
     keys = np.asarray(jax.random.bits(jax.random.key(0), (count, 2), "uint32"))
-    ours, bare = measure([
-        lambda: rollout(engine, policy, prompts, samples=1, key=jax.random.key(0), max_tokens=new),
-        lambda: jax.block_until_ready(alone(policy, prompts.tokens, prompts.lengths, keys))], repeats)
-    print(f"loop     engine {ours * 1e3:.0f} ms, one compiled loop {bare * 1e3:.0f} ms: {ours / bare:.2f}x "
-          f"({count * new / ours:.0f} tokens/s)")
+    ours, bare = measure(
+        [
+            lambda: rollout(
+                engine, policy, prompts, samples=1, key=jax.random.key(0), max_tokens=new
+            ),
+            lambda: jax.block_until_ready(alone(policy, prompts.tokens, prompts.lengths, keys)),
+        ],
+        repeats,
+    )
+    print(
+        f"loop     engine {ours * 1e3:.0f} ms, one compiled loop {bare * 1e3:.0f} ms: {ours / bare:.2f}x "
+        f"({count * new / ours:.0f} tokens/s)"
+    )
 
 
 def slots(repeats: int) -> None:
-    """Requests on 16 slots, lengths log-normal, median 23, at most 128; no request's length is known before it ends."""
+    """Requests on 16 slots, lengths log-normal, median 23, at most 128; no request's length is
+    known before it ends.
+    """
     del repeats
-    policy, engine, steps = make_weights(SMALL), make_engine(SMALL, slots=16, max_length=192), []
+    policy = make_weights(SMALL)
+    engine = make_engine(SMALL, slots=16, max_length=192)
+    steps = []
     read = engine.read
-    engine.read = lambda result: steps.append(int((out := read(result)).valid.any(axis=0).sum())) or out
+    engine.read = lambda result: (
+        steps.append(int((out := read(result)).valid.any(axis=0).sum())) or out
+    )
     for count in (64, 512):
-        limits = np.clip(np.exp(np.random.default_rng(0).normal(np.log(23), 0.8, count)), 8, 128).astype(np.int32)
+        limits = np.clip(
+            np.exp(np.random.default_rng(0).normal(np.log(23), 0.8, count)), 8, 128
+        ).astype(np.int32)
         steps.clear()
-        rollout(engine, policy, make_prompts(np.full(count, 64)), samples=1, key=jax.random.key(0), max_tokens=limits)
-        tokens, static = int(limits.sum()), int(limits.reshape(-1, 16).max(axis=1).sum())
+        rollout(
+            engine,
+            policy,
+            make_prompts(np.full(count, 64)),
+            samples=1,
+            key=jax.random.key(0),
+            max_tokens=limits,
+        )
+        tokens = int(limits.sum())
+        static = int(limits.reshape(-1, 16).max(axis=1).sum())
         bound = fifo(limits, 16)
-        print(f"slots    {count} requests: {tokens / (16 * sum(steps)):.0%} of 16 slots occupied over {sum(steps)} steps; at best "
-              f"{tokens / (16 * bound):.0%} in this order; in static batches {tokens / (16 * static):.0%}")
+        print(
+            f"slots    {count} requests: {tokens / (16 * sum(steps)):.0%} of 16 slots occupied over {sum(steps)} steps; at best "
+            f"{tokens / (16 * bound):.0%} in this order; in static batches {tokens / (16 * static):.0%}"
+        )
 
 
 def fifo(limits: np.ndarray, slots: int) -> int:
@@ -109,24 +172,40 @@ def fifo(limits: np.ndarray, slots: int) -> int:
 
 
 def prefix(repeats: int) -> None:
-    prompts, policy = make_prompts(np.full(1, 512)), make_weights(SMALL)
+    prompts = make_prompts(np.full(1, 512))
+    policy = make_weights(SMALL)
     engine = make_engine(SMALL, slots=8, max_length=576)
     keys = np.zeros((8, 2), np.uint32)
 
     def start(samples: int):
-        first = engine.prefill(params=policy, padded_tokens=prompts.tokens, true_length=prompts.lengths)
+        first = engine.prefill(
+            params=policy, padded_tokens=prompts.tokens, true_length=prompts.lengths
+        )
         rows = np.zeros(samples, np.int32)
         return jax.block_until_ready(
-            engine.bulk_insert(first, engine.init_decode_state(), np.arange(samples), rows, keys[:samples], 64, Sampling()))
+            engine.bulk_insert(
+                first,
+                engine.init_decode_state(),
+                np.arange(samples),
+                rows,
+                keys[:samples],
+                64,
+                Sampling(),
+            )
+        )
 
     one, eight = measure([partial(start, 1), partial(start, 8)], repeats)
-    print(f"prefix   8 samples of one 512-token prompt {eight * 1e3:.1f} ms, 1 sample {one * 1e3:.1f} ms: {eight / one:.2f}x")
+    print(
+        f"prefix   8 samples of one 512-token prompt {eight * 1e3:.1f} ms, 1 sample {one * 1e3:.1f} ms: {eight / one:.2f}x"
+    )
 
 
 def sampler(repeats: int) -> None:
-    rows, size = 16, 151_936
+    rows = 16
+    size = 151_936
     logits = jax.random.normal(jax.random.key(0), (rows, size)) * 3
-    keys, one = jax.random.bits(jax.random.key(1), (rows, 2), "uint32"), jnp.ones((rows,))
+    keys = jax.random.bits(jax.random.key(1), (rows, 2), "uint32")
+    one = jnp.ones((rows,))
     plain = Sampling(one, jnp.zeros((rows,), jnp.int32), one, jnp.zeros((rows,)))
 
     @jax.jit
@@ -135,68 +214,114 @@ def sampler(repeats: int) -> None:
         return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)
 
     draw = jax.jit(sampling.sample)
-    ours, library, nucleus = measure([
-        lambda: jax.block_until_ready(draw(logits, keys, plain)),
-        lambda: jax.block_until_ready(categorical(jax.random.key(2), logits)),
-        lambda: jax.block_until_ready(draw(logits, keys, plain._replace(top_k=plain.top_k + 50, top_p=one * 0.9)))], repeats)
-    print(f"sampler  16 x {size}: {ours * 1e3:.1f} ms, jax.random.categorical {library * 1e3:.1f} ms: {library / ours:.0f}x; "
-          f"with top-k 50 and top-p 0.9 {nucleus * 1e3:.1f} ms")
+    ours, library, nucleus = measure(
+        [
+            lambda: jax.block_until_ready(draw(logits, keys, plain)),
+            lambda: jax.block_until_ready(categorical(jax.random.key(2), logits)),
+            lambda: jax.block_until_ready(
+                draw(logits, keys, plain._replace(top_k=plain.top_k + 50, top_p=one * 0.9))
+            ),
+        ],
+        repeats,
+    )
+    print(
+        f"sampler  16 x {size}: {ours * 1e3:.1f} ms, jax.random.categorical {library * 1e3:.1f} ms: {library / ours:.0f}x; "
+        f"with top-k 50 and top-p 0.9 {nucleus * 1e3:.1f} ms"
+    )
 
 
 def weights(repeats: int) -> None:
-    """64 decode steps of 16 slots; the projections alone change their dtype. Bytes as they are packed on accelerators."""
+    """64 decode steps of 16 slots; the projections alone change their dtype. Bytes as they are
+    packed on accelerators.
+    """
     names = ("float32", "bfloat16", "int8", "int4", "float8_e4m3fn", "float8_e5m2", "nf4")
     policies = [make_weights(SMALL, Precision(weights=name)) for name in names]
     engine = make_engine(SMALL, slots=16, max_length=128)
-    times = measure([partial(decoded, engine, policy) for policy in policies], repeats,
-                    partial(started, engine, policies[0], 16, 64, 64))
-    sizes_of = [sum(x.size * (4 if x.dtype.name.endswith("int4") else 8 * x.dtype.itemsize) // 8
-                    for x in jax.tree.leaves(policy.params["stacks"])) for policy in policies]
+    times = measure(
+        [partial(decoded, engine, policy) for policy in policies],
+        repeats,
+        partial(started, engine, policies[0], 16, 64, 64),
+    )
+    sizes_of = [
+        sum(
+            x.size * (4 if x.dtype.name.endswith("int4") else 8 * x.dtype.itemsize) // 8
+            for x in jax.tree.leaves(policy.params["stacks"])
+        )
+        for policy in policies
+    ]
     for name, seconds, size in zip(names, times, sizes_of):
-        print(f"weights  {name:14} {seconds * 1e3:6.0f} ms {seconds / times[0]:.2f}x, layers {size / 1e6:6.2f} MB "
-              f"{size / sizes_of[0]:.2f}x")
+        print(
+            f"weights  {name:14} {seconds * 1e3:6.0f} ms {seconds / times[0]:.2f}x, layers {size / 1e6:6.2f} MB "
+            f"{size / sizes_of[0]:.2f}x"
+        )
 
 
 def roof(shape: ModelConfig, batch: int, bandwidth: float | None, repeats: int) -> None:
     """128 decode steps from 512 live positions on, bfloat16 throughout, random weights."""
     if not bandwidth:
         raise SystemExit("roof needs --bandwidth, the device's memory bandwidth in GB/s")
-    policy = make_weights(shape, Precision(weights="bfloat16", embed="bfloat16", head="bfloat16", norms="bfloat16"))
-    engine = Engine(shape, slots=batch, max_length=1024, stop_ids=(), steps=64, precision=Precision(cache="bfloat16"))
+    policy = make_weights(
+        shape, Precision(weights="bfloat16", embed="bfloat16", head="bfloat16", norms="bfloat16")
+    )
+    engine = Engine(
+        shape,
+        slots=batch,
+        max_length=1024,
+        stop_ids=(),
+        steps=64,
+        precision=Precision(cache="bfloat16"),
+    )
     start = partial(started, engine, policy, batch, 512, 128)
     seconds = measure([partial(decoded, engine, policy)], repeats, start)[0] / 128
     looked_up = 0 if shape.tie_word_embeddings else policy.params["embed"].nbytes
     held = sum(x.nbytes for x in jax.tree.leaves(policy.params)) - looked_up
     live = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * 2 * batch * 576
     least = (held + live) / (bandwidth * 1e9)
-    print(f"roof     batch {batch}: {seconds * 1e3:.2f} ms a step, {batch / seconds:.0f} tokens/s; {held / 1e9:.2f} GB of "
-          f"parameters and {live / 1e9:.2f} GB of cache take {least * 1e3:.2f} ms: {least / seconds:.0%} of the roof")
+    print(
+        f"roof     batch {batch}: {seconds * 1e3:.2f} ms a step, {batch / seconds:.0f} tokens/s; {held / 1e9:.2f} GB of "
+        f"parameters and {live / 1e9:.2f} GB of cache take {least * 1e3:.2f} ms: {least / seconds:.0%} of the roof"
+    )
 
 
 def started(engine: Engine, policy, count: int, prompt: int, new: int):
     """A state in which `count` sequences have `new` tokens to make."""
     prompts = make_prompts(np.full(1, prompt))
     first = engine.prefill(params=policy, padded_tokens=prompts.tokens, true_length=prompts.lengths)
-    return jax.block_until_ready(engine.bulk_insert(
-        first, engine.init_decode_state(), np.arange(count), np.zeros(count, np.int32), np.zeros((count, 2), np.uint32), new,
-        Sampling()))
+    return jax.block_until_ready(
+        engine.bulk_insert(
+            first,
+            engine.init_decode_state(),
+            np.arange(count),
+            np.zeros(count, np.int32),
+            np.zeros((count, 2), np.uint32),
+            new,
+            Sampling(),
+        )
+    )
 
 
 def decoded(engine: Engine, policy, state) -> None:
     """Decodes all that `state` has to make."""
-    length, left = int(state.length.max()) + 1, int(state.limit.max())
+    length = int(state.length.max()) + 1
+    left = int(state.limit.max())
     for made in range(0, left, engine.steps):
-        state, result = engine.generate(policy, state, window=bucket(length + made + engine.steps, engine.max_length))
+        state, result = engine.generate(
+            policy, state, window=bucket(length + made + engine.steps, engine.max_length)
+        )
     jax.block_until_ready(result.data)
 
 
 def make_prompts(lengths: np.ndarray) -> Prompts:
-    tokens = np.random.default_rng(0).integers(2, 4000, (len(lengths), int(lengths.max()))).astype(np.int32)
+    tokens = (
+        np.random.default_rng(0)
+        .integers(2, 4000, (len(lengths), int(lengths.max())))
+        .astype(np.int32)
+    )
     return Prompts(tokens, lengths.astype(np.int32), (Example("", ""),) * len(lengths))
 
 
 def make_weights(shape: ModelConfig, precision: Precision = Precision()):
-    params = jax.jit(partial(qwen3.init, config=shape))(jax.random.key(0))
+    params = jax.jit(partial(decoder.init, config=shape))(jax.random.key(0))
     return sync.make(shape, precision, sharding.single_device_mesh())(params, 0)
 
 
@@ -205,7 +330,9 @@ def make_engine(shape: ModelConfig, slots: int, max_length: int) -> Engine:
 
 
 def measure(programs: list[Callable], repeats: int, prepare: Callable | None = None) -> np.ndarray:
-    """Median seconds of each, one of each a round, after a round that compiles; what `prepare` makes is not timed."""
+    """Median seconds of each, one of each a round, after a round that compiles; what `prepare`
+    makes is not timed.
+    """
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     seconds = np.zeros((repeats + 1, len(programs)))
     for row in seconds:

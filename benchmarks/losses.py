@@ -1,12 +1,14 @@
 """What each loss costs, in units of reading its inputs once: `python -m benchmarks.losses`.
 
-For [512, 8192] arrays, every loss is reduced to a scalar and differentiated by `logp`. `read` sums the same inputs,
-each once. Printed are milliseconds, and the ratios to `read` of time and of bytes, XLA's count of what its kernels
-touch. On CPU the time is that of the process, of all its threads, so that other programs disturb it less. XLA counts
-the body of a loop once, so the passes of m2po's search show in its time alone. At m2po's default threshold none of
-these tokens is dropped and there is no search; at 0.003 there is.
+For [512, 8192] arrays, every loss is reduced to a scalar and differentiated by `logp`. `read` sums
+the same inputs, each once. Printed are milliseconds, and the ratios to `read` of time and of bytes,
+XLA's count of what its kernels touch. On CPU the time is that of the process, of all its threads,
+so that other programs disturb it less. XLA counts the body of a loop once, so the passes of m2po's
+search show in its time alone. At m2po's default threshold none of these tokens is dropped and there
+is no search; at 0.003 there is.
 
-`--topology v5e:2x2` compiles for a TPU that need not be there (`pip install libtpu`) and prints bytes only.
+`--topology v5e:2x2` compiles for a TPU that need not be there (`pip install libtpu`) and prints
+bytes only.
 """
 
 from __future__ import annotations
@@ -74,7 +76,10 @@ LOSSES: dict[str, tuple[tuple[str, ...], Callable]] = {
     "kl.k3": (REFERENCE, kl.k3),
     "kl.k3_k2_gradient": (REFERENCE, kl.k3_k2_gradient),
     "kl.unbiased": (("logp", "old_logp", "ref_logp", "mask"), kl.unbiased),
-    "constraint.penalty": (("logp", "rollout_logp", "mask"), functools.partial(constraint.penalty, multiplier=0.1)),
+    "constraint.penalty": (
+        ("logp", "rollout_logp", "mask"),
+        functools.partial(constraint.penalty, multiplier=0.1),
+    ),
     "constraint.shape + clipped": (MISMATCH, dc_grpo),
     "corrections.tis + clipped": (MISMATCH, corrected(corrections.tis())),
     "corrections.sequence_tis + clipped": (MISMATCH, corrected(corrections.sequence_tis())),
@@ -94,7 +99,9 @@ LOSSES: dict[str, tuple[tuple[str, ...], Callable]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--columns", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=15)
@@ -102,13 +109,19 @@ def main() -> None:
     options = parser.parse_args()
     keep_pages()
     if options.topology:
-        data, repeats = shapes(options.rows, options.columns, options.topology), 0
+        data = shapes(options.rows, options.columns, options.topology)
+        repeats = 0
     else:
-        data, repeats = inputs(options.rows, options.columns), options.repeats
+        data = inputs(options.rows, options.columns)
+        repeats = options.repeats
     place = options.topology or jax.devices()[0].device_kind
-    print(f"{options.rows} x {options.columns} on {place}, jax {jax.__version__}; x is the ratio to read")
+    print(
+        f"{options.rows} x {options.columns} on {place}, jax {jax.__version__}; x is the ratio to read"
+    )
     print(f"{'':36}{'time':>6}{'':18}{'time':>9}{'':6}{'bytes':>9}")
-    print(f"{'loss':36}{'read':>6}{'forward':>10}{'+back':>8}{'forward':>9}{'+back':>6}{'forward':>9}{'+back':>6}")
+    print(
+        f"{'loss':36}{'read':>6}{'forward':>10}{'+back':>8}{'forward':>9}{'+back':>6}{'forward':>9}{'+back':>6}"
+    )
     costly = []
     for name, (names, function) in LOSSES.items():
         figures = cost(function, [data[key] for key in names], repeats)
@@ -119,7 +132,8 @@ def main() -> None:
 
 
 def keep_pages() -> None:
-    """glibc hands large blocks back to the kernel, so that on CPU every run would first zero its pages again.
+    """glibc hands large blocks back to the kernel, so that on CPU every run would first zero its
+    pages again.
 
     It must come before any thread starts: the heaps of all but the first would end at 64 MB.
     """
@@ -145,17 +159,24 @@ def shapes(rows: int, columns: int, topology: str) -> dict[str, jax.ShapeDtypeSt
     device = topologies.get_topology_desc(topology, platform="tpu").devices[0]
     place = jax.sharding.SingleDeviceSharding(device)
     dtypes = [jnp.float32] * (len(NAMES) - 1) + [jnp.bool_]
-    return {name: jax.ShapeDtypeStruct((rows, columns), t, sharding=place) for name, t in zip(NAMES, dtypes)}
+    return {
+        name: jax.ShapeDtypeStruct((rows, columns), t, sharding=place)
+        for name, t in zip(NAMES, dtypes)
+    }
 
 
 def cost(function: Callable, arrays: list, repeats: int) -> list[float]:
-    """Milliseconds of read, forward, forward and backward; ratios of time to read; ratios of bytes to read."""
+    """Milliseconds of read, forward, forward and backward; ratios of time to read; ratios of bytes
+    to read.
+    """
 
     def value(*arrays):
         loss = function(*arrays)
         return reduce.token_mean(*(loss if isinstance(loss, tuple) else (loss, arrays[-1])))
 
-    programs = [jax.jit(f).lower(*arrays).compile() for f in (read, value, jax.value_and_grad(value))]
+    programs = [
+        jax.jit(f).lower(*arrays).compile() for f in (read, value, jax.value_and_grad(value))
+    ]
     once, forward, both = milliseconds(programs, arrays, repeats)
     touched = [program.cost_analysis()["bytes accessed"] for program in programs]
     ratios = [forward / once, both / once, touched[1] / touched[0], touched[2] / touched[0]]

@@ -1,8 +1,11 @@
 """Is the shorter of the two stages hidden? `taskset -c 0,1 python -m benchmarks.overlap`
 
-Two simulated CPU devices: one trains, one samples weights a step old. Prints the wall seconds (medians, interleaved) of an
-update alone, of a rollout with its rewards and packing alone, and of both in the order of the training loop. The devices share the
-cores, and XLA lets a stage that is alone use more than one; so both are also held against what the CPU seconds of the two
+Two simulated CPU devices: one trains, one samples weights a step old. Prints the wall seconds
+    (medians, interleaved) of an
+update alone, of a rollout with its rewards and packing alone, and of both in the order of the
+training loop. The devices share the
+cores, and XLA lets a stage that is alone use more than one; so both are also held against what the
+CPU seconds of the two
 stages take on all cores, below which nothing can be hidden.
 """
 
@@ -11,7 +14,9 @@ from __future__ import annotations
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false"
+)
 
 import argparse
 import dataclasses
@@ -25,36 +30,56 @@ import numpy as np
 
 from dcmdp_jax import config, step, sync, train
 
-SHAPE = config.ModelConfig(vocab_size=18, hidden_size=96, intermediate_size=256, num_layers=2, num_heads=6, num_kv_heads=3,
-                           head_dim=16)
+SHAPE = config.ModelConfig(
+    vocab_size=18,
+    hidden_size=96,
+    intermediate_size=256,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=3,
+    head_dim=16,
+)
 QUICKSTART = pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--slots", type=int, default=2, help="fewer make a rollout longer")
     args = parser.parse_args()
     written = config.load_experiment(str(QUICKSTART))
     run = dataclasses.replace(
-        written, model=config.ModelSource(shape=SHAPE), steps=2 * args.repeats, warmup=config.WarmupConfig(),
-        eval=config.EvalConfig(every=0), algorithm=dataclasses.replace(written.algorithm, minibatches=1),
-        rollout=dataclasses.replace(written.rollout, slots=args.slots, devices=1, staleness=1, precision=config.Precision()))
+        written,
+        model=config.ModelSource(shape=SHAPE),
+        steps=2 * args.repeats,
+        warmup=config.WarmupConfig(),
+        eval=config.EvalConfig(every=0),
+        algorithm=dataclasses.replace(written.algorithm, minibatches=1),
+        rollout=dataclasses.replace(
+            written.rollout, slots=args.slots, devices=1, staleness=1, precision=config.Precision()
+        ),
+    )
     (update, sample, both), cpu = np.median(seconds(run, args.repeats), axis=0).T
     cores = len(os.sched_getaffinity(0))
     least = max(sum(cpu[:2]) / cores, update, sample)
-    print(f"update alone {update:.3f} s ({cpu[0]:.3f} CPU s), rollout alone {sample:.3f} s ({cpu[1]:.3f}), both {both:.3f} s "
-          f"({cpu[2]:.3f}): {both / (update + sample):.2f} of the sum, {both / least:.2f} of the {least:.3f} s that {cores} cores "
-          "need for it")
+    print(
+        f"update alone {update:.3f} s ({cpu[0]:.3f} CPU s), rollout alone {sample:.3f} s ({cpu[1]:.3f}), both {both:.3f} s "
+        f"({cpu[2]:.3f}): {both / (update + sample):.2f} of the sum, {both / least:.2f} of the {least:.3f} s that {cores} cores "
+        "need for it"
+    )
 
 
 def seconds(run: config.Config, repeats: int) -> list[list[tuple[float, float]]]:
     """[repeats, 3, 2]: update, rollout, both; wall and CPU seconds."""
     inputs = train.read_inputs(run)
     state = train._start(run, inputs, pathlib.Path(), lambda: False)
-    update, engine = step.compile(run, inputs.model, inputs.mesh), train.make_engine(run, inputs)
+    update = step.compile(run, inputs.model, inputs.mesh)
+    engine = train.make_engine(run, inputs)
     to_engine = sync.make(inputs.model, run.rollout.precision, inputs.decode_mesh)
-    policy, found = to_engine(*step.sampled_from(state)), []
+    policy = to_engine(*step.sampled_from(state))
+    found = []
 
     def sample(number):
         return train._collect(run, inputs, engine, lambda: False, policy, number)
@@ -79,7 +104,8 @@ def seconds(run: config.Config, repeats: int) -> list[list[tuple[float, float]]]
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, float]:
-    started, spent = time.perf_counter(), time.process_time()
+    started = time.perf_counter()
+    spent = time.process_time()
     jax.block_until_ready(work())
     return time.perf_counter() - started, time.process_time() - spent
 

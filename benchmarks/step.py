@@ -1,10 +1,11 @@
 """What scoring and the constrained step cost: `python -m benchmarks.step`.
 
-16 completions of 64 + 192 tokens, in rows of 256 to 4,096 tokens and in 1 to 8 accumulated microbatches, of a small dense
-and a small Mixture-of-Experts model. All cells of a table run in turn, one of each a round. Printed are, for scoring and for
-the whole step, process CPU seconds where the device is a CPU (wall seconds elsewhere), useful GFLOP/s (real tokens, causal
-attention within segments, a head where a log-prob is asked for; a step is three passes), the time of a token beside the
-first line's, and what the compiled step holds at its peak.
+16 completions of 64 + 192 tokens, in rows of 256 to 4,096 tokens and in 1 to 8 accumulated
+microbatches, of a small dense and a small Mixture-of-Experts model. All cells of a table run in
+turn, one of each a round. Printed are, for scoring and for the whole step, process CPU seconds
+where the device is a CPU (wall seconds elsewhere), useful GFLOP/s (real tokens, causal attention
+within segments, a head where a log-prob is asked for; a step is three passes), the time of a token
+beside the first line's, and what the compiled step holds at its peak.
 
     taskset -c 0 python -m benchmarks.step
     python -m benchmarks.step --shape 0.6B --bfloat16 --repeats 3
@@ -21,20 +22,36 @@ import numpy as np
 
 from benchmarks.inference import SHAPES, SMALL, make_prompts, measure
 from dcmdp_jax import constraint, data, sharding, step
-from dcmdp_jax.config import AlgorithmConfig, Config, ConstraintConfig, DataConfig, ModelConfig, ModelSource, RolloutConfig
+from dcmdp_jax.config import (
+    AlgorithmConfig,
+    Config,
+    ConstraintConfig,
+    DataConfig,
+    ModelConfig,
+    ModelSource,
+    RolloutConfig,
+)
 from dcmdp_jax.losses import corrections, policy, reduce
-from dcmdp_jax.models import qwen3, scoring
+from dcmdp_jax.models import decoder
+from dcmdp_jax.models.kernels import scoring
 from dcmdp_jax.records import Rollout, Sampling, Scored, TrainState
 
-COUNT, PROMPT, NEW = 16, 64, 192
+COUNT = 16
+PROMPT = 64
+NEW = 192
 MOE = dataclasses.replace(SMALL, num_experts=16, experts_per_token=4, expert_size=192)
-ROWS, MICROBATCHES = (256, 512, 1024, 2048, 4096), (1, 2, 4, 8)
+ROWS = (256, 512, 1024, 2048, 4096)
+MICROBATCHES = (1, 2, 4, 8)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=[*SHAPES, "moe"], nargs="+", default=["small", "moe"])
-    parser.add_argument("--bfloat16", action="store_true", help="operands of products; parameters stay float32")
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="operands of products; parameters stay float32"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     for name in args.shape:
@@ -46,32 +63,59 @@ def main() -> None:
 def table(name: str, model: ModelConfig, cells: list[tuple[int, int]], repeats: int) -> None:
     """A line for each (row length, microbatches)."""
     tasks = [Task(model, *cell) for cell in cells]
-    seconds = measure([program for task in tasks for program in (task.score, task.update)], repeats).reshape(-1, 2)
+    seconds = measure(
+        [program for task in tasks for program in (task.score, task.update)], repeats
+    ).reshape(-1, 2)
     useful = flops(model) / 1e9
     for (length, microbatches), task, (score, update) in zip(cells, tasks, seconds, strict=True):
-        print(f"{name:6} rows of {length:4}, {microbatches} microbatches: "
-              f"score {score:6.3f} s {useful / score:6.1f} GF/s {score / seconds[0, 0]:.2f}x   "
-              f"step {update:6.3f} s {3 * useful / update:6.1f} GF/s {update / seconds[0, 1]:.2f}x   "
-              f"state {task.held[0] / 1e6:.0f} MB + {task.held[1] / 1e6:.0f} MB", flush=True)
+        print(
+            f"{name:6} rows of {length:4}, {microbatches} microbatches: "
+            f"score {score:6.3f} s {useful / score:6.1f} GF/s {score / seconds[0, 0]:.2f}x   "
+            f"step {update:6.3f} s {3 * useful / update:6.1f} GF/s {update / seconds[0, 1]:.2f}x   "
+            f"state {task.held[0] / 1e6:.0f} MB + {task.held[1] / 1e6:.0f} MB",
+            flush=True,
+        )
 
 
 class Task:
     """The completions packed, with a state of their own."""
 
     def __init__(self, model: ModelConfig, row_length: int, microbatches: int):
-        config, mesh = experiment(model, microbatches), sharding.single_device_mesh()
-        self.batch = jax.device_put(data.pack(completions(), minibatches=1, microbatches=microbatches, row_length=row_length))
-        params = jax.jit(partial(qwen3.init, config=model))(jax.random.key(0))
-        start = jax.jit(partial(step.init_state, config), out_shardings=step.state_shardings(config, model, mesh))
+        config = experiment(model, microbatches)
+        mesh = sharding.single_device_mesh()
+        self.batch = jax.device_put(
+            data.pack(
+                completions(), minibatches=1, microbatches=microbatches, row_length=row_length
+            )
+        )
+        params = jax.jit(partial(decoder.init, config=model))(jax.random.key(0))
+        start = jax.jit(
+            partial(step.init_state, config),
+            out_shardings=step.state_shardings(config, model, mesh),
+        )
         self.state: TrainState = start(params)
         self.compiled = step.compile(config, model, mesh).lower(self.state, self.batch).compile()
         memory = self.compiled.memory_analysis()
         self.held = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-        self.logp = jax.jit(lambda params, batch: jax.lax.map(lambda micro: scoring.packed_logp(
-            params, micro.tokens, micro.positions, micro.segment_ids, micro.index, model, 1.0)[0], batch))
+        self.logp = jax.jit(
+            lambda params, batch: jax.lax.map(
+                lambda micro: scoring.packed_logp(
+                    params,
+                    micro.tokens,
+                    micro.positions,
+                    micro.segment_ids,
+                    micro.index,
+                    model,
+                    1.0,
+                )[0],
+                batch,
+            )
+        )
 
     def score(self) -> None:
-        jax.block_until_ready(self.logp(self.state.params, jax.tree.map(lambda x: x[0], self.batch)))
+        jax.block_until_ready(
+            self.logp(self.state.params, jax.tree.map(lambda x: x[0], self.batch))
+        )
 
     def update(self) -> None:
         self.state, _ = jax.block_until_ready(self.compiled(self.state, self.batch))
@@ -81,29 +125,47 @@ def completions() -> Scored:
     rng = np.random.default_rng(0)
     tokens = rng.integers(2, 4000, (COUNT, NEW)).astype(np.int32)
     made = dict.fromkeys(Rollout._fields) | {
-        "prompts": make_prompts(np.full(COUNT, PROMPT)), "tokens": tokens, "lengths": np.full(COUNT, NEW, np.int32),
+        "prompts": make_prompts(np.full(COUNT, PROMPT)),
+        "tokens": tokens,
+        "lengths": np.full(COUNT, NEW, np.int32),
         "rollout_logp": np.full((COUNT, NEW), -8.3, np.float32),
-        "kept": np.ones((COUNT, NEW), np.float32), "sampling": Sampling()}
+        "kept": np.ones((COUNT, NEW), np.float32),
+        "sampling": Sampling(),
+    }
     return Scored(Rollout(**made), rng.normal(size=COUNT).astype(np.float32), ("",) * COUNT)
 
 
 def experiment(model: ModelConfig, microbatches: int) -> Config:
     return Config(
-        name="step", model=ModelSource(shape=model), steps=1,
+        name="step",
+        model=ModelSource(shape=model),
+        steps=1,
         data=DataConfig(path="-", verifier=lambda example, text: 0.0, prompts_per_step=COUNT),
         rollout=RolloutConfig(samples=1, max_tokens=NEW),
-        algorithm=AlgorithmConfig(advantage=lambda reward, group, num_groups: reward, reduce=reduce.token_mean,
-                                  surrogate=corrections.decoupled(policy.clipped), microbatches=microbatches),
-        constraint=ConstraintConfig(constraint.shape, constraint.projected_ascent, tolerance=0.01))
+        algorithm=AlgorithmConfig(
+            advantage=lambda reward, group, num_groups: reward,
+            reduce=reduce.token_mean,
+            surrogate=corrections.decoupled(policy.clipped),
+            microbatches=microbatches,
+        ),
+        constraint=ConstraintConfig(constraint.shape, constraint.projected_ascent, tolerance=0.01),
+    )
 
 
 def flops(model: ModelConfig) -> float:
     """Of one useful forward pass: two for each multiplication of real tokens."""
     heads = model.num_heads * model.head_dim
     attention = 2 * model.hidden_size * (heads + model.num_kv_heads * model.head_dim)
-    dense, sparse = (3 * model.hidden_size * size for size in (model.intermediate_size,
-                                                              (model.expert_size or 0) * (model.experts_per_token or 0)))
-    layers = sum(attention + (sparse if model.is_sparse(i) else dense) for i in range(model.num_layers))
+    dense, sparse = (
+        3 * model.hidden_size * size
+        for size in (
+            model.intermediate_size,
+            (model.expert_size or 0) * (model.experts_per_token or 0),
+        )
+    )
+    layers = sum(
+        attention + (sparse if model.is_sparse(i) else dense) for i in range(model.num_layers)
+    )
     length = PROMPT + NEW
     pairs = model.num_layers * 2 * heads * length * (length + 1) / 2
     return 2.0 * COUNT * (length * layers + pairs + NEW * model.hidden_size * model.vocab_size)

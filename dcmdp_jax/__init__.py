@@ -1,3 +1,5 @@
-"""Discrepancy-constrained reinforcement learning of language models in JAX. Import the module you mean."""
+"""Discrepancy-constrained reinforcement learning of language models in JAX. Import the module you
+mean.
+"""
 
 __version__ = "0.1.0"

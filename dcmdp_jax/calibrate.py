@@ -1,4 +1,6 @@
-"""The tolerance measured, not copied: the floor of delta at fixed weights, in the run's own engine and trainer."""
+"""The tolerance measured, not copied: the floor of delta at fixed weights, in the run's own engine
+and trainer.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +21,42 @@ from dcmdp_jax.records import Batch
 
 FILE = "calibration.json"
 RECORDED = {"slack": fields.NUMBER, "batches": fields.WHOLE, "tolerance": fields.NUMBER}
-FIRST = 2**30  # number of the first batch: no step's, so that calibration shares no key with training
+# number of the first batch: no step's, so that calibration shares no key with training
+FIRST = 2**30
 DIGITS = 4  # of a tolerance: its error is far larger
 
 
-def floor(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh, params: Any, batches: Iterable[Batch],
-          slack: float) -> Calibration:
+def floor(
+    config: Config,
+    model: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    params: Any,
+    batches: Iterable[Batch],
+    slack: float,
+) -> Calibration:
     """`constraint.calibrate_tolerance` of batches that an engine with the weights `params` sampled.
 
     Raises ValueError where the engine gave no token a finite log-prob.
     """
-    places, whole = step.state_shardings(config, model, mesh).params, sharding.replicated(mesh)
-    measured = jax.jit(sharding.over(mesh, partial(_measure, config=config, model=model)),
-                       in_shardings=(places, step.batch_shardings(config, mesh)), out_shardings=whole)
+    places = step.state_shardings(config, model, mesh).params
+    whole = sharding.replicated(mesh)
+    measured = jax.jit(
+        sharding.over(mesh, partial(_measure, config=config, model=model)),
+        in_shardings=(places, step.batch_shardings(config, mesh)),
+        out_shardings=whole,
+    )
     sums, counts = zip(*(map(float, measured(params, batch)) for batch in batches))
     found = constraint.calibrate_tolerance(np.array(sums), np.array(counts), slack=slack)
     if not found.batches:
-        raise ValueError("the engine reported no finite log-prob for any token, so there is no floor of delta to measure")
+        raise ValueError(
+            "the engine reported no finite log-prob for any token, so there is no floor of delta to measure"
+        )
     return found
 
 
-def _measure(params: Any, batch: Batch, *, config: Config, model: ModelConfig) -> tuple[jax.Array, jax.Array]:
+def _measure(
+    params: Any, batch: Batch, *, config: Config, model: ModelConfig
+) -> tuple[jax.Array, jax.Array]:
     old_logp, _ = step.score(params, batch, config, model)
     flat = (x.reshape(-1, x.shape[-1]) for x in (old_logp, batch.rollout_logp, batch.mask))
     return constraint.measure(*flat)
@@ -51,29 +68,45 @@ def tolerance(found: Calibration) -> float:
 
 
 def tolerance_error(found: Calibration, slack: float) -> float:
-    """Standard error of c = max(floor (1 + slack), floor + 3 s), s the floor's standard error over K batches.
+    """Standard error of c = max(floor (1 + slack), floor + 3 s), s the floor's standard error over
+    K batches.
 
-    (1 + slack) s where the slack decides, else s sqrt(1 + 9 / (2 (K - 1))), for s is itself known to s / sqrt(2 (K - 1)).
+    (1 + slack) s where the slack decides, else s sqrt(1 + 9 / (2 (K - 1))), for s is itself known
+    to s / sqrt(2 (K - 1)).
     """
-    error, batches = float(found.std_error), float(found.batches)
+    error = float(found.std_error)
+    batches = float(found.batches)
     if slack * float(found.floor) >= 3 * error:
         return (1 + slack) * error
     return error * math.sqrt(1 + 9 / (2 * max(batches - 1, 1)))
 
 
 def text(found: Calibration, slack: float) -> str:
-    """The floor and the tolerance with their standard errors, and how the one follows from the other."""
+    """The floor and the tolerance with their standard errors, and how the one follows from the
+    other.
+    """
     level, error, _, batches = map(float, found)
-    rule = f"floor x {1 + slack:g}" if slack * level >= 3 * error else "floor + 3 standard errors; more batches narrow it"
-    return (f"floor of delta  {level:.{DIGITS}g} ± {error:.1g}  ({batches:.0f} batches at fixed weights)\n"
-            f"tolerance       {tolerance(found):g} ± {tolerance_error(found, slack):.1g}  ({rule})")
+    rule = (
+        f"floor x {1 + slack:g}"
+        if slack * level >= 3 * error
+        else "floor + 3 standard errors; more batches narrow it"
+    )
+    return (
+        f"floor of delta  {level:.{DIGITS}g} ± {error:.1g}  ({batches:.0f} batches at fixed weights)\n"
+        f"tolerance       {tolerance(found):g} ± {tolerance_error(found, slack):.1g}  ({rule})"
+    )
 
 
 def write(found: Calibration, wanted: Calibrated, workdir: pathlib.Path) -> None:
     """Records in `workdir` what a run measured and which tolerance it uses from now on."""
-    record = {"slack": wanted.slack, "batches": wanted.batches, "floor": float(found.floor),
-              "floor_std_error": float(found.std_error), "tolerance": tolerance(found),
-              "tolerance_std_error": tolerance_error(found, wanted.slack)}
+    record = {
+        "slack": wanted.slack,
+        "batches": wanted.batches,
+        "floor": float(found.floor),
+        "floor_std_error": float(found.std_error),
+        "tolerance": tolerance(found),
+        "tolerance_std_error": tolerance_error(found, wanted.slack),
+    }
     (workdir / FILE).write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -92,7 +125,9 @@ def read(workdir: pathlib.Path) -> dict[str, float]:
 
 
 def wanted(config: Config, workdir: pathlib.Path) -> Calibrated:
-    """What the experiment asks for, else what the run in `workdir` was measured with, else the defaults."""
+    """What the experiment asks for, else what the run in `workdir` was measured with, else the
+    defaults.
+    """
     if isinstance(config.constraint.tolerance, Calibrated):
         return config.constraint.tolerance
     if (workdir / FILE).is_file():
@@ -102,12 +137,17 @@ def wanted(config: Config, workdir: pathlib.Path) -> Calibrated:
 
 
 def recalled(config: Config, workdir: pathlib.Path) -> Config:
-    """`config` with the tolerance that the run in `workdir` measured at its start, if there is such a run."""
-    wanted, file = config.constraint.tolerance, workdir / FILE
+    """`config` with the tolerance that the run in `workdir` measured at its start, if there is such
+    a run.
+    """
+    wanted = config.constraint.tolerance
+    file = workdir / FILE
     if not (isinstance(wanted, Calibrated) and checkpoint.steps(workdir) and file.is_file()):
         return config
     record = read(workdir)
     if (record["slack"], record["batches"]) != (wanted.slack, wanted.batches):
-        raise ValueError(f"{workdir} holds a run calibrated with slack={record['slack']} and batches={record['batches']}, "
-                         f"not {wanted.slack} and {wanted.batches}; choose another --workdir, or the old values")
+        raise ValueError(
+            f"{workdir} holds a run calibrated with slack={record['slack']} and batches={record['batches']}, "
+            f"not {wanted.slack} and {wanted.batches}; choose another --workdir, or the old values"
+        )
     return with_tolerance(config, record["tolerance"])

@@ -1,7 +1,8 @@
 """What a run is: frozen dataclasses, each default in one place.
 
 An experiment is a Python file holding one `CONFIG = Config(...)`. Functions are passed as functions
-(`policy_loss=losses.policy.clipped`), never by name. The command line overrides scalar fields by dotted name.
+(`policy_loss=losses.policy.clipped`), never by name. The command line overrides scalar fields by
+dotted name.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ LARGEST_FLOAT = 3e38  # of the others, held as float32
 
 @dataclass(frozen=True)
 class Yarn:
-    """YaRN context extension of RoPE (arXiv 2309.00071), the fields of a Hugging Face `rope_scaling` of type `yarn`."""
+    """YaRN context extension of RoPE (arXiv 2309.00071), the fields of a Hugging Face
+    `rope_scaling` of type `yarn`.
+    """
 
     factor: float
     original_max_position: int
@@ -68,31 +71,56 @@ class ModelConfig:
     mlp_only_layers: tuple[int, ...] = ()
     bfloat16: bool = False  # compute in bfloat16; norms, softmax, router and log-probs stay float32
     remat: bool = False  # recompute each layer in the backward pass
-    remat_policy: Callable | None = None  # of what is kept all the same, as jax.checkpoint_policies.dots_saveable; None: nothing
+    # of what is kept all the same, as jax.checkpoint_policies.dots_saveable; None: nothing
+    remat_policy: Callable | None = None
     expert_parts: int = 0  # devices that an expert's columns are split over; the engine says so
 
     def is_sparse(self, layer: int) -> bool:
         """Whether layer `layer` routes to experts (Hugging Face's rule for Qwen3-MoE)."""
-        return self.num_experts > 0 and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
+        return (
+            self.num_experts > 0
+            and layer not in self.mlp_only_layers
+            and (layer + 1) % self.decoder_sparse_step == 0
+        )
 
     def __post_init__(self):
-        sizes = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_heads",
-                               "num_kv_heads", "head_dim", "max_position", "decoder_sparse_step"),
-                              (1, 2**24))
+        sizes = dict.fromkeys(
+            (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_heads",
+                "num_kv_heads",
+                "head_dim",
+                "max_position",
+                "decoder_sparse_step",
+            ),
+            (1, 2**24),
+        )
         sizes |= dict.fromkeys(("num_experts", "experts_per_token", "expert_parts"), (0, 2**16))
-        sizes |= {"expert_size": (1 if self.num_experts else 0, 2**24), "num_layers": (1, 1000),
-                  "rope_theta": (1, LARGEST_FLOAT), "rms_norm_eps": (0, 1)}
+        sizes |= {
+            "expert_size": (1 if self.num_experts else 0, 2**24),
+            "num_layers": (1, 1000),
+            "rope_theta": (1, LARGEST_FLOAT),
+            "rms_norm_eps": (0, 1),
+        }
         for name, (low, high) in sizes.items():
             _check_number(f"model: {name}", getattr(self, name), low, high)
         if not self.rms_norm_eps > 0:
-            raise ValueError("model: rms_norm_eps=0 divides a vector of zeros by zero; set a small "
-                             "number such as 1e-6")
+            raise ValueError(
+                "model: rms_norm_eps=0 divides a vector of zeros by zero; set a small "
+                "number such as 1e-6"
+            )
         if self.head_dim % 2:
             raise ValueError(f"model: head_dim={self.head_dim} must be even, for RoPE turns pairs")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"model: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+            raise ValueError(
+                f"model: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
+            )
         if self.num_experts and not 0 < self.experts_per_token <= self.num_experts:
-            raise ValueError(f"model: experts_per_token={self.experts_per_token} must lie in 1..{self.num_experts}")
+            raise ValueError(
+                f"model: experts_per_token={self.experts_per_token} must lie in 1..{self.num_experts}"
+            )
 
 
 @dataclass(frozen=True)
@@ -127,7 +155,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; the product is the number of devices. fsdp=0 takes what the others leave."""
+    """Devices along each axis; the product is the number of devices. fsdp=0 takes what the others
+    leave.
+    """
 
     data: int = 1
     fsdp: int = 0
@@ -140,10 +170,15 @@ class MeshConfig:
 class Precision:
     """What the engine holds and multiplies in; "" is what the trainer has."""
 
-    weights: str = "float32"  # projections and experts: float32, bfloat16, int8, int4, float8_e4m3fn, float8_e5m2 or nf4
-    group: int = 0  # weights that share a scale: 0 an output channel's, -1 the tensor's, n: n inputs' of an output channel
+    # projections and experts: float32, bfloat16, int8, int4, float8_e4m3fn, float8_e5m2 or nf4
+    weights: str = "float32"
+    # weights that share a scale: 0 an output channel's, -1 the tensor's, n: n inputs' of an output
+    # channel
+    group: int = 0
     activations: str = ""  # what enters the projections: int8 or float8_e4m3fn, one scale a token
-    cache: str = ""  # keys and values: float32, bfloat16, or int8 or float8_e4m3fn with one scale a position and head
+    # keys and values: float32, bfloat16, or int8 or float8_e4m3fn with one scale a position and
+    # head
+    cache: str = ""
     embed: str = ""  # as `weights`, one scale a token of the vocabulary; so is the head
     head: str = ""
     router: str = ""  # float32 or bfloat16; so are the norms
@@ -161,14 +196,21 @@ class RolloutConfig:
     top_k: int = 0  # see records.Sampling for this and the next two
     top_p: float = 1.0
     min_p: float = 0.0
-    stop_strings: tuple[str, ...] = ()  # texts that end a completion, beside the tokenizer's stop tokens
+    # texts that end a completion, beside the tokenizer's stop tokens
+    stop_strings: tuple[str, ...] = ()
     precision: Precision = Precision()
-    staleness: int = 0  # constrained steps by which the weights that sample are older than those that train
+    # constrained steps by which the weights that sample are older than those that train
+    staleness: int = 0
     slots: int = 64  # sequences decoded together, by all processes
     tokens_per_dispatch: int = 16  # K
-    devices: int = 0  # the last n (of each process its share) sample, the others train; all, or -1: both; 0: both, on one mesh
-    mesh: MeshConfig = MeshConfig()  # of the sampling devices of each process, where `devices` is not 0
-    one_engine: bool = False  # one engine over the devices of all processes, in step with each other; `mesh` is theirs together
+    # the last n (of each process its share) sample, the others train; all, or -1: both; 0: both, on
+    # one mesh
+    devices: int = 0
+    # of the sampling devices of each process, where `devices` is not 0
+    mesh: MeshConfig = MeshConfig()
+    # one engine over the devices of all processes, in step with each other; `mesh` is theirs
+    # together
+    one_engine: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,14 +218,17 @@ class AlgorithmConfig:
     """From rewards to a gradient, and how it is applied."""
 
     advantage: Callable  # (reward [N], group [N], *, num_groups) -> [N]
-    surrogate: Callable  # (logp, old_logp, rollout_logp, advantage, mask) -> loss [N, T], denominator mask [N, T]
+    # (logp, old_logp, rollout_logp, advantage, mask) -> loss [N, T], denominator mask [N, T]
+    surrogate: Callable
     reduce: Callable  # (loss, mask) -> scalar, linear in the loss
-    optimizer: Callable | None = None  # (AlgorithmConfig) -> optimizers.Optimizer; None: optimizers.adamw
+    # (AlgorithmConfig) -> optimizers.Optimizer; None: optimizers.adamw
+    optimizer: Callable | None = None
     minibatches: int = 1  # M optimizer updates per rollout batch and epoch
     microbatches: int = 1  # A gradients accumulated per update
     epochs: int = 1
     row_length: int = 0  # S of the packed rows; 0: max_prompt_tokens + max_tokens
-    replay_routing: bool = False  # the trainer sends tokens to the experts that the engine sent them to (arXiv 2510.11370)
+    # the trainer sends tokens to the experts that the engine sent them to (arXiv 2510.11370)
+    replay_routing: bool = False
     learning_rate: float = 1e-6
     lr_warmup_steps: int = 0
     beta1: float = 0.9
@@ -196,7 +241,9 @@ class AlgorithmConfig:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A tolerance measured by the run itself, at its starting weights: see `constraint.calibrate_tolerance`."""
+    """A tolerance measured by the run itself, at its starting weights: see
+    `constraint.calibrate_tolerance`.
+    """
 
     slack: float = 0.2  # over the floor
     batches: int = 4  # rollout batches that measure it
@@ -206,9 +253,12 @@ class Calibrated:
 class ConstraintConfig:
     """max E[reward] s.t. E[delta] <= tolerance, through the multiplier."""
 
-    shape: Callable | None  # (advantage, old_logp, rollout_logp, multiplier, tolerance, mask) -> [N, T]; None: advantages stay
+    # (advantage, old_logp, rollout_logp, multiplier, tolerance, mask) -> [N, T]; None: advantages
+    # stay
+    shape: Callable | None
     dual: Callable  # (dual_lr, multiplier_init, multiplier_max) -> constraint.Controller
-    tolerance: float | Calibrated  # c; `Calibrated(slack=0.2)` has the run measure it before its first step
+    # c; `Calibrated(slack=0.2)` has the run measure it before its first step
+    tolerance: float | Calibrated
     dual_lr: float = 1.0
     multiplier_init: float = 0.1
     multiplier_max: float = 1.0
@@ -219,7 +269,9 @@ class ConstraintConfig:
 
 @dataclass(frozen=True)
 class WarmupConfig:
-    """Supervised steps on the task's own solutions, before reinforcement learning; 0 steps leaves it out."""
+    """Supervised steps on the task's own solutions, before reinforcement learning; 0 steps leaves
+    it out.
+    """
 
     steps: int = 0
     batch_size: int = 128
@@ -267,23 +319,40 @@ class Config:
 RANGES: dict[str, tuple[float, float]] = {
     "steps": (1, 2**30 - 1),  # later numbers are those of the batches that calibrate
     "seed": (0, 2**32 - 1),
-    "data.prompts_per_step": (1, 2**20), "data.max_prompt_tokens": (1, 2**24),
-    "rollout.samples": (1, 2**20), "rollout.max_tokens": (1, 2**24), "rollout.slots": (1, 2**16),
-    "rollout.tokens_per_dispatch": (1, 2**12), "rollout.temperature": (1e-6, 1e6),
+    "data.prompts_per_step": (1, 2**20),
+    "data.max_prompt_tokens": (1, 2**24),
+    "rollout.samples": (1, 2**20),
+    "rollout.max_tokens": (1, 2**24),
+    "rollout.slots": (1, 2**16),
+    "rollout.tokens_per_dispatch": (1, 2**12),
+    "rollout.temperature": (1e-6, 1e6),
     "rollout.top_k": (0, LARGEST),
-    "rollout.precision.group": (-1, 2**24), "rollout.precision.experts_per_token": (0, 2**16),
+    "rollout.precision.group": (-1, 2**24),
+    "rollout.precision.experts_per_token": (0, 2**16),
     "rollout.staleness": (0, 16),  # each is a copy of the parameters
-    "algorithm.minibatches": (1, 2**20), "algorithm.microbatches": (1, 2**20),
+    "algorithm.minibatches": (1, 2**20),
+    "algorithm.microbatches": (1, 2**20),
     "algorithm.epochs": (1, 2**20),
-    "algorithm.row_length": (0, 2**24), "algorithm.learning_rate": (0, LARGEST_FLOAT),
-    "algorithm.lr_warmup_steps": (0, 2**30), "algorithm.weight_decay": (0, LARGEST_FLOAT),
-    "algorithm.grad_clip": (0, LARGEST_FLOAT), "algorithm.max_skipped": (0, LARGEST),
-    "warmup.steps": (0, 2**30), "warmup.batch_size": (1, 2**20),
+    "algorithm.row_length": (0, 2**24),
+    "algorithm.learning_rate": (0, LARGEST_FLOAT),
+    "algorithm.lr_warmup_steps": (0, 2**30),
+    "algorithm.weight_decay": (0, LARGEST_FLOAT),
+    "algorithm.grad_clip": (0, LARGEST_FLOAT),
+    "algorithm.max_skipped": (0, LARGEST),
+    "warmup.steps": (0, 2**30),
+    "warmup.batch_size": (1, 2**20),
     "warmup.learning_rate": (0, LARGEST_FLOAT),
-    "eval.every": (0, 2**30), "eval.prompts": (0, 2**16), "eval.temperature": (1e-6, 1e6),
-    "checkpoint.every": (0, 2**30), "checkpoint.keep": (1, 2**20),
-    **{f"{mesh}.{axis}": (0 if axis == "fsdp" else 1, 2**20) for mesh in ("mesh", "rollout.mesh")
-       for axis in ("data", "fsdp", "expert", "sequence", "tensor")}}
+    "eval.every": (0, 2**30),
+    "eval.prompts": (0, 2**16),
+    "eval.temperature": (1e-6, 1e6),
+    "checkpoint.every": (0, 2**30),
+    "checkpoint.keep": (1, 2**20),
+    **{
+        f"{mesh}.{axis}": (0 if axis == "fsdp" else 1, 2**20)
+        for mesh in ("mesh", "rollout.mesh")
+        for axis in ("data", "fsdp", "expert", "sequence", "tensor")
+    },
+}
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
@@ -309,7 +378,9 @@ def _check_numbers(config: Config) -> None:
 
 def _validate(config: Config) -> None:
     """Refuses what can be refused from the configuration alone."""
-    data, rollout, algorithm = config.data, config.rollout, config.algorithm
+    data = config.data
+    rollout = config.rollout
+    algorithm = config.algorithm
     if not config.name:
         raise ValueError("name is empty; it names the run's folder")
     _check_numbers(config)
@@ -321,35 +392,61 @@ def _validate(config: Config) -> None:
     if completions % parts:
         raise ValueError(
             f"data.prompts_per_step * rollout.samples = {completions} completions do not divide into "
-            f"algorithm.minibatches * algorithm.microbatches = {parts} parts")
+            f"algorithm.minibatches * algorithm.microbatches = {parts} parts"
+        )
     row = data.max_prompt_tokens + rollout.max_tokens
     if algorithm.row_length and algorithm.row_length < row:
-        raise ValueError(f"algorithm.row_length={algorithm.row_length} is shorter than one prompt and completion "
-                         f"(data.max_prompt_tokens + rollout.max_tokens = {row})")
+        raise ValueError(
+            f"algorithm.row_length={algorithm.row_length} is shorter than one prompt and completion "
+            f"(data.max_prompt_tokens + rollout.max_tokens = {row})"
+        )
     if rollout.devices < -1:
-        raise ValueError(f"rollout.devices={rollout.devices} must be a number of devices, or -1 for all")
+        raise ValueError(
+            f"rollout.devices={rollout.devices} must be a number of devices, or -1 for all"
+        )
     if not all(rollout.stop_strings):
-        raise ValueError("rollout.stop_strings holds an empty text, which would end every completion; leave it out")
+        raise ValueError(
+            "rollout.stop_strings holds an empty text, which would end every completion; leave it out"
+        )
     if not rollout.devices and rollout.mesh != MeshConfig():
-        raise ValueError("rollout.mesh lays out rollout.devices of their own; set rollout.devices, or leave the mesh out")
+        raise ValueError(
+            "rollout.mesh lays out rollout.devices of their own; set rollout.devices, or leave the mesh out"
+        )
     if not 0 < rollout.top_p <= 1 or not 0 <= rollout.min_p < 1:
-        raise ValueError(f"rollout.top_p={rollout.top_p} must lie in (0, 1] and rollout.min_p={rollout.min_p} in [0, 1)")
+        raise ValueError(
+            f"rollout.top_p={rollout.top_p} must lie in (0, 1] and rollout.min_p={rollout.min_p} in [0, 1)"
+        )
     dual = config.constraint
     measured = dual.tolerance if isinstance(dual.tolerance, Calibrated) else None
     if measured and (measured.slack < 0 or measured.batches < 2):
-        raise ValueError(f"constraint.tolerance={measured} needs slack >= 0 and batches >= 2, for its standard error")
-    if not measured and dual.tolerance < 0 or dual.dual_lr < 0 or not 0 <= dual.multiplier_init <= dual.multiplier_max:
-        raise ValueError("constraint needs tolerance >= 0, dual_lr >= 0 and 0 <= multiplier_init <= multiplier_max")
+        raise ValueError(
+            f"constraint.tolerance={measured} needs slack >= 0 and batches >= 2, for its standard error"
+        )
+    if (
+        not measured
+        and dual.tolerance < 0
+        or dual.dual_lr < 0
+        or not 0 <= dual.multiplier_init <= dual.multiplier_max
+    ):
+        raise ValueError(
+            "constraint needs tolerance >= 0, dual_lr >= 0 and 0 <= multiplier_init <= multiplier_max"
+        )
     if config.eval.every and config.eval.prompts < 1:
-        raise ValueError(f"eval.prompts={config.eval.prompts} must be at least 1; eval.every=0 leaves evaluation out")
+        raise ValueError(
+            f"eval.prompts={config.eval.prompts} must be at least 1; eval.every=0 leaves evaluation out"
+        )
     if not (data.path or data.task):
-        raise ValueError("data.path names no file and the experiment has no data.task; give --data.path FILE")
+        raise ValueError(
+            "data.path names no file and the experiment has no data.task; give --data.path FILE"
+        )
 
 
 def override(config: Config, changes: dict[str, str]) -> Config:
-    """Replaces scalar fields by dotted name, e.g. `{"constraint.tolerance": "0.01"}`, converted to the field's type.
+    """Replaces scalar fields by dotted name, e.g. `{"constraint.tolerance": "0.01"}`, converted to
+    the field's type.
 
-    Raises ValueError on a name that does not exist (with the nearest one) or a value that does not fit.
+    Raises ValueError on a name that does not exist (with the nearest one) or a value that does not
+    fit.
     """
     names = scalar_fields(config)
     for name in changes:
@@ -357,7 +454,9 @@ def override(config: Config, changes: dict[str, str]) -> Config:
             raise ValueError(_unknown(name, list(names)))
     for name in changes:
         if other := next((other for other in changes if other.startswith(f"{name}.")), None):
-            raise ValueError(f"--{name} gives a number, which leaves nothing to --{other}; set one of them")
+            raise ValueError(
+                f"--{name} gives a number, which leaves nothing to --{other}; set one of them"
+            )
     values = {name: _convert(name, text, names[name]) for name, text in changes.items()}
     return _replace(config, {tuple(name.split(".")): value for name, value in values.items()})
 
@@ -367,7 +466,8 @@ def scalar_fields(config: Any, prefix: str = "") -> dict[str, type]:
     hints = typing.get_type_hints(type(config))
     found = {}
     for item in dataclasses.fields(config):
-        value, name = getattr(config, item.name), prefix + item.name
+        value = getattr(config, item.name)
+        name = prefix + item.name
         if dataclasses.is_dataclass(value):
             found |= scalar_fields(value, name + ".")
         if hints[item.name] in (int, float, bool, str):
@@ -379,11 +479,16 @@ def scalar_fields(config: Any, prefix: str = "") -> dict[str, type]:
 
 def with_tolerance(config: Config, tolerance: float) -> Config:
     """The same run with that tolerance."""
-    return dataclasses.replace(config, constraint=dataclasses.replace(config.constraint, tolerance=tolerance))
+    return dataclasses.replace(
+        config, constraint=dataclasses.replace(config.constraint, tolerance=tolerance)
+    )
 
 
 def recorded(config: Config, record: dict) -> Config:
-    """`config` with the scalar fields of a run's `config.json`, so that a resumption need not repeat its options."""
+    """`config` with the scalar fields of a run's `config.json`, so that a resumption need not
+    repeat its options.
+    """
+
     def lookup(name: str) -> Any:
         value = record
         for part in name.split("."):
@@ -391,19 +496,24 @@ def recorded(config: Config, record: dict) -> Config:
         return value
 
     found = {name: lookup(name) for name in scalar_fields(config)}
-    return override(config, {name: str(value) for name, value in found.items() if value is not None})
+    return override(
+        config, {name: str(value) for name, value in found.items() if value is not None}
+    )
 
 
 def read_record(workdir: pathlib.Path) -> dict:
     """A run's `config.json`. Raises ValueError, with the remedy, where it is gone or damaged."""
     file = workdir / RECORD
-    remedy = ("put a copy back; one is written where the command that began the run, with its "
-              "options, is started in another --workdir")
+    remedy = (
+        "put a copy back; one is written where the command that began the run, with its "
+        "options, is started in another --workdir"
+    )
     try:
         return jsonfile.read_object(file)
     except FileNotFoundError:
-        raise ValueError(f"{file} is gone, so that what the run was made with is not known; "
-                         f"{remedy}") from None
+        raise ValueError(
+            f"{file} is gone, so that what the run was made with is not known; {remedy}"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{error}; {remedy}") from None
 
@@ -454,12 +564,17 @@ def to_json(config: Any) -> Any:
     """The resolved configuration as plain JSON values; functions appear by their qualified names."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         kind = {} if type(config).__module__ == __name__ else {"type": type(config).__qualname__}
-        return kind | {item.name: to_json(getattr(config, item.name)) for item in dataclasses.fields(config)}
+        return kind | {
+            item.name: to_json(getattr(config, item.name)) for item in dataclasses.fields(config)
+        }
     if isinstance(config, (list, tuple)):
         return [to_json(item) for item in config]
     if isinstance(config, functools.partial):
-        return {"function": to_json(config.func), "args": to_json(config.args),
-                **{key: to_json(value) for key, value in config.keywords.items()}}
+        return {
+            "function": to_json(config.func),
+            "args": to_json(config.args),
+            **{key: to_json(value) for key, value in config.keywords.items()},
+        }
     if hasattr(config, "__qualname__"):
         return f"{config.__module__}.{config.__qualname__}"
     return config if isinstance(config, (int, float, bool, str, type(None))) else repr(config)
@@ -471,7 +586,9 @@ def differences(before: Any, now: Any, prefix: str = "") -> dict[str, tuple[Any,
         return {} if before == now else {prefix: (before, now)}
     found = {}
     for name in sorted(before.keys() | now.keys()):
-        found |= differences(before.get(name), now.get(name), f"{prefix}.{name}" if prefix else name)
+        found |= differences(
+            before.get(name), now.get(name), f"{prefix}.{name}" if prefix else name
+        )
     return found
 
 
@@ -498,8 +615,10 @@ def run_file(path: str, kind: str) -> dict[str, Any]:
     try:
         return runpy.run_path(str(file))
     except ModuleNotFoundError as error:
-        raise ValueError(f"{kind} {path} imports {error.name!r}, which is neither in its folder nor installed "
-                         "(requirements.txt has what dcmdp_jax itself needs)") from error
+        raise ValueError(
+            f"{kind} {path} imports {error.name!r}, which is neither in its folder nor installed "
+            "(requirements.txt has what dcmdp_jax itself needs)"
+        ) from error
     except (Exception, SystemExit) as error:
         raise ValueError(f"{kind} {path} fails at {faults.described(error)}") from error
 
@@ -507,7 +626,9 @@ def run_file(path: str, kind: str) -> dict[str, Any]:
 def _replace(config: Any, changes: dict[tuple[str, ...], Any]) -> Any:
     own = {path[0]: value for path, value in changes.items() if len(path) == 1}
     for name in {path[0] for path in changes if len(path) > 1}:
-        nested = {path[1:]: value for path, value in changes.items() if path[0] == name and len(path) > 1}
+        nested = {
+            path[1:]: value for path, value in changes.items() if path[0] == name and len(path) > 1
+        }
         own[name] = _replace(getattr(config, name), nested)
     return dataclasses.replace(config, **own)
 

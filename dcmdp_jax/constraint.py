@@ -1,16 +1,23 @@
 """The discrepancy constraint: both ends of the multiplier.
 
-max E[reward]  s.t.  E[delta] <= c,  delta_t = |pi_train(o_t | s_t) - pi_infer(o_t | s_t)|. Here are the measurement of
-delta, the places where the multiplier acts (`shape`, `penalty`), the controllers that update it, the calibration of c.
+max E[reward]  s.t.  E[delta] <= c,  delta_t = |pi_train(o_t | s_t) - pi_infer(o_t | s_t)|. Here are
+the measurement of delta, the places where the multiplier acts (`shape`, `penalty`), the controllers
+that update it, the calibration of c.
 
-Notation: `old_logp` is the trainer's own log-prob at the weights that sampled, `rollout_logp` the sampler's, both in
-float32 nats, `[N, T]`. `advantage` is `[N, T]` or `[N, 1]`, after group normalisation. `mask` is 1 on response tokens
-that are trained. A token is *measured* when it is in the mask and its `rollout_logp` is finite; other tokens have
+Notation: `old_logp` is the trainer's own log-prob at the weights that sampled, `rollout_logp` the
+    sampler's, both in
+float32 nats, `[N, T]`. `advantage` is `[N, T]` or `[N, 1]`, after group normalisation. `mask` is 1
+on response tokens
+that are trained. A token is *measured* when it is in the mask and its `rollout_logp` is finite;
+other tokens have
 delta = 0 and are not counted. `multiplier` is lambda, `tolerance` is c, `dual_lr` is eta.
 
-Order of one step: shape with the current multiplier, then update it once, from sums over the mask before any rejection.
-Paper: Liu et al., "Reformulate LLM Reinforcement Learning for Efficient Training under Black-box Discrepancy",
-arXiv 2606.08779, which leaves open the update order, the bounds of lambda, and whether delta carries gradient.
+Order of one step: shape with the current multiplier, then update it once, from sums over the mask
+    before any rejection.
+Paper: Liu et al., "Reformulate LLM Reinforcement Learning for Efficient Training under Black-box
+    Discrepancy",
+arXiv 2606.08779, which leaves open the update order, the bounds of lambda, and whether delta
+carries gradient.
 """
 
 from __future__ import annotations
@@ -36,19 +43,22 @@ _gap = jax.custom_jvp(_check.probability_gap)
 @_gap.defjvp
 def _gap_jvp(primals, tangents):
     a, b, valid = primals
-    slope_a, slope_b = (jnp.exp(jnp.where(valid, x, -jnp.inf)) for x in (a, b))  # cheaper than through the product form
+    # cheaper than through the product form
+    slope_a, slope_b = (jnp.exp(jnp.where(valid, x, -jnp.inf)) for x in (a, b))
     return _gap(a, b, valid), slope_a * tangents[0] - slope_b * tangents[1]
 
 
 def delta(old_logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array) -> jax.Array:
     """Probability gap of each sampled token, `[N, T]`, in [0, 1].
 
-    Formula: |e^a - e^b| = e^max(a,b) * -expm1(-|a - b|), a = old_logp, b = rollout_logp; 0 where not measured
+    Formula: |e^a - e^b| = e^max(a,b) * -expm1(-|a - b|), a = old_logp, b = rollout_logp; 0 where
+        not measured
     Needs: old_logp, rollout_logp, mask
     Default: none
     Paper: DCMDP, arXiv 2606.08779
 
-    The product form neither cancels nor overflows. d/da = e^a where a >= b, else -e^a; every shape detaches it.
+    The product form neither cancels nor overflows. d/da = e^a where a >= b, else -e^a; every shape
+    detaches it.
     """
     gap = signed_delta(old_logp, rollout_logp, mask)
     return jnp.where(old_logp < rollout_logp, -gap, gap)
@@ -65,7 +75,9 @@ def signed_delta(old_logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array) 
     return _gap(old_logp, rollout_logp, _measured(old_logp, rollout_logp, mask))
 
 
-def measure(old_logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def measure(
+    old_logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """What a controller's `update` takes: `(delta_sum, mask_count)`, which add over devices.
 
     Formula: (sum delta, number of measured tokens)
@@ -77,13 +89,18 @@ def measure(old_logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array) -> tu
     return jnp.sum(delta(old_logp, rollout_logp, mask)), count
 
 
-def costs(old_logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array, *, threshold: float = 0.05) -> jax.Array:
-    """Three per-token costs for three constraints at once, `[3, N, T]`: mean gap, tail of the gap, KL.
+def costs(
+    old_logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array, *, threshold: float = 0.05
+) -> jax.Array:
+    """Three per-token costs for three constraints at once, `[3, N, T]`: mean gap, tail of the gap,
+    KL.
 
-    Formula: [delta, max(delta - threshold, 0), k3 = e^D - 1 - D], D = clip(old_logp - rollout_logp, -20, 20)
+    Formula: [delta, max(delta - threshold, 0), k3 = e^D - 1 - D], D = clip(old_logp - rollout_logp,
+        -20, 20)
     Needs: old_logp, rollout_logp, mask
     Default: threshold 0.05
-    Paper: tail term after Rockafellar & Uryasev 2000, CVaR = threshold + E[excess] / (1 - level) at that quantile
+    Paper: tail term after Rockafellar & Uryasev 2000, CVaR = threshold + E[excess] / (1 - level) at
+        that quantile
     """
     gap = delta(old_logp, rollout_logp, mask)
     log_ratio = _check.log_ratio(old_logp, rollout_logp, _measured(old_logp, rollout_logp, mask))
@@ -100,7 +117,8 @@ def measure_several(
     Default: threshold 0.05
     Paper: see `costs`
 
-    Controllers are elementwise: `projected_ascent((1.0, 1.0, 0.1), multiplier_init=(0.1, 0.0, 0.0))` holds three.
+    Controllers are elementwise: `projected_ascent((1.0, 1.0, 0.1), multiplier_init=(0.1, 0.0,
+        0.0))` holds three.
     """
     count = jnp.sum(_measured(old_logp, rollout_logp, mask), dtype=jnp.float32)
     cost = costs(old_logp, rollout_logp, mask, threshold=threshold)
@@ -110,7 +128,9 @@ def measure_several(
 def _shaped(advantage, cost, multiplier, mask):
     """A - multiplier * cost on the mask, 0 elsewhere, without gradient."""
     advantage = _check.advantage(advantage, cost)
-    return jax.lax.stop_gradient(_check.select(_check.mask(mask, cost), advantage - multiplier * cost))
+    return jax.lax.stop_gradient(
+        _check.select(_check.mask(mask, cost), advantage - multiplier * cost)
+    )
 
 
 def shape(advantage, old_logp, rollout_logp, multiplier, tolerance, mask) -> jax.Array:
@@ -121,13 +141,15 @@ def shape(advantage, old_logp, rollout_logp, multiplier, tolerance, mask) -> jax
     Default: none
     Paper: DCMDP, arXiv 2606.08779
 
-    All shapes have this signature; `shape_hinge` alone reads `tolerance`. `diagnostics.sign_flip` shows what it does.
+    All shapes have this signature; `shape_hinge` alone reads `tolerance`. `diagnostics.sign_flip`
+    shows what it does.
     """
     return _shaped(advantage, delta(old_logp, rollout_logp, mask), multiplier, mask)
 
 
 def shape_signed(advantage, old_logp, rollout_logp, multiplier, tolerance, mask) -> jax.Array:
-    """Variant: charges only tokens the trainer finds likelier than the sampler did, and credits the others.
+    """Variant: charges only tokens the trainer finds likelier than the sampler did, and credits the
+    others.
 
     Formula: A - lambda * (e^old_logp - e^rollout_logp)
     Needs: advantage, old_logp, rollout_logp, multiplier, mask
@@ -138,7 +160,8 @@ def shape_signed(advantage, old_logp, rollout_logp, multiplier, tolerance, mask)
 
 
 def shape_centred(advantage, old_logp, rollout_logp, multiplier, tolerance, mask) -> jax.Array:
-    """Variant: subtracts the mean of delta, a baseline that removes the constant shift of -lambda * mean delta.
+    """Variant: subtracts the mean of delta, a baseline that removes the constant shift of -lambda *
+    mean delta.
 
     Formula: A - lambda * (delta - mean delta), mean over the measured tokens of the batch
     Needs: advantage, old_logp, rollout_logp, multiplier, mask
@@ -147,28 +170,38 @@ def shape_centred(advantage, old_logp, rollout_logp, multiplier, tolerance, mask
     """
     total, count = measure(old_logp, rollout_logp, mask)
     gap = delta(old_logp, rollout_logp, mask)
-    centred = _check.select(_measured(old_logp, rollout_logp, mask), gap - total / jnp.maximum(count, 1.0))
+    centred = _check.select(
+        _measured(old_logp, rollout_logp, mask), gap - total / jnp.maximum(count, 1.0)
+    )
     return _shaped(advantage, centred, multiplier, mask)
 
 
 def shape_hinge(advantage, old_logp, rollout_logp, multiplier, tolerance, mask) -> jax.Array:
-    """Variant: only the part of delta above the tolerance is charged; tokens inside it are untouched.
+    """Variant: only the part of delta above the tolerance is charged; tokens inside it are
+    untouched.
 
     Formula: A - lambda * max(delta - c, 0)
     Needs: advantage, old_logp, rollout_logp, multiplier, tolerance, mask
     Default: none
     Paper: a variant, not in arXiv 2606.08779
     """
-    return _shaped(advantage, jnp.maximum(delta(old_logp, rollout_logp, mask) - tolerance, 0.0), multiplier, mask)
+    return _shaped(
+        advantage,
+        jnp.maximum(delta(old_logp, rollout_logp, mask) - tolerance, 0.0),
+        multiplier,
+        mask,
+    )
 
 
 def shape_cost_to_go(advantage, old_logp, rollout_logp, multiplier, tolerance, mask) -> jax.Array:
-    """Variant: charges a token for the gaps of all tokens from it on, the undiscounted return of the cost.
+    """Variant: charges a token for the gaps of all tokens from it on, the undiscounted return of
+    the cost.
 
     Formula: A_t - lambda * sum_{u >= t} delta_u
     Needs: advantage, old_logp, rollout_logp, multiplier, mask
     Default: none
-    Paper: a variant; the cost-to-go of a constrained MDP, where arXiv 2606.08779 charges the immediate cost alone
+    Paper: a variant; the cost-to-go of a constrained MDP, where arXiv 2606.08779 charges the
+        immediate cost alone
 
     The sum grows with the response: a multiplier that suits `shape` is too large here.
     """
@@ -184,11 +217,16 @@ def shape_normalised(advantage, old_logp, rollout_logp, multiplier, tolerance, m
     Default: none
     Paper: Stooke et al. 2020, arXiv 2007.03964 (PID Lagrangian)
     """
-    return shape(advantage, old_logp, rollout_logp, multiplier, tolerance, mask) / (1.0 + multiplier)
+    return shape(advantage, old_logp, rollout_logp, multiplier, tolerance, mask) / (
+        1.0 + multiplier
+    )
 
 
-def shape_several(advantage, old_logp, rollout_logp, multiplier, tolerance, mask, *, threshold: float = 0.05):
-    """Variant: several constraints at once, one multiplier each; `multiplier` is `[3]`, in the order of `costs`.
+def shape_several(
+    advantage, old_logp, rollout_logp, multiplier, tolerance, mask, *, threshold: float = 0.05
+):
+    """Variant: several constraints at once, one multiplier each; `multiplier` is `[3]`, in the
+    order of `costs`.
 
     Formula: A - sum_k lambda_k * cost_k
     Needs: advantage, old_logp, rollout_logp, multiplier [3] in the order of costs, mask
@@ -196,36 +234,45 @@ def shape_several(advantage, old_logp, rollout_logp, multiplier, tolerance, mask
     Paper: a variant; see `costs`
     """
     cost = costs(old_logp, rollout_logp, mask, threshold=threshold)
-    return _shaped(advantage, jnp.tensordot(jnp.asarray(multiplier, jnp.float32), cost, axes=1), 1.0, mask)
+    return _shaped(
+        advantage, jnp.tensordot(jnp.asarray(multiplier, jnp.float32), cost, axes=1), 1.0, mask
+    )
 
 
 def penalty(logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array, multiplier) -> jax.Array:
-    """Variant: delta as a differentiable loss term, `[N, T]`, added to the policy loss (as `ConstraintConfig.penalty`).
+    """Variant: delta as a differentiable loss term, `[N, T]`, added to the policy loss (as
+    `ConstraintConfig.penalty`).
 
     Formula: lambda * |e^logp - sg(e^rollout_logp)|
     Needs: logp (differentiated), rollout_logp, mask, multiplier
     Default: none
-    Paper: a variant; arXiv 2606.08779 detaches delta. Meaningful only when the sampler is stale or frozen
+    Paper: a variant; arXiv 2606.08779 detaches delta. Meaningful only when the sampler is stale or
+        frozen
     """
     _check.tokens(logp=logp, rollout_logp=rollout_logp)
     return multiplier * delta(logp, jax.lax.stop_gradient(rollout_logp), mask)
 
 
 class DualState(NamedTuple):
-    """State of a controller; every field has the shape of `multiplier`, a scalar or `[K]` for K constraints."""
+    """State of a controller; every field has the shape of `multiplier`, a scalar or `[K]` for K
+    constraints.
+    """
 
     multiplier: jax.Array  # float32, lambda, the one to apply next
     integral: jax.Array  # float32, integral part of pi and pid
     smoothed: jax.Array  # float32, moving average of the violation (pi, pid)
     filtered: jax.Array  # float32, moving average of the measurement (with_ema)
     updates: jax.Array  # int32, updates that had something to measure
-    saturated: jax.Array  # int32, latest updates in a row that ended at multiplier_max and still over the tolerance
+    # int32, latest updates in a row that ended at multiplier_max and still over the tolerance
+    saturated: jax.Array
 
 
 class Controller(NamedTuple):
-    """Pure functions: `init() -> DualState`, `update(state, delta_sum, mask_count, tolerance) -> DualState`.
+    """Pure functions: `init() -> DualState`, `update(state, delta_sum, mask_count, tolerance) ->
+    DualState`.
 
-    `delta_sum` and `mask_count` are global sums. A count of 0 or a non-finite sum leaves the state unchanged.
+    `delta_sum` and `mask_count` are global sums. A count of 0 or a non-finite sum leaves the state
+    unchanged.
     """
 
     init: Callable[[], DualState]
@@ -234,24 +281,32 @@ class Controller(NamedTuple):
 
 def _mean(delta_sum, mask_count):
     """Mean delta and whether there is one."""
-    delta_sum, mask_count = jnp.asarray(delta_sum, jnp.float32), jnp.asarray(mask_count, jnp.float32)
+    delta_sum = jnp.asarray(delta_sum, jnp.float32)
+    mask_count = jnp.asarray(mask_count, jnp.float32)
     usable = (mask_count > 0) & jnp.isfinite(delta_sum)
     return jnp.where(usable, delta_sum, 0.0) / jnp.where(usable, mask_count, 1.0), usable
 
 
 def _controller(advance, dual_lr, multiplier_init, multiplier_min, multiplier_max) -> Controller:
-    """Checks the settings; wraps `advance(state, mean, tolerance)` in the guard and bookkeeping that all share."""
-    low, start, high = (np.asarray(value, np.float32) for value in (multiplier_min, multiplier_init, multiplier_max))
+    """Checks the settings; wraps `advance(state, mean, tolerance)` in the guard and bookkeeping
+    that all share.
+    """
+    low, start, high = (
+        np.asarray(value, np.float32) for value in (multiplier_min, multiplier_init, multiplier_max)
+    )
     if not np.all(np.isfinite(dual_lr) & (np.asarray(dual_lr) >= 0)):
         raise ValueError(f"dual_lr must be finite and >= 0, got {dual_lr}")
     if not (np.all(low >= 0) and np.all(low <= start) and np.all(start <= high)):
         given = f"{multiplier_min}, {multiplier_init}, {multiplier_max}"
-        raise ValueError(f"need 0 <= multiplier_min <= multiplier_init <= multiplier_max, got {given}")
+        raise ValueError(
+            f"need 0 <= multiplier_min <= multiplier_init <= multiplier_max, got {given}"
+        )
     size = np.broadcast_shapes(np.shape(dual_lr), low.shape, start.shape, high.shape)
 
     def init() -> DualState:
         multiplier = jnp.broadcast_to(jnp.asarray(start), size)
-        zero, none = jnp.zeros(size, jnp.float32), jnp.zeros(size, jnp.int32)
+        zero = jnp.zeros(size, jnp.float32)
+        none = jnp.zeros(size, jnp.int32)
         return DualState(multiplier, multiplier, zero, zero, none, none)
 
     def update(state: DualState, delta_sum, mask_count, tolerance) -> DualState:
@@ -267,7 +322,9 @@ def _controller(advance, dual_lr, multiplier_init, multiplier_min, multiplier_ma
     return Controller(init, update)
 
 
-def projected_ascent(dual_lr=1.0, *, multiplier_init=0.1, multiplier_min=0.0, multiplier_max=1.0) -> Controller:
+def projected_ascent(
+    dual_lr=1.0, *, multiplier_init=0.1, multiplier_min=0.0, multiplier_max=1.0
+) -> Controller:
     """The paper's dual update: with dual_lr 1, a violation of 1e-3 moves lambda by 1e-3.
 
     Formula: lambda <- clip(lambda + eta * (mean delta - c), lambda_min, lambda_max)
@@ -277,30 +334,41 @@ def projected_ascent(dual_lr=1.0, *, multiplier_init=0.1, multiplier_min=0.0, mu
     """
 
     def advance(state, mean, tolerance):
-        return state._replace(multiplier=state.multiplier + np.float32(dual_lr) * (mean - tolerance))
+        return state._replace(
+            multiplier=state.multiplier + np.float32(dual_lr) * (mean - tolerance)
+        )
 
     return _controller(advance, dual_lr, multiplier_init, multiplier_min, multiplier_max)
 
 
-def relative_ascent(dual_lr=0.0037, *, multiplier_init=0.1, multiplier_min=0.0, multiplier_max=1.0) -> Controller:
-    """Ascent on the violation relative to the tolerance: dual_lr does not depend on the unit of the cost.
+def relative_ascent(
+    dual_lr=0.0037, *, multiplier_init=0.1, multiplier_min=0.0, multiplier_max=1.0
+) -> Controller:
+    """Ascent on the violation relative to the tolerance: dual_lr does not depend on the unit of the
+    cost.
 
     Formula: lambda <- clip(lambda + eta * (mean delta / c - 1), lambda_min, lambda_max)
     Needs: delta_sum, mask_count, tolerance > 0
-    Default: dual_lr 0.0037 (at c = 0.0037 the same as projected_ascent with 1.0), multiplier_init 0.1, bounds [0, 1]
+    Default: dual_lr 0.0037 (at c = 0.0037 the same as projected_ascent with 1.0), multiplier_init
+        0.1, bounds [0, 1]
     Paper: a variant; equal to arXiv 2606.08779 up to the scale of eta
     """
 
     def advance(state, mean, tolerance):
-        return state._replace(multiplier=state.multiplier + np.float32(dual_lr) * (mean / tolerance - 1.0))
+        return state._replace(
+            multiplier=state.multiplier + np.float32(dual_lr) * (mean / tolerance - 1.0)
+        )
 
     return _controller(advance, dual_lr, multiplier_init, multiplier_min, multiplier_max)
 
 
-def log_space_ascent(dual_lr=0.5, *, multiplier_init=0.1, multiplier_min=1e-6, multiplier_max=1.0) -> Controller:
+def log_space_ascent(
+    dual_lr=0.5, *, multiplier_init=0.1, multiplier_min=1e-6, multiplier_max=1.0
+) -> Controller:
     """Multiplicative ascent: scale-free, quick to engage again, and never zero.
 
-    Formula: log lambda <- clip(log lambda + eta * (mean delta / c - 1), log lambda_min, log lambda_max)
+    Formula: log lambda <- clip(log lambda + eta * (mean delta / c - 1), log lambda_min, log
+        lambda_max)
     Needs: delta_sum, mask_count, tolerance > 0
     Default: dual_lr 0.5, multiplier_init 0.1, bounds [1e-6, 1]
     Paper: a variant; exponentiated-gradient form of the dual update
@@ -308,7 +376,9 @@ def log_space_ascent(dual_lr=0.5, *, multiplier_init=0.1, multiplier_min=1e-6, m
     Raises ValueError when multiplier_min is 0.
     """
     if np.any(np.asarray(multiplier_min) <= 0):
-        raise ValueError(f"log_space_ascent needs multiplier_min > 0, got {multiplier_min}: a zero cannot grow")
+        raise ValueError(
+            f"log_space_ascent needs multiplier_min > 0, got {multiplier_min}: a zero cannot grow"
+        )
 
     def advance(state, mean, tolerance):
         # 80 < log(float32 max): the product stays finite and is clipped right after.
@@ -319,15 +389,22 @@ def log_space_ascent(dual_lr=0.5, *, multiplier_init=0.1, multiplier_min=1e-6, m
 
 
 def pid(
-    dual_lr=1.0, *, multiplier_init=0.1, multiplier_min=0.0, multiplier_max=1.0,
-    proportional=1.0, derivative=1.0, decay=0.9,
+    dual_lr=1.0,
+    *,
+    multiplier_init=0.1,
+    multiplier_min=0.0,
+    multiplier_max=1.0,
+    proportional=1.0,
+    derivative=1.0,
+    decay=0.9,
 ) -> Controller:
     """PID control of the multiplier; the derivative acts on rising cost alone.
 
     Formula: v = mean delta - c; I <- clip(I + eta v, min, max); s <- decay s + (1 - decay) v;
         lambda = clip(I + Kp s + Kd max(s - s_prev, 0), min, max)
     Needs: delta_sum, mask_count, tolerance
-    Default: dual_lr (Ki) 1.0, proportional (Kp) 1.0, derivative (Kd) 1.0, decay 0.9, multiplier_init 0.1, bounds [0, 1]
+    Default: dual_lr (Ki) 1.0, proportional (Kp) 1.0, derivative (Kd) 1.0, decay 0.9,
+        multiplier_init 0.1, bounds [0, 1]
     Paper: Stooke et al. 2020, arXiv 2007.03964, with a lag of one update in the derivative
 
     I is kept within the bounds (anti-windup). s starts at 0; the first update has no derivative.
@@ -348,9 +425,16 @@ def pid(
 
 
 def pi(
-    dual_lr=1.0, *, multiplier_init=0.1, multiplier_min=0.0, multiplier_max=1.0, proportional=1.0, decay=0.9
+    dual_lr=1.0,
+    *,
+    multiplier_init=0.1,
+    multiplier_min=0.0,
+    multiplier_max=1.0,
+    proportional=1.0,
+    decay=0.9,
 ) -> Controller:
-    """PI control of the multiplier: the proportional part damps the oscillation of pure integration.
+    """PI control of the multiplier: the proportional part damps the oscillation of pure
+    integration.
 
     Formula: lambda = clip(I + Kp s, min, max), I and s as in pid
     Needs: delta_sum, mask_count, tolerance
@@ -358,15 +442,22 @@ def pi(
     Paper: Stooke et al. 2020, arXiv 2007.03964
     """
     return pid(
-        dual_lr, multiplier_init=multiplier_init, multiplier_min=multiplier_min, multiplier_max=multiplier_max,
-        proportional=proportional, derivative=0.0, decay=decay,
+        dual_lr,
+        multiplier_init=multiplier_init,
+        multiplier_min=multiplier_min,
+        multiplier_max=multiplier_max,
+        proportional=proportional,
+        derivative=0.0,
+        decay=decay,
     )
 
 
 def with_ema(controller: Controller, decay: float = 0.9) -> Controller:
-    """The same controller, fed a bias-corrected moving average of the measurement: for small, noisy batches.
+    """The same controller, fed a bias-corrected moving average of the measurement: for small, noisy
+    batches.
 
-    Formula: f <- decay f + (1 - decay) mean delta; the controller sees f / (1 - decay^k) at its k-th update
+    Formula: f <- decay f + (1 - decay) mean delta; the controller sees f / (1 - decay^k) at its
+        k-th update
     Needs: controller
     Default: decay 0.9
     Paper: none; standard bias correction of Adam, arXiv 1412.6980
@@ -385,7 +476,8 @@ def with_ema(controller: Controller, decay: float = 0.9) -> Controller:
 
 
 def with_deadband(controller: Controller, fraction: float = 0.05) -> Controller:
-    """The same controller, which takes a measurement within a fraction of the tolerance to be on it.
+    """The same controller, which takes a measurement within a fraction of the tolerance to be on
+    it.
 
     Formula: the controller sees c where |mean delta - c| <= fraction * c, else mean delta
     Needs: controller
@@ -413,7 +505,9 @@ class Calibration(NamedTuple):
     batches: jax.Array  # batches that had tokens
 
 
-def calibrate_tolerance(delta_sums: jax.Array, counts: jax.Array, *, slack: float = 0.2) -> Calibration:
+def calibrate_tolerance(
+    delta_sums: jax.Array, counts: jax.Array, *, slack: float = 0.2
+) -> Calibration:
     """A tolerance from rollout batches taken with learning rate 0.
 
     Formula: floor = sum delta_sums / sum counts; c = max(floor (1 + slack), floor + 3 std_error);
@@ -422,15 +516,22 @@ def calibrate_tolerance(delta_sums: jax.Array, counts: jax.Array, *, slack: floa
     Default: slack 0.2
     Paper: none; arXiv 2606.08779 gives c = 0.0037 and 0.0050 for its own hardware and models
 
-    Empty and non-finite batches are left out; std_error is 0 where one remains. Raises ValueError for other shapes.
+    Empty and non-finite batches are left out; std_error is 0 where one remains. Raises ValueError
+    for other shapes.
     """
-    delta_sums, counts = jnp.asarray(delta_sums, jnp.float32), jnp.asarray(counts, jnp.float32)
+    delta_sums = jnp.asarray(delta_sums, jnp.float32)
+    counts = jnp.asarray(counts, jnp.float32)
     if delta_sums.shape != counts.shape or delta_sums.ndim != 1 or delta_sums.size < 2:
         shapes = f"{delta_sums.shape} and {counts.shape}"
-        raise ValueError(f"delta_sums and counts must both be [K] with K >= 2 batches, got {shapes}")
+        raise ValueError(
+            f"delta_sums and counts must both be [K] with K >= 2 batches, got {shapes}"
+        )
     means, used = _mean(delta_sums, counts)
     weights = jnp.where(used, counts, 0.0) / jnp.maximum(jnp.sum(jnp.where(used, counts, 0.0)), 1.0)
-    floor, batches = jnp.sum(weights * means), jnp.sum(used, dtype=jnp.float32)
+    floor = jnp.sum(weights * means)
+    batches = jnp.sum(used, dtype=jnp.float32)
     spread = batches / jnp.maximum(batches - 1.0, 1.0) * jnp.sum((weights * (means - floor)) ** 2)
     std_error = jnp.where(spread > 0, jnp.sqrt(jnp.where(spread > 0, spread, 1.0)), 0.0)
-    return Calibration(floor, std_error, jnp.maximum(floor * (1.0 + slack), floor + 3.0 * std_error), batches)
+    return Calibration(
+        floor, std_error, jnp.maximum(floor * (1.0 + slack), floor + 3.0 * std_error), batches
+    )

@@ -1,4 +1,6 @@
-"""Problems in, token batches out: files and generated tasks as Grain pipelines, and completions packed into rows."""
+"""Problems in, token batches out: files and generated tasks as Grain pipelines, and completions
+packed into rows.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,11 @@ from dcmdp_jax.rewards import final_answer
 from dcmdp_jax.tasks import Task
 from dcmdp_jax.tokenizer import Tokenizer
 
-LAYOUTS = ("GSM8K {question, answer with ####}", "evaluation set {problem | question | prompt, answer | final_answer | "
-           "solution with \\boxed{}}", "verl {prompt, reward_model.ground_truth}")
+LAYOUTS = (
+    "GSM8K {question, answer with ####}",
+    "evaluation set {problem | question | prompt, answer | final_answer | solution with \\boxed{}}",
+    "verl {prompt, reward_model.ground_truth}",
+)
 NO_ANSWER = ("", "nan", "NaN", "null", "None")  # what a missing value leaves as text
 ENDLESS = 2**62  # problems in a pipeline: no run sees the end
 
@@ -36,16 +41,22 @@ class Supervised(NamedTuple):
 
 
 def read(path: str | pathlib.Path) -> list[Example]:
-    """The problems of a `.jsonl` or `.parquet` file, in file order; exact repeats are left out and counted in the log.
+    """The problems of a `.jsonl` or `.parquet` file, in file order; exact repeats are left out and
+    counted in the log.
 
-    Layouts: GSM8K's (the answer follows `####`); evaluation sets (`problem`, `question` or `prompt` with `answer`,
-    `final_answer`, or a `solution` that ends in `\\boxed{}`); verl's, which DAPO-Math-17k has (chat messages under
-    `prompt`, `reward_model.ground_truth`, `data_source`). Raises ValueError on a missing or empty file, bad JSON, or
+    Layouts: GSM8K's (the answer follows `####`); evaluation sets (`problem`, `question` or `prompt`
+        with `answer`,
+    `final_answer`, or a `solution` that ends in `\\boxed{}`); verl's, which DAPO-Math-17k has (chat
+    messages under
+    `prompt`, `reward_model.ground_truth`, `data_source`). Raises ValueError on a missing or empty
+    file, bad JSON, or
     another layout.
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise ValueError(f"data file {path} does not exist; give the path of a .jsonl or .parquet file")
+        raise ValueError(
+            f"data file {path} does not exist; give the path of a .jsonl or .parquet file"
+        )
     if path.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"data file {path} is neither .jsonl nor .parquet")
     rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
@@ -58,7 +69,9 @@ def read(path: str | pathlib.Path) -> list[Example]:
     if not total:
         raise ValueError(f"data file {path} is empty")
     if len(seen) < total:
-        log.warning("%s: %d of %d problems repeat another and are left out", path, total - len(seen), total)
+        log.warning(
+            "%s: %d of %d problems repeat another and are left out", path, total - len(seen), total
+        )
     return list(seen.values())
 
 
@@ -74,7 +87,8 @@ def tokenize(
 ) -> Prompts:
     """One batch of prompts, padded on the right to `max_prompt_tokens`, or to the longest (0).
 
-    With `chat` the prompt is wrapped in the tokenizer's chat template; `instruction` follows each user message (or the
+    With `chat` the prompt is wrapped in the tokenizer's chat template; `instruction` follows each
+    user message (or the
     plain prompt) on a line of its own. A special token written in a message is text unless
     `special_tokens_in_text`; in a plain prompt it is its id. Raises ValueError on a prompt longer
     than `max_prompt_tokens`: prompts are never cut.
@@ -86,25 +100,46 @@ def tokenize(
     lengths = np.array([len(row) for row in ids], np.int32)
     max_prompt_tokens = max_prompt_tokens or int(lengths.max())
     if lengths.max() > max_prompt_tokens:
-        raise ValueError(f"a prompt has {lengths.max()} tokens, more than data.max_prompt_tokens={max_prompt_tokens}")
+        raise ValueError(
+            f"a prompt has {lengths.max()} tokens, more than data.max_prompt_tokens={max_prompt_tokens}"
+        )
     return Prompts(_pad(ids, max_prompt_tokens, tokenizer.pad_id), lengths, tuple(examples))
 
 
-def prompts(source: Sequence[Example] | Task, tokenizer: Tokenizer, *, batch_size: int, max_prompt_tokens: int,
-            seed: int, shuffle: bool = True, chat: bool = False, enable_thinking: bool = False, instruction: str = "",
-            special_tokens_in_text: bool = False, process_index: int = 0,
-            process_count: int = 1) -> grain.DatasetIterator[Prompts]:
-    """Endless batches of prompts, from a list of problems (shuffled anew each epoch) or a generated task (always new).
+def prompts(
+    source: Sequence[Example] | Task,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    max_prompt_tokens: int,
+    seed: int,
+    shuffle: bool = True,
+    chat: bool = False,
+    enable_thinking: bool = False,
+    instruction: str = "",
+    special_tokens_in_text: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator[Prompts]:
+    """Endless batches of prompts, from a list of problems (shuffled anew each epoch) or a generated
+    task (always new).
 
-    `batch_size` counts the prompts of all processes; each process gets its contiguous part of every batch, so that the
-    order of problems does not depend on the number of processes. Problems longer than `max_prompt_tokens` are left out
-    and counted in the log. `get_state()` is a small JSON-able dict, and `set_state(state)` goes on exactly there.
-    Raises ValueError where `batch_size` does not divide, or no problem fits.
+    `batch_size` counts the prompts of all processes; each process gets its contiguous part of every
+    batch, so that the order of problems does not depend on the number of processes. Problems longer
+    than `max_prompt_tokens` are left out and counted in the log. `get_state()` is a small JSON-able
+    dict, and `set_state(state)` goes on exactly there. Raises ValueError where `batch_size` does
+    not divide, or no problem fits.
     """
     if batch_size % process_count:
-        raise ValueError(f"data.prompts_per_step={batch_size} does not divide over {process_count} processes")
-    wrap = {"chat": chat, "enable_thinking": enable_thinking, "instruction": instruction,
-            "special_tokens_in_text": special_tokens_in_text}
+        raise ValueError(
+            f"data.prompts_per_step={batch_size} does not divide over {process_count} processes"
+        )
+    wrap = {
+        "chat": chat,
+        "enable_thinking": enable_thinking,
+        "instruction": instruction,
+        "special_tokens_in_text": special_tokens_in_text,
+    }
     if isinstance(source, Sequence):
         problems = _fitting(source, tokenizer, max_prompt_tokens, wrap)
         order = grain.MapDataset.range(len(problems)).seed(seed)
@@ -116,28 +151,38 @@ def prompts(source: Sequence[Example] | Task, tokenizer: Tokenizer, *, batch_siz
     local = batch_size // process_count
 
     def load(indices: np.ndarray) -> Prompts:
-        own = indices[process_index * local:(process_index + 1) * local].tolist()
-        return tokenize([problem(i) for i in own], tokenizer, max_prompt_tokens=max_prompt_tokens, **wrap)
+        own = indices[process_index * local : (process_index + 1) * local].tolist()
+        return tokenize(
+            [problem(i) for i in own], tokenizer, max_prompt_tokens=max_prompt_tokens, **wrap
+        )
 
     batches = order.batch(batch_size).map(load)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
-def supervised(task: Task, tokenizer: Tokenizer, batch_size: int, seed: int, step: int) -> Supervised:
-    """Batch number `step` of the expert's solutions to the task's training problems, each ended by the stop token.
+def supervised(
+    task: Task, tokenizer: Tokenizer, batch_size: int, seed: int, step: int
+) -> Supervised:
+    """Batch number `step` of the expert's solutions to the task's training problems, each ended by
+    the stop token.
 
-    S is the longest row of the batch. The same arguments give the same batch; the problems are not those that `prompts`
-    asks under the same seed.
+    S is the longest row of the batch. The same arguments give the same batch; the problems are not
+    those that `prompts` asks under the same seed.
     """
     rng = np.random.default_rng((seed, step))
     first = ENDLESS + step * batch_size
     examples = [task.example(first + i, seed) for i in range(batch_size)]
     asked = [tokenizer.encode(example.prompt) for example in examples]
-    told = [tokenizer.encode(task.solution(example, rng)) + [tokenizer.eos_ids[0]] for example in examples]
+    told = [
+        tokenizer.encode(task.solution(example, rng)) + [tokenizer.eos_ids[0]]
+        for example in examples
+    ]
     starts = np.array([len(row) for row in asked])[:, None]
     stops = starts + np.array([len(row) for row in told])[:, None]
     column = np.arange(stops.max())
-    tokens = _pad([prompt + solution for prompt, solution in zip(asked, told)], stops.max(), tokenizer.pad_id)
+    tokens = _pad(
+        [prompt + solution for prompt, solution in zip(asked, told)], stops.max(), tokenizer.pad_id
+    )
     return Supervised(tokens, (column >= starts) & (column < stops))
 
 
@@ -150,37 +195,55 @@ def whole_logp(rollout: Rollout) -> np.ndarray:
     return rollout.rollout_logp + np.log(np.where(mask, rollout.kept, 1)).astype(np.float32)
 
 
-def pack(scored: Scored, *, minibatches: int, microbatches: int, row_length: int, row_divisor: int = 1, pad_id: int = 0,
-         seed: int | tuple[int, ...] = 0) -> Batch:
-    """Deals the completions at random into M x A microbatches of n and packs each into R rows of S tokens.
+def pack(
+    scored: Scored,
+    *,
+    minibatches: int,
+    microbatches: int,
+    row_length: int,
+    row_divisor: int = 1,
+    pad_id: int = 0,
+    seed: int | tuple[int, ...] = 0,
+) -> Batch:
+    """Deals the completions at random into M x A microbatches of n and packs each into R rows of S
+    tokens.
 
-    First-fit decreasing, a segment being prompt + completion. R is the same in every microbatch: `row_divisor` times a
-    power of two (or just enough rows for n completions, if that is less), so that few shapes are ever compiled. Experts,
-    where they were recorded, go to the tokens that they were chosen for: those behind a completion's first token to the
-    prompt's last. Log-probs are those of `whole_logp`. Raises ValueError where the completions do
-    not divide, a row is too short, or a prompt is empty.
+    First-fit decreasing, a segment being prompt + completion. R is the same in every microbatch:
+    `row_divisor` times a power of two (or just enough rows for n completions, if that is less), so
+    that few shapes are ever compiled. Experts, where they were recorded, go to the tokens that they
+    were chosen for: those behind a completion's first token to the prompt's last. Log-probs are
+    those of `whole_logp`. Raises ValueError where the completions do not divide, a row is too
+    short, or a prompt is empty.
     """
-    rollout, parts = scored.rollout, minibatches * microbatches
+    rollout = scored.rollout
+    parts = minibatches * microbatches
     count, width = rollout.tokens.shape
     if count % parts:
-        raise ValueError(f"{count} completions do not divide into algorithm.minibatches * algorithm.microbatches = "
-                         f"{parts} parts")
+        raise ValueError(
+            f"{count} completions do not divide into algorithm.minibatches * algorithm.microbatches = "
+            f"{parts} parts"
+        )
     order = np.random.default_rng(seed).permutation(count)
     group = order // (count // len(rollout.prompts.lengths))
-    asked, told = rollout.prompts.lengths[group], rollout.lengths[order]
+    asked = rollout.prompts.lengths[group]
+    told = rollout.lengths[order]
     lengths = asked + told
     if asked.min() < 1:
         raise ValueError("a prompt is empty; the first completion token has nothing to follow")
     if lengths.max() > row_length:
-        raise ValueError(f"a prompt and its completion have {lengths.max()} tokens, more than "
-                         f"algorithm.row_length={row_length}")
+        raise ValueError(
+            f"a prompt and its completion have {lengths.max()} tokens, more than "
+            f"algorithm.row_length={row_length}"
+        )
     rows, start, segment = _place(lengths.reshape(parts, -1), row_length, row_divisor)
 
     # one entry per token of every segment: whose it is, and where in the segment
     owner = np.repeat(np.arange(count), lengths)
     offset = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
     source = np.concatenate([rollout.prompts.tokens[group], rollout.tokens[order]], axis=1)
-    column = np.where(offset < asked[owner], offset, offset - asked[owner] + rollout.prompts.tokens.shape[1])
+    column = np.where(
+        offset < asked[owner], offset, offset - asked[owner] + rollout.prompts.tokens.shape[1]
+    )
 
     def scatter(values: np.ndarray, fill: int) -> np.ndarray:
         flat = np.full(parts * rows * row_length, fill, np.int32)
@@ -198,18 +261,29 @@ def pack(scored: Scored, *, minibatches: int, microbatches: int, row_length: int
     mask = np.arange(width) < told[:, None]
     predicts = (start % (rows * row_length) + asked - 1)[:, None] + np.arange(width)
     return Batch(
-        tokens=scatter(source[owner, column], pad_id), positions=scatter(offset, 0),
-        segment_ids=scatter(segment[owner], 0), index=deal(np.where(mask, predicts, 0).astype(np.int32)),
-        completions=deal(rollout.tokens[order]), mask=deal(mask),
+        tokens=scatter(source[owner, column], pad_id),
+        positions=scatter(offset, 0),
+        segment_ids=scatter(segment[owner], 0),
+        index=deal(np.where(mask, predicts, 0).astype(np.int32)),
+        completions=deal(rollout.tokens[order]),
+        mask=deal(mask),
         rollout_logp=deal(whole_logp(rollout)[order]),
-        reward=deal(scored.reward[order]), group=deal(group.astype(np.int32)),
-        experts=None if rollout.experts is None else place_experts(rollout.experts))
+        reward=deal(scored.reward[order]),
+        group=deal(group.astype(np.int32)),
+        experts=None if rollout.experts is None else place_experts(rollout.experts),
+    )
 
 
-def _place(lengths: np.ndarray, row_length: int, row_divisor: int) -> tuple[int, np.ndarray, np.ndarray]:
-    """Rows per microbatch; for each of [M*A, n] lengths its flat start over all microbatches, and its segment id."""
+def _place(
+    lengths: np.ndarray, row_length: int, row_divisor: int
+) -> tuple[int, np.ndarray, np.ndarray]:
+    """Rows per microbatch; for each of [M*A, n] lengths its flat start over all microbatches, and
+    its segment id.
+    """
     parts, size = lengths.shape
-    row, column, segment = (np.stack(part) for part in zip(*(_first_fit(part, row_length) for part in lengths)))
+    row, column, segment = (
+        np.stack(part) for part in zip(*(_first_fit(part, row_length) for part in lengths))
+    )
     rows = _bucket(int(row.max()) + 1, size, row_divisor)
     start = (np.arange(parts)[:, None] * rows + row) * row_length + column
     return rows, start.reshape(-1), segment.reshape(-1)
@@ -218,7 +292,8 @@ def _place(lengths: np.ndarray, row_length: int, row_divisor: int) -> tuple[int,
 def _first_fit(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """First-fit decreasing: row, column and segment id (from 1) of each of [n] lengths."""
     row, column, segment = (np.zeros(len(lengths), np.int64) for _ in range(3))
-    used, held = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
+    used = np.zeros(len(lengths), np.int64)
+    held = np.zeros(len(lengths), np.int64)
     for i in np.argsort(-lengths, kind="stable"):
         r = np.argmax(used + lengths[i] <= row_length)
         row[i], column[i], segment[i] = r, used[r], held[r] + 1
@@ -228,7 +303,9 @@ def _first_fit(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.nda
 
 
 def _bucket(rows: int, size: int, divisor: int) -> int:
-    """The number of rows to compile for: the next bucket, never more than one row for each of `size` completions."""
+    """The number of rows to compile for: the next bucket, never more than one row for each of
+    `size` completions.
+    """
     bucket = divisor
     while bucket < rows:
         bucket *= 2
@@ -238,7 +315,7 @@ def _bucket(rows: int, size: int, divisor: int) -> int:
 def _pad(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> np.ndarray:
     padded = np.full((len(rows), width), pad_id, np.int32)
     for line, row in zip(padded, rows):
-        line[:len(row)] = row
+        line[: len(row)] = row
     return padded
 
 
@@ -254,25 +331,41 @@ def _encode(
     tail = f"\n{instruction}" if instruction else ""
     if not chat:
         if not isinstance(example.prompt, str):
-            raise ValueError(f"the prompts of {example.source!r} are chat messages; set data.chat=True")
+            raise ValueError(
+                f"the prompts of {example.source!r} are chat messages; set data.chat=True"
+            )
         return tokenizer.encode(example.prompt + tail)
     messages = example.prompt
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    messages = [{**m, "content": m["content"] + tail} if m["role"] == "user" else m for m in messages]
+    messages = [
+        {**m, "content": m["content"] + tail} if m["role"] == "user" else m for m in messages
+    ]
     return tokenizer.encode_chat(
         messages, enable_thinking=enable_thinking, special_tokens_in_text=special_tokens_in_text
     )
 
 
-def _fitting(examples: Sequence[Example], tokenizer: Tokenizer, max_prompt_tokens: int, wrap: Mapping) -> list[Example]:
-    kept = [example for example in examples if len(_encode(example, tokenizer, **wrap)) <= max_prompt_tokens]
+def _fitting(
+    examples: Sequence[Example], tokenizer: Tokenizer, max_prompt_tokens: int, wrap: Mapping
+) -> list[Example]:
+    kept = [
+        example
+        for example in examples
+        if len(_encode(example, tokenizer, **wrap)) <= max_prompt_tokens
+    ]
     if not kept:
-        raise ValueError(f"none of {len(examples)} problems fits in data.max_prompt_tokens={max_prompt_tokens}; "
-                         "raise it")
+        raise ValueError(
+            f"none of {len(examples)} problems fits in data.max_prompt_tokens={max_prompt_tokens}; "
+            "raise it"
+        )
     if len(kept) < len(examples):
-        log.warning("%d of %d problems are longer than data.max_prompt_tokens=%d and are left out",
-                    len(examples) - len(kept), len(examples), max_prompt_tokens)
+        log.warning(
+            "%d of %d problems are longer than data.max_prompt_tokens=%d and are left out",
+            len(examples) - len(kept),
+            len(examples),
+            max_prompt_tokens,
+        )
     return kept
 
 
@@ -310,7 +403,9 @@ def _example(row: Any, source: str, place: str) -> Example:
         if isinstance(row.get("data_source"), str):
             source = row["data_source"] or source
     else:
-        answer = next((row[name] for name in ("answer", "final_answer") if row.get(name) is not None), None)
+        answer = next(
+            (row[name] for name in ("answer", "final_answer") if row.get(name) is not None), None
+        )
         if answer is None and isinstance(row.get("solution"), str):
             answer = final_answer(row["solution"])
     if isinstance(answer, str) and "####" in answer:
@@ -327,8 +422,9 @@ def _example(row: Any, source: str, place: str) -> Example:
             f"{place} holds what JSON cannot ({error}); mend it or leave it out"
         ) from None
     except ValueError as error:
-        raise ValueError(f"{place} {error}; it has the fields {sorted(row)}; "
-                         f"known layouts: {'; '.join(LAYOUTS)}") from None
+        raise ValueError(
+            f"{place} {error}; it has the fields {sorted(row)}; known layouts: {'; '.join(LAYOUTS)}"
+        ) from None
     return example
 
 
@@ -356,7 +452,8 @@ def _message(message: Any, number: int) -> dict:
     """
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
         raise ValueError(f"gives no problem: message {number} has no role and content")
-    role, content = message["role"], message["content"]
+    role = message["role"]
+    content = message["content"]
     if not isinstance(role, str) or not role:
         raise ValueError(f"gives no problem: the role of message {number} is {jsonfile.kind(role)}")
     if content is None and message.get("tool_calls"):

@@ -6,10 +6,20 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-WHOLE, TEXT, LIST, OBJECT, NUMBER = (int,), (str,), (list,), (dict,), (int, float)
+WHOLE = (int,)
+TEXT = (str,)
+LIST = (list,)
+OBJECT = (dict,)
+NUMBER = (int, float)
 MAYBE = (int, float, type(None))  # null where it was not finite
-NAMES = {WHOLE: "a whole number", TEXT: "a text", LIST: "a list", OBJECT: "an object",
-         NUMBER: "a finite number", MAYBE: "a finite number or null"}
+NAMES = {
+    WHOLE: "a whole number",
+    TEXT: "a text",
+    LIST: "a list",
+    OBJECT: "an object",
+    NUMBER: "a finite number",
+    MAYBE: "a finite number or null",
+}
 LARGEST = 2**53  # whole numbers up to here are exact as floats
 
 
@@ -23,8 +33,10 @@ def check(record: Any, kinds: Mapping[str, tuple[type, ...]], place: str) -> Non
         if name not in record:
             raise ValueError(f"{place} lacks {name!r:.60}; correct or remove it")
         if not is_of(record[name], kind):
-            raise ValueError(f"{place} has {name!r:.60} = {record[name]!r:.60}, not {NAMES[kind]}; "
-                             "correct or remove it")
+            raise ValueError(
+                f"{place} has {name!r:.60} = {record[name]!r:.60}, not {NAMES[kind]}; "
+                "correct or remove it"
+            )
 
 
 def is_of(value: Any, kind: tuple[type, ...]) -> bool:

@@ -1,6 +1,8 @@
-"""Where trainer and engine disagree in a step: by position in the completion, and at the worst tokens.
+"""Where trainer and engine disagree in a step: by position in the completion, and at the worst
+tokens.
 
-The step's program picks them out of its `[N, T]` arrays, so that only a handful of numbers leave the device.
+The step's program picks them out of its `[N, T]` arrays, so that only a handful of numbers leave
+the device.
 """
 
 from __future__ import annotations
@@ -15,12 +17,15 @@ import jax.numpy as jnp
 from dcmdp_jax import constraint
 
 WORST = 8  # completions whose worst token is kept
-BEFORE, AFTER = 24, 8  # tokens of context
+BEFORE = 24
+AFTER = 8  # tokens of context
 FIRST_EDGE = 8  # buckets of positions end there and at every doubling
 
 
 class Gaps(NamedTuple):
-    """Delta summed by bucket of positions, and the worst token of each of the K completions with the worst ones."""
+    """Delta summed by bucket of positions, and the worst token of each of the K completions with
+    the worst ones.
+    """
 
     sums: jax.Array  # [B] float32, of delta
     counts: jax.Array  # [B] int32, tokens
@@ -29,10 +34,17 @@ class Gaps(NamedTuple):
     trainer_logp: jax.Array  # [K] float32
     engine_logp: jax.Array  # [K] float32
     reward: jax.Array  # [K] float32, of the completion
-    context: jax.Array  # [K, BEFORE + 1 + AFTER] int32, the token stands at BEFORE; -1 outside the completion
+    # [K, BEFORE + 1 + AFTER] int32, the token stands at BEFORE; -1 outside the completion
+    context: jax.Array
 
 
-def measure(old_logp: jax.Array, rollout_logp: jax.Array, tokens: jax.Array, mask: jax.Array, reward: jax.Array) -> Gaps:
+def measure(
+    old_logp: jax.Array,
+    rollout_logp: jax.Array,
+    tokens: jax.Array,
+    mask: jax.Array,
+    reward: jax.Array,
+) -> Gaps:
     """The gaps of completions `[N, T]` with rewards `[N]`; delta as in `constraint.delta`."""
     delta = constraint.delta(old_logp, rollout_logp, mask)
     worst, i = jax.lax.top_k(jnp.max(delta, axis=1), min(WORST, len(delta)))
@@ -40,10 +52,16 @@ def measure(old_logp: jax.Array, rollout_logp: jax.Array, tokens: jax.Array, mas
     around = t[:, None] + jnp.arange(-BEFORE, AFTER + 1)
     inside = (around >= 0) & (around < delta.shape[1])
     near = i[:, None], jnp.clip(around, 0, delta.shape[1] - 1)
-    return Gaps(_by_bucket(jnp.sum(delta, axis=0)),
-                _by_bucket(jnp.sum(mask & jnp.isfinite(rollout_logp), axis=0, dtype=jnp.int32)),
-                worst, t.astype(jnp.int32), old_logp[i, t], rollout_logp[i, t], reward[i],
-                jnp.where(inside & mask[near], tokens[near], -1))
+    return Gaps(
+        _by_bucket(jnp.sum(delta, axis=0)),
+        _by_bucket(jnp.sum(mask & jnp.isfinite(rollout_logp), axis=0, dtype=jnp.int32)),
+        worst,
+        t.astype(jnp.int32),
+        old_logp[i, t],
+        rollout_logp[i, t],
+        reward[i],
+        jnp.where(inside & mask[near], tokens[near], -1),
+    )
 
 
 def edges(length: int) -> list[int]:
@@ -53,21 +71,40 @@ def edges(length: int) -> list[int]:
 
 
 def record(gaps: Gaps, length: int, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
-    """`gaps` (on the host) of completions of `length` tokens at most, as JSON: `positions` of the buckets that have tokens
-    and a finite gap, and `worst` with decoded text."""
+    """`gaps` (on the host) of completions of `length` tokens at most, as JSON: `positions` of the
+    buckets that have tokens and a finite gap, and `worst` with decoded text.
+    """
     ends = edges(length)
-    positions = [{"from": start, "to": end, "tokens": int(count), "delta": float(total) / int(count)}
-                 for start, end, total, count in zip(ends, ends[1:], gaps.sums, gaps.counts) if count and math.isfinite(total)]
+    positions = [
+        {"from": start, "to": end, "tokens": int(count), "delta": float(total) / int(count)}
+        for start, end, total, count in zip(ends, ends[1:], gaps.sums, gaps.counts)
+        if count and math.isfinite(total)
+    ]
     worst = []
     for k in range(len(gaps.delta)):
         if not gaps.delta[k] > 0:  # an exact engine has none
             continue
-        before, token, after = ([int(x) for x in part if x >= 0] for part in (
-            gaps.context[k, :BEFORE], gaps.context[k, BEFORE:BEFORE + 1], gaps.context[k, BEFORE + 1:]))
-        worst.append({"position": int(gaps.position[k]), "token": token[0], "text": decode(token),
-                      "before": decode(before), "after": decode(after), "delta": float(gaps.delta[k]),
-                      "pi_train": math.exp(gaps.trainer_logp[k]), "pi_infer": math.exp(gaps.engine_logp[k]),
-                      "reward": float(gaps.reward[k])})
+        before, token, after = (
+            [int(x) for x in part if x >= 0]
+            for part in (
+                gaps.context[k, :BEFORE],
+                gaps.context[k, BEFORE : BEFORE + 1],
+                gaps.context[k, BEFORE + 1 :],
+            )
+        )
+        worst.append(
+            {
+                "position": int(gaps.position[k]),
+                "token": token[0],
+                "text": decode(token),
+                "before": decode(before),
+                "after": decode(after),
+                "delta": float(gaps.delta[k]),
+                "pi_train": math.exp(gaps.trainer_logp[k]),
+                "pi_infer": math.exp(gaps.engine_logp[k]),
+                "reward": float(gaps.reward[k]),
+            }
+        )
     return {"positions": positions, "worst": worst}
 
 

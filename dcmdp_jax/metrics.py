@@ -1,14 +1,17 @@
 """What a run writes down: one JSON object a step, and a line to look at.
 
-`metrics.jsonl` holds one row per constrained step, in order: `step` (1..N), `reward` (mean over the batch),
-`delta_mean` and `multiplier` (lambda, as used in the step), `entropy` (nats per token), `seconds` (wall time of the
-step), `tokens` (sampled), `truncated` (share of completions that the length limit cut off),
-`skipped` (updates of the run so far that were left out), `saturated` (steps in a row with lambda at
-its bound and delta above the tolerance), further scalars of the step, and on steps with an
-evaluation `reward_eval_infer` (the engine's policy) and `reward_eval_train` (the trainer's).
+`metrics.jsonl` holds one row per constrained step, in order: `step` (1..N), `reward` (mean over the
+batch), `delta_mean` and `multiplier` (lambda, as used in the step), `entropy` (nats per token),
+`seconds` (wall time of the step), `tokens` (sampled), `truncated` (share of completions that the
+length limit cut off), `skipped` (updates of the run so far that were left out), `saturated` (steps
+in a row with lambda at its bound and delta above the tolerance), further scalars of the step, and
+on steps with an evaluation `reward_eval_infer` (the engine's policy) and `reward_eval_train` (the
+trainer's).
 
-JSON has no NaN: a value that is not finite is `null`, and `non_finite` in the same row tells which it was
-(`{"loss": null, "non_finite": {"loss": "nan"}}`). `gaps.jsonl` holds one row per step with an evaluation: `step`, and
+JSON has no NaN: a value that is not finite is `null`, and `non_finite` in the same row tells which
+    it was
+(`{"loss": null, "non_finite": {"loss": "nan"}}`). `gaps.jsonl` holds one row per step with an
+evaluation: `step`, and
 `positions` and `worst` as `gaps.record` makes them. Process 0 alone writes.
 """
 
@@ -31,24 +34,44 @@ import jax
 from dcmdp_jax import faults, fields, terminal
 from dcmdp_jax.config import Config
 
-FILE, GAPS = "metrics.jsonl", "gaps.jsonl"
-POSITION = {"from": fields.WHOLE, "to": fields.WHOLE, "tokens": fields.WHOLE,
-            "delta": fields.NUMBER}
-WORST = {"position": fields.WHOLE, "token": fields.WHOLE, "text": fields.TEXT,
-         "before": fields.TEXT, "after": fields.TEXT, "delta": fields.NUMBER,
-         "pi_train": fields.NUMBER, "pi_infer": fields.NUMBER, "reward": fields.NUMBER}
-SECONDS_BETWEEN_LINES = 10.0  # where stderr is no terminal, so that the logs of batch jobs stay short
-STATUS = (("reward", "reward {:.3f}"), ("reward_eval_infer", "held-out engine {:.3f}"),
-          ("reward_eval_train", "trainer {:.3f}"), ("delta_mean", "delta {:.4f} (tolerance {tolerance:g})"),
-          ("multiplier", "lambda {:.4f}"), ("entropy", "entropy {:.3f}"),
-          ("truncated", "cut off {:.0%}"))
+FILE = "metrics.jsonl"
+GAPS = "gaps.jsonl"
+POSITION = {
+    "from": fields.WHOLE,
+    "to": fields.WHOLE,
+    "tokens": fields.WHOLE,
+    "delta": fields.NUMBER,
+}
+WORST = {
+    "position": fields.WHOLE,
+    "token": fields.WHOLE,
+    "text": fields.TEXT,
+    "before": fields.TEXT,
+    "after": fields.TEXT,
+    "delta": fields.NUMBER,
+    "pi_train": fields.NUMBER,
+    "pi_infer": fields.NUMBER,
+    "reward": fields.NUMBER,
+}
+# where stderr is no terminal, so that the logs of batch jobs stay short
+SECONDS_BETWEEN_LINES = 10.0
+STATUS = (
+    ("reward", "reward {:.3f}"),
+    ("reward_eval_infer", "held-out engine {:.3f}"),
+    ("reward_eval_train", "trainer {:.3f}"),
+    ("delta_mean", "delta {:.4f} (tolerance {tolerance:g})"),
+    ("multiplier", "lambda {:.4f}"),
+    ("entropy", "entropy {:.3f}"),
+    ("truncated", "cut off {:.0%}"),
+)
 
 
 class Log:
-    """A run's rows in `workdir/metrics.jsonl`, its progress on stderr, and TensorBoard or Weights & Biases when asked.
+    """A run's rows in `workdir/metrics.jsonl`, its progress on stderr, and TensorBoard or Weights &
+    Biases when asked.
 
-    Opening drops the rows from `first_step` on (`truncate`): a resumed run's file equals an uninterrupted one's. A logger
-    that fails is a warning, and is left out from there on.
+    Opening drops the rows from `first_step` on (`truncate`): a resumed run's file equals an
+    uninterrupted one's. A logger that fails is a warning, and is left out from there on.
     """
 
     def __init__(self, workdir: str | os.PathLike, config: Config, *, first_step: int = 1):
@@ -64,7 +87,8 @@ class Log:
         if config.wandb:
             self._begin("Weights & Biases", lambda: _WeightsAndBiases(workdir, config.name))
         truncate(workdir, first_step - 1)
-        self._file, self._gaps = open(workdir / FILE, "a", encoding="utf-8"), workdir / GAPS
+        self._file = open(workdir / FILE, "a", encoding="utf-8")
+        self._gaps = workdir / GAPS
         self._latest: dict[str, Any] = {}  # keeps the last evaluation on show between evaluations
         self._progress = Progress(config, first_step)
         if first_step > 1:
@@ -77,7 +101,9 @@ class Log:
             self._progress.tolerance = self._progress.view.tolerance = tolerance
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Adds the row of `step`. Raises ValueError on a value that is not one number, Python's or an array of one."""
+        """Adds the row of `step`. Raises ValueError on a value that is not one number, Python's or
+        an array of one.
+        """
         if not self._writes:
             return
         values = {key: _number(key, value) for key, value in values.items()}
@@ -91,7 +117,9 @@ class Log:
         self._progress.show(step, self._latest)
 
     def write_gaps(self, step: int, record: Mapping[str, Any]) -> None:
-        """Adds the row of `step` to `gaps.jsonl`; call it before `write`, so that a row there has its row here."""
+        """Adds the row of `step` to `gaps.jsonl`; call it before `write`, so that a row there has
+        its row here.
+        """
         if self._writes:
             with open(self._gaps, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": int(step), **record}, allow_nan=False) + "\n")
@@ -124,11 +152,17 @@ class Log:
 
 
 class Progress:
-    """A block of lines on a terminal (`terminal.View`), else a line at the first step, the last, and each ten seconds."""
+    """A block of lines on a terminal (`terminal.View`), else a line at the first step, the last,
+    and each ten seconds.
+    """
 
     def __init__(self, config: Config, first_step: int):
-        self._name, self._total, self.tolerance = config.name, config.steps, config.constraint.tolerance
-        self.view = terminal.View(self._name, first_step, self._total, self.tolerance, config.constraint.multiplier_max)
+        self._name = config.name
+        self._total = config.steps
+        self.tolerance = config.constraint.tolerance
+        self.view = terminal.View(
+            self._name, first_step, self._total, self.tolerance, config.constraint.multiplier_max
+        )
         self._printed = -math.inf
 
     def show(self, step: int, values: Mapping[str, Any]) -> None:
@@ -161,7 +195,8 @@ def status(values: Mapping[str, Any], tolerance: float, floor: float | None = No
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of a run, oldest first; values that were not finite are None. A torn last line is left out.
+    """The rows of a run, oldest first; values that were not finite are None. A torn last line is
+    left out.
 
     Raises ValueError where there is no file, a line before the last is no row, or a value is no
     number.
@@ -198,9 +233,11 @@ def read_gaps(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def truncate(workdir: str | os.PathLike, step: int) -> None:
-    """Drops the rows after `step`, and a torn last line, from both files; the rows that stay keep their bytes.
+    """Drops the rows after `step`, and a torn last line, from both files; the rows that stay keep
+    their bytes.
 
-    A file is replaced in one piece: a crash leaves the old one or the new one. No file, nothing to drop.
+    A file is replaced in one piece: a crash leaves the old one or the new one. No file, nothing to
+        drop.
     """
     if jax.process_index() != 0:
         return
@@ -220,7 +257,9 @@ def _truncate(path: pathlib.Path, step: int) -> None:
 
 
 def _lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
-    """Each line with the row it holds. The last line may be torn by a killed process: then it is left out."""
+    """Each line with the row it holds. The last line may be torn by a killed process: then it is
+    left out.
+    """
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     lines = lines[:-1] if lines[-1] == "" else lines
     found = []
@@ -240,7 +279,9 @@ def _number(key: str, value: Any) -> bool | int | float:
     if getattr(value, "size", 1) == 1 and hasattr(value, "item"):
         value = value.item()
     if not isinstance(value, (bool, int, float)):
-        raise ValueError(f"metric {key!r} must be one number, not {type(value).__name__}; write one name per number")
+        raise ValueError(
+            f"metric {key!r} must be one number, not {type(value).__name__}; write one name per number"
+        )
     return value
 
 
@@ -253,9 +294,13 @@ def _row(step: int, values: Mapping[str, bool | int | float]) -> dict[str, Any]:
 
 
 def check_loggers(config: Config) -> None:
-    """Raises ImportError where `config.tensorboard` or `config.wandb` asks for what cannot be imported."""
-    wanted = {"tensorboardX": (config.tensorboard, "tensorboard=True", "pip install 'dcmdp-jax[report]'"),
-              "wandb": (config.wandb, "wandb=True", "pip install wandb")}
+    """Raises ImportError where `config.tensorboard` or `config.wandb` asks for what cannot be
+    imported.
+    """
+    wanted = {
+        "tensorboardX": (config.tensorboard, "tensorboard=True", "pip install 'dcmdp-jax[report]'"),
+        "wandb": (config.wandb, "wandb=True", "pip install wandb"),
+    }
     for module, (asked, option, remedy) in wanted.items():
         if not asked:
             continue
@@ -264,7 +309,9 @@ def check_loggers(config: Config) -> None:
         except ModuleNotFoundError as error:
             raise ImportError(f"{option} needs {module}; {remedy}") from error
         except Exception as error:  # a broken installation fails in ways of its own
-            raise ImportError(f"{option} needs {module}, which fails to import ({faults.kind(error)}); {remedy}") from error
+            raise ImportError(
+                f"{option} needs {module}, which fails to import ({faults.kind(error)}); {remedy}"
+            ) from error
 
 
 def keep_aside(workdir: pathlib.Path) -> None:
@@ -273,15 +320,23 @@ def keep_aside(workdir: pathlib.Path) -> None:
         return
     for path in (workdir / FILE, workdir / GAPS):
         if path.is_file() and path.stat().st_size:
-            number = next(i for i in itertools.count(1) if not path.with_name(f"{path.name}.{i}").exists())
+            number = next(
+                i for i in itertools.count(1) if not path.with_name(f"{path.name}.{i}").exists()
+            )
             aside = path.with_name(f"{path.name}.{number}")
             path.rename(aside)
-            print(f"{workdir} holds no checkpoint and starts anew; its old rows are kept in {aside}", file=sys.stderr)
+            print(
+                f"{workdir} holds no checkpoint and starts anew; its old rows are kept in {aside}",
+                file=sys.stderr,
+            )
 
 
 def _warn(name: str, error: Exception) -> None:
-    print(f"{name} failed ({faults.kind(error)}); the run goes on without it, and {FILE} holds every row",
-          file=sys.stderr, flush=True)
+    print(
+        f"{name} failed ({faults.kind(error)}); the run goes on without it, and {FILE} holds every row",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 class _TensorBoard:
@@ -306,9 +361,15 @@ class _WeightsAndBiases:
         identity = workdir / "wandb_id"  # a resumed run continues the same W&B run
         if not identity.exists():
             identity.write_text(uuid.uuid4().hex, encoding="utf-8")
-        self._run = wandb.init(project="dcmdp_jax", name=name, dir=str(workdir), id=identity.read_text(encoding="utf-8"),
-                               resume="allow")
-        self._run.define_metric("*", step_metric="step")  # W&B's own counter refuses to go back to a checkpoint's step
+        self._run = wandb.init(
+            project="dcmdp_jax",
+            name=name,
+            dir=str(workdir),
+            id=identity.read_text(encoding="utf-8"),
+            resume="allow",
+        )
+        # W&B's own counter refuses to go back to a checkpoint's step
+        self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         self._run.log({**values, "step": step})

@@ -1,7 +1,9 @@
 """What travels, in the order of the walk.
 
-Sizes: B prompts, G samples per prompt, N = B*G completions, P prompt tokens, T completion tokens, M minibatches,
-A accumulated microbatches, n = N/(M*A) completions in a microbatch, R packed rows, S row length. Log-probs are in nats.
+Sizes: B prompts, G samples per prompt, N = B*G completions, P prompt tokens, T completion tokens, M
+    minibatches,
+A accumulated microbatches, n = N/(M*A) completions in a microbatch, R packed rows, S row length.
+Log-probs are in nats.
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ class Prompts(NamedTuple):
 class Sampling(NamedTuple):
     """How a token is drawn: from softmax(logits / temperature) over a support, renormalised.
 
-    The support holds the `top_k` likeliest tokens, of those the fewest whose mass reaches `top_p`, and of those the ones at
-    least `min_p` times as likely as the likeliest; tokens tied with the last kept one are kept. Scalars or one per request.
+    The support holds the `top_k` likeliest tokens, of those the fewest whose mass reaches `top_p`,
+    and of those the ones at least `min_p` times as likely as the likeliest; tokens tied with the
+    last kept one are kept. Scalars or one per request.
     """
 
     temperature: Any = 1.0  # 0 takes the likeliest token
@@ -54,14 +57,19 @@ class Rollout(NamedTuple):
     prompts: Prompts
     tokens: np.ndarray  # [N, T] int32; the stop token is part of the completion
     lengths: np.ndarray  # [N] int32, tokens sampled
-    text_lengths: np.ndarray  # [N] int32, of them those that are text: the stop token, where one ended it, is not
-    rollout_logp: np.ndarray  # [N, T] float32, of the distribution sampled from: tempered, over its support; 0 past the length
-    raw_logp: np.ndarray  # [N, T] float32, log softmax(logits)[token]: temperature 1, whole vocabulary
+    # [N] int32, of them those that are text: the stop token, where one ended it, is not
+    text_lengths: np.ndarray
+    # [N, T] float32, of the distribution sampled from: tempered, over its support; 0 past the
+    # length
+    rollout_logp: np.ndarray
+    # [N, T] float32, log softmax(logits)[token]: temperature 1, whole vocabulary
+    raw_logp: np.ndarray
     kept: np.ndarray  # [N, T] float32, mass of the support under softmax(logits / temperature)
     stopped: np.ndarray  # [N] bool: ended by a stop token or string, not by the length limit
     version: np.ndarray  # [N, T] int32, of the weights that sampled the token
     sampling: Sampling
-    experts: np.ndarray | None  # [N, T, sparse layers, k] int32 that made each token's distribution; -1 past the length
+    # [N, T, sparse layers, k] int32 that made each token's distribution; -1 past the length
+    experts: np.ndarray | None
 
 
 class Scored(NamedTuple):
@@ -80,8 +88,9 @@ class Batch(NamedTuple):
     engine and trainer are thus compared before the cut, which both would make alike: a gap, and
     every ratio of the two, is of numerics and age alone.
 
-    Rows hold prompt + completion segments. `index[i, t]` is the flat position r*S + s, within its microbatch, of the token
-    whose next-token distribution predicts completion token t: the model's outputs at `index` are the completion's.
+    Rows hold prompt + completion segments. `index[i, t]` is the flat position r*S + s, within its
+    microbatch, of the token whose next-token distribution predicts completion token t: the model's
+    outputs at `index` are the completion's.
     """
 
     tokens: np.ndarray  # [M, A, R, S] int32
@@ -93,7 +102,8 @@ class Batch(NamedTuple):
     rollout_logp: np.ndarray  # [M, A, n, T] float32, over the whole vocabulary
     reward: np.ndarray  # [M, A, n] float32
     group: np.ndarray  # [M, A, n] int32, 0..B-1: the prompt a completion answers
-    experts: np.ndarray | None = None  # [M, A, R, S, sparse layers, k] int16 that each token takes; -1: its router's choice
+    # [M, A, R, S, sparse layers, k] int16 that each token takes; -1: its router's choice
+    experts: np.ndarray | None = None
 
 
 class TrainState(NamedTuple):

@@ -52,7 +52,8 @@ def _compiled(source: str) -> Any:
         raise _Refused(message)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda layout: datetime.datetime.now().strftime(layout)
@@ -67,7 +68,8 @@ def _rendered(source: str, settings: dict, seconds: float) -> dict:
     """The reply to one request: a text, or what the template does wrong."""
     signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process
     try:
-        pieces, length = [], 0
+        pieces = []
+        length = 0
         for piece in _compiled(source).generate(**settings):
             pieces.append(piece)
             length += len(piece)

@@ -23,7 +23,8 @@ _CHOICE = re.compile(r"(?:\\text\w*\s*\{)?\(?[A-J]\)?\}?")
 # a choice with what it says, as (B) 12
 _CHOSEN = re.compile(
     r"(?:\\(?:text|math)\w*\s*\{)?\s*(?:\(([A-J])\)|([A-J])(?:[).:]|(?=\}|\\q?quad)))"
-    r"(?!.*(?:\b(?:and|or)\b|\b[A-J]\)))[\s}~.:]*[\w$\\(]")
+    r"(?!.*(?:\b(?:and|or)\b|\b[A-J]\)))[\s}~.:]*[\w$\\(]"
+)
 
 
 def math_answer(example: Example, text: str) -> float:
@@ -71,7 +72,9 @@ def score(
     """
     examples = rollout.prompts.examples
     samples = len(rollout.tokens) // len(examples)
-    text = tuple(decode(ids[:length].tolist()) for ids, length in zip(rollout.tokens, rollout.text_lengths))
+    text = tuple(
+        decode(ids[:length].tolist()) for ids, length in zip(rollout.tokens, rollout.text_lengths)
+    )
     reward = np.zeros(len(text), np.float32)
     with stopping.watched(asked, lambda i: _slow(verifier, examples[i // samples], i)) as watch:
         for i, stopped in enumerate(rollout.stopped):
@@ -84,22 +87,30 @@ def _reward(verifier: Callable[[Example, str], float], example: Example, text: s
     try:
         given = verifier(example, text)
     except Exception as error:
-        raise ValueError(f"the verifier {_name(verifier)} fails on a completion of the prompt "
-                         f"{_short(example)}: {faults.described(error)}") from error
+        raise ValueError(
+            f"the verifier {_name(verifier)} fails on a completion of the prompt "
+            f"{_short(example)}: {faults.described(error)}"
+        ) from error
     try:
         with np.errstate(over="ignore"):
             reward = np.float32(given)
     except (TypeError, ValueError):
         reward = np.float32("nan")
     if np.ndim(reward) or not np.isfinite(reward):
-        raise ValueError(f"the verifier {_name(verifier)} gives {given!r:.80} for a completion of "
-                         f"the prompt {_short(example)}; a reward must be one finite number")
+        raise ValueError(
+            f"the verifier {_name(verifier)} gives {given!r:.80} for a completion of "
+            f"the prompt {_short(example)}; a reward must be one finite number"
+        )
     return reward
 
 
 def _slow(verifier: Callable[[Example, str], float], example: Example, number: int) -> None:
-    print(f"the verifier {_name(verifier)} has been at completion {number}, of the prompt "
-          f"{_short(example)}, for {stopping.SLOW:.0f} s", file=sys.stderr, flush=True)
+    print(
+        f"the verifier {_name(verifier)} has been at completion {number}, of the prompt "
+        f"{_short(example)}, for {stopping.SLOW:.0f} s",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _name(verifier: Callable) -> str:

@@ -31,8 +31,9 @@ class _Left(BaseException):
 
 
 @contextmanager
-def requests(tell: Callable[[], None] = lambda: None,
-             at_once: bool = False) -> Iterator[Callable[[], bool]]:
+def requests(
+    tell: Callable[[], None] = lambda: None, at_once: bool = False
+) -> Iterator[Callable[[], bool]]:
     """Yields a function that tells whether SIGINT, SIGTERM or SIGHUP came.
 
     A thread hears them, so that they are answered while the main thread compiles. The first signal
@@ -40,7 +41,8 @@ def requests(tell: Callable[[], None] = lambda: None,
     thread; with `at_once` it ends the process, which is as safe as SIGKILL. SIGHUP stays ignored
     under nohup.
     """
-    heard, handled = [], []  # by the thread, each signal; by the main thread, later and fewer
+    heard = []
+    handled = []  # by the thread, each signal; by the main thread, later and fewer
 
     def hear(number: int) -> None:
         heard.append(number)
@@ -58,8 +60,11 @@ def requests(tell: Callable[[], None] = lambda: None,
         if number == signal.SIGINT and max(len(heard), len(handled)) > 1 and not at_once:
             raise KeyboardInterrupt
 
-    heeded = [number for number in SIGNALS
-              if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    heeded = [
+        number
+        for number in SIGNALS
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    ]
     before = {number: signal.signal(number, handle) for number in heeded}
     _before.update(before)
     try:
@@ -140,7 +145,8 @@ def watched(asked: Callable[[], bool], slow: Callable[[int], None]) -> Iterator[
     function stays in the main thread: only there do a regular expression and a verifier's own alarm
     answer to signals.
     """
-    watch, done = Watch(), threading.Event()
+    watch = Watch()
+    done = threading.Event()
     main = threading.get_ident()
     if threading.current_thread() is not threading.main_thread():
         yield watch  # signals are not for this thread
@@ -151,7 +157,8 @@ def watched(asked: Callable[[], bool], slow: Callable[[int], None]) -> Iterator[
             raise _Left
 
     def look() -> None:
-        asked_at, told = None, False
+        asked_at = None
+        told = False
         while not done.wait(GLANCE):
             now = time.monotonic()
             if asked_at is None and asked():

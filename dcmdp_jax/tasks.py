@@ -1,4 +1,6 @@
-"""Generated tasks with an exact verifier and a noisy expert: reinforcement learning without a data set."""
+"""Generated tasks with an exact verifier and a noisy expert: reinforcement learning without a data
+set.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +37,13 @@ class Task(Protocol):
 class Chain:
     """Arithmetic modulo 10, strictly from left to right, with the work shown.
 
-    Prompt `3+5*2-4*7+9=`, solution `3+5=8;8*2=6;6-4=2;2*7=4;4+9=3;#3`: with n operations the prompt has 2n + 2
-    characters and the solution 6n + 2, and the stop token follows.
+    Prompt `3+5*2-4*7+9=`, solution `3+5=8;8*2=6;6-4=2;2*7=4;4+9=3;#3`: with n operations the prompt
+    has 2n + 2 characters and the solution 6n + 2, and the stop token follows.
     """
 
     operations: int = 5
-    noise: tuple[float, float, float] = (0.15, 0.20, 0.30)  # chance that the expert gets a step wrong, for + - *
+    # chance that the expert gets a step wrong, for + - *
+    noise: tuple[float, float, float] = (0.15, 0.20, 0.30)
 
     def __post_init__(self):
         if self.operations not in range(1, 13):  # the problem's number fits an int64
@@ -58,7 +61,9 @@ class Chain:
         return 10 * 30**self.operations
 
     def example(self, index: int, seed: int) -> Example:
-        """Training problem `index` of stream `seed`, drawn uniformly from the problems that are not held out."""
+        """Training problem `index` of stream `seed`, drawn uniformly from the problems that are not
+        held out.
+        """
         rng = np.random.default_rng((seed, index))
         while True:
             number = int(rng.integers(self.problems))
@@ -66,9 +71,13 @@ class Chain:
                 return self._problem(number)
 
     def held_out(self, count: int) -> list[Example]:
-        """The first `count` held-out problems, in a fixed scattered order. Raises ValueError if there are too few."""
+        """The first `count` held-out problems, in a fixed scattered order. Raises ValueError if
+        there are too few.
+        """
         if count > self.problems // (2 * HELD_OUT_SHARE):
-            raise ValueError(f"Chain({self.operations}) has too few problems to hold out {count}; ask for fewer")
+            raise ValueError(
+                f"Chain({self.operations}) has too few problems to hold out {count}; ask for fewer"
+            )
         rng = np.random.default_rng(0)
         numbers: dict[int, None] = {}  # a set that keeps its order
         while len(numbers) < count:
@@ -77,13 +86,17 @@ class Chain:
         return [self._problem(number) for number in list(numbers)[:count]]
 
     def solution(self, example: Example, rng: np.random.Generator) -> str:
-        """The expert's work: each step's result is replaced, with its operator's chance, by another digit; the work
-        goes on from what was written."""
-        prompt, luck = example.prompt, rng.random(self.operations).tolist()
+        """The expert's work: each step's result is replaced, with its operator's chance, by another
+        digit; the work goes on from what was written.
+        """
+        prompt = example.prompt
+        luck = rng.random(self.operations).tolist()
         shift = rng.integers(1, 10, size=self.operations).tolist()
-        value, steps = int(prompt[0]), []
+        value = int(prompt[0])
+        steps = []
         for i in range(self.operations):
-            operator, operand = prompt[1 + 2 * i], int(prompt[2 + 2 * i])
+            operator = prompt[1 + 2 * i]
+            operand = int(prompt[2 + 2 * i])
             result = _apply(value, operator, operand)
             if luck[i] < self.noise[OPERATORS.index(operator)]:
                 result = (result + shift[i]) % 10

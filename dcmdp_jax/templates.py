@@ -28,7 +28,8 @@ class Template:
     def __init__(self, source: str, folder: str | pathlib.Path):
         if importlib.util.find_spec("jinja2") is None:
             raise ValueError("jinja2 is not installed; pip install 'dcmdp-jax[train]'")
-        self._source, self._folder = source, folder
+        self._source = source
+        self._folder = folder
         self._worker = Worker([*COMMAND, str(SECONDS)], PATIENCE)
 
     def render(self, messages: Sequence[Mapping], **settings: Any) -> str:

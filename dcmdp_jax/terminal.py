@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+
 class _Outliving:
     """A stream that ends nothing where its reader is gone or its disk is full.
 
@@ -55,11 +56,19 @@ CURVE = 30  # columns of a sparkline, where the terminal is wide enough
 
 
 class View:
-    """Draws on stderr; the block is left standing when the run ends. Lines that others print go under it, whole."""
+    """Draws on stderr; the block is left standing when the run ends. Lines that others print go
+    under it, whole.
+    """
 
-    def __init__(self, name: str, first_step: int, total: int, tolerance: float, multiplier_max: float):
-        self._name, self._total, self.tolerance, self._bound = name, total, tolerance, multiplier_max
-        self._before, self._started = first_step - 1, None  # steps of earlier processes; when the first step was seen
+    def __init__(
+        self, name: str, first_step: int, total: int, tolerance: float, multiplier_max: float
+    ):
+        self._name = name
+        self._total = total
+        self.tolerance = tolerance
+        self._bound = multiplier_max
+        self._before = first_step - 1
+        self._started = None  # steps of earlier processes; when the first step was seen
         self.floor: float | None = None  # see `metrics.floor`
         self._rewards: list[float] = []
         self._deltas: list[float] = []
@@ -70,33 +79,51 @@ class View:
         self._started = self._started or time.monotonic() - values.get("seconds", 0)
         self._rewards.append(values.get("reward", math.nan))
         self._deltas.append(values.get("delta_mean", math.nan))
-        width = max(shutil.get_terminal_size().columns - 1, 20)  # the last column would wrap on some terminals
+        # the last column would wrap on some terminals
+        width = max(shutil.get_terminal_size().columns - 1, 20)
         lines = [line[:width] for line in self.lines(step, values, width)]
         if width == self._width:  # what is said no more is wiped out
             lines += [""] * (self._height - len(lines))
-        # Up to the block's first line, then down over it. Where the width changed the old lines may have been wrapped anew,
+        # Up to the block's first line, then down over it. Where the width changed the old lines may
+        # have been wrapped anew,
         # and their place is not known: a new block begins below.
         up = f"\x1b[{self._height}A" if self._height and width == self._width else ""
         sys.stderr.write(f"\r{up}" + "".join(f"\x1b[2K{_colored(line)}\n" for line in lines))
         sys.stderr.flush()
-        self._height, self._width = len(lines), width
+        self._height = len(lines)
+        self._width = width
 
     def lines(self, step: int, values: Mapping[str, Any], width: int) -> list[str]:
-        """The block's text, without colour; lines may be longer than `width`, what matters stands first."""
+        """The block's text, without colour; lines may be longer than `width`, what matters stands
+        first.
+        """
         done = step - self._before
-        left = (time.monotonic() - self._started) / done * (self._total - step) if self._started is not None else math.nan
+        left = (
+            (time.monotonic() - self._started) / done * (self._total - step)
+            if self._started is not None
+            else math.nan
+        )
         timed = values.get("seconds") and "tokens" in values
         speed = f"  {values['tokens'] / values['seconds']:,.0f} tokens/s" if timed else ""
         bar = max(min(width - 60, 30), 0)
         full = bar * step // max(self._total, 1)
         drawn = f"  {'━' * full}{'╌' * (bar - full)}" if bar >= 6 else ""
         lines = [f"{self._name}  step {step}/{self._total}{drawn}  {_clock(left)} left{speed}"]
-        held_out = "  ".join(f"{owner} {_number(values[key])}" for key, owner in (
-            ("reward_eval_infer", "engine"), ("reward_eval_train", "trainer")) if key in values)
+        held_out = "  ".join(
+            f"{owner} {_number(values[key])}"
+            for key, owner in (("reward_eval_infer", "engine"), ("reward_eval_train", "trainer"))
+            if key in values
+        )
         curve = min(CURVE, width - 48)
         if "reward" in values:
-            lines.append(_row("reward", _number(values["reward"]), sparkline(self._rewards, curve),
-                              f"held-out {held_out}" if held_out and curve >= 6 else ""))
+            lines.append(
+                _row(
+                    "reward",
+                    _number(values["reward"]),
+                    sparkline(self._rewards, curve),
+                    f"held-out {held_out}" if held_out and curve >= 6 else "",
+                )
+            )
         if "delta_mean" in values:
             delta = values["delta_mean"]
             place = f"{'within' if delta <= self.tolerance else 'ABOVE'} {self.tolerance:g}"
@@ -105,7 +132,11 @@ class View:
         rest = []
         if "multiplier" in values:
             bound = self._bound if self._bound is not None else math.inf
-            at = " (at its bound)" if values["multiplier"] >= bound * (1 - 1e-6) else f" of {bound:g}" * math.isfinite(bound)
+            at = (
+                " (at its bound)"
+                if values["multiplier"] >= bound * (1 - 1e-6)
+                else f" of {bound:g}" * math.isfinite(bound)
+            )
             rest.append(f"lambda   {values['multiplier']:.4f}{at}")
         if "entropy" in values:
             rest.append(f"entropy {_number(values['entropy'])}")
@@ -122,11 +153,14 @@ def warnings(values: Mapping[str, Any], tolerance: float, floor: float | None) -
     if skipped := values.get("skipped", 0):
         said.append(f"{skipped} updates skipped, whose loss or gradient was not finite")
     if saturated := values.get("saturated", 0):
-        said.append("lambda at its bound and delta above the tolerance, "
-                    f"{saturated} steps in a row")
+        said.append(
+            f"lambda at its bound and delta above the tolerance, {saturated} steps in a row"
+        )
     if floor is not None and tolerance < floor:
-        said.append(f"the tolerance {tolerance:g} is under the floor {floor:.2g}, delta of the "
-                    "weights that the run began with")
+        said.append(
+            f"the tolerance {tolerance:g} is under the floor {floor:.2g}, delta of the "
+            "weights that the run began with"
+        )
     if values.get("truncated") == 1:
         said.append("all completions cut off at rollout.max_tokens")
     return said
@@ -138,16 +172,24 @@ def fits() -> bool:
 
 
 def sparkline(values: list[float], width: int) -> str:
-    """The values as `width` blocks at most, from their least to their largest; means where there are more, dots for gaps."""
+    """The values as `width` blocks at most, from their least to their largest; means where there
+    are more, dots for gaps.
+    """
     if width < 6 or not values:
         return ""
     count = min(width, len(values))
-    parts = [values[len(values) * i // count:len(values) * (i + 1) // count] for i in range(count)]
+    parts = [
+        values[len(values) * i // count : len(values) * (i + 1) // count] for i in range(count)
+    ]
     parts = [[value for value in part if math.isfinite(value)] for part in parts]
     means = [sum(part) / len(part) if part else math.nan for part in parts]
     seen = [value for value in means if math.isfinite(value)]
-    low, span = min(seen, default=0.0), max(seen, default=0.0) - min(seen, default=0.0)
-    return "".join("·" if math.isnan(value) else BLOCKS[round((value - low) / span * 7) if span else 3] for value in means)
+    low = min(seen, default=0.0)
+    span = max(seen, default=0.0) - min(seen, default=0.0)
+    return "".join(
+        "·" if math.isnan(value) else BLOCKS[round((value - low) / span * 7) if span else 3]
+        for value in means
+    )
 
 
 def _row(name: str, value: str, curve: str, note: str) -> str:
@@ -158,8 +200,13 @@ def _colored(line: str) -> str:
     """What asks for attention in colour, unless NO_COLOR is set (https://no-color.org)."""
     if os.environ.get("NO_COLOR"):
         return line
-    for word, code in (("ABOVE", "31"), ("NOT MEASURED", "31"), ("(at its bound)", "33"),
-                       ("warning", "33"), ("within", "32")):
+    for word, code in (
+        ("ABOVE", "31"),
+        ("NOT MEASURED", "31"),
+        ("(at its bound)", "33"),
+        ("warning", "33"),
+        ("within", "32"),
+    ):
         line = line.replace(word, f"\x1b[{code}m{word}\x1b[0m")
     return line
 

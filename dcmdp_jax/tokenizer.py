@@ -1,4 +1,5 @@
-"""Text to token ids and back: Hugging Face `tokenizer.json`, SentencePiece, or single characters, behind one protocol.
+"""Text to token ids and back: Hugging Face `tokenizer.json`, SentencePiece, or single characters,
+behind one protocol.
 
 Encoding adds nothing to a text (no BOS, no EOS), and special tokens written out in it become their
 ids. Conversations are data that nobody vouches for: a special token written in a message is text,
@@ -33,7 +34,8 @@ class Tokenizer(Protocol):
 
     vocab_size: int  # highest id + 1, added tokens included
     longest: int  # characters of text that a token holds at most; a normalizer may leave more out
-    eos_ids: tuple[int, ...]  # any of them ends a completion; the first is the one written in training data
+    # any of them ends a completion; the first is the one written in training data
+    eos_ids: tuple[int, ...]
     pad_id: int
     generation: dict  # what the model's generation_config.json says
 
@@ -43,8 +45,16 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens written out."""
 
-    def chat(self, messages: Sequence[Mapping], *, enable_thinking: bool, add_generation_prompt: bool = True) -> str:
-        """The conversation as the text that the model was trained on. Raises ValueError without a chat template."""
+    def chat(
+        self,
+        messages: Sequence[Mapping],
+        *,
+        enable_thinking: bool,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The conversation as the text that the model was trained on. Raises ValueError without a
+        chat template.
+        """
 
     def encode_chat(
         self,
@@ -108,13 +118,25 @@ class HuggingFace:
     def longest(self) -> int:
         return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
 
-    def chat(self, messages: Sequence[Mapping], *, enable_thinking: bool, add_generation_prompt: bool = True) -> str:
+    def chat(
+        self,
+        messages: Sequence[Mapping],
+        *,
+        enable_thinking: bool,
+        add_generation_prompt: bool = True,
+    ) -> str:
         if self._template is None:
-            raise ValueError(f"{self.folder} has no chat template (chat_template.jinja, or chat_template in "
-                             "tokenizer_config.json); add one, or train on plain prompts with data.chat=False")
+            raise ValueError(
+                f"{self.folder} has no chat template (chat_template.jinja, or chat_template in "
+                "tokenizer_config.json); add one, or train on plain prompts with data.chat=False"
+            )
         special = {name: text for name, text in self._special.items() if text}
-        return self._template.render(messages, enable_thinking=enable_thinking,
-                                     add_generation_prompt=add_generation_prompt, **special)
+        return self._template.render(
+            messages,
+            enable_thinking=enable_thinking,
+            add_generation_prompt=add_generation_prompt,
+            **special,
+        )
 
     def encode_chat(
         self,
@@ -256,7 +278,9 @@ class SentencePiece:
         return max(len(self._processor.id_to_piece(i)) for i in range(self.vocab_size))
 
     def chat(self, messages: Sequence[Mapping], **settings: bool) -> NoReturn:
-        raise ValueError(f"{self.file} is a SentencePiece model and has no chat template; set data.chat=False")
+        raise ValueError(
+            f"{self.file} is a SentencePiece model and has no chat template; set data.chat=False"
+        )
 
     encode_chat = chat
 
@@ -284,8 +308,10 @@ class Characters:
         try:
             return [self._ids[character] for character in text]
         except KeyError as missing:
-            raise ValueError(f"character {missing} is not in the alphabet {self.alphabet!r}; "
-                             "text of another kind needs its own --model.tokenizer") from None
+            raise ValueError(
+                f"character {missing} is not in the alphabet {self.alphabet!r}; "
+                "text of another kind needs its own --model.tokenizer"
+            ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self._characters.get(int(i), "\ufffd") for i in ids)
@@ -297,7 +323,8 @@ class Characters:
 
 
 def load(path: str | pathlib.Path, model: str | pathlib.Path = "") -> Tokenizer:
-    """The tokenizer of a folder (`tokenizer.json`, else `tokenizer.model`) or of a SentencePiece `.model` file.
+    """The tokenizer of a folder (`tokenizer.json`, else `tokenizer.model`) or of a SentencePiece
+    `.model` file.
 
     `model` is the folder of the model that it serves, whose own stop tokens then count too. Raises
     ValueError where there is no tokenizer, or one that cannot be read.
@@ -318,8 +345,10 @@ def load(path: str | pathlib.Path, model: str | pathlib.Path = "") -> Tokenizer:
         if not isinstance(alphabet, str):
             raise ValueError(f"{path / 'characters.json'} holds no alphabet; copy it again")
         return Characters(alphabet)
-    raise ValueError(f"{path} holds no tokenizer: looked for tokenizer.json (Hugging Face) and tokenizer.model "
-                     "(SentencePiece); put one there or name the tokenizer's own folder")
+    raise ValueError(
+        f"{path} holds no tokenizer: looked for tokenizer.json (Hugging Face) and tokenizer.model "
+        "(SentencePiece); put one there or name the tokenizer's own folder"
+    )
 
 
 def save(tokenizer: Tokenizer, folder: str | pathlib.Path) -> None:
@@ -352,8 +381,10 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
     """Raises ValueError where the tokenizer can give an id that the model has no embedding for."""
     needed = max(tokenizer.vocab_size, *(i + 1 for i in tokenizer.eos_ids))
     if needed > model_vocab_size:
-        raise ValueError(f"the tokenizer has {needed} ids but the model's vocab_size is {model_vocab_size}; "
-                         "use the tokenizer that belongs to the model")
+        raise ValueError(
+            f"the tokenizer has {needed} ids but the model's vocab_size is {model_vocab_size}; "
+            "use the tokenizer that belongs to the model"
+        )
 
 
 # Special tokens
@@ -395,7 +426,8 @@ def _declared(
     generations = {folder / GENERATION: _read_json(folder / GENERATION) for folder in folders}
     sizes = [config.get("vocab_size") for config in configs.values()]
     room = max([vocab_size, *(size for size in sizes if type(size) is int)])
-    stops, ids = {}, {}
+    stops = {}
+    ids = {}
     for file, said in {**generations, **configs}.items():
         for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
             if said.get(key) is None:

@@ -16,12 +16,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dcmdp_jax import (calibrate, checkpoint, data, evaluate, gaps, hosts, lock, metrics, report, rewards, sharding, step,
-                       stopping, sync, tokenizer, warmup)
-from dcmdp_jax.config import (RECORD, Calibrated, Config, ModelConfig, Precision, RolloutConfig, differences, read_record,
-                              to_json, unknown, updated, with_tolerance)
-from dcmdp_jax.models import qwen3, weights
+from dcmdp_jax import (
+    calibrate,
+    checkpoint,
+    data,
+    gaps,
+    lock,
+    metrics,
+    rewards,
+    sharding,
+    step,
+    stopping,
+    sync,
+    tokenizer,
+    warmup,
+)
+from dcmdp_jax.config import (
+    RECORD,
+    Calibrated,
+    Config,
+    ModelConfig,
+    Precision,
+    RolloutConfig,
+    differences,
+    read_record,
+    to_json,
+    unknown,
+    updated,
+    with_tolerance,
+)
+from dcmdp_jax.distributed import processes
+from dcmdp_jax.evaluation import held_out
+from dcmdp_jax.models import decoder, weights
 from dcmdp_jax.records import Batch, Prompts, Sampling, Scored, TrainState, Weights
+from dcmdp_jax.report import run_page
 from dcmdp_jax.rollout.generate import rollout
 from dcmdp_jax.rollout.jetstream import Engine
 
@@ -41,20 +69,21 @@ class Inputs(NamedTuple):
 def train(config: Config, workdir: pathlib.Path) -> TrainState:
     """Runs or resumes the experiment in `workdir`; returns the final state.
 
-    Raises ValueError on input that cannot work, before compilation. On SIGINT or SIGTERM it saves at the next safe point and
-    raises `stopping.Interrupted`; the same call resumes. Raises `stopping.Failed` where going on
-    would teach nothing.
+    Raises ValueError on input that cannot work, before compilation. On SIGINT or SIGTERM it saves
+    at the next safe point and raises `stopping.Interrupted`; the same call resumes. Raises
+    `stopping.Failed` where going on would teach nothing.
     """
     return run(config, workdir, prepare(config, workdir))
 
 
 def prepare(config: Config, workdir: pathlib.Path) -> Inputs:
-    """Reads and checks everything, then claims `workdir`; nothing is compiled, and bad input leaves no trace.
+    """Reads and checks everything, then claims `workdir`; nothing is compiled, and bad input leaves
+    no trace.
 
     What one process refuses, all refuse.
     """
-    hosts.check_same(json.dumps(to_json(config)), "configuration")
-    with hosts.agreed():
+    processes.check_same(json.dumps(to_json(config)), "configuration")
+    with processes.agreed():
         inputs = read_inputs(config)
         config = calibrate.recalled(config, workdir)
         metrics.check_loggers(config)
@@ -66,27 +95,42 @@ def run(config: Config, workdir: pathlib.Path, inputs: Inputs, at_once: bool = F
 
     What fails after a step leaves that step saved. With `at_once` a second Ctrl-C ends the process.
     """
-    with (inputs.lock or contextlib.nullcontext(), stopping.requests(hosts.stop, at_once) as asked_here,
-          contextlib.closing(checkpoint.Checkpoints(workdir, config.checkpoint.keep)) as saved):
+    with (
+        inputs.lock or contextlib.nullcontext(),
+        stopping.requests(processes.stop, at_once) as asked_here,
+        contextlib.closing(checkpoint.Checkpoints(workdir, config.checkpoint.keep)) as saved,
+    ):
         config = calibrate.recalled(config, workdir)
         restored = _restore(saved, config, inputs)
-        asked = partial(_any, (asked_here, hosts.stopping))
-        with metrics.Log(workdir, config, first_step=int(restored.step if restored else 0) + 1) as log:
+        asked = partial(_any, (asked_here, processes.stopping))
+        with metrics.Log(
+            workdir, config, first_step=int(restored.step if restored else 0) + 1
+        ) as log:
             state = _walk(config, workdir, inputs, saved, log, asked, restored)
         saved.close()
         if int(state.step) < config.steps:
-            raise stopping.Interrupted(f"stopped after step {int(state.step)} of {config.steps}; everything is saved in "
-                                       f"{workdir}")
+            raise stopping.Interrupted(
+                f"stopped after step {int(state.step)} of {config.steps}; everything is saved in "
+                f"{workdir}"
+            )
         if jax.process_index() == 0:
-            report.write(workdir)
+            run_page.write(workdir)
     return state
 
 
-def _walk(config: Config, workdir: pathlib.Path, inputs: Inputs, saved: checkpoint.Checkpoints, log: metrics.Log,
-          asked: Callable[[], bool], restored: TrainState | None) -> TrainState:
+def _walk(
+    config: Config,
+    workdir: pathlib.Path,
+    inputs: Inputs,
+    saved: checkpoint.Checkpoints,
+    log: metrics.Log,
+    asked: Callable[[], bool],
+    restored: TrainState | None,
+) -> TrainState:
     """The state after the last step, or the one after which the run was asked to stop; it is saved."""
-    state = restored or _start(config, inputs, workdir, lambda: hosts.any_of(asked()))
-    number, position = int(state.step), inputs.prompts.get_state()
+    state = restored or _start(config, inputs, workdir, lambda: processes.any_of(asked()))
+    number = int(state.step)
+    position = inputs.prompts.get_state()
     engine = make_engine(config, inputs)
     to_engine = sync.make(inputs.model, config.rollout.precision, inputs.decode_mesh)
     held_out = _held_out(config, inputs, engine, asked)
@@ -96,17 +140,20 @@ def _walk(config: Config, workdir: pathlib.Path, inputs: Inputs, saved: checkpoi
         weight = _weight_not_finite(state, inputs) or "a weight of the engine"
         raise stopping.Failed(
             f"{weight} is not finite in checkpoint {number} of {workdir}; remove the checkpoint, to go on "
-            "from the one before with a smaller algorithm.learning_rate" if number else
-            f"{weight} is not finite before the first step; start from other weights, or with a smaller "
-            "warmup.learning_rate")
+            "from the one before with a smaller algorithm.learning_rate"
+            if number
+            else f"{weight} is not finite before the first step; start from other weights, or with a smaller "
+            "warmup.learning_rate"
+        )
     if isinstance(config.constraint.tolerance, Calibrated):
         config = _calibrated(config, inputs, workdir, state, partial(collect, policy))
         log.settle(config.constraint.tolerance)
     saved.save(state, position, config.seed)
     update = step.compile(config, inputs.model, inputs.mesh)
     if number < config.steps:
-        hosts.say("compiling with the first step")
-    started, ahead = time.perf_counter(), config.rollout.staleness > 0
+        processes.say("compiling with the first step")
+    started = time.perf_counter()
+    ahead = config.rollout.staleness > 0
     updates = config.algorithm.epochs * config.algorithm.minibatches
     skipped = int(state.skipped)
     idle = 0  # steps in a row that made no update
@@ -116,18 +163,25 @@ def _walk(config: Config, workdir: pathlib.Path, inputs: Inputs, saved: checkpoi
             stale = to_engine(*step.sampled_from(_aged(state))) if ahead else None
             sampled = {"tokens": collected.tokens, "truncated": collected.truncated}
             state, values = update(state, collected.batch)
-            number, before, position = number + 1, position, inputs.prompts.get_state()
+            number = number + 1
+            before = position
+            position = inputs.prompts.get_state()
             policy = stale or to_engine(*step.sampled_from(state))
             if not np.asarray(policy.finite):
                 weight = _weight_not_finite(state, inputs) or "a weight of the engine"
-                raise stopping.Failed(f"{weight} is not finite after step {number}, which is not saved; go on "
-                                      "from the last checkpoint, with a smaller algorithm.learning_rate")
+                raise stopping.Failed(
+                    f"{weight} is not finite after step {number}, which is not saved; go on "
+                    "from the last checkpoint, with a smaller algorithm.learning_rate"
+                )
             collected = collect(policy, number) if ahead else None
             row, others = _row(values, sampled, started)
             if not others["apart"]:  # the step has left the state as it was
                 _give_up(saved, state, before, config, workdir, _coupled(config))
             if due := _is_due(number, config.eval.every, config.steps, first=True):
-                log.write_gaps(number, gaps.record(others["gaps"], config.rollout.max_tokens, inputs.tokenizer.decode))
+                log.write_gaps(
+                    number,
+                    gaps.record(others["gaps"], config.rollout.max_tokens, inputs.tokenizer.decode),
+                )
             if inputs.held_out and due:
                 row |= held_out(policy, state)
             log.write(number, row)
@@ -135,10 +189,16 @@ def _walk(config: Config, workdir: pathlib.Path, inputs: Inputs, saved: checkpoi
             skipped = row["skipped"]
             if idle and idle == config.algorithm.max_skipped:
                 what = _first_not_finite(state, row, others["logp_finite"], inputs)
-                _give_up(saved, state, position, config, workdir,
-                         f"{what} is not finite, and the last {idle} steps made no update "
-                         "(algorithm.max_skipped allows that many); look for what overflows, or "
-                         "lower algorithm.learning_rate")
+                _give_up(
+                    saved,
+                    state,
+                    position,
+                    config,
+                    workdir,
+                    f"{what} is not finite, and the last {idle} steps made no update "
+                    "(algorithm.max_skipped allows that many); look for what overflows, or "
+                    "lower algorithm.learning_rate",
+                )
             if _is_due(number, config.checkpoint.every, config.steps):
                 saved.save(state, position, config.seed)
             started = time.perf_counter()
@@ -146,22 +206,23 @@ def _walk(config: Config, workdir: pathlib.Path, inputs: Inputs, saved: checkpoi
     except stopping.Failed:
         raise
     except Exception as error:
-        if not hosts.alike(error):
+        if not processes.alike(error):
             raise
         if log.step < number:  # its row is missing: something failed beside it
-            with hosts.tried(f"the row of step {number} is not written"):
+            with processes.tried(f"the row of step {number} is not written"):
                 log.write(number, _row(values, sampled, started)[0])
-        with hosts.tried(f"the state after step {number} is not saved"):
+        with processes.tried(f"the state after step {number} is not saved"):
             saved.save(state, position, config.seed)
             saved.close()
-            hosts.say(f"the state after step {number} is saved in {workdir}")
+            processes.say(f"the state after step {number} is saved in {workdir}")
         raise
     saved.save(state, position, config.seed)
     return state
 
 
-def _row(values: step.Metrics, sampled: dict[str, float],
-         started: float) -> tuple[dict[str, Any], dict[str, Any]]:
+def _row(
+    values: step.Metrics, sampled: dict[str, float], started: float
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """A step's row, once it is computed, and what of its metrics is no part of a row."""
     values = jax.device_get(values)
     others = {name: values.pop(name) for name in ("gaps", "apart", "logp_finite")}
@@ -173,8 +234,14 @@ def _any(questions: tuple[Callable[[], bool], ...]) -> bool:
     return any(question() for question in questions)
 
 
-def _give_up(saved: checkpoint.Checkpoints, state: TrainState, position: Any, config: Config,
-             workdir: pathlib.Path, reason: str) -> None:
+def _give_up(
+    saved: checkpoint.Checkpoints,
+    state: TrainState,
+    position: Any,
+    config: Config,
+    workdir: pathlib.Path,
+    reason: str,
+) -> None:
     """Saves, and raises `stopping.Failed` with the reason."""
     saved.save(state, position, config.seed)
     saved.close()
@@ -184,13 +251,16 @@ def _give_up(saved: checkpoint.Checkpoints, state: TrainState, position: Any, co
 
 def _coupled(config: Config) -> str:
     """Why a step whose microbatches were not judged apart made no update."""
-    return (f"algorithm.surrogate={config.algorithm.surrogate!r}, or constraint.shape, weighs "
-            "microbatches against each other in this batch, which the trial before the run had not "
-            "shown, so that their gradients cannot be added up; set algorithm.microbatches=1")
+    return (
+        f"algorithm.surrogate={config.algorithm.surrogate!r}, or constraint.shape, weighs "
+        "microbatches against each other in this batch, which the trial before the run had not "
+        "shown, so that their gradients cannot be added up; set algorithm.microbatches=1"
+    )
 
 
-def _first_not_finite(state: TrainState, values: dict[str, Any], logp_finite: bool,
-                      inputs: Inputs) -> str:
+def _first_not_finite(
+    state: TrainState, values: dict[str, Any], logp_finite: bool, inputs: Inputs
+) -> str:
     """The first thing on the way of a step that is not finite."""
     if weight := _weight_not_finite(state, inputs):
         return weight
@@ -200,8 +270,9 @@ def _first_not_finite(state: TrainState, values: dict[str, Any], logp_finite: bo
 
 
 def _weight_not_finite(state: TrainState, inputs: Inputs) -> str:
-    """The first parameter that holds NaN or an infinite number, in words; empty where none does, as where
-    the engine's precision makes it so."""
+    """The first parameter that holds NaN or an infinite number, in words; empty where none does, as
+    where the engine's precision makes it so.
+    """
     each = partial(jax.tree.map, lambda w: jnp.all(jnp.isfinite(w)))
     finite = jax.jit(each, out_shardings=sharding.replicated(inputs.mesh))(state.params)
     for path, finite in jax.tree_util.tree_leaves_with_path(finite):
@@ -218,68 +289,114 @@ class Collected(NamedTuple):
     truncated: float  # share of completions that the length limit cut off
 
 
-def _collect(config: Config, inputs: Inputs, engine: Engine, asked: Callable[[], bool], policy: Weights,
-             number: int) -> Collected | None:
-    """The batch of constrained step `number`, from all processes; None after the last, or where any was asked to stop.
+def _collect(
+    config: Config,
+    inputs: Inputs,
+    engine: Engine,
+    asked: Callable[[], bool],
+    policy: Weights,
+    number: int,
+) -> Collected | None:
+    """The batch of constrained step `number`, from all processes; None after the last, or where any
+    was asked to stop.
 
     From `calibrate.FIRST` on, numbers are those of batches that calibrate.
     """
     if config.steps <= number < calibrate.FIRST:
         return None
-    vocabulary, engines = inputs.tokenizer, hosts.engines(config.rollout)
-    first = hosts.part(config.data.prompts_per_step, engines).start * config.rollout.samples
+    vocabulary = inputs.tokenizer
+    engines = processes.engines(config.rollout)
+    first = processes.part(config.data.prompts_per_step, engines).start * config.rollout.samples
     stops = asked
-    if config.rollout.one_engine:  # what runs in step stops in step; and its collectives do not mix with those that agree on it
-        policy, stops = jax.block_until_ready(policy), lambda: hosts.any_of(asked())
+    # what runs in step stops in step; and its collectives do not mix with those that agree on it
+    if config.rollout.one_engine:
+        policy = jax.block_until_ready(policy)
+        stops = lambda: processes.any_of(asked())
     try:
-        with jax.default_device(inputs.decode_mesh.local_devices[0]):  # keys do not wait for a device that trains
-            sampled = rollout(engine, policy, next(inputs.prompts), samples=config.rollout.samples, first=first,
-                              key=jax.random.fold_in(jax.random.key(config.seed), number),
-                              max_tokens=config.rollout.max_tokens, sampling=sampling(config.rollout),
-                              stop_strings=config.rollout.stop_strings, decode=vocabulary.decode, asked=stops)
+        # keys do not wait for a device that trains
+        with jax.default_device(inputs.decode_mesh.local_devices[0]):
+            sampled = rollout(
+                engine,
+                policy,
+                next(inputs.prompts),
+                samples=config.rollout.samples,
+                first=first,
+                key=jax.random.fold_in(jax.random.key(config.seed), number),
+                max_tokens=config.rollout.max_tokens,
+                sampling=sampling(config.rollout),
+                stop_strings=config.rollout.stop_strings,
+                decode=vocabulary.decode,
+                asked=stops,
+            )
     except stopping.Interrupted:
         sampled = None
     scored = None
-    with hosts.agreed():  # what one process's verifier fails on ends all in the same place
+    with processes.agreed():  # what one process's verifier fails on ends all in the same place
         try:
             if sampled is not None:
                 scored = rewards.score(sampled, vocabulary.decode, config.data.verifier, asked)
         except stopping.Interrupted:
             pass  # `scored` says so
-    if hosts.any_of(scored is None):
+    if processes.any_of(scored is None):
         return None
     scored = scored if engines == 1 else _together(scored)
     batch = data.pack(
-        scored, minibatches=config.algorithm.minibatches, microbatches=config.algorithm.microbatches,
-        row_length=config.algorithm.row_length or engine.max_length, row_divisor=sharding.batch_size(inputs.mesh),
-        pad_id=vocabulary.pad_id, seed=(config.seed, number))
-    return Collected(hosts.spread(batch, step.batch_shardings(config, inputs.mesh)),
-                     int(scored.rollout.lengths.sum()), float(1 - scored.rollout.stopped.mean()))
+        scored,
+        minibatches=config.algorithm.minibatches,
+        microbatches=config.algorithm.microbatches,
+        row_length=config.algorithm.row_length or engine.max_length,
+        row_divisor=sharding.batch_size(inputs.mesh),
+        pad_id=vocabulary.pad_id,
+        seed=(config.seed, number),
+    )
+    return Collected(
+        processes.spread(batch, step.batch_shardings(config, inputs.mesh)),
+        int(scored.rollout.lengths.sum()),
+        float(1 - scored.rollout.stopped.mean()),
+    )
 
 
 def _together(scored: Scored) -> Scored:
     """The completions of all processes as one batch; texts and problems are left out."""
     sampled = scored.rollout
-    prompts, arrays, reward = hosts.gather((sampled.prompts._replace(examples=()), sampled._replace(prompts=(), sampling=()),
-                                            scored.reward))
+    prompts, arrays, reward = processes.gather(
+        (
+            sampled.prompts._replace(examples=()),
+            sampled._replace(prompts=(), sampling=()),
+            scored.reward,
+        )
+    )
     return Scored(arrays._replace(prompts=prompts, sampling=sampled.sampling), reward, ())
 
 
-def _calibrated(config: Config, inputs: Inputs, workdir: pathlib.Path, state: TrainState,
-                collect: Callable[[int], Collected | None]) -> Config:
-    """`config` with the tolerance that its starting weights call for, written down in `workdir`; the same on all processes.
+def _calibrated(
+    config: Config,
+    inputs: Inputs,
+    workdir: pathlib.Path,
+    state: TrainState,
+    collect: Callable[[int], Collected | None],
+) -> Config:
+    """`config` with the tolerance that its starting weights call for, written down in `workdir`;
+    the same on all processes.
 
     The prompts that measure it are asked again by the first steps.
     """
-    wanted, position = config.constraint.tolerance, inputs.prompts.get_state()
-    hosts.say(f"measuring the floor of delta over {wanted.batches} batches")
+    wanted = config.constraint.tolerance
+    position = inputs.prompts.get_state()
+    processes.say(f"measuring the floor of delta over {wanted.batches} batches")
     collected = [collect(calibrate.FIRST + i) for i in range(wanted.batches)]
     if None in collected:
         raise stopping.Interrupted("stopped in the calibration of the tolerance; it starts anew")
-    found = calibrate.floor(config, inputs.model, inputs.mesh, step.sampled_from(state)[0], [one.batch for one in collected],
-                            wanted.slack)
+    found = calibrate.floor(
+        config,
+        inputs.model,
+        inputs.mesh,
+        step.sampled_from(state)[0],
+        [one.batch for one in collected],
+        wanted.slack,
+    )
     inputs.prompts.set_state(position)
-    hosts.say(calibrate.text(found, wanted.slack))
+    processes.say(calibrate.text(found, wanted.slack))
     config = with_tolerance(config, calibrate.tolerance(found))
     if jax.process_index() == 0:
         calibrate.write(found, wanted, workdir)
@@ -292,18 +409,30 @@ def _aged(state: TrainState) -> TrainState:
     return state._replace(stale=(*state.stale, state.params)[1:], step=state.step + 1)
 
 
-def _held_out(config: Config, inputs: Inputs, engine: Engine,
-              asked: Callable[[], bool]) -> Callable[[Weights, TrainState], dict[str, float]]:
-    """Pass rates of the engine's policy and the trainer's on the held-out problems; none where the run stops in them."""
-    to_exact, key = sync.make(inputs.model, Precision(), inputs.decode_mesh), jax.random.key(config.seed)
-    rate = partial(evaluate.pass_rate, engine, prompts=inputs.held_out, config=config, tokenizer=inputs.tokenizer,
-                   key=jax.random.fold_in(key, HELD_OUT_KEY), asked=asked)
+def _held_out(
+    config: Config, inputs: Inputs, engine: Engine, asked: Callable[[], bool]
+) -> Callable[[Weights, TrainState], dict[str, float]]:
+    """Pass rates of the engine's policy and the trainer's on the held-out problems; none where the
+    run stops in them.
+    """
+    to_exact = sync.make(inputs.model, Precision(), inputs.decode_mesh)
+    key = jax.random.key(config.seed)
+    rate = partial(
+        held_out.pass_rate,
+        engine,
+        prompts=inputs.held_out,
+        config=config,
+        tokenizer=inputs.tokenizer,
+        key=jax.random.fold_in(key, HELD_OUT_KEY),
+        asked=asked,
+    )
 
     def measure(policy: Weights, state: TrainState) -> dict[str, float]:
-        sampled, same = rate(policy), config.rollout.precision == Precision() and not state.stale
+        sampled = rate(policy)
+        same = config.rollout.precision == Precision() and not state.stale
         exact = sampled if same or sampled is None else rate(to_exact(state.params, state.step))
         if exact is None:
-            hosts.say(f"stopped in the evaluation of step {int(state.step)}, which is left out")
+            processes.say(f"stopped in the evaluation of step {int(state.step)}, which is left out")
             return {}
         return {"reward_eval_infer": sampled, "reward_eval_train": exact}
 
@@ -312,11 +441,17 @@ def _held_out(config: Config, inputs: Inputs, engine: Engine,
 
 def make_engine(config: Config, inputs: Inputs) -> Engine:
     """The engine that this process samples from."""
-    slots = config.rollout.slots // hosts.engines(config.rollout)
-    return Engine(inputs.model, slots=slots, steps=config.rollout.tokens_per_dispatch,
-                  max_length=config.data.max_prompt_tokens + config.rollout.max_tokens, stop_ids=inputs.tokenizer.eos_ids,
-                  precision=config.rollout.precision, record_experts=config.algorithm.replay_routing,
-                  mesh=inputs.decode_mesh)
+    slots = config.rollout.slots // processes.engines(config.rollout)
+    return Engine(
+        inputs.model,
+        slots=slots,
+        steps=config.rollout.tokens_per_dispatch,
+        max_length=config.data.max_prompt_tokens + config.rollout.max_tokens,
+        stop_ids=inputs.tokenizer.eos_ids,
+        precision=config.rollout.precision,
+        record_experts=config.algorithm.replay_routing,
+        mesh=inputs.decode_mesh,
+    )
 
 
 def sampling(config: RolloutConfig) -> Sampling:
@@ -328,68 +463,97 @@ HELD_OUT_KEY = 2**31 - 1  # no step's number, so that evaluation shares no key w
 
 
 def read_inputs(config: Config) -> Inputs:
-    """Model shape, tokenizer and data of a run. Raises ValueError, in one sentence, on whatever cannot work."""
+    """Model shape, tokenizer and data of a run. Raises ValueError, in one sentence, on whatever
+    cannot work.
+    """
     mesh, decode_mesh = sharding.meshes(config)
     model = read_model(config)
     if config.model.folder:
         weights.check(config.model.folder)
-    engines = hosts.engines(config.rollout)
+    engines = processes.engines(config.rollout)
     check(config, model, mesh, decode_mesh, engines)
     vocabulary = read_tokenizer(config)
     tokenizer.check_vocabulary(vocabulary, model.vocab_size)
     prompts, held_out = read_problems(config, vocabulary, engines)
     if config.eval.every and held_out is None:
-        hosts.say("no held-out evaluation: data.eval_path names no file")
+        processes.say("no held-out evaluation: data.eval_path names no file")
     return Inputs(model, vocabulary, prompts, held_out, mesh, decode_mesh)
 
 
-def check(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh,
-          decode_mesh: jax.sharding.Mesh, engines: int) -> None:
+def check(
+    config: Config,
+    model: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    decode_mesh: jax.sharding.Mesh,
+    engines: int,
+) -> None:
     """Raises ValueError on options that cannot work together on these meshes.
 
     Compiles nothing and reads no file.
     """
     step.check(config)
     if config.algorithm.replay_routing and not model.num_experts:
-        raise ValueError("algorithm.replay_routing replays the choices of a router, and this model "
-                         "is dense; leave it out")
+        raise ValueError(
+            "algorithm.replay_routing replays the choices of a router, and this model "
+            "is dense; leave it out"
+        )
     if config.warmup.steps and config.data.task is None:
-        raise ValueError("warmup needs data.task: only a generated task has solutions to learn from; set --warmup.steps 0")
-    qwen3_shapes = jax.eval_shape(partial(qwen3.init, config=model), jax.random.key(0))
-    sharding.params(qwen3.logical_axes(model), mesh, sharding.TRAIN, qwen3_shapes)
+        raise ValueError(
+            "warmup needs data.task: only a generated task has solutions to learn from; set --warmup.steps 0"
+        )
+    qwen3_shapes = jax.eval_shape(partial(decoder.init, config=model), jax.random.key(0))
+    sharding.params(decoder.logical_axes(model), mesh, sharding.TRAIN, qwen3_shapes)
     sync.check(model, config.rollout.precision, decode_mesh)
-    for name, size, shards in (("rollout.slots", config.rollout.slots, engines * sharding.batch_size(decode_mesh)),
-                               ("warmup.batch_size", config.warmup.batch_size, sharding.batch_size(mesh))):
+    for name, size, shards in (
+        ("rollout.slots", config.rollout.slots, engines * sharding.batch_size(decode_mesh)),
+        ("warmup.batch_size", config.warmup.batch_size, sharding.batch_size(mesh)),
+    ):
         if size % shards:
             raise ValueError(f"{name}={size} does not divide over the mesh's {shards} batch shards")
     if config.data.prompts_per_step % engines:
-        raise ValueError(f"data.prompts_per_step={config.data.prompts_per_step} does not divide "
-                         f"over {engines} engines")
+        raise ValueError(
+            f"data.prompts_per_step={config.data.prompts_per_step} does not divide "
+            f"over {engines} engines"
+        )
     if config.data.max_prompt_tokens + config.rollout.max_tokens > model.max_position:
-        raise ValueError(f"data.max_prompt_tokens + rollout.max_tokens = "
-                         f"{config.data.max_prompt_tokens + config.rollout.max_tokens} positions are more than the model's "
-                         f"{model.max_position}")
+        raise ValueError(
+            f"data.max_prompt_tokens + rollout.max_tokens = "
+            f"{config.data.max_prompt_tokens + config.rollout.max_tokens} positions are more than the model's "
+            f"{model.max_position}"
+        )
 
 
-def read_problems(config: Config, vocabulary: tokenizer.Tokenizer,
-                  engines: int) -> tuple[Iterator[Prompts], Prompts | None]:
+def read_problems(
+    config: Config, vocabulary: tokenizer.Tokenizer, engines: int
+) -> tuple[Iterator[Prompts], Prompts | None]:
     """This process's prompts, and the held-out problems if there are any.
 
     Raises ValueError where one cannot be read or asked.
     """
     task = config.data.task
-    wrap = {"max_prompt_tokens": config.data.max_prompt_tokens, "chat": config.data.chat,
-            "enable_thinking": config.data.enable_thinking, "instruction": config.data.instruction,
-            "special_tokens_in_text": config.data.special_tokens_in_text}
-    prompts = data.prompts(data.read(config.data.path) if config.data.path else task, vocabulary,
-                           batch_size=config.data.prompts_per_step, seed=config.seed, shuffle=config.data.shuffle,
-                           process_index=jax.process_index() % engines, process_count=engines, **wrap)
+    wrap = {
+        "max_prompt_tokens": config.data.max_prompt_tokens,
+        "chat": config.data.chat,
+        "enable_thinking": config.data.enable_thinking,
+        "instruction": config.data.instruction,
+        "special_tokens_in_text": config.data.special_tokens_in_text,
+    }
+    prompts = data.prompts(
+        data.read(config.data.path) if config.data.path else task,
+        vocabulary,
+        batch_size=config.data.prompts_per_step,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        process_index=jax.process_index() % engines,
+        process_count=engines,
+        **wrap,
+    )
     if not config.data.path:  # too long a prompt is told before any work
         data.tokenize([task.example(0, config.seed)], vocabulary, **wrap)
     if not config.eval.every:
         return prompts, None
     if config.data.eval_path:
-        problems = data.read(config.data.eval_path)[:config.eval.prompts]
+        problems = data.read(config.data.eval_path)[: config.eval.prompts]
         return prompts, data.tokenize(problems, vocabulary, **wrap)
     if config.data.path or task is None:
         return prompts, None
@@ -400,14 +564,22 @@ def read_model(config: Config) -> ModelConfig:
     """The model's shape. Raises ValueError where there is none."""
     source = config.model
     if not source.folder and source.shape is None:
-        raise ValueError("model.folder names no folder and the experiment has no model.shape; give --model.folder DIR")
+        raise ValueError(
+            "model.folder names no folder and the experiment has no model.shape; give --model.folder DIR"
+        )
     model = weights.read_config(source.folder) if source.folder else source.shape
-    return dataclasses.replace(model, bfloat16=source.bfloat16 or model.bfloat16, remat=source.remat or model.remat,
-                               remat_policy=source.remat_policy or model.remat_policy)
+    return dataclasses.replace(
+        model,
+        bfloat16=source.bfloat16 or model.bfloat16,
+        remat=source.remat or model.remat,
+        remat_policy=source.remat_policy or model.remat_policy,
+    )
 
 
 def read_tokenizer(config: Config) -> tokenizer.Tokenizer:
-    """The named tokenizer, the model folder's, or the task's characters. Raises ValueError where there is none."""
+    """The named tokenizer, the model folder's, or the task's characters. Raises ValueError where
+    there is none.
+    """
     if config.model.tokenizer or config.model.folder:
         return tokenizer.load(config.model.tokenizer or config.model.folder, config.model.folder)
     if config.data.task is None:
@@ -416,26 +588,30 @@ def read_tokenizer(config: Config) -> tokenizer.Tokenizer:
 
 
 def claim(workdir: pathlib.Path, config: Config) -> IO[str] | None:
-    """Locks the folder, writes the resolved config beside the run, or checks that the run there is this one.
+    """Locks the folder, writes the resolved config beside the run, or checks that the run there is
+    this one.
 
-    The number of steps, where it runs, and what only watches it may change between resumptions; anything else raises
-    ValueError with its name, and so does a folder that another process uses. Process 0 writes, and gets the lock.
+    The number of steps, where it runs, and what only watches it may change between resumptions;
+    anything else raises ValueError with its name, and so does a folder that another process uses.
+    Process 0 writes, and gets the lock.
     """
     taken = None
-    with hosts.agreed():
+    with processes.agreed():
         if jax.process_index() == 0:
             taken = lock.take(workdir)
     try:
-        with hosts.agreed():
+        with processes.agreed():
             _check_goes_on(workdir, config)
-        with hosts.agreed():
+        with processes.agreed():
             if jax.process_index() == 0:
                 if not checkpoint.steps(workdir):
                     metrics.keep_aside(workdir)
                 _write_config(workdir, config)
-        with hosts.agreed():
+        with processes.agreed():
             if not (workdir / RECORD).is_file():
-                raise ValueError(f"{workdir.absolute()} is not on a file system shared with process 0; give another --workdir")
+                raise ValueError(
+                    f"{workdir.absolute()} is not on a file system shared with process 0; give another --workdir"
+                )
     except ValueError:
         if taken:
             taken.close()
@@ -458,42 +634,71 @@ def _check_goes_on(workdir: pathlib.Path, config: Config) -> None:
         if f"{name}.".startswith(tuple(f"{free}." for free in MAY_CHANGE)):
             continue
         if unknown(name, now):
-            raise ValueError(f"{workdir} holds a run of another version, with {name}={old}, which this one does not know; go on "
-                             f"with that version, or take {name} out of {workdir / RECORD}")
+            raise ValueError(
+                f"{workdir} holds a run of another version, with {name}={old}, which this one does not know; go on "
+                f"with that version, or take {name} out of {workdir / RECORD}"
+            )
         short = not isinstance(old, dict) and not isinstance(new, dict)
-        raise ValueError(f"{workdir} holds a run with {f'{name}={old}, not {new}' if short else f'another {name}'}; "
-                         f"choose another --workdir, or the old value (only {', '.join(MAY_CHANGE)} may change)")
+        raise ValueError(
+            f"{workdir} holds a run with {f'{name}={old}, not {new}' if short else f'another {name}'}; "
+            f"choose another --workdir, or the old value (only {', '.join(MAY_CHANGE)} may change)"
+        )
 
 
-MAY_CHANGE = ("steps", "mesh", "rollout.devices", "rollout.mesh", "rollout.slots",
-              "algorithm.microbatches", "algorithm.max_skipped", "eval", "checkpoint",
-              "tensorboard", "wandb")
+MAY_CHANGE = (
+    "steps",
+    "mesh",
+    "rollout.devices",
+    "rollout.mesh",
+    "rollout.slots",
+    "algorithm.microbatches",
+    "algorithm.max_skipped",
+    "eval",
+    "checkpoint",
+    "tensorboard",
+    "wandb",
+)
 
 
-def _start(config: Config, inputs: Inputs, workdir: pathlib.Path, asked: Callable[[], bool]) -> TrainState:
+def _start(
+    config: Config, inputs: Inputs, workdir: pathlib.Path, asked: Callable[[], bool]
+) -> TrainState:
     """The starting weights, with an optimizer and a dual at their beginning."""
     params = starting_weights(config, inputs, workdir, asked)
     places = step.state_shardings(config, inputs.model, inputs.mesh)
     return jax.jit(partial(step.init_state, config), out_shardings=places, donate_argnums=0)(params)
 
 
-def starting_weights(config: Config, inputs: Inputs, workdir: pathlib.Path, asked: Callable[[], bool]) -> Any:
+def starting_weights(
+    config: Config, inputs: Inputs, workdir: pathlib.Path, asked: Callable[[], bool]
+) -> Any:
     """Fresh or loaded parameters, warmed up; the warm-up's losses go to `workdir`."""
     place = step.state_shardings(config, inputs.model, inputs.mesh).params
     if config.model.folder:
         _, params = weights.load(config.model.folder, shardings=place)
     else:
-        params = jax.jit(partial(qwen3.init, config=inputs.model), out_shardings=place)(jax.random.key(config.seed))
+        params = jax.jit(partial(decoder.init, config=inputs.model), out_shardings=place)(
+            jax.random.key(config.seed)
+        )
     if config.warmup.steps:
-        params = warmup.run(params, config, inputs.model, inputs.tokenizer, inputs.mesh, workdir, asked)
+        params = warmup.run(
+            params, config, inputs.model, inputs.tokenizer, inputs.mesh, workdir, asked
+        )
     return params
 
 
 def warm_start(config: Config, folder: pathlib.Path, alter: Callable[[Any], Any]) -> None:
-    """Writes what `alter` makes of a run's first parameters to `folder/model`, as a Hugging Face folder with its tokenizer."""
-    inputs, model = read_inputs(config), folder / "model"
-    weights.save(model, inputs.model, alter(_start(config, inputs, folder, lambda: False).params),
-                 token_ids=tokenizer.token_ids(inputs.tokenizer))
+    """Writes what `alter` makes of a run's first parameters to `folder/model`, as a Hugging Face
+    folder with its tokenizer.
+    """
+    inputs = read_inputs(config)
+    model = folder / "model"
+    weights.save(
+        model,
+        inputs.model,
+        alter(_start(config, inputs, folder, lambda: False).params),
+        token_ids=tokenizer.token_ids(inputs.tokenizer),
+    )
     tokenizer.save(inputs.tokenizer, model)
 
 
@@ -508,7 +713,8 @@ def _restore(saved: checkpoint.Checkpoints, config: Config, inputs: Inputs) -> T
 
 
 def export(config: Config, workdir: pathlib.Path, folder: str) -> int:
-    """Writes the newest whole checkpoint of `workdir` as a Hugging Face folder, with its tokenizer; returns its step.
+    """Writes the newest whole checkpoint of `workdir` as a Hugging Face folder, with its tokenizer;
+    returns its step.
 
     Raises ValueError where there is no checkpoint.
     """

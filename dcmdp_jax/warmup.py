@@ -1,4 +1,6 @@
-"""Supervised warm-up on a generated task's own solutions, so that reinforcement learning starts from a policy that answers."""
+"""Supervised warm-up on a generated task's own solutions, so that reinforcement learning starts
+from a policy that answers.
+"""
 
 from __future__ import annotations
 
@@ -14,56 +16,92 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dcmdp_jax import data, hosts, sharding
+from dcmdp_jax import data, sharding
 from dcmdp_jax.config import Config, ModelConfig, WarmupConfig
-from dcmdp_jax.models import qwen3, scoring
+from dcmdp_jax.distributed import processes
+from dcmdp_jax.models import decoder
+from dcmdp_jax.models.kernels import scoring
 from dcmdp_jax.stopping import Interrupted
 from dcmdp_jax.tokenizer import Tokenizer
 
 STEPS_PER_DISPATCH = 50
 
 
-def run(params: Any, config: Config, model: ModelConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh,
-        workdir: pathlib.Path, asked: Callable[[], bool]) -> Any:
-    """Parameters after `config.warmup.steps` steps of AdamW on a cosine schedule; losses go to `warmup.jsonl`.
+def run(
+    params: Any,
+    config: Config,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    mesh: jax.sharding.Mesh,
+    workdir: pathlib.Path,
+    asked: Callable[[], bool],
+) -> Any:
+    """Parameters after `config.warmup.steps` steps of AdamW on a cosine schedule; losses go to
+    `warmup.jsonl`.
 
-    Raises `Interrupted` where `asked()`, the same on all processes, says so: a warm-up is short and starts anew.
+    Raises `Interrupted` where `asked()`, the same on all processes, says so: a warm-up is short and
+    starts anew.
     """
     optimizer = _optimizer(config.warmup)
     opt_state = jax.jit(optimizer.init)(params)
-    many = jax.jit(partial(_steps, model=model, optimizer=optimizer), donate_argnums=(0, 1),
-                   out_shardings=(None, None, sharding.replicated(mesh)))
+    many = jax.jit(
+        partial(_steps, model=model, optimizer=optimizer),
+        donate_argnums=(0, 1),
+        out_shardings=(None, None, sharding.replicated(mesh)),
+    )
     writes = jax.process_index() == 0
     with (workdir / "warmup.jsonl").open("w") if writes else contextlib.nullcontext() as log:
         for first in range(0, config.warmup.steps, STEPS_PER_DISPATCH):
             if asked():
-                raise Interrupted(f"stopped in the warm-up, at step {first} of {config.warmup.steps}; it starts anew")
+                raise Interrupted(
+                    f"stopped in the warm-up, at step {first} of {config.warmup.steps}; it starts anew"
+                )
             steps = range(first, min(first + STEPS_PER_DISPATCH, config.warmup.steps))
-            batches = [data.supervised(config.data.task, tokenizer, config.warmup.batch_size, config.seed, i) for i in steps]
+            batches = [
+                data.supervised(
+                    config.data.task, tokenizer, config.warmup.batch_size, config.seed, i
+                )
+                for i in steps
+            ]
             params, opt_state, losses = many(params, opt_state, _stack(batches, mesh))
             losses = np.asarray(losses)
             if writes:
-                log.writelines(json.dumps({"step": step + 1, "loss": float(loss)}) + "\n" for step, loss in zip(steps, losses))
+                log.writelines(
+                    json.dumps({"step": step + 1, "loss": float(loss)}) + "\n"
+                    for step, loss in zip(steps, losses)
+                )
                 log.flush()
-            hosts.say(f"warm-up {steps[-1] + 1}/{config.warmup.steps}  loss {losses[-1]:.3f}")
+            processes.say(f"warm-up {steps[-1] + 1}/{config.warmup.steps}  loss {losses[-1]:.3f}")
     return params
 
 
 def _optimizer(config: WarmupConfig) -> optax.GradientTransformation:
-    rate = optax.schedules.warmup_cosine_decay_schedule(0.0, config.learning_rate, min(20, config.steps // 2), config.steps)
+    rate = optax.schedules.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, min(20, config.steps // 2), config.steps
+    )
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0))
 
 
 def _stack(batches: list[data.Supervised], mesh: jax.sharding.Mesh) -> data.Supervised:
     """[steps, B, S]; rows are padded to the longest."""
     width = max(batch.tokens.shape[1] for batch in batches)
-    stacked = data.Supervised(*(np.stack([np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in field])
-                                for field in zip(*batches)))
-    return hosts.spread(stacked, data.Supervised(*[sharding.split(mesh, 1)] * 2))
+    stacked = data.Supervised(
+        *(
+            np.stack([np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in field])
+            for field in zip(*batches)
+        )
+    )
+    return processes.spread(stacked, data.Supervised(*[sharding.split(mesh, 1)] * 2))
 
 
-def _steps(params: Any, opt_state: Any, batches: data.Supervised, *, model: ModelConfig,
-           optimizer: optax.GradientTransformation) -> tuple[Any, Any, jax.Array]:
+def _steps(
+    params: Any,
+    opt_state: Any,
+    batches: data.Supervised,
+    *,
+    model: ModelConfig,
+    optimizer: optax.GradientTransformation,
+) -> tuple[Any, Any, jax.Array]:
     def step(carry, batch):
         params, opt_state = carry
         loss, grads = jax.value_and_grad(_loss)(params, batch, model)
@@ -76,7 +114,7 @@ def _steps(params: Any, opt_state: Any, batches: data.Supervised, *, model: Mode
 
 def _loss(params: Any, batch: data.Supervised, model: ModelConfig) -> jax.Array:
     """Mean negative log-likelihood of the expert's tokens."""
-    hidden = qwen3.hidden(params, batch.tokens[:, :-1], model)
+    hidden = decoder.hidden(params, batch.tokens[:, :-1], model)
     mask = batch.mask[:, 1:]
     logp, _ = scoring.token_logp(params, hidden, batch.tokens[:, 1:], mask, model, 1.0)
     return -jnp.sum(logp) / jnp.maximum(jnp.sum(mask), 1)

@@ -35,7 +35,8 @@ class Worker:
     """
 
     def __init__(self, command: Sequence[str], seconds: float):
-        self._command, self._seconds = command, seconds
+        self._command = command
+        self._seconds = seconds
         self._process: subprocess.Popen | None = None
 
     def ask(self, question: bytes) -> bytes:
@@ -66,7 +67,8 @@ class Worker:
         """Ends the process, if there is one, and returns its status."""
         if self._process is None:
             return 0
-        process, self._process = self._process, None
+        process = self._process
+        self._process = None
         self._finalizer.detach()
         return _killed(process)
 
@@ -74,8 +76,12 @@ class Worker:
         # in a session of its own: Ctrl-C at the terminal is for its parent, which comes to a safe
         # point first
         process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, start_new_session=True)
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         self._owner = os.getpid()
         self._finalizer = weakref.finalize(self, _killed, process)
         self._finalizer.atexit = False  # the end of its input ends it then

@@ -33,7 +33,7 @@ import spellings  # noqa: E402
 
 PAGE = pathlib.Path(__file__).with_name("answers.md")
 SHOWN = 25  # listed pairs of a group in which our judge alone is right, evenly spread
-INTRODUCTION = r'''# Answers: what earns a reward, and our judge beside math-verify
+INTRODUCTION = r"""# Answers: what earns a reward, and our judge beside math-verify
 
 This page is made by `python -m docs.make_answers SETS_FOLDER GSM8K_FILE --reports FOLDER --tests
 FOLDER`.
@@ -47,14 +47,14 @@ avg@k; training gives its verifier an empty text. A way is left out where it mak
 number under 1,000 has no thousands mark. `tests/spellings.py` says what each way is. Counts are
 right ones of those tried.
 
-'''
-NEIGHBOURS = r'''
+"""
+NEIGHBOURS = r"""
 The same ways of writing what is not the gold, and a wrong last statement after a right guess
 (`last`): another last digit, a tuple or fraction with two parts exchanged, a list without its last
 item, another choice or word. Counts are those that were paid, of those tried.
 
-'''
-PAIRS = r'''
+"""
+PAIRS = r"""
 ## Two judges on labelled pairs
 
 `answers.judge` (our reader, and math-verify for what it cannot read) against math-verify {version}
@@ -70,15 +70,20 @@ order, repetition and case, takes a comma for a decimal point and a number out o
 drops units unread. Where our judge asks math-verify, it refuses what comes about by these. Of the
 pairs that our author did not write, the page lists those in which math-verify alone is right.
 
-'''
+"""
 
-REPORTS, TESTS = "public reports", "math-verify's tests"  # of which our author wrote none
+REPORTS = "public reports"
+TESTS = "math-verify's tests"  # of which our author wrote none
 
 Group = Sequence[tuple[str, str, bool]]  # gold, answer, whether they are equal
 
 
-def write(sets: pathlib.Path, gsm8k: pathlib.Path | None, reports: pathlib.Path | None,
-          tests: pathlib.Path | None) -> None:
+def write(
+    sets: pathlib.Path,
+    gsm8k: pathlib.Path | None,
+    reports: pathlib.Path | None,
+    tests: pathlib.Path | None,
+) -> None:
     files = [*([gsm8k] if gsm8k else []), *sorted(sets.glob("*.jsonl"))]
     problems = {"gsm8k" if file == gsm8k else file.stem: data.read(file) for file in files}
     groups = {"by hand": answers_table.by_hand(), "random fractions": answers_table.numbers()}
@@ -142,6 +147,7 @@ def _spellings(problems: dict[str, list[Example]]) -> Iterator[str]:
 
 def _counts(names: Iterable[str], tried: collections.Counter, counted: collections.Counter) -> str:
     """A row a way of writing, a column a set, and totals."""
+
     def cell(ways: Iterable[str], sets: Iterable[str]) -> str:
         keys = [(way, name) for way in ways for name in sets]
         total = sum(tried[key] for key in keys)
@@ -155,7 +161,9 @@ def _counts(names: Iterable[str], tried: collections.Counter, counted: collectio
 
 def _judges(groups: dict[str, Group]) -> Iterator[str]:
     alone = judge.Pool([*judge.COMMAND, "alone"])
-    rows, shown, asked = [], [], judge.library()
+    rows = []
+    shown = []
+    asked = judge.library()
     for name, pairs in groups.items():
         with concurrent.futures.ThreadPoolExecutor(judge.PROCESSES) as threads:
             theirs = list(threads.map(lambda pair: alone.equal(*pair[:2]), pairs))
@@ -167,10 +175,22 @@ def _judges(groups: dict[str, Group]) -> Iterator[str]:
         shown += _disagreements(name, apart)
         print(*rows[-1], sep=", ", flush=True)
     yield PAIRS.format(version=importlib.metadata.version("math-verify"))
-    yield _table(("pairs from", "pairs", "ours right", "math-verify right", "agree",
-                  "ours alone right", "math-verify alone right"), rows)
-    yield (f"\nComparisons given up after {alone.seconds:g} s: {asked.given_up} of ours, "
-           f"{alone.given_up} of math-verify.\n")
+    yield _table(
+        (
+            "pairs from",
+            "pairs",
+            "ours right",
+            "math-verify right",
+            "agree",
+            "ours alone right",
+            "math-verify alone right",
+        ),
+        rows,
+    )
+    yield (
+        f"\nComparisons given up after {alone.seconds:g} s: {asked.given_up} of ours, "
+        f"{alone.given_up} of math-verify.\n"
+    )
     yield from shown
 
 
@@ -179,10 +199,16 @@ def _disagreements(name: str, apart: list[tuple[str, str, bool, bool, bool]]) ->
     not write."""
     theirs = [row for row in apart if row[4] == row[2]]
     ours = [row for row in apart if row[3] == row[2] and name not in (REPORTS, TESTS)]
-    listed = [*theirs, *ours[::-(-len(ours) // SHOWN) or 1]]
+    listed = [*theirs, *ours[:: -(-len(ours) // SHOWN) or 1]]
     if listed:
-        rows = [(*map(_code, row[:2]), "yes" if row[2] else "no",
-                 "ours" if row[3] == row[2] else "math-verify") for row in listed]
+        rows = [
+            (
+                *map(_code, row[:2]),
+                "yes" if row[2] else "no",
+                "ours" if row[3] == row[2] else "math-verify",
+            )
+            for row in listed
+        ]
         yield f"\n### Disagreements: {name}\n\n"
         yield _table(("gold", "answer", "equal", "who is right"), rows)
 

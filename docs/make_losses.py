@@ -1,7 +1,8 @@
-"""Writes docs/losses.md from the docstrings of `losses` and `constraint`: `python -m docs.make_losses`.
+"""Writes docs/losses.md from the docstrings of `losses` and `constraint`: `python -m
+docs.make_losses`.
 
-Every public function states `Formula:`, `Needs:`, `Default:` and `Paper:`; a line indented under one of these continues
-it. A function that leaves one out stops the script.
+Every public function states `Formula:`, `Needs:`, `Default:` and `Paper:`; a line indented under
+one of these continues it. A function that leaves one out stops the script.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import dcmdp_jax.losses
 
 PAGE = pathlib.Path(__file__).with_name("losses.md")
 FIELDS = ("Formula", "Needs", "Default", "Paper")
-INTRODUCTION = '''# Losses and the constraint
+INTRODUCTION = """# Losses and the constraint
 
 Pure functions: arrays in, arrays out. This page is made from the docstrings by `python -m docs.make_losses`.
 
@@ -61,13 +62,20 @@ The multiplier is updated after it was applied, from sums over the batch:
 '0.637'
 
 ```
-'''
+"""
 
 
 def modules() -> list[ModuleType]:
     """`constraint`, then every public module of `losses`."""
-    names = sorted(found.name for found in pkgutil.iter_modules(dcmdp_jax.losses.__path__) if found.name[0] != "_")
-    return [importlib.import_module(f"dcmdp_jax.{name}") for name in ["constraint", *(f"losses.{n}" for n in names)]]
+    names = sorted(
+        found.name
+        for found in pkgutil.iter_modules(dcmdp_jax.losses.__path__)
+        if found.name[0] != "_"
+    )
+    return [
+        importlib.import_module(f"dcmdp_jax.{name}")
+        for name in ["constraint", *(f"losses.{n}" for n in names)]
+    ]
 
 
 def functions(module: ModuleType) -> dict:

@@ -1,7 +1,10 @@
-"""Grade-school problems with a Qwen3 folder: does the constraint hold on a language model's own tokens?
+"""Grade-school problems with a Qwen3 folder: does the constraint hold on a language model's own
+tokens?
 
-Command:  dcmdp train experiments/gsm8k.py --model.folder Qwen3-0.6B --data.path gsm8k/train.jsonl --data.eval_path gsm8k/test.jsonl
-Hardware: one accelerator of 80 GB for Qwen3-0.6B (not run here); any machine for a tiny random folder
+Command:  dcmdp train experiments/gsm8k.py --model.folder Qwen3-0.6B --data.path gsm8k/train.jsonl
+    --data.eval_path gsm8k/test.jsonl
+Hardware: one accelerator of 80 GB for Qwen3-0.6B (not run here); any machine for a tiny random
+    folder
 Time:     not measured
 Result:   not measured
 """
@@ -9,23 +12,43 @@ Result:   not measured
 from functools import partial
 
 from dcmdp_jax import constraint, rewards
-from dcmdp_jax.config import (AlgorithmConfig, Config, ConstraintConfig, DataConfig, EvalConfig, ModelSource, Precision,
-                              RolloutConfig)
+from dcmdp_jax.config import (
+    AlgorithmConfig,
+    Config,
+    ConstraintConfig,
+    DataConfig,
+    EvalConfig,
+    ModelSource,
+    Precision,
+    RolloutConfig,
+)
 from dcmdp_jax.losses import advantages, corrections, policy, reduce
 
 CONFIG = Config(
     name="gsm8k",
     model=ModelSource(remat=True),
     data=DataConfig(
-        path="gsm8k/train.jsonl", verifier=rewards.math_answer, prompts_per_step=16, max_prompt_tokens=320, chat=True,
-        instruction="Reason step by step and put the final answer after ####."),
-    rollout=RolloutConfig(samples=8, max_tokens=512, precision=Precision(weights="float8_e4m3fn"), slots=128),
+        path="gsm8k/train.jsonl",
+        verifier=rewards.math_answer,
+        prompts_per_step=16,
+        max_prompt_tokens=320,
+        chat=True,
+        instruction="Reason step by step and put the final answer after ####.",
+    ),
+    rollout=RolloutConfig(
+        samples=8, max_tokens=512, precision=Precision(weights="float8_e4m3fn"), slots=128
+    ),
     algorithm=AlgorithmConfig(
         advantage=advantages.grpo,
         surrogate=corrections.decoupled(partial(policy.clipped, clip_low=0.2, clip_high=0.24)),
         reduce=reduce.token_mean,
-        minibatches=2, microbatches=8, learning_rate=1e-6),
-    constraint=ConstraintConfig(shape=constraint.shape, dual=constraint.projected_ascent, tolerance=0.0037),
+        minibatches=2,
+        microbatches=8,
+        learning_rate=1e-6,
+    ),
+    constraint=ConstraintConfig(
+        shape=constraint.shape, dual=constraint.projected_ascent, tolerance=0.0037
+    ),
     eval=EvalConfig(every=20, prompts=256),
     steps=200,
 )

@@ -1,7 +1,9 @@
-r"""Pairs of answers whose equality is known: by hand, and by rules from numbers and from the evaluation sets' own answers.
+r"""Pairs of answers whose equality is known: by hand, and by rules from numbers and from the
+evaluation sets' own answers.
 
-Where it is a matter of convention: units, degrees and percent signs may be left out; a list without brackets, and a set, have
-no order; the answer asked for in one base is not that in another; a rounded decimal is not the exact value.
+Where it is a matter of convention: units, degrees and percent signs may be left out; a list without
+brackets, and a set, have no order; the answer asked for in one base is not that in another; a
+rounded decimal is not the exact value.
 """
 
 import pathlib
@@ -279,7 +281,10 @@ x>2 | x<2
 -13x+3 | 13x-3
 """
 
-EQUAL, DIFFERENT = ([tuple(line.split(" | ")) for line in text.strip("\n").split("\n")] for text in (_EQUAL, _DIFFERENT))
+EQUAL, DIFFERENT = (
+    [tuple(line.split(" | ")) for line in text.strip("\n").split("\n")]
+    for text in (_EQUAL, _DIFFERENT)
+)
 
 
 def by_hand():
@@ -292,15 +297,29 @@ def by_hand():
 
 
 def numbers(count=60):
-    """Fractions in five spellings, and beside them a sum, a product, the inverse and a rounded decimal that they are not."""
-    rng, pairs = random.Random(0), []
+    """Fractions in five spellings, and beside them a sum, a product, the inverse and a rounded
+    decimal that they are not.
+    """
+    rng = random.Random(0)
+    pairs = []
     for _ in range(count):
-        a, b = rng.randint(-400, 400), rng.choice([2, 3, 4, 5, 7, 8, 9, 11, 16, 25, 30])
+        a = rng.randint(-400, 400)
+        b = rng.choice([2, 3, 4, 5, 7, 8, 9, 11, 16, 25, 30])
         value = Fraction(a, b)
         gold = rf"\frac{{{a}}}{{{b}}}"
-        pairs += [(gold, form, True) for form in (f"{a}/{b}", str(value), rf"\dfrac{{{7 * a}}}{{{7 * b}}}", rf"x = {a} \div {b}",
-                                                  f"{value.numerator}.0/{value.denominator}")]
-        wrong = [value + 1, value - Fraction(1, 100), -value, value * 10] + ([1 / value] if value else [])
+        pairs += [
+            (gold, form, True)
+            for form in (
+                f"{a}/{b}",
+                str(value),
+                rf"\dfrac{{{7 * a}}}{{{7 * b}}}",
+                rf"x = {a} \div {b}",
+                f"{value.numerator}.0/{value.denominator}",
+            )
+        ]
+        wrong = [value + 1, value - Fraction(1, 100), -value, value * 10] + (
+            [1 / value] if value else []
+        )
         pairs += [(gold, str(other), False) for other in wrong if other != value]
         pairs.append((gold, f"{float(value):.4f}", 10_000 % value.denominator == 0))
     return pairs
@@ -310,8 +329,13 @@ def gold_forms(golds):
     """The answers of a set in other spellings, and in others that are not theirs."""
     pairs = []
     for gold in dict.fromkeys(golds):
-        bare = gold.replace("$", "") if gold.count("$") == 2 and gold[0] == gold[-1] == "$" else gold
-        pairs += [(gold, form, True) for form in (f"${bare}$", bare.replace(r"\frac", r"\dfrac"), rf" \displaystyle {bare} ")]
+        bare = (
+            gold.replace("$", "") if gold.count("$") == 2 and gold[0] == gold[-1] == "$" else gold
+        )
+        pairs += [
+            (gold, form, True)
+            for form in (f"${bare}$", bare.replace(r"\frac", r"\dfrac"), rf" \displaystyle {bare} ")
+        ]
         if "(" in bare and r"\left" not in bare and bare.count("(") == bare.count(")"):
             pairs.append((gold, bare.replace("(", r"\left(").replace(")", r"\right)"), True))
         pairs += _of_number(gold, bare) + _of_fraction(gold, bare) + _of_list(gold, bare)
@@ -322,9 +346,19 @@ def _of_number(gold, bare):
     if not re.fullmatch(r"-?\d{1,9}", bare):
         return []
     n = int(bare)
-    wrong = [str(n + 1), str(n - 1), f"{bare}.5", f"({bare}, {bare})"] + ([str(-n), f"{n}0", f"{n}x"] if n else [])
-    return [(gold, form, True) for form in (f"{n}.0", f"x = {n}", rf"\frac{{{2 * n}}}{{2}}", f"{n:,}", rf"{n} \text{{ units}}")] + \
-        [(gold, form, False) for form in wrong]
+    wrong = [str(n + 1), str(n - 1), f"{bare}.5", f"({bare}, {bare})"] + (
+        [str(-n), f"{n}0", f"{n}x"] if n else []
+    )
+    return [
+        (gold, form, True)
+        for form in (
+            f"{n}.0",
+            f"x = {n}",
+            rf"\frac{{{2 * n}}}{{2}}",
+            f"{n:,}",
+            rf"{n} \text{{ units}}",
+        )
+    ] + [(gold, form, False) for form in wrong]
 
 
 def _of_fraction(gold, bare):
@@ -332,8 +366,14 @@ def _of_fraction(gold, bare):
     if not found:
         return []
     a, b = map(int, found.groups())
-    return [(gold, form, True) for form in (f"{a}/{b}", rf"\frac{{{3 * a}}}{{{3 * b}}}", rf"{a} \cdot \frac{{1}}{{{b}}}")] + \
-        [(gold, form, False) for form in (f"{a + 1}/{b}", f"-{a}/{b}", f"{a}/{b + 1}") + ((f"{b}/{a}",) if a != b else ())]
+    return [
+        (gold, form, True)
+        for form in (f"{a}/{b}", rf"\frac{{{3 * a}}}{{{3 * b}}}", rf"{a} \cdot \frac{{1}}{{{b}}}")
+    ] + [
+        (gold, form, False)
+        for form in (f"{a + 1}/{b}", f"-{a}/{b}", f"{a}/{b + 1}")
+        + ((f"{b}/{a}",) if a != b else ())
+    ]
 
 
 def _of_list(gold, bare):
@@ -341,5 +381,8 @@ def _of_list(gold, bare):
         return []
     items = [int(item) for item in bare.split(",")]
     changed = [*items[:-1], 1 + max(items)]
-    return [(gold, ", ".join(map(str, items[::-1])), True), (gold, ", ".join(map(str, items[:-1])), False),
-            (gold, ", ".join(map(str, changed)), False)]
+    return [
+        (gold, ", ".join(map(str, items[::-1])), True),
+        (gold, ", ".join(map(str, items[:-1])), False),
+        (gold, ", ".join(map(str, changed)), False),
+    ]

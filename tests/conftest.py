@@ -15,22 +15,30 @@ settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of a test's time is compilation; the cheaper passes of LLVM are enough for shapes this small.
-_FLAGS = ("--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1 "
-          "--xla_llvm_disable_expensive_passes=true")
+_FLAGS = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1 "
+    "--xla_llvm_disable_expensive_passes=true"
+)
 if _FLAGS not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
-# Tests train the same few models over and over: what one has compiled, the others, their workers and their children read.
+# Tests train the same few models over and over: what one has compiled, the others, their workers
+# and their children read.
 _COMPILED = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _COMPILED = tempfile.TemporaryDirectory(prefix="dcmdp-tests-")
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": _COMPILED.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": _COMPILED.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    }
 
 import jax  # noqa: E402  (reads the environment as set above)
 import own_data  # noqa: E402
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than a few seconds; leave out with -m 'not slow'")
+    config.addinivalue_line(
+        "markers", "slow: takes more than a few seconds; leave out with -m 'not slow'"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +66,8 @@ def data_root(request, tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """A process may map 65,530 areas of memory, and a worker that keeps every file's programs is ended by LLVM past that."""
+    """A process may map 65,530 areas of memory, and a worker that keeps every file's programs is
+    ended by LLVM past that.
+    """
     yield
     jax.clear_caches()

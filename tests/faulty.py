@@ -9,7 +9,9 @@ import pathlib
 import sys
 import time
 
-from dcmdp_jax import checkpoint, cli, evaluate, metrics, report, rewards, step, sync, train, warmup
+from dcmdp_jax import checkpoint, cli, metrics, rewards, step, sync, train, warmup
+from dcmdp_jax.evaluation import held_out
+from dcmdp_jax.report import run_page
 
 # Where a phase is entered; of `update` and `sync` what these functions make is what is called.
 ENTRIES = {
@@ -18,12 +20,12 @@ ENTRIES = {
     "reward": (rewards, "score"),
     "update": (step, "compile"),
     "sync": (sync, "make"),
-    "evaluation": (evaluate, "pass_rate"),
+    "evaluation": (held_out, "pass_rate"),
     "log": (metrics.Log, "write"),
     "save": (checkpoint.Checkpoints, "save"),
     "saving": (checkpoint.Checkpoints, "save"),
     "restore": (checkpoint.Checkpoints, "restore"),
-    "report": (report, "write"),
+    "report": (run_page, "write"),
 }
 MAKERS = ("update", "sync")
 # A step of the tests' model is over before the disk has taken the checkpoint before it, which a

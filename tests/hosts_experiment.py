@@ -1,4 +1,6 @@
-"""A tiny run for tests of several processes: a random policy is now and then rewarded, so that parameters move."""
+"""A tiny run for tests of several processes: a random policy is now and then rewarded, so that
+parameters move.
+"""
 
 import itertools
 import os
@@ -8,8 +10,20 @@ from functools import partial
 import orbax.checkpoint as ocp
 
 from dcmdp_jax import constraint
-from dcmdp_jax.config import (AlgorithmConfig, Calibrated, CheckpointConfig, Config, ConstraintConfig, DataConfig,
-                              EvalConfig, ModelConfig, ModelSource, Precision, RolloutConfig, WarmupConfig)
+from dcmdp_jax.config import (
+    AlgorithmConfig,
+    Calibrated,
+    CheckpointConfig,
+    Config,
+    ConstraintConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    ModelSource,
+    Precision,
+    RolloutConfig,
+    WarmupConfig,
+)
 from dcmdp_jax.losses import advantages, corrections, policy, reduce
 from dcmdp_jax.tasks import Chain
 
@@ -38,16 +52,29 @@ def even(example, text):
 
 CONFIG = Config(
     name="hosts",
-    model=ModelSource(shape=ModelConfig(
-        vocab_size=18, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8)),
+    model=ModelSource(
+        shape=ModelConfig(
+            vocab_size=18,
+            hidden_size=16,
+            intermediate_size=32,
+            num_layers=1,
+            num_heads=2,
+            num_kv_heads=2,
+            head_dim=8,
+        )
+    ),
     data=DataConfig(task=CHAIN, verifier=even, prompts_per_step=4, max_prompt_tokens=6),
     rollout=RolloutConfig(samples=4, max_tokens=20, precision=Precision(weights="int8"), slots=8),
     algorithm=AlgorithmConfig(
         advantage=advantages.grpo,
         surrogate=corrections.decoupled(partial(policy.clipped, clip_low=0.2, clip_high=0.24)),
         reduce=reduce.token_mean,
-        minibatches=2, learning_rate=0.01),
-    constraint=ConstraintConfig(shape=constraint.shape, dual=constraint.projected_ascent, tolerance=Calibrated(batches=2)),
+        minibatches=2,
+        learning_rate=0.01,
+    ),
+    constraint=ConstraintConfig(
+        shape=constraint.shape, dual=constraint.projected_ascent, tolerance=Calibrated(batches=2)
+    ),
     warmup=WarmupConfig(steps=2, batch_size=8),
     eval=EvalConfig(every=3, prompts=7),
     checkpoint=CheckpointConfig(every=2),

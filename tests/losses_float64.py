@@ -17,7 +17,8 @@ import math
 import numpy as np
 
 STEP = 1e-30
-TOLERANCE, MULTIPLIER = 0.0037, 0.1
+TOLERANCE = 0.0037
+MULTIPLIER = 0.1
 
 
 def fixed(x):
@@ -100,7 +101,8 @@ def ppo(cur, old, adv, m, low=0.2, high=0.28, dual=None, delta=None):
 
 
 def sapo(cur, old, adv, m):
-    r, tau = np.exp(clamp(cur - old)), np.where(adv > 0, 1.0, 1.05)
+    r = np.exp(clamp(cur - old))
+    tau = np.where(adv > 0, 1.0, 1.05)
     return -adv * 4 / tau / (1 + np.exp(-tau * (r - 1)))
 
 
@@ -118,7 +120,8 @@ def inside_tv(cur, old, adv, bound):
 
 
 def dppo_kl(cur, old, adv, m, bound):
-    p, q = np.exp(fixed(cur)), np.exp(old)
+    p = np.exp(fixed(cur))
+    q = np.exp(old)
     inward = np.where(adv > 0, p <= q, p >= q)
     return dppo(cur, old, adv, m, (two_kl(q, p) <= bound) | inward)
 
@@ -149,14 +152,16 @@ def gspo_token(cur, old, adv, m):
 
 
 def gmpo(cur, old, adv, m):
-    d, s = clamp(cur - old), np.sign(adv)
+    d = clamp(cur - old)
+    s = np.sign(adv)
     x = s * least(s * d, s * clip(d, -0.4, 0.4))
     return -row_mean(adv, m) * np.exp(row_mean(x, m)) + 0 * cur
 
 
 def vespo(cur, old, adv, m):
     log_w = np.clip(row_sum(fixed(cur) - old, m), math.log(1e-8), 20.0)
-    k, lam = np.where(adv >= 0, 2.0, 3.0), np.where(adv >= 0, 3.0, 2.0)
+    k = np.where(adv >= 0, 2.0, 3.0)
+    lam = np.where(adv >= 0, 3.0, 2.0)
     return -np.exp(lam + k * log_w - lam * np.exp(log_w)) * adv * cur
 
 
@@ -172,7 +177,8 @@ def gaps(x):
 
 def weights(x, t):
     raw, d, measured = gaps(x)
-    rho, product = np.exp(d), np.exp(np.clip(row_sum(raw, measured), -20, 20))
+    rho = np.exp(d)
+    product = np.exp(np.clip(row_sum(raw, measured), -20, 20))
     (pop_low, pop_high), (clip_low, clip_high) = t["w_icepop"], t["w_clip_token"]
     found = {
         "w_tis_token": np.minimum(rho, t["w_tis_token"]),
@@ -191,14 +197,15 @@ def weights(x, t):
 
 def keeps(x, t):
     raw, d, measured = gaps(x)
-    m, rho, k3 = x["mask"], np.exp(d), excess(d)
+    m = x["mask"]
+    rho = np.exp(d)
+    k3 = excess(d)
     roll = np.where(measured, x["roll"], x["old"])
-    p, q = np.exp(np.where(m, x["old"], -1.0)), np.exp(np.where(m, roll, -1.0))
+    p = np.exp(np.where(m, x["old"], -1.0))
+    q = np.exp(np.where(m, roll, -1.0))
     worst = np.where(measured, k3, 0).max(axis=1, keepdims=True)
-    product, geometric = (
-        np.exp(np.clip(row_sum(raw, measured), -20, 20)),
-        np.exp(row_mean(d, measured)),
-    )
+    product = np.exp(np.clip(row_sum(raw, measured), -20, 20))
+    geometric = np.exp(row_mean(d, measured))
     drift = row_mean(np.clip(np.where(measured, roll - x["cur"], 0), -20, 20), measured)
 
     def between(ratio, bounds):
@@ -258,7 +265,8 @@ def constraint(x):
 
 def penalty(cur, x):
     _, _, measured = gaps(x)
-    a, b = np.where(measured, cur, 0), np.where(measured, x["roll"], 0)
+    a = np.where(measured, cur, 0)
+    b = np.where(measured, x["roll"], 0)
     return MULTIPLIER * np.where(np.real(a) >= b, 1, -1) * (np.exp(a) - np.exp(b))
 
 
@@ -315,7 +323,9 @@ def losses(x, t):
             token_mean,
         ),
     }
-    weight, keep, shaped = weights(x, t), keeps(x, t), constraint(x)["adv_shaped"]
+    weight = weights(x, t)
+    keep = keeps(x, t)
+    shaped = constraint(x)["adv_shaped"]
     table |= {f"ppo*{name}": plain(ppo, weight=w) for name, w in weight.items()}
     for name, kept in keep.items():
         table[f"ppo*{name}"] = plain(ppo, keep=kept)
@@ -358,9 +368,14 @@ def metrics(x):
     rows = measured.any(axis=1)
     if not measured.any():
         return dict.fromkeys(METRICS, 0.0)
-    old, roll, raw_t, d_t = x["old"][measured], x["roll"][measured], raw[measured], d[measured]
-    p, q = np.exp(old), np.exp(roll)
-    gap, mix = np.abs(p - q), np.log((p + q) / 2)
+    old = x["old"][measured]
+    roll = x["roll"][measured]
+    raw_t = raw[measured]
+    d_t = d[measured]
+    p = np.exp(old)
+    q = np.exp(roll)
+    gap = np.abs(p - q)
+    mix = np.log((p + q) / 2)
     deviation = [v - v.mean() for v in (p, q)]
     scale = math.sqrt((deviation[0] ** 2).sum() * (deviation[1] ** 2).sum())
     train = row_mean(np.where(measured, x["old"], 0), measured)[rows, 0]
@@ -411,10 +426,13 @@ METRICS = (
 
 def controllers(block):
     """The multiplier's trajectory under each; None is a batch with nothing to measure."""
-    means, c, start = block["delta_bars_null_is_empty"], block["c"], block["lambda0"]
+    means = block["delta_bars_null_is_empty"]
+    c = block["c"]
+    start = block["lambda0"]
 
     def trajectory(advance):
-        state, path = (start, start, 0.0), []
+        state = (start, start, 0.0)
+        path = []
         for measured in means:
             state = state if measured is None else advance(measured, *state)
             path.append(state[0])
@@ -428,7 +446,8 @@ def controllers(block):
         return math.exp(min(max(log, math.log(1e-6)), 0.0)), i, s
 
     def proportional_integral(v, lam, i, s):
-        i, s = min(max(i + (v - c), 0.0), 1.0), 0.9 * s + 0.1 * (v - c)
+        i = min(max(i + (v - c), 0.0), 1.0)
+        s = 0.9 * s + 0.1 * (v - c)
         return min(max(i + s, 0.0), 1.0), i, s
 
     return {
@@ -446,7 +465,8 @@ def advantages(block):
     average = np.array([reward[own].mean() for own in members])
     size = np.array([own.sum() for own in members])
     spread = np.array([reward[own].std(ddof=1) if own.sum() > 1 else 0.0 for own in members])
-    token_reward, m = np.array(block["token_rewards"]), np.array(block["mask"]) > 0
+    token_reward = np.array(block["token_rewards"])
+    m = np.array(block["mask"]) > 0
     to_go = np.where(m, np.flip(np.cumsum(np.flip(np.where(m, token_reward, 0), 1), 1), 1), 0)
     centred = np.where(m, to_go - mean(to_go, m), 0)
     return {
@@ -463,7 +483,8 @@ def advantages(block):
 def score_centering(block):
     """Value, and gradient by the trainer's logits, for three weights and heads of 3 and 6."""
     q, actions, adv, m = (np.array(block[name]) for name in ("q", "actions", "adv", "mask"))
-    rows, actions = np.arange(len(q)), actions.astype(int)
+    rows = np.arange(len(q))
+    actions = actions.astype(int)
     functions = {
         "none": lambda r: 1.0 + 0 * r,
         "tis": lambda r: np.minimum(r, 2.0),
@@ -474,7 +495,8 @@ def score_centering(block):
         logp = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         p = np.exp(fixed(logp))
         head = np.argsort(-q, axis=1, kind="stable")[:, :k]
-        p_head, q_head = np.take_along_axis(p, head, 1), np.take_along_axis(q, head, 1)
+        p_head = np.take_along_axis(p, head, 1)
+        q_head = np.take_along_axis(q, head, 1)
         tail = np.maximum(1 - q_head.sum(1), 1e-6) / np.maximum(1 - p_head.sum(1), 1e-6)
         alpha = (tail * f(1 / tail))[:, None]
         centre = (

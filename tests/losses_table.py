@@ -12,12 +12,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from dcmdp_jax import constraint
-from dcmdp_jax.losses import (
-    advantages, centering, corrections, covariance, diagnostics, kl, operators, policy, reduce, rejection, routing,
-    sequence, tails,
-)  # fmt: skip
 
-N, T, G, V, K = 8, 6, 3, 5, 2
+# fmt: skip
+from dcmdp_jax.losses import (
+    advantages,
+    centering,
+    corrections,
+    covariance,
+    diagnostics,
+    kl,
+    operators,
+    policy,
+    reduce,
+    rejection,
+    routing,
+    sequence,
+    tails,
+)
+
+N = 8
+T = 6
+G = 3
+V = 5
+K = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +43,10 @@ class Case:
 
     call: Callable  # data -> arrays
     wrt: tuple[str, ...] = ()  # the gradient with respect to these is the derivative of the value
-    surrogate: tuple[str, ...] = ()  # the gradient with respect to these is not: part of the value is detached
-    empty: float | None = 0.0  # every float with nothing in the mask; None: not a function of the mask
+    # the gradient with respect to these is not: part of the value is detached
+    surrogate: tuple[str, ...] = ()
+    # every float with nothing in the mask; None: not a function of the mask
+    empty: float | None = 0.0
     elementwise: bool = False  # reads no mask, so what padding holds comes out at the padding
     trusting: bool = False  # its arrays are checked by its caller
     shuffled: str = ""  # reason why the order of the batch shows
@@ -55,11 +74,17 @@ def weights(make):
 
 def grouped(function, **options):
     """An advantage of (reward, group); padded completions have a group outside the range."""
-    return Case(lambda d: function(d["reward"], d["group"], num_groups=G, **options), surrogate=("reward",))
+    return Case(
+        lambda d: function(d["reward"], d["group"], num_groups=G, **options), surrogate=("reward",)
+    )
 
 
 def shaped(function, multiplier=0.3):
-    return Case(lambda d: function(d["advantage"], d["old_logp"], d["rollout_logp"], multiplier, 0.01, d["mask"]))
+    return Case(
+        lambda d: function(
+            d["advantage"], d["old_logp"], d["rollout_logp"], multiplier, 0.01, d["mask"]
+        )
+    )
 
 
 def dual(controller):
@@ -76,7 +101,12 @@ def positive(d):
 
 
 def ratio(function):
-    return Case(lambda d: function(positive(d), 0.7, 0.9), elementwise=True, empty=None, surrogate=("ref_logp",))
+    return Case(
+        lambda d: function(positive(d), 0.7, 0.9),
+        elementwise=True,
+        empty=None,
+        surrogate=("ref_logp",),
+    )
 
 
 def level(function, **extra):
@@ -96,7 +126,12 @@ def surrogate(make):
 
 def centred(d):
     return centering.score_centering(
-        d["logp"], d["rollout_logp"], d["head_logp"], d["head_rollout_logp"], d["advantage"], d["mask"]
+        d["logp"],
+        d["rollout_logp"],
+        d["head_logp"],
+        d["head_rollout_logp"],
+        d["advantage"],
+        d["mask"],
     )
 
 
@@ -301,13 +336,16 @@ TABLE = {
 
 def reduce_rows(x):
     return jnp.sum(x, axis=-1, dtype=jnp.float32)
+
+
 NO_SLOPE = {
     "advantages.dynamic_sampling_mask": "bool",
     "advantages.pass_at_k": "counts",
     "operators.reject": "weight 1",
 }
 
-# Fields of the data that a case passes under a name of another kind (x, value, weights, keep), or that it ignores.
+# Fields of the data that a case passes under a name of another kind (x, value, weights, keep), or
+# that it ignores.
 RENAMED = {
     f"{name}:{key}"
     for key, names in {
@@ -326,7 +364,9 @@ GARBAGE = np.float32([np.nan, np.inf, -np.inf, 1e4, -1e4])
 
 
 def make_data(seed, rows=N, columns=T):
-    """Log-probs away from the kinks of every loss in the table: finite differences then mean something."""
+    """Log-probs away from the kinks of every loss in the table: finite differences then mean
+    something.
+    """
     rng = np.random.default_rng(seed)
     logp = -0.2 - rng.exponential(0.8, (rows, columns))
     mask = np.arange(columns) < rng.integers(2, columns + 1, (rows, 1))
@@ -377,4 +417,6 @@ def pad(data, seed, rows=4, columns=3):
 
 
 def empty(data):
-    return spoil(data | {"mask": np.zeros_like(data["mask"]), "group": np.full_like(data["group"], -1)}, 5)
+    return spoil(
+        data | {"mask": np.zeros_like(data["mask"]), "group": np.full_like(data["group"], -1)}, 5
+    )

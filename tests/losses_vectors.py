@@ -68,7 +68,16 @@ def vectors():
     singles = {
         "controllers": {
             "delta_bars_null_is_empty": [
-                0.002, 0.009, None, 0.0045, 0.0, 0.03, 0.0002, 0.15, None, 0.001
+                0.002,
+                0.009,
+                None,
+                0.0045,
+                0.0,
+                0.03,
+                0.0002,
+                0.15,
+                None,
+                0.001,
             ],
             "c": 0.0041,
             "lambda0": 0.08,

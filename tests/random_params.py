@@ -1,20 +1,30 @@
-"""Parameters at random without compiling the initialiser: every leaf differs from its default, norms and biases too."""
+"""Parameters at random without compiling the initialiser: every leaf differs from its default,
+norms and biases too.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dcmdp_jax.config import ModelConfig
-from dcmdp_jax.models import qwen3
+from dcmdp_jax.models import decoder
 
 
-def random_params(config: ModelConfig, scale: float = 1.0, dtype=jnp.float32, norms: float | None = None) -> dict:
-    """Normal numbers times `scale`; with `norms`, the scales of norms are that plus a tenth of a normal number."""
+def random_params(
+    config: ModelConfig, scale: float = 1.0, dtype=jnp.float32, norms: float | None = None
+) -> dict:
+    """Normal numbers times `scale`; with `norms`, the scales of norms are that plus a tenth of a
+    normal number.
+    """
     rng = np.random.default_rng(0)
 
     def fill(path, shape):
         values = rng.normal(size=shape.shape)
-        values = norms + 0.1 * values if norms is not None and "norm" in str(path) else scale * values
+        values = (
+            norms + 0.1 * values if norms is not None and "norm" in str(path) else scale * values
+        )
         return jnp.asarray(values, dtype)
 
-    return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(lambda: qwen3.init(jax.random.key(0), config)))
+    return jax.tree_util.tree_map_with_path(
+        fill, jax.eval_shape(lambda: decoder.init(jax.random.key(0), config))
+    )

@@ -1,4 +1,6 @@
-"""What the tests of the driver and of the server share: a tiny policy, its greedy completions, an engine to hold up."""
+"""What the tests of the driver and of the server share: a tiny policy, its greedy completions, an
+engine to hold up.
+"""
 
 import functools
 import threading
@@ -6,24 +8,37 @@ import time
 
 import jax
 import numpy as np
+from random_params import random_params
 
 from dcmdp_jax import sharding, sync, tokenizer
 from dcmdp_jax.config import ModelConfig, Precision
-from dcmdp_jax.models import qwen3
+from dcmdp_jax.models import decoder
 from dcmdp_jax.records import Sampling
 from dcmdp_jax.rollout.jetstream import Engine
-from random_params import random_params
 
-MODEL = ModelConfig(vocab_size=37, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,
-                    head_dim=16)
+MODEL = ModelConfig(
+    vocab_size=37,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+)
 VOCABULARY = tokenizer.Characters("<0x41>é日🙂 abcdefghijklmnopqrstuvwyz")  # ids 2 to 36; 1 stops
-SLOTS, POSITIONS, PROMPT, STEPS, NEW = 4, 64, 20, 4, 24
+SLOTS = 4
+POSITIONS = 64
+PROMPT = 20
+STEPS = 4
+NEW = 24
 GREEDY = Sampling(temperature=0.0)
 
 
 @functools.cache
 def make_engine():
-    return Engine(MODEL, slots=SLOTS, max_length=POSITIONS, stop_ids=VOCABULARY.eos_ids, steps=STEPS)
+    return Engine(
+        MODEL, slots=SLOTS, max_length=POSITIONS, stop_ids=VOCABULARY.eos_ids, steps=STEPS
+    )
 
 
 @functools.cache
@@ -35,7 +50,9 @@ def make_params(version=0):
 
 @functools.cache
 def make_weights(version=0):
-    return sync.make(MODEL, Precision(), sharding.single_device_mesh())(make_params(version), version)
+    return sync.make(MODEL, Precision(), sharding.single_device_mesh())(
+        make_params(version), version
+    )
 
 
 @functools.cache
@@ -47,17 +64,20 @@ def make_prompts():
 
 @functools.cache
 def greedy(version=0):
-    """The full forward pass's argmax continuation of every prompt: at most NEW tokens, a stop token included."""
-    forward = jax.jit(lambda params, rows: qwen3.logits(params, rows, MODEL))
+    """The full forward pass's argmax continuation of every prompt: at most NEW tokens, a stop token
+    included.
+    """
+    forward = jax.jit(lambda params, rows: decoder.logits(params, rows, MODEL))
     prompts = make_prompts()
-    rows, lengths = np.zeros((len(prompts), POSITIONS), np.int32), np.array([len(prompt) for prompt in prompts])
+    rows = np.zeros((len(prompts), POSITIONS), np.int32)
+    lengths = np.array([len(prompt) for prompt in prompts])
     for row, prompt in zip(rows, prompts):
-        row[:len(prompt)] = prompt
+        row[: len(prompt)] = prompt
     for step in range(NEW):
         at = np.arange(len(rows)), lengths + step
         rows[at] = np.asarray(forward(make_params(version), rows))[at[0], at[1] - 1].argmax(-1)
-    found = [row[n:n + NEW].tolist() for row, n in zip(rows, lengths)]
-    return [tokens[:tokens.index(1) + 1] if 1 in tokens else tokens for tokens in found]
+    found = [row[n : n + NEW].tolist() for row, n in zip(rows, lengths)]
+    return [tokens[: tokens.index(1) + 1] if 1 in tokens else tokens for tokens in found]
 
 
 def long_prompts():
@@ -80,7 +100,9 @@ class Gate:
     """Holds an engine's `generate` until `open` is set; counts its calls."""
 
     def __init__(self, monkeypatch, engine):
-        self.open, self.calls, generate = threading.Event(), 0, engine.generate
+        self.open = threading.Event()
+        self.calls = 0
+        generate = engine.generate
 
         def gated(*args, **kwargs):
             self.calls += 1
@@ -94,8 +116,13 @@ class Listener:
     """A driver's request for a completion of a prompt, by its number."""
 
     def __init__(self, number, max_tokens=NEW):
-        self.tokens, self.max_tokens = make_prompts()[number], max_tokens
-        self.received, self.versions, self.left, self.error, self.ended = [], set(), False, None, threading.Event()
+        self.tokens = make_prompts()[number]
+        self.max_tokens = max_tokens
+        self.received = []
+        self.versions = set()
+        self.left = False
+        self.error = None
+        self.ended = threading.Event()
 
     def gone(self):
         return self.left

@@ -13,10 +13,22 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 WHOLE = re.compile(r"-?\d+")
 WORD = re.compile(r"(?:\\text\{)?\(?[A-Za-z]{1,20}\)?\}?")
 TUPLE = re.compile(r"(?:\\left)?([(\[])([^()\[\]{}=<>]+)(?:\\right)?([)\]])")
-UNITS = (r"\text{ apples}", r"\text{ dollars}", r"\ \mathrm{cm}", r" \text{ cm}^2", " dollars",
-         r"\text{ miles per hour}")
-LABELS = ("Answer: ", "**Answer:** ", "**Final Answer:** ", "The final answer is: ",
-          "### Final Answer\n\n", "Answer:\n")
+UNITS = (
+    r"\text{ apples}",
+    r"\text{ dollars}",
+    r"\ \mathrm{cm}",
+    r" \text{ cm}^2",
+    " dollars",
+    r"\text{ miles per hour}",
+)
+LABELS = (
+    "Answer: ",
+    "**Answer:** ",
+    "**Final Answer:** ",
+    "The final answer is: ",
+    "### Final Answer\n\n",
+    "Answer:\n",
+)
 HASHES = (("#### ", ""), ("####", ""), ("#### **", "**"), ("#### $", "$"))
 FULL_WIDTH = {ord(sign): ord(sign) + 0xFEE0 for sign in "0123456789+-.,()/=:"}
 
@@ -101,8 +113,20 @@ def spacing(gold, number):
     return rf"\[ \boxed{{\,{spaced}\;}} \]"
 
 
-SPELLINGS = (bold, text, units, thousands, hashes, answer, several, guess, thinking, full_width,
-             percent, spacing)
+SPELLINGS = (
+    bold,
+    text,
+    units,
+    thousands,
+    hashes,
+    answer,
+    several,
+    guess,
+    thinking,
+    full_width,
+    percent,
+    spacing,
+)
 
 
 def other_digit(gold):

@@ -1,13 +1,17 @@
-"""Attention in tiles against the whole matrix of scores: values, gradients, and what a padded or ragged row may hold."""
+"""Attention in tiles against the whole matrix of scores: values, gradients, and what a padded or
+ragged row may hold.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcmdp_jax.models import attention
+from dcmdp_jax.models.kernels import attention
 
-HEADS, GROUP, WIDTH = 2, 3, 8
+HEADS = 2
+GROUP = 3
+WIDTH = 8
 
 
 def case(size, rows=2, dtype=jnp.float32):
@@ -31,7 +35,11 @@ def segments(size, rows, kind):
 def reference(q, k, v, ids):
     """The definition, mask and all, for each token among those of its own segment."""
     size = q.shape[3]
-    same = np.ones((len(q), size, size), bool) if ids is None else np.asarray(ids)[:, :, None] == np.asarray(ids)[:, None]
+    same = (
+        np.ones((len(q), size, size), bool)
+        if ids is None
+        else np.asarray(ids)[:, :, None] == np.asarray(ids)[:, None]
+    )
     mask = (same & np.tril(np.ones((size, size), bool)))[:, None, None]
     scores = jnp.einsum("bkgsh,bkth->bkgst", q, k) / np.sqrt(WIDTH)
     return jnp.einsum("bkgst,bkth->bkgsh", jax.nn.softmax(jnp.where(mask, scores, -jnp.inf)), v)
@@ -46,11 +54,15 @@ def both(attend, q, k, v, d_out, ids):
 @pytest.mark.parametrize(("size", "block"), [(5, 128), (16, 4), (37, 8), (24, 24)])
 def test_tiles_are_the_whole(size, block, kind, monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", block)
-    ids, given = segments(size, 2, kind), case(size)
+    ids = segments(size, 2, kind)
+    given = case(size)
     got = jax.jit(lambda *x: both(attention.packed, *x, ids))(*given)
     want = jax.jit(lambda *x: both(reference, *x, ids))(*given)
-    real = slice(None) if ids is None else np.asarray(ids) > 0  # nobody asks what padding sees, only that it disturbs nobody
-    np.testing.assert_allclose(np.moveaxis(got[0], 3, 1)[real], np.moveaxis(want[0], 3, 1)[real], atol=2e-6)
+    # nobody asks what padding sees, only that it disturbs nobody
+    real = slice(None) if ids is None else np.asarray(ids) > 0
+    np.testing.assert_allclose(
+        np.moveaxis(got[0], 3, 1)[real], np.moveaxis(want[0], 3, 1)[real], atol=2e-6
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got[1], want[1])
 
 
@@ -66,7 +78,8 @@ def test_large_scores_neither_overflow_nor_vanish(monkeypatch):
 
 def test_bfloat16(monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", 4)
-    given, ids = case(16), segments(16, 2, "ragged")
+    given = case(16)
+    ids = segments(16, 2, "ragged")
     got = both(attention.packed, *(x.astype(jnp.bfloat16) for x in given), ids)
     want = both(reference, *(x.astype(jnp.bfloat16).astype(jnp.float32) for x in given), ids)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -82,11 +95,19 @@ def test_tiles_of_other_segments_are_left_out(monkeypatch):
     v = v.at[:, :, :8].set(jnp.nan)
     out, (dq, dk, dv) = jax.jit(lambda *x: both(attention.packed, *x, ids))(q, k, v, d_out)
     assert np.isnan(out[..., :8, :]).all() and np.isfinite(out[..., 8:, :]).all()
-    assert np.isfinite(dq[..., 8:, :]).all() and np.isfinite(dk[..., 8:, :]).all() and np.isfinite(dv[..., 8:, :]).all()
+    assert (
+        np.isfinite(dq[..., 8:, :]).all()
+        and np.isfinite(dk[..., 8:, :]).all()
+        and np.isfinite(dv[..., 8:, :]).all()
+    )
 
 
 def test_no_array_grows_with_the_square_of_the_row():
-    shapes = [jax.ShapeDtypeStruct((1, 2, 1, 4096, 8), jnp.float32)] + [jax.ShapeDtypeStruct((1, 2, 4096, 8), jnp.float32)] * 2
+    shapes = [jax.ShapeDtypeStruct((1, 2, 1, 4096, 8), jnp.float32)] + [
+        jax.ShapeDtypeStruct((1, 2, 4096, 8), jnp.float32)
+    ] * 2
     grad = jax.jit(jax.grad(lambda q, k, v: attention.packed(q, k, v, None).sum(), (0, 1, 2)))
     used = grad.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
-    assert used < 32 * 2 * 4096 * 8 * 4, "a few arrays of the inputs' size; the scores would be 16 times that"
+    assert used < 32 * 2 * 4096 * 8 * 4, (
+        "a few arrays of the inputs' size; the scores would be 16 times that"
+    )

@@ -1,4 +1,6 @@
-"""Decoding through the slotted cache against the whole sequence at once, in every precision of the cache."""
+"""Decoding through the slotted cache against the whole sequence at once, in every precision of the
+cache.
+"""
 
 import dataclasses
 import functools
@@ -7,22 +9,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from dcmdp_jax.config import Yarn
-from dcmdp_jax.models import attention, cache, quantized, qwen3, sizes
-from dcmdp_jax.models.quantized import Quantized
 from random_params import random_params
 
+from dcmdp_jax.config import Yarn
+from dcmdp_jax.models import cache, decoder, quantized, sizes
+from dcmdp_jax.models.kernels import attention
+from dcmdp_jax.models.quantized import Quantized
+
 WINDOW = 16
-SLOTS, LENGTH = 4, 24
+SLOTS = 4
+LENGTH = 24
 CONFIGS = {
     "dense": dataclasses.replace(sizes.TINY, attention_bias=True, yarn=Yarn(4.0, 8)),
     "moe": dataclasses.replace(sizes.TINY_MOE, num_layers=3, decoder_sparse_step=2),
 }
 FEW_BITS = ("int8", "float8_e4m3fn")
 
-prefill = jax.jit(qwen3.prefill, static_argnames="config")
-decode = jax.jit(qwen3.decode, static_argnames=("config", "window"), donate_argnames="cache")
+prefill = jax.jit(decoder.prefill, static_argnames="config")
+decode = jax.jit(decoder.decode, static_argnames=("config", "window"), donate_argnames="cache")
 insert = jax.jit(cache.insert, donate_argnames="cache")
 
 
@@ -32,7 +36,7 @@ def normal(seed, *shape):
 
 def whole(params, tokens, config):
     """Hidden states of every position at once."""
-    return np.asarray(jax.jit(qwen3.hidden, static_argnames="config")(params, tokens, config))
+    return np.asarray(jax.jit(decoder.hidden, static_argnames="config")(params, tokens, config))
 
 
 @pytest.mark.parametrize(("name", "precision"), [("dense", None), ("moe", None), ("moe", "int4")])
@@ -41,20 +45,25 @@ def test_decode_equals_the_whole_sequence(name, precision):
     config = CONFIGS[name]
     params = random_params(config, 0.15)
     if precision:
-        axes = qwen3.contracting_axes(config)
-        params = jax.tree.map(lambda w, a: quantized.quantize(w, precision, a) if a else w, params, axes)
-    flat = qwen3.unstack(params, config)
+        axes = decoder.contracting_axes(config)
+        params = jax.tree.map(
+            lambda w, a: quantized.quantize(w, precision, a) if a else w, params, axes
+        )
+    flat = decoder.unstack(params, config)
     tokens = np.asarray(jax.random.randint(jax.random.key(1), (5, WINDOW), 0, config.vocab_size))
     want = whole(params, tokens, config)
     state = cache.init(config, SLOTS, LENGTH)
-    # rounds of (slot, sequence, prompt length): the second round reuses slots that held longer sequences
+    # rounds of (slot, sequence, prompt length): the second round reuses slots that held longer
+    # sequences
     rounds = [[(2, 0, 3), (0, 1, 6), (3, 0, 3)], [(3, 2, 6), (0, 3, 1), (1, 4, 2)]]
     for placed in rounds:
         slots, rows, prompts = (np.array(x, np.int32) for x in zip(*placed, strict=True))
         distinct = np.unique(rows)
-        keys, values = prefill(flat, tokens[distinct, :8], config)  # right-padded with tokens that must not matter
+        # right-padded with tokens that must not matter
+        keys, values = prefill(flat, tokens[distinct, :8], config)
         state = insert(state, keys, values, slots, np.searchsorted(distinct, rows))
-        feed, lengths = np.zeros(SLOTS, np.int32), np.zeros(SLOTS, np.int32)
+        feed = np.zeros(SLOTS, np.int32)
+        lengths = np.zeros(SLOTS, np.int32)
         for step in range(8):
             feed[slots] = tokens[rows, prompts - 1 + step]
             lengths[slots] = prompts - 1 + step
@@ -64,13 +73,18 @@ def test_decode_equals_the_whole_sequence(name, precision):
 
 def test_window_and_dtype():
     config = CONFIGS["dense"]
-    flat = qwen3.unstack(random_params(config, 0.15), config)
+    flat = decoder.unstack(random_params(config, 0.15), config)
     tokens = jax.random.randint(jax.random.key(1), (SLOTS, 8), 0, config.vocab_size)
     keys, values = prefill(flat, tokens, config)
-    slots, lengths = jnp.arange(SLOTS), jnp.full(SLOTS, 7)
-    state = {dtype: insert(cache.init(config, SLOTS, LENGTH, dtype), keys, values, slots, slots)
-             for dtype in cache.DTYPES}
-    step = functools.partial(jax.jit(qwen3.decode, static_argnames=("config", "window")), flat, tokens[:, 7])
+    slots = jnp.arange(SLOTS)
+    lengths = jnp.full(SLOTS, 7)
+    state = {
+        dtype: insert(cache.init(config, SLOTS, LENGTH, dtype), keys, values, slots, slots)
+        for dtype in cache.DTYPES
+    }
+    step = functools.partial(
+        jax.jit(decoder.decode, static_argnames=("config", "window")), flat, tokens[:, 7]
+    )
     narrow, _, _ = step(state["float32"], lengths, config, window=8)
     wide, _, _ = step(state["float32"], lengths, config, window=LENGTH)
     np.testing.assert_allclose(narrow, wide, atol=1e-6)
@@ -87,14 +101,19 @@ def held(x, dtype):
 
 
 def plain(layer):
-    return np.asarray(layer.dequantize() if isinstance(layer, Quantized) else layer.astype(jnp.float32), np.float64)
+    return np.asarray(
+        layer.dequantize() if isinstance(layer, Quantized) else layer.astype(jnp.float32),
+        np.float64,
+    )
 
 
 @pytest.fixture(params=["one slot", "three slots", "all slots", "whole"])
 def form(request, monkeypatch):
     """Slots as a CPU takes them, by one, several or all of them, and as an accelerator does."""
     if request.param == "whole":
-        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, cpu: default(*args))
+        monkeypatch.setattr(
+            jax.lax, "platform_dependent", lambda *args, default, cpu: default(*args)
+        )
     together = {"one slot": 1, "three slots": 3, "all slots": 8}.get(request.param, 1)
     monkeypatch.setattr(cache, "BLOCK", together * 2 * WINDOW * 8)
 
@@ -102,38 +121,61 @@ def form(request, monkeypatch):
 @pytest.mark.parametrize("dtype", cache.DTYPES)
 def test_attention_to_the_cache(dtype, form):
     """In NumPy on what the cache holds, and with the layers' own attention where that is float32."""
-    b, kv, g, h = 8, 2, 3, 8
+    b = 8
+    kv = 2
+    g = 3
+    h = 8
     q = normal(0, b, kv, g, h)
     keys, values = (held(normal(i, b, kv, LENGTH, h), dtype) for i in (1, 2))
     lengths = jnp.array([0, 1, 5, 15, 7, 3, 14, 8])
     got = jax.jit(lambda *args: cache.attend(*args, window=WINDOW))(q, keys, values, lengths)
     scores = np.einsum("bkgh,bkth->bkgt", q, plain(keys)) / h**0.5
-    scores[np.broadcast_to(np.arange(LENGTH) > np.asarray(lengths)[:, None, None, None], scores.shape)] = -np.inf
+    scores[
+        np.broadcast_to(np.arange(LENGTH) > np.asarray(lengths)[:, None, None, None], scores.shape)
+    ] = -np.inf
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     want = np.einsum("bkgt,bkth->bkgh", weights / weights.sum(-1, keepdims=True), plain(values))
     np.testing.assert_allclose(got, want, atol=2e-6)
     if dtype == "float32":
         mask = (jnp.arange(LENGTH) <= lengths[:, None])[:, None, None, None]
-        np.testing.assert_allclose(got, attention.attention(q[..., None, :], keys, values, mask)[..., 0, :], atol=2e-6)
+        np.testing.assert_allclose(
+            got, attention.attention(q[..., None, :], keys, values, mask)[..., 0, :], atol=2e-6
+        )
 
 
 @pytest.mark.parametrize(("dtype", "share"), [("int8", 0.5 / 127), ("float8_e4m3fn", 16 / 448)])
 def test_error_of_a_quantized_cache(dtype, share):
-    """`share` is half the largest step over the largest number. With it keys are off by dk = share max|k|, scores by
-    e = |q|_1 dk / sqrt(h), each weight by a factor within exp(+-2e), values by dv = share max|v|:
-    |output error| <= (exp(2e) - 1) max|v| + dv."""
-    b, kv, g, h = 4, 2, 3, 8
-    q, keys, values = 0.2 * normal(0, b, kv, g, h), normal(1, b, kv, LENGTH, h), normal(2, b, kv, LENGTH, h)
+    """`share` is half the largest step over the largest number. With it keys are off by dk = share
+    max|k|, scores by e = |q|_1 dk / sqrt(h), each weight by a factor within exp(+-2e), values by dv
+    = share max|v|: |output error| <= (exp(2e) - 1) max|v| + dv.
+    """
+    b = 4
+    kv = 2
+    g = 3
+    h = 8
+    q = 0.2 * normal(0, b, kv, g, h)
+    keys = normal(1, b, kv, LENGTH, h)
+    values = normal(2, b, kv, LENGTH, h)
     lengths = jnp.array([0, 3, 9, 15])
     exact = cache.attend(q, keys, values, lengths, window=WINDOW)
-    error = np.abs(cache.attend(q, held(keys, dtype), held(values, dtype), lengths, window=WINDOW) - exact)
+    error = np.abs(
+        cache.attend(q, held(keys, dtype), held(values, dtype), lengths, window=WINDOW) - exact
+    )
     scores = np.abs(q).sum(-1).max() * share * np.abs(keys).max() / h**0.5
     bound = (np.exp(2 * scores) - 1) * np.abs(values).max() + share * np.abs(values).max()
     assert bound / 100 < error.max() < bound < 1
 
 
-@pytest.mark.parametrize(("dtype", "per_head"), [
-    ("", 4 * 16), ("float32", 4 * 16), ("bfloat16", 2 * 16), ("int8", 16 + 4), ("float8_e4m3fn", 16 + 4)])
+@pytest.mark.parametrize(
+    ("dtype", "per_head"),
+    [
+        ("", 4 * 16),
+        ("float32", 4 * 16),
+        ("bfloat16", 2 * 16),
+        ("int8", 16 + 4),
+        ("float8_e4m3fn", 16 + 4),
+    ],
+)
 def test_bytes(dtype, per_head):
     state = cache.init(sizes.TINY, SLOTS, LENGTH, dtype)
     heads = 2 * sizes.TINY.num_layers * SLOTS * sizes.TINY.num_kv_heads * LENGTH
@@ -141,7 +183,10 @@ def test_bytes(dtype, per_head):
 
 
 def test_dtypes():
-    assert cache.init(dataclasses.replace(sizes.TINY, bfloat16=True), 1, 1).keys[0].dtype == jnp.bfloat16
+    assert (
+        cache.init(dataclasses.replace(sizes.TINY, bfloat16=True), 1, 1).keys[0].dtype
+        == jnp.bfloat16
+    )
     with pytest.raises(ValueError, match="cannot hold 'int4'; choose one of float32, bfloat16"):
         cache.init(sizes.TINY, 1, 1, "int4")
 
@@ -164,7 +209,8 @@ def test_insert_copies_rows_into_slots_and_nothing_else(dtype):
 
 @pytest.mark.parametrize("dtype", cache.DTYPES)
 def test_write_puts_one_position_and_drops_what_lies_outside(dtype):
-    layer, new = held(jnp.zeros((3, 2, 4, 5)), dtype), normal(0, 3, 2, 5)
+    layer = held(jnp.zeros((3, 2, 4, 5)), dtype)
+    new = normal(0, 3, 2, 5)
     got = cache.write(layer, new, jnp.array([2, 0, 4]))
     want = np.zeros(layer.shape)
     want[0, :, 2], want[1, :, 0] = plain(held(new, dtype))[:2]
@@ -174,7 +220,7 @@ def test_write_puts_one_position_and_drops_what_lies_outside(dtype):
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_insert_and_decode_work_in_place(dtype):
     config = sizes.TINY
-    flat = qwen3.unstack(random_params(config, 0.15), config)
+    flat = decoder.unstack(random_params(config, 0.15), config)
     state = cache.init(config, SLOTS, LENGTH, dtype)
     before = sorted(x.unsafe_buffer_pointer() for x in jax.tree.leaves(state))
     keys, values = prefill(flat, jnp.zeros((1, 4), jnp.int32), config)

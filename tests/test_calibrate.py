@@ -1,4 +1,6 @@
-"""A tolerance that the run measures: the floor from its definition, once, before the first step, with keys of its own."""
+"""A tolerance that the run measures: the floor from its definition, once, before the first step,
+with keys of its own.
+"""
 
 import json
 import pathlib
@@ -7,15 +9,32 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import calibrate, cli, config, constraint, parity, sharding, train
+from dcmdp_jax import calibrate, cli, config, constraint, sharding, train
 from dcmdp_jax.config import Calibrated, with_tolerance
+from dcmdp_jax.tools import parity
 
 QUICKSTART = str(pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py")
-TINY = {"model.shape.hidden_size": 16, "model.shape.intermediate_size": 32, "model.shape.num_heads": 2,
-        "model.shape.num_kv_heads": 1, "model.shape.head_dim": 8, "model.shape.num_layers": 1, "data.prompts_per_step": 4,
-        "rollout.samples": 4, "rollout.slots": 8, "rollout.max_tokens": 20, "algorithm.minibatches": 2, "warmup.steps": 2,
-        "warmup.batch_size": 4, "data.task.operations": 2, "data.max_prompt_tokens": 6, "checkpoint.every": 5,
-        "eval.every": 0, "steps": 4, "algorithm.learning_rate": 0.01}
+TINY = {
+    "model.shape.hidden_size": 16,
+    "model.shape.intermediate_size": 32,
+    "model.shape.num_heads": 2,
+    "model.shape.num_kv_heads": 1,
+    "model.shape.head_dim": 8,
+    "model.shape.num_layers": 1,
+    "data.prompts_per_step": 4,
+    "rollout.samples": 4,
+    "rollout.slots": 8,
+    "rollout.max_tokens": 20,
+    "algorithm.minibatches": 2,
+    "warmup.steps": 2,
+    "warmup.batch_size": 4,
+    "data.task.operations": 2,
+    "data.max_prompt_tokens": 6,
+    "checkpoint.every": 5,
+    "eval.every": 0,
+    "steps": 4,
+    "algorithm.learning_rate": 0.01,
+}
 DEVICES = jax.devices()
 
 
@@ -29,8 +48,10 @@ def one_device(monkeypatch):
 def experiment(tmp_path):
     """The quickstart with a tolerance that it measures, as a file."""
     file = tmp_path / "experiment.py"
-    file.write_text("from dcmdp_jax.config import Calibrated, load_experiment, with_tolerance\n"
-                    f"CONFIG = with_tolerance(load_experiment({QUICKSTART!r}), Calibrated(slack=0.5, batches=3))\n")
+    file.write_text(
+        "from dcmdp_jax.config import Calibrated, load_experiment, with_tolerance\n"
+        f"CONFIG = with_tolerance(load_experiment({QUICKSTART!r}), Calibrated(slack=0.5, batches=3))\n"
+    )
     return str(file)
 
 
@@ -39,12 +60,18 @@ def words(**changes):
 
 
 def tiny(tolerance=Calibrated(slack=0.5, batches=3), **changes):
-    run = config.override(config.load_experiment(QUICKSTART), {name: str(value) for name, value in (TINY | changes).items()})
+    run = config.override(
+        config.load_experiment(QUICKSTART),
+        {name: str(value) for name, value in (TINY | changes).items()},
+    )
     return with_tolerance(run, tolerance)
 
 
 def rows(workdir):
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (workdir / "metrics.jsonl").open()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "seconds"}
+        for line in (workdir / "metrics.jsonl").open()
+    ]
 
 
 def record(workdir):
@@ -56,14 +83,21 @@ def used(workdir):
 
 
 def test_a_run_measures_what_parity_measures_and_else_is_the_run_with_that_number(tmp_path, capsys):
-    """The floor of an int4 engine from the trainer's scoring by `parity`; metrics and parameters bit for bit."""
+    """The floor of an int4 engine from the trainer's scoring by `parity`; metrics and parameters
+    bit for bit.
+    """
     measured = train.train(tiny(), tmp_path / "a")
     found = record(tmp_path / "a")
     inputs = train.read_inputs(tiny())
-    seen = parity.measure(tiny(), inputs, parity.starting(tiny(), inputs), 3, first=calibrate.FIRST, slack=0.5)
-    assert found["floor"] == pytest.approx(seen.gaps["all"].delta, rel=1e-5) and found["floor"] > 1e-4
+    seen = parity.measure(
+        tiny(), inputs, parity.starting(tiny(), inputs), 3, first=calibrate.FIRST, slack=0.5
+    )
+    assert (
+        found["floor"] == pytest.approx(seen.gaps["all"].delta, rel=1e-5) and found["floor"] > 1e-4
+    )
     assert found["floor_std_error"] == pytest.approx(float(seen.calibration.std_error), rel=1e-3)
-    level, error = found["floor"], found["floor_std_error"]
+    level = found["floor"]
+    error = found["floor_std_error"]
     assert found["tolerance"] == pytest.approx(max(1.5 * level, level + 3 * error), rel=1e-3)
     assert used(tmp_path / "a") == found["tolerance"]
     assert f"tolerance       {found['tolerance']:g} ± " in capsys.readouterr().out
@@ -86,8 +120,12 @@ def test_a_resumed_run_keeps_the_number(tmp_path, monkeypatch):
         train.train(tiny(), tmp_path / "parts")
     train.train(tiny(), tmp_path / "whole")
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
-    assert record(tmp_path / "parts") == record(tmp_path / "whole") and used(tmp_path / "parts") == used(tmp_path / "whole")
-    with pytest.raises(ValueError, match="calibrated with slack=0.5 and batches=3, not 0.2 and 3; choose another"):
+    assert record(tmp_path / "parts") == record(tmp_path / "whole") and used(
+        tmp_path / "parts"
+    ) == used(tmp_path / "whole")
+    with pytest.raises(
+        ValueError, match="calibrated with slack=0.5 and batches=3, not 0.2 and 3; choose another"
+    ):
         train.train(tiny(Calibrated(slack=0.2, batches=3)), tmp_path / "parts")
     with pytest.raises(ValueError, match=r"constraint\.tolerance=.*, not 0\.01"):
         train.train(tiny(0.01), tmp_path / "parts")
@@ -95,8 +133,14 @@ def test_a_resumed_run_keeps_the_number(tmp_path, monkeypatch):
 
 def test_a_run_stopped_while_it_measures_starts_anew(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(train, "rollout", lambda *args, **kwargs: (_ for _ in ()).throw(train.stopping.Interrupted("stopped")))
-        with pytest.raises(train.stopping.Interrupted, match="in the calibration of the tolerance; it starts anew"):
+        patch.setattr(
+            train,
+            "rollout",
+            lambda *args, **kwargs: (_ for _ in ()).throw(train.stopping.Interrupted("stopped")),
+        )
+        with pytest.raises(
+            train.stopping.Interrupted, match="in the calibration of the tolerance; it starts anew"
+        ):
             train.train(tiny(), tmp_path)
     assert not (tmp_path / calibrate.FILE).exists()
     train.train(tiny(steps=1), tmp_path)
@@ -104,30 +148,59 @@ def test_a_run_stopped_while_it_measures_starts_anew(tmp_path, monkeypatch):
 
 
 def test_the_commands(tmp_path, experiment, capsys):
-    """`calibrate` prints the number that the run then uses; the run goes on without its options; a number overrides."""
+    """`calibrate` prints the number that the run then uses; the run goes on without its options; a
+    number overrides.
+    """
     assert cli.main(["calibrate", experiment, "--workdir", str(tmp_path / "run"), *words()]) == 0
     out = capsys.readouterr().out
-    assert "\nrandom weights, after 2 steps of warm-up\nfloor of delta  " in out and not (tmp_path / "run").exists()
+    assert (
+        "\nrandom weights, after 2 steps of warm-up\nfloor of delta  " in out
+        and not (tmp_path / "run").exists()
+    )
     assert cli.main(["train", experiment, "--workdir", str(tmp_path / "run"), *words(steps=1)]) == 0
     said = f"in the experiment: tolerance={used(tmp_path / 'run'):g}, or tolerance=Calibrated(slack=0.5)"
     assert said in out and "\n".join(out.splitlines()[-3:-1]) in capsys.readouterr().out
     assert cli.main(["train", experiment, "--workdir", str(tmp_path / "run"), "--steps", "2"]) == 0
     said = capsys.readouterr().err
-    assert "goes on with its own" in said and f"constraint.tolerance={used(tmp_path / 'run')}" in said
-    assert cli.main(["calibrate", experiment, "--workdir", str(tmp_path / "run"), "--batches", "2"]) == 0
+    assert (
+        "goes on with its own" in said and f"constraint.tolerance={used(tmp_path / 'run')}" in said
+    )
+    assert (
+        cli.main(["calibrate", experiment, "--workdir", str(tmp_path / "run"), "--batches", "2"])
+        == 0
+    )
     out = capsys.readouterr().out
-    assert out.startswith(f"checkpoint 2 of {tmp_path / 'run'}\n") and "(2 batches at fixed weights)" in out
+    assert (
+        out.startswith(f"checkpoint 2 of {tmp_path / 'run'}\n")
+        and "(2 batches at fixed weights)" in out
+    )
     assert "Calibrated(slack=0.5)" in out, "the run's own slack"
-    assert cli.main(["train", experiment, "--workdir", str(tmp_path / "given"), "--constraint.tolerance", "0.01",
-                     *words(steps=1)]) == 0
+    assert (
+        cli.main(
+            [
+                "train",
+                experiment,
+                "--workdir",
+                str(tmp_path / "given"),
+                "--constraint.tolerance",
+                "0.01",
+                *words(steps=1),
+            ]
+        )
+        == 0
+    )
     assert used(tmp_path / "given") == 0.01 and not (tmp_path / "given" / calibrate.FILE).exists()
     assert cli.main(["calibrate", experiment, "--batches", "1"]) == 2
-    assert capsys.readouterr().err.endswith("dcmdp: --batches 1 and --slack 0.5 must be at least 2 and 0\n")
+    assert capsys.readouterr().err.endswith(
+        "dcmdp: --batches 1 and --slack 0.5 must be at least 2 and 0\n"
+    )
 
 
 def test_a_measured_tolerance_is_set_by_field(experiment):
     run = config.load_experiment(experiment)
-    assert config.override(run, {"constraint.tolerance.slack": "0.1"}).constraint.tolerance == Calibrated(0.1, 3)
+    assert config.override(
+        run, {"constraint.tolerance.slack": "0.1"}
+    ).constraint.tolerance == Calibrated(0.1, 3)
     assert config.override(run, {"constraint.tolerance": "0.1"}).constraint.tolerance == 0.1
     with pytest.raises(ValueError, match="leaves nothing to --constraint.tolerance.slack"):
         config.override(run, {"constraint.tolerance.slack": "0.1", "constraint.tolerance": "0.1"})
@@ -147,11 +220,18 @@ def test_the_tolerance_s_error_is_its_spread(slack):
     assert told == pytest.approx(spread, rel=0.15)
 
 
-@pytest.mark.parametrize("content, fault", [
-    ("", "is not valid JSON"), ("[" * 100_000, "nested too deeply"), ("[]", "holds a list"),
-    ("1" * 9999, "is not valid JSON"), ('{"slack": 0.2, "batches": 3}', "lacks 'tolerance'"),
-    ('{"slack": "0.2", "batches": 3, "tolerance": 1}', "'slack' = '0.2', not a finite number"),
-    ('{"slack": 0.2, "batches": 3, "tolerance": NaN}', "'tolerance' = nan")])
+@pytest.mark.parametrize(
+    "content, fault",
+    [
+        ("", "is not valid JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[]", "holds a list"),
+        ("1" * 9999, "is not valid JSON"),
+        ('{"slack": 0.2, "batches": 3}', "lacks 'tolerance'"),
+        ('{"slack": "0.2", "batches": 3, "tolerance": 1}', "'slack' = '0.2', not a finite number"),
+        ('{"slack": 0.2, "batches": 3, "tolerance": NaN}', "'tolerance' = nan"),
+    ],
+)
 def test_a_damaged_calibration_is_named_with_its_remedy(tmp_path, content, fault):
     (tmp_path / calibrate.FILE).write_text(content)
     with pytest.raises(ValueError) as error:

@@ -1,4 +1,6 @@
-"""Checkpoints under damage: another state is never taken for the one that was saved, and what is whole is found."""
+"""Checkpoints under damage: another state is never taken for the one that was saved, and what is
+whole is found.
+"""
 
 import pathlib
 import shutil
@@ -19,10 +21,18 @@ PLACE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 def state_of(step):
     """Leaves of several types, of which none is constant."""
     rng = np.random.default_rng(step)
-    params = {"embed": rng.normal(size=(7, 5)).astype(np.float32), "head": rng.normal(size=(3, 4)).astype(ml_dtypes.bfloat16)}
+    params = {
+        "embed": rng.normal(size=(7, 5)).astype(np.float32),
+        "head": rng.normal(size=(3, 4)).astype(ml_dtypes.bfloat16),
+    }
     moments = {"mu": rng.normal(size=(7, 5)).astype(np.float32), "count": np.int32(step)}
-    dual = {"seen": rng.integers(0, 2, 9).astype(bool), "small": rng.integers(-99, 99, (2, 3)).astype(np.int8)}
-    return jax.tree.map(jnp.asarray, TrainState(params, moments, dual, np.int32(step), np.int32(0), ()))
+    dual = {
+        "seen": rng.integers(0, 2, 9).astype(bool),
+        "small": rng.integers(-99, 99, (2, 3)).astype(np.int8),
+    }
+    return jax.tree.map(
+        jnp.asarray, TrainState(params, moments, dual, np.int32(step), np.int32(0), ())
+    )
 
 
 def like(state):
@@ -37,7 +47,9 @@ def save(workdir, *steps):
 
 
 def restore(workdir):
-    """The step that is gone on from; its state and data position are compared with those that were saved."""
+    """The step that is gone on from; its state and data position are compared with those that were
+    saved.
+    """
     saved = checkpoint.Checkpoints(workdir, keep=9)
     try:
         state, position = saved.restore(like(state_of(0)))
@@ -100,11 +112,16 @@ def zeroed(path):
 
 
 def truncated(path):
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-DAMAGE = {"emptied": lambda path: path.write_bytes(b""), "zeroed": zeroed, "truncated": truncated,
-          "gone": pathlib.Path.unlink, "of zeros behind": lambda path: path.write_bytes(path.read_bytes() + bytes(9))}
+DAMAGE = {
+    "emptied": lambda path: path.write_bytes(b""),
+    "zeroed": zeroed,
+    "truncated": truncated,
+    "gone": pathlib.Path.unlink,
+    "of zeros behind": lambda path: path.write_bytes(path.read_bytes() + bytes(9)),
+}
 
 
 @pytest.mark.slow
@@ -119,29 +136,46 @@ def test_a_damaged_file_is_fallen_back_from_or_is_no_harm(workdir, tmp_path, dam
 
 def data_file(folder):
     """The largest file below a checkpoint's data."""
-    return max((path for path in files(folder) if path.parent.name == "d"), key=lambda path: path.stat().st_size)
+    return max(
+        (path for path in files(folder) if path.parent.name == "d"),
+        key=lambda path: path.stat().st_size,
+    )
 
 
-def test_the_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_saves_its_step_anew(workdir, capsys):
+def test_the_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_saves_its_step_anew(
+    workdir, capsys
+):
     zeroed(data_file(workdir / "checkpoints" / "4"))
     (workdir / "checkpoints" / "9").mkdir()
     assert restore(workdir) == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith(f"checkpoint 9 in {workdir}/checkpoints is damaged (") and "going on from checkpoint 2" in first
+    assert (
+        first.startswith(f"checkpoint 9 in {workdir}/checkpoints is damaged (")
+        and "going on from checkpoint 2" in first
+    )
     assert "checkpoint 4" in second
-    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "4.damaged", "9.damaged"]
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == [
+        "2",
+        "4.damaged",
+        "9.damaged",
+    ]
     save(workdir, 4)
     assert restore(workdir) == 4 and capsys.readouterr().err == ""
     zeroed(data_file(workdir / "checkpoints" / "4"))
     assert restore(workdir) == 2
-    assert (workdir / "checkpoints" / "4.damaged.1").is_dir(), "a second one does not overwrite the first"
+    assert (workdir / "checkpoints" / "4.damaged.1").is_dir(), (
+        "a second one does not overwrite the first"
+    )
 
 
 def test_where_none_is_whole_nothing_is_moved(workdir):
     for step in ("2", "4"):
         data_file(workdir / "checkpoints" / step).unlink()
     before = files(workdir)
-    with pytest.raises(checkpoint.NoneWhole, match="no checkpoint in .* can be read: 4, 2 do not fit .*, or are damaged") as error:
+    with pytest.raises(
+        checkpoint.NoneWhole,
+        match="no checkpoint in .* can be read: 4, 2 do not fit .*, or are damaged",
+    ) as error:
         restore(workdir)
     assert "\n" not in str(error.value) and files(workdir) == before
 
@@ -159,7 +193,9 @@ def test_readers_of_a_run_fall_back_and_touch_nothing(workdir, capsys):
         checkpoint.read(workdir, like(state_of(0)), before=2)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "int8", "uint16", "bool"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", "float16", "int32", "int8", "uint16", "bool"]
+)
 def test_the_checksum_sees_every_bit(dtype):
     """Each bit of each element flipped, and each pair of elements exchanged."""
     dtype = np.dtype(dtype) if dtype != "bfloat16" else np.dtype(ml_dtypes.bfloat16)

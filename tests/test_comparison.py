@@ -5,16 +5,43 @@ import json
 import statistics
 
 import pytest
-
-from dcmdp_jax import cli, comparison, intervals
 from test_report import CONFIG, ROWS, Page, make_run
 
-GAPS = {"step": 4, "positions": [{"from": 0, "to": 8, "tokens": 10, "delta": 0.1},
-                                   {"from": 8, "to": 16, "tokens": 5, "delta": 0.3}],
-        "worst": [{"position": 3, "token": 7, "text": "<b>", "before": "1 + ", "after": "", "delta": 0.4, "pi_train": 0.9,
-                   "pi_infer": 0.5, "reward": 1.0}]}
-SOURCES = {"weights": "checkpoint 4", "noise_floor": 1e-7, "sources": [
-    {"source": "weights", "setting": "int4", "alone": {"delta": 0.02, "std_error": 1e-3}, "left_out": {"delta": 1e-6}}]}
+from dcmdp_jax import cli, intervals
+from dcmdp_jax.report import comparison
+
+GAPS = {
+    "step": 4,
+    "positions": [
+        {"from": 0, "to": 8, "tokens": 10, "delta": 0.1},
+        {"from": 8, "to": 16, "tokens": 5, "delta": 0.3},
+    ],
+    "worst": [
+        {
+            "position": 3,
+            "token": 7,
+            "text": "<b>",
+            "before": "1 + ",
+            "after": "",
+            "delta": 0.4,
+            "pi_train": 0.9,
+            "pi_infer": 0.5,
+            "reward": 1.0,
+        }
+    ],
+}
+SOURCES = {
+    "weights": "checkpoint 4",
+    "noise_floor": 1e-7,
+    "sources": [
+        {
+            "source": "weights",
+            "setting": "int4",
+            "alone": {"delta": 0.02, "std_error": 1e-3},
+            "left_out": {"delta": 1e-6},
+        }
+    ],
+}
 
 
 def run(folder, seed, weights, end, steps=4):
@@ -27,19 +54,31 @@ def run(folder, seed, weights, end, steps=4):
 
 @pytest.fixture
 def folders(tmp_path):
-    return [run(tmp_path / "a", 0, "int4", 0.4), run(tmp_path / "b", 1, "int4", 0.5), run(tmp_path / "c", 0, "float32", 0.7),
-            run(tmp_path / "d", 1, "float32", 0.78)]
+    return [
+        run(tmp_path / "a", 0, "int4", 0.4),
+        run(tmp_path / "b", 1, "int4", 0.5),
+        run(tmp_path / "c", 0, "float32", 0.7),
+        run(tmp_path / "d", 1, "float32", 0.78),
+    ]
 
 
 def load(folders):
-    return comparison.grouped([comparison.Run(f, f.name, json.loads((f / "config.json").read_text()),
-                                              comparison.metrics.read(f)) for f in folders])
+    return comparison.grouped(
+        [
+            comparison.Run(
+                f, f.name, json.loads((f / "config.json").read_text()), comparison.metrics.read(f)
+            )
+            for f in folders
+        ]
+    )
 
 
 def test_seeds_make_one_configuration_named_by_what_differs(folders):
     groups = load(folders)
     assert [(group.label, [run.name for run in group.runs]) for group in groups] == [
-        ("weights int4", ["a", "b"]), ("weights float32", ["c", "d"])]
+        ("weights int4", ["a", "b"]),
+        ("weights float32", ["c", "d"]),
+    ]
     assert len({group.color for group in groups}) == 2
 
 
@@ -53,7 +92,9 @@ def test_siblings_may_start_from_models_of_their_own(folders):
 def test_the_verdict_pairs_seeds(folders):
     said = comparison.verdict(load(folders))
     low, high = intervals.mean([0.3, 0.28])[1:]
-    assert f"weights float32 against it: engine +0.290 [{low:+.3f}, {high:+.3f}], higher;" in said[1]
+    assert (
+        f"weights float32 against it: engine +0.290 [{low:+.3f}, {high:+.3f}], higher;" in said[1]
+    )
     assert said[0].startswith("weights int4 ends at a held-out reward of 0.450 [")
 
 
@@ -66,11 +107,23 @@ def test_single_runs_are_compared_over_prompts_and_the_page_says_so(folders):
 
 def test_curves_are_means_in_a_band_as_far_as_every_seed_goes(folders, tmp_path):
     groups = load([*folders[:2], run(tmp_path / "e", 2, "int4", 0.9, steps=3)])
-    panel = next(panel for panel in comparison.panels(groups) if panel.title == "Discrepancy of probabilities")
+    panel = next(
+        panel
+        for panel in comparison.panels(groups)
+        if panel.title == "Discrepancy of probabilities"
+    )
     assert [step for step, _ in panel.series[0].points] == [1, 2, 3] and panel.tolerance == 0.01
     assert panel.series[0].points[0][1] == pytest.approx(statistics.fmean([0.03] * 3))
-    panel = next(panel for panel in comparison.panels(load(folders)) if panel.title.endswith("the engine's policy"))
-    assert panel.series[0].points[-1] == (4, pytest.approx(0.45)) and panel.series[0].band[-1] == (4, 0.4, 0.5)
+    panel = next(
+        panel
+        for panel in comparison.panels(load(folders))
+        if panel.title.endswith("the engine's policy")
+    )
+    assert panel.series[0].points[-1] == (4, pytest.approx(0.45)) and panel.series[0].band[-1] == (
+        4,
+        0.4,
+        0.5,
+    )
 
 
 def test_the_page_stands_alone_and_shows_all_parts(folders, tmp_path, capsys):
@@ -81,8 +134,15 @@ def test_the_page_stands_alone_and_shows_all_parts(folders, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(path)
     text = path.read_text(encoding="utf-8")
     seen = Page(text)
-    assert not {tag for tag, _ in seen.tags} & {"script", "link", "img", "iframe", "object"} and "http" not in text
-    assert seen.count("svg") == 8 + 1 and "rollout.precision.weights" in seen.text and "1␣+␣<b>" in seen.text
+    assert (
+        not {tag for tag, _ in seen.tags} & {"script", "link", "img", "iframe", "object"}
+        and "http" not in text
+    )
+    assert (
+        seen.count("svg") == 8 + 1
+        and "rollout.precision.weights" in seen.text
+        and "1␣+␣<b>" in seen.text
+    )
     assert "Discrepancy by source" in seen.text and "0.02 ± 0.001" in seen.text
     for folder in folders:
         assert f"{folder.name} Held-out reward" in seen.text
@@ -97,7 +157,10 @@ def test_one_run_shows_its_gaps_too(folders):
 
 def test_what_cannot_be_compared_is_named(folders, tmp_path, capsys):
     empty = make_run(tmp_path / "empty", [])
-    for runs, words in (([folders[0], folders[0]], "given twice"), ([folders[0], empty], "has not finished a step"),
-                        ([*folders[:2], "--output", folders[0] / "report.html"], "a run's own page")):
+    for runs, words in (
+        ([folders[0], folders[0]], "given twice"),
+        ([folders[0], empty], "has not finished a step"),
+        ([*folders[:2], "--output", folders[0] / "report.html"], "a run's own page"),
+    ):
         assert cli.main(["report", *map(str, runs)]) == 2
         assert words in capsys.readouterr().err

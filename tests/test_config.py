@@ -18,32 +18,56 @@ def quickstart():
 
 
 def test_overrides_are_typed_and_leave_the_rest(quickstart):
-    changed = c.override(quickstart, {"constraint.tolerance": "0.01", "steps": "50", "data.shuffle": "false",
-                                      "rollout.precision.weights": "int8", "model.shape.num_layers": "3", "data.task.operations": "4"})
+    changed = c.override(
+        quickstart,
+        {
+            "constraint.tolerance": "0.01",
+            "steps": "50",
+            "data.shuffle": "false",
+            "rollout.precision.weights": "int8",
+            "model.shape.num_layers": "3",
+            "data.task.operations": "4",
+        },
+    )
     assert (changed.constraint.tolerance, changed.steps, changed.data.shuffle) == (0.01, 50, False)
-    assert (changed.rollout.precision.weights, changed.model.shape.num_layers, changed.data.task.operations) == ("int8", 3, 4)
-    back = c.override(changed, {"constraint.tolerance": str(quickstart.constraint.tolerance), "steps": str(quickstart.steps),
-                                "data.shuffle": "true", "rollout.precision.weights": "int4", "model.shape.num_layers": "2",
-                                "data.task.operations": "5"})
+    assert (
+        changed.rollout.precision.weights,
+        changed.model.shape.num_layers,
+        changed.data.task.operations,
+    ) == ("int8", 3, 4)
+    back = c.override(
+        changed,
+        {
+            "constraint.tolerance": str(quickstart.constraint.tolerance),
+            "steps": str(quickstart.steps),
+            "data.shuffle": "true",
+            "rollout.precision.weights": "int4",
+            "model.shape.num_layers": "2",
+            "data.task.operations": "5",
+        },
+    )
     assert back == quickstart
 
 
-@pytest.mark.parametrize("name, value, message", [
-    ("constraint.tolerence", "0.1", "did you mean --constraint.tolerance"),
-    ("stepz", "1", "did you mean --steps"),
-    ("steps", "many", "--steps takes a value of type int, not 'many'"),
-    ("steps", "1.5", "type int"),
-    ("constraint.tolerance", "nan", "type float"),
-    ("data.shuffle", "perhaps", "type bool"),
-    ("algorithm.advantage", "grpo", "Functions are set in the experiment file"),
-    ("steps", "0", "steps=0 must be at least 1"),
-    ("rollout.top_p", "0", "rollout.top_p=0.0 must lie in (0, 1]"),
-    ("rollout.temperature", "0", "rollout.temperature=0.0 must be at least 1e-06"),
-    ("algorithm.minibatches", "3", "128 completions do not divide into"),
-    ("algorithm.row_length", "10", "shorter than one prompt and completion"),
-    ("constraint.multiplier_init", "2", "0 <= multiplier_init <= multiplier_max"),
-    ("model.shape.num_kv_heads", "3", "num_heads=4 is not a multiple of num_kv_heads=3"),
-])
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("constraint.tolerence", "0.1", "did you mean --constraint.tolerance"),
+        ("stepz", "1", "did you mean --steps"),
+        ("steps", "many", "--steps takes a value of type int, not 'many'"),
+        ("steps", "1.5", "type int"),
+        ("constraint.tolerance", "nan", "type float"),
+        ("data.shuffle", "perhaps", "type bool"),
+        ("algorithm.advantage", "grpo", "Functions are set in the experiment file"),
+        ("steps", "0", "steps=0 must be at least 1"),
+        ("rollout.top_p", "0", "rollout.top_p=0.0 must lie in (0, 1]"),
+        ("rollout.temperature", "0", "rollout.temperature=0.0 must be at least 1e-06"),
+        ("algorithm.minibatches", "3", "128 completions do not divide into"),
+        ("algorithm.row_length", "10", "shorter than one prompt and completion"),
+        ("constraint.multiplier_init", "2", "0 <= multiplier_init <= multiplier_max"),
+        ("model.shape.num_kv_heads", "3", "num_heads=4 is not a multiple of num_kv_heads=3"),
+    ],
+)
 def test_bad_overrides_are_refused_in_one_sentence(quickstart, name, value, message):
     with pytest.raises(ValueError) as error:
         c.override(quickstart, {name: value})
@@ -51,14 +75,35 @@ def test_bad_overrides_are_refused_in_one_sentence(quickstart, name, value, mess
 
 
 OFF_AT_0 = {  # where 0 means off, all, or none
-    "model.shape.num_experts", "model.shape.experts_per_token", "model.shape.expert_size",
-    "model.shape.expert_parts", "rollout.top_k", "rollout.min_p", "rollout.precision.group",
-    "rollout.precision.experts_per_token", "rollout.staleness", "rollout.devices",
-    "rollout.mesh.fsdp", "mesh.fsdp", "algorithm.row_length", "algorithm.learning_rate",
-    "algorithm.lr_warmup_steps", "algorithm.beta1", "algorithm.beta2", "algorithm.weight_decay",
-    "algorithm.grad_clip", "algorithm.max_skipped", "constraint.tolerance", "constraint.dual_lr",
-    "constraint.multiplier_init", "seed", "warmup.steps", "warmup.learning_rate", "eval.every",
-    "checkpoint.every"}
+    "model.shape.num_experts",
+    "model.shape.experts_per_token",
+    "model.shape.expert_size",
+    "model.shape.expert_parts",
+    "rollout.top_k",
+    "rollout.min_p",
+    "rollout.precision.group",
+    "rollout.precision.experts_per_token",
+    "rollout.staleness",
+    "rollout.devices",
+    "rollout.mesh.fsdp",
+    "mesh.fsdp",
+    "algorithm.row_length",
+    "algorithm.learning_rate",
+    "algorithm.lr_warmup_steps",
+    "algorithm.beta1",
+    "algorithm.beta2",
+    "algorithm.weight_decay",
+    "algorithm.grad_clip",
+    "algorithm.max_skipped",
+    "constraint.tolerance",
+    "constraint.dual_lr",
+    "constraint.multiplier_init",
+    "seed",
+    "warmup.steps",
+    "warmup.learning_rate",
+    "eval.every",
+    "checkpoint.every",
+}
 FIELDS = c.scalar_fields(c.load_experiment(str(QUICKSTART)))
 NUMBERS = {name: kind for name, kind in FIELDS.items() if kind in (int, float)}
 
@@ -106,24 +151,38 @@ def test_what_passes_is_read_or_refused_before_anything_is_left(name, quickstart
                 assert not (tmp_path / text).exists()
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"algorithm.beta1": "1"}, "algorithm.beta1=1.0 must lie in [0, 1)"),
-    ({"algorithm.beta2": "2"}, "algorithm.beta2=2.0 must lie in [0, 1)"),
-    ({"checkpoint.keep": "0"}, "checkpoint.keep=0 must be at least 1"),
-    ({"seed": "4294967296"}, "seed=4294967296 must be at most 4.29497e+09"),
-    ({"algorithm.grad_clip": "-1"}, "algorithm.grad_clip=-1.0 must not be negative"),
-    ({"warmup.batch_size": "0"}, "warmup.batch_size=0 must be at least 1"),
-    ({"steps": "1073741824"}, "steps=1073741824 must be at most"),
-    ({"rollout.staleness": "100000"}, "rollout.staleness=100000 must be at most 16"),
-    ({"model.shape.head_dim": "7"}, "model: head_dim=7 must be even"),
-    ({"model.shape.hidden_size": "-64"}, "model: hidden_size=-64 must be at least 1"),
-    ({"model.shape.num_experts": "4", "model.shape.experts_per_token": "5",
-      "model.shape.expert_size": "8"}, "experts_per_token=5 must lie in 1..4"),
-    ({"model.shape.num_experts": "4", "model.shape.experts_per_token": "2"},
-     "model: expert_size=0 must be at least 1"),
-    ({"name": ""}, "name is empty"),
-    ({"rollout.mesh.tensor": "0", "rollout.devices": "1"},
-     "rollout.mesh.tensor=0 must be at least 1")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"algorithm.beta1": "1"}, "algorithm.beta1=1.0 must lie in [0, 1)"),
+        ({"algorithm.beta2": "2"}, "algorithm.beta2=2.0 must lie in [0, 1)"),
+        ({"checkpoint.keep": "0"}, "checkpoint.keep=0 must be at least 1"),
+        ({"seed": "4294967296"}, "seed=4294967296 must be at most 4.29497e+09"),
+        ({"algorithm.grad_clip": "-1"}, "algorithm.grad_clip=-1.0 must not be negative"),
+        ({"warmup.batch_size": "0"}, "warmup.batch_size=0 must be at least 1"),
+        ({"steps": "1073741824"}, "steps=1073741824 must be at most"),
+        ({"rollout.staleness": "100000"}, "rollout.staleness=100000 must be at most 16"),
+        ({"model.shape.head_dim": "7"}, "model: head_dim=7 must be even"),
+        ({"model.shape.hidden_size": "-64"}, "model: hidden_size=-64 must be at least 1"),
+        (
+            {
+                "model.shape.num_experts": "4",
+                "model.shape.experts_per_token": "5",
+                "model.shape.expert_size": "8",
+            },
+            "experts_per_token=5 must lie in 1..4",
+        ),
+        (
+            {"model.shape.num_experts": "4", "model.shape.experts_per_token": "2"},
+            "model: expert_size=0 must be at least 1",
+        ),
+        ({"name": ""}, "name is empty"),
+        (
+            {"rollout.mesh.tensor": "0", "rollout.devices": "1"},
+            "rollout.mesh.tensor=0 must be at least 1",
+        ),
+    ],
+)
 def test_numbers_that_make_no_run_are_refused(quickstart, changes, message):
     with pytest.raises(ValueError) as error:
         c.override(quickstart, changes)
@@ -154,7 +213,10 @@ def test_experiments_that_are_none(tmp_path):
 def test_an_experiment_names_the_module_it_lacks(tmp_path):
     file = tmp_path / "lacking.py"
     file.write_text("import nothing_of_this_name")
-    with pytest.raises(ValueError, match="lacking.py imports 'nothing_of_this_name', which is neither in its folder nor installed"):
+    with pytest.raises(
+        ValueError,
+        match="lacking.py imports 'nothing_of_this_name', which is neither in its folder nor installed",
+    ):
         c.load_experiment(str(file))
 
 

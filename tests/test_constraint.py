@@ -1,4 +1,6 @@
-"""delta, shaping, penalty, controllers and calibration against golden vectors, closed forms and NumPy in float64."""
+"""delta, shaping, penalty, controllers and calibration against golden vectors, closed forms and
+NumPy in float64.
+"""
 
 import functools
 import subprocess
@@ -82,7 +84,9 @@ def test_golden_losses(name, case, entry):
             return reduce.token_mean(clipped(logp, old, advantage, mask) + term, mask)
         shaped = constraint.shape(advantage, old, rollout, multiplier, C, mask)
         correction = corrections.tis() if entry.endswith("tis_token") else None
-        per_token, counted = corrections.decoupled(clipped, correction)(logp, old, rollout, shaped, mask)
+        per_token, counted = corrections.decoupled(clipped, correction)(
+            logp, old, rollout, shaped, mask
+        )
         return reduce.token_mean(per_token, counted)
 
     expected = file["losses"][entry]
@@ -103,9 +107,12 @@ def test_delta_does_not_cancel(distance):
 
 def test_delta_gradient():
     """e^a where a >= b, else -e^a; 0 where not measured."""
-    old, rollout = np.float32([[-1.0, -2.0, -0.7, -3.0, -1.0]]), np.float32([[-1.5, -1.0, -0.7, np.nan, -2.0]])
+    old = np.float32([[-1.0, -2.0, -0.7, -3.0, -1.0]])
+    rollout = np.float32([[-1.5, -1.0, -0.7, np.nan, -2.0]])
     mask = np.array([[1, 1, 1, 1, 0]], bool)
-    by_old, by_rollout = jax.grad(lambda a, b: constraint.delta(a, b, mask).sum(), (0, 1))(old, rollout)
+    by_old, by_rollout = jax.grad(lambda a, b: constraint.delta(a, b, mask).sum(), (0, 1))(
+        old, rollout
+    )
     close(by_old, [[np.exp(-1.0), -np.exp(-2.0), np.exp(-0.7), 0.0, 0.0]])
     close(by_rollout, [[-np.exp(-1.5), np.exp(-1.0), -np.exp(-0.7), 0.0, 0.0]])
 
@@ -114,17 +121,24 @@ def test_non_finite_rollout_is_dropped():
     old, rollout, advantage, mask = batch(0)
     row, column = np.argwhere(mask)[3]
     for value in (np.nan, np.inf, -np.inf):
-        broken, smaller = rollout.copy(), mask.copy()
+        broken = rollout.copy()
+        smaller = mask.copy()
         broken[row, column], smaller[row, column] = value, False
-        for actual, expected in zip(constraint.measure(old, broken, mask), constraint.measure(old, rollout, smaller)):
+        for actual, expected in zip(
+            constraint.measure(old, broken, mask), constraint.measure(old, rollout, smaller)
+        ):
             close(actual, expected)
         for shape in SHAPES[:-2]:
-            assert shape(advantage, old, broken, 0.1, C, mask)[row, column] == advantage[row, column]
+            assert (
+                shape(advantage, old, broken, 0.1, C, mask)[row, column] == advantage[row, column]
+            )
 
 
 def test_variants_closed_forms():
     old, rollout, advantage, mask = batch(1)
-    a, b, multiplier = np.float64(old), np.float64(rollout), 0.3
+    a = np.float64(old)
+    b = np.float64(rollout)
+    multiplier = 0.3
     signed = np.where(mask, np.exp(a) - np.exp(b), 0.0)
     gap = np.abs(signed)
     to_go = np.flip(np.cumsum(np.flip(gap, 1), 1), 1)
@@ -175,7 +189,8 @@ def test_bad_arguments_are_named():
         constraint.shape(advantage[:, :3], old, rollout, 0.1, C, mask)
 
 
-# ------------------------------------------------------------------------------------------------ controllers
+# ------------------------------------------------------------------------------------------------
+# controllers
 
 
 @pytest.mark.parametrize(
@@ -183,7 +198,10 @@ def test_bad_arguments_are_named():
     [
         ("proj_eta1", functools.partial(constraint.projected_ascent, 1.0)),
         ("proj_eta0.5", functools.partial(constraint.projected_ascent, 0.5)),
-        ("proj_max0.105", functools.partial(constraint.projected_ascent, 1.0, multiplier_max=0.105)),
+        (
+            "proj_max0.105",
+            functools.partial(constraint.projected_ascent, 1.0, multiplier_max=0.105),
+        ),
         ("log_space_rel", functools.partial(constraint.log_space_ascent, 0.5)),
         ("pid_antiwindup", functools.partial(constraint.pi, 1.0)),
         ("pid_antiwindup", functools.partial(constraint.pid, 1.0, derivative=0.0)),
@@ -194,7 +212,9 @@ def test_golden_trajectories(file, name, make):
     """The null entries of the file are empty batches."""
     block = file["controllers"]
     controller = make(multiplier_init=block["lambda0"])
-    update, state, trajectory = jax.jit(controller.update), controller.init(), []
+    update = jax.jit(controller.update)
+    state = controller.init()
+    trajectory = []
     for mean in block["delta_bars_null_is_empty"]:
         state = update(state, *((0.0, 0) if mean is None else (mean * 640, 640)), block["c"])
         trajectory.append(state.multiplier)
@@ -203,10 +223,14 @@ def test_golden_trajectories(file, name, make):
 
 def test_relative_is_projected_at_the_scale_of_c():
     """eta_rel = eta c, and it does not feel a change of unit."""
-    absolute, relative = constraint.projected_ascent(1.0), constraint.relative_ascent(C)
-    a, b, scaled = absolute.init(), relative.init(), relative.init()
+    absolute = constraint.projected_ascent(1.0)
+    relative = constraint.relative_ascent(C)
+    a = absolute.init()
+    b = relative.init()
+    scaled = relative.init()
     for mean in (0.003, 0.02, 0.0001, 0.2):
-        a, b = absolute.update(a, mean, 1, C), relative.update(b, mean, 1, C)
+        a = absolute.update(a, mean, 1, C)
+        b = relative.update(b, mean, 1, C)
         scaled = relative.update(scaled, 1000 * mean, 1, 1000 * C)
         close(b.multiplier, a.multiplier)
         close(scaled.multiplier, a.multiplier)
@@ -214,8 +238,11 @@ def test_relative_is_projected_at_the_scale_of_c():
 
 def test_pid_terms_by_hand():
     """One rise and one fall: the derivative acts on the rise alone."""
-    controller = constraint.pid(0.5, multiplier_init=0.2, proportional=2.0, derivative=3.0, decay=0.5)
-    state = controller.update(controller.init(), 0.05, 1, 0.01)  # v = 0.04, s = 0.02, no derivative yet
+    controller = constraint.pid(
+        0.5, multiplier_init=0.2, proportional=2.0, derivative=3.0, decay=0.5
+    )
+    # v = 0.04, s = 0.02, no derivative yet
+    state = controller.update(controller.init(), 0.05, 1, 0.01)
     close(state.multiplier, 0.22 + 2 * 0.02)
     state = controller.update(state, 0.07, 1, 0.01)  # v = 0.06, s = 0.04, rise 0.02
     close(state.multiplier, 0.25 + 2 * 0.04 + 3 * 0.02)
@@ -226,7 +253,11 @@ def test_pid_terms_by_hand():
 @pytest.mark.parametrize("make", CONTROLLERS)
 def test_empty_or_broken_batches_change_nothing(make):
     controller = make(dual_lr=0.5, multiplier_init=0.2, multiplier_max=0.9)
-    for wrapped in (controller, constraint.with_ema(controller), constraint.with_deadband(controller)):
+    for wrapped in (
+        controller,
+        constraint.with_ema(controller),
+        constraint.with_deadband(controller),
+    ):
         update = jax.jit(wrapped.update)
         state = update(wrapped.init(), 0.6, 100, C)
         for gap_sum, count in ((0.0, 0), (np.nan, 100), (np.inf, 100), (5.0, 0)):
@@ -236,11 +267,15 @@ def test_empty_or_broken_batches_change_nothing(make):
 
 @pytest.mark.parametrize("make", CONTROLLERS)
 def test_bounds_and_windup(make):
-    """A violation that never ends saturates and is counted; one batch within tolerance lets the multiplier go."""
+    """A violation that never ends saturates and is counted; one batch within tolerance lets the
+    multiplier go.
+    """
     controller = make(dual_lr=0.5, multiplier_init=0.2, multiplier_max=0.9)
 
     def run(state, mean, steps):
-        return jax.lax.scan(lambda s, _: (controller.update(s, mean, 1, 0.01), None), state, length=steps)[0]
+        return jax.lax.scan(
+            lambda s, _: (controller.update(s, mean, 1, 0.01), None), state, length=steps
+        )[0]
 
     state = run(controller.init(), 0.5, 300)
     assert state.multiplier == np.float32(0.9) and state.saturated > 200
@@ -254,7 +289,9 @@ def test_bounds_and_windup(make):
 def test_scan_keeps_shapes_and_types(make):
     controller = constraint.with_ema(make(dual_lr=0.5, multiplier_init=0.2, multiplier_max=0.9))
     means = jnp.float32([0.1, 0.0, 0.2])
-    final, _ = jax.lax.scan(lambda s, m: (controller.update(s, m, 1, C), None), controller.init(), means)
+    final, _ = jax.lax.scan(
+        lambda s, m: (controller.update(s, m, 1, C), None), controller.init(), means
+    )
     looped = controller.init()
     for mean in means:
         looped = controller.update(looped, mean, 1, C)
@@ -291,8 +328,11 @@ def test_relative_controllers_survive_tolerance_zero():
 
 def test_ema_is_the_unbiased_average():
     """The controller sees sum_i w_i m_i / sum_i w_i with w_i = decay^(k - i)."""
-    controller = constraint.with_ema(constraint.projected_ascent(1.0, multiplier_init=0.5), decay=0.8)
-    state, means = controller.init(), [0.01, 0.05, 0.02, 0.08]
+    controller = constraint.with_ema(
+        constraint.projected_ascent(1.0, multiplier_init=0.5), decay=0.8
+    )
+    state = controller.init()
+    means = [0.01, 0.05, 0.02, 0.08]
     expected = 0.5
     for k, mean in enumerate(means):
         state = controller.update(state, 10 * mean, 10, C)
@@ -312,16 +352,23 @@ def test_sums_from_shards_are_the_sum_of_the_batch():
     """A mean of per-device means would differ, since the counts do."""
     old, rollout, _, mask = batch(4, rows=8)
     mask[:3] = False
-    parts = [constraint.measure(old[i : i + 2], rollout[i : i + 2], mask[i : i + 2]) for i in range(0, 8, 2)]
+    parts = [
+        constraint.measure(old[i : i + 2], rollout[i : i + 2], mask[i : i + 2])
+        for i in range(0, 8, 2)
+    ]
     whole = constraint.measure(old, rollout, mask)
     close(sum(part[0] for part in parts), whole[0])
     assert sum(part[1] for part in parts) == whole[1]
 
 
 def test_several_constraints_are_several_controllers():
-    """Three multipliers as one vector follow the three scalar controllers; shaping charges each its own cost."""
+    """Three multipliers as one vector follow the three scalar controllers; shaping charges each its
+    own cost.
+    """
     old, rollout, advantage, mask = batch(5, gap=0.3)
-    tolerances, rates, starts = (0.01, 0.001, 0.02), (1.0, 2.0, 0.1), (0.1, 0.0, 0.3)
+    tolerances = (0.01, 0.001, 0.02)
+    rates = (1.0, 2.0, 0.1)
+    starts = (0.1, 0.0, 0.3)
     for make in CONTROLLERS[:2] + CONTROLLERS[3:]:
         vector = make(rates, multiplier_init=starts)
         sums, counts = constraint.measure_several(old, rollout, mask, threshold=0.04)
@@ -334,15 +381,20 @@ def test_several_constraints_are_several_controllers():
             for _ in range(3):
                 alone = single.update(alone, sums[k], counts[k], tolerances[k])
             jax.tree.map(lambda one, all_: close(one, all_[k]), alone, state)
-    a, b = np.float64(old), np.float64(rollout)
+    a = np.float64(old)
+    b = np.float64(rollout)
     gap = np.where(mask, np.abs(np.exp(a) - np.exp(b)), 0.0)
     k3 = np.where(mask, np.exp(a - b) - 1 - (a - b), 0.0)
     costs = np.stack([gap, np.maximum(gap - 0.04, 0.0), k3])
     close(constraint.costs(old, rollout, mask, threshold=0.04), costs, atol=1e-6)
     close(sums, costs.sum((1, 2)), atol=1e-5)
     multiplier = jnp.float32([0.1, 0.5, 0.2])
-    shaped = constraint.shape_several(advantage, old, rollout, multiplier, tolerances, mask, threshold=0.04)
-    close(shaped, np.where(mask, advantage - np.tensordot([0.1, 0.5, 0.2], costs, 1), 0.0), atol=1e-6)
+    shaped = constraint.shape_several(
+        advantage, old, rollout, multiplier, tolerances, mask, threshold=0.04
+    )
+    close(
+        shaped, np.where(mask, advantage - np.tensordot([0.1, 0.5, 0.2], costs, 1), 0.0), atol=1e-6
+    )
 
 
 def test_tail_excess_is_cvar():
@@ -350,12 +402,14 @@ def test_tail_excess_is_cvar():
     old, rollout, _, mask = batch(6, rows=40, columns=50, gap=0.3)
     gap = np.sort(np.asarray(constraint.delta(old, rollout, mask), np.float64)[mask])
     worst = gap[-len(gap) // 10 :]
-    threshold, level = worst[0], 1 - len(worst) / len(gap)
+    threshold = worst[0]
+    level = 1 - len(worst) / len(gap)
     sums, counts = constraint.measure_several(old, rollout, mask, threshold=threshold)
     close(threshold + sums[1] / counts[1] / (1 - level), worst.mean())
 
 
-# ------------------------------------------------------------------------------------------------ calibration
+# ------------------------------------------------------------------------------------------------
+# calibration
 
 
 def test_calibration_with_equal_batches():
@@ -366,15 +420,19 @@ def test_calibration_with_equal_batches():
     close(result.floor, means.mean())
     close(result.std_error, error)
     close(result.tolerance, max(means.mean() * 1.2, means.mean() + 3 * error))
-    noisy = constraint.calibrate_tolerance(np.float32(means * 500), np.float32([500] * 4), slack=0.0)
+    noisy = constraint.calibrate_tolerance(
+        np.float32(means * 500), np.float32([500] * 4), slack=0.0
+    )
     close(noisy.tolerance, means.mean() + 3 * error)
 
 
 def test_calibration_pools_tokens_and_leaves_out_empty_batches():
-    sums, counts = np.float32([1.0, 6.0, 0.0, np.nan]), np.float32([100, 300, 0, 10])
+    sums = np.float32([1.0, 6.0, 0.0, np.nan])
+    counts = np.float32([100, 300, 0, 10])
     result = constraint.calibrate_tolerance(sums, counts)
     close(result.floor, 7 / 400)
-    weights, means = np.array([0.25, 0.75]), np.array([0.01, 0.02])
+    weights = np.array([0.25, 0.75])
+    means = np.array([0.01, 0.02])
     close(result.std_error, np.sqrt(2 * ((weights * (means - 7 / 400)) ** 2).sum()))
     assert result.batches == 2
     empty = constraint.calibrate_tolerance(np.zeros(3, np.float32), np.zeros(3, np.float32))
@@ -382,7 +440,9 @@ def test_calibration_pools_tokens_and_leaves_out_empty_batches():
 
 
 def test_calibration_standard_error_covers_the_truth():
-    """Over many repetitions with unequal batches, 3 standard errors hold the true floor nearly always, 1/3 rarely."""
+    """Over many repetitions with unequal batches, 3 standard errors hold the true floor nearly
+    always, 1/3 rarely.
+    """
     rng = np.random.default_rng(0)
     counts = rng.integers(50, 400, size=(300, 16))
     sums = np.array([[rng.exponential(0.004, size=n).sum() for n in row] for row in counts])
@@ -399,12 +459,15 @@ def test_calibration_refuses_what_is_no_set_of_batches():
 
 
 def test_floor_is_what_lr_zero_measures():
-    """A multiplier run at the calibrated tolerance decays; at half the floor it climbs to its bound and stays."""
+    """A multiplier run at the calibrated tolerance decays; at half the floor it climbs to its bound
+    and stays.
+    """
     batches = [constraint.measure(*batch(seed)[:2], batch(seed)[3]) for seed in range(8)]
     sums, counts = (jnp.stack(column) for column in zip(*batches))
     result = constraint.calibrate_tolerance(sums, counts)
     controller = constraint.projected_ascent(20.0, multiplier_max=1.0)
-    met, missed = controller.init(), controller.init()
+    met = controller.init()
+    missed = controller.init()
     update = jax.jit(controller.update)
     for gap_sum, count in batches * 20:
         met = update(met, gap_sum, count, result.tolerance)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rollouts import make_rollout
 
 from dcmdp_jax import data
 from dcmdp_jax.records import Example, Prompts, Scored
 from dcmdp_jax.tasks import Chain
 from dcmdp_jax.tokenizer import Characters, HuggingFace
-from rollouts import make_rollout
 
 SHARED = pathlib.Path(__file__).parents[1].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
@@ -27,7 +27,9 @@ PROBLEMS = [Example(letter * (1 + i % 4), letter) for i, letter in enumerate("ab
 
 
 def letters(**changes):
-    return data.prompts(PROBLEMS, LETTERS, **{"batch_size": 4, "max_prompt_tokens": 5, "seed": 7} | changes)
+    return data.prompts(
+        PROBLEMS, LETTERS, **{"batch_size": 4, "max_prompt_tokens": 5, "seed": 7} | changes
+    )
 
 
 def answers(batches, count):
@@ -37,14 +39,16 @@ def answers(batches, count):
 def test_prompts_hold_tokens_and_lengths():
     batch = next(letters(shuffle=False))
     assert batch.examples == tuple(PROBLEMS[:4])
-    np.testing.assert_array_equal(batch.tokens, [[2, 0, 0, 0, 0], [3, 3, 0, 0, 0], [4, 4, 4, 0, 0], [5, 5, 5, 5, 0]])
+    np.testing.assert_array_equal(
+        batch.tokens, [[2, 0, 0, 0, 0], [3, 3, 0, 0, 0], [4, 4, 4, 0, 0], [5, 5, 5, 5, 0]]
+    )
     np.testing.assert_array_equal(batch.lengths, [1, 2, 3, 4])
     assert batch.tokens.dtype == batch.lengths.dtype == np.int32
 
 
 def test_epochs_hold_each_problem_once_and_are_reshuffled():
     order = answers(letters(), 11)  # four epochs of 11
-    epochs = [order[i:i + 11] for i in range(0, 44, 11)]
+    epochs = [order[i : i + 11] for i in range(0, 44, 11)]
     assert all(sorted(epoch) == list("abcdefghijk") for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
     assert answers(letters(), 11) == order
@@ -52,12 +56,16 @@ def test_epochs_hold_each_problem_once_and_are_reshuffled():
     assert answers(letters(shuffle=False), 11) == list("abcdefghijk") * 4
 
 
-@pytest.mark.parametrize("source, vocabulary", [(PROBLEMS, LETTERS), (Chain(), Characters(Chain().alphabet))])
+@pytest.mark.parametrize(
+    "source, vocabulary", [(PROBLEMS, LETTERS), (Chain(), Characters(Chain().alphabet))]
+)
 def test_resumes_exactly(source, vocabulary):
     def start():
         return data.prompts(source, vocabulary, batch_size=4, max_prompt_tokens=12, seed=0)
 
-    whole, stopped, resumed = start(), start(), start()
+    whole = start()
+    stopped = start()
+    resumed = start()
     expected = [next(whole).examples for _ in range(12)]
     for _ in range(5):
         next(stopped)
@@ -68,10 +76,14 @@ def test_resumes_exactly(source, vocabulary):
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_processes_share_the_batch_in_order(count):
-    whole, parts = letters(), [letters(process_index=i, process_count=count) for i in range(count)]
+    whole = letters()
+    parts = [letters(process_index=i, process_count=count) for i in range(count)]
     for _ in range(5):
-        expected, shares = next(whole), [next(part) for part in parts]
-        np.testing.assert_array_equal(np.concatenate([share.tokens for share in shares]), expected.tokens)
+        expected = next(whole)
+        shares = [next(part) for part in parts]
+        np.testing.assert_array_equal(
+            np.concatenate([share.tokens for share in shares]), expected.tokens
+        )
         assert sum((share.examples for share in shares), ()) == expected.examples
 
 
@@ -85,7 +97,11 @@ def test_long_prompts_are_left_out_and_counted(caplog):
     with pytest.raises(ValueError, match="has 4 tokens, more than data.max_prompt_tokens=3"):
         data.tokenize(PROBLEMS, LETTERS, max_prompt_tokens=3)
     with pytest.raises(ValueError, match="has 12 tokens"):
-        next(data.prompts(Chain(), Characters(Chain().alphabet), batch_size=1, max_prompt_tokens=11, seed=0))
+        next(
+            data.prompts(
+                Chain(), Characters(Chain().alphabet), batch_size=1, max_prompt_tokens=11, seed=0
+            )
+        )
 
 
 def test_single_prompts():
@@ -93,13 +109,17 @@ def test_single_prompts():
 
 
 def test_batch_size_must_divide():
-    with pytest.raises(ValueError, match="data.prompts_per_step=4 does not divide over 3 processes"):
+    with pytest.raises(
+        ValueError, match="data.prompts_per_step=4 does not divide over 3 processes"
+    ):
         letters(process_count=3)
 
 
 def test_task_prompts_are_new_each_time_and_never_held_out():
     task = Chain()
-    batches = data.prompts(task, Characters(task.alphabet), batch_size=16, max_prompt_tokens=12, seed=0)
+    batches = data.prompts(
+        task, Characters(task.alphabet), batch_size=16, max_prompt_tokens=12, seed=0
+    )
     seen = [example for _ in range(50) for example in next(batches).examples]
     assert len(set(seen)) == len(seen)
     assert not set(seen) & set(task.held_out(512))
@@ -109,9 +129,18 @@ def test_task_prompts_are_new_each_time_and_never_held_out():
 def test_chat_wraps_each_prompt(chat_folder, enable_thinking):
     vocabulary = HuggingFace(chat_folder)
     examples = [Example("1+1?", "2"), Example(MESSAGES, "3")]
-    batch = data.tokenize(examples, vocabulary, max_prompt_tokens=96, chat=True,
-                          enable_thinking=enable_thinking, instruction="Box it.")
-    asked = [[{"role": "user", "content": "1+1?\nBox it."}], [MESSAGES[0], {"role": "user", "content": "Q\nBox it."}]]
+    batch = data.tokenize(
+        examples,
+        vocabulary,
+        max_prompt_tokens=96,
+        chat=True,
+        enable_thinking=enable_thinking,
+        instruction="Box it.",
+    )
+    asked = [
+        [{"role": "user", "content": "1+1?\nBox it."}],
+        [MESSAGES[0], {"role": "user", "content": "Q\nBox it."}],
+    ]
     for row, length, messages in zip(batch.tokens, batch.lengths, asked):
         text = vocabulary.chat(messages, enable_thinking=enable_thinking)
         assert vocabulary.decode(row[:length]) == text
@@ -139,7 +168,7 @@ def test_special_tokens_of_a_problem_are_text_in_a_message_alone(
 
 def test_plain_prompts():
     batch = data.tokenize([Example("ab", "c")], LETTERS, max_prompt_tokens=8, instruction="yz")
-    assert LETTERS.decode(batch.tokens[0, :batch.lengths[0]]) == "ab\nyz"
+    assert LETTERS.decode(batch.tokens[0, : batch.lengths[0]]) == "ab\nyz"
     with pytest.raises(ValueError, match="set data.chat=True"):
         data.tokenize([Example(MESSAGES, "c", "set")], LETTERS, max_prompt_tokens=8)
 
@@ -153,19 +182,25 @@ def test_supervised_rows_are_prompt_solution_stop():
     batch = data.supervised(task, vocabulary, batch_size=8, seed=0, step=3)
     assert batch.tokens.shape == batch.mask.shape == (8, 45)
     for row, mask in zip(batch.tokens, batch.mask):
-        prompt, completion = vocabulary.decode(row[~mask]), row[mask]
+        prompt = vocabulary.decode(row[~mask])
+        completion = row[mask]
         assert completion[-1] == vocabulary.eos_ids[0]
         assert mask.tolist() == [False] * 12 + [True] * 33
         work = vocabulary.decode(completion[:-1])
-        assert re.sub("[^-+*0-9]", "", prompt)[1:] == "".join(step[1:3] for step in work.split(";")[:-1])
+        assert re.sub("[^-+*0-9]", "", prompt)[1:] == "".join(
+            step[1:3] for step in work.split(";")[:-1]
+        )
         assert work.split(";")[-2][-1] == work[-1]
 
 
 def test_supervised_problems_are_not_those_asked_later():
     task = Chain()
     vocabulary = Characters(task.alphabet)
-    taught = {tuple(row[:12]) for step in range(5)
-              for row in data.supervised(task, vocabulary, 32, 0, step).tokens.tolist()}
+    taught = {
+        tuple(row[:12])
+        for step in range(5)
+        for row in data.supervised(task, vocabulary, 32, 0, step).tokens.tolist()
+    }
     batches = data.prompts(task, vocabulary, batch_size=16, max_prompt_tokens=12, seed=0)
     asked = {tuple(row) for _ in range(10) for row in next(batches).tokens.tolist()}
     assert len(taught) == len(asked) == 160 and not taught & asked
@@ -186,14 +221,22 @@ def test_supervised_batches_depend_on_seed_and_step_alone():
 
 
 def completions(prompt_lengths, samples, lengths, seed=0):
-    """A rollout with distinct tokens (and garbage in the padding), so that each can be told from every other."""
+    """A rollout with distinct tokens (and garbage in the padding), so that each can be told from
+    every other.
+    """
     rng = np.random.default_rng(seed)
-    count, width = len(lengths), max(1, max(lengths))
-    asked, told = np.array(prompt_lengths, np.int32), np.array(lengths, np.int32)
+    count = len(lengths)
+    width = max(1, max(lengths))
+    asked = np.array(prompt_lengths, np.int32)
+    told = np.array(lengths, np.int32)
     prompt = 10_000 * (1 + np.arange(len(asked)))[:, None] + np.arange(asked.max() + 2)
     tokens = 1_000_000 * (1 + np.arange(count))[:, None] + np.arange(width)
-    logp = np.where(np.arange(width) < told[:, None], -rng.random((count, width)), np.nan).astype(np.float32)
-    prompts = Prompts(prompt.astype(np.int32), asked, tuple(Example(str(i), "") for i in range(len(asked))))
+    logp = np.where(np.arange(width) < told[:, None], -rng.random((count, width)), np.nan).astype(
+        np.float32
+    )
+    prompts = Prompts(
+        prompt.astype(np.int32), asked, tuple(Example(str(i), "") for i in range(len(asked)))
+    )
     rollout = make_rollout(prompts, tokens, told, logp, np.zeros(count, bool))
     assert count == len(asked) * samples
     return Scored(rollout, rng.random(count).astype(np.float32), ("",) * count)
@@ -201,33 +244,52 @@ def completions(prompt_lengths, samples, lengths, seed=0):
 
 @st.composite
 def packings(draw):
-    groups, samples = draw(st.integers(1, 6)), draw(st.integers(1, 6))
+    groups = draw(st.integers(1, 6))
+    samples = draw(st.integers(1, 6))
     count = groups * samples
     parts = draw(st.sampled_from([n for n in range(1, count + 1) if count % n == 0]))
     minibatches = draw(st.sampled_from([n for n in range(1, parts + 1) if parts % n == 0]))
-    scored = completions(draw(st.lists(st.integers(1, 6), min_size=groups, max_size=groups)), samples,
-                         draw(st.lists(st.integers(0, 9), min_size=count, max_size=count)))
-    return scored, {"minibatches": minibatches, "microbatches": parts // minibatches,
-                    "row_length": draw(st.integers(15, 40)), "row_divisor": draw(st.integers(1, 4)), "pad_id": -1,
-                    "seed": draw(st.integers(0, 9))}
+    scored = completions(
+        draw(st.lists(st.integers(1, 6), min_size=groups, max_size=groups)),
+        samples,
+        draw(st.lists(st.integers(0, 9), min_size=count, max_size=count)),
+    )
+    return scored, {
+        "minibatches": minibatches,
+        "microbatches": parts // minibatches,
+        "row_length": draw(st.integers(15, 40)),
+        "row_divisor": draw(st.integers(1, 4)),
+        "pad_id": -1,
+        "seed": draw(st.integers(0, 9)),
+    }
 
 
 @settings(max_examples=150, deadline=None)
 @given(packings())
 def test_packed_rows_hold_every_token_once(packing):
     scored, how = packing
-    rollout, batch = scored.rollout, data.pack(scored, **how)
+    rollout = scored.rollout
+    batch = data.pack(scored, **how)
     prompts, samples = rollout.prompts, len(rollout.tokens) // len(rollout.prompts.lengths)
     expected = collections.Counter(
-        t for i in range(len(rollout.tokens)) for t in [*prompts.tokens[i // samples][:prompts.lengths[i // samples]],
-                                                        *rollout.tokens[i][:rollout.lengths[i]]])
+        t
+        for i in range(len(rollout.tokens))
+        for t in [
+            *prompts.tokens[i // samples][: prompts.lengths[i // samples]],
+            *rollout.tokens[i][: rollout.lengths[i]],
+        ]
+    )
     held = batch.segment_ids > 0
     assert collections.Counter(batch.tokens[held].tolist()) == expected
     assert (batch.tokens[~held] == -1).all() and (batch.positions[~held] == 0).all()
     rows, width = batch.tokens.shape[2:]
     size = len(rollout.tokens) // how["minibatches"] // how["microbatches"]
     assert width == how["row_length"] and rows % how["row_divisor"] == 0
-    assert batch.tokens.shape[:2] == batch.reward.shape[:2] == (how["minibatches"], how["microbatches"])
+    assert (
+        batch.tokens.shape[:2]
+        == batch.reward.shape[:2]
+        == (how["minibatches"], how["microbatches"])
+    )
     bucket = rows // how["row_divisor"]
     assert bucket & (bucket - 1) == 0 or rows - how["row_divisor"] < size <= rows
     kinds = {field.dtype for field in batch if field is not None}
@@ -238,23 +300,32 @@ def test_packed_rows_hold_every_token_once(packing):
 @given(packings())
 def test_unpacking_gives_the_completions_back(packing):
     scored, how = packing
-    rollout, batch = scored.rollout, data.pack(scored, **how)
-    samples, seen = len(rollout.tokens) // len(rollout.prompts.lengths), []
+    rollout = scored.rollout
+    batch = data.pack(scored, **how)
+    samples = len(rollout.tokens) // len(rollout.prompts.lengths)
+    seen = []
     for at in np.ndindex(*batch.reward.shape[:2]):
-        tokens, segments, positions = (x[at].reshape(-1) for x in (batch.tokens, batch.segment_ids, batch.positions))
+        tokens, segments, positions = (
+            x[at].reshape(-1) for x in (batch.tokens, batch.segment_ids, batch.positions)
+        )
         for j in range(batch.reward.shape[2]):
             i = np.flatnonzero(rollout.tokens[:, 0] == batch.completions[at][j, 0]).item()
             seen.append(i)
-            length, asked = rollout.lengths[i], rollout.prompts.lengths[i // samples]
-            index, mask = batch.index[at][j], batch.mask[at][j]
+            length = rollout.lengths[i]
+            asked = rollout.prompts.lengths[i // samples]
+            index = batch.index[at][j]
+            mask = batch.mask[at][j]
             assert mask.tolist() == [t < length for t in range(len(mask))]
             assert (index[~mask] == 0).all()
-            np.testing.assert_array_equal(tokens[index[mask] + 1], rollout.tokens[i, :length])  # what `index` predicts
+            # what `index` predicts
+            np.testing.assert_array_equal(tokens[index[mask] + 1], rollout.tokens[i, :length])
             np.testing.assert_array_equal(segments[index[mask]], segments[index[mask] + 1])
             np.testing.assert_array_equal(positions[index[mask]], asked - 1 + np.arange(length))
             if length:
                 whole = slice(index[0] - asked + 1, index[0] + 1 + length)
-                np.testing.assert_array_equal(tokens[whole][:asked], rollout.prompts.tokens[i // samples, :asked])
+                np.testing.assert_array_equal(
+                    tokens[whole][:asked], rollout.prompts.tokens[i // samples, :asked]
+                )
                 np.testing.assert_array_equal(positions[whole], np.arange(asked + length))
                 assert len(set(segments[whole].tolist())) == 1
             np.testing.assert_array_equal(batch.completions[at][j], rollout.tokens[i])
@@ -271,8 +342,8 @@ def test_segments_are_numbered_and_contiguous(packing):
     rows = (x.reshape(-1, how["row_length"]) for x in (batch.segment_ids, batch.positions))
     for segments, positions in zip(*rows):
         inside = segments[segments > 0]
-        assert (segments[:len(inside)] == inside).all()
-        starts = np.flatnonzero(positions[:len(inside)] == 0)
+        assert (segments[: len(inside)] == inside).all()
+        starts = np.flatnonzero(positions[: len(inside)] == 0)
         np.testing.assert_array_equal(inside[starts], 1 + np.arange(len(starts)))
         assert (np.diff(inside) >= 0).all()
 
@@ -280,9 +351,15 @@ def test_segments_are_numbered_and_contiguous(packing):
 @settings(max_examples=100, deadline=None)
 @given(packings())
 def test_experts_go_to_the_tokens_that_they_were_chosen_for(packing):
-    """What made completion token t's distribution stands at `index` of t, one place before t; all else routes freely."""
+    """What made completion token t's distribution stands at `index` of t, one place before t; all
+    else routes freely.
+    """
     scored, how = packing
-    recorded = np.random.default_rng(0).integers(0, 9, (*scored.rollout.tokens.shape, 3, 2)).astype(np.int32)
+    recorded = (
+        np.random.default_rng(0)
+        .integers(0, 9, (*scored.rollout.tokens.shape, 3, 2))
+        .astype(np.int32)
+    )
     batch = data.pack(scored._replace(rollout=scored.rollout._replace(experts=recorded)), **how)
     plain = data.pack(scored, **how)
     assert plain.experts is None
@@ -293,40 +370,54 @@ def test_experts_go_to_the_tokens_that_they_were_chosen_for(packing):
         left = batch.experts[at].reshape(-1, 3, 2).copy()
         for j, i in enumerate(owner[at]):
             index = batch.index[at][j][batch.mask[at][j]]
-            np.testing.assert_array_equal(left[index], recorded[i, :scored.rollout.lengths[i]])
+            np.testing.assert_array_equal(left[index], recorded[i, : scored.rollout.lengths[i]])
             left[index] = -1
         assert (left == -1).all()
 
 
 def test_packing_fills_rows_and_uses_few_shapes():
-    scored = completions([4] * 8, 8, [28] * 16 + [12] * 32 + [4] * 16)  # 32, 16 and 8 tokens: 18 full rows of 64
+    # 32, 16 and 8 tokens: 18 full rows of 64
+    scored = completions([4] * 8, 8, [28] * 16 + [12] * 32 + [4] * 16)
     batch = data.pack(scored, minibatches=1, microbatches=1, row_length=64)
     assert batch.tokens.shape[2] == 32  # 18 rows, in the next bucket
     assert (batch.segment_ids[0, 0] > 0).all(axis=1).sum() == 18
-    shapes = {data.pack(scored, minibatches=2, microbatches=2, row_length=64, row_divisor=2, seed=s).tokens.shape
-              for s in range(30)}
+    shapes = {
+        data.pack(
+            scored, minibatches=2, microbatches=2, row_length=64, row_divisor=2, seed=s
+        ).tokens.shape
+        for s in range(30)
+    }
     assert shapes == {(2, 2, 8, 64)}
-    exact = data.pack(completions([4] * 32, 1, [12] * 32), minibatches=1, microbatches=1, row_length=64)
+    exact = data.pack(
+        completions([4] * 32, 1, [12] * 32), minibatches=1, microbatches=1, row_length=64
+    )
     assert exact.tokens.shape[2] == 8  # four to a row
     batch = data.pack(scored, minibatches=1, microbatches=1, row_length=32, row_divisor=24)
     assert batch.tokens.shape[2] == 48
-    full = data.pack(completions([4] * 6, 1, [28] * 6), minibatches=1, microbatches=1, row_length=32)
+    full = data.pack(
+        completions([4] * 6, 1, [28] * 6), minibatches=1, microbatches=1, row_length=32
+    )
     assert full.tokens.shape[2] == 6  # never more rows than completions
 
 
 def test_packing_depends_on_the_seed():
     scored = completions([3] * 4, 4, [5] * 16)
-    orders = {data.pack(scored, minibatches=2, microbatches=1, row_length=8, seed=s).completions.tobytes()
-              for s in range(20)}
+    orders = {
+        data.pack(scored, minibatches=2, microbatches=1, row_length=8, seed=s).completions.tobytes()
+        for s in range(20)
+    }
     assert len(orders) == 20
-    first, again = (data.pack(scored, minibatches=2, microbatches=1, row_length=8, seed=1) for _ in range(2))
+    first, again = (
+        data.pack(scored, minibatches=2, microbatches=1, row_length=8, seed=1) for _ in range(2)
+    )
     for a, b in zip(first, again):
         np.testing.assert_array_equal(a, b)
 
 
 def test_a_batch_is_compared_before_the_support_is_cut():
     """log p = rollout_logp + log kept on every token."""
-    scored, rng = completions([2, 3], 2, [4, 1, 0, 3]), np.random.default_rng(1)
+    scored = completions([2, 3], 2, [4, 1, 0, 3])
+    rng = np.random.default_rng(1)
     p = rng.uniform(0.01, 0.5, scored.rollout.tokens.shape)
     inside = np.arange(4) < scored.rollout.lengths[:, None]
     kept = np.where(inside, rng.uniform(0.5, 1, p.shape), 0).astype(np.float32)

@@ -21,7 +21,9 @@ NAMES = {  # golden name -> name in `summary`; ratio_out is frac_out_0.5_2
 
 
 def batch(seed, rows=6, columns=40, gap=0.1):
-    """old, rollout, advantage, mask with garbage in the padding, one empty row and one NaN of the sampler."""
+    """old, rollout, advantage, mask with garbage in the padding, one empty row and one NaN of the
+    sampler.
+    """
     rng = np.random.default_rng(seed)
     old = -rng.exponential(1.0, (rows, columns))
     rollout = np.minimum(old + gap * rng.normal(size=old.shape), 0.0)
@@ -29,7 +31,9 @@ def batch(seed, rows=6, columns=40, gap=0.1):
     mask[2] = False
     rollout[0, np.argmax(mask[0])] = np.nan
     advantage = np.repeat(rng.normal(size=(rows, 1)), columns, axis=1)
-    old, rollout, advantage = (np.where(mask, np.float32(x), np.float32(1e4)) for x in (old, rollout, advantage))
+    old, rollout, advantage = (
+        np.where(mask, np.float32(x), np.float32(1e4)) for x in (old, rollout, advantage)
+    )
     return old, rollout, advantage, mask
 
 
@@ -40,31 +44,43 @@ def measured(old, rollout, mask):
 
 @golden.every_case
 def test_golden_metrics(name, case):
-    """Every metric of the file. float32 holds log p to 2^-24 |log p| per side, and a difference no better."""
+    """Every metric of the file. float32 holds log p to 2^-24 |log p| per side, and a difference no
+    better.
+    """
     file = golden.FILES[name]["cases"][case]
     inputs = file["inputs"]
-    old, rollout, advantage, mask = (np.float32(inputs[name]) for name in ("old", "roll", "adv", "mask"))
+    old, rollout, advantage, mask = (
+        np.float32(inputs[name]) for name in ("old", "roll", "adv", "mask")
+    )
     expected = file["metrics"]
     assert set(expected) == set(NAMES)
     actual = jax.jit(diagnostics.summary)(old, rollout, advantage, mask)
     valid = (mask > 0) & np.isfinite(rollout)
     largest = np.abs(np.concatenate([old[valid], rollout[valid], [1.0]])).max()
     for name, value in expected.items():
-        np.testing.assert_allclose(actual[NAMES[name]], value, rtol=1e-5, atol=2**-23 * largest, err_msg=name)
+        np.testing.assert_allclose(
+            actual[NAMES[name]], value, rtol=1e-5, atol=2**-23 * largest, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_summary_against_numpy(seed):
     old, rollout, advantage, mask = batch(seed)
     a, b, valid = measured(old, rollout, mask)
-    x, y, d, s = a[valid], b[valid], (a - b)[valid], np.sign(advantage[valid])
+    x = a[valid]
+    y = b[valid]
+    d = (a - b)[valid]
+    s = np.sign(advantage[valid])
     rows = [r for r in range(len(a)) if valid[r].any()]
     means = np.array([[a[r][valid[r]].mean(), b[r][valid[r]].mean()] for r in rows])
-    total, ratio = np.array([(a - b)[r].sum() for r in rows]), np.exp(d)
-    gap, ppl_gap = np.abs(np.exp(x) - np.exp(y)), means[:, 1] - means[:, 0]
+    total = np.array([(a - b)[r].sum() for r in rows])
+    ratio = np.exp(d)
+    gap = np.abs(np.exp(x) - np.exp(y))
+    ppl_gap = means[:, 1] - means[:, 0]
     mix = np.log(0.5 * (np.exp(x) + np.exp(y)))
     k3 = lambda z: np.exp(z) - 1 - z  # noqa: E731
-    truncated, product = np.minimum(ratio, 2.0), np.exp(total)
+    truncated = np.minimum(ratio, 2.0)
+    product = np.exp(total)
     expected = {
         "dropped_tokens": 1, "dropped_share": 1 / mask.sum(),
         "prob_diff_mean": gap.mean(), "prob_diff_max": gap.max(), "prob_diff_std": gap.std(ddof=1),
@@ -91,7 +107,9 @@ def test_summary_against_numpy(seed):
 def test_mean_gap_is_the_constrained_quantity():
     old, rollout, _, mask = batch(9)
     gap_sum, count = constraint.measure(old, rollout, mask)
-    np.testing.assert_allclose(diagnostics.prob_diff(old, rollout, mask)["prob_diff_mean"], gap_sum / count, rtol=1e-6)
+    np.testing.assert_allclose(
+        diagnostics.prob_diff(old, rollout, mask)["prob_diff_mean"], gap_sum / count, rtol=1e-6
+    )
 
 
 def test_staleness_splits_the_gap():
@@ -109,7 +127,8 @@ def test_advantage_skew_sees_what_k1_does_not():
     """Gaps of +0.1 on good tokens and -0.1 on bad ones have mean 0 and skew 0.1."""
     advantage = np.float32([[1.0, -1.0] * 8])
     old = np.float32(-1.0 + 0.1 * advantage)
-    rollout, mask = np.full_like(old, -1.0), np.ones_like(old, bool)
+    rollout = np.full_like(old, -1.0)
+    mask = np.ones_like(old, bool)
     result = diagnostics.summary(old, rollout, advantage, mask)
     np.testing.assert_allclose(result["k1"], 0.0, atol=1e-7)
     np.testing.assert_allclose(result["advantage_skew"], 0.1, rtol=1e-5)
@@ -119,10 +138,13 @@ def test_advantage_skew_sees_what_k1_does_not():
 def test_shift_finds_the_lag(lag):
     rng = np.random.default_rng(3)
     true = np.float32(-rng.exponential(1.0, (4, 60)))
-    old, mask = np.float32(np.roll(true, lag, axis=1) + 0.01 * rng.normal(size=true.shape)), np.ones_like(true, bool)
+    old = np.float32(np.roll(true, lag, axis=1) + 0.01 * rng.normal(size=true.shape))
+    mask = np.ones_like(true, bool)
     result = jax.jit(diagnostics.shift)(old, true, mask)
     assert result["lag"] == lag
-    correlations = [result[name] for name in ("correlation_back", "correlation", "correlation_ahead")]
+    correlations = [
+        result[name] for name in ("correlation_back", "correlation", "correlation_ahead")
+    ]
     assert np.argmax(correlations) == lag + 1 and max(correlations) > 0.99
 
 
@@ -135,15 +157,20 @@ def test_weight_and_rejected_and_clip_fraction():
     np.testing.assert_allclose(list(result.values()), expected, rtol=1e-6)
     keep = np.array([[1, 0, 1, 1], [0, 1, 1, 1]], bool)
     result = diagnostics.rejected(keep, mask)
-    np.testing.assert_allclose([result["rejected_tokens"], result["rejected_sequences"]], [0.5, 0.5])
+    np.testing.assert_allclose(
+        [result["rejected_tokens"], result["rejected_sequences"]], [0.5, 0.5]
+    )
     ratio = np.float32([[1.5, 0.5, 1.5, 0.5]])
     advantage = np.float32([[1.0, 1.0, -1.0, -1.0]])
-    result = diagnostics.clip_fraction(np.log(ratio), np.zeros_like(ratio), advantage, np.ones_like(ratio))
+    result = diagnostics.clip_fraction(
+        np.log(ratio), np.zeros_like(ratio), advantage, np.ones_like(ratio)
+    )
     np.testing.assert_allclose([result["clip_low"], result["clip_high"]], [0.25, 0.25])
 
 
 def test_sign_flip_by_hand():
-    advantage, shaped = np.float32([[0.1, -0.1, 0.0, 0.2, 1.0]]), np.float32([[-0.1, -0.2, -0.1, 0.1, -1.0]])
+    advantage = np.float32([[0.1, -0.1, 0.0, 0.2, 1.0]])
+    shaped = np.float32([[-0.1, -0.2, -0.1, 0.1, -1.0]])
     result = diagnostics.sign_flip(advantage, shaped, np.array([[1, 1, 1, 1, 0]], bool))
     np.testing.assert_allclose([result["sign_flip"], result["zero_moved"]], [0.25, 0.25])
 
@@ -161,11 +188,14 @@ def test_support_mass():
     np.testing.assert_allclose(mass(top_k=2, top_p=0.6), 0.5, rtol=1e-6)
     padded = np.concatenate([np.log(p), np.full_like(p, np.nan)], axis=1)
     np.testing.assert_allclose(
-        diagnostics.support_mass(padded, np.array([[True, False]]), top_k=2), [[0.75, 1.0]], rtol=1e-6
+        diagnostics.support_mass(padded, np.array([[True, False]]), top_k=2),
+        [[0.75, 1.0]],
+        rtol=1e-6,
     )
 
 
-# ------------------------------------------------------------------------------------------------------ tails
+# ------------------------------------------------------------------------------------------------------
+# tails
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -182,7 +212,8 @@ def test_quantiles_against_numpy(seed):
 def test_tail_summary_against_numpy():
     old, rollout, _, mask = batch(4, rows=20, columns=50)
     a, b, valid = measured(old, rollout, mask)
-    gap, diff = np.abs(np.exp(a) - np.exp(b))[valid], np.abs(a - b)[valid]
+    gap = np.abs(np.exp(a) - np.exp(b))[valid]
+    diff = np.abs(a - b)[valid]
     result = jax.jit(tails.summary)(old, rollout, mask)
     for name, level in zip(("p50", "p90", "p99", "p99.9"), tails.LEVELS):
         np.testing.assert_allclose(result[f"delta_{name}"], np.quantile(gap, level), rtol=1e-4)
@@ -195,7 +226,9 @@ def test_top_share_of_one_spike():
     value = np.full((10, 100), 0.001, np.float32)
     value[3, 7] = 9.0
     mask = np.ones_like(value, bool)
-    np.testing.assert_allclose(tails.top_share(value, mask, fraction=0.001), 9 / (9 + 0.999), rtol=1e-5)
+    np.testing.assert_allclose(
+        tails.top_share(value, mask, fraction=0.001), 9 / (9 + 0.999), rtol=1e-5
+    )
     assert tails.top_share(np.zeros_like(value), mask) == 0
 
 

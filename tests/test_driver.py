@@ -9,11 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from serving import (
+    GREEDY,
+    SLOTS,
+    STEPS,
+    Gate,
+    Listener,
+    fail,
+    greedy,
+    long_prompts,
+    make_engine,
+    make_prompts,
+    make_weights,
+    until,
+)
 
 from dcmdp_jax.records import Sampling
-from dcmdp_jax.rollout.driver import Closed, Driver, Failed
-from serving import (GREEDY, SLOTS, STEPS, Gate, Listener, fail, greedy, long_prompts, make_engine, make_prompts,
-                     make_weights, until)
+from dcmdp_jax.serving.driver import Closed, Driver, Failed
 
 
 @pytest.fixture
@@ -22,7 +34,9 @@ def start():
     drivers = []
 
     def start(**options):
-        drivers.append(Driver(make_engine(), make_weights(), **{"waiting": 50, "sampling": GREEDY} | options))
+        drivers.append(
+            Driver(make_engine(), make_weights(), **{"waiting": 50, "sampling": GREEDY} | options)
+        )
         return drivers[-1]
 
     yield start
@@ -49,7 +63,9 @@ def test_each_request_has_a_key_of_its_own_which_the_seed_repeats(start):
         return answers(submit(start(**options), *[0] * 10))
 
     first = sample(seed=3, sampling=Sampling())
-    assert first == sample(seed=3, sampling=Sampling()) and first != sample(seed=4, sampling=Sampling())
+    assert first == sample(seed=3, sampling=Sampling()) and first != sample(
+        seed=4, sampling=Sampling()
+    )
     assert len({tuple(tokens) for tokens in first}) == 10
     assert sample(sampling=Sampling(temperature=5.0, top_k=1)) == [greedy()[0]] * 10
 
@@ -94,9 +110,12 @@ def test_a_slot_is_free_one_round_after_its_client_left(start, monkeypatch):
     assert not np.asarray(driver._state.active).any()
 
 
-@pytest.mark.parametrize("method", ["init_decode_state", "prefill", "bulk_insert", "generate", "read"])
+@pytest.mark.parametrize(
+    "method", ["init_decode_state", "prefill", "bulk_insert", "generate", "read"]
+)
 def test_a_fault_fails_the_requests_in_the_slots(start, monkeypatch, method):
-    engine, calls = make_engine(), itertools.count()
+    engine = make_engine()
+    calls = itertools.count()
     real = getattr(engine, method)
 
     def fails_once(*args, **kwargs):
@@ -105,14 +124,20 @@ def test_a_fault_fails_the_requests_in_the_slots(start, monkeypatch, method):
 
     monkeypatch.setattr(engine, method, fails_once)
     driver = start()
-    hit, = submit(driver, 0)
-    assert hit.ended.wait(60) and isinstance(hit.error, Failed) and "FloatingPointError" in str(hit.error)
+    (hit,) = submit(driver, 0)
+    assert (
+        hit.ended.wait(60)
+        and isinstance(hit.error, Failed)
+        and "FloatingPointError" in str(hit.error)
+    )
     assert answers(submit(driver, 0, 1, 2)) == greedy()[:3] and driver.live
 
 
 def test_a_fault_spares_what_waits(start, monkeypatch):
     engine = make_engine()
-    gate, read, faults = Gate(monkeypatch, engine), engine.read, []
+    gate = Gate(monkeypatch, engine)
+    read = engine.read
+    faults = []
     driver = start()
 
     def once_full(result):
@@ -127,13 +152,16 @@ def test_a_fault_spares_what_waits(start, monkeypatch):
     assert driver.stop(60)
     failed = [request for request in requests if request.error]
     assert len(failed) == SLOTS and all(isinstance(request.error, Failed) for request in failed)
-    assert answers([request for request in requests if not request.error]) == [greedy()[1]] * 2 * SLOTS
+    assert (
+        answers([request for request in requests if not request.error]) == [greedy()[1]] * 2 * SLOTS
+    )
 
 
 def test_weights_change_between_completions_only(start, monkeypatch):
     """Every answer is the greedy completion of the one version that it names."""
     gate = Gate(monkeypatch, make_engine())
-    driver, numbers = start(), sorted(range(len(make_prompts())), key=lambda i: len(greedy()[i]))
+    driver = start()
+    numbers = sorted(range(len(make_prompts())), key=lambda i: len(greedy()[i]))
     numbers = [numbers[0], *reversed(numbers[1:])]  # some slots are free long before others
     first = submit(driver, *numbers)
     until(lambda: gate.calls)
@@ -148,14 +176,16 @@ def test_weights_change_between_completions_only(start, monkeypatch):
     second = submit(driver, *numbers)
     answers(first + second)
     for i, request in enumerate(first + second):
-        version, = request.versions
+        (version,) = request.versions
         assert version == (0 if i < running else 7)
         assert request.received == greedy(version)[numbers[i % len(numbers)]]
     assert running and greedy(0) != greedy(7)
 
 
 def test_damaged_weights_leave_nothing_behind(start):
-    """NaN keys and values stay in a slot past the next sequence's end, where a mask alone does not stop them."""
+    """NaN keys and values stay in a slot past the next sequence's end, where a mask alone does not
+    stop them.
+    """
     driver = start()
     good = make_weights(0)
     damaged = good._replace(params=jax.tree.map(lambda w: w * jnp.nan, good.params))
@@ -170,7 +200,8 @@ def test_damaged_weights_leave_nothing_behind(start):
 
 
 def test_weights_that_do_not_arrive_leave_the_old_ones_serving(start, monkeypatch):
-    new, driver = make_weights(7), start()
+    new = make_weights(7)
+    driver = start()
     with pytest.raises(ValueError, match="not shaped as those that serve"):
         driver.update_weights(new._replace(params={"embed": new.params["embed"]}))
     gone = new._replace(params=jax.tree.map(lambda w: w + 0, new.params))

@@ -1,4 +1,6 @@
-"""The engine is the forward pass: what it samples and the log-probs it reports, through JetStream's own interface."""
+"""The engine is the forward pass: what it samples and the log-probs it reports, through JetStream's
+own interface.
+"""
 
 import dataclasses
 import functools
@@ -10,19 +12,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_params import random_params
 
 from dcmdp_jax import data, sharding, sync
 from dcmdp_jax.config import MeshConfig, ModelConfig, Precision
-from dcmdp_jax.models import attention, layers, qwen3, scoring
+from dcmdp_jax.models import decoder, layers
+from dcmdp_jax.models.kernels import attention, scoring
 from dcmdp_jax.records import Example, Prompts, Sampling, Scored
 from dcmdp_jax.rollout import jetstream
 from dcmdp_jax.rollout.generate import rollout
-from random_params import random_params
 
-DENSE = ModelConfig(vocab_size=37, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16)
-MOE = ModelConfig(vocab_size=37, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=1, head_dim=16,
-                  num_experts=4, experts_per_token=2, expert_size=24, tie_word_embeddings=True)
-STOP, P, T, G = (1, 5), 9, 20, 3  # 29 positions: windows of 16 and 29
+DENSE = ModelConfig(
+    vocab_size=37,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+)
+MOE = ModelConfig(
+    vocab_size=37,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=1,
+    head_dim=16,
+    num_experts=4,
+    experts_per_token=2,
+    expert_size=24,
+    tie_word_embeddings=True,
+)
+STOP = (1, 5)
+P = 9
+T = 20
+G = 3  # 29 positions: windows of 16 and 29
 MODELS = pytest.mark.parametrize("model", [DENSE, MOE], ids=["dense", "moe"])
 
 
@@ -35,37 +60,56 @@ def make_params(model):
 def make_prompts(count=7):
     rng = np.random.default_rng(0)
     lengths = np.concatenate([[1, P], rng.integers(1, P + 1, count - 2)]).astype(np.int32)
-    tokens = np.where(np.arange(P) < lengths[:, None], rng.integers(0, 37, (count, P)), 0).astype(np.int32)
+    tokens = np.where(np.arange(P) < lengths[:, None], rng.integers(0, 37, (count, P)), 0).astype(
+        np.int32
+    )
     return Prompts(tokens, lengths, (Example("", ""),) * count)
 
 
 @functools.cache
 def make_engine(model, slots=4, steps=3, **options):
-    return jetstream.Engine(model, slots=slots, max_length=P + T, stop_ids=STOP, steps=steps, **options)
+    return jetstream.Engine(
+        model, slots=slots, max_length=P + T, stop_ids=STOP, steps=steps, **options
+    )
 
 
 @functools.cache
 def make_weights(model, dtype="float32", version=0):
-    return sync.make(model, Precision(weights=dtype), sharding.single_device_mesh())(make_params(model), version)
+    return sync.make(model, Precision(weights=dtype), sharding.single_device_mesh())(
+        make_params(model), version
+    )
 
 
 @functools.cache
 def sample(model, weights="float32", temperature=0.8, slots=4, steps=3, key=1, **options):
     engine = make_engine(model, slots, steps)
-    return rollout(engine, make_weights(model, weights), make_prompts(), samples=G, key=jax.random.key(key), max_tokens=T,
-                   sampling=Sampling(temperature, **options))
+    return rollout(
+        engine,
+        make_weights(model, weights),
+        make_prompts(),
+        samples=G,
+        key=jax.random.key(key),
+        max_tokens=T,
+        sampling=Sampling(temperature, **options),
+    )
 
 
 def scored(model, out, temperature):
-    """The trainer's log-probs of every sampled token, one sequence at a time, and the rollout's own."""
-    forward = jax.jit(qwen3.logits, static_argnums=2)
+    """The trainer's log-probs of every sampled token, one sequence at a time, and the rollout's
+    own.
+    """
+    forward = jax.jit(decoder.logits, static_argnums=2)
     width = P + T
     for i, n in enumerate(out.lengths):
-        prompt = out.prompts.tokens[i // G, :out.prompts.lengths[i // G]]
+        prompt = out.prompts.tokens[i // G, : out.prompts.lengths[i // G]]
         row = np.zeros((1, width), np.int32)
-        row[0, :len(prompt) + n] = np.concatenate([prompt, out.tokens[i, :n]])
+        row[0, : len(prompt) + n] = np.concatenate([prompt, out.tokens[i, :n]])
         logp = jax.nn.log_softmax(forward(make_params(model), row, model)[0] / temperature)
-        yield np.asarray(logp)[len(prompt) - 1:len(prompt) - 1 + n], out.tokens[i, :n], out.rollout_logp[i, :n]
+        yield (
+            np.asarray(logp)[len(prompt) - 1 : len(prompt) - 1 + n],
+            out.tokens[i, :n],
+            out.rollout_logp[i, :n],
+        )
 
 
 @MODELS
@@ -74,28 +118,47 @@ def test_log_probs_are_the_trainers(model):
     out = sample(model)
     assert len(set(out.lengths)) > 3
     for exact, tokens, reported in scored(model, out, 0.8):
-        np.testing.assert_allclose(reported, exact[np.arange(len(tokens)), tokens], atol=1e-5, rtol=0)
+        np.testing.assert_allclose(
+            reported, exact[np.arange(len(tokens)), tokens], atol=1e-5, rtol=0
+        )
 
 
-@pytest.mark.parametrize("weights, least", [("int4", 1e-2), ("int8", 1e-3), ("float8_e4m3fn", 1e-3), ("bfloat16", 1e-4)])
+@pytest.mark.parametrize(
+    "weights, least", [("int4", 1e-2), ("int8", 1e-3), ("float8_e4m3fn", 1e-3), ("bfloat16", 1e-4)]
+)
 def test_a_coarser_engine_is_not_the_trainer(weights, least):
-    gaps = [abs(reported - exact[np.arange(len(tokens)), tokens]).mean()
-            for exact, tokens, reported in scored(DENSE, sample(DENSE, weights), 0.8)]
+    gaps = [
+        abs(reported - exact[np.arange(len(tokens)), tokens]).mean()
+        for exact, tokens, reported in scored(DENSE, sample(DENSE, weights), 0.8)
+    ]
     assert least < np.mean(gaps) < 5
 
 
 @pytest.mark.parametrize("steps", [1, 8])
 @MODELS
 def test_greedy_decoding_is_the_argmax_of_the_forward_pass(model, steps):
-    """200 ragged prompts through 16 slots; where two logits tie within round-off, either is the argmax."""
+    """200 ragged prompts through 16 slots; where two logits tie within round-off, either is the
+    argmax.
+    """
     prompts = make_prompts(200)
-    out = rollout(make_engine(model, 16, steps), make_weights(model), prompts, samples=1, key=jax.random.key(0),
-                  max_tokens=T, sampling=Sampling(0.0))
+    out = rollout(
+        make_engine(model, 16, steps),
+        make_weights(model),
+        prompts,
+        samples=1,
+        key=jax.random.key(0),
+        max_tokens=T,
+        sampling=Sampling(0.0),
+    )
     rows = np.zeros((200, P + T), np.int32)
     place = prompts.lengths[:, None] + np.arange(T)
     rows[:, :P] = prompts.tokens
     np.put_along_axis(rows, place, out.tokens, axis=1)
-    logp = np.asarray(jax.jit(lambda params: jax.nn.log_softmax(qwen3.logits(params, rows, model)))(make_params(model)))
+    logp = np.asarray(
+        jax.jit(lambda params: jax.nn.log_softmax(decoder.logits(params, rows, model)))(
+            make_params(model)
+        )
+    )
     logp = np.take_along_axis(logp, place[..., None] - 1, axis=1)
     sampled = np.arange(T) < out.lengths[:, None]
     chosen = np.take_along_axis(logp, out.tokens[..., None], axis=-1)[..., 0]
@@ -105,20 +168,39 @@ def test_greedy_decoding_is_the_argmax_of_the_forward_pass(model, steps):
 
 
 def test_recorded_experts_are_the_routers_and_the_engine_may_use_fewer():
-    """Ids of every layer for every token; the trainer's router picks the same from the same weights."""
-    out = rollout(make_engine(MOE, record_experts=True), make_weights(MOE), make_prompts(), samples=G, key=jax.random.key(1),
-                  max_tokens=T, sampling=Sampling(0.8))
+    """Ids of every layer for every token; the trainer's router picks the same from the same
+    weights.
+    """
+    out = rollout(
+        make_engine(MOE, record_experts=True),
+        make_weights(MOE),
+        make_prompts(),
+        samples=G,
+        key=jax.random.key(1),
+        max_tokens=T,
+        sampling=Sampling(0.8),
+    )
     np.testing.assert_array_equal(out.tokens, sample(MOE).tokens)
     assert out.experts.shape == (*out.tokens.shape, MOE.num_layers, MOE.experts_per_token)
     for i in range(3):
-        prompt, n = out.prompts.tokens[0, :out.prompts.lengths[0]], out.lengths[i]
-        row = np.concatenate([prompt, out.tokens[i, :n - 1]])[None]
-        chosen = routed(row)[:, len(prompt) - 1:]  # the token fed stands one place before the token sampled
+        prompt = out.prompts.tokens[0, : out.prompts.lengths[0]]
+        n = out.lengths[i]
+        row = np.concatenate([prompt, out.tokens[i, : n - 1]])[None]
+        # the token fed stands one place before the token sampled
+        chosen = routed(row)[:, len(prompt) - 1 :]
         for layer in range(MOE.num_layers):
-            np.testing.assert_array_equal(np.sort(out.experts[i, :n, layer]), np.sort(chosen[layer]))
+            np.testing.assert_array_equal(
+                np.sort(out.experts[i, :n, layer]), np.sort(chosen[layer])
+            )
         assert (out.experts[i, n:] == -1).all()
-    fewer = rollout(make_engine(MOE, record_experts=True, precision=Precision(experts_per_token=1)), make_weights(MOE),
-                    make_prompts(), samples=1, key=jax.random.key(1), max_tokens=T)
+    fewer = rollout(
+        make_engine(MOE, record_experts=True, precision=Precision(experts_per_token=1)),
+        make_weights(MOE),
+        make_prompts(),
+        samples=1,
+        key=jax.random.key(1),
+        max_tokens=T,
+    )
     assert fewer.experts.shape[-1] == 1
 
 
@@ -126,8 +208,11 @@ TIED = dataclasses.replace(MOE, experts_per_token=1)
 
 
 def tied(params):
-    """Columns of each router in pairs that differ by less than bfloat16 tells apart: which of a pair wins is round-off's
-    choice, and with one expert a token and gates that sum to one nothing else differs."""
+    """Columns of each router in pairs that differ by less than bfloat16 tells apart: which of a
+    pair wins is round-off's choice, and with one expert a token and gates that sum to one nothing
+    else differs.
+    """
+
     def leaf(path, w):
         if path[-1].key != "router":
             return w
@@ -137,24 +222,54 @@ def tied(params):
     return jax.tree_util.tree_map_with_path(leaf, params)
 
 
-@pytest.mark.parametrize("model, precision, atol", [
-    (MOE, Precision(), None), (MOE, Precision(experts_per_token=1), 1e-2), (TIED, Precision(router="bfloat16"), 1e-2)],
-    ids=["exact", "fewer experts", "near ties"])
+@pytest.mark.parametrize(
+    "model, precision, atol",
+    [
+        (MOE, Precision(), None),
+        (MOE, Precision(experts_per_token=1), 1e-2),
+        (TIED, Precision(router="bfloat16"), 1e-2),
+    ],
+    ids=["exact", "fewer experts", "near ties"],
+)
 def test_a_trainer_that_replays_the_experts_is_the_engine(model, precision, atol):
-    """Where the choice of experts is all that differs: prompts of one token, for longer ones are not recorded before their
-    last. `atol` is exceeded without the replay; an exact engine needs none."""
-    prompts = Prompts(np.arange(7, dtype=np.int32)[:, None] + 20, np.ones(7, np.int32), (Example("", ""),) * 7)
+    """Where the choice of experts is all that differs: prompts of one token, for longer ones are
+    not recorded before their last. `atol` is exceeded without the replay; an exact engine needs
+    none.
+    """
+    prompts = Prompts(
+        np.arange(7, dtype=np.int32)[:, None] + 20, np.ones(7, np.int32), (Example("", ""),) * 7
+    )
     params = tied(make_params(model)) if model is TIED else make_params(model)
     engine = make_engine(model, record_experts=True, precision=precision)
-    out = rollout(engine, sync.make(model, precision, sharding.single_device_mesh())(params, 0), prompts, samples=G,
-                  key=jax.random.key(1), max_tokens=T, sampling=Sampling(0.8))
-    packed = data.pack(Scored(out, np.zeros(len(out.tokens)), ()), minibatches=1, microbatches=1, row_length=2 * (1 + T))
+    out = rollout(
+        engine,
+        sync.make(model, precision, sharding.single_device_mesh())(params, 0),
+        prompts,
+        samples=G,
+        key=jax.random.key(1),
+        max_tokens=T,
+        sampling=Sampling(0.8),
+    )
+    packed = data.pack(
+        Scored(out, np.zeros(len(out.tokens)), ()),
+        minibatches=1,
+        microbatches=1,
+        row_length=2 * (1 + T),
+    )
     batch = jax.tree.map(lambda x: x[0, 0], packed)
 
     @jax.jit
     def error(experts):
-        logp, _ = scoring.packed_logp(params, batch.tokens, batch.positions, batch.segment_ids, batch.index, model, 0.8,
-                                      experts=experts)
+        logp, _ = scoring.packed_logp(
+            params,
+            batch.tokens,
+            batch.positions,
+            batch.segment_ids,
+            batch.index,
+            model,
+            0.8,
+            experts=experts,
+        )
         return jnp.max(jnp.where(batch.mask, jnp.abs(logp - batch.rollout_logp), 0))
 
     assert batch.mask.sum() > 50 and error(batch.experts) < 5e-6
@@ -164,13 +279,20 @@ def test_a_trainer_that_replays_the_experts_is_the_engine(model, precision, atol
 
 def routed(row):
     """[layers, S, k]: the router's choice in the forward pass of one row of MOE, layer by layer."""
-    params = qwen3.unstack(make_params(MOE), MOE)
+    params = decoder.unstack(make_params(MOE), MOE)
     cos, sin = layers.rotary(np.arange(row.shape[1])[None], MOE)
-    x, chosen = params["embed"][row], []
+    x = params["embed"][row]
+    chosen = []
     causal = np.tri(row.shape[1], dtype=bool)
     for tree in params["stacks"]:
         (x, _), kept = layers.Layer(MOE, True).apply(
-            {"params": tree}, x, cos, sin, lambda q, k, v: (attention.attention(q, k, v, causal), None), mutable=["routing"])
+            {"params": tree},
+            x,
+            cos,
+            sin,
+            lambda q, k, v: (attention.attention(q, k, v, causal), None),
+            mutable=["routing"],
+        )
         chosen.append(jax.tree.leaves(kept)[0])
     return np.stack(chosen)
 
@@ -194,32 +316,42 @@ def test_samples_of_one_prompt_differ_and_a_prompt_alone_samples_the_same():
     engine = make_engine(DENSE, slots=1)
     weights = make_weights(DENSE)
     prefix = engine.prefill(params=weights, padded_tokens=first.tokens, true_length=first.lengths)
-    state = engine.bulk_insert(prefix, engine.init_decode_state(), [0], [0], keys[2:3], T, Sampling(0.8))
+    state = engine.bulk_insert(
+        prefix, engine.init_decode_state(), [0], [0], keys[2:3], T, Sampling(0.8)
+    )
     tokens = []
     while len(tokens) < out.lengths[2]:
         state, result = engine.generate(weights, state)
         read = engine.read(result)
         tokens += read.token[0, read.valid[0]].tolist()
-    assert tokens == out.tokens[2, :out.lengths[2]].tolist()
+    assert tokens == out.tokens[2, : out.lengths[2]].tolist()
 
 
 def test_stopping_and_limits():
     out = sample(DENSE)
     for tokens, n, stopped in zip(out.tokens, out.lengths, out.stopped):
         assert stopped == (tokens[n - 1] in STOP)
-        assert not set(tokens[:n - 1]) & set(STOP) and not tokens[n:].any()
+        assert not set(tokens[: n - 1]) & set(STOP) and not tokens[n:].any()
         assert stopped or n == T
     assert out.stopped.any() and not out.stopped.all()
-    assert (out.tokens[np.arange(T) < out.lengths[:, None]] == 0).any(), "token id 0 is an ordinary token"
+    assert (out.tokens[np.arange(T) < out.lengths[:, None]] == 0).any(), (
+        "token id 0 is an ordinary token"
+    )
 
 
 def test_a_prompt_is_prefilled_once_and_insert_is_in_place(monkeypatch):
-    engine, prompts = make_engine(DENSE, slots=4), make_prompts()
+    engine = make_engine(DENSE, slots=4)
+    prompts = make_prompts()
     weights = make_weights(DENSE)
-    rows, prefill = [], engine.prefill
-    monkeypatch.setattr(engine, "prefill", lambda **kw: rows.append(kw["true_length"]) or prefill(**kw))
+    rows = []
+    prefill = engine.prefill
+    monkeypatch.setattr(
+        engine, "prefill", lambda **kw: rows.append(kw["true_length"]) or prefill(**kw)
+    )
     rollout(engine, weights, prompts, samples=G, key=jax.random.key(0), max_tokens=T)
-    assert sorted(n for part in rows for n in part if n > 1) == sorted(n for n in prompts.lengths if n > 1)
+    assert sorted(n for part in rows for n in part if n > 1) == sorted(
+        n for n in prompts.lengths if n > 1
+    )
     state = engine.init_decode_state()
     engine.insert(prefill(params=weights, padded_tokens=prompts.tokens[0], true_length=1), state, 2)
     assert state.cache.keys[0].is_deleted(), "the decode state is donated"
@@ -229,21 +361,29 @@ def test_it_is_a_jetstream_engine():
     """The abstract interface alone, one prompt and one slot at a time, gives the argmax path."""
     engine = make_engine(DENSE, slots=2, sampling=Sampling(0.0), max_tokens=6, load=dict)
     assert isinstance(engine, jetstream.engine_api.Engine) and engine.load_params() == {}
-    assert (engine.max_concurrent_decodes, engine.samples_per_slot, engine.max_prefill_length) == (2, 1, P + T - 1)
-    weights, prompts = make_weights(DENSE), make_prompts()
+    assert (engine.max_concurrent_decodes, engine.samples_per_slot, engine.max_prefill_length) == (
+        2,
+        1,
+        P + T - 1,
+    )
+    weights = make_weights(DENSE)
+    prompts = make_prompts()
     state = engine.init_decode_state()
-    prefix = engine.prefill(params=weights, padded_tokens=prompts.tokens[1], true_length=int(prompts.lengths[1]))
+    prefix = engine.prefill(
+        params=weights, padded_tokens=prompts.tokens[1], true_length=int(prompts.lengths[1])
+    )
     state, result = engine.generate(weights, engine.insert(prefix, state, 1))
     state, more = engine.generate(weights, state)
     data = [part.convert_to_numpy().get_result_at_slot(1) for part in (result, more)]
     tokens = np.concatenate([d.tokens[d.valid > 0] for d in data])
     reference = sample(DENSE, temperature=0.0).tokens[G]
-    np.testing.assert_array_equal(tokens, reference[:len(tokens)])
+    np.testing.assert_array_equal(tokens, reference[: len(tokens)])
     assert data[-1].lengths[0] == len(tokens) and not data[0].valid.dtype.kind == "f"
 
 
 def test_bad_prompts_are_refused():
-    engine, prompts = make_engine(DENSE), make_prompts()
+    engine = make_engine(DENSE)
+    prompts = make_prompts()
     with pytest.raises(ValueError, match="must lie in 1"):
         engine.prefill(params=None, padded_tokens=prompts.tokens[0], true_length=0)
     with pytest.raises(ValueError, match="up to 30 positions and do not fit the engine's 29"):
@@ -259,8 +399,17 @@ def test_a_sharded_engine_samples_the_same(model):
     for mesh in (sharding.make_mesh(axes, jax.devices()[:8]), sharding.single_device_mesh()):
         engine = make_engine(model, slots=8, mesh=mesh)
         weights = sync.make(model, Precision(weights="int8"), mesh)(make_params(model), 0)
-        outs.append(rollout(engine, weights, make_prompts(), samples=G, key=jax.random.key(1), max_tokens=T,
-                            sampling=Sampling(0.8)))
+        outs.append(
+            rollout(
+                engine,
+                weights,
+                make_prompts(),
+                samples=G,
+                key=jax.random.key(1),
+                max_tokens=T,
+                sampling=Sampling(0.8),
+            )
+        )
     np.testing.assert_array_equal(outs[0].tokens, outs[1].tokens)
     np.testing.assert_allclose(outs[0].rollout_logp, outs[1].rollout_logp, atol=2e-5)
 
@@ -273,7 +422,12 @@ import dcmdp_jax.rollout.jetstream
 assert before == (logging.getLogger().level, list(logging.getLogger().handlers))
 print([m for m in ("tensorflow", "seqio", "tiktoken", "torch", "transformers") if m in sys.modules])
 """
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
     assert logging.getLogger("jetstream").level == logging.NOTSET
 
 
@@ -282,6 +436,5 @@ def test_without_the_distribution_the_message_names_it(monkeypatch):
         raise jetstream.importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(jetstream.importlib.metadata, "version", missing)
-    with pytest.raises(ImportError, match="google-jetstream 0.2.2"):
-        with jetstream.stand_ins():
-            pass
+    with pytest.raises(ImportError, match="google-jetstream 0.2.2"), jetstream.stand_ins():
+        pass

@@ -10,8 +10,12 @@ from nbclient import NotebookClient
 from dcmdp_jax import config
 
 ROOT = pathlib.Path(__file__).parents[1]
-EXPERIMENTS = sorted(path for path in ROOT.glob("experiments/**/*.py") if "\nCONFIG = " in path.read_text())
-STUDIES = sorted(path for path in ROOT.glob("experiments/laptop/*.py") if "Command:" in path.read_text())
+EXPERIMENTS = sorted(
+    path for path in ROOT.glob("experiments/**/*.py") if "\nCONFIG = " in path.read_text()
+)
+STUDIES = sorted(
+    path for path in ROOT.glob("experiments/laptop/*.py") if "Command:" in path.read_text()
+)
 NOTEBOOKS = sorted(ROOT.glob("colab/*.ipynb"))
 
 
@@ -39,6 +43,7 @@ def says_what_it_costs(path):
 
 def test_the_papers_rows_differ_in_what_they_say_alone():
     """GRPO and DC-GRPO: the multiplier and its step; the engines: the rollout's precision."""
+
     def pod(name):
         return config.to_json(config.load_experiment(str(ROOT / f"experiments/pods/{name}.py")))
 
@@ -47,13 +52,22 @@ def test_the_papers_rows_differ_in_what_they_say_alone():
             found = config.differences(pod(f"grpo_{size}_{engine}"), pod(f"dcgrpo_{size}_{engine}"))
             assert set(found) == {"name", "constraint.multiplier_init", "constraint.dual_lr"}
         assert set(config.differences(pod(f"grpo_{size}_bf16"), pod(f"grpo_{size}_fp8"))) == {
-            "name", "rollout.precision.weights", "rollout.precision.activations"}
+            "name",
+            "rollout.precision.weights",
+            "rollout.precision.activations",
+        }
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_are_short_and_define_nothing(path):
-    source = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code")
-    assert not [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda))]
+    source = "\n".join(
+        cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"
+    )
+    assert not [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda))
+    ]
     assert len([line for line in source.splitlines() if line.strip()]) <= 60
 
 
@@ -61,11 +75,20 @@ def test_notebooks_are_short_and_define_nothing(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run(path, tmp_path, monkeypatch):
     """Two steps of the same run, report inline."""
-    for name, value in (("DCMDP_STEPS", "2"), ("DCMDP_WARMUP", "4"), ("DCMDP_WORKDIR", str(tmp_path / "run")),
-                        ("XLA_FLAGS", ""), ("JAX_PLATFORMS", "cpu")):
+    for name, value in (
+        ("DCMDP_STEPS", "2"),
+        ("DCMDP_WARMUP", "4"),
+        ("DCMDP_WORKDIR", str(tmp_path / "run")),
+        ("XLA_FLAGS", ""),
+        ("JAX_PLATFORMS", "cpu"),
+    ):
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(path, 4)
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}
+    ).execute()
+    outputs = [
+        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    ]
     assert any("<svg" in output.get("data", {}).get("text/html", "") for output in outputs)
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 2

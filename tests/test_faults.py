@@ -70,9 +70,10 @@ import jax
 import pytest
 from test_train import QUICKSTART, assert_same_run, command, rows, tiny
 
-from dcmdp_jax import checkpoint, cli, parity, rewards, sharding, step, train
+from dcmdp_jax import checkpoint, cli, rewards, sharding, step, train
 from dcmdp_jax.answers import judge
 from dcmdp_jax.records import Example
+from dcmdp_jax.tools import parity
 
 FAULTY = str(pathlib.Path(__file__).with_name("faulty.py"))
 MAIN = "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -148,7 +149,8 @@ def test_2_a_run_killed_in_every_phase_is_resumed_and_loses_no_more_than_an_inte
     whole, tmp_path
 ):
     """One folder, killed eleven times; in the end it is the run that nothing happened to."""
-    workdir, words = tmp_path / "run", command(tmp_path / "run", **LONG)
+    workdir = tmp_path / "run"
+    words = command(tmp_path / "run", **LONG)
     for phase, number in KILLS:
         status, _, said = strike(phase, number, signal.SIGKILL, tmp_path, words)
         assert status == -signal.SIGKILL, f"{phase}: {said}"
@@ -166,7 +168,8 @@ def test_2_a_run_killed_in_every_phase_is_resumed_and_loses_no_more_than_an_inte
 @pytest.mark.slow
 def test_3_a_run_told_to_stop_in_any_phase_saves_every_step_within_30_s(whole, tmp_path):
     """SIGTERM in one folder, seven times; in the end it is the run that nothing happened to."""
-    workdir, words = tmp_path / "run", command(tmp_path / "run", **LONG)
+    workdir = tmp_path / "run"
+    words = command(tmp_path / "run", **LONG)
     for phase, number in STOPS:
         status, seconds, said = strike(phase, number, signal.SIGTERM, tmp_path, words)
         assert status == 130 and seconds < 30, (
@@ -362,7 +365,8 @@ HOSTILE = (
 @pytest.mark.parametrize("gold", ["7", r"\sqrt{2}+\sqrt{3}", "x^2+2x+1"])
 def test_9_no_answer_takes_the_trainer_longer_than_the_limit(answer, gold):
     """0.2 s of the trainer's own time; the judge's limit and its slack, where that is asked."""
-    started, own = time.perf_counter(), time.process_time()
+    started = time.perf_counter()
+    own = time.process_time()
     assert rewards.math_answer(Example("How many?", gold), answer) == 0.0
     assert time.process_time() - own <= 0.2
     assert time.perf_counter() - started <= judge.SECONDS + judge.SLACK
@@ -373,9 +377,12 @@ def test_9_no_answer_takes_the_trainer_longer_than_the_limit(answer, gold):
 
 def test_16_the_share_of_completions_cut_off_stands_beside_the_reward(tmp_path, monkeypatch):
     """A limit of two tokens, which no answer fits in: none earns a reward, and most are cut off."""
-    stopped, score = [], rewards.score
+    stopped = []
+    score = rewards.score
     monkeypatch.setattr(
-        rewards, "score", lambda sampled, *rest: stopped.extend(sampled.stopped) or score(sampled, *rest)
+        rewards,
+        "score",
+        lambda sampled, *rest: stopped.extend(sampled.stopped) or score(sampled, *rest),
     )
     assert cli.main(command(tmp_path / "short", steps=1, **{"rollout.max_tokens": 2})) == 0
     (row,) = rows(tmp_path / "short")
@@ -389,7 +396,8 @@ def test_19_a_run_without_room_on_the_disk_says_so_and_goes_on_where_it_was(
     four_steps, tmp_path, room
 ):
     """The last checkpoint is whole; with room again the run is the one that nothing happened to."""
-    workdir, words = tmp_path / "run", command(tmp_path / "run", steps=6, **EVERY_SECOND)
+    workdir = tmp_path / "run"
+    words = command(tmp_path / "run", steps=6, **EVERY_SECOND)
     shutil.copytree(four_steps[0], workdir)
     full = run(words, (sys.executable, "-c", FULL.format(room) + MAIN))
     assert full.returncode not in (0, 130) and "Traceback" not in full.stderr, full.stderr[-3000:]

@@ -33,18 +33,28 @@ def test_a_user_s_function_that_the_project_calls_is_named_by_its_line(tmp_path)
     )
 
 
-@pytest.mark.parametrize("folder, of_library", [
-    ("home/.local/lib/python3/site-packages/helper", True),  # pip install --user
-    ("venv/lib64/python3/site-packages", True), ("base/lib/python3/dist-packages", True),
-    ("my-site-packages", False), ("site-packages.old", False), ("lib/python3", False)])
+@pytest.mark.parametrize(
+    "folder, of_library",
+    [
+        ("home/.local/lib/python3/site-packages/helper", True),  # pip install --user
+        ("venv/lib64/python3/site-packages", True),
+        ("base/lib/python3/dist-packages", True),
+        ("my-site-packages", False),
+        ("site-packages.old", False),
+        ("lib/python3", False),
+    ],
+)
 def test_a_library_s_line_is_not_the_user_s_wherever_it_is_installed(tmp_path, folder, of_library):
-    library, mine = tmp_path / folder / "library.py", tmp_path / "mine.py"
+    library = tmp_path / folder / "library.py"
+    mine = tmp_path / "mine.py"
     library.parent.mkdir(parents=True)
     library.write_text("def fail():\n    raise RuntimeError('no')\n")
-    mine.write_text("import runpy\n"
-                    f"fail = runpy.run_path({str(library)!r})['fail']\n"
-                    "def optimizer(algorithm):\n"
-                    "    return fail()\n")
+    mine.write_text(
+        "import runpy\n"
+        f"fail = runpy.run_path({str(library)!r})['fail']\n"
+        "def optimizer(algorithm):\n"
+        "    return fail()\n"
+    )
     algorithm = types.SimpleNamespace(
         optimizer=config.run_file(str(mine), "experiment")["optimizer"]
     )

@@ -5,11 +5,11 @@ import json
 
 import numpy as np
 import pytest
+from folders import edit
+from random_params import random_params
 
 from dcmdp_jax.config import Yarn
 from dcmdp_jax.models import hf_config, layers, sizes, weights
-from folders import edit
-from random_params import random_params
 
 DENSE = dataclasses.replace(sizes.TINY, attention_bias=True, num_layers=3)
 SPARSE = dataclasses.replace(sizes.TINY_MOE, num_layers=5, mlp_only_layers=(1,))
@@ -243,10 +243,16 @@ false, "vocab_size": 151936}
 """
 
 
-@pytest.mark.parametrize("text, want", [
-    (DENSE_FILE, sizes.QWEN3_8B),
-    (SPARSE_FILE, dataclasses.replace(sizes.QWEN3_30B_A3B, rope_theta=1e7, max_position=262_144)),
-])
+@pytest.mark.parametrize(
+    "text, want",
+    [
+        (DENSE_FILE, sizes.QWEN3_8B),
+        (
+            SPARSE_FILE,
+            dataclasses.replace(sizes.QWEN3_30B_A3B, rope_theta=1e7, max_position=262_144),
+        ),
+    ],
+)
 def test_files_written_as_the_published_ones_are_read(text, want, tmp_path):
     (tmp_path / "config.json").write_text(text)
     assert weights.read_config(tmp_path) == want

@@ -1,4 +1,6 @@
-"""Several processes on localhost against one with the same devices: the same run, stopped, killed and resumed."""
+"""Several processes on localhost against one with the same devices: the same run, stopped, killed
+and resumed.
+"""
 
 import json
 import os
@@ -13,7 +15,8 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import calibrate, checkpoint, cli, config, hosts, sharding, step
+from dcmdp_jax import calibrate, checkpoint, cli, config, sharding, step
+from dcmdp_jax.distributed import processes
 
 EXPERIMENT = str(pathlib.Path(__file__).with_name("hosts_experiment.py"))
 MAIN = "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -29,12 +32,30 @@ def start(tmp_path):
         with socket.create_server(("127.0.0.1", 0)) as free:
             address = f"127.0.0.1:{free.getsockname()[1]}"
         environment = os.environ | {"XLA_FLAGS": FLAGS + str(devices), "JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, "-c", MAIN, "train", EXPERIMENT, "--workdir", str(workdir), *map(str, options)]
-        here = [["--coordinator", address, "--processes", str(processes), "--process", str(i)] for i in range(processes)]
+        command = [
+            sys.executable,
+            "-c",
+            MAIN,
+            "train",
+            EXPERIMENT,
+            "--workdir",
+            str(workdir),
+            *map(str, options),
+        ]
+        here = [
+            ["--coordinator", address, "--processes", str(processes), "--process", str(i)]
+            for i in range(processes)
+        ]
         logs = [(tmp_path / f"log{len(started) + i}").open("w+") for i in range(processes)]
-        new = [subprocess.Popen([*command, *(own if processes > 1 else [])], stdout=log, stderr=log,
-                                env=environment | (faults or {}).get(i, {}))
-               for i, (own, log) in enumerate(zip(here, logs))]
+        new = [
+            subprocess.Popen(
+                [*command, *(own if processes > 1 else [])],
+                stdout=log,
+                stderr=log,
+                env=environment | (faults or {}).get(i, {}),
+            )
+            for i, (own, log) in enumerate(zip(here, logs))
+        ]
         for process, process.log in zip(new, logs):
             started.append(process)
         return new
@@ -59,12 +80,18 @@ def end(processes, statuses):
 
 def rows(workdir):
     file = workdir / "metrics.jsonl"
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in file.open()] if file.exists() else []
+    return (
+        [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in file.open()]
+        if file.exists()
+        else []
+    )
 
 
 def await_rows(workdir, count, processes):
     while len(rows(workdir)) < count:
-        assert all(process.poll() is None for process in processes), end(processes, [0] * len(processes))
+        assert all(process.poll() is None for process in processes), end(
+            processes, [0] * len(processes)
+        )
         time.sleep(0.02)
 
 
@@ -82,18 +109,24 @@ def assert_same(one, two):
     (a, position), (b, other) = saved(one), saved(two)
     jax.tree.map(np.testing.assert_array_equal, a, b)
     assert position == other and a.step == len(rows(one))
-    assert (one / calibrate.FILE).read_text() == (two / calibrate.FILE).read_text(), "all measure the same tolerance"
+    assert (one / calibrate.FILE).read_text() == (two / calibrate.FILE).read_text(), (
+        "all measure the same tolerance"
+    )
 
 
 def test_two_processes_stopped_by_one_go_on_as_one(start, tmp_path):
-    """SIGTERM reaches process 1 alone; both save the same step. One process of two devices goes on, and equals a run that was
-    one process all along: metrics, parameters, data order."""
+    """SIGTERM reaches process 1 alone; both save the same step. One process of two devices goes on,
+    and equals a run that was one process all along: metrics, parameters, data order.
+    """
     both = start(tmp_path / "two", 2, 1, "--steps", 1000)
     await_rows(tmp_path / "two", 2, both)
     both[1].send_signal(signal.SIGTERM)
     first, second = end(both, [130, 130])
     step = checkpoint.steps(tmp_path / "two")[-1]
-    assert f"stopped after step {step} of 1000; everything is saved" in first and "stopped after" not in second
+    assert (
+        f"stopped after step {step} of 1000; everything is saved" in first
+        and "stopped after" not in second
+    )
     assert len(rows(tmp_path / "two")) == step >= 2
     end(start(tmp_path / "two", 1, 2, "--steps", step + 2), [0])
     end(start(tmp_path / "one", 1, 2, "--steps", step + 2), [0])
@@ -104,44 +137,78 @@ def test_what_one_process_refuses_all_refuse(start, tmp_path):
     """Process 1 was given another seed; nothing is compiled, nothing is left."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    ends = [start(tmp_path / "run", 1, 1, "--coordinator", address, "--processes", 2, "--process", i, "--seed", i)[0]
-            for i in range(2)]
+    ends = [
+        start(
+            tmp_path / "run",
+            1,
+            1,
+            "--coordinator",
+            address,
+            "--processes",
+            2,
+            "--process",
+            i,
+            "--seed",
+            i,
+        )[0]
+        for i in range(2)
+    ]
     for text in end(ends, [2, 2]):
         assert "dcmdp: process 1 has another configuration than process 0" in text
     assert not (tmp_path / "run").exists()
 
 
 def test_slurm_tells_who_takes_part(monkeypatch, tmp_path):
-    for name, value in {"JOB_ID": 7, "STEP_NODELIST": "node[001-003],other", "STEP_NUM_NODES": 4, "NTASKS": 4, "PROCID": 2,
-                        "LOCALID": 0}.items():
+    for name, value in {
+        "JOB_ID": 7,
+        "STEP_NODELIST": "node[001-003],other",
+        "STEP_NUM_NODES": 4,
+        "NTASKS": 4,
+        "PROCID": 2,
+        "LOCALID": 0,
+    }.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     monkeypatch.setenv("JAX_COORDINATOR_PORT", "1234")
-    with pytest.raises(ValueError, match=r"process 2 found no process 0 at node001:1234 within 0.1 s \(no such host name\)"):
-        hosts.start(tmp_path, limit=0.1)
+    with pytest.raises(
+        ValueError,
+        match=r"process 2 found no process 0 at node001:1234 within 0.1 s \(no such host name\)",
+    ):
+        processes.start(tmp_path, limit=0.1)
 
 
-@pytest.mark.parametrize("options", [["--coordinator", "localhost:1"], ["--processes", "2"], ["--process", "0"],
-                                     ["--distributed", "--coordinator", "localhost:1", "--processes", "2", "--process", "0"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--coordinator", "localhost:1"],
+        ["--processes", "2"],
+        ["--process", "0"],
+        ["--distributed", "--coordinator", "localhost:1", "--processes", "2", "--process", "0"],
+    ],
+)
 def test_half_of_the_options_are_refused(options, tmp_path, capsys):
     assert cli.main(["train", EXPERIMENT, "--workdir", str(tmp_path / "run"), *options]) == 2
-    assert "is given --coordinator HOST:PORT, --processes N and --process I, or --distributed alone" in capsys.readouterr().err
+    assert (
+        "is given --coordinator HOST:PORT, --processes N and --process I, or --distributed alone"
+        in capsys.readouterr().err
+    )
 
 
 def test_parts_are_contiguous_and_complete(monkeypatch):
     for size in (1, 2, 7, 9):
         parts = []
         for process in range(3):
-            monkeypatch.setattr(hosts.jax, "process_index", lambda process=process: process)
-            parts.append(hosts.part(size, 3))
-            assert hosts.part(size, 1) == slice(0, size)
+            monkeypatch.setattr(processes.jax, "process_index", lambda process=process: process)
+            parts.append(processes.part(size, 3))
+            assert processes.part(size, 1) == slice(0, size)
         assert [i for part in parts for i in range(size)[part]] == list(range(size))
         assert all(len(range(size)[part]) <= len(range(size)[parts[0]]) for part in parts)
 
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others_and_is_resumed_exactly(start, tmp_path):
-    """SIGKILL two steps past a checkpoint: process 0 names the lost one. Two processes, then, equal one; four on another mesh
-    have the same losses to 1e-5."""
+    """SIGKILL two steps past a checkpoint: process 0 names the lost one. Two processes, then, equal
+    one; four on another mesh have the same losses to 1e-5.
+    """
     both = start(tmp_path / "two", 2, 1, "--steps", 1000, "--checkpoint.keep", 1)
     await_rows(tmp_path / "two", 5, both)
     both[1].send_signal(signal.SIGKILL)
@@ -155,13 +222,22 @@ def test_a_killed_process_ends_the_others_and_is_resumed_exactly(start, tmp_path
     assert_same(tmp_path / "one", tmp_path / "two")
     end(start(tmp_path / "four", 4, 1, "--steps", step + 2, "--mesh.tensor", 2), [0] * 4)
     for one, four in zip(rows(tmp_path / "one"), rows(tmp_path / "four")):
-        for name in ("loss", "reward", "grad_norm", "delta_mean", "multiplier", "reward_eval_infer"):
+        for name in (
+            "loss",
+            "reward",
+            "grad_norm",
+            "delta_mean",
+            "multiplier",
+            "reward_eval_infer",
+        ):
             assert one.get(name) == pytest.approx(four.get(name), abs=1e-5), name
 
 
 @pytest.mark.slow
 def test_processes_that_sample_on_devices_of_their_own(start, tmp_path):
-    """Rollouts one step old, on half of the devices of each process; two processes equal one of four devices."""
+    """Rollouts one step old, on half of the devices of each process; two processes equal one of
+    four devices.
+    """
     options = ("--rollout.devices", 2, "--rollout.staleness", 1)
     end(start(tmp_path / "two", 2, 2, *options), [0, 0])
     end(start(tmp_path / "one", 1, 4, *options), [0])
@@ -172,13 +248,24 @@ def test_processes_that_sample_on_devices_of_their_own(start, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("signalled", [False, True], ids=["failed", "killed"])
 def test_a_process_that_fails_ends_all(start, tmp_path, signalled):
-    """What process 1's verifier fails on ends both with one sentence; where process 0 is killed, JAX's own coordinator, which
-    it held, may be the first to end process 1."""
-    both = start(tmp_path / "two", 2, 1, "--steps", 1000, faults=None if signalled else {1: {"BROKEN_VERIFIER": "0"}})
+    """What process 1's verifier fails on ends both with one sentence; where process 0 is killed,
+    JAX's own coordinator, which it held, may be the first to end process 1.
+    """
+    both = start(
+        tmp_path / "two",
+        2,
+        1,
+        "--steps",
+        1000,
+        faults=None if signalled else {1: {"BROKEN_VERIFIER": "0"}},
+    )
     if not signalled:
         first, second = end(both, [1, 1])
         for text in (first, second):
-            assert "the verifier even fails on a completion of the prompt" in text and "Traceback" not in text
+            assert (
+                "the verifier even fails on a completion of the prompt" in text
+                and "Traceback" not in text
+            )
             assert "RuntimeError: the verifier is broken; go on with: dcmdp train" in text
         assert "dcmdp: process 1 refuses: the verifier" in first
         return
@@ -194,9 +281,17 @@ def test_a_process_that_fails_ends_all(start, tmp_path, signalled):
 def test_a_verifier_that_fails_on_one_process_loses_no_step(start, tmp_path):
     """It fails in a step between two saves: that before it is saved by both."""
     options = "--steps", 1000, "--checkpoint.every", 0, "--eval.every", 0
-    first, second = end(start(tmp_path / "two", 2, 1, *options, faults={1: {"BROKEN_VERIFIER": str(16 + 3 * 8 + 1)}}), [1, 1])
+    first, second = end(
+        start(
+            tmp_path / "two", 2, 1, *options, faults={1: {"BROKEN_VERIFIER": str(16 + 3 * 8 + 1)}}
+        ),
+        [1, 1],
+    )
     assert "the state after step 3 is saved in" in first and "Traceback" not in first + second
-    assert "RuntimeError: the verifier is broken" in first and "RuntimeError: the verifier is broken" in second
+    assert (
+        "RuntimeError: the verifier is broken" in first
+        and "RuntimeError: the verifier is broken" in second
+    )
     assert checkpoint.steps(tmp_path / "two") == [0, 3] and len(rows(tmp_path / "two")) == 3
 
 
@@ -205,7 +300,16 @@ def test_what_one_process_cannot_read_of_a_checkpoint_all_leave(start, tmp_path)
     """Both go on from the checkpoint before, to the run that nothing happened to."""
     end(start(tmp_path / "two", 2, 1), [0, 0])
     expected = saved(tmp_path / "two"), rows(tmp_path / "two")
-    first, _ = end(start(tmp_path / "two", 2, 1, faults={1: {"UNREADABLE_CHECKPOINT": "4"}}), [0, 0])
-    assert "checkpoint 4 in" in first and "is damaged" in first and "going on from checkpoint 2" in first
+    first, _ = end(
+        start(tmp_path / "two", 2, 1, faults={1: {"UNREADABLE_CHECKPOINT": "4"}}), [0, 0]
+    )
+    assert (
+        "checkpoint 4 in" in first
+        and "is damaged" in first
+        and "going on from checkpoint 2" in first
+    )
     jax.tree.map(np.testing.assert_array_equal, saved(tmp_path / "two"), expected[0])
-    assert rows(tmp_path / "two") == expected[1] and (tmp_path / "two" / "checkpoints" / "4.damaged").is_dir()
+    assert (
+        rows(tmp_path / "two") == expected[1]
+        and (tmp_path / "two" / "checkpoints" / "4.damaged").is_dir()
+    )

@@ -12,13 +12,17 @@ import pytest
 
 from dcmdp_jax import lock
 
-HOLD = ("import pathlib, sys, time\nfrom dcmdp_jax import lock\n"
-        "held = lock.take(pathlib.Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(120)\n")
+HOLD = (
+    "import pathlib, sys, time\nfrom dcmdp_jax import lock\n"
+    "held = lock.take(pathlib.Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(120)\n"
+)
 
 
 @pytest.fixture
 def holder(tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    )
     assert child.stdout.readline() == "held\n"
     yield child
     child.kill()
@@ -28,12 +32,16 @@ def holder(tmp_path):
 def test_a_folder_in_use_is_refused_with_its_process_and_is_free_after_sigkill(tmp_path, holder):
     with pytest.raises(ValueError) as error:
         lock.take(tmp_path / "run")
-    assert str(error.value) == (f"{tmp_path / 'run'} is in use by process {holder.pid} on {socket.gethostname()}; wait until it "
-                                "ends, or choose another --workdir")
+    assert str(error.value) == (
+        f"{tmp_path / 'run'} is in use by process {holder.pid} on {socket.gethostname()}; wait until it "
+        "ends, or choose another --workdir"
+    )
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     with lock.take(tmp_path / "run") as held:
-        assert (tmp_path / "run" / lock.FILE).read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+        assert (
+            tmp_path / "run" / lock.FILE
+        ).read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
     assert held.closed
 
 
@@ -59,4 +67,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "lockf", refuse)
     with lock.take(tmp_path):
         pass
-    assert f"{tmp_path} cannot be locked (No locks available); see that no other run uses it" in capsys.readouterr().err
+    assert (
+        f"{tmp_path} cannot be locked (No locks available); see that no other run uses it"
+        in capsys.readouterr().err
+    )

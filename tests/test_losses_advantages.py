@@ -13,9 +13,13 @@ GROUPS = 5
 
 
 def rewards(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Groups of 4, 1, 6, 3 and 0 completions in mixed order, and two padded completions with garbage rewards."""
+    """Groups of 4, 1, 6, 3 and 0 completions in mixed order, and two padded completions with
+    garbage rewards.
+    """
     rng = np.random.default_rng(seed)
-    group = rng.permutation(np.repeat(np.array([0, 1, 2, 3, -1, 99]), [4, 1, 6, 3, 1, 1])).astype(np.int32)
+    group = rng.permutation(np.repeat(np.array([0, 1, 2, 3, -1, 99]), [4, 1, 6, 3, 1, 1])).astype(
+        np.int32
+    )
     reward = rng.standard_normal(group.size).astype(np.float32)
     reward[group == 3] = 0.1  # equal rewards, whose float32 mean is not quite 0.1
     reward[(group < 0) | (group >= GROUPS)] = np.nan
@@ -23,7 +27,9 @@ def rewards(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def by_group(formula, reward, group) -> np.ndarray:
-    """`formula(rewards of a group)` in float64, written back; 0 for singletons and padded completions."""
+    """`formula(rewards of a group)` in float64, written back; 0 for singletons and padded
+    completions.
+    """
     out = np.zeros(reward.size)
     for g in range(GROUPS):
         rows = group == g
@@ -41,9 +47,17 @@ def lead(r: np.ndarray) -> np.ndarray:
     "function, options, formula",
     [
         (advantages.grpo, {}, lambda r: (r - r.mean()) / (r.std(ddof=1) + 1e-6)),
-        (advantages.grpo, {"ddof": 0, "epsilon": 1e-4}, lambda r: (r - r.mean()) / (r.std() + 1e-4)),
+        (
+            advantages.grpo,
+            {"ddof": 0, "epsilon": 1e-4},
+            lambda r: (r - r.mean()) / (r.std() + 1e-4),
+        ),
         (advantages.dr_grpo, {}, lambda r: r - r.mean()),
-        (advantages.rloo, {}, lambda r: np.array([r[i] - np.delete(r, i).mean() for i in range(r.size)])),
+        (
+            advantages.rloo,
+            {},
+            lambda r: np.array([r[i] - np.delete(r, i).mean() for i in range(r.size)]),
+        ),
         (advantages.gpg, {}, lambda r: (14 / 10) * (r - r.mean())),
         (advantages.pass_at_k_advantage, {}, lead),
         (advantages.dynamic_sampling_mask, {}, lambda r: np.full(r.size, r.max() > r.min())),
@@ -57,12 +71,19 @@ def test_group_advantages(function, options, formula):
 
 
 def test_equal_rewards_give_exactly_zero():
-    """Where the rounding of a mean would be divided by a standard deviation made of the same rounding."""
+    """Where the rounding of a mean would be divided by a standard deviation made of the same
+    rounding.
+    """
     values = np.array([0.1, 0.3, 0.7, 1 / 3, 1e3 + 0.1], np.float32)
     for size in (3, 5, 6, 7, 11):
         reward = np.repeat(values, size)
         group = np.repeat(np.arange(5, dtype=np.int32), size)
-        for function in (advantages.grpo, advantages.dr_grpo, advantages.rloo, advantages.dynamic_sampling_mask):
+        for function in (
+            advantages.grpo,
+            advantages.dr_grpo,
+            advantages.rloo,
+            advantages.dynamic_sampling_mask,
+        ):
             assert not np.any(function(reward, group, num_groups=5))
 
 
@@ -88,14 +109,17 @@ def test_pass_at_k_counts_every_choice_of_k(k):
         members = correct[group == g]
         if members.size:
             draws = list(itertools.combinations(members, min(k, members.size)))
-            np.testing.assert_allclose(computed[g], np.mean([max(draw) for draw in draws]), rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(
+                computed[g], np.mean([max(draw) for draw in draws]), rtol=1e-5, atol=1e-6
+            )
     assert computed[4] == 0
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
 def test_reinforce_pp_skips_masked_tokens(gamma):
     rng = np.random.default_rng(2)
-    reward, mask = rng.standard_normal((4, 9)), rng.random((4, 9)) < 0.6
+    reward = rng.standard_normal((4, 9))
+    mask = rng.random((4, 9)) < 0.6
     mask[1] = False
     returns = np.zeros((4, 9))
     for n in range(4):
@@ -116,7 +140,9 @@ def test_reinforce_pp_baseline_and_empty_masks():
     expected = (centred - centred[mask].mean()) / np.sqrt(centred[mask].var(ddof=1) + 1e-8)
     computed = advantages.reinforce_pp_baseline(reward, group, mask, num_groups=GROUPS)
     np.testing.assert_allclose(computed, np.where(mask, expected, 0), rtol=1e-4, atol=1e-6)
-    nothing = advantages.reinforce_pp_baseline(reward, group, np.zeros_like(mask), num_groups=GROUPS)
+    nothing = advantages.reinforce_pp_baseline(
+        reward, group, np.zeros_like(mask), num_groups=GROUPS
+    )
     np.testing.assert_array_equal(nothing, 0)
 
 
@@ -125,8 +151,11 @@ def test_length_shaping():
     penalty = advantages.overlong_penalty(length, max_length=10, cache=4, factor=2.0)
     np.testing.assert_allclose(penalty, [0, 0, -0.5, -2, -2])
     assert penalty.dtype == jnp.float32
-    correct, group = np.array([1, 1, 0, 0, 1], np.float32), np.array([0, 0, 0, 1, 7], np.int32)
-    shaped = advantages.length_reward(correct, np.array([10, 20, 30, 5, 5], np.int32), group, num_groups=2)
+    correct = np.array([1, 1, 0, 0, 1], np.float32)
+    group = np.array([0, 0, 0, 1, 7], np.int32)
+    shaped = advantages.length_reward(
+        correct, np.array([10, 20, 30, 5, 5], np.int32), group, num_groups=2
+    )
     np.testing.assert_allclose(shaped, [0.5, 0.0, -0.5, 0, 0])
     mask = advantages.overlong_mask(np.ones((2, 3), np.int32), np.array([True, False]))
     np.testing.assert_array_equal(mask, [[False] * 3, [True] * 3])
@@ -165,11 +194,17 @@ def test_float32_stays_float32_where_float64_is_enabled():
     def everything() -> list:
         grouped = (advantages.grpo, advantages.rloo, advantages.gpg, advantages.pass_at_k_advantage)
         out = [function(reward, group, num_groups=GROUPS) for function in grouped]
-        out += [advantages.pass_at_k(reward, group, num_groups=GROUPS, k=2), advantages.reinforce_pp(x, mask)]
+        out += [
+            advantages.pass_at_k(reward, group, num_groups=GROUPS, k=2),
+            advantages.reinforce_pp(x, mask),
+        ]
         out += [advantages.overlong_penalty(group, max_length=4, cache=2)]
         out += [advantages.length_reward(reward, group, group, num_groups=GROUPS)]
         out += [reduce.token_mean(x, mask), reduce.sequence_mean_token_sum(x, mask)]
-        return out + [reduce.sequence_mean_token_mean(x, mask), reduce.constant(x, mask, normalizer=3)]
+        return out + [
+            reduce.sequence_mean_token_mean(x, mask),
+            reduce.constant(x, mask, normalizer=3),
+        ]
 
     expected = everything()
     with jax.enable_x64(True):
@@ -208,7 +243,9 @@ def test_parts_with_global_counts_sum_to_the_whole():
     for function, counts in cases.items():
         whole, gradient = jax.value_and_grad(lambda v: function(v, mask))(x)
         bounds = (slice(0, 1), slice(1, 4), slice(4, 8))
-        parts = [jax.value_and_grad(lambda v, s=s: function(v, mask[s], **counts))(x[s]) for s in bounds]
+        parts = [
+            jax.value_and_grad(lambda v, s=s: function(v, mask[s], **counts))(x[s]) for s in bounds
+        ]
         np.testing.assert_allclose(sum(value for value, _ in parts), whole, rtol=1e-5)
         np.testing.assert_allclose(np.concatenate([g for _, g in parts]), gradient, rtol=1e-5)
         np.testing.assert_array_equal(np.asarray(gradient)[~mask], 0)
@@ -216,6 +253,10 @@ def test_parts_with_global_counts_sum_to_the_whole():
 
 def test_nothing_reduces_to_zero():
     x, mask = tokens()
-    for function in (reduce.token_mean, reduce.sequence_mean_token_mean, reduce.sequence_mean_token_sum):
+    for function in (
+        reduce.token_mean,
+        reduce.sequence_mean_token_mean,
+        reduce.sequence_mean_token_sum,
+    ):
         value, gradient = jax.value_and_grad(lambda v: function(v, np.zeros_like(mask)))(x)
         assert value == 0 and np.all(np.asarray(gradient) == 0)

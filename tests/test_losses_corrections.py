@@ -9,12 +9,15 @@ import pytest
 
 from dcmdp_jax.losses import corrections, kl, operators, policy, reduce, rejection, sequence
 
-N, T = 6, 11
+N = 6
+T = 11
 partial = functools.partial
 
 
 def batch(seed: int = 0, spread: float = 0.5) -> dict[str, np.ndarray]:
-    """Row 2 is empty; padding holds garbage; (0, first token) and (3, first token) were not measured."""
+    """Row 2 is empty; padding holds garbage; (0, first token) and (3, first token) were not
+    measured.
+    """
     rng = np.random.default_rng(seed)
     old_logp = -rng.exponential(1.0, (N, T))
     rollout_logp = np.minimum(old_logp + spread * rng.standard_normal((N, T)), -1e-3)
@@ -34,7 +37,9 @@ def gap(x) -> tuple[np.ndarray, np.ndarray]:
     """D in float64, 0 where not measured, and the tokens where it was."""
     measured = x["mask"] & np.isfinite(x["rollout_logp"])
     difference = np.zeros((N, T))
-    difference[measured] = np.float64(x["old_logp"][measured]) - np.float64(x["rollout_logp"][measured])
+    difference[measured] = np.float64(x["old_logp"][measured]) - np.float64(
+        x["rollout_logp"][measured]
+    )
     return difference, measured
 
 
@@ -72,7 +77,7 @@ def test_level_times_operator(level, operator, low, high, weight, keep):
     weights, kept = corrections.Correction(level, operator, low, high).weights(*pair(x))
     np.testing.assert_array_equal(kept, x["mask"] & keep(ratio))
     np.testing.assert_allclose(weights, np.where(kept, weight(ratio), 0), rtol=1e-5)
-    assert 0 < kept.sum() and weights.dtype == jnp.float32
+    assert kept.sum() > 0 and weights.dtype == jnp.float32
 
 
 def test_unmeasured_tokens_count_as_without_gap():
@@ -112,14 +117,22 @@ def test_a_correction_prints_its_formula():
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        (dict(level="token", high=2.0), TypeError, "level must be a function such as corrections.token"),
+        (
+            dict(level="token", high=2.0),
+            TypeError,
+            "level must be a function such as corrections.token",
+        ),
         (dict(operator="truncate", high=2.0), TypeError, "operator must be a function"),
         (dict(high=None), ValueError, "truncate needs high"),
         (dict(low=0.5, high=2.0), ValueError, "truncate reads no lower bound"),
         (dict(operator=corrections.clip, high=2.0), ValueError, "clip needs both low and high"),
         (dict(operator=corrections.reject), ValueError, "needs low, high or both"),
         (dict(operator=corrections.reject, low=2.0, high=0.5), ValueError, "0 <= low <= high"),
-        (dict(high=2.0, denominator=corrections.surviving), ValueError, "truncate rejects no token"),
+        (
+            dict(high=2.0, denominator=corrections.surviving),
+            ValueError,
+            "truncate rejects no token",
+        ),
     ],
 )
 def test_what_a_correction_refuses(options, error, message):
@@ -129,21 +142,30 @@ def test_what_a_correction_refuses(options, error, message):
 
 def test_records_and_surrogates_hash_compare_and_read_well():
     assert corrections.tis(2.0) == corrections.tis(2.0) != corrections.tis(3.0)
-    first = corrections.decoupled(policy.clipped, corrections.tis(2.0), rejections=(rejection.veto,))
+    first = corrections.decoupled(
+        policy.clipped, corrections.tis(2.0), rejections=(rejection.veto,)
+    )
     again = corrections.decoupled(policy.clipped, corrections.tis(2.0), rejections=[rejection.veto])
     assert first == again and hash(first) == hash(again)
     loss = partial(policy.clipped, clip_high=0.28)
     assert repr(corrections.bypass(loss)) == "bypass(clipped(clip_high=0.28))"
     strict = partial(rejection.k3, high=0.01)
-    text = repr(corrections.decoupled(loss, rejections=(strict,), denominator=corrections.surviving))
-    assert text == "decoupled(clipped(clip_high=0.28), rejections=(k3(high=0.01),), denominator=surviving)"
+    text = repr(
+        corrections.decoupled(loss, rejections=(strict,), denominator=corrections.surviving)
+    )
+    assert (
+        text
+        == "decoupled(clipped(clip_high=0.28), rejections=(k3(high=0.01),), denominator=surviving)"
+    )
 
 
 def test_the_factor_is_not_applied_twice():
     tis = corrections.tis(2.0)
     with pytest.raises(TypeError):
         corrections.bypass(policy.clipped, tis)
-    with pytest.raises(TypeError, match="a correction carries a weight, which belongs to decoupled, once"):
+    with pytest.raises(
+        TypeError, match="a correction carries a weight, which belongs to decoupled, once"
+    ):
         corrections.bypass(policy.clipped, rejections=(tis,))
     with pytest.raises(TypeError, match="a correction carries a weight"):
         corrections.decoupled(policy.clipped, tis, rejections=(corrections.sequence_tis(),))
@@ -155,7 +177,9 @@ def test_the_factor_is_not_applied_twice():
 
 
 def finite(x) -> dict:
-    return x | {"rollout_logp": np.where(np.isfinite(x["rollout_logp"]), x["rollout_logp"], x["old_logp"])}
+    return x | {
+        "rollout_logp": np.where(np.isfinite(x["rollout_logp"]), x["rollout_logp"], x["old_logp"])
+    }
 
 
 def test_decoupled_multiplies_once_and_bypass_changes_the_anchor():
@@ -196,7 +220,9 @@ def test_bypass_gives_unmeasured_tokens_no_gradient_and_counts_them():
     gradient = jax.grad(lambda logp: surrogate(logp, **rest)[0].sum())(x["logp"])
     unmeasured = x["mask"] & ~gap(x)[1]
     np.testing.assert_array_equal(denominator, x["mask"])
-    assert np.all(np.asarray(loss)[unmeasured] == 0) and np.all(np.asarray(gradient)[unmeasured] == 0)
+    assert np.all(np.asarray(loss)[unmeasured] == 0) and np.all(
+        np.asarray(gradient)[unmeasured] == 0
+    )
     assert np.all(np.isfinite(loss)) and np.all(np.isfinite(gradient))
     of_row, _ = corrections.bypass(sequence.gspo)(**x)
     expected = sequence.gspo(x["logp"], x["rollout_logp"], x["advantage"], gap(x)[1])
@@ -212,7 +238,9 @@ def test_denominators_of_correction_and_rejections():
         for of_rejections in (corrections.original, corrections.surviving):
             mis = corrections.mis(0.8, 1.25, denominator=of_correction)
             strict = (partial(rejection.k3, high=0.05),)
-            made = corrections.decoupled(policy.clipped, mis, rejections=strict, denominator=of_rejections)
+            made = corrections.decoupled(
+                policy.clipped, mis, rejections=strict, denominator=of_rejections
+            )
             loss, denominator = made(**x)
             expected = x["mask"] & (correction_keep | (of_correction is corrections.original))
             expected = np.asarray(expected & (both | (of_rejections is corrections.original)))
@@ -221,7 +249,12 @@ def test_denominators_of_correction_and_rejections():
 
 
 REDUCERS = (
-    *(reduce.token_mean, reduce.token_sum, reduce.sequence_mean_token_mean, reduce.sequence_mean_token_sum),
+    *(
+        reduce.token_mean,
+        reduce.token_sum,
+        reduce.sequence_mean_token_mean,
+        reduce.sequence_mean_token_sum,
+    ),
     partial(reduce.constant, normalizer=3.0),
 )
 
@@ -237,15 +270,21 @@ def test_a_batch_rejected_as_a_whole_is_zero(denominator):
         made = build(sequence.gspo, rejections=(nothing,), denominator=denominator)
         rest = {name: value for name, value in x.items() if name != "logp"}
         for reducer in REDUCERS:
-            value, gradient = jax.value_and_grad(lambda logp: reducer(*made(logp, **rest)))(x["logp"])
+            value, gradient = jax.value_and_grad(lambda logp: reducer(*made(logp, **rest)))(
+                x["logp"]
+            )
             assert value == 0 and np.all(np.asarray(gradient) == 0)
 
 
 LEVELS = {
     rejection.each_token: lambda k, m: k,
     rejection.sequence_sum: lambda k, m: k.sum(1, keepdims=True),
-    rejection.sequence_mean: lambda k, m: k.sum(1, keepdims=True) / np.maximum(m.sum(1, keepdims=True), 1),
-    rejection.sequence_max: lambda k, m: np.where(m, k, -np.inf).max(1, keepdims=True, initial=-np.inf),
+    rejection.sequence_mean: lambda k, m: (
+        k.sum(1, keepdims=True) / np.maximum(m.sum(1, keepdims=True), 1)
+    ),
+    rejection.sequence_max: lambda k, m: np.where(m, k, -np.inf).max(
+        1, keepdims=True, initial=-np.inf
+    ),
 }
 
 
@@ -253,9 +292,12 @@ LEVELS = {
 def test_k_rejections(level):
     x = batch(spread=0.3)
     d, measured = gap(x)
-    aggregate, pairs = LEVELS[level], pair(x)
+    aggregate = LEVELS[level]
+    pairs = pair(x)
     log_ratio = aggregate(d, measured)
-    inside = (np.exp(log_ratio) <= 1.3) & ((np.exp(log_ratio) >= 0.8) | ~measured.any(1, keepdims=True))
+    inside = (np.exp(log_ratio) <= 1.3) & (
+        (np.exp(log_ratio) >= 0.8) | ~measured.any(1, keepdims=True)
+    )
     keep = {
         rejection.k1: (dict(low=0.8, high=1.3), inside),
         rejection.k2: (dict(high=0.05), aggregate(d**2 / 2, measured) <= 0.05),
@@ -269,7 +311,8 @@ def test_k_rejections(level):
 def test_trust_region_veto_ipo_kpop():
     x = batch(spread=0.6)
     d, measured = gap(x)
-    p, q = np.ones((N, T)), np.ones((N, T))
+    p = np.ones((N, T))
+    q = np.ones((N, T))
     p[measured] = np.exp(np.float64(x["old_logp"][measured]))
     q[measured] = np.exp(np.float64(x["rollout_logp"][measured]))
 
@@ -289,9 +332,13 @@ def test_trust_region_veto_ipo_kpop():
 
 
 def test_kpop_looks_both_ways():
-    rare, common = np.log(np.float32([[1e-3]])), np.log(np.float32([[0.3]]))  # 0.35 nats one way, 1.5 the other
+    rare = np.log(np.float32([[1e-3]]))
+    common = np.log(np.float32([[0.3]]))  # 0.35 nats one way, 1.5 the other
     for pair_of_engines in ((rare, common), (common, rare)):
-        keep = [bool(rejection.kpop(*pair_of_engines, np.ones((1, 1), bool), threshold=t)[0, 0]) for t in (0.75, 2.0)]
+        keep = [
+            bool(rejection.kpop(*pair_of_engines, np.ones((1, 1), bool), threshold=t)[0, 0])
+            for t in (0.75, 2.0)
+        ]
         assert keep == [False, True]
 
 
@@ -304,7 +351,9 @@ def test_a_token_that_both_programs_find_certain_is_kept_by_kpop():
 
 
 def m2po_by_sorting(square: np.ndarray, threshold: float) -> np.ndarray:
-    """Drops the greatest values until the mean of the rest is below the threshold; keeps at least one."""
+    """Drops the greatest values until the mean of the rest is below the threshold; keeps at least
+    one.
+    """
     values, count = np.unique(square, return_counts=True)
     fits = np.flatnonzero(np.cumsum(values * count) / np.cumsum(count) < threshold)
     return square <= values[fits[-1] if fits.size else 0]
@@ -336,8 +385,11 @@ def spread_of(kind: str, rng: np.random.Generator, shape: tuple[int, int]) -> np
 @pytest.mark.parametrize("share", [0.01, 0.9, 0.999])
 @pytest.mark.parametrize("kind", ["normal", "heavy", "later", "ties"])
 def test_m2po_of_a_large_batch(kind, share):
-    """More tokens than are ever sorted; the threshold is a share of the mean square, so that some are dropped."""
-    shape, rng = (128, 512), np.random.default_rng(5)
+    """More tokens than are ever sorted; the threshold is a share of the mean square, so that some
+    are dropped.
+    """
+    shape = (128, 512)
+    rng = np.random.default_rng(5)
     rollout_logp = -rng.integers(1, 99, shape).astype(np.float32)
     old_logp = np.float32(rollout_logp + spread_of(kind, rng, shape))
     mask = np.arange(shape[1]) < rng.integers(99, shape[1] + 1, (shape[0], 1))
@@ -351,7 +403,9 @@ def test_m2po_of_a_large_batch(kind, share):
 def test_m2po_of_equal_and_of_no_tokens():
     x = batch()
     assert np.array_equal(rejection.m2po(x["old_logp"], x["old_logp"], x["mask"]), x["mask"])
-    assert not np.asarray(rejection.m2po(x["old_logp"], x["rollout_logp"], np.zeros((N, T), bool))).any()
+    assert not np.asarray(
+        rejection.m2po(x["old_logp"], x["rollout_logp"], np.zeros((N, T), bool))
+    ).any()
 
 
 def test_opsm_drops_bad_completions_the_policy_left():
@@ -360,7 +414,9 @@ def test_opsm_drops_bad_completions_the_policy_left():
     moved = np.zeros((N, T))
     moved[measured] = np.float64(x["rollout_logp"][measured]) - np.float64(x["logp"][measured])
     mean = moved.sum(1, keepdims=True) / np.maximum(measured.sum(1, keepdims=True), 1)
-    keep = np.asarray(rejection.opsm(x["logp"], x["rollout_logp"], x["advantage"], x["mask"], threshold=0.02))
+    keep = np.asarray(
+        rejection.opsm(x["logp"], x["rollout_logp"], x["advantage"], x["mask"], threshold=0.02)
+    )
     np.testing.assert_array_equal(keep, x["mask"] & ((x["advantage"] >= 0) | (mean <= 0.02)))
     assert 0 < keep.sum() < x["mask"].sum()
 
@@ -393,8 +449,18 @@ def test_batch_normalize_and_blend():
 
 def test_float32_stays_float32_where_float64_is_enabled():
     x = batch()
-    rejections = (rejection.m2po, rejection.kpop, rejection.ipo, rejection.veto, partial(rejection.k3, high=0.05))
-    for correction in (corrections.tis(), corrections.sequence_mis(), corrections.geometric_mask(0.8, 1.2)):
+    rejections = (
+        rejection.m2po,
+        rejection.kpop,
+        rejection.ipo,
+        rejection.veto,
+        partial(rejection.k3, high=0.05),
+    )
+    for correction in (
+        corrections.tis(),
+        corrections.sequence_mis(),
+        corrections.geometric_mask(0.8, 1.2),
+    ):
         made = corrections.decoupled(policy.clipped, correction, rejections=rejections)
         expected, kept = made(**x)
         with jax.enable_x64(True):
@@ -407,8 +473,11 @@ def test_float32_stays_float32_where_float64_is_enabled():
 def test_kl_estimates_have_the_expectations_they_claim():
     """Over a whole vocabulary, so that means are exact sums: values, and gradients by the logits."""
     rng = np.random.default_rng(0)
-    logits, reference, behaviour = (jnp.asarray(rng.standard_normal(7), jnp.float32) for _ in range(3))
-    ref_logp, old_logp = jax.nn.log_softmax(reference), jax.nn.log_softmax(behaviour)
+    logits, reference, behaviour = (
+        jnp.asarray(rng.standard_normal(7), jnp.float32) for _ in range(3)
+    )
+    ref_logp = jax.nn.log_softmax(reference)
+    old_logp = jax.nn.log_softmax(behaviour)
     mask = np.ones(7, bool)
 
     def forward(z):
@@ -422,10 +491,14 @@ def test_kl_estimates_have_the_expectations_they_claim():
         return jnp.sum(weights * estimate(jax.nn.log_softmax(z)))
 
     p = jnp.exp(jax.nn.log_softmax(logits))
-    k1, k2, k3, straight = (lambda x, f=f: f(x, ref_logp, mask) for f in (kl.k1, kl.k2, kl.k3, kl.k3_k2_gradient))
+    k1, k2, k3, straight = (
+        lambda x, f=f: f(x, ref_logp, mask) for f in (kl.k1, kl.k2, kl.k3, kl.k3_k2_gradient)
+    )
     for estimate in (k1, k3, straight):
         np.testing.assert_allclose(sampled(estimate, logits, p), forward(logits), rtol=1e-5)
-    gradients = {f: jax.grad(lambda z, f=f: sampled(f, z, p))(logits) for f in (k1, k2, k3, straight)}
+    gradients = {
+        f: jax.grad(lambda z, f=f: sampled(f, z, p))(logits) for f in (k1, k2, k3, straight)
+    }
     np.testing.assert_allclose(gradients[k1], np.zeros(7), atol=1e-6)
     np.testing.assert_allclose(gradients[k2], jax.grad(forward)(logits), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(gradients[straight], gradients[k2], rtol=1e-6)

@@ -24,7 +24,9 @@ def test_page_is_up_to_date(maker):
 def test_every_public_function_has_a_row(maker):
     page = maker.page()
     for module in maker.modules():
-        section = page.split(f"## {module.__name__.removeprefix('dcmdp_jax.')}\n")[1].split("\n## ")[0]
+        section = page.split(f"## {module.__name__.removeprefix('dcmdp_jax.')}\n")[1].split(
+            "\n## "
+        )[0]
         assert maker.functions(module)
         for name in maker.functions(module):
             assert f"\n| `{name}`: " in section
@@ -49,5 +51,7 @@ def test_the_page_runs():
 
 
 def test_the_ablation_example_is_fifteen_lines():
-    example = (DOCS / "losses.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    example = (
+        (DOCS / "losses.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    )
     assert sum(line.startswith((">>>", "...")) for line in example.splitlines()) <= 15

@@ -33,7 +33,8 @@ ATOL = 1e-6
 
 partial = functools.partial
 PPO = partial(policy.clipped, clip_low=0.2, clip_high=0.28)
-TOKENS, ROWS = reduce.token_mean, reduce.sequence_mean_token_mean
+TOKENS = reduce.token_mean
+ROWS = reduce.sequence_mean_token_mean
 NORMALIZED = {
     "w_tis_token_batchnorm": ("w_tis_token", TOKENS),
     "w_tis_seq_batchnorm": ("w_tis_seq", ROWS),
@@ -101,7 +102,8 @@ def normalized_surrogate(logp, old_logp, rollout_logp, advantage, mask, correcti
 
 def losses(t: dict) -> dict:
     """Name in the file -> (surrogate, reducer)."""
-    plain, bypass = corrections.decoupled, corrections.bypass
+    plain = corrections.decoupled
+    bypass = corrections.bypass
     table = {
         "ppo_dapo_token_mean": (plain(PPO), TOKENS),
         "ppo_dapo_token_sum": (plain(PPO), reduce.token_sum),
@@ -222,7 +224,8 @@ def test_weights(name, case):
 @golden.every_case
 def test_keeps(name, case):
     x, file = contents(name, case)
-    t, expected = golden.thresholds(name), file["corrections"]
+    t = golden.thresholds(name)
+    expected = file["corrections"]
     for entry, keep in keeps(t).items():
         kept = keep(x["old"], x["roll"], x["mask"])
         np.testing.assert_array_equal(kept, expected[entry], err_msg=entry)
@@ -237,7 +240,8 @@ def test_keeps(name, case):
 @golden.every_file
 def test_advantages(file):
     file = file["advantages"]
-    reward, group = np.array(file["rewards"], np.float32), np.array(file["groups"], np.int32)
+    reward = np.array(file["rewards"], np.float32)
+    group = np.array(file["groups"], np.int32)
     of_group = {
         "grpo": advantages.grpo,
         "dr_grpo": advantages.dr_grpo,
@@ -250,10 +254,8 @@ def test_advantages(file):
     }
     lengths = np.array(file["lengths"], np.int32)
     computed["overlong_penalty"] = advantages.overlong_penalty(lengths, max_length=10, cache=4)
-    token_reward, mask = (
-        np.array(file["token_rewards"], np.float32),
-        np.array(file["mask"], np.float32),
-    )
+    token_reward = np.array(file["token_rewards"], np.float32)
+    mask = np.array(file["mask"], np.float32)
     computed["reinforce_pp_gamma1"] = advantages.reinforce_pp(token_reward, mask)
     for name, value in computed.items():
         np.testing.assert_allclose(value, file[name], rtol=RTOL, atol=ATOL, err_msg=name)
@@ -287,8 +289,10 @@ def same_numbers(computed, expected):
 
 def test_a_completion_s_log_ratio_is_clamped_once_after_the_sum():
     """D of -30 and 15.25: the ratio is exp(-14.75); with -30 clamped first it were exp(-4.75)."""
-    old, rollout = np.float32([[-30.25, -0.25]]), np.float32([[-0.25, -15.5]])
-    mask, once = np.ones((1, 2), bool), np.exp(-14.75)
+    old = np.float32([[-30.25, -0.25]])
+    rollout = np.float32([[-0.25, -15.5]])
+    mask = np.ones((1, 2), bool)
+    once = np.exp(-14.75)
     product, _ = corrections.sequence_tis(2.0).weights(old, rollout, mask)
     np.testing.assert_allclose(product, [[once, once]], rtol=1e-5)
     near = partial(rejection.k1, low=0.99 * once, high=1.01 * once, level=rejection.sequence_sum)

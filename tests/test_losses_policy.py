@@ -9,7 +9,8 @@ import pytest
 
 from dcmdp_jax.losses import covariance, policy, reduce, sequence
 
-N, T = 6, 11
+N = 6
+T = 11
 
 
 def batch(seed: int = 0, spread: float = 0.4) -> tuple[np.ndarray, ...]:
@@ -79,12 +80,17 @@ def test_dppo_tv():
         keep = np.where(a > 0, gap <= 0.1, gap >= -0.05)
         return -a * np.minimum(np.exp(logp - old_logp), 1.5) * logp * keep
 
-    check(functools.partial(policy.dppo_tv, delta_low=0.05, delta_high=0.1, ratio_max=1.5), formula, spread=0.8)
+    check(
+        functools.partial(policy.dppo_tv, delta_low=0.05, delta_high=0.1, ratio_max=1.5),
+        formula,
+        spread=0.8,
+    )
 
 
 def test_dppo_kl():
     def formula(logp, old_logp, a):
-        p, q = np.exp(logp), np.exp(old_logp)
+        p = np.exp(logp)
+        q = np.exp(old_logp)
         kl = q * np.log(q / p) + (1 - q) * np.log((1 - q + 1e-8) / (1 - p + 1e-8))
         return -a * np.minimum(p / q, 20) * logp * ((kl <= 0.02) | (a * (p - q) <= 0))
 
@@ -102,15 +108,22 @@ def test_prime_tv():
 
 def test_spo_and_drpo():
     def penalty(logp, old_logp, a, weight):
-        return -a * np.exp(logp - old_logp) + np.abs(a) * weight * (np.exp(logp - old_logp) - 1) ** 2 / (2 * 0.3)
+        return -a * np.exp(logp - old_logp) + np.abs(a) * weight * (
+            np.exp(logp - old_logp) - 1
+        ) ** 2 / (2 * 0.3)
 
     check(functools.partial(policy.spo, epsilon=0.3), lambda lp, old, a: penalty(lp, old, a, 1))
-    check(functools.partial(policy.drpo, epsilon=0.3), lambda lp, old, a: penalty(lp, old, a, np.exp(old)))
+    check(
+        functools.partial(policy.drpo, epsilon=0.3),
+        lambda lp, old, a: penalty(lp, old, a, np.exp(old)),
+    )
 
 
 def test_drpo_gradient_weighs_by_the_probability_moved():
     logp, rollout_logp, advantage, mask = batch()
-    gradient = jax.grad(lambda x: policy.drpo(x, rollout_logp, advantage, mask, epsilon=0.7).sum())(logp)
+    gradient = jax.grad(lambda x: policy.drpo(x, rollout_logp, advantage, mask, epsilon=0.7).sum())(
+        logp
+    )
     lp, roll, a = (np.float64(x[mask]) for x in (logp, rollout_logp, advantage))
     e = np.exp(lp - roll)
     weight = 1 - np.sign(a * (e - 1)) * np.abs(np.exp(lp) - np.exp(roll)) / 0.7
@@ -118,8 +131,14 @@ def test_drpo_gradient_weighs_by_the_probability_moved():
 
 
 def test_dro_topr_reinforce_gpg():
-    check(functools.partial(policy.dro, beta=0.4), lambda lp, old, a: -(lp * a - 0.2 * (lp - old) ** 2))
-    check(policy.topr, lambda lp, old, a: -np.where(a > 0, 1, np.clip(np.exp(lp - old), 0, 1)) * a * lp)
+    check(
+        functools.partial(policy.dro, beta=0.4),
+        lambda lp, old, a: -(lp * a - 0.2 * (lp - old) ** 2),
+    )
+    check(
+        policy.topr,
+        lambda lp, old, a: -np.where(a > 0, 1, np.clip(np.exp(lp - old), 0, 1)) * a * lp,
+    )
     check(policy.reinforce, lambda lp, old, a: -a * lp)
     check(functools.partial(policy.gpg, alpha=2.5), lambda lp, old, a: -2.5 * a * lp)
 
@@ -127,8 +146,18 @@ def test_dro_topr_reinforce_gpg():
 def test_on_policy_gradients_are_the_score_function():
     logp, _, advantage, mask = batch()
     score = jax.grad(lambda x: policy.reinforce(x, x, advantage, mask).sum())(logp)
-    for loss in (policy.clipped, policy.cispo, policy.sapo, policy.dppo_tv, policy.dppo_kl, policy.spo, policy.drpo):
-        gradient = jax.grad(lambda x: loss(x, jax.lax.stop_gradient(x), advantage, mask).sum())(logp)
+    for loss in (
+        policy.clipped,
+        policy.cispo,
+        policy.sapo,
+        policy.dppo_tv,
+        policy.dppo_kl,
+        policy.spo,
+        policy.drpo,
+    ):
+        gradient = jax.grad(lambda x: loss(x, jax.lax.stop_gradient(x), advantage, mask).sum())(
+            logp
+        )
         np.testing.assert_allclose(gradient, score, rtol=1e-5, atol=1e-6, err_msg=loss.__name__)
 
 
@@ -136,9 +165,13 @@ def test_gspo_forms_agree_and_differ_where_the_advantage_varies():
     logp, old_logp, advantage, mask = batch(spread=0.02)
 
     def scalar(loss, a):
-        return jax.value_and_grad(lambda x: reduce.sequence_mean_token_mean(loss(x, old_logp, a, mask), mask))(logp)
+        return jax.value_and_grad(
+            lambda x: reduce.sequence_mean_token_mean(loss(x, old_logp, a, mask), mask)
+        )(logp)
 
-    for computed, expected in zip(scalar(sequence.gspo, advantage), scalar(sequence.gspo_token, advantage)):
+    for computed, expected in zip(
+        scalar(sequence.gspo, advantage), scalar(sequence.gspo_token, advantage)
+    ):
         np.testing.assert_allclose(computed, expected, rtol=1e-5, atol=1e-7)
     varied = advantage * np.linspace(0.1, 2, T, dtype=np.float32)
     _, of_row = scalar(sequence.gspo, varied)
@@ -148,16 +181,21 @@ def test_gspo_forms_agree_and_differ_where_the_advantage_varies():
 
 def test_sequence_losses_take_one_advantage_per_completion():
     logp, old_logp, advantage, mask = batch()
-    one = np.where(mask.any(1), np.nanmax(np.where(mask, advantage, np.nan), axis=1, initial=-9), 0)[:, None]
+    one = np.where(
+        mask.any(1), np.nanmax(np.where(mask, advantage, np.nan), axis=1, initial=-9), 0
+    )[:, None]
     for loss in (sequence.gspo, sequence.gspo_token, sequence.gmpo, sequence.vespo, policy.clipped):
         np.testing.assert_allclose(
-            loss(logp, old_logp, one.astype(np.float32), mask), loss(logp, old_logp, advantage, mask), rtol=1e-5
+            loss(logp, old_logp, one.astype(np.float32), mask),
+            loss(logp, old_logp, advantage, mask),
+            rtol=1e-5,
         )
 
 
 def test_gmpo_and_vespo():
     logp, old_logp, advantage, mask = batch(spread=0.6)
-    gmpo, vespo = np.zeros((N, T)), np.zeros((N, T))
+    gmpo = np.zeros((N, T))
+    vespo = np.zeros((N, T))
     for n in range(N):
         lp, old, a = (np.float64(x[n, mask[n]]) for x in (logp, old_logp, advantage))
         if not lp.size:
@@ -169,7 +207,9 @@ def test_gmpo_and_vespo():
         k, lam = (2, 3) if a[0] >= 0 else (3, 2)
         vespo[n, mask[n]] = -np.exp(lam + k * log_w - lam * np.exp(log_w)) * a * lp
     np.testing.assert_allclose(sequence.gmpo(logp, old_logp, advantage, mask), gmpo, rtol=1e-5)
-    np.testing.assert_allclose(sequence.vespo(logp, old_logp, advantage, mask), vespo, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(
+        sequence.vespo(logp, old_logp, advantage, mask), vespo, rtol=1e-4, atol=1e-7
+    )
 
 
 def large_batch() -> tuple[jax.Array, ...]:
@@ -177,11 +217,18 @@ def large_batch() -> tuple[jax.Array, ...]:
     shape = (64, 256)
     old_logp = -jax.random.exponential(keys[0], shape)
     logp = old_logp + 0.1 * jax.random.normal(keys[1], shape)
-    return logp, old_logp, jax.random.normal(keys[2], shape), jax.random.uniform(keys[3], shape) < 0.8
+    return (
+        logp,
+        old_logp,
+        jax.random.normal(keys[2], shape),
+        jax.random.uniform(keys[3], shape) < 0.8,
+    )
 
 
 def covariances(logp, advantage, mask) -> np.ndarray:
-    logp, advantage, mask = np.float64(logp), np.float64(advantage), np.asarray(mask)
+    logp = np.float64(logp)
+    advantage = np.float64(advantage)
+    mask = np.asarray(mask)
     cov = (advantage - advantage[mask].mean()) * (logp - logp[mask].mean())
     return np.where(mask, cov, -np.inf)
 
@@ -192,7 +239,9 @@ def test_clip_cov_drops_the_expected_number_of_candidates_and_no_other():
     cov = covariances(logp, advantage, mask)
     count = []
     for seed in range(20):
-        loss = covariance.clip_cov(logp, old_logp, advantage, mask, key=jax.random.key(seed), fraction=1e-2)
+        loss = covariance.clip_cov(
+            logp, old_logp, advantage, mask, key=jax.random.key(seed), fraction=1e-2
+        )
         dropped = np.asarray((loss == 0) & (plain != 0))
         assert np.all((cov[dropped] > 1) & (cov[dropped] < 5))
         np.testing.assert_array_equal(np.asarray(loss)[~dropped], np.asarray(plain)[~dropped])
@@ -205,8 +254,10 @@ def test_clip_cov_drops_the_expected_number_of_candidates_and_no_other():
 def test_clip_cov_draws_from_the_band_and_not_what_the_clip_stopped():
     logp, old_logp, advantage, mask = large_batch()
     old_logp = logp + 3 * (old_logp - logp)
-    loss = covariance.clip_cov(logp, old_logp, advantage, mask, key=jax.random.key(0), fraction=0.9)  # all are drawn
-    cov, ratio = covariances(logp, advantage, mask), np.exp(np.float64(logp) - np.float64(old_logp))
+    # all are drawn
+    loss = covariance.clip_cov(logp, old_logp, advantage, mask, key=jax.random.key(0), fraction=0.9)
+    cov = covariances(logp, advantage, mask)
+    ratio = np.exp(np.float64(logp) - np.float64(old_logp))
     stopped = np.where(np.asarray(advantage) > 0, ratio > 1.2, ratio < 0.8)
     drawn = (cov > 1) & (cov < 5) & ~stopped
     assert np.any((cov > 1) & (cov < 5) & stopped)
@@ -215,7 +266,9 @@ def test_clip_cov_draws_from_the_band_and_not_what_the_clip_stopped():
 
 def test_clip_cov_depends_on_the_key_alone():
     x = large_batch()
-    first, again, other = (covariance.clip_cov(*x, key=jax.random.key(s), fraction=1e-2) for s in (1, 1, 2))
+    first, again, other = (
+        covariance.clip_cov(*x, key=jax.random.key(s), fraction=1e-2) for s in (1, 1, 2)
+    )
     np.testing.assert_array_equal(first, again)
     assert np.any(np.asarray(first) != np.asarray(other))
 
@@ -239,14 +292,30 @@ def test_kl_cov_with_equal_covariances_penalises_none():
 
 
 LOSSES = [
-    *(policy.clipped, policy.reinforce, policy.gpg, policy.cispo, policy.sapo, policy.dppo_tv, policy.dppo_kl),
-    *(policy.prime_tv, policy.spo, policy.drpo, functools.partial(policy.dro, beta=0.1), policy.topr),
+    *(
+        policy.clipped,
+        policy.reinforce,
+        policy.gpg,
+        policy.cispo,
+        policy.sapo,
+        policy.dppo_tv,
+        policy.dppo_kl,
+    ),
+    *(
+        policy.prime_tv,
+        policy.spo,
+        policy.drpo,
+        functools.partial(policy.dro, beta=0.1),
+        policy.topr,
+    ),
     *(sequence.gspo, sequence.gspo_token, sequence.gmpo, sequence.vespo, covariance.kl_cov),
     functools.partial(covariance.clip_cov, key=jax.random.key(0)),
 ]
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda f: getattr(f, "__name__", None) or f.func.__name__)
+@pytest.mark.parametrize(
+    "loss", LOSSES, ids=lambda f: getattr(f, "__name__", None) or f.func.__name__
+)
 def test_padding_and_empty_masks(loss):
     logp, old_logp, advantage, mask = batch()
     clean = [np.where(mask, x, np.float32(0)) for x in (logp, old_logp, advantage)]
@@ -264,7 +333,9 @@ def test_padding_and_empty_masks(loss):
     assert value == 0 and np.all(np.asarray(gradient) == 0)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda f: getattr(f, "__name__", None) or f.func.__name__)
+@pytest.mark.parametrize(
+    "loss", LOSSES, ids=lambda f: getattr(f, "__name__", None) or f.func.__name__
+)
 def test_float32_stays_float32_where_float64_is_enabled(loss):
     x = batch()
     expected = loss(*x)
@@ -277,7 +348,9 @@ def test_float32_stays_float32_where_float64_is_enabled(loss):
 
 def test_arguments_are_named_in_errors():
     logp, old_logp, advantage, mask = batch()
-    with pytest.raises(TypeError, match="old_logp is bfloat16: rounding log-probs to bfloat16 alone makes a delta"):
+    with pytest.raises(
+        TypeError, match="old_logp is bfloat16: rounding log-probs to bfloat16 alone makes a delta"
+    ):
         policy.clipped(logp, jnp.asarray(old_logp, jnp.bfloat16), advantage, mask)
     with pytest.raises(TypeError, match="advantage must be float32, not float64; cast it"):
         policy.clipped(logp, old_logp, np.float64(advantage), mask)

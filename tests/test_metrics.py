@@ -1,4 +1,6 @@
-"""The log: what is written can be read back, a resumed file equals an uninterrupted one, one process writes."""
+"""The log: what is written can be read back, a resumed file equals an uninterrupted one, one
+process writes.
+"""
 
 import json
 import math
@@ -12,19 +14,34 @@ import numpy as np
 import pytest
 
 from dcmdp_jax import constraint, losses, metrics
-from dcmdp_jax.config import AlgorithmConfig, Config, ConstraintConfig, DataConfig, ModelSource, RolloutConfig
+from dcmdp_jax.config import (
+    AlgorithmConfig,
+    Config,
+    ConstraintConfig,
+    DataConfig,
+    ModelSource,
+    RolloutConfig,
+)
 
 
 def make_config(steps=10, **fields):
-    algorithm = AlgorithmConfig(losses.advantages.grpo, losses.policy.clipped, losses.reduce.token_mean)
+    algorithm = AlgorithmConfig(
+        losses.advantages.grpo, losses.policy.clipped, losses.reduce.token_mean
+    )
     dual = ConstraintConfig(constraint.shape, constraint.projected_ascent, tolerance=0.01)
     data = DataConfig(verifier=max, task=object())
     return Config("trial", ModelSource(), data, RolloutConfig(), algorithm, dual, steps, **fields)
 
 
 def values(step):
-    return {"reward": np.float32(step / 7), "delta_mean": 0.01 + step / 1000, "multiplier": 0.1, "entropy": 0.5,
-            "seconds": 2.0, "tokens": 100 * step}
+    return {
+        "reward": np.float32(step / 7),
+        "delta_mean": 0.01 + step / 1000,
+        "multiplier": 0.1,
+        "entropy": 0.5,
+        "seconds": 2.0,
+        "tokens": 100 * step,
+    }
 
 
 def fill(workdir, steps, first_step=1):
@@ -35,24 +52,48 @@ def fill(workdir, steps, first_step=1):
 
 def test_rows_hold_what_was_written(tmp_path):
     with metrics.Log(tmp_path / "new", make_config()) as log:
-        log.write(1, values(1) | {"loss": jnp.float32(0.25), "skipped": jnp.int32(3), "k3": jnp.bfloat16(1.5)})
-        seen = metrics.read(tmp_path / "new")  # before the file is closed: a killed run keeps its rows
-    assert seen == [{"step": 1, **values(1), "reward": float(np.float32(1 / 7)), "loss": 0.25, "skipped": 3, "k3": 1.5}]
+        log.write(
+            1,
+            values(1)
+            | {"loss": jnp.float32(0.25), "skipped": jnp.int32(3), "k3": jnp.bfloat16(1.5)},
+        )
+        # before the file is closed: a killed run keeps its rows
+        seen = metrics.read(tmp_path / "new")
+    assert seen == [
+        {
+            "step": 1,
+            **values(1),
+            "reward": float(np.float32(1 / 7)),
+            "loss": 0.25,
+            "skipped": 3,
+            "k3": 1.5,
+        }
+    ]
     assert next(iter(seen[0])) == "step"
     assert [type(seen[0][key]) for key in ("tokens", "skipped", "seconds")] == [int, int, float]
 
 
 def test_values_that_are_not_finite_stay_valid_json_and_readable(tmp_path):
     with metrics.Log(tmp_path, make_config()) as log:
-        log.write(1, {"reward": 1.0, "loss": math.nan, "grad_norm": np.float32(np.inf), "low": -math.inf})
+        log.write(
+            1, {"reward": 1.0, "loss": math.nan, "grad_norm": np.float32(np.inf), "low": -math.inf}
+        )
 
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
 
     row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
-    assert row == {"step": 1, "reward": 1.0, "loss": None, "grad_norm": None, "low": None,
-                   "non_finite": {"loss": "nan", "grad_norm": "inf", "low": "-inf"}}
-    assert all(math.isnan(float(text)) or math.isinf(float(text)) for text in row["non_finite"].values())
+    assert row == {
+        "step": 1,
+        "reward": 1.0,
+        "loss": None,
+        "grad_norm": None,
+        "low": None,
+        "non_finite": {"loss": "nan", "grad_norm": "inf", "low": "-inf"},
+    }
+    assert all(
+        math.isnan(float(text)) or math.isinf(float(text)) for text in row["non_finite"].values()
+    )
 
 
 @pytest.mark.parametrize("bad", [{"reward": np.zeros(3)}, {"reward": "high"}, {"reward": None}])
@@ -72,18 +113,22 @@ def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path, torn):
     with open(tmp_path / "killed" / "metrics.jsonl", "a") as file:
         file.write(torn)
     assert [row["step"] for row in metrics.read(tmp_path / "killed")] == list(range(1, 8))
-    fill(tmp_path / "killed", range(5, 11), first_step=5)  # the last checkpoint was taken after step 4
-    assert (tmp_path / "killed" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    # the last checkpoint was taken after step 4
+    fill(tmp_path / "killed", range(5, 11), first_step=5)
+    assert (tmp_path / "killed" / "metrics.jsonl").read_bytes() == (
+        tmp_path / "whole" / "metrics.jsonl"
+    ).read_bytes()
 
 
 def test_every_cut_of_the_file_reads_as_its_whole_lines(tmp_path):
     fill(tmp_path, (1, 2, 3))
     path = tmp_path / "metrics.jsonl"
-    whole, rows = path.read_bytes(), metrics.read(tmp_path)
+    whole = path.read_bytes()
+    rows = metrics.read(tmp_path)
     ends = [i for i, byte in enumerate(whole) if byte == ord("\n")]
     for cut in range(len(whole) + 1):
         path.write_bytes(whole[:cut])
-        assert metrics.read(tmp_path) == rows[:sum(cut >= end for end in ends)], cut
+        assert metrics.read(tmp_path) == rows[: sum(cut >= end for end in ends)], cut
 
 
 def test_truncate_keeps_the_file_it_would_replace_until_the_new_one_is_whole(tmp_path, monkeypatch):
@@ -99,7 +144,9 @@ def test_truncate_keeps_the_file_it_would_replace_until_the_new_one_is_whole(tmp
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     monkeypatch.undo()
     metrics.truncate(tmp_path, 2)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(before.splitlines(keepends=True)[:2])
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(
+        before.splitlines(keepends=True)[:2]
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -135,9 +182,15 @@ def test_status_lines_are_few_and_say_what_matters(tmp_path, monkeypatch, capsys
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) < 12  # a clock of one second a look, a line each ten seconds
     assert lines[0].startswith("trial: step 1/40  ") and lines[-1].startswith("trial: step 40/40  ")
-    assert lines[-1].split("  ")[1:] == ["reward 5.714", "held-out engine 0.250", "trainer 0.375",
-                                         "delta 0.0500 (tolerance 0.01)", "lambda 0.1000", "entropy 0.500",
-                                         "2,000 tokens/s"]
+    assert lines[-1].split("  ")[1:] == [
+        "reward 5.714",
+        "held-out engine 0.250",
+        "trainer 0.375",
+        "delta 0.0500 (tolerance 0.01)",
+        "lambda 0.1000",
+        "entropy 0.500",
+        "2,000 tokens/s",
+    ]
 
 
 def test_the_floor_is_known_from_the_first_step_and_kept_by_a_resumed_run(tmp_path, capsys):
@@ -178,7 +231,9 @@ def test_gaps_are_cut_with_the_rows(tmp_path):
                         log.write_gaps(step, record)
                     log.write(step, values(step))
     assert [row["step"] for row in metrics.read_gaps(tmp_path / "killed")] == [1, 3, 5, 7, 9]
-    assert (tmp_path / "killed" / "gaps.jsonl").read_bytes() == (tmp_path / "whole" / "gaps.jsonl").read_bytes()
+    assert (tmp_path / "killed" / "gaps.jsonl").read_bytes() == (
+        tmp_path / "whole" / "gaps.jsonl"
+    ).read_bytes()
     assert metrics.read_gaps(tmp_path) == []
 
 
@@ -188,22 +243,26 @@ def test_tensorboard_events_hold_every_scalar(tmp_path):
 
     with metrics.Log(tmp_path, make_config(tensorboard=True), first_step=3) as log:
         log.write(3, {"reward": 0.5, "tokens": 7, "loss": math.nan})
-    events, restarts = {}, []
+    events = {}
+    restarts = []
     for path in (tmp_path / "tensorboard").iterdir():
         data = path.read_bytes()
         while data:  # a record: 8 bytes of length, 4 of checksum, the event, 4 of checksum
             length = int.from_bytes(data[:8], "little")
-            event = Event.FromString(data[12:12 + length])
+            event = Event.FromString(data[12 : 12 + length])
             events |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
             restarts += [event.step] if event.HasField("session_log") else []
-            data = data[16 + length:]
+            data = data[16 + length :]
     assert restarts == [3]  # what an earlier process wrote from this step on is hidden
     assert events[3, "reward"] == 0.5 and events[3, "tokens"] == 7 and math.isnan(events[3, "loss"])
 
 
 def test_wandb_continues_the_run_of_the_folder(tmp_path, monkeypatch):
-    opened, logged = [], []
-    run = types.SimpleNamespace(define_metric=lambda *a, **k: None, log=logged.append, finish=lambda: None)
+    opened = []
+    logged = []
+    run = types.SimpleNamespace(
+        define_metric=lambda *a, **k: None, log=logged.append, finish=lambda: None
+    )
     fake = types.SimpleNamespace(init=lambda **settings: opened.append(settings) or run)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for folder, step in (("a", 1), ("a", 2), ("b", 1)):
@@ -211,7 +270,11 @@ def test_wandb_continues_the_run_of_the_folder(tmp_path, monkeypatch):
             log.write(step, {"reward": 0.5})
     first, resumed, other = (settings["id"] for settings in opened)
     assert first == resumed != other and all(settings["resume"] == "allow" for settings in opened)
-    assert logged == [{"reward": 0.5, "step": 1}, {"reward": 0.5, "step": 2}, {"reward": 0.5, "step": 1}]
+    assert logged == [
+        {"reward": 0.5, "step": 1},
+        {"reward": 0.5, "step": 2},
+        {"reward": 0.5, "step": 1},
+    ]
 
 
 def test_wandb_itself_takes_the_rows(tmp_path, monkeypatch):
@@ -224,23 +287,30 @@ def test_wandb_itself_takes_the_rows(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 2
 
 
-@pytest.mark.parametrize("flag, module, package", [("tensorboard", "tensorboardX", "'dcmdp-jax[report]'"),
-                                                   ("wandb", "wandb", "wandb")])
+@pytest.mark.parametrize(
+    "flag, module, package",
+    [("tensorboard", "tensorboardX", "'dcmdp-jax[report]'"), ("wandb", "wandb", "wandb")],
+)
 def test_an_absent_logger_says_what_to_install(monkeypatch, flag, module, package):
     metrics.check_loggers(make_config())
     monkeypatch.setitem(sys.modules, module, None)
     metrics.check_loggers(make_config())
-    with pytest.raises(ImportError, match=re.escape(f"{flag}=True needs {module}; pip install {package}")):
+    with pytest.raises(
+        ImportError, match=re.escape(f"{flag}=True needs {module}; pip install {package}")
+    ):
         metrics.check_loggers(make_config(**{flag: True}))
 
 
 @pytest.mark.parametrize("fails", ["init", "define_metric", "log", "finish"])
-def test_a_logger_that_fails_is_one_warning_and_every_row_is_written(tmp_path, monkeypatch, capsys, fails):
+def test_a_logger_that_fails_is_one_warning_and_every_row_is_written(
+    tmp_path, monkeypatch, capsys, fails
+):
     def call(name, result=None):
         def method(*args, **kwargs):
             if name == fails:
                 raise ConnectionError("unreachable\nfor a while")
             return result
+
         return method
 
     run = types.SimpleNamespace(**{name: call(name) for name in ("define_metric", "log", "finish")})
@@ -250,8 +320,10 @@ def test_a_logger_that_fails_is_one_warning_and_every_row_is_written(tmp_path, m
             log.write(step, values(step))
     assert [row["step"] for row in metrics.read(tmp_path)] == [1, 2, 3]
     warned = [line for line in capsys.readouterr().err.splitlines() if "failed" in line]
-    assert warned == ["Weights & Biases failed (ConnectionError: unreachable for a while); the run goes on without it, and "
-                      "metrics.jsonl holds every row"]
+    assert warned == [
+        "Weights & Biases failed (ConnectionError: unreachable for a while); the run goes on without it, and "
+        "metrics.jsonl holds every row"
+    ]
 
 
 def test_rows_without_a_checkpoint_are_kept_aside(tmp_path, capsys):

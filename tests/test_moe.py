@@ -14,10 +14,20 @@ CONFIG = dataclasses.replace(sizes.TINY_MOE, hidden_size=12, num_experts=5, expe
 
 
 def random_params(config, seed=0) -> dict:
-    d, e, f = config.hidden_size, config.num_experts, config.expert_size
-    shapes = {"router": (d, e), "gate_proj": (e, d, f), "up_proj": (e, d, f), "down_proj": (e, f, d)}
+    d = config.hidden_size
+    e = config.num_experts
+    f = config.expert_size
+    shapes = {
+        "router": (d, e),
+        "gate_proj": (e, d, f),
+        "up_proj": (e, d, f),
+        "down_proj": (e, f, d),
+    }
     keys = jax.random.split(jax.random.key(seed), len(shapes))
-    return {name: 0.5 * jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
+    return {
+        name: 0.5 * jax.random.normal(key, shape)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -46,26 +56,38 @@ def test_values_and_gradients_equal_the_dense_form(k, norm):
     direction = jax.random.normal(jax.random.key(2), x.shape)
 
     def gradient(f):
-        return jax.jit(jax.grad(lambda p, x: jnp.sum(f(p, x, config) * direction), argnums=(0, 1)))(params, x)
+        return jax.jit(jax.grad(lambda p, x: jnp.sum(f(p, x, config) * direction), argnums=(0, 1)))(
+            params, x
+        )
 
-    got, want = gradient(apply), gradient(dense)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+    got = gradient(apply)
+    want = gradient(dense)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+    ):
         np.testing.assert_allclose(a, b, atol=2e-5, err_msg=jax.tree_util.keystr(path))
     router = got[0]["router"]
-    # With one expert and gates that sum to one the router has no say; otherwise it learns through the gates.
+    # With one expert and gates that sum to one the router has no say; otherwise it learns through
+    # the gates.
     assert (np.abs(router).max() > 1e-3) == (k > 1 or not norm)
 
 
 @pytest.mark.parametrize("parts", [0, 1])
 def test_the_form_of_accelerators_is_the_cpu_s(parts):
     """`ragged_dot`, with gate and up as they are and turned; values and gradients."""
-    weights = moe.Experts(*(random_params(CONFIG)[name] for name in ("gate_proj", "up_proj", "down_proj")))
+    weights = moe.Experts(
+        *(random_params(CONFIG)[name] for name in ("gate_proj", "up_proj", "down_proj"))
+    )
     x = jax.random.normal(jax.random.key(1), (9, CONFIG.hidden_size))
     experts = jax.random.randint(jax.random.key(2), (9, 2), 0, CONFIG.num_experts)
     direction = jax.random.normal(jax.random.key(3), (9, 2, CONFIG.hidden_size))
 
     def made(f):
-        return jax.jit(jax.value_and_grad(lambda x, weights: jnp.sum(direction * f(x, weights)), argnums=(0, 1)))(x, weights)
+        return jax.jit(
+            jax.value_and_grad(
+                lambda x, weights: jnp.sum(direction * f(x, weights)), argnums=(0, 1)
+            )
+        )(x, weights)
 
     by_ragged_dot = functools.partial(moe._by_ragged_dot, parts=parts)
     got = made(lambda x, weights: by_ragged_dot(x, experts, weights))
@@ -79,7 +101,9 @@ def test_no_token_is_dropped_when_all_choose_one_expert():
     params["router"] = jnp.zeros_like(params["router"]).at[0, 3].set(100.0)
     x = jax.random.normal(jax.random.key(1), (2, 16, config.hidden_size)).at[..., 0].set(1.0)
     mlp = {name: params[name][3] for name in ("gate_proj", "up_proj", "down_proj")}
-    want = layers.MLP(dataclasses.replace(config, intermediate_size=config.expert_size)).apply({"params": mlp}, x)
+    want = layers.MLP(dataclasses.replace(config, intermediate_size=config.expert_size)).apply(
+        {"params": mlp}, x
+    )
     np.testing.assert_allclose(apply(params, x, config), want, atol=1e-5)
 
 
@@ -97,7 +121,9 @@ def test_route():
     router = random_params(CONFIG)["router"]
     probs = np.asarray(jax.nn.softmax(x @ router, axis=-1))
     raw, experts = moe.route(x, router, dataclasses.replace(CONFIG, norm_topk_prob=False))
-    np.testing.assert_array_equal(experts, np.argsort(-probs, axis=-1)[:, : CONFIG.experts_per_token])
+    np.testing.assert_array_equal(
+        experts, np.argsort(-probs, axis=-1)[:, : CONFIG.experts_per_token]
+    )
     np.testing.assert_allclose(raw, np.take_along_axis(probs, np.asarray(experts), -1), rtol=1e-5)
     normalised, _ = moe.route(x, router, CONFIG)
     np.testing.assert_allclose(normalised, raw / np.asarray(raw).sum(-1, keepdims=True), rtol=1e-5)
@@ -114,41 +140,61 @@ def test_zero_and_padding_rows_are_finite():
 
 @pytest.mark.parametrize(("j", "norm"), [(1, True), (2, False), (3, True), (4, True)])
 def test_replayed_experts_take_the_place_of_the_router_s(j, norm):
-    """Of a router that takes three: values and gradients are the dense form's, restricted to the given experts where any
-    are; the router's gradient is a finite difference's."""
+    """Of a router that takes three: values and gradients are the dense form's, restricted to the
+    given experts where any are; the router's gradient is a finite difference's.
+    """
     config = dataclasses.replace(CONFIG, experts_per_token=3, norm_topk_prob=norm)
-    params, x = random_params(config), jax.random.normal(jax.random.key(1), (3, 4, config.hidden_size))
-    given = np.argsort(np.random.default_rng(0).random((3, 4, config.num_experts)), axis=-1)[..., :j].astype(np.int16)
+    params = random_params(config)
+    x = jax.random.normal(jax.random.key(1), (3, 4, config.hidden_size))
+    given = np.argsort(np.random.default_rng(0).random((3, 4, config.num_experts)), axis=-1)[
+        ..., :j
+    ].astype(np.int16)
     free = np.arange(12).reshape(3, 4, 1) % 3 == 0
     direction = jax.random.normal(jax.random.key(2), x.shape)
 
     def replayed(params, x):
-        return layers.MoE(config).apply({"params": params}, x, replayed=jnp.where(free, -1, given).astype(jnp.int16))
+        return layers.MoE(config).apply(
+            {"params": params}, x, replayed=jnp.where(free, -1, given).astype(jnp.int16)
+        )
 
     def restricted(params, x):
         probs = jax.nn.softmax(x @ params["router"], axis=-1)
         own = probs >= jnp.sort(probs, axis=-1)[..., -3, None]
-        gates = jnp.where(jnp.where(free, own, jax.nn.one_hot(given, config.num_experts).any(-2)), probs, 0)
+        gates = jnp.where(
+            jnp.where(free, own, jax.nn.one_hot(given, config.num_experts).any(-2)), probs, 0
+        )
         gates = gates / gates.sum(-1, keepdims=True) if norm else gates
-        gate, up = (jnp.einsum("bsd,edf->bsef", x, params[name]) for name in ("gate_proj", "up_proj"))
+        gate, up = (
+            jnp.einsum("bsd,edf->bsef", x, params[name]) for name in ("gate_proj", "up_proj")
+        )
         return jnp.einsum("bsef,efd,bse->bsd", jax.nn.silu(gate) * up, params["down_proj"], gates)
 
     def value(f):
-        return jax.jit(jax.value_and_grad(lambda p, x: jnp.sum(f(p, x) * direction), argnums=(0, 1)))
+        return jax.jit(
+            jax.value_and_grad(lambda p, x: jnp.sum(f(p, x) * direction), argnums=(0, 1))
+        )
 
     (loss, got), (expected, want) = value(replayed)(params, x), value(restricted)(params, x)
     assert abs(loss - expected) < 1e-4
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), got, want)
     along = jax.random.normal(jax.random.key(3), params["router"].shape)
-    up, down = (value(replayed)(params | {"router": params["router"] + e * along}, x)[0] for e in (1e-2, -1e-2))
-    assert (up - down) / 2e-2 == pytest.approx(float(jnp.sum(got[0]["router"] * along)), rel=1e-2, abs=2e-3)
+    up, down = (
+        value(replayed)(params | {"router": params["router"] + e * along}, x)[0]
+        for e in (1e-2, -1e-2)
+    )
+    assert (up - down) / 2e-2 == pytest.approx(
+        float(jnp.sum(got[0]["router"] * along)), rel=1e-2, abs=2e-3
+    )
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4", "float8_e4m3fn"])
 def test_quantized_experts(dtype):
     params = random_params(CONFIG)
     x = jax.random.normal(jax.random.key(1), (2, 6, CONFIG.hidden_size))
-    few = {name: w if name == "router" else quantized.quantize(w, dtype, (-2,)) for name, w in params.items()}
+    few = {
+        name: w if name == "router" else quantized.quantize(w, dtype, (-2,))
+        for name, w in params.items()
+    }
     plain = {name: w if name == "router" else w.dequantize() for name, w in few.items()}
     np.testing.assert_allclose(apply(few, x, CONFIG), apply(plain, x, CONFIG), atol=1e-5)
     assert np.abs(apply(few, x, CONFIG) - apply(params, x, CONFIG)).max() > 1e-3
@@ -163,5 +209,7 @@ def test_tokens_that_are_not_live_change_nothing_for_the_others():
     for count in (0, 1, 7, 40):
         live = np.isin(np.arange(40), np.random.default_rng(count).permutation(40)[:count])
         poisoned = jnp.where(live[:, None, None], x, jnp.nan)
-        np.testing.assert_allclose(some(poisoned, live)[live], dense(params, x, config)[live], atol=1e-5)
+        np.testing.assert_allclose(
+            some(poisoned, live)[live], dense(params, x, config)[live], atol=1e-5
+        )
         assert not np.asarray(some(x, live))[~live].any()

@@ -11,11 +11,13 @@ import re
 import xml.etree.ElementTree
 
 import pytest
-
-from dcmdp_jax import cli, comparison, diagnose, metrics, report
-from dcmdp_jax.config import load_experiment
 from test_comparison import GAPS, SOURCES
 from test_report import CONFIG, ROWS, make_run
+
+from dcmdp_jax import cli, metrics
+from dcmdp_jax.config import load_experiment
+from dcmdp_jax.report import comparison, run_page
+from dcmdp_jax.tools import diagnose
 
 QUICKSTART = pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py"
 PLAIN = "word"
@@ -105,7 +107,7 @@ def elements(path):
 @pytest.mark.parametrize("word", ATTACKS.values(), ids=ATTACKS)
 def test_the_page_of_a_run_has_no_element_or_attribute_from_its_files(tmp_path, word):
     clean, attacked = (
-        elements(report.write(make(tmp_path / name, text)))
+        elements(run_page.write(make(tmp_path / name, text)))
         for name, text in (("a", PLAIN), ("b", word))
     )
     assert attacked == clean and len(clean) > 200
@@ -195,12 +197,13 @@ CASES = [
 )
 def test_a_number_that_is_none_is_named_with_its_file(tmp_path, capsys, name, path, wrong):
     """By both pages, but for parity.json, which the comparison does not show."""
-    folder, other = make(tmp_path / "a", PLAIN), make(tmp_path / "b", PLAIN)
+    folder = make(tmp_path / "a", PLAIN)
+    other = make(tmp_path / "b", PLAIN)
     lines = [with_value(files_of(PLAIN)[name], path, wrong)]
     if name.endswith("l"):
         lines = [files_of(PLAIN)[name], *lines, files_of(PLAIN)[name]]
     (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for runs in ([folder], [folder, other])[:1 if name == "parity.json" else 2]:
+    for runs in ([folder], [folder, other])[: 1 if name == "parity.json" else 2]:
         assert cli.main(["report", *map(str, runs)]) == 2
         said = capsys.readouterr().err
         place = f"{folder / name}: line 2" if name.endswith("l") else str(folder / name)
@@ -212,8 +215,13 @@ def test_a_number_that_is_none_is_named_with_its_file(tmp_path, capsys, name, pa
     assert not list(tmp_path.rglob("report.html"))
 
 
-TEXTS = [(name, path) for name, path in ((name, path) for name, record in files_of(PLAIN).items()
-                                         for path in paths(record, str)) if name != "config.json"]
+TEXTS = [
+    (name, path)
+    for name, path in (
+        (name, path) for name, record in files_of(PLAIN).items() for path in paths(record, str)
+    )
+    if name != "config.json"
+]
 
 
 @pytest.mark.parametrize("wrong", [7, None, True, ["<script>"], {"<b>": 1}], ids=repr)
@@ -228,8 +236,11 @@ def test_a_text_that_is_none_is_named_with_its_file(tmp_path, capsys, name, path
 
 
 @pytest.mark.parametrize("name", ["diagnose.json", "parity.json", "config.json"])
-@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[1]", b"\xe9", b"[" * 10**5, b"1" * 9999],
-                         ids=["empty", "cut", "null", "list", "bytes", "deep", "digits"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"null", b"[1]", b"\xe9", b"[" * 10**5, b"1" * 9999],
+    ids=["empty", "cut", "null", "list", "bytes", "deep", "digits"],
+)
 def test_a_file_that_is_no_object_is_one_sentence(tmp_path, capsys, name, content):
     folder = make(tmp_path, PLAIN)
     (folder / name).write_bytes(content)
@@ -248,7 +259,7 @@ def test_any_container_may_be_anything(tmp_path, name, empty):
         folder = make(tmp_path / str(i), PLAIN)
         (folder / name).write_text(json.dumps(with_value(record, path, empty)) + "\n")
         try:
-            Elements(report.write(folder).read_text())
+            Elements(run_page.write(folder).read_text())
         except ValueError as error:
             assert str(error).startswith(str(folder / name)), path
 
@@ -289,7 +300,7 @@ def test_a_step_that_is_none_is_named_with_its_line(tmp_path, step):
     with pytest.raises(
         ValueError, match=r"metrics\.jsonl: line 2 is not a row with a step; remove the line"
     ):
-        report.write(tmp_path)
+        run_page.write(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +333,7 @@ def test_a_step_that_is_none_is_named_with_its_line(tmp_path, step):
     ],
 )
 def test_odd_numbers_have_a_page_at_once(tmp_path, rows):
-    assert elements(report.write(make_run(tmp_path, rows)))
+    assert elements(run_page.write(make_run(tmp_path, rows)))
 
 
 def test_nan_and_infinity_spelt_in_the_file_have_a_page(tmp_path):
@@ -335,11 +346,11 @@ def test_nan_and_infinity_spelt_in_the_file_have_a_page(tmp_path):
         .replace("2.0", "Infinity")
     )
     (tmp_path / metrics.FILE).write_text(text)
-    page = report.write(tmp_path).read_text()
+    page = run_page.write(tmp_path).read_text()
     assert not re.search(r"\b(nan|inf)\b", re.sub(r"<pre>.*</pre>", "", page, flags=re.S))
 
 
-@pytest.mark.parametrize("names", report.NUMBERS, ids=".".join)
+@pytest.mark.parametrize("names", run_page.NUMBERS, ids=".".join)
 @pytest.mark.parametrize("wrong", [*WRONG.values(), -3], ids=[*WRONG, "negative"])
 def test_a_setting_that_is_no_number_is_named(tmp_path, capsys, names, wrong):
     config = with_value(CONFIG, names, wrong)
@@ -360,4 +371,4 @@ def test_a_bucket_without_tokens_is_named(tmp_path):
     with pytest.raises(
         ValueError, match=r"gaps\.jsonl: line 1: a position has no tokens; remove it"
     ):
-        report.write(folder)
+        run_page.write(folder)

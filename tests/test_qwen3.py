@@ -1,4 +1,6 @@
-"""The model against transformers, module by module; masks, packing, remat, precision and parameter trees."""
+"""The model against transformers, module by module; masks, packing, remat, precision and parameter
+trees.
+"""
 
 import dataclasses
 import functools
@@ -10,14 +12,15 @@ import pytest
 
 from dcmdp_jax import sharding
 from dcmdp_jax.config import MeshConfig
-from dcmdp_jax.models import attention, layers, qwen3, sizes, weights
+from dcmdp_jax.models import decoder, layers, sizes, weights
+from dcmdp_jax.models.kernels import attention
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import reference_hf  # noqa: E402
 
-LOGITS = jax.jit(qwen3.logits, static_argnames="config")
+LOGITS = jax.jit(decoder.logits, static_argnames="config")
 TOLERANCE = 2e-5  # absolute, float32
 
 
@@ -41,7 +44,9 @@ def loaded(tmp_path_factory):
 
 @functools.partial(jax.jit, static_argnames=("config", "sparse"))
 def layer_outputs(params, x, config, sparse) -> dict:
-    """What the modules of one layer put out, by their names in transformers; the layer itself is ""."""
+    """What the modules of one layer put out, by their names in transformers; the layer itself is
+    "".
+    """
     index = jnp.arange(x.shape[1])
 
     def attend(q, k, v):
@@ -72,12 +77,12 @@ def module_outputs(params, tokens, config) -> dict:
     ends = {"params": {name: leaf for name, leaf in params.items() if name != "stacks"}}
     x = layers.Ends(config).apply(ends, tokens, method="embed")
     seen = {"model.embed_tokens": x}
-    for i, tree in enumerate(qwen3.unstack(params, config)["stacks"]):
+    for i, tree in enumerate(decoder.unstack(params, config)["stacks"]):
         outputs = layer_outputs(tree, x, config, config.is_sparse(i))
         seen |= {f"model.layers.{i}{name}": output for name, output in outputs.items()}
         x = outputs[""]
     seen["model.norm"] = layers.Ends(config).apply(ends, x, method="norm")
-    seen["lm_head"] = qwen3.head(params, seen["model.norm"], config)
+    seen["lm_head"] = decoder.head(params, seen["model.norm"], config)
     return seen
 
 
@@ -87,15 +92,21 @@ def test_every_module_matches_transformers(case, loaded):
     tokens = reference_hf.tokens(case, 2, 40)
     want = reference_hf.outputs(model(case), tokens)
     got = module_outputs(params, tokens, config)
-    for name in sorted(got, key=list(want).index):  # as executed: the first to differ is the one at fault
-        np.testing.assert_allclose(got[name], want[name], atol=TOLERANCE, rtol=0, err_msg=f"{case}: {name}")
-    np.testing.assert_allclose(LOGITS(params, tokens, config), want["lm_head"], atol=TOLERANCE, rtol=0)
+    # as executed: the first to differ is the one at fault
+    for name in sorted(got, key=list(want).index):
+        np.testing.assert_allclose(
+            got[name], want[name], atol=TOLERANCE, rtol=0, err_msg=f"{case}: {name}"
+        )
+    np.testing.assert_allclose(
+        LOGITS(params, tokens, config), want["lm_head"], atol=TOLERANCE, rtol=0
+    )
 
 
 @pytest.mark.parametrize("case", ["bias", "yarn", "moe_top3"])
 def test_right_padding(case, loaded):
     config, params = loaded(case)
-    tokens, lengths = reference_hf.tokens(case, 3, 20), np.array([20, 7, 1])
+    tokens = reference_hf.tokens(case, 3, 20)
+    lengths = np.array([20, 7, 1])
     mask = (np.arange(20) < lengths[:, None]).astype(np.int32)
     want = reference_hf.logits(model(case), tokens, mask)
     for segment_ids in (None, mask):
@@ -121,24 +132,36 @@ def test_packed_rows_equal_separate_rows(case, loaded):
         np.testing.assert_allclose(got[row, here], want, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize(("case", "remat", "policy"), [
-    ("bias", False, None), ("moe_mlp_only", True, None), ("bias", True, jax.checkpoint_policies.dots_saveable)])
+@pytest.mark.parametrize(
+    ("case", "remat", "policy"),
+    [
+        ("bias", False, None),
+        ("moe_mlp_only", True, None),
+        ("bias", True, jax.checkpoint_policies.dots_saveable),
+    ],
+)
 def test_gradients_match_transformers(case, remat, policy, loaded):
     config, params = loaded(case)
     config = dataclasses.replace(config, remat=remat, remat_policy=policy)
     tokens = reference_hf.tokens(case, 2, 12)
 
     def loss(params):
-        logp = jax.nn.log_softmax(qwen3.logits(params, tokens, config))
+        logp = jax.nn.log_softmax(decoder.logits(params, tokens, config))
         return jnp.mean(jnp.take_along_axis(logp[:, :-1], tokens[:, 1:, None], -1))
 
     got = jax.jit(jax.grad(loss))(params)
     want = reference_hf.gradients(model(case), tokens)
-    for leaf, array in zip(jax.tree.leaves(weights.leaves(config)), jax.tree.leaves(got), strict=True):
+    for leaf, array in zip(
+        jax.tree.leaves(weights.leaves(config)), jax.tree.leaves(got), strict=True
+    ):
         for place, tensor in leaf.tensors.items():
             ours = tensor.stored(np.asarray(array[place]))
             np.testing.assert_allclose(
-                ours, want.pop(tensor.name), atol=TOLERANCE, rtol=0, err_msg=f"gradient of {tensor.name}"
+                ours,
+                want.pop(tensor.name),
+                atol=TOLERANCE,
+                rtol=0,
+                err_msg=f"gradient of {tensor.name}",
             )
     assert not want
 
@@ -159,11 +182,17 @@ def test_sharded_logits_equal_unsharded(case, loaded):
     if jax.device_count() < 8:
         pytest.skip("needs 8 devices; conftest.py simulates them")
     config, params = loaded(case)
-    parts = MeshConfig(fsdp=2, expert=2, tensor=2) if config.num_experts else MeshConfig(data=2, fsdp=2, tensor=2)
+    parts = (
+        MeshConfig(fsdp=2, expert=2, tensor=2)
+        if config.num_experts
+        else MeshConfig(data=2, fsdp=2, tensor=2)
+    )
     mesh = sharding.make_mesh(parts)
-    places = sharding.params(qwen3.logical_axes(config), mesh, sharding.TRAIN, params)
+    places = sharding.params(decoder.logical_axes(config), mesh, sharding.TRAIN, params)
     tokens = reference_hf.tokens(case, 8, 16)
-    got = LOGITS(jax.device_put(params, places), jax.device_put(tokens, sharding.split(mesh, 0)), config)
+    got = LOGITS(
+        jax.device_put(params, places), jax.device_put(tokens, sharding.split(mesh, 0)), config
+    )
     np.testing.assert_allclose(got, LOGITS(params, tokens, config), atol=TOLERANCE, rtol=0)
 
 
@@ -179,21 +208,31 @@ def test_a_token_sees_no_later_token(loaded):
 def test_trees_agree():
     mixed = dataclasses.replace(sizes.TINY_MOE, num_layers=4, decoder_sparse_step=2)
     for config in (sizes.TINY, sizes.TINY_MOE, mixed):
-        params = jax.eval_shape(lambda c=config: qwen3.init(jax.random.key(0), c))
-        named = jax.tree.map(lambda x, axes: len(axes) == x.ndim, params, qwen3.logical_axes(config))
+        params = jax.eval_shape(lambda c=config: decoder.init(jax.random.key(0), c))
+        named = jax.tree.map(
+            lambda x, axes: len(axes) == x.ndim, params, decoder.logical_axes(config)
+        )
         assert all(jax.tree.leaves(named))
-        contracted = jax.tree.map(lambda x, axes: x.size if axes else 0, params, qwen3.contracting_axes(config))
+        contracted = jax.tree.map(
+            lambda x, axes: x.size if axes else 0, params, decoder.contracting_axes(config)
+        )
         projections = sum(jax.tree.leaves(contracted))
         assert projections == sum(
-            x.size for path, x in jax.tree_util.tree_leaves_with_path(params) if "_proj" in jax.tree_util.keystr(path)
+            x.size
+            for path, x in jax.tree_util.tree_leaves_with_path(params)
+            if "_proj" in jax.tree_util.keystr(path)
         )
-        flat = jax.eval_shape(lambda p, c=config: qwen3.unstack(p, c), params)
+        flat = jax.eval_shape(lambda p, c=config: decoder.unstack(p, c), params)
         assert len(flat["stacks"]) == config.num_layers
-        assert sum(x.size for x in jax.tree.leaves(flat)) == sum(x.size for x in jax.tree.leaves(params))
+        assert sum(x.size for x in jax.tree.leaves(flat)) == sum(
+            x.size for x in jax.tree.leaves(params)
+        )
 
 
 def test_initial_values():
-    params = jax.jit(qwen3.init, static_argnums=(1, 2))(jax.random.key(0), sizes.TINY_MOE, jnp.float32)
+    params = jax.jit(decoder.init, static_argnums=(1, 2))(
+        jax.random.key(0), sizes.TINY_MOE, jnp.float32
+    )
     gate = params["stacks"][0]["moe"]["gate_proj"]
     assert np.std(gate) == pytest.approx(0.02, rel=0.05)
     assert not np.array_equal(gate[0], gate[1])
@@ -214,7 +253,7 @@ def test_initial_values():
     ],
 )
 def test_published_parameter_counts(config, billions):
-    params = jax.eval_shape(lambda: qwen3.init(jax.random.key(0), config))
+    params = jax.eval_shape(lambda: decoder.init(jax.random.key(0), config))
     assert sum(x.size for x in jax.tree.leaves(params)) == round(billions * 1e9)
     assert len(params["stacks"]) == 1
 
@@ -223,6 +262,6 @@ def test_stacked_and_unstacked_parameters_are_told_apart(loaded):
     config, params = loaded("dense")
     tokens = jnp.zeros((1, 4), jnp.int32)
     with pytest.raises(ValueError, match="unstack"):
-        qwen3.prefill(params, tokens, config)
+        decoder.prefill(params, tokens, config)
     with pytest.raises(ValueError, match="stacked"):
-        qwen3.hidden(qwen3.unstack(params, config), tokens, config)
+        decoder.hidden(decoder.unstack(params, config), tokens, config)

@@ -15,7 +15,7 @@ import time
 
 import pytest
 
-from dcmdp_jax import rollcall
+from dcmdp_jax.distributed import rendezvous
 
 WAITS = """
 import sys, time
@@ -51,10 +51,18 @@ def start(tmp_path):
     started = []
 
     def one(address, processes, process, limit=20, folder=tmp_path / "run", secret=""):
-        command = [sys.executable, "-c", WAITS, str(address), str(processes), str(process),
-                   str(limit), str(folder)]
+        command = [
+            sys.executable,
+            "-c",
+            WAITS,
+            str(address),
+            str(processes),
+            str(process),
+            str(limit),
+            str(folder),
+        ]
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        environment = os.environ | {rollcall.VARIABLE: secret}
+        environment = os.environ | {rendezvous.VARIABLE: secret}
         started.append(subprocess.Popen(command, text=True, env=environment, **pipes))
         return started[-1]
 
@@ -78,7 +86,11 @@ def test_all_there(port, start):
     assert [process.stdout.readline() for process in everybody] == ["go\n"] * 3
     with socket.create_server(("127.0.0.1", port)):
         pass  # the port is free for JAX's coordinator while the lines stay open
-    assert [ended(process, 0) for process in everybody if not print("done", file=process.stdin, flush=True)] == [""] * 3
+    assert [
+        ended(process, 0)
+        for process in everybody
+        if not print("done", file=process.stdin, flush=True)
+    ] == [""] * 3
 
 
 def test_the_missing_are_named_by_all(port, start):
@@ -88,32 +100,52 @@ def test_the_missing_are_named_by_all(port, start):
 
 
 def test_a_wrong_port_or_host_is_named(port, start):
-    assert f"process 1 found no process 0 at 127.0.0.1:{port} within 1 s (Connection refused)" in ended(
-        start(f"127.0.0.1:{port}", 2, 1, limit=1), 2)
-    assert "found no process 0 at no-such-host.invalid:1234 within 1 s (no such host name)" in ended(
-        start("no-such-host.invalid:1234", 2, 1, limit=1), 2)
+    assert (
+        f"process 1 found no process 0 at 127.0.0.1:{port} within 1 s (Connection refused)"
+        in ended(start(f"127.0.0.1:{port}", 2, 1, limit=1), 2)
+    )
+    assert (
+        "found no process 0 at no-such-host.invalid:1234 within 1 s (no such host name)"
+        in ended(start("no-such-host.invalid:1234", 2, 1, limit=1), 2)
+    )
     with socket.create_server(("127.0.0.1", port)) as other:
-        assert f"process 0 cannot listen on port {port} (Address already in use)" in ended(start(f"127.0.0.1:{port}", 2, 0), 2)
+        assert f"process 0 cannot listen on port {port} (Address already in use)" in ended(
+            start(f"127.0.0.1:{port}", 2, 0), 2
+        )
         caller = start(f"127.0.0.1:{port}", 2, 1)
         other.accept()[0].close()
-        assert f"process 1 reached 127.0.0.1:{port}, but what answers there is no process 0" in ended(caller, 2)
+        assert (
+            f"process 1 reached 127.0.0.1:{port}, but what answers there is no process 0"
+            in ended(caller, 2)
+        )
 
 
-@pytest.mark.parametrize("others, message", [
-    (((3, 1),), "was started as one of 3 processes, process 0 as one of 2"),
-    (((3, 1), (3, 1)), "process 1 has been started twice, on "),
-], ids=["numbers", "twice"])
+@pytest.mark.parametrize(
+    "others, message",
+    [
+        (((3, 1),), "was started as one of 3 processes, process 0 as one of 2"),
+        (((3, 1), (3, 1)), "process 1 has been started twice, on "),
+    ],
+    ids=["numbers", "twice"],
+)
 def test_processes_that_do_not_belong_together(port, start, others, message):
     count = 2 if len(others) == 1 else 3
-    everybody = [start(f"127.0.0.1:{port}", count, 0), *(start(f"127.0.0.1:{port}", *other) for other in others)]
+    everybody = [
+        start(f"127.0.0.1:{port}", count, 0),
+        *(start(f"127.0.0.1:{port}", *other) for other in others),
+    ]
     for process in everybody:
         assert message in ended(process, 2)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (("127.0.0.1", 2, 0), "the coordinator '127.0.0.1' is not HOST:PORT"),
-    (("127.0.0.1:http", 2, 0), "is not HOST:PORT"),
-    (("127.0.0.1:1", 2, 2), "process 2 is not one of 2 processes")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("127.0.0.1", 2, 0), "the coordinator '127.0.0.1' is not HOST:PORT"),
+        (("127.0.0.1:http", 2, 0), "is not HOST:PORT"),
+        (("127.0.0.1:1", 2, 2), "process 2 is not one of 2 processes"),
+    ],
+)
 def test_arguments(start, arguments, message):
     assert message in ended(start(*arguments), 2)
 
@@ -124,8 +156,10 @@ def test_a_lost_process_is_named_by_the_others(port, start, lost):
     assert [process.stdout.readline() for process in everybody] == ["go\n"] * 3
     everybody[lost].send_signal(signal.SIGKILL)
     name = f"process 0 at 127.0.0.1:{port}" if lost == 0 else f"process 1 on {socket.gethostname()}"
-    for process in everybody[:lost] + everybody[lost + 1:]:
-        assert f"dcmdp: {name} is gone; the same commands go on from the last checkpoint" in ended(process, 1)
+    for process in everybody[:lost] + everybody[lost + 1 :]:
+        assert f"dcmdp: {name} is gone; the same commands go on from the last checkpoint" in ended(
+            process, 1
+        )
 
 
 @pytest.mark.parametrize("asked", [0, 2])
@@ -134,7 +168,7 @@ def test_a_request_to_stop_reaches_all(port, start, asked):
     assert [process.stdout.readline() for process in everybody] == ["go\n"] * 3
     for process in everybody:
         print("stop" if process is everybody[asked] else "", file=process.stdin, flush=True)
-    for process in everybody[:asked] + everybody[asked + 1:]:
+    for process in everybody[:asked] + everybody[asked + 1 :]:
         assert ended(process, 0) == "stopping\n"
 
 
@@ -177,7 +211,7 @@ def greeting(secret, nonce, process=1, processes=2, host="here", **others):
 
 
 def secret_of(folder):
-    return (folder / rollcall.FILE).read_text()
+    return (folder / rendezvous.FILE).read_text()
 
 
 def without_proof(port, nonce, folder):
@@ -226,8 +260,10 @@ def test_a_stranger_is_refused_once_told_and_stops_nobody(port, start, tmp_path,
     assert [process.stdout.readline() for process in (first, second)] == ["go\n"] * 2
     for process in (first, second):
         print("done", file=process.stdin, flush=True)
-    told = ("dcmdp: a call from 127.0.0.1 without the run's secret was refused; more are counted "
-            "and not told\n")
+    told = (
+        "dcmdp: a call from 127.0.0.1 without the run's secret was refused; more are counted "
+        "and not told\n"
+    )
     assert ended(first, 0) == told and ended(second, 0) == ""
 
 
@@ -263,7 +299,7 @@ def test_a_dripping_greeting_ends_in_time(port, start):
             connection.sendall(b" ")
             time.sleep(0.2)
     took = time.monotonic() - began
-    assert rollcall.GREETING_SECONDS - 0.5 < took < rollcall.GREETING_SECONDS + 3
+    assert rendezvous.GREETING_SECONDS - 0.5 < took < rendezvous.GREETING_SECONDS + 3
     assert first.poll() is None
 
 
@@ -293,7 +329,7 @@ def test_strangers_are_counted_where_processes_are_missing(port, start):
 )
 def test_who_poses_as_process_0_is_not_believed(port, start, tmp_path, answers):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / rollcall.FILE).write_text("5" * 64)
+    (tmp_path / "run" / rendezvous.FILE).write_text("5" * 64)
     with socket.create_server(("127.0.0.1", port)) as impostor:
         caller = start(f"127.0.0.1:{port}", 2, 1)
         connection, _ = impostor.accept()
@@ -342,7 +378,9 @@ def test_the_secrets_file_is_private_and_gone_after_the_call(port, start, tmp_pa
     folder = tmp_path / "new" / "run"
     first = start(f"127.0.0.1:{port}", 2, 0, folder=folder)
     until(lambda: listening(port))
-    assert (folder / rollcall.FILE).stat().st_mode & 0o777 == 0o600 and len(secret_of(folder)) == 64
+    assert (folder / rendezvous.FILE).stat().st_mode & 0o777 == 0o600 and len(
+        secret_of(folder)
+    ) == 64
     second = start(f"127.0.0.1:{port}", 2, 1, folder=folder)
     assert [process.stdout.readline() for process in (first, second)] == ["go\n"] * 2
     until(lambda: not list(tmp_path.iterdir()))
@@ -351,7 +389,7 @@ def test_the_secrets_file_is_private_and_gone_after_the_call(port, start, tmp_pa
 @pytest.mark.parametrize("left", ["7" * 64, "7" * 30, ""], ids=["whole", "half", "empty"])
 def test_a_secret_that_a_killed_call_left_is_no_obstacle(port, start, tmp_path, left):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / rollcall.FILE).write_text(left)
+    (tmp_path / "run" / rendezvous.FILE).write_text(left)
     late = start(f"127.0.0.1:{port}", 2, 1)
     both = [start(f"127.0.0.1:{port}", 2, 0), late]
     assert [process.stdout.readline() for process in both] == ["go\n"] * 2
@@ -374,7 +412,7 @@ def test_secrets_that_differ_or_are_short_are_named(port, start, tmp_path):
     )
     folder = tmp_path / "not shared"
     said = ended(start(f"127.0.0.1:{port}", 2, 1, limit=1, folder=folder), 2)
-    assert f"process 1 finds no {folder / rollcall.FILE}" in said
+    assert f"process 1 finds no {folder / rendezvous.FILE}" in said
     assert "not on a file system shared" in said
     assert "; 1 call was refused without the run's secret" in ended(first, 2)
     assert "DCMDP_SECRET has 5 characters" in ended(

@@ -1,4 +1,6 @@
-"""Routing replay: recorded experts are used, the gate is differentiated, what is missing falls back."""
+"""Routing replay: recorded experts are used, the gate is differentiated, what is missing falls
+back.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,9 @@ def test_own_ids_are_a_fixed_point():
     np.testing.assert_array_equal(routing.replay_ids(x, ids), ids)
     p = np.exp(np.float64(x)) / np.exp(np.float64(x)).sum(-1, keepdims=True)
     top = np.take_along_axis(p, ids, -1)
-    np.testing.assert_allclose(routing.replay_weights(x, ids), top / top.sum(-1, keepdims=True), rtol=1e-5)
+    np.testing.assert_allclose(
+        routing.replay_weights(x, ids), top / top.sum(-1, keepdims=True), rtol=1e-5
+    )
     np.testing.assert_allclose(routing.replay_weights(x, ids, normalize=False), top, rtol=1e-5)
     result = routing.flips(x, ids[..., ::-1].copy(), np.ones((3, 5), bool))
     assert not np.any(result.per_layer) and result.any_layer == 0 and result.missing == 0
@@ -41,7 +45,8 @@ def test_missing_records_fall_back():
 @pytest.mark.parametrize("normalize", [True, False])
 def test_gradient_runs_through_the_gate(normalize):
     """Finite differences; with normalisation, logits of other experts get no gradient."""
-    x, ids = logits(2, (4, 8)), np.int32([[0, 1], [2, 3], [7, 4], [5, 1]])
+    x = logits(2, (4, 8))
+    ids = np.int32([[0, 1], [2, 3], [7, 4], [5, 1]])
 
     def weighted(x):
         return (routing.replay_weights(x, ids, normalize=normalize) * jnp.array([1.0, 3.0])).sum()
@@ -55,7 +60,9 @@ def test_gradient_runs_through_the_gate(normalize):
 
 
 def test_flips_by_hand():
-    """Two layers, one row of four tokens: one flips in both, one in layer 1, one is unrecorded, one is padding."""
+    """Two layers, one row of four tokens: one flips in both, one in layer 1, one is unrecorded, one
+    is padding.
+    """
     x = logits(3, (2, 1, 4, 6))
     ids = own_ids(x, 2)
     other = own_ids(-x, 2)

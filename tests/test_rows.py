@@ -31,28 +31,43 @@ def jsonl(path, *rows):
     return path
 
 
-@pytest.mark.parametrize("row, expected", [
-    ({"question": "q", "answer": "so <<1+1=2>>2\n#### 1,200"}, Example("q", "1,200", "set")),
-    ({"problem": "p", "solution": r"First \boxed{1}. Then \boxed{\frac{1}{2}}."},
-     Example("p", r"\frac{1}{2}", "set")),
-    ({"problem": "p", "solution": r"\boxed{1}", "answer": "2"}, Example("p", "2", "set")),
-    ({"question": "q", "answer": 70.0}, Example("q", "70", "set")),
-    ({"question": "q", "answer": 0.5}, Example("q", "0.5", "set")),
-    ({"question": "q", "answer": 0}, Example("q", "0", "set")),
-    ({"question": "q", "final_answer": ["$1,3$", 5.0], "solution": ["..."]},
-     Example("q", "$1,3$, 5", "set")),
-    ({"prompt": "p", "answer": "a"}, Example("p", "a", "set")),
-    (VERL, Example([{"role": "user", "content": "1+1?"}], "2", "math_dapo")),
-])
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        ({"question": "q", "answer": "so <<1+1=2>>2\n#### 1,200"}, Example("q", "1,200", "set")),
+        (
+            {"problem": "p", "solution": r"First \boxed{1}. Then \boxed{\frac{1}{2}}."},
+            Example("p", r"\frac{1}{2}", "set"),
+        ),
+        ({"problem": "p", "solution": r"\boxed{1}", "answer": "2"}, Example("p", "2", "set")),
+        ({"question": "q", "answer": 70.0}, Example("q", "70", "set")),
+        ({"question": "q", "answer": 0.5}, Example("q", "0.5", "set")),
+        ({"question": "q", "answer": 0}, Example("q", "0", "set")),
+        (
+            {"question": "q", "final_answer": ["$1,3$", 5.0], "solution": ["..."]},
+            Example("q", "$1,3$, 5", "set"),
+        ),
+        ({"prompt": "p", "answer": "a"}, Example("p", "a", "set")),
+        (VERL, Example([{"role": "user", "content": "1+1?"}], "2", "math_dapo")),
+    ],
+)
 def test_layouts(tmp_path, row, expected):
     assert data.read(jsonl(tmp_path / "set.jsonl", row)) == [expected]
 
 
-@pytest.mark.parametrize("name, count, first", [
-    ("math_eval/aime24", 30, "204"), ("math_eval/aime25", 30, "70"), ("math_eval/amc23", 40, "27"),
-    ("math_eval/math500", 500, r"\left( 3, \frac{\pi}{2} \right)"),
-    ("math_eval/minerva_math", 272, "1.6"),
-    ("math_eval/olympiadbench", 675, "2"), ("gsm8k/train", 7473, "72"), ("gsm8k/test", 1319, "18")])
+@pytest.mark.parametrize(
+    "name, count, first",
+    [
+        ("math_eval/aime24", 30, "204"),
+        ("math_eval/aime25", 30, "70"),
+        ("math_eval/amc23", 40, "27"),
+        ("math_eval/math500", 500, r"\left( 3, \frac{\pi}{2} \right)"),
+        ("math_eval/minerva_math", 272, "1.6"),
+        ("math_eval/olympiadbench", 675, "2"),
+        ("gsm8k/train", 7473, "72"),
+        ("gsm8k/test", 1319, "18"),
+    ],
+)
 @needs_shared
 def test_published_sets(name, count, first):
     examples = data.read(SHARED / f"{name}.jsonl")
@@ -82,23 +97,32 @@ def test_parquet_and_repeats(tmp_path, caplog):
     assert "2 of 4 problems repeat another" in caplog.text
 
 
-@pytest.mark.parametrize("name, content, error", [
-    ("a.jsonl", "", "is empty"),
-    ("a.jsonl", "\n\n", "is empty"),
-    ("a.csv", "x", "neither .jsonl nor .parquet"),
-    ("a.jsonl", '{"problem": "p", "answer": "1"}\n{"problem": ',
-     "a.jsonl line 2 is not valid JSON"),
-    ("a.jsonl", b'{"problem": "\xff"}', "a.jsonl line 1 is not valid JSON"),
-    ("a.jsonl", "[1]", "line 1 is not a JSON object"),
-    ("a.jsonl", '{"text": "p", "label": 1}',
-     r"line 1 gives no .*\['label', 'text'\]; known layouts: GSM8K .* verl"),
-    ("a.jsonl", '\n{"problem": "p"}', "line 2 gives no answer"),
-    ("a.jsonl", '{"problem": "p", "solution": "no box"}', "gives no answer"),
-    ("a.jsonl", '{"problem": "  ", "answer": "1"}', "gives no problem"),
-    ("a.jsonl", '{"prompt": [{"content": "q"}], "answer": "1"}', "gives no problem"),
-    ("a.jsonl", '{"prompt": "p", "reward_model": {}}', "gives no answer"),
-    ("a.parquet", "x", "not a readable Parquet file"),
-])
+@pytest.mark.parametrize(
+    "name, content, error",
+    [
+        ("a.jsonl", "", "is empty"),
+        ("a.jsonl", "\n\n", "is empty"),
+        ("a.csv", "x", "neither .jsonl nor .parquet"),
+        (
+            "a.jsonl",
+            '{"problem": "p", "answer": "1"}\n{"problem": ',
+            "a.jsonl line 2 is not valid JSON",
+        ),
+        ("a.jsonl", b'{"problem": "\xff"}', "a.jsonl line 1 is not valid JSON"),
+        ("a.jsonl", "[1]", "line 1 is not a JSON object"),
+        (
+            "a.jsonl",
+            '{"text": "p", "label": 1}',
+            r"line 1 gives no .*\['label', 'text'\]; known layouts: GSM8K .* verl",
+        ),
+        ("a.jsonl", '\n{"problem": "p"}', "line 2 gives no answer"),
+        ("a.jsonl", '{"problem": "p", "solution": "no box"}', "gives no answer"),
+        ("a.jsonl", '{"problem": "  ", "answer": "1"}', "gives no problem"),
+        ("a.jsonl", '{"prompt": [{"content": "q"}], "answer": "1"}', "gives no problem"),
+        ("a.jsonl", '{"prompt": "p", "reward_model": {}}', "gives no answer"),
+        ("a.parquet", "x", "not a readable Parquet file"),
+    ],
+)
 def test_bad_files(tmp_path, name, content, error):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=error):
@@ -115,16 +139,20 @@ def asked(content, **more):
 TEXT = {"type": "text", "text": "2+3?"}
 
 
-@pytest.mark.parametrize("row, expected", [
-    (asked([TEXT]), "2+3?"),
-    (asked([{"type": "text", "text": "What is "}, TEXT]), "What is 2+3?"),
-    (asked([TEXT | {"image": None}, {"type": "text", "text": ""}]), "2+3?"),
-    (asked("2+3?"), "2+3?"),
-])
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        (asked([TEXT]), "2+3?"),
+        (asked([{"type": "text", "text": "What is "}, TEXT]), "What is 2+3?"),
+        (asked([TEXT | {"image": None}, {"type": "text", "text": ""}]), "2+3?"),
+        (asked("2+3?"), "2+3?"),
+    ],
+)
 def test_contents_as_parts_are_joined(tmp_path, row, expected):
     want = [Example([{"role": "user", "content": expected}], "5", "set")]
     assert data.read(jsonl(tmp_path / "set.jsonl", row)) == want
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "set.parquet")
     assert data.read(tmp_path / "set.parquet") == want
 
@@ -211,13 +239,30 @@ def test_rows_that_would_be_trained_on_as_other_text_are_refused_by_line(tmp_pat
 ASKED = [{"role": "user", "content": "What's 2+3?"}]
 
 
-@pytest.mark.parametrize("content", [
-    ASKED, ASKED[0], [{"role": "system", "content": "s"}, *ASKED], [TEXT], TEXT, [TEXT, TEXT],
-    [{"index": 0, "content": "q", "role": "user"}], [{"type": "image_url", "image_url": "x"}]])
-@pytest.mark.parametrize("printed", [
-    str, lambda value: f" {value!r}\n", pprint.pformat,
-    lambda value: pprint.pformat(value, width=9),
-    lambda value: str(np.array(value, object)), lambda value: repr(np.array(value, object))])
+@pytest.mark.parametrize(
+    "content",
+    [
+        ASKED,
+        ASKED[0],
+        [{"role": "system", "content": "s"}, *ASKED],
+        [TEXT],
+        TEXT,
+        [TEXT, TEXT],
+        [{"index": 0, "content": "q", "role": "user"}],
+        [{"type": "image_url", "image_url": "x"}],
+    ],
+)
+@pytest.mark.parametrize(
+    "printed",
+    [
+        str,
+        lambda value: f" {value!r}\n",
+        pprint.pformat,
+        lambda value: pprint.pformat(value, width=9),
+        lambda value: str(np.array(value, object)),
+        lambda value: repr(np.array(value, object)),
+    ],
+)
 def test_messages_that_python_printed_are_refused_by_line(tmp_path, content, printed):
     """As prompts, and as what a user says."""
     for row, what in (
@@ -228,10 +273,20 @@ def test_messages_that_python_printed_are_refused_by_line(tmp_path, content, pri
             data.read(jsonl(tmp_path / "set.jsonl", row))
 
 
-@pytest.mark.parametrize("text", [
-    "{'a', 'b'} and {'c'}: how many?", "What does {'role': 'user'} print?", "{'a': 1}['a'] = ?",
-    "{'a', 'b'}", "[{'x': 1}]", "Sort [{'role': 1}] by role.", "['role': 2]", "{role: user}",
-    "{'role': 'user'} has how many keys?"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{'a', 'b'} and {'c'}: how many?",
+        "What does {'role': 'user'} print?",
+        "{'a': 1}['a'] = ?",
+        "{'a', 'b'}",
+        "[{'x': 1}]",
+        "Sort [{'role': 1}] by role.",
+        "['role': 2]",
+        "{role: user}",
+        "{'role': 'user'} has how many keys?",
+    ],
+)
 def test_texts_that_hold_dicts_are_problems(tmp_path, text):
     found = data.read(jsonl(tmp_path / "set.jsonl", asked(text), {"prompt": text, "answer": "1"}))
     assert [found[0].prompt[0]["content"], found[1].prompt] == [text, text]
@@ -243,7 +298,8 @@ def test_texts_that_hold_dicts_are_problems(tmp_path, text):
 )
 def test_golds_that_look_like_lists_or_nothing_are_kept(tmp_path, answer):
     assert data.read(jsonl(tmp_path / "set.jsonl", {"problem": "[1, 2]", "answer": answer})) == [
-        Example("[1, 2]", answer, "set")]
+        Example("[1, 2]", answer, "set")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -275,7 +331,8 @@ def test_lines_that_are_no_rows_are_refused_by_line(tmp_path, line):
     ],
 )
 def test_parquet_rows_are_refused_by_row(tmp_path, value, error):
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(
         pyarrow.Table.from_pylist([{"problem": "p", "answer": value}]), tmp_path / "a.parquet"
     )
@@ -284,7 +341,8 @@ def test_parquet_rows_are_refused_by_row(tmp_path, value, error):
 
 
 def test_a_date_in_a_message_is_refused_by_row(tmp_path):
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
     row = {
         "prompt": [{"role": "user", "content": "q", "when": datetime.date(2026, 1, 1)}],
         "answer": "1",

@@ -18,8 +18,12 @@ def keys(count, seed=0):
 
 
 def alike(count, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    return Sampling(jnp.full((count,), temperature, jnp.float32), jnp.full((count,), top_k, jnp.int32),
-                    jnp.full((count,), top_p, jnp.float32), jnp.full((count,), min_p, jnp.float32))
+    return Sampling(
+        jnp.full((count,), temperature, jnp.float32),
+        jnp.full((count,), top_k, jnp.int32),
+        jnp.full((count,), top_p, jnp.float32),
+        jnp.full((count,), min_p, jnp.float32),
+    )
 
 
 def exact(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -35,8 +39,15 @@ def exact(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return np.where(inside, p, 0) / p[inside].sum(), p[inside].sum()
 
 
-SUPPORTS = [dict(), dict(temperature=0.7), dict(temperature=1.6), dict(top_k=3), dict(top_p=0.8), dict(min_p=0.04),
-            dict(temperature=0.9, top_k=6, top_p=0.95, min_p=0.01)]
+SUPPORTS = [
+    dict(),
+    dict(temperature=0.7),
+    dict(temperature=1.6),
+    dict(top_k=3),
+    dict(top_p=0.8),
+    dict(min_p=0.04),
+    dict(temperature=0.9, top_k=6, top_p=0.95, min_p=0.01),
+]
 
 
 @functools.cache
@@ -49,7 +60,8 @@ def logits_of(size):
 @pytest.mark.parametrize("size", [8, 300])
 @pytest.mark.parametrize("how", SUPPORTS, ids=str)
 def test_chi_square_against_the_exact_distribution(how, size):
-    logits, draws = logits_of(size), 40_000
+    logits = logits_of(size)
+    draws = 40_000
     out = draw(jnp.tile(logits, (draws, 1)), keys(draws), alike(draws, **how))
     p, mass = exact(logits, **how)
     counts = np.bincount(out.token, minlength=size)
@@ -59,7 +71,8 @@ def test_chi_square_against_the_exact_distribution(how, size):
     expected = draws * np.append(p[~rare & (p > 0)], p[rare].sum())
     used = expected > 0
     freedom = used.sum() - 1
-    bound = freedom * (1 - 2 / (9 * freedom) + 3.09 * np.sqrt(2 / (9 * freedom))) ** 3  # 99.9 %, Wilson and Hilferty
+    # 99.9 %, Wilson and Hilferty
+    bound = freedom * (1 - 2 / (9 * freedom) + 3.09 * np.sqrt(2 / (9 * freedom))) ** 3
     assert np.sum((observed - expected)[used] ** 2 / expected[used]) < bound
     np.testing.assert_allclose(out.logp, np.log(p[out.token]), atol=2e-6)
     np.testing.assert_allclose(out.raw_logp, np.log(exact(logits)[0][out.token]), atol=2e-6)
@@ -68,28 +81,44 @@ def test_chi_square_against_the_exact_distribution(how, size):
 
 @pytest.mark.parametrize("size", [1, 50, 128, 1000])
 def test_the_support_is_the_sorted_one(size):
-    """Rows with settings of their own; whole-number logits tie, and a tie with the last kept token is kept."""
+    """Rows with settings of their own; whole-number logits tie, and a tie with the last kept token
+    is kept.
+    """
     rng = np.random.default_rng(size)
     rows = 64
     logits = rng.normal(size=(rows, size)).astype(np.float32) * 3
     logits[::2] = np.round(logits[::2])
-    settings = [dict(temperature=float(rng.uniform(0.5, 2)), top_k=int(rng.integers(0, size + 3)),
-                     top_p=float(rng.choice([1.0, 0.97, 0.731, 0.31])), min_p=float(rng.choice([0, 0, 0.03, 0.3])))
-                for _ in range(rows)]
+    settings = [
+        dict(
+            temperature=float(rng.uniform(0.5, 2)),
+            top_k=int(rng.integers(0, size + 3)),
+            top_p=float(rng.choice([1.0, 0.97, 0.731, 0.31])),
+            min_p=float(rng.choice([0, 0, 0.03, 0.3])),
+        )
+        for _ in range(rows)
+    ]
     how = Sampling(*(jnp.array([one[name] for one in settings]) for name in Sampling._fields))
     out = draw(jnp.asarray(logits), keys(rows), how)
     for i, one in enumerate(settings):
         p, mass = exact(logits[i], **one | {"top_k": min(one["top_k"], size)})
-        np.testing.assert_allclose([out.kept[i], out.logp[i]], [mass, np.log(p[out.token[i]])], atol=1e-5)
+        np.testing.assert_allclose(
+            [out.kept[i], out.logp[i]], [mass, np.log(p[out.token[i]])], atol=1e-5
+        )
 
 
 def test_chi_square_over_a_large_vocabulary():
     """Uniform over 151,936 ids, binned: neither race may favour any stretch of the vocabulary."""
-    size, draws, bins = 151_936, 512, 32
+    size = 151_936
+    draws = 512
+    bins = 32
     token = draw(jnp.zeros((draws, size)), keys(draws, 3), alike(draws)).token
-    for part in (np.asarray(token) * bins // size, np.asarray(token) % sampling.BLOCK * bins // sampling.BLOCK):
+    for part in (
+        np.asarray(token) * bins // size,
+        np.asarray(token) % sampling.BLOCK * bins // sampling.BLOCK,
+    ):
         counts = np.bincount(part, minlength=bins)
-        assert np.sum((counts - draws / bins) ** 2 / (draws / bins)) < 61.1  # 99.9 % quantile, 31 degrees of freedom
+        # 99.9 % quantile, 31 degrees of freedom
+        assert np.sum((counts - draws / bins) ** 2 / (draws / bins)) < 61.1
 
 
 def test_exponentials_have_their_moments_and_do_not_correlate_between_keys():
@@ -101,7 +130,8 @@ def test_exponentials_have_their_moments_and_do_not_correlate_between_keys():
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}], ids=str)
+    "how", [{}, {"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}], ids=str
+)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("size", [18, 300])
 def test_logits_that_are_not_finite_give_no_id_past_the_last_and_no_log_prob(size, bad, how):
@@ -114,7 +144,8 @@ def test_logits_that_are_not_finite_give_no_id_past_the_last_and_no_log_prob(siz
 
 def test_a_row_does_not_see_its_neighbours():
     logits = jax.random.normal(jax.random.key(1), (16, 40))
-    key, how = keys(16), alike(16)._replace(temperature=jnp.linspace(0.0, 2, 16), top_k=jnp.arange(16) % 5)
+    key = keys(16)
+    how = alike(16)._replace(temperature=jnp.linspace(0.0, 2, 16), top_k=jnp.arange(16) % 5)
     whole = sampling.sample(logits, key, how)
     order = jnp.array([5, 3, 11])
     part = sampling.sample(logits[order], key[order], jax.tree.map(lambda x: x[order], how))
@@ -123,7 +154,8 @@ def test_a_row_does_not_see_its_neighbours():
 
 
 def test_temperature_zero_is_greedy_with_the_plain_log_prob():
-    logits = jnp.round(jax.random.normal(jax.random.key(2), (64, 300)) * 2)  # with ties: the first wins, as in argmax
+    # with ties: the first wins, as in argmax
+    logits = jnp.round(jax.random.normal(jax.random.key(2), (64, 300)) * 2)
     out = sampling.sample(logits, keys(64), alike(64, temperature=0.0, top_k=1))
     np.testing.assert_array_equal(out.token, jnp.argmax(logits, -1))
     np.testing.assert_allclose(out.logp, jnp.max(jax.nn.log_softmax(logits), -1), atol=1e-6)

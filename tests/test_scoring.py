@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from dcmdp_jax.models import qwen3, scoring, sizes
 from random_params import random_params
 
-ROWS, COLUMNS = 3, 7  # 21 positions, no multiple of any tile
+from dcmdp_jax.models import decoder, sizes
+from dcmdp_jax.models.kernels import scoring
+
+ROWS = 3
+COLUMNS = 7  # 21 positions, no multiple of any tile
 
 
 def case(config, wanted_share=0.6):
@@ -35,7 +37,7 @@ def run(score, params, config, given):
 
 def plain(params, hidden, targets, wanted, config, temperature):
     """log_softmax of all the logits at once."""
-    logp = jax.nn.log_softmax(qwen3.head(params, hidden, config) / temperature)
+    logp = jax.nn.log_softmax(decoder.head(params, hidden, config) / temperature)
     entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
     logp = jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
     return jnp.where(wanted, logp, 0), jnp.where(wanted, entropy, 0)
@@ -50,10 +52,20 @@ def as_on_accelerators(monkeypatch):
 
 
 @pytest.mark.parametrize("config", [sizes.TINY, sizes.TINY_MOE], ids=["tied", "untied"])
-@pytest.mark.parametrize(("tokens", "width", "by_row"), [((1,), 500, False), ((5,), 500, False), ((8, 4, 1), 200, False),
-                                                        ((512,), 200, False), ((2,), 500, True)])
+@pytest.mark.parametrize(
+    ("tokens", "width", "by_row"),
+    [
+        ((1,), 500, False),
+        ((5,), 500, False),
+        ((8, 4, 1), 200, False),
+        ((512,), 200, False),
+        ((2,), 500, True),
+    ],
+)
 def test_tiles_change_nothing(config, tokens, width, by_row, monkeypatch):
-    """Whatever the tile, whether rows are scored as one or each by itself; parts of the vocabulary may overlap."""
+    """Whatever the tile, whether rows are scored as one or each by itself; parts of the vocabulary
+    may overlap.
+    """
     config = dataclasses.replace(config, vocab_size=500)
     params = random_params(config, 0.3, norms=1.0)
     monkeypatch.setattr(scoring, "CPU_TOKENS", tokens)
@@ -64,41 +76,66 @@ def test_tiles_change_nothing(config, tokens, width, by_row, monkeypatch):
     given = case(config)
     values, grads = run(with_entropy, params, config, given)
     expected, expected_grads = run(plain, params, config, given)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), (values, grads),
-                 (expected, expected_grads))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5),
+        (values, grads),
+        (expected, expected_grads),
+    )
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_none_or_all_wanted(share):
-    params, given = random_params(sizes.TINY, 0.3, norms=1.0), case(sizes.TINY, share)
+    params = random_params(sizes.TINY, 0.3, norms=1.0)
+    given = case(sizes.TINY, share)
     values, grads = run(with_entropy, params, sizes.TINY, given)
     expected, expected_grads = run(plain, params, sizes.TINY, given)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), (values, grads),
-                 (expected, expected_grads))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5),
+        (values, grads),
+        (expected, expected_grads),
+    )
 
 
 def test_what_is_not_wanted_is_not_computed(monkeypatch):
-    """Not-a-number at positions that nobody asks for reaches nothing, beyond the tile that the wanted ones fill."""
+    """Not-a-number at positions that nobody asks for reaches nothing, beyond the tile that the
+    wanted ones fill.
+    """
     params = random_params(sizes.TINY, 0.3, norms=1.0)
     hidden, targets, wanted, weight = case(sizes.TINY)
-    clean = run(with_entropy, params, sizes.TINY, (jnp.where(wanted[..., None], hidden, 0), targets, wanted, weight))
+    clean = run(
+        with_entropy,
+        params,
+        sizes.TINY,
+        (jnp.where(wanted[..., None], hidden, 0), targets, wanted, weight),
+    )
     monkeypatch.setattr(scoring, "CPU_TOKENS", (1,))
-    dirty = run(with_entropy, params, sizes.TINY, (jnp.where(wanted[..., None], hidden, jnp.nan), targets, wanted, weight))
+    dirty = run(
+        with_entropy,
+        params,
+        sizes.TINY,
+        (jnp.where(wanted[..., None], hidden, jnp.nan), targets, wanted, weight),
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), dirty, clean)
 
 
 def test_not_a_number_is_seen():
-    params, (hidden, targets, wanted, _) = random_params(sizes.TINY, 0.3, norms=1.0), case(sizes.TINY)
-    logp, _ = scoring.token_logp(params, hidden.at[0].set(jnp.nan), targets, wanted, sizes.TINY, 1.0)
+    params = random_params(sizes.TINY, 0.3, norms=1.0)
+    (hidden, targets, wanted, _) = case(sizes.TINY)
+    logp, _ = scoring.token_logp(
+        params, hidden.at[0].set(jnp.nan), targets, wanted, sizes.TINY, 1.0
+    )
     np.testing.assert_array_equal(np.isnan(logp), wanted & (jnp.arange(ROWS) == 0)[:, None])
 
 
 def test_bfloat16_rounds_operands_only():
     config = dataclasses.replace(sizes.TINY, bfloat16=True)
-    params, given = random_params(config, 0.3, norms=1.0), case(config)
+    params = random_params(config, 0.3, norms=1.0)
+    given = case(config)
     values, grads = run(with_entropy, params, config, given)
     expected, expected_grads = run(plain, params, config, given)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), values, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), values, expected
+    )
     for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
         assert got.dtype == want.dtype
         np.testing.assert_allclose(got, want, atol=2**-8 * max(np.abs(want).max(), 1e-30))
@@ -114,14 +151,19 @@ def test_never_more_logits_than_the_chunk(by_row, monkeypatch):
     hidden = jax.ShapeDtypeStruct((2, 2048, config.hidden_size), jnp.float32)
     targets = jax.ShapeDtypeStruct((2, 2048), jnp.int32)
     wanted = jax.ShapeDtypeStruct((2, 2048), bool)
-    grad = jax.grad(lambda p, h, t, w: jnp.sum(scoring.token_logp(p, h, t, w, config, 1.0)[0]), (0, 1))
+    grad = jax.grad(
+        lambda p, h, t, w: jnp.sum(scoring.token_logp(p, h, t, w, config, 1.0)[0]), (0, 1)
+    )
     jaxpr = jax.make_jaxpr(grad)(params, hidden, targets, wanted)
+
     def largest(jaxpr):
         for equation in jaxpr.eqns:
             for variable in equation.outvars:
                 if variable.aval.shape != params["embed"].shape:
                     yield int(np.prod(variable.aval.shape))
-            for value in jax.tree.leaves(equation.params, is_leaf=lambda v: hasattr(v, "jaxpr") or hasattr(v, "eqns")):
+            for value in jax.tree.leaves(
+                equation.params, is_leaf=lambda v: hasattr(v, "jaxpr") or hasattr(v, "eqns")
+            ):
                 inner = getattr(value, "jaxpr", value)
                 if hasattr(inner, "eqns"):
                     yield from largest(inner)
@@ -130,7 +172,9 @@ def test_never_more_logits_than_the_chunk(by_row, monkeypatch):
 
 
 def test_packed_tokens_score_as_rows_of_their_own():
-    """Two segments in a row: each completion's log-probs and the gradient of the tied table, which is read twice."""
+    """Two segments in a row: each completion's log-probs and the gradient of the tied table, which
+    is read twice.
+    """
     config = sizes.TINY
     params = random_params(config, 0.3, norms=1.0)
     rng = np.random.default_rng(0)
@@ -147,8 +191,8 @@ def test_packed_tokens_score_as_rows_of_their_own():
     def apart(params):
         parts = []
         for begin, end, first in ((0, 7, 2), (7, 12, 1)):
-            z = jax.nn.log_softmax(qwen3.logits(params, tokens[:, begin:end], config)[0] / 0.7)
-            parts.append(z[jnp.arange(first, end - begin - 1), tokens[0, begin + first + 1:end]])
+            z = jax.nn.log_softmax(decoder.logits(params, tokens[:, begin:end], config)[0] / 0.7)
+            parts.append(z[jnp.arange(first, end - begin - 1), tokens[0, begin + first + 1 : end]])
         logp = jnp.stack([parts[0], jnp.append(parts[1], 0)])
         return jnp.sum(logp), logp
 

@@ -1,4 +1,6 @@
-"""`dcmdp serve`: JetStream's own client stubs against the engine, and everything that may go wrong between them."""
+"""`dcmdp serve`: JetStream's own client stubs against the engine, and everything that may go wrong
+between them.
+"""
 
 import asyncio
 import contextlib
@@ -15,13 +17,30 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import numpy as np
 import pytest
+from jetstream.core.proto import jetstream_pb2, jetstream_pb2_grpc
+from serving import (
+    GREEDY,
+    MODEL,
+    NEW,
+    POSITIONS,
+    PROMPT,
+    SLOTS,
+    STEPS,
+    VOCABULARY,
+    Gate,
+    fail,
+    greedy,
+    long_prompts,
+    make_engine,
+    make_params,
+    make_prompts,
+    make_weights,
+    until,
+)
 
 from dcmdp_jax import cli, tokenizer
 from dcmdp_jax.models import weights
-from dcmdp_jax.rollout import serve
-from jetstream.core.proto import jetstream_pb2, jetstream_pb2_grpc
-from serving import (GREEDY, MODEL, NEW, POSITIONS, PROMPT, SLOTS, STEPS, VOCABULARY, Gate, fail, greedy, long_prompts,
-                     make_engine, make_params, make_prompts, make_weights, until)
+from dcmdp_jax.serving import server
 
 
 @pytest.fixture(scope="module")
@@ -41,27 +60,29 @@ def started(loop):
     running = []
 
     def start(vocabulary=VOCABULARY, waiting=200, rpcs=300):
-        driver = serve.Driver(make_engine(), make_weights(), waiting=waiting, sampling=GREEDY)
+        driver = server.Driver(make_engine(), make_weights(), waiting=waiting, sampling=GREEDY)
 
         async def run():
-            server, port = serve.listen("127.0.0.1", 0, rpcs)
-            servicer = serve.Orchestrator(driver, vocabulary, PROMPT)
-            serve.add(servicer, server)
-            await server.start()
-            return server, port
+            grpc_server, port = server.listen("127.0.0.1", 0, rpcs)
+            servicer = server.Orchestrator(driver, vocabulary, PROMPT)
+            server.add(servicer, grpc_server)
+            await grpc_server.start()
+            return grpc_server, port
 
-        server, port = asyncio.run_coroutine_threadsafe(run(), loop).result()
-        running.append((driver, server))
+        grpc_server, port = asyncio.run_coroutine_threadsafe(run(), loop).result()
+        running.append((driver, grpc_server))
         return driver, port
 
     yield start
-    for driver, server in running:
-        asyncio.run_coroutine_threadsafe(server.stop(None), loop).result()
+    for driver, grpc_server in running:
+        asyncio.run_coroutine_threadsafe(grpc_server.stop(None), loop).result()
         assert driver.stop(timeout=60)
 
 
 def connect(port):
-    return grpc.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.use_local_subchannel_pool", 1)])
+    return grpc.insecure_channel(
+        f"127.0.0.1:{port}", options=[("grpc.use_local_subchannel_pool", 1)]
+    )
 
 
 def tokens_request(tokens, max_tokens=NEW, **fields):
@@ -80,7 +101,12 @@ def decode(port, request, timeout=120):
         call = jetstream_pb2_grpc.OrchestratorStub(channel).Decode(request, timeout=timeout)
         samples = [reply.stream_content.samples[0] for reply in call]
         version = int(dict(call.trailing_metadata())["dcmdp-version"])
-    return [token for s in samples for token in s.token_ids], "".join(s.text for s in samples), len(samples), version
+    return (
+        [token for s in samples for token in s.token_ids],
+        "".join(s.text for s in samples),
+        len(samples),
+        version,
+    )
 
 
 def received(call):
@@ -106,11 +132,17 @@ def test_token_requests_get_the_argmax_of_the_full_forward(started):
     """Ragged prompts, more at a time than slots; the stop token is the last id."""
     driver, port = started()
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda prompt: decode(port, tokens_request(prompt)), make_prompts()))
+        answers = list(
+            pool.map(lambda prompt: decode(port, tokens_request(prompt)), make_prompts())
+        )
     assert [tokens for tokens, *_ in answers] == greedy()
     assert all(text == "" and version == 0 for _, text, _, version in answers)
-    assert all(messages == -(-len(tokens) // STEPS) for tokens, _, messages, _ in answers), "a message a dispatch"
-    assert {len(tokens) for tokens in greedy()} != {NEW} and long_prompts(), "some completions stop, some do not"
+    assert all(messages == -(-len(tokens) // STEPS) for tokens, _, messages, _ in answers), (
+        "a message a dispatch"
+    )
+    assert {len(tokens) for tokens in greedy()} != {NEW} and long_prompts(), (
+        "some completions stop, some do not"
+    )
     assert healthy(port) and driver.running == driver.waiting == 0
 
 
@@ -124,6 +156,7 @@ def test_text_requests_get_text_without_the_stop_token(started):
 
 def test_text_that_looks_like_a_byte_stays_text(started):
     """JetStream would turn a piece `<0x41>` into A."""
+
     class Fixed(tokenizer.Characters):
         def decode(self, ids):
             return "<0x41>" * len(ids)
@@ -138,17 +171,27 @@ def test_text_that_looks_like_a_byte_stays_text(started):
 BAD = {
     "empty": (tokens_request([]), "the prompt is empty"),
     "empty text": (text_request(""), "the prompt is empty"),
-    "over-long": (tokens_request([2] * (PROMPT + 1)),
-                  f"has {PROMPT + 1} tokens and this server takes {PROMPT}"),
-    "over-long text": (text_request("a" * 1000), f"has 1000 characters; the {PROMPT} tokens that "
-                       f"this server takes hold {PROMPT} at most"),
+    "over-long": (
+        tokens_request([2] * (PROMPT + 1)),
+        f"has {PROMPT + 1} tokens and this server takes {PROMPT}",
+    ),
+    "over-long text": (
+        text_request("a" * 1000),
+        f"has 1000 characters; the {PROMPT} tokens that this server takes hold {PROMPT} at most",
+    ),
     "one character too many": (text_request("a" * (PROMPT + 1)), f"has {PROMPT + 1} characters"),
-    "out of vocabulary": (tokens_request([2, 37, 3]), "token id 37 is outside the vocabulary; ids go from 0 to 36"),
+    "out of vocabulary": (
+        tokens_request([2, 37, 3]),
+        "token id 37 is outside the vocabulary; ids go from 0 to 36",
+    ),
     "negative": (tokens_request([2, -3]), "token id -3 is outside the vocabulary"),
     "text outside the alphabet": (text_request("A"), "is not in the alphabet"),
     "no new tokens": (tokens_request([2], 0), "max_tokens is 0; it must be at least 1"),
     "fewer than none": (tokens_request([2], -5), "max_tokens is -5"),
-    "more than fit": (tokens_request([2] * 10, POSITIONS - 9), f"after 10 prompt tokens at most {POSITIONS - 10} fit"),
+    "more than fit": (
+        tokens_request([2] * 10, POSITIONS - 9),
+        f"after 10 prompt tokens at most {POSITIONS - 10} fit",
+    ),
     "far too many": (tokens_request([2], 2**31 - 1), "at most 63 fit"),
     "nothing": (jetstream_pb2.DecodeRequest(max_tokens=3), "the request has no content"),
     "session": (tokens_request([2], session_cache="x"), "session_cache is not kept"),
@@ -157,19 +200,31 @@ BAD = {
 
 def test_what_cannot_be_answered_is_refused_in_one_sentence(started, monkeypatch):
     driver, port = started()
-    monkeypatch.setattr(driver, "submit", lambda request: pytest.fail("a bad request reached the queue"))
+    monkeypatch.setattr(
+        driver, "submit", lambda request: pytest.fail("a bad request reached the queue")
+    )
     for name, (request, sentence) in BAD.items():
         code, details = refusal(port, request)
-        assert code == grpc.StatusCode.INVALID_ARGUMENT and sentence in details and "\n" not in details, name
-    code, details = refusal(port, text_request("a" * serve.BODY))
+        assert (
+            code == grpc.StatusCode.INVALID_ARGUMENT and sentence in details and "\n" not in details
+        ), name
+    code, details = refusal(port, text_request("a" * server.BODY))
     assert code == grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details
     monkeypatch.undo()
     assert decode(port, tokens_request([2] * 10, POSITIONS - 10))[0][:1] and healthy(port)
 
 
-@pytest.mark.parametrize("data", [
-    b"\xff\xff\xff", b"\x0a\x05ab", b"\x08\x01\x9a\x01\xff\xff\xff\xff\x0f", b"\x00",
-    b"\x12\x04\x0a\x02\xc3\x28", b"\x2b"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff\xff\xff",
+        b"\x0a\x05ab",
+        b"\x08\x01\x9a\x01\xff\xff\xff\xff\x0f",
+        b"\x00",
+        b"\x12\x04\x0a\x02\xc3\x28",
+        b"\x2b",
+    ],
+)
 def test_what_is_no_message_is_an_invalid_argument(started, data):
     """Broken lengths, tags and UTF-8; a message cut short. The server goes on."""
     _, port = started()
@@ -198,21 +253,27 @@ def test_a_text_too_long_to_fit_is_refused_before_it_is_encoded(started):
 
     _, port = started(vocabulary=Pairs(VOCABULARY.alphabet))
     code, details = refusal(port, text_request("a" * (2 * PROMPT + 1)))
-    assert (code, details) == (grpc.StatusCode.INVALID_ARGUMENT, (
-        f"the text has {2 * PROMPT + 1} characters; the {PROMPT} tokens that this server takes "
-        f"hold {2 * PROMPT} at most; shorten it"))
+    assert (code, details) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        (
+            f"the text has {2 * PROMPT + 1} characters; the {PROMPT} tokens that this server takes "
+            f"hold {2 * PROMPT} at most; shorten it"
+        ),
+    )
     assert decode(port, text_request("a" * 2 * PROMPT, 1))[0]
 
 
 def test_long_texts_hold_up_neither_health_nor_short_texts(started):
     """They are encoded one at a time, beside the loop."""
-    going, held, most = threading.Event(), [], []
+    going = threading.Event()
+    held = []
+    most = []
 
     class Slow(tokenizer.Characters):
-        longest = serve.BODY
+        longest = server.BODY
 
         def encode(self, text):
-            if len(text) > serve.LONG_TEXT:
+            if len(text) > server.LONG_TEXT:
                 held.append(text)
                 most.append(len(held))
                 assert going.wait(60)
@@ -221,7 +282,7 @@ def test_long_texts_hold_up_neither_health_nor_short_texts(started):
 
     _, port = started(vocabulary=Slow(VOCABULARY.alphabet))
     with ThreadPoolExecutor(8) as pool:
-        request = text_request("a" * (serve.LONG_TEXT + 1))
+        request = text_request("a" * (server.LONG_TEXT + 1))
         long = [pool.submit(refusal, port, request) for _ in range(8)]
         until(lambda: held)
         assert healthy(port) and decode(port, text_request("a" * PROMPT, 1))[0]
@@ -239,7 +300,8 @@ def test_two_thousand_calls_at_once_are_served_or_refused_none_dropped(started, 
     with contextlib.ExitStack() as open_channels:
         opened = [open_channels.enter_context(connect(port)) for _ in range(channels)]
         stubs = [jetstream_pb2_grpc.OrchestratorStub(channel) for channel in opened]
-        request, expected = tokens_request(make_prompts()[0]), greedy()[0]
+        request = tokens_request(make_prompts()[0])
+        expected = greedy()[0]
         calls = [stubs[i % channels].Decode(request, timeout=120) for i in range(2000)]
         for call in calls:
             with contextlib.suppress(grpc.RpcError):
@@ -252,7 +314,9 @@ def test_two_thousand_calls_at_once_are_served_or_refused_none_dropped(started, 
 def test_text_is_refused_without_a_tokenizer(started):
     _, port = started(vocabulary=None)
     assert refusal(port, text_request("abc")) == (
-        grpc.StatusCode.INVALID_ARGUMENT, "this server has no tokenizer; send token_content")
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "this server has no tokenizer; send token_content",
+    )
     assert decode(port, tokens_request(make_prompts()[1]))[0] == greedy()[1]
 
 
@@ -260,7 +324,8 @@ def test_text_is_refused_without_a_tokenizer(started):
 def test_a_full_server_refuses_and_recovers(started, monkeypatch, limits):
     gate = Gate(monkeypatch, make_engine())
     driver, port = started(**limits)
-    request, expected = tokens_request(make_prompts()[1]), greedy()[1]
+    request = tokens_request(make_prompts()[1])
+    expected = greedy()[1]
     with ThreadPoolExecutor(SLOTS + 2) as pool:
         held = [pool.submit(decode, port, request) for _ in range(SLOTS + 2)]
         until(lambda: driver.running + driver.waiting == SLOTS + 2)
@@ -273,39 +338,64 @@ def test_a_full_server_refuses_and_recovers(started, monkeypatch, limits):
 def test_requests_after_stop_are_refused(started):
     driver, port = started()
     driver.stop()
-    assert refusal(port, tokens_request([2]))[0] == grpc.StatusCode.UNAVAILABLE and not healthy(port)
+    assert refusal(port, tokens_request([2]))[0] == grpc.StatusCode.UNAVAILABLE and not healthy(
+        port
+    )
 
 
-@pytest.mark.parametrize("options, sentence", [
-    ({"slots": 0}, "--slots is 0"), ({"waiting": -1}, "--queue is -1"),
-    ({"steps": 0}, "--steps is 0"), ({"seed": -1}, "--seed is -1"),
-    ({"seed": 2**32}, "--seed is 4294967296"), ({"grace": -1}, "--grace is -1"),
-    ({"grace": float("nan")}, "--grace is nan"), ({"grace": float("inf")}, "--grace is inf"),
-    ({"port": 65536}, "--port is 65536"),
-    ({}, "model folder .*absent does not exist; give a Hugging Face model folder"),
-])
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"slots": 0}, "--slots is 0"),
+        ({"waiting": -1}, "--queue is -1"),
+        ({"steps": 0}, "--steps is 0"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"seed": 2**32}, "--seed is 4294967296"),
+        ({"grace": -1}, "--grace is -1"),
+        ({"grace": float("nan")}, "--grace is nan"),
+        ({"grace": float("inf")}, "--grace is inf"),
+        ({"port": 65536}, "--port is 65536"),
+        ({}, "model folder .*absent does not exist; give a Hugging Face model folder"),
+    ],
+)
 def test_a_bad_option_is_refused_before_anything_is_read(tmp_path, options, sentence):
     with pytest.raises(ValueError, match=sentence):
-        serve.run(str(tmp_path / "absent"), **options)
+        server.run(str(tmp_path / "absent"), **options)
 
 
-@pytest.mark.parametrize("options, sentence", [
-    (["--max-length", "513"], "--max-length is 513; it must lie in 2..512, the positions of the model"),
-    (["--max-length", "1"], "--max-length is 1; it must lie in 2..512"),
-    (["--max-prompt", "512"], "--max-prompt is 512; it must be at least 1 and less than --max-length, 512"),
-    (["--max-prompt", "0"], "--max-prompt is 0"),
-    (["--max-prompt", "40", "--max-length", "40"], "less than --max-length, 40"),
-])
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (
+            ["--max-length", "513"],
+            "--max-length is 513; it must lie in 2..512, the positions of the model",
+        ),
+        (["--max-length", "1"], "--max-length is 1; it must lie in 2..512"),
+        (
+            ["--max-prompt", "512"],
+            "--max-prompt is 512; it must be at least 1 and less than --max-length, 512",
+        ),
+        (["--max-prompt", "0"], "--max-prompt is 0"),
+        (["--max-prompt", "40", "--max-length", "40"], "less than --max-length, 40"),
+    ],
+)
 def test_lengths_beyond_the_model_are_refused(folder, capfd, options, sentence):
     assert cli.main(["serve", str(folder), "--port", "0", *options]) == 2
     assert sentence in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("given, taken", [
-    ((None, None, 40_960), (1024, 2048)), ((None, None, 1024), (512, 1024)), ((700, None, 1024), (700, 1024)),
-    ((None, 4096, 40_960), (2048, 4096)), ((2, 3, 3), (2, 3))])
+@pytest.mark.parametrize(
+    "given, taken",
+    [
+        ((None, None, 40_960), (1024, 2048)),
+        ((None, None, 1024), (512, 1024)),
+        ((700, None, 1024), (700, 1024)),
+        ((None, 4096, 40_960), (2048, 4096)),
+        ((2, 3, 3), (2, 3)),
+    ],
+)
 def test_lengths_not_given_follow_the_model(given, taken):
-    assert serve._lengths(*given) == taken
+    assert server._lengths(*given) == taken
 
 
 # Clients that leave
@@ -313,18 +403,27 @@ def test_lengths_not_given_follow_the_model(given, taken):
 
 def test_a_hundred_clients_some_of_whom_misbehave(started, monkeypatch):
     """Good ones get the right answer; slots and queue are empty afterwards."""
-    engine, (driver, port) = make_engine(), started()
-    evicted, evict, generate = [], engine.evict, engine.generate
-    monkeypatch.setattr(engine, "evict", lambda state, slots: evicted.extend(slots) or evict(state, slots))
+    engine = make_engine()
+    (driver, port) = started()
+    evicted = []
+    evict = engine.evict
+    generate = engine.generate
+    monkeypatch.setattr(
+        engine, "evict", lambda state, slots: evicted.extend(slots) or evict(state, slots)
+    )
     # slow enough to be left in the midst
     monkeypatch.setattr(engine, "generate", lambda *a, **kw: time.sleep(0.01) or generate(*a, **kw))
-    prompts, expected, bad = make_prompts(), greedy(), list(itertools.islice(itertools.cycle(BAD.values()), 25))
+    prompts = make_prompts()
+    expected = greedy()
+    bad = list(itertools.islice(itertools.cycle(BAD.values()), 25))
 
     def client(number):
-        kind, prompt = number % 4, number % len(prompts)
+        kind = number % 4
+        prompt = number % len(prompts)
         with connect(port) as channel:
             call = jetstream_pb2_grpc.OrchestratorStub(channel).Decode(
-                bad[number // 4][0] if kind == 3 else tokens_request(prompts[prompt]), timeout=300)
+                bad[number // 4][0] if kind == 3 else tokens_request(prompts[prompt]), timeout=300
+            )
             if kind == 0:
                 return received(call) == expected[prompt]
             if kind == 3:
@@ -349,7 +448,9 @@ def test_a_connection_that_closes_frees_its_slot(started, monkeypatch):
     driver, port = started()
     gate = Gate(monkeypatch, make_engine())
     channel = connect(port)
-    call = jetstream_pb2_grpc.OrchestratorStub(channel).Decode(tokens_request(make_prompts()[long_prompts()[0]]))
+    call = jetstream_pb2_grpc.OrchestratorStub(channel).Decode(
+        tokens_request(make_prompts()[long_prompts()[0]])
+    )
     until(lambda: gate.calls == 1)
     channel.close()
     until(lambda: driver._held[0] is not None and driver._held[0].request.gone())
@@ -359,9 +460,11 @@ def test_a_connection_that_closes_frees_its_slot(started, monkeypatch):
 
 
 def test_an_event_loop_that_closes_is_a_client_that_left():
-    """The orchestrator called in-process, without gRPC, ends with its event loop in the middle of a completion."""
-    driver = serve.Driver(make_engine(), make_weights(), waiting=9, sampling=GREEDY)
-    servicer = serve.Orchestrator(driver, VOCABULARY, PROMPT)
+    """The orchestrator called in-process, without gRPC, ends with its event loop in the middle of a
+    completion.
+    """
+    driver = server.Driver(make_engine(), make_weights(), waiting=9, sampling=GREEDY)
+    servicer = server.Orchestrator(driver, VOCABULARY, PROMPT)
     number = long_prompts()[0]
 
     async def first():
@@ -369,7 +472,9 @@ def test_an_event_loop_that_closes_is_a_client_that_left():
             return list(reply.stream_content.samples[0].token_ids)
 
     async def whole():
-        return received([reply async for reply in servicer.Decode(tokens_request(make_prompts()[number]))])
+        return received(
+            [reply async for reply in servicer.Decode(tokens_request(make_prompts()[number]))]
+        )
 
     assert asyncio.run(first()) == greedy()[number][:STEPS]
     until(lambda: driver.running == 0)
@@ -389,7 +494,11 @@ def test_three_faults_in_a_row_are_unhealthy_until_one_round_succeeds(started, m
         broken.setattr(make_engine(), "generate", fail)
         for healthy_still in (True, True, False):
             code, details = refusal(port, request)
-            assert code == grpc.StatusCode.INTERNAL and "FloatingPointError" in details and "injected" not in details
+            assert (
+                code == grpc.StatusCode.INTERNAL
+                and "FloatingPointError" in details
+                and "injected" not in details
+            )
             assert healthy(port) == healthy_still
     assert decode(port, request)[0] == greedy()[1] and healthy(port)
 
@@ -409,11 +518,18 @@ def test_a_completion_that_cannot_be_decoded_fails_alone(started):
 
 
 def test_nothing_of_jetstreams_driver_runs(started, monkeypatch):
-    """Its threads kill the process over any exception; its `delete_pytree` calls `jax.tree_map`, which is no more."""
-    stock = serve.orchestrator
-    for owner, name in ((stock.os, "kill"), (stock, "delete_pytree"), (stock.Driver, "__init__"),
-                        (stock.JetThread, "run"), (stock.token_utils, "process_result_tokens"),
-                        (stock.token_utils, "pad_tokens")):
+    """Its threads kill the process over any exception; its `delete_pytree` calls `jax.tree_map`,
+    which is no more.
+    """
+    stock = server.orchestrator
+    for owner, name in (
+        (stock.os, "kill"),
+        (stock, "delete_pytree"),
+        (stock.Driver, "__init__"),
+        (stock.JetThread, "run"),
+        (stock.token_utils, "process_result_tokens"),
+        (stock.token_utils, "pad_tokens"),
+    ):
         monkeypatch.setattr(owner, name, fail)
     _, port = started()
     with monkeypatch.context() as broken:
@@ -437,31 +553,43 @@ def test_an_answer_names_the_version_of_its_weights(started):
 def test_it_listens_to_this_machine_alone(started):
     _, port = started()
     socket.create_connection(("127.0.0.1", port), timeout=5).close()
-    with pytest.raises(ConnectionRefusedError):  # an address of the machine that a server bound to all would answer
+    # an address of the machine that a server bound to all would answer
+    with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", port), timeout=5)
-    assert serve.run.__kwdefaults__["host"] == "127.0.0.1"
+    assert server.run.__kwdefaults__["host"] == "127.0.0.1"
 
 
-@pytest.mark.parametrize("host, reason", [("127.0.0.1", "Address already in use"), ("localhost", "Address already in use"),
-                                          ("192.0.2.1", "Cannot assign requested address"), ("a host", "not known")])
+@pytest.mark.parametrize(
+    "host, reason",
+    [
+        ("127.0.0.1", "Address already in use"),
+        ("localhost", "Address already in use"),
+        ("192.0.2.1", "Cannot assign requested address"),
+        ("a host", "not known"),
+    ],
+)
 def test_an_address_that_cannot_be_had_is_said_in_one_sentence(started, loop, capfd, host, reason):
     """gRPC writes nothing above it."""
     _, port = started()
 
     async def again():
-        serve.listen(host, port, 10)
+        server.listen(host, port, 10)
 
-    with pytest.raises(OSError, match=f"cannot listen on {host}:{port} \\(.*{reason}\\); choose another --port or --host"):
+    with pytest.raises(
+        OSError,
+        match=f"cannot listen on {host}:{port} \\(.*{reason}\\); choose another --port or --host",
+    ):
         asyncio.run_coroutine_threadsafe(again(), loop).result()
     assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
-    "host", ["\udcff", "a" * 300, "a..b"], ids=["bytes", "long", "empty label"])
+    "host", ["\udcff", "a" * 300, "a..b"], ids=["bytes", "long", "empty label"]
+)
 def test_what_is_no_host_name_is_said_in_one_sentence(host):
     said = "is no host name; give one, or an address|cannot listen on"
     with pytest.raises((ValueError, OSError), match=said):
-        serve.listen(host, 0, 10)
+        server.listen(host, 0, 10)
 
 
 @pytest.mark.parametrize("prompt", ["\udcff", "a\ud800b"])
@@ -526,13 +654,17 @@ def served(folder, grace):
             process.kill()
 
 
-@pytest.mark.parametrize("signals, status", [(1, 0), (2, 1)], ids=["drains", "a second signal cuts it short"])
+@pytest.mark.parametrize(
+    "signals, status", [(1, 0), (2, 1)], ids=["drains", "a second signal cuts it short"]
+)
 def test_sigterm(folder, signals, status):
-    number, asked = long_prompts()[0], 480
+    number = long_prompts()[0]
+    asked = 480
     with served(folder, 600) as (process, port):
         with connect(port) as channel:
             call = jetstream_pb2_grpc.OrchestratorStub(channel).Decode(
-                tokens_request(make_prompts()[number], asked), timeout=120)
+                tokens_request(make_prompts()[number], asked), timeout=120
+            )
             tokens = list(next(call).stream_content.samples[0].token_ids)
             process.terminate()
             said = process.stdout.readline()

@@ -1,4 +1,6 @@
-"""Every axis of the mesh, alone and with others, against one device: values, gradients, parameters and multiplier."""
+"""Every axis of the mesh, alone and with others, against one device: values, gradients, parameters
+and multiplier.
+"""
 
 import dataclasses
 import functools
@@ -7,46 +9,86 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from dcmdp_jax import optimizers, sharding
-from dcmdp_jax.config import MeshConfig, ModelConfig
-from dcmdp_jax.models import dispatch, qwen3, scoring
 from random_params import random_params
 from test_step import assert_close, make_config, make_scored, run
 
-DENSE = ModelConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=8)
-MOE = dataclasses.replace(DENSE, num_experts=8, experts_per_token=3, expert_size=16, tie_word_embeddings=True)
-MESHES = [MeshConfig(data=8, fsdp=1), MeshConfig(fsdp=8), MeshConfig(fsdp=2, sequence=4), MeshConfig(fsdp=2, tensor=4),
-          MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=2, sequence=2, tensor=2)]
-SPARSE = [MeshConfig(expert=8), MeshConfig(expert=4, tensor=2), MeshConfig(data=2, fsdp=2, expert=2),
-          MeshConfig(fsdp=2, expert=2, sequence=2)]
-QUICK = [(DENSE, MESHES[2]), (DENSE, MESHES[4]), (MOE, MESHES[0]), (MOE, SPARSE[0]), (MOE, SPARSE[1]), (MOE, SPARSE[3])]
+from dcmdp_jax import optimizers, sharding
+from dcmdp_jax.config import MeshConfig, ModelConfig
+from dcmdp_jax.models import decoder
+from dcmdp_jax.models.kernels import dispatch, scoring
+
+DENSE = ModelConfig(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=2,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=8,
+)
+MOE = dataclasses.replace(
+    DENSE, num_experts=8, experts_per_token=3, expert_size=16, tie_word_embeddings=True
+)
+MESHES = [
+    MeshConfig(data=8, fsdp=1),
+    MeshConfig(fsdp=8),
+    MeshConfig(fsdp=2, sequence=4),
+    MeshConfig(fsdp=2, tensor=4),
+    MeshConfig(data=2, fsdp=2, tensor=2),
+    MeshConfig(data=2, sequence=2, tensor=2),
+]
+SPARSE = [
+    MeshConfig(expert=8),
+    MeshConfig(expert=4, tensor=2),
+    MeshConfig(data=2, fsdp=2, expert=2),
+    MeshConfig(fsdp=2, expert=2, sequence=2),
+]
+QUICK = [
+    (DENSE, MESHES[2]),
+    (DENSE, MESHES[4]),
+    (MOE, MESHES[0]),
+    (MOE, SPARSE[0]),
+    (MOE, SPARSE[1]),
+    (MOE, SPARSE[3]),
+]
 CASES = [(DENSE, mesh) for mesh in MESHES] + [(MOE, mesh) for mesh in MESHES + SPARSE]
 MARKED = [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 
 
 def name(case):
     model, mesh = case
-    axes = [f"{axis}{size}" for axis, size in vars(mesh).items() if size != 1 and axis != "fsdp" or size > 1]
+    axes = [
+        f"{axis}{size}"
+        for axis, size in vars(mesh).items()
+        if size != 1 and axis != "fsdp" or size > 1
+    ]
     return "-".join(["moe" if model.num_experts else "dense", *axes])
 
 
 def assert_grads_close(found, expected):
-    """To 1e-5, or to 1e-5 of a parameter's largest gradient where that is over 1: float32 sums round by their size."""
+    """To 1e-5, or to 1e-5 of a parameter's largest gradient where that is over 1: float32 sums
+    round by their size.
+    """
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         atol = 1e-5 * max(1.0, float(np.abs(other).max()))
         np.testing.assert_allclose(np.asarray(one), np.asarray(other), atol=atol, rtol=0)
 
 
 def packed(rows=8, length=24, vocab=32, seed=0):
-    """Tokens, positions, segment ids of rows with two segments and padding, and the index of each row's scored tokens."""
+    """Tokens, positions, segment ids of rows with two segments and padding, and the index of each
+    row's scored tokens.
+    """
     rng = np.random.default_rng(seed)
-    cut, end = rng.integers(5, 10, rows), rng.integers(14, length, rows)
+    cut = rng.integers(5, 10, rows)
+    end = rng.integers(14, length, rows)
     column = np.arange(length)
     segment = np.where(column < cut[:, None], 1, np.where(column < end[:, None], 2, 0))
     position = np.where(segment == 2, column - cut[:, None], column)
     index = np.arange(rows)[:, None] * length + np.arange(4, 13)
-    return tuple(jnp.asarray(x, jnp.int32) for x in (rng.integers(0, vocab, (rows, length)), position, segment, index))
+    return tuple(
+        jnp.asarray(x, jnp.int32)
+        for x in (rng.integers(0, vocab, (rows, length)), position, segment, index)
+    )
 
 
 def score(params, *batch, config):
@@ -57,7 +99,9 @@ def score(params, *batch, config):
 @functools.cache
 def on_one_device(config):
     params = random_params(config, 0.2, norms=1.0)
-    return params, jax.jit(jax.value_and_grad(functools.partial(score, config=config), has_aux=True))(params, *packed())
+    return params, jax.jit(
+        jax.value_and_grad(functools.partial(score, config=config), has_aux=True)
+    )(params, *packed())
 
 
 @pytest.mark.parametrize("case", MARKED, ids=name)
@@ -65,9 +109,11 @@ def test_log_probs_and_gradients(case):
     config, axes = case
     params, ((loss, aux), grads) = on_one_device(config)
     mesh = sharding.make_mesh(axes, jax.devices()[:8])
-    places = sharding.params(qwen3.logical_axes(config), mesh, sharding.TRAIN, params)
+    places = sharding.params(decoder.logical_axes(config), mesh, sharding.TRAIN, params)
     f = jax.value_and_grad(functools.partial(score, config=config), has_aux=True)
-    found = jax.jit(sharding.over(mesh, f), out_shardings=((None, None), places))(jax.device_put(params, places), *packed())
+    found = jax.jit(sharding.over(mesh, f), out_shardings=((None, None), places))(
+        jax.device_put(params, places), *packed()
+    )
     assert_close(found[0][1], aux, 1e-5)
     assert_close(found[0][0], loss, 1e-5)
     assert_grads_close(found[1], grads)
@@ -75,16 +121,22 @@ def test_log_probs_and_gradients(case):
 
 @pytest.mark.parametrize("case", [(DENSE, MESHES[5]), (MOE, SPARSE[2])], ids=name)
 def test_a_whole_step(case):
-    """The mixture of experts replays two experts a token, where its router takes three, and chooses itself for some.
+    """The mixture of experts replays two experts a token, where its router takes three, and chooses
+    itself for some.
 
-    Its step is linear in the gradients: AdamW's first is their sign, which round-off decides where one is nearly 0.
+    Its step is linear in the gradients: AdamW's first is their sign, which round-off decides where
+    one is nearly 0.
     """
     model, axes = case
     moe = model.num_experts > 0
-    config = make_config(model, microbatches=2, replay_routing=moe, optimizer=optimizers.sgd if moe else None)
+    config = make_config(
+        model, microbatches=2, replay_routing=moe, optimizer=optimizers.sgd if moe else None
+    )
     scored = make_scored()
     if moe:
-        ids = np.tile(np.arange(8, dtype=np.int32), (*scored.rollout.tokens.shape, model.num_layers, 1))
+        ids = np.tile(
+            np.arange(8, dtype=np.int32), (*scored.rollout.tokens.shape, model.num_layers, 1)
+        )
         experts = np.random.default_rng(0).permuted(ids, axis=-1)[..., :2]
         experts[:, ::3] = -1
         scored = scored._replace(rollout=scored.rollout._replace(experts=experts))
@@ -100,9 +152,14 @@ def test_unequal_experts_take_more_rounds(monkeypatch):
     """All tokens to the experts of one device, a few rows at a time: nothing is dropped."""
     monkeypatch.setattr(dispatch, "ROWS", 64)
     params, _ = on_one_device(MOE)
-    params = jax.tree_util.tree_map_with_path(lambda path, w: 0 * w if path[-1].key == "router" else w, params)  # ties
+    # ties
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, w: 0 * w if path[-1].key == "router" else w, params
+    )
     f = jax.value_and_grad(functools.partial(score, config=MOE), has_aux=True)
     (loss, aux), grads = jax.jit(f)(params, *packed())
     mesh = sharding.make_mesh(MeshConfig(expert=8), jax.devices()[:8])
-    (found, found_aux), found_grads = jax.jit(sharding.over(mesh, f))(jax.device_put(params, sharding.replicated(mesh)), *packed())
+    (found, found_aux), found_grads = jax.jit(sharding.over(mesh, f))(
+        jax.device_put(params, sharding.replicated(mesh)), *packed()
+    )
     assert_close((found, found_aux, found_grads), (loss, aux, grads), 1e-5)

@@ -6,11 +6,13 @@ from jax.sharding import PartitionSpec as P
 
 from dcmdp_jax import sharding
 from dcmdp_jax.config import MeshConfig
-from dcmdp_jax.models import qwen3, sizes
+from dcmdp_jax.models import decoder, sizes
 
 
 def test_spec_reads_the_table():
-    assert sharding.spec(("layers", "embed", "q_heads", None), sharding.TRAIN) == P(None, ("fsdp", "expert", "sequence"), "tensor", None)
+    assert sharding.spec(("layers", "embed", "q_heads", None), sharding.TRAIN) == P(
+        None, ("fsdp", "expert", "sequence"), "tensor", None
+    )
     assert sharding.spec(("embed", "mlp"), sharding.DECODE) == P(None, "tensor")
 
 
@@ -25,8 +27,8 @@ def test_unknown_and_colliding_axes_raise():
 @pytest.mark.parametrize("table", [sharding.TRAIN, sharding.DECODE], ids=["train", "decode"])
 def test_every_parameter_has_a_place(config, table):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    shapes = jax.eval_shape(lambda: qwen3.init(jax.random.key(0), config))
-    places = sharding.params(qwen3.logical_axes(config), mesh, table, shapes)
+    shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), config))
+    places = sharding.params(decoder.logical_axes(config), mesh, table, shapes)
     assert jax.tree.structure(places) == jax.tree.structure(shapes)
 
 
@@ -34,11 +36,16 @@ def test_mesh_must_use_every_device():
     with pytest.raises(ValueError, match="does not make 8"):
         sharding.make_mesh(MeshConfig(tensor=3), jax.devices()[:8])
     assert dict(sharding.make_mesh(MeshConfig(tensor=2), jax.devices()[:8]).shape) == {
-        "data": 1, "fsdp": 4, "expert": 1, "sequence": 1, "tensor": 2}
+        "data": 1,
+        "fsdp": 4,
+        "expert": 1,
+        "sequence": 1,
+        "tensor": 2,
+    }
 
 
 def test_sizes_must_divide():
     mesh = sharding.make_mesh(MeshConfig(tensor=8), jax.devices()[:8])
-    shapes = jax.eval_shape(lambda: qwen3.init(jax.random.key(0), sizes.TINY))
+    shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), sizes.TINY))
     with pytest.raises(ValueError, match=r"does not divide over mesh\.tensor=8"):
-        sharding.params(qwen3.logical_axes(sizes.TINY), mesh, sharding.TRAIN, shapes)
+        sharding.params(decoder.logical_axes(sizes.TINY), mesh, sharding.TRAIN, shapes)

@@ -76,11 +76,19 @@ def without_added_tokens(path):
 )
 def test_special_tokens_in_a_message_are_text(marked, content):
     """Between the template's marks stands what a tokenizer without added tokens makes of it."""
-    found, plain = tokenizer.load(marked), without_added_tokens(marked)
+    found = tokenizer.load(marked)
+    plain = without_added_tokens(marked)
     ids = found.encode_chat([{"role": "user", "content": content}], enable_thinking=False)
-    start, end = found.encode("<|start|>"), found.encode("<|end|>")
-    assert ids == [*start, *plain.encode(f"user\n{content}").ids, *end, *found.encode("\n"), *start,
-                   *found.encode("assistant\n")]
+    start = found.encode("<|start|>")
+    end = found.encode("<|end|>")
+    assert ids == [
+        *start,
+        *plain.encode(f"user\n{content}").ids,
+        *end,
+        *found.encode("\n"),
+        *start,
+        *found.encode("assistant\n"),
+    ]
     assert found.decode(ids) == found.chat(
         [{"role": "user", "content": content}], enable_thinking=False
     )
@@ -124,7 +132,8 @@ def test_a_template_that_cuts_a_text_makes_no_special_token_of_it(marked, cut):
 
 def test_what_an_assistant_thought_stays_in_its_marks(marked):
     found = tokenizer.load(marked)
-    think, end = found.encode("<think>")[0], found.encode("<|end|>")[0]
+    think = found.encode("<think>")[0]
+    end = found.encode("<|end|>")[0]
     ids = found.encode_chat(
         [{"role": "assistant", "content": "<think>a</think><|end|>"}], enable_thinking=False
     )
@@ -168,15 +177,21 @@ def test_a_problem_cannot_open_a_turn_of_its_own():
     assert qwen3.decode(ids) == qwen3.chat(messages, enable_thinking=True)
 
 
-@pytest.mark.parametrize("template, expected", [
-    ("{{ messages[0].content }}<|end|>{{ messages[1].content }}<|end|>", ("<|pad|>", "<|end|>")),
-    ("{{ messages[1].content | trim }}\n <|end|>\n", ("<|pad|>", "<|end|>")),
-    ("{{ messages[1].content }}{{ eos_token }}", ("<|pad|>",)),
-    ("{{ messages[1].content }}</s>", ("<|pad|>",)),
-    ("{{ messages[1].content }}<think>", ("<|pad|>",)),
-    ("{{ raise_exception('no') }}", ("<|pad|>",)),
-    ("{{ messages[0].content }}<|end|>", ("<|pad|>",)),
-])
+@pytest.mark.parametrize(
+    "template, expected",
+    [
+        (
+            "{{ messages[0].content }}<|end|>{{ messages[1].content }}<|end|>",
+            ("<|pad|>", "<|end|>"),
+        ),
+        ("{{ messages[1].content | trim }}\n <|end|>\n", ("<|pad|>", "<|end|>")),
+        ("{{ messages[1].content }}{{ eos_token }}", ("<|pad|>",)),
+        ("{{ messages[1].content }}</s>", ("<|pad|>",)),
+        ("{{ messages[1].content }}<think>", ("<|pad|>",)),
+        ("{{ raise_exception('no') }}", ("<|pad|>",)),
+        ("{{ messages[0].content }}<|end|>", ("<|pad|>",)),
+    ],
+)
 def test_what_ends_an_assistant_turn_stops_too(marked, template, expected):
     (marked / "chat_template.jinja").write_text(template)
     found = tokenizer.load(marked)

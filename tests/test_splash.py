@@ -1,4 +1,6 @@
-"""The TPU kernel, interpreted, against plain attention: packed rows, one device and positions over two."""
+"""The TPU kernel, interpreted, against plain attention: packed rows, one device and positions over
+two.
+"""
 
 import functools
 
@@ -9,8 +11,8 @@ import pytest
 
 from dcmdp_jax import sharding
 from dcmdp_jax.config import MeshConfig
-from dcmdp_jax.models import splash
-from dcmdp_jax.models.attention import attention
+from dcmdp_jax.models.kernels import splash
+from dcmdp_jax.models.kernels.attention import attention
 
 
 def plain(q, k, v, segment_ids):
@@ -24,7 +26,9 @@ def weighed(attend, q, k, v, segment_ids):
     return jnp.sum(jnp.where(segment_ids[:, None, None, :, None] > 0, out, 0) * jnp.cos(q)), out
 
 
-@pytest.mark.parametrize("axes", [None, MeshConfig(fsdp=2, sequence=2, tensor=2)], ids=["one", "split"])
+@pytest.mark.parametrize(
+    "axes", [None, MeshConfig(fsdp=2, sequence=2, tensor=2)], ids=["one", "split"]
+)
 def test_values_and_gradients(axes):
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (2, 2, 2, 256, 128))
@@ -32,15 +36,20 @@ def test_values_and_gradients(axes):
     segment_ids = jnp.asarray(np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], [64], axis=1), jnp.int32)
 
     def grads(attend):
-        return jax.value_and_grad(functools.partial(weighed, attend), argnums=(0, 1, 2), has_aux=True)
+        return jax.value_and_grad(
+            functools.partial(weighed, attend), argnums=(0, 1, 2), has_aux=True
+        )
 
     expected = jax.jit(grads(plain))(q, k, v, segment_ids)
     kernel = grads(functools.partial(splash.attention, interpret=True))
     if axes is not None:
         mesh = sharding.make_mesh(axes, jax.devices()[:8])
-        kernel, q = sharding.over(mesh, kernel), jax.device_put(q, sharding.replicated(mesh))
+        kernel = sharding.over(mesh, kernel)
+        q = jax.device_put(q, sharding.replicated(mesh))
     found = jax.jit(kernel)(q, k, v, segment_ids)
     real = np.asarray(segment_ids > 0)[:, None, None, :, None]
-    np.testing.assert_allclose(np.where(real, found[0][1], 0), np.where(real, expected[0][1], 0), atol=1e-5)
+    np.testing.assert_allclose(
+        np.where(real, found[0][1], 0), np.where(real, expected[0][1], 0), atol=1e-5
+    )
     for a, b in zip(found[1], expected[1]):
         np.testing.assert_allclose(a, b, atol=2e-4)

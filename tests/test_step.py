@@ -1,4 +1,6 @@
-"""The compiled step against a plain computation on separate rows, and what it must keep when things go wrong."""
+"""The compiled step against a plain computation on separate rows, and what it must keep when things
+go wrong.
+"""
 
 import dataclasses
 import functools
@@ -8,31 +10,60 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
-from dcmdp_jax import constraint, data, sharding, step
-from dcmdp_jax.config import (AlgorithmConfig, Config, ConstraintConfig, DataConfig, ModelConfig, ModelSource,
-                              RolloutConfig)
-from dcmdp_jax.losses import advantages, corrections, covariance, policy, reduce, rejection
-from dcmdp_jax.models import qwen3
-from dcmdp_jax.records import Example, Prompts, Scored
 from random_params import random_params
 from rollouts import make_rollout
 
+from dcmdp_jax import constraint, data, sharding, step
+from dcmdp_jax.config import (
+    AlgorithmConfig,
+    Config,
+    ConstraintConfig,
+    DataConfig,
+    ModelConfig,
+    ModelSource,
+    RolloutConfig,
+)
+from dcmdp_jax.losses import advantages, corrections, covariance, policy, reduce, rejection
+from dcmdp_jax.models import decoder
+from dcmdp_jax.records import Example, Prompts, Scored
+
 TASK = object()  # never asked
-B, G, P, T, TOLERANCE = 4, 4, 5, 7, 0.05
-MODEL = ModelConfig(vocab_size=16, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8)
+B = 4
+G = 4
+P = 5
+T = 7
+TOLERANCE = 0.05
+MODEL = ModelConfig(
+    vocab_size=16,
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=8,
+)
 MOE = dataclasses.replace(MODEL, num_experts=4, experts_per_token=2, expert_size=16)
 CLIPPED = functools.partial(policy.clipped, clip_low=0.2, clip_high=0.24)
 
 
 def make_config(model=MODEL, surrogate=corrections.decoupled(CLIPPED), **algorithm):
     return Config(
-        name="test", model=ModelSource(shape=model), data=DataConfig(verifier=max, task=TASK, prompts_per_step=B,
-                                                                     max_prompt_tokens=P),
+        name="test",
+        model=ModelSource(shape=model),
+        data=DataConfig(verifier=max, task=TASK, prompts_per_step=B, max_prompt_tokens=P),
         rollout=RolloutConfig(samples=G, max_tokens=T, temperature=0.9),
-        algorithm=AlgorithmConfig(advantage=advantages.grpo, surrogate=surrogate, reduce=reduce.token_mean,
-                                  learning_rate=1e-2, **algorithm),
-        constraint=ConstraintConfig(shape=constraint.shape, dual=constraint.projected_ascent, tolerance=TOLERANCE), steps=1)
+        algorithm=AlgorithmConfig(
+            advantage=advantages.grpo,
+            surrogate=surrogate,
+            reduce=reduce.token_mean,
+            learning_rate=1e-2,
+            **algorithm,
+        ),
+        constraint=ConstraintConfig(
+            shape=constraint.shape, dual=constraint.projected_ascent, tolerance=TOLERANCE
+        ),
+        steps=1,
+    )
 
 
 @functools.cache
@@ -43,16 +74,26 @@ def make_params(model=MODEL):
 def make_scored(seed=0, reward=None):
     """A made-up rollout: ragged prompts and completions, log-probs a little off the trainer's."""
     rng = np.random.default_rng(seed)
-    asked, told = rng.integers(1, P + 1, B).astype(np.int32), rng.integers(0, T + 1, B * G).astype(np.int32)
+    asked = rng.integers(1, P + 1, B).astype(np.int32)
+    told = rng.integers(0, T + 1, B * G).astype(np.int32)
     prompts = Prompts(rng.integers(0, 16, (B, P)).astype(np.int32), asked, (Example("", ""),) * B)
-    rollout = make_rollout(prompts, rng.integers(0, 16, (B * G, T)), told, rng.normal(-2.5, 0.7, (B * G, T)),
-                           told < T, 0.9)
+    rollout = make_rollout(
+        prompts,
+        rng.integers(0, 16, (B * G, T)),
+        told,
+        rng.normal(-2.5, 0.7, (B * G, T)),
+        told < T,
+        0.9,
+    )
     reward = rng.integers(0, 2, B * G) if reward is None else reward
     return Scored(rollout, np.asarray(reward, np.float32), ("",) * (B * G))
 
 
 def fresh_state(config, model, mesh):
-    make = jax.jit(functools.partial(step.init_state, config), out_shardings=step.state_shardings(config, model, mesh))
+    make = jax.jit(
+        functools.partial(step.init_state, config),
+        out_shardings=step.state_shardings(config, model, mesh),
+    )
     return make(jax.tree.map(np.array, make_params(model)))
 
 
@@ -62,24 +103,38 @@ compiled_step = functools.cache(step.compile)
 def run(config, scored, mesh=None, row_length=2 * (P + T)):
     """One step from fresh state: (params before, state after, metrics that are numbers)."""
     mesh = mesh or ONE
-    model, algorithm = config.model.shape, config.algorithm
-    batch = data.pack(scored, minibatches=algorithm.minibatches, microbatches=algorithm.microbatches, row_length=row_length,
-                      row_divisor=sharding.batch_size(mesh), seed=1)
+    model = config.model.shape
+    algorithm = config.algorithm
+    batch = data.pack(
+        scored,
+        minibatches=algorithm.minibatches,
+        microbatches=algorithm.microbatches,
+        row_length=row_length,
+        row_divisor=sharding.batch_size(mesh),
+        seed=1,
+    )
     state = fresh_state(config, model, mesh)
-    state, metrics = compiled_step(config, model, mesh)(state, jax.device_put(batch, step.batch_shardings(config, mesh)))
-    return make_params(model), state, {name: value for name, value in jax.device_get(metrics).items() if name != "gaps"}
+    state, metrics = compiled_step(config, model, mesh)(
+        state, jax.device_put(batch, step.batch_shardings(config, mesh))
+    )
+    return (
+        make_params(model),
+        state,
+        {name: value for name, value in jax.device_get(metrics).items() if name != "gaps"},
+    )
 
 
 ONE = sharding.single_device_mesh()
-forward = jax.jit(qwen3.logits, static_argnums=2)
+forward = jax.jit(decoder.logits, static_argnums=2)
 
 
 def row_logp(params, model, scored):
     """Log-probs of every completion, one unpacked row each: [N, T]."""
     rollout = scored.rollout
-    rows, starts = np.zeros((B * G, P + T), np.int32), np.repeat(rollout.prompts.lengths, G)
+    rows = np.zeros((B * G, P + T), np.int32)
+    starts = np.repeat(rollout.prompts.lengths, G)
     for i, n in enumerate(starts):
-        rows[i, :n], rows[i, n:n + T] = rollout.prompts.tokens[i // G, :n], rollout.tokens[i]
+        rows[i, :n], rows[i, n : n + T] = rollout.prompts.tokens[i // G, :n], rollout.tokens[i]
     logp = jax.nn.log_softmax(forward(params, rows, model) / 0.9)
     position = starts[:, None] - 1 + np.arange(T)
     return logp[np.arange(B * G)[:, None], position, rollout.tokens]
@@ -87,10 +142,13 @@ def row_logp(params, model, scored):
 
 def plain_step(scored, model, multiplier=0.1):
     """The step's definition for one minibatch, written out: loss, mean delta and new parameters."""
-    rollout, params = scored.rollout, make_params(model)
+    rollout = scored.rollout
+    params = make_params(model)
     mask = np.arange(T) < rollout.lengths[:, None]
     reward = scored.reward.reshape(B, G)
-    advantage = ((reward - reward.mean(1, keepdims=True)) / (reward.std(1, keepdims=True, ddof=1) + 1e-6)).reshape(-1, 1)
+    advantage = (
+        (reward - reward.mean(1, keepdims=True)) / (reward.std(1, keepdims=True, ddof=1) + 1e-6)
+    ).reshape(-1, 1)
     old = row_logp(params, model, scored)
     old = np.asarray(old)
     delta = np.abs(np.exp(old) - np.exp(rollout.rollout_logp))
@@ -102,21 +160,31 @@ def plain_step(scored, model, multiplier=0.1):
         return jnp.sum(jnp.where(mask, loss, 0)) / mask.sum()
 
     loss, grads = jax.jit(jax.value_and_grad(loss_fn))(params)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, b1=0.9, b2=0.95, weight_decay=0.0))
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(1e-2, b1=0.9, b2=0.95, weight_decay=0.0)
+    )
 
     def apply(params, grads):
-        return optax.apply_updates(params, optimizer.update(grads, optimizer.init(params), params)[0])
+        return optax.apply_updates(
+            params, optimizer.update(grads, optimizer.init(params), params)[0]
+        )
 
     return loss, delta[mask].mean(), jax.jit(apply)(params, grads)
 
 
 def assert_close(a, b, atol=2e-5):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=atol, rtol=0), a, b)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=atol, rtol=0),
+        a,
+        b,
+    )
 
 
 @pytest.mark.parametrize("model", [MODEL, MOE], ids=["dense", "moe"])
 def test_one_update_is_the_definition(model):
-    """Packed rows, gathered log-probs and the reducer's weights give what separate rows and a plain mean give."""
+    """Packed rows, gathered log-probs and the reducer's weights give what separate rows and a plain
+    mean give.
+    """
     scored = make_scored()
     loss, delta, params = plain_step(scored, model)
     _, state, metrics = run(make_config(model), scored)
@@ -128,13 +196,19 @@ def test_one_update_is_the_definition(model):
 
 @pytest.mark.parametrize("parts", [{}, {"minibatches": 2, "microbatches": 2}])
 def test_a_penalty_takes_the_duals_multiplier(parts):
-    """It is the loss of a surrogate that adds the term with that multiplier; the advantages stay as they are."""
+    """It is the loss of a surrogate that adds the term with that multiplier; the advantages stay as
+    they are.
+    """
+
     def with_term(*arrays, clipped=corrections.decoupled(CLIPPED)):
         loss, denominator = clipped(*arrays)
         return loss + constraint.penalty(arrays[0], arrays[2], arrays[4], 0.3), denominator
 
-    config, scored = make_config(**parts), make_scored()
-    penalised = dataclasses.replace(config.constraint, shape=None, penalty=constraint.penalty, multiplier_init=0.3)
+    config = make_config(**parts)
+    scored = make_scored()
+    penalised = dataclasses.replace(
+        config.constraint, shape=None, penalty=constraint.penalty, multiplier_init=0.3
+    )
     _, state, metrics = run(dataclasses.replace(config, constraint=penalised), scored)
     plain = dataclasses.replace(config.constraint, multiplier_init=0.0)
     expected = dataclasses.replace(make_config(surrogate=with_term, **parts), constraint=plain)
@@ -146,8 +220,20 @@ def test_a_penalty_takes_the_duals_multiplier(parts):
     assert np.abs(state.params["embed"] - without.params["embed"]).max() > 1e-4, "the term acts"
 
 
-@pytest.mark.parametrize("microbatches, surrogate", [(2, None), (4, None), (4, corrections.decoupled(
-    CLIPPED, rejections=(functools.partial(rejection.m2po, threshold=0.2),)))], ids=["2", "4", "4, a cut through the whole batch"])
+@pytest.mark.parametrize(
+    "microbatches, surrogate",
+    [
+        (2, None),
+        (4, None),
+        (
+            4,
+            corrections.decoupled(
+                CLIPPED, rejections=(functools.partial(rejection.m2po, threshold=0.2),)
+            ),
+        ),
+    ],
+    ids=["2", "4", "4, a cut through the whole batch"],
+)
 def test_accumulation_does_not_change_the_update(microbatches, surrogate):
     """Ragged microbatches weigh by their tokens, not alike."""
     of = functools.partial(make_config, surrogate=surrogate) if surrogate else make_config
@@ -159,32 +245,60 @@ def test_accumulation_does_not_change_the_update(microbatches, surrogate):
         np.testing.assert_allclose(in_parts[name], value, atol=2e-5, rtol=2e-5, err_msg=name)
 
 
-K3, M2PO = functools.partial(rejection.k3, high=0.05), corrections.decoupled(CLIPPED, rejections=(rejection.m2po,))
-STRICT = corrections.decoupled(CLIPPED, corrections.geometric_mask(denominator=corrections.surviving))
-TRUSTED = corrections.decoupled(CLIPPED, rejections=(functools.partial(rejection.trust_region, threshold=1e-3),),
-                                denominator=corrections.surviving)
+K3 = functools.partial(rejection.k3, high=0.05)
+M2PO = corrections.decoupled(CLIPPED, rejections=(rejection.m2po,))
+STRICT = corrections.decoupled(
+    CLIPPED, corrections.geometric_mask(denominator=corrections.surviving)
+)
+TRUSTED = corrections.decoupled(
+    CLIPPED,
+    rejections=(functools.partial(rejection.trust_region, threshold=1e-3),),
+    denominator=corrections.surviving,
+)
 STRICT_MIS = corrections.mis(0.5, 2.0, denominator=corrections.surviving)
-SURVIVING = corrections.decoupled(CLIPPED, corrections.mis(0.9, 1.1, denominator=corrections.surviving))
+SURVIVING = corrections.decoupled(
+    CLIPPED, corrections.mis(0.9, 1.1, denominator=corrections.surviving)
+)
 KL_COV = corrections.decoupled(functools.partial(covariance.kl_cov, fraction=0.1))
 
 
-@pytest.mark.parametrize("surrogate, shape, apart", [
-    (corrections.decoupled(CLIPPED, corrections.tis(2.0)), constraint.shape, True),
-    (corrections.decoupled(CLIPPED, rejections=(K3,)), constraint.shape_hinge, True),
-    (corrections.bypass(CLIPPED), constraint.shape_cost_to_go, True), (corrections.bypass(CLIPPED), None, True),
-    (corrections.decoupled(CLIPPED), constraint.shape_centred, False), (M2PO, constraint.shape, False),
-    (SURVIVING, constraint.shape, False), (KL_COV, None, False), (STRICT, constraint.shape, False), (TRUSTED, None, False)])
-def test_microbatches_are_scored_and_updated_in_one_pass_where_they_are_judged_apart(surrogate, shape, apart):
+@pytest.mark.parametrize(
+    "surrogate, shape, apart",
+    [
+        (corrections.decoupled(CLIPPED, corrections.tis(2.0)), constraint.shape, True),
+        (corrections.decoupled(CLIPPED, rejections=(K3,)), constraint.shape_hinge, True),
+        (corrections.bypass(CLIPPED), constraint.shape_cost_to_go, True),
+        (corrections.bypass(CLIPPED), None, True),
+        (corrections.decoupled(CLIPPED), constraint.shape_centred, False),
+        (M2PO, constraint.shape, False),
+        (SURVIVING, constraint.shape, False),
+        (KL_COV, None, False),
+        (STRICT, constraint.shape, False),
+        (TRUSTED, None, False),
+    ],
+)
+def test_microbatches_are_scored_and_updated_in_one_pass_where_they_are_judged_apart(
+    surrogate, shape, apart
+):
     config = make_config(surrogate=surrogate, microbatches=4)
-    assert step.in_one_pass(dataclasses.replace(config, constraint=dataclasses.replace(config.constraint, shape=shape))) == apart
+    assert (
+        step.in_one_pass(
+            dataclasses.replace(
+                config, constraint=dataclasses.replace(config.constraint, shape=shape)
+            )
+        )
+        == apart
+    )
     assert step.in_one_pass(make_config(surrogate=surrogate))
 
 
 @pytest.mark.parametrize("surrogate, passes", [(corrections.decoupled(CLIPPED), 0), (M2PO, 1)])
 def test_a_batch_that_is_judged_apart_is_not_scored_first(surrogate, passes, monkeypatch):
-    made, score = [], step.score
+    made = []
+    score = step.score
     monkeypatch.setattr(step, "score", lambda *args: made.append(args) or score(*args))
-    config, mesh = make_config(surrogate=surrogate, microbatches=4), ONE
+    config = make_config(surrogate=surrogate, microbatches=4)
+    mesh = ONE
     batch = data.pack(make_scored(), minibatches=1, microbatches=4, row_length=24)
     step.compile(config, MODEL, mesh).lower(fresh_state(config, MODEL, mesh), batch)
     assert len(made) == passes
@@ -204,14 +318,22 @@ def test_tokens_without_a_log_prob_of_the_sampler_do_not_stop_microbatches():
 def test_several_updates_and_stale_rollouts_are_scored_first():
     assert not any(map(step.in_one_pass, (make_config(minibatches=2), make_config(epochs=2))))
     stale = make_config(microbatches=4)
-    assert not step.in_one_pass(dataclasses.replace(stale, rollout=dataclasses.replace(stale.rollout, staleness=1)))
+    assert not step.in_one_pass(
+        dataclasses.replace(stale, rollout=dataclasses.replace(stale.rollout, staleness=1))
+    )
 
 
 def test_microbatches_that_are_not_judged_apart_after_all_are_told_and_leave_the_state(monkeypatch):
     monkeypatch.setattr(step, "_judged_apart", lambda config: True)
-    coupled = corrections.decoupled(CLIPPED, rejections=(functools.partial(rejection.m2po, threshold=0.01),))
-    config, mesh = make_config(microbatches=4, surrogate=coupled), ONE
-    batch = jax.device_put(data.pack(make_scored(), minibatches=1, microbatches=4, row_length=24), step.batch_shardings(config, mesh))
+    coupled = corrections.decoupled(
+        CLIPPED, rejections=(functools.partial(rejection.m2po, threshold=0.01),)
+    )
+    config = make_config(microbatches=4, surrogate=coupled)
+    mesh = ONE
+    batch = jax.device_put(
+        data.pack(make_scored(), minibatches=1, microbatches=4, row_length=24),
+        step.batch_shardings(config, mesh),
+    )
     state, metrics = step.compile(config, MODEL, mesh)(fresh_state(config, MODEL, mesh), batch)
     jax.tree.map(np.testing.assert_array_equal, state, fresh_state(config, MODEL, mesh))
     assert not metrics["apart"] and np.isfinite(metrics["loss"])
@@ -220,13 +342,15 @@ def test_microbatches_that_are_not_judged_apart_after_all_are_told_and_leave_the
 
 
 @pytest.mark.parametrize(
-    "parts", [{}, {"microbatches": 4}, {"epochs": 2}, {"epochs": 2, "microbatches": 2}])
+    "parts", [{}, {"microbatches": 4}, {"epochs": 2}, {"epochs": 2, "microbatches": 2}]
+)
 def test_a_penalty_is_charged_on_rejected_tokens_too(parts):
     """With equal rewards it is all of the loss: lambda times the mean gap that the dual sees."""
     config = make_config(surrogate=corrections.decoupled(CLIPPED, STRICT_MIS), **parts)
     scored = make_scored(reward=np.ones(B * G))
-    penalised = dataclasses.replace(config.constraint, shape=None, penalty=constraint.penalty,
-                                    multiplier_init=0.3)
+    penalised = dataclasses.replace(
+        config.constraint, shape=None, penalty=constraint.penalty, multiplier_init=0.3
+    )
     still = dataclasses.replace(config.algorithm, learning_rate=0.0)
     _, _, metrics = run(dataclasses.replace(config, constraint=penalised, algorithm=still), scored)
     np.testing.assert_allclose(metrics["loss"], 0.3 * metrics["delta_mean"], rtol=1e-5)
@@ -238,8 +362,9 @@ def test_a_penalty_is_charged_on_rejected_tokens_too(parts):
     assert delta[kept].mean() < 0.8 * delta[mask].mean(), "the rejected tokens are the worst"
 
 
-@pytest.mark.parametrize("algorithm, staleness",
-                         [({"epochs": 2}, 0), ({"minibatches": 2}, 0), ({}, 1)])
+@pytest.mark.parametrize(
+    "algorithm, staleness", [({"epochs": 2}, 0), ({"minibatches": 2}, 0), ({}, 1)]
+)
 def test_a_denominator_that_other_weights_would_judge_is_refused(algorithm, staleness):
     def of(denominator, staleness=staleness, **algorithm):
         surrogate = corrections.bypass(CLIPPED, rejections=(K3,), denominator=denominator)
@@ -256,7 +381,8 @@ def test_a_denominator_that_other_weights_would_judge_is_refused(algorithm, stal
 
 
 def test_params_and_multiplier_change_in_one_program_without_the_host():
-    config, mesh = make_config(minibatches=2, microbatches=2), sharding.single_device_mesh()
+    config = make_config(minibatches=2, microbatches=2)
+    mesh = sharding.single_device_mesh()
     batch = data.pack(make_scored(), minibatches=2, microbatches=2, row_length=24)
     batch = jax.device_put(batch, step.batch_shardings(config, mesh))
     state = fresh_state(config, MODEL, mesh)
@@ -269,7 +395,10 @@ def test_params_and_multiplier_change_in_one_program_without_the_host():
         after, _ = compiled(state, batch)
     assert jax.tree.leaves(state.params)[0].is_deleted(), "the state is donated"
     assert after.dual.multiplier != before.dual.multiplier
-    assert all((a != b).any() for a, b in zip(jax.tree.leaves(after.params), jax.tree.leaves(before.params)))
+    assert all(
+        (a != b).any()
+        for a, b in zip(jax.tree.leaves(after.params), jax.tree.leaves(before.params))
+    )
 
 
 def test_minibatches_and_epochs_take_several_updates():
@@ -279,7 +408,9 @@ def test_minibatches_and_epochs_take_several_updates():
 
 
 def test_non_finite_updates_are_skipped_and_counted():
-    before, state, metrics = run(make_config(minibatches=2), make_scored(reward=[np.inf] + [0.0] * (B * G - 1)))
+    before, state, metrics = run(
+        make_config(minibatches=2), make_scored(reward=[np.inf] + [0.0] * (B * G - 1))
+    )
     assert metrics["skipped"] >= 1 and np.isfinite(metrics["multiplier_next"])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state)))
     before, state, _ = run(make_config(), make_scored(reward=[np.inf] + [0.0] * (B * G - 1)))
@@ -298,7 +429,8 @@ def test_an_engine_without_log_probs_measures_nothing():
 
 @pytest.mark.parametrize("microbatches", [1, 4])
 def test_a_weight_that_is_not_finite_makes_no_update_and_no_measurement(microbatches, monkeypatch):
-    config, scored = make_config(microbatches=microbatches), make_scored()
+    config = make_config(microbatches=microbatches)
+    scored = make_scored()
     params = make_params() | {"embed": make_params()["embed"].at[3, 0].set(np.nan)}
     monkeypatch.setitem(globals(), "make_params", lambda model=MODEL: params)
     _, state, metrics = run(config, scored)
@@ -311,7 +443,9 @@ def test_a_weight_that_is_not_finite_makes_no_update_and_no_measurement(microbat
 def test_nothing_to_learn_changes_nothing():
     """Equal rewards and no multiplier: no gradient. No completion tokens: the dual rests as well."""
     config = make_config()
-    config = dataclasses.replace(config, constraint=dataclasses.replace(config.constraint, multiplier_init=0.0))
+    config = dataclasses.replace(
+        config, constraint=dataclasses.replace(config.constraint, multiplier_init=0.0)
+    )
     before, state, _ = run(config, make_scored(reward=np.ones(B * G)))
     jax.tree.map(np.testing.assert_array_equal, state.params, before)
     scored = make_scored()
@@ -326,9 +460,12 @@ def test_nothing_to_learn_changes_nothing():
 def test_garbage_in_padding_changes_nothing():
     scored = make_scored()
     past = np.arange(T) >= scored.rollout.lengths[:, None]
-    dirty = scored._replace(rollout=scored.rollout._replace(
-        rollout_logp=np.where(past, np.nan, scored.rollout.rollout_logp).astype(np.float32),
-        tokens=np.where(past, 15, scored.rollout.tokens)))
+    dirty = scored._replace(
+        rollout=scored.rollout._replace(
+            rollout_logp=np.where(past, np.nan, scored.rollout.rollout_logp).astype(np.float32),
+            tokens=np.where(past, 15, scored.rollout.tokens),
+        )
+    )
     _, clean_state, clean = run(make_config(), scored)
     _, dirty_state, metrics = run(make_config(), dirty)
     jax.tree.map(np.testing.assert_array_equal, dirty_state, clean_state)
@@ -336,25 +473,49 @@ def test_garbage_in_padding_changes_nothing():
 
 
 def test_corrections_are_selectable_and_weigh_the_loss():
-    """TIS with a bound nobody reaches from below is the mean of rho-weighted losses; at ratio 1 the loss is -w A'."""
+    """TIS with a bound nobody reaches from below is the mean of rho-weighted losses; at ratio 1 the
+    loss is -w A'.
+    """
     scored = make_scored()
     mask = np.arange(T) < scored.rollout.lengths[:, None]
     old = np.asarray(row_logp(make_params(), MODEL, scored))
-    delta, rho = np.abs(np.exp(old) - np.exp(scored.rollout.rollout_logp)), np.exp(old - scored.rollout.rollout_logp)
-    shaped = np.asarray(advantages.grpo(scored.reward, np.repeat(np.arange(B, dtype=np.int32), G), num_groups=B))[:, None] - 0.1 * delta
-    for correction, weight in ((corrections.tis(2.0), np.minimum(rho, 2)),
-                               (corrections.icepop(0.5, 5.0), np.where((rho >= 0.5) & (rho <= 5), rho, 0))):
-        _, _, metrics = run(make_config(surrogate=corrections.decoupled(CLIPPED, correction)), scored)
+    delta = np.abs(np.exp(old) - np.exp(scored.rollout.rollout_logp))
+    rho = np.exp(old - scored.rollout.rollout_logp)
+    shaped = (
+        np.asarray(
+            advantages.grpo(scored.reward, np.repeat(np.arange(B, dtype=np.int32), G), num_groups=B)
+        )[:, None]
+        - 0.1 * delta
+    )
+    for correction, weight in (
+        (corrections.tis(2.0), np.minimum(rho, 2)),
+        (corrections.icepop(0.5, 5.0), np.where((rho >= 0.5) & (rho <= 5), rho, 0)),
+    ):
+        _, _, metrics = run(
+            make_config(surrogate=corrections.decoupled(CLIPPED, correction)), scored
+        )
         np.testing.assert_allclose(metrics["loss"], -(weight * shaped)[mask].mean(), atol=2e-6)
 
 
 def test_moments_on_the_host_change_nothing():
     for minibatches in (1, 2):
         config = make_config(minibatches=minibatches)
-        away = dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, offload=True))
+        away = dataclasses.replace(
+            config, algorithm=dataclasses.replace(config.algorithm, offload=True)
+        )
         _, here, metrics = run(config, make_scored())
         _, there, offloaded = run(away, make_scored())
-        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(there.opt_state[1:])} == {sharding.HOST}
+        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(there.opt_state[1:])} == {
+            sharding.HOST
+        }
         assert metrics == offloaded
-        jax.tree.map(np.testing.assert_array_equal, here._replace(opt_state=None), there._replace(opt_state=None))
-        jax.tree.map(np.testing.assert_array_equal, jax.device_get(here.opt_state), jax.device_get(there.opt_state))
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            here._replace(opt_state=None),
+            there._replace(opt_state=None),
+        )
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            jax.device_get(here.opt_state),
+            jax.device_get(there.opt_state),
+        )

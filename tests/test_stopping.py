@@ -59,11 +59,13 @@ def test_a_hangup_stays_ignored_under_nohup():
 
 def test_a_second_interrupt_ends_a_process_that_is_busy_outside_of_python():
     """The child computes a power, which takes minutes and runs no handler."""
-    code = ("from dcmdp_jax import stopping\nimport numpy as np\n"
-            "with stopping.requests(at_once=True):\n"
-            "    print('in', flush=True)\n"
-            "    x = np.random.default_rng(0).normal(size=(6000, 6000))\n"
-            "    while True: x = x @ x / 1e3\n")
+    code = (
+        "from dcmdp_jax import stopping\nimport numpy as np\n"
+        "with stopping.requests(at_once=True):\n"
+        "    print('in', flush=True)\n"
+        "    x = np.random.default_rng(0).normal(size=(6000, 6000))\n"
+        "    while True: x = x @ x / 1e3\n"
+    )
     child = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -1,4 +1,6 @@
-"""Studies: every arm with every seed, from shared starts, into one table; what is finished is not run again."""
+"""Studies: every arm with every seed, from shared starts, into one table; what is finished is not
+run again.
+"""
 
 import csv
 import pathlib
@@ -9,12 +11,14 @@ import time
 
 import pytest
 
-from dcmdp_jax import study
+from dcmdp_jax.tools import study
 
 ROOT = pathlib.Path(__file__).parents[1]
-STUDIES = sorted(path for path in ROOT.glob("experiments/laptop/*.py") if "STUDY = " in path.read_text())
+STUDIES = sorted(
+    path for path in ROOT.glob("experiments/laptop/*.py") if "STUDY = " in path.read_text()
+)
 
-SMALL = '''
+SMALL = """
 import dataclasses
 from chain import ARMS, GRPO
 from dcmdp_jax.config import EvalConfig, WarmupConfig
@@ -29,7 +33,7 @@ def broken(example, text):
     raise RuntimeError("no verdict")
 
 STUDY = Study({"none": small(ARMS["none"]), "grpo": small(ARMS["grpo"]), "broken": small(GRPO, broken)}, seeds=1)
-'''
+"""
 
 
 @pytest.fixture
@@ -40,20 +44,49 @@ def small(tmp_path):
 
 
 def test_evaluations_average_the_steps_since_the_one_before():
-    rows = [{"step": 1, "seconds": 2.0, "reward": 0.0, "delta_mean": 0.1, "reward_eval_infer": 0.3, "reward_eval_train": 0.4},
-            {"step": 2, "seconds": 1.0, "reward": 0.5, "delta_mean": None},
-            {"step": 3, "seconds": 1.0, "reward": 1.0, "delta_mean": 0.3, "reward_eval_infer": 0.5, "reward_eval_train": 0.6},
-            {"step": 4, "seconds": 1.0, "reward": 1.0, "delta_mean": 0.3}]
+    rows = [
+        {
+            "step": 1,
+            "seconds": 2.0,
+            "reward": 0.0,
+            "delta_mean": 0.1,
+            "reward_eval_infer": 0.3,
+            "reward_eval_train": 0.4,
+        },
+        {"step": 2, "seconds": 1.0, "reward": 0.5, "delta_mean": None},
+        {
+            "step": 3,
+            "seconds": 1.0,
+            "reward": 1.0,
+            "delta_mean": 0.3,
+            "reward_eval_infer": 0.5,
+            "reward_eval_train": 0.6,
+        },
+        {"step": 4, "seconds": 1.0, "reward": 1.0, "delta_mean": 0.3},
+    ]
     first, second = study.evaluations(rows, 512)
-    assert (first["step"], first["engine"], first["trainer"], first["reward"], first["seconds"]) == (1, 0.3, 0.4, 0.0, 2.0)
-    assert (second["step"], second["reward"], second["delta"], second["seconds"]) == (3, 0.75, 0.3, 4.0)
+    assert (
+        first["step"],
+        first["engine"],
+        first["trainer"],
+        first["reward"],
+        first["seconds"],
+    ) == (1, 0.3, 0.4, 0.0, 2.0)
+    assert (second["step"], second["reward"], second["delta"], second["seconds"]) == (
+        3,
+        0.75,
+        0.3,
+        4.0,
+    )
     assert second["entropy"] == "", "a measure that no row has is empty"
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_shipped_studies_load(path):
     found = study.load(str(path))
-    assert all(config.steps % config.eval.every == 0 for config in found.arms.values()), "the last step is evaluated"
+    assert all(config.steps % config.eval.every == 0 for config in found.arms.values()), (
+        "the last step is evaluated"
+    )
 
 
 def test_what_is_no_study_is_refused(tmp_path):
@@ -68,14 +101,18 @@ def test_what_is_no_study_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_arms_share_their_start_and_a_failure_spares_the_others(small, tmp_path):
-    root, said = tmp_path / "runs" / "small", []
+    root = tmp_path / "runs" / "small"
+    said = []
     failed = study.run(small, root, 2, said.append)
-    assert len(failed) == 1 and failed[0].startswith("broken s0: the verifier broken fails on a completion")
+    assert len(failed) == 1 and failed[0].startswith(
+        "broken s0: the verifier broken fails on a completion"
+    )
     assert failed[0].endswith("line 13: RuntimeError: no verdict")
     assert "RuntimeError: no verdict" in (root / "broken" / "s0" / "run.log").read_text()
     rows = list(csv.DictReader((root / "table.csv").open()))
     assert [(row["arm"], row["seed"], row["step"]) for row in rows] == [
-        (arm, "0", step) for arm in ("none", "grpo") for step in ("1", "2")]
+        (arm, "0", step) for arm in ("none", "grpo") for step in ("1", "2")
+    ]
     assert rows[0]["trainer"] == rows[0]["engine"], "an exact engine's policy is the trainer's"
     assert float(rows[0]["delta"]) < 1e-6 < float(rows[2]["delta"])
     assert len([path for path in (root.parent / "starts").iterdir() if path.is_dir()]) == 1
@@ -89,23 +126,40 @@ def test_arms_share_their_start_and_a_failure_spares_the_others(small, tmp_path)
     assert study.edited(study.load(small), one) == []
     file = pathlib.Path(small)
     file.write_text(file.read_text().replace("prompts_per_step=4", "prompts_per_step=8"))
-    assert study.edited(study.load(small), one) == ["data.prompts_per_step"], "and it is kept, but said"
+    assert study.edited(study.load(small), one) == ["data.prompts_per_step"], (
+        "and it is kept, but said"
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_study_that_is_stopped_leaves_nothing_running(small, tmp_path, number):
-    """SIGTERM saves what has begun; after SIGKILL the runs see that their parent is gone, and do the same."""
-    file, root = pathlib.Path(small), tmp_path / "runs" / "small"
-    file.write_text(file.read_text().replace("steps=2, data", "steps=1000, data").replace("every=2", "every=500"))
+    """SIGTERM saves what has begun; after SIGKILL the runs see that their parent is gone, and do
+    the same.
+    """
+    file = pathlib.Path(small)
+    root = tmp_path / "runs" / "small"
+    file.write_text(
+        file.read_text()
+        .replace("steps=2, data", "steps=1000, data")
+        .replace("every=2", "every=500")
+    )
     command = [pathlib.Path(sys.executable).with_name("dcmdp"), "study", small, "--workdir", root]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as study_:
         logs = [root / arm / "s0" for arm in ("none", "grpo")]
-        wait_for(lambda: all((log / "metrics.jsonl").exists() and (log / "metrics.jsonl").read_text() for log in logs), 300)
+        wait_for(
+            lambda: all(
+                (log / "metrics.jsonl").exists() and (log / "metrics.jsonl").read_text()
+                for log in logs
+            ),
+            300,
+        )
         study_.send_signal(number)
         said = study_.stderr.read()  # until the last process that holds it has ended
     assert study_.returncode == (130 if number == signal.SIGTERM else -number)
-    assert (f"stopped; go on with: dcmdp study {small} --workdir {root}" in said) == (number == signal.SIGTERM)
+    assert (f"stopped; go on with: dcmdp study {small} --workdir {root}" in said) == (
+        number == signal.SIGTERM
+    )
     assert all("everything is saved" in (log / "run.log").read_text() for log in logs)
 
 

@@ -8,15 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcmdp_jax.models import swiglu
+from dcmdp_jax.models.kernels import swiglu
 
-D, F = 6, 10
+D = 6
+F = 10
 
 
 def case(rows, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(0), 5)
     shapes = (2, rows, D), (D, F), (D, F), (F, D), (2, rows, D)
-    return [jax.random.normal(k, s, dtype if s[0] == 2 else jnp.float32) for k, s in zip(keys, shapes, strict=True)]
+    return [
+        jax.random.normal(k, s, dtype if s[0] == 2 else jnp.float32)
+        for k, s in zip(keys, shapes, strict=True)
+    ]
 
 
 def formula(x, gate, up, down):
@@ -34,7 +38,9 @@ def test_tiles_change_nothing(rows, accelerator, monkeypatch):
     monkeypatch.setattr(swiglu, "ROWS", 8)
     monkeypatch.setattr(swiglu, "FEW", 6)
     if accelerator:
-        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+        monkeypatch.setattr(
+            jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args)
+        )
     got, want = (jax.jit(functools.partial(both, f))(*case(rows)) for f in (swiglu.dense, formula))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), got, want)
 

@@ -1,4 +1,6 @@
-"""Weight sync: the same values in the decode layout, no buffer shared, each part in the precision asked for."""
+"""Weight sync: the same values in the decode layout, no buffer shared, each part in the precision
+asked for.
+"""
 
 import dataclasses
 
@@ -6,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_params import random_params
 
 from dcmdp_jax import sharding, sync
 from dcmdp_jax.config import MeshConfig, Precision
-from dcmdp_jax.models import qwen3, sizes
+from dcmdp_jax.models import decoder, sizes
 from dcmdp_jax.models.quantized import LARGEST, Quantized, quantize
-from random_params import random_params
 
 DENSE = dataclasses.replace(sizes.TINY, attention_bias=True)  # tied embeddings
 MOE = sizes.TINY_MOE
@@ -21,7 +23,9 @@ PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 def synced(model, precision, params=None, mesh=None, version=0):
     mesh = mesh or sharding.single_device_mesh()
-    return sync.make(model, precision, mesh)(random_params(model) if params is None else params, version)
+    return sync.make(model, precision, mesh)(
+        random_params(model) if params is None else params, version
+    )
 
 
 def leaves(params) -> dict:
@@ -38,16 +42,26 @@ def nbytes(model, precision) -> int:
 def test_the_default_changes_nothing_but_the_layout(model):
     weights = synced(model, Precision(), version=7)
     assert weights.version == 7 and weights.version.dtype == jnp.int32
-    jax.tree.map(np.testing.assert_array_equal, weights.params, qwen3.unstack(random_params(model), model))
+    jax.tree.map(
+        np.testing.assert_array_equal, weights.params, decoder.unstack(random_params(model), model)
+    )
 
 
-@pytest.mark.parametrize("precision", [
-    Precision(), Precision(weights="bfloat16", activations="int8"), Precision(weights="nf4", group=16),
-    Precision(embed="int8"), Precision(head="bfloat16", norms="bfloat16")],
-    ids=lambda p: f"{p.weights}-{p.embed}-{p.head}")
+@pytest.mark.parametrize(
+    "precision",
+    [
+        Precision(),
+        Precision(weights="bfloat16", activations="int8"),
+        Precision(weights="nf4", group=16),
+        Precision(embed="int8"),
+        Precision(head="bfloat16", norms="bfloat16"),
+    ],
+    ids=lambda p: f"{p.weights}-{p.embed}-{p.head}",
+)
 @MODELS
 def test_the_engine_survives_the_donation_of_the_parameters(model, precision):
-    params, version = random_params(model), jnp.int32(3)
+    params = random_params(model)
+    version = jnp.int32(3)
     weights = synced(model, precision, params, version=version)
     mine = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((params, version))}
     assert not mine & {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(weights)}
@@ -74,12 +88,18 @@ FIELDS = {  # precision -> does it name the leaf?
 @MODELS
 @pytest.mark.parametrize(("precision", "named"), FIELDS.items(), ids=map(str, range(len(FIELDS))))
 def test_a_field_changes_what_it_names_and_nothing_else(model, precision, named):
-    got, exact = leaves(synced(model, precision).params), leaves(synced(model, Precision()).params)
-    if model.tie_word_embeddings:  # a head apart from the embedding where the two differ, with the embedding's values
+    got = leaves(synced(model, precision).params)
+    exact = leaves(synced(model, Precision()).params)
+    # a head apart from the embedding where the two differ, with the embedding's values
+    if model.tie_word_embeddings:
         assert ("['head']" in got) == (precision.embed != precision.head)
         exact |= {"['head']": exact["['embed']"]} if "['head']" in got else {}
     assert got.keys() == exact.keys()
-    changed = {path for path, leaf in got.items() if isinstance(leaf, Quantized) or leaf.dtype != jnp.float32}
+    changed = {
+        path
+        for path, leaf in got.items()
+        if isinstance(leaf, Quantized) or leaf.dtype != jnp.float32
+    }
     assert changed == {path for path in exact if named(path)}
     for path in exact.keys() - changed:
         np.testing.assert_array_equal(got[path], exact[path])
@@ -88,9 +108,17 @@ def test_a_field_changes_what_it_names_and_nothing_else(model, precision, named)
 @MODELS
 def test_values_of_every_part(model):
     """Each part is the trainer's, quantized by itself."""
-    precision = Precision(weights="nf4", group=16, activations="int8", embed="int8", head="int4", router="bfloat16",
-                          norms="bfloat16")
-    got, exact = leaves(synced(model, precision).params), leaves(synced(model, Precision()).params)
+    precision = Precision(
+        weights="nf4",
+        group=16,
+        activations="int8",
+        embed="int8",
+        head="int4",
+        router="bfloat16",
+        norms="bfloat16",
+    )
+    got = leaves(synced(model, precision).params)
+    exact = leaves(synced(model, Precision()).params)
     exact.setdefault("['head']", exact["['embed']"])
     contracted = {"q_proj": (-3,), "k_proj": (-3,), "v_proj": (-3,), "o_proj": (-3, -2)}
     for path, leaf in got.items():
@@ -107,35 +135,60 @@ def test_values_of_every_part(model):
 
 
 @MODELS
-@pytest.mark.parametrize(("group", "per_matrix"), [
-    (0, lambda inputs, outputs: outputs), (-1, lambda inputs, outputs: 1), (8, lambda inputs, outputs: inputs * outputs // 8)])
+@pytest.mark.parametrize(
+    ("group", "per_matrix"),
+    [
+        (0, lambda inputs, outputs: outputs),
+        (-1, lambda inputs, outputs: 1),
+        (8, lambda inputs, outputs: inputs * outputs // 8),
+    ],
+)
 def test_bytes(model, group, per_matrix):
     c = model = dataclasses.replace(model, num_layers=1)
-    attention = [(c.hidden_size, n * c.head_dim) for n in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
+    attention = [
+        (c.hidden_size, n * c.head_dim) for n in (c.num_heads, c.num_kv_heads, c.num_kv_heads)
+    ]
     attention.append((c.num_heads * c.head_dim, c.hidden_size))
     inner, experts = (c.expert_size, c.num_experts) if c.num_experts else (c.intermediate_size, 1)
-    matrices = attention + [(c.hidden_size, inner), (c.hidden_size, inner), (inner, c.hidden_size)] * experts
+    matrices = (
+        attention
+        + [(c.hidden_size, inner), (c.hidden_size, inner), (inner, c.hidden_size)] * experts
+    )
     numbers = sum(inputs * outputs for inputs, outputs in matrices)
     scales = sum(per_matrix(*shape) for shape in matrices)
     exact = nbytes(model, Precision())
     for weights in LARGEST:  # 4-bit numbers, too, take a byte here
-        assert exact - nbytes(model, Precision(weights=weights, group=group)) == 3 * numbers - 4 * scales, weights
+        assert (
+            exact - nbytes(model, Precision(weights=weights, group=group))
+            == 3 * numbers - 4 * scales
+        ), weights
     assert exact - nbytes(model, Precision(weights="bfloat16", group=group)) == 2 * numbers
 
 
 def test_a_quantized_head_takes_the_place_of_a_tied_one():
-    table, x = random_params(DENSE)["embed"], jax.random.normal(jax.random.key(0), (5, DENSE.hidden_size))
-    for precision in (Precision(head="int8"), Precision(head="int8", embed="int8"), Precision(embed="int8")):
+    table = random_params(DENSE)["embed"]
+    x = jax.random.normal(jax.random.key(0), (5, DENSE.hidden_size))
+    for precision in (
+        Precision(head="int8"),
+        Precision(head="int8", embed="int8"),
+        Precision(embed="int8"),
+    ):
         params = synced(DENSE, precision).params
         assert ("head" in params) == (precision.embed != precision.head)
         held = quantize(table, "int8", (-1,)).dequantize() if precision.head else table
-        np.testing.assert_allclose(qwen3.head(params, x, DENSE), x @ held.T, atol=1e-4)
+        np.testing.assert_allclose(decoder.head(params, x, DENSE), x @ held.T, atol=1e-4)
         assert isinstance(params["embed"], Quantized) == bool(precision.embed)
 
 
 def test_what_does_not_exist_is_refused():
-    for field, value in (("weights", "float16"), ("activations", "int4"), ("embed", "fp8"), ("head", "q4"),
-                         ("router", "int8"), ("norms", "int8")):
+    for field, value in (
+        ("weights", "float16"),
+        ("activations", "int4"),
+        ("embed", "fp8"),
+        ("head", "q4"),
+        ("router", "int8"),
+        ("norms", "int8"),
+    ):
         with pytest.raises(ValueError, match=rf"precision\.{field}='{value}' is not one of"):
             sync.make(DENSE, Precision(**{field: value}), sharding.single_device_mesh())
     with pytest.raises(ValueError, match="precision.group=-2"):
@@ -145,34 +198,60 @@ def test_what_does_not_exist_is_refused():
 
 
 @MODELS
-@pytest.mark.parametrize("precision", [
-    Precision(weights="int8"), Precision(weights="nf4", group=16, embed="int8", head="int4")], ids=["int8", "nf4"])
+@pytest.mark.parametrize(
+    "precision",
+    [Precision(weights="int8"), Precision(weights="nf4", group=16, embed="int8", head="int4")],
+    ids=["int8", "nf4"],
+)
 def test_placement_is_the_decode_table(model, precision):
-    mesh = sharding.make_mesh(MeshConfig(expert=2 if model.num_experts else 1, tensor=2), jax.devices()[:8])
+    mesh = sharding.make_mesh(
+        MeshConfig(expert=2 if model.num_experts else 1, tensor=2), jax.devices()[:8]
+    )
     shapes = jax.eval_shape(lambda: random_params(model))
-    places = sharding.params(qwen3.logical_axes(model), mesh, sharding.TRAIN, shapes)
+    places = sharding.params(decoder.logical_axes(model), mesh, sharding.TRAIN, shapes)
     params = jax.device_put(random_params(model), places)
     weights = synced(model, precision, params, mesh)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), weights,
-                 synced(model, precision))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
+        weights,
+        synced(model, precision),
+    )
     attention = weights.params["stacks"][0]["attention"]
     for leaf in (attention["q_proj"].values, attention["q_proj"].scale):
         assert tuple(leaf.sharding.spec) == (None, "tensor", None)
     assert tuple(attention["o_proj"].values.sharding.spec) == ("tensor", None, None)
-    few = attention["o_proj"].scale  # one per output channel is not split, one per head and group is
-    assert tuple(few.sharding.spec) == ((None, None, None) if few.shape[0] == 1 else ("tensor", None, None))
-    assert tuple(params["stacks"][0]["attention"]["q_proj"].sharding.spec) == (None, ("fsdp", "expert", "sequence"), "tensor", None)
+    # one per output channel is not split, one per head and group is
+    few = attention["o_proj"].scale
+    assert tuple(few.sharding.spec) == (
+        (None, None, None) if few.shape[0] == 1 else ("tensor", None, None)
+    )
+    assert tuple(params["stacks"][0]["attention"]["q_proj"].sharding.spec) == (
+        None,
+        ("fsdp", "expert", "sequence"),
+        "tensor",
+        None,
+    )
 
 
-@pytest.mark.parametrize("precision", [Precision(), Precision(weights="int8")], ids=["float32", "int8"])
+@pytest.mark.parametrize(
+    "precision", [Precision(), Precision(weights="int8")], ids=["float32", "int8"]
+)
 def test_from_training_devices_to_others(precision):
     halves = jax.devices()[:4], jax.devices()[4:]
     train, decode = (sharding.make_mesh(MeshConfig(tensor=2), half) for half in halves)
     shapes = jax.eval_shape(lambda: random_params(MOE))
-    params = jax.device_put(random_params(MOE), sharding.params(qwen3.logical_axes(MOE), train, sharding.TRAIN, shapes))
-    weights = synced(MOE, precision, params, decode, version=jax.device_put(5, sharding.replicated(train)))
+    params = jax.device_put(
+        random_params(MOE),
+        sharding.params(decoder.logical_axes(MOE), train, sharding.TRAIN, shapes),
+    )
+    weights = synced(
+        MOE, precision, params, decode, version=jax.device_put(5, sharding.replicated(train))
+    )
     for leaf in jax.tree.leaves(weights):
         assert leaf.sharding.device_set == set(jax.devices()[4:])
     assert weights.params["stacks"][0]["moe"]["router"].sharding.is_fully_replicated
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), weights,
-                 synced(MOE, precision, version=5))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
+        weights,
+        synced(MOE, precision, version=5),
+    )

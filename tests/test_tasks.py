@@ -51,8 +51,11 @@ def test_example_is_random_access():
 
 def test_held_out_problems_are_never_trained_on():
     task = Chain(2)
-    everything = {f"{a}{p}{b}{q}{c}=" for a, b, c in itertools.product("0123456789", repeat=3)
-                  for p, q in itertools.product(OPERATORS, repeat=2)}
+    everything = {
+        f"{a}{p}{b}{q}{c}="
+        for a, b, c in itertools.product("0123456789", repeat=3)
+        for p, q in itertools.product(OPERATORS, repeat=2)
+    }
     trained = {task.example(i, seed).prompt for seed in range(3) for i in range(25_000)}
     held_out = {example.prompt for example in task.held_out(70)}
     assert len(held_out) == 70
@@ -75,13 +78,16 @@ def test_held_out_is_fixed_and_grows_at_its_end():
 
 
 def test_expert_errs_at_the_stated_rates():
-    task, rng = Chain(), np.random.default_rng(0)
-    wrong, seen = dict.fromkeys(OPERATORS, 0), dict.fromkeys(OPERATORS, 0)
+    task = Chain()
+    rng = np.random.default_rng(0)
+    wrong = dict.fromkeys(OPERATORS, 0)
+    seen = dict.fromkeys(OPERATORS, 0)
     for index in range(4000):
         example = task.example(index, seed=0)
         work = task.solution(example, rng)
         *steps, answer = work.split(";")
-        value, operations = example.prompt[0], re.findall(r"[-+*][0-9]", example.prompt)
+        value = example.prompt[0]
+        operations = re.findall(r"[-+*][0-9]", example.prompt)
         for step, operation in zip(steps, operations, strict=True):
             left, result = step.split("=")
             assert left == value + operation  # goes on from what was written
@@ -94,7 +100,9 @@ def test_expert_errs_at_the_stated_rates():
         assert abs(wrong[operator] / seen[operator] - rate) < 5 * deviation
 
 
-@pytest.mark.parametrize("text", ["", "#", "6", "#7", "#66", "#6 ", "#6\ufffd", "#6;", "##6", "#6#6", "#6x", "3+5=8;"])
+@pytest.mark.parametrize(
+    "text", ["", "#", "6", "#7", "#66", "#6 ", "#6\ufffd", "#6;", "##6", "#6#6", "#6x", "3+5=8;"]
+)
 def test_reward_refuses(text):
     example = Chain(1).example(0, 0)._replace(prompt="4+2=", answer="6")
     assert Chain(1).reward(example, text) == 0.0

@@ -9,18 +9,29 @@ import pytest
 
 from dcmdp_jax import terminal
 
-VALUES = {"reward": 0.5, "reward_eval_infer": 0.25, "reward_eval_train": 0.375, "delta_mean": 0.02, "multiplier": 0.1,
-          "entropy": 0.5, "seconds": 2.0, "tokens": 4000}
+VALUES = {
+    "reward": 0.5,
+    "reward_eval_infer": 0.25,
+    "reward_eval_train": 0.375,
+    "delta_mean": 0.02,
+    "multiplier": 0.1,
+    "entropy": 0.5,
+    "seconds": 2.0,
+    "tokens": 4000,
+}
 
 
 @pytest.fixture
 def screen(monkeypatch):
-    """The lines a terminal of 100 columns shows after what was written so far; it knows the two sequences in use."""
+    """The lines a terminal of 100 columns shows after what was written so far; it knows the two
+    sequences in use.
+    """
     monkeypatch.setattr(terminal.shutil, "get_terminal_size", lambda: os.terminal_size((100, 24)))
     monkeypatch.setenv("NO_COLOR", "1")
 
     def replay(text):
-        lines, row = [""], 0
+        lines = [""]
+        row = 0
         for part in re.findall(r"\x1b\[\d+[AK]|\r|\n|[^\x1b\r\n]+", text):
             if part.endswith("A") and part.startswith("\x1b"):
                 row -= int(part[2:-1])
@@ -37,29 +48,52 @@ def screen(monkeypatch):
 
 
 def view(**changes):
-    return terminal.View(**{"name": "trial", "first_step": 1, "total": 10, "tolerance": 0.01,
-                            "multiplier_max": 0.2} | changes)
+    return terminal.View(
+        **{"name": "trial", "first_step": 1, "total": 10, "tolerance": 0.01, "multiplier_max": 0.2}
+        | changes
+    )
 
 
 def test_the_block_is_redrawn_in_place(screen, capsys):
     block = view()
     for step in range(1, 4):
-        block.show(step, VALUES | {"reward": step / 4, "delta_mean": 0.03 - 0.01 * step, "multiplier": 0.1 * step})
+        block.show(
+            step,
+            VALUES
+            | {"reward": step / 4, "delta_mean": 0.03 - 0.01 * step, "multiplier": 0.1 * step},
+        )
     lines = screen(capsys.readouterr().err)
     assert len(lines) == 5 and lines[-1] == ""
     assert lines[0].startswith("trial  step 3/10") and lines[0].endswith("2,000 tokens/s")
     assert re.fullmatch(r"reward   0\.750 +▁▅█  held-out engine 0\.250  trainer 0\.375", lines[1])
-    assert lines[2].endswith("█▅▁  within 0.01") and lines[3] == "lambda   0.3000 (at its bound)  entropy 0.500"
+    assert (
+        lines[2].endswith("█▅▁  within 0.01")
+        and lines[3] == "lambda   0.3000 (at its bound)  entropy 0.500"
+    )
 
 
-@pytest.mark.parametrize("values, floor, says", [
-    ({}, None, []), ({"skipped": 0, "saturated": 0, "truncated": 0.99}, 0.009, []),
-    ({"skipped": 4}, None, ["4 updates skipped, whose loss or gradient was not finite"]),
-    ({"saturated": 7}, None,
-     ["lambda at its bound and delta above the tolerance, 7 steps in a row"]),
-    ({}, 0.0123, ["the tolerance 0.01 is under the floor 0.012, delta of the weights that the run "
-                  "began with"]),
-    ({"truncated": 1.0}, None, ["all completions cut off at rollout.max_tokens"])])
+@pytest.mark.parametrize(
+    "values, floor, says",
+    [
+        ({}, None, []),
+        ({"skipped": 0, "saturated": 0, "truncated": 0.99}, 0.009, []),
+        ({"skipped": 4}, None, ["4 updates skipped, whose loss or gradient was not finite"]),
+        (
+            {"saturated": 7},
+            None,
+            ["lambda at its bound and delta above the tolerance, 7 steps in a row"],
+        ),
+        (
+            {},
+            0.0123,
+            [
+                "the tolerance 0.01 is under the floor 0.012, delta of the weights that the run "
+                "began with"
+            ],
+        ),
+        ({"truncated": 1.0}, None, ["all completions cut off at rollout.max_tokens"]),
+    ],
+)
 def test_what_asks_for_attention_is_said(values, floor, says):
     assert terminal.warnings(VALUES | values, 0.01, floor) == says
     block = view()
@@ -88,12 +122,16 @@ def test_a_new_width_begins_a_new_block(screen, capsys, monkeypatch):
     monkeypatch.setattr(terminal.shutil, "get_terminal_size", lambda: os.terminal_size((60, 24)))
     block.show(2, VALUES)
     lines = screen(capsys.readouterr().err)
-    assert [line for line in lines if "step" in line][0].startswith("trial  step 1/10") and len(lines) == 9
+    assert [line for line in lines if "step" in line][0].startswith("trial  step 1/10") and len(
+        lines
+    ) == 9
 
 
 @pytest.mark.parametrize("columns", [20, 40, 60, 80, 200])
 def test_no_line_is_wider_than_the_terminal(columns, monkeypatch, capsys):
-    monkeypatch.setattr(terminal.shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    monkeypatch.setattr(
+        terminal.shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24))
+    )
     monkeypatch.setenv("NO_COLOR", "1")
     block = view(name="a-long-name-of-an-experiment", total=10000)
     for step in range(1, 300):
@@ -111,15 +149,26 @@ def test_the_time_left_counts_this_process_alone(monkeypatch, capsys):
     assert re.findall(r"(\S+) left", capsys.readouterr().err) == ["0:10", "0:12"]
 
 
-@pytest.mark.parametrize("values, width, drawn", [
-    ([0, 1, 2, 3, 4, 5, 6, 7], 8, "▁▂▃▄▅▆▇█"), ([1.0], 8, "▄"), ([2, 2, 2], 8, "▄▄▄"), ([0, math.nan, 7], 8, "▁·█"),
-    ([math.nan], 8, "·"), ([], 8, ""), ([1, 2], 5, ""), ([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6], 7, "▁▂▃▅▆▇█"),
-])
+@pytest.mark.parametrize(
+    "values, width, drawn",
+    [
+        ([0, 1, 2, 3, 4, 5, 6, 7], 8, "▁▂▃▄▅▆▇█"),
+        ([1.0], 8, "▄"),
+        ([2, 2, 2], 8, "▄▄▄"),
+        ([0, math.nan, 7], 8, "▁·█"),
+        ([math.nan], 8, "·"),
+        ([], 8, ""),
+        ([1, 2], 5, ""),
+        ([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6], 7, "▁▂▃▅▆▇█"),
+    ],
+)
 def test_sparklines_by_hand(values, width, drawn):
     assert terminal.sparkline(values, width) == drawn
 
 
-@pytest.mark.parametrize("tty, term, fits", [(True, "xterm", True), (True, "dumb", False), (False, "xterm", False)])
+@pytest.mark.parametrize(
+    "tty, term, fits", [(True, "xterm", True), (True, "dumb", False), (False, "xterm", False)]
+)
 def test_only_a_terminal_that_moves_its_cursor_gets_the_block(tty, term, fits, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: tty)
     monkeypatch.setenv("TERM", term)

@@ -15,10 +15,25 @@ QWEN3 = pathlib.Path(__file__).parents[1].parent / "shared" / "data" / "qwen3_to
 needs_qwen3 = pytest.mark.skipif(not QWEN3.is_dir(), reason="needs ../shared/data/qwen3_tokenizer")
 
 TEXTS = (
-    "", " ", "\n\n  \t", "Hello, world", "3+5=8;8*2=6;#6", "  leading and trailing  ", "1234567890 1,000.50",
-    "naïve café — “quoted” … ½ №", "e\u0301 decomposed", "日本語と中文，混合。", "🙂👩‍👩‍👧‍👦", "العربية עברית",
-    "def f(x):\n    return x**2\n", r"\boxed{\frac{1}{2}}", "<|im_start|>user\nhi<|im_end|>\n",
-    "<think>\nso\n</think>\n\n7", "a<|endoftext|>b", "<|im_end", "\u0000\u200b",
+    "",
+    " ",
+    "\n\n  \t",
+    "Hello, world",
+    "3+5=8;8*2=6;#6",
+    "  leading and trailing  ",
+    "1234567890 1,000.50",
+    "naïve café — “quoted” … ½ №",
+    "e\u0301 decomposed",
+    "日本語と中文，混合。",
+    "🙂👩‍👩‍👧‍👦",
+    "العربية עברית",
+    "def f(x):\n    return x**2\n",
+    r"\boxed{\frac{1}{2}}",
+    "<|im_start|>user\nhi<|im_end|>\n",
+    "<think>\nso\n</think>\n\n7",
+    "a<|endoftext|>b",
+    "<|im_end",
+    "\u0000\u200b",
 )
 
 USER = {"role": "user", "content": "What is 2+2?"}
@@ -26,12 +41,24 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 ANSWER = {"role": "assistant", "content": "4"}
 THOUGHT = {"role": "assistant", "content": "<think>\ntwo and two\n</think>\n\n4"}
 REASONED = {"role": "assistant", "content": "4", "reasoning_content": "two and two"}
-CALL = {"role": "assistant", "content": "", "tool_calls": [
-    {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": "<é & 'x'>"}}}]}
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+        {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": "<é & 'x'>"}}}
+    ],
+}
 RESULT = {"role": "tool", "content": "4"}
 CONVERSATIONS = (
-    [USER], [SYSTEM, USER], [USER, ANSWER, USER], [SYSTEM, USER, THOUGHT, USER], [USER, REASONED], [USER, THOUGHT],
-    [USER, CALL, RESULT, ANSWER], [SYSTEM, USER, CALL, RESULT, RESULT], [USER, SYSTEM, USER],
+    [USER],
+    [SYSTEM, USER],
+    [USER, ANSWER, USER],
+    [SYSTEM, USER, THOUGHT, USER],
+    [USER, REASONED],
+    [USER, THOUGHT],
+    [USER, CALL, RESULT, ANSWER],
+    [SYSTEM, USER, CALL, RESULT, RESULT],
+    [USER, SYSTEM, USER],
     [{"role": "user", "content": "é<|im_end|>"}],
 )
 
@@ -58,7 +85,9 @@ def oracle(chat_folder):
 def folder(tmp_path):
     """A small byte-level tokenizer in a folder of its own, whose added token has an id above a gap."""
     tokenizers = pytest.importorskip("tokenizers")
-    small = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "[stop]": 7}, unk_token="a"))
+    small = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"a": 0, "b": 1, "[stop]": 7}, unk_token="a")
+    )
     small.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     small.save(str(tmp_path / "tokenizer.json"))
     return tmp_path
@@ -80,8 +109,9 @@ def test_encodes_as_transformers_does(vocabulary, oracle, text):
 @pytest.mark.parametrize("enable_thinking", [True, False])
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 @pytest.mark.parametrize("number", range(len(CONVERSATIONS)))
-def test_chat_is_what_transformers_renders(vocabulary, oracle, number, enable_thinking,
-                                           add_generation_prompt):
+def test_chat_is_what_transformers_renders(
+    vocabulary, oracle, number, enable_thinking, add_generation_prompt
+):
     how = {"enable_thinking": enable_thinking, "add_generation_prompt": add_generation_prompt}
     text = vocabulary.chat(CONVERSATIONS[number], **how)
     assert text == oracle.apply_chat_template(CONVERSATIONS[number], tokenize=False, **how)
@@ -94,7 +124,8 @@ def test_qwen3_ids():
     qwen3 = tokenizer.load(QWEN3)
     assert (qwen3.vocab_size, qwen3.eos_ids, qwen3.pad_id) == (151669, (151645, 151643), 151643)
     assert qwen3.encode("<think></think>") == [151667, 151668]
-    assert qwen3.decode([151700, 9, 151935]) == "*"  # ids that only the model's padded vocabulary has
+    # ids that only the model's padded vocabulary has
+    assert qwen3.decode([151700, 9, 151935]) == "*"
     tokenizer.check_vocabulary(qwen3, 151936)
     with pytest.raises(ValueError, match="151669 ids but the model's vocab_size is 151668"):
         tokenizer.check_vocabulary(qwen3, 151668)
@@ -121,9 +152,21 @@ def test_stop_tokens_of_the_generation_config_come_first(folder, declared, expec
 
 
 def test_settings_of_tokenizer_config(folder):
-    template = "{{ eos_token }}{% for m in messages %}{{ m.content | tojson }}{% break %}{% endfor %}"
-    write(folder, "tokenizer_config.json", {"eos_token": "b", "pad_token": {"content": "a"}, "chat_template": [
-        {"name": "tools", "template": "no"}, {"name": "default", "template": template}]})
+    template = (
+        "{{ eos_token }}{% for m in messages %}{{ m.content | tojson }}{% break %}{% endfor %}"
+    )
+    write(
+        folder,
+        "tokenizer_config.json",
+        {
+            "eos_token": "b",
+            "pad_token": {"content": "a"},
+            "chat_template": [
+                {"name": "tools", "template": "no"},
+                {"name": "default", "template": template},
+            ],
+        },
+    )
     found = tokenizer.load(folder)
     assert (found.eos_ids, found.pad_id) == ((1,), 0)
     assert found.chat([{"role": "user", "content": "<é>"}, USER], enable_thinking=False) == 'b"<é>"'
@@ -215,10 +258,14 @@ def test_a_stop_token_that_the_tokenizer_lacks_is_refused(folder):
 
 
 def test_template_tags_leave_no_lines_behind(folder):
-    template = "{% for m in messages %}\n  {% if true %}\n{{ m.role }}\n  {% endif %}\n{% endfor %}\n"
+    template = (
+        "{% for m in messages %}\n  {% if true %}\n{{ m.role }}\n  {% endif %}\n{% endfor %}\n"
+    )
     write(folder, "tokenizer_config.json", {"eos_token": "b", "chat_template": template})
     transformers = pytest.importorskip("transformers")
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), chat_template=template)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), chat_template=template
+    )
     text = tokenizer.load(folder).chat([USER, ANSWER], enable_thinking=False)
     assert text == fast.apply_chat_template([USER, ANSWER], tokenize=False) == "user\nassistant\n"
 
@@ -249,7 +296,9 @@ def test_what_a_folder_lacks_is_named(folder, tmp_path):
 
 def test_a_missing_library_names_the_extra(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ValueError, match=r"tokenizers is not installed; pip install 'dcmdp-jax\[train\]'"):
+    with pytest.raises(
+        ValueError, match=r"tokenizers is not installed; pip install 'dcmdp-jax\[train\]'"
+    ):
         tokenizer.load(folder)
 
 
@@ -273,7 +322,9 @@ def test_qwen3_longest_token_is_met_by_128_spaces(qwen3):
 
 def test_encoding_a_long_text_lets_other_threads_run(folder):
     write(folder, "generation_config.json", {"eos_token_id": 7})
-    found, ticks, done = tokenizer.load(folder), [], threading.Event()
+    found = tokenizer.load(folder)
+    ticks = []
+    done = threading.Event()
 
     def tick():
         while not done.wait(0.001):
@@ -292,9 +343,17 @@ def test_encoding_a_long_text_lets_other_threads_run(folder):
 
 def test_sentencepiece(tmp_path):
     sentencepiece = pytest.importorskip("sentencepiece")
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog 0123456789\n" * 20)
-    sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "tokenizer"),
-                                             vocab_size=60, hard_vocab_limit=False, minloglevel=2, pad_id=3)
+    (tmp_path / "text.txt").write_text(
+        "the quick brown fox jumps over the lazy dog 0123456789\n" * 20
+    )
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        pad_id=3,
+    )
     found = tokenizer.load(tmp_path)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     ids = found.encode("the lazy fox 42")
@@ -455,7 +514,8 @@ def test_other_tokenizers_that_are_none_are_named(tmp_path, name, content, messa
 
 
 def test_a_saved_tokenizer_stops_where_the_first_did(folder, tmp_path):
-    model, out = tmp_path / "model", tmp_path / "out"
+    model = tmp_path / "model"
+    out = tmp_path / "out"
     model.mkdir()
     out.mkdir()
     write(folder, "tokenizer_config.json", {"eos_token": "b"})

@@ -1,4 +1,6 @@
-"""The loop as its user sees it: resume is exact, interruption saves, bad input is one sentence and touches nothing."""
+"""The loop as its user sees it: resume is exact, interruption saves, bad input is one sentence and
+touches nothing.
+"""
 
 import dataclasses
 import functools
@@ -22,11 +24,29 @@ from dcmdp_jax.models import weights
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "experiments" / "quickstart.py")
-TINY = {"model.shape.hidden_size": 16, "model.shape.intermediate_size": 32, "model.shape.num_heads": 2,
-        "model.shape.num_kv_heads": 1, "model.shape.head_dim": 8, "model.shape.num_layers": 1, "data.prompts_per_step": 4,
-        "rollout.samples": 4, "rollout.slots": 8, "rollout.max_tokens": 20, "algorithm.minibatches": 2, "warmup.steps": 2,
-        "warmup.batch_size": 4, "data.task.operations": 2, "data.max_prompt_tokens": 6, "checkpoint.every": 5, "eval.every": 0, "eval.prompts": 8,
-        "mesh.fsdp": 1, "mesh.data": 1, "algorithm.learning_rate": 0.01}
+TINY = {
+    "model.shape.hidden_size": 16,
+    "model.shape.intermediate_size": 32,
+    "model.shape.num_heads": 2,
+    "model.shape.num_kv_heads": 1,
+    "model.shape.head_dim": 8,
+    "model.shape.num_layers": 1,
+    "data.prompts_per_step": 4,
+    "rollout.samples": 4,
+    "rollout.slots": 8,
+    "rollout.max_tokens": 20,
+    "algorithm.minibatches": 2,
+    "warmup.steps": 2,
+    "warmup.batch_size": 4,
+    "data.task.operations": 2,
+    "data.max_prompt_tokens": 6,
+    "checkpoint.every": 5,
+    "eval.every": 0,
+    "eval.prompts": 8,
+    "mesh.fsdp": 1,
+    "mesh.data": 1,
+    "algorithm.learning_rate": 0.01,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -38,12 +58,18 @@ def one_device(monkeypatch):
 
 @pytest.fixture
 def problems(tmp_path):
-    """A file of chain problems, so that shuffling has something to do; 19 do not divide into batches of 4."""
+    """A file of chain problems, so that shuffling has something to do; 19 do not divide into
+    batches of 4.
+    """
     file = tmp_path / "problems.jsonl"
     task = config.load_experiment(QUICKSTART).data.task
     task = dataclasses.replace(task, operations=2)
-    file.write_text("".join(json.dumps({"problem": e.prompt, "answer": e.answer}) + "\n" for e in
-                            (task.example(i, 0) for i in range(19))))
+    file.write_text(
+        "".join(
+            json.dumps({"problem": e.prompt, "answer": e.answer}) + "\n"
+            for e in (task.example(i, 0) for i in range(19))
+        )
+    )
     return str(file)
 
 
@@ -56,12 +82,20 @@ def tiny(**changes):
 
 
 def command(workdir, **changes):
-    return ["train", QUICKSTART, "--workdir", str(workdir),
-            *(word for name, value in options(**changes).items() for word in (f"--{name}", value))]
+    return [
+        "train",
+        QUICKSTART,
+        "--workdir",
+        str(workdir),
+        *(word for name, value in options(**changes).items() for word in (f"--{name}", value)),
+    ]
 
 
 def rows(workdir):
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (workdir / "metrics.jsonl").open()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "seconds"}
+        for line in (workdir / "metrics.jsonl").open()
+    ]
 
 
 def saved(workdir, run):
@@ -80,15 +114,23 @@ def assert_same_run(one, two, run):
 
 
 def test_resumed_equals_uninterrupted(tmp_path, problems):
-    """Parameters, optimizer, dual and data order, bit for bit, over an epoch's end with shuffling and two minibatches."""
-    long, short = tiny(steps=10, **{"data.path": problems}), tiny(steps=5, **{"data.path": problems})
+    """Parameters, optimizer, dual and data order, bit for bit, over an epoch's end with shuffling
+    and two minibatches.
+    """
+    long = tiny(steps=10, **{"data.path": problems})
+    short = tiny(steps=5, **{"data.path": problems})
     train.train(long, tmp_path / "whole")
     train.train(short, tmp_path / "parts")
     train.train(long, tmp_path / "parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts", long)
     assert [row["step"] for row in rows(tmp_path / "parts")] == list(range(1, 11))
-    asked = data.prompts(data.read(problems), train.read_inputs(long).tokenizer, batch_size=4,
-                         max_prompt_tokens=6, seed=0)
+    asked = data.prompts(
+        data.read(problems),
+        train.read_inputs(long).tokenizer,
+        batch_size=4,
+        max_prompt_tokens=6,
+        seed=0,
+    )
     assert len({example.prompt for _ in range(4) for example in next(asked).examples}) > 10
     assert (tmp_path / "parts" / "report.html").is_file()
 
@@ -97,7 +139,11 @@ def test_resumed_equals_uninterrupted(tmp_path, problems):
 def test_a_killed_process_resumes_bit_equal(tmp_path, problems):
     """SIGKILL two steps past a checkpoint."""
     changes = {"data.path": problems, "steps": 12}
-    child = [sys.executable, "-c", "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"]
+    child = [
+        sys.executable,
+        "-c",
+        "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))",
+    ]
     environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     subprocess.run([*child, *command(tmp_path / "whole", **changes)], check=True, env=environment)
     process = subprocess.Popen([*child, *command(tmp_path / "parts", **changes)], env=environment)
@@ -111,8 +157,11 @@ def test_a_killed_process_resumes_bit_equal(tmp_path, problems):
 
 
 def test_interruption_saves_and_says_how_to_resume(tmp_path, capsys, monkeypatch):
-    """A signal during the rollout of step 3: two steps are saved, the third's prompts are asked again."""
-    rollout, calls = train.rollout, []
+    """A signal during the rollout of step 3: two steps are saved, the third's prompts are asked
+    again.
+    """
+    rollout = train.rollout
+    calls = []
 
     def interrupted(*args, **kwargs):
         calls.append(None)
@@ -123,10 +172,15 @@ def test_interruption_saves_and_says_how_to_resume(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(train, "rollout", interrupted)
     assert cli.main(command(tmp_path / "a", steps=6)) == 130
     out = capsys.readouterr().out
-    assert "stopped after step 2 of 6" in out and f"dcmdp train {QUICKSTART} --workdir {tmp_path / 'a'}" in out
+    assert (
+        "stopped after step 2 of 6" in out
+        and f"dcmdp train {QUICKSTART} --workdir {tmp_path / 'a'}" in out
+    )
     assert saved(tmp_path / "a", tiny(steps=6))[0].step == 2
     monkeypatch.setattr(train, "rollout", rollout)
-    assert cli.main(["train", QUICKSTART, "--workdir", str(tmp_path / "a")]) == 0, "the folder remembers its options"
+    assert cli.main(["train", QUICKSTART, "--workdir", str(tmp_path / "a")]) == 0, (
+        "the folder remembers its options"
+    )
     train.train(tiny(steps=6), tmp_path / "b")
     assert_same_run(tmp_path / "a", tmp_path / "b", tiny(steps=6))
 
@@ -136,32 +190,59 @@ def test_rows_hold_what_others_read(tmp_path):
     read = rows(tmp_path)
     assert [row["step"] for row in read] == [1, 2, 3]
     for row in read:
-        assert {"reward", "delta_mean", "multiplier", "entropy", "tokens", "k3", "grad_norm"} <= row.keys()
+        assert {
+            "reward",
+            "delta_mean",
+            "multiplier",
+            "entropy",
+            "tokens",
+            "k3",
+            "grad_norm",
+        } <= row.keys()
         assert ("reward_eval_infer" in row) == ("reward_eval_train" in row)
         assert row["delta_mean"] > 0
-    assert all("reward_eval_train" in row for row in read)  # at the first step, each second, and the last
+    # at the first step, each second, and the last
+    assert all("reward_eval_train" in row for row in read)
     told = metrics.read_gaps(tmp_path)
     assert [row["step"] for row in told] == [1, 2, 3]
     for row, gap in zip(read, told):
         deltas = [(bucket["delta"], bucket["tokens"]) for bucket in gap["positions"]]
         assert sum(n for _, n in deltas) == row["tokens"]
-        assert sum(delta * n for delta, n in deltas) / row["tokens"] == pytest.approx(row["delta_mean"], rel=1e-4, abs=1e-9)
-        assert [token["delta"] for token in gap["worst"]][:1] == pytest.approx([row["prob_diff_max"]], rel=1e-4)
+        assert sum(delta * n for delta, n in deltas) / row["tokens"] == pytest.approx(
+            row["delta_mean"], rel=1e-4, abs=1e-9
+        )
+        assert [token["delta"] for token in gap["worst"]][:1] == pytest.approx(
+            [row["prob_diff_max"]], rel=1e-4
+        )
     tolerance = 0.004
     for one, two in zip(read, read[1:]):
-        assert two["multiplier"] == pytest.approx(min(max(one["multiplier"] + one["delta_mean"] - tolerance, 0), 0.2), abs=1e-6)
-    assert json.loads((tmp_path / "config.json").read_text())["rollout"]["precision"]["weights"] == "int4"
+        assert two["multiplier"] == pytest.approx(
+            min(max(one["multiplier"] + one["delta_mean"] - tolerance, 0), 0.2), abs=1e-6
+        )
+    assert (
+        json.loads((tmp_path / "config.json").read_text())["rollout"]["precision"]["weights"]
+        == "int4"
+    )
 
 
-EXPERTS = {"model.shape.num_experts": 4, "model.shape.experts_per_token": 2,
-           "model.shape.expert_size": 16}
+EXPERTS = {
+    "model.shape.num_experts": 4,
+    "model.shape.experts_per_token": 2,
+    "model.shape.expert_size": 16,
+}
 CUT = {"rollout.top_p": 0.9, "rollout.top_k": 5, "rollout.min_p": 0.05}
 
 
-@pytest.mark.parametrize("changes", [{}, CUT, EXPERTS | {"algorithm.replay_routing": "yes"}],
-                         ids=["dense", "cut supports", "moe that replays"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, CUT, EXPERTS | {"algorithm.replay_routing": "yes"}],
+    ids=["dense", "cut supports", "moe that replays"],
+)
 def test_a_float32_engine_has_no_discrepancy(tmp_path, changes):
-    train.train(tiny(steps=2, **{"rollout.precision.weights": "float32", "eval.every": 1}, **changes), tmp_path)
+    train.train(
+        tiny(steps=2, **{"rollout.precision.weights": "float32", "eval.every": 1}, **changes),
+        tmp_path,
+    )
     for row in rows(tmp_path):
         assert row["logp_diff_max"] <= 1e-5 and row["delta_mean"] < 1e-6
         assert row["reward_eval_infer"] == row["reward_eval_train"]
@@ -174,7 +255,11 @@ def test_a_finished_run_stays_finished_and_can_go_on(tmp_path, capsys):
     assert cli.main(["train", QUICKSTART, "--workdir", str(tmp_path), "--steps", "3"]) == 0
     assert rows(tmp_path)[:2] == before and len(rows(tmp_path)) == 3
     err = capsys.readouterr().err
-    assert f"{tmp_path} goes on with its own " in err and "data.task.operations=2" in err and "steps=3" not in err
+    assert (
+        f"{tmp_path} goes on with its own " in err
+        and "data.task.operations=2" in err
+        and "steps=3" not in err
+    )
     out = tmp_path / "out"
     assert cli.main(["convert", QUICKSTART, str(out), "--workdir", str(tmp_path)]) == 0
     capsys.readouterr()
@@ -208,7 +293,8 @@ CONFIG = dataclasses.replace(RUN, constraint=dataclasses.replace(RUN.constraint,
 
 @pytest.mark.slow
 def test_a_run_that_makes_no_update_stops_with_a_sentence_and_is_saved(tmp_path, capsys):
-    experiment, workdir = tmp_path / "never_finite.py", tmp_path / "run"
+    experiment = tmp_path / "never_finite.py"
+    workdir = tmp_path / "run"
     experiment.write_text(NEVER_FINITE.format(quickstart=QUICKSTART))
     words = ["train", str(experiment), *command(workdir, steps=9)[2:], "--algorithm.max_skipped=2"]
     assert cli.main(words) == 1
@@ -230,7 +316,9 @@ def test_weights_that_are_not_finite_are_named_before_the_first_step(tmp_path, m
         return params | {"final_norm": params["final_norm"].at[0].set(np.nan)}
 
     monkeypatch.setattr(train, "starting_weights", damaged)
-    with pytest.raises(stopping.Failed, match="^the weight final_norm is not finite before the first step"):
+    with pytest.raises(
+        stopping.Failed, match="^the weight final_norm is not finite before the first step"
+    ):
         train.train(tiny(**{"warmup.steps": 0}), tmp_path)
     assert not checkpoint.steps(tmp_path)
 
@@ -244,6 +332,7 @@ def coupled(logp, old_logp, rollout_logp, advantage, mask):
 @pytest.mark.slow
 def test_a_surrogate_that_weighs_microbatches_stops_the_run(tmp_path, monkeypatch):
     """And the run goes on in one microbatch, equal to one that never had more."""
+
     def with_parts(**changes):
         run = tiny(**{"algorithm.minibatches": 1, "steps": 3} | changes)
         algorithm = dataclasses.replace(run.algorithm, surrogate=coupled)
@@ -262,29 +351,44 @@ def test_a_surrogate_that_weighs_microbatches_stops_the_run(tmp_path, monkeypatc
 
 def test_interruption_in_the_warm_up_says_so(tmp_path, capsys, monkeypatch):
     supervised = train.warmup.data.supervised
-    monkeypatch.setattr(train.warmup.data, "supervised",
-                        lambda *args: os.kill(os.getpid(), signal.SIGINT) or supervised(*args))
+    monkeypatch.setattr(
+        train.warmup.data,
+        "supervised",
+        lambda *args: os.kill(os.getpid(), signal.SIGINT) or supervised(*args),
+    )
     monkeypatch.setattr(train.warmup, "STEPS_PER_DISPATCH", 1)
     assert cli.main(command(tmp_path, steps=1)) == 130
     assert "stopped in the warm-up, at step 1 of 2; it starts anew" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"model.shape.vocab_size": 10}, "the tokenizer has 18 ids but the model's vocab_size is 10"),
-    ({"mesh.tensor": 3}, "does not make 1, the number of devices"),
-    ({"data.path": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
-    ({"model.folder": "nowhere"}, "nowhere"),
-    ({"model.tokenizer": "nowhere"}, "nowhere"),
-    ({"rollout.samples": 3, "algorithm.microbatches": 4}, "12 completions do not divide into"),
-    ({"algorithm.minibatches": 5}, "16 completions do not divide into"),
-    ({"algorithm.replay_routing": "yes"}, "replays the choices of a router, and this model is dense; leave it out"),
-    ({"stepz": 5}, "did you mean --steps?"),
-    ({"model.shape.max_position": 20}, "= 26 positions are more than the model's 20"),
-    ({"eval.every": 1, "eval.prompts": 0}, "eval.prompts=0 must be at least 1"),
-    ({"data.max_prompt_tokens": 5}, "a prompt has 6 tokens, more than data.max_prompt_tokens=5"),
-    ({"checkpoint.keep": 0}, "checkpoint.keep=0 must be at least 1"),
-    ({"seed": -1}, "seed=-1 must not be negative"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"model.shape.vocab_size": 10},
+            "the tokenizer has 18 ids but the model's vocab_size is 10",
+        ),
+        ({"mesh.tensor": 3}, "does not make 1, the number of devices"),
+        ({"data.path": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
+        ({"model.folder": "nowhere"}, "nowhere"),
+        ({"model.tokenizer": "nowhere"}, "nowhere"),
+        ({"rollout.samples": 3, "algorithm.microbatches": 4}, "12 completions do not divide into"),
+        ({"algorithm.minibatches": 5}, "16 completions do not divide into"),
+        (
+            {"algorithm.replay_routing": "yes"},
+            "replays the choices of a router, and this model is dense; leave it out",
+        ),
+        ({"stepz": 5}, "did you mean --steps?"),
+        ({"model.shape.max_position": 20}, "= 26 positions are more than the model's 20"),
+        ({"eval.every": 1, "eval.prompts": 0}, "eval.prompts=0 must be at least 1"),
+        (
+            {"data.max_prompt_tokens": 5},
+            "a prompt has 6 tokens, more than data.max_prompt_tokens=5",
+        ),
+        ({"checkpoint.keep": 0}, "checkpoint.keep=0 must be at least 1"),
+        ({"seed": -1}, "seed=-1 must not be negative"),
+    ],
+)
 def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, changes, message):
     assert cli.main(command(tmp_path / "run", **changes)) == 2
     err = capsys.readouterr().err.strip()
@@ -310,7 +414,8 @@ def test_another_experiment_cannot_take_over_a_run(tmp_path):
 
 def broken_from(call, monkeypatch, what):
     """Has the quickstart's verifier do `what()` from that call on; returns the right one."""
-    calls, right = [], tasks.Chain.reward
+    calls = []
+    right = tasks.Chain.reward
 
     @functools.wraps(right)
     def reward(self, example, text):
@@ -322,7 +427,9 @@ def broken_from(call, monkeypatch, what):
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
-def test_a_verifier_that_fails_leaves_every_step_before_saved(tmp_path, capsys, monkeypatch, staleness):
+def test_a_verifier_that_fails_leaves_every_step_before_saved(
+    tmp_path, capsys, monkeypatch, staleness
+):
     """The batch of step 4 cannot be judged; the run goes on from step 3 as if nothing had been."""
     changes = {"steps": 5, "checkpoint.every": 0, "rollout.staleness": staleness}
     right = broken_from(3 * 16 + 2, monkeypatch, lambda: 1 / 0)
@@ -330,7 +437,10 @@ def test_a_verifier_that_fails_leaves_every_step_before_saved(tmp_path, capsys, 
     out, err = capsys.readouterr()
     assert "the state after step 3 is saved" in out
     said = err.splitlines()[-1]
-    assert said.startswith("dcmdp: the verifier ") and "ZeroDivisionError: division by zero; go on with: dcmdp train" in said
+    assert (
+        said.startswith("dcmdp: the verifier ")
+        and "ZeroDivisionError: division by zero; go on with: dcmdp train" in said
+    )
     assert "Traceback" not in err
     monkeypatch.setattr(tasks.Chain, "reward", right)
     assert cli.main(["train", QUICKSTART, "--workdir", str(tmp_path / "a")]) == 0
@@ -360,7 +470,10 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(tmp_pa
     newest = tmp_path / "a" / "checkpoints" / "4" / "state"
     for file in newest.rglob("d/*"):
         file.write_bytes(bytes(file.stat().st_size))
-    assert cli.main(["convert", QUICKSTART, str(tmp_path / "out"), "--workdir", str(tmp_path / "a")]) == 0
+    assert (
+        cli.main(["convert", QUICKSTART, str(tmp_path / "out"), "--workdir", str(tmp_path / "a")])
+        == 0
+    )
     assert f"wrote step 2 to {tmp_path / 'out'}" in capsys.readouterr().out
     assert cli.main(["train", QUICKSTART, "--workdir", str(tmp_path / "a")]) == 0
     err = capsys.readouterr().err
@@ -381,11 +494,22 @@ def record_of(workdir, change):
 
 
 def test_a_run_survives_another_version(tmp_path):
-    """A field that its version did not know has today's default; one that is unknown today counts where it is set."""
+    """A field that its version did not know has today's default; one that is unknown today counts
+    where it is set.
+    """
     (tmp_path / "checkpoints" / "0").mkdir(parents=True)
     train._write_config(tmp_path, tiny())
-    record_of(tmp_path, lambda r: (r.pop("wandb"), r["algorithm"].pop("offload"), r["rollout"].pop("precision"),
-                                   r["data"]["task"].pop("noise"), r.update(nova=0), r["data"].update(extra={"a": None})))
+    record_of(
+        tmp_path,
+        lambda r: (
+            r.pop("wandb"),
+            r["algorithm"].pop("offload"),
+            r["rollout"].pop("precision"),
+            r["data"]["task"].pop("noise"),
+            r.update(nova=0),
+            r["data"].update(extra={"a": None}),
+        ),
+    )
     with pytest.raises(ValueError, match=r"rollout\.precision\.weights=float32, not int4"):
         train.claim(tmp_path, tiny())
     plain = {"rollout.precision.weights": "float32"}
@@ -394,12 +518,18 @@ def test_a_run_survives_another_version(tmp_path):
     train.claim(tmp_path, tiny(**plain)).close()
     assert json.loads((tmp_path / "config.json").read_text())["algorithm"]["offload"] is False
     record_of(tmp_path, lambda r: r["algorithm"].update(nova={"factor": 3}))
-    with pytest.raises(ValueError, match="a run of another version, with algorithm.nova={'factor': 3}, which this one does not know"):
+    with pytest.raises(
+        ValueError,
+        match="a run of another version, with algorithm.nova={'factor': 3}, which this one does not know",
+    ):
         train.claim(tmp_path, tiny(**plain))
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"name": "quick', '{"a": ' * 9**5, None],
-                         ids=["empty", "list", "cut", "deep", "gone"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"name": "quick', '{"a": ' * 9**5, None],
+    ids=["empty", "list", "cut", "deep", "gone"],
+)
 def test_a_damaged_record_is_named_with_its_remedy(tmp_path, capsys, content):
     (tmp_path / "checkpoints" / "0").mkdir(parents=True)
     if content is not None:
@@ -413,7 +543,10 @@ def test_a_damaged_record_is_named_with_its_remedy(tmp_path, capsys, content):
 def test_an_absent_logger_is_refused_before_there_is_a_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert cli.main(command(tmp_path / "run", wandb="yes")) == 2
-    assert capsys.readouterr().err == "dcmdp: wandb=True needs wandb; pip install wandb\n" and not (tmp_path / "run").exists()
+    assert (
+        capsys.readouterr().err == "dcmdp: wandb=True needs wandb; pip install wandb\n"
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_rows_of_a_run_without_its_checkpoints_are_kept(tmp_path):
@@ -425,23 +558,47 @@ def test_rows_of_a_run_without_its_checkpoints_are_kept(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_runs_cannot_share_a_folder_and_a_second_ctrl_c_and_closed_streams_cost_nothing(tmp_path):
-    child = [sys.executable, "-c", "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"]
+def test_two_runs_cannot_share_a_folder_and_a_second_ctrl_c_and_closed_streams_cost_nothing(
+    tmp_path,
+):
+    child = [
+        sys.executable,
+        "-c",
+        "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))",
+    ]
     environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    first = subprocess.Popen([*child, *command(tmp_path / "a", steps=10000)], env=environment, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        [*child, *command(tmp_path / "a", steps=10000)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     log = tmp_path / "a" / "metrics.jsonl"
     while first.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 6):
         time.sleep(0.05)
-    second = subprocess.run([*child, *command(tmp_path / "a", steps=2, seed=1)], env=environment, capture_output=True, text=True)
+    second = subprocess.run(
+        [*child, *command(tmp_path / "a", steps=2, seed=1)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert second.returncode == 2
-    assert f"a is in use by process {first.pid} on " in second.stderr and "Traceback" not in second.stderr
+    assert (
+        f"a is in use by process {first.pid} on " in second.stderr
+        and "Traceback" not in second.stderr
+    )
     first.send_signal(signal.SIGINT)
     first.send_signal(signal.SIGINT)
     _, err = first.communicate(timeout=60)
     assert first.returncode == 130 and "Traceback" not in err and "shutdown" not in err
     steps = len(log.read_text().splitlines()) + 2
     with open("/dev/full", "w") as full:
-        whole = subprocess.run([*child, *command(tmp_path / "a", steps=steps)], env=environment, stdout=full, stderr=full)
+        whole = subprocess.run(
+            [*child, *command(tmp_path / "a", steps=steps)],
+            env=environment,
+            stdout=full,
+            stderr=full,
+        )
     assert whole.returncode == 0 and (tmp_path / "a" / "report.html").is_file()
     train.train(tiny(steps=steps), tmp_path / "b")
     assert_same_run(tmp_path / "a", tmp_path / "b", tiny(steps=steps))
@@ -460,6 +617,9 @@ def test_a_step_that_leaves_a_weight_that_is_not_finite_is_not_saved(tmp_path, m
 
     monkeypatch.setattr(train.sync, "make", overflowing)
     run = tiny(steps=2, **{"checkpoint.every": 1})
-    with pytest.raises(stopping.Failed, match="^a weight of the engine is not finite after step 2, which is not saved"):
+    with pytest.raises(
+        stopping.Failed,
+        match="^a weight of the engine is not finite after step 2, which is not saved",
+    ):
         train.train(run, tmp_path)
     assert checkpoint.steps(tmp_path) == [0, 1] and len(rows(tmp_path)) == 1

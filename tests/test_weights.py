@@ -9,22 +9,26 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-
-from dcmdp_jax import sharding, tokenizer
-from dcmdp_jax.config import MeshConfig
-from dcmdp_jax.models import quantized, qwen3, sizes, weights
 from folders import edit
 from random_params import random_params
 
+from dcmdp_jax import sharding, tokenizer
+from dcmdp_jax.config import MeshConfig
+from dcmdp_jax.models import decoder, quantized, sizes, weights
+
 CONFIGS = {
     "dense": dataclasses.replace(sizes.TINY, attention_bias=True, num_layers=3),
-    "moe": dataclasses.replace(sizes.TINY_MOE, num_layers=5, mlp_only_layers=(1,), decoder_sparse_step=1),
+    "moe": dataclasses.replace(
+        sizes.TINY_MOE, num_layers=5, mlp_only_layers=(1,), decoder_sparse_step=1
+    ),
 }
 
 
 def assert_equal(got, want):
     assert jax.tree.structure(got) == jax.tree.structure(want)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+    ):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
@@ -37,7 +41,12 @@ def config(request):
 @pytest.fixture
 def folder(tmp_path):
     """A sharded folder of the dense config."""
-    weights.save(tmp_path / "model", CONFIGS["dense"], random_params(CONFIGS["dense"]), max_shard_bytes=100_000)
+    weights.save(
+        tmp_path / "model",
+        CONFIGS["dense"],
+        random_params(CONFIGS["dense"]),
+        max_shard_bytes=100_000,
+    )
     return tmp_path / "model"
 
 
@@ -55,21 +64,27 @@ def test_transformers_loads_what_is_saved(tmp_path):
             tmp_path / f"{case}-back", attn_implementation="eager", dtype=torch.float32
         ).eval()
         assert type(back) is type(model)
-        want, got = model.state_dict(), back.state_dict()
+        want = model.state_dict()
+        got = back.state_dict()
         assert want.keys() == got.keys()
         assert all(torch.equal(want[name], got[name]) for name in want), case
         tokens = reference_hf.tokens(case, 1, 30)
-        np.testing.assert_array_equal(reference_hf.logits(back, tokens), reference_hf.logits(model, tokens))
+        np.testing.assert_array_equal(
+            reference_hf.logits(back, tokens), reference_hf.logits(model, tokens)
+        )
 
 
 @pytest.mark.parametrize("named", ["config.json", "generation_config.json"])
 def test_what_is_converted_stops_in_transformers_where_the_source_does(named, tmp_path):
     """Greedy completions of a few prompts end after as many tokens, some at a stop token."""
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
     import reference_hf
 
-    source, out, vocabulary = tmp_path / "source", tmp_path / "out", tmp_path / "tokenizer"
+    source = tmp_path / "source"
+    out = tmp_path / "out"
+    vocabulary = tmp_path / "tokenizer"
     reference_hf.make("dense").save_pretrained(source)
     (source / "generation_config.json").unlink()
     size = reference_hf.CASES["dense"]["vocab_size"]
@@ -131,14 +146,22 @@ def test_sharded_load_equals_unsharded(config, tmp_path):
     if jax.device_count() < 8:
         pytest.skip("needs 8 devices; conftest.py simulates them")
     weights.save(tmp_path / "model", config, random_params(config))
-    parts = MeshConfig(fsdp=2, expert=2, tensor=2) if config.num_experts else MeshConfig(data=2, fsdp=2, tensor=2)
-    shapes = jax.eval_shape(lambda: qwen3.init(jax.random.key(0), config))
-    places = sharding.params(qwen3.logical_axes(config), sharding.make_mesh(parts), sharding.TRAIN, shapes)
+    parts = (
+        MeshConfig(fsdp=2, expert=2, tensor=2)
+        if config.num_experts
+        else MeshConfig(data=2, fsdp=2, tensor=2)
+    )
+    shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), config))
+    places = sharding.params(
+        decoder.logical_axes(config), sharding.make_mesh(parts), sharding.TRAIN, shapes
+    )
     _, params = weights.load(tmp_path / "model", shardings=places)
     assert_equal(params, weights.load(tmp_path / "model")[1])
     for array, place in zip(jax.tree.leaves(params), jax.tree.leaves(places), strict=True):
         assert array.sharding == place
-        assert {shard.data.shape for shard in array.addressable_shards} == {place.shard_shape(array.shape)}
+        assert {shard.data.shape for shard in array.addressable_shards} == {
+            place.shard_shape(array.shape)
+        }
     # Donated parameters must not take the memory that the file was read into with them.
     doubled = jax.jit(lambda p: jax.tree.map(lambda x: 2 * x, p), donate_argnums=0)(params)
     assert_equal(doubled, jax.tree.map(lambda x: 2 * x, random_params(config)))
@@ -148,7 +171,9 @@ class Counted:
     """A file whose tensors count the numbers read from them."""
 
     def __init__(self, file):
-        self.file, self.read, self.name = file, 0, ""
+        self.file = file
+        self.read = 0
+        self.name = ""
 
     def get_slice(self, name):
         self.slice = self.file.get_slice(name)
@@ -164,7 +189,9 @@ def test_a_slice_reads_no_more_than_itself(config, tmp_path):
     params = random_params(config)
     weights.save(tmp_path / "model", config, params)
     file = safetensors.safe_open(tmp_path / "model" / "model.safetensors", framework="np")
-    for leaf, array in zip(jax.tree.leaves(weights.leaves(config)), jax.tree.leaves(params), strict=True):
+    for leaf, array in zip(
+        jax.tree.leaves(weights.leaves(config)), jax.tree.leaves(params), strict=True
+    ):
         counted = Counted(file)
         index = tuple(slice(n // 2, n) if n > 1 else slice(0, 1) for n in array.shape)
         heads = next(iter(leaf.tensors.values())).heads
@@ -178,7 +205,9 @@ def test_a_slice_reads_no_more_than_itself(config, tmp_path):
         assert counted.read == block.size
         if heads is not None:
             index = tuple(slice(n // 2, n // 2 + 1) for n in array.shape)
-            np.testing.assert_array_equal(leaf.read(files, index, np.float32), np.asarray(array)[index])
+            np.testing.assert_array_equal(
+                leaf.read(files, index, np.float32), np.asarray(array)[index]
+            )
 
 
 def rewrite(folder, change):
@@ -192,14 +221,20 @@ def rewrite(folder, change):
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBED = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 
-@pytest.mark.parametrize("head", [
-    lambda embed: embed * 1.5,
-    lambda embed: embed.astype(jnp.bfloat16),
-    lambda embed: np.where(np.arange(embed.size).reshape(embed.shape) == embed.size - 1, 0, embed),
-])
+@pytest.mark.parametrize(
+    "head",
+    [
+        lambda embed: embed * 1.5,
+        lambda embed: embed.astype(jnp.bfloat16),
+        lambda embed: np.where(
+            np.arange(embed.size).reshape(embed.shape) == embed.size - 1, 0, embed
+        ),
+    ],
+)
 def test_a_tied_head_that_is_stored_and_differs_is_refused(head, folder):
     rewrite(folder, lambda tensors: tensors.update({HEAD: head(tensors[EMBED])}))
     with pytest.raises(
@@ -264,9 +299,9 @@ def test_a_sharded_load_finds_what_is_not_finite(folder):
         pytest.skip("needs 8 devices; conftest.py simulates them")
     rewrite(folder, lambda tensors: tensors[EMBED].__setitem__((200, 3), np.nan))
     config = CONFIGS["dense"]
-    shapes = jax.eval_shape(lambda: qwen3.init(jax.random.key(0), config))
+    shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), config))
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    places = sharding.params(qwen3.logical_axes(config), mesh, sharding.TRAIN, shapes)
+    places = sharding.params(decoder.logical_axes(config), mesh, sharding.TRAIN, shapes)
     with pytest.raises(ValueError, match=f"tensor {EMBED} holds NaN"):
         weights.load(folder, shardings=places)
 
@@ -370,8 +405,8 @@ def test_save_refuses_and_leaves_nothing_behind(folder, tmp_path, monkeypatch):
         weights.save(folder, config, params)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(ValueError, match="do not fit this model config"):
-        weights.save(tmp_path / "new", config, qwen3.unstack(params, config))
-    axes = qwen3.contracting_axes(config)
+        weights.save(tmp_path / "new", config, decoder.unstack(params, config))
+    axes = decoder.contracting_axes(config)
     int8 = jax.tree.map(lambda w, a: quantized.quantize(w, jnp.int8, a) if a else w, params, axes)
     with pytest.raises(ValueError, match="quantized"):
         weights.save(tmp_path / "new", config, int8)

@@ -32,9 +32,15 @@ def test_a_line_is_answered_by_a_line_however_long(echo):
     assert echo.ask(b"12" * 10**6) == b"21" * 10**6 + b"\n"
 
 
-@pytest.mark.parametrize("act, status", [
-    ("sys.exit(3)", 3), ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
-    ("os.abort()", -signal.SIGABRT), ("sys.stdout.write('half'); sys.exit()", 0)])
+@pytest.mark.parametrize(
+    "act, status",
+    [
+        ("sys.exit(3)", 3),
+        ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+        ("os.abort()", -signal.SIGABRT),
+        ("sys.stdout.write('half'); sys.exit()", 0),
+    ],
+)
 def test_a_process_that_ends_tells_its_status_and_another_one_starts(act, status):
     answers = f"for line in sys.stdin:\n if line == 'die\\n': {act}\n print('ok', flush=True)"
     asked = of(READY + answers)
@@ -53,9 +59,14 @@ def test_a_silent_process_is_ended():
     assert time.monotonic() - before < 20.0 and asked._process is None
 
 
-@pytest.mark.parametrize("program, error", [
-    ("print('no such library')", worker.Unready), ("raise SystemExit(4)", worker.Ended),
-    ("print('read', end='')", worker.Ended)])
+@pytest.mark.parametrize(
+    "program, error",
+    [
+        ("print('no such library')", worker.Unready),
+        ("raise SystemExit(4)", worker.Ended),
+        ("print('read', end='')", worker.Ended),
+    ],
+)
 def test_a_process_that_cannot_start_is_told_apart_from_one_that_died(program, error):
     with pytest.raises(error) as raised:
         of(program).ask(b"?")
@@ -100,7 +111,10 @@ def test_a_fork_asks_a_process_of_its_own_and_leaves_its_parent_s_alone():
     done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=60)
     answers = [rf"{line}\n" for line in ("eno", "owt", "eerht")]
     assert done.stdout.splitlines() == [
-        f"b'{answers[0]}'", f"b'{answers[1]}' True", f"b'{answers[2]}' True"], done.stderr
+        f"b'{answers[0]}'",
+        f"b'{answers[1]}' True",
+        f"b'{answers[2]}' True",
+    ], done.stderr
 
 
 def test_a_process_ends_with_its_worker():

@@ -1,7 +1,8 @@
-"""This package beside its peers, interleaved: `PEERS=FOLDER python -m benchmarks.peers.compare [T1 T2 T3 T4] [--workload W1]`.
+"""This package beside its peers, interleaved: `PEERS=FOLDER python -m benchmarks.peers.compare [T1
+T2 T3 T4] [--workload W1]`.
 
-Prints CPU seconds of each, those of the quickest peer over ours, and how far the log-probs (T2: the loss) lie from the
-harness's float64. PEERS names the folder of the harness, see `run_ours.py`.
+Prints CPU seconds of each, those of the quickest peer over ours, and how far the log-probs (T2: the
+loss) lie from the harness's float64. PEERS names the folder of the harness, see `run_ours.py`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,25 @@ import subprocess
 import sys
 import tempfile
 
-PEERS = {"T1": ("tunix", "torch:plain"), "T2": ("tunix", "torch"), "T3": ("tunix", "llama"), "T4": ("torch:cb", "llama")}
-WORKLOADS = {"T1": ("W1", "W2", "W3"), "T2": ("W1", "W3"), "T3": ("W1", "W2", "W3"), "T4": ("W1", "W3")}
+PEERS = {
+    "T1": ("tunix", "torch:plain"),
+    "T2": ("tunix", "torch"),
+    "T3": ("tunix", "llama"),
+    "T4": ("torch:cb", "llama"),
+}
+WORKLOADS = {
+    "T1": ("W1", "W2", "W3"),
+    "T2": ("W1", "W3"),
+    "T3": ("W1", "W2", "W3"),
+    "T4": ("W1", "W3"),
+}
 ERRORS = ("rescore_max_abs_err", "max_abs_err_vs_fp64", "loss_err")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("tasks", nargs="*", default=["T3", "T4"])
     parser.add_argument("--workload", help="this one alone")
     parser.add_argument("--rounds", type=int, default=4)
@@ -31,14 +44,20 @@ def main() -> None:
         parser.error(f"{', '.join(sorted(unknown))}: the tasks are {', '.join(PEERS)}")
     for task in args.tasks:
         if args.workload not in (None, *WORKLOADS[task]):
-            parser.error(f"{args.workload}: the workloads of {task} are {', '.join(WORKLOADS[task])}")
+            parser.error(
+                f"{args.workload}: the workloads of {task} are {', '.join(WORKLOADS[task])}"
+            )
     compare(args.tasks, args.rounds, args.cpu, args.workload)
 
 
 def compare(tasks: list[str], rounds: int, cpu: str, only: str | None = None) -> None:
-    """Prints a line for each workload of `tasks`, or for the one named, or how to where PEERS is not set."""
+    """Prints a line for each workload of `tasks`, or for the one named, or how to where PEERS is
+    not set.
+    """
     if not os.environ.get("PEERS"):
-        print("peers    set PEERS to the folder of the peer harness (ab.py) to print the ratios to other engines")
+        print(
+            "peers    set PEERS to the folder of the peer harness (ab.py) to print the ratios to other engines"
+        )
         return
     folder = pathlib.Path(os.environ["PEERS"]).resolve()
     if not (folder / "ab.py").is_file():
@@ -54,10 +73,29 @@ def measured(folder: pathlib.Path, workload: str, task: str, rounds: int, cpu: s
     with tempfile.TemporaryDirectory() as scratch:
         out = pathlib.Path(scratch, "out.json")
         run = subprocess.run(
-            [sys.executable, "ab.py", "--workload", workload, "--task", task, "--rounds", str(rounds), "--cpu", cpu, "--out",
-             str(out), *PEERS[task], f"ours={sys.executable}:{script}"], cwd=folder, stdout=subprocess.DEVNULL)
+            [
+                sys.executable,
+                "ab.py",
+                "--workload",
+                workload,
+                "--task",
+                task,
+                "--rounds",
+                str(rounds),
+                "--cpu",
+                cpu,
+                "--out",
+                str(out),
+                *PEERS[task],
+                f"ours={sys.executable}:{script}",
+            ],
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+        )
         if run.returncode or not out.exists():
-            raise SystemExit(f"ab.py ended with status {run.returncode}; its workers' messages are in {folder / 'logs'}")
+            raise SystemExit(
+                f"ab.py ended with status {run.returncode}; its workers' messages are in {folder / 'logs'}"
+            )
         return json.loads(out.read_text())
 
 
@@ -70,7 +108,11 @@ def line(workload: str, task: str, results: list[dict]) -> str:
     failed = [peer for peer in PEERS[task] if peer not in others]
     digest = next(r for r in results if r["label"] == "ours").get("digest", {})
     errors = [f"{name} {digest[name]:.1e}" for name in ERRORS if name in digest]
-    shown = [f"{label} {s:.3f} s" for label, s in seconds.items()] + [f"{peer} no result" for peer in failed] + errors
+    shown = (
+        [f"{label} {s:.3f} s" for label, s in seconds.items()]
+        + [f"{peer} no result" for peer in failed]
+        + errors
+    )
     ratio = f"{min(others.values()) / seconds['ours']:.2f}x the quickest peer; " if others else ""
     return f"peers    {workload} {task}: {ratio}{', '.join(shown)}"
 

@@ -1,16 +1,23 @@
-"""This package in the peer harness: the weights, tokens and work of Tunix, TRL and llama.cpp, in one interleaved run.
+"""This package in the peer harness: the weights, tokens and work of Tunix, TRL and llama.cpp, in
+one interleaved run.
 
-The harness (`ab.py`, `harness.py`, `common.py`, `workloads.json`, the peers' runners and environments) lies in the
-folder that the environment variable PEERS names; default `../shared/peers` beside the repository. Alone, or beside the
-peers (from that folder, with the full paths of the interpreter and of this file):
+The harness (`ab.py`, `harness.py`, `common.py`, `workloads.json`, the peers' runners and
+environments) lies in the folder that the environment variable PEERS names; default
+`../shared/peers` beside the repository. Alone, or beside the peers (from that folder, with the full
+paths of the interpreter and of this file):
 
     python benchmarks/peers/run_ours.py --workload W1 --task T3
-    python3 ab.py --workload W1 --task T3 --rounds 5 --cpu 1 tunix torch llama ours=/PATH/python:/PATH/run_ours.py
+    python3 ab.py --workload W1 --task T3 --rounds 5 --cpu 1 tunix torch llama
+    ours=/PATH/python:/PATH/run_ours.py
 
-T1 scores completions with the trainer's packed forward pass. T2 is one update, as in `step`: forward, backward,
-gradient norm, AdamW. T3 and T4 are rollouts as training makes them, through the JetStream engine; T4's lengths are each
-request's `max_tokens`, which the engine compares with the tokens made; no slot is given or kept by it.
-Variants: int8 (T3, T4) gives the engine int8 projections; step (T2) runs the whole constrained step, with its
+T1 scores completions with the trainer's packed forward pass. T2 is one update, as in `step`:
+forward, backward,
+gradient norm, AdamW. T3 and T4 are rollouts as training makes them, through the JetStream engine;
+T4's lengths are each
+request's `max_tokens`, which the engine compares with the tokens made; no slot is given or kept by
+it.
+Variants: int8 (T3, T4) gives the engine int8 projections; step (T2) runs the whole constrained
+    step, with its
 advantages, shaping, metrics and dual.
 """
 
@@ -41,10 +48,19 @@ import optax
 from safetensors.numpy import save_file
 
 from dcmdp_jax import constraint, data, optimizers, sharding, step, sync
-from dcmdp_jax.config import (AlgorithmConfig, Config, ConstraintConfig, DataConfig, ModelConfig, ModelSource,
-                              Precision, RolloutConfig)
+from dcmdp_jax.config import (
+    AlgorithmConfig,
+    Config,
+    ConstraintConfig,
+    DataConfig,
+    ModelConfig,
+    ModelSource,
+    Precision,
+    RolloutConfig,
+)
 from dcmdp_jax.losses import corrections, policy, reduce
-from dcmdp_jax.models import scoring, weights
+from dcmdp_jax.models import weights
+from dcmdp_jax.models.kernels import scoring
 from dcmdp_jax.records import Batch, Example, Prompts, Rollout, Sampling, Scored
 from dcmdp_jax.rollout.generate import rollout
 from dcmdp_jax.rollout.jetstream import Engine
@@ -56,8 +72,17 @@ class Score:
     def __init__(self, ctx: Any):
         config, self.params = model(ctx)
         self.batch = jax.device_put(packed(ctx))
-        self.logp = jax.jit(lambda params, batch: scoring.packed_logp(
-            params, batch.tokens, batch.positions, batch.segment_ids, batch.index, config, temperature=1.0)[0])
+        self.logp = jax.jit(
+            lambda params, batch: scoring.packed_logp(
+                params,
+                batch.tokens,
+                batch.positions,
+                batch.segment_ids,
+                batch.index,
+                config,
+                temperature=1.0,
+            )[0]
+        )
 
     def step(self) -> dict[str, Any]:
         one = jax.tree.map(lambda x: x[0, 0], self.batch)
@@ -76,21 +101,27 @@ class Update:
         if ctx.variant == "step":
             self.update = step.compile(config, model_config, sharding.single_device_mesh())
         else:
-            self.update = jax.jit(partial(update, config=config, model_config=model_config), donate_argnums=0)
+            self.update = jax.jit(
+                partial(update, config=config, model_config=model_config), donate_argnums=0
+            )
 
     def step(self) -> dict[str, float]:
         self.state, metrics = jax.block_until_ready(self.update(self.state, self.batch))
         return {"loss": float(metrics["loss"]), "grad_norm": float(metrics["grad_norm"])}
 
 
-def update(state: Any, batch: Batch, *, config: Config, model_config: ModelConfig) -> tuple[Any, dict[str, jax.Array]]:
+def update(
+    state: Any, batch: Batch, *, config: Config, model_config: ModelConfig
+) -> tuple[Any, dict[str, jax.Array]]:
     """`step.constrained_step` where the old log-probs are given."""
     minibatch = jax.tree.map(lambda x: x[0], batch)
     given = minibatch, minibatch.rollout_logp, minibatch.mask * minibatch.reward[..., None]
     loss, grads = step._gradients(state.params, given, state.dual.multiplier, config, model_config)
     norm = optax.tree.norm(grads)
     optimizer = optimizers.of(config.algorithm)
-    params, opt_state = optimizer.update(grads, norm, jnp.isfinite(norm), state.params, state.opt_state)
+    params, opt_state = optimizer.update(
+        grads, norm, jnp.isfinite(norm), state.params, state.opt_state
+    )
     return state._replace(params=params, opt_state=opt_state), {"loss": loss, "grad_norm": norm}
 
 
@@ -105,16 +136,33 @@ class Generate:
         self.prompts = as_prompts(tokens)
         self.lengths = np.broadcast_to(np.asarray(task["new_tokens"], np.int32), len(tokens))
         self.engine = CountingEngine(
-            config, slots=task.get("slots", len(tokens)), stop_ids=(), mesh=mesh, precision=precision,
-            max_length=tokens.shape[1] + int(self.lengths.max()))
-        self.weights, self.runs = sync.make(config, precision, mesh)(params, 0), 0
+            config,
+            slots=task.get("slots", len(tokens)),
+            stop_ids=(),
+            mesh=mesh,
+            precision=precision,
+            max_length=tokens.shape[1] + int(self.lengths.max()),
+        )
+        self.weights = sync.make(config, precision, mesh)(params, 0)
+        self.runs = 0
 
     def step(self) -> dict[str, Any]:
-        self.runs, self.engine.decode_steps = self.runs + 1, 0
-        out = rollout(self.engine, self.weights, self.prompts, samples=1, key=jax.random.key(self.runs),
-                      max_tokens=self.lengths, sampling=Sampling())
-        return {"tokens": [row[:n].tolist() for row, n in zip(out.tokens, out.lengths)],
-                "logps": [row[:n] for row, n in zip(out.rollout_logp, out.lengths)], "steps": self.engine.decode_steps}
+        self.runs = self.runs + 1
+        self.engine.decode_steps = 0
+        out = rollout(
+            self.engine,
+            self.weights,
+            self.prompts,
+            samples=1,
+            key=jax.random.key(self.runs),
+            max_tokens=self.lengths,
+            sampling=Sampling(),
+        )
+        return {
+            "tokens": [row[:n].tolist() for row, n in zip(out.tokens, out.lengths)],
+            "logps": [row[:n] for row, n in zip(out.rollout_logp, out.lengths)],
+            "steps": self.engine.decode_steps,
+        }
 
 
 class CountingEngine(Engine):
@@ -132,12 +180,21 @@ def model(ctx: Any) -> tuple[ModelConfig, Any]:
     """The workload's weights by way of a Hugging Face folder, as any other model comes in."""
     if ctx.dtype != "float32":
         raise SystemExit(f"--dtype {ctx.dtype} is not measured here; take float32")
-    tensors, size = common.make_weights(ctx.w), ctx.w["hf_config"].get("moe_intermediate_size")
-    for name in [name for name in tensors if ".experts." in name]:  # the workload stacks experts, the files do not
+    tensors = common.make_weights(ctx.w)
+    size = ctx.w["hf_config"].get("moe_intermediate_size")
+    # the workload stacks experts, the files do not
+    for name in [name for name in tensors if ".experts." in name]:
         prefix, kind = name.rsplit(".", 1)
         for expert, matrix in enumerate(tensors.pop(name)):
-            parts = {"gate_proj": matrix[:size], "up_proj": matrix[size:]} if kind == "gate_up_proj" else {kind: matrix}
-            tensors |= {f"{prefix}.{expert}.{part}.weight": np.ascontiguousarray(x) for part, x in parts.items()}
+            parts = (
+                {"gate_proj": matrix[:size], "up_proj": matrix[size:]}
+                if kind == "gate_up_proj"
+                else {kind: matrix}
+            )
+            tensors |= {
+                f"{prefix}.{expert}.{part}.weight": np.ascontiguousarray(x)
+                for part, x in parts.items()
+            }
     with tempfile.TemporaryDirectory() as folder:
         save_file(tensors, f"{folder}/model.safetensors")
         pathlib.Path(folder, "config.json").write_text(json.dumps(ctx.w["hf_config"]))
@@ -146,38 +203,65 @@ def model(ctx: Any) -> tuple[ModelConfig, Any]:
 
 
 def as_prompts(tokens: np.ndarray) -> Prompts:
-    return Prompts(tokens, np.full(len(tokens), tokens.shape[1], np.int32), (Example("", ""),) * len(tokens))
+    return Prompts(
+        tokens, np.full(len(tokens), tokens.shape[1], np.int32), (Example("", ""),) * len(tokens)
+    )
 
 
 def packed(ctx: Any) -> Batch:
-    """The given completions as one microbatch, in one row; the advantage rides as the reward, each completion a group."""
+    """The given completions as one microbatch, in one row; the advantage rides as the reward, each
+    completion a group.
+    """
     given = ctx.batch
     made = dict.fromkeys(Rollout._fields) | {
-        "prompts": as_prompts(given["prompt"]), "tokens": given["completion"], "rollout_logp": given["old_logps"],
+        "prompts": as_prompts(given["prompt"]),
+        "tokens": given["completion"],
+        "rollout_logp": given["old_logps"],
         "kept": np.ones_like(given["old_logps"]),
-        "lengths": given["mask"].sum(axis=1).astype(np.int32)}
+        "lengths": given["mask"].sum(axis=1).astype(np.int32),
+    }
     scored = Scored(Rollout(**made), given["advantages"], ("",) * len(given["mask"]))
     positions = given["prompt"].size + int(made["lengths"].sum())
     return data.pack(scored, minibatches=1, microbatches=1, row_length=-(-positions // 8) * 8)
 
 
 def experiment(ctx: Any) -> Config:
-    """The workload's loss and optimizer: clipped ratio to the given old log-probs; multiplier 0, gradient unclipped."""
-    task, rows = ctx.w["train"], ctx.w["batch"]
+    """The workload's loss and optimizer: clipped ratio to the given old log-probs; multiplier 0,
+    gradient unclipped.
+    """
+    task = ctx.w["train"]
+    rows = ctx.w["batch"]
     return Config(
-        name=ctx.wname, model=ModelSource(), steps=1,
+        name=ctx.wname,
+        model=ModelSource(),
+        steps=1,
         data=DataConfig(path="-", verifier=lambda example, text: 0.0, prompts_per_step=rows),
         rollout=RolloutConfig(samples=1, max_tokens=ctx.w["completion_len"]),
         algorithm=AlgorithmConfig(
-            advantage=lambda reward, group, num_groups: reward, reduce=reduce.sequence_mean_token_mean,
-            surrogate=corrections.bypass(partial(policy.clipped, clip_low=task["eps_low"], clip_high=task["eps_high"])),
-            learning_rate=task["lr"], beta1=task["b1"], beta2=task["b2"], weight_decay=task["weight_decay"],
-            grad_clip=1e9),
-        constraint=ConstraintConfig(constraint.shape, constraint.projected_ascent, tolerance=1.0, multiplier_init=0.0))
+            advantage=lambda reward, group, num_groups: reward,
+            reduce=reduce.sequence_mean_token_mean,
+            surrogate=corrections.bypass(
+                partial(policy.clipped, clip_low=task["eps_low"], clip_high=task["eps_high"])
+            ),
+            learning_rate=task["lr"],
+            beta1=task["b1"],
+            beta2=task["b2"],
+            weight_decay=task["weight_decay"],
+            grad_clip=1e9,
+        ),
+        constraint=ConstraintConfig(
+            constraint.shape, constraint.projected_ascent, tolerance=1.0, multiplier_init=0.0
+        ),
+    )
 
 
 TASKS = {"T1": Score, "T2": Update, "T3": Generate, "T4": Generate}
 
 if __name__ == "__main__":
     versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
-    harness.main("ours", lambda ctx: TASKS[ctx.task](ctx), lambda: versions, variants=("default", "int8", "step"))
+    harness.main(
+        "ours",
+        lambda ctx: TASKS[ctx.task](ctx),
+        lambda: versions,
+        variants=("default", "int8", "step"),
+    )

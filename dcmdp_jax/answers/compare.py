@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from dcmdp_jax.answers import units, values
-from dcmdp_jax.answers.domains import MIRRORED, describes, domain
 from dcmdp_jax.answers.cursor import Node
+from dcmdp_jax.answers.domains import MIRRORED, describes, domain
 from dcmdp_jax.answers.names import is_curve, named_value, spread
 from dcmdp_jax.answers.read import read
 from dcmdp_jax.answers.tokens import plain
@@ -73,7 +73,8 @@ class _Comparison:
         self.work = work
 
     def same(self, one: Node, other: Node) -> bool:
-        one, other = spread(one), spread(other)
+        one = spread(one)
+        other = spread(other)
         if (describes(one) or describes(other)) and (found := self.domains(one, other)) is not None:
             return found
         if (found := self.in_order(one, other)) is not None:
@@ -193,9 +194,11 @@ class _Comparison:
             if u.powers != v.powers:
                 return False
             if (u.factor, u.pi) != (v.factor, v.pi):
-                a, b = _in_base_units(a, u), _in_base_units(b, v)
+                a = _in_base_units(a, u)
+                b = _in_base_units(b, v)
         if u is not None or v is not None:
-            one, other = a, b
+            one = a
+            other = b
         if "ratio" in (one[0], other[0]) or "clock" in (one[0], other[0]):
             return self.ratios(one, other)
         if "percent" in (one[0], other[0]) and one[0] != other[0]:
@@ -203,7 +206,8 @@ class _Comparison:
             part = ("div", share, ("num", Fraction(100)))
             return values.equal(share, bare, self.work) or values.equal(part, bare, self.work)
         if one[0] == "percent":
-            one, other = one[1], other[1]
+            one = one[1]
+            other = other[1]
         return values.equal(one, other, self.work)
 
     def measured(self, node: Node) -> tuple[Node, units.Unit | None]:
@@ -244,8 +248,10 @@ class _Comparison:
             return len(ratio) == 3 and self.quantities(("div", *ratio[1:]), bare)
         if len(one) != len(other):
             return False
-        return all(values.equal(("mul", a, other[1]), ("mul", b, one[1]), self.work)
-                   for a, b in zip(one[2:], other[2:]))
+        return all(
+            values.equal(("mul", a, other[1]), ("mul", b, one[1]), self.work)
+            for a, b in zip(one[2:], other[2:])
+        )
 
     def residues(self, one: Node, other: Node) -> bool:
         """`3 mod 5` equals `8 mod 5`."""
@@ -265,7 +271,8 @@ class _Comparison:
             return self.same(*(node[3] if node[1] == "in" else node for node in (one, other)))
         if "=" in (one[1], other[1]) or len(one) != len(other):
             return False
-        one, other = _rising(one), _rising(other)
+        one = _rising(one)
+        other = _rising(other)
         if one[1] != other[1]:
             return False
         if " " in one[1]:

@@ -148,5 +148,5 @@ def _is_simple_root(degree: Node, inside: Node) -> bool:
     power = int(degree[1])
     if not 2 <= power <= 20 or not 2 <= n <= LARGEST_RADICAND:
         return False
-    factors = itertools.takewhile(lambda factor: factor ** power <= n, itertools.count(2))
-    return all(n % factor ** power for factor in factors)
+    factors = itertools.takewhile(lambda factor: factor**power <= n, itertools.count(2))
+    return all(n % factor**power for factor in factors)

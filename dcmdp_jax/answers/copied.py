@@ -14,8 +14,10 @@ from dcmdp_jax.answers.work import Unreadable, Work
 PROBLEMS = 256  # whose expressions are remembered
 
 _FORMULA = re.compile(r"\$+([^$]+)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-_WORDS = re.compile(r"(?<![^\s(])(?:[A-Za-z]{3,}|(?i:as|at|be|by|do|if|in|is|it|of|on|or|so|to|we))"
-                    r"(?![A-Za-z^_])|[,;:?!]|\.(?!\d)")
+_WORDS = re.compile(
+    r"(?<![^\s(])(?:[A-Za-z]{3,}|(?i:as|at|be|by|do|if|in|is|it|of|on|or|so|to|we))"
+    r"(?![A-Za-z^_])|[,;:?!]|\.(?!\d)"
+)
 _NOTHING = {"add": ("num", Fraction(0)), "mul": ("num", Fraction(1))}
 
 
@@ -73,8 +75,10 @@ def _value(node: Node) -> Node:
 
 def _ordered(node: Node) -> Node:
     kind, *parts = node
-    parts = [_ordered(part) if type(part) is tuple and part and isinstance(part[0], str) else part
-             for part in parts]
+    parts = [
+        _ordered(part) if type(part) is tuple and part and isinstance(part[0], str) else part
+        for part in parts
+    ]
     if kind == "div" and parts[1] == _NOTHING["mul"]:
         return parts[0]
     if kind in _NOTHING:

@@ -15,6 +15,7 @@ Node = tuple
 
 def counted(method: Callable) -> Callable:
     """Bounds how deep a reader's methods call each other."""
+
     @functools.wraps(method)
     def bounded(self, *arguments):
         self.depth += 1
@@ -76,18 +77,19 @@ class Cursor:
                 raise Unreadable("braces do not end")
             depth += {"{": 1, "}": -1}.get(self.peek(), 0)
             self.at += 1
-        return "".join(token.text for token in self.tokens[start:self.at - 1])
+        return "".join(token.text for token in self.tokens[start : self.at - 1])
 
     def cut(self, length: int) -> None:
         """Makes two tokens of the next one, if it is longer than `length` characters."""
         kind, text, spaced = self.tokens[self.at]
         if len(text) > length:
             halves = Token(kind, text[:length], spaced), Token(kind, text[length:], False)
-            self.tokens[self.at:self.at + 1] = halves
+            self.tokens[self.at : self.at + 1] = halves
 
     def unworded(self, method: Callable[[], Node]) -> Node:
         """What `method` reads, where no unit may follow a value."""
-        before, self.worded = self.worded, False
+        before = self.worded
+        self.worded = False
         value = method()
         self.worded = before
         return value

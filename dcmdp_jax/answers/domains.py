@@ -116,7 +116,7 @@ def _point(at: Decimal) -> Interval:
 
 
 def _rounded(value: values.Number) -> Decimal | None:
-    with decimal.localcontext(decimal.Context(prec=DIGITS, Emax=10**6, Emin=-10**6)):
+    with decimal.localcontext(decimal.Context(prec=DIGITS, Emax=10**6, Emin=-(10**6))):
         if isinstance(value, Fraction):
             return Decimal(value.numerator) / Decimal(value.denominator)
         return +value[0] if abs(value[1]) < values.NOTHING else None
@@ -168,8 +168,9 @@ def _solved(node: Node, work: Work) -> tuple[Decimal, bool] | None:
         start = "num", at[0]
         rises = [values.value(("add", ("num", y), ("neg", start)), {}, work) for y in at[1:]]
         slope = rises[0]
-        twice, five_times = (values.value(("mul", ("num", slope), ("num", Fraction(x))), {}, work)
-                             for x in (2, 5))
+        twice, five_times = (
+            values.value(("mul", ("num", slope), ("num", Fraction(x))), {}, work) for x in (2, 5)
+        )
         straight = values.agree(rises[1], twice) and values.agree(rises[2], five_times)
         root = _rounded(values.value(("div", ("neg", start), ("num", slope)), {}, work))
     except values.Unknown:

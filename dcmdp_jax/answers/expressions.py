@@ -13,28 +13,129 @@ from dcmdp_jax.answers.work import Unreadable, Work
 DIVISIONS = 40  # signs `/` in an answer
 PRIMARY = 20  # operations that a number, a name or a bracket takes to read
 
-FUNCTIONS = ("arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "sqrt", "sin", "cos", "tan",
-             "cot", "sec", "csc", "exp", "log", "ln", "lg", "pi")
+FUNCTIONS = (
+    "arcsin",
+    "arccos",
+    "arctan",
+    "sinh",
+    "cosh",
+    "tanh",
+    "sqrt",
+    "sin",
+    "cos",
+    "tan",
+    "cot",
+    "sec",
+    "csc",
+    "exp",
+    "log",
+    "ln",
+    "lg",
+    "pi",
+)
 _OF_ANGLES = {"sin", "cos", "tan", "cot", "sec", "csc"}
 _INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan"}
 RELATIONS = {"=": "=", "<": "<", ">": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=", r"\in": "in"}
 _FENCES = {r"\lfloor": (r"\rfloor", "floor"), r"\lceil": (r"\rceil", "ceil"), "|": ("|", "abs")}
 _MATRICES = {"pmatrix", "bmatrix", "matrix", "Bmatrix", "smallmatrix", "array", "vmatrix"}
-_LETTERS = {rf"\{name}" for name in (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma "
-    "varsigma tau upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi "
-    "Omega ell hbar infty prime partial").split()}
-_MARKED = {r"\overline", r"\hat", r"\widehat", r"\vec", r"\overrightarrow", r"\tilde", r"\dot",
-           r"\ddot"}
+_LETTERS = {
+    rf"\{name}"
+    for name in [
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "epsilon",
+        "zeta",
+        "eta",
+        "theta",
+        "iota",
+        "kappa",
+        "lambda",
+        "mu",
+        "nu",
+        "xi",
+        "pi",
+        "rho",
+        "sigma",
+        "varsigma",
+        "tau",
+        "upsilon",
+        "phi",
+        "chi",
+        "psi",
+        "omega",
+        "Gamma",
+        "Delta",
+        "Theta",
+        "Lambda",
+        "Xi",
+        "Pi",
+        "Sigma",
+        "Upsilon",
+        "Phi",
+        "Psi",
+        "Omega",
+        "ell",
+        "hbar",
+        "infty",
+        "prime",
+        "partial",
+    ]
+}
+_MARKED = {
+    r"\overline",
+    r"\hat",
+    r"\widehat",
+    r"\vec",
+    r"\overrightarrow",
+    r"\tilde",
+    r"\dot",
+    r"\ddot",
+}
 SHAPES = {r"\angle", r"\triangle"}  # the letters behind them belong to a name
-_FACTORS = {r"\frac", r"\binom", r"\sqrt", r"\surd", r"\begin", r"\emptyset",
-            *_MARKED, *SHAPES, *_LETTERS, *(rf"\{name}" for name in FUNCTIONS)}
+_FACTORS = {
+    r"\frac",
+    r"\binom",
+    r"\sqrt",
+    r"\surd",
+    r"\begin",
+    r"\emptyset",
+    *_MARKED,
+    *SHAPES,
+    *_LETTERS,
+    *(rf"\{name}" for name in FUNCTIONS),
+}
 JOINING = ("and", "or", "to", "mod")
 MODULO = (r"\pmod", r"\bmod", r"\mod", "mod")
-_BEHIND_UNIT = {",", ";", ":", "(", ")", "[", "]", "{", "}", "+", "-", "|", r"\}", r"\cup", r"\cap",
-                r"\setminus", r"\pm", *RELATIONS}
-_WORDS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9,
-          "trillion": 10**12, "dozen": 12}
+_BEHIND_UNIT = {
+    ",",
+    ";",
+    ":",
+    "(",
+    ")",
+    "[",
+    "]",
+    "{",
+    "}",
+    "+",
+    "-",
+    "|",
+    r"\}",
+    r"\cup",
+    r"\cap",
+    r"\setminus",
+    r"\pm",
+    *RELATIONS,
+}
+_WORDS = {
+    "hundred": 100,
+    "thousand": 1000,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+    "dozen": 12,
+}
 
 
 class Expressions(Cursor):
@@ -248,7 +349,7 @@ class Expressions(Cursor):
         if "." in text and (repeated := self.repeated(text)):
             text, block = repeated
             places = len(text.partition(".")[2])
-            return "num", number(text) + number(block) / ((10 ** len(block) - 1) * 10 ** places)
+            return "num", number(text) + number(block) / ((10 ** len(block) - 1) * 10**places)
         if self.take("..."):
             return "var", f"{text}..."  # of `3.14...`, the digits that follow are not known
         value = number(text)
@@ -256,7 +357,8 @@ class Expressions(Cursor):
             return "var", f"{value}_{self.subscript()}"  # digits in a base are a name of their own
         over = self.kind() == "num" and self.peek(1) == "/" and self.kind(2) == "num"
         if over and value.denominator == 1:
-            top, bottom = number(self.peek()), number(self.peek(2))
+            top = number(self.peek())
+            bottom = number(self.peek(2))
             if 0 < top < bottom:
                 self.at += 3
                 return "num", value + top / bottom
@@ -283,7 +385,7 @@ class Expressions(Cursor):
             return text, block
         found = re.search(r"(\d)\1\1$|(\d{2,6})\2$", text.partition(".")[2])
         if found and self.take("..."):
-            return text[:-len(found[0])], found[1] or found[2]
+            return text[: -len(found[0])], found[1] or found[2]
         return None
 
     def digits(self) -> str:
@@ -360,7 +462,8 @@ class Expressions(Cursor):
 
     def reals(self) -> Node:
         """The real numbers, the positive or the negative ones, or a space of them."""
-        zero, infinity = ("num", Fraction(0)), ("var", r"\infty")
+        zero = ("num", Fraction(0))
+        infinity = ("var", r"\infty")
         if self.take("_"):
             bound = self.subscript()
             if bound in (">0", r"\ge0"):
@@ -384,7 +487,8 @@ class Expressions(Cursor):
         if name != "sqrt" and self.take("^"):
             power = self.exponent()
         if power == ("num", Fraction(-1)) and name in _INVERSE:
-            name, power = _INVERSE[name], None
+            name = _INVERSE[name]
+            power = None
         value = self.argument(name in _OF_ANGLES)
         if name == "sqrt":
             value = "root", ("num", Fraction(2)), value
@@ -398,7 +502,8 @@ class Expressions(Cursor):
         """A bracket, or the product that follows up to an operator or another function; of an
         angle, in radians."""
         if self.peek() in ("(", "[", "{"):
-            before, self.worded = self.worded, angle
+            before = self.worded
+            self.worded = angle
             value = self.bracketed()
             self.worded = before
         else:

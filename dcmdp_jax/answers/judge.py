@@ -54,8 +54,9 @@ class Pool:
     survive: they count as different. A pair that was compared is remembered.
     """
 
-    def __init__(self, command: Sequence[str] = COMMAND, seconds: float = SECONDS,
-                 processes: int = PROCESSES):
+    def __init__(
+        self, command: Sequence[str] = COMMAND, seconds: float = SECONDS, processes: int = PROCESSES
+    ):
         self.seconds = seconds
         self.given_up = 0
         self.equal = functools.lru_cache(KNOWN)(self._compared)
@@ -89,8 +90,12 @@ class Pool:
     def _say_absent(self, error: Unready) -> None:
         with self._lock:
             if not self._absent:
-                print(f"math-verify cannot be used ({error}): answers that need it count as "
-                      "different; pip install 'dcmdp-jax[answers]'", file=sys.stderr, flush=True)
+                print(
+                    f"math-verify cannot be used ({error}): answers that need it count as "
+                    "different; pip install 'dcmdp-jax[answers]'",
+                    file=sys.stderr,
+                    flush=True,
+                )
             self._absent = True
 
 

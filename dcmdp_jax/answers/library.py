@@ -30,7 +30,8 @@ _LETTER = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
 
 def _serve(seconds: float, alone: bool) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a parent that ignores it would leave it ignored
-    replies, sys.stdout = sys.stdout, sys.stderr  # a library's own printing is no reply
+    replies = sys.stdout
+    sys.stdout = sys.stderr  # a library's own printing is no reply
     try:
         import math_verify
     except ImportError as error:
@@ -50,8 +51,10 @@ def _serve(seconds: float, alone: bool) -> None:
 
 def _generous(math_verify) -> Callable[[str, str], bool]:
     def equal(gold: str, answer: str) -> bool:
-        one, other = (math_verify.parse(f"$\\boxed{{{text}}}$", parsing_timeout=None)
-                      for text in (gold, answer))
+        one, other = (
+            math_verify.parse(f"$\\boxed{{{text}}}$", parsing_timeout=None)
+            for text in (gold, answer)
+        )
         return bool(math_verify.verify(one, other, timeout_seconds=None))
 
     return equal
@@ -67,15 +70,17 @@ def _strict(math_verify) -> Callable[[str, str], bool]:
         """The one expression that a text is, its decimals as fractions; None where it is none."""
         if _DROPPED.search(text):
             return None
-        found = math_verify.parse(f"$\\boxed{{{text}}}$", latex, fallback_mode="no_fallback",
-                                  parsing_timeout=None)
+        found = math_verify.parse(
+            f"$\\boxed{{{text}}}$", latex, fallback_mode="no_fallback", parsing_timeout=None
+        )
         if len(found) != 1 or isinstance(found[0], (str, sympy.Symbol)):
             return None
         decimals = found[0].atoms(sympy.Float)
         return found[0].xreplace({part: sympy.Rational(str(part)) for part in decimals})
 
     def equal(gold: str, answer: str) -> bool:
-        one, other = read(gold), read(answer)
+        one = read(gold)
+        other = read(answer)
         if one is None or other is None:
             return False
         for kind in (sympy.Tuple, sympy.FiniteSet):

@@ -11,15 +11,73 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho "
-          "varsigma sigma tau upsilon phi chi psi omega").split()
+_GREEK = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "epsilon",
+    "zeta",
+    "eta",
+    "theta",
+    "iota",
+    "kappa",
+    "lambda",
+    "mu",
+    "nu",
+    "xi",
+    "omicron",
+    "pi",
+    "rho",
+    "varsigma",
+    "sigma",
+    "tau",
+    "upsilon",
+    "phi",
+    "chi",
+    "psi",
+    "omega",
+]
 _NAMED = {  # signs of a command
-    "Gamma": "Γ", "Delta": "Δ∆", "ell": "ℓ", "Theta": "Θ", "Lambda": "Λ", "Xi": "Ξ", "Pi": "Π",
-    "Sigma": "Σ", "Upsilon": "Υ", "Phi": "Φ", "Psi": "Ψ", "Omega": "Ω",
-    "cdot": "×·⋅∙•", "le": "≤⩽≦", "ge": "≥⩾≧", "ne": "≠", "approx": "≈", "equiv": "≡", "pm": "±",
-    "mp": "∓", "surd": "√", "infty": "∞", "in": "∈", "cup": "∪", "cap": "∩", "setminus": "∖",
-    "emptyset": "∅⌀", "mid": "∣", "langle": "⟨〈", "rangle": "⟩〉", "lfloor": "⌊", "rfloor": "⌋",
-    "lceil": "⌈", "rceil": "⌉", "angle": "∠", "triangle": "△", "land": "∧", "lor": "∨", "to": "→",
+    "Gamma": "Γ",
+    "Delta": "Δ∆",
+    "ell": "ℓ",
+    "Theta": "Θ",
+    "Lambda": "Λ",
+    "Xi": "Ξ",
+    "Pi": "Π",
+    "Sigma": "Σ",
+    "Upsilon": "Υ",
+    "Phi": "Φ",
+    "Psi": "Ψ",
+    "Omega": "Ω",
+    "cdot": "×·⋅∙•",
+    "le": "≤⩽≦",
+    "ge": "≥⩾≧",
+    "ne": "≠",
+    "approx": "≈",
+    "equiv": "≡",
+    "pm": "±",
+    "mp": "∓",
+    "surd": "√",
+    "infty": "∞",
+    "in": "∈",
+    "cup": "∪",
+    "cap": "∩",
+    "setminus": "∖",
+    "emptyset": "∅⌀",
+    "mid": "∣",
+    "langle": "⟨〈",
+    "rangle": "⟩〉",
+    "lfloor": "⌊",
+    "rfloor": "⌋",
+    "lceil": "⌈",
+    "rceil": "⌉",
+    "angle": "∠",
+    "triangle": "△",
+    "land": "∧",
+    "lor": "∨",
+    "to": "→",
 }
 _SIGNS = {  # read before NFKC, which takes some of them apart, and after it
     **{chr(0x3B1 + i): rf"\{name} " for i, name in enumerate(_GREEK)},
@@ -29,10 +87,23 @@ _SIGNS = {  # read before NFKC, which takes some of them apart, and after it
     **dict.fromkeys("°º˚", r"^{\circ}"),
     **dict.fromkeys("⁄∕÷", "/"),
     **dict.fromkeys("’‘′ʹ", "'"),
-    **dict.fromkeys("“”\"£€¥₹\u200b\u200c\u200d\u2060\ufeff", ""),
-    "∛": r"\surd[3]", "∜": r"\surd[4]", "∶": ":", "、": ",", "。": ".", "｛": r"\{", "｝": r"\}", "…": "...",
-    "㎡": r"\text{ m}^{2}", "㎥": r"\text{ m}^{3}", "㎠": r"\text{ cm}^{2}", "㎤": r"\text{ cm}^{3}",
-    "¢": r"\text{ cents}", "或": r"\text{ or }", "和": r"\text{ and }", "且": r"\text{ and }",
+    **dict.fromkeys('“”"£€¥₹\u200b\u200c\u200d\u2060\ufeff', ""),
+    "∛": r"\surd[3]",
+    "∜": r"\surd[4]",
+    "∶": ":",
+    "、": ",",
+    "。": ".",
+    "｛": r"\{",
+    "｝": r"\}",
+    "…": "...",
+    "㎡": r"\text{ m}^{2}",
+    "㎥": r"\text{ m}^{3}",
+    "㎠": r"\text{ cm}^{2}",
+    "㎤": r"\text{ cm}^{3}",
+    "¢": r"\text{ cents}",
+    "或": r"\text{ or }",
+    "和": r"\text{ and }",
+    "且": r"\text{ and }",
 }
 _TRANSLATED = str.maketrans(_SIGNS)
 _REPEATED = re.compile("((?:[0-9][\u0305\u0307])+)")  # digits with a bar or a dot of their own
@@ -42,8 +113,11 @@ _ONE_CHARACTER_FRACTION = re.compile("[¼½¾⅐-⅞↉]")
 _THOUSANDS = re.compile(  # a mark between two groups of digits that no list has
     r"(?<=\d)(?:\s*"
     r"(?:(?:\\text)?\{\s*,\s*\}|,\s*\\!|\\!\s*,|\\[,;: ]|\\thinspace)\s*|[\u2005-\u2009\u202f\u00a0])"
-    r"(?=\d{3}(?!\d))", re.ASCII)
-_DECIMAL_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)", re.ASCII)  # `3{,}14`; a list's comma has no braces
+    r"(?=\d{3}(?!\d))",
+    re.ASCII,
+)
+# `3{,}14`; a list's comma has no braces
+_DECIMAL_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)", re.ASCII)
 _POWER = re.compile(r"(?<=[\w)}])\s*\*\*\s*(?=[\w({\\-])", re.ASCII)
 _MODULE = re.compile(r"\b(?:np|math|sympy)\.(?=[a-z])")
 _NO_WHOLE_PART = re.compile(r"(?<!\d)\.(?=\\(?:overline|bar|dot)\b)", re.ASCII)
@@ -84,4 +158,3 @@ def _without_emphasis(text: str) -> str:
     if len(text) > 2 and text[0] == text[-1] and text[0] in "*_":
         text = text[1:-1]
     return text.strip()
-

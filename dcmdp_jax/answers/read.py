@@ -25,18 +25,32 @@ import re
 from collections.abc import Sequence
 
 from dcmdp_jax.answers.cursor import Node, counted
-from dcmdp_jax.answers.expressions import (FUNCTIONS, JOINING, MODULO, RELATIONS, SHAPES,
-                                           Expressions, is_part_of)
+from dcmdp_jax.answers.expressions import (
+    FUNCTIONS,
+    JOINING,
+    MODULO,
+    RELATIONS,
+    SHAPES,
+    Expressions,
+    is_part_of,
+)
 from dcmdp_jax.answers.work import Unreadable, Work
 
 _DEFINED = re.compile(r"(\\?[A-Za-z]+(?:_\w|_\{\w+\})?'*(?:\^\{-1\})?)\(([\w\\,|;]+)\)")
 _OPERATORS = {r"\max", r"\min", r"\det", r"\Pr", r"\gcd", r"\deg", r"\dim", r"\arg"}
 _ALL_REALS = re.compile(
     r"(?:x is )?(?:all|any) real(?: number|s| numbers| values)?"
-    r"(?: (except|except for|but|but not|other than|excluding|besides))?(?: x)?")
+    r"(?: (except|except for|but|but not|other than|excluding|besides))?(?: x)?"
+)
 _SHORT_WORDS = ("yes", "no", "odd")  # others of so few letters are products of variables
-_NO_NUMBERS = {"empty set", "the empty set", "no solution", "no solutions", "no real solution",
-               "no real solutions"}
+_NO_NUMBERS = {
+    "empty set",
+    "the empty set",
+    "no solution",
+    "no solutions",
+    "no real solution",
+    "no real solutions",
+}
 
 
 def read(text: str, work: Work | None = None) -> Node:
@@ -119,10 +133,13 @@ class _Reader(Expressions):
         """An element of words alone, such as `\\text{Evelyn}` or `even`, or `all real numbers
         except` some."""
         end = self.at
-        while end < len(self.tokens) and self.kind(end - self.at) in ("word", "name") and \
-                self.tokens[end].text not in JOINING:
+        while (
+            end < len(self.tokens)
+            and self.kind(end - self.at) in ("word", "name")
+            and self.tokens[end].text not in JOINING
+        ):
             end += 1
-        run = self.tokens[self.at:end]
+        run = self.tokens[self.at : end]
         said = " ".join(token.text for token in run).casefold()
         if reals := _ALL_REALS.fullmatch(said):
             self.at = end
@@ -140,7 +157,9 @@ class _Reader(Expressions):
             return None  # a variable
         upright = any(token.kind == "name" for token in run)
         functions = any(token.text.startswith(name) for name in FUNCTIONS for token in run)
-        if not upright and (len(said.replace(" ", "")) < 4 and said not in _SHORT_WORDS or functions):
+        if not upright and (
+            len(said.replace(" ", "")) < 4 and said not in _SHORT_WORDS or functions
+        ):
             return None
         if any(token.text in FUNCTIONS for token in run):
             return None  # `\\operatorname{tan} x`
@@ -154,7 +173,7 @@ class _Reader(Expressions):
         end = self.at
         while end < len(self.tokens) and self.tokens[end].kind in ("word", "name"):
             end += 1
-        words = "".join(token.text for token in self.tokens[self.at:end])
+        words = "".join(token.text for token in self.tokens[self.at : end])
         colon = end < len(self.tokens) and self.tokens[end].text == ":"
         if colon and len(words) > 3 and not words.isupper() and not words.startswith(FUNCTIONS):
             self.at = end + 1
@@ -166,8 +185,11 @@ class _Reader(Expressions):
             return None
         end = self.at
         depth = 0
-        while end < len(self.tokens) and depth >= 0 and (
-                depth or self.tokens[end].text not in RELATIONS):
+        while (
+            end < len(self.tokens)
+            and depth >= 0
+            and (depth or self.tokens[end].text not in RELATIONS)
+        ):
             depth += {"(": 1, ")": -1}.get(self.tokens[end].text, 0)
             if self.tokens[end].text in (",", ";") and not depth:
                 break
@@ -175,7 +197,7 @@ class _Reader(Expressions):
         self.work.spend(end - self.at)
         if end == len(self.tokens) or self.tokens[end].text != "=":
             return None
-        run = self.tokens[self.at:end]
+        run = self.tokens[self.at : end]
         spelled = "".join(token.text for token in run)
         defined = _DEFINED.fullmatch(spelled)
         if defined and defined[1].lstrip("\\") not in FUNCTIONS:
@@ -185,8 +207,12 @@ class _Reader(Expressions):
         if first.text in _OPERATORS:
             self.at = end
             return "var", spelled
-        if first.kind == "name" and len(first.text) > 1 and first.text not in FUNCTIONS and \
-                all(token.kind in ("name", "word") or token.text in SHAPES for token in run):
+        if (
+            first.kind == "name"
+            and len(first.text) > 1
+            and first.text not in FUNCTIONS
+            and all(token.kind in ("name", "word") or token.text in SHAPES for token in run)
+        ):
             self.at = end
             return "var", spelled.casefold()
         return None
@@ -211,7 +237,7 @@ class _Reader(Expressions):
         parts = [first, self.part()]
         while self.take(":"):
             parts.append(self.part())
-        spelled = "".join(token.text for token in self.tokens[start:self.at])
+        spelled = "".join(token.text for token in self.tokens[start : self.at])
         clock = first[0] == "num" and re.fullmatch(r"(?:[01]?\d|2[0-4])(:[0-5]\d)+", spelled)
         value = ("clock" if clock else "ratio", *parts)
         return self.quantity(value, False) if self.kind() in ("word", "name") else value

@@ -31,19 +31,25 @@ _BOX = r"\\(?:boxed|fbox)(?![A-Za-z])"
 _BRACES = re.compile(rf"{_BOX}\s*\{{?|\\.|[{{}}]", re.DOTALL)
 _STOP = rf"\$|\\[)\]]|{_BOX}|\s[A-Za-z]{{2}}"
 _ITEM = r"(?:\\\$|\{(?:[^{}\n]|\{[^{}\n]*\})*\}|[^{}\n])"
-_UNBRACED = re.compile(rf"(?:(?!{_STOP}){_ITEM}){{1,200}}(?=\$|\\[)\]])"
-                       rf"|(?:(?!{_STOP}|[.,;:!?](?:\s|$)){_ITEM}){{1,200}}")
+_UNBRACED = re.compile(
+    rf"(?:(?!{_STOP}){_ITEM}){{1,200}}(?=\$|\\[)\]])"
+    rf"|(?:(?!{_STOP}|[.,;:!?](?:\s|$)){_ITEM}){{1,200}}"
+)
 _NAME = r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_(?:\w|\{\w{1,9}\}))?"
 # a word behind a box, which is of its number
-_TIMES = re.compile(r"[\s~}$]*(?:\\[,;: ]|\\text\{|\\mathrm\{)?\s*"
-                    r"((?:hundred|thousand|million|billion|trillion|dozen)s?)\b")
+_TIMES = re.compile(
+    r"[\s~}$]*(?:\\[,;: ]|\\text\{|\\mathrm\{)?\s*"
+    r"((?:hundred|thousand|million|billion|trillion|dozen)s?)\b"
+)
 _NAMED = re.compile(rf"(?<![A-Za-z\\])({_NAME})\s*=\s*\$?\Z")
 # what may stand between boxes that are one list: separators, `and`, a name, or the mark of the
 # next item on a line
-_BESIDE = re.compile(rf"(?:[\s$,;&，、；和或与]|\\[()\[\],;:!\\ ]|\\q?quad|\*\*|(?:and|or)\b"
-                     rf"|\\text\{{[\s,]*(?:and|or)\s*\}}|{_NAME}\s*="
-                     r"|(?<=\n)(?:[-+*•]|(?:Part )?\(?(?:[a-z]|\d|[ivx]{1,4})[.):]{1,2})"
-                     r"(?=\s))*")
+_BESIDE = re.compile(
+    rf"(?:[\s$,;&，、；和或与]|\\[()\[\],;:!\\ ]|\\q?quad|\*\*|(?:and|or)\b"
+    rf"|\\text\{{[\s,]*(?:and|or)\s*\}}|{_NAME}\s*="
+    r"|(?<=\n)(?:[-+*•]|(?:Part )?\(?(?:[a-z]|\d|[ivx]{1,4})[.):]{1,2})"
+    r"(?=\s))*"
+)
 # before a brace, and before and behind a box that is a part of a larger value
 _PART = re.compile(r"(?:\\(?:[dtc]?frac|[dt]?binom|sqrt(?:\[\w{1,9}\])?)|[\^_])\s?\Z")
 _OPERATION = r"\\(?:cdot|times|div)(?![A-Za-z])"
@@ -55,7 +61,9 @@ _HASHES = re.compile(r"(?<!#)####(?!#)[^\S\n]*(.*)")
 _TITLE = re.compile(
     r"\W*(?:final|answer|summary|conclusion|solution|explanation|verif\w+|check\w*|notes?|step|case"
     r"|part|results?|approach|reasoning|method|analysis|proof|remarks?|calculat\w+|understand\w*"
-    r"|problem|question|alternative|recap|key)\b", re.IGNORECASE)
+    r"|problem|question|alternative|recap|key)\b",
+    re.IGNORECASE,
+)
 _NUMBERED = re.compile(r"[*_]*\d+[.)]\s+[*_]*[A-Za-z]{2}")
 _PROSE = re.compile(r"[*_]*[A-Za-z]{2,}(?![A-Za-z]|\s*[=({])")
 
@@ -69,17 +77,22 @@ _LABEL = re.compile(
     r"(?:[:：=][ \t]*\}?|(?=\$|\\[(\[])|\r?$)"
     rf"|{_SO}{_THE}(?:{_FINAL})?answer[*_]*:"
     rf"|(?:^{_MARKS}|[。，；！]|所以|因此)(?:最终|正确)?答案[*_]*[是为：:][*_ \t：:]*"
-    r"|<answer>", re.IGNORECASE | re.MULTILINE)
+    r"|<answer>",
+    re.IGNORECASE | re.MULTILINE,
+)
 _SENTENCE = re.compile(
     rf"(?:(?:^{_MARKS}|[.!?:;][ \t]+[*_]*|{_SO}){_THE}(?:{_FINAL})?"
     rf"|[,(][ \t]*{_THE}{_FINAL})(?:answer|(?<=correct[ \t])(?:option|choice))"
-    r"[ \t]+is(?:\*\*|__)?[ \t]*([:：]?)", re.IGNORECASE | re.MULTILINE)
+    r"[ \t]+is(?:\*\*|__)?[ \t]*([:：]?)",
+    re.IGNORECASE | re.MULTILINE,
+)
 _LATE_LABEL = re.compile(r"(?<!\b[Tt]he )\b(?:Final [Aa]nswer|Answer)[*_ \t]*:")
 
 # What follows a label
 _VALUE = re.compile(r"[*_]*[-+]?(?:\d|\$|\\\()")
 # one value that ends its sentence
-_ONE_VALUE = re.compile(r"""
+_ONE_VALUE = re.compile(
+    r"""
     [ \t]*((?:\*\*)?(?:
       \$(?:[^$\\\n]|\\.){1,300}\$ | \\\([^\n]{1,200}?\\\)           # a formula
     | \*\*[^*\n]{1,200}\*\*                                         # in bold
@@ -87,30 +100,40 @@ _ONE_VALUE = re.compile(r"""
     | [a-z]\^\S{1,100}? | [^\x00-\x7f]                              # a power, a sign
     | [-+]?\\?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?:[ \t][A-Za-z]+){0,3}  # a number and its unit
     | \(?[A-J]\)? | (?-i:[A-Z][a-z]+) | yes | no                    # a choice, a word
-    )(?:\*\*)?)[.。]?[*_]*[ \t\r]*(?=$|[ \t][A-Z])""", re.MULTILINE | re.VERBOSE)
+    )(?:\*\*)?)[.。]?[*_]*[ \t\r]*(?=$|[ \t][A-Z])""",
+    re.MULTILINE | re.VERBOSE,
+)
 _BLANK = re.compile(r"[\s*_]*(?:```\w*[ \t]*\r?\n)?[\s*_`]*(?:(?<=\n)>[ \t]+)?[*_`]*")
 _DISPLAY = re.compile(r"\$\$([^$]{1,1000})\$\$|\\\[(.{1,1000}?)\\\]", re.DOTALL)
 _BULLETS = re.compile(r"[*_ \t\r]*\n\s*((?:^[ \t]*[-+*•][ \t]+\S.*\n?)+)", re.MULTILINE)
 _BULLET = re.compile(r"^[ \t]*[-+*•][ \t]+", re.MULTILINE)
-_EMPHASIS = re.compile(r"(?<=\S)(?:\*\*|__)(?=[\s.,;:!?)。]|$)"
-                       r"|(?:(?<=[\s(:])|^)(?:\*\*|__)(?=\S)")
+_EMPHASIS = re.compile(
+    r"(?<=\S)(?:\*\*|__)(?=[\s.,;:!?)。]|$)"
+    r"|(?:(?<=[\s(:])|^)(?:\*\*|__)(?=\S)"
+)
 _CHECKED = re.compile("[✅☑✔✓🎉\ufe0f]")
 
 # a value behind one of these verbs ends a sentence
 _VERB = re.compile(
     r"\b(?:is|are|was|were|be|equals?|has|have|had|makes?|gets?|gives?|takes?|needs?|costs?"
-    r"|earns?|pays?|spends?)[ \t]+(?=[*_]*(?:[-+]?\\?[$\d(]|\\[A-Za-z(]))")
+    r"|earns?|pays?|spends?)[ \t]+(?=[*_]*(?:[-+]?\\?[$\d(]|\\[A-Za-z(]))"
+)
 # what may stand behind an answer
-_REMARK = re.compile(r"""
+_REMARK = re.compile(
+    r"""
     [.!]\s+(?=[A-Z])[^\d\\$]*$                            # another sentence
     | ,\s+(?:which|as|it|they)\b[^\d\\$]*$
     | \s+\((?:as|from)\b[^()\d\\$]*\)[.\s]*$
     | (?:,?\s+|\s+\()(?:since|because|see)\b[^()\n]*(?:\([^()\n]*\)[^()\n]*)*\)?[.\s]*$
-    """, re.VERBOSE)
+    """,
+    re.VERBOSE,
+)
 _DOUBT = re.compile(
     r"\b(?:or|not|no|but|maybe|perhaps|wait|wrong|incorrect|actually|instead|either|cannot|never"
     r"|hardly|barely|nobody|nothing|neither|nor|none|except|unless|if|half|zero|than|least|most|up to|approximately|roughly"
-    r"|nearly|almost)\b|n['’]t\b", re.IGNORECASE)
+    r"|nearly|almost)\b|n['’]t\b",
+    re.IGNORECASE,
+)
 _ROUGH = re.compile(r"\b(?:about|around|between|under|over|below|above)\b")
 _WORD = re.compile(r"[A-Za-z]+")
 
@@ -158,14 +181,14 @@ def _said(text: str) -> str:
         pass
     if last is None:
         return text
-    return text[last.end():] if last[1] else ""
+    return text[last.end() :] if last[1] else ""
 
 
 def _boxes(text: str) -> Iterator[Statement]:
     """A statement for each group of boxes that stand together, the last group first."""
     group: list[_Box] = []
     for box in reversed(_each_box(text)):
-        if group and not _together(text[box.end:group[0].start]):
+        if group and not _together(text[box.end : group[0].start]):
             yield _list(text, group)
             group = []
         group.insert(0, box)
@@ -174,15 +197,16 @@ def _boxes(text: str) -> Iterator[Statement]:
 
 
 def _each_box(text: str) -> list[_Box]:
-    r"""The boxes that close, in order; of nested ones the inner, and none that is a part of a larger
-    value, as in `\frac{1}{\boxed{2}}` and `-\boxed{2}`. Escaped braces do not count."""
+    r"""The boxes that close, in order; of nested ones the inner, and none that is a part of a
+    larger value, as in `\frac{1}{\boxed{2}}` and `-\boxed{2}`. Escaped braces do not count.
+    """
     found: list[_Box] = []
     opened: list[tuple[re.Match, bool]] = []  # whether what is inside is a part of a value
     part_ends = -1
     for match in _BRACES.finditer(text):
         token = match.group()
         if token.endswith("{") and not token.startswith(r"\{"):
-            before = text[max(match.start() - 20, 0):match.start()]
+            before = text[max(match.start() - 20, 0) : match.start()]
             part = match.start() == part_ends or _PART.search(before) is not None
             opened.append((match, part and token == "{"))
         elif token == "}" and opened:
@@ -192,7 +216,7 @@ def _each_box(text: str) -> list[_Box]:
                 while found and found[-1].start > brace.start():
                     found.pop()
             elif brace.group() != "{" and not (found and found[-1].start > brace.start()):
-                inside = text[brace.end():match.start()].strip()
+                inside = text[brace.end() : match.start()].strip()
                 found.append(_Box(brace.start(), match.end(), inside))
         elif re.match(_BOX, token) and (bare := _UNBRACED.match(text, match.end())):
             found.append(_Box(match.start(), bare.end(), bare.group().strip()))
@@ -200,7 +224,7 @@ def _each_box(text: str) -> list[_Box]:
 
 
 def _is_part(text: str, box: _Box) -> bool:
-    before = text[max(box.start - 8, 0):box.start]
+    before = text[max(box.start - 8, 0) : box.start]
     return bool(_FACTOR.search(before) or _OPERATED.match(text, box.end))
 
 
@@ -230,7 +254,7 @@ def _hashes(text: str) -> Iterator[Statement]:
     for match in reversed(list(_HASHES.finditer(text))):
         line = match[1].strip()
         heading = _TITLE.match(line) or _NUMBERED.match(line)
-        heading = heading or _PROSE.match(line) and text[match.end():].strip()
+        heading = heading or _PROSE.match(line) and text[match.end() :].strip()
         if line and not heading:
             yield Statement(match.start(1), _trimmed(line.rstrip("# ")))
 
@@ -238,7 +262,7 @@ def _hashes(text: str) -> Iterator[Statement]:
 def _labels(text: str) -> Iterator[Statement]:
     """What follows a label, `Answer:` or `**Final Answer**`, on its line or below it; the last
     first."""
-    for match in list(_LABEL.finditer(text))[:-LABELS - 1:-1]:
+    for match in list(_LABEL.finditer(text))[: -LABELS - 1 : -1]:
         if (statement := _below(text, match.end())).answer:
             yield statement
 
@@ -270,7 +294,7 @@ def _below(text: str, start: int) -> Statement:
     start = _BLANK.match(text, start).end()
     if display := _DISPLAY.match(text, start):
         return Statement(start, (display[1] or display[2]).strip())
-    line, *_ = text[start:start + LONGEST].split("\n", 1)
+    line, *_ = text[start : start + LONGEST].split("\n", 1)
     return Statement(start, _trimmed(line))
 
 
@@ -280,7 +304,7 @@ def _of_sentence(line: str) -> str:
     values = list(_VERB.finditer(line))
     if len(values) != 1 or _DOUBT.search(line) or _ROUGH.search(line):
         return line
-    return line[values[0].end():].removesuffix(".")
+    return line[values[0].end() :].removesuffix(".")
 
 
 def _trimmed(line: str) -> str:
@@ -288,7 +312,7 @@ def _trimmed(line: str) -> str:
     changes it."""
     line = _CHECKED.sub("", line[:LONGEST]).strip().strip("`").removesuffix("</answer>").rstrip()
     if (remark := _REMARK.search(line)) and not _doubts(remark.group()):
-        line = line[:remark.start()]
+        line = line[: remark.start()]
     if _PROSE.match(line):
         line = _of_sentence(line)
     line = _EMPHASIS.sub("", line).strip().strip("*_").removesuffix("。").strip()

@@ -25,10 +25,32 @@ class Token(NamedTuple):
     spaced: bool  # a space stands before it
 
 
-_SPACES = ("quad", "qquad", "enspace", "thinspace", "medspace", "thickspace", "negthinspace",
-           "strut", "mathstrut", "displaystyle", "textstyle", "scriptstyle", "limits", "nolimits",
-           "nonumber", "middle", "tiny", "small", "normalsize", "large", "Large", "LARGE", "huge",
-           "Huge")
+_SPACES = (
+    "quad",
+    "qquad",
+    "enspace",
+    "thinspace",
+    "medspace",
+    "thickspace",
+    "negthinspace",
+    "strut",
+    "mathstrut",
+    "displaystyle",
+    "textstyle",
+    "scriptstyle",
+    "limits",
+    "nolimits",
+    "nonumber",
+    "middle",
+    "tiny",
+    "small",
+    "normalsize",
+    "large",
+    "Large",
+    "LARGE",
+    "huge",
+    "Huge",
+)
 _LEXEME = re.compile(
     r"(?P<space>(?:[\s~$]|\\\Z|\\[,;:>!/ ()\[\]]|"
     rf"\\(?:{'|'.join(_SPACES)}|[bB]igg?[lrm]?)(?![A-Za-z]))+)"
@@ -37,17 +59,23 @@ _LEXEME = re.compile(
     r"|(?P<dots>\.{3,})|(?P<num>(?:\d+(?:\.(?!\.)\d*)?|\.\d+)(?:[eE][+-]?\d{1,4}(?![\w.]))?)"
     r"|(?P<cmd>\\(?:[A-Za-z]+|.))|(?P<word>[A-Za-z]+)"
     r"|(?P<name>[\u00c0-\u024f\u0400-\u04ff\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]+)"
-    r"|(?P<sign>.)", re.DOTALL | re.ASCII)
+    r"|(?P<sign>.)",
+    re.DOTALL | re.ASCII,
+)
 
 
 def _commands(names: str) -> set[str]:
     return {rf"\{name}" for name in names.split()}
 
 
-_UPRIGHT = _commands("text textbf textit textrm textsf texttt textnormal textup emph mathrm mathsf "
-                     "mathtt mbox hbox operatorname rm")
-_FACES = _UPRIGHT | _commands("mathbf mathit mathnormal boldsymbol bm bf it underline boxed fbox "
-                              "bold pmb ensuremath mathop mathord")
+_UPRIGHT = _commands(
+    "text textbf textit textrm textsf texttt textnormal textup emph mathrm mathsf "
+    "mathtt mbox hbox operatorname rm"
+)
+_FACES = _UPRIGHT | _commands(
+    "mathbf mathit mathnormal boldsymbol bm bf it underline boxed fbox "
+    "bold pmb ensuremath mathop mathord"
+)
 _WITH_SETTING = _commands("color textcolor hspace vspace phantom tag label")  # in braces
 _SPELLINGS = {
     **dict.fromkeys(_commands("dfrac tfrac cfrac"), r"\frac"),
@@ -61,11 +89,25 @@ _SPELLINGS = {
     **dict.fromkeys(_commands("colon ratio"), ":"),
     **dict.fromkeys(_commands("backslash smallsetminus"), r"\setminus"),
     **dict.fromkeys(_commands("ldots dots cdots dotsc"), "..."),
-    r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lbrack": "[", r"\rbrack": "]", r"\lt": "<",
-    r"\gt": ">", r"\neq": r"\ne", r"\varnothing": r"\emptyset", r"\varepsilon": r"\epsilon",
-    r"\varphi": r"\phi", r"\vartheta": r"\theta", r"\infin": r"\infty", r"\Bbb": r"\mathbb",
-    r"\div": "/", r"\%": "%",
-    r"\measuredangle": r"\angle", r"\bar": r"\overline", **dict.fromkeys([r"\degree", r"\textdegree"], "degrees"), r"\cr": r"\\",
+    r"\lbrace": r"\{",
+    r"\rbrace": r"\}",
+    r"\lbrack": "[",
+    r"\rbrack": "]",
+    r"\lt": "<",
+    r"\gt": ">",
+    r"\neq": r"\ne",
+    r"\varnothing": r"\emptyset",
+    r"\varepsilon": r"\epsilon",
+    r"\varphi": r"\phi",
+    r"\vartheta": r"\theta",
+    r"\infin": r"\infty",
+    r"\Bbb": r"\mathbb",
+    r"\div": "/",
+    r"\%": "%",
+    r"\measuredangle": r"\angle",
+    r"\bar": r"\overline",
+    **dict.fromkeys([r"\degree", r"\textdegree"], "degrees"),
+    r"\cr": r"\\",
 }
 _OTHER_NAMES = {"tg": "tan", "ctg": "cot", "cotg": "cot", "arctg": "arctan", "cosec": "csc"}
 _JOINERS = {r"\land": "and", r"\wedge": "and", r"\lor": "or", r"\vee": "or"}
@@ -151,7 +193,7 @@ def _without_looks(lexemes: Sequence[Token]) -> list[Token]:
         spaced = spaced or token.spaced
         following = lexemes[at + 1].text if at + 1 < len(lexemes) else ""
         at += 1
-        if (length := _degree(lexemes, at - 1)):
+        if length := _degree(lexemes, at - 1):
             tokens.append(Token("name", "degrees", spaced))
             at += length - 1
         elif token.text == r"\not" and following == "=":
@@ -161,7 +203,9 @@ def _without_looks(lexemes: Sequence[Token]) -> list[Token]:
             while at < len(lexemes) and lexemes[at].text != "}":
                 at += 1
             at += 1
-        elif token.text == r"\mathbb" or token.text == r"\mathbf" and _is_reals(lexemes[at:at + 3]):
+        elif (
+            token.text == r"\mathbb" or token.text == r"\mathbf" and _is_reals(lexemes[at : at + 3])
+        ):
             end = at + (3 if following == "{" else 1)
             letters = "".join(part.text for part in lexemes[at:end]).strip("{}")
             tokens.append(Token("cmd", rf"\mathbb{{{letters}}}", spaced))
@@ -204,7 +248,7 @@ def _is_reals(lexemes: Sequence[Token]) -> bool:
 
 def _degree(lexemes: Sequence[Token], at: int) -> int:
     r"""How many lexemes from `at` on are a sign of degrees: `^\circ`, `^{\circ}`, `^\degree`."""
-    texts = [token.text for token in lexemes[at:at + 4]]
+    texts = [token.text for token in lexemes[at : at + 4]]
     if texts[:1] != ["^"]:
         return 0
     if at and lexemes[at - 1].kind == "num":
@@ -227,10 +271,13 @@ def _without_thousands(tokens: Sequence[Token]) -> list[Token]:
         elif brackets and token.text == _OPENS[brackets[-1]]:
             brackets.pop()
         groups = _thousands(tokens, at)
-        if brackets and brackets[-1] in _MAY_BE_LISTS and not any(
-                part.text[0] == "0" for part in tokens[at + 2:at + 2 * groups + 1:2]):
+        if (
+            brackets
+            and brackets[-1] in _MAY_BE_LISTS
+            and not any(part.text[0] == "0" for part in tokens[at + 2 : at + 2 * groups + 1 : 2])
+        ):
             groups = 0
-        number = "".join(part.text for part in tokens[at:at + 2 * groups + 1:2])
+        number = "".join(part.text for part in tokens[at : at + 2 * groups + 1 : 2])
         joined.append(token._replace(text=number))
         at += 2 * groups + 1
     return joined
@@ -246,7 +293,7 @@ def _thousands(tokens: Sequence[Token], at: int) -> int:
     groups = 0
     while True:
         mark = at + 2 * groups + 1
-        pair = tokens[mark:mark + 2]
+        pair = tokens[mark : mark + 2]
         if [part.kind for part in pair] != [",", "num"] or any(part.spaced for part in pair):
             return groups
         ended = groups and "." in tokens[mark - 1].text
@@ -259,8 +306,11 @@ def _turned(tokens: Sequence[Token]) -> list[Token]:
     """Writes the open interval `]1, 2[` with round brackets, and a vector with angular ones."""
     if len(tokens) > 2 and (tokens[0].text, tokens[-1].text) == ("<", ">"):  # `<1, 2>`
         first, *inside, last = tokens
-        tokens = [first._replace(kind="cmd", text=r"\langle"), *inside,
-                  last._replace(kind="cmd", text=r"\rangle")]
+        tokens = [
+            first._replace(kind="cmd", text=r"\langle"),
+            *inside,
+            last._replace(kind="cmd", text=r"\rangle"),
+        ]
     turned = []
     for at, token in enumerate(tokens):
         before = tokens[at - 1].text if at else ""

@@ -15,50 +15,261 @@ class Unit(NamedTuple):
 
 
 _BASE = {  # name: powers of base units, factor
-    "m": ({"m": 1}, "1"), "cm": ({"m": 1}, "1/100"), "mm": ({"m": 1}, "1/1000"), "km": ({"m": 1}, "1000"),
+    "m": ({"m": 1}, "1"),
+    "cm": ({"m": 1}, "1/100"),
+    "mm": ({"m": 1}, "1/1000"),
+    "km": ({"m": 1}, "1000"),
     "nm": ({"m": 1}, "1e-9"),
-    "in": ({"m": 1}, "0.0254"), "ft": ({"m": 1}, "0.3048"), "yd": ({"m": 1}, "0.9144"), "mi": ({"m": 1}, "1609.344"),
-    "s": ({"s": 1}, "1"), "ms": ({"s": 1}, "1/1000"), "min": ({"s": 1}, "60"), "h": ({"s": 1}, "3600"),
-    "day": ({"s": 1}, "86400"), "week": ({"s": 1}, "604800"), "month": ({"month": 1}, "1"), "year": ({"month": 1}, "12"),
-    "g": ({"g": 1}, "1"), "kg": ({"g": 1}, "1000"), "mg": ({"g": 1}, "1/1000"), "lb": ({"g": 1}, "453.59237"),
-    "oz": ({"g": 1}, "28.349523125"), "l": ({"m": 3}, "1/1000"), "ml": ({"m": 3}, "1e-6"),
-    "n": ({"g": 1, "m": 1, "s": -2}, "1000"), "j": ({"g": 1, "m": 2, "s": -2}, "1000"),
+    "in": ({"m": 1}, "0.0254"),
+    "ft": ({"m": 1}, "0.3048"),
+    "yd": ({"m": 1}, "0.9144"),
+    "mi": ({"m": 1}, "1609.344"),
+    "s": ({"s": 1}, "1"),
+    "ms": ({"s": 1}, "1/1000"),
+    "min": ({"s": 1}, "60"),
+    "h": ({"s": 1}, "3600"),
+    "day": ({"s": 1}, "86400"),
+    "week": ({"s": 1}, "604800"),
+    "month": ({"month": 1}, "1"),
+    "year": ({"month": 1}, "12"),
+    "g": ({"g": 1}, "1"),
+    "kg": ({"g": 1}, "1000"),
+    "mg": ({"g": 1}, "1/1000"),
+    "lb": ({"g": 1}, "453.59237"),
+    "oz": ({"g": 1}, "28.349523125"),
+    "l": ({"m": 3}, "1/1000"),
+    "ml": ({"m": 3}, "1e-6"),
+    "n": ({"g": 1, "m": 1, "s": -2}, "1000"),
+    "j": ({"g": 1, "m": 2, "s": -2}, "1000"),
     "erg": ({"g": 1, "m": 2, "s": -2}, "1e-4"),
-    "w": ({"g": 1, "m": 2, "s": -3}, "1000"), "hz": ({"s": -1}, "1"), "k": ({"K": 1}, "1"), "mol": ({"mol": 1}, "1"),
-    "mph": ({"m": 1, "s": -1}, "0.44704"), "kph": ({"m": 1, "s": -1}, "5/18"),
-    "dollar": ({"$": 1}, "1"), "cent": ({"$": 1}, "1/100"),
-    "degree": ({"degree": 1}, "1"), "radian": ({"degree": 1}, "180"),  # over pi
+    "w": ({"g": 1, "m": 2, "s": -3}, "1000"),
+    "hz": ({"s": -1}, "1"),
+    "k": ({"K": 1}, "1"),
+    "mol": ({"mol": 1}, "1"),
+    "mph": ({"m": 1, "s": -1}, "0.44704"),
+    "kph": ({"m": 1, "s": -1}, "5/18"),
+    "dollar": ({"$": 1}, "1"),
+    "cent": ({"$": 1}, "1/100"),
+    "degree": ({"degree": 1}, "1"),
+    "radian": ({"degree": 1}, "180"),  # over pi
 }
 _OVER_PI = {"radian"}
-_NAMES = {"meter": "m", "metre": "m", "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "kilometer": "km",
-          "kilometre": "km", "inch": "in", "inches": "in", "foot": "ft", "feet": "ft", "yard": "yd", "mile": "mi",
-          "sec": "s", "second": "s", "minute": "min", "hr": "h", "hour": "h", "gram": "g", "kilogram": "kg",
-          "pound": "lb", "lbs": "lb", "ounce": "oz", "liter": "l", "litre": "l", "milliliter": "ml", "newton": "n",
-          "joule": "j", "watt": "w", "hertz": "hz", "kelvin": "k", "deg": "degree", "rad": "radian", "yr": "year",
-          "usd": "dollar"}
+_NAMES = {
+    "meter": "m",
+    "metre": "m",
+    "centimeter": "cm",
+    "centimetre": "cm",
+    "millimeter": "mm",
+    "kilometer": "km",
+    "kilometre": "km",
+    "inch": "in",
+    "inches": "in",
+    "foot": "ft",
+    "feet": "ft",
+    "yard": "yd",
+    "mile": "mi",
+    "sec": "s",
+    "second": "s",
+    "minute": "min",
+    "hr": "h",
+    "hour": "h",
+    "gram": "g",
+    "kilogram": "kg",
+    "pound": "lb",
+    "lbs": "lb",
+    "ounce": "oz",
+    "liter": "l",
+    "litre": "l",
+    "milliliter": "ml",
+    "newton": "n",
+    "joule": "j",
+    "watt": "w",
+    "hertz": "hz",
+    "kelvin": "k",
+    "deg": "degree",
+    "rad": "radian",
+    "yr": "year",
+    "usd": "dollar",
+}
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _AFTER = {"squared": 2, "cubed": 3}
 # These change the number: numbers and multiples, parts, operations, signs.
-_CHANGE = set("""
-zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
-sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand
-mn bn mil lakh lac crore myriad dozen score gross pair couple double triple
-quadruple doubled tripled halved rooted twice thrice
-fold kilo mega giga tera milli micro nano th st nd rd ppm ppb permil permille permyriad bp bps
-half halve third quarter fourth fifth sixth seventh eighth ninth tenth twentieth hundredth
-thousandth pi tau radical
-plus minus divided multiplied added subtracted reduced increased decreased raised root power
-exponent factorial reciprocal inverse inverted opposite complement conjugate modulo mod base log
-octal hex hexadecimal binary decimal short wrong incorrect
-negative negated neg loss deficit debt
-百 千 万 亿 半 倍
-""".split())
+_CHANGE = set(
+    [
+        "zero",
+        "one",
+        "two",
+        "three",
+        "four",
+        "five",
+        "six",
+        "seven",
+        "eight",
+        "nine",
+        "ten",
+        "eleven",
+        "twelve",
+        "thirteen",
+        "fourteen",
+        "fifteen",
+        "sixteen",
+        "seventeen",
+        "eighteen",
+        "nineteen",
+        "twenty",
+        "thirty",
+        "forty",
+        "fifty",
+        "sixty",
+        "seventy",
+        "eighty",
+        "ninety",
+        "hundred",
+        "thousand",
+        "mn",
+        "bn",
+        "mil",
+        "lakh",
+        "lac",
+        "crore",
+        "myriad",
+        "dozen",
+        "score",
+        "gross",
+        "pair",
+        "couple",
+        "double",
+        "triple",
+        "quadruple",
+        "doubled",
+        "tripled",
+        "halved",
+        "rooted",
+        "twice",
+        "thrice",
+        "fold",
+        "kilo",
+        "mega",
+        "giga",
+        "tera",
+        "milli",
+        "micro",
+        "nano",
+        "th",
+        "st",
+        "nd",
+        "rd",
+        "ppm",
+        "ppb",
+        "permil",
+        "permille",
+        "permyriad",
+        "bp",
+        "bps",
+        "half",
+        "halve",
+        "third",
+        "quarter",
+        "fourth",
+        "fifth",
+        "sixth",
+        "seventh",
+        "eighth",
+        "ninth",
+        "tenth",
+        "twentieth",
+        "hundredth",
+        "thousandth",
+        "pi",
+        "tau",
+        "radical",
+        "plus",
+        "minus",
+        "divided",
+        "multiplied",
+        "added",
+        "subtracted",
+        "reduced",
+        "increased",
+        "decreased",
+        "raised",
+        "root",
+        "power",
+        "exponent",
+        "factorial",
+        "reciprocal",
+        "inverse",
+        "inverted",
+        "opposite",
+        "complement",
+        "conjugate",
+        "modulo",
+        "mod",
+        "base",
+        "log",
+        "octal",
+        "hex",
+        "hexadecimal",
+        "binary",
+        "decimal",
+        "short",
+        "wrong",
+        "incorrect",
+        "negative",
+        "negated",
+        "neg",
+        "loss",
+        "deficit",
+        "debt",
+        "百",
+        "千",
+        "万",
+        "亿",
+        "半",
+        "倍",
+    ]
+)
 _MULTIPLES = ("fold", "illion", "illions", "illionth", "illionths")
 # These compare it or belong to another clause.
-_NO_UNITS = set("""
-over by below under above beyond exceeding than between about approximately roughly almost nearly
-around and or not no nor except without if unless when where while is isn are was to from for but
-""".split())
+_NO_UNITS = set(
+    [
+        "over",
+        "by",
+        "below",
+        "under",
+        "above",
+        "beyond",
+        "exceeding",
+        "than",
+        "between",
+        "about",
+        "approximately",
+        "roughly",
+        "almost",
+        "nearly",
+        "around",
+        "and",
+        "or",
+        "not",
+        "no",
+        "nor",
+        "except",
+        "without",
+        "if",
+        "unless",
+        "when",
+        "where",
+        "while",
+        "is",
+        "isn",
+        "are",
+        "was",
+        "to",
+        "from",
+        "for",
+        "but",
+    ]
+)
 _LATEX = re.compile(r"\\(?:text|textrm|textbf|mathrm|mbox|operatorname|cdot)(?![A-Za-z])|[{}~*]")
 _PIECE = re.compile(r"\s*(?:(/|per\b)|([^\W\d_]+)\.?(?:\s*\^\s*\(?\s*(-?\d)\s*\)?|(\d))?)\s*")
 _HALF_OF_DAY = re.compile(r"\b([ap])\s?\.?\s?m\b\.?", re.IGNORECASE)
@@ -67,7 +278,12 @@ _HALF_OF_DAY = re.compile(r"\b([ap])\s?\.?\s?m\b\.?", re.IGNORECASE)
 def is_word(word: str, apart: bool) -> bool:
     """True if a word beside a number is read as a unit, not as a product of variables. `2xyz` is
     such a product; a word that the table lacks must stand `apart`, or be set as text."""
-    return _name(word) in _BASE and len(word) > 1 or word in _POWERS or (apart and len(word) > 2 and word.islower())
+    return (
+        _name(word) in _BASE
+        and len(word) > 1
+        or word in _POWERS
+        or (apart and len(word) > 2 and word.islower())
+    )
 
 
 def is_known(letter: str) -> bool:
@@ -99,10 +315,11 @@ def read(text: str) -> Unit | None:
         piece = _PIECE.match(rest)
         if piece is None:
             return None
-        rest = rest[piece.end():]
+        rest = rest[piece.end() :]
         word = piece[2]
         if word is None:
-            sign, last = -1, None
+            sign = -1
+            last = None
             continue
         clause = word.lower() in _NO_UNITS or word == "times" and rest
         if clause or changes_a_number(word):
@@ -113,9 +330,13 @@ def read(text: str) -> Unit | None:
         if word in _AFTER:
             if last is None:
                 return None
-            name, exponent, first = last[0], last[1] * (_AFTER[word] - 1), False
+            name = last[0]
+            exponent = last[1] * (_AFTER[word] - 1)
+            first = False
         else:
-            name, exponent, first = _name(word), sign * ahead * int(piece[3] or piece[4] or 1), True
+            name = _name(word)
+            exponent = sign * ahead * int(piece[3] or piece[4] or 1)
+            first = True
         ahead = 1
         base, scale = _BASE.get(name, ({name: 1}, "1"))
         known = known and name in _BASE

@@ -18,17 +18,24 @@ from dcmdp_jax.answers.cursor import Node
 from dcmdp_jax.answers.work import Work
 
 DIGITS = 60
-AGREE, SURE = Decimal("1e-40"), Decimal("1e-52")  # relative; between them it is not known
+AGREE = Decimal("1e-40")
+SURE = Decimal("1e-52")  # relative; between them it is not known
 LOST = Decimal("1e-45")  # relative; so small a summand may have no digit in the sum
-NOTHING, LEAST_ROUND_OFF = Decimal("1e-50"), Decimal("1e-70")  # between them lies what cancelled
+NOTHING = Decimal("1e-50")
+LEAST_ROUND_OFF = Decimal("1e-70")  # between them lies what cancelled
 BITS = 20_000  # of an exact numerator or denominator
-REAL_POINTS, WHOLE_POINTS = 6, 8
+REAL_POINTS = 6
+WHOLE_POINTS = 8
 PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899")
 # what is compared at whole numbers
-WHOLE, ROUND, COUNTS = {"factorial", "binom"}, {"floor", "ceil"}, set("jklmnpqMN")
+WHOLE = {"factorial", "binom"}
+ROUND = {"floor", "ceil"}
+COUNTS = set("jklmnpqMN")
 
 STEP = 3  # operations that a node of a tree, or a sum or product of numbers, takes
-EXPONENTIAL, LOGARITHM, SERIES = 25, 45, 90  # an exponential, a logarithm, a sine or an angle
+EXPONENTIAL = 25
+LOGARITHM = 45
+SERIES = 90  # an exponential, a logarithm, a sine or an angle
 ROOT = 15
 
 Complex = tuple[Decimal, Decimal]
@@ -48,7 +55,8 @@ def equal(one: Node, other: Node, work: Work) -> bool:
     Variables take positive values, negative ones too where an absolute value is taken, and whole
     ones where the expressions hold factorials or binomials, or round what is named as a count.
     """
-    ones, others = variables(one, work), variables(other, work)
+    ones = variables(one, work)
+    others = variables(other, work)
     if bool(ones) != bool(others):
         return False  # `f(0)`, which reads as a product, is not the number 0
     names = sorted(ones | others)
@@ -71,10 +79,19 @@ def equal(one: Node, other: Node, work: Work) -> bool:
 def value(node: Node, point: dict[str, Fraction], work: Work) -> Number:
     """Returns the value of an expression where its variables have the values of `point`. Raises
     Unknown where it has none."""
-    with decimal.localcontext(decimal.Context(
-            prec=DIGITS, Emax=10**6, Emin=-10**6,
-            traps=[decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow,
-                   decimal.Underflow])):
+    with decimal.localcontext(
+        decimal.Context(
+            prec=DIGITS,
+            Emax=10**6,
+            Emin=-(10**6),
+            traps=[
+                decimal.InvalidOperation,
+                decimal.DivisionByZero,
+                decimal.Overflow,
+                decimal.Underflow,
+            ],
+        )
+    ):
         try:
             return _Evaluator(point, work).value(node)
         except (decimal.DecimalException, ZeroDivisionError) as error:
@@ -86,9 +103,11 @@ def agree(one: Number, other: Number) -> bool:
     but that, or where they differ by little more."""
     if isinstance(one, Fraction) and isinstance(other, Fraction):
         return one == other
-    with decimal.localcontext(decimal.Context(prec=DIGITS, Emax=10**6, Emin=-10**6)):
+    with decimal.localcontext(decimal.Context(prec=DIGITS, Emax=10**6, Emin=-(10**6))):
         (a, b), (c, d) = _complex(one), _complex(other)
-        first, second, apart = max(abs(a), abs(b)), max(abs(c), abs(d)), max(abs(a - c), abs(b - d))
+        first = max(abs(a), abs(b))
+        second = max(abs(c), abs(d))
+        apart = max(abs(a - c), abs(b - d))
         if apart <= SURE * max(first, second):
             return True
         if max(first, second) >= NOTHING and apart <= AGREE * max(first, second):
@@ -257,9 +276,9 @@ class _Evaluator:
             bits = max(base.numerator.bit_length(), base.denominator.bit_length())
             if exponent.denominator == 1 and abs(n) * bits <= BITS:
                 self.work.spend(STEP + abs(n) * bits // 200)
-                return base ** n
+                return base**n
             if 1 < exponent.denominator < 10 and base > 0:
-                self.work.spend(ROOT + bits // 10 + bits ** 2 // 100_000)
+                self.work.spend(ROOT + bits // 10 + bits**2 // 100_000)
                 if (exact := _exact_root(base, exponent.denominator)) is not None:
                     return self.power(exact, Fraction(n))
         if _is_zero(base):
@@ -286,7 +305,7 @@ class _Evaluator:
             return self.value(rows[0][0])
         total: Number = Fraction(0)
         for column, cell in enumerate(rows[0]):
-            minor = [row[:column] + row[column + 1:] for row in rows[1:]]
+            minor = [row[:column] + row[column + 1 :] for row in rows[1:]]
             part = self.mul(self.value(cell), self.determinant(minor))
             total = self.sub(total, part) if column % 2 else self.add(total, part)
         return total
@@ -365,7 +384,8 @@ class _Evaluator:
         """sin z and cos z."""
         if not z[1]:
             return (self.series_sine(z[0]), Decimal(0)), (self.series_cosine(z[0]), Decimal(0))
-        up, down = self.exp((-z[1], z[0])), self.exp((z[1], -z[0]))
+        up = self.exp((-z[1], z[0]))
+        down = self.exp((z[1], -z[0]))
         sine = self.div(self.sub(up, down), (Decimal(0), Decimal(2)))
         return sine, self.div(self.add(up, down), Fraction(2))
 
@@ -401,10 +421,13 @@ class _Evaluator:
             raise Unknown("sine of a large number")
         self.work.spend(SERIES)
         x = x % (2 * PI)
-        total, term, n = x, x, 1
+        total = x
+        term = x
+        n = 1
         while abs(term) > Decimal(10) ** -(DIGITS + 5):
             term *= -x * x / ((n + 1) * (n + 2))
-            total, n = total + term, n + 2
+            total = total + term
+            n = n + 2
         return total
 
     def angle(self, a: Decimal, b: Decimal) -> Decimal:
@@ -419,10 +442,18 @@ class _Evaluator:
 
 
 _OF_COMPLEX = {
-    "sin": _Evaluator.sin, "cos": _Evaluator.cos, "tan": _Evaluator.tan, "cot": _Evaluator.cot,
-    "sec": _Evaluator.sec, "csc": _Evaluator.csc, "arcsin": _Evaluator.arcsin,
-    "arccos": _Evaluator.arccos, "arctan": _Evaluator.arctan,
-    "sinh": _Evaluator.sinh, "cosh": _Evaluator.cosh, "tanh": _Evaluator.tanh,
+    "sin": _Evaluator.sin,
+    "cos": _Evaluator.cos,
+    "tan": _Evaluator.tan,
+    "cot": _Evaluator.cot,
+    "sec": _Evaluator.sec,
+    "csc": _Evaluator.csc,
+    "arcsin": _Evaluator.arcsin,
+    "arccos": _Evaluator.arccos,
+    "arctan": _Evaluator.arctan,
+    "sinh": _Evaluator.sinh,
+    "cosh": _Evaluator.cosh,
+    "tanh": _Evaluator.tanh,
 }
 
 
@@ -438,9 +469,10 @@ def _complex(x: Number) -> Complex:
 
 def _exact_root(x: Fraction, degree: int) -> Fraction | None:
     """The positive root of a positive fraction where it is a fraction."""
-    top, bottom = _whole_root(x.numerator, degree), _whole_root(x.denominator, degree)
+    top = _whole_root(x.numerator, degree)
+    bottom = _whole_root(x.denominator, degree)
     root = Fraction(top, bottom)
-    return root if root ** degree == x else None
+    return root if root**degree == x else None
 
 
 def _whole_root(n: int, degree: int) -> int:
@@ -455,7 +487,9 @@ def _arctan(x: Decimal) -> Decimal:
     """Of |x| <= 1."""
     for _ in range(3):
         x = x / (1 + (1 + x * x).sqrt())
-    total, term, n = x, x, 1
+    total = x
+    term = x
+    n = 1
     while abs(term) > Decimal(10) ** -(DIGITS + 5):
         term *= -x * x
         n += 2

@@ -1,7 +1,8 @@
-"""The mathematics of reinforcement learning under a gap between trainer and sampler: arrays in, arrays out.
+"""The mathematics of reinforcement learning under a gap between trainer and sampler: arrays in,
+arrays out.
 
-Notation, the same in every module. N completions of T tokens; all log-probabilities are float32, in nats, `[N, T]`
-(any leading axes, the last one is tokens), of the same temperature and support:
+Notation, the same in every module. N completions of T tokens; all log-probabilities are float32, in
+nats, `[N, T]` (any leading axes, the last one is tokens), of the same temperature and support:
 
     logp           trainer, current weights; what is differentiated
     old_logp       trainer, the rollout's weights
@@ -18,16 +19,17 @@ Notation, the same in every module. N completions of T tokens; all log-probabili
 
     prompts -> ... -> advantages -> shaped advantages -> loss -> gradients
 
-`advantages` turns rewards into advantages. `policy`, `sequence` and `covariance` hold the policy losses, all of
-`(logp, old_logp, advantage, mask)`; `kl` the divergences from a reference; `corrections` weighs a loss by rho, from
-the levels, operators and denominators of `operators`, and `rejection` drops tokens by it; `centering` corrects the
-score function with the head of the sampler's distribution; `routing` replays experts; `reduce` makes a per-token loss
-a scalar; `diagnostics` and `tails` measure the gap. The constraint on it is `dcmdp_jax.constraint`.
+`advantages` turns rewards into advantages. `policy`, `sequence` and `covariance` hold the policy
+losses, all of `(logp, old_logp, advantage, mask)`; `kl` the divergences from a reference;
+`corrections` weighs a loss by rho, from the levels, operators and denominators of `operators`, and
+`rejection` drops tokens by it; `centering` corrects the score function with the head of the
+sampler's distribution; `routing` replays experts; `reduce` makes a per-token loss a scalar;
+`diagnostics` and `tails` measure the gap. The constraint on it is `dcmdp_jax.constraint`.
 
-Losses are unreduced, float32 `[N, T]`, 0 outside the mask, whose padding may hold anything: it reaches neither value
-nor gradient. Empty masks, empty completions, groups of one and batches that are rejected as a whole give loss 0 and
-gradient 0. Every function is safe under jit, vmap and grad. An argument of another dtype raises TypeError, one of
-another shape ValueError, naming it.
+Losses are unreduced, float32 `[N, T]`, 0 outside the mask, whose padding may hold anything: it
+reaches neither value nor gradient. Empty masks, empty completions, groups of one and batches that
+are rejected as a whole give loss 0 and gradient 0. Every function is safe under jit, vmap and grad.
+An argument of another dtype raises TypeError, one of another shape ValueError, naming it.
 """
 
 from dcmdp_jax.losses import (

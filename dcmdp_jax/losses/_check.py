@@ -1,6 +1,8 @@
-"""Argument checks, masking, and the expressions of log-probabilities that float32 needs written with care.
+"""Argument checks, masking, and the expressions of log-probabilities that float32 needs written
+with care.
 
-Every function here runs at trace time or is pure arithmetic, so it costs nothing beyond what the caller needs.
+Every function here runs at trace time or is pure arithmetic, so it costs nothing beyond what the
+caller needs.
 """
 
 from __future__ import annotations
@@ -17,19 +19,25 @@ _MASKS = (jnp.bool_, jnp.int32, jnp.float32)
 
 
 def tokens(**arrays) -> list[Array]:
-    """Returns the named arrays as JAX arrays, or says which one is not float32 `[..., T]` of the first one's shape."""
+    """Returns the named arrays as JAX arrays, or says which one is not float32 `[..., T]` of the
+    first one's shape.
+    """
     first = next(iter(arrays))
     for name, value in arrays.items():
         _floating(name, value)
         if value.ndim == 0:
             raise ValueError(f"{name} is a scalar; it must be an array whose last axis is tokens")
         if value.shape != arrays[first].shape:
-            raise ValueError(f"{name} has shape {value.shape} but {first} has {arrays[first].shape}; they must agree")
+            raise ValueError(
+                f"{name} has shape {value.shape} but {first} has {arrays[first].shape}; they must agree"
+            )
     return [jnp.asarray(value) for value in arrays.values()]
 
 
 def advantage(value, like: Array) -> Array:
-    """Returns the advantage broadcast to `like`'s shape; it must be float32 `[..., T]` or `[..., 1]`."""
+    """Returns the advantage broadcast to `like`'s shape; it must be float32 `[..., T]` or `[...,
+    1]`.
+    """
     _floating("advantage", value)
     if value.shape not in (like.shape, like.shape[:-1] + (1,)):
         raise ValueError(
@@ -40,25 +48,33 @@ def advantage(value, like: Array) -> Array:
 
 
 def mask(value, like: Array) -> Array:
-    """Returns the mask as booleans (true where above zero); it must be bool, int32 or float32 of `like`'s shape."""
+    """Returns the mask as booleans (true where above zero); it must be bool, int32 or float32 of
+    `like`'s shape.
+    """
     if not hasattr(value, "dtype"):
         raise TypeError(f"mask must be a NumPy or JAX array, not {type(value).__name__}")
     if value.dtype not in _MASKS:
         raise TypeError(f"mask must be bool, int32 or float32, not {value.dtype}")
     if value.shape != like.shape:
-        raise ValueError(f"mask has shape {value.shape}; it must be {like.shape}, one entry per token")
+        raise ValueError(
+            f"mask has shape {value.shape}; it must be {like.shape}, one entry per token"
+        )
     return jnp.asarray(value) > 0
 
 
 def arguments(logp, old_logp, adv, m) -> tuple[Array, Array, Array, Array]:
-    """Checks the four arguments of a policy loss and zeroes what padding holds, so that arithmetic on it is safe."""
+    """Checks the four arguments of a policy loss and zeroes what padding holds, so that arithmetic
+    on it is safe.
+    """
     logp, old_logp = tokens(logp=logp, old_logp=old_logp)
     m = mask(m, logp)
     return select(m, logp), select(m, old_logp), select(m, advantage(adv, logp)), m
 
 
 def rollout_arguments(logp, rollout_logp, adv, m) -> tuple[Array, Array, Array, Array]:
-    """As `arguments`, for a loss against the sampler: tokens that it did not measure leave the mask."""
+    """As `arguments`, for a loss against the sampler: tokens that it did not measure leave the
+    mask.
+    """
     logp, rollout_logp = tokens(logp=logp, rollout_logp=rollout_logp)
     return arguments(logp, rollout_logp, adv, measured(rollout_logp, mask(m, logp)))
 
@@ -66,19 +82,27 @@ def rollout_arguments(logp, rollout_logp, adv, m) -> tuple[Array, Array, Array, 
 def clip_bounds(clip_low: float, clip_high: float) -> None:
     """Says so where the distances of a clip range below and above 1 make no sense."""
     if not 0 <= clip_low <= 1:
-        raise ValueError(f"clip_low must be between 0 and 1, the distance below ratio 1, not {clip_low}")
+        raise ValueError(
+            f"clip_low must be between 0 and 1, the distance below ratio 1, not {clip_low}"
+        )
     if not clip_high >= 0:
-        raise ValueError(f"clip_high must be at least 0, the distance above ratio 1, not {clip_high}")
+        raise ValueError(
+            f"clip_high must be at least 0, the distance above ratio 1, not {clip_high}"
+        )
 
 
 def groups(value, like: Array, num_groups: int) -> Array:
-    """Returns int32 group ids with every id outside [0, num_groups) moved to num_groups, where nothing reads it."""
+    """Returns int32 group ids with every id outside [0, num_groups) moved to num_groups, where
+    nothing reads it.
+    """
     if not hasattr(value, "dtype"):
         raise TypeError(f"group must be a NumPy or JAX array, not {type(value).__name__}")
     if value.dtype != jnp.int32:
         raise TypeError(f"group must be int32, not {value.dtype}; cast it with .astype('int32')")
     if value.shape != like.shape or like.ndim != 1:
-        raise ValueError(f"group has shape {value.shape} and the rewards {like.shape}; both must be [N]")
+        raise ValueError(
+            f"group has shape {value.shape} and the rewards {like.shape}; both must be [N]"
+        )
     if num_groups < 1:
         raise ValueError(f"num_groups must be at least 1, not {num_groups}")
     value = jnp.asarray(value)
@@ -86,17 +110,23 @@ def groups(value, like: Array, num_groups: int) -> Array:
 
 
 def select(mask: Array, x: Array, fill: float = 0.0) -> Array:
-    """x where the mask holds, else `fill`: what padding holds reaches neither the value nor the gradient."""
+    """x where the mask holds, else `fill`: what padding holds reaches neither the value nor the
+    gradient.
+    """
     return jnp.where(mask, x, fill)
 
 
 def measured(rollout_logp: Array, mask: Array) -> Array:
-    """The tokens of the mask whose sampler log-probability is finite; engines report NaN for some certain tokens."""
+    """The tokens of the mask whose sampler log-probability is finite; engines report NaN for some
+    certain tokens.
+    """
     return mask & jnp.isfinite(rollout_logp)
 
 
 def bound(x: Array, low: Array | float, high: Array | float) -> Array:
-    """x between two bounds, with gradient 0 outside them; jnp.clip's derivative costs several passes more."""
+    """x between two bounds, with gradient 0 outside them; jnp.clip's derivative costs several
+    passes more.
+    """
     return jax.lax.clamp(jnp.asarray(low, x.dtype), x, jnp.asarray(high, x.dtype))
 
 
@@ -119,7 +149,9 @@ def log_ratio(a: Array, b: Array, mask: Array) -> Array:
 
 
 def ratio(logp: Array, old_logp: Array) -> Array:
-    """exp(clip(logp - old_logp, -20, 20)) of log-probabilities that `arguments` has zeroed at padding."""
+    """exp(clip(logp - old_logp, -20, 20)) of log-probabilities that `arguments` has zeroed at
+    padding.
+    """
     return jnp.exp(clamped(logp - old_logp))
 
 
@@ -148,8 +180,10 @@ def exp_excess(x: Array) -> Array:
 
 def probability_gap(a: Array, b: Array, mask: Array) -> Array:
     """exp(a) - exp(b) without cancellation, for log-probabilities in nats; 0 outside the mask."""
-    a, b = select(mask, a), select(mask, b)
-    sign = jnp.where(a >= b, 1.0, -1.0)  # not jnp.sign, whose 0 at a = b would take the gradient with it
+    a = select(mask, a)
+    b = select(mask, b)
+    # not jnp.sign, whose 0 at a = b would take the gradient with it
+    sign = jnp.where(a >= b, 1.0, -1.0)
     return sign * jnp.exp(jnp.maximum(a, b)) * -jnp.expm1(-sign * (a - b))
 
 
@@ -160,14 +194,20 @@ def binary_kl(log_q: Array, log_p: Array) -> Array:
     1 - q is by expm1: the compiler folds the 1e-8 into a written 1, where float32 loses it, and a
     certain token is 0 / 0.
     """
-    q, other_q, other_p = jnp.exp(log_q), -jnp.expm1(log_q), -jnp.expm1(log_p)
+    q = jnp.exp(log_q)
+    other_q = -jnp.expm1(log_q)
+    other_p = -jnp.expm1(log_p)
     return q * (log_q - log_p) + other_q * jnp.log((other_q + 1e-8) / (other_p + 1e-8))
 
 
-def pessimistic(ratio: Array, adv: Array, clip_low: float, clip_high: float, ratio_max: float = math.inf) -> Array:
-    """max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A), with r no more than ratio_max where A is negative.
+def pessimistic(
+    ratio: Array, adv: Array, clip_low: float, clip_high: float, ratio_max: float = math.inf
+) -> Array:
+    """max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A), with r no more than ratio_max where A is
+    negative.
 
-    Written as one clamp, since a positive advantage meets the upper bound alone and a negative one the lower.
+    Written as one clamp, since a positive advantage meets the upper bound alone and a negative one
+    the lower.
     """
     lower = jnp.where(adv > 0, 0.0, 1 - clip_low)
     upper = jnp.where(adv > 0, 1 + clip_high, ratio_max)
@@ -183,4 +223,6 @@ def _floating(name: str, value) -> None:
             "cast the logits to float32 before the log-softmax"
         )
     if value.dtype != jnp.float32:
-        raise TypeError(f"{name} must be float32, not {value.dtype}; cast it with .astype('float32')")
+        raise TypeError(
+            f"{name} must be float32, not {value.dtype}; cast it with .astype('float32')"
+        )

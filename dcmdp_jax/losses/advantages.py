@@ -1,10 +1,11 @@
 """Rewards to advantages. They need no log-probabilities and carry no gradient worth taking.
 
-Completions of one prompt form a group, named by integer ids: `group` int32 `[N]` with ids in [0, num_groups), in any
-order, and `num_groups` a Python int, so that every function is jit-safe and groups may differ in size. An id outside
-the range marks a padded completion, which belongs to no group and gets advantage 0. `reward` is float32 `[N]`.
-A group of one completion has nothing to compare with: its advantage is 0 (verl keeps the raw reward there).
-The functions raise TypeError for another dtype and ValueError for another shape.
+Completions of one prompt form a group, named by integer ids: `group` int32 `[N]` with ids in [0,
+num_groups), in any order, and `num_groups` a Python int, so that every function is jit-safe and
+groups may differ in size. An id outside the range marks a padded completion, which belongs to no
+group and gets advantage 0. `reward` is float32 `[N]`. A group of one completion has nothing to
+compare with: its advantage is 0 (verl keeps the raw reward there). The functions raise TypeError
+for another dtype and ValueError for another shape.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from dcmdp_jax.losses import _check, reduce
 Array = _check.Array
 
 
-def grpo(reward: Array, group: Array, *, num_groups: int, epsilon: float = 1e-6, ddof: int = 1) -> Array:
+def grpo(
+    reward: Array, group: Array, *, num_groups: int, epsilon: float = 1e-6, ddof: int = 1
+) -> Array:
     """Reward less the group's mean, over the group's standard deviation.
 
     Formula: A = (R - mean_g) / (std_g + epsilon), std_g over n_g - ddof
@@ -34,7 +37,8 @@ def grpo(reward: Array, group: Array, *, num_groups: int, epsilon: float = 1e-6,
 
 
 def dr_grpo(reward: Array, group: Array, *, num_groups: int) -> Array:
-    """Reward less the group's mean: no division, so easy and hard prompts weigh as their rewards say.
+    """Reward less the group's mean: no division, so easy and hard prompts weigh as their rewards
+    say.
 
     Formula: A = R - mean_g
     Needs: reward, group, num_groups
@@ -68,7 +72,8 @@ def gpg(reward: Array, group: Array, *, num_groups: int) -> Array:
     Default: none
     Paper: GPG, arXiv 2504.02546
 
-    The scale is a count over the batch given: under gradient accumulation compute advantages on the whole batch.
+    The scale is a count over the batch given: under gradient accumulation compute advantages on the
+    whole batch.
     """
     reward, group = _arguments(reward, group, num_groups)
     useful = _spread(reward, group, num_groups)[group] > 0
@@ -77,7 +82,9 @@ def gpg(reward: Array, group: Array, *, num_groups: int) -> Array:
     return scale * _centred(reward, group, num_groups)[0]
 
 
-def pass_at_k_advantage(reward: Array, group: Array, *, num_groups: int, epsilon: float = 1e-6) -> Array:
+def pass_at_k_advantage(
+    reward: Array, group: Array, *, num_groups: int, epsilon: float = 1e-6
+) -> Array:
     """The best completion of a group gets its lead over the second best; all others get 0.
 
     Formula: A = (R - second_g) / (std_g + epsilon) for the best completion, else 0
@@ -110,7 +117,8 @@ def pass_at_k(correct: Array, group: Array, *, num_groups: int, k: int) -> Array
         correct: float32 `[N]`, above zero where the completion is correct.
         group: int32 `[N]`.
         num_groups: Python int.
-        k: Python int of at least 1. A group with fewer than k completions gives pass@n_g, an empty one 0.
+        k: Python int of at least 1. A group with fewer than k completions gives pass@n_g, an empty
+            one 0.
 
     Returns:
         float32 `[num_groups]`.
@@ -122,20 +130,23 @@ def pass_at_k(correct: Array, group: Array, *, num_groups: int, k: int) -> Array
     count = _count(group, num_groups)[:num_groups, None]
     wrong = _sum((correct <= 0).astype(jnp.float32), group, num_groups)[:num_groups, None]
     draw = jnp.arange(k)
-    missed = jnp.where(draw < count, jnp.maximum(wrong - draw, 0) / jnp.maximum(count - draw, 1), 1.0)
+    missed = jnp.where(
+        draw < count, jnp.maximum(wrong - draw, 0) / jnp.maximum(count - draw, 1), 1.0
+    )
     return 1 - jnp.prod(missed, axis=-1)
 
 
 def reinforce_pp(reward: Array, mask: Array, *, gamma: float = 1.0, epsilon: float = 1e-8) -> Array:
     """Discounted return of token rewards, whitened over all valid tokens of the batch.
 
-    Formula: A = (G - mean) / sqrt(var + epsilon), G_t = m_t r_t + gamma G_{t+1} on the tokens of the mask
+    Formula: A = (G - mean) / sqrt(var + epsilon), G_t = m_t r_t + gamma G_{t+1} on the tokens of
+        the mask
     Needs: reward [N, T] per token, mask
     Default: gamma 1.0, epsilon 1e-8, unbiased variance
     Paper: REINFORCE++, arXiv 2501.03262
 
-    Tokens outside the mask are skipped: they add nothing and do not discount. A KL penalty, where wanted, is part of
-    the token reward. Mean and variance are of the batch given.
+    Tokens outside the mask are skipped: they add nothing and do not discount. A KL penalty, where
+    wanted, is part of the token reward. Mean and variance are of the batch given.
     """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must be between 0 and 1, not {gamma}")
@@ -150,7 +161,8 @@ def reinforce_pp(reward: Array, mask: Array, *, gamma: float = 1.0, epsilon: flo
 def reinforce_pp_baseline(
     reward: Array, group: Array, mask: Array, *, num_groups: int, epsilon: float = 1e-8
 ) -> Array:
-    """Reward less the group's mean on every token of the completion, whitened over all valid tokens of the batch.
+    """Reward less the group's mean on every token of the completion, whitened over all valid tokens
+    of the batch.
 
     Formula: A = (a - mean) / sqrt(var + epsilon), a = R - mean_g
     Needs: reward, group, num_groups, mask [N, T]
@@ -169,7 +181,8 @@ def whiten(advantage: Array, mask: Array, *, epsilon: float = 1e-8) -> Array:
     Default: epsilon 1e-8
     Paper: REINFORCE++, arXiv 2501.03262
 
-    DC shaping goes after this, not before: whitening removes the mean shift and rescales the multiplier.
+    DC shaping goes after this, not before: whitening removes the mean shift and rescales the
+    multiplier.
     """
     (advantage,) = _check.tokens(advantage=advantage)
     mask = _check.mask(mask, advantage)
@@ -179,14 +192,16 @@ def whiten(advantage: Array, mask: Array, *, epsilon: float = 1e-8) -> Array:
 
 
 def dynamic_sampling_mask(reward: Array, group: Array, *, num_groups: int) -> Array:
-    """True for completions of groups with unequal rewards: the others have no gradient and are dropped or refilled.
+    """True for completions of groups with unequal rewards: the others have no gradient and are
+    dropped or refilled.
 
     Formula: keep = max_g R > min_g R
     Needs: reward, group, num_groups
     Default: none
     Paper: DAPO, arXiv 2503.14476
 
-    Returns bool `[N]`. Under DC shaping a dropped group would still have been pulled by -lambda delta.
+    Returns bool `[N]`. Under DC shaping a dropped group would still have been pulled by -lambda
+    delta.
     """
     reward, group = _arguments(reward, group, num_groups)
     return _spread(reward, group, num_groups)[group] > 0
@@ -203,7 +218,8 @@ def overlong_penalty(length: Array, *, max_length: int, cache: int, factor: floa
     Args:
         length: completion tokens, int32 `[N]`.
         max_length: the generation limit in tokens.
-        cache: the interval before the limit, in tokens, over which the punishment grows from 0 to `factor`.
+        cache: the interval before the limit, in tokens, over which the punishment grows from 0 to
+            `factor`.
     """
     if not 0 < cache <= max_length:
         raise ValueError(f"cache must be between 1 and max_length = {max_length}, not {cache}")
@@ -212,7 +228,8 @@ def overlong_penalty(length: Array, *, max_length: int, cache: int, factor: floa
 
 
 def overlong_mask(mask: Array, truncated: Array) -> Array:
-    """The mask without completions that were cut off at the limit, whose reward says nothing about them.
+    """The mask without completions that were cut off at the limit, whose reward says nothing about
+    them.
 
     Formula: m_nt = mask_nt and not truncated_n
     Needs: mask [N, T], truncated bool [N]
@@ -222,14 +239,18 @@ def overlong_mask(mask: Array, truncated: Array) -> Array:
     Returns bool `[N, T]`. Whatever count the reducer takes is then of the remaining completions.
     """
     if mask.shape[:-1] != truncated.shape:
-        raise ValueError(f"truncated has shape {truncated.shape}; it must be {mask.shape[:-1]}, one per completion")
+        raise ValueError(
+            f"truncated has shape {truncated.shape}; it must be {mask.shape[:-1]}, one per completion"
+        )
     return _check.mask(mask, mask) & ~jnp.asarray(truncated, bool)[..., None]
 
 
 def length_reward(correct: Array, length: Array, group: Array, *, num_groups: int) -> Array:
-    """The reward for short correct completions among those of one prompt, to be added to the reward.
+    """The reward for short correct completions among those of one prompt, to be added to the
+    reward.
 
-    Formula: s if correct else min(0, s), s = 1/2 - (length - min_g) / (max_g - min_g); 0 where max_g = min_g
+    Formula: s if correct else min(0, s), s = 1/2 - (length - min_g) / (max_g - min_g); 0 where
+        max_g = min_g
     Needs: correct, length int32 [N], group, num_groups
     Default: none
     Paper: Kimi k1.5, arXiv 2501.12599
@@ -237,10 +258,13 @@ def length_reward(correct: Array, length: Array, group: Array, *, num_groups: in
     (correct,) = _check.tokens(correct=correct)
     group = _check.groups(group, correct, num_groups)
     length = _lengths(length)
-    longest, shortest = _max(length, group, num_groups), -_max(-length, group, num_groups)
+    longest = _max(length, group, num_groups)
+    shortest = -_max(-length, group, num_groups)
     span = (longest - shortest)[group]
     share = 0.5 - (length - shortest[group]) / jnp.maximum(span, 1)
-    return jnp.where((span > 0) & (group < num_groups), jnp.where(correct > 0, share, jnp.minimum(share, 0)), 0.0)
+    return jnp.where(
+        (span > 0) & (group < num_groups), jnp.where(correct > 0, share, jnp.minimum(share, 0)), 0.0
+    )
 
 
 def _arguments(reward: Array, group: Array, num_groups: int) -> tuple[Array, Array]:
@@ -250,7 +274,9 @@ def _arguments(reward: Array, group: Array, num_groups: int) -> tuple[Array, Arr
 
 
 def _centred(reward: Array, group: Array, num_groups: int) -> tuple[Array, Array]:
-    """R - mean_g and n_g. Centred on the maximum first, so that equal rewards give exactly 0 and not a rounding."""
+    """R - mean_g and n_g. Centred on the maximum first, so that equal rewards give exactly 0 and
+    not a rounding.
+    """
     count = _count(group, num_groups)
     shifted = reward - _max(reward, group, num_groups)[group]
     mean = _sum(shifted, group, num_groups) / jnp.maximum(count, 1)
@@ -287,5 +313,7 @@ def _discount(later: tuple[Array, Array], earlier: tuple[Array, Array]) -> tuple
 
 def _lengths(length: Array) -> Array:
     if getattr(length, "dtype", None) != jnp.int32:
-        raise TypeError("length must be an int32 array of completion tokens; cast it with .astype('int32')")
+        raise TypeError(
+            "length must be an int32 array of completion tokens; cast it with .astype('int32')"
+        )
     return jnp.asarray(length).astype(jnp.float32)

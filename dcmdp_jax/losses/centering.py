@@ -1,12 +1,15 @@
 """Score centering: subtract the score that the sampler expects, on the head of its distribution.
 
-Samples y come from the sampler q, the gradient is of the trainer's p. E_q[f(p/q) grad log p] is zero for q = p alone;
-otherwise a constant advantage already moves the policy. That expectation is known for the k tokens whose probability
-the sampler reports, and the tail is taken to be proportional to p. It applies to score-function losses only, and the
-reported probabilities must be of the distribution sampled from (same temperature, full-vocabulary mass).
+Samples y come from the sampler q, the gradient is of the trainer's p. E_q[f(p/q) grad log p] is
+zero for q = p alone; otherwise a constant advantage already moves the policy. That expectation is
+known for the k tokens whose probability the sampler reports, and the tail is taken to be
+proportional to p. It applies to score-function losses only, and the reported probabilities must be
+of the distribution sampled from (same temperature, full-vocabulary mass).
 
-Shapes: `logp`, `rollout_logp` `[..., T]` of the sampled tokens; `head_logp`, `head_rollout_logp` `[..., T, k]` of the
-sampler's k likeliest tokens, under trainer and sampler; float32 nats. A head entry whose `head_rollout_logp` is not
+Shapes: `logp`, `rollout_logp` `[..., T]` of the sampled tokens; `head_logp`, `head_rollout_logp`
+    `[..., T, k]` of the
+sampler's k likeliest tokens, under trainer and sampler; float32 nats. A head entry whose
+`head_rollout_logp` is not
 finite is empty: pad a short list with -inf.
 """
 
@@ -35,7 +38,8 @@ def unweighted(ratio: Array) -> Array:
 
 
 def truncated(ratio: Array, high: float = 2.0) -> Array:
-    """Weight of truncated importance sampling; `functools.partial(truncated, high=...)` for another bound.
+    """Weight of truncated importance sampling; `functools.partial(truncated, high=...)` for another
+    bound.
 
     Formula: f(r) = min(r, high)
     Needs: ratio p / q
@@ -74,13 +78,15 @@ def score_centering(
     Default: weight unweighted
     Paper: Marek & Ryabinin, arXiv 2609.20807
 
-    With the whole vocabulary for a head the centring is the exact expectation; otherwise it is the expectation with
-    the sampler's tail replaced by tail * p. `weight` is a function of the ratio such as `truncated` or `masked`.
-    Tokens whose `rollout_logp` is not finite are dropped. Log ratios are clipped to +-20.
-    Raises TypeError or ValueError for other dtypes and shapes.
+    With the whole vocabulary for a head the centring is the exact expectation; otherwise it is the
+    expectation with the sampler's tail replaced by tail * p. `weight` is a function of the ratio
+    such as `truncated` or `masked`. Tokens whose `rollout_logp` is not finite are dropped. Log
+    ratios are clipped to +-20. Raises TypeError or ValueError for other dtypes and shapes.
     """
     logp, rollout_logp = _check.tokens(logp=logp, rollout_logp=rollout_logp)
-    head_logp, head_rollout_logp = _check.tokens(head_logp=head_logp, head_rollout_logp=head_rollout_logp)
+    head_logp, head_rollout_logp = _check.tokens(
+        head_logp=head_logp, head_rollout_logp=head_rollout_logp
+    )
     if head_logp.shape[:-1] != logp.shape:
         raise ValueError(f"head_logp has shape {head_logp.shape}; it must be {logp.shape} + (k,)")
     advantage = _check.advantage(advantage, logp)
@@ -94,7 +100,9 @@ def score_centering(
     alpha = tail * weight(1.0 / tail)
     head_weight = weight(jnp.exp(_check.log_ratio(head_logp, head_rollout_logp, head)))
     centre = jnp.sum(stop(q * head_weight - alpha * p) * trainer, axis=-1)
-    own = stop(weight(jnp.exp(_check.log_ratio(logp, rollout_logp, valid)))) * _check.select(valid, logp)
+    own = stop(weight(jnp.exp(_check.log_ratio(logp, rollout_logp, valid)))) * _check.select(
+        valid, logp
+    )
     return _check.select(valid, -stop(advantage) * (own - centre))
 
 

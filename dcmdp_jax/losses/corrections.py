@@ -1,14 +1,18 @@
 """Corrections for the gap between the program that trains and the engine that samples.
 
-D_t = old_logp_t - rollout_logp_t and rho_t = exp(D_t) = pi_train / pi_rollout: all bounds are in this ratio. Where the
-sampler's log-probability is not finite, D_t = 0: the token counts as without gap. Weights and keep masks carry no
-gradient. A `Correction` names a level (which ratio), an operator (what is done with it), bounds, and the denominator;
-it prints its own formula.
+D_t = old_logp_t - rollout_logp_t and rho_t = exp(D_t) = pi_train / pi_rollout: all bounds are in
+this ratio. Where the sampler's log-probability is not finite, D_t = 0: the token counts as without
+gap. Weights and keep masks carry no gradient. A `Correction` names a level (which ratio), an
+operator (what is done with it), bounds, and the denominator; it prints its own formula.
 
-A surrogate joins a policy loss with a correction: `surrogate(logp, old_logp, rollout_logp, advantage, mask)` returns
-`(loss [..., T], denominator mask [..., T])` for `reduce`. There are two kinds, and each applies the factor
-pi_train / pi_rollout once: `decoupled` takes the policy ratio against the trainer's recomputation and weights the loss
-by the correction; `bypass` takes the ratio against the sampler, where the factor is inside, and has no place for a
+A surrogate joins a policy loss with a correction: `surrogate(logp, old_logp, rollout_logp,
+    advantage, mask)` returns
+`(loss [..., T], denominator mask [..., T])` for `reduce`. There are two kinds, and each applies the
+factor
+pi_train / pi_rollout once: `decoupled` takes the policy ratio against the trainer's recomputation
+and weights the loss
+by the correction; `bypass` takes the ratio against the sampler, where the factor is inside, and has
+no place for a
 weight.
 """
 
@@ -63,7 +67,9 @@ class Correction:
     def __post_init__(self) -> None:
         for name in ("level", "operator", "denominator"):
             if not callable(getattr(self, name)):
-                raise TypeError(f"{name} must be a function such as corrections.{_EXAMPLE[name]}, not its name")
+                raise TypeError(
+                    f"{name} must be a function such as corrections.{_EXAMPLE[name]}, not its name"
+                )
         if self.operator is truncate and self.low is not None:
             raise ValueError("truncate reads no lower bound; leave low None or take clip")
         if self.operator is truncate and self.high is None:
@@ -72,14 +78,21 @@ class Correction:
             raise ValueError("clip needs both low and high")
         if self.low is None and self.high is None:
             raise ValueError("a correction needs low, high or both")
-        low, high = 0.0 if self.low is None else self.low, math.inf if self.high is None else self.high
+        low = 0.0 if self.low is None else self.low
+        high = math.inf if self.high is None else self.high
         if not 0 <= low <= high:
-            raise ValueError(f"bounds must satisfy 0 <= low <= high, not low = {self.low}, high = {self.high}")
+            raise ValueError(
+                f"bounds must satisfy 0 <= low <= high, not low = {self.low}, high = {self.high}"
+            )
         if self.denominator is surviving and self.operator in (truncate, clip, zero_outside):
-            raise ValueError(f"{self.operator.__name__} rejects no token; the denominator must be original")
+            raise ValueError(
+                f"{self.operator.__name__} rejects no token; the denominator must be original"
+            )
 
     def weights(self, old_logp: Array, rollout_logp: Array, mask: Array) -> tuple[Array, Array]:
-        """The weight, float32 `[..., T]`, and which tokens are kept, bool `[..., T]`; 0 and False outside the mask."""
+        """The weight, float32 `[..., T]`, and which tokens are kept, bool `[..., T]`; 0 and False
+        outside the mask.
+        """
         old_logp, rollout_logp = _check.tokens(old_logp=old_logp, rollout_logp=rollout_logp)
         mask = _check.mask(mask, old_logp)
         measured = _check.measured(rollout_logp, mask)
@@ -89,11 +102,14 @@ class Correction:
         return stop(_check.select(keep, weight)), keep
 
     def __repr__(self) -> str:
-        level, operator, denominator = self.level.__name__, self.operator.__name__, self.denominator.__name__
+        level = self.level.__name__
+        operator = self.operator.__name__
+        denominator = self.denominator.__name__
         return f"Correction({level}, {operator}, low={self.low}, high={self.high}, {denominator})"
 
     def __str__(self) -> str:
-        low, high = 0.0 if self.low is None else self.low, math.inf if self.high is None else self.high
+        low = 0.0 if self.low is None else self.low
+        high = math.inf if self.high is None else self.high
         bounds = {"low": f"{low:g}", "high": f"{high:g}"}
         operator = re.sub(r"\b(low|high)\b", lambda word: bounds[word[0]], _formula(self.operator))
         return "; ".join(
@@ -153,7 +169,9 @@ def mis(low: float | None = 0.5, high: float | None = 2.0, denominator=original)
     return Correction(token, keep_inside, low, high, denominator)
 
 
-def sequence_mis(low: float | None = None, high: float | None = 3.0, denominator=original) -> Correction:
+def sequence_mis(
+    low: float | None = None, high: float | None = 3.0, denominator=original
+) -> Correction:
     """Masked importance sampling with the ratio of the whole completion.
 
     Formula: w_t = R 1[low <= R <= high], R = prod_s rho_s
@@ -178,7 +196,8 @@ def icepop(low: float = 0.5, high: float = 5.0) -> Correction:
 
 
 def geometric_mask(low: float = 0.99, high: float = 1.01, denominator=original) -> Correction:
-    """Rejection of completions whose geometric mean ratio leaves the bounds; weight 1 for the others.
+    """Rejection of completions whose geometric mean ratio leaves the bounds; weight 1 for the
+    others.
 
     Formula: w_t = 1, keep_t = low <= (prod_s rho_s)^(1/|o|) <= high
     Needs: old_logp, rollout_logp, mask
@@ -196,8 +215,8 @@ def batch_normalize(weights: Array, mask: Array, *, mean: Array | None = None) -
     Default: mean = token mean over the mask
     Paper: slime, verl (batch normalisation of importance weights)
 
-    Take it after truncation. `mean` is the global one under data parallelism or accumulation; for weights of the
-    whole completion verl takes `reduce.sequence_mean_token_mean(weights, mask)`.
+    Take it after truncation. `mean` is the global one under data parallelism or accumulation; for
+    weights of the whole completion verl takes `reduce.sequence_mean_token_mean(weights, mask)`.
     """
     (weights,) = _check.tokens(weights=weights)
     mask = _check.mask(mask, weights)
@@ -253,7 +272,9 @@ class Bypass:
     denominator: Callable[[Array, Array], Array]
 
     def __call__(self, logp, old_logp, rollout_logp, advantage, mask) -> tuple[Array, Array]:
-        logp, _, rollout_logp = _check.tokens(logp=logp, old_logp=old_logp, rollout_logp=rollout_logp)
+        logp, _, rollout_logp = _check.tokens(
+            logp=logp, old_logp=old_logp, rollout_logp=rollout_logp
+        )
         mask = _check.mask(mask, rollout_logp)
         measured = _check.measured(rollout_logp, mask)
         loss = self.loss(logp, rollout_logp, advantage, measured)
@@ -271,7 +292,8 @@ def decoupled(
     rejections: tuple[Rejection, ...] = (),
     denominator: Callable[[Array, Array], Array] = original,
 ) -> Decoupled:
-    """A surrogate with the policy ratio against the trainer's recomputation and the gap in a weight.
+    """A surrogate with the policy ratio against the trainer's recomputation and the gap in a
+    weight.
 
     Formula: w_t(rho) L_t(logp, old_logp), on the tokens kept
     Needs: logp, old_logp, rollout_logp, advantage, mask
@@ -281,11 +303,13 @@ def decoupled(
     Args:
         loss: a function of `(logp, old_logp, advantage, mask)`; options by `functools.partial`.
         correction: at most one, so that the factor pi_train / pi_rollout weighs once.
-        rejections: functions of `(old_logp, rollout_logp, mask)` that return which tokens to keep; all must agree.
+        rejections: functions of `(old_logp, rollout_logp, mask)` that return which tokens to keep;
+            all must agree.
         denominator: `original` or `surviving`, of the rejections; the correction has its own.
 
     Returns:
-        A hashable function of `(logp, old_logp, rollout_logp, advantage, mask)` that returns the unreduced loss and
+        A hashable function of `(logp, old_logp, rollout_logp, advantage, mask)` that returns the
+        unreduced loss and
         the mask to reduce it with, both `[..., T]`.
 
     Raises:
@@ -302,15 +326,17 @@ def bypass(
     rejections: tuple[Rejection, ...] = (),
     denominator: Callable[[Array, Array], Array] = original,
 ) -> Bypass:
-    """A surrogate with the policy ratio against the sampler; the gap is in the ratio, so there is no weight to add.
+    """A surrogate with the policy ratio against the sampler; the gap is in the ratio, so there is
+    no weight to add.
 
     Formula: L_t(logp, rollout_logp), on the tokens kept
     Needs: logp, rollout_logp, advantage, mask
     Default: no rejection, denominator original
     Paper: verl (bypass mode); prime-rl
 
-    Args and result as in `decoupled`, without a correction. Rejections judge the current `logp` against the sampler.
-    Tokens whose sampler log-probability is not finite have loss 0 and stay in the denominator.
+    Args and result as in `decoupled`, without a correction. Rejections judge the current `logp`
+    against the sampler. Tokens whose sampler log-probability is not finite have loss 0 and stay in
+    the denominator.
 
     Raises:
         TypeError: a rejection is a Correction, whose weight would apply the factor a second time.
@@ -320,7 +346,9 @@ def bypass(
 
 def _loss(loss: Loss) -> Loss:
     if not callable(loss) or isinstance(loss, (Decoupled, Bypass)):
-        raise TypeError(f"loss must be a function of (logp, old_logp, advantage, mask), not {loss!r}")
+        raise TypeError(
+            f"loss must be a function of (logp, old_logp, advantage, mask), not {loss!r}"
+        )
     return loss
 
 
@@ -334,7 +362,9 @@ def _rejections(rejections) -> tuple[Rejection, ...]:
     return tuple(rejections)
 
 
-def _keep_all(rejections: tuple[Rejection, ...], old_logp, rollout_logp, mask, keep: Array) -> Array:
+def _keep_all(
+    rejections: tuple[Rejection, ...], old_logp, rollout_logp, mask, keep: Array
+) -> Array:
     for rejection in rejections:
         keep = keep & rejection(old_logp, rollout_logp, mask)
     return keep
@@ -347,20 +377,28 @@ def _formula(function: Callable) -> str:
     return stated[0] if stated else function.__name__
 
 
-def _parts(loss: Loss, correction: Correction | None, rejections: tuple[Rejection, ...], denominator) -> str:
+def _parts(
+    loss: Loss, correction: Correction | None, rejections: tuple[Rejection, ...], denominator
+) -> str:
     parts = [_name(loss)]
     if correction is not None:
         parts.append(str(correction))
     if rejections:
-        parts.append("rejections=(" + ", ".join(_name(rejection) for rejection in rejections) + ",)")
+        parts.append(
+            "rejections=(" + ", ".join(_name(rejection) for rejection in rejections) + ",)"
+        )
     if denominator is not original:
         parts.append(f"denominator={denominator.__name__}")
     return ", ".join(parts)
 
 
 def _name(function: Callable) -> str:
-    """`clipped(clip_high=0.28)` for a partial, `clipped` for a function: no addresses, so that records compare."""
+    """`clipped(clip_high=0.28)` for a partial, `clipped` for a function: no addresses, so that
+    records compare.
+    """
     if not isinstance(function, functools.partial):
         return getattr(function, "__name__", repr(function))
-    options = [repr(value) for value in function.args] + [f"{k}={v!r}" for k, v in function.keywords.items()]
+    options = [repr(value) for value in function.args] + [
+        f"{k}={v!r}" for k, v in function.keywords.items()
+    ]
     return f"{_name(function.func)}({', '.join(options)})"

@@ -1,8 +1,8 @@
 """Policy losses that treat apart the few tokens that drive the entropy down.
 
-Their mark is a large covariance between log-probability and advantage, cov = (A - mean A)(logp - mean logp), means
-over the valid tokens of the batch given. Signature and shapes are those of `policy`. `fraction` is of the valid
-tokens, and at least one token is treated.
+Their mark is a large covariance between log-probability and advantage, cov = (A - mean A)(logp -
+mean logp), means over the valid tokens of the batch given. Signature and shapes are those of
+`policy`. `fraction` is of the valid tokens, and at least one token is treated.
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ def clip_cov(
 ) -> Array:
     """The clipped surrogate without a random few of the tokens of high covariance.
 
-    Formula: L = max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A), 0 on the tokens drawn from cov_low < cov < cov_high
+    Formula: L = max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A), 0 on the tokens drawn from
+        cov_low < cov < cov_high
     Needs: logp, old_logp, advantage, mask, key
     Default: fraction 2e-4, cov_low 1.0, cov_high 5.0, clip_low 0.2, clip_high 0.2
     Paper: Clip-Cov, arXiv 2505.22617
 
-    Tokens that the clip already stopped are not drawn. Each candidate is drawn by itself, with the chance that makes
-    the expected number `fraction` of the valid tokens; verl draws exactly that number. The tokens drawn lose their
-    gradient and stay in the denominator. `key` is a JAX random key, a new one for each step.
+    Tokens that the clip already stopped are not drawn. Each candidate is drawn by itself, with the
+    chance that makes the expected number `fraction` of the valid tokens; verl draws exactly that
+    number. The tokens drawn lose their gradient and stay in the denominator. `key` is a JAX random
+    key, a new one for each step.
     """
     _check_fraction(fraction)
     _check.clip_bounds(clip_low, clip_high)
@@ -49,7 +51,9 @@ def clip_cov(
     loss = _check.pessimistic(ratio, advantage, clip_low, clip_high)
     count = jnp.maximum(jnp.sum(_check.row_count(mask).astype(jnp.int32)), 1)
     cov = _covariance(logp, advantage, count)
-    stopped = jnp.where(advantage > 0, ratio > 1 + clip_high, (advantage < 0) & (ratio < 1 - clip_low))
+    stopped = jnp.where(
+        advantage > 0, ratio > 1 + clip_high, (advantage < 0) & (ratio < 1 - clip_low)
+    )
     candidate = mask & ~stopped & (cov > cov_low) & (cov < cov_high)
     candidates = jnp.maximum(jnp.sum(_check.row_count(candidate)), 1)
     drawn = candidate & (_uniform(key, mask.shape) < jnp.maximum(fraction * count, 1) / candidates)
@@ -67,13 +71,14 @@ def kl_cov(
 ) -> Array:
     """The unclipped surrogate with a penalty on the log ratio of the tokens of highest covariance.
 
-    Formula: L = -r A + penalty |logp - old_logp| 1[cov among the highest fraction], r = exp(logp - old_logp)
+    Formula: L = -r A + penalty |logp - old_logp| 1[cov among the highest fraction], r = exp(logp -
+        old_logp)
     Needs: logp, old_logp, advantage, mask
     Default: fraction 2e-4, penalty 1.0
     Paper: KL-Cov, arXiv 2505.22617
 
-    Sizes are static, and the batch is not sorted: few blocks of 64 tokens can hold the highest. Tokens whose covariance
-    ties across the boundary are left out.
+    Sizes are static, and the batch is not sorted: few blocks of 64 tokens can hold the highest.
+    Tokens whose covariance ties across the boundary are left out.
     """
     _check_fraction(fraction)
     logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
@@ -98,7 +103,9 @@ def _check_fraction(fraction: float) -> None:
 
 
 def _uniform(key: Array, shape: tuple[int, ...]) -> Array:
-    """Uniform in [0, 1) by mixing the token's number with bits of the key, a tenth of the cost of threefry."""
+    """Uniform in [0, 1) by mixing the token's number with bits of the key, a tenth of the cost of
+    threefry.
+    """
     seed = jax.random.bits(key, (2,), jnp.uint32)
     x = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape) ^ seed[0]
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)

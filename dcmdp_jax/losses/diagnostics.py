@@ -25,18 +25,30 @@ Metrics = dict[str, Array]
 
 
 def summary(
-    old_logp: Array, rollout_logp: Array, advantage: Array, mask: Array, *, logp: Array | None = None
+    old_logp: Array,
+    rollout_logp: Array,
+    advantage: Array,
+    mask: Array,
+    *,
+    logp: Array | None = None,
 ) -> Metrics:
     """What a training step logs, in one flat dict: no sort among it.
 
-    Formula: the union of dropped, prob_diff, log_ratio, perplexity, chi2, effective_sample_size, advantage_skew and,
+    Formula: the union of dropped, prob_diff, log_ratio, perplexity, chi2, effective_sample_size,
+        advantage_skew and,
         with logp, staleness
     Needs: old_logp, rollout_logp, advantage, mask
     Default: logp none
     Paper: see the members
     """
     pair = (old_logp, rollout_logp, mask)
-    metrics = dropped(rollout_logp, mask) | prob_diff(*pair) | log_ratio(*pair) | perplexity(*pair) | chi2(*pair)
+    metrics = (
+        dropped(rollout_logp, mask)
+        | prob_diff(*pair)
+        | log_ratio(*pair)
+        | perplexity(*pair)
+        | chi2(*pair)
+    )
     metrics |= effective_sample_size(*pair)
     metrics["advantage_skew"] = advantage_skew(old_logp, rollout_logp, advantage, mask)
     return metrics if logp is None else metrics | staleness(logp, old_logp, rollout_logp, mask)
@@ -57,7 +69,8 @@ def dropped(rollout_logp: Array, mask: Array) -> Metrics:
 
 
 def prob_diff(old_logp: Array, rollout_logp: Array, mask: Array) -> Metrics:
-    """Gap in probability: mean (the constrained quantity), largest, standard deviation, correlation.
+    """Gap in probability: mean (the constrained quantity), largest, standard deviation,
+    correlation.
 
     Formula: mean, max, std (ddof 1) of delta; Pearson correlation of e^old_logp and e^rollout_logp
     Needs: old_logp, rollout_logp, mask
@@ -79,14 +92,17 @@ def prob_diff(old_logp: Array, rollout_logp: Array, mask: Array) -> Metrics:
 def log_ratio(
     old_logp: Array, rollout_logp: Array, mask: Array, *, low: float = 0.5, high: float = 2.0
 ) -> Metrics:
-    """Gap in log-prob: absolute, the three KL estimates, second moment, Jensen-Shannon, multiplicative error.
+    """Gap in log-prob: absolute, the three KL estimates, second moment, Jensen-Shannon,
+    multiplicative error.
 
-    Formula: mean and max |D|; k1 = mean(-D); k2 = mean(D^2)/2; k3 = mean(e^D - 1 - D); m2 = mean(D^2);
+    Formula: mean and max |D|; k1 = mean(-D); k2 = mean(D^2)/2; k3 = mean(e^D - 1 - D); m2 =
+        mean(D^2);
         js = mean(k3(old - mix) + k3(rollout - mix))/2, mix = log((e^old + e^rollout)/2);
         mult_prob_error = mean(e^|D|); ratio_out = share of tokens with rho outside [low, high]
     Needs: old_logp, rollout_logp, mask
     Default: low 0.5, high 2.0
-    Paper: Schulman 2020, joschu.net/blog/kl-approx.html; M2PO, arXiv 2510.01161; NeMo-RL for js and mult_prob_error
+    Paper: Schulman 2020, joschu.net/blog/kl-approx.html; M2PO, arXiv 2510.01161; NeMo-RL for js and
+        mult_prob_error
 
     k1 and |D| are not clipped. NeMo-RL takes mult_prob_error under 1.05 for healthy.
     """
@@ -113,7 +129,8 @@ def log_ratio(
 def perplexity(old_logp: Array, rollout_logp: Array, mask: Array) -> Metrics:
     """Perplexity of the completions under both programs.
 
-    Formula: ppl = mean_n exp(-mean_t logp); log_ppl_diff = mean_n d_n, d_n = mean_t rollout_logp - mean_t old_logp;
+    Formula: ppl = mean_n exp(-mean_t logp); log_ppl_diff = mean_n d_n, d_n = mean_t rollout_logp -
+        mean_t old_logp;
         log_ppl_diff_abs, _max, _min of d_n; ppl_ratio = mean_n exp(d_n)
     Needs: old_logp, rollout_logp, mask
     Default: none
@@ -122,7 +139,8 @@ def perplexity(old_logp: Array, rollout_logp: Array, mask: Array) -> Metrics:
     Empty completions are left out of every mean; verl counts them with perplexity 1.
     """
     old, rollout, valid = _measured(old_logp, rollout_logp, mask)
-    train, sampler = _check.row_mean(old, valid), _check.row_mean(rollout, valid)
+    train = _check.row_mean(old, valid)
+    sampler = _check.row_mean(rollout, valid)
     rows = jnp.any(valid, axis=-1, keepdims=True)
     diff = sampler - train
     return {
@@ -154,10 +172,13 @@ def chi2(old_logp: Array, rollout_logp: Array, mask: Array) -> Metrics:
     }
 
 
-def effective_sample_size(old_logp: Array, rollout_logp: Array, mask: Array, *, high: float = 2.0) -> Metrics:
+def effective_sample_size(
+    old_logp: Array, rollout_logp: Array, mask: Array, *, high: float = 2.0
+) -> Metrics:
     """Share of the sample that the importance weights leave effective, in (0, 1].
 
-    Formula: (sum w)^2 / (n sum w^2); token: w = min(rho, high); sequence: w = exp(clip(sum_t D, -20, 20))
+    Formula: (sum w)^2 / (n sum w^2); token: w = min(rho, high); sequence: w = exp(clip(sum_t D,
+        -20, 20))
     Needs: old_logp, rollout_logp, mask
     Default: high 2.0
     Paper: Kong 1992; verl for the token form, VCPO, arXiv 2602.17616, for the sequence form
@@ -173,7 +194,8 @@ def effective_sample_size(old_logp: Array, rollout_logp: Array, mask: Array, *, 
 def weight(weight: Array, mask: Array, *, low: float = 0.5, high: float = 2.0) -> Metrics:
     """Importance weights as applied, or raw ratios; the mean is the factor of batch normalisation.
 
-    Formula: mean, std (ddof 0), min, max of w; share of w < low and of w > high; (sum w)^2 / (n sum w^2)
+    Formula: mean, std (ddof 0), min, max of w; share of w < low and of w > high; (sum w)^2 / (n sum
+        w^2)
     Needs: weight [N, T], mask
     Default: low 0.5, high 2.0
     Paper: verl rollout_is_*, slime mis_*
@@ -196,14 +218,16 @@ def weight(weight: Array, mask: Array, *, low: float = 0.5, high: float = 2.0) -
 def rejected(keep: Array, mask: Array) -> Metrics:
     """Share of tokens and of completions that a correction dropped.
 
-    Formula: tokens: #{m and not keep} / #{m}; sequences: rows with no token kept, of rows with one in the mask
+    Formula: tokens: #{m and not keep} / #{m}; sequences: rows with no token kept, of rows with one
+        in the mask
     Needs: keep [N, T], mask
     Default: none
     Paper: verl rollout_rs_*, prime-rl is_masked
     """
     mask = _check.mask(mask, mask)
     keep = _check.mask(keep, mask) & mask
-    rows, gone = jnp.any(mask, axis=-1), jnp.any(mask, axis=-1) & ~jnp.any(keep, axis=-1)
+    rows = jnp.any(mask, axis=-1)
+    gone = jnp.any(mask, axis=-1) & ~jnp.any(keep, axis=-1)
     return {
         "rejected_tokens": reduce.token_mean((~keep).astype(jnp.float32), mask),
         "rejected_sequences": reduce.token_mean(gone.astype(jnp.float32), rows),
@@ -211,19 +235,28 @@ def rejected(keep: Array, mask: Array) -> Metrics:
 
 
 def clip_fraction(
-    logp: Array, old_logp: Array, advantage: Array, mask: Array, *, clip_low: float = 0.2, clip_high: float = 0.2
+    logp: Array,
+    old_logp: Array,
+    advantage: Array,
+    mask: Array,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
 ) -> Metrics:
     """Share of tokens whose gradient the clipped surrogate stops, on either side.
 
-    Formula: low: A < 0 and r < 1 - clip_low; high: A > 0 and r > 1 + clip_high; r = exp(logp - old_logp)
+    Formula: low: A < 0 and r < 1 - clip_low; high: A > 0 and r > 1 + clip_high; r = exp(logp -
+        old_logp)
     Needs: logp, old_logp, advantage, mask
     Default: clip_low 0.2, clip_high 0.2
     Paper: PPO, arXiv 1707.06347
     """
     logp, old_logp = jax.lax.stop_gradient(_check.tokens(logp=logp, old_logp=old_logp))
-    advantage, mask = _check.advantage(advantage, logp), _check.mask(mask, logp)
+    advantage = _check.advantage(advantage, logp)
+    mask = _check.mask(mask, logp)
     ratio = jnp.exp(_check.log_ratio(logp, old_logp, mask))
-    low, high = (advantage < 0) & (ratio < 1.0 - clip_low), (advantage > 0) & (ratio > 1.0 + clip_high)
+    low = (advantage < 0) & (ratio < 1.0 - clip_low)
+    high = (advantage > 0) & (ratio > 1.0 + clip_high)
     return {
         "clip_low": reduce.token_mean(low.astype(jnp.float32), mask),
         "clip_high": reduce.token_mean(high.astype(jnp.float32), mask),
@@ -231,7 +264,8 @@ def clip_fraction(
 
 
 def advantage_skew(old_logp: Array, rollout_logp: Array, advantage: Array, mask: Array) -> Array:
-    """Whether the gap leans with the advantage, which biases the gradient where a zero-mean gap would not.
+    """Whether the gap leans with the advantage, which biases the gradient where a zero-mean gap
+    would not.
 
     Formula: mean(sign(A) D)
     Needs: old_logp, rollout_logp, advantage, mask
@@ -252,16 +286,20 @@ def sign_flip(advantage: Array, shaped: Array, mask: Array) -> Metrics:
     Paper: none; groups of equal rewards have A = 0 and are moved by -lambda delta alone
     """
     (shaped,) = _check.tokens(shaped=shaped)
-    advantage, mask = _check.advantage(advantage, shaped), _check.mask(mask, shaped)
+    advantage = _check.advantage(advantage, shaped)
+    mask = _check.mask(mask, shaped)
     flipped = jnp.sign(advantage) * jnp.sign(shaped) < 0
     return {
         "sign_flip": reduce.token_mean(flipped.astype(jnp.float32), mask),
-        "zero_moved": reduce.token_mean(((advantage == 0) & (shaped != 0)).astype(jnp.float32), mask),
+        "zero_moved": reduce.token_mean(
+            ((advantage == 0) & (shaped != 0)).astype(jnp.float32), mask
+        ),
     }
 
 
 def staleness(logp: Array, old_logp: Array, rollout_logp: Array, mask: Array) -> Metrics:
-    """Splits the gap into numerics (same weights, two programs) and staleness (same program, two weights).
+    """Splits the gap into numerics (same weights, two programs) and staleness (same program, two
+    weights).
 
     Formula: mean|old_logp - rollout_logp|, mean|logp - old_logp|, mean|logp - rollout_logp|
     Needs: logp, old_logp, rollout_logp, mask
@@ -279,9 +317,11 @@ def staleness(logp: Array, old_logp: Array, rollout_logp: Array, mask: Array) ->
 
 
 def shift(old_logp: Array, rollout_logp: Array, mask: Array) -> Metrics:
-    """Finds log-probs that are off by one token, the usual cause of a gap that no precision explains.
+    """Finds log-probs that are off by one token, the usual cause of a gap that no precision
+    explains.
 
-    Formula: Pearson correlation of old_logp[t + lag] and rollout_logp[t], lag -1, 0, 1; lag with the greatest
+    Formula: Pearson correlation of old_logp[t + lag] and rollout_logp[t], lag -1, 0, 1; lag with
+        the greatest
     Needs: old_logp, rollout_logp, mask
     Default: none
     Paper: none
@@ -294,18 +334,26 @@ def shift(old_logp: Array, rollout_logp: Array, mask: Array) -> Metrics:
     aligned = _correlation(old, rollout, valid)
     shifted = jnp.maximum(back, ahead) > aligned
     lag = jnp.where(shifted, jnp.where(ahead >= back, 1.0, -1.0), 0.0)
-    return {"correlation_back": back, "correlation": aligned, "correlation_ahead": ahead, "lag": lag}
+    return {
+        "correlation_back": back,
+        "correlation": aligned,
+        "correlation_ahead": ahead,
+        "lag": lag,
+    }
 
 
 def support_mass(logits: Array, mask: Array, *, top_k: int = 0, top_p: float = 1.0) -> Array:
-    """Probability that top-k and top-p sampling leave, `[N, T]`; 1 outside the mask. Sorts the vocabulary.
+    """Probability that top-k and top-p sampling leave, `[N, T]`; 1 outside the mask. Sorts the
+    vocabulary.
 
-    Formula: S = sum of p over the top_k likeliest, then over the fewest of these that hold top_p of their mass
+    Formula: S = sum of p over the top_k likeliest, then over the fewest of these that hold top_p of
+        their mass
     Needs: logits [N, T, V] after the temperature, mask
     Default: top_k 0 and top_p 1.0, both off
     Paper: none
 
-    The sampler draws from p / S: its log-prob is logp - log S, and a trainer that uses all of V sees rho = S.
+    The sampler draws from p / S: its log-prob is logp - log S, and a trainer that uses all of V
+    sees rho = S.
     """
     (logits,) = _check.tokens(logits=logits)
     mask = _check.mask(mask, logits[..., 0])
@@ -319,7 +367,9 @@ def support_mass(logits: Array, mask: Array, *, top_k: int = 0, top_p: float = 1
 
 def _measured(old_logp: Array, rollout_logp: Array, mask: Array) -> tuple[Array, Array, Array]:
     """Both log-probs with 0 where the token is not measured, and where it is."""
-    old_logp, rollout_logp = jax.lax.stop_gradient(_check.tokens(old_logp=old_logp, rollout_logp=rollout_logp))
+    old_logp, rollout_logp = jax.lax.stop_gradient(
+        _check.tokens(old_logp=old_logp, rollout_logp=rollout_logp)
+    )
     valid = _check.measured(rollout_logp, _check.mask(mask, rollout_logp))
     return _check.select(valid, old_logp), _check.select(valid, rollout_logp), valid
 

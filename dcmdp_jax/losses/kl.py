@@ -1,10 +1,11 @@
 """Per-token estimates of KL(pi || reference) from the log-probabilities of sampled tokens, in nats.
 
-Each takes `(logp, ref_logp, mask)`, float32 `[..., T]` in nats and a bool, int32 or float32 mask, and returns the
-unreduced estimate `[..., T]`, 0 outside the mask; x = ref_logp - logp. Value and gradient are different questions: on
-samples of pi the gradient of k1 is zero on average, that of k2 is the gradient of KL(pi || reference), that of k3 is
-the gradient of KL(reference || pi). They raise TypeError for another dtype (bfloat16 log-probabilities among them) and
-ValueError for another shape.
+Each takes `(logp, ref_logp, mask)`, float32 `[..., T]` in nats and a bool, int32 or float32 mask,
+and returns the unreduced estimate `[..., T]`, 0 outside the mask; x = ref_logp - logp. Value and
+gradient are different questions: on samples of pi the gradient of k1 is zero on average, that of k2
+is the gradient of KL(pi || reference), that of k3 is the gradient of KL(reference || pi). They
+raise TypeError for another dtype (bfloat16 log-probabilities among them) and ValueError for another
+shape.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def k3(logp: Array, ref_logp: Array, mask: Array, *, value_max: float | None = N
     return value if value_max is None else jnp.minimum(value, value_max)
 
 
-def k3_k2_gradient(logp: Array, ref_logp: Array, mask: Array, *, value_max: float | None = None) -> Array:
+def k3_k2_gradient(
+    logp: Array, ref_logp: Array, mask: Array, *, value_max: float | None = None
+) -> Array:
     """The value of k3 with the gradient of k2 (straight-through); verl calls it k3+.
 
     Formula: sg(k3) + k2 - sg(k2)
@@ -69,7 +72,8 @@ def k3_k2_gradient(logp: Array, ref_logp: Array, mask: Array, *, value_max: floa
 def unbiased(
     logp: Array, old_logp: Array, ref_logp: Array, mask: Array, *, value_max: float | None = None
 ) -> Array:
-    """k3 weighted by the current ratio, which makes value and gradient unbiased on samples of the old policy.
+    """k3 weighted by the current ratio, which makes value and gradient unbiased on samples of the
+    old policy.
 
     Formula: exp(clip(logp - old_logp, -20, 20)) k3
     Needs: logp, old_logp, ref_logp, mask

@@ -29,7 +29,8 @@ def token(difference: Array, mask: Array) -> Array:
 
 
 def sequence(difference: Array, mask: Array) -> Array:
-    """Level: the product over the completion, the exact ratio of the trajectory; returns log R, `[..., 1]`.
+    """Level: the product over the completion, the exact ratio of the trajectory; returns log R,
+    `[..., 1]`.
 
     Formula: R_t = exp(clip(sum_s D_s, -20, 20))
     Needs: D [..., T], mask
@@ -77,7 +78,8 @@ def clip(ratio: Array, low: float | None, high: float | None) -> tuple[Array, Ar
 
 
 def keep_inside(ratio: Array, low: float | None, high: float | None) -> tuple[Array, Array]:
-    """Operator: the ratio inside the bounds, nothing outside (MIS, "mask"); returns weight and keep.
+    """Operator: the ratio inside the bounds, nothing outside (MIS, "mask"); returns weight and
+    keep.
 
     Formula: w_t = R_t, keep_t = low <= R_t <= high
     Needs: R, low or high
@@ -99,7 +101,8 @@ def zero_outside(ratio: Array, low: float | None, high: float | None) -> tuple[A
 
 
 def reject(ratio: Array, low: float | None, high: float | None) -> tuple[Array, Array]:
-    """Operator: weight 1 inside the bounds, nothing outside (rejection sampling); returns weight and keep.
+    """Operator: weight 1 inside the bounds, nothing outside (rejection sampling); returns weight
+    and keep.
 
     Formula: w_t = 1, keep_t = low <= R_t <= high
     Needs: R, low or high

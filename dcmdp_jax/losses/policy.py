@@ -1,13 +1,19 @@
 """Per-token policy losses of the current and the behaviour log-probabilities.
 
-Every function takes `(logp, old_logp, advantage, mask)` and returns the unreduced loss, float32 `[..., T]`, last axis
-tokens, 0 outside the mask; `reduce` makes it a scalar. `old_logp` holds the log-probabilities the ratio is taken
-against: the trainer's own at the rollout's weights, or the sampler's where `corrections.bypass` passes those. Log
-ratios are clamped to +-20 nats, beyond which the gradient is 0. No loss takes importance weights: the train/rollout
+Every function takes `(logp, old_logp, advantage, mask)` and returns the unreduced loss, float32
+`[..., T]`, last axis
+tokens, 0 outside the mask; `reduce` makes it a scalar. `old_logp` holds the log-probabilities the
+ratio is taken
+against: the trainer's own at the rollout's weights, or the sampler's where `corrections.bypass`
+    passes those. Log
+ratios are clamped to +-20 nats, beyond which the gradient is 0. No loss takes importance weights:
+the train/rollout
 factor belongs to `corrections`, once.
 
-Shapes, for all of them: `logp`, `old_logp` float32 `[..., T]` in nats; `advantage` float32, `[..., T]` per token or
-`[..., 1]` per completion; `mask` bool, int32 or float32 `[..., T]`. They raise TypeError for another dtype (bfloat16
+Shapes, for all of them: `logp`, `old_logp` float32 `[..., T]` in nats; `advantage` float32, `[...,
+    T]` per token or
+`[..., 1]` per completion; `mask` bool, int32 or float32 `[..., T]`. They raise TypeError for
+another dtype (bfloat16
 log-probabilities among them) and ValueError for another shape or a bound that makes no sense.
 """
 
@@ -39,11 +45,13 @@ def clipped(
 
     Formula: L = max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A), r = exp(logp - old_logp)
     Needs: logp, old_logp, advantage, mask
-    Default: clip_low 0.2, clip_high 0.2 (DAPO 0.28; DC-GRPO 0.24 on both sides); dual_clip and delta off
+    Default: clip_low 0.2, clip_high 0.2 (DAPO 0.28; DC-GRPO 0.24 on both sides); dual_clip and
+        delta off
     Paper: PPO, arXiv 1707.06347; clip-higher, arXiv 2503.14476; dual clip, arXiv 1912.09729
 
-    Dual clip bounds the loss of a negative advantage: where A < 0, L = min(L, -dual_clip A). verl has it on (3.0).
-    `delta` bounds the ratio of the unclipped branch, min(r, delta), as TRL's option of that name.
+    Dual clip bounds the loss of a negative advantage: where A < 0, L = min(L, -dual_clip A). verl
+    has it on (3.0). `delta` bounds the ratio of the unclipped branch, min(r, delta), as TRL's
+    option of that name.
     """
     _check.clip_bounds(clip_low, clip_high)
     if dual_clip is not None and not dual_clip > 1:
@@ -68,12 +76,15 @@ def reinforce(logp: Array, old_logp: Array, advantage: Array, mask: Array) -> Ar
     return -advantage * logp
 
 
-def gpg(logp: Array, old_logp: Array, advantage: Array, mask: Array, *, alpha: Array | float = 1.0) -> Array:
+def gpg(
+    logp: Array, old_logp: Array, advantage: Array, mask: Array, *, alpha: Array | float = 1.0
+) -> Array:
     """Group policy gradient: the score-function loss, rescaled for groups that carry no signal.
 
     Formula: L = -alpha A logp
     Needs: logp, advantage, mask (old_logp is not read; it is there for the common signature)
-    Default: alpha 1.0; the paper's is N / (completions of groups with unequal rewards), a global count
+    Default: alpha 1.0; the paper's is N / (completions of groups with unequal rewards), a global
+        count
     Paper: GPG, arXiv 2504.02546
 
     `advantages.gpg` has the same factor: take it there or here, not in both.
@@ -83,7 +94,13 @@ def gpg(logp: Array, old_logp: Array, advantage: Array, mask: Array, *, alpha: A
 
 
 def cispo(
-    logp: Array, old_logp: Array, advantage: Array, mask: Array, *, low: float | None = None, high: float = 5.0
+    logp: Array,
+    old_logp: Array,
+    advantage: Array,
+    mask: Array,
+    *,
+    low: float | None = None,
+    high: float = 5.0,
 ) -> Array:
     """Clipped importance weights on the score function: no token is dropped, its weight is bounded.
 
@@ -92,9 +109,10 @@ def cispo(
     Default: low none, high 5.0
     Paper: CISPO (MiniMax-M1), arXiv 2506.13585
 
-    `low` and `high` are bounds on the ratio itself. Three conventions go by this name: verl and NeMo-RL write
-    distances below and above 1 (here low=1 - 0.2, high=1 + 0.28), slime one distance for both (low=1 - d,
-    high=1 + d), TRL, ms-swift and prime-rl the absolute upper bound alone (the default here).
+    `low` and `high` are bounds on the ratio itself. Three conventions go by this name: verl and
+    NeMo-RL write distances below and above 1 (here low=1 - 0.2, high=1 + 0.28), slime one distance
+    for both (low=1 - d, high=1 + d), TRL, ms-swift and prime-rl the absolute upper bound alone (the
+    default here).
     """
     if low is not None and not 0 <= low <= high:
         raise ValueError(f"low must be between 0 and high = {high}, not {low}")
@@ -114,7 +132,8 @@ def sapo(
 ) -> Array:
     """Soft adaptive policy optimisation: a sigmoid gate in place of the clip.
 
-    Formula: L = -A sigmoid(tau (r - 1)) 4 / tau, tau = tau+ where A > 0 else tau-, r = exp(logp - old_logp)
+    Formula: L = -A sigmoid(tau (r - 1)) 4 / tau, tau = tau+ where A > 0 else tau-, r = exp(logp -
+        old_logp)
     Needs: logp, old_logp, advantage, mask
     Default: tau+ 1.0, tau- 1.05
     Paper: SAPO, arXiv 2511.20347
@@ -139,11 +158,14 @@ def dppo_tv(
     delta_high: float = 0.2,
     ratio_max: float = 20.0,
 ) -> Array:
-    """Divergence PPO with the binary total variation: tokens that left the trust region outward are dropped.
+    """Divergence PPO with the binary total variation: tokens that left the trust region outward are
+    dropped.
 
-    Formula: L = -A sg(min(r, ratio_max)) logp 1[A > 0 ? p - p_old <= delta_high : p - p_old >= -delta_low]
+    Formula: L = -A sg(min(r, ratio_max)) logp 1[A > 0 ? p - p_old <= delta_high : p - p_old >=
+        -delta_low]
     Needs: logp, old_logp, advantage, mask
-    Default: delta_low 0.2, delta_high 0.2, ratio_max 20.0 (verl names 20 and runs with 3.0 unless told)
+    Default: delta_low 0.2, delta_high 0.2, ratio_max 20.0 (verl names 20 and runs with 3.0 unless
+        told)
     Paper: DPPO, arXiv 2602.04879
     """
     logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
@@ -161,7 +183,8 @@ def dppo_kl(
     delta: float = 0.05,
     ratio_max: float = 20.0,
 ) -> Array:
-    """Divergence PPO with the binary KL: tokens outside the trust region count only on their way back in.
+    """Divergence PPO with the binary KL: tokens outside the trust region count only on their way
+    back in.
 
     Formula: L = -A sg(min(r, ratio_max)) logp 1[KL <= delta or A (p - p_old) <= 0]
     Needs: logp, old_logp, advantage, mask
@@ -189,14 +212,17 @@ def prime_tv(
 ) -> Array:
     """Binary total-variation masking against the sampler, with a quadratic pull on the log ratio.
 
-    Formula: L = -A e 1[A > 0 ? p - p_rollout <= delta_high : p - p_rollout >= -delta_low] + penalty (log e)^2
+    Formula: L = -A e 1[A > 0 ? p - p_rollout <= delta_high : p - p_rollout >= -delta_low] + penalty
+        (log e)^2
     Needs: logp, rollout_logp (through `corrections.bypass`), advantage, mask
     Default: delta_low 0.2, delta_high 0.2, penalty 1e-3
     Paper: prime-rl's default loss, after DPPO, arXiv 2602.04879
 
     e = exp(logp - rollout_logp), differentiated.
     """
-    logp, rollout_logp, advantage, mask = _check.rollout_arguments(logp, rollout_logp, advantage, mask)
+    logp, rollout_logp, advantage, mask = _check.rollout_arguments(
+        logp, rollout_logp, advantage, mask
+    )
     log_ratio = _check.clamped(logp - rollout_logp)
     gap = jnp.exp(stop(logp)) - jnp.exp(rollout_logp)
     keep = jnp.where(advantage > 0, gap <= delta_high, gap >= -delta_low)
@@ -204,7 +230,9 @@ def prime_tv(
     return -advantage * ratio + penalty * jnp.square(log_ratio)
 
 
-def spo(logp: Array, old_logp: Array, advantage: Array, mask: Array, *, epsilon: float = 0.2) -> Array:
+def spo(
+    logp: Array, old_logp: Array, advantage: Array, mask: Array, *, epsilon: float = 0.2
+) -> Array:
     """Simple policy optimisation: a quadratic penalty on the ratio in place of the clip.
 
     Formula: L = -A r + |A| (r - 1)^2 / (2 epsilon), r = exp(logp - old_logp)
@@ -216,17 +244,23 @@ def spo(logp: Array, old_logp: Array, advantage: Array, mask: Array, *, epsilon:
     return _quadratic(logp, old_logp, advantage, 1.0, epsilon)
 
 
-def drpo(logp: Array, rollout_logp: Array, advantage: Array, mask: Array, *, epsilon: float = 12.5) -> Array:
-    """The quadratic penalty weighted by the sampler's probability, so that it bounds |p - p_rollout|.
+def drpo(
+    logp: Array, rollout_logp: Array, advantage: Array, mask: Array, *, epsilon: float = 12.5
+) -> Array:
+    """The quadratic penalty weighted by the sampler's probability, so that it bounds |p -
+    p_rollout|.
 
     Formula: L = -A e + |A| p_rollout (e - 1)^2 / (2 epsilon), e = exp(logp - rollout_logp)
     Needs: logp, rollout_logp (through `corrections.bypass`), advantage, mask
     Default: epsilon 12.5
     Paper: DRPO, arXiv 2606.09821
 
-    The gradient's weight on a token is 1 - sign(A (e - 1)) |p - p_rollout| / epsilon. `spo` is this with weight 1.
+    The gradient's weight on a token is 1 - sign(A (e - 1)) |p - p_rollout| / epsilon. `spo` is this
+    with weight 1.
     """
-    logp, rollout_logp, advantage, mask = _check.rollout_arguments(logp, rollout_logp, advantage, mask)
+    logp, rollout_logp, advantage, mask = _check.rollout_arguments(
+        logp, rollout_logp, advantage, mask
+    )
     return _quadratic(logp, rollout_logp, advantage, jnp.exp(stop(rollout_logp)), epsilon)
 
 
@@ -245,9 +279,16 @@ def dro(logp: Array, old_logp: Array, advantage: Array, mask: Array, *, beta: fl
 
 
 def topr(
-    logp: Array, old_logp: Array, advantage: Array, mask: Array, *, low: float = 0.0, high: float = 1.0
+    logp: Array,
+    old_logp: Array,
+    advantage: Array,
+    mask: Array,
+    *,
+    low: float = 0.0,
+    high: float = 1.0,
 ) -> Array:
-    """Tapered off-policy REINFORCE: good tokens count fully, bad ones as far as the policy still makes them.
+    """Tapered off-policy REINFORCE: good tokens count fully, bad ones as far as the policy still
+    makes them.
 
     Formula: L = -sg(w) A logp, w = 1 where A > 0 else clip(r, low, high), r = exp(logp - old_logp)
     Needs: logp, old_logp, advantage, mask
@@ -260,13 +301,18 @@ def topr(
     return -stop(weight * advantage) * logp
 
 
-def _truncated_score(logp: Array, old_logp: Array, advantage: Array, keep: Array, ratio_max: float) -> Array:
+def _truncated_score(
+    logp: Array, old_logp: Array, advantage: Array, keep: Array, ratio_max: float
+) -> Array:
     log_weight = jnp.minimum(_check.clamped(logp - old_logp), math.log(ratio_max))
-    weight = jnp.exp(jnp.where(keep, log_weight, -jnp.inf))  # exp last: XLA then stores the weight and not its parts
+    # exp last: XLA then stores the weight and not its parts
+    weight = jnp.exp(jnp.where(keep, log_weight, -jnp.inf))
     return -stop(weight) * advantage * logp
 
 
-def _quadratic(logp: Array, old_logp: Array, advantage: Array, weight: Array | float, epsilon: float) -> Array:
+def _quadratic(
+    logp: Array, old_logp: Array, advantage: Array, weight: Array | float, epsilon: float
+) -> Array:
     if not epsilon > 0:
         raise ValueError(f"epsilon must be above zero, not {epsilon}")
     ratio = _check.ratio(logp, old_logp)

@@ -1,9 +1,9 @@
 """Per-token values to one scalar.
 
-Every function sums over the mask and divides by a count. The count is taken from the mask, or passed in: under
-data parallelism or gradient accumulation pass the *global* count to every shard or microbatch, and the sum of the
-partial results is the result of the whole batch. Where the mask is empty the result is 0 and so is its gradient.
-What `x` holds outside the mask is not read.
+Every function sums over the mask and divides by a count. The count is taken from the mask, or
+passed in: under data parallelism or gradient accumulation pass the *global* count to every shard or
+microbatch, and the sum of the partial results is the result of the whole batch. Where the mask is
+empty the result is 0 and so is its gradient. What `x` holds outside the mask is not read.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def sequence_mean_token_sum(x: Array, mask: Array, *, count: Array | int | None 
     Default: count = completions with a token in the mask
     Paper: PPO as written per trajectory, arXiv 1707.06347
 
-    Args: as in `sequence_mean_token_mean`. With the GSPO loss this is LUSPO's length weighting (arXiv 2602.05261).
+    Args: as in `sequence_mean_token_mean`. With the GSPO loss this is LUSPO's length weighting
+        (arXiv 2602.05261).
     """
     x, mask = _arguments(x, mask)
     return _ratio(jnp.sum(x), _rows(mask) if count is None else count)
@@ -88,7 +89,8 @@ def constant(x: Array, mask: Array, *, normalizer: Array | float) -> Array:
     Default: none; Dr. GRPO takes N x T_max
     Paper: Dr. GRPO, arXiv 2503.20783
 
-    TRL divides by N x T_max with N counting empty rows; verl's seq-mean-token-sum-norm by non-empty rows x T_max.
+    TRL divides by N x T_max with N counting empty rows; verl's seq-mean-token-sum-norm by non-empty
+    rows x T_max.
 
     Args:
         x, mask: as in `token_mean`.

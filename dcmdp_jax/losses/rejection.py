@@ -1,11 +1,12 @@
 """Which tokens to keep, judged by the gap between trainer and sampler.
 
-Every function takes `(old_logp, rollout_logp, mask)`, float32 `[..., T]` in nats and a bool, int32 or float32 mask, and
-returns keep, bool `[..., T]`, False outside the mask, without gradient; `opsm` needs more. They fit
-`corrections.decoupled(..., rejections=(functools.partial(rejection.k3, high=0.01),))`, which keeps a token when all of
-them do. D_t = clip(old_logp_t - rollout_logp_t, -20, 20), 0 where the sampler's log-probability is not finite, so that
-such a token is never the reason for a rejection. Bounds are in the ratio rho = pi_train / pi_rollout; verl's k1 bounds
-are in its inverse. They raise TypeError for another dtype and ValueError for another shape.
+Every function takes `(old_logp, rollout_logp, mask)`, float32 `[..., T]` in nats and a bool, int32
+or float32 mask, and returns keep, bool `[..., T]`, False outside the mask, without gradient; `opsm`
+needs more. They fit `corrections.decoupled(..., rejections=(functools.partial(rejection.k3,
+high=0.01),))`, which keeps a token when all of them do. D_t = clip(old_logp_t - rollout_logp_t,
+-20, 20), 0 where the sampler's log-probability is not finite, so that such a token is never the
+reason for a rejection. Bounds are in the ratio rho = pi_train / pi_rollout; verl's k1 bounds are in
+its inverse. They raise TypeError for another dtype and ValueError for another shape.
 """
 
 from __future__ import annotations
@@ -69,7 +70,13 @@ def sequence_max(measure: Array, mask: Array) -> Array:
 
 
 def k1(
-    old_logp: Array, rollout_logp: Array, mask: Array, *, low: float, high: float, level: Level = each_token
+    old_logp: Array,
+    rollout_logp: Array,
+    mask: Array,
+    *,
+    low: float,
+    high: float,
+    level: Level = each_token,
 ) -> Array:
     """Keeps what has its ratio within bounds.
 
@@ -91,7 +98,9 @@ def k1(
     return mask & (ratio >= low) & (ratio <= high)
 
 
-def k2(old_logp: Array, rollout_logp: Array, mask: Array, *, high: float, level: Level = each_token) -> Array:
+def k2(
+    old_logp: Array, rollout_logp: Array, mask: Array, *, high: float, level: Level = each_token
+) -> Array:
     """Keeps what has a small squared log ratio.
 
     Formula: keep = level(D^2 / 2) <= high
@@ -104,7 +113,12 @@ def k2(old_logp: Array, rollout_logp: Array, mask: Array, *, high: float, level:
 
 
 def k3(
-    old_logp: Array, rollout_logp: Array, mask: Array, *, high: float = 0.01, level: Level = each_token
+    old_logp: Array,
+    rollout_logp: Array,
+    mask: Array,
+    *,
+    high: float = 0.01,
+    level: Level = each_token,
 ) -> Array:
     """Keeps what has a small k3 estimate of KL(rollout || train).
 
@@ -150,11 +164,13 @@ def kpop(old_logp: Array, rollout_logp: Array, mask: Array, *, threshold: float 
     Default: threshold 0.75 nats (mathematics); 2.0 for logic
     Paper: KPop (Ring team, 2026); the formula is from a summary of it
 
-    KL2(q || p) = q log(q / p) + (1 - q) log((1 - q + 1e-8) / (1 - p + 1e-8)): this token or another.
+    KL2(q || p) = q log(q / p) + (1 - q) log((1 - q + 1e-8) / (1 - p + 1e-8)): this token or
+    another.
     """
     old_logp, rollout_logp, mask = _arguments(old_logp, rollout_logp, mask)
     measured = _check.measured(rollout_logp, mask)
-    old_logp, rollout_logp = _check.select(measured, old_logp), _check.select(measured, rollout_logp)
+    old_logp = _check.select(measured, old_logp)
+    rollout_logp = _check.select(measured, rollout_logp)
     forward = _check.binary_kl(old_logp, rollout_logp)
     backward = _check.binary_kl(rollout_logp, old_logp)
     return mask & (jnp.maximum(forward, backward) <= threshold)
@@ -181,9 +197,10 @@ def m2po(old_logp: Array, rollout_logp: Array, mask: Array, *, threshold: float 
     Default: threshold 0.04
     Paper: M2PO, arXiv 2510.01161
 
-    The mean is over the batch given. At least the token of least D^2 is kept. Tokens of equal D^2 go together. Shapes
-    are static and the batch is not sorted. Where nothing is to be dropped there is no search; else the batch is summed
-    three to eight times more, at most 48, and of the tokens near the cut a thousand are sorted.
+    The mean is over the batch given. At least the token of least D^2 is kept. Tokens of equal D^2
+    go together. Shapes are static and the batch is not sorted. Where nothing is to be dropped there
+    is no search; else the batch is summed three to eight times more, at most 48, and of the tokens
+    near the cut a thousand are sorted.
     """
     if not threshold > 0:
         raise ValueError(f"threshold must be above zero, not {threshold}")
@@ -198,7 +215,8 @@ def m2po(old_logp: Array, rollout_logp: Array, mask: Array, *, threshold: float 
 
     total = jnp.sum(excess)
     cut = jax.lax.cond(total < 0, lambda: jnp.float32(jnp.inf), search)
-    return mask & (excess <= cut)  # an unmeasured token has excess 0, and the cut is never below that
+    # an unmeasured token has excess 0, and the cut is never below that
+    return mask & (excess <= cut)
 
 
 def opsm(
@@ -211,7 +229,8 @@ def opsm(
     Default: threshold 0.5 nats per token (TRL); slime 1e-4
     Paper: DeepSeek-V3.2, arXiv 2512.02556
 
-    It reads the current policy, so it multiplies the loss of a surrogate: `jnp.where(keep, loss, 0)`.
+    It reads the current policy, so it multiplies the loss of a surrogate: `jnp.where(keep, loss,
+    0)`.
     """
     _check.tokens(logp=logp, rollout_logp=rollout_logp)
     difference, measured, mask = _difference(logp, rollout_logp, mask)

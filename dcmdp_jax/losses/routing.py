@@ -1,10 +1,10 @@
 """Routing replay for Mixture-of-Experts: train through the experts the sampler used.
 
-Two programs that disagree in the last bits of a router's logits send a token to different experts, and its
-log-probability jumps. Replay takes the recorded expert ids as given and recomputes the gate on them, so that the
-choice is the sampler's and the gradient still runs through the gate. Ids are int32 `[..., k]`, `logits` float32
-`[..., E]` over the same tokens (and layers). -1, or any id outside [0, E), marks a token without a record, which is
-routed by its own top-k.
+Two programs that disagree in the last bits of a router's logits send a token to different experts,
+and its log-probability jumps. Replay takes the recorded expert ids as given and recomputes the gate
+on them, so that the choice is the sampler's and the gradient still runs through the gate. Ids are
+int32 `[..., k]`, `logits` float32 `[..., E]` over the same tokens (and layers). -1, or any id
+outside [0, E), marks a token without a record, which is routed by its own top-k.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ class Flips(NamedTuple):
     """How often trainer and sampler choose different experts; float32."""
 
     per_layer: Array  # [L], share of recorded tokens whose expert set differs
-    any_layer: Array  # [], share of tokens recorded in every layer whose set differs in at least one
+    # [], share of tokens recorded in every layer whose set differs in at least one
+    any_layer: Array
     missing: Array  # [], share of (layer, token) pairs without a record
 
 
 def replay_ids(logits: Array, recorded_ids: Array) -> Array:
-    """The experts to use: the recorded ones, or the token's own top-k where any is missing; int32 `[..., k]`.
+    """The experts to use: the recorded ones, or the token's own top-k where any is missing; int32
+    `[..., k]`.
 
     Formula: ids = recorded if all recorded in [0, E) else top_k(logits)
     Needs: logits [..., E], recorded_ids int32 [..., k]
@@ -41,9 +43,11 @@ def replay_ids(logits: Array, recorded_ids: Array) -> Array:
 
 
 def replay_weights(logits: Array, ids: Array, *, normalize: bool = True) -> Array:
-    """Gate weights on given experts, float32 `[..., k]`; differentiable in the logits, not in the choice.
+    """Gate weights on given experts, float32 `[..., k]`; differentiable in the logits, not in the
+    choice.
 
-    Formula: normalize: softmax over the chosen logits; else softmax over all E, then the chosen entries
+    Formula: normalize: softmax over the chosen logits; else softmax over all E, then the chosen
+        entries
     Needs: logits [..., E], ids int32 [..., k] in [0, E), as `replay_ids` returns
     Default: normalize True (norm_topk_prob of Qwen3-MoE)
     Paper: R3, arXiv 2510.11370
@@ -60,7 +64,8 @@ def flips(logits: Array, recorded_ids: Array, mask: Array) -> Flips:
     Formula: mean over recorded tokens of 1[set(top_k(logits)) != set(recorded)]
     Needs: logits [L, N, T, E], recorded_ids int32 [L, N, T, k], mask [N, T]
     Default: none
-    Paper: R3, arXiv 2510.11370, which finds 10 % per router and 94 % of tokens in at least one layer
+    Paper: R3, arXiv 2510.11370, which finds 10 % per router and 94 % of tokens in at least one
+        layer
     """
     logits, recorded_ids = _arguments(logits, recorded_ids)
     mask = jnp.broadcast_to(_check.mask(mask, logits[0, ..., 0]), logits.shape[:-1])
@@ -81,7 +86,9 @@ def _arguments(logits: Array, ids: Array) -> tuple[Array, Array]:
     if getattr(ids, "dtype", None) != jnp.int32:
         raise TypeError("expert ids must be an int32 array; cast them with .astype('int32')")
     if ids.shape[:-1] != logits.shape[:-1] or ids.shape[-1] > logits.shape[-1]:
-        raise ValueError(f"expert ids have shape {ids.shape}; they must be {logits.shape[:-1]} + (k,), k <= E")
+        raise ValueError(
+            f"expert ids have shape {ids.shape}; they must be {logits.shape[:-1]} + (k,), k <= E"
+        )
     return logits, jnp.asarray(ids)
 
 

@@ -1,8 +1,9 @@
 """Policy losses whose ratio belongs to the whole completion.
 
-Signature and shapes are those of `policy`. The result is per token all the same, float32 `[..., T]`, 0 outside the
-mask, such that `reduce.sequence_mean_token_mean` of it is the published value and gradient: a loss of the row stands
-on each of its tokens. `advantage` is one value per completion, `[..., 1]` or the same on all its tokens.
+Signature and shapes are those of `policy`. The result is per token all the same, float32 `[...,
+T]`, 0 outside the mask, such that `reduce.sequence_mean_token_mean` of it is the published value
+and gradient: a loss of the row stands on each of its tokens. `advantage` is one value per
+completion, `[..., 1]` or the same on all its tokens.
 """
 
 from __future__ import annotations
@@ -19,9 +20,16 @@ stop = jax.lax.stop_gradient
 
 
 def gspo(
-    logp: Array, old_logp: Array, advantage: Array, mask: Array, *, clip_low: float = 3e-4, clip_high: float = 4e-4
+    logp: Array,
+    old_logp: Array,
+    advantage: Array,
+    mask: Array,
+    *,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
 ) -> Array:
-    """Group sequence policy optimisation: the clipped surrogate of the length-normalised sequence ratio.
+    """Group sequence policy optimisation: the clipped surrogate of the length-normalised sequence
+    ratio.
 
     Formula: L = max(-s A, -clip(s, 1 - clip_low, 1 + clip_high) A), s = exp(min(mean_t(d), 10)),
         d = clip(logp - old_logp, -20, 20), A = mean_t(advantage)
@@ -40,7 +48,13 @@ def gspo(
 
 
 def gspo_token(
-    logp: Array, old_logp: Array, advantage: Array, mask: Array, *, clip_low: float = 3e-4, clip_high: float = 4e-4
+    logp: Array,
+    old_logp: Array,
+    advantage: Array,
+    mask: Array,
+    *,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
 ) -> Array:
     """GSPO with an advantage per token: the sequence ratio in value, each token's own gradient.
 
@@ -49,8 +63,8 @@ def gspo_token(
     Default: clip_low 3e-4, clip_high 4e-4
     Paper: GSPO, arXiv 2507.18071
 
-    Equal to `gspo` in value and gradient where the advantage is constant over the completion. This is the form verl,
-    TRL and Tunix run under the name GSPO.
+    Equal to `gspo` in value and gradient where the advantage is constant over the completion. This
+    is the form verl, TRL and Tunix run under the name GSPO.
     """
     _check.clip_bounds(clip_low, clip_high)
     logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
@@ -60,7 +74,13 @@ def gspo_token(
 
 
 def gmpo(
-    logp: Array, old_logp: Array, advantage: Array, mask: Array, *, clip_low: float = 0.4, clip_high: float = 0.4
+    logp: Array,
+    old_logp: Array,
+    advantage: Array,
+    mask: Array,
+    *,
+    clip_low: float = 0.4,
+    clip_high: float = 0.4,
 ) -> Array:
     """Geometric-mean policy optimisation: token log ratios are clipped, then averaged.
 
@@ -93,7 +113,8 @@ def vespo(
 ) -> Array:
     """Score function under a smooth gate of the sequence ratio, greatest near ratio 1.
 
-    Formula: L = -sg(phi) A logp, phi = exp(lam + k log w - lam w), log w = clip(sum_t(logp - old_logp), log 1e-8, 20)
+    Formula: L = -sg(phi) A logp, phi = exp(lam + k log w - lam w), log w = clip(sum_t(logp -
+        old_logp), log 1e-8, 20)
     Needs: logp, old_logp, advantage, mask
     Default: (k, lam) = (2, 3) where A >= 0, (3, 2) where A < 0
     Paper: VESPO, arXiv 2602.10693

@@ -1,8 +1,8 @@
 """Where the gap between trainer and sampler sits: quantiles, buckets, the worst tokens.
 
 A mean near 0 hides a tail. Notation is that of `diagnostics`: D = old_logp - rollout_logp, delta =
-|e^old_logp - e^rollout_logp|, float32 nats `[N, T]`, over measured tokens, without gradient. These functions sort the
-batch, so call them now and then rather than each step.
+|e^old_logp - e^rollout_logp|, float32 nats `[N, T]`, over measured tokens, without gradient. These
+functions sort the batch, so call them now and then rather than each step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ LEVELS = (0.5, 0.9, 0.99, 0.999)
 
 
 class WorstTokens(NamedTuple):
-    """The k measured tokens of greatest delta, descending; `delta` is -1 past the last measured token."""
+    """The k measured tokens of greatest delta, descending; `delta` is -1 past the last measured
+    token.
+    """
 
     delta: Array  # [k] float32
     row: Array  # [k] int32, completion
@@ -30,7 +32,8 @@ class WorstTokens(NamedTuple):
 
 
 def quantiles(value: Array, mask: Array, *, levels: tuple[float, ...] = LEVELS) -> Array:
-    """Quantiles over the tokens of the mask with linear interpolation, `[len(levels)]`. Sorts the batch.
+    """Quantiles over the tokens of the mask with linear interpolation, `[len(levels)]`. Sorts the
+    batch.
 
     Formula: numpy.quantile(value[mask], levels)
     Needs: value [N, T], mask
@@ -45,26 +48,39 @@ def quantiles(value: Array, mask: Array, *, levels: tuple[float, ...] = LEVELS) 
     # Counted from the top, where float32 keeps its digits for the high levels.
     from_top = jnp.asarray([1.0 - level for level in levels], jnp.float32) * last
     whole = jnp.floor(from_top).astype(jnp.int32)
-    above, below = ordered[last - whole], ordered[jnp.maximum(last - whole - 1, 0)]
-    return jnp.where(count > 0, above - (from_top - whole) * jnp.where(above > below, above - below, 0.0), 0.0)
+    above = ordered[last - whole]
+    below = ordered[jnp.maximum(last - whole - 1, 0)]
+    return jnp.where(
+        count > 0, above - (from_top - whole) * jnp.where(above > below, above - below, 0.0), 0.0
+    )
 
 
 def quantiles_by_bucket(
-    value: Array, bucket: Array, mask: Array, *, num_buckets: int, levels: tuple[float, ...] = LEVELS
+    value: Array,
+    bucket: Array,
+    mask: Array,
+    *,
+    num_buckets: int,
+    levels: tuple[float, ...] = LEVELS,
 ) -> Array:
-    """`quantiles` within each bucket, `[num_buckets, len(levels)]`; 0 for an empty one. Sorts once per bucket.
+    """`quantiles` within each bucket, `[num_buckets, len(levels)]`; 0 for an empty one. Sorts once
+    per bucket.
 
     Formula: numpy.quantile(value[mask and bucket = b], levels) for b in [0, num_buckets)
-    Needs: value [N, T], bucket int32 [N, T] from position_bucket or probability_bucket, mask, num_buckets
+    Needs: value [N, T], bucket int32 [N, T] from position_bucket or probability_bucket, mask,
+        num_buckets
     Default: levels 0.5, 0.9, 0.99, 0.999
     Paper: none
     """
     mask = _check.mask(mask, value)
-    return jax.lax.map(lambda b: quantiles(value, mask & (bucket == b), levels=levels), jnp.arange(num_buckets))
+    return jax.lax.map(
+        lambda b: quantiles(value, mask & (bucket == b), levels=levels), jnp.arange(num_buckets)
+    )
 
 
 def position_bucket(mask: Array, *, edges: tuple[int, ...] = (64, 256, 1024, 4096)) -> Array:
-    """Bucket of each token by how many tokens of the mask precede it in its completion, int32 `[N, T]`.
+    """Bucket of each token by how many tokens of the mask precede it in its completion, int32 `[N,
+    T]`.
 
     Formula: #{edges <= #{u < t: m_u}}, in 0..len(edges)
     Needs: mask
@@ -79,7 +95,8 @@ def position_bucket(mask: Array, *, edges: tuple[int, ...] = (64, 256, 1024, 409
 def probability_bucket(
     rollout_logp: Array, mask: Array, *, edges: tuple[float, ...] = (0.1, 0.5, 0.9, 0.99)
 ) -> Array:
-    """Bucket of each token by the probability that the sampler gave it, int32 `[N, T]`; 0 where not measured.
+    """Bucket of each token by the probability that the sampler gave it, int32 `[N, T]`; 0 where not
+    measured.
 
     Formula: #{edges <= e^rollout_logp}, in 0..len(edges)
     Needs: rollout_logp, mask
@@ -89,13 +106,17 @@ def probability_bucket(
     (rollout_logp,) = _check.tokens(rollout_logp=rollout_logp)
     valid = _check.measured(rollout_logp, _check.mask(mask, rollout_logp))
     bounds = jnp.log(jnp.asarray(edges, jnp.float32))
-    return jnp.sum(jnp.where(valid, rollout_logp, -jnp.inf)[..., None] >= bounds, axis=-1, dtype=jnp.int32)
+    return jnp.sum(
+        jnp.where(valid, rollout_logp, -jnp.inf)[..., None] >= bounds, axis=-1, dtype=jnp.int32
+    )
 
 
 def summary(old_logp: Array, rollout_logp: Array, mask: Array) -> Metrics:
-    """Quantiles of |D| and of delta, and how much of the gap its worst tokens make. Sorts the batch three times.
+    """Quantiles of |D| and of delta, and how much of the gap its worst tokens make. Sorts the batch
+    three times.
 
-    Formula: p50, p90, p99, p99.9 of |D| and of delta; sum of the largest 1 % of delta over the sum of all
+    Formula: p50, p90, p99, p99.9 of |D| and of delta; sum of the largest 1 % of delta over the sum
+        of all
     Needs: old_logp, rollout_logp, mask
     Default: none
     Paper: none
@@ -109,7 +130,8 @@ def summary(old_logp: Array, rollout_logp: Array, mask: Array) -> Metrics:
 
 
 def top_share(value: Array, mask: Array, *, fraction: float = 0.01) -> Array:
-    """How concentrated a non-negative quantity is: the share of its sum that its largest tokens hold. Sorts the batch.
+    """How concentrated a non-negative quantity is: the share of its sum that its largest tokens
+    hold. Sorts the batch.
 
     Formula: sum of the ceil(fraction #{m}) largest / sum of all; 0 where the sum is 0
     Needs: value >= 0 [N, T], mask
@@ -136,12 +158,18 @@ def worst_tokens(old_logp: Array, rollout_logp: Array, mask: Array, *, k: int = 
     gap = jnp.where(valid, gap, -1.0)
     worst, index = jax.lax.top_k(gap.reshape(-1), min(k, gap.size))
     columns = gap.shape[-1]
-    return WorstTokens(worst, index // columns, index % columns, old.reshape(-1)[index], rollout.reshape(-1)[index])
+    return WorstTokens(
+        worst, index // columns, index % columns, old.reshape(-1)[index], rollout.reshape(-1)[index]
+    )
 
 
-def _measured(old_logp: Array, rollout_logp: Array, mask: Array) -> tuple[Array, Array, Array, Array]:
+def _measured(
+    old_logp: Array, rollout_logp: Array, mask: Array
+) -> tuple[Array, Array, Array, Array]:
     """Both log-probs and delta, 0 where the token is not measured, and where it is."""
-    old_logp, rollout_logp = jax.lax.stop_gradient(_check.tokens(old_logp=old_logp, rollout_logp=rollout_logp))
+    old_logp, rollout_logp = jax.lax.stop_gradient(
+        _check.tokens(old_logp=old_logp, rollout_logp=rollout_logp)
+    )
     valid = _check.measured(rollout_logp, _check.mask(mask, rollout_logp))
     gap = jnp.abs(_check.probability_gap(old_logp, rollout_logp, valid))
     return _check.select(valid, old_logp), _check.select(valid, rollout_logp), gap, valid

@@ -1,4 +1,6 @@
-"""The slotted key-value cache of decoding: one `[B, KV, S, h]` array per layer for keys and one for values."""
+"""The slotted key-value cache of decoding: one `[B, KV, S, h]` array per layer for keys and one for
+values.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,11 @@ from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models.quantized import LARGEST, Quantized, einsum, quantize
 
 DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
-BLOCK = 1 << 19  # numbers of keys that a CPU takes from the cache at a time: what its own cache holds
+# numbers of keys that a CPU takes from the cache at a time: what its own cache holds
+BLOCK = 1 << 19
 
-Layer = jax.Array | Quantized  # [B, KV, S, h]; a `Quantized` one has a scale per position and kv-head, [B, KV, S, 1]
+# [B, KV, S, h]; a `Quantized` one has a scale per position and kv-head, [B, KV, S, 1]
+Layer = jax.Array | Quantized
 
 
 class Cache(NamedTuple):
@@ -37,28 +41,44 @@ def init(config: ModelConfig, slots: int, length: int, dtype: str = "") -> Cache
 
     def layer() -> Layer:
         zeros = jnp.zeros(shape, dtype)
-        return Quantized(zeros, jnp.ones((*shape[:3], 1), jnp.float32)) if dtype in LARGEST else zeros
+        return (
+            Quantized(zeros, jnp.ones((*shape[:3], 1), jnp.float32)) if dtype in LARGEST else zeros
+        )
 
     layers = range(config.num_layers)
     return Cache(tuple(layer() for _ in layers), tuple(layer() for _ in layers))
 
 
 def insert(
-    cache: Cache, keys: tuple[jax.Array, ...], values: tuple[jax.Array, ...], slots: jax.Array, rows: jax.Array
+    cache: Cache,
+    keys: tuple[jax.Array, ...],
+    values: tuple[jax.Array, ...],
+    slots: jax.Array,
+    rows: jax.Array,
 ) -> Cache:
-    """Copy row `rows[g]` of a prefill into the first P positions of slot `slots[g]`, in place where `cache` is donated.
+    """Copy row `rows[g]` of a prefill into the first P positions of slot `slots[g]`, in place where
+    `cache` is donated.
 
-    keys, values: per layer [N, KV, P, h]; slots, rows: [G] int32. Slots must differ; a slot number of B or more is
-    dropped, so that G can be padded to a fixed size. Raises ValueError when P exceeds the cache's length.
+    keys, values: per layer [N, KV, P, h]; slots, rows: [G] int32. Slots must differ; a slot number
+        of B or more is
+    dropped, so that G can be padded to a fixed size. Raises ValueError when P exceeds the cache's
+    length.
     """
-    prefix, length = keys[0].shape[2], cache.keys[0].shape[2]
+    prefix = keys[0].shape[2]
+    length = cache.keys[0].shape[2]
     if prefix > length:
-        raise ValueError(f"insert: a prefix of {prefix} positions does not fit a cache of {length}; lengthen the cache")
+        raise ValueError(
+            f"insert: a prefix of {prefix} positions does not fit a cache of {length}; lengthen the cache"
+        )
 
     def copy(layer: Layer, new: jax.Array) -> Layer:
         return jax.tree.map(
-            lambda old, new: old.at[slots, :, :prefix].set(new[rows], unique_indices=True, mode="drop"),
-            layer, _held(new, layer))
+            lambda old, new: old.at[slots, :, :prefix].set(
+                new[rows], unique_indices=True, mode="drop"
+            ),
+            layer,
+            _held(new, layer),
+        )
 
     return Cache(tuple(map(copy, cache.keys, keys)), tuple(map(copy, cache.values, values)))
 
@@ -66,13 +86,21 @@ def insert(
 def write(layer: Layer, new: jax.Array, lengths: jax.Array) -> Layer:
     """Put `new[b]` at position `lengths[b]` of slot b; a position outside the cache is dropped.
 
-    layer [B, KV, S, h], new [B, KV, h], lengths [B] int32 -> [B, KV, S, h]. Float32 and int8 are written in place; on a
-    CPU XLA makes a bfloat16 or float8 layer float32 and back to write into it.
+    layer [B, KV, S, h], new [B, KV, h], lengths [B] int32 -> [B, KV, S, h]. Float32 and int8 are
+    written in place; on a CPU XLA makes a bfloat16 or float8 layer float32 and back to write into
+    it.
     """
-    slots, heads = jnp.arange(layer.shape[0])[:, None], jnp.arange(layer.shape[1])
-    # Heads are indexed, not sliced: a TPU then writes in place, where it otherwise turns the whole cache round and back.
-    return jax.tree.map(lambda old, new: old.at[slots, heads, lengths[:, None]].set(new, unique_indices=True, mode="drop"),
-                        layer, _held(new, layer))
+    slots = jnp.arange(layer.shape[0])[:, None]
+    heads = jnp.arange(layer.shape[1])
+    # Heads are indexed, not sliced: a TPU then writes in place, where it otherwise turns the whole
+    # cache round and back.
+    return jax.tree.map(
+        lambda old, new: old.at[slots, heads, lengths[:, None]].set(
+            new, unique_indices=True, mode="drop"
+        ),
+        layer,
+        _held(new, layer),
+    )
 
 
 def first(cache: Cache, window: int) -> Cache:
@@ -81,8 +109,12 @@ def first(cache: Cache, window: int) -> Cache:
 
 
 def restore(cache: Cache, part: Cache) -> Cache:
-    """`cache` with its first positions replaced by `part`, as `first` cut it; in place where `cache` is donated."""
-    return jax.tree.map(lambda layer, new: jax.lax.dynamic_update_slice(layer, new, (0, 0, 0, 0)), cache, part)
+    """`cache` with its first positions replaced by `part`, as `first` cut it; in place where
+    `cache` is donated.
+    """
+    return jax.tree.map(
+        lambda layer, new: jax.lax.dynamic_update_slice(layer, new, (0, 0, 0, 0)), cache, part
+    )
 
 
 def _held(new: jax.Array, layer: Layer) -> Layer:
@@ -92,13 +124,18 @@ def _held(new: jax.Array, layer: Layer) -> Layer:
     return new.astype(layer.dtype)
 
 
-def attend(q: jax.Array, keys: Layer, values: Layer, lengths: jax.Array, *, window: int) -> jax.Array:
-    """Attention of one token a slot to positions 0..lengths[b] of its slot: `softmax(q k^T / sqrt(h)) v`.
+def attend(
+    q: jax.Array, keys: Layer, values: Layer, lengths: jax.Array, *, window: int
+) -> jax.Array:
+    """Attention of one token a slot to positions 0..lengths[b] of its slot: `softmax(q k^T /
+    sqrt(h)) v`.
 
-    q [B, KV, G, h], keys, values [B, KV, S, h], lengths [B] < `window` -> [B, KV, G, h]; softmax in float32. Positions
-    from `window` (static) on are not read. Scales of quantized keys and values are applied to the scores and the weights.
+    q [B, KV, G, h], keys, values [B, KV, S, h], lengths [B] < `window` -> [B, KV, G, h]; softmax in
+    float32. Positions from `window` (static) on are not read. Scales of quantized keys and values
+    are applied to the scores and the weights.
     """
-    slots, per_slot = q.shape[0], q.shape[1] * window * q.shape[3]
+    slots = q.shape[0]
+    per_slot = q.shape[1] * window * q.shape[3]
     together = max(BLOCK // per_slot, 1)
 
     def by_blocks(*args):
@@ -113,11 +150,19 @@ def attend(q: jax.Array, keys: Layer, values: Layer, lengths: jax.Array, *, wind
 
 
 def _attend(
-    q: jax.Array, keys: Layer, values: Layer, length: jax.Array, *, window: int, hold: Callable[[jax.Array], jax.Array]
+    q: jax.Array,
+    keys: Layer,
+    values: Layer,
+    length: jax.Array,
+    *,
+    window: int,
+    hold: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
     """One slot: q [KV, G, h], keys, values [KV, S, h] -> [KV, G, h]."""
     (k, k_scale), (v, v_scale) = (_numbers(layer, window) for layer in (keys, values))
-    scores = hold(einsum("kth,kgh->ktg", k, q, q.dtype)).swapaxes(1, 2) * k_scale * q.shape[-1] ** -0.5
+    scores = (
+        hold(einsum("kth,kgh->ktg", k, q, q.dtype)).swapaxes(1, 2) * k_scale * q.shape[-1] ** -0.5
+    )
     scores = jnp.where(jnp.arange(window) <= length, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1) * v_scale
     return einsum("kgt,kth->kgh", weights, v, q.dtype).astype(q.dtype)

@@ -17,19 +17,40 @@ from dcmdp_jax import jsonfile
 from dcmdp_jax.config import LARGEST_FLOAT, ModelConfig, Yarn
 
 REMEDY = "give a Hugging Face model folder, with config.json and safetensors"
-DENSE, SPARSE = "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"
+DENSE = "Qwen3ForCausalLM"
+SPARSE = "Qwen3MoeForCausalLM"
 MODEL_TYPES = {DENSE: "qwen3", SPARSE: "qwen3_moe"}
 THETA = 10_000.0  # transformers 5 takes it where rope_scaling, beside rope_parameters, gives none
 
-READ = """
-    architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers
-    num_attention_heads num_key_value_heads head_dim rms_norm_eps tie_word_embeddings
-    attention_bias max_position_embeddings rope_theta rope_parameters rope_scaling
-    original_max_position_embeddings layer_types num_experts num_local_experts
-    num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step
-    mlp_only_layers
-""".split()
-# Settings that would change the model and that this one does not have, each with the value under which it does nothing.
+READ = [
+    "architectures",
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_bias",
+    "max_position_embeddings",
+    "rope_theta",
+    "rope_parameters",
+    "rope_scaling",
+    "original_max_position_embeddings",
+    "layer_types",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+]
+# Settings that would change the model and that this one does not have, each with the value under
+# which it does nothing.
 ONE_VALUE = {
     "hidden_act": "silu",
     "use_sliding_window": False,
@@ -46,25 +67,79 @@ ONE_VALUE = {
 }
 # Names that hold one of `WORDS` and still change nothing in a forward pass of this model; the
 # sliding window is idle without use_sliding_window.
-HARMLESS = """
-    sliding_window max_window_layers router_aux_loss_coef output_router_logits
-    output_attentions output_hidden_states initializer_range attn_implementation
-    _attn_implementation _attn_implementation_autoset _attn_implementation_internal
-    experts_implementation _experts_implementation _experts_implementation_internal
-    tie_last_hidden_states cross_attention_hidden_size torch_dtype dtype
-    transformers_version
-""".split()
-WORDS = """
-    rope rotary alibi position attention attn causal window chunk sink norm bias scal
-    multiplier softcap logit expert moe router routed topk group scoring layer mlp head
-    hidden emb activation quant dropout sparse linear mamba nextn mtp lora residual
-""".split()
+HARMLESS = [
+    "sliding_window",
+    "max_window_layers",
+    "router_aux_loss_coef",
+    "output_router_logits",
+    "output_attentions",
+    "output_hidden_states",
+    "initializer_range",
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_attn_implementation_internal",
+    "experts_implementation",
+    "_experts_implementation",
+    "_experts_implementation_internal",
+    "tie_last_hidden_states",
+    "cross_attention_hidden_size",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+]
+WORDS = [
+    "rope",
+    "rotary",
+    "alibi",
+    "position",
+    "attention",
+    "attn",
+    "causal",
+    "window",
+    "chunk",
+    "sink",
+    "norm",
+    "bias",
+    "scal",
+    "multiplier",
+    "softcap",
+    "logit",
+    "expert",
+    "moe",
+    "router",
+    "routed",
+    "topk",
+    "group",
+    "scoring",
+    "layer",
+    "mlp",
+    "head",
+    "hidden",
+    "emb",
+    "activation",
+    "quant",
+    "dropout",
+    "sparse",
+    "linear",
+    "mamba",
+    "nextn",
+    "mtp",
+    "lora",
+    "residual",
+]
 
 PLAIN_SETTINGS = ["type", "rope_type", "rope_theta"]
-YARN_SETTINGS = """
-    factor original_max_position_embeddings beta_fast beta_slow attention_factor mscale
-    mscale_all_dim truncate
-""".split()
+YARN_SETTINGS = [
+    "factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+]
 
 
 def read(folder: str | pathlib.Path) -> ModelConfig:
@@ -99,7 +174,8 @@ def _parse(raw: dict) -> ModelConfig:
     _check_others(raw)
     layers = _whole(raw, "num_hidden_layers")
     _check_layer_types(raw.get("layer_types"), layers)
-    heads, width = _whole(raw, "num_attention_heads"), _whole(raw, "hidden_size")
+    heads = _whole(raw, "num_attention_heads")
+    width = _whole(raw, "hidden_size")
     theta, yarn = _rope(raw)
     # transformers fills in 128 for the dense model, hidden_size / heads for the sparse one
     head_dim = _whole(raw, "head_dim", width // heads if sparse else 128)
@@ -241,8 +317,11 @@ def _described(rope: dict) -> dict:
 
 
 def _theta(raw: dict, old: dict, new: dict) -> float:
-    said = {"rope_theta": raw.get("rope_theta"), "rope_scaling": old.get("rope_theta"),
-            "rope_parameters": new.get("rope_theta")}
+    said = {
+        "rope_theta": raw.get("rope_theta"),
+        "rope_scaling": old.get("rope_theta"),
+        "rope_parameters": new.get("rope_theta"),
+    }
     theta = _positive({"rope_theta": _agreed(said, "rope_theta")}, "rope_theta")
     if theta <= 1:
         raise ValueError(f"rope_theta={theta} must be more than 1")

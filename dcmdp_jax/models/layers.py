@@ -1,6 +1,8 @@
-"""The pieces of a Qwen3 decoder: rotary positions, norms, attention, SwiGLU, and the layer made of them.
+"""The pieces of a Qwen3 decoder: rotary positions, norms, attention, SwiGLU, and the layer made of
+them.
 
-B rows, S positions, D model, H q-heads, KV kv-heads, G = H / KV, h head size, F feed-forward, V vocabulary.
+B rows, S positions, D model, H q-heads, KV kv-heads, G = H / KV, h head size, F feed-forward, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ import numpy as np
 
 from dcmdp_jax import sharding
 from dcmdp_jax.config import ModelConfig, Yarn
-from dcmdp_jax.models import dispatch, moe, quantized, swiglu
+from dcmdp_jax.models import moe, quantized
+from dcmdp_jax.models.kernels import dispatch, swiglu
 from dcmdp_jax.models.moe import parameter
 from dcmdp_jax.models.quantized import project
 
-# (q [B, KV, G, S, h], k, v [B, KV, S, h]) -> (out [B, KV, G, S, h], whatever the caller keeps of k and v)
+# (q [B, KV, G, S, h], k, v [B, KV, S, h]) -> (out [B, KV, G, S, h], whatever the caller keeps of k
+# and v)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
@@ -31,7 +35,9 @@ def compute_dtype(config: ModelConfig):
 
 
 def frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
-    """Angular frequency of each rotary pair, radians per position, [h/2] float32, and the factor on cos and sin."""
+    """Angular frequency of each rotary pair, radians per position, [h/2] float32, and the factor on
+    cos and sin.
+    """
     exponent = np.arange(0, config.head_dim, 2) / config.head_dim
     plain = config.rope_theta**-exponent
     if config.yarn is None:
@@ -40,16 +46,22 @@ def frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
 
 
 def _stretch(plain: np.ndarray, config: ModelConfig, yarn: Yarn) -> tuple[np.ndarray, float]:
-    """YaRN (arXiv 2309.00071, section 3.2): divide slow pairs by `factor`, keep fast ones, blend between."""
+    """YaRN (arXiv 2309.00071, section 3.2): divide slow pairs by `factor`, keep fast ones, blend
+    between.
+    """
 
-    def pair(rotations: float) -> float:  # the (real-valued) pair that turns `rotations` times in the original context
+    # the (real-valued) pair that turns `rotations` times in the original context
+    def pair(rotations: float) -> float:
         turns = yarn.original_max_position / (rotations * 2 * math.pi)
         return config.head_dim * math.log(turns) / (2 * math.log(config.rope_theta))
 
-    low, high = pair(yarn.beta_fast), pair(yarn.beta_slow)
+    low = pair(yarn.beta_fast)
+    high = pair(yarn.beta_slow)
     if yarn.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, config.head_dim - 1)
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, config.head_dim - 1)
     slow = np.clip((np.arange(plain.size) - low) / max(high - low, 0.001), 0.0, 1.0)
     scale = yarn.attention_factor
     if scale is None:
@@ -70,7 +82,8 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)  # cheaper to make again than to keep
+# cheaper to make again than to keep
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32 (arXiv 1910.07467)."""
     y = x.astype(jnp.float32)
@@ -92,7 +105,9 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with normalised queries and keys; the caller's `attend` supplies mask and cache."""
+    """Grouped-query attention with normalised queries and keys; the caller's `attend` supplies mask
+    and cache.
+    """
 
     config: ModelConfig
     param_dtype: Any = jnp.float32
@@ -100,7 +115,9 @@ class Attention(nn.Module):
     def _heads(self, x: jax.Array, name: str, heads: int, axis: str) -> jax.Array:
         """Project [B, S, D] to [B, S, heads, h]."""
         c = self.config
-        w = parameter(self, f"{name}_proj", (c.hidden_size, heads, c.head_dim), ("embed", axis, "head_dim"))
+        w = parameter(
+            self, f"{name}_proj", (c.hidden_size, heads, c.head_dim), ("embed", axis, "head_dim")
+        )
         y = project(x, w)
         if c.attention_bias:
             bias = (heads, c.head_dim), (axis, "head_dim"), nn.initializers.zeros
@@ -108,7 +125,9 @@ class Attention(nn.Module):
         return y
 
     @nn.compact
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend
+    ) -> tuple[jax.Array, Any]:
         """x [B, S, D] -> [B, S, D] and what `attend` keeps."""
         c = self.config
         rows, length, _ = x.shape
@@ -119,10 +138,17 @@ class Attention(nn.Module):
         q = q.reshape(rows, length, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
         out, kept = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
         out = out.transpose(0, 3, 1, 2, 4).reshape(rows, length, c.num_heads, c.head_dim)
-        w = parameter(self, "o_proj", (c.num_heads, c.head_dim, c.hidden_size), ("q_heads", "head_dim", "embed"))
+        w = parameter(
+            self,
+            "o_proj",
+            (c.num_heads, c.head_dim, c.hidden_size),
+            ("q_heads", "head_dim", "embed"),
+        )
         y = project(out, w, contract=2)
         if c.attention_bias:
-            y = y + parameter(self, "o_bias", (c.hidden_size,), ("embed",), nn.initializers.zeros).astype(x.dtype)
+            y = y + parameter(
+                self, "o_bias", (c.hidden_size,), ("embed",), nn.initializers.zeros
+            ).astype(x.dtype)
         return y, kept
 
 
@@ -135,14 +161,19 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        gate_proj = parameter(self, "gate_proj", (c.hidden_size, c.intermediate_size), ("embed", "mlp"))
+        gate_proj = parameter(
+            self, "gate_proj", (c.hidden_size, c.intermediate_size), ("embed", "mlp")
+        )
         up_proj = parameter(self, "up_proj", (c.hidden_size, c.intermediate_size), ("embed", "mlp"))
-        down_proj = parameter(self, "down_proj", (c.intermediate_size, c.hidden_size), ("mlp", "embed"))
+        down_proj = parameter(
+            self, "down_proj", (c.intermediate_size, c.hidden_size), ("mlp", "embed")
+        )
         return swiglu.dense(x, gate_proj, up_proj, down_proj)
 
 
 class MoE(nn.Module):
-    """Mixture of SwiGLU experts (see `moe.mix`, and `dispatch.mix` over several devices) behind the router (see `moe.route`).
+    """Mixture of SwiGLU experts (see `moe.mix`, and `dispatch.mix` over several devices) behind the
+    router (see `moe.route`).
 
     Experts are `gate_proj`, `up_proj` [E, D, F] and `down_proj` [E, F, D]; `router` is [D, E].
     """
@@ -151,7 +182,9 @@ class MoE(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, live: jax.Array | None = None, replayed: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, live: jax.Array | None = None, replayed: jax.Array | None = None
+    ) -> jax.Array:
         """[B, S, D] -> [B, S, D]; live [B], see `moe.mix`; replayed [B, S, j], see `moe.route`."""
         c = self.config
         wide = (c.num_experts, c.hidden_size, c.expert_size)
@@ -159,7 +192,9 @@ class MoE(nn.Module):
         router = parameter(self, "router", (c.hidden_size, c.num_experts), ("embed", None))
         gate_proj = parameter(self, "gate_proj", wide, ("experts", "expert_embed", "mlp"))
         up_proj = parameter(self, "up_proj", wide, ("experts", "expert_embed", "mlp"))
-        down_proj = parameter(self, "down_proj", (wide[0], wide[2], wide[1]), ("experts", "mlp", "expert_embed"))
+        down_proj = parameter(
+            self, "down_proj", (wide[0], wide[2], wide[1]), ("experts", "mlp", "expert_embed")
+        )
         weights = moe.Experts(gate_proj, up_proj, down_proj)
         gates, experts = moe.route(x, router, c, replayed)
         self.sow("routing", "experts", experts.reshape(-1, experts.shape[-1]))
@@ -178,21 +213,35 @@ class Layer(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend,
-                 live: jax.Array | None = None, replayed: jax.Array | None = None) -> tuple[jax.Array, Any]:
-        """x [B, S, D] -> [B, S, D] and what `attend` keeps. Experts may leave out rows that are not `live` [B], and are
-        those of `replayed` [B, S, j] where it names any."""
-        c, dtype = self.config, self.param_dtype
+    def __call__(
+        self,
+        x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        attend: Attend,
+        live: jax.Array | None = None,
+        replayed: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """x [B, S, D] -> [B, S, D] and what `attend` keeps. Experts may leave out rows that are not
+        `live` [B], and are those of `replayed` [B, S, j] where it names any.
+        """
+        c = self.config
+        dtype = self.param_dtype
         y = RMSNorm(c, param_dtype=dtype, name="input_norm")(x)
         y, kept = Attention(c, dtype, name="attention")(y, cos, sin, attend)
         x = x + y
         y = RMSNorm(c, param_dtype=dtype, name="post_attention_norm")(x)
-        y = MoE(c, dtype, name="moe")(y, live, replayed) if self.sparse else MLP(c, dtype, name="mlp")(y)
+        y = (
+            MoE(c, dtype, name="moe")(y, live, replayed)
+            if self.sparse
+            else MLP(c, dtype, name="mlp")(y)
+        )
         return x + y, kept
 
 
 class Ends(nn.Module):
-    """What stands outside the layers: embedding, final norm, and the head unless it is tied to the embedding.
+    """What stands outside the layers: embedding, final norm, and the head unless it is tied to the
+    embedding.
 
     The engine may hold the head of tied embeddings apart from them, as a second table [V, D].
     """
@@ -203,11 +252,16 @@ class Ends(nn.Module):
     def setup(self):
         c = self.config
         self.table = parameter(self, "embed", (c.vocab_size, c.hidden_size), ("vocab", "embed"))
-        self.scale = parameter(self, "final_norm", (c.hidden_size,), ("embed",), nn.initializers.ones)
+        self.scale = parameter(
+            self, "final_norm", (c.hidden_size,), ("embed",), nn.initializers.ones
+        )
         if not c.tie_word_embeddings:
             self.kernel = parameter(self, "head", (c.hidden_size, c.vocab_size), ("embed", "vocab"))
-        elif self.has_variable("params", "head"):  # the engine's, held in another precision than the embedding
-            self.head_table = parameter(self, "head", (c.vocab_size, c.hidden_size), ("vocab", "embed"))
+        # the engine's, held in another precision than the embedding
+        elif self.has_variable("params", "head"):
+            self.head_table = parameter(
+                self, "head", (c.vocab_size, c.hidden_size), ("vocab", "embed")
+            )
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         return quantized.embed(self.table, tokens, compute_dtype(self.config))

@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from dcmdp_jax.config import ModelConfig
+from dcmdp_jax.models.kernels.swiglu import Experts, in_tiles
 from dcmdp_jax.models.quantized import Quantized, einsum, precision, rounded
-from dcmdp_jax.models.swiglu import Experts, in_tiles
 
 NORMAL = nn.initializers.normal(0.02)
 TILE = 128  # rows of one expert multiplied together on a CPU, at most
 LANES = 128  # of an accelerator's vector
 # x [n, D] by w [E, F, D]: the last axis of each is summed over.
-TURNED = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=(0,))
+TURNED = jax.lax.RaggedDotDimensionNumbers(
+    (((1,), (2,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=(0,)
+)
 
 
 def parameter(module: nn.Module, name: str, shape: tuple, axes: tuple, init=NORMAL):
@@ -22,16 +24,18 @@ def parameter(module: nn.Module, name: str, shape: tuple, axes: tuple, init=NORM
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, module.param_dtype)
 
 
-def route(x: jax.Array, router: jax.Array, config: ModelConfig,
-          replayed: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+def route(
+    x: jax.Array, router: jax.Array, config: ModelConfig, replayed: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Top-k experts of each token and their gates.
 
         p = softmax(x @ router) over all E experts, in float32
         gates = top-k of p, divided by their sum if norm_topk_prob
 
-    `replayed` [..., j] takes the place of the top k where it is not -1 (arXiv 2510.11370): the choice is given, gates and
-    gradients are those of p. j may differ from k; a gate without an expert is 0.
-    x [..., D], router [D, E] -> gates [..., k] float32, experts [..., k] int32, or max(j, k) of them.
+    `replayed` [..., j] takes the place of the top k where it is not -1 (arXiv 2510.11370): the
+    choice is given, gates and gradients are those of p. j may differ from k; a gate without an
+    expert is 0. x [..., D], router [D, E] -> gates [..., k] float32, experts [..., k] int32, or
+    max(j, k) of them.
     """
     probs = jax.nn.softmax(einsum("...d,de->...e", x, router, jnp.float32), axis=-1)
     if replayed is None:
@@ -45,7 +49,8 @@ def route(x: jax.Array, router: jax.Array, config: ModelConfig,
 
 def _replay(probs: jax.Array, replayed: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     size = max(k, replayed.shape[-1])
-    own, column = jax.lax.top_k(probs, size)[1], jnp.arange(size)
+    own = jax.lax.top_k(probs, size)[1]
+    column = jnp.arange(size)
     given = jnp.pad(replayed, [(0, 0)] * (replayed.ndim - 1) + [(0, size - replayed.shape[-1])])
     free = replayed[..., :1] < 0
     experts = jnp.where(free | (column >= replayed.shape[-1]), own, given)
@@ -53,31 +58,55 @@ def _replay(probs: jax.Array, replayed: jax.Array, k: int) -> tuple[jax.Array, j
     return jnp.where(used, jnp.take_along_axis(probs, experts, axis=-1), 0), experts
 
 
-def mix(x: jax.Array, gates: jax.Array, experts: jax.Array, weights: Experts, live: jax.Array | None = None,
-        parts: int = 0) -> jax.Array:
-    """`sum over k of gates_k * down_e(silu(gate_e x) * up_e x)`, e = experts_k: x [N, D], gates, experts [N, k] -> [N, D].
+def mix(
+    x: jax.Array,
+    gates: jax.Array,
+    experts: jax.Array,
+    weights: Experts,
+    live: jax.Array | None = None,
+    parts: int = 0,
+) -> jax.Array:
+    """`sum over k of gates_k * down_e(silu(gate_e x) * up_e x)`, e = experts_k: x [N, D], gates,
+    experts [N, k] -> [N, D].
 
-    Assignments are sorted by expert. Accelerators multiply them by `ragged_dot`; on a CPU, where that is ten times slower
-    than the products it stands for, each expert's rows are cut into tiles, and tokens that are not `live` ([N] bool, None:
-    all are) cost nothing. What comes back for those has no meaning. `parts` is `ModelConfig.expert_parts`.
+    Assignments are sorted by expert. Accelerators multiply them by `ragged_dot`; on a CPU, where
+    that is ten times slower than the products it stands for, each expert's rows are cut into tiles,
+    and tokens that are not `live` ([N] bool, None: all are) cost nothing. What comes back for those
+    has no meaning. `parts` is `ModelConfig.expert_parts`.
     """
     # Summed in the order of k, which does not depend on the other tokens.
-    return jnp.sum(assigned(x, experts, weights, live, parts).astype(jnp.float32) * gates[..., None], axis=1).astype(x.dtype)
+    return jnp.sum(
+        assigned(x, experts, weights, live, parts).astype(jnp.float32) * gates[..., None], axis=1
+    ).astype(x.dtype)
 
 
-def assigned(x: jax.Array, experts: jax.Array, weights: Experts, live: jax.Array | None = None, parts: int = 0) -> jax.Array:
-    """Each assignment's row `down_e(silu(gate_e x) * up_e x)`: x [N, D], experts [N, k] -> [N, k, D]."""
+def assigned(
+    x: jax.Array,
+    experts: jax.Array,
+    weights: Experts,
+    live: jax.Array | None = None,
+    parts: int = 0,
+) -> jax.Array:
+    """Each assignment's row `down_e(silu(gate_e x) * up_e x)`: x [N, D], experts [N, k] -> [N, k,
+    D].
+    """
     live = jnp.ones(x.shape[:1], bool) if live is None else live
     return jax.lax.platform_dependent(
-        x, experts, weights, live, cpu=_by_tiles,
-        default=lambda x, experts, weights, live: _by_ragged_dot(x, experts, weights, parts))
+        x,
+        experts,
+        weights,
+        live,
+        cpu=_by_tiles,
+        default=lambda x, experts, weights, live: _by_ragged_dot(x, experts, weights, parts),
+    )
 
 
 def _by_ragged_dot(x: jax.Array, experts: jax.Array, weights: Experts, parts: int = 0) -> jax.Array:
     """[N, k, D], each assignment's row.
 
-    XLA keeps an argument [E, D, F] of which a device holds no whole vectors of F as [E, F, D], and a product that wants it
-    otherwise copies every layer's, padded, before the loop over tokens: such weights are multiplied as they lie.
+    XLA keeps an argument [E, D, F] of which a device holds no whole vectors of F as [E, F, D], and
+    a product that wants it otherwise copies every layer's, padded, before the loop over tokens:
+    such weights are multiplied as they lie.
     """
     order = jnp.argsort(experts.reshape(-1))
     expert_of = experts.reshape(-1)[order]
@@ -85,22 +114,30 @@ def _by_ragged_dot(x: jax.Array, experts: jax.Array, weights: Experts, parts: in
     sizes = jnp.bincount(expert_of, length=count).astype(jnp.int32)
 
     def product(rows, w, turned=False):
-        rows, w = rounded(rows, w), w.dequantize() if isinstance(w, Quantized) else w
-        rows, w = rows.astype(x.dtype), w.astype(x.dtype)
+        rows = rounded(rows, w)
+        w = w.dequantize() if isinstance(w, Quantized) else w
+        rows = rows.astype(x.dtype)
+        w = w.astype(x.dtype)
         how = {"precision": precision(x.dtype), "preferred_element_type": jnp.float32}
         if turned:
-            return jax.lax.ragged_dot_general(rows, jnp.swapaxes(w, 1, 2), sizes, TURNED, **how).astype(x.dtype)
+            return jax.lax.ragged_dot_general(
+                rows, jnp.swapaxes(w, 1, 2), sizes, TURNED, **how
+            ).astype(x.dtype)
         return jax.lax.ragged_dot(rows, w, sizes, **how).astype(x.dtype)
 
     turned = parts > 0 and weights.gate.shape[-1] // parts % LANES > 0
     rows = x[order // experts.shape[1]]
-    rows = product(nn.silu(product(rows, weights.gate, turned)) * product(rows, weights.up, turned), weights.down)
+    rows = product(
+        nn.silu(product(rows, weights.gate, turned)) * product(rows, weights.up, turned),
+        weights.down,
+    )
     return rows[jnp.argsort(order)].reshape(*experts.shape, -1)
 
 
 def _by_tiles(x: jax.Array, experts: jax.Array, weights: Experts, live: jax.Array) -> jax.Array:
     """[N, k, D], each assignment's row; zero where a token is not live."""
-    count, assigned = jax.tree.leaves(weights.gate)[0].shape[0], experts.size
+    count = jax.tree.leaves(weights.gate)[0].shape[0]
+    assigned = experts.size
     tile = min(max(1 << (assigned // count).bit_length(), 4), TILE)
     flat = jnp.where(live[:, None], experts, count).reshape(-1)  # expert `count` is nobody's
     order = jnp.argsort(flat)
@@ -114,7 +151,10 @@ def _by_tiles(x: jax.Array, experts: jax.Array, weights: Experts, live: jax.Arra
     place = jnp.where(flat < count, place, most * tile)
     owner = jnp.repeat(jnp.arange(count), tiles, total_repeat_length=most)
     held = sizes[owner] - (jnp.arange(most) - first[owner]) * tile
-    rows = jnp.zeros((most * tile, x.shape[-1]), x.dtype).at[place].set(
-        jnp.repeat(x, experts.shape[1], axis=0), mode="drop")
+    rows = (
+        jnp.zeros((most * tile, x.shape[-1]), x.dtype)
+        .at[place]
+        .set(jnp.repeat(x, experts.shape[1], axis=0), mode="drop")
+    )
     out = in_tiles(rows, weights, owner, held, jnp.sum(tiles), tile)
     return out.at[place].get(mode="fill", fill_value=0).reshape(*experts.shape, -1)

@@ -21,7 +21,7 @@ import safetensors.numpy
 
 from dcmdp_jax import jsonfile
 from dcmdp_jax.config import ModelConfig
-from dcmdp_jax.models import hf_config, qwen3
+from dcmdp_jax.models import decoder, hf_config
 from dcmdp_jax.models.quantized import Quantized
 
 FLOATS = ("F32", "BF16", "F16", "F64")
@@ -36,8 +36,8 @@ Index = tuple[slice, ...]
 class Tensor:
     """A stored tensor. Ours is `stored.reshape(view).transpose(order)`.
 
-    `view` takes apart the stored axis `heads`, which holds heads and head size as one (None: there is no such axis).
-    `copy` names a tensor that has to equal this one where it is stored too.
+    `view` takes apart the stored axis `heads`, which holds heads and head size as one (None: there
+    is no such axis). `copy` names a tensor that has to equal this one where it is stored too.
     """
 
     name: str
@@ -59,8 +59,10 @@ class Tensor:
         wanted = [index[self.order.index(axis)] for axis in range(len(self.view))]
         if self.heads is None:
             return stored[tuple(wanted)].transpose(self.order)
-        a, size = self.heads, self.view[self.heads + 1]
-        within, merged = wanted[a + 1], slice(wanted[a].start * size, wanted[a].stop * size)
+        a = self.heads
+        size = self.view[self.heads + 1]
+        within = wanted[a + 1]
+        merged = slice(wanted[a].start * size, wanted[a].stop * size)
         block = stored[(*wanted[:a], merged, *wanted[a + 2 :])]
         block = block.reshape(*block.shape[:a], -1, size, *block.shape[a + 1 :])
         return block[(*[slice(None)] * (a + 1), within)].transpose(self.order)
@@ -72,7 +74,9 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A parameter, from the tensors at each place of its leading axes: (), (layer,) or (layer, expert)."""
+    """A parameter, from the tensors at each place of its leading axes: (), (layer,) or (layer,
+    expert).
+    """
 
     tensors: dict[tuple[int, ...], Tensor]
 
@@ -82,7 +86,8 @@ class Leaf:
         Raises ValueError on NaN, infinity, or a copy that differs.
         """
         rank = len(next(iter(self.tensors)))
-        leading, rest = index[:rank], index[rank:]
+        leading = index[:rank]
+        rest = index[rank:]
         out = np.empty([s.stop - s.start for s in index], dtype)
         for place in itertools.product(*(range(s.start, s.stop) for s in leading)):
             tensor = self.tensors[place]
@@ -115,7 +120,8 @@ def _all_finite(block: np.ndarray) -> bool:
 def _equal(one: np.ndarray, other: np.ndarray) -> bool:
     """True if two blocks hold the same numbers, whatever their dtypes."""
     if one.dtype != other.dtype:
-        one, other = one.astype(np.float64), other.astype(np.float64)
+        one = one.astype(np.float64)
+        other = other.astype(np.float64)
     return np.array_equal(one, other)
 
 
@@ -123,19 +129,31 @@ def _equal(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _attention(c: ModelConfig) -> dict:
-    d, h = c.hidden_size, c.head_dim
+    d = c.hidden_size
+    h = c.head_dim
     heads = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
-    tree = {f"{x}_proj": Tensor(f"self_attn.{x}_proj.weight", (n, h, d), (2, 0, 1), heads=0) for x, n in heads.items()}
+    tree = {
+        f"{x}_proj": Tensor(f"self_attn.{x}_proj.weight", (n, h, d), (2, 0, 1), heads=0)
+        for x, n in heads.items()
+    }
     tree["o_proj"] = Tensor("self_attn.o_proj.weight", (d, c.num_heads, h), (1, 2, 0), heads=1)
-    tree |= {name: {"scale": Tensor(f"self_attn.{name}.weight", (h,), (0,))} for name in ("q_norm", "k_norm")}
+    tree |= {
+        name: {"scale": Tensor(f"self_attn.{name}.weight", (h,), (0,))}
+        for name in ("q_norm", "k_norm")
+    }
     if c.attention_bias:
-        tree |= {f"{x}_bias": Tensor(f"self_attn.{x}_proj.bias", (n, h), (0, 1), heads=0) for x, n in heads.items()}
+        tree |= {
+            f"{x}_bias": Tensor(f"self_attn.{x}_proj.bias", (n, h), (0, 1), heads=0)
+            for x, n in heads.items()
+        }
         tree["o_bias"] = Tensor("self_attn.o_proj.bias", (d,), (0,))
     return tree
 
 
 def _feed_forward(prefix: str, d: int, f: int) -> dict:
-    wide = {name: Tensor(f"{prefix}.{name}.weight", (f, d), (1, 0)) for name in ("gate_proj", "up_proj")}
+    wide = {
+        name: Tensor(f"{prefix}.{name}.weight", (f, d), (1, 0)) for name in ("gate_proj", "up_proj")
+    }
     return wide | {"down_proj": Tensor(f"{prefix}.down_proj.weight", (d, f), (1, 0))}
 
 
@@ -154,7 +172,8 @@ def _layer(c: ModelConfig, sparse: bool) -> dict:
 
 def leaves(config: ModelConfig) -> dict:
     """`qwen3.init`'s tree with a `Leaf` in place of each array."""
-    v, d = config.vocab_size, config.hidden_size
+    v = config.vocab_size
+    d = config.hidden_size
     # some writers store a tied head a second time
     copy = HEAD if config.tie_word_embeddings else None
     tree = {
@@ -165,14 +184,16 @@ def leaves(config: ModelConfig) -> dict:
     if not config.tie_word_embeddings:
         tree["head"] = Leaf({(): Tensor(HEAD, (v, d), (1, 0))})
     first = 0
-    for sparse, count in qwen3.stacks(config):
+    for sparse, count in decoder.stacks(config):
 
         def stack(tensor: Tensor, first=first, count=count) -> Leaf:
             name = "model.layers.{layer}." + tensor.name
             experts = [(e,) for e in range(config.num_experts)] if "{expert}" in name else [()]
             return Leaf(
                 {
-                    (i, *e): dataclasses.replace(tensor, name=name.format(layer=first + i, expert=e[0] if e else 0))
+                    (i, *e): dataclasses.replace(
+                        tensor, name=name.format(layer=first + i, expert=e[0] if e else 0)
+                    )
                     for i in range(count)
                     for e in experts
                 }
@@ -206,21 +227,26 @@ def check(folder: str | pathlib.Path) -> None:
         )
 
 
-def load(folder: str | pathlib.Path, dtype=jnp.float32, *, shardings: Any = None) -> tuple[ModelConfig, dict]:
+def load(
+    folder: str | pathlib.Path, dtype=jnp.float32, *, shardings: Any = None
+) -> tuple[ModelConfig, dict]:
     """Read a Hugging Face folder of Qwen3 or Qwen3-MoE.
 
-    `shardings` is a tree of shardings with `qwen3.init`'s structure: of each tensor no more is read than the slices
-    this host's devices hold. None puts everything on the default device. Weights are cast to `dtype`.
+    `shardings` is a tree of shardings with `qwen3.init`'s structure: of each tensor no more is read
+    than the slices this host's devices hold. None puts everything on the default device. Weights
+    are cast to `dtype`.
 
-    Raises ValueError, before anything is read, for a missing folder, config.json, shard or tensor, an architecture or
-    setting that is not supported, a tensor of the wrong shape, one the model has no place for, and
-    a damaged shard; and, as they are read, for weights that are not finite in `dtype` and a tied
-    head that is not the embedding.
+    Raises ValueError, before anything is read, for a missing folder, config.json, shard or tensor,
+    an architecture or setting that is not supported, a tensor of the wrong shape, one the model has
+    no place for, and a damaged shard; and, as they are read, for weights that are not finite in
+    `dtype` and a tied head that is not the embedding.
     """
     folder, config = pathlib.Path(folder), read_config(folder)
     files, found = _checked(folder, config)
     tree, treedef = jax.tree.flatten(found)
-    shapes = treedef.flatten_up_to(jax.eval_shape(lambda: qwen3.init(jax.random.key(0), config, dtype)))
+    shapes = treedef.flatten_up_to(
+        jax.eval_shape(lambda: decoder.init(jax.random.key(0), config, dtype))
+    )
     places = [None] * len(tree) if shardings is None else treedef.flatten_up_to(shardings)
     with _naming(folder):
         arrays = [
@@ -239,7 +265,9 @@ def _naming(folder: pathlib.Path) -> Iterator[None]:
         raise ValueError(f"{folder}: {error}") from None
 
 
-def _place(leaf: Leaf, shape: jax.ShapeDtypeStruct, sharding: Any, files: dict[str, Any]) -> jax.Array:
+def _place(
+    leaf: Leaf, shape: jax.ShapeDtypeStruct, sharding: Any, files: dict[str, Any]
+) -> jax.Array:
     """One parameter on its devices."""
     blocks = {}  # replicas of one slice share one read
 
@@ -261,14 +289,19 @@ def _open(folder: pathlib.Path) -> dict[str, Any]:
         if not (folder / INDEX).is_file():
             raise ValueError(_no_weights(folder))
         names = _shard_names(folder / INDEX)
-    files, shards = {}, {}
+    files = {}
+    shards = {}
     for name in names:
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / INDEX} names the shard {name}, which is missing; copy or download it again")
+            raise ValueError(
+                f"{folder / INDEX} names the shard {name}, which is missing; copy or download it again"
+            )
         try:
             file = safetensors.safe_open(folder / name, framework="np")
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{folder / name} is damaged or cut short ({error}); copy or download it again") from None
+            raise ValueError(
+                f"{folder / name} is damaged or cut short ({error}); copy or download it again"
+            ) from None
         for tensor in file.keys():
             if tensor in files:
                 raise ValueError(
@@ -336,10 +369,14 @@ def _checked(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Any],
                 f"{folder}: tensor {name} has shape {got}; its config.json calls for {shape}"
             )
         if stored.get_dtype() not in FLOATS:
-            raise ValueError(f"{folder}: tensor {name} is {stored.get_dtype()}; only {', '.join(FLOATS)} are read")
+            raise ValueError(
+                f"{folder}: tensor {name} is {stored.get_dtype()}; only {', '.join(FLOATS)} are read"
+            )
     extra = files.keys() - shapes.keys()
     if extra:
-        raise ValueError(f"{folder} has a tensor {min(extra)}, which its config.json has no place for")
+        raise ValueError(
+            f"{folder} has a tensor {min(extra)}, which its config.json has no place for"
+        )
     return files, tree
 
 
@@ -354,7 +391,8 @@ def save(
     max_shard_bytes: int = 5_000_000_000,
     token_ids: dict[str, Any] | None = None,
 ) -> None:
-    """Write `params` (the tree of `qwen3.init`) as a Hugging Face folder that `load` and transformers read.
+    """Write `params` (the tree of `qwen3.init`) as a Hugging Face folder that `load` and
+    transformers read.
 
     `token_ids` are those that config.json names, as `tokenizer.token_ids` gives them. Writes
     config.json, safetensors of at most `max_shard_bytes` each (or one tensor, if larger) and their
@@ -383,11 +421,15 @@ def _pair(config: ModelConfig, params: dict) -> list[tuple[Leaf, jax.Array]]:
     """Each leaf with its array, checked."""
     arrays = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
     if any(isinstance(array, Quantized) for array in arrays):
-        raise ValueError("save: the parameters are quantized; save the trainer's, in float32 or bfloat16")
-    want = jax.eval_shape(lambda: qwen3.init(jax.random.key(0), config))
+        raise ValueError(
+            "save: the parameters are quantized; save the trainer's, in float32 or bfloat16"
+        )
+    want = jax.eval_shape(lambda: decoder.init(jax.random.key(0), config))
     shapes = jax.tree.map(jnp.shape, params)
     if shapes != jax.tree.map(lambda x: x.shape, want):
-        raise ValueError("save: the parameters do not fit this model config; pass the tree of init or load")
+        raise ValueError(
+            "save: the parameters do not fit this model config; pass the tree of init or load"
+        )
     if not all(array.is_fully_addressable for array in arrays):
         raise ValueError("save: other hosts hold part of the parameters; gather them first")
     return list(zip(jax.tree.leaves(leaves(config)), arrays, strict=True))
@@ -400,24 +442,32 @@ def _write(folder: pathlib.Path, pairs: list[tuple[Leaf, jax.Array]], max_shard_
     if len(shards) == 1:
         names = ["model.safetensors"]
     for name, shard in zip(names, shards, strict=True):
-        tensors = {tensor.name: tensor.stored(np.asarray(array[place])) for tensor, array, place in shard}
+        tensors = {
+            tensor.name: tensor.stored(np.asarray(array[place])) for tensor, array, place in shard
+        }
         safetensors.numpy.save_file(tensors, folder / name, metadata={"format": "pt"})
     if len(shards) > 1:
         total = sum(array.nbytes for _, array in pairs)
-        where = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor, _, _ in shard}
+        where = {
+            tensor.name: name
+            for name, shard in zip(names, shards, strict=True)
+            for tensor, _, _ in shard
+        }
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _shards(pairs: list[tuple[Leaf, jax.Array]], max_shard_bytes: int) -> Iterator[list[tuple]]:
     """(tensor, array, place) of each shard."""
-    shard, size = [], 0
+    shard = []
+    size = 0
     for leaf, array in pairs:
         for place, tensor in leaf.tensors.items():
             nbytes = array.nbytes // len(leaf.tensors)
             if shard and size + nbytes > max_shard_bytes:
                 yield shard
-                shard, size = [], 0
+                shard = []
+                size = 0
             shard.append((tensor, array, place))
             size += nbytes
     yield shard

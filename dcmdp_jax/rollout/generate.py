@@ -1,4 +1,6 @@
-"""The slot loop: prompts in, a `Rollout` out, through an engine's prefill, bulk_insert and generate."""
+"""The slot loop: prompts in, a `Rollout` out, through an engine's prefill, bulk_insert and
+generate.
+"""
 
 from __future__ import annotations
 
@@ -32,24 +34,39 @@ class Engine(Protocol):
     def init_decode_state(self): ...
 
 
-def rollout(engine: Engine, weights: Weights, prompts: Prompts, *, samples: int, key: jax.Array | np.ndarray,
-            max_tokens: int | np.ndarray, first: int = 0, sampling: Sampling = Sampling(),
-            stop_strings: tuple[str, ...] = (), decode: Callable[[Any], str] | None = None, asked: Callable[[], bool] = lambda: False,
-            ended: Callable[[int, np.ndarray, bool], None] = lambda number, text, stopped: None) -> Rollout:
+def rollout(
+    engine: Engine,
+    weights: Weights,
+    prompts: Prompts,
+    *,
+    samples: int,
+    key: jax.Array | np.ndarray,
+    max_tokens: int | np.ndarray,
+    first: int = 0,
+    sampling: Sampling = Sampling(),
+    stop_strings: tuple[str, ...] = (),
+    decode: Callable[[Any], str] | None = None,
+    asked: Callable[[], bool] = lambda: False,
+    ended: Callable[[int, np.ndarray, bool], None] = lambda number, text, stopped: None,
+) -> Rollout:
     """Samples `samples` completions of every prompt.
 
-    Each completion has a key of its own, folded with the token's number at each token, so that its tokens depend on the
-    weights, its prompt and `key` alone, up to round-off: not on slots, neighbours or the order of refilling. A prompt is
-    prefilled once, together with others of its length bucket.
+    Each completion has a key of its own, folded with the token's number at each token, so that its
+    tokens depend on the weights, its prompt and `key` alone, up to round-off: not on slots,
+    neighbours or the order of refilling. A prompt is prefilled once, together with others of its
+    length bucket.
 
     Args:
       key: of all completions, or `completion_keys` of each, [N, 2].
       max_tokens: a bound for all, or one for each of the N completions.
-      first: the number of the first completion in a larger batch, of which these prompts are a part; keys go by it.
-      stop_strings: texts that end a completion, found by `decode` (token ids to text) after each dispatch. The token that
+      first: the number of the first completion in a larger batch, of which these prompts are a
+          part; keys go by it.
+      stop_strings: texts that end a completion, found by `decode` (token ids to text) after each
+          dispatch. The token that
         completes one is the completion's last.
       asked: polled between dispatches.
-      ended: called with each completion's number, the ids of its text and whether it stopped, as soon as it has ended.
+      ended: called with each completion's number, the ids of its text and whether it stopped, as
+          soon as it has ended.
 
     Raises ValueError where a prompt leaves the engine no room for `max_tokens`, and where a weight
     or a log-prob is not finite; `Interrupted` where `asked()` says so.
@@ -59,14 +76,20 @@ def rollout(engine: Engine, weights: Weights, prompts: Prompts, *, samples: int,
     count = len(prompts.lengths) * samples
     limits = np.broadcast_to(np.asarray(max_tokens, np.int32), (count,))
     if limits.min() < 1:
-        raise ValueError(f"rollout: max_tokens holds {limits.min()}; every completion gets at least one token")
+        raise ValueError(
+            f"rollout: max_tokens holds {limits.min()}; every completion gets at least one token"
+        )
     longest = int((np.repeat(prompts.lengths, samples) + limits).max())
     if longest > engine.max_length:
-        raise ValueError(f"a prompt and its new tokens take up to {longest} positions and do not fit the engine's "
-                         f"{engine.max_length}")
+        raise ValueError(
+            f"a prompt and its new tokens take up to {longest} positions and do not fit the engine's "
+            f"{engine.max_length}"
+        )
     if not np.asarray(weights.finite):
-        raise ValueError("the engine is given weights that hold NaN or an infinite number; take a "
-                         "checkpoint or a model folder from before, and a smaller learning rate")
+        raise ValueError(
+            "the engine is given weights that hold NaN or an infinite number; take a "
+            "checkpoint or a model folder from before, and a smaller learning rate"
+        )
     out = _Completions(prompts, count, int(limits.max()), sampling)
     keys = key if isinstance(key, np.ndarray) else completion_keys(key, first + count)[first:]
     waiting = _Waiting(engine, weights, prompts, samples)
@@ -76,31 +99,43 @@ def rollout(engine: Engine, weights: Weights, prompts: Prompts, *, samples: int,
         if asked():
             raise Interrupted("stopped in a rollout")
         for prefix, rows, ids in waiting.take(int((owner < 0).sum())):
-            free = np.flatnonzero(owner < 0)[:len(ids)]
+            free = np.flatnonzero(owner < 0)[: len(ids)]
             owner[free] = ids
-            state = engine.bulk_insert(prefix, state, *_padded(engine.slots, free, rows, keys[ids], limits[ids]), sampling)
+            state = engine.bulk_insert(
+                prefix, state, *_padded(engine.slots, free, rows, keys[ids], limits[ids]), sampling
+            )
         held = owner[owner >= 0]
         live = int((prompts.lengths[held // samples] + out.lengths[held]).max())
-        leave_at = min(engine.slots - len(held) + MIN_FREE, engine.slots) if waiting.remaining else engine.slots
-        state, result = engine.generate(weights, state, leave_at=leave_at,
-                                        window=bucket(live + engine.steps, engine.max_length))
+        leave_at = (
+            min(engine.slots - len(held) + MIN_FREE, engine.slots)
+            if waiting.remaining
+            else engine.slots
+        )
+        state, result = engine.generate(
+            weights, state, leave_at=leave_at, window=bucket(live + engine.steps, engine.max_length)
+        )
         read = engine.read(result)
         out.add(owner, read)
         idle = (owner >= 0) & ~read.active
         out.end(owner[idle], engine.stop_ids)
         if stop_strings:
-            found = [slot for slot in np.flatnonzero(owner >= 0)
-                     if out.cut(owner[slot], int(read.valid[slot].sum()), stop_strings, decode)]
+            found = [
+                slot
+                for slot in np.flatnonzero(owner >= 0)
+                if out.cut(owner[slot], int(read.valid[slot].sum()), stop_strings, decode)
+            ]
             state = engine.evict(state, found)
             idle[found] = True
         for i in owner[idle]:
-            ended(int(i), out.tokens[i, :out.text_lengths[i]], bool(out.stopped[i]))
+            ended(int(i), out.tokens[i, : out.text_lengths[i]], bool(out.stopped[i]))
         owner[idle] = -1
     return out.record()
 
 
 def completion_keys(key: jax.Array, count: int) -> np.ndarray:
-    """A key for each of `count` completions, [count, 2] uint32; the first ones do not depend on `count`."""
+    """A key for each of `count` completions, [count, 2] uint32; the first ones do not depend on
+    `count`.
+    """
     return np.asarray(jax.random.bits(key, (count, 2), "uint32"))
 
 
@@ -108,10 +143,15 @@ class _Completions:
     """Completions as they grow."""
 
     def __init__(self, prompts: Prompts, count: int, max_tokens: int, sampling: Sampling):
-        self.prompts, self.sampling, shape = prompts, sampling, (count, max_tokens)
-        self.tokens, self.version = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        self.prompts = prompts
+        self.sampling = sampling
+        shape = (count, max_tokens)
+        self.tokens = np.zeros(shape, np.int32)
+        self.version = np.zeros(shape, np.int32)
         self.logp, self.raw_logp, self.kept = (np.zeros(shape, np.float32) for _ in range(3))
-        self.lengths, self.text_lengths, self.stopped = (np.zeros((count,), dtype) for dtype in (np.int32, np.int32, bool))
+        self.lengths, self.text_lengths, self.stopped = (
+            np.zeros((count,), dtype) for dtype in (np.int32, np.int32, bool)
+        )
         self.experts = None
 
     def add(self, owner: np.ndarray, read: Any) -> None:
@@ -135,14 +175,22 @@ class _Completions:
         self.stopped[ids] = np.isin(self.tokens[ids, self.lengths[ids] - 1], stop_ids)
         self.text_lengths[ids] -= self.stopped[ids]
 
-    def cut(self, i: int, new: int, stop_strings: tuple[str, ...], decode: Callable[[Any], str]) -> bool:
-        """Ends completion i at the first of its `new` last tokens whose text completes a stop string, if one does."""
+    def cut(
+        self, i: int, new: int, stop_strings: tuple[str, ...], decode: Callable[[Any], str]
+    ) -> bool:
+        """Ends completion i at the first of its `new` last tokens whose text completes a stop
+        string, if one does.
+        """
         length = self.text_lengths[i]  # a stop token is no text
-        first = max(length - new - 4 * max(map(len, stop_strings)), 0)  # a token may be one byte of a character's four
+        # a token may be one byte of a character's four
+        first = max(length - new - 4 * max(map(len, stop_strings)), 0)
         if not any(stop in decode(self.tokens[i, first:length]) for stop in stop_strings):
             return False
-        end = next(end for end in range(length - new + 1, length + 1)
-                   if any(stop in decode(self.tokens[i, first:end]) for stop in stop_strings))
+        end = next(
+            end
+            for end in range(length - new + 1, length + 1)
+            if any(stop in decode(self.tokens[i, first:end]) for stop in stop_strings)
+        )
         for array in (self.tokens, self.version, self.logp, self.raw_logp, self.kept):
             array[i, end:] = 0
         if self.experts is not None:
@@ -152,19 +200,38 @@ class _Completions:
         return True
 
     def record(self) -> Rollout:
-        return Rollout(prompts=self.prompts, tokens=self.tokens, lengths=self.lengths, text_lengths=self.text_lengths,
-                       rollout_logp=self.logp, raw_logp=self.raw_logp, kept=self.kept, stopped=self.stopped,
-                       version=self.version, sampling=self.sampling, experts=self.experts)
+        return Rollout(
+            prompts=self.prompts,
+            tokens=self.tokens,
+            lengths=self.lengths,
+            text_lengths=self.text_lengths,
+            rollout_logp=self.logp,
+            raw_logp=self.raw_logp,
+            kept=self.kept,
+            stopped=self.stopped,
+            version=self.version,
+            sampling=self.sampling,
+            experts=self.experts,
+        )
 
 
 class _Waiting:
-    """Completions that have no slot yet, long prompts first; prompts of one length bucket are prefilled together, each once."""
+    """Completions that have no slot yet, long prompts first; prompts of one length bucket are
+    prefilled together, each once.
+    """
 
     def __init__(self, engine: Engine, weights: Weights, prompts: Prompts, samples: int):
-        self.engine, self.weights, self.prompts, self.samples = engine, weights, prompts, samples
-        self.buckets = np.array([bucket(max(int(n), SMALLEST_BUCKET), prompts.tokens.shape[1]) for n in prompts.lengths])
+        self.engine = engine
+        self.weights = weights
+        self.prompts = prompts
+        self.samples = samples
+        self.buckets = np.array(
+            [bucket(max(int(n), SMALLEST_BUCKET), prompts.tokens.shape[1]) for n in prompts.lengths]
+        )
         self.order = np.argsort(-self.buckets, kind="stable")
-        self.started, self.prefilled, self.prefix = 0, 0, None
+        self.started = 0
+        self.prefilled = 0
+        self.prefix = None
 
     @property
     def remaining(self) -> int:
@@ -176,23 +243,33 @@ class _Waiting:
             if self.started == self.prefilled * self.samples:
                 self._prefill()
             turn = np.arange(self.started, min(self.started + free, self.prefilled * self.samples))
-            self.started, free = self.started + len(turn), free - len(turn)
+            self.started = self.started + len(turn)
+            free = free - len(turn)
             place = turn // self.samples
-            yield self.prefix, place - self.first, self.order[place] * self.samples + turn % self.samples
+            yield (
+                self.prefix,
+                place - self.first,
+                self.order[place] * self.samples + turn % self.samples,
+            )
 
     def _prefill(self) -> None:
-        self.first, width = self.prefilled, self.buckets[self.order[self.prefilled]]
-        rows = self.order[self.first:self.first + max(PREFILL_TOKENS // width, 1)]
+        self.first = self.prefilled
+        width = self.buckets[self.order[self.prefilled]]
+        rows = self.order[self.first : self.first + max(PREFILL_TOKENS // width, 1)]
         rows = rows[self.buckets[rows] == width]
         spare = bucket(len(rows), 1 << 30) - len(rows)
         self.prefix = self.engine.prefill(
-            params=self.weights, padded_tokens=np.pad(self.prompts.tokens[rows, :width], ((0, spare), (0, 0))),
-            true_length=np.pad(self.prompts.lengths[rows], (0, spare), constant_values=1))
+            params=self.weights,
+            padded_tokens=np.pad(self.prompts.tokens[rows, :width], ((0, spare), (0, 0))),
+            true_length=np.pad(self.prompts.lengths[rows], (0, spare), constant_values=1),
+        )
         self.prefilled += len(rows)
 
 
 def _padded(slots: int, free: np.ndarray, *columns: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Starts in slot number `slots`, which is dropped, fill up to a power of two, so that few sizes are compiled."""
+    """Starts in slot number `slots`, which is dropped, fill up to a power of two, so that few sizes
+    are compiled.
+    """
     spare = bucket(len(free), slots) - len(free)
     rest = (np.pad(column, [(0, spare)] + [(0, 0)] * (column.ndim - 1)) for column in columns)
     return np.pad(free, (0, spare), constant_values=slots), *rest

@@ -18,24 +18,29 @@ class Drawn(NamedTuple):
     token: jax.Array  # int32
     logp: jax.Array  # of the distribution drawn from: tempered, renormalised over its support
     raw_logp: jax.Array  # log softmax(logits)[token]: temperature 1, every token in the support
-    kept: jax.Array  # mass of the support under softmax(logits / temperature); 1 where nothing is left out
+    # mass of the support under softmax(logits / temperature); 1 where nothing is left out
+    kept: jax.Array
 
 
 def sample(logits: jax.Array, key: jax.Array, how: Sampling) -> Drawn:
     """Draws a token of each row.
 
-    Formula: z = logits / temperature; p = softmax(z) over the support of `how`; the token is the winner of an exponential
-    race, argmin_v E_v / p_v with E_v ~ Exp(1), run first over blocks of 128 tokens and then within the winning block: both
-    races are exact, so the token has law p, and only V / 128 + 128 numbers are drawn. Temperature 0 takes the argmax and
+    Formula: z = logits / temperature; p = softmax(z) over the support of `how`; the token is the
+        winner of an exponential
+    race, argmin_v E_v / p_v with E_v ~ Exp(1), run first over blocks of 128 tokens and then within
+    the winning block: both
+    races are exact, so the token has law p, and only V / 128 + 128 numbers are drawn. Temperature 0
+    takes the argmax and
     reports plain softmax log-probs. Where logits hold NaN or +inf the token means nothing, and its
     log-prob is NaN.
 
-    A race is decided by the order of E / p, so that round-off in p moves a token only in a near tie. (Inverting a
-    cumulative sum moves every boundary.)
+    A race is decided by the order of E / p, so that round-off in p moves a token only in a near
+    tie. (Inverting a cumulative sum moves every boundary.)
 
     Args:
       logits: [B, V] float32.
-      key: [B, 2] uint32, one per row and token: the draw depends on the key and the row's logits alone.
+      key: [B, 2] uint32, one per row and token: the draw depends on the key and the row's logits
+          alone.
       how: fields [B]; temperature >= 0, 0 <= top_k, 0 < top_p <= 1, 0 <= min_p < 1.
     """
     greedy = how.temperature <= 0
@@ -43,10 +48,14 @@ def sample(logits: jax.Array, key: jax.Array, how: Sampling) -> Drawn:
     blocks = _blocks(logits)
     likeliest = jnp.max(blocks, axis=-1)
     top = jnp.max(likeliest, axis=-1)
-    lowest = jax.lax.cond(jnp.any(~greedy & ((how.top_k > 0) | (how.top_p < 1) | (how.min_p > 0))),
-                          lambda: _lowest(logits, top, scale, how, greedy), lambda: jnp.full_like(top, -jnp.inf))
+    lowest = jax.lax.cond(
+        jnp.any(~greedy & ((how.top_k > 0) | (how.top_p < 1) | (how.min_p > 0))),
+        lambda: _lowest(logits, top, scale, how, greedy),
+        lambda: jnp.full_like(top, -jnp.inf),
+    )
 
-    def tempered(x):  # the largest is taken off first, or a log-prob near 0 carries the rounding of a large logit
+    # the largest is taken off first, or a log-prob near 0 carries the rounding of a large logit
+    def tempered(x):
         column = (..., *[None] * (x.ndim - 1))
         z = (x - top[column]) * scale[column]
         return jnp.where(x < lowest[column], -jnp.inf, z)  # so that NaN stays
@@ -62,8 +71,10 @@ def sample(logits: jax.Array, key: jax.Array, how: Sampling) -> Drawn:
 
     plain = jnp.isneginf(lowest)
     total, raw = jax.lax.cond(
-        jnp.all(plain & (scale == 1)), lambda: (support, support),
-        lambda: (_mass(logits, top, scale), _mass(logits, top, jnp.ones_like(top))))
+        jnp.all(plain & (scale == 1)),
+        lambda: (support, support),
+        lambda: (_mass(logits, top, scale), _mass(logits, top, jnp.ones_like(top))),
+    )
     kept = jnp.where(plain, 1.0, jnp.minimum(support / total, 1.0))
     last = logits.shape[-1] - 1  # NaN may win in the block's filling
     token = jnp.minimum(block * BLOCK + place, last).astype(jnp.int32)
@@ -80,31 +91,45 @@ def _mass(logits: jax.Array, top: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.sum(jnp.exp((logits - top[:, None]) * scale[:, None]), axis=-1)
 
 
-def _lowest(logits: jax.Array, top: jax.Array, scale: jax.Array, how: Sampling, greedy: jax.Array) -> jax.Array:
+def _lowest(
+    logits: jax.Array, top: jax.Array, scale: jax.Array, how: Sampling, greedy: jax.Array
+) -> jax.Array:
     """The smallest logit of each row's support; -inf where the row keeps everything."""
-    distance, size = top[:, None] - logits, logits.shape[-1]
+    distance = top[:, None] - logits
+    size = logits.shape[-1]
     k = jnp.where(how.top_k > 0, jnp.minimum(how.top_k, size), size)
     by_k = _reach(lambda inside: jnp.sum(inside, axis=-1), distance, k)
     probability = jnp.where(distance <= by_k[:, None], jnp.exp(-distance * scale[:, None]), 0)
-    by_p = _reach(lambda inside: jnp.sum(jnp.where(inside, probability, 0), axis=-1), distance,
-                  how.top_p * jnp.sum(probability, axis=-1))
+    by_p = _reach(
+        lambda inside: jnp.sum(jnp.where(inside, probability, 0), axis=-1),
+        distance,
+        how.top_p * jnp.sum(probability, axis=-1),
+    )
     by_min = -jnp.log(how.min_p) / scale
-    nearest = jnp.minimum(jnp.where(k < size, by_k, jnp.inf), jnp.where(how.top_p < 1, by_p, jnp.inf))
+    nearest = jnp.minimum(
+        jnp.where(k < size, by_k, jnp.inf), jnp.where(how.top_p < 1, by_p, jnp.inf)
+    )
     nearest = jnp.minimum(nearest, jnp.where(how.min_p > 0, by_min, jnp.inf))
-    # the kept tokens are named by a logit, so that comparing again leaves out none that tie with the last
+    # the kept tokens are named by a logit, so that comparing again leaves out none that tie with
+    # the last
     last = jnp.min(jnp.where(distance <= nearest[:, None], logits, jnp.inf), axis=-1)
     return jnp.where(greedy | jnp.isposinf(nearest), -jnp.inf, last)
 
 
 def _reach(measure, distance: jax.Array, goal: jax.Array) -> jax.Array:
-    """The smallest d [B] with measure(distance <= d) >= goal, found bit by bit: floats >= 0 are ordered as their bits are.
+    """The smallest d [B] with measure(distance <= d) >= goal, found bit by bit: floats >= 0 are
+    ordered as their bits are.
 
-    Costs 31 passes and no sort, which over a vocabulary of 151,936 takes several times as long on a CPU.
+    Costs 31 passes and no sort, which over a vocabulary of 151,936 takes several times as long on a
+    CPU.
     """
+
     def halve(_, bounds):
         low, high = bounds  # bits of a distance that does not reach the goal, and of one that does
         middle = low + (high - low) // 2
-        reached = measure(distance <= jax.lax.bitcast_convert_type(middle, jnp.float32)[:, None]) >= goal
+        reached = (
+            measure(distance <= jax.lax.bitcast_convert_type(middle, jnp.float32)[:, None]) >= goal
+        )
         return jnp.where(reached, low, middle), jnp.where(reached, middle, high)
 
     infinite = jnp.full(goal.shape, 0x7F800000, jnp.int32)
@@ -113,14 +138,18 @@ def _reach(measure, distance: jax.Array, goal: jax.Array) -> jax.Array:
 
 
 def _exponential(key: jax.Array, size: int) -> jax.Array:
-    """[B, size] unit exponentials from [B, 2] uint32 keys by a counter-based hash, two rounds of MurmurHash3's finalizer.
+    """[B, size] unit exponentials from [B, 2] uint32 keys by a counter-based hash, two rounds of
+    MurmurHash3's finalizer.
 
-    The keys come from `jax.random`, so streams of different tokens are as independent as Threefry makes them.
-    E = -log1p(-u), u in steps of 2^-32 where it is small: the smallest, which win the race, keep their relative precision.
+    The keys come from `jax.random`, so streams of different tokens are as independent as Threefry
+    makes them. E = -log1p(-u), u in steps of 2^-32 where it is small: the smallest, which win the
+    race, keep their relative precision.
     """
     counter = jnp.arange(size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
     bits = _mix(_mix(counter[None] ^ key[:, :1]) + key[:, 1:])
-    uniform = (bits >> 8).astype(jnp.float32) * 2.0**-24 + ((bits & 0xFF).astype(jnp.float32) + 0.5) * 2.0**-32
+    uniform = (bits >> 8).astype(jnp.float32) * 2.0**-24 + (
+        (bits & 0xFF).astype(jnp.float32) + 0.5
+    ) * 2.0**-32
     return -jnp.log1p(-jnp.minimum(uniform, 1 - 2.0**-24))
 
 

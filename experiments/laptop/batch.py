@@ -1,4 +1,5 @@
-"""Bias or noise? Four times the batch, and the same number of updates: noise falls by half, bias stays.
+"""Bias or noise? Four times the batch, and the same number of updates: noise falls by half, bias
+stays.
 
 The engine is that of multiplier.py.
 
@@ -12,6 +13,13 @@ import dataclasses
 
 from chain import HARMED
 
-from dcmdp_jax.study import Study
+from dcmdp_jax.tools.study import Study
 
-STUDY = Study({"grpo-batch4": dataclasses.replace(HARMED, data=dataclasses.replace(HARMED.data, prompts_per_step=64))}, seeds=3)
+STUDY = Study(
+    {
+        "grpo-batch4": dataclasses.replace(
+            HARMED, data=dataclasses.replace(HARMED.data, prompts_per_step=64)
+        )
+    },
+    seeds=3,
+)

@@ -1,13 +1,17 @@
 """Do the best arms hold where they were not chosen? Five of them, on five seeds of their own.
 
-multiplier.py and tolerance.py compare twenty-nine arms on three seeds, so that the best of them look better than they are. These
-were picked from them: one of each form, before any ran here; then, with those results in view, the penalty under the dual at
-half the floor, and the multiplier that it settles at as its control. No study of this engine has seeds 3 to 7.
+multiplier.py and tolerance.py compare twenty-nine arms on three seeds, so that the best of them
+look better than they are. These
+were picked from them: one of each form, before any ran here; then, with those results in view, the
+    penalty under the dual at
+half the floor, and the multiplier that it settles at as its control. No study of this engine has
+seeds 3 to 7.
 
 Command:  dcmdp study experiments/laptop/confirm.py
 Hardware: two CPU cores
 Time:     12 minutes, with three warm-ups
-Result:   the penalty 0.15 to 0.22 and the signed form 0.20 ahead of GRPO, of 0.36 that the gap takes; no interval leaves zero
+Result:   the penalty 0.15 to 0.22 and the signed form 0.20 ahead of GRPO, of 0.36 that the gap
+    takes; no interval leaves zero
 """
 
 from chain import FLOAT32, HARMED, corrected, fixed, penalised, sampled
@@ -15,10 +19,18 @@ from tolerance import STUDY as TOLERANCE
 
 from dcmdp_jax import constraint
 from dcmdp_jax.losses import corrections
-from dcmdp_jax.study import Study
+from dcmdp_jax.tools.study import Study
 
-STUDY = Study({
-    "none": sampled(HARMED, FLOAT32), "grpo": HARMED, "tis": corrected(corrections.tis(2.0), HARMED),
-    "signed": fixed(constraint.shape_signed, 0.1, HARMED), "penalty": penalised(0.1, HARMED),
-    "penalty-0.3": penalised(0.3, HARMED), "penalty-dual": TOLERANCE.arms["penalty-c0.5"],
-}, seeds=5, first_seed=3)
+STUDY = Study(
+    {
+        "none": sampled(HARMED, FLOAT32),
+        "grpo": HARMED,
+        "tis": corrected(corrections.tis(2.0), HARMED),
+        "signed": fixed(constraint.shape_signed, 0.1, HARMED),
+        "penalty": penalised(0.1, HARMED),
+        "penalty-0.3": penalised(0.3, HARMED),
+        "penalty-dual": TOLERANCE.arms["penalty-c0.5"],
+    },
+    seeds=5,
+    first_seed=3,
+)

@@ -1,9 +1,11 @@
-"""Bias or noise: how far is each estimate of the policy gradient, from the int4 engine's samples, from the one on policy?
+"""Bias or noise: how far is each estimate of the policy gradient, from the int4 engine's samples,
+from the one on policy?
 
-At each start of floors.py, the gradient from 4,096 sequences by each estimator, beside that of 4,096 which the exact engine
-sampled for the same prompts with the same random numbers, so that the two share most of their noise. A second batch of the exact engine, for
-other prompts, tells how far noise alone takes an estimate of this size. Score centering takes the whole vocabulary for its head, which
-only a model of this size affords.
+At each start of floors.py, the gradient from 4,096 sequences by each estimator, beside that of
+4,096 which the exact engine sampled for the same prompts with the same random numbers, so that the
+two share most of their noise. A second batch of the exact engine, for other prompts, tells how far
+noise alone takes an estimate of this size. Score centering takes the whole vocabulary for its head,
+which only a model of this size affords.
 
 Command:  python experiments/laptop/estimators.py runs/laptop
 Hardware: two CPU cores
@@ -39,18 +41,31 @@ def main(root):
 def of_start(root, seed):
     """Cosine of each estimate with the gradient on policy, and its length over that one's."""
     config, inputs, params = read_start(root, FLOAT32, seed, PROMPTS)
-    exact, again = (gradient(params, draw(config, inputs, params, number), inputs.model, plain) for number in (1, 2))
+    exact, again = (
+        gradient(params, draw(config, inputs, params, number), inputs.model, plain)
+        for number in (1, 2)
+    )
     config, inputs, params = read_start(root, INT4, seed, PROMPTS)
     batch = draw(config, inputs, params, number=1)
-    batch["engine"] = jax.jit(partial(log_probs, model=inputs.model))(quantized(params, precision=INT4, model=inputs.model), batch)
+    batch["engine"] = jax.jit(partial(log_probs, model=inputs.model))(
+        quantized(params, precision=INT4, model=inputs.model), batch
+    )
     found = {"on policy, again": again} | {
         name: gradient(params, batch, inputs.model, loss)
-        for name, loss in (("uncorrected", plain), ("TIS, 2", weighted(corrections.tis(2.0))),
-                           ("IcePop, 0.5 to 5", weighted(corrections.icepop(0.5, 5.0))), ("score centering", centred(centering.unweighted)),
-                           ("score centering with TIS", centred(centering.truncated)))}
+        for name, loss in (
+            ("uncorrected", plain),
+            ("TIS, 2", weighted(corrections.tis(2.0))),
+            ("IcePop, 0.5 to 5", weighted(corrections.icepop(0.5, 5.0))),
+            ("score centering", centred(centering.unweighted)),
+            ("score centering with TIS", centred(centering.truncated)),
+        )
+    }
     for name, grad in found.items():
-        yield {"estimator": name, "cosine": f"{float(inner(grad, exact) / jnp.sqrt(inner(grad, grad) * inner(exact, exact))):.4f}",
-               "length": f"{float(jnp.sqrt(inner(grad, grad) / inner(exact, exact))):.4f}"}
+        yield {
+            "estimator": name,
+            "cosine": f"{float(inner(grad, exact) / jnp.sqrt(inner(grad, grad) * inner(exact, exact))):.4f}",
+            "length": f"{float(jnp.sqrt(inner(grad, grad) / inner(exact, exact))):.4f}",
+        }
 
 
 def gradient(params, batch, model, loss):
@@ -63,7 +78,8 @@ def plain(logp, batch):
 
 def weighted(correction):
     def loss(logp, batch):
-        old, engine = jax.lax.stop_gradient(of_sampled(logp, batch)), of_sampled(batch["engine"], batch)
+        old = jax.lax.stop_gradient(of_sampled(logp, batch))
+        engine = of_sampled(batch["engine"], batch)
         weight, _ = correction.weights(old, engine, batch["mask"])
         return weight * plain(logp, batch)
 
@@ -73,8 +89,15 @@ def weighted(correction):
 def centred(weight):
     def loss(logp, batch):
         engine = batch["engine"]
-        return centering.score_centering(of_sampled(logp, batch), of_sampled(engine, batch), logp, engine, batch["advantage"],
-                                         batch["mask"], weight=weight)
+        return centering.score_centering(
+            of_sampled(logp, batch),
+            of_sampled(engine, batch),
+            logp,
+            engine,
+            batch["advantage"],
+            batch["mask"],
+            weight=weight,
+        )
 
     return loss
 

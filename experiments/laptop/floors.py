@@ -11,13 +11,19 @@ import dataclasses
 from chain import FLOAT32, FP8, GRPO, INT4, sampled
 
 from dcmdp_jax.config import EvalConfig, Precision
-from dcmdp_jax.study import Study
+from dcmdp_jax.tools.study import Study
 
-STILL = dataclasses.replace(GRPO, algorithm=dataclasses.replace(GRPO.algorithm, learning_rate=0.0), steps=4,
-                            eval=EvalConfig(every=4, prompts=512))
+STILL = dataclasses.replace(
+    GRPO,
+    algorithm=dataclasses.replace(GRPO.algorithm, learning_rate=0.0),
+    steps=4,
+    eval=EvalConfig(every=4, prompts=512),
+)
 ENGINES = {
     "float32": FLOAT32,
-    "bfloat16": Precision("bfloat16", activations="", cache="bfloat16", embed="bfloat16", head="bfloat16"),
+    "bfloat16": Precision(
+        "bfloat16", activations="", cache="bfloat16", embed="bfloat16", head="bfloat16"
+    ),
     "int8": Precision("int8", activations="int8", cache="int8"),
     "fp8": FP8,
     "fp8-e5m2": dataclasses.replace(FP8, weights="float8_e5m2"),

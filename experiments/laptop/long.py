@@ -1,9 +1,11 @@
-"""Is an fp8 engine harmless over a thousand steps, and does the paper's own setting change anything?
+"""Is an fp8 engine harmless over a thousand steps, and does the paper's own setting change
+anything?
 
 Command:  dcmdp study experiments/laptop/long.py
 Hardware: two CPU cores
 Time:     17 minutes
-Result:   fp8 costs 0.02 ± 0.09; the paper's setting is 0.01 ± 0.06 ahead of that, with lambda at zero
+Result:   fp8 costs 0.02 ± 0.09; the paper's setting is 0.01 ± 0.06 ahead of that, with lambda at
+    zero
 """
 
 import dataclasses
@@ -11,12 +13,17 @@ import dataclasses
 from chain import ARMS, FP8, SLOW, at, sampled
 
 from dcmdp_jax.config import EvalConfig
-from dcmdp_jax.study import Study
+from dcmdp_jax.tools.study import Study
 
 
 def long(arm):
     return dataclasses.replace(at(arm, SLOW), steps=1000, eval=EvalConfig(every=100, prompts=512))
 
 
-STUDY = Study({"none": long(ARMS["none"]),
-               **{name: long(sampled(ARMS[name], FP8)) for name in ("grpo", "calibrated")}}, seeds=3)
+STUDY = Study(
+    {
+        "none": long(ARMS["none"]),
+        **{name: long(sampled(ARMS[name], FP8)) for name in ("grpo", "calibrated")},
+    },
+    seeds=3,
+)

@@ -1,4 +1,5 @@
-"""Which property of the engine does the harm, at a like gap? Plain GRPO under one source of mismatch at a time.
+"""Which property of the engine does the harm, at a like gap? Plain GRPO under one source of
+mismatch at a time.
 
 Command:  dcmdp study experiments/laptop/mismatch.py
 Hardware: two CPU cores
@@ -11,15 +12,18 @@ import dataclasses
 from chain import FLOAT32, FP8, GRPO, sampled
 
 from dcmdp_jax.config import Precision
-from dcmdp_jax.study import Study
+from dcmdp_jax.tools.study import Study
 
-STUDY = Study({
-    "int8": sampled(GRPO, Precision("int8", activations="int8", cache="int8")),
-    "fp8": sampled(GRPO, FP8),
-    "fp8-e5m2": sampled(GRPO, dataclasses.replace(FP8, weights="float8_e5m2")),
-    "nf4": sampled(GRPO, Precision("nf4", group=32)),
-    "int4-tensor": sampled(GRPO, Precision("int4", group=-1)),
-    "int4-head": sampled(GRPO, Precision(head="int4")),
-    "kv-fp8": sampled(GRPO, Precision(cache="float8_e4m3fn")),
-    **{f"stale-{k}": sampled(GRPO, FLOAT32, staleness=k) for k in (1, 2, 4)},
-}, seeds=3)
+STUDY = Study(
+    {
+        "int8": sampled(GRPO, Precision("int8", activations="int8", cache="int8")),
+        "fp8": sampled(GRPO, FP8),
+        "fp8-e5m2": sampled(GRPO, dataclasses.replace(FP8, weights="float8_e5m2")),
+        "nf4": sampled(GRPO, Precision("nf4", group=32)),
+        "int4-tensor": sampled(GRPO, Precision("int4", group=-1)),
+        "int4-head": sampled(GRPO, Precision(head="int4")),
+        "kv-fp8": sampled(GRPO, Precision(cache="float8_e4m3fn")),
+        **{f"stale-{k}": sampled(GRPO, FLOAT32, staleness=k) for k in (1, 2, 4)},
+    },
+    seeds=3,
+)

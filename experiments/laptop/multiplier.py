@@ -1,18 +1,20 @@
-"""Where mismatch ruins the run, what rescues it? Three forms of the constraint, four fixed multipliers each; the corrections.
+"""Where mismatch ruins the run, what rescues it? Three forms of the constraint, four fixed
+multipliers each; the corrections.
 
 The engine holds int4 with one scale a weight. Multiplier 0 is `int4-tensor` of mismatch.py.
 
 Command:  dcmdp study experiments/laptop/multiplier.py
 Hardware: two CPU cores
 Time:     57 core-minutes of steps, beside other work
-Result:   |delta| helps at no multiplier; the penalty at 0.1 is ahead of GRPO in three pairs of three
+Result:   |delta| helps at no multiplier; the penalty at 0.1 is ahead of GRPO in three pairs of
+    three
 """
 
 from chain import HARMED, adaptive, corrected, fixed, penalised
 
 from dcmdp_jax import constraint
 from dcmdp_jax.losses import corrections
-from dcmdp_jax.study import Study
+from dcmdp_jax.tools.study import Study
 
 GRID = (0.05, 0.1, 0.2, 0.4)
 
@@ -20,5 +22,10 @@ STUDY = Study(
     {f"abs-{value:g}": fixed(constraint.shape, value, HARMED) for value in GRID}
     | {f"signed-{value:g}": fixed(constraint.shape_signed, value, HARMED) for value in GRID}
     | {f"penalty-{value:g}": penalised(value, HARMED) for value in GRID}
-    | {"tis": corrected(corrections.tis(2.0), HARMED), "icepop": corrected(corrections.icepop(0.5, 5.0), HARMED),
-       "dcgrpo": adaptive(constraint.shape, tolerance=0.013, multiplier_max=1.0, config=HARMED)}, seeds=3)
+    | {
+        "tis": corrected(corrections.tis(2.0), HARMED),
+        "icepop": corrected(corrections.icepop(0.5, 5.0), HARMED),
+        "dcgrpo": adaptive(constraint.shape, tolerance=0.013, multiplier_max=1.0, config=HARMED),
+    },
+    seeds=3,
+)

@@ -1,4 +1,5 @@
-"""What do the studies add up to? Makes every table and picture of RESULTS.md anew, after copying what the runs left, if named.
+"""What do the studies add up to? Makes every table and picture of RESULTS.md anew, after copying
+what the runs left, if named.
 
 Command:  python experiments/laptop/results.py [runs/laptop]
 Hardware: any; needs matplotlib (pip install 'dcmdp-jax[report]')
@@ -18,7 +19,9 @@ PAGE = HERE.parents[1] / "RESULTS.md"
 
 
 def collect(runs):
-    """Copies what the studies and probes under `runs` left: STUDY/table.csv as STUDY.csv, and the probes' own tables."""
+    """Copies what the studies and probes under `runs` left: STUDY/table.csv as STUDY.csv, and the
+    probes' own tables.
+    """
     for table in sorted(runs.glob("*/table.csv")):
         shutil.copyfile(table, HERE / "results" / f"{table.parent.name}.csv")
     for table in sorted(runs.glob("*.csv")):

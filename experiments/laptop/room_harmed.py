@@ -1,7 +1,7 @@
 """Where the gap ruins GRPO, does a choice of equally right answers let |delta| shaping help?
 
-The task, starts and head of room.py with three kinds; the other weights are in multiplier.py's int4, under which GRPO collapses.
-That part of the gap is in every symbol, whichever is chosen.
+The task, starts and head of room.py with three kinds; the other weights are in multiplier.py's
+int4, under which GRPO collapses. That part of the gap is in every symbol, whichever is chosen.
 
 Command:  dcmdp study experiments/laptop/room_harmed.py, then python experiments/laptop/shares.py
 Hardware: two CPU cores
@@ -14,13 +14,20 @@ from room import start, with_outlier
 
 from dcmdp_jax import constraint
 from dcmdp_jax.config import Precision
-from dcmdp_jax.study import Study
+from dcmdp_jax.tools.study import Study
 
 HARMED = sampled(start(3), Precision(weights="int4", group=-1, head="int4"))
 
-STUDY = Study({
-    "none": sampled(HARMED, FLOAT32), "grpo": HARMED,
-    "abs-0.1": fixed(constraint.shape, 0.1, HARMED), "abs-1": fixed(constraint.shape, 1.0, HARMED),
-    "cost-to-go-0.1": fixed(constraint.shape_cost_to_go, 0.1, HARMED),
-    "signed": fixed(constraint.shape_signed, 0.1, HARMED), "penalty": penalised(0.1, HARMED),
-}, seeds=3, alter=with_outlier)
+STUDY = Study(
+    {
+        "none": sampled(HARMED, FLOAT32),
+        "grpo": HARMED,
+        "abs-0.1": fixed(constraint.shape, 0.1, HARMED),
+        "abs-1": fixed(constraint.shape, 1.0, HARMED),
+        "cost-to-go-0.1": fixed(constraint.shape_cost_to_go, 0.1, HARMED),
+        "signed": fixed(constraint.shape_signed, 0.1, HARMED),
+        "penalty": penalised(0.1, HARMED),
+    },
+    seeds=3,
+    alter=with_outlier,
+)

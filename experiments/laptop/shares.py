@@ -1,9 +1,12 @@
-"""How often do the policies of the runs with spellings use the kind that the engine distorts, and what is the gap there?
+"""How often do the policies of the runs with spellings use the kind that the engine distorts, and
+what is the gap there?
 
-Command:  python experiments/laptop/shares.py runs/laptop, after the studies room.py and room_harmed.py
+Command:  python experiments/laptop/shares.py runs/laptop, after the studies room.py and
+    room_harmed.py
 Hardware: two CPU cores
 Time:     9 minutes
-Result:   with three kinds the share falls by 0.15 ± 0.17 more than under GRPO, with two by 0.04 ± 0.04
+Result:   with three kinds the share falls by 0.15 ± 0.17 more than under GRPO, with two by 0.04 ±
+    0.04
 """
 
 import csv
@@ -16,11 +19,22 @@ import numpy as np
 import room
 import room_harmed
 
-from dcmdp_jax import checkpoint, constraint, parity, sync, train
+from dcmdp_jax import checkpoint, constraint, sync, train
 from dcmdp_jax.config import ModelSource, Precision, WarmupConfig
 from dcmdp_jax.step import abstract_state
+from dcmdp_jax.tools import parity
 
-COLUMNS = ("study", "arm", "seed", "step", "share_engine", "share_trainer", "delta_distorted", "delta_others", "gain")
+COLUMNS = (
+    "study",
+    "arm",
+    "seed",
+    "step",
+    "share_engine",
+    "share_trainer",
+    "delta_distorted",
+    "delta_others",
+    "gain",
+)
 PROMPTS = 64  # eight completions each
 
 
@@ -31,19 +45,31 @@ def main(root):
             for seed in study.STUDY.numbers:
                 folder = root / study.__name__ / arm / f"s{seed}"
                 print(folder, flush=True)
-                rows += [{"study": study.__name__, "arm": arm, "seed": seed, **row} for row in of_run(config, folder)]
+                rows += [
+                    {"study": study.__name__, "arm": arm, "seed": seed, **row}
+                    for row in of_run(config, folder)
+                ]
     with (root / "shares.csv").open("w", newline="") as out:
         writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        writer.writerows(
+            {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
+        )
 
 
 def of_run(arm, folder):
-    """A row for each checkpoint: shares of the distorted kind among the digits that were computed, and mean delta by kind."""
-    start = dataclasses.replace(arm, model=ModelSource(str(model_of(folder))), warmup=WarmupConfig(),
-                                data=dataclasses.replace(arm.data, prompts_per_step=PROMPTS))
+    """A row for each checkpoint: shares of the distorted kind among the digits that were computed,
+    and mean delta by kind.
+    """
+    start = dataclasses.replace(
+        arm,
+        model=ModelSource(str(model_of(folder))),
+        warmup=WarmupConfig(),
+        data=dataclasses.replace(arm.data, prompts_per_step=PROMPTS),
+    )
     inputs = train.read_inputs(start)
-    engine, score = train.make_engine(start, inputs), parity.scorer(start, inputs)
+    engine = train.make_engine(start, inputs)
+    score = parity.scorer(start, inputs)
     to_engine = sync.make(inputs.model, start.rollout.precision, inputs.decode_mesh)
     to_exact = sync.make(inputs.model, Precision(), inputs.decode_mesh)
     like = abstract_state(start, inputs.model, inputs.mesh)
@@ -54,11 +80,15 @@ def of_run(arm, folder):
         old = score(params, sampled, (0, step))
         gap = np.asarray(constraint.delta(old, sampled.rollout_logp, parity.mask_of(sampled)))
         computed, distorted = kinds(sampled, arm.data.task, inputs.tokenizer)
-        yield {"step": step, "share_engine": share(sampled, arm.data.task, inputs.tokenizer),
-               "share_trainer": share(exact, arm.data.task, inputs.tokenizer),
-               "delta_distorted": float(gap[distorted].mean()) if distorted.any() else float("nan"),
-               "delta_others": float(gap[computed & ~distorted].mean()),
-               "gain": float(np.abs(params["final_norm"][-1]))}  # of the muted channel, which training may open
+        yield {
+            "step": step,
+            "share_engine": share(sampled, arm.data.task, inputs.tokenizer),
+            "share_trainer": share(exact, arm.data.task, inputs.tokenizer),
+            "delta_distorted": float(gap[distorted].mean()) if distorted.any() else float("nan"),
+            "delta_others": float(gap[computed & ~distorted].mean()),
+            # of the muted channel, which training may open
+            "gain": float(np.abs(params["final_norm"][-1])),
+        }
 
 
 def model_of(folder):

@@ -5,7 +5,8 @@ The engine is that of multiplier.py.
 Command:  dcmdp study experiments/laptop/split.py
 Hardware: two CPU cores
 Time:     4 minutes
-Result:   at lambda 0.1 crediting what the engine finds likelier is the half that helps; charging either half does not
+Result:   at lambda 0.1 crediting what the engine finds likelier is the half that helps; charging
+    either half does not
 """
 
 from functools import partial
@@ -14,11 +15,13 @@ import jax.numpy as jnp
 from chain import HARMED, fixed
 
 from dcmdp_jax import constraint
-from dcmdp_jax.study import Study
+from dcmdp_jax.tools.study import Study
 
 
 def where(chosen, shaped):
-    """`shaped` where `chosen(advantage, gap)` says so, the advantage as it is elsewhere; the gap is trainer minus engine."""
+    """`shaped` where `chosen(advantage, gap)` says so, the advantage as it is elsewhere; the gap is
+    trainer minus engine.
+    """
     return partial(_where, chosen=chosen, shaped=shaped)
 
 
@@ -26,7 +29,9 @@ def _where(advantage, old_logp, rollout_logp, multiplier, tolerance, mask, *, ch
     gap = constraint.signed_delta(old_logp, rollout_logp, mask)
     part = mask.astype(bool) & chosen(jnp.broadcast_to(advantage, gap.shape), gap)
     plain = constraint.shape(advantage, old_logp, rollout_logp, 0.0, tolerance, mask)
-    return jnp.where(part, shaped(advantage, old_logp, rollout_logp, multiplier, tolerance, mask), plain)
+    return jnp.where(
+        part, shaped(advantage, old_logp, rollout_logp, multiplier, tolerance, mask), plain
+    )
 
 
 def failed(advantage, gap):
@@ -46,8 +51,18 @@ def trainer_likelier(advantage, gap):
 
 
 STUDY = Study(
-    {f"signed-{part.__name__}": fixed(where(part, constraint.shape_signed), 0.1, HARMED) for part in (failed, succeeded)}
-    # abs and signed charge what the trainer finds likelier alike; they differ on what the engine finds likelier.
-    | {"charge-trainer_likelier": fixed(where(trainer_likelier, constraint.shape), 0.1, HARMED),
-       "charge-engine_likelier": fixed(where(engine_likelier, constraint.shape), 0.1, HARMED),
-       "credit-engine_likelier": fixed(where(engine_likelier, constraint.shape_signed), 0.1, HARMED)}, seeds=3)
+    {
+        f"signed-{part.__name__}": fixed(where(part, constraint.shape_signed), 0.1, HARMED)
+        for part in (failed, succeeded)
+    }
+    # abs and signed charge what the trainer finds likelier alike; they differ on what the engine
+    # finds likelier.
+    | {
+        "charge-trainer_likelier": fixed(where(trainer_likelier, constraint.shape), 0.1, HARMED),
+        "charge-engine_likelier": fixed(where(engine_likelier, constraint.shape), 0.1, HARMED),
+        "credit-engine_likelier": fixed(
+            where(engine_likelier, constraint.shape_signed), 0.1, HARMED
+        ),
+    },
+    seeds=3,
+)

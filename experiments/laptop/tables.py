@@ -1,8 +1,9 @@
 """The tables of RESULTS.md, from one STUDY.csv for each study.
 
-Means are over seeds, each run's last evaluation; ± is half of a 95 % interval by Student's t. "against GRPO" pairs runs of one
-seed, which start from the same parameters and see the same prompts. A run has collapsed where the engine's policy ends with a
-lower pass rate than it started with, by more than the noise of the two evaluations.
+Means are over seeds, each run's last evaluation; ± is half of a 95 % interval by Student's t.
+"against GRPO" pairs runs of one seed, which start from the same parameters and see the same
+prompts. A run has collapsed where the engine's policy ends with a lower pass rate than it started
+with, by more than the noise of the two evaluations.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from collections import defaultdict
 from dcmdp_jax import intervals
 
 NOISE = 0.06  # of the difference of two rates over 512 samples: 1.96 sqrt(2 / 4 / 512)
-HEAD = ("arm", "engine", "trainer", "engine against GRPO", "delta", "lambda", "entropy", "collapsed")
+HEAD = (
+    "arm",
+    "engine",
+    "trainer",
+    "engine against GRPO",
+    "delta",
+    "lambda",
+    "entropy",
+    "collapsed",
+)
 
 
 def read(folder: pathlib.Path, study: str) -> dict[str, dict[int, list[dict[str, float]]]]:
@@ -24,7 +34,11 @@ def read(folder: pathlib.Path, study: str) -> dict[str, dict[int, list[dict[str,
     found = defaultdict(lambda: defaultdict(list))
     with (folder / f"{study}.csv").open() as lines:
         for row in csv.DictReader(lines):
-            values = {name: float(value or "nan") for name, value in row.items() if name not in ("study", "arm")}
+            values = {
+                name: float(value or "nan")
+                for name, value in row.items()
+                if name not in ("study", "arm")
+            }
             found[row["arm"]][int(row["seed"])].append(values)
     return {arm: dict(seeds) for arm, seeds in found.items()}
 
@@ -43,7 +57,8 @@ def spread(values: list[float]) -> str:
 
 def against(runs: dict, control: dict) -> str:
     """Paired difference of the engine's pass rate, and in how many pairs it is positive."""
-    mine, other = last(runs, "engine"), last(control, "engine")
+    mine = last(runs, "engine")
+    other = last(control, "engine")
     pairs = [mine[seed] - other[seed] for seed in sorted(mine.keys() & other.keys())]
     return f"{spread(pairs)} ({sum(pair > 0 for pair in pairs)} of {len(pairs)})" if pairs else ""
 
@@ -55,10 +70,19 @@ def collapsed(runs: dict) -> str:
 
 def line(name: str, runs: dict, control: dict | None) -> tuple[str, ...]:
     """One row of a table."""
-    delta, multiplier, entropy = (statistics.fmean(last(runs, m).values()) for m in ("delta", "multiplier", "entropy"))
-    return (name, spread([*last(runs, "engine").values()]), spread([*last(runs, "trainer").values()]),
-            against(runs, control) if control and control is not runs else "", f"{delta:.2g}", f"{multiplier:.2g}",
-            f"{entropy:.2g}", collapsed(runs))
+    delta, multiplier, entropy = (
+        statistics.fmean(last(runs, m).values()) for m in ("delta", "multiplier", "entropy")
+    )
+    return (
+        name,
+        spread([*last(runs, "engine").values()]),
+        spread([*last(runs, "trainer").values()]),
+        against(runs, control) if control and control is not runs else "",
+        f"{delta:.2g}",
+        f"{multiplier:.2g}",
+        f"{entropy:.2g}",
+        collapsed(runs),
+    )
 
 
 def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -67,15 +91,30 @@ def markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def arms(arms_: dict, control: str = "grpo", suffix: str = "") -> str:
     """A table of all arms whose names end in `suffix`, against the arm `control`."""
-    return markdown(HEAD, [line(name.removesuffix(suffix), runs, arms_.get(control + suffix))
-                           for name, runs in arms_.items() if name.endswith(suffix)])
+    return markdown(
+        HEAD,
+        [
+            line(name.removesuffix(suffix), runs, arms_.get(control + suffix))
+            for name, runs in arms_.items()
+            if name.endswith(suffix)
+        ],
+    )
 
 
 def floors(folder: pathlib.Path) -> str:
     arms_ = read(folder, "floors")
-    rows = [(name, spread_small([*last(runs, "delta").values()]), f"{statistics.fmean(last(runs, 'engine').values()):.3f}",
-             f"{statistics.fmean(last(runs, 'trainer').values()):.3f}") for name, runs in arms_.items()]
-    return markdown(("engine", "floor of delta, five starts", "pass rate, engine", "pass rate, trainer"), rows)
+    rows = [
+        (
+            name,
+            spread_small([*last(runs, "delta").values()]),
+            f"{statistics.fmean(last(runs, 'engine').values()):.3f}",
+            f"{statistics.fmean(last(runs, 'trainer').values()):.3f}",
+        )
+        for name, runs in arms_.items()
+    ]
+    return markdown(
+        ("engine", "floor of delta, five starts", "pass rate, engine", "pass rate, trainer"), rows
+    )
 
 
 def spread_small(values: list[float]) -> str:
@@ -83,42 +122,88 @@ def spread_small(values: list[float]) -> str:
 
 
 def against_harmed(folder: pathlib.Path, study: str) -> str:
-    """A study's arms against plain GRPO under the same engine (mismatch.py), and no mismatch at the same seeds."""
+    """A study's arms against plain GRPO under the same engine (mismatch.py), and no mismatch at the
+    same seeds.
+    """
     control = read(folder, "mismatch")["int4-tensor"]
-    none = {seed: rows for seed, rows in read(folder, "main")["none-0.0003"].items() if seed in control}
+    none = {
+        seed: rows for seed, rows in read(folder, "main")["none-0.0003"].items() if seed in control
+    }
     arms_ = {"no mismatch": none, "GRPO": control} | read(folder, study)
     return markdown(HEAD, [line(name, runs, control) for name, runs in arms_.items()])
 
 
 def confirmed(folder: pathlib.Path) -> str:
-    """Paired differences from GRPO: on the seeds an arm was picked on, on confirm.py's own, and on both."""
-    picked, fresh = read(folder, "multiplier") | read(folder, "tolerance"), read(folder, "confirm")
+    """Paired differences from GRPO: on the seeds an arm was picked on, on confirm.py's own, and on
+    both.
+    """
+    picked = read(folder, "multiplier") | read(folder, "tolerance")
+    fresh = read(folder, "confirm")
     control = read(folder, "mismatch")["int4-tensor"] | fresh["grpo"]
-    rows = [(name, *(against(runs, control) for runs in (picked[before], fresh[name], picked[before] | fresh[name])))
-            for name, before in (("tis", "tis"), ("signed", "signed-0.1"), ("penalty", "penalty-0.1"),
-                                 ("penalty-dual", "penalty-c0.5"))]
-    return markdown(("engine against GRPO", "seeds 0 to 2, picked on", "seeds 3 to 7", "all eight"), rows)
+    rows = [
+        (
+            name,
+            *(
+                against(runs, control)
+                for runs in (picked[before], fresh[name], picked[before] | fresh[name])
+            ),
+        )
+        for name, before in (
+            ("tis", "tis"),
+            ("signed", "signed-0.1"),
+            ("penalty", "penalty-0.1"),
+            ("penalty-dual", "penalty-c0.5"),
+        )
+    ]
+    return markdown(
+        ("engine against GRPO", "seeds 0 to 2, picked on", "seeds 3 to 7", "all eight"), rows
+    )
 
 
 def sources(folder: pathlib.Path) -> str:
-    """One source of mismatch at a time, against none at the same seeds; by the gap at the first step, stale weights last."""
+    """One source of mismatch at a time, against none at the same seeds; by the gap at the first
+    step, stale weights last.
+    """
     main_ = read(folder, "main")
     arms_ = read(folder, "mismatch") | {"int4": main_["grpo-0.0003"], "none": main_["none-0.0003"]}
-    first = {name: statistics.fmean(rows[0]["delta"] for rows in runs.values()) for name, runs in arms_.items()}
-    head = ("engine", "delta at step 1", "engine's policy", "trainer's policy", "engine against none", "delta at the end",
-            "gap of stale weights at the end", "collapsed")
+    first = {
+        name: statistics.fmean(rows[0]["delta"] for rows in runs.values())
+        for name, runs in arms_.items()
+    }
+    head = (
+        "engine",
+        "delta at step 1",
+        "engine's policy",
+        "trainer's policy",
+        "engine against none",
+        "delta at the end",
+        "gap of stale weights at the end",
+        "collapsed",
+    )
     rows = []
     for name in sorted(arms_, key=lambda name: (name.startswith("stale"), first[name])):
         runs = arms_[name]
         shown = line(name, runs, main_["none-0.0003"])
         stale = statistics.fmean(last(runs, "staleness").values())
-        rows.append((name, f"{first[name]:.1e}", shown[1], shown[2], shown[3], shown[4], "" if stale != stale else f"{stale:.2g}",
-                     shown[7]))
+        rows.append(
+            (
+                name,
+                f"{first[name]:.1e}",
+                shown[1],
+                shown[2],
+                shown[3],
+                shown[4],
+                "" if stale != stale else f"{stale:.2g}",
+                shown[7],
+            )
+        )
     return markdown(head, rows)
 
 
 def shares(folder: pathlib.Path, study: str) -> str:
-    """The distorted kind's share at the start and the end of a study's runs, and the gap of the two kinds of symbol."""
+    """The distorted kind's share at the start and the end of a study's runs, and the gap of the two
+    kinds of symbol.
+    """
     with (folder / "shares.csv").open() as lines:
         found = defaultdict(lambda: defaultdict(list))
         for row in csv.DictReader(lines):
@@ -126,33 +211,72 @@ def shares(folder: pathlib.Path, study: str) -> str:
                 values = {name: float(row[name]) for name in row if name not in ("study", "arm")}
                 found[row["arm"]][int(row["seed"])].append(values)
     room_ = read(folder, study)
-    head = ("arm", "pass rate, engine", "share, start", "share, end", "change against GRPO", "delta distorted, end", "delta others, end",
-            "gain of the muted channel, end")
+    head = (
+        "arm",
+        "pass rate, engine",
+        "share, start",
+        "share, end",
+        "change against GRPO",
+        "delta distorted, end",
+        "delta others, end",
+        "gain of the muted channel, end",
+    )
     rows = []
     for arm, runs in found.items():
         control = found[f"{arm[0]}-grpo" if study == "room" else "grpo"]
         ends = {seed: r[-1]["share_trainer"] for seed, r in runs.items()}
         pairs = [ends[seed] - control[seed][-1]["share_trainer"] for seed in ends]
-        gaps = [statistics.fmean(r[-1][name] for r in runs.values()) for name in ("delta_distorted", "delta_others", "gain")]
-        rows.append((arm, spread([*last(room_[arm], "engine").values()]),
-                     spread([r[0]["share_trainer"] for r in runs.values()]), spread([*ends.values()]),
-                     "" if arm.endswith("grpo") else spread(pairs), *(f"{gap:.2g}" for gap in gaps)))
+        gaps = [
+            statistics.fmean(r[-1][name] for r in runs.values())
+            for name in ("delta_distorted", "delta_others", "gain")
+        ]
+        rows.append(
+            (
+                arm,
+                spread([*last(room_[arm], "engine").values()]),
+                spread([r[0]["share_trainer"] for r in runs.values()]),
+                spread([*ends.values()]),
+                "" if arm.endswith("grpo") else spread(pairs),
+                *(f"{gap:.2g}" for gap in gaps),
+            )
+        )
     return markdown(head, rows)
 
 
 def probes(folder: pathlib.Path, engine: str, kind: str) -> str:
-    """What one step along each term's direction does to the gap; the null is the range of the random ones."""
+    """What one step along each term's direction does to the gap; the null is the range of the
+    random ones.
+    """
     with (folder / "directions.csv").open() as lines:
-        found = [row for row in csv.DictReader(lines) if (row["engine"], row["kind"]) == (engine, kind)]
+        found = [
+            row for row in csv.DictReader(lines) if (row["engine"], row["kind"]) == (engine, kind)
+        ]
     sizes = sorted({row["size"] for row in found}, key=float)
-    head = ("direction", "cosine of the gradient", *(f"{name}, s = {size}" for size in sizes for name in ("engine held", "quantized anew", "entropy")))
-    names = [*dict.fromkeys(row["direction"] for row in found if not row["direction"].startswith("random"))]
+    head = (
+        "direction",
+        "cosine of the gradient",
+        *(
+            f"{name}, s = {size}"
+            for size in sizes
+            for name in ("engine held", "quantized anew", "entropy")
+        ),
+    )
+    names = [
+        *dict.fromkeys(
+            row["direction"] for row in found if not row["direction"].startswith("random")
+        )
+    ]
     rows = []
     for name in names:
         own = [row for row in found if row["direction"] == name]
-        cells = [f"{100 * statistics.fmean(float(r[m]) for r in own if r['size'] == size):+.0f} %"
-                 for size in sizes for m in ("tv_frozen", "tv_requantized", "entropy")]
-        rows.append((name, f"{statistics.fmean(float(r['cosine_to_ste']) for r in own):+.2f}", *cells))
+        cells = [
+            f"{100 * statistics.fmean(float(r[m]) for r in own if r['size'] == size):+.0f} %"
+            for size in sizes
+            for m in ("tv_frozen", "tv_requantized", "entropy")
+        ]
+        rows.append(
+            (name, f"{statistics.fmean(float(r['cosine_to_ste']) for r in own):+.2f}", *cells)
+        )
     cells = []
     for size in sizes:
         for m in ("tv_frozen", "tv_requantized", "entropy"):
@@ -160,20 +284,33 @@ def probes(folder: pathlib.Path, engine: str, kind: str) -> str:
             for row in found:
                 if row["direction"].startswith("random") and row["size"] == size:
                     drawn[row["direction"]].append(float(row[m]))
-            means = [statistics.fmean(values) for values in drawn.values()]  # over the starts, as the terms' are
+            # over the starts, as the terms' are
+            means = [statistics.fmean(values) for values in drawn.values()]
             cells.append(f"{100 * min(means):+.0f} to {100 * max(means):+.0f} %")
     return markdown(head, [*rows, ("random", "", *cells)])
 
 
 def estimates(folder: pathlib.Path) -> str:
-    """Cosine and length of each estimate of the gradient against the one on policy, over the starts."""
+    """Cosine and length of each estimate of the gradient against the one on policy, over the
+    starts.
+    """
     with (folder / "estimators.csv").open() as lines:
         found = defaultdict(list)
         for row in csv.DictReader(lines):
             found[row["estimator"]].append((float(row["cosine"]), float(row["length"])))
-    rows = [(name, *(f"{statistics.fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})" for values in zip(*pairs)))
-            for name, pairs in found.items()]
-    return markdown(("estimate", "cosine with the gradient on policy", "length over that one's"), rows)
+    rows = [
+        (
+            name,
+            *(
+                f"{statistics.fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+                for values in zip(*pairs)
+            ),
+        )
+        for name, pairs in found.items()
+    ]
+    return markdown(
+        ("estimate", "cosine with the gradient on policy", "length over that one's"), rows
+    )
 
 
 def every(folder: pathlib.Path) -> dict[str, str]:
@@ -192,23 +329,42 @@ def every(folder: pathlib.Path) -> dict[str, str]:
         "room": lambda: shares(folder, "room"),
         "room_harmed": lambda: arms(read(folder, "room_harmed")),
         "shares, harmed": lambda: shares(folder, "room_harmed"),
-        **{f"{engine}, {kind}": lambda engine=engine, kind=kind: probes(folder, engine, kind)
-           for engine in ("int4", "fp8") for kind in ("gradient", "signs")},
+        **{
+            f"{engine}, {kind}": lambda engine=engine, kind=kind: probes(folder, engine, kind)
+            for engine in ("int4", "fp8")
+            for kind in ("gradient", "signs")
+        },
         "estimators": lambda: estimates(folder),
         "batch": lambda: against_harmed(folder, "batch"),
         "sgd": lambda: arms(read(folder, "sgd")),
         "long": lambda: arms(read(folder, "long")),
     }
-    needs = {"arms at 3e-4": "main", "arms at 1e-4": "main", "sources": "mismatch", "room": "shares", "shares, harmed": "shares",
-             "confirmed": "confirm", **{name: "directions" for name in plans if name.startswith(("int4, ", "fp8, "))}}
-    return {name: plan() for name, plan in plans.items() if (folder / f"{needs.get(name, name)}.csv").is_file()}
+    needs = {
+        "arms at 3e-4": "main",
+        "arms at 1e-4": "main",
+        "sources": "mismatch",
+        "room": "shares",
+        "shares, harmed": "shares",
+        "confirmed": "confirm",
+        **{name: "directions" for name in plans if name.startswith(("int4, ", "fp8, "))},
+    }
+    return {
+        name: plan()
+        for name, plan in plans.items()
+        if (folder / f"{needs.get(name, name)}.csv").is_file()
+    }
 
 
 def fill(text: str, tables: dict[str, str]) -> str:
-    """`text` with each table between `<!-- table NAME -->` and `<!-- end -->` made anew. Raises ValueError on an unknown name."""
+    """`text` with each table between `<!-- table NAME -->` and `<!-- end -->` made anew. Raises
+    ValueError on an unknown name.
+    """
+
     def made(match: re.Match) -> str:
         if match[1] not in tables:
-            raise ValueError(f"no study has left the table {match[1]!r}; there are {', '.join(tables)}")
+            raise ValueError(
+                f"no study has left the table {match[1]!r}; there are {', '.join(tables)}"
+            )
         return f"<!-- table {match[1]} -->\n\n{tables[match[1]]}\n\n<!-- end -->"
 
     return re.sub(r"<!-- table (.*?) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)

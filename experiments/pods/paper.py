@@ -20,32 +20,70 @@ import dataclasses
 from functools import partial
 
 from dcmdp_jax import constraint, rewards
-from dcmdp_jax.config import (AlgorithmConfig, Config, ConstraintConfig, DataConfig, EvalConfig, MeshConfig, ModelSource,
-                              Precision, RolloutConfig)
+from dcmdp_jax.config import (
+    AlgorithmConfig,
+    Config,
+    ConstraintConfig,
+    DataConfig,
+    EvalConfig,
+    MeshConfig,
+    ModelSource,
+    Precision,
+    RolloutConfig,
+)
 from dcmdp_jax.losses import advantages, corrections, policy, reduce
 from dcmdp_jax.models import sizes
 
 BF16 = Precision(weights="bfloat16", embed="bfloat16", head="bfloat16")
-FP8 = dataclasses.replace(BF16, weights="float8_e4m3fn", activations="float8_e4m3fn")  # one scale an output channel, one a token
-MODELS = {"8b": (sizes.QWEN3_8B, MeshConfig()), "30b_a3b": (sizes.QWEN3_30B_A3B, MeshConfig(expert=8))}
+# one scale an output channel, one a token
+FP8 = dataclasses.replace(BF16, weights="float8_e4m3fn", activations="float8_e4m3fn")
+MODELS = {
+    "8b": (sizes.QWEN3_8B, MeshConfig()),
+    "30b_a3b": (sizes.QWEN3_30B_A3B, MeshConfig(expert=8)),
+}
 
 
-def dcgrpo(name: str, size: str, engine: Precision, *, tolerance: float, multiplier: float) -> Config:
+def dcgrpo(
+    name: str, size: str, engine: Precision, *, tolerance: float, multiplier: float
+) -> Config:
     """One row of the paper's table, with the constraint."""
     shape, mesh = MODELS[size]
     return Config(
         name=name,
         model=ModelSource(shape=shape, bfloat16=True, remat=True),
-        data=DataConfig(path="dapo-math-17k.parquet", verifier=rewards.math_answer, prompts_per_step=64, max_prompt_tokens=1024,
-                        chat=True, enable_thinking=True),
-        rollout=RolloutConfig(samples=8, max_tokens=8192, precision=engine, slots=512, tokens_per_dispatch=32, devices=-1,
-                              mesh=MeshConfig(tensor=4)),
+        data=DataConfig(
+            path="dapo-math-17k.parquet",
+            verifier=rewards.math_answer,
+            prompts_per_step=64,
+            max_prompt_tokens=1024,
+            chat=True,
+            enable_thinking=True,
+        ),
+        rollout=RolloutConfig(
+            samples=8,
+            max_tokens=8192,
+            precision=engine,
+            slots=512,
+            tokens_per_dispatch=32,
+            devices=-1,
+            mesh=MeshConfig(tensor=4),
+        ),
         algorithm=AlgorithmConfig(
             advantage=advantages.grpo,
             surrogate=corrections.decoupled(partial(policy.clipped, clip_low=0.24, clip_high=0.24)),
-            reduce=reduce.token_mean, microbatches=8, learning_rate=1e-6, beta1=0.9, beta2=0.95),
-        constraint=ConstraintConfig(shape=constraint.shape, dual=constraint.projected_ascent, tolerance=tolerance, dual_lr=1.0,
-                                    multiplier_init=multiplier),
+            reduce=reduce.token_mean,
+            microbatches=8,
+            learning_rate=1e-6,
+            beta1=0.9,
+            beta2=0.95,
+        ),
+        constraint=ConstraintConfig(
+            shape=constraint.shape,
+            dual=constraint.projected_ascent,
+            tolerance=tolerance,
+            dual_lr=1.0,
+            multiplier_init=multiplier,
+        ),
         mesh=mesh,
         eval=EvalConfig(every=0),
         steps=500,
@@ -53,6 +91,10 @@ def dcgrpo(name: str, size: str, engine: Precision, *, tolerance: float, multipl
 
 
 def grpo(name: str, size: str, engine: Precision, *, tolerance: float) -> Config:
-    """The same row without: a multiplier of 0 that stays there. The tolerance is drawn in the report."""
+    """The same row without: a multiplier of 0 that stays there. The tolerance is drawn in the
+    report.
+    """
     config = dcgrpo(name, size, engine, tolerance=tolerance, multiplier=0.0)
-    return dataclasses.replace(config, constraint=dataclasses.replace(config.constraint, dual_lr=0.0))
+    return dataclasses.replace(
+        config, constraint=dataclasses.replace(config.constraint, dual_lr=0.0)
+    )

@@ -1,4 +1,5 @@
-"""SwiGLU (arXiv 2002.05202), `down(silu(gate x) * up x)`, in tiles of rows that a CPU's last cache holds.
+"""SwiGLU (arXiv 2002.05202), `down(silu(gate x) * up x)`, in tiles of rows that a CPU's last cache
+holds.
 
 N rows, D model, F feed-forward, E experts; a dense layer is one expert.
 """
@@ -28,7 +29,8 @@ class Experts(NamedTuple):
 
 
 def dense(x: jax.Array, gate: Any, up: Any, down: Any) -> jax.Array:
-    """`down(silu(gate x) * up x)`: x [..., D], gate, up [D, F], down [F, D], arrays or `Quantized` -> [..., D].
+    """`down(silu(gate x) * up x)`: x [..., D], gate, up [D, F], down [F, D], arrays or `Quantized`
+    -> [..., D].
 
     The backward pass keeps gate and up, and nothing else that is as wide.
     """
@@ -51,10 +53,14 @@ def _dense(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax
 def _dense_forward(x, *weights):
     def in_parts(x, *weights):
         made = _in_tiles_forward(*_one_expert(x, *weights))
-        return tuple(a[:len(x)] for a in (made[0], *made[1][1:3]))
+        return tuple(a[: len(x)] for a in (made[0], *made[1][1:3]))
 
     y, gate, up = jax.lax.platform_dependent(
-        x, *weights, cpu=in_parts, default=lambda x, *w: _forward(x, Experts(*(m[None] for m in w)), 0))
+        x,
+        *weights,
+        cpu=in_parts,
+        default=lambda x, *w: _forward(x, Experts(*(m[None] for m in w)), 0),
+    )
     return y, (x, gate, up, weights)
 
 
@@ -63,7 +69,7 @@ def _dense_backward(kept, dy):
         padded, one, owner, _, count, rows = _one_expert(x, *weights)
         gate, up, dy = (_pad(a, len(padded)) for a in (gate, up, dy))
         dx, dw, *_ = _in_tiles_backward(rows, (padded, gate, up, one, owner, count), dy)
-        return dx[:len(x)], *(d[0] for d in dw)
+        return dx[: len(x)], *(d[0] for d in dw)
 
     def whole(x, gate, up, dy, *weights):
         dx, dw = _pull(x, gate, up, dy, Experts(*weights))
@@ -77,10 +83,19 @@ _dense.defvjp(_dense_forward, _dense_backward)
 
 
 def _one_expert(x: jax.Array, *weights: jax.Array) -> tuple:
-    """The arguments of `in_tiles` for a dense layer, in equal tiles of at most `ROWS` rows (but whole vectors)."""
+    """The arguments of `in_tiles` for a dense layer, in equal tiles of at most `ROWS` rows (but
+    whole vectors).
+    """
     tiles = -(-len(x) // ROWS)
     rows = -(-len(x) // tiles // 8) * 8
-    return _pad(x, tiles * rows), Experts(*(w[None] for w in weights)), jnp.zeros(tiles, jnp.int32), None, tiles, rows
+    return (
+        _pad(x, tiles * rows),
+        Experts(*(w[None] for w in weights)),
+        jnp.zeros(tiles, jnp.int32),
+        None,
+        tiles,
+        rows,
+    )
 
 
 def _pad(x: jax.Array, rows: int) -> jax.Array:
@@ -88,18 +103,36 @@ def _pad(x: jax.Array, rows: int) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def in_tiles(x: jax.Array, weights: Experts, owner: jax.Array, held: jax.Array | None, count: jax.Array, rows: int) -> jax.Array:
-    """The feed-forward of tile i of `x` [N, D], `rows` rows, by expert owner[i], for the first `count` tiles; 0 in the rest.
+def in_tiles(
+    x: jax.Array,
+    weights: Experts,
+    owner: jax.Array,
+    held: jax.Array | None,
+    count: jax.Array,
+    rows: int,
+) -> jax.Array:
+    """The feed-forward of tile i of `x` [N, D], `rows` rows, by expert owner[i], for the first
+    `count` tiles; 0 in the rest.
 
-    Tile i holds `held[i]` rows (None: all of them). One that is half empty is multiplied as half a tile.
+    Tile i holds `held[i]` rows (None: all of them). One that is half empty is multiplied as half a
+    tile.
     """
+
     def one(i, out):
-        tile, half, e = _cut(x, i, rows), rows // 2, _owner(weights, owner, i)
+        tile = _cut(x, i, rows)
+        half = rows // 2
+        e = _owner(weights, owner, i)
         if held is None:
             return _put(out, _forward(tile, weights, e)[0], i)
-        return _put(out, jax.lax.cond(
-            held[i] <= half, lambda: jnp.pad(_forward(tile[:half], weights, e)[0], ((0, rows - half), (0, 0))),
-            lambda: _forward(tile, weights, e)[0]), i)
+        return _put(
+            out,
+            jax.lax.cond(
+                held[i] <= half,
+                lambda: jnp.pad(_forward(tile[:half], weights, e)[0], ((0, rows - half), (0, 0))),
+                lambda: _forward(tile, weights, e)[0],
+            ),
+            i,
+        )
 
     return jax.lax.fori_loop(0, count, one, jnp.zeros_like(x))
 
@@ -123,9 +156,13 @@ def _in_tiles_backward(rows, kept, dy):
         e = _owner(weights, owner, i)
         cut = tuple(_cut(a, i, rows) for a in (x, gate, up, dy))
         d_rows, d_matrices = _pull(*cut, Experts(*(expert(w, e, x.dtype) for w in weights)))
-        return _put(dx, d_rows, i), Experts(*(total.at[e].add(d.astype(total.dtype)) for total, d in zip(dw, d_matrices)))
+        return _put(dx, d_rows, i), Experts(
+            *(total.at[e].add(d.astype(total.dtype)) for total, d in zip(dw, d_matrices))
+        )
 
-    dx, dw = jax.lax.fori_loop(0, count, one, (jnp.zeros_like(x), jax.tree.map(jnp.zeros_like, weights)))
+    dx, dw = jax.lax.fori_loop(
+        0, count, one, (jnp.zeros_like(x), jax.tree.map(jnp.zeros_like, weights))
+    )
     return dx, dw, None, None, None
 
 
@@ -140,15 +177,22 @@ def _forward(x: jax.Array, weights: Experts, e: Any) -> tuple[jax.Array, jax.Arr
     return _product("nf,fd->nd", inner, expert(weights.down, e, x.dtype)), gate, up
 
 
-def _pull(x: jax.Array, gate: jax.Array, up: jax.Array, dy: jax.Array, w: Experts) -> tuple[jax.Array, Experts]:
+def _pull(
+    x: jax.Array, gate: jax.Array, up: jax.Array, dy: jax.Array, w: Experts
+) -> tuple[jax.Array, Experts]:
     """Gradients of a tile's rows and of its expert's matrices."""
-    g, u = gate.astype(jnp.float32), up.astype(jnp.float32)
+    g = gate.astype(jnp.float32)
+    u = up.astype(jnp.float32)
     share = nn.sigmoid(g)
     d_inner = einsum("nd,fd->nf", dy, w.down, x.dtype)
-    d_gate, d_up = d_inner * u * share * (1 + g * (1 - share)), d_inner * g * share
+    d_gate = d_inner * u * share * (1 + g * (1 - share))
+    d_up = d_inner * g * share
     dx = einsum("nf,df->nd", d_gate, w.gate, x.dtype) + einsum("nf,df->nd", d_up, w.up, x.dtype)
-    return dx, Experts(einsum("nd,nf->df", x, d_gate, x.dtype), einsum("nd,nf->df", x, d_up, x.dtype),
-                       einsum("nf,nd->fd", g * share * u, dy, x.dtype))
+    return dx, Experts(
+        einsum("nd,nf->df", x, d_gate, x.dtype),
+        einsum("nd,nf->df", x, d_up, x.dtype),
+        einsum("nf,nd->fd", g * share * u, dy, x.dtype),
+    )
 
 
 def _product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:

@@ -1,20 +1,22 @@
 """The engine behind JetStream's orchestrator and gRPC service: what `dcmdp serve` runs.
 
-Any client of google-jetstream 0.2.2 can use it (`jetstream_pb2_grpc.OrchestratorStub`: `Decode`, a stream, and
-`HealthCheck`). A request holds token ids or text and gets the same back; `token_ids` end with the stop token, text does
-not show it. The message has no field for a temperature: sampling is the server's. The version of the weights that
-answered comes as trailing metadata, `dcmdp-version`. Refusals: INVALID_ARGUMENT for what cannot be
-answered or is no message, RESOURCE_EXHAUSTED where the queue is full, INTERNAL where the engine
-failed, UNAVAILABLE at shutdown.
+Any client of google-jetstream 0.2.2 can use it (`jetstream_pb2_grpc.OrchestratorStub`: `Decode`, a
+stream, and `HealthCheck`). A request holds token ids or text and gets the same back; `token_ids`
+end with the stop token, text does not show it. The message has no field for a temperature: sampling
+is the server's. The version of the weights that answered comes as trailing metadata,
+`dcmdp-version`. Refusals: INVALID_ARGUMENT for what cannot be answered or is no message,
+RESOURCE_EXHAUSTED where the queue is full, INTERNAL where the engine failed, UNAVAILABLE at
+shutdown.
 
 After SIGTERM the requests that were accepted have `grace` seconds to end, whether or not their
 clients read; what is left then is cut off and the process is gone.
 
-What JetStream 0.2.2 does that a server cannot live with is kept out here. Its `Driver` (threads that SIGKILL the
-process on any exception, `jax.tree_map`, an unbounded queue, slots that decode on for clients that left) is replaced by
-`rollout.driver`. Its `LLMOrchestrator` answers whatever is asked, so requests are checked before it sees them. Its
-import turns the root logger to DEBUG, and its calls of `logging.info` give the root logger a handler. Text such as
-`<0x41>` would be taken for a byte.
+What JetStream 0.2.2 does that a server cannot live with is kept out here. Its `Driver` (threads
+that SIGKILL the process on any exception, `jax.tree_map`, an unbounded queue, slots that decode on
+for clients that left) is replaced by `rollout.driver`. Its `LLMOrchestrator` answers whatever is
+asked, so requests are checked before it sees them. Its import turns the root logger to DEBUG, and
+its calls of `logging.info` give the root logger a handler. Text such as `<0x41>` would be taken for
+a byte.
 """
 
 from __future__ import annotations
@@ -38,14 +40,15 @@ from dcmdp_jax import sharding, sync, tokenizer
 from dcmdp_jax.config import Precision
 from dcmdp_jax.models import weights
 from dcmdp_jax.records import Sampling
-from dcmdp_jax.rollout import driver
 from dcmdp_jax.rollout.jetstream import Engine, stand_ins
+from dcmdp_jax.serving import driver
 
 
 @contextmanager
 def _root_logger_kept() -> Iterator[None]:
     root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
+    level = root.level
+    handlers = list(root.handlers)
     try:
         yield
     finally:
@@ -57,10 +60,12 @@ with stand_ins(), _root_logger_kept():
     from jetstream.core import orchestrator
     from jetstream.core.proto import jetstream_pb2
     from jetstream.core.utils.return_sample import ReturnSample
-orchestrator.logging = logging.getLogger("jetstream")  # logging.info, of the module, would configure the root logger
+# logging.info, of the module, would configure the root logger
+orchestrator.logging = logging.getLogger("jetstream")
 
 BODY = 1 << 20  # bytes of a request
-SPARE_RPCS = 16  # beside those that decode or wait: health checks, and requests on their way to a refusal
+# beside those that decode or wait: health checks, and requests on their way to a refusal
+SPARE_RPCS = 16
 PENDING = 16384  # calls that gRPC keeps until they are looked at; it cancels further ones
 LONG_TEXT = 8192  # characters; longer ones are encoded one after another
 GRACE = 10.0  # seconds for accepted requests to end
@@ -76,15 +81,20 @@ class Driver(driver.Driver):
 
 
 class Request:
-    """A request that was checked: for the orchestrator both the request and its content, and the driver's `Request`."""
+    """A request that was checked: for the orchestrator both the request and its content, and the
+    driver's `Request`.
+    """
 
     session_cache = ""
     channel: Any = None  # the orchestrator's, once it is queued
     version: int | None = None
 
     def __init__(self, tokens: Sequence[int], max_tokens: int, text: Text | None):
-        self.tokens, self.max_tokens, self.text = tokens, max_tokens, text
-        self._unsent, self._lost = [], False
+        self.tokens = tokens
+        self.max_tokens = max_tokens
+        self.text = text
+        self._unsent = []
+        self._lost = False
 
     def gone(self) -> bool:
         return self._lost or self.channel.cancelled()
@@ -95,7 +105,9 @@ class Request:
         piece = self.text.add(tokens, ended) if self.text else ""
         if piece or ended or not self.text:
             # one character an item: an item such as <0x41> is taken for a byte
-            self._post(self.channel.add_result, [ReturnSample(text=list(piece), token_ids=self._unsent)])
+            self._post(
+                self.channel.add_result, [ReturnSample(text=list(piece), token_ids=self._unsent)]
+            )
             self._unsent = []
         if ended:
             self._post(self.channel.close)
@@ -112,22 +124,30 @@ class Request:
 
 
 class Text:
-    """The text of a completion as it grows: its pieces, joined, are the whole decoded; none ends within a character."""
+    """The text of a completion as it grows: its pieces, joined, are the whole decoded; none ends
+    within a character.
+    """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop_ids: Sequence[int]):
-        self._decode, self._stop_ids = decode, stop_ids
+        self._decode = decode
+        self._stop_ids = stop_ids
         self._tokens: list[int] = []
-        self._start, self._sent = 0, 0  # tokens of the last piece, and so what decoding depends on, begin and end here
+        self._start = 0
+        # tokens of the last piece, and so what decoding depends on, begin and end here
+        self._sent = 0
 
     def add(self, tokens: list[int], ended: bool) -> str:
         """The text that `tokens` add to what was returned so far."""
-        self._tokens += tokens[:-1] if ended and tokens[-1:] and tokens[-1] in self._stop_ids else tokens
-        before = self._decode(self._tokens[self._start:self._sent])
-        now = self._decode(self._tokens[self._start:])
-        if len(now) <= len(before) or now.endswith("\ufffd") and not ended:  # nothing yet, or a character's first bytes
+        self._tokens += (
+            tokens[:-1] if ended and tokens[-1:] and tokens[-1] in self._stop_ids else tokens
+        )
+        before = self._decode(self._tokens[self._start : self._sent])
+        now = self._decode(self._tokens[self._start :])
+        # nothing yet, or a character's first bytes
+        if len(now) <= len(before) or now.endswith("\ufffd") and not ended:
             return ""
         self._start, self._sent = self._sent, len(self._tokens)
-        return now[len(before):]
+        return now[len(before) :]
 
 
 class Orchestrator(orchestrator.LLMOrchestrator):
@@ -135,13 +155,16 @@ class Orchestrator(orchestrator.LLMOrchestrator):
 
     def __init__(self, slots: Driver, vocabulary: tokenizer.Tokenizer | None, max_prompt: int):
         super().__init__(slots)
-        self._engine, self._vocabulary, self._max_prompt = slots.engine, vocabulary, max_prompt
+        self._engine = slots.engine
+        self._vocabulary = vocabulary
+        self._max_prompt = max_prompt
         self._long_texts = ThreadPoolExecutor(1)
 
     async def HealthCheck(self, request: Any, context: grpc.aio.ServicerContext | None = None):
         if request is None:
-            await orchestrator._abort_or_raise(context, grpc.StatusCode.INVALID_ARGUMENT,
-                                               "the request is no HealthCheckRequest")
+            await orchestrator._abort_or_raise(
+                context, grpc.StatusCode.INVALID_ARGUMENT, "the request is no HealthCheckRequest"
+            )
         return await super().HealthCheck(request, context)
 
     async def Decode(self, request: Any, context: grpc.aio.ServicerContext | None = None):
@@ -149,7 +172,9 @@ class Orchestrator(orchestrator.LLMOrchestrator):
         try:
             checked = await self._checked(request)
         except ValueError as error:
-            await orchestrator._abort_or_raise(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            await orchestrator._abort_or_raise(
+                context, grpc.StatusCode.INVALID_ARGUMENT, str(error)
+            )
         try:
             async for reply in super().Decode(checked, context):
                 yield reply
@@ -191,23 +216,32 @@ class Orchestrator(orchestrator.LLMOrchestrator):
         worth the work: longer than as many of the longest tokens as a prompt may have."""
         longest = self._max_prompt * self._vocabulary.longest
         if len(text) > longest:
-            raise ValueError(f"the text has {len(text)} characters; the {self._max_prompt} tokens "
-                             f"that this server takes hold {longest} at most; shorten it")
+            raise ValueError(
+                f"the text has {len(text)} characters; the {self._max_prompt} tokens "
+                f"that this server takes hold {longest} at most; shorten it"
+            )
         pool = self._long_texts if len(text) > LONG_TEXT else None  # short ones do not wait
-        return await asyncio.get_running_loop().run_in_executor(
-            pool, self._vocabulary.encode, text)
+        return await asyncio.get_running_loop().run_in_executor(pool, self._vocabulary.encode, text)
 
     def _check_prompt(self, tokens: list[int], max_tokens: int) -> None:
-        count, vocab_size, positions = len(tokens), self._engine.config.vocab_size, self._engine.max_length
+        count = len(tokens)
+        vocab_size = self._engine.config.vocab_size
+        positions = self._engine.max_length
         if not count:
             raise ValueError("the prompt is empty; send at least one token")
         if count > self._max_prompt:
-            raise ValueError(f"the prompt has {count} tokens and this server takes {self._max_prompt}; shorten it")
+            raise ValueError(
+                f"the prompt has {count} tokens and this server takes {self._max_prompt}; shorten it"
+            )
         for token in (min(tokens), max(tokens)):
             if not 0 <= token < vocab_size:
-                raise ValueError(f"token id {token} is outside the vocabulary; ids go from 0 to {vocab_size - 1}")
+                raise ValueError(
+                    f"token id {token} is outside the vocabulary; ids go from 0 to {vocab_size - 1}"
+                )
         if count + max_tokens > positions:
-            raise ValueError(f"max_tokens is {max_tokens}; after {count} prompt tokens at most {positions - count} fit")
+            raise ValueError(
+                f"max_tokens is {max_tokens}; after {count} prompt tokens at most {positions - count} fit"
+            )
 
 
 def add(servicer: Orchestrator, server: grpc.aio.Server) -> None:
@@ -215,11 +249,16 @@ def add(servicer: Orchestrator, server: grpc.aio.Server) -> None:
     gRPC itself would answer UNKNOWN."""
     handlers = {
         "Decode": grpc.unary_stream_rpc_method_handler(
-            servicer.Decode, partial(_parsed, jetstream_pb2.DecodeRequest),
-            jetstream_pb2.DecodeResponse.SerializeToString),
+            servicer.Decode,
+            partial(_parsed, jetstream_pb2.DecodeRequest),
+            jetstream_pb2.DecodeResponse.SerializeToString,
+        ),
         "HealthCheck": grpc.unary_unary_rpc_method_handler(
-            servicer.HealthCheck, partial(_parsed, jetstream_pb2.HealthCheckRequest),
-            jetstream_pb2.HealthCheckResponse.SerializeToString)}
+            servicer.HealthCheck,
+            partial(_parsed, jetstream_pb2.HealthCheckRequest),
+            jetstream_pb2.HealthCheckResponse.SerializeToString,
+        ),
+    }
     service = jetstream_pb2.DESCRIPTOR.services_by_name["Orchestrator"].full_name
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
 
@@ -232,55 +271,90 @@ def _parsed(kind: type[Message], data: bytes) -> Message | None:
 
 
 def listen(host: str, port: int, rpcs: int) -> tuple[grpc.aio.Server, int]:
-    """A server that is bound, not started, and its port; port 0 takes a free one. Raises OSError on failure to bind."""
+    """A server that is bound, not started, and its port; port 0 takes a free one. Raises OSError on
+    failure to bind.
+    """
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         _try_to_bind(host, port)
     except OSError as error:
-        raise OSError(f"cannot listen on {address} ({error.strerror}); choose another --port or --host") from None
+        raise OSError(
+            f"cannot listen on {address} ({error.strerror}); choose another --port or --host"
+        ) from None
     except UnicodeError:
         raise ValueError(f"--host {host!r:.100} is no host name; give one, or an address") from None
-    server = grpc.aio.server(maximum_concurrent_rpcs=rpcs, options=[
-        ("grpc.max_receive_message_length", BODY),
-        ("grpc.server.max_pending_requests", PENDING),
-        ("grpc.server.max_pending_requests_hard_limit", PENDING),
-        ("grpc.so_reuseport", 0),  # or two servers share a port, and each gets some of the requests
-        ("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)])  # a client's machine may vanish
+    server = grpc.aio.server(
+        maximum_concurrent_rpcs=rpcs,
+        options=[
+            ("grpc.max_receive_message_length", BODY),
+            ("grpc.server.max_pending_requests", PENDING),
+            ("grpc.server.max_pending_requests_hard_limit", PENDING),
+            (
+                "grpc.so_reuseport",
+                0,
+            ),  # or two servers share a port, and each gets some of the requests
+            # a client's machine may vanish
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+        ],
+    )
     try:
         return server, server.add_insecure_port(address)
     except RuntimeError as error:  # somebody was quicker
-        raise OSError(f"cannot listen on {address} ({error}); choose another --port or --host") from None
+        raise OSError(
+            f"cannot listen on {address} ({error}); choose another --port or --host"
+        ) from None
 
 
 def _try_to_bind(host: str, port: int) -> None:
-    """Raises OSError where gRPC could not bind: it would write a line of its own to stderr, and give no reason."""
-    places, failures = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), []
+    """Raises OSError where gRPC could not bind: it would write a line of its own to stderr, and
+    give no reason.
+    """
+    places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    failures = []
     for family, kind, _, _, place in places:
         try:
             with socket.socket(family, kind) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a server that ended may linger
+                # connections of a server that ended may linger
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(place)
         except OSError as error:
             failures.append(error)
     taken = [error for error in failures if error.errno == errno.EADDRINUSE]
-    if taken or len(failures) == len(places):  # of the addresses of a name, such as localhost's in IPv6, some may be missing
+    # of the addresses of a name, such as localhost's in IPv6, some may be missing
+    if taken or len(failures) == len(places):
         raise (taken or failures)[0]
 
 
-def run(model: str, *, tokenizer_path: str = "", tokens_only: bool = False, precision: Precision = Precision(),
-        host: str = "127.0.0.1", port: int = 9000, slots: int = 8, waiting: int = 64, max_prompt: int | None = None,
-        max_length: int | None = None, steps: int = 8, grace: float = GRACE,
-        sampling: Sampling = Sampling(), seed: int = 0) -> int:
+def run(
+    model: str,
+    *,
+    tokenizer_path: str = "",
+    tokens_only: bool = False,
+    precision: Precision = Precision(),
+    host: str = "127.0.0.1",
+    port: int = 9000,
+    slots: int = 8,
+    waiting: int = 64,
+    max_prompt: int | None = None,
+    max_length: int | None = None,
+    steps: int = 8,
+    grace: float = GRACE,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+) -> int:
     """Serves a Hugging Face folder until SIGTERM or SIGINT and returns an exit status: 0 once all
     accepted requests have ended, 1 where `grace` or a second signal cut some off.
 
     Args:
       tokens_only: needs no tokenizer; text is refused, and completions end with max_tokens alone.
-      host: other than a loopback address opens the server to the network, without encryption or passwords.
+      host: other than a loopback address opens the server to the network, without encryption or
+          passwords.
       slots: sequences decoded together.
       waiting: requests that may wait for a slot; more are refused with RESOURCE_EXHAUSTED.
       max_prompt: tokens; None takes half of max_length.
-      max_length: tokens of prompt and completion together; memory is taken for all of it in every slot. None takes
+      max_length: tokens of prompt and completion together; memory is taken for all of it in every
+          slot. None takes
         2,048, or as many as the model has positions.
       steps: tokens that are decoded, and then streamed, at a time.
       grace: seconds after the signal for accepted requests to end.
@@ -304,8 +378,15 @@ def run(model: str, *, tokenizer_path: str = "", tokens_only: bool = False, prec
     def load() -> Driver:
         mesh = sharding.single_device_mesh()
         config, params = weights.load(model)
-        engine = Engine(config, slots=slots, max_length=max_length, steps=steps, precision=precision, mesh=mesh,
-                        stop_ids=vocabulary.eos_ids if vocabulary else ())
+        engine = Engine(
+            config,
+            slots=slots,
+            max_length=max_length,
+            steps=steps,
+            precision=precision,
+            mesh=mesh,
+            stop_ids=vocabulary.eos_ids if vocabulary else (),
+        )
         policy = sync.make(config, precision, mesh)(params, 0)
         return Driver(engine, policy, waiting=waiting, sampling=sampling, seed=seed)
 
@@ -326,13 +407,19 @@ def run(model: str, *, tokenizer_path: str = "", tokens_only: bool = False, prec
 async def _until_stopped(server: grpc.aio.Server, running: Driver, grace: float) -> int:
     """Waits for a signal, then `grace` seconds for the requests that were accepted; a second signal
     ends those too. Returns an exit status."""
-    asked, hurried = asyncio.Event(), asyncio.Event()
+    asked = asyncio.Event()
+    hurried = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, lambda: (hurried if asked.is_set() else asked).set())
+        asyncio.get_running_loop().add_signal_handler(
+            number, lambda: (hurried if asked.is_set() else asked).set()
+        )
     await asked.wait()
     running.close()
-    print(f"finishing the requests that were accepted, for {grace:g} s at most; a second signal "
-          "stops at once", flush=True)
+    print(
+        f"finishing the requests that were accepted, for {grace:g} s at most; a second signal "
+        "stops at once",
+        flush=True,
+    )
     drained = asyncio.create_task(_drain(server, running))
     cut = asyncio.create_task(hurried.wait())
     await asyncio.wait({drained, cut}, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
@@ -344,21 +431,29 @@ async def _until_stopped(server: grpc.aio.Server, running: Driver, grace: float)
 
 
 async def _drain(server: grpc.aio.Server, running: Driver) -> None:
-    """Ends the driver first: to new requests it answers UNAVAILABLE, where a gRPC server that stops may say CANCELLED."""
+    """Ends the driver first: to new requests it answers UNAVAILABLE, where a gRPC server that stops
+    may say CANCELLED.
+    """
     await asyncio.to_thread(running.stop)
     await server.stop(MOST_GRACE)
 
 
 def _lengths(max_prompt: int | None, max_length: int | None, positions: int) -> tuple[int, int]:
-    """`run`'s max_prompt and max_length, of a model with so many positions. Raises ValueError where they do not fit."""
+    """`run`'s max_prompt and max_length, of a model with so many positions. Raises ValueError where
+    they do not fit.
+    """
     if max_length is None:
         max_length = min(2048, positions)
     if not 2 <= max_length <= positions:
-        raise ValueError(f"--max-length is {max_length}; it must lie in 2..{positions}, the positions of the model")
+        raise ValueError(
+            f"--max-length is {max_length}; it must lie in 2..{positions}, the positions of the model"
+        )
     if max_prompt is None:
         max_prompt = max_length // 2
     if not 1 <= max_prompt < max_length:
-        raise ValueError(f"--max-prompt is {max_prompt}; it must be at least 1 and less than --max-length, {max_length}")
+        raise ValueError(
+            f"--max-prompt is {max_prompt}; it must be at least 1 and less than --max-length, {max_length}"
+        )
     return max_prompt, max_length
 
 

@@ -39,7 +39,8 @@ SLACK_SECONDS = 5.0  # process 0 counts from its own start and says so itself
 SENTENCE = 1000  # characters that travel and are printed
 LONGEST = 16 * SENTENCE  # bytes of a line
 GREETINGS = 256  # awaited at a time
-VARIABLE, FILE = "DCMDP_SECRET", "rollcall.secret"
+VARIABLE = "DCMDP_SECRET"
+FILE = "rollcall.secret"
 SHORTEST = 16  # characters of a secret
 GO = "go"
 
@@ -48,7 +49,9 @@ class Line:
     """A connection that carries JSON objects."""
 
     def __init__(self, connection: socket.socket):
-        self._socket, self._unread, self._writing = connection, b"", threading.Lock()
+        self._socket = connection
+        self._unread = b""
+        self._writing = threading.Lock()
 
     def send(self, **message: object) -> None:
         """Sends; where the other side is gone, its reader finds that out."""
@@ -99,7 +102,9 @@ class Roll:
 
     def __init__(self, lines: dict[int, Line], names: dict[int, str]):
         self.stopping = False  # another process was asked to stop
-        self._lines, self._names, self._done = lines, names, set()
+        self._lines = lines
+        self._names = names
+        self._done = set()
         for line in lines.values():
             line.keep()
         for process in lines:
@@ -136,8 +141,9 @@ def plain(said: object) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(said)[:SENTENCE])
 
 
-def call(address: str, processes: int, process: int, limit: float,
-         folder: str | os.PathLike) -> Roll:
+def call(
+    address: str, processes: int, process: int, limit: float, folder: str | os.PathLike
+) -> Roll:
     """Waits up to `limit` seconds until all `processes` have called at `address` (HOST:PORT of
     process 0).
 
@@ -149,12 +155,15 @@ def call(address: str, processes: int, process: int, limit: float,
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ValueError(f"the coordinator {address!r} is not HOST:PORT")
     if not 0 <= process < processes:
-        raise ValueError(f"process {process} is not one of {processes} processes; they are "
-                         "numbered from 0")
-    given, file = os.environ.get(VARIABLE, ""), pathlib.Path(folder) / FILE
+        raise ValueError(
+            f"process {process} is not one of {processes} processes; they are numbered from 0"
+        )
+    given = os.environ.get(VARIABLE, "")
+    file = pathlib.Path(folder) / FILE
     if given and len(given) < SHORTEST:
-        raise ValueError(f"{VARIABLE} has {len(given)} characters; give all processes one of "
-                         f"{SHORTEST} or more")
+        raise ValueError(
+            f"{VARIABLE} has {len(given)} characters; give all processes one of {SHORTEST} or more"
+        )
     if process:
         return _report(host.strip("[]"), int(port), processes, process, limit, given, file)
     if given:
@@ -229,8 +238,10 @@ def _gather(address: str, port: int, processes: int, limit: float, secret: str) 
     try:
         server = socket.create_server(("", port), backlog=max(processes, 128))
     except OSError as error:
-        raise ValueError(f"process 0 cannot listen on port {port} ({os.strerror(error.errno)}); "
-                         "give all processes another") from None
+        raise ValueError(
+            f"process 0 cannot listen on port {port} ({os.strerror(error.errno)}); "
+            "give all processes another"
+        ) from None
     server.settimeout(POLL_SECONDS)
     with server:
         while len(there) < processes - 1:
@@ -242,19 +253,32 @@ def _gather(address: str, port: int, processes: int, limit: float, secret: str) 
                 missing = ", ".join(str(i) for i in range(1, processes) if i not in there)
                 refused = f"{len(strangers)} call{'s were' if len(strangers) > 1 else ' was'}"
                 known = f"; {refused} refused without the run's secret" if strangers else ""
-                _refuse(there.values(), secret, (
-                    f"process {missing} of {processes} did not call at {address} within {limit:g} "
-                    "s; start what is missing, and see that its --coordinator is right and the "
-                    f"port is open{known}"))
+                _refuse(
+                    there.values(),
+                    secret,
+                    (
+                        f"process {missing} of {processes} did not call at {address} within {limit:g} "
+                        "s; start what is missing, and see that its --coordinator is right and the "
+                        f"port is open{known}"
+                    ),
+                )
     for caller in there.values():
         caller.answer(secret, GO)
-    return Roll({i: caller.line for i, caller in there.items()},
-                {i: f"process {i} on {caller.host}" for i, caller in there.items()})
+    return Roll(
+        {i: caller.line for i, caller in there.items()},
+        {i: f"process {i} on {caller.host}" for i, caller in there.items()},
+    )
 
 
-def _receive(server: socket.socket, secret: str, proved: queue.Queue[Caller], strangers: list[str],
-             greetings: threading.BoundedSemaphore) -> None:
+def _receive(
+    server: socket.socket,
+    secret: str,
+    proved: queue.Queue[Caller],
+    strangers: list[str],
+    greetings: threading.BoundedSemaphore,
+) -> None:
     """Takes a call, if there is one; a thread greets it and releases `greetings` at its end."""
+
     def greet() -> None:
         line = Line(connection)
         caller, spoke = _greet(line, secret)
@@ -267,8 +291,12 @@ def _receive(server: socket.socket, secret: str, proved: queue.Queue[Caller], st
             return
         strangers.append(origin)
         if len(strangers) == 1:
-            print(f"dcmdp: a call from {origin} without the run's secret was refused; more are "
-                  "counted and not told", file=sys.stderr, flush=True)
+            print(
+                f"dcmdp: a call from {origin} without the run's secret was refused; more are "
+                "counted and not told",
+                file=sys.stderr,
+                flush=True,
+            )
 
     try:
         connection, (origin, *_) = server.accept()
@@ -302,8 +330,10 @@ def _admit(caller: Caller, there: dict[int, Caller], processes: int, secret: str
     if i in there:
         why = f"has been started twice, on {there[i].host} and {caller.host}"
     elif caller.processes != processes or not 0 < i < processes:
-        why = (f"on {caller.host} was started as one of {caller.processes} processes, process 0 as "
-               f"one of {processes}")
+        why = (
+            f"on {caller.host} was started as one of {caller.processes} processes, process 0 as "
+            f"one of {processes}"
+        )
     else:
         there[i] = caller
         return
@@ -316,34 +346,47 @@ def _refuse(callers: Iterable[Caller], secret: str, sentence: str) -> None:
     raise ValueError(sentence)
 
 
-def _report(host: str, port: int, processes: int, process: int, limit: float, given: str,
-            file: pathlib.Path) -> Roll:
+def _report(
+    host: str, port: int, processes: int, process: int, limit: float, given: str, file: pathlib.Path
+) -> Roll:
     """Every other process: calls process 0 and awaits its word."""
-    deadline, name = time.monotonic() + limit, socket.gethostname()
+    deadline = time.monotonic() + limit
+    name = socket.gethostname()
     while True:
         line = Line(_connect(host, port, process, limit, deadline))
         nonce = (line.read(limit + SLACK_SECONDS) or {}).get("nonce")
         if not isinstance(nonce, str):
-            raise ValueError(f"process {process} reached {host}:{port}, but what answers there is "
-                             "no process 0 of this run, or has stopped; see its output")
+            raise ValueError(
+                f"process {process} reached {host}:{port}, but what answers there is "
+                "no process 0 of this run, or has stopped; see its output"
+            )
         if secret := given or _read(file):
             break
         line.close()  # a folder may show the file late, and process 0 waits for no greeting
         if time.monotonic() > deadline:
-            raise ValueError(f"process {process} finds no {file.absolute()}, where process 0 keeps "
-                             "the run's secret: the folder is not on a file system shared with "
-                             f"process 0, or process 0 has {VARIABLE} set; give another --workdir, "
-                             f"or all processes the same {VARIABLE}")
+            raise ValueError(
+                f"process {process} finds no {file.absolute()}, where process 0 keeps "
+                "the run's secret: the folder is not on a file system shared with "
+                f"process 0, or process 0 has {VARIABLE} set; give another --workdir, "
+                f"or all processes the same {VARIABLE}"
+            )
         time.sleep(RETRY_SECONDS)
     own = secrets.token_hex(16)
-    line.send(process=process, processes=processes, host=name, nonce=own,
-              proof=_proof(secret, nonce, own, process, processes, name))
+    line.send(
+        process=process,
+        processes=processes,
+        host=name,
+        nonce=own,
+        proof=_proof(secret, nonce, own, process, processes, name),
+    )
     said = line.read(limit + SLACK_SECONDS) or {}
     answer = str(said.get("answer"))
     if not _is_proof(said.get("proof"), _proof(secret, nonce, own, answer)):
-        raise ValueError(f"process {process} was not let in at {host}:{port}: process 0 there has "
-                         "another secret, or has stopped; give all the same --workdir, on a shared "
-                         f"file system, or the same {VARIABLE}, and see its output")
+        raise ValueError(
+            f"process {process} was not let in at {host}:{port}: process 0 there has "
+            "another secret, or has stopped; give all the same --workdir, on a shared "
+            f"file system, or the same {VARIABLE}, and see its output"
+        )
     if answer != GO:
         raise ValueError(plain(answer))
     return Roll({0: line}, {0: f"process 0 at {host}:{port}"})
@@ -359,7 +402,9 @@ def _connect(host: str, port: int, process: int, limit: float, deadline: float) 
         except OSError as error:
             reason = error.strerror or "no answer"
         if time.monotonic() + RETRY_SECONDS > deadline:
-            raise ValueError(f"process {process} found no process 0 at {host}:{port} within "
-                             f"{limit:g} s ({reason}); start process 0 there, correct "
-                             "--coordinator, or open the port")
+            raise ValueError(
+                f"process {process} found no process 0 at {host}:{port} within "
+                f"{limit:g} s ({reason}); start process 0 there, correct "
+                "--coordinator, or open the port"
+            )
         time.sleep(RETRY_SECONDS)

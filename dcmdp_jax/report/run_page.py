@@ -1,8 +1,9 @@
 """A run at a glance: `report.html` of its folder.
 
-The page is one file without scripts or links: a verdict computed from the rows, the curves as inline SVG, a table, and
-the resolved configuration. It reads `metrics.jsonl` and `config.json`, so it works on a run that is unfinished too, and
-what `mismatch` finds. Several runs on one page: `comparison`.
+The page is one file without scripts or links: a verdict computed from the rows, the curves as
+inline SVG, a table, and the resolved configuration. It reads `metrics.jsonl` and `config.json`, so
+it works on a run that is unfinished too, and what `mismatch` finds. Several runs on one page:
+`comparison`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,26 @@ import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from dcmdp_jax import fields, metrics, mismatch
-from dcmdp_jax.charts import ENGINE, FAINT, NEUTRAL, TRAINER, Panel, Series, chart, finite
+from dcmdp_jax import fields, metrics
 from dcmdp_jax.config import RECORD, read_record
+from dcmdp_jax.report import discrepancy
+from dcmdp_jax.report.line_chart import (
+    ENGINE,
+    FAINT,
+    NEUTRAL,
+    TRAINER,
+    Panel,
+    Series,
+    chart,
+    finite,
+)
 
-
-NUMBERS = (("steps",), ("eval", "prompts"), ("constraint", "tolerance"),
-           ("constraint", "multiplier_max"))
+NUMBERS = (
+    ("steps",),
+    ("eval", "prompts"),
+    ("constraint", "tolerance"),
+    ("constraint", "multiplier_max"),
+)
 
 
 class Measure(NamedTuple):
@@ -55,7 +69,7 @@ def write(workdir: str | os.PathLike) -> pathlib.Path:
     config, rows = load(workdir)
     check(config, workdir)
     path = pathlib.Path(workdir) / "report.html"
-    path.write_text(_page(config, rows, mismatch.sections(workdir)), "utf-8", errors="replace")
+    path.write_text(_page(config, rows, discrepancy.sections(workdir)), "utf-8", errors="replace")
     return path
 
 
@@ -65,18 +79,32 @@ def panels(config: dict[str, Any], rows: list[dict[str, Any]]) -> list[Panel]:
     reward = points_of(rows, "reward")
     training = [Series("training batch", FAINT if window > 1 else NEUTRAL, reward, width=1.2)]
     if window > 1:
-        training.append(Series(f"training, mean of {window} steps", NEUTRAL, smoothed(reward, window)))
+        training.append(
+            Series(f"training, mean of {window} steps", NEUTRAL, smoothed(reward, window))
+        )
     # The trainer's line is the wider one, below: where the two policies agree both are seen.
-    held_out = [Series("held-out, trainer", TRAINER, finite(points_of(rows, "reward_eval_train")), 3.6, True),
-                Series("held-out, engine", ENGINE, finite(points_of(rows, "reward_eval_infer")), 1.6, True)]
-    shown = [Panel("Reward", "mean reward", training + held_out),
-             Panel("Discrepancy of probabilities", "mean |π_train − π_infer|", _curve(rows, "delta_mean", "mean delta"),
-                   tolerance_of(config)),
-             Panel("Multiplier", "λ, advantage per unit of delta", _curve(rows, "multiplier", "lambda")),
-             Panel("Entropy", "nats per token", _curve(rows, "entropy", "entropy")),
-             Panel("KL(engine ‖ trainer)", "k3 estimate, nats per token", _curve(rows, "k3", "k3")),
-             Panel("Response length", "tokens", _curve(rows, "response_length", "length"))]
-    shown = [panel._replace(series=[s for s in panel.series if finite(s.points)]) for panel in shown]
+    held_out = [
+        Series(
+            "held-out, trainer", TRAINER, finite(points_of(rows, "reward_eval_train")), 3.6, True
+        ),
+        Series("held-out, engine", ENGINE, finite(points_of(rows, "reward_eval_infer")), 1.6, True),
+    ]
+    shown = [
+        Panel("Reward", "mean reward", training + held_out),
+        Panel(
+            "Discrepancy of probabilities",
+            "mean |π_train − π_infer|",
+            _curve(rows, "delta_mean", "mean delta"),
+            tolerance_of(config),
+        ),
+        Panel("Multiplier", "λ, advantage per unit of delta", _curve(rows, "multiplier", "lambda")),
+        Panel("Entropy", "nats per token", _curve(rows, "entropy", "entropy")),
+        Panel("KL(engine ‖ trainer)", "k3 estimate, nats per token", _curve(rows, "k3", "k3")),
+        Panel("Response length", "tokens", _curve(rows, "response_length", "length")),
+    ]
+    shown = [
+        panel._replace(series=[s for s in panel.series if finite(s.points)]) for panel in shown
+    ]
     return [panel for panel in shown if panel.series]
 
 
@@ -84,72 +112,100 @@ def verdict(config: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """What happened, in sentences computed from the rows."""
     if not rows:
         return "No step was finished."
-    last, total = rows[-1]["step"], config.get("steps", rows[-1]["step"])
+    last = rows[-1]["step"]
+    total = config.get("steps", rows[-1]["step"])
     said = [f"The run stopped at step {last} of {total}."] if last < total else []
     skipped = rows[-1].get("skipped") or 0
     updates = [setting(config, "algorithm", name) or 1 for name in ("epochs", "minibatches")]
     if skipped and skipped == last * math.prod(updates):
         said.append("Nothing was learnt: every update was left out.")
     said += _reward_verdict(config, rows) + _truncated_verdict(config, rows)
-    tail = finite(points_of(rows[-max(1, len(rows) // 10):], "delta_mean"))
-    tolerance, delta = tolerance_of(config), [value for _, value in finite(points_of(rows, "delta_mean"))]
+    tail = finite(points_of(rows[-max(1, len(rows) // 10) :], "delta_mean"))
+    tolerance = tolerance_of(config)
+    delta = [value for _, value in finite(points_of(rows, "delta_mean"))]
     if tail and tolerance is not None:
-        mean, inside = statistics.fmean(value for _, value in tail), sum(value <= tolerance for value in delta)
+        mean = statistics.fmean(value for _, value in tail)
+        inside = sum(value <= tolerance for value in delta)
         place = "within" if mean <= tolerance else "above"
         when = "at the last step" if len(tail) == 1 else f"over the last {len(tail)} steps"
-        said.append(f"Mean delta was {mean:.4g} {when}, {place} the tolerance of {tolerance:g}; "
-                    f"{inside} of {counted(len(delta), 'step')} ({inside / len(delta):.0%}) lay inside it.")
+        said.append(
+            f"Mean delta was {mean:.4g} {when}, {place} the tolerance of {tolerance:g}; "
+            f"{inside} of {counted(len(delta), 'step')} ({inside / len(delta):.0%}) lay inside it."
+        )
     asked = sum("delta_mean" in row for row in rows)
     if len(delta) < asked:
-        said.append(f"Delta could be measured in {len(delta)} of {counted(asked, 'step')}; in the "
-                    "others log-probs were not finite, or there was no token.")
+        said.append(
+            f"Delta could be measured in {len(delta)} of {counted(asked, 'step')}; in the "
+            "others log-probs were not finite, or there was no token."
+        )
     floor = metrics.floor(rows[0])
     if floor is not None and tolerance is not None and tolerance < floor:
-        said.append("The tolerance lies under the floor: with the weights that the run began with "
-                    f"mean delta was {rows[0]['delta_mean']:.4g}, at which no multiplier could "
-                    "have met it.")
+        said.append(
+            "The tolerance lies under the floor: with the weights that the run began with "
+            f"mean delta was {rows[0]['delta_mean']:.4g}, at which no multiplier could "
+            "have met it."
+        )
     said += _multiplier_verdict(config, rows)
     if skipped:
-        said.append(f"{counted(skipped, 'update')} left out because the loss or its gradient was not finite.")
+        said.append(
+            f"{counted(skipped, 'update')} left out because the loss or its gradient was not finite."
+        )
     return " ".join(said)
 
 
 def _reward_verdict(config: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    """One sentence on each policy's held-out reward, or on the training reward where nothing was held out."""
-    said, prompts = [], setting(config, "eval", "prompts")
-    # For rewards in [0, 1] the standard error of a mean over n prompts is at most 0.5 / sqrt(n), and sqrt(2) times that
+    """One sentence on each policy's held-out reward, or on the training reward where nothing was
+    held out.
+    """
+    said = []
+    prompts = setting(config, "eval", "prompts")
+    # For rewards in [0, 1] the standard error of a mean over n prompts is at most 0.5 / sqrt(n),
+    # and sqrt(2) times that
     # for a difference; a change below two of them is called noise.
     noise = 2 * math.sqrt(2) * 0.5 / math.sqrt(prompts) if prompts else 0.0
     for key, owner in (("reward_eval_infer", "engine"), ("reward_eval_train", "trainer")):
         points = finite(points_of(rows, key))
         if len(points) == 1:
-            said.append(f"Held-out reward of the {owner}'s policy was {points[0][1]:.3f} at step {points[0][0]}.")
+            said.append(
+                f"Held-out reward of the {owner}'s policy was {points[0][1]:.3f} at step {points[0][0]}."
+            )
         elif points:
             (first, start), (last, end) = points[0], points[-1]
             verb = "rose" if end > start else "fell"
-            change = f"{verb} from" if abs(end - start) > noise else "stayed within sampling noise, from"
-            said.append(f"Held-out reward of the {owner}'s policy {change} {start:.3f} (step {first}) to {end:.3f} "
-                        f"(step {last}).")
+            change = (
+                f"{verb} from" if abs(end - start) > noise else "stayed within sampling noise, from"
+            )
+            said.append(
+                f"Held-out reward of the {owner}'s policy {change} {start:.3f} (step {first}) to {end:.3f} "
+                f"(step {last})."
+            )
     training = finite(points_of(rows, "reward"))
     if not said and training:
-        said.append(f"Nothing was held out; the training reward went from {training[0][1]:.3f} to "
-                    f"{training[-1][1]:.3f}.")
+        said.append(
+            f"Nothing was held out; the training reward went from {training[0][1]:.3f} to "
+            f"{training[-1][1]:.3f}."
+        )
     return said
 
 
 def _truncated_verdict(config: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     """How many completions the length limit cut off, over the last tenth of the steps."""
-    shares = [share for _, share in finite(points_of(rows[-max(1, len(rows) // 10):], "truncated"))]
+    shares = [
+        share for _, share in finite(points_of(rows[-max(1, len(rows) // 10) :], "truncated"))
+    ]
     if not shares or not sum(shares):
         return []
-    mean, limit = statistics.fmean(shares), setting(config, "rollout", "max_tokens")
+    mean = statistics.fmean(shares)
+    limit = setting(config, "rollout", "max_tokens")
     which = "All completions" if mean == 1 else f"{mean:.1%} of the completions"
     when = "at the last step" if len(shares) == 1 else f"over the last {len(shares)} steps"
     return [f"{which} were cut off by the limit of {limit} tokens {when}."]
 
 
 def _multiplier_verdict(config: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    """Where lambda ended, and whether its upper bound held it: then the constraint was not enforced in full."""
+    """Where lambda ended, and whether its upper bound held it: then the constraint was not enforced
+    in full.
+    """
     points = finite(points_of(rows, "multiplier_next")) or finite(points_of(rows, "multiplier"))
     if not points:
         return []
@@ -157,10 +213,14 @@ def _multiplier_verdict(config: dict[str, Any], rows: list[dict[str, Any]]) -> l
     capped = sum(value >= bound * (1 - 1e-6) for _, value in points)  # the run clips in float32
     said = [f"After the last update the multiplier is {points[-1][1]:.4g}."]
     if capped:
-        said.append(f"It stood at its upper bound of {bound:g} after {capped} of {counted(len(points), 'step')}.")
+        said.append(
+            f"It stood at its upper bound of {bound:g} after {capped} of {counted(len(points), 'step')}."
+        )
     if saturated := rows[-1].get("saturated"):
-        said.append(f"In the last {counted(saturated, 'step')} it was held there with delta above "
-                    "the tolerance: the constraint is not enforced in full.")
+        said.append(
+            f"In the last {counted(saturated, 'step')} it was held there with delta above "
+            "the tolerance: the constraint is not enforced in full."
+        )
     return said
 
 
@@ -176,8 +236,11 @@ def _page(config: dict[str, Any], rows: list[dict[str, Any]], gaps: str) -> str:
 
 
 def page(title: str, body: str, config: dict[str, Any]) -> str:
-    """A page that stands alone: `body` is HTML, under the title and over the resolved configuration."""
-    name, resolved = html.escape(title), html.escape(json.dumps(config, indent=2, ensure_ascii=False))
+    """A page that stands alone: `body` is HTML, under the title and over the resolved
+    configuration.
+    """
+    name = html.escape(title)
+    resolved = html.escape(json.dumps(config, indent=2, ensure_ascii=False))
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{name}</title><style>{STYLE}</style></head><body><main>
@@ -217,25 +280,38 @@ pre{background:#f8fafc;padding:1rem;overflow-x:auto;font-size:.82rem;line-height
 
 def _summary(config: dict[str, Any]) -> str:
     """One line of the settings that tell runs apart; what the configuration lacks is left out."""
-    parts = (("{} steps", ("steps",)), ("{} engine", ("rollout", "precision", "weights")),
-             ("{} prompts a step", ("data", "prompts_per_step")), ("{} samples a prompt", ("rollout", "samples")),
-             ("up to {} tokens", ("rollout", "max_tokens")), ("learning rate {}", ("algorithm", "learning_rate")),
-             ("tolerance {}", ("constraint", "tolerance")), ("dual learning rate {}", ("constraint", "dual_lr")),
-             ("seed {}", ("seed",)))
+    parts = (
+        ("{} steps", ("steps",)),
+        ("{} engine", ("rollout", "precision", "weights")),
+        ("{} prompts a step", ("data", "prompts_per_step")),
+        ("{} samples a prompt", ("rollout", "samples")),
+        ("up to {} tokens", ("rollout", "max_tokens")),
+        ("learning rate {}", ("algorithm", "learning_rate")),
+        ("tolerance {}", ("constraint", "tolerance")),
+        ("dual learning rate {}", ("constraint", "dual_lr")),
+        ("seed {}", ("seed",)),
+    )
     found = [(text, setting(config, *names)) for text, names in parts]
     return " · ".join(text.format(value) for text, value in found if value is not None)
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
     """First, best and last value of each measure, with the steps they belong to."""
+
     def cell(point: tuple[int, float] | None) -> str:
-        return "<td>–</td>" if point is None else f"<td>{point[1]:.4g} <small>at {point[0]}</small></td>"
+        return (
+            "<td>–</td>"
+            if point is None
+            else f"<td>{point[1]:.4g} <small>at {point[0]}</small></td>"
+        )
 
     lines = []
     for key, label, best in MEASURES:
         if points := finite(points_of(rows, key)):
             chosen = best(points, key=lambda point: point[1]) if best else None
-            lines.append(f"<tr><td>{label}</td>{cell(points[0])}{cell(chosen)}{cell(points[-1])}</tr>")
+            lines.append(
+                f"<tr><td>{label}</td>{cell(points[0])}{cell(chosen)}{cell(points[-1])}</tr>"
+            )
     if not lines:
         return ""
     head = "<tr><th>quantity</th><th>first</th><th>best</th><th>last</th></tr>"
@@ -245,15 +321,22 @@ def _table(rows: list[dict[str, Any]]) -> str:
 def _cost(rows: list[dict[str, Any]]) -> str:
     """Wall time and sampling speed, over the steps that have both."""
     pairs = [(row.get("seconds") or 0.0, row.get("tokens")) for row in rows]
-    timed = [(seconds, tokens) for seconds, tokens in pairs
-             if 0 < seconds < math.inf and fields.is_of(tokens, fields.NUMBER)]
+    timed = [
+        (seconds, tokens)
+        for seconds, tokens in pairs
+        if 0 < seconds < math.inf and fields.is_of(tokens, fields.NUMBER)
+    ]
     if not timed:
         return "No step was timed."
     seconds, tokens = (sum(column) for column in zip(*timed))
     typical = statistics.median(second for second, _ in timed)
-    clock = f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60} min {int(seconds) % 60} s"
-    return (f"{counted(len(timed), 'step')} took {clock} (median {typical:.3g} s); {tokens:,} tokens were sampled, "
-            f"{tokens / seconds:,.0f} per second of the whole step.")
+    clock = (
+        f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60} min {int(seconds) % 60} s"
+    )
+    return (
+        f"{counted(len(timed), 'step')} took {clock} (median {typical:.3g} s); {tokens:,} tokens were sampled, "
+        f"{tokens / seconds:,.0f} per second of the whole step."
+    )
 
 
 def load(workdir: str | os.PathLike) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -268,14 +351,16 @@ def check(config: dict[str, Any], workdir: str | os.PathLike) -> None:
     or below 0."""
     place = str(pathlib.Path(workdir) / "config.json")
     for names in NUMBERS:
-        name, value = ".".join(names), setting(config, *names)
+        name = ".".join(names)
+        value = setting(config, *names)
         to_be_measured = name == "constraint.tolerance" and isinstance(value, dict)
         if value is None or to_be_measured:
             continue
         fields.check({name: value}, {name: fields.NUMBER}, place)
         if value < 0:
-            raise ValueError(f"{place} has {name!r} = {value}, which must not be negative; "
-                             "correct it")
+            raise ValueError(
+                f"{place} has {name!r} = {value}, which must not be negative; correct it"
+            )
 
 
 def setting(config: dict[str, Any], *names: str) -> Any:
@@ -292,7 +377,10 @@ def tolerance_of(config: dict[str, Any]) -> float | None:
 def points_of(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
     """(step, value) of every row, nan where the value is missing or no number."""
     values = [(row["step"], row.get(key)) for row in rows]
-    return [(step, float(value) if isinstance(value, (int, float)) else math.nan) for step, value in values]
+    return [
+        (step, float(value) if isinstance(value, (int, float)) else math.nan)
+        for step, value in values
+    ]
 
 
 def _curve(rows: list[dict[str, Any]], key: str, label: str) -> list[Series]:
@@ -303,7 +391,7 @@ def smoothed(points: list[tuple[int, float]], window: int) -> list[tuple[int, fl
     """Mean of the finite values of the last `window` points."""
     means = []
     for i, (step, _) in enumerate(points):
-        near = [value for _, value in finite(points[max(0, i + 1 - window):i + 1])]
+        near = [value for _, value in finite(points[max(0, i + 1 - window) : i + 1])]
         means.append((step, statistics.fmean(near) if near else math.nan))
     return means
 

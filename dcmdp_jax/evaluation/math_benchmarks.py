@@ -1,7 +1,8 @@
 """`dcmdp eval`: a model folder on the six mathematical evaluation sets, sampled by the engine.
 
-The work folder holds a JSONL file a set, one line a sample, written as completions end; `options.json`; and
-`summary.json` with the figures of `scores.summary`. Held-out evaluation during training is `evaluate.py`.
+The work folder holds a JSONL file a set, one line a sample, written as completions end;
+`options.json`; and `summary.json` with the figures of `scores.summary`. Held-out evaluation during
+training is `evaluate.py`.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dcmdp_jax import data, jsonfile, lock, rewards, scores, sharding, sync, tokenizer
+from dcmdp_jax import data, jsonfile, lock, rewards, sharding, sync, tokenizer
 from dcmdp_jax.answers import judge
 from dcmdp_jax.config import MeshConfig, Precision, differences
-from dcmdp_jax.models import qwen3, weights
+from dcmdp_jax.evaluation import scores
+from dcmdp_jax.models import decoder, weights
 from dcmdp_jax.records import Example, Prompts, Sampling, Weights
 from dcmdp_jax.rollout import jetstream
 from dcmdp_jax.rollout.generate import Engine, completion_keys, rollout
@@ -61,7 +63,8 @@ class Options:
     data_dir: str
     tokenizer: str = ""  # folder or file; empty: the model's folder
     sets: tuple[str, ...] = tuple(SETS)
-    k: tuple[int, ...] = ()  # samples a problem: one number for all sets, or one for each; none: the paper's
+    # samples a problem: one number for all sets, or one for each; none: the paper's
+    k: tuple[int, ...] = ()
     limit: int = 0  # problems of a set, the first ones; 0: all
     max_tokens: int = 32_768
     sampling: Sampling = Sampling(0.7)
@@ -97,7 +100,8 @@ class Evaluation:
 
 
 def prepare(options: Options, workdir: pathlib.Path) -> Evaluation:
-    """Reads and checks everything but the weights, and makes the work folder or finds it to belong to this evaluation.
+    """Reads and checks everything but the weights, and makes the work folder or finds it to belong
+    to this evaluation.
 
     Raises ValueError, in one sentence, on whatever cannot work; nothing is compiled before.
     """
@@ -109,10 +113,14 @@ def prepare(options: Options, workdir: pathlib.Path) -> Evaluation:
     vocabulary = tokenizer.load(options.tokenizer or folder, folder)
     tokenizer.check_vocabulary(vocabulary, shape.vocab_size)
     room = shape.max_position - options.max_tokens
-    sets = tuple(_ask(name, k, options, vocabulary, room, workdir) for name, k in zip(options.sets, _samples(options)))
+    sets = tuple(
+        _ask(name, k, options, vocabulary, room, workdir)
+        for name, k in zip(options.sets, _samples(options))
+    )
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir {workdir} is a file; name a folder")
-    record, path = _record(options, sets, vocabulary), workdir / "options.json"
+    record = _record(options, sets, vocabulary)
+    path = workdir / "options.json"
     if path.is_file():
         before = _read(path)
         if not isinstance(before.get("sets"), dict):
@@ -120,7 +128,9 @@ def prepare(options: Options, workdir: pathlib.Path) -> Evaluation:
         _same(before, record, workdir)
         record = {**record, "sets": {**before["sets"], **record["sets"]}}
     elif stray := [item.file for item in sets if item.file.exists()]:
-        raise ValueError(f"{stray[0]} is there but {path} is not; give another --workdir, or move the file away")
+        raise ValueError(
+            f"{stray[0]} is there but {path} is not; give another --workdir, or move the file away"
+        )
     for item in sets:
         _kept(item)  # so that a strange line is named now
     _read(workdir / SUMMARY)  # and a damaged summary
@@ -130,14 +140,20 @@ def prepare(options: Options, workdir: pathlib.Path) -> Evaluation:
     return Evaluation(options, workdir, vocabulary, sets, longest + options.max_tokens, held)
 
 
-def run(evaluation: Evaluation, asked: Callable[[], bool] = lambda: False,
-        say: Callable[[str], None] = lambda line: None) -> dict[str, dict]:
-    """Samples what the work folder lacks and returns the figures of each set, which `summary.json` then holds.
+def run(
+    evaluation: Evaluation,
+    asked: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, dict]:
+    """Samples what the work folder lacks and returns the figures of each set, which `summary.json`
+    then holds.
 
-    A sample depends on the weights, the seed, its set, its problem's place in the set and its own number: not on slots,
-    on order or on what was there before. Raises `Interrupted` where `asked()` says so, with every ended sample written.
+    A sample depends on the weights, the seed, its set, its problem's place in the set and its own
+    number: not on slots, on order or on what was there before. Raises `Interrupted` where `asked()`
+    says so, with every ended sample written.
     """
-    started = functools.cache(lambda: _start(evaluation))  # the weights are read where there is something to sample
+    # the weights are read where there is something to sample
+    started = functools.cache(lambda: _start(evaluation))
     figures = {}
     library = judge.library()
     given_up = library.given_up
@@ -146,8 +162,10 @@ def run(evaluation: Evaluation, asked: Callable[[], bool] = lambda: False,
             lines = _fill(evaluation, item, started, asked, say)
             figures[item.name] = _figures(item, lines)
     if count := library.given_up - given_up:
-        say(f"{count} comparisons took longer than {library.seconds:g} s, or too much memory, and "
-            "count as wrong")
+        say(
+            f"{count} comparisons took longer than {library.seconds:g} s, or too much memory, and "
+            "count as wrong"
+        )
     path = evaluation.workdir / SUMMARY
     _write(path, json.dumps({**_read(path), **figures}, indent=2) + "\n")
     return figures
@@ -157,20 +175,33 @@ def _check(options: Options) -> None:
     """Refuses what can be refused from the options alone."""
     for name in options.sets:
         if name not in SETS:
-            raise ValueError(f"there is no set {name!r}; --sets takes names out of {','.join(SETS)}")
+            raise ValueError(
+                f"there is no set {name!r}; --sets takes names out of {','.join(SETS)}"
+            )
     if len(set(options.sets)) < len(options.sets) or not options.sets:
         raise ValueError("--sets names no set, or one twice")
     if len(options.k) not in (0, 1, len(options.sets)):
-        raise ValueError(f"--k takes one number for all sets or one for each of the {len(options.sets)}, "
-                         f"not {len(options.k)}")
-    for name, value, least in (("k", min(options.k, default=1), 1), ("max-tokens", options.max_tokens, 1),
-                               ("slots", options.slots, 1), ("limit", options.limit, 0), ("tensor", options.tensor, 1)):
+        raise ValueError(
+            f"--k takes one number for all sets or one for each of the {len(options.sets)}, "
+            f"not {len(options.k)}"
+        )
+    for name, value, least in (
+        ("k", min(options.k, default=1), 1),
+        ("max-tokens", options.max_tokens, 1),
+        ("slots", options.slots, 1),
+        ("limit", options.limit, 0),
+        ("tensor", options.tensor, 1),
+    ):
         if value < least:
             raise ValueError(f"--{name} {value} must be at least {least}")
     if options.tensor > len(jax.devices()):
-        raise ValueError(f"--tensor {options.tensor} are more devices than the {len(jax.devices())} there are")
+        raise ValueError(
+            f"--tensor {options.tensor} are more devices than the {len(jax.devices())} there are"
+        )
     if not pathlib.Path(options.data_dir).is_dir():
-        raise ValueError(f"--data-dir {options.data_dir} is no folder; name the one that holds the sets' .jsonl files")
+        raise ValueError(
+            f"--data-dir {options.data_dir} is no folder; name the one that holds the sets' .jsonl files"
+        )
 
 
 def _samples(options: Options) -> tuple[int, ...]:
@@ -179,37 +210,70 @@ def _samples(options: Options) -> tuple[int, ...]:
     return options.k if len(options.k) > 1 else options.k * len(options.sets)
 
 
-def _ask(name: str, k: int, options: Options, vocabulary: tokenizer.Tokenizer, room: int, workdir: pathlib.Path) -> Asked:
-    """A set, read and tokenized. Raises ValueError where its file is missing, or a prompt has more than `room` tokens."""
+def _ask(
+    name: str,
+    k: int,
+    options: Options,
+    vocabulary: tokenizer.Tokenizer,
+    room: int,
+    workdir: pathlib.Path,
+) -> Asked:
+    """A set, read and tokenized. Raises ValueError where its file is missing, or a prompt has more
+    than `room` tokens.
+    """
     paths = [pathlib.Path(options.data_dir) / file for file in SETS[name].files]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        raise ValueError(f"set {name} is not in {options.data_dir}: looked for {' and '.join(path.name for path in paths)}; "
-                         "put the file there, or leave the set out of --sets")
-    problems = data.read(path)[:options.limit or None]
-    prompts = data.tokenize(problems, vocabulary, chat=options.chat, enable_thinking=options.enable_thinking,
-                            instruction=options.instruction)
+        raise ValueError(
+            f"set {name} is not in {options.data_dir}: looked for {' and '.join(path.name for path in paths)}; "
+            "put the file there, or leave the set out of --sets"
+        )
+    problems = data.read(path)[: options.limit or None]
+    prompts = data.tokenize(
+        problems,
+        vocabulary,
+        chat=options.chat,
+        enable_thinking=options.enable_thinking,
+        instruction=options.instruction,
+    )
     longest = int(prompts.lengths.max())
     if longest > room:
-        raise ValueError(f"problem {int(prompts.lengths.argmax()) + 1} of {path} has {longest} tokens, which with "
-                         f"--max-tokens {options.max_tokens} are more than the model's {room + options.max_tokens} "
-                         "positions; lower --max-tokens")
+        raise ValueError(
+            f"problem {int(prompts.lengths.argmax()) + 1} of {path} has {longest} tokens, which with "
+            f"--max-tokens {options.max_tokens} are more than the model's {room + options.max_tokens} "
+            "positions; lower --max-tokens"
+        )
     return Asked(name, prompts, k, workdir / f"{name}.jsonl")
 
 
 def _mesh(options: Options) -> jax.sharding.Mesh:
-    return sharding.make_mesh(MeshConfig(tensor=options.tensor), jax.devices()[:options.tensor])
+    return sharding.make_mesh(MeshConfig(tensor=options.tensor), jax.devices()[: options.tensor])
 
 
-def _record(options: Options, sets: Sequence[Asked], vocabulary: tokenizer.Tokenizer) -> dict[str, Any]:
+def _record(
+    options: Options, sets: Sequence[Asked], vocabulary: tokenizer.Tokenizer
+) -> dict[str, Any]:
     """What a work folder is made with, all that its samples depend on, by the names of the options."""
-    given = {name: getattr(options, name) for name in ("max_tokens", "bfloat16", "seed", "chat", "enable_thinking",
-                                                       "instruction")}
-    asked = {item.name: {"k": item.samples, "limit": len(item.prompts.lengths), "data_dir": _digest(item.prompts.examples)}
-             for item in sets}
-    return {**given, **options.sampling._asdict(), **dataclasses.asdict(options.precision),
-            "tokenizer": [vocabulary.vocab_size, *vocabulary.eos_ids], "model": _fingerprint(pathlib.Path(options.model)),
-            "sets": asked}
+    given = {
+        name: getattr(options, name)
+        for name in ("max_tokens", "bfloat16", "seed", "chat", "enable_thinking", "instruction")
+    }
+    asked = {
+        item.name: {
+            "k": item.samples,
+            "limit": len(item.prompts.lengths),
+            "data_dir": _digest(item.prompts.examples),
+        }
+        for item in sets
+    }
+    return {
+        **given,
+        **options.sampling._asdict(),
+        **dataclasses.asdict(options.precision),
+        "tokenizer": [vocabulary.vocab_size, *vocabulary.eos_ids],
+        "model": _fingerprint(pathlib.Path(options.model)),
+        "sets": asked,
+    }
 
 
 def _digest(problems: Sequence[Example]) -> str:
@@ -217,7 +281,9 @@ def _digest(problems: Sequence[Example]) -> str:
 
 
 def _fingerprint(folder: pathlib.Path) -> str:
-    """Of a model's weights: 64 places of each file, so that another checkpoint of the same shape is told apart."""
+    """Of a model's weights: 64 places of each file, so that another checkpoint of the same shape is
+    told apart.
+    """
     found = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
@@ -236,17 +302,26 @@ def _same(before: dict, now: dict, workdir: pathlib.Path) -> None:
     """
     before = {name: value for name, value in before.items() if value or name in now}
     if unknown := before.keys() - now.keys():
-        raise ValueError(f"{workdir} was made with {', '.join(sorted(unknown))}, which is not "
-                         "known here; give another --workdir")
+        raise ValueError(
+            f"{workdir} was made with {', '.join(sorted(unknown))}, which is not "
+            "known here; give another --workdir"
+        )
     both = before["sets"].keys() & now["sets"].keys()
-    before, now = ({**record, "sets": {name: record["sets"][name] for name in both}} for record in (before, now))
+    before, now = (
+        {**record, "sets": {name: record["sets"][name] for name in both}}
+        for record in (before, now)
+    )
     changed = []
     for name, (old, new) in differences(before, now).items():
         *of_set, option = name.removeprefix("sets.").split(".")
-        changed.append(f"--{option.replace('_', '-')} ({', '.join([repr(old), f'now {new!r}', *of_set])})")
+        changed.append(
+            f"--{option.replace('_', '-')} ({', '.join([repr(old), f'now {new!r}', *of_set])})"
+        )
     if changed:
-        raise ValueError(f"{workdir} was made with another {', '.join(changed)}; give another --workdir, or the options "
-                         "it was started with")
+        raise ValueError(
+            f"{workdir} was made with another {', '.join(changed)}; give another --workdir, or the options "
+            "it was started with"
+        )
 
 
 def _start(evaluation: Evaluation) -> tuple[Engine, Weights]:
@@ -254,49 +329,76 @@ def _start(evaluation: Evaluation) -> tuple[Engine, Weights]:
     options, mesh = evaluation.options, _mesh(evaluation.options)
     shape = weights.read_config(options.model)
     model = dataclasses.replace(shape, bfloat16=options.bfloat16 or shape.bfloat16)
-    shapes = jax.eval_shape(functools.partial(qwen3.init, config=model), jax.random.key(0))
-    places = sharding.params(qwen3.logical_axes(model), mesh, sharding.DECODE, shapes)
-    _, params = weights.load(options.model, jnp.bfloat16 if model.bfloat16 else jnp.float32, shardings=places)
-    engine = jetstream.Engine(model, slots=options.slots, max_length=evaluation.max_length, precision=options.precision,
-                              stop_ids=evaluation.vocabulary.eos_ids, mesh=mesh)
+    shapes = jax.eval_shape(functools.partial(decoder.init, config=model), jax.random.key(0))
+    places = sharding.params(decoder.logical_axes(model), mesh, sharding.DECODE, shapes)
+    _, params = weights.load(
+        options.model, jnp.bfloat16 if model.bfloat16 else jnp.float32, shardings=places
+    )
+    engine = jetstream.Engine(
+        model,
+        slots=options.slots,
+        max_length=evaluation.max_length,
+        precision=options.precision,
+        stop_ids=evaluation.vocabulary.eos_ids,
+        mesh=mesh,
+    )
     return engine, sync.make(model, options.precision, mesh)(params, 0)
 
 
 def _kept(item: Asked) -> dict[Key, dict]:
-    """The samples that a set's file holds, by problem and number; what stands after the last newline was cut short.
+    """The samples that a set's file holds, by problem and number; what stands after the last
+    newline was cut short.
 
     Raises ValueError on a line that is none of them.
     """
-    found, wanted = {}, _wanted(item)
+    found = {}
+    wanted = _wanted(item)
     lines = item.file.read_bytes().split(b"\n")[:-1] if item.file.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
             sample = jsonfile.parse(line, str(item.file))
             key = sample["problem"], sample["sample"]
             strange = sample["set"] != item.name or key in found or key not in wanted
-            strange = strange or not JUDGED <= sample.keys()
+            strange = strange or not sample.keys() >= JUDGED
         except (ValueError, KeyError, TypeError):
             strange = True
         if strange:
-            raise ValueError(f"line {number} of {item.file} is no sample of this evaluation, or one that is there already; "
-                             "take it out, or give another --workdir")
+            raise ValueError(
+                f"line {number} of {item.file} is no sample of this evaluation, or one that is there already; "
+                "take it out, or give another --workdir"
+            )
         found[key] = sample
     return found
 
 
 def _wanted(item: Asked) -> dict[Key, None]:
     """Every key of a set, in order."""
-    return dict.fromkeys((i, j) for i in range(len(item.prompts.lengths)) for j in range(item.samples))
+    return dict.fromkeys(
+        (i, j) for i in range(len(item.prompts.lengths)) for j in range(item.samples)
+    )
 
 
-def _fill(evaluation: Evaluation, item: Asked, started: Callable[[], tuple[Engine, Weights]], asked: Callable[[], bool],
-          say: Callable[[str], None]) -> list[dict]:
-    """All samples of a set in order, of which those that its file lacks are sampled, judged and written."""
-    options, kept, wanted, spoke = evaluation.options, _kept(item), _wanted(item), time.monotonic()
-    turns = _turns([key for key in wanted if key not in kept], item.samples, POSITIONS // options.max_tokens)
+def _fill(
+    evaluation: Evaluation,
+    item: Asked,
+    started: Callable[[], tuple[Engine, Weights]],
+    asked: Callable[[], bool],
+    say: Callable[[str], None],
+) -> list[dict]:
+    """All samples of a set in order, of which those that its file lacks are sampled, judged and
+    written.
+    """
+    options = evaluation.options
+    kept = _kept(item)
+    wanted = _wanted(item)
+    spoke = time.monotonic()
+    turns = _turns(
+        [key for key in wanted if key not in kept], item.samples, POSITIONS // options.max_tokens
+    )
     _write(item.file, _text(kept.values()))  # without a line that was cut short
     with item.file.open("a", encoding="utf-8") as file:
         for keys, samples in turns:
+
             def ended(number: int, ids: np.ndarray, stopped: bool, keys=keys) -> None:
                 nonlocal spoke
                 text = evaluation.vocabulary.decode(ids.tolist())
@@ -304,36 +406,58 @@ def _fill(evaluation: Evaluation, item: Asked, started: Callable[[], tuple[Engin
                 file.write(_text([sample]))
                 file.flush()
                 if time.monotonic() - spoke > EVERY:
-                    spoke, right = time.monotonic(), sum(sample["right"] for sample in kept.values())
+                    spoke = time.monotonic()
+                    right = sum(sample["right"] for sample in kept.values())
                     say(f"{item.name}: {len(kept)} of {len(wanted)} samples, {right} right")
 
             engine, policy = started()
             rows = [problem for problem, _ in keys[::samples]]
-            prompts = Prompts(item.prompts.tokens[rows], item.prompts.lengths[rows],
-                              tuple(item.prompts.examples[problem] for problem in rows))
-            rollout(engine, policy, prompts, samples=samples, key=_sample_keys(options.seed, item, keys),
-                    max_tokens=options.max_tokens, sampling=options.sampling, asked=asked, ended=ended)
+            prompts = Prompts(
+                item.prompts.tokens[rows],
+                item.prompts.lengths[rows],
+                tuple(item.prompts.examples[problem] for problem in rows),
+            )
+            rollout(
+                engine,
+                policy,
+                prompts,
+                samples=samples,
+                key=_sample_keys(options.seed, item, keys),
+                max_tokens=options.max_tokens,
+                sampling=options.sampling,
+                asked=asked,
+                ended=ended,
+            )
     ordered = [kept[key] for key in wanted]
     _write(item.file, _text(ordered))
     return ordered
 
 
 def _turns(missing: list[Key], samples: int, most: int) -> list[tuple[list[Key], int]]:
-    """Parts of at most `most` completions (one problem's at the least), with the samples of a problem that stand together:
-    all where none has been made, so that they share a prefill, else one."""
+    """Parts of at most `most` completions (one problem's at the least), with the samples of a
+    problem that stand together: all where none has been made, so that they share a prefill, else
+    one.
+    """
     of = {}
     for key in missing:
         of.setdefault(key[0], []).append(key)
     fresh = [key for keys in of.values() if len(keys) == samples for key in keys]
     begun = [key for keys in of.values() if len(keys) < samples for key in keys]
     size = max(most // samples, 1) * samples
-    return [(keys[i:i + size], each) for keys, each in ((begun, 1), (fresh, samples)) for i in range(0, len(keys), size)]
+    return [
+        (keys[i : i + size], each)
+        for keys, each in ((begun, 1), (fresh, samples))
+        for i in range(0, len(keys), size)
+    ]
 
 
 def _sample_keys(seed: int, item: Asked, keys: list[Key]) -> np.ndarray:
     """A random key for each (problem, sample), [N, 2] uint32, whatever else is sampled."""
     of_set = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(item.name.encode())))
-    of = {i: completion_keys(jax.random.fold_in(of_set, i), item.samples) for i in dict.fromkeys(i for i, _ in keys)}
+    of = {
+        i: completion_keys(jax.random.fold_in(of_set, i), item.samples)
+        for i in dict.fromkeys(i for i, _ in keys)
+    }
     return np.stack([of[i][j] for i, j in keys])
 
 
@@ -361,10 +485,18 @@ def _figures(item: Asked, lines: list[dict]) -> dict[str, Any]:
     """`scores.summary` of a set's samples, all of them in order."""
     shape = len(item.prompts.lengths), item.samples
     names = ("right", "stopped", "tokens")
-    right, stopped, tokens = (np.array([line[name] for line in lines]).reshape(shape) for name in names)
-    answers = [[line["answer"] for line in lines[i:i + shape[1]]] for i in range(0, len(lines), shape[1])]
+    right, stopped, tokens = (
+        np.array([line[name] for line in lines]).reshape(shape) for name in names
+    )
+    answers = [
+        [line["answer"] for line in lines[i : i + shape[1]]] for i in range(0, len(lines), shape[1])
+    ]
     vote = np.stack([scores.votes(row, good, judge.equal) for row, good in zip(answers, right)])
-    return {"problems": shape[0], "samples": shape[1], **scores.summary(scores.Samples(right, stopped, tokens, vote))}
+    return {
+        "problems": shape[0],
+        "samples": shape[1],
+        **scores.summary(scores.Samples(right, stopped, tokens, vote)),
+    }
 
 
 def _text(lines: Iterable[dict]) -> str:

@@ -1,6 +1,7 @@
 """The slots of one engine, kept full from a bounded queue by a thread of its own.
 
-A round lets go of what nobody waits for, starts what waits, and decodes up to K tokens in every slot. Everything that
+A round lets go of what nobody waits for, starts what waits, and decodes up to K tokens in every
+slot. Everything that
 can fail happens in a round: its failure reaches the requests in the slots and nothing else.
 """
 
@@ -33,7 +34,9 @@ class Failed(Exception):
 
 
 class Request(Protocol):
-    """A prompt, and where its tokens go. The driver's thread calls the methods; only `send` may raise."""
+    """A prompt, and where its tokens go. The driver's thread calls the methods; only `send` may
+    raise.
+    """
 
     tokens: Sequence[int]
     max_tokens: int
@@ -56,24 +59,38 @@ class _Held(NamedTuple):
 class Driver:
     """Runs requests on an engine.
 
-    Weights are exchanged only while no slot is held, so that every token of a reply comes from one version. Request
-    number n samples with the key (seed, n).
+    Weights are exchanged only while no slot is held, so that every token of a reply comes from one
+    version. Request number n samples with the key (seed, n).
     """
 
-    def __init__(self, engine: Any, weights: Weights, *, waiting: int, sampling: Sampling = Sampling(), seed: int = 0):
+    def __init__(
+        self,
+        engine: Any,
+        weights: Weights,
+        *,
+        waiting: int,
+        sampling: Sampling = Sampling(),
+        seed: int = 0,
+    ):
         """Args:
-          engine: see `rollout.jetstream.Engine`; the driver is its only user.
-          weights: what `sync` returned: nothing else may donate or delete it.
-          waiting: requests that may wait for a slot.
-          sampling: how tokens of every request are drawn.
+        engine: see `rollout.jetstream.Engine`; the driver is its only user.
+        weights: what `sync` returned: nothing else may donate or delete it.
+        waiting: requests that may wait for a slot.
+        sampling: how tokens of every request are drawn.
         """
-        self.engine, self.sampling, self.seed, self.room = engine, sampling, seed, waiting
-        self._weights, self._next_weights = weights, None
+        self.engine = engine
+        self.sampling = sampling
+        self.seed = seed
+        self.room = waiting
+        self._weights = weights
+        self._next_weights = None
         self._held: list[_Held | None] = [None] * engine.slots
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()  # guards the queue, the next weights and `_closing`
         self._closing = False
-        self._faults, self._started, self._state = 0, 0, None
+        self._faults = 0
+        self._started = 0
+        self._state = None
         self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
         self._thread.start()
 
@@ -102,14 +119,17 @@ class Driver:
             self._changed.notify_all()
 
     def update_weights(self, weights: Weights) -> None:
-        """Exchanges the weights once the running requests have ended; those that wait start with the new ones.
+        """Exchanges the weights once the running requests have ended; those that wait start with
+        the new ones.
 
-        Returns when the new ones serve. Whatever is raised, the old ones go on serving: ValueError where the arrays are
-        not shaped as theirs or not all finite, what computing `weights` raises, `Closed`, and
-        KeyboardInterrupt while waiting.
+        Returns when the new ones serve. Whatever is raised, the old ones go on serving: ValueError
+        where the arrays are not shaped as theirs or not all finite, what computing `weights`
+        raises, `Closed`, and KeyboardInterrupt while waiting.
         """
         if _layout(weights.params) != _layout(self._weights.params):
-            raise ValueError("the new weights are not shaped as those that serve; make them with the same `sync`")
+            raise ValueError(
+                "the new weights are not shaped as those that serve; make them with the same `sync`"
+            )
         jax.block_until_ready(weights)
         if not np.asarray(weights.finite):
             raise ValueError("the new weights hold NaN or an infinite number; make them anew")
@@ -133,7 +153,9 @@ class Driver:
             self._changed.notify_all()
 
     def stop(self, timeout: float | None = None) -> bool:
-        """Closes and waits, `timeout` seconds at the most, for the thread to end; tells whether it has."""
+        """Closes and waits, `timeout` seconds at the most, for the thread to end; tells whether it
+        has.
+        """
         self.close()
         self._thread.join(timeout)
         return not self._thread.is_alive()
@@ -150,7 +172,8 @@ class Driver:
             with self._changed:
                 self._closing = True
                 left = [held.request for held in self._held if held] + list(self._waiting)
-                self._held, self._waiting = [None] * self.engine.slots, deque()
+                self._held = [None] * self.engine.slots
+                self._waiting = deque()
                 self._changed.notify_all()
             for request in left:
                 request.fail(Closed("the server stopped"))
@@ -158,7 +181,9 @@ class Driver:
     def _wait(self) -> bool:
         """Until there is something to do; False at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self.running or self._next_weights or self._closing)
+            self._changed.wait_for(
+                lambda: self._waiting or self.running or self._next_weights or self._closing
+            )
             return bool(self._waiting or self.running or not self._closing)
 
     def _round(self) -> None:
@@ -170,10 +195,13 @@ class Driver:
     def _fail(self, error: Exception) -> None:
         """Gives up the requests in the slots and starts afresh."""
         failed = [held.request for held in self._held if held]
-        self._held, self._state = [None] * self.engine.slots, None  # it may have been donated to what failed
+        self._held = [None] * self.engine.slots
+        self._state = None  # it may have been donated to what failed
         self._faults += 1
         for request in failed:
-            request.fail(Failed(f"the engine failed ({type(error).__name__}); the request can be sent again"))
+            request.fail(
+                Failed(f"the engine failed ({type(error).__name__}); the request can be sent again")
+            )
 
     def _drop_gone(self) -> None:
         self._waiting = deque(request for request in self._waiting if not request.gone())
@@ -191,12 +219,16 @@ class Driver:
         """Takes new weights where it can, and starts requests in free slots."""
         with self._changed:
             if self._next_weights is not None and not self.running:
-                self._weights, self._next_weights = self._next_weights, None
-                self._state = None  # what bad weights left in the cache would outlive them: a masked NaN is a NaN still
+                self._weights = self._next_weights
+                self._next_weights = None
+                # what bad weights left in the cache would outlive them: a masked NaN is a NaN still
+                self._state = None
                 self._changed.notify_all()
             if self._next_weights is not None:
                 return
-            free = [slot for slot, held in enumerate(self._held) if held is None][:len(self._waiting)]
+            free = [slot for slot, held in enumerate(self._held) if held is None][
+                : len(self._waiting)
+            ]
             for slot in free:  # before anything can fail: a failure reaches all of them
                 request = self._waiting.popleft()
                 self._held[slot] = _Held(request, len(request.tokens))
@@ -207,19 +239,30 @@ class Driver:
 
     def _start(self, slot: int, request: Request) -> None:
         length = len(request.tokens)
-        tokens = np.zeros((1, bucket(max(length, SMALLEST_BUCKET), self.engine.max_length)), np.int32)
+        tokens = np.zeros(
+            (1, bucket(max(length, SMALLEST_BUCKET), self.engine.max_length)), np.int32
+        )
         tokens[0, :length] = request.tokens
-        prefix = self.engine.prefill(params=self._weights, padded_tokens=tokens, true_length=[length])
+        prefix = self.engine.prefill(
+            params=self._weights, padded_tokens=tokens, true_length=[length]
+        )
         key = np.array([[self.seed, self._started & 0xFFFFFFFF]], np.uint32)
         self._started += 1
-        self._state = self.engine.bulk_insert(prefix, self._state, [slot], [0], key, request.max_tokens, self.sampling)
+        self._state = self.engine.bulk_insert(
+            prefix, self._state, [slot], [0], key, request.max_tokens, self.sampling
+        )
 
     def _decode(self) -> None:
         slots = self.engine.slots
         longest = max(held.length for held in self._held if held)
         self._state, result = self.engine.generate(
-            self._weights, self._state, leave_at=min(slots - self.running + MIN_FREE, slots) if self._waiting else slots,
-            window=bucket(max(longest + self.engine.steps, SMALLEST_BUCKET), self.engine.max_length))
+            self._weights,
+            self._state,
+            leave_at=min(slots - self.running + MIN_FREE, slots) if self._waiting else slots,
+            window=bucket(
+                max(longest + self.engine.steps, SMALLEST_BUCKET), self.engine.max_length
+            ),
+        )
         read = self.engine.read(result)
         self._faults = 0
         for slot, held in enumerate(self._held):
@@ -234,7 +277,9 @@ class Driver:
             request.send(tokens, version, ended)
         except Exception as error:  # a tokenizer's, over one completion: the others go on
             _log.exception("a completion could not be sent")
-            request.fail(Failed(f"the completion could not be made into text ({type(error).__name__})"))
+            request.fail(
+                Failed(f"the completion could not be made into text ({type(error).__name__})")
+            )
 
 
 def _layout(params: Any) -> tuple[Any, list[tuple]]:

@@ -1,7 +1,8 @@
-"""Several processes, on one host or many: their start, what they agree on, and arrays that span them.
+"""Several processes, on one host or many: their start, what they agree on, and arrays that span
+them.
 
-Every function is an identity, or nothing, where there is one process. Those that communicate must be called by all processes
-in the same order.
+Every function is an identity, or nothing, where there is one process. Those that communicate must
+be called by all processes in the same order.
 """
 
 from __future__ import annotations
@@ -20,22 +21,28 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from dcmdp_jax import faults, rollcall, sharding
+from dcmdp_jax import faults, sharding
 from dcmdp_jax.config import MeshConfig, RolloutConfig
+from dcmdp_jax.distributed import rendezvous
 from dcmdp_jax.stopping import Failed, Interrupted
 
 NEWS_SECONDS = 5.0  # after a failed collective, for word of the process that is lost
 MESSAGE_BYTES = 2000
 
-_roll: rollcall.Roll | None = None
+_roll: rendezvous.Roll | None = None
 
 
 class Refused(ValueError):
     """All processes refuse the same input."""
 
 
-def start(workdir: pathlib.Path, coordinator: str = "", processes: int = 0, process: int = 0,
-          limit: float = 120.0) -> None:
+def start(
+    workdir: pathlib.Path,
+    coordinator: str = "",
+    processes: int = 0,
+    process: int = 0,
+    limit: float = 120.0,
+) -> None:
     """Joins this process to a run of several, once all have called at `coordinator` (HOST:PORT of
     process 0).
 
@@ -49,10 +56,13 @@ def start(workdir: pathlib.Path, coordinator: str = "", processes: int = 0, proc
         coordinator, processes, process = _detected(limit)
     if processes == 1:
         return
-    _roll = rollcall.call(coordinator, processes, process, limit, workdir)
+    _roll = rendezvous.call(coordinator, processes, process, limit, workdir)
     atexit.register(_roll.send, done=True)
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, and cannot end a rollout
-    jax.distributed.initialize(coordinator, processes, process, initialization_timeout=int(limit) + 1)
+    # it would take SIGTERM, and cannot end a rollout
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        coordinator, processes, process, initialization_timeout=int(limit) + 1
+    )
 
 
 def say(text: str) -> None:
@@ -62,12 +72,17 @@ def say(text: str) -> None:
 
 
 def _detected(limit: float) -> tuple[str, int, int]:
-    from jax._src.clusters import ClusterEnv  # jax.distributed.initialize tells what it finds too late for a roll call
+    # jax.distributed.initialize tells what it finds too late for a roll call
+    from jax._src.clusters import ClusterEnv
 
-    found = ClusterEnv.auto_detect_unset_distributed_params(*[None] * 5, initialization_timeout=int(limit))[:3]
+    found = ClusterEnv.auto_detect_unset_distributed_params(
+        *[None] * 5, initialization_timeout=int(limit)
+    )[:3]
     if None in found:
-        raise ValueError("--distributed finds no TPU pod, Slurm, Open MPI or Kubernetes job here; give --coordinator HOST:PORT, "
-                         "--processes N and --process I")
+        raise ValueError(
+            "--distributed finds no TPU pod, Slurm, Open MPI or Kubernetes job here; give --coordinator HOST:PORT, "
+            "--processes N and --process I"
+        )
     return found
 
 
@@ -84,7 +99,8 @@ def watched() -> Iterator[None]:
     except BaseException as error:
         if _roll is None:
             raise
-        time.sleep(NEWS_SECONDS)  # a collective fails here where another process is lost, which the roll tells and ends
+        # a collective fails here where another process is lost, which the roll tells and ends
+        time.sleep(NEWS_SECONDS)
         if said := faults.sentence(error):
             print(f"dcmdp: {said}", file=sys.stderr)
         else:
@@ -94,7 +110,9 @@ def watched() -> Iterator[None]:
 
 @contextlib.contextmanager
 def agreed() -> Iterator[None]:
-    """What one process refuses inside (ValueError, ImportError, OSError) all refuse, with its number."""
+    """What one process refuses inside (ValueError, ImportError, OSError) all refuse, with its
+    number.
+    """
     refusal = None
     try:
         yield
@@ -120,7 +138,9 @@ def alike(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def tried(failure: str) -> Iterator[None]:
-    """What fails inside is told, after `failure`, and passed over: something worse is being raised already."""
+    """What fails inside is told, after `failure`, and passed over: something worse is being raised
+    already.
+    """
     try:
         yield
     except Exception as error:
@@ -132,7 +152,9 @@ def check_same(text: str, name: str) -> None:
     digests = gather(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)[None])
     for process, digest in enumerate(digests):
         if (digest != digests[0]).any():
-            raise Refused(f"process {process} has another {name} than process 0; give all the same experiment and options")
+            raise Refused(
+                f"process {process} has another {name} than process 0; give all the same experiment and options"
+            )
 
 
 def stop() -> None:
@@ -142,7 +164,9 @@ def stop() -> None:
 
 
 def stopping() -> bool:
-    """Whether another process asked to stop; processes come to know at different times (`any_of` agrees)."""
+    """Whether another process asked to stop; processes come to know at different times (`any_of`
+    agrees).
+    """
     return _roll is not None and _roll.stopping
 
 
@@ -152,9 +176,11 @@ def any_of(flag: bool) -> bool:
 
 
 def gather(tree: Any) -> Any:
-    """NumPy arrays of equal shape on each process, put together along their first axis in the order of processes.
+    """NumPy arrays of equal shape on each process, put together along their first axis in the order
+    of processes.
 
-    They travel between the last device of each process, so that what the others compute is not waited for.
+    They travel between the last device of each process, so that what the others compute is not
+    waited for.
     """
     if jax.process_count() == 1:
         return tree
@@ -172,7 +198,11 @@ def _same(tree: Any) -> Any:
 
 def spread(tree: Any, shardings: Any) -> Any:
     """Global arrays from NumPy arrays that every process holds whole."""
-    return jax.tree.map(lambda x, place: jax.make_array_from_callback(x.shape, place, x.__getitem__), tree, shardings)
+    return jax.tree.map(
+        lambda x, place: jax.make_array_from_callback(x.shape, place, x.__getitem__),
+        tree,
+        shardings,
+    )
 
 
 def engines(config: RolloutConfig) -> int:
@@ -181,19 +211,27 @@ def engines(config: RolloutConfig) -> int:
 
 
 def part(size: int, engines: int) -> slice:
-    """The contiguous part of `size` items that this process's engine samples; the last may be shorter, or empty."""
+    """The contiguous part of `size` items that this process's engine samples; the last may be
+    shorter, or empty.
+    """
     each = -(-size // engines)
     first = min(jax.process_index() * each, size) if engines > 1 else 0
     return slice(first, min(first + each, size))
 
 
 def per_process(mesh: Mesh, own: Mesh) -> Mesh:
-    """All devices of `mesh` with an axis `process` before the axes of `own`, one process's: a partition that does not name it is
-    a whole copy on every process."""
+    """All devices of `mesh` with an axis `process` before the axes of `own`, one process's: a
+    partition that does not name it is a whole copy on every process.
+    """
     return Mesh(mesh.devices.reshape(-1, *own.devices.shape), ("process", *own.axis_names))
 
 
 def own_copy(array: jax.Array, mesh: Mesh) -> jax.Array:
-    """This process's whole copy, on its part of the mesh, of an array laid out on `per_process`; nothing moves."""
-    return jax.make_array_from_single_device_arrays(array.shape, NamedSharding(mesh, array.sharding.spec),
-                                                    [shard.data for shard in array.addressable_shards])
+    """This process's whole copy, on its part of the mesh, of an array laid out on `per_process`;
+    nothing moves.
+    """
+    return jax.make_array_from_single_device_arrays(
+        array.shape,
+        NamedSharding(mesh, array.sharding.spec),
+        [shard.data for shard in array.addressable_shards],
+    )

@@ -1,8 +1,8 @@
 """Blame: which property of the engine moves its log-probs away from the trainer's, and by how much.
 
-The configured engine samples one rollout. Every engine that differs from the trainer in one property alone, and every
-one that lacks one property of the configured engine, then decodes the same tokens (`rollout.replay`): all figures are
-paired.
+The configured engine samples one rollout. Every engine that differs from the trainer in one
+property alone, and every one that lacks one property of the configured engine, then decodes the
+same tokens (`rollout.replay`): all figures are paired.
 """
 
 from __future__ import annotations
@@ -19,20 +19,35 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dcmdp_jax import (
-    bars, charts, checkpoint, constraint, parity, report, sharding, step, sync, train)
+from dcmdp_jax import checkpoint, constraint, sharding, step, sync, train
 from dcmdp_jax.config import Config, ModelConfig, Precision, RolloutConfig, to_json
 from dcmdp_jax.models.quantized import Quantized
 from dcmdp_jax.records import Rollout, Weights
+from dcmdp_jax.report import bar_chart, line_chart, run_page
 from dcmdp_jax.rollout.replay import replay
+from dcmdp_jax.tools import parity
 
 PROPERTIES = {  # name: the fields of `Precision` that make it
-    "weights": ("weights", "group"), "activations": ("activations",), "KV cache": ("cache",), "embedding": ("embed",),
-    "head": ("head",), "norms": ("norms",), "router": ("router",), "experts per token": ("experts_per_token",)}
+    "weights": ("weights", "group"),
+    "activations": ("activations",),
+    "KV cache": ("cache",),
+    "embedding": ("embed",),
+    "head": ("head",),
+    "norms": ("norms",),
+    "router": ("router",),
+    "experts per token": ("experts_per_token",),
+}
 ROUTING = ("router", "experts per token")  # of mixtures of experts alone
 EXACT = Precision()
-PROBES = Precision(weights="int8", activations="int8", cache="int8", embed="int8", head="int8", norms="bfloat16",
-                   router="bfloat16")
+PROBES = Precision(
+    weights="int8",
+    activations="int8",
+    cache="int8",
+    embed="int8",
+    head="int8",
+    norms="bfloat16",
+    router="bfloat16",
+)
 AGREEMENT = 1e-5  # nats between what the engine reported and its replay
 
 
@@ -53,7 +68,8 @@ class Effect(NamedTuple):
     source: str
     setting: str
     alone: Gap  # trainer against an exact engine with this one property
-    left_out: Gap | None = None  # trainer against the configured engine without it; None where it is no part of that
+    # trainer against the configured engine without it; None where it is no part of that
+    left_out: Gap | None = None
 
 
 class Blame(NamedTuple):
@@ -80,8 +96,14 @@ class Case(NamedTuple):
     trainer: np.ndarray  # [N, T], the trainer's log-probs
 
 
-def diagnose(config: Config, inputs: train.Inputs, policy: parity.Policy, other: parity.Policy | None = None, *,
-             probe: bool = False) -> Blame:
+def diagnose(
+    config: Config,
+    inputs: train.Inputs,
+    policy: parity.Policy,
+    other: parity.Policy | None = None,
+    *,
+    probe: bool = False,
+) -> Blame:
     """Attributes the gap between the trainer and the engine that `config` describes.
 
     Args:
@@ -89,10 +111,12 @@ def diagnose(config: Config, inputs: train.Inputs, policy: parity.Policy, other:
       other: the weights of another step, for staleness; None leaves it out.
       probe: judge properties that the configured engine has exact as well, each set as in `PROBES`.
 
-    Raises ValueError where a batch has one prompt (standard errors are over prompts) or a log-prob is not finite.
+    Raises ValueError where a batch has one prompt (standard errors are over prompts) or a log-prob
+    is not finite.
     """
     check(config)
-    case, precision = _case(config, inputs, policy), config.rollout.precision
+    case = _case(config, inputs, policy)
+    precision = config.rollout.precision
     rounded = PROBES if precision.weights == EXACT.weights else precision
     exact, noise, layers = _exact(case, rounded if rounded is precision or probe else EXACT)
     support = np.log(np.where(parity.mask_of(case.sampled), case.sampled.kept, 1))
@@ -103,73 +127,122 @@ def diagnose(config: Config, inputs: train.Inputs, policy: parity.Policy, other:
     whole = replayed(precision) - support
     effects.sort(key=lambda effect: -effect.alone.delta)
     agreement = float(np.max(np.abs(whole - case.sampled.rollout_logp)))
-    return Blame(policy.origin, int(case.sampled.lengths.sum()), _against(case, whole), tuple(effects), noise,
-                 _setting(rounded, "weights"), layers, agreement)
+    return Blame(
+        policy.origin,
+        int(case.sampled.lengths.sum()),
+        _against(case, whole),
+        tuple(effects),
+        noise,
+        _setting(rounded, "weights"),
+        layers,
+        agreement,
+    )
 
 
 def check(config: Config) -> None:
-    """Raises ValueError where standard errors over prompts cannot be, or a wrong router would be hidden."""
+    """Raises ValueError where standard errors over prompts cannot be, or a wrong router would be
+    hidden.
+    """
     if config.algorithm.replay_routing:
-        raise ValueError("algorithm.replay_routing gives the trainer the engine's experts, which hides what a router does; "
-                         "diagnose with --algorithm.replay_routing no")
+        raise ValueError(
+            "algorithm.replay_routing gives the trainer the engine's experts, which hides what a router does; "
+            "diagnose with --algorithm.replay_routing no"
+        )
     if config.data.prompts_per_step < 2:
         raise ValueError("data.prompts_per_step=1 gives no standard error; set 2 or more")
 
 
 def _case(config: Config, inputs: train.Inputs, policy: parity.Policy) -> Case:
-    served = sync.make(inputs.model, config.rollout.precision, inputs.decode_mesh)(policy.params, policy.version)
-    sampled = parity.sample(train.make_engine(config, inputs), served, config, inputs, policy.version)
+    served = sync.make(inputs.model, config.rollout.precision, inputs.decode_mesh)(
+        policy.params, policy.version
+    )
+    sampled = parity.sample(
+        train.make_engine(config, inputs), served, config, inputs, policy.version
+    )
     score = parity.scorer(config, inputs)
     trainer = score(policy.params, sampled, (config.seed, 0))
     if not np.isfinite(trainer).all():
-        raise ValueError("the trainer gives log-probs that are not finite; its weights are damaged or overflow")
+        raise ValueError(
+            "the trainer gives log-probs that are not finite; its weights are damaged or overflow"
+        )
     return Case(config, inputs, policy, sampled, score, trainer)
 
 
-def _effects(case: Case, replayed: Callable[[Precision], np.ndarray], support: np.ndarray,
-             probe: bool) -> Iterator[Effect]:
+def _effects(
+    case: Case, replayed: Callable[[Precision], np.ndarray], support: np.ndarray, probe: bool
+) -> Iterator[Effect]:
     """Precision and support. The support's part of a log-prob is -log(kept), whatever else differs."""
     precision = case.config.rollout.precision
     for name, setting, alone, without in properties(precision, case.inputs.model, probe):
-        yield Effect(name, setting, _against(case, replayed(alone)),
-                     _against(case, replayed(without) - support) if without else None)
+        yield Effect(
+            name,
+            setting,
+            _against(case, replayed(alone)),
+            _against(case, replayed(without) - support) if without else None,
+        )
     if support.any():
-        yield Effect("support", _support(case.config.rollout), _against(case, replayed(EXACT) - support),
-                     _against(case, replayed(precision)))
+        yield Effect(
+            "support",
+            _support(case.config.rollout),
+            _against(case, replayed(EXACT) - support),
+            _against(case, replayed(precision)),
+        )
 
 
 def _staleness(case: Case, other: parity.Policy) -> Effect:
     """The newer weights' trainer against an exact engine that holds the older ones."""
     older, newer = sorted((case.policy, other), key=lambda one: one.version)
     trainer = case.score(newer.params, case.sampled, (case.config.seed, 0))
-    return Effect("staleness", f"weights of step {older.version} against step {newer.version}",
-                  measure(trainer, _replay(case._replace(policy=older), EXACT), case.sampled))
+    return Effect(
+        "staleness",
+        f"weights of step {older.version} against step {newer.version}",
+        measure(trainer, _replay(case._replace(policy=older), EXACT), case.sampled),
+    )
 
 
-def _exact(case: Case, rounded: Precision) -> tuple[np.ndarray, tuple[Effect, ...], tuple[Gap, ...]]:
-    """What needs the exact engine: its log-probs, the noise, and single layers rounded as `rounded` has them."""
-    engine, weights = _engine(case, EXACT), _weights(case, EXACT)
+def _exact(
+    case: Case, rounded: Precision
+) -> tuple[np.ndarray, tuple[Effect, ...], tuple[Gap, ...]]:
+    """What needs the exact engine: its log-probs, the noise, and single layers rounded as `rounded`
+    has them.
+    """
+    engine = _engine(case, EXACT)
+    weights = _weights(case, EXACT)
     exact = _finite(replay(engine, weights, case.sampled), EXACT)
-    layers = () if rounded == EXACT else tuple(
-        _against(case, replay(engine, mixed, case.sampled)) for mixed in _layers(case, weights, rounded))
+    layers = (
+        ()
+        if rounded == EXACT
+        else tuple(
+            _against(case, replay(engine, mixed, case.sampled))
+            for mixed in _layers(case, weights, rounded)
+        )
+    )
     return exact, _noise(case, weights, exact), layers
 
 
 def _noise(case: Case, weights: Weights, exact: np.ndarray) -> tuple[Effect, ...]:
     """What would be zero were it not for the order of sums."""
-    config, shards = case.config, sharding.batch_size(case.inputs.decode_mesh)
+    config = case.config
+    shards = sharding.batch_size(case.inputs.decode_mesh)
     again = case.score(case.policy.params, case.sampled, (config.seed, 1), split=2)
     slots = max(config.rollout.slots // (2 * shards), 1) * shards
     fewer = _engine(case._replace(config=_with(config, slots=slots)), EXACT)
     order = np.random.default_rng(config.seed).permutation(len(exact))
-    return (Effect("trainer", "against itself, packed otherwise", _against(case, again)),
-            Effect("batch composition", f"exact engine, {slots} slots against {config.rollout.slots}",
-                   measure(exact, replay(fewer, weights, case.sampled, order), case.sampled)),
-            Effect("exact engine", "against the trainer", _against(case, exact)))
+    return (
+        Effect("trainer", "against itself, packed otherwise", _against(case, again)),
+        Effect(
+            "batch composition",
+            f"exact engine, {slots} slots against {config.rollout.slots}",
+            measure(exact, replay(fewer, weights, case.sampled, order), case.sampled),
+        ),
+        Effect("exact engine", "against the trainer", _against(case, exact)),
+    )
 
 
 def _layers(case: Case, exact: Weights, rounded: Precision) -> Iterator[Weights]:
-    """The exact weights with layer 0, 1, ... rounded and multiplied out again, so that all run the same program."""
+    """The exact weights with layer 0, 1, ... rounded and multiplied out again, so that all run the
+    same program.
+    """
     coarse = _weights(case, _take(rounded, PROPERTIES["weights"], EXACT)).params["stacks"]
 
     def multiplied_out(held: Any, like: jax.Array) -> jax.Array:
@@ -177,19 +250,29 @@ def _layers(case: Case, exact: Weights, rounded: Precision) -> Iterator[Weights]
 
     layers = exact.params["stacks"]
     for i, layer in enumerate(layers):
-        held = jax.tree.map(multiplied_out, coarse[i], layer, is_leaf=lambda x: isinstance(x, Quantized))
-        yield exact._replace(params=exact.params | {"stacks": [*layers[:i], held, *layers[i + 1:]]})
+        held = jax.tree.map(
+            multiplied_out, coarse[i], layer, is_leaf=lambda x: isinstance(x, Quantized)
+        )
+        yield exact._replace(
+            params=exact.params | {"stacks": [*layers[:i], held, *layers[i + 1 :]]}
+        )
 
 
 def _replay(case: Case, precision: Precision) -> np.ndarray:
-    """Log-probs [N, T] of the sampled tokens by the engine with `precision`, over the whole vocabulary."""
+    """Log-probs [N, T] of the sampled tokens by the engine with `precision`, over the whole
+    vocabulary.
+    """
     print(f"decoding the tokens again with {_named(precision)}", file=sys.stderr, flush=True)
-    return _finite(replay(_engine(case, precision), _weights(case, precision), case.sampled), precision)
+    return _finite(
+        replay(_engine(case, precision), _weights(case, precision), case.sampled), precision
+    )
 
 
 def _finite(logp: np.ndarray, precision: Precision) -> np.ndarray:
     if not np.isfinite(logp).all():
-        raise ValueError(f"{_named(precision)} gives log-probs that are not finite; choose another precision")
+        raise ValueError(
+            f"{_named(precision)} gives log-probs that are not finite; choose another precision"
+        )
     return logp
 
 
@@ -204,21 +287,27 @@ def _engine(case: Case, precision: Precision) -> Any:
 
 
 def _weights(case: Case, precision: Precision) -> Weights:
-    return sync.make(case.inputs.model, precision, case.inputs.decode_mesh)(case.policy.params, case.policy.version)
+    return sync.make(case.inputs.model, precision, case.inputs.decode_mesh)(
+        case.policy.params, case.policy.version
+    )
 
 
 def _with(config: Config, **rollout: Any) -> Config:
     return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, **rollout))
 
 
-def properties(configured: Precision, model: ModelConfig,
-               probe: bool) -> Iterator[tuple[str, str, Precision, Precision | None]]:
-    """Of each property: name, setting, the engine that has it alone, the configured one without it (if it has it)."""
+def properties(
+    configured: Precision, model: ModelConfig, probe: bool
+) -> Iterator[tuple[str, str, Precision, Precision | None]]:
+    """Of each property: name, setting, the engine that has it alone, the configured one without it
+    (if it has it).
+    """
     probes = dataclasses.replace(PROBES, experts_per_token=max(model.experts_per_token - 1, 0))
     for name, fields in PROPERTIES.items():
         if name in ROUTING and not model.num_experts:
             continue
-        alone, tried = _take(configured, fields, EXACT), _take(probes, fields, EXACT)
+        alone = _take(configured, fields, EXACT)
+        tried = _take(probes, fields, EXACT)
         if alone != EXACT:
             yield name, _setting(configured, name), alone, _take(EXACT, fields, configured)
         elif probe and tried != EXACT:
@@ -239,7 +328,10 @@ def _setting(precision: Precision, name: str) -> str:
 
 
 def _support(rollout: RolloutConfig) -> str:
-    fields = ((name, getattr(rollout, name), full) for name, full in (("top_k", 0), ("top_p", 1), ("min_p", 0)))
+    fields = (
+        (name, getattr(rollout, name), full)
+        for name, full in (("top_k", 0), ("top_p", 1), ("min_p", 0))
+    )
     return ", ".join(f"{name} {value:g}" for name, value, full in fields if value != full)
 
 
@@ -252,13 +344,21 @@ def measure(trainer: np.ndarray, engine: np.ndarray, sampled: Rollout) -> Gap:
     mask = parity.mask_of(sampled)
     delta = np.asarray(constraint.delta(trainer, engine, mask))
     sums, counts = (x.reshape(len(sampled.prompts.lengths), -1).sum(axis=1) for x in (delta, mask))
-    spread, figures = constraint.calibrate_tolerance(sums, counts), parity.gap(trainer, engine, mask)
-    return Gap(figures.delta, float(spread.std_error), figures.logp_diff_mean, figures.logp_diff_max, figures.k3,
-               figures.clipped)
+    spread = constraint.calibrate_tolerance(sums, counts)
+    figures = parity.gap(trainer, engine, mask)
+    return Gap(
+        figures.delta,
+        float(spread.std_error),
+        figures.logp_diff_mean,
+        figures.logp_diff_max,
+        figures.k3,
+        figures.clipped,
+    )
 
 
-def other_version(config: Config, inputs: train.Inputs, workdir: pathlib.Path,
-                  policy: parity.Policy) -> parity.Policy | None:
+def other_version(
+    config: Config, inputs: train.Inputs, workdir: pathlib.Path, policy: parity.Policy
+) -> parity.Policy | None:
     """What `policy`, `parity.load`'s, can be compared with, if there is any.
 
     The newest weights, where a run samples from stale ones; else those of the checkpoint before.
@@ -279,84 +379,146 @@ def floor(found: Blame) -> float:
 
 def verdict(found: Blame) -> str:
     """Who is to blame, in sentences."""
-    whole, noise = found.everything.delta, floor(found)
-    said = f"Mean delta is {whole:.2g} over {found.tokens:,} tokens; the noise floor is {noise:.1g}."
+    whole = found.everything.delta
+    noise = floor(found)
+    said = (
+        f"Mean delta is {whole:.2g} over {found.tokens:,} tokens; the noise floor is {noise:.1g}."
+    )
     if whole <= 2 * noise:
         return f"{said} The engine is exact but for it."
     first = next((effect for effect in found.effects if effect.left_out), None)
     if first is None:
         return f"{said} No property of the engine that can be switched explains it."
-    return (f"{said} The largest source is {first.source} ({first.setting}): alone it gives {first.alone.delta:.2g} "
-            f"({first.alone.delta / whole:.0%}), and with it exact {first.left_out.delta:.2g} is left.")
+    return (
+        f"{said} The largest source is {first.source} ({first.setting}): alone it gives {first.alone.delta:.2g} "
+        f"({first.alone.delta / whole:.0%}), and with it exact {first.left_out.delta:.2g} is left."
+    )
 
 
 def table(found: Blame) -> list[tuple[str, ...]]:
     """The figures as rows of text, the first one the head."""
-    def line(name: str, setting: str, gap: Gap, left_out: Gap | None = None, part: bool = False) -> tuple[str, ...]:
-        share = f"{gap.delta / found.everything.delta:.1%}" if part and found.everything.delta else ""
-        without = f"{left_out.delta:.1e}" if left_out else ""
-        return (name, setting, f"{gap.delta:.1e} ± {gap.std_error:.0e}", share, without, f"{gap.logp_diff_mean:.1e}",
-                f"{gap.logp_diff_max:.1e}", f"{gap.clipped:.2%}")
 
-    rows = [("source", "setting", "delta alone", "share", "delta without", "mean |dlogp|", "max |dlogp|", "clipped"),
-            line("everything", "as configured", found.everything, part=True)]
+    def line(
+        name: str, setting: str, gap: Gap, left_out: Gap | None = None, part: bool = False
+    ) -> tuple[str, ...]:
+        share = (
+            f"{gap.delta / found.everything.delta:.1%}" if part and found.everything.delta else ""
+        )
+        without = f"{left_out.delta:.1e}" if left_out else ""
+        return (
+            name,
+            setting,
+            f"{gap.delta:.1e} ± {gap.std_error:.0e}",
+            share,
+            without,
+            f"{gap.logp_diff_mean:.1e}",
+            f"{gap.logp_diff_max:.1e}",
+            f"{gap.clipped:.2%}",
+        )
+
+    rows = [
+        (
+            "source",
+            "setting",
+            "delta alone",
+            "share",
+            "delta without",
+            "mean |dlogp|",
+            "max |dlogp|",
+            "clipped",
+        ),
+        line("everything", "as configured", found.everything, part=True),
+    ]
     rows += [line(*effect, part=bool(effect.left_out)) for effect in found.effects]
-    rows += [line(f"weights of layer {i}", found.layer_setting, gap) for i, gap in enumerate(found.layers)]
+    rows += [
+        line(f"weights of layer {i}", found.layer_setting, gap)
+        for i, gap in enumerate(found.layers)
+    ]
     return rows + [line(*effect) for effect in found.noise]
 
 
 def notes(found: Blame) -> list[str]:
     """What is not judged, and how far the replay is to be trusted."""
     judged = {effect.source for effect in found.effects}
-    said = [f"The replay repeats what the engine reported to within {found.agreement:.1g} nats"
-            + ("." if found.agreement <= AGREEMENT else ": smaller differences are not to be trusted.")]
+    said = [
+        f"The replay repeats what the engine reported to within {found.agreement:.1g} nats"
+        + ("." if found.agreement <= AGREEMENT else ": smaller differences are not to be trusted.")
+    ]
     if "staleness" in judged:
-        said.append("Staleness is beside everything: delta is measured at the weights that sampled.")
+        said.append(
+            "Staleness is beside everything: delta is measured at the weights that sampled."
+        )
     else:
         said.append("Staleness is left out: there is no older checkpoint.")
     if "support" not in judged:
-        said.append("The support is left out: every token can be drawn (top_k 0, top_p 1, min_p 0).")
+        said.append(
+            "The support is left out: every token can be drawn (top_k 0, top_p 1, min_p 0)."
+        )
     else:
-        said.append("The support is a part of everything here alone: a run and parity measure "
-                    "delta before the cut.")
+        said.append(
+            "The support is a part of everything here alone: a run and parity measure "
+            "delta before the cut."
+        )
     return said
 
 
 def chart(found: Blame) -> str:
     """The mean deltas as one SVG: by source, on a logarithmic scale, and by layer."""
-    def bar(effect: Effect, color: str) -> bars.Bar:
-        gap, left_out = effect.alone, effect.left_out
-        ring = left_out.delta if left_out else None
-        return bars.Bar(effect.source, effect.setting, gap.delta, gap.std_error, color, ring)
 
-    rows = [bar(Effect("everything", "as configured", found.everything), charts.NEUTRAL),
-            *(bar(effect, charts.ENGINE if effect.left_out else charts.TRAINER) for effect in found.effects),
-            *(bar(effect, charts.FAINT) for effect in found.noise)]
-    drawn = [bars.Chart("Mean delta of each source alone (logarithmic)", rows, floor(found), True)]
+    def bar(effect: Effect, color: str) -> bar_chart.Bar:
+        gap = effect.alone
+        left_out = effect.left_out
+        ring = left_out.delta if left_out else None
+        return bar_chart.Bar(effect.source, effect.setting, gap.delta, gap.std_error, color, ring)
+
+    rows = [
+        bar(Effect("everything", "as configured", found.everything), line_chart.NEUTRAL),
+        *(
+            bar(effect, line_chart.ENGINE if effect.left_out else line_chart.TRAINER)
+            for effect in found.effects
+        ),
+        *(bar(effect, line_chart.FAINT) for effect in found.noise),
+    ]
+    drawn = [
+        bar_chart.Chart("Mean delta of each source alone (logarithmic)", rows, floor(found), True)
+    ]
     if found.layers:
-        layers = [bars.Bar(f"layer {i}", "", g.delta, g.std_error, charts.ENGINE) for i, g in enumerate(found.layers)]
+        layers = [
+            bar_chart.Bar(f"layer {i}", "", g.delta, g.std_error, line_chart.ENGINE)
+            for i, g in enumerate(found.layers)
+        ]
         title = f"Mean delta with the weights of one layer alone: {found.layer_setting}"
-        drawn.append(bars.Chart(title, layers, floor(found), False))
-    return bars.draw(drawn, LEGEND)
+        drawn.append(bar_chart.Chart(title, layers, floor(found), False))
+    return bar_chart.draw(drawn, LEGEND)
 
 
 def write(found: Blame, config: Config, workdir: pathlib.Path) -> pathlib.Path:
-    """Writes diagnose.json, diagnose.svg (the picture) and diagnose.html into `workdir`; returns the page's path."""
-    record = {"weights": found.origin, "precision": dataclasses.asdict(config.rollout.precision),
-              "sampling": train.sampling(config.rollout)._asdict(), "tokens": found.tokens,
-              "noise_floor": floor(found), "everything": found.everything._asdict(),
-              "sources": [_record(effect) for effect in found.effects],
-              "noise": [_record(effect) for effect in found.noise],
-              "layers": {"setting": found.layer_setting, "gaps": [gap._asdict() for gap in found.layers]},
-              "replay_agreement": found.agreement, "notes": notes(found)}
+    """Writes diagnose.json, diagnose.svg (the picture) and diagnose.html into `workdir`; returns
+    the page's path.
+    """
+    record = {
+        "weights": found.origin,
+        "precision": dataclasses.asdict(config.rollout.precision),
+        "sampling": train.sampling(config.rollout)._asdict(),
+        "tokens": found.tokens,
+        "noise_floor": floor(found),
+        "everything": found.everything._asdict(),
+        "sources": [_record(effect) for effect in found.effects],
+        "noise": [_record(effect) for effect in found.noise],
+        "layers": {"setting": found.layer_setting, "gaps": [gap._asdict() for gap in found.layers]},
+        "replay_agreement": found.agreement,
+        "notes": notes(found),
+    }
     parity.write_json(workdir / "diagnose.json", record)
     picture = chart(found)
     (workdir / "diagnose.svg").write_text(picture, "utf-8", errors="replace")
     said = "".join(f"<p>{html.escape(note)}</p>" for note in [METHOD, *notes(found)])
-    body = (f'<p class="summary">{html.escape(found.origin)}</p><p class="verdict">{html.escape(verdict(found))}</p>'
-            f'<figure class="scroll">{picture}</figure>{_html_table(table(found))}{said}')
+    body = (
+        f'<p class="summary">{html.escape(found.origin)}</p><p class="verdict">{html.escape(verdict(found))}</p>'
+        f'<figure class="scroll">{picture}</figure>{_html_table(table(found))}{said}'
+    )
     path = workdir / "diagnose.html"
-    page = report.page(f"{config.name}: blame", body, to_json(config))
+    page = run_page.page(f"{config.name}: blame", body, to_json(config))
     path.write_text(page, "utf-8", errors="replace")
     return path
 
@@ -365,20 +527,31 @@ def _html_table(lines: list[tuple[str, ...]]) -> str:
     """The setting stands in small print beside its source, so that the table is not too wide."""
     (source, _, *head), *rows = ([html.escape(text) for text in line] for line in lines)
     heads = "".join(f"<th>{text}</th>" for text in (source, *head))
-    cells = "".join(f"<tr><td>{source}<br><small>{setting}</small></td>" + "".join(f"<td>{text}</td>" for text in rest)
-                    + "</tr>" for source, setting, *rest in rows)
+    cells = "".join(
+        f"<tr><td>{source}<br><small>{setting}</small></td>"
+        + "".join(f"<td>{text}</td>" for text in rest)
+        + "</tr>"
+        for source, setting, *rest in rows
+    )
     return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>'
 
 
-LEGEND = ("Orange: part of the engine. Blue: probes and staleness, which are not. Whisker: ± a standard error.",
-          "Ring: the configured engine without that source. Shaded: the noise floor.")
+LEGEND = (
+    "Orange: part of the engine. Blue: probes and staleness, which are not. Whisker: ± a standard error.",
+    "Ring: the configured engine without that source. Shaded: the noise floor.",
+)
 METHOD = (
     "Delta is |π_train − π_infer| of a sampled token. Alone: the trainer against an engine that has this property and "
     "is exact otherwise; without: against the configured engine with this property made exact. All decode the same "
     "tokens, so the figures are paired; effects interact, and their shares need not add up. ± is a standard error over "
-    f"prompts. Clipped: tokens whose probability ratio lies outside 1 ± {parity.CLIP} before anything is learnt.")
+    f"prompts. Clipped: tokens whose probability ratio lies outside 1 ± {parity.CLIP} before anything is learnt."
+)
 
 
 def _record(effect: Effect) -> dict[str, Any]:
-    return {"source": effect.source, "setting": effect.setting, "alone": effect.alone._asdict(),
-            "left_out": effect.left_out._asdict() if effect.left_out else None}
+    return {
+        "source": effect.source,
+        "setting": effect.setting,
+        "alone": effect.alone._asdict(),
+        "left_out": effect.left_out._asdict() if effect.left_out else None,
+    }

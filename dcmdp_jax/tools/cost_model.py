@@ -1,8 +1,10 @@
-"""FLOPs and bytes of a run's programs, counted from the shapes: per device, for one call, at the longest lengths.
+"""FLOPs and bytes of a run's programs, counted from the shapes: per device, for one call, at the
+longest lengths.
 
-A multiplication with its addition is two FLOPs. Matrix products and attention scores count, causal attention by half; what is
-made again in the backward pass counts where it is made again. Bytes over the links are those a device receives.
-D model, V vocabulary, L layers, H q-heads, KV kv-heads, h head size.
+A multiplication with its addition is two FLOPs. Matrix products and attention scores count, causal
+attention by half; what is made again in the backward pass counts where it is made again. Bytes over
+the links are those a device receives. D model, V vocabulary, L layers, H q-heads, KV kv-heads, h
+head size.
 """
 
 from __future__ import annotations
@@ -13,7 +15,15 @@ from typing import Any, NamedTuple
 from dcmdp_jax import sharding
 from dcmdp_jax.config import Config, ModelConfig, Precision, RolloutConfig
 
-BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5, "nf4": 0.5, "float8_e4m3fn": 1, "float8_e5m2": 1}
+BYTES = {
+    "float32": 4,
+    "bfloat16": 2,
+    "int8": 1,
+    "int4": 0.5,
+    "nf4": 0.5,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+}
 
 
 class Work(NamedTuple):
@@ -46,23 +56,36 @@ class Weights(NamedTuple):
 
 def parameters(model: ModelConfig) -> Weights:
     """Matrices alone; scales of norms are left out."""
-    d, heads = model.hidden_size, (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    d = model.hidden_size
+    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     sparse = sum(model.is_sparse(layer) for layer in range(model.num_layers))
     dense = (model.num_layers - sparse) * 3 * d * model.intermediate_size
     every = model.num_layers * d * heads + dense + sparse * d * model.num_experts
-    expert, table = 3 * d * model.expert_size, model.vocab_size * d
-    return Weights(every, sparse * model.num_experts * expert, sparse * model.experts_per_token * expert, table,
-                   0 if model.tie_word_embeddings else table)
+    expert = 3 * d * model.expert_size
+    table = model.vocab_size * d
+    return Weights(
+        every,
+        sparse * model.num_experts * expert,
+        sparse * model.experts_per_token * expert,
+        table,
+        0 if model.tie_word_embeddings else table,
+    )
 
 
-def forward(model: ModelConfig, tokens: float, context: float, scored: float) -> tuple[float, float, float]:
-    """FLOPs of the layers' products, of attention over `context` positions a token, and of the head, of one pass."""
+def forward(
+    model: ModelConfig, tokens: float, context: float, scored: float
+) -> tuple[float, float, float]:
+    """FLOPs of the layers' products, of attention over `context` positions a token, and of the
+    head, of one pass.
+    """
     w = parameters(model)
     attention = 4 * model.num_layers * model.num_heads * model.head_dim * context
     return 2 * (w.layers + w.routed) * tokens, attention * tokens, 2 * w.head * scored
 
 
-def update(model: ModelConfig, rows: int, length: int, config: Config, mesh: Any, one_pass: bool) -> Work:
+def update(
+    model: ModelConfig, rows: int, length: int, config: Config, mesh: Any, one_pass: bool
+) -> Work:
     """The whole constrained step: scoring, forward, backward and optimizer.
 
     Scoring is no pass where the update's own forward pass does it, and two of stale rollouts.
@@ -70,7 +93,8 @@ def update(model: ModelConfig, rows: int, length: int, config: Config, mesh: Any
     algorithm = config.algorithm
     layers, attention, head = _batch(model, rows, length, config)
     again = 1 if model.remat else 0
-    flops = (3 + again) * layers + (3.5 + again) * attention + 4 * head  # attention makes its scores again going back
+    # attention makes its scores again going back
+    flops = (3 + again) * layers + (3.5 + again) * attention + 4 * head
     parts = algorithm.minibatches * algorithm.microbatches
     link = _exchange(model, rows * length, mesh, 2 + again, gradients=True)
     one = Work(flops / mesh.size, 0, link)
@@ -80,10 +104,15 @@ def update(model: ModelConfig, rows: int, length: int, config: Config, mesh: Any
     return whole + scoring(model, rows, length, parts, config, mesh) * passes
 
 
-def scoring(model: ModelConfig, rows: int, length: int, parts: int, config: Config, mesh: Any) -> Work:
+def scoring(
+    model: ModelConfig, rows: int, length: int, parts: int, config: Config, mesh: Any
+) -> Work:
     """Log-probs of a batch of `parts` microbatches at the weights that sampled."""
     flops = sum(_batch(model, rows, length, config))
-    return Work(flops / mesh.size, 0, _exchange(model, rows * length, mesh, 1, gradients=False)) * parts
+    return (
+        Work(flops / mesh.size, 0, _exchange(model, rows * length, mesh, 1, gradients=False))
+        * parts
+    )
 
 
 def prefill(model: ModelConfig, prompts: int, length: int, mesh: Any) -> Work:
@@ -99,10 +128,14 @@ def decode(model: ModelConfig, rollout: RolloutConfig, slots: int, length: int, 
     """
     context = length - rollout.max_tokens / 2
     flops = sum(forward(model, slots, context, slots)) / mesh.size
-    w, split = parameters(model), mesh.shape["tensor"]
+    w = parameters(model)
+    split = mesh.shape["tensor"]
     chosen = rollout.precision.experts_per_token or model.experts_per_token
     touched = 1 - (1 - chosen / max(model.num_experts, 1)) ** slots
-    weights = (_held(rollout.precision.weights) * (w.layers + touched * w.experts / mesh.shape["expert"]) + _held(rollout.precision.head) * w.head) / split
+    weights = (
+        _held(rollout.precision.weights) * (w.layers + touched * w.experts / mesh.shape["expert"])
+        + _held(rollout.precision.head) * w.head
+    ) / split
     cached = BYTES[rollout.precision.cache or ("bfloat16" if model.bfloat16 else "float32")]
     position = 2 * model.num_layers * model.num_kv_heads * model.head_dim * cached / split
     memory = weights + position * context * slots / sharding.batch_size(mesh)
@@ -112,12 +145,18 @@ def decode(model: ModelConfig, rollout: RolloutConfig, slots: int, length: int, 
 def sync(model: ModelConfig, precision: Precision, mesh: Any, chips: int) -> Work:
     """Every device reads its float32 part, and receives what it lacks of the engine's."""
     w = parameters(model)
-    new = (_held(precision.weights) * (w.layers + w.experts) + _held(precision.head) * w.head + _held(precision.embed) * w.embed)
+    new = (
+        _held(precision.weights) * (w.layers + w.experts)
+        + _held(precision.head) * w.head
+        + _held(precision.embed) * w.embed
+    )
     new /= mesh.shape["tensor"]
     return Work(0, 4 * w.total / chips + new, new * (1 - mesh.shape["tensor"] / chips))
 
 
-def _batch(model: ModelConfig, rows: int, length: int, config: Config) -> tuple[float, float, float]:
+def _batch(
+    model: ModelConfig, rows: int, length: int, config: Config
+) -> tuple[float, float, float]:
     """One microbatch, forward: every row a completion of the greatest length."""
     return forward(model, rows * length, length / 2, rows * min(config.rollout.max_tokens, length))
 
@@ -131,14 +170,31 @@ def _held(precision: str) -> float:
 
 
 def _exchange(model: ModelConfig, tokens: int, mesh: Any, passes: int, *, gradients: bool) -> float:
-    """Weights gathered once a pass, gradients added up and split, tokens sent to their experts, partial sums of heads added."""
-    w, size, shape = parameters(model), _size(model), mesh.shape
+    """Weights gathered once a pass, gradients added up and split, tokens sent to their experts,
+    partial sums of heads added.
+    """
+    w = parameters(model)
+    size = _size(model)
+    shape = mesh.shape
     over = math.prod(shape[axis] for axis in sharding.TRAIN["embed"])
     of_experts = math.prod(shape[axis] for axis in sharding.TRAIN["expert_embed"])
     times = passes + gradients
-    weights = size / shape["tensor"] * ((w.layers + w.head) * (1 - 1 / over) + w.experts / shape["expert"] * (1 - 1 / of_experts))
+    weights = (
+        size
+        / shape["tensor"]
+        * (
+            (w.layers + w.head) * (1 - 1 / over)
+            + w.experts / shape["expert"] * (1 - 1 / of_experts)
+        )
+    )
     own = tokens / (sharding.batch_size(mesh) * shape["sequence"])
-    sent = own * model.hidden_size * size * sum(model.is_sparse(i) for i in range(model.num_layers)) * model.experts_per_token
+    sent = (
+        own
+        * model.hidden_size
+        * size
+        * sum(model.is_sparse(i) for i in range(model.num_layers))
+        * model.experts_per_token
+    )
     travels = (1 - 1 / shape["expert"]) * sent * (2 * passes + gradients)
     keys = 2 * model.num_layers * model.num_kv_heads * model.head_dim * size / shape["tensor"]
     keys *= own * (shape["sequence"] - 1) * times

@@ -1,9 +1,11 @@
-"""Experts on many devices: tokens travel to the devices that hold their experts, and back, a bounded number at a time.
+"""Experts on many devices: tokens travel to the devices that hold their experts, and back, a
+bounded number at a time.
 
-Assignments of tokens to experts are sorted by expert. In each round every device sends at most `ROWS / shards` rows to each
-shard of the expert axis, so that buffers do not grow with the number of shards; rounds go on until all rows have travelled, so
-that none is dropped however unequal the load. The backward pass makes the same rounds again and keeps no row.
-r rows, s positions, k experts a token, D model, F expert size, E experts.
+Assignments of tokens to experts are sorted by expert. In each round every device sends at most
+`ROWS / shards` rows to each shard of the expert axis, so that buffers do not grow with the number
+of shards; rounds go on until all rows have travelled, so that none is dropped however unequal the
+load. The backward pass makes the same rounds again and keeps no row. r rows, s positions, k experts
+a token, D model, F expert size, E experts.
 """
 
 from __future__ import annotations
@@ -22,27 +24,37 @@ SLACK = 1.25  # room for an unequal load before a second round is needed
 
 TOKENS = ("rows", "positions", None)
 WIDE = ("experts", None, "mlp"), ("experts", None, "mlp"), ("experts", "mlp", None)
-SPLIT = (("experts", "split_expert_embed", "mlp"), ("experts", "split_expert_embed", "mlp"),
-         ("experts", "mlp", "split_expert_embed"))
+SPLIT = (
+    ("experts", "split_expert_embed", "mlp"),
+    ("experts", "split_expert_embed", "mlp"),
+    ("experts", "mlp", "split_expert_embed"),
+)
 
 
 @jax.custom_vjp
 def mix(x: jax.Array, gates: jax.Array, experts: jax.Array, weights: Experts) -> jax.Array:
     """`moe.mix` over the ambient mesh: x [R, S, D], gates, experts [R, S, k] -> [R, S, D]."""
+
     def local(x, gates, experts, *weights):
         plan = _plan(experts, weights[0].shape[0])
         tokens = x.reshape(-1, x.shape[-1])
 
         def one(t, y):
             row, token, valid = _turn(plan, t, gates.shape[-1])
-            out = _back(_expert(_send(_rows(tokens, token, valid)), _ids(plan, row, valid), Experts(*weights)))
+            out = _back(
+                _expert(
+                    _send(_rows(tokens, token, valid)), _ids(plan, row, valid), Experts(*weights)
+                )
+            )
             gate = jnp.where(valid, gates.reshape(-1)[row], 0)
             return y.at[token].add(out.astype(jnp.float32) * gate[..., None])
 
         y = jax.lax.fori_loop(0, plan.rounds, one, jnp.zeros(tokens.shape, jnp.float32))
         return jax.lax.psum(y, "tensor").astype(x.dtype).reshape(x.shape)
 
-    return sharding.by_shard(local, TOKENS, TOKENS, TOKENS, *WIDE, out=TOKENS)(x, gates, experts, *weights)
+    return sharding.by_shard(local, TOKENS, TOKENS, TOKENS, *WIDE, out=TOKENS)(
+        x, gates, experts, *weights
+    )
 
 
 def _forward(x, gates, experts, weights):
@@ -50,32 +62,48 @@ def _forward(x, gates, experts, weights):
 
 
 def _backward(kept, dy):
-    """Both the rows and what is to come back for them travel; the experts' gradients stay where the experts are."""
+    """Both the rows and what is to come back for them travel; the experts' gradients stay where the
+    experts are.
+    """
+
     def local(x, gates, experts, dy, *weights):
-        plan, weights = _plan(experts, weights[0].shape[0]), Experts(*weights)
-        tokens, dy, flat = x.reshape(-1, x.shape[-1]), dy.reshape(-1, x.shape[-1]), gates.reshape(-1)
+        plan = _plan(experts, weights[0].shape[0])
+        weights = Experts(*weights)
+        tokens = x.reshape(-1, x.shape[-1])
+        dy = dy.reshape(-1, x.shape[-1])
+        flat = gates.reshape(-1)
 
         def one(t, carry):
             dx, dgates, dweights = carry
             row, token, valid = _turn(plan, t, gates.shape[-1])
-            ids, gate = _ids(plan, row, valid), _send(jnp.where(valid, flat[row], 0))
-            out, pull = jax.vjp(lambda rows, w: _expert(rows, ids, w), _send(_rows(tokens, token, valid)), weights)
+            ids = _ids(plan, row, valid)
+            gate = _send(jnp.where(valid, flat[row], 0))
+            out, pull = jax.vjp(
+                lambda rows, w: _expert(rows, ids, w), _send(_rows(tokens, token, valid)), weights
+            )
             coming = _send(_rows(dy, token, valid)).astype(jnp.float32)
             drows, dw = pull((coming * gate[..., None]).astype(out.dtype))
             dgate = _back(jnp.sum(coming * out.astype(jnp.float32), axis=-1))
             dx = dx.at[token].add(jnp.where(valid[..., None], _back(drows).astype(jnp.float32), 0))
             dgates = dgates.at[row].add(jnp.where(valid, dgate, 0))
-            return dx, dgates, jax.tree.map(lambda total, d: total + d.astype(jnp.float32), dweights, dw)
+            return (
+                dx,
+                dgates,
+                jax.tree.map(lambda total, d: total + d.astype(jnp.float32), dweights, dw),
+            )
 
         zero = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), (tokens, flat, weights))
         dx, dgates, dweights = jax.lax.fori_loop(0, plan.rounds, one, zero)
         dx, dgates = jax.lax.psum((dx, dgates), "tensor")
-        dweights = [_reduced(d.astype(w.dtype), names) for d, w, names in zip(dweights, weights, SPLIT)]
+        dweights = [
+            _reduced(d.astype(w.dtype), names) for d, w, names in zip(dweights, weights, SPLIT)
+        ]
         return dx.astype(x.dtype).reshape(x.shape), dgates.reshape(gates.shape), *dweights
 
     x, gates, experts, weights = kept
-    dx, dgates, *dweights = sharding.by_shard(local, TOKENS, TOKENS, TOKENS, TOKENS, *WIDE, out=(TOKENS, TOKENS, *SPLIT))(
-        x, gates, experts, dy, *weights)
+    dx, dgates, *dweights = sharding.by_shard(
+        local, TOKENS, TOKENS, TOKENS, TOKENS, *WIDE, out=(TOKENS, TOKENS, *SPLIT)
+    )(x, gates, experts, dy, *weights)
     return dx, dgates, None, Experts(*dweights)
 
 
@@ -95,7 +123,8 @@ class _Plan(NamedTuple):
 
 
 def _plan(experts: jax.Array, local: int) -> _Plan:
-    flat, shards = experts.reshape(-1), jax.lax.axis_size("expert")
+    flat = experts.reshape(-1)
+    shards = jax.lax.axis_size("expert")
     size = min(math.ceil(flat.size * SLACK / shards), max(ROWS // shards, 8))
     count = jnp.bincount(flat // local, length=shards)
     rounds = jax.lax.pmax(-(-jnp.max(count) // size), sharding.AXES)
@@ -111,7 +140,9 @@ def _turn(plan: _Plan, t: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.
 
 
 def _ids(plan: _Plan, row: jax.Array, valid: jax.Array) -> jax.Array:
-    """Expert of each received row, by its number in the shard; empty rows are the last expert's, and zero."""
+    """Expert of each received row, by its number in the shard; empty rows are the last expert's,
+    and zero.
+    """
     return _send(jnp.where(valid, plan.experts[row] % plan.local, plan.local - 1))
 
 
@@ -121,7 +152,9 @@ def _rows(tokens: jax.Array, token: jax.Array, valid: jax.Array) -> jax.Array:
 
 def _expert(rows: jax.Array, ids: jax.Array, weights: Experts) -> jax.Array:
     """[shards, size, D] -> [shards, size, D], each row by its expert."""
-    return assigned(rows.reshape(-1, rows.shape[-1]), ids.reshape(-1, 1), weights).reshape(rows.shape)
+    return assigned(rows.reshape(-1, rows.shape[-1]), ids.reshape(-1, 1), weights).reshape(
+        rows.shape
+    )
 
 
 def _send(x: jax.Array) -> jax.Array:

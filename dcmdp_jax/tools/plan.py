@@ -1,0 +1,394 @@
+"""What a run needs of a TPU slice, before the chips are rented: its programs compiled for the
+topology, with no TPU attached.
+
+`libtpu` compiles ahead of time; memory per chip is the compiler's own figure. FLOPs and bytes over
+the interconnect are counted
+here (the compiler's count leaves out Pallas kernels and the trips of loops), and times are the
+roof's: the largest of FLOPs over
+the peak, bytes over the memory's bandwidth and bytes over the links', so that no run is faster.
+Lengths are the longest: every prompt and completion at its limit.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dcmdp_jax import sharding, step, sync, tokenizer, train
+from dcmdp_jax.config import Calibrated, Config, ModelConfig, with_tolerance
+from dcmdp_jax.records import Batch
+from dcmdp_jax.rollout import generate
+from dcmdp_jax.rollout.jetstream import Engine
+from dcmdp_jax.tools import cost_model
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """One device. Sources: cloud.google.com/tpu/docs, the page of each version; links: the sum over
+    a chip's, one way.
+    """
+
+    memory: float  # bytes
+    flops: float  # bfloat16 FLOP/s
+    bandwidth: float  # bytes/s of memory
+    link: float  # bytes/s
+
+
+CHIPS = {
+    "v4": Chip(32 * GIB, 275e12, 1.2e12, 270e9),
+    "v5e": Chip(16 * GIB, 197e12, 0.82e12, 200e9),
+    "v5p": Chip(95 * GIB, 459e12, 2.77e12, 600e9),
+    "v6e": Chip(32 * GIB, 918e12, 1.64e12, 400e9),
+    "tpu7x": Chip(96 * GIB, 1153e12, 3.69e12, 300e9),  # a device is half a chip
+}
+
+
+class Program(NamedTuple):
+    """A compiled function of a run, per chip."""
+
+    name: str
+    lowered: Any  # jax.stages.Lowered
+    work: cost_model.Work  # of one call
+    calls: float  # of it in a constrained step
+    # bytes that lie on the device meanwhile: the training state, while the same devices sample
+    beside: int
+    knobs: str  # what makes it smaller
+
+
+class Compiled(NamedTuple):
+    """A program as the compiler left it; sizes in bytes per chip."""
+
+    program: Program
+    arguments: int
+    temporaries: int
+    peak: int  # arguments, results that take no argument's place, temporaries, and what lies beside
+    seconds: float  # CPU seconds of compilation
+    excess: str  # why it does not fit, empty where it does
+
+
+class Plan(NamedTuple):
+    """All programs of a run on one slice."""
+
+    topology: str
+    devices: int
+    chip: Chip
+    tokens: int  # sampled in a constrained step, at the most
+    programs: tuple[Compiled, ...]
+
+
+def topology(name: str, slices: int = 1) -> list[Any]:
+    """The devices of a slice such as "v5p:4x4x4", or of several. Raises ValueError where libtpu
+    knows no such slice.
+    """
+    kind = name.split(":")[0]
+    if kind not in CHIPS or ":" not in name:
+        raise ValueError(
+            f"--topology {name!r} is not KIND:SHAPE with KIND one of {', '.join(CHIPS)}, such as v5p:4x4x4 or "
+            "v5e:8x8"
+        )
+    if slices < 1 or "0" in name.split(":")[1].split("x"):
+        raise ValueError(
+            f"--topology {name} with --slices {slices} has no devices; both must be positive"
+        )
+    # Compiling touches no TPU, so that several processes may; the metadata server is not there to
+    # be asked.
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TPU_MIN_LOG_LEVEL": "3",
+    }
+    from jax.experimental import topologies
+
+    try:
+        found = topologies.get_topology_desc(topology_name=name, platform="tpu", num_slices=slices)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        hint = "" if importlib.util.find_spec("libtpu") else " (pip install libtpu)"
+        raise ValueError(
+            f"libtpu gives no topology {name!r}{hint}: {str(error).splitlines()[0]}"
+        ) from error
+    return list(found.devices)
+
+
+def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator[Program]:
+    """What a run compiles on `devices`, each at its longest. Raises ValueError where it cannot be
+    laid out.
+    """
+    if isinstance(config.constraint.tolerance, Calibrated):
+        config = with_tolerance(config, 1.0)  # any number makes the same programs
+    mesh, decode_mesh = sharding.meshes(config, devices, process=0)
+    engines = 1 if config.rollout.one_engine else len({device.process_index for device in devices})
+    train.check(config, model, mesh, decode_mesh, engines)
+    state = step.abstract_state(config, model, mesh)
+    batch = abstract_batch(config, model, mesh)
+    sizes = sharding.local_bytes(state)
+    parts = config.algorithm.minibatches * config.algorithm.microbatches
+    (rows, length) = batch.tokens.shape[2:]
+    row = "algorithm.row_length, " if config.algorithm.row_length else ""
+    yield Program(
+        "train step",
+        step.compile(config, model, mesh).lower(state, batch),
+        cost_model.update(model, rows, length, config, mesh, step.in_one_pass(config)),
+        1,
+        0,
+        f"{row}algorithm.microbatches, model.remat, mesh.sequence or mesh.tensor",
+    )
+    score = jax.jit(sharding.over(mesh, partial(step.score, config=config, model=model)))
+    yield Program(
+        "scoring pass",
+        score.lower(state.params, batch),
+        cost_model.scoring(model, rows, length, parts, config, mesh),
+        0,
+        sizes - sharding.local_bytes(state.params),
+        f"{row}algorithm.microbatches, mesh.sequence or mesh.tensor",
+    )
+    shared = set(decode_mesh.devices.flat) <= set(mesh.devices.flat)
+    yield from _engine(config, model, decode_mesh, engines, sizes if shared else 0)
+    own = decode_mesh if shared else sharding.block(mesh, 0)
+    version = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+    yield Program(
+        "weight sync",
+        sync.spread(model, config.rollout.precision, mesh, own).lower(state.params, version),
+        cost_model.sync(model, config.rollout.precision, own, mesh.size),
+        1,
+        sizes - sharding.local_bytes(state.params),
+        "rollout.precision.weights, rollout.mesh.tensor",
+    )
+
+
+def _engine(
+    config: Config, model: ModelConfig, mesh: Any, engines: int, beside: int
+) -> Iterator[Program]:
+    """Prefill and decoding of one of the engines."""
+    rollout = config.rollout
+    data = config.data
+    length = data.max_prompt_tokens + rollout.max_tokens
+    slots = rollout.slots // engines
+    prompts = data.prompts_per_step // engines
+    engine = Engine(
+        model,
+        slots=slots,
+        steps=rollout.tokens_per_dispatch,
+        max_length=length,
+        stop_ids=(0,),
+        precision=rollout.precision,
+        record_experts=config.algorithm.replay_routing,
+        mesh=mesh,
+    )
+    weights = sync.abstract(model, rollout.precision, mesh)
+    at_once = max(min(generate.PREFILL_TOKENS // data.max_prompt_tokens, prompts), 1)
+    prefill, decode = engine.lower(weights, at_once, data.max_prompt_tokens)
+    cache = sharding.local_bytes(engine.state_shapes())
+    yield Program(
+        "prefill",
+        prefill,
+        cost_model.prefill(model, at_once, data.max_prompt_tokens, mesh),
+        prompts / at_once,
+        beside + cache,
+        "rollout.mesh.tensor, data.max_prompt_tokens",
+    )
+    waves = -(-prompts * rollout.samples // slots)
+    yield Program(
+        f"decode, {rollout.tokens_per_dispatch} tokens",
+        decode,
+        cost_model.decode(model, rollout, slots, length, mesh),
+        waves * rollout.max_tokens / rollout.tokens_per_dispatch,
+        beside,
+        "rollout.slots, rollout.precision.cache, rollout.mesh.tensor",
+    )
+
+
+def abstract_batch(config: Config, model: ModelConfig, mesh: Any) -> Batch:
+    """The largest batch of a run: no two completions share a row."""
+    a = config.algorithm
+    width = config.rollout.max_tokens
+    count = (
+        config.data.prompts_per_step * config.rollout.samples // (a.minibatches * a.microbatches)
+    )
+    length = a.row_length or config.data.max_prompt_tokens + width
+    rows = -(-count // sharding.batch_size(mesh)) * sharding.batch_size(mesh)
+    sizes = dict.fromkeys(("tokens", "positions", "segment_ids"), (rows, length)) | dict.fromkeys(
+        ("reward", "group"), (count,)
+    )
+    routed = sum(model.is_sparse(layer) for layer in range(model.num_layers))
+    sizes |= {
+        "experts": (
+            rows,
+            length,
+            routed,
+            config.rollout.precision.experts_per_token or model.experts_per_token,
+        )
+    }
+    kinds = {
+        "mask": jnp.bool_,
+        "rollout_logp": jnp.float32,
+        "reward": jnp.float32,
+        "experts": jnp.int16,
+    }
+
+    def leaf(name, place):
+        shape = (a.minibatches, a.microbatches, *sizes.get(name, (count, width)))
+        return jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.int32), sharding=place)
+
+    places = step.batch_shardings(config, mesh)._asdict()
+    return Batch(**{name: leaf(name, place) for name, place in places.items() if place})
+
+
+def compile(program: Program, chip: Chip) -> Compiled:
+    """Compiles for the topology; what the compiler refuses for want of memory is told, not raised."""
+    started = time.process_time()
+    try:
+        memory = program.lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "limited ICI routing" in str(error) or "Unexpected device_id" in str(error):
+            raise ValueError(
+                f"on this slice a program takes one device or all, and {program.name} takes some; set "
+                "rollout.one_engine to yes, with a rollout.mesh of all devices"
+            ) from error
+        # of arguments and temporaries, or of these alone where they do not fit by themselves
+        used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([TGMK])", str(error))
+        if not used:
+            raise
+        need = float(used[1]) * {"T": 2**10, "G": 1, "M": 2**-10, "K": 2**-20}[used[2]] * GIB
+        arguments = temporaries = 0
+    else:
+        arguments = memory.argument_size_in_bytes
+        temporaries = memory.temp_size_in_bytes
+        need = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes + temporaries
+    peak = int(need) + program.beside
+    excess = (
+        f"{(peak - chip.memory) / GIB:.1f} GiB more than the {chip.memory / GIB:.0f} of a chip"
+        if peak > chip.memory
+        else ""
+    )
+    return Compiled(program, arguments, temporaries, peak, time.process_time() - started, excess)
+
+
+def seconds(work: cost_model.Work, chip: Chip) -> float:
+    """The roof: no device does this work in less."""
+    return max(_roofs(work, chip))
+
+
+def _roofs(work: cost_model.Work, chip: Chip) -> tuple[float, float, float]:
+    return work.flops / chip.flops, work.memory / chip.bandwidth, work.link / chip.link
+
+
+def make(
+    config: Config,
+    model: ModelConfig,
+    name: str,
+    slices: int = 1,
+    say: Callable[[str], None] = lambda line: None,
+) -> Plan:
+    """Compiles every program of a run for a topology.
+
+    Raises ValueError where the run cannot be laid out on it, or `train` would refuse it; the files
+    of model and data need not be there yet.
+    """
+    devices = topology(name, slices)
+    chip = CHIPS[name.split(":")[0]]
+    if not (config.data.path or config.model.folder or config.model.tokenizer):  # a generated task
+        vocabulary = train.read_tokenizer(config)
+        tokenizer.check_vocabulary(vocabulary, model.vocab_size)
+        train.read_problems(config, vocabulary, engines=1)
+    found = []
+    for program in programs(config, model, devices):
+        say(f"compiling {program.name}")
+        found.append(compile(program, chip))
+    tokens = config.data.prompts_per_step * config.rollout.samples * config.rollout.max_tokens
+    return Plan(name, len(devices), chip, tokens, tuple(found))
+
+
+def table(plan: Plan) -> list[list[str]]:
+    """A row per program, and the whole step's."""
+    head = [
+        "program",
+        "arguments",
+        "temporaries",
+        "peak GiB",
+        f"of {plan.chip.memory / GIB:.0f}",
+        "TFLOP",
+        "link GB",
+        "calls",
+        "s a step",
+        "bound by",
+        "compile CPU s",
+    ]
+    rows = [head]
+    for item in plan.programs:
+        program, work = item.program, item.program.work
+        roofs = dict(zip(("FLOPs", "memory", "links"), _roofs(work, plan.chip)))
+        rows.append(
+            [
+                program.name,
+                f"{item.arguments / GIB:.2f}",
+                f"{item.temporaries / GIB:.2f}",
+                f"{item.peak / GIB:.2f}",
+                "no" if item.excess else "yes",
+                f"{work.flops / 1e12:.3g}",
+                f"{work.link / 1e9:.3g}",
+                f"{program.calls:g}",
+                f"{program.calls * seconds(work, plan.chip):.3g}",
+                max(roofs, key=roofs.get),
+                f"{item.seconds:.0f}",
+            ]
+        )
+    return rows
+
+
+def verdict(plan: Plan) -> list[str]:
+    """What does not fit and what to turn, or how long a step takes at the roof."""
+    lines = [
+        f"{item.program.name} does not fit: {item.excess}; turn {item.program.knobs}"
+        for item in plan.programs
+        if item.excess
+    ]
+    whole = sum(
+        item.program.calls * seconds(item.program.work, plan.chip) for item in plan.programs
+    )
+    return lines + [
+        f"a constrained step of {plan.tokens:,} sampled tokens takes {whole:.3g} s at the roof, "
+        f"{plan.tokens / whole / plan.devices:,.0f} tokens/s a device; no run is faster"
+    ]
+
+
+def write(plan: Plan, path: str) -> None:
+    """The plan as JSON: bytes, FLOPs and seconds per device."""
+    rows = [
+        {
+            "program": item.program.name,
+            "arguments": item.arguments,
+            "temporaries": item.temporaries,
+            "peak": item.peak,
+            "fits": not item.excess,
+            "calls": item.program.calls,
+            **item.program.work._asdict(),
+            "seconds": seconds(item.program.work, plan.chip),
+            "compile_cpu_seconds": item.seconds,
+        }
+        for item in plan.programs
+    ]
+    pathlib.Path(path).write_text(
+        json.dumps(
+            {
+                "topology": plan.topology,
+                "devices": plan.devices,
+                "tokens": plan.tokens,
+                "programs": rows,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
