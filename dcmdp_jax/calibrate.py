@@ -26,7 +26,7 @@ FIRST = 2**30
 DIGITS = 4  # of a tolerance: its error is far larger
 
 
-def floor(
+def measure_floor(
     config: Config,
     model: ModelConfig,
     mesh: jax.sharding.Mesh,
@@ -62,7 +62,7 @@ def _measure(
     return constraint.measure(*flat)
 
 
-def tolerance(found: Calibration) -> float:
+def rounded_tolerance(found: Calibration) -> float:
     """The number that a run uses, to four digits."""
     return float(f"{float(found.tolerance):.{DIGITS}g}")
 
@@ -81,7 +81,7 @@ def tolerance_error(found: Calibration, slack: float) -> float:
     return error * math.sqrt(1 + 9 / (2 * max(batches - 1, 1)))
 
 
-def text(found: Calibration, slack: float) -> str:
+def describe(found: Calibration, slack: float) -> str:
     """The floor and the tolerance with their standard errors, and how the one follows from the
     other.
     """
@@ -93,7 +93,7 @@ def text(found: Calibration, slack: float) -> str:
     )
     return (
         f"floor of delta  {level:.{DIGITS}g} ± {error:.1g}  ({batches:.0f} batches at fixed weights)\n"
-        f"tolerance       {tolerance(found):g} ± {tolerance_error(found, slack):.1g}  ({rule})"
+        f"tolerance       {rounded_tolerance(found):g} ± {tolerance_error(found, slack):.1g}  ({rule})"
     )
 
 
@@ -104,7 +104,7 @@ def write(found: Calibration, wanted: Calibrated, workdir: pathlib.Path) -> None
         "batches": wanted.batches,
         "floor": float(found.floor),
         "floor_std_error": float(found.std_error),
-        "tolerance": tolerance(found),
+        "tolerance": rounded_tolerance(found),
         "tolerance_std_error": tolerance_error(found, wanted.slack),
     }
     (workdir / FILE).write_text(json.dumps(record, indent=2) + "\n")
@@ -124,7 +124,7 @@ def read(workdir: pathlib.Path) -> dict[str, float]:
     return {name: record[name] for name in RECORDED}
 
 
-def wanted(config: Config, workdir: pathlib.Path) -> Calibrated:
+def settings(config: Config, workdir: pathlib.Path) -> Calibrated:
     """What the experiment asks for, else what the run in `workdir` was measured with, else the
     defaults.
     """
@@ -136,7 +136,7 @@ def wanted(config: Config, workdir: pathlib.Path) -> Calibrated:
     return Calibrated()
 
 
-def recalled(config: Config, workdir: pathlib.Path) -> Config:
+def with_recorded_tolerance(config: Config, workdir: pathlib.Path) -> Config:
     """`config` with the tolerance that the run in `workdir` measured at its start, if there is such
     a run.
     """

@@ -24,7 +24,7 @@ from dcmdp_jax.records import TrainState
 REASON = 200  # characters of what Orbax says about a file
 
 
-class NoneWhole(processes.Refused):
+class NoReadableCheckpoint(processes.Refused):
     """There are checkpoints, and none that can be read."""
 
 
@@ -128,7 +128,7 @@ def read(
     wanted = like._replace(opt_state=jax.tree.map(lambda _: ocp.PLACEHOLDER, like.opt_state))
     numbers = [step for step in reversed(steps(workdir)) if step < before]
     if not numbers:
-        raise NoneWhole(f"{workdir} holds no checkpoints; give the run's --workdir")
+        raise NoReadableCheckpoint(f"{workdir} holds no checkpoints; give the run's --workdir")
     args = ocp.args.PyTreeRestore(
         wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
     )
@@ -217,7 +217,7 @@ def _newest_whole(
                 f"checkpoint {step} in {folder} holds no checksums, so damage to it would not be seen"
             )
         return (found, rest["data"]), damaged
-    raise NoneWhole(
+    raise NoReadableCheckpoint(
         f"no checkpoint in {folder} can be read: {', '.join(map(str, steps))} do not fit this "
         f"experiment's model and optimizer, or are damaged; nothing was changed (the newest: {reasons[0]})"
     )

@@ -313,7 +313,7 @@ def _train(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
             "--distributed alone"
         )
     from dcmdp_jax import train
-    from dcmdp_jax.checkpoint import NoneWhole
+    from dcmdp_jax.checkpoint import NoReadableCheckpoint
     from dcmdp_jax.distributed import processes
     from dcmdp_jax.stopping import Failed, Interrupted
 
@@ -330,7 +330,7 @@ def _train(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
         except Interrupted as stop:
             processes.say(f"{stop}; {again}")
             return 130
-        except NoneWhole as error:
+        except NoReadableCheckpoint as error:
             print(f"dcmdp: {error}", file=sys.stderr)
             return 2
         except Failed as error:
@@ -422,7 +422,7 @@ def _calibrate(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     from dcmdp_jax import calibrate, checkpoint, train
     from dcmdp_jax.tools import parity
 
-    wanted = calibrate.wanted(config, workdir)
+    wanted = calibrate.settings(config, workdir)
     batches = wanted.batches if args.batches is None else args.batches
     slack = wanted.slack if args.slack is None else args.slack
     if batches < 2 or not slack >= 0:
@@ -435,9 +435,9 @@ def _calibrate(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
         found = parity.measure(
             config, inputs, policy, batches, first=calibrate.FIRST, slack=slack
         ).calibration
-        print(f"{policy.origin}\n{calibrate.text(found, slack)}")
+        print(f"{policy.origin}\n{calibrate.describe(found, slack)}")
         print(
-            f"in the experiment: tolerance={calibrate.tolerance(found):g}, or tolerance=Calibrated(slack={slack:g}), with "
+            f"in the experiment: tolerance={calibrate.rounded_tolerance(found):g}, or tolerance=Calibrated(slack={slack:g}), with "
             "which a run measures it at its start"
         )
         return 0

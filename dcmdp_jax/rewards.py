@@ -76,7 +76,7 @@ def score(
         decode(ids[:length].tolist()) for ids, length in zip(rollout.tokens, rollout.text_lengths)
     )
     reward = np.zeros(len(text), np.float32)
-    with stopping.watched(asked, lambda i: _slow(verifier, examples[i // samples], i)) as watch:
+    with stopping.interruptible(asked, lambda i: _slow(verifier, examples[i // samples], i)) as watch:
         for i, stopped in enumerate(rollout.stopped):
             watch.begin(i)
             reward[i] = _reward(verifier, examples[i // samples], text[i] if stopped else "")
@@ -107,7 +107,7 @@ def _reward(verifier: Callable[[Example, str], float], example: Example, text: s
 def _slow(verifier: Callable[[Example, str], float], example: Example, number: int) -> None:
     print(
         f"the verifier {_name(verifier)} has been at completion {number}, of the prompt "
-        f"{_short(example)}, for {stopping.SLOW:.0f} s",
+        f"{_short(example)}, for {stopping.SLOW_SECONDS:.0f} s",
         file=sys.stderr,
         flush=True,
     )

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-PATIENCE = 2.0  # seconds in which a user's function may still return, once the run is asked to stop
-SLOW = 30.0  # seconds after which a user's function is named
-GLANCE = 0.1  # seconds between two looks at a user's function
+GRACE_SECONDS = 2.0  # seconds in which a user's function may still return, once the run is asked to stop
+SLOW_SECONDS = 30.0  # seconds after which a user's function is named
+POLL_SECONDS = 0.1  # seconds between two looks at a user's function
 
 
 class Interrupted(Exception):
@@ -137,7 +137,7 @@ _watches: list[Watch] = []  # the one that is going on, if there is one
 
 
 @contextmanager
-def watched(asked: Callable[[], bool], slow: Callable[[int], None]) -> Iterator[Watch]:
+def interruptible(asked: Callable[[], bool], slow: Callable[[int], None]) -> Iterator[Watch]:
     """A block in which the main thread calls a user's function, each time after `begin(turn)`.
 
     Raises `Interrupted`, from within the function if need be, where it has not returned 2 s after
@@ -159,14 +159,14 @@ def watched(asked: Callable[[], bool], slow: Callable[[int], None]) -> Iterator[
     def look() -> None:
         asked_at = None
         told = False
-        while not done.wait(GLANCE):
+        while not done.wait(POLL_SECONDS):
             now = time.monotonic()
             if asked_at is None and asked():
                 asked_at = now
-            if asked_at is not None and now - asked_at > PATIENCE:
+            if asked_at is not None and now - asked_at > GRACE_SECONDS:
                 signal.pthread_kill(main, signal.SIGVTALRM)
                 asked_at = now  # once more, where the function keeps what is raised in it
-            if not told and now - watch.since > SLOW:
+            if not told and now - watch.since > SLOW_SECONDS:
                 told = True
                 slow(watch.turn)
 
@@ -197,4 +197,4 @@ def _arm() -> None:
 
     No thread runs where a function keeps the interpreter's lock.
     """
-    signal.setitimer(signal.ITIMER_VIRTUAL, PATIENCE / 2, PATIENCE)  # of the process's own time
+    signal.setitimer(signal.ITIMER_VIRTUAL, GRACE_SECONDS / 2, GRACE_SECONDS)  # of the process's own time

@@ -85,7 +85,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> Inputs:
     processes.check_same(json.dumps(to_json(config)), "configuration")
     with processes.agreed():
         inputs = read_inputs(config)
-        config = calibrate.recalled(config, workdir)
+        config = calibrate.with_recorded_tolerance(config, workdir)
         metrics.check_loggers(config)
     return inputs._replace(lock=claim(workdir, config))
 
@@ -100,7 +100,7 @@ def run(config: Config, workdir: pathlib.Path, inputs: Inputs, at_once: bool = F
         stopping.requests(processes.stop, at_once) as asked_here,
         contextlib.closing(checkpoint.Checkpoints(workdir, config.checkpoint.keep)) as saved,
     ):
-        config = calibrate.recalled(config, workdir)
+        config = calibrate.with_recorded_tolerance(config, workdir)
         restored = _restore(saved, config, inputs)
         asked = partial(_any, (asked_here, processes.stopping))
         with metrics.Log(
@@ -387,7 +387,7 @@ def _calibrated(
     collected = [collect(calibrate.FIRST + i) for i in range(wanted.batches)]
     if None in collected:
         raise stopping.Interrupted("stopped in the calibration of the tolerance; it starts anew")
-    found = calibrate.floor(
+    found = calibrate.measure_floor(
         config,
         inputs.model,
         inputs.mesh,
@@ -396,8 +396,8 @@ def _calibrated(
         wanted.slack,
     )
     inputs.prompts.set_state(position)
-    processes.say(calibrate.text(found, wanted.slack))
-    config = with_tolerance(config, calibrate.tolerance(found))
+    processes.say(calibrate.describe(found, wanted.slack))
+    config = with_tolerance(config, calibrate.rounded_tolerance(found))
     if jax.process_index() == 0:
         calibrate.write(found, wanted, workdir)
         _write_config(workdir, config)

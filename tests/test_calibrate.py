@@ -116,7 +116,7 @@ def test_a_resumed_run_keeps_the_number(tmp_path, monkeypatch):
     """Not measured again, though the weights have changed; and equal to a run in one piece."""
     train.train(tiny(steps=2), tmp_path / "parts")
     with monkeypatch.context() as patch:
-        patch.setattr(calibrate, "floor", None)
+        patch.setattr(calibrate, "measure_floor", None)
         train.train(tiny(), tmp_path / "parts")
     train.train(tiny(), tmp_path / "whole")
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")

@@ -173,7 +173,7 @@ def test_where_none_is_whole_nothing_is_moved(workdir):
         data_file(workdir / "checkpoints" / step).unlink()
     before = files(workdir)
     with pytest.raises(
-        checkpoint.NoneWhole,
+        checkpoint.NoReadableCheckpoint,
         match="no checkpoint in .* can be read: 4, 2 do not fit .*, or are damaged",
     ) as error:
         restore(workdir)
@@ -189,7 +189,7 @@ def test_readers_of_a_run_fall_back_and_touch_nothing(workdir, capsys):
     assert_equal(state.params, state_of(2).params)
     assert position == {"next_index": 20} and files(workdir) == before
     assert "checkpoint 4" in capsys.readouterr().err
-    with pytest.raises(checkpoint.NoneWhole, match="holds no checkpoints"):
+    with pytest.raises(checkpoint.NoReadableCheckpoint, match="holds no checkpoints"):
         checkpoint.read(workdir, like(state_of(0)), before=2)
 
 

@@ -114,7 +114,7 @@ def test_a_function_that_hangs_is_left(how):
         began = time.monotonic()
         with (
             pytest.raises(stopping.Interrupted),
-            stopping.watched(asked, lambda turn: None) as watch,
+            stopping.interruptible(asked, lambda turn: None) as watch,
         ):
             watch.begin(0)
             HANGS[how]()
@@ -125,16 +125,16 @@ def test_a_function_that_hangs_is_left(how):
 def test_a_function_that_returns_in_time_is_not_left(monkeypatch):
     with stopping.requests() as asked:
         os.kill(os.getpid(), signal.SIGTERM)
-        with stopping.watched(asked, lambda turn: None) as watch:
+        with stopping.interruptible(asked, lambda turn: None) as watch:
             watch.begin(0)
             time.sleep(0.5)
         time.sleep(0.1)
 
 
 def test_a_slow_turn_is_named_once(monkeypatch):
-    monkeypatch.setattr(stopping, "SLOW", 0.2)
+    monkeypatch.setattr(stopping, "SLOW_SECONDS", 0.2)
     slow = []
-    with stopping.watched(lambda: False, slow.append) as watch:
+    with stopping.interruptible(lambda: False, slow.append) as watch:
         for turn in range(4):
             watch.begin(turn)
             time.sleep(0.6 if turn == 2 else 0.01)
