@@ -76,7 +76,9 @@ def score(
         decode(ids[:length].tolist()) for ids, length in zip(rollout.tokens, rollout.text_lengths)
     )
     reward = np.zeros(len(text), np.float32)
-    with stopping.interruptible(asked, lambda i: _slow(verifier, examples[i // samples], i)) as watch:
+    with stopping.interruptible(
+        asked, lambda i: _slow(verifier, examples[i // samples], i)
+    ) as watch:
         for i, stopped in enumerate(rollout.stopped):
             watch.begin(i)
             reward[i] = _reward(verifier, examples[i // samples], text[i] if stopped else "")

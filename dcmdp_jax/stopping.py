@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-GRACE_SECONDS = 2.0  # seconds in which a user's function may still return, once the run is asked to stop
+GRACE_SECONDS = (
+    2.0  # seconds in which a user's function may still return, once the run is asked to stop
+)
 SLOW_SECONDS = 30.0  # seconds after which a user's function is named
 POLL_SECONDS = 0.1  # seconds between two looks at a user's function
 
@@ -197,4 +199,6 @@ def _arm() -> None:
 
     No thread runs where a function keeps the interpreter's lock.
     """
-    signal.setitimer(signal.ITIMER_VIRTUAL, GRACE_SECONDS / 2, GRACE_SECONDS)  # of the process's own time
+    signal.setitimer(
+        signal.ITIMER_VIRTUAL, GRACE_SECONDS / 2, GRACE_SECONDS
+    )  # of the process's own time
