@@ -39,7 +39,7 @@ MISMATCH = ("logp", "old_logp", "rollout_logp", "advantage", "mask")
 
 
 def dc_grpo(logp, old_logp, rollout_logp, advantage, mask):
-    shaped = constraint.shape(advantage, old_logp, rollout_logp, 0.1, 0.0037, mask)
+    shaped = constraint.shape_advantage(advantage, old_logp, rollout_logp, 0.1, 0.0037, mask)
     return policy.clipped(logp, old_logp, shaped, mask)
 
 
@@ -80,7 +80,7 @@ LOSSES: dict[str, tuple[tuple[str, ...], Callable]] = {
         ("logp", "rollout_logp", "mask"),
         functools.partial(constraint.penalty, multiplier=0.1),
     ),
-    "constraint.shape + clipped": (MISMATCH, dc_grpo),
+    "constraint.shape_advantage + clipped": (MISMATCH, dc_grpo),
     "corrections.tis + clipped": (MISMATCH, corrected(corrections.tis())),
     "corrections.sequence_tis + clipped": (MISMATCH, corrected(corrections.sequence_tis())),
     "corrections.mis + clipped": (MISMATCH, corrected(corrections.mis())),

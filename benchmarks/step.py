@@ -148,7 +148,9 @@ def experiment(model: ModelConfig, microbatches: int) -> Config:
             surrogate=corrections.decoupled(policy.clipped),
             microbatches=microbatches,
         ),
-        constraint=ConstraintConfig(constraint.shape, constraint.projected_ascent, tolerance=0.01),
+        constraint=ConstraintConfig(
+            constraint.shape_advantage, constraint.projected_ascent, tolerance=0.01
+        ),
     )
 
 

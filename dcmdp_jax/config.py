@@ -255,7 +255,7 @@ class ConstraintConfig:
 
     # (advantage, old_logp, rollout_logp, multiplier, tolerance, mask) -> [N, T]; None: advantages
     # stay
-    shape: Callable | None
+    shaping: Callable | None
     dual: Callable  # (dual_lr, multiplier_init, multiplier_max) -> constraint.Controller
     # c; `Calibrated(slack=0.2)` has the run measure it before its first step
     tolerance: float | Calibrated

@@ -1,7 +1,7 @@
 """The discrepancy constraint: both ends of the multiplier.
 
 max E[reward]  s.t.  E[delta] <= c,  delta_t = |pi_train(o_t | s_t) - pi_infer(o_t | s_t)|. Here are
-the measurement of delta, the places where the multiplier acts (`shape`, `penalty`), the controllers
+the measurement of delta, the places where the multiplier acts (`shape_advantage`, `penalty`), the controllers
 that update it, the calibration of c.
 
 Notation: `old_logp` is the trainer's own log-prob at the weights that sampled, `rollout_logp` the
@@ -133,7 +133,7 @@ def _shaped(advantage, cost, multiplier, mask):
     )
 
 
-def shape(advantage, old_logp, rollout_logp, multiplier, tolerance, mask) -> jax.Array:
+def shape_advantage(advantage, old_logp, rollout_logp, multiplier, tolerance, mask) -> jax.Array:
     """The paper's shaped advantage, `[N, T]`, detached; 0 outside the mask.
 
     Formula: A - lambda * delta
@@ -203,7 +203,7 @@ def shape_cost_to_go(advantage, old_logp, rollout_logp, multiplier, tolerance, m
     Paper: a variant; the cost-to-go of a constrained MDP, where arXiv 2606.08779 charges the
         immediate cost alone
 
-    The sum grows with the response: a multiplier that suits `shape` is too large here.
+    The sum grows with the response: a multiplier that suits `shape_advantage` is too large here.
     """
     gap = jnp.flip(delta(old_logp, rollout_logp, mask), axis=-1)
     return _shaped(advantage, jnp.flip(jnp.cumsum(gap, axis=-1), axis=-1), multiplier, mask)
@@ -217,7 +217,7 @@ def shape_normalised(advantage, old_logp, rollout_logp, multiplier, tolerance, m
     Default: none
     Paper: Stooke et al. 2020, arXiv 2007.03964 (PID Lagrangian)
     """
-    return shape(advantage, old_logp, rollout_logp, multiplier, tolerance, mask) / (
+    return shape_advantage(advantage, old_logp, rollout_logp, multiplier, tolerance, mask) / (
         1.0 + multiplier
     )
 

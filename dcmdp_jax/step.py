@@ -180,7 +180,7 @@ def constrained_step(
     """One rollout batch: `epochs` x M updates of the parameters, then one of the multiplier.
 
     A'_t = A_t - lambda delta_t with the current lambda, delta from the trainer's own log-probs at
-    the weights that sampled, or whatever `constraint.shape` and `constraint.penalty` make of them;
+    the weights that sampled, or whatever `constraint.shaping` and `constraint.penalty` make of them;
     then lambda <- dual(lambda, mean delta) over all completion tokens, before any rejection.
     Updates whose loss or gradient is not finite are left out and counted. `one_pass` is what
     `in_one_pass` says. Where it is wrong about a batch, the metric "apart" is False and the state
@@ -286,9 +286,9 @@ def _shaped(
     old_logp: jax.Array, batch: Batch, advantage: jax.Array, multiplier: jax.Array, config: Config
 ) -> jax.Array:
     """Every token's advantage, [M, A, n, T]."""
-    if not config.constraint.shape:
+    if not config.constraint.shaping:
         return jnp.broadcast_to(advantage, batch.mask.shape)
-    shaped = config.constraint.shape(
+    shaped = config.constraint.shaping(
         _flat(advantage),
         _flat(old_logp),
         _flat(batch.rollout_logp),

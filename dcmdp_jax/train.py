@@ -252,7 +252,7 @@ def _give_up(
 def _coupled(config: Config) -> str:
     """Why a step whose microbatches were not judged apart made no update."""
     return (
-        f"algorithm.surrogate={config.algorithm.surrogate!r}, or constraint.shape, weighs "
+        f"algorithm.surrogate={config.algorithm.surrogate!r}, or constraint.shaping, weighs "
         "microbatches against each other in this batch, which the trial before the run had not "
         "shown, so that their gradients cannot be added up; set algorithm.microbatches=1"
     )

@@ -30,7 +30,7 @@ Pure functions: arrays in, arrays out. This page is made from the docstrings by 
   that of a completion once, after the sum.
 - Losses come unreduced, per token; `reduce` makes a scalar of them.
 - Policy losses are called `(logp, old_logp, advantage, mask)` with options by name, surrogates `(logp, old_logp, rollout_logp,
-  advantage, mask)`, shapes `(advantage, old_logp, rollout_logp, multiplier, tolerance, mask)`; "needs" lists what is read.
+  advantage, mask)`, shapings `(advantage, old_logp, rollout_logp, multiplier, tolerance, mask)`; "needs" lists what is read.
 
 ## Three algorithms on your own log-probs
 
@@ -43,7 +43,7 @@ Pure functions: arrays in, arrays out. This page is made from the docstrings by 
 >>> old_logp = rollout_logp - rng.exponential(0.3, (8, 64)).astype("float32")
 >>> mask, group = np.ones((8, 64), bool), np.arange(8, dtype="int32") // 4
 >>> advantage = advantages.grpo(rng.random(8, "float32"), group, num_groups=2)[:, None]
->>> shaped = constraint.shape(advantage, old_logp, rollout_logp, 0.5, 0.0037, mask)
+>>> shaped = constraint.shape_advantage(advantage, old_logp, rollout_logp, 0.5, 0.0037, mask)
 >>> plain, tis = corrections.decoupled(policy.clipped), corrections.decoupled(policy.clipped, corrections.tis(2.0))
 >>> def norm(surrogate, advantage):
 ...     loss = lambda logp: reduce.token_mean(*surrogate(logp, old_logp, rollout_logp, advantage, mask))

@@ -47,7 +47,7 @@ CONFIG = Config(
         learning_rate=1e-6,
     ),
     constraint=ConstraintConfig(
-        shape=constraint.shape, dual=constraint.projected_ascent, tolerance=0.0037
+        shaping=constraint.shape_advantage, dual=constraint.projected_ascent, tolerance=0.0037
     ),
     eval=EvalConfig(every=20, prompts=256),
     steps=200,

@@ -62,7 +62,7 @@ CONFIG = Config(
         beta2=0.999,
     ),
     constraint=ConstraintConfig(
-        shape=constraint.shape,
+        shaping=constraint.shape_advantage,
         dual=constraint.projected_ascent,
         tolerance=0.004,
         multiplier_max=0.2,

@@ -73,7 +73,9 @@ CONFIG = Config(
         learning_rate=0.01,
     ),
     constraint=ConstraintConfig(
-        shape=constraint.shape, dual=constraint.projected_ascent, tolerance=Calibrated(batches=2)
+        shaping=constraint.shape_advantage,
+        dual=constraint.projected_ascent,
+        tolerance=Calibrated(batches=2),
     ),
     warmup=WarmupConfig(steps=2, batch_size=8),
     eval=EvalConfig(every=3, prompts=7),

@@ -178,7 +178,7 @@ TABLE = {
     "constraint.measure_several": Case(
         lambda d: constraint.measure_several(d["old_logp"], d["rollout_logp"], d["mask"]), ("old_logp",)
     ),
-    "constraint.shape": shaped(constraint.shape),
+    "constraint.shape_advantage": shaped(constraint.shape_advantage),
     "constraint.shape_signed": shaped(constraint.shape_signed),
     "constraint.shape_centred": shaped(constraint.shape_centred),
     "constraint.shape_hinge": shaped(constraint.shape_hinge),

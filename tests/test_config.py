@@ -191,7 +191,7 @@ def test_numbers_that_make_no_run_are_refused(quickstart, changes, message):
 
 def test_record_is_json_and_names_functions(quickstart):
     record = json.loads(json.dumps(c.to_json(quickstart)))
-    assert record["constraint"]["shape"] == "dcmdp_jax.constraint.shape"
+    assert record["constraint"]["shaping"] == "dcmdp_jax.constraint.shape_advantage"
     assert record["data"]["task"] == {"type": "Chain", "operations": 5, "noise": [0.15, 0.2, 0.3]}
     assert "clip_high" in json.dumps(record["algorithm"]["surrogate"])
 

@@ -17,7 +17,7 @@ from dcmdp_jax.losses import corrections, diagnostics, policy, reduce
 
 C = 0.0037
 SHAPES = (
-    constraint.shape, constraint.shape_signed, constraint.shape_centred, constraint.shape_hinge,
+    constraint.shape_advantage, constraint.shape_signed, constraint.shape_centred, constraint.shape_hinge,
     constraint.shape_cost_to_go, constraint.shape_normalised,
 )  # fmt: skip
 CONTROLLERS = (
@@ -61,7 +61,7 @@ def test_golden_block(name, case):
     close(gap_sum / max(count, 1), expected["delta_bar"], ROUNDING)
     close(before.multiplier, expected["lambda_applied"])
     close(after.multiplier, expected["lambda_next"])
-    shaped = functools.partial(constraint.shape, advantage, old, rollout)
+    shaped = functools.partial(constraint.shape_advantage, advantage, old, rollout)
     close(shaped(before.multiplier, C, mask), expected["adv_shaped"])
     close(shaped(after.multiplier, C, mask), expected["adv_shaped_update_first"])
     arguments = (advantage, old, rollout, before.multiplier, C, mask)
@@ -82,7 +82,7 @@ def test_golden_losses(name, case, entry):
         if entry == "dcgrpo_penalty_variant":
             term = constraint.penalty(logp, rollout, mask, multiplier)
             return reduce.token_mean(clipped(logp, old, advantage, mask) + term, mask)
-        shaped = constraint.shape(advantage, old, rollout, multiplier, C, mask)
+        shaped = constraint.shape_advantage(advantage, old, rollout, multiplier, C, mask)
         correction = corrections.tis() if entry.endswith("tis_token") else None
         per_token, counted = corrections.decoupled(clipped, correction)(
             logp, old, rollout, shaped, mask
@@ -143,7 +143,7 @@ def test_variants_closed_forms():
     gap = np.abs(signed)
     to_go = np.flip(np.cumsum(np.flip(gap, 1), 1), 1)
     expected = {
-        constraint.shape: gap,
+        constraint.shape_advantage: gap,
         constraint.shape_signed: signed,
         constraint.shape_centred: gap - gap.sum() / mask.sum(),
         constraint.shape_hinge: np.maximum(gap - 0.01, 0.0),
@@ -161,18 +161,18 @@ def test_variants_closed_forms():
     )
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_share_one_contract(shape):
+@pytest.mark.parametrize("shaping", SHAPES)
+def test_shapes_share_one_contract(shaping):
     """Multiplier 0 is no change, [N, 1] is [N, T], and no gradient passes."""
     old, rollout, advantage, mask = batch(2)
-    close(shape(advantage, old, rollout, 0.0, C, mask), np.where(mask, advantage, 0.0))
-    full = shape(advantage, old, rollout, 0.2, C, mask)
-    np.testing.assert_array_equal(shape(advantage[:, :1], old, rollout, 0.2, C, mask), full)
+    close(shaping(advantage, old, rollout, 0.0, C, mask), np.where(mask, advantage, 0.0))
+    full = shaping(advantage, old, rollout, 0.2, C, mask)
+    np.testing.assert_array_equal(shaping(advantage[:, :1], old, rollout, 0.2, C, mask), full)
     for position in (0, 1, 2):
         arguments = [advantage, old, rollout]
 
         def total(x):
-            return shape(*arguments[:position], x, *arguments[position + 1 :], 0.2, C, mask).sum()
+            return shaping(*arguments[:position], x, *arguments[position + 1 :], 0.2, C, mask).sum()
 
         assert not np.any(jax.grad(total)(arguments[position]))
 
@@ -186,7 +186,7 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="mask has shape"):
         constraint.delta(old, rollout, mask[:, :2])
     with pytest.raises(ValueError, match="advantage has shape"):
-        constraint.shape(advantage[:, :3], old, rollout, 0.1, C, mask)
+        constraint.shape_advantage(advantage[:, :3], old, rollout, 0.1, C, mask)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -478,7 +478,7 @@ def test_floor_is_what_lr_zero_measures():
 def test_shaping_changes_the_sign_it_reports():
     old, rollout, _, mask = batch(7)
     advantage = np.full_like(old, 1e-4)
-    shaped = constraint.shape(advantage, old, rollout, 1.0, C, mask)
+    shaped = constraint.shape_advantage(advantage, old, rollout, 1.0, C, mask)
     gap = np.asarray(constraint.delta(old, rollout, mask))
     close(diagnostics.sign_flip(advantage, shaped, mask)["sign_flip"], (gap[mask] > 1e-4).mean())
 

@@ -91,7 +91,9 @@ def test_shaping_on_a_part_of_the_tokens():
         (split.engine_likelier, gap < 0),
         (split.trainer_likelier, gap > 0),
     ):
-        found = split.where(chosen, constraint.shape)(advantage, old, rollout, 0.5, 0.0, mask)
+        found = split.where(chosen, constraint.shape_advantage)(
+            advantage, old, rollout, 0.5, 0.0, mask
+        )
         np.testing.assert_allclose(
             found, np.where(mask, advantage - 0.5 * np.abs(gap) * part, 0.0), atol=1e-6
         )

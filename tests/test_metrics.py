@@ -28,7 +28,7 @@ def make_config(steps=10, **fields):
     algorithm = AlgorithmConfig(
         losses.advantages.grpo, losses.policy.clipped, losses.reduce.token_mean
     )
-    dual = ConstraintConfig(constraint.shape, constraint.projected_ascent, tolerance=0.01)
+    dual = ConstraintConfig(constraint.shape_advantage, constraint.projected_ascent, tolerance=0.01)
     data = DataConfig(verifier=max, task=object())
     return Config("trial", ModelSource(), data, RolloutConfig(), algorithm, dual, steps, **fields)
 

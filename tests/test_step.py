@@ -60,7 +60,9 @@ def make_config(model=MODEL, surrogate=corrections.decoupled(CLIPPED), **algorit
             **algorithm,
         ),
         constraint=ConstraintConfig(
-            shape=constraint.shape, dual=constraint.projected_ascent, tolerance=TOLERANCE
+            shaping=constraint.shape_advantage,
+            dual=constraint.projected_ascent,
+            tolerance=TOLERANCE,
         ),
         steps=1,
     )
@@ -207,7 +209,7 @@ def test_a_penalty_takes_the_duals_multiplier(parts):
     config = make_config(**parts)
     scored = make_scored()
     penalised = dataclasses.replace(
-        config.constraint, shape=None, penalty=constraint.penalty, multiplier_init=0.3
+        config.constraint, shaping=None, penalty=constraint.penalty, multiplier_init=0.3
     )
     _, state, metrics = run(dataclasses.replace(config, constraint=penalised), scored)
     plain = dataclasses.replace(config.constraint, multiplier_init=0.0)
@@ -265,15 +267,15 @@ KL_COV = corrections.decoupled(functools.partial(covariance.kl_cov, fraction=0.1
 @pytest.mark.parametrize(
     "surrogate, shape, apart",
     [
-        (corrections.decoupled(CLIPPED, corrections.tis(2.0)), constraint.shape, True),
+        (corrections.decoupled(CLIPPED, corrections.tis(2.0)), constraint.shape_advantage, True),
         (corrections.decoupled(CLIPPED, rejections=(K3,)), constraint.shape_hinge, True),
         (corrections.bypass(CLIPPED), constraint.shape_cost_to_go, True),
         (corrections.bypass(CLIPPED), None, True),
         (corrections.decoupled(CLIPPED), constraint.shape_centred, False),
-        (M2PO, constraint.shape, False),
-        (SURVIVING, constraint.shape, False),
+        (M2PO, constraint.shape_advantage, False),
+        (SURVIVING, constraint.shape_advantage, False),
         (KL_COV, None, False),
-        (STRICT, constraint.shape, False),
+        (STRICT, constraint.shape_advantage, False),
         (TRUSTED, None, False),
     ],
 )
@@ -284,7 +286,7 @@ def test_microbatches_are_scored_and_updated_in_one_pass_where_they_are_judged_a
     assert (
         step.in_one_pass(
             dataclasses.replace(
-                config, constraint=dataclasses.replace(config.constraint, shape=shape)
+                config, constraint=dataclasses.replace(config.constraint, shaping=shape)
             )
         )
         == apart
@@ -349,7 +351,7 @@ def test_a_penalty_is_charged_on_rejected_tokens_too(parts):
     config = make_config(surrogate=corrections.decoupled(CLIPPED, STRICT_MIS), **parts)
     scored = make_scored(reward=np.ones(B * G))
     penalised = dataclasses.replace(
-        config.constraint, shape=None, penalty=constraint.penalty, multiplier_init=0.3
+        config.constraint, shaping=None, penalty=constraint.penalty, multiplier_init=0.3
     )
     still = dataclasses.replace(config.algorithm, learning_rate=0.0)
     _, _, metrics = run(dataclasses.replace(config, constraint=penalised, algorithm=still), scored)

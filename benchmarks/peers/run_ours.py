@@ -250,7 +250,10 @@ def experiment(ctx: Any) -> Config:
             grad_clip=1e9,
         ),
         constraint=ConstraintConfig(
-            constraint.shape, constraint.projected_ascent, tolerance=1.0, multiplier_init=0.0
+            constraint.shape_advantage,
+            constraint.projected_ascent,
+            tolerance=1.0,
+            multiplier_init=0.0,
         ),
     )
 

@@ -281,7 +281,7 @@ def sign_flip(advantage: Array, shaped: Array, mask: Array) -> Metrics:
     """What shaping does to the direction of the update.
 
     Formula: sign_flip: share of tokens with A A' < 0; zero_moved: share with A = 0 and A' != 0
-    Needs: advantage, shaped (as `constraint.shape` returns), mask
+    Needs: advantage, shaped (as `constraint.shape_advantage` returns), mask
     Default: none
     Paper: none; groups of equal rewards have A = 0 and are moved by -lambda delta alone
     """

@@ -68,7 +68,7 @@ GRPO = Config(
         beta2=0.999,
     ),
     constraint=ConstraintConfig(
-        shape=constraint.shape,
+        shaping=constraint.shape_advantage,
         dual=constraint.projected_ascent,
         tolerance=0.0037,
         dual_lr=0.0,
@@ -97,16 +97,18 @@ def sampled(config: Config, precision: Precision, **rollout) -> Config:
 HARMED = sampled(GRPO, COARSE)  # where mismatch ruins the run
 
 
-def fixed(shape, multiplier: float, config: Config = GRPO) -> Config:
+def fixed(shaping, multiplier: float, config: Config = GRPO) -> Config:
     """A multiplier that stays as it is."""
     return dataclasses.replace(
         config,
-        constraint=dataclasses.replace(config.constraint, shape=shape, multiplier_init=multiplier),
+        constraint=dataclasses.replace(
+            config.constraint, shaping=shaping, multiplier_init=multiplier
+        ),
     )
 
 
 def adaptive(
-    shape,
+    shaping,
     *,
     tolerance: float | Calibrated,
     multiplier_max: float,
@@ -119,7 +121,7 @@ def adaptive(
     return dataclasses.replace(
         config,
         constraint=ConstraintConfig(
-            shape=shape,
+            shaping=shaping,
             penalty=penalty,
             dual=dual,
             tolerance=tolerance,
@@ -143,7 +145,7 @@ def penalised(multiplier: float, config: Config = GRPO) -> Config:
     return dataclasses.replace(
         config,
         constraint=dataclasses.replace(
-            config.constraint, shape=None, penalty=constraint.penalty, multiplier_init=multiplier
+            config.constraint, shaping=None, penalty=constraint.penalty, multiplier_init=multiplier
         ),
     )
 
@@ -155,8 +157,10 @@ ARMS = {
     "icepop": corrected(corrections.icepop(0.5, 5.0)),
     # The paper's constants, but for c: 1.2 times this engine's floor at the start, mean of five
     # (floors.py), or the run's own.
-    "dcgrpo": adaptive(constraint.shape, tolerance=0.0073, multiplier_max=1.0),
-    "calibrated": adaptive(constraint.shape, tolerance=Calibrated(slack=0.2), multiplier_max=1.0),
+    "dcgrpo": adaptive(constraint.shape_advantage, tolerance=0.0073, multiplier_max=1.0),
+    "calibrated": adaptive(
+        constraint.shape_advantage, tolerance=Calibrated(slack=0.2), multiplier_max=1.0
+    ),
     "signed": fixed(constraint.shape_signed, 0.1),
     "penalty": penalised(0.1),
 }

@@ -19,13 +19,15 @@ from dcmdp_jax.tools.study import Study
 GRID = (0.05, 0.1, 0.2, 0.4)
 
 STUDY = Study(
-    {f"abs-{value:g}": fixed(constraint.shape, value, HARMED) for value in GRID}
+    {f"abs-{value:g}": fixed(constraint.shape_advantage, value, HARMED) for value in GRID}
     | {f"signed-{value:g}": fixed(constraint.shape_signed, value, HARMED) for value in GRID}
     | {f"penalty-{value:g}": penalised(value, HARMED) for value in GRID}
     | {
         "tis": corrected(corrections.tis(2.0), HARMED),
         "icepop": corrected(corrections.icepop(0.5, 5.0), HARMED),
-        "dcgrpo": adaptive(constraint.shape, tolerance=0.013, multiplier_max=1.0, config=HARMED),
+        "dcgrpo": adaptive(
+            constraint.shape_advantage, tolerance=0.013, multiplier_max=1.0, config=HARMED
+        ),
     },
     seeds=3,
 )

@@ -97,8 +97,8 @@ def arms(kinds):
         for name, arm in {
             "none": sampled(base, FLOAT32),
             "grpo": base,
-            "abs-0.1": fixed(constraint.shape, 0.1, base),
-            "abs-1": fixed(constraint.shape, 1.0, base),
+            "abs-0.1": fixed(constraint.shape_advantage, 0.1, base),
+            "abs-1": fixed(constraint.shape_advantage, 1.0, base),
             "cost-to-go-0.1": fixed(constraint.shape_cost_to_go, 0.1, base),
         }.items()
     }

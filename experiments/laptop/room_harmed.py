@@ -22,8 +22,8 @@ STUDY = Study(
     {
         "none": sampled(HARMED, FLOAT32),
         "grpo": HARMED,
-        "abs-0.1": fixed(constraint.shape, 0.1, HARMED),
-        "abs-1": fixed(constraint.shape, 1.0, HARMED),
+        "abs-0.1": fixed(constraint.shape_advantage, 0.1, HARMED),
+        "abs-1": fixed(constraint.shape_advantage, 1.0, HARMED),
         "cost-to-go-0.1": fixed(constraint.shape_cost_to_go, 0.1, HARMED),
         "signed": fixed(constraint.shape_signed, 0.1, HARMED),
         "penalty": penalised(0.1, HARMED),

@@ -28,7 +28,7 @@ STUDY = Study(
     {
         "none": sampled(SGD, FLOAT32),
         "grpo": SGD,
-        "abs": fixed(constraint.shape, 0.1, SGD),
+        "abs": fixed(constraint.shape_advantage, 0.1, SGD),
         "signed": fixed(constraint.shape_signed, 0.1, SGD),
         "penalty": penalised(0.1, SGD),
     },

@@ -28,7 +28,7 @@ def where(chosen, shaped):
 def _where(advantage, old_logp, rollout_logp, multiplier, tolerance, mask, *, chosen, shaped):
     gap = constraint.signed_delta(old_logp, rollout_logp, mask)
     part = mask.astype(bool) & chosen(jnp.broadcast_to(advantage, gap.shape), gap)
-    plain = constraint.shape(advantage, old_logp, rollout_logp, 0.0, tolerance, mask)
+    plain = constraint.shape_advantage(advantage, old_logp, rollout_logp, 0.0, tolerance, mask)
     return jnp.where(
         part, shaped(advantage, old_logp, rollout_logp, multiplier, tolerance, mask), plain
     )
@@ -58,8 +58,12 @@ STUDY = Study(
     # abs and signed charge what the trainer finds likelier alike; they differ on what the engine
     # finds likelier.
     | {
-        "charge-trainer_likelier": fixed(where(trainer_likelier, constraint.shape), 0.1, HARMED),
-        "charge-engine_likelier": fixed(where(engine_likelier, constraint.shape), 0.1, HARMED),
+        "charge-trainer_likelier": fixed(
+            where(trainer_likelier, constraint.shape_advantage), 0.1, HARMED
+        ),
+        "charge-engine_likelier": fixed(
+            where(engine_likelier, constraint.shape_advantage), 0.1, HARMED
+        ),
         "credit-engine_likelier": fixed(
             where(engine_likelier, constraint.shape_signed), 0.1, HARMED
         ),

@@ -23,8 +23,8 @@ from dcmdp_jax.tools.study import Study
 
 FLOOR = 0.0108  # of this engine at the start, mean of five (floors.py)
 FORMS = {
-    "abs": {"shape": constraint.shape},
-    "penalty": {"shape": None, "penalty": constraint.penalty},
+    "abs": {"shaping": constraint.shape_advantage},
+    "penalty": {"shaping": None, "penalty": constraint.penalty},
 }
 DUALS = {
     **{f"c{part:g}": {"tolerance": part * FLOOR} for part in (0.5, 0.8, 1.2, 2.0)},

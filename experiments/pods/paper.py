@@ -78,7 +78,7 @@ def dcgrpo(
             beta2=0.95,
         ),
         constraint=ConstraintConfig(
-            shape=constraint.shape,
+            shaping=constraint.shape_advantage,
             dual=constraint.projected_ascent,
             tolerance=tolerance,
             dual_lr=1.0,
