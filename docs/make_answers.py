@@ -7,7 +7,7 @@ SETS_FOLDER holds the six evaluation sets' JSONL files and GSM8K_FILE more probl
 JSONL files of labelled pairs, one {"gold": ..., "answer": ..., "equal": true} a line; `--tests` are
 math-verify's own, the tests/ of a clone of github.com/huggingface/Math-Verify. Needs math-verify
 (`pip install 'dcmdp-jax[answers]'`). The other pairs and the spellings are those of
-tests/answers_table.py and tests/spellings.py.
+tests/support/answers_table.py and tests/support/spellings.py.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from dcmdp_jax.answers import judge
 from dcmdp_jax.records import Example
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests"))
-import answers_table  # noqa: E402
-import spellings  # noqa: E402
+from support import answers_table, spellings  # noqa: E402
 
 PAGE = pathlib.Path(__file__).with_name("answers.md")
 SHOWN = 25  # listed pairs of a group in which our judge alone is right, evenly spread
@@ -44,7 +43,7 @@ Each gold answer of GSM8K's test set and of the six evaluation sets is written i
 graded by `rewards.math_answer` with its problem, as in training and in `dcmdp eval`. They differ in
 a completion that the length limit cut off: `dcmdp eval` grades what it states, as is usual for
 avg@k; training gives its verifier an empty text. A way is left out where it makes no sense: a
-number under 1,000 has no thousands mark. `tests/spellings.py` says what each way is. Counts are
+number under 1,000 has no thousands mark. `tests/support/spellings.py` says what each way is. Counts are
 right ones of those tried.
 
 """

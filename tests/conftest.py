@@ -32,13 +32,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     }
 
 import jax  # noqa: E402  (reads the environment as set above)
-import own_data  # noqa: E402
 
-
-def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "slow: takes more than a few seconds; leave out with -m 'not slow'"
-    )
+from support import own_data  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -10,13 +10,13 @@ import subprocess
 import sys
 import time
 
-import answers_table
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcmdp_jax import data, worker
 from dcmdp_jax.answers import compare, computed, judge, names, read, tokens, units, values, work
+from support import answers_table
 
 SETS = ("aime24", "aime25", "amc23", "math500", "minerva_math", "olympiadbench")
 

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_params import random_params
 
 from dcmdp_jax.config import Yarn
 from dcmdp_jax.models import cache, decoder, quantized, sizes
 from dcmdp_jax.models.kernels import attention
 from dcmdp_jax.models.quantized import Quantized
+from support.random_params import random_params
 
 WINDOW = 16
 SLOTS = 4

@@ -2,13 +2,13 @@
 
 import functools
 
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dcmdp_jax.losses import centering, reduce
+from support import golden
 
 WEIGHTS = {"none": centering.unweighted, "tis": centering.truncated, "mis": centering.masked}
 

@@ -4,9 +4,9 @@ import math
 import re
 
 import pytest
-from test_report import CONFIG, DELTAS, ROWS, Page
 
 from dcmdp_jax.report import line_chart, run_page
+from test_report import CONFIG, DELTAS, ROWS, Page
 
 
 def test_points_lie_where_their_values_say(tmp_path):

@@ -5,10 +5,10 @@ import json
 import statistics
 
 import pytest
-from test_report import CONFIG, ROWS, Page, make_run
 
 from dcmdp_jax import cli, intervals
 from dcmdp_jax.report import comparison
+from test_report import CONFIG, ROWS, Page, make_run
 
 GAPS = {
     "step": 4,

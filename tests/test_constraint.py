@@ -6,7 +6,6 @@ import functools
 import subprocess
 import sys
 
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 
 from dcmdp_jax import constraint
 from dcmdp_jax.losses import corrections, diagnostics, policy, reduce
+from support import golden
 
 C = 0.0037
 SHAPES = (

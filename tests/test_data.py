@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rollouts import make_rollout
 
 from dcmdp_jax import data
 from dcmdp_jax.records import Example, Prompts, Scored
 from dcmdp_jax.tasks import Chain
 from dcmdp_jax.tokenizer import Characters, HuggingFace
+from support.rollouts import make_rollout
 
 SHARED = pathlib.Path(__file__).parents[1].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")

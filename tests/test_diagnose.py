@@ -10,13 +10,13 @@ import xml.etree.ElementTree as xml
 import jax
 import numpy as np
 import pytest
-from test_parity import EXPERTS, FLOAT, command, folder, make_run, one_device, sampled, sharp, tiny  # noqa: F401
 
 from dcmdp_jax import cli, config, sync, train
 from dcmdp_jax.config import Precision
 from dcmdp_jax.report import bar_chart, line_chart
 from dcmdp_jax.rollout.replay import replay
 from dcmdp_jax.tools import diagnose, parity
+from test_parity import EXPERTS, FLOAT, command, folder, make_run, one_device, sampled, sharp, tiny  # noqa: F401
 
 SMALL = {
     "rollout.samples": 3,

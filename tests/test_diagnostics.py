@@ -1,6 +1,5 @@
 """Diagnostics against golden vectors, NumPy in float64, and situations made by hand."""
 
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 
 from dcmdp_jax import constraint
 from dcmdp_jax.losses import diagnostics, tails
+from support import golden
 
 NAMES = {  # golden name -> name in `summary`; ratio_out is frac_out_0.5_2
     "prob_diff_mean": "prob_diff_mean", "prob_diff_max": "prob_diff_max", "prob_diff_std_ddof1": "prob_diff_std",

@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from serving import (
+
+from dcmdp_jax.records import Sampling
+from dcmdp_jax.serving.driver import Closed, Driver, Failed
+from support.serving import (
     GREEDY,
     SLOTS,
     STEPS,
@@ -23,9 +26,6 @@ from serving import (
     make_weights,
     until,
 )
-
-from dcmdp_jax.records import Sampling
-from dcmdp_jax.serving.driver import Closed, Driver, Failed
 
 
 @pytest.fixture

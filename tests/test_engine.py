@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_params import random_params
 
 from dcmdp_jax import data, sharding, sync
 from dcmdp_jax.config import MeshConfig, ModelConfig, Precision
@@ -21,6 +20,7 @@ from dcmdp_jax.models.kernels import attention, scoring
 from dcmdp_jax.records import Example, Prompts, Sampling, Scored
 from dcmdp_jax.rollout import jetstream
 from dcmdp_jax.rollout.generate import rollout
+from support.random_params import random_params
 
 DENSE = ModelConfig(
     vocab_size=37,

@@ -7,10 +7,7 @@ import json
 import shutil
 
 import numpy as np
-import own_data
 import pytest
-from random_params import random_params
-from rollouts import make_rollout
 
 from dcmdp_jax import cli, data, rewards, tokenizer
 from dcmdp_jax.answers import judge
@@ -19,6 +16,9 @@ from dcmdp_jax.evaluation import math_benchmarks, scores
 from dcmdp_jax.models import weights
 from dcmdp_jax.records import Prompts, Sampling
 from dcmdp_jax.stopping import Interrupted
+from support import own_data
+from support.random_params import random_params
+from support.rollouts import make_rollout
 
 TEXT = tokenizer.Characters("0123456789\\boxed{}+-*/= ?")
 MODEL = ModelConfig(

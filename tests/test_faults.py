@@ -68,14 +68,14 @@ import time
 
 import jax
 import pytest
-from test_train import QUICKSTART, assert_same_run, command, rows, tiny
 
 from dcmdp_jax import checkpoint, cli, rewards, sharding, step, train
 from dcmdp_jax.answers import judge
 from dcmdp_jax.records import Example
 from dcmdp_jax.tools import parity
+from test_train import QUICKSTART, assert_same_run, command, rows, tiny
 
-FAULTY = str(pathlib.Path(__file__).with_name("faulty.py"))
+FAULTY = str(pathlib.Path(__file__).parent / "support" / "faulty.py")
 MAIN = "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"
 CHILD = (sys.executable, "-c", MAIN)
 # No file of this child may grow past a size, as none can on a full disk.

@@ -4,10 +4,10 @@ import json
 import pathlib
 
 import numpy as np
-import own_data
 import pytest
 
 from dcmdp_jax import cli
+from support import own_data
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = [

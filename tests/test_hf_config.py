@@ -5,11 +5,11 @@ import json
 
 import numpy as np
 import pytest
-from folders import edit
-from random_params import random_params
 
 from dcmdp_jax.config import Yarn
 from dcmdp_jax.models import hf_config, layers, sizes, weights
+from support.folders import edit
+from support.random_params import random_params
 
 DENSE = dataclasses.replace(sizes.TINY, attention_bias=True, num_layers=3)
 SPARSE = dataclasses.replace(sizes.TINY_MOE, num_layers=5, mlp_only_layers=(1,))

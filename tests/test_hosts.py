@@ -18,7 +18,7 @@ import pytest
 from dcmdp_jax import calibrate, checkpoint, cli, config, sharding, step
 from dcmdp_jax.distributed import processes
 
-EXPERIMENT = str(pathlib.Path(__file__).with_name("hosts_experiment.py"))
+EXPERIMENT = str(pathlib.Path(__file__).parent / "support" / "hosts_experiment.py")
 MAIN = "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"
 FLAGS = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true --xla_force_host_platform_device_count="
 

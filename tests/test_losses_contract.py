@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from losses_table import NO_SLOPE, RENAMED, TABLE, N, T, empty, make_data, pad, spoil
 
 import dcmdp_jax.losses
 from dcmdp_jax import constraint
+from support.losses_table import NO_SLOPE, RENAMED, TABLE, N, T, empty, make_data, pad, spoil
 
 
 def floats(tree):

@@ -7,10 +7,8 @@ Nothing here is taken from their numbers but the thresholds that they state.
 
 import functools
 
-import golden
 import jax
 import jax.numpy as jnp
-import losses_float64
 import numpy as np
 import pytest
 
@@ -24,6 +22,7 @@ from dcmdp_jax.losses import (
     rejection,
     sequence,
 )
+from support import golden, losses_float64
 
 RTOL = 1e-5
 # A file's log-probabilities are float64. Rounding one of size 4 to float32 moves it by up to

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_step import MODEL, make_config, make_scored, run
 
 from dcmdp_jax import optimizers, sharding, step
+from test_step import MODEL, make_config, make_scored, run
 
 
 def rate_of(algorithm):

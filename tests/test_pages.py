@@ -11,13 +11,13 @@ import re
 import xml.etree.ElementTree
 
 import pytest
-from test_comparison import GAPS, SOURCES
-from test_report import CONFIG, ROWS, make_run
 
 from dcmdp_jax import cli, metrics
 from dcmdp_jax.config import load_experiment
 from dcmdp_jax.report import comparison, run_page
 from dcmdp_jax.tools import diagnose
+from test_comparison import GAPS, SOURCES
+from test_report import CONFIG, ROWS, make_run
 
 QUICKSTART = pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py"
 PLAIN = "word"

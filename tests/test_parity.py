@@ -8,12 +8,12 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from random_params import random_params
 
 from dcmdp_jax import checkpoint, cli, config, sharding, step, sync, tokenizer, train
 from dcmdp_jax.checkpoint import Checkpoints
 from dcmdp_jax.models import decoder, weights
 from dcmdp_jax.tools import parity
+from support.random_params import random_params
 
 QUICKSTART = str(pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py")
 TINY = {

@@ -9,12 +9,12 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
-from test_step import make_config
 
 from dcmdp_jax import cli, sharding
 from dcmdp_jax.config import MeshConfig, ModelConfig, Precision
 from dcmdp_jax.models import decoder
 from dcmdp_jax.tools import cost_model, plan
+from test_step import make_config
 
 MODEL = ModelConfig(
     vocab_size=512,

@@ -18,7 +18,7 @@ from dcmdp_jax.models.kernels import attention
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-import reference_hf  # noqa: E402
+from support import reference_hf  # noqa: E402
 
 LOGITS = jax.jit(decoder.logits, static_argnames="config")
 TOLERANCE = 2e-5  # absolute, float32

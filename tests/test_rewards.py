@@ -6,14 +6,14 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-import spellings
 from hypothesis import given
 from hypothesis import strategies as st
-from rollouts import make_rollout
 
 from dcmdp_jax import data, rewards
 from dcmdp_jax.losses import advantages
 from dcmdp_jax.records import Example, Prompts
+from support import spellings
+from support.rollouts import make_rollout
 
 SETS = ("aime24", "aime25", "amc23", "math500", "minerva_math", "olympiadbench")
 

@@ -5,6 +5,14 @@ import json
 import jax
 import numpy as np
 import pytest
+
+from dcmdp_jax import sharding, sync, tokenizer
+from dcmdp_jax.config import Precision
+from dcmdp_jax.models import decoder, weights
+from dcmdp_jax.records import Sampling
+from dcmdp_jax.rollout import jetstream
+from dcmdp_jax.rollout.generate import rollout
+from dcmdp_jax.tools import complete, parity
 from test_engine import (
     DENSE,
     MOE,
@@ -17,14 +25,6 @@ from test_engine import (
     sample,
     scored,
 )
-
-from dcmdp_jax import sharding, sync, tokenizer
-from dcmdp_jax.config import Precision
-from dcmdp_jax.models import decoder, weights
-from dcmdp_jax.records import Sampling
-from dcmdp_jax.rollout import jetstream
-from dcmdp_jax.rollout.generate import rollout
-from dcmdp_jax.tools import complete, parity
 
 TEXT = tokenizer.Characters("".join(chr(ord("A") + i) for i in range(35)))
 

@@ -8,11 +8,11 @@ import pprint
 import sys
 
 import numpy as np
-import own_data
 import pytest
 
 from dcmdp_jax import data
 from dcmdp_jax.records import Example
+from support import own_data
 
 SHARED = pathlib.Path(__file__).parents[1].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")

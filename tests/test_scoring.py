@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_params import random_params
 
 from dcmdp_jax.models import decoder, sizes
 from dcmdp_jax.models.kernels import scoring
+from support.random_params import random_params
 
 ROWS = 3
 COLUMNS = 7  # 21 positions, no multiple of any tile

@@ -18,7 +18,11 @@ import grpc
 import numpy as np
 import pytest
 from jetstream.core.proto import jetstream_pb2, jetstream_pb2_grpc
-from serving import (
+
+from dcmdp_jax import cli, tokenizer
+from dcmdp_jax.models import weights
+from dcmdp_jax.serving import server
+from support.serving import (
     GREEDY,
     MODEL,
     NEW,
@@ -37,10 +41,6 @@ from serving import (
     make_weights,
     until,
 )
-
-from dcmdp_jax import cli, tokenizer
-from dcmdp_jax.models import weights
-from dcmdp_jax.serving import server
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_params import random_params
-from test_step import assert_close, make_config, make_scored, run
 
 from dcmdp_jax import optimizers, sharding
 from dcmdp_jax.config import MeshConfig, ModelConfig
 from dcmdp_jax.models import decoder
 from dcmdp_jax.models.kernels import dispatch, scoring
+from support.random_params import random_params
+from test_step import assert_close, make_config, make_scored, run
 
 DENSE = ModelConfig(
     vocab_size=32,

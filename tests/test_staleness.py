@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from test_train import assert_same_run, rows, tiny
 
 from dcmdp_jax import sharding, step, sync, train
 from dcmdp_jax.checkpoint import Checkpoints
+from test_train import assert_same_run, rows, tiny
 
 STALE = {
     "rollout.precision.weights": "float32",

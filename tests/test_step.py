@@ -10,8 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from random_params import random_params
-from rollouts import make_rollout
 
 from dcmdp_jax import constraint, data, sharding, step
 from dcmdp_jax.config import (
@@ -26,6 +24,8 @@ from dcmdp_jax.config import (
 from dcmdp_jax.losses import advantages, corrections, covariance, policy, reduce, rejection
 from dcmdp_jax.models import decoder
 from dcmdp_jax.records import Example, Prompts, Scored
+from support.random_params import random_params
+from support.rollouts import make_rollout
 
 TASK = object()  # never asked
 B = 4

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_params import random_params
 
 from dcmdp_jax import sharding, sync
 from dcmdp_jax.config import MeshConfig, Precision
 from dcmdp_jax.models import decoder, sizes
 from dcmdp_jax.models.quantized import LARGEST, Quantized, quantize
+from support.random_params import random_params
 
 DENSE = dataclasses.replace(sizes.TINY, attention_bias=True)  # tied embeddings
 MOE = sizes.TINY_MOE

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from folders import edit
-from random_params import random_params
 
 from dcmdp_jax import sharding, tokenizer
 from dcmdp_jax.config import MeshConfig
 from dcmdp_jax.models import decoder, quantized, sizes, weights
+from support.folders import edit
+from support.random_params import random_params
 
 CONFIGS = {
     "dense": dataclasses.replace(sizes.TINY, attention_bias=True, num_layers=3),
@@ -53,7 +53,7 @@ def folder(tmp_path):
 def test_transformers_loads_what_is_saved(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    import reference_hf
+    from support import reference_hf
 
     for case in reference_hf.CASES:
         model = reference_hf.make(case)
@@ -80,7 +80,7 @@ def test_what_is_converted_stops_in_transformers_where_the_source_does(named, tm
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
-    import reference_hf
+    from support import reference_hf
 
     source = tmp_path / "source"
     out = tmp_path / "out"

@@ -8,13 +8,13 @@ import time
 
 import jax
 import numpy as np
-from random_params import random_params
 
 from dcmdp_jax import sharding, sync, tokenizer
 from dcmdp_jax.config import ModelConfig, Precision
 from dcmdp_jax.models import decoder
 from dcmdp_jax.records import Sampling
 from dcmdp_jax.rollout.jetstream import Engine
+from support.random_params import random_params
 
 MODEL = ModelConfig(
     vocab_size=37,

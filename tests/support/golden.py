@@ -8,10 +8,11 @@ import json
 import os
 import pathlib
 
-import losses_vectors
 import pytest
 
-SHARED = pathlib.Path(__file__).parents[1].parent / "shared" / "golden"
+from support import losses_vectors
+
+SHARED = pathlib.Path(__file__).parents[2].parent / "shared" / "golden"
 THRESHOLDS = {
     "w_tis_token": 2.0,
     "w_tis_token_batchnorm": 2.0,

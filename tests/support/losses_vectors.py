@@ -1,7 +1,8 @@
 """A golden file of our own: inputs, and what `losses_float64` makes of them."""
 
-import losses_float64
 import numpy as np
+
+from support import losses_float64
 
 THRESHOLDS = {
     "w_tis_token": 1.7,

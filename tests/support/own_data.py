@@ -6,7 +6,7 @@ The tests that use it use what lies in ../shared/data besides, where that is the
 import json
 import pathlib
 
-SHARED = pathlib.Path(__file__).parents[1].parent / "shared" / "data"
+SHARED = pathlib.Path(__file__).parents[2].parent / "shared" / "data"
 TOKENIZERS = ["own"] + ["qwen3"] * SHARED.is_dir()
 ROOTS = ["own"] + ["published"] * SHARED.is_dir()
 
