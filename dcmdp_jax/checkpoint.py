@@ -91,7 +91,7 @@ class Checkpoints:
         found, damaged = _newest_whole(
             self._manager.directory, steps, reader, ocp.args.StandardRestore(like)
         )
-        with processes.agreed():
+        with processes.raise_on_all():
             if jax.process_index() == 0:
                 for step in damaged:
                     _put_aside(self._manager.directory / str(step))
@@ -200,9 +200,9 @@ def _newest_whole(
     reasons = []
     for step in steps:
         try:
-            with processes.agreed():
+            with processes.raise_on_all():
                 found, rest = _read(folder / str(step), reader, args)
-            with processes.agreed():
+            with processes.raise_on_all():
                 _check(found, rest)
         except ValueError as error:
             damaged.append(step)

@@ -319,16 +319,16 @@ def _train(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
 
     if args.coordinator or args.distributed:
         processes.start(workdir, args.coordinator, args.processes, args.process, args.wait)
-    with processes.watched():
+    with processes.end_all_on_error():
         inputs = train.prepare(config, workdir)
 
     def job() -> int:  # a fault of the project's own shows its traceback
         again = f"go on with: dcmdp train {args.experiment} --workdir {workdir}"
         try:
-            with processes.watched():
+            with processes.end_all_on_error():
                 train.run(config, workdir, inputs, at_once=True)
         except Interrupted as stop:
-            processes.say(f"{stop}; {again}")
+            processes.log0(f"{stop}; {again}")
             return 130
         except NoReadableCheckpoint as error:
             print(f"dcmdp: {error}", file=sys.stderr)
@@ -342,7 +342,7 @@ def _train(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
                 raise
             print(f"dcmdp: {said}; {again}", file=sys.stderr)
             return 1
-        processes.say(f"finished; see {workdir / 'report.html'}")
+        processes.log0(f"finished; see {workdir / 'report.html'}")
         return 0
 
     return job
@@ -496,7 +496,7 @@ def _plan(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    found = plan.make(config, train.read_model(config), args.topology, args.slices, say)
+    found = plan.plan_run(config, train.read_model(config), args.topology, args.slices, say)
     print("\n".join([parity.columns(plan.table(found), left=1), *plan.verdict(found)]))
     if args.json:
         plan.write(found, args.json)
@@ -690,7 +690,7 @@ def _serve(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     from dcmdp_jax.config import Precision
     from dcmdp_jax.serving import server
 
-    status = server.run(
+    status = server.serve(
         args.model,
         tokenizer_path=args.tokenizer,
         tokens_only=args.tokens_only,

@@ -70,7 +70,7 @@ def make(
         if leaf.is_fully_addressable:
             return jax.device_put(elsewhere(params, version), places)
         f, own = on_every_process(leaf.sharding.mesh)
-        copies = jax.tree.map(lambda x: processes.own_copy(x, own), f(params, version))
+        copies = jax.tree.map(lambda x: processes.local_copy(x, own), f(params, version))
         return copies if own == mesh else jax.device_put(copies, places)
 
     return sync
@@ -82,7 +82,7 @@ def spread(
     """Compiled: parameters and version on the training mesh to a whole copy for every process, laid
     out like `own`, its mesh.
     """
-    whole = processes.per_process(training, own)
+    whole = processes.per_process_mesh(training, own)
     places = _places(config, precision, own)
     return jax.jit(
         partial(_convert, config=config, precision=precision),

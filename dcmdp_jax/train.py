@@ -83,7 +83,7 @@ def prepare(config: Config, workdir: pathlib.Path) -> Inputs:
     What one process refuses, all refuse.
     """
     processes.check_same(json.dumps(to_json(config)), "configuration")
-    with processes.agreed():
+    with processes.raise_on_all():
         inputs = read_inputs(config)
         config = calibrate.with_recorded_tolerance(config, workdir)
         metrics.check_loggers(config)
@@ -97,12 +97,12 @@ def run(config: Config, workdir: pathlib.Path, inputs: Inputs, at_once: bool = F
     """
     with (
         inputs.lock or contextlib.nullcontext(),
-        stopping.requests(processes.stop, at_once) as asked_here,
+        stopping.requests(processes.request_stop, at_once) as asked_here,
         contextlib.closing(checkpoint.Checkpoints(workdir, config.checkpoint.keep)) as saved,
     ):
         config = calibrate.with_recorded_tolerance(config, workdir)
         restored = _restore(saved, config, inputs)
-        asked = partial(_any, (asked_here, processes.stopping))
+        asked = partial(_any, (asked_here, processes.stop_requested))
         with metrics.Log(
             workdir, config, first_step=int(restored.step if restored else 0) + 1
         ) as log:
@@ -128,7 +128,7 @@ def _walk(
     restored: TrainState | None,
 ) -> TrainState:
     """The state after the last step, or the one after which the run was asked to stop; it is saved."""
-    state = restored or _start(config, inputs, workdir, lambda: processes.any_of(asked()))
+    state = restored or _start(config, inputs, workdir, lambda: processes.any_process(asked()))
     number = int(state.step)
     position = inputs.prompts.get_state()
     engine = make_engine(config, inputs)
@@ -151,7 +151,7 @@ def _walk(
     saved.save(state, position, config.seed)
     update = step.compile(config, inputs.model, inputs.mesh)
     if number < config.steps:
-        processes.say("compiling with the first step")
+        processes.log0("compiling with the first step")
     started = time.perf_counter()
     ahead = config.rollout.staleness > 0
     updates = config.algorithm.epochs * config.algorithm.minibatches
@@ -206,15 +206,15 @@ def _walk(
     except stopping.Failed:
         raise
     except Exception as error:
-        if not processes.alike(error):
+        if not processes.raised_on_all(error):
             raise
         if log.step < number:  # its row is missing: something failed beside it
-            with processes.tried(f"the row of step {number} is not written"):
+            with processes.print_errors(f"the row of step {number} is not written"):
                 log.write(number, _row(values, sampled, started)[0])
-        with processes.tried(f"the state after step {number} is not saved"):
+        with processes.print_errors(f"the state after step {number} is not saved"):
             saved.save(state, position, config.seed)
             saved.close()
-            processes.say(f"the state after step {number} is saved in {workdir}")
+            processes.log0(f"the state after step {number} is saved in {workdir}")
         raise
     saved.save(state, position, config.seed)
     return state
@@ -305,13 +305,13 @@ def _collect(
     if config.steps <= number < calibrate.FIRST:
         return None
     vocabulary = inputs.tokenizer
-    engines = processes.engines(config.rollout)
-    first = processes.part(config.data.prompts_per_step, engines).start * config.rollout.samples
+    engines = processes.num_engines(config.rollout)
+    first = processes.share(config.data.prompts_per_step, engines).start * config.rollout.samples
     stops = asked
     # what runs in step stops in step; and its collectives do not mix with those that agree on it
     if config.rollout.one_engine:
         policy = jax.block_until_ready(policy)
-        stops = lambda: processes.any_of(asked())
+        stops = lambda: processes.any_process(asked())
     try:
         # keys do not wait for a device that trains
         with jax.default_device(inputs.decode_mesh.local_devices[0]):
@@ -331,13 +331,15 @@ def _collect(
     except stopping.Interrupted:
         sampled = None
     scored = None
-    with processes.agreed():  # what one process's verifier fails on ends all in the same place
+    with (
+        processes.raise_on_all()
+    ):  # what one process's verifier fails on ends all in the same place
         try:
             if sampled is not None:
                 scored = rewards.score(sampled, vocabulary.decode, config.data.verifier, asked)
         except stopping.Interrupted:
             pass  # `scored` says so
-    if processes.any_of(scored is None):
+    if processes.any_process(scored is None):
         return None
     scored = scored if engines == 1 else _together(scored)
     batch = data.pack(
@@ -350,7 +352,7 @@ def _collect(
         seed=(config.seed, number),
     )
     return Collected(
-        processes.spread(batch, step.batch_shardings(config, inputs.mesh)),
+        processes.make_global(batch, step.batch_shardings(config, inputs.mesh)),
         int(scored.rollout.lengths.sum()),
         float(1 - scored.rollout.stopped.mean()),
     )
@@ -383,7 +385,7 @@ def _calibrated(
     """
     wanted = config.constraint.tolerance
     position = inputs.prompts.get_state()
-    processes.say(f"measuring the floor of delta over {wanted.batches} batches")
+    processes.log0(f"measuring the floor of delta over {wanted.batches} batches")
     collected = [collect(calibrate.FIRST + i) for i in range(wanted.batches)]
     if None in collected:
         raise stopping.Interrupted("stopped in the calibration of the tolerance; it starts anew")
@@ -396,7 +398,7 @@ def _calibrated(
         wanted.slack,
     )
     inputs.prompts.set_state(position)
-    processes.say(calibrate.describe(found, wanted.slack))
+    processes.log0(calibrate.describe(found, wanted.slack))
     config = with_tolerance(config, calibrate.rounded_tolerance(found))
     if jax.process_index() == 0:
         calibrate.write(found, wanted, workdir)
@@ -432,7 +434,9 @@ def _held_out(
         same = config.rollout.precision == Precision() and not state.stale
         exact = sampled if same or sampled is None else rate(to_exact(state.params, state.step))
         if exact is None:
-            processes.say(f"stopped in the evaluation of step {int(state.step)}, which is left out")
+            processes.log0(
+                f"stopped in the evaluation of step {int(state.step)}, which is left out"
+            )
             return {}
         return {"reward_eval_infer": sampled, "reward_eval_train": exact}
 
@@ -441,7 +445,7 @@ def _held_out(
 
 def make_engine(config: Config, inputs: Inputs) -> Engine:
     """The engine that this process samples from."""
-    slots = config.rollout.slots // processes.engines(config.rollout)
+    slots = config.rollout.slots // processes.num_engines(config.rollout)
     return Engine(
         inputs.model,
         slots=slots,
@@ -470,13 +474,13 @@ def read_inputs(config: Config) -> Inputs:
     model = read_model(config)
     if config.model.folder:
         weights.check(config.model.folder)
-    engines = processes.engines(config.rollout)
+    engines = processes.num_engines(config.rollout)
     check(config, model, mesh, decode_mesh, engines)
     vocabulary = read_tokenizer(config)
     tokenizer.check_vocabulary(vocabulary, model.vocab_size)
     prompts, held_out = read_problems(config, vocabulary, engines)
     if config.eval.every and held_out is None:
-        processes.say("no held-out evaluation: data.eval_path names no file")
+        processes.log0("no held-out evaluation: data.eval_path names no file")
     return Inputs(model, vocabulary, prompts, held_out, mesh, decode_mesh)
 
 
@@ -596,18 +600,18 @@ def claim(workdir: pathlib.Path, config: Config) -> IO[str] | None:
     Process 0 writes, and gets the lock.
     """
     taken = None
-    with processes.agreed():
+    with processes.raise_on_all():
         if jax.process_index() == 0:
             taken = lock.take(workdir)
     try:
-        with processes.agreed():
+        with processes.raise_on_all():
             _check_goes_on(workdir, config)
-        with processes.agreed():
+        with processes.raise_on_all():
             if jax.process_index() == 0:
                 if not checkpoint.steps(workdir):
                     metrics.keep_aside(workdir)
                 _write_config(workdir, config)
-        with processes.agreed():
+        with processes.raise_on_all():
             if not (workdir / RECORD).is_file():
                 raise ValueError(
                     f"{workdir.absolute()} is not on a file system shared with process 0; give another --workdir"

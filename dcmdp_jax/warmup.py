@@ -71,7 +71,7 @@ def run(
                     for step, loss in zip(steps, losses)
                 )
                 log.flush()
-            processes.say(f"warm-up {steps[-1] + 1}/{config.warmup.steps}  loss {losses[-1]:.3f}")
+            processes.log0(f"warm-up {steps[-1] + 1}/{config.warmup.steps}  loss {losses[-1]:.3f}")
     return params
 
 
@@ -91,7 +91,7 @@ def _stack(batches: list[data.Supervised], mesh: jax.sharding.Mesh) -> data.Supe
             for field in zip(*batches)
         )
     )
-    return processes.spread(stacked, data.Supervised(*[sharding.split(mesh, 1)] * 2))
+    return processes.make_global(stacked, data.Supervised(*[sharding.split(mesh, 1)] * 2))
 
 
 def _steps(

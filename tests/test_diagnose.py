@@ -51,7 +51,7 @@ def case(changes=(), probe=False, staleness=False):
     inputs = train.read_inputs(run)
     policy = sharp(inputs.model)
     other = (
-        parity.Policy(jax.tree.map(lambda w: 1.1 * w, policy.params), 7, "later")
+        parity.TrainerWeights(jax.tree.map(lambda w: 1.1 * w, policy.params), 7, "later")
         if staleness
         else None
     )
@@ -70,7 +70,7 @@ def again(changes=()):
 
 
 def mean_delta(one, two, out):
-    mask = parity.mask_of(out)
+    mask = parity.token_mask(out)
     return abs(np.exp(one.astype(float)) - np.exp(two.astype(float)))[mask].mean()
 
 
@@ -87,9 +87,9 @@ def test_a_replay_is_what_the_engine_reported(changes):
     out = sampled(run, inputs, policy)
     served = sync.make(inputs.model, run.rollout.precision, inputs.decode_mesh)(policy.params, 0)
     engine = train.make_engine(run, inputs)
-    reported = out.rollout_logp + np.log(np.where(parity.mask_of(out), out.kept, 1))
+    reported = out.rollout_logp + np.log(np.where(parity.token_mask(out), out.kept, 1))
     assert run.rollout.precision.experts_per_token or len(set(out.lengths)) > 2
-    assert (run.rollout.top_p == 1) == (out.kept[parity.mask_of(out)].min() == 1)
+    assert (run.rollout.top_p == 1) == (out.kept[parity.token_mask(out)].min() == 1)
     np.testing.assert_allclose(replay(engine, served, out), reported, atol=1e-5, rtol=0)
     np.testing.assert_allclose(
         replay(engine, served, out, np.arange(12)[::-1]), reported, atol=1e-5, rtol=0
@@ -148,7 +148,7 @@ def test_the_support_is_blamed_for_what_it_cuts():
     _, _, _, found = case(SUPPORT, staleness=True)
     out, _, trainer = again(SUPPORT)
     support = next(effect for effect in found.effects if effect.source == "support")
-    mask = parity.mask_of(out)
+    mask = parity.token_mask(out)
     expected = (np.exp(trainer[mask].astype(float)) * (1 / out.kept[mask] - 1)).mean()
     assert support.alone.delta == pytest.approx(expected, rel=1e-3) and expected > 1e-2
     assert any("measure delta before the cut" in note for note in diagnose.notes(found))
@@ -227,7 +227,7 @@ def test_figures_are_their_definitions():
     out, _, trainer = again()
     engine = (trainer + np.random.default_rng(0).normal(size=trainer.shape) / 10).astype(np.float32)
     found = diagnose.measure(trainer, engine, out)
-    mask = parity.mask_of(out)
+    mask = parity.token_mask(out)
     delta = np.where(
         mask, abs(np.exp(trainer.astype(float)) - np.exp(engine.astype(float))), 0
     ).reshape(4, -1)

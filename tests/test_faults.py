@@ -23,7 +23,7 @@ Each entry: the fault, the target of its figure, the tests that hold it.
     goes on: bit-equal. Held by this file; test_checkpoint: no_flipped_bit_gives_another_state,
     a_damaged_file_is_fallen_back_from_or_is_no_harm; safetensors: test_weights:
     missing_and_damaged_files_are_refused, test_gsm8k: a_damaged_shard_is_refused.
- 8. Other processes, other mesh. Target: data equal, losses to 1e-5. Held by test_hosts:
+ 8. Other processes, other mesh. Target: data equal, losses to 1e-5. Held by test_processes:
     two_processes_stopped_by_one_go_on_as_one,
     a_killed_process_ends_the_others_and_is_resumed_exactly.
  9. Hostile answers. Target: exploits 0; <= 1 s an answer; the trainer lives. Held by
@@ -39,7 +39,7 @@ Each entry: the fault, the target of its figure, the tests that hold it.
 12. Weight sync interrupted. Target: version not advanced, old weights serve. Held by test_driver:
     weights_that_do_not_arrive_leave_the_old_ones_serving, damaged_weights_leave_nothing_behind.
 13. Server: long text, full queue, clients that leave. Target: refused; slot freed; process alive.
-    There is no key: it listens to its own machine alone. Held by test_serve:
+    There is no key: it listens to its own machine alone. Held by test_server:
     what_cannot_be_answered_is_refused, a_full_server_refuses_and_recovers,
     a_connection_that_closes_frees_its_slot, it_listens_to_this_machine_alone.
 14. Pickled weights. Target: refused in a sentence. Held by test_weights:
@@ -49,7 +49,7 @@ Each entry: the fault, the target of its figure, the tests that hold it.
 16. Completions cut off by the limit. Target: their share beside the reward, exact. Held by this
     file; of an evaluation: test_scores.
 17. Memory planned against measured. Target: <= 10 %. Not held here: it needs a device.
-18. A process that is absent. Target: named, <= 120 s. Held by test_rollcall:
+18. A process that is absent. Target: named, <= 120 s. Held by test_rendezvous:
     the_missing_are_named_by_all, a_wrong_port_or_host_is_named.
 19. No room on the disk. Target: a sentence; the last checkpoint whole, resumed bit-equal. Held by
     this file.

@@ -136,13 +136,13 @@ def test_nor_has_the_page_that_compares_runs(tmp_path, word):
 @pytest.mark.parametrize("word", ATTACKS.values(), ids=ATTACKS)
 def test_nor_has_the_page_of_a_diagnosis(tmp_path, word):
     config = load_experiment(str(QUICKSTART))
-    gap = diagnose.Gap(0.1, 0.01, 0.2, 0.3, 0.01, 0.1)
+    gap = diagnose.Difference(0.1, 0.01, 0.2, 0.3, 0.01, 0.1)
     found = []
     for text in (PLAIN, word):
         effects = tuple(
             diagnose.Effect(f"{name}{text}", text, gap, gap) for name in ("weights", "head")
         )
-        blame = diagnose.Blame(text, 9, gap, effects, effects, text, (gap, gap), 1e-6)
+        blame = diagnose.Attribution(text, 9, gap, effects, effects, text, (gap, gap), 1e-6)
         folder = tmp_path / str(len(found))
         object.__setattr__(config, "name", text)
         page = diagnose.write(blame, config, folder)

@@ -60,7 +60,7 @@ def tiny(**changes):
 
 def sharp(model):
     """A policy far from uniform, so that a wrong log-prob shows."""
-    return parity.Policy(random_params(model, 0.3, norms=1.0), 3, "random")
+    return parity.TrainerWeights(random_params(model, 0.3, norms=1.0), 3, "random")
 
 
 def sampled(run, inputs, policy):
@@ -185,7 +185,10 @@ def test_figures_by_position_are_their_definitions():
 def result(sums=(1.0, 3.0), counts=(100, 100), dropped=0, worst=2e-6):
     calibration = parity.constraint.calibrate_tolerance(np.array(sums), np.array(counts))
     return parity.Parity(
-        "here", {"all": parity.Gap(200, 1e-6, worst, 1e-6, 0.0, 0.0, 0.02)}, dropped, calibration
+        "here",
+        {"all": parity.GapStatistics(200, 1e-6, worst, 1e-6, 0.0, 0.0, 0.02)},
+        dropped,
+        calibration,
     )
 
 

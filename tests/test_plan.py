@@ -47,7 +47,7 @@ def configure(model=MODEL, **rollout):
 )
 def test_every_program_compiles(model, axes):
     config = dataclasses.replace(configure(model, mesh=MeshConfig(tensor=4)), mesh=axes)
-    found = plan.make(config, model, "v5e:2x2")
+    found = plan.plan_run(config, model, "v5e:2x2")
     assert [item.program.name for item in found.programs] == [
         "train step",
         "scoring pass",
@@ -60,12 +60,12 @@ def test_every_program_compiles(model, axes):
     scales = 2 * MODEL.num_layers * (MODEL.hidden_size + MODEL.head_dim) + MODEL.hidden_size
     state = 12 * (cost_model.parameters(model).total + scales) / 4
     batch = sharding.local_bytes(
-        plan.abstract_batch(config, model, sharding.make_mesh(axes, plan.topology("v5e:2x2")))
+        plan.abstract_batch(config, model, sharding.make_mesh(axes, plan.slice_devices("v5e:2x2")))
     )
     # small arrays are padded to whole tiles
     assert abs(step.arguments - state - batch) < 0.2 * state
-    roomy = plan.compile(step.program, found.chip._replace(memory=step.peak))
-    tight = plan.compile(step.program, found.chip._replace(memory=step.peak - 2**20))
+    roomy = plan.compile_program(step.program, found.chip._replace(memory=step.peak))
+    tight = plan.compile_program(step.program, found.chip._replace(memory=step.peak - 2**20))
     assert not roomy.excess and "more than" in tight.excess
     assert any(
         "train step does not fit" in line and "microbatches" in line
@@ -91,7 +91,7 @@ def test_a_program_that_the_compiler_refuses_for_want_of_memory_does_not_fit(sai
     work = cost_model.Work(1.0, 1.0, 1.0)
     program = plan.Program("train step", Lowered(), work, 1, 0, "algorithm.microbatches")
     chip = plan.CHIPS["v5e"]
-    found = plan.compile(program, chip)
+    found = plan.compile_program(program, chip)
     assert found.peak == gigabytes * 2**30
     line, _ = plan.verdict(plan.Plan("v5e:2x2", 4, chip, 100, (found,)))
     more = gigabytes - chip.memory / 2**30
@@ -104,12 +104,12 @@ def test_a_program_that_the_compiler_refuses_for_want_of_memory_does_not_fit(sai
 @pytest.mark.slow
 def test_offloaded_moments_leave_the_chips():
     config = configure()
-    devices = plan.topology("v5e:2x2")
+    devices = plan.slice_devices("v5e:2x2")
     away = dataclasses.replace(
         config, algorithm=dataclasses.replace(config.algorithm, offload=True)
     )
     here, there = (
-        plan.compile(next(plan.programs(c, MODEL, devices)), plan.CHIPS["v5e"])
+        plan.compile_program(next(plan.programs(c, MODEL, devices)), plan.CHIPS["v5e"])
         for c in (config, away)
     )
     assert (
@@ -125,11 +125,11 @@ def test_decoding_copies_no_experts():
     config = configure(model, mesh=MeshConfig(tensor=4), precision=Precision(weights="bfloat16"))
     decode = next(
         p
-        for p in plan.programs(config, model, plan.topology("v5e:2x2"))
+        for p in plan.programs(config, model, plan.slice_devices("v5e:2x2"))
         if p.name.startswith("decode")
     )
     padded = 32 * 2048 * 256 * 2  # bytes of one of a layer's two
-    assert plan.compile(decode, plan.CHIPS["v5e"]).temporaries < padded / 2
+    assert plan.compile_program(decode, plan.CHIPS["v5e"]).temporaries < padded / 2
 
 
 def test_flops_of_a_pass_are_the_compilers():
@@ -155,10 +155,10 @@ def test_flops_of_a_pass_are_the_compilers():
 def test_unknown_topologies_are_refused():
     for name in ("v9:2x2", "v5p", "v5e:3x5x7"):
         with pytest.raises(ValueError, match=f"(?i)topology.*{name}"):
-            plan.topology(name)
+            plan.slice_devices(name)
     for name, slices in (("v5e:0x2", 1), ("v5e:2x2", 0)):
         with pytest.raises(ValueError, match="has no devices"):
-            plan.topology(name, slices)
+            plan.slice_devices(name, slices)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ FOLDER = {
     ],
 )
 def test_what_train_refuses_is_not_compiled(words, named, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(plan, "compile", None)
+    monkeypatch.setattr(plan, "compile_program", None)
     (tmp_path / "config.json").write_text(json.dumps(FOLDER))
     gsm8k = str(pathlib.Path(QUICKSTART).with_name("gsm8k.py"))
     fitting = (
@@ -255,7 +255,7 @@ def test_what_train_refuses_is_not_compiled(words, named, tmp_path, capsys, monk
     ],
 )
 def test_a_generated_task_is_asked_before_compiling(words, named, capsys, monkeypatch):
-    monkeypatch.setattr(plan, "compile", None)
+    monkeypatch.setattr(plan, "compile_program", None)
     assert cli.main(["plan", QUICKSTART, "--topology", "v5e:2x2", *words.split()]) == 2
     assert named in capsys.readouterr().err
 

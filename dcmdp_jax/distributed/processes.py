@@ -29,7 +29,7 @@ from dcmdp_jax.stopping import Failed, Interrupted
 NEWS_SECONDS = 5.0  # after a failed collective, for word of the process that is lost
 MESSAGE_BYTES = 2000
 
-_roll: rendezvous.Roll | None = None
+_peers: rendezvous.Peers | None = None
 
 
 class Refused(ValueError):
@@ -47,17 +47,17 @@ def start(
     process 0).
 
     Without a coordinator, address and numbers are those of the TPU pod, Slurm, Open MPI or
-    Kubernetes job. All share `workdir`, which holds their secret during the call (see `rollcall`).
+    Kubernetes job. All share `workdir`, which holds their secret while they meet (see `rendezvous`).
     Must precede the first use of a device. Raises ValueError, within `limit` seconds, that names
     what is missing.
     """
-    global _roll
+    global _peers
     if not coordinator:
         coordinator, processes, process = _detected(limit)
     if processes == 1:
         return
-    _roll = rendezvous.call(coordinator, processes, process, limit, workdir)
-    atexit.register(_roll.send, done=True)
+    _peers = rendezvous.join(coordinator, processes, process, limit, workdir)
+    atexit.register(_peers.send, done=True)
     # it would take SIGTERM, and cannot end a rollout
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
@@ -65,14 +65,14 @@ def start(
     )
 
 
-def say(text: str) -> None:
+def log0(text: str) -> None:
     """Prints, on process 0."""
     if jax.process_index() == 0:
         print(text, flush=True)
 
 
 def _detected(limit: float) -> tuple[str, int, int]:
-    # jax.distributed.initialize tells what it finds too late for a roll call
+    # jax.distributed.initialize tells what it finds too late for the rendezvous
     from jax._src.clusters import ClusterEnv
 
     found = ClusterEnv.auto_detect_unset_distributed_params(
@@ -87,7 +87,7 @@ def _detected(limit: float) -> tuple[str, int, int]:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[None]:
+def end_all_on_error() -> Iterator[None]:
     """What fails inside on this process ends all.
 
     What all processes raise alike (`Refused`, `Interrupted`, `Failed`) passes.
@@ -97,19 +97,19 @@ def watched() -> Iterator[None]:
     except (Refused, Interrupted, Failed):
         raise
     except BaseException as error:
-        if _roll is None:
+        if _peers is None:
             raise
-        # a collective fails here where another process is lost, which the roll tells and ends
+        # a collective fails here where another process is lost, which the peers report
         time.sleep(NEWS_SECONDS)
         if said := faults.sentence(error):
             print(f"dcmdp: {said}", file=sys.stderr)
         else:
             traceback.print_exc()
-        _roll.end(f"process {jax.process_index()} failed with {type(error).__name__}")
+        _peers.end(f"process {jax.process_index()} failed with {type(error).__name__}")
 
 
 @contextlib.contextmanager
-def agreed() -> Iterator[None]:
+def raise_on_all() -> Iterator[None]:
     """What one process refuses inside (ValueError, ImportError, OSError) all refuse, with its
     number.
     """
@@ -131,13 +131,13 @@ def agreed() -> Iterator[None]:
             raise Refused(f"process {process} refuses: {text}")
 
 
-def alike(error: Exception) -> bool:
+def raised_on_all(error: Exception) -> bool:
     """Whether all processes raise that at the same place."""
     return jax.process_count() == 1 or isinstance(error, Refused)
 
 
 @contextlib.contextmanager
-def tried(failure: str) -> Iterator[None]:
+def print_errors(failure: str) -> Iterator[None]:
     """What fails inside is told, after `failure`, and passed over: something worse is being raised
     already.
     """
@@ -157,20 +157,20 @@ def check_same(text: str, name: str) -> None:
             )
 
 
-def stop() -> None:
+def request_stop() -> None:
     """Asks the other processes to stop, at once."""
-    if _roll:
-        _roll.send(stop=True)
+    if _peers:
+        _peers.send(stop=True)
 
 
-def stopping() -> bool:
-    """Whether another process asked to stop; processes come to know at different times (`any_of`
+def stop_requested() -> bool:
+    """Whether another process asked to stop; processes come to know at different times (`any_process`
     agrees).
     """
-    return _roll is not None and _roll.stopping
+    return _peers is not None and _peers.stopping
 
 
-def any_of(flag: bool) -> bool:
+def any_process(flag: bool) -> bool:
     """Whether any process says so."""
     return bool(gather(np.array([flag])).any())
 
@@ -196,7 +196,7 @@ def _same(tree: Any) -> Any:
     return tree
 
 
-def spread(tree: Any, shardings: Any) -> Any:
+def make_global(tree: Any, shardings: Any) -> Any:
     """Global arrays from NumPy arrays that every process holds whole."""
     return jax.tree.map(
         lambda x, place: jax.make_array_from_callback(x.shape, place, x.__getitem__),
@@ -205,12 +205,12 @@ def spread(tree: Any, shardings: Any) -> Any:
     )
 
 
-def engines(config: RolloutConfig) -> int:
+def num_engines(config: RolloutConfig) -> int:
     """How many engines share the sampling: one for each process, or one for all."""
     return 1 if config.one_engine else jax.process_count()
 
 
-def part(size: int, engines: int) -> slice:
+def share(size: int, engines: int) -> slice:
     """The contiguous part of `size` items that this process's engine samples; the last may be
     shorter, or empty.
     """
@@ -219,15 +219,15 @@ def part(size: int, engines: int) -> slice:
     return slice(first, min(first + each, size))
 
 
-def per_process(mesh: Mesh, own: Mesh) -> Mesh:
+def per_process_mesh(mesh: Mesh, own: Mesh) -> Mesh:
     """All devices of `mesh` with an axis `process` before the axes of `own`, one process's: a
     partition that does not name it is a whole copy on every process.
     """
     return Mesh(mesh.devices.reshape(-1, *own.devices.shape), ("process", *own.axis_names))
 
 
-def own_copy(array: jax.Array, mesh: Mesh) -> jax.Array:
-    """This process's whole copy, on its part of the mesh, of an array laid out on `per_process`;
+def local_copy(array: jax.Array, mesh: Mesh) -> jax.Array:
+    """This process's whole copy, on its part of the mesh, of an array laid out on `per_process_mesh`;
     nothing moves.
     """
     return jax.make_array_from_single_device_arrays(

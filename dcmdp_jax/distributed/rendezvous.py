@@ -40,12 +40,12 @@ SENTENCE = 1000  # characters that travel and are printed
 LONGEST = 16 * SENTENCE  # bytes of a line
 GREETINGS = 256  # awaited at a time
 VARIABLE = "DCMDP_SECRET"
-FILE = "rollcall.secret"
+FILE = "rendezvous.secret"
 SHORTEST = 16  # characters of a secret
 GO = "go"
 
 
-class Line:
+class Connection:
     """A connection that carries JSON objects."""
 
     def __init__(self, connection: socket.socket):
@@ -97,10 +97,10 @@ class Line:
         self._socket.close()
 
 
-class Roll:
+class Peers:
     """This process's lines to the others: all from process 0, that to process 0 from the rest."""
 
-    def __init__(self, lines: dict[int, Line], names: dict[int, str]):
+    def __init__(self, lines: dict[int, Connection], names: dict[int, str]):
         self.stopping = False  # another process was asked to stop
         self._lines = lines
         self._names = names
@@ -125,7 +125,7 @@ class Roll:
     def _listen(self, process: int) -> None:
         while (message := self._lines[process].read(None)) is not None:
             if "lost" in message:
-                self.end(plain(message["lost"]))
+                self.end(printable(message["lost"]))
             if "stop" in message:
                 self.stopping = True
                 for other in self._lines.keys() - {process}:
@@ -136,14 +136,14 @@ class Roll:
             self.end(f"{self._names[process]} is gone")
 
 
-def plain(said: object) -> str:
+def printable(said: object) -> str:
     """What another process said, as one short line without control characters."""
     return "".join(c if c.isprintable() else "?" for c in str(said)[:SENTENCE])
 
 
-def call(
+def join(
     address: str, processes: int, process: int, limit: float, folder: str | os.PathLike
-) -> Roll:
+) -> Peers:
     """Waits up to `limit` seconds until all `processes` have called at `address` (HOST:PORT of
     process 0).
 
@@ -165,22 +165,22 @@ def call(
             f"{VARIABLE} has {len(given)} characters; give all processes one of {SHORTEST} or more"
         )
     if process:
-        return _report(host.strip("[]"), int(port), processes, process, limit, given, file)
+        return _apply(host.strip("[]"), int(port), processes, process, limit, given, file)
     if given:
-        return _gather(address, int(port), processes, limit, given)
-    with _written(file) as secret:
-        return _gather(address, int(port), processes, limit, secret)
+        return _accept_all(address, int(port), processes, limit, given)
+    with _secret_file(file) as secret:
+        return _accept_all(address, int(port), processes, limit, secret)
 
 
 @contextlib.contextmanager
-def _written(file: pathlib.Path) -> Iterator[str]:
+def _secret_file(file: pathlib.Path) -> Iterator[str]:
     """A secret that lies in `file`, readable by this user alone, until the end.
 
     What a roll call that was killed has left there is taken.
     """
     made = [folder for folder in file.parents if not folder.exists()]
     file.parent.mkdir(parents=True, exist_ok=True)
-    secret = _read(file)
+    secret = _read_secret(file)
     if not secret:
         file.unlink(missing_ok=True)
         secret = secrets.token_hex(32)
@@ -195,7 +195,7 @@ def _written(file: pathlib.Path) -> Iterator[str]:
                 folder.rmdir()
 
 
-def _read(file: pathlib.Path) -> str:
+def _read_secret(file: pathlib.Path) -> str:
     """The secret in `file`; empty where there is none, or half of one."""
     try:
         found = file.read_text()
@@ -213,10 +213,10 @@ def _is_proof(said: object, expected: str) -> bool:
     return hmac.compare_digest(given, expected.encode())
 
 
-class Caller(NamedTuple):
+class Applicant(NamedTuple):
     """A process that has proved to know the secret."""
 
-    line: Line
+    line: Connection
     process: int
     processes: int
     host: str
@@ -227,12 +227,12 @@ class Caller(NamedTuple):
         self.line.send(answer=word, proof=_proof(secret, *self.nonces, word))
 
 
-def _gather(address: str, port: int, processes: int, limit: float, secret: str) -> Roll:
+def _accept_all(address: str, port: int, processes: int, limit: float, secret: str) -> Peers:
     """Process 0: awaits the others. Each call is greeted in a thread, so that none waits for a
     stranger's."""
     deadline = time.monotonic() + limit
-    there: dict[int, Caller] = {}
-    proved: queue.Queue[Caller] = queue.Queue()
+    there: dict[int, Applicant] = {}
+    proved: queue.Queue[Applicant] = queue.Queue()
     strangers: list[str] = []
     greetings = threading.BoundedSemaphore(GREETINGS)
     try:
@@ -246,7 +246,7 @@ def _gather(address: str, port: int, processes: int, limit: float, secret: str) 
     with server:
         while len(there) < processes - 1:
             if greetings.acquire(timeout=POLL_SECONDS):
-                _receive(server, secret, proved, strangers, greetings)
+                _accept(server, secret, proved, strangers, greetings)
             while not proved.empty():
                 _admit(proved.get(), there, processes, secret)
             if time.monotonic() > deadline:
@@ -264,24 +264,24 @@ def _gather(address: str, port: int, processes: int, limit: float, secret: str) 
                 )
     for caller in there.values():
         caller.answer(secret, GO)
-    return Roll(
+    return Peers(
         {i: caller.line for i, caller in there.items()},
         {i: f"process {i} on {caller.host}" for i, caller in there.items()},
     )
 
 
-def _receive(
+def _accept(
     server: socket.socket,
     secret: str,
-    proved: queue.Queue[Caller],
+    proved: queue.Queue[Applicant],
     strangers: list[str],
     greetings: threading.BoundedSemaphore,
 ) -> None:
     """Takes a call, if there is one; a thread greets it and releases `greetings` at its end."""
 
     def greet() -> None:
-        line = Line(connection)
-        caller, spoke = _greet(line, secret)
+        line = Connection(connection)
+        caller, spoke = _challenge(line, secret)
         greetings.release()
         if caller:
             proved.put(caller)
@@ -306,7 +306,7 @@ def _receive(
     threading.Thread(target=greet, daemon=True).start()
 
 
-def _greet(line: Line, secret: str) -> tuple[Caller | None, bool]:
+def _challenge(line: Connection, secret: str) -> tuple[Applicant | None, bool]:
     """The caller, if it is of the run, and whether it said anything."""
     nonce = secrets.token_hex(16)
     line.send(nonce=nonce)
@@ -320,10 +320,10 @@ def _greet(line: Line, secret: str) -> tuple[Caller | None, bool]:
     if not _is_proof(said.get("proof"), _proof(secret, nonce, *words)):
         return None, True
     own, process, processes, host = words
-    return Caller(line, process, processes, plain(host), (nonce, own)), True
+    return Applicant(line, process, processes, printable(host), (nonce, own)), True
 
 
-def _admit(caller: Caller, there: dict[int, Caller], processes: int, secret: str) -> None:
+def _admit(caller: Applicant, there: dict[int, Applicant], processes: int, secret: str) -> None:
     """Adds a caller to those that are there. Raises ValueError, on all, where it is not one of
     them."""
     i = caller.process
@@ -340,27 +340,27 @@ def _admit(caller: Caller, there: dict[int, Caller], processes: int, secret: str
     _refuse([*there.values(), caller], secret, f"process {i} {why}; stop all and start each once")
 
 
-def _refuse(callers: Iterable[Caller], secret: str, sentence: str) -> None:
+def _refuse(callers: Iterable[Applicant], secret: str, sentence: str) -> None:
     for caller in callers:
-        caller.answer(secret, plain(sentence))
+        caller.answer(secret, printable(sentence))
     raise ValueError(sentence)
 
 
-def _report(
+def _apply(
     host: str, port: int, processes: int, process: int, limit: float, given: str, file: pathlib.Path
-) -> Roll:
+) -> Peers:
     """Every other process: calls process 0 and awaits its word."""
     deadline = time.monotonic() + limit
     name = socket.gethostname()
     while True:
-        line = Line(_connect(host, port, process, limit, deadline))
+        line = Connection(_connect(host, port, process, limit, deadline))
         nonce = (line.read(limit + SLACK_SECONDS) or {}).get("nonce")
         if not isinstance(nonce, str):
             raise ValueError(
                 f"process {process} reached {host}:{port}, but what answers there is "
                 "no process 0 of this run, or has stopped; see its output"
             )
-        if secret := given or _read(file):
+        if secret := given or _read_secret(file):
             break
         line.close()  # a folder may show the file late, and process 0 waits for no greeting
         if time.monotonic() > deadline:
@@ -388,8 +388,8 @@ def _report(
             f"file system, or the same {VARIABLE}, and see its output"
         )
     if answer != GO:
-        raise ValueError(plain(answer))
-    return Roll({0: line}, {0: f"process 0 at {host}:{port}"})
+        raise ValueError(printable(answer))
+    return Peers({0: line}, {0: f"process 0 at {host}:{port}"})
 
 
 def _connect(host: str, port: int, process: int, limit: float, deadline: float) -> socket.socket:

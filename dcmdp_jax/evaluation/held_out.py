@@ -31,8 +31,8 @@ def pass_rate(
     did not return and any process was asked to stop.
     """
     count = len(prompts.lengths)
-    engines = processes.engines(config.rollout)
-    here = processes.part(count, engines)
+    engines = processes.num_engines(config.rollout)
+    here = processes.share(count, engines)
     # parts of one size, the last ones padded
     reward = np.full(-(-count // engines), np.nan, np.float32)
     sampled = None
@@ -51,13 +51,13 @@ def pass_rate(
             decode=tokenizer.decode,
         )
     left = False
-    with processes.agreed():  # what one process's verifier fails on ends all in the same place
+    with processes.raise_on_all():  # what one process's verifier fails on ends all in the same place
         try:
             if sampled is not None:
                 scored = rewards.score(sampled, tokenizer.decode, config.data.verifier, asked)
                 reward[: here.stop - here.start] = scored.reward
         except Interrupted:
             left = True
-    if processes.any_of(left):
+    if processes.any_process(left):
         return None
     return float(np.mean((reward if engines == 1 else processes.gather(reward))[:count]))

@@ -72,7 +72,7 @@ GRACE = 10.0  # seconds for accepted requests to end
 MOST_GRACE = 86400.0
 
 
-class Driver(driver.Driver):
+class OrchestratorDriver(driver.Driver):
     """What `LLMOrchestrator` asks of a driver."""
 
     def place_request_on_prefill_queue(self, request: orchestrator.ActiveRequest) -> None:
@@ -80,7 +80,7 @@ class Driver(driver.Driver):
         self.submit(request.prefill_content)
 
 
-class Request:
+class StreamedRequest:
     """A request that was checked: for the orchestrator both the request and its content, and the
     driver's `Request`.
     """
@@ -153,7 +153,9 @@ class Text:
 class Orchestrator(orchestrator.LLMOrchestrator):
     """JetStream's servicer, asked only what can be answered."""
 
-    def __init__(self, slots: Driver, vocabulary: tokenizer.Tokenizer | None, max_prompt: int):
+    def __init__(
+        self, slots: OrchestratorDriver, vocabulary: tokenizer.Tokenizer | None, max_prompt: int
+    ):
         super().__init__(slots)
         self._engine = slots.engine
         self._vocabulary = vocabulary
@@ -187,10 +189,10 @@ class Orchestrator(orchestrator.LLMOrchestrator):
         if context is not None:
             context.set_trailing_metadata((("dcmdp-version", str(checked.version)),))
 
-    def _get_prefill_content(self, request: Request) -> tuple[Request, bool]:
+    def _get_prefill_content(self, request: StreamedRequest) -> tuple[StreamedRequest, bool]:
         return request, request.text is None
 
-    async def _checked(self, request: Any) -> Request:
+    async def _checked(self, request: Any) -> StreamedRequest:
         """Raises ValueError, with what to send instead, where the engine cannot answer."""
         if request is None:
             raise ValueError("the request is no DecodeRequest of google-jetstream 0.2.2; send one")
@@ -209,7 +211,7 @@ class Orchestrator(orchestrator.LLMOrchestrator):
             tokens = await self._encoded(request.text_content.text)
             text = Text(self._vocabulary.decode, self._engine.stop_ids)
         self._check_prompt(tokens, request.max_tokens)
-        return Request(tokens, request.max_tokens, text)
+        return StreamedRequest(tokens, request.max_tokens, text)
 
     async def _encoded(self, text: str) -> list[int]:
         """Token ids, made beside the event loop. Raises ValueError where a text is too long to be
@@ -244,7 +246,7 @@ class Orchestrator(orchestrator.LLMOrchestrator):
             )
 
 
-def add(servicer: Orchestrator, server: grpc.aio.Server) -> None:
+def add_service(servicer: Orchestrator, server: grpc.aio.Server) -> None:
     """Registers the service. The servicer is given None for what is no message of the right type:
     gRPC itself would answer UNKNOWN."""
     handlers = {
@@ -326,7 +328,7 @@ def _try_to_bind(host: str, port: int) -> None:
         raise (taken or failures)[0]
 
 
-def run(
+def serve(
     model: str,
     *,
     tokenizer_path: str = "",
@@ -375,7 +377,7 @@ def run(
         tokenizer.check_vocabulary(vocabulary, shape.vocab_size)
     sync.check(shape, precision, sharding.single_device_mesh())
 
-    def load() -> Driver:
+    def load() -> OrchestratorDriver:
         mesh = sharding.single_device_mesh()
         config, params = weights.load(model)
         engine = Engine(
@@ -388,12 +390,12 @@ def run(
             stop_ids=vocabulary.eos_ids if vocabulary else (),
         )
         policy = sync.make(config, precision, mesh)(params, 0)
-        return Driver(engine, policy, waiting=waiting, sampling=sampling, seed=seed)
+        return OrchestratorDriver(engine, policy, waiting=waiting, sampling=sampling, seed=seed)
 
     async def serve() -> int:
         server, bound = listen(host, port, slots + waiting + SPARE_RPCS)
         running = load()
-        add(Orchestrator(running, vocabulary, max_prompt), server)
+        add_service(Orchestrator(running, vocabulary, max_prompt), server)
         await server.start()
         print(f"serving {model} on {host}:{bound}", flush=True)
         status = await _until_stopped(server, running, grace)
@@ -404,7 +406,7 @@ def run(
     return asyncio.run(serve())
 
 
-async def _until_stopped(server: grpc.aio.Server, running: Driver, grace: float) -> int:
+async def _until_stopped(server: grpc.aio.Server, running: OrchestratorDriver, grace: float) -> int:
     """Waits for a signal, then `grace` seconds for the requests that were accepted; a second signal
     ends those too. Returns an exit status."""
     asked = asyncio.Event()
@@ -430,7 +432,7 @@ async def _until_stopped(server: grpc.aio.Server, running: Driver, grace: float)
     return 1
 
 
-async def _drain(server: grpc.aio.Server, running: Driver) -> None:
+async def _drain(server: grpc.aio.Server, running: OrchestratorDriver) -> None:
     """Ends the driver first: to new requests it answers UNAVAILABLE, where a gRPC server that stops
     may say CANCELLED.
     """

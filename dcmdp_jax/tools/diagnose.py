@@ -51,7 +51,7 @@ PROBES = Precision(
 AGREEMENT = 1e-5  # nats between what the engine reported and its replay
 
 
-class Gap(NamedTuple):
+class Difference(NamedTuple):
     """Two sets of log-probs of the same tokens; see `parity.Gap`."""
 
     delta: float
@@ -67,21 +67,23 @@ class Effect(NamedTuple):
 
     source: str
     setting: str
-    alone: Gap  # trainer against an exact engine with this one property
+    alone: Difference  # trainer against an exact engine with this one property
     # trainer against the configured engine without it; None where it is no part of that
-    left_out: Gap | None = None
+    left_out: Difference | None = None
 
 
-class Blame(NamedTuple):
+class Attribution(NamedTuple):
     """Where the gap comes from, on the tokens of one rollout."""
 
     origin: str
     tokens: int
-    everything: Gap  # trainer against the engine as configured
+    everything: Difference  # trainer against the engine as configured
     effects: tuple[Effect, ...]  # largest first
     noise: tuple[Effect, ...]  # trainer and exact engine against themselves and each other
     layer_setting: str
-    layers: tuple[Gap, ...]  # trainer against an exact engine with the weights of one layer rounded
+    layers: tuple[
+        Difference, ...
+    ]  # trainer against an exact engine with the weights of one layer rounded
     agreement: float  # largest |what the engine reported - its replay|, nats
 
 
@@ -90,7 +92,7 @@ class Case(NamedTuple):
 
     config: Config
     inputs: train.Inputs
-    policy: parity.Policy
+    policy: parity.TrainerWeights
     sampled: Rollout
     score: parity.Score
     trainer: np.ndarray  # [N, T], the trainer's log-probs
@@ -99,11 +101,11 @@ class Case(NamedTuple):
 def diagnose(
     config: Config,
     inputs: train.Inputs,
-    policy: parity.Policy,
-    other: parity.Policy | None = None,
+    policy: parity.TrainerWeights,
+    other: parity.TrainerWeights | None = None,
     *,
     probe: bool = False,
-) -> Blame:
+) -> Attribution:
     """Attributes the gap between the trainer and the engine that `config` describes.
 
     Args:
@@ -119,7 +121,7 @@ def diagnose(
     precision = config.rollout.precision
     rounded = PROBES if precision.weights == EXACT.weights else precision
     exact, noise, layers = _exact(case, rounded if rounded is precision or probe else EXACT)
-    support = np.log(np.where(parity.mask_of(case.sampled), case.sampled.kept, 1))
+    support = np.log(np.where(parity.token_mask(case.sampled), case.sampled.kept, 1))
     replayed = functools.cache(lambda one: exact if one == EXACT else _replay(case, one))
     effects = list(_effects(case, replayed, support, probe))
     if other:
@@ -127,7 +129,7 @@ def diagnose(
     whole = replayed(precision) - support
     effects.sort(key=lambda effect: -effect.alone.delta)
     agreement = float(np.max(np.abs(whole - case.sampled.rollout_logp)))
-    return Blame(
+    return Attribution(
         policy.origin,
         int(case.sampled.lengths.sum()),
         _against(case, whole),
@@ -152,7 +154,7 @@ def check(config: Config) -> None:
         raise ValueError("data.prompts_per_step=1 gives no standard error; set 2 or more")
 
 
-def _case(config: Config, inputs: train.Inputs, policy: parity.Policy) -> Case:
+def _case(config: Config, inputs: train.Inputs, policy: parity.TrainerWeights) -> Case:
     served = sync.make(inputs.model, config.rollout.precision, inputs.decode_mesh)(
         policy.params, policy.version
     )
@@ -189,7 +191,7 @@ def _effects(
         )
 
 
-def _staleness(case: Case, other: parity.Policy) -> Effect:
+def _staleness(case: Case, other: parity.TrainerWeights) -> Effect:
     """The newer weights' trainer against an exact engine that holds the older ones."""
     older, newer = sorted((case.policy, other), key=lambda one: one.version)
     trainer = case.score(newer.params, case.sampled, (case.config.seed, 0))
@@ -202,7 +204,7 @@ def _staleness(case: Case, other: parity.Policy) -> Effect:
 
 def _exact(
     case: Case, rounded: Precision
-) -> tuple[np.ndarray, tuple[Effect, ...], tuple[Gap, ...]]:
+) -> tuple[np.ndarray, tuple[Effect, ...], tuple[Difference, ...]]:
     """What needs the exact engine: its log-probs, the noise, and single layers rounded as `rounded`
     has them.
     """
@@ -335,18 +337,18 @@ def _support(rollout: RolloutConfig) -> str:
     return ", ".join(f"{name} {value:g}" for name, value, full in fields if value != full)
 
 
-def _against(case: Case, engine: np.ndarray) -> Gap:
+def _against(case: Case, engine: np.ndarray) -> Difference:
     return measure(case.trainer, engine, case.sampled)
 
 
-def measure(trainer: np.ndarray, engine: np.ndarray, sampled: Rollout) -> Gap:
+def measure(trainer: np.ndarray, engine: np.ndarray, sampled: Rollout) -> Difference:
     """The figures of two sets of log-probs [N, T] on the sampled tokens."""
-    mask = parity.mask_of(sampled)
+    mask = parity.token_mask(sampled)
     delta = np.asarray(constraint.delta(trainer, engine, mask))
     sums, counts = (x.reshape(len(sampled.prompts.lengths), -1).sum(axis=1) for x in (delta, mask))
     spread = constraint.calibrate_tolerance(sums, counts)
-    figures = parity.gap(trainer, engine, mask)
-    return Gap(
+    figures = parity.gap_statistics(trainer, engine, mask)
+    return Difference(
         figures.delta,
         float(spread.std_error),
         figures.logp_diff_mean,
@@ -357,8 +359,8 @@ def measure(trainer: np.ndarray, engine: np.ndarray, sampled: Rollout) -> Gap:
 
 
 def other_version(
-    config: Config, inputs: train.Inputs, workdir: pathlib.Path, policy: parity.Policy
-) -> parity.Policy | None:
+    config: Config, inputs: train.Inputs, workdir: pathlib.Path, policy: parity.TrainerWeights
+) -> parity.TrainerWeights | None:
     """What `policy`, `parity.load`'s, can be compared with, if there is any.
 
     The newest weights, where a run samples from stale ones; else those of the checkpoint before.
@@ -369,15 +371,15 @@ def other_version(
     like = step.abstract_state(config, inputs.model, inputs.mesh)
     state, _ = checkpoint.read(workdir, like, before)
     number = int(state.step)
-    return parity.Policy(state.params, number, f"checkpoint {number} of {workdir}")
+    return parity.TrainerWeights(state.params, number, f"checkpoint {number} of {workdir}")
 
 
-def floor(found: Blame) -> float:
+def floor(found: Attribution) -> float:
     """The largest mean delta of what ought to be equal."""
     return max(effect.alone.delta for effect in found.noise)
 
 
-def verdict(found: Blame) -> str:
+def verdict(found: Attribution) -> str:
     """Who is to blame, in sentences."""
     whole = found.everything.delta
     noise = floor(found)
@@ -395,11 +397,15 @@ def verdict(found: Blame) -> str:
     )
 
 
-def table(found: Blame) -> list[tuple[str, ...]]:
+def table(found: Attribution) -> list[tuple[str, ...]]:
     """The figures as rows of text, the first one the head."""
 
     def line(
-        name: str, setting: str, gap: Gap, left_out: Gap | None = None, part: bool = False
+        name: str,
+        setting: str,
+        gap: Difference,
+        left_out: Difference | None = None,
+        part: bool = False,
     ) -> tuple[str, ...]:
         share = (
             f"{gap.delta / found.everything.delta:.1%}" if part and found.everything.delta else ""
@@ -437,7 +443,7 @@ def table(found: Blame) -> list[tuple[str, ...]]:
     return rows + [line(*effect) for effect in found.noise]
 
 
-def notes(found: Blame) -> list[str]:
+def notes(found: Attribution) -> list[str]:
     """What is not judged, and how far the replay is to be trusted."""
     judged = {effect.source for effect in found.effects}
     said = [
@@ -462,7 +468,7 @@ def notes(found: Blame) -> list[str]:
     return said
 
 
-def chart(found: Blame) -> str:
+def chart(found: Attribution) -> str:
     """The mean deltas as one SVG: by source, on a logarithmic scale, and by layer."""
 
     def bar(effect: Effect, color: str) -> bar_chart.Bar:
@@ -492,7 +498,7 @@ def chart(found: Blame) -> str:
     return bar_chart.draw(drawn, LEGEND)
 
 
-def write(found: Blame, config: Config, workdir: pathlib.Path) -> pathlib.Path:
+def write(found: Attribution, config: Config, workdir: pathlib.Path) -> pathlib.Path:
     """Writes diagnose.json, diagnose.svg (the picture) and diagnose.html into `workdir`; returns
     the page's path.
     """

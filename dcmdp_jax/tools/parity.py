@@ -33,7 +33,7 @@ EXACT = 1e-5  # nats between trainer and an engine that rounds nothing
 Score = Callable[..., np.ndarray]
 
 
-class Policy(NamedTuple):
+class TrainerWeights(NamedTuple):
     """The trainer's weights that an engine is given."""
 
     params: Any
@@ -41,7 +41,7 @@ class Policy(NamedTuple):
     origin: str  # where they come from, for people
 
 
-class Gap(NamedTuple):
+class GapStatistics(NamedTuple):
     """Trainer against engine on a set of tokens. D = trainer's log-prob - engine's; delta = |gap in
     probability|.
     """
@@ -62,12 +62,12 @@ class Parity(NamedTuple):
     """Gaps by position, and the tolerance that they call for."""
 
     origin: str
-    gaps: dict[str, Gap]  # by bucket that has tokens; "all" last
+    gaps: dict[str, GapStatistics]  # by bucket that has tokens; "all" last
     dropped: int  # tokens whose engine log-prob is not finite; they are in no gap
     calibration: constraint.Calibration
 
 
-def load(config: Config, inputs: train.Inputs, workdir: pathlib.Path) -> Policy:
+def load(config: Config, inputs: train.Inputs, workdir: pathlib.Path) -> TrainerWeights:
     """What the next batch is sampled from: the newest whole checkpoint in `workdir`, else the
     model's folder, else noise.
 
@@ -79,7 +79,7 @@ def load(config: Config, inputs: train.Inputs, workdir: pathlib.Path) -> Policy:
         )
         inputs.prompts.set_state(position)
         params, version = step.sampled_from(state)
-        return Policy(
+        return TrainerWeights(
             params,
             int(version),
             f"checkpoint {int(state.step)} of {workdir}"
@@ -87,25 +87,27 @@ def load(config: Config, inputs: train.Inputs, workdir: pathlib.Path) -> Policy:
         )
     place = step.state_shardings(config, inputs.model, inputs.mesh).params
     if config.model.folder:
-        return Policy(weights.load(config.model.folder, shardings=place)[1], 0, config.model.folder)
+        return TrainerWeights(
+            weights.load(config.model.folder, shardings=place)[1], 0, config.model.folder
+        )
     params = jax.jit(partial(decoder.init, config=inputs.model), out_shardings=place)(
         jax.random.key(config.seed)
     )
-    return Policy(
+    return TrainerWeights(
         params,
         0,
         "random weights: a flat policy shows little of a gap; train, or give --model.folder DIR",
     )
 
 
-def starting(config: Config, inputs: train.Inputs) -> Policy:
+def starting(config: Config, inputs: train.Inputs) -> TrainerWeights:
     """What a run's first batch is sampled from, warmed up as the run warms up; nothing is left on
     disk.
     """
     with tempfile.TemporaryDirectory() as folder:
         params = train.starting_weights(config, inputs, pathlib.Path(folder), lambda: False)
     origin = config.model.folder or "random weights"
-    return Policy(
+    return TrainerWeights(
         params,
         0,
         f"{origin}, after {config.warmup.steps} steps of warm-up"
@@ -210,7 +212,7 @@ def _packed(
 def measure(
     config: Config,
     inputs: train.Inputs,
-    policy: Policy,
+    policy: TrainerWeights,
     batches: int,
     *,
     first: int | None = None,
@@ -236,7 +238,7 @@ def measure(
         sampled = sample(engine, served, config, inputs, number)
         old.append(score(policy.params, sampled, (config.seed, number)))
         reported.append(data.whole_logp(sampled))
-        mask.append(mask_of(sampled))
+        mask.append(token_mask(sampled))
         asked = np.repeat(sampled.prompts.lengths, config.rollout.samples)
         position.append(asked[:, None] + 1 + np.arange(sampled.tokens.shape[1]))
     sums, counts = zip(*(map(float, constraint.measure(*one)) for one in zip(old, reported, mask)))
@@ -249,14 +251,14 @@ def measure(
     )
 
 
-def mask_of(sampled: Rollout) -> np.ndarray:
+def token_mask(sampled: Rollout) -> np.ndarray:
     """[N, T] bool, the tokens that were sampled."""
     return np.arange(sampled.tokens.shape[1]) < sampled.lengths[:, None]
 
 
 def by_position(
     old_logp: np.ndarray, rollout_logp: np.ndarray, mask: np.ndarray, position: np.ndarray
-) -> dict[str, Gap]:
+) -> dict[str, GapStatistics]:
     """Gaps of the tokens of each bucket that has any, and of all; `position` counts from 1. Arrays
     [N, T].
     """
@@ -267,13 +269,15 @@ def by_position(
         for name, low, high in zip(names, edges, edges[1:])
     }
     return {
-        name: gap(old_logp, rollout_logp, part)
+        name: gap_statistics(old_logp, rollout_logp, part)
         for name, part in (inside | {"all": mask}).items()
         if part.any() or name == "all"
     }
 
 
-def gap(old_logp: np.ndarray, rollout_logp: np.ndarray, mask: np.ndarray) -> Gap:
+def gap_statistics(
+    old_logp: np.ndarray, rollout_logp: np.ndarray, mask: np.ndarray
+) -> GapStatistics:
     """The figures of the tokens in `mask`, [N, T] each."""
     values = {name: float(value) for name, value in _figures(old_logp, rollout_logp, mask).items()}
     named = (
@@ -284,7 +288,7 @@ def gap(old_logp: np.ndarray, rollout_logp: np.ndarray, mask: np.ndarray) -> Gap
         "ratio_out",
         "prob_diff_mean",
     )
-    return Gap(int(np.sum(mask)), *(values[name] for name in named))
+    return GapStatistics(int(np.sum(mask)), *(values[name] for name in named))
 
 
 @jax.jit

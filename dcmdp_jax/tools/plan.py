@@ -87,7 +87,7 @@ class Plan(NamedTuple):
     programs: tuple[Compiled, ...]
 
 
-def topology(name: str, slices: int = 1) -> list[Any]:
+def slice_devices(name: str, slices: int = 1) -> list[Any]:
     """The devices of a slice such as "v5p:4x4x4", or of several. Raises ValueError where libtpu
     knows no such slice.
     """
@@ -246,7 +246,7 @@ def abstract_batch(config: Config, model: ModelConfig, mesh: Any) -> Batch:
     return Batch(**{name: leaf(name, place) for name, place in places.items() if place})
 
 
-def compile(program: Program, chip: Chip) -> Compiled:
+def compile_program(program: Program, chip: Chip) -> Compiled:
     """Compiles for the topology; what the compiler refuses for want of memory is told, not raised."""
     started = time.process_time()
     try:
@@ -285,7 +285,7 @@ def _roofs(work: cost_model.Work, chip: Chip) -> tuple[float, float, float]:
     return work.flops / chip.flops, work.memory / chip.bandwidth, work.link / chip.link
 
 
-def make(
+def plan_run(
     config: Config,
     model: ModelConfig,
     name: str,
@@ -297,7 +297,7 @@ def make(
     Raises ValueError where the run cannot be laid out on it, or `train` would refuse it; the files
     of model and data need not be there yet.
     """
-    devices = topology(name, slices)
+    devices = slice_devices(name, slices)
     chip = CHIPS[name.split(":")[0]]
     if not (config.data.path or config.model.folder or config.model.tokenizer):  # a generated task
         vocabulary = train.read_tokenizer(config)
@@ -306,7 +306,7 @@ def make(
     found = []
     for program in programs(config, model, devices):
         say(f"compiling {program.name}")
-        found.append(compile(program, chip))
+        found.append(compile_program(program, chip))
     tokens = config.data.prompts_per_step * config.rollout.samples * config.rollout.max_tokens
     return Plan(name, len(devices), chip, tokens, tuple(found))
 

@@ -78,7 +78,7 @@ def of_run(arm, folder):
         sampled = parity.sample(engine, to_engine(params, step), start, inputs, step)
         exact = parity.sample(engine, to_exact(params, step), start, inputs, step)
         old = score(params, sampled, (0, step))
-        gap = np.asarray(constraint.delta(old, sampled.rollout_logp, parity.mask_of(sampled)))
+        gap = np.asarray(constraint.delta(old, sampled.rollout_logp, parity.token_mask(sampled)))
         computed, distorted = kinds(sampled, arm.data.task, inputs.tokenizer)
         yield {
             "step": step,
@@ -99,7 +99,7 @@ def model_of(folder):
 def kinds(sampled, task, tokenizer):
     """Which tokens of [N, T] are computed digits, and which of those are of the last kind."""
     width = sampled.tokens.shape[1]
-    place = np.array([task.computed(i) for i in range(width)])[None] & parity.mask_of(sampled)
+    place = np.array([task.computed(i) for i in range(width)])[None] & parity.token_mask(sampled)
     last = np.isin(sampled.tokens, tokenizer.encode(task.alphabet[-10:]))
     return place, place & last
 

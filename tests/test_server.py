@@ -60,12 +60,14 @@ def started(loop):
     running = []
 
     def start(vocabulary=VOCABULARY, waiting=200, rpcs=300):
-        driver = server.Driver(make_engine(), make_weights(), waiting=waiting, sampling=GREEDY)
+        driver = server.OrchestratorDriver(
+            make_engine(), make_weights(), waiting=waiting, sampling=GREEDY
+        )
 
         async def run():
             grpc_server, port = server.listen("127.0.0.1", 0, rpcs)
             servicer = server.Orchestrator(driver, vocabulary, PROMPT)
-            server.add(servicer, grpc_server)
+            server.add_service(servicer, grpc_server)
             await grpc_server.start()
             return grpc_server, port
 
@@ -360,7 +362,7 @@ def test_requests_after_stop_are_refused(started):
 )
 def test_a_bad_option_is_refused_before_anything_is_read(tmp_path, options, sentence):
     with pytest.raises(ValueError, match=sentence):
-        server.run(str(tmp_path / "absent"), **options)
+        server.serve(str(tmp_path / "absent"), **options)
 
 
 @pytest.mark.parametrize(
@@ -463,7 +465,7 @@ def test_an_event_loop_that_closes_is_a_client_that_left():
     """The orchestrator called in-process, without gRPC, ends with its event loop in the middle of a
     completion.
     """
-    driver = server.Driver(make_engine(), make_weights(), waiting=9, sampling=GREEDY)
+    driver = server.OrchestratorDriver(make_engine(), make_weights(), waiting=9, sampling=GREEDY)
     servicer = server.Orchestrator(driver, VOCABULARY, PROMPT)
     number = long_prompts()[0]
 
@@ -556,7 +558,7 @@ def test_it_listens_to_this_machine_alone(started):
     # an address of the machine that a server bound to all would answer
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", port), timeout=5)
-    assert server.run.__kwdefaults__["host"] == "127.0.0.1"
+    assert server.serve.__kwdefaults__["host"] == "127.0.0.1"
 
 
 @pytest.mark.parametrize(

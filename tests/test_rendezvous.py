@@ -19,23 +19,23 @@ from dcmdp_jax.distributed import rendezvous
 
 WAITS = """
 import sys, time
-from dcmdp_jax import rollcall
+from dcmdp_jax.distributed import rendezvous
 try:
     address, processes, process, limit, secret = sys.argv[1:6]
-    roll = rollcall.call(address, int(processes), int(process), float(limit), secret)
+    peers = rendezvous.join(address, int(processes), int(process), float(limit), secret)
 except ValueError as error:
     print(error)
     sys.exit(2)
 print("go", flush=True)
 word = sys.stdin.readline().strip()
 if word:
-    roll.send(**{word: True})
+    peers.send(**{word: True})
 while word != "done":
     time.sleep(0.01)
-    if roll.stopping:
+    if peers.stopping:
         print("stopping", flush=True)
         word = "done"
-        roll.send(done=True)
+        peers.send(done=True)
 time.sleep(0.2)
 """
 

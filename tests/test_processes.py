@@ -198,8 +198,8 @@ def test_parts_are_contiguous_and_complete(monkeypatch):
         parts = []
         for process in range(3):
             monkeypatch.setattr(processes.jax, "process_index", lambda process=process: process)
-            parts.append(processes.part(size, 3))
-            assert processes.part(size, 1) == slice(0, size)
+            parts.append(processes.share(size, 3))
+            assert processes.share(size, 1) == slice(0, size)
         assert [i for part in parts for i in range(size)[part]] == list(range(size))
         assert all(len(range(size)[part]) <= len(range(size)[parts[0]]) for part in parts)
 
