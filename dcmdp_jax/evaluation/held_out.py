@@ -51,7 +51,9 @@ def pass_rate(
             decode=tokenizer.decode,
         )
     left = False
-    with processes.raise_on_all():  # what one process's verifier fails on ends all in the same place
+    with (
+        processes.raise_on_all()
+    ):  # what one process's verifier fails on ends all in the same place
         try:
             if sampled is not None:
                 scored = rewards.score(sampled, tokenizer.decode, config.data.verifier, asked)
