@@ -4,7 +4,6 @@ and trainer.
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
 from collections.abc import Iterable
@@ -14,13 +13,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from dcmdp_jax import checkpoint, constraint, fields, jsonfile, sharding, step
+from dcmdp_jax import checkpoint, constraint, files, sharding, step
 from dcmdp_jax.config import RECORD, Calibrated, Config, ModelConfig, with_tolerance
 from dcmdp_jax.constraint import Calibration
 from dcmdp_jax.records import Batch
 
 FILE = "calibration.json"
-RECORDED = {"slack": fields.NUMBER, "batches": fields.WHOLE, "tolerance": fields.NUMBER}
+RECORDED = {"slack": files.NUMBER, "batches": files.INTEGER, "tolerance": files.NUMBER}
 # number of the first batch: no step's, so that calibration shares no key with training
 FIRST = 2**30
 DIGITS = 4  # of a tolerance: its error is far larger
@@ -107,15 +106,15 @@ def write(found: Calibration, wanted: Calibrated, workdir: pathlib.Path) -> None
         "tolerance": rounded_tolerance(found),
         "tolerance_std_error": tolerance_error(found, wanted.slack),
     }
-    (workdir / FILE).write_text(json.dumps(record, indent=2) + "\n")
+    files.write_json(workdir / FILE, record)
 
 
 def read(workdir: pathlib.Path) -> dict[str, float]:
     """What `write` has recorded. Raises ValueError where that is damaged."""
     file = workdir / FILE
     try:
-        record = jsonfile.read_object(file)
-        fields.check(record, RECORDED, str(file))
+        record = files.read_json_object(file)
+        files.check_fields(record, RECORDED, str(file))
     except ValueError as error:
         raise ValueError(
             f"{error}; {RECORD} beside it holds the tolerance: set --constraint.tolerance to it "

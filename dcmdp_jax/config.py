@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from dcmdp_jax import faults, jsonfile
+from dcmdp_jax import faults, files
 
 RECORD = "config.json"  # of a run, in its work folder
 
@@ -509,7 +509,7 @@ def read_record(workdir: pathlib.Path) -> dict:
         "options, is started in another --workdir"
     )
     try:
-        return jsonfile.read_object(file)
+        return files.read_json_object(file)
     except FileNotFoundError:
         raise ValueError(
             f"{file} is gone, so that what the run was made with is not known; {remedy}"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from dcmdp_jax import jsonfile
+from dcmdp_jax import files
 from dcmdp_jax.records import Batch, Example, Prompts, Rollout, Scored
 from dcmdp_jax.rewards import final_answer
 from dcmdp_jax.tasks import Task
@@ -374,7 +374,7 @@ def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 place = f"{path} line {number}"
-                yield place, jsonfile.parse(line, place)
+                yield place, files.parse_json(line, place)
 
 
 def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
@@ -396,7 +396,7 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
 def _example(row: Any, source: str, place: str) -> Example:
     """A row of any known layout as an Example; `place` names it in messages."""
     if not isinstance(row, dict):
-        raise ValueError(f"{place} is not a JSON object but {jsonfile.kind(row)}")
+        raise ValueError(f"{place} is not a JSON object but {files.describe(row)}")
     prompt = next((row[name] for name in ("problem", "question", "prompt") if row.get(name)), None)
     if isinstance(row.get("reward_model"), dict):
         answer = row["reward_model"].get("ground_truth")
@@ -455,14 +455,16 @@ def _message(message: Any, number: int) -> dict:
     role = message["role"]
     content = message["content"]
     if not isinstance(role, str) or not role:
-        raise ValueError(f"gives no problem: the role of message {number} is {jsonfile.kind(role)}")
+        raise ValueError(
+            f"gives no problem: the role of message {number} is {files.describe(role)}"
+        )
     if content is None and message.get("tool_calls"):
         content = ""
     if isinstance(content, list):
         content = "".join(_part(part, number) for part in content)
     if not isinstance(content, str):
         raise ValueError(
-            f"gives no problem: the content of message {number} is {jsonfile.kind(content)}"
+            f"gives no problem: the content of message {number} is {files.describe(content)}"
         )
     if role == "user" and _holds_messages(content):
         raise ValueError("gives its parts in a string; write them as a list")
@@ -475,7 +477,7 @@ def _part(part: Any, number: int) -> str:
         or part.get("type") != "text"
         or not isinstance(part.get("text"), str)
     ):
-        found = part.get("type") if isinstance(part, dict) else jsonfile.kind(part)
+        found = part.get("type") if isinstance(part, dict) else files.describe(part)
         raise ValueError(
             f"gives no problem: message {number} has a part that is not text ({found})"
         )
@@ -504,7 +506,7 @@ def _as_text(answer: Any) -> str:
         raise ValueError("gives no answer")
     if isinstance(answer, (str, float)):
         raise ValueError(f"gives no answer: it says {str(answer).strip()!r}")
-    raise ValueError(f"gives no answer: what stands there is {jsonfile.kind(answer)}")
+    raise ValueError(f"gives no answer: what stands there is {files.describe(answer)}")
 
 
 def _is_structure(text: str) -> bool:

@@ -31,27 +31,27 @@ from typing import Any
 
 import jax
 
-from dcmdp_jax import faults, fields, terminal
+from dcmdp_jax import faults, files, terminal
 from dcmdp_jax.config import Config
 
 FILE = "metrics.jsonl"
 GAPS = "gaps.jsonl"
 POSITION = {
-    "from": fields.WHOLE,
-    "to": fields.WHOLE,
-    "tokens": fields.WHOLE,
-    "delta": fields.NUMBER,
+    "from": files.INTEGER,
+    "to": files.INTEGER,
+    "tokens": files.INTEGER,
+    "delta": files.NUMBER,
 }
 WORST = {
-    "position": fields.WHOLE,
-    "token": fields.WHOLE,
-    "text": fields.TEXT,
-    "before": fields.TEXT,
-    "after": fields.TEXT,
-    "delta": fields.NUMBER,
-    "pi_train": fields.NUMBER,
-    "pi_infer": fields.NUMBER,
-    "reward": fields.NUMBER,
+    "position": files.INTEGER,
+    "token": files.INTEGER,
+    "text": files.STRING,
+    "before": files.STRING,
+    "after": files.STRING,
+    "delta": files.NUMBER,
+    "pi_train": files.NUMBER,
+    "pi_infer": files.NUMBER,
+    "reward": files.NUMBER,
 }
 # where stderr is no terminal, so that the logs of batch jobs stay short
 SECONDS_BETWEEN_LINES = 10.0
@@ -208,7 +208,9 @@ def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, start=1):
         for name, value in row.items():
             if not (name == "non_finite" or isinstance(value, (bool, float))):
-                fields.check({name: value}, {name: fields.MAYBE}, f"{path}: line {number}")
+                files.check_fields(
+                    {name: value}, {name: files.NUMBER_OR_NULL}, f"{path}: line {number}"
+                )
     return rows
 
 
@@ -222,13 +224,13 @@ def read_gaps(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     rows = [row for _, row in _lines(path)] if path.is_file() else []
     for number, row in enumerate(rows, start=1):
         place = f"{path}: line {number}"
-        fields.check(row, {"positions": fields.LIST, "worst": fields.LIST}, place)
+        files.check_fields(row, {"positions": files.LIST, "worst": files.LIST}, place)
         for bucket in row["positions"]:
-            fields.check(bucket, POSITION, f"{place}: a position")
+            files.check_fields(bucket, POSITION, f"{place}: a position")
             if bucket["tokens"] < 1:
                 raise ValueError(f"{place}: a position has no tokens; remove it")
         for token in row["worst"]:
-            fields.check(token, WORST, f"{place}: a worst token")
+            files.check_fields(token, WORST, f"{place}: a worst token")
     return rows
 
 
@@ -248,12 +250,7 @@ def truncate(workdir: str | os.PathLike, step: int) -> None:
 
 def _truncate(path: pathlib.Path, step: int) -> None:
     kept = "".join(line + "\n" for line, row in _lines(path) if row["step"] <= step)
-    new = path.with_name(path.name + ".new")
-    with open(new, "w", encoding="utf-8") as handle:
-        handle.write(kept)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(new, path)
+    files.write_atomic(path, kept)
 
 
 def _lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
@@ -268,7 +265,7 @@ def _lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict) and fields.is_of(row.get("step"), fields.WHOLE):
+        if isinstance(row, dict) and files.matches(row.get("step"), files.INTEGER):
             found.append((line, row))
         elif number < len(lines):
             raise ValueError(f"{path}: line {number} is not a row with a step; remove the line")

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NoReturn, Protocol
 
-from dcmdp_jax import jsonfile
+from dcmdp_jax import files
 from dcmdp_jax.templates import Template
 
 # Qwen3's generation config stops at either; used where no file names a stop token.
@@ -469,7 +469,7 @@ def _chat_template(folder: pathlib.Path, settings: dict) -> str | None:
         source = next((item["template"] for item in source if item["name"] == "default"), None)
     if not isinstance(source, str | None):
         raise ValueError(
-            f"{folder / 'tokenizer_config.json'}: chat_template is {jsonfile.kind(source)}, not a "
+            f"{folder / 'tokenizer_config.json'}: chat_template is {files.describe(source)}, not a "
             "string"
         )
     return source
@@ -487,7 +487,7 @@ def _from_file(read: Any, file: pathlib.Path) -> Any:
 
 
 def _read_json(file: pathlib.Path) -> dict:
-    return jsonfile.read_object(file) if file.is_file() else {}
+    return files.read_json_object(file) if file.is_file() else {}
 
 
 def _content(folder: pathlib.Path, settings: dict, name: str) -> str:
@@ -496,7 +496,7 @@ def _content(folder: pathlib.Path, settings: dict, name: str) -> str:
     token = token.get("content") if isinstance(token, dict) else token
     if not isinstance(token, str | None):
         raise ValueError(
-            f"{folder / 'tokenizer_config.json'}: {name} is {jsonfile.kind(token)}, not a token's "
+            f"{folder / 'tokenizer_config.json'}: {name} is {files.describe(token)}, not a token's "
             "text"
         )
     return token or ""

@@ -20,6 +20,7 @@ from dcmdp_jax import (
     calibrate,
     checkpoint,
     data,
+    files,
     gaps,
     lock,
     metrics,
@@ -624,9 +625,8 @@ def claim(workdir: pathlib.Path, config: Config) -> IO[str] | None:
 
 
 def _write_config(workdir: pathlib.Path, config: Config) -> None:
-    new = workdir / "config.new"  # put in place whole: a run that dies here can still be resumed
-    new.write_text(json.dumps(to_json(config), indent=2) + "\n")
-    new.replace(workdir / RECORD)
+    # a run that dies here can still be resumed
+    files.write_atomic(workdir / RECORD, json.dumps(to_json(config), indent=2) + "\n")
 
 
 def _check_goes_on(workdir: pathlib.Path, config: Config) -> None:

@@ -16,8 +16,8 @@ FILES = {
 # Each may import from the package only what stands in an earlier line, or its own line where it is
 # a folder.
 ORDER = [
-    ["faults", "jsonfile", "worker"],
-    ["records", "config", "stopping", "lock", "fields", "templates", "rendering", "answers"],
+    ["faults", "files", "worker"],
+    ["records", "config", "stopping", "lock", "templates", "rendering", "answers"],
     ["sharding", "losses", "rewards", "tokenizer", "tasks", "intervals"],
     ["constraint", "optimizers", "distributed"],
     ["models"],

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import pathlib
 import time
 import zlib
@@ -22,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dcmdp_jax import data, jsonfile, lock, rewards, sharding, sync, tokenizer
+from dcmdp_jax import data, files, lock, rewards, sharding, sync, tokenizer
 from dcmdp_jax.answers import judge
 from dcmdp_jax.config import MeshConfig, Precision, differences
 from dcmdp_jax.evaluation import scores
@@ -135,7 +134,7 @@ def prepare(options: Options, workdir: pathlib.Path) -> Evaluation:
         _kept(item)  # so that a strange line is named now
     _read(workdir / SUMMARY)  # and a damaged summary
     held = lock.take(workdir)
-    _write(path, json.dumps(record, indent=2) + "\n")
+    files.write_atomic(path, json.dumps(record, indent=2) + "\n")
     longest = max(int(item.prompts.lengths.max()) for item in sets)
     return Evaluation(options, workdir, vocabulary, sets, longest + options.max_tokens, held)
 
@@ -167,7 +166,7 @@ def run(
             "count as wrong"
         )
     path = evaluation.workdir / SUMMARY
-    _write(path, json.dumps({**_read(path), **figures}, indent=2) + "\n")
+    files.write_atomic(path, json.dumps({**_read(path), **figures}, indent=2) + "\n")
     return figures
 
 
@@ -356,7 +355,7 @@ def _kept(item: Asked) -> dict[Key, dict]:
     lines = item.file.read_bytes().split(b"\n")[:-1] if item.file.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
-            sample = jsonfile.parse(line, str(item.file))
+            sample = files.parse_json(line, str(item.file))
             key = sample["problem"], sample["sample"]
             strange = sample["set"] != item.name or key in found or key not in wanted
             strange = strange or not sample.keys() >= JUDGED
@@ -395,7 +394,7 @@ def _fill(
     turns = _turns(
         [key for key in wanted if key not in kept], item.samples, POSITIONS // options.max_tokens
     )
-    _write(item.file, _text(kept.values()))  # without a line that was cut short
+    files.write_atomic(item.file, _text(kept.values()))  # without a line that was cut short
     with item.file.open("a", encoding="utf-8") as file:
         for keys, samples in turns:
 
@@ -429,7 +428,7 @@ def _fill(
                 ended=ended,
             )
     ordered = [kept[key] for key in wanted]
-    _write(item.file, _text(ordered))
+    files.write_atomic(item.file, _text(ordered))
     return ordered
 
 
@@ -506,13 +505,6 @@ def _text(lines: Iterable[dict]) -> str:
 def _read(path: pathlib.Path) -> dict:
     """The object that a file of the work folder holds; none where it is not there."""
     try:
-        return jsonfile.read_object(path) if path.is_file() else {}
+        return files.read_json_object(path) if path.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{error}; move it away") from None
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    """At once or not at all."""
-    building = path.with_name(f".{path.name}.{os.getpid()}")
-    building.write_text(text, encoding="utf-8")
-    os.replace(building, path)

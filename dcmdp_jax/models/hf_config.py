@@ -13,7 +13,7 @@ import pathlib
 import reprlib
 from typing import Any
 
-from dcmdp_jax import jsonfile
+from dcmdp_jax import files
 from dcmdp_jax.config import LARGEST_FLOAT, ModelConfig, Yarn
 
 REMEDY = "give a Hugging Face model folder, with config.json and safetensors"
@@ -153,7 +153,7 @@ def read(folder: str | pathlib.Path) -> ModelConfig:
         raise ValueError(f"model folder {folder} does not exist; {REMEDY}")
     if not path.is_file():
         raise ValueError(f"model folder {folder} has no config.json; {REMEDY}")
-    raw = jsonfile.read_object(path)
+    raw = files.read_json_object(path)
     try:
         return _parse(raw)
     except ValueError as error:
@@ -292,7 +292,7 @@ def _rope_settings(raw: dict, name: str) -> dict:
     if rope is None:
         return {}
     if not isinstance(rope, dict):
-        raise ValueError(f"{name} is {jsonfile.kind(rope)}, not an object")
+        raise ValueError(f"{name} is {files.describe(rope)}, not an object")
     rope = {key: value for key, value in rope.items() if value is not None}
     kind = _kind(rope)
     if kind not in ("default", "yarn"):

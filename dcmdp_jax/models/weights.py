@@ -6,10 +6,8 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import pathlib
 import re
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,8 +17,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from dcmdp_jax import jsonfile
 from dcmdp_jax.config import ModelConfig
+from dcmdp_jax.files import atomic_folder, read_json_object
 from dcmdp_jax.models import decoder, hf_config
 from dcmdp_jax.models.quantized import Quantized
 
@@ -317,7 +315,7 @@ def _shard_names(path: pathlib.Path) -> list[str]:
 
     Raises ValueError on one outside the folder, and on an index of another form.
     """
-    where = jsonfile.read_object(path).get("weight_map")
+    where = read_json_object(path).get("weight_map")
     names = where.values() if isinstance(where, dict) else ()
     if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(
@@ -404,17 +402,11 @@ def save(
         raise ValueError(f"{folder} exists and is not an empty folder; give a new one")
     pairs = _pair(config, params)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    building = folder.with_name(f".{folder.name}.{os.getpid()}")
-    building.mkdir()
-    try:
+    with atomic_folder(folder) as building:
         _write(building, pairs, max_shard_bytes)
         hf_config.write(
             building / "config.json", config, str(params["embed"].dtype), token_ids or {}
         )
-        os.replace(building, folder)
-    except BaseException:
-        shutil.rmtree(building)
-        raise
 
 
 def _pair(config: ModelConfig, params: dict) -> list[tuple[Leaf, jax.Array]]:

@@ -18,7 +18,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from dcmdp_jax import intervals, metrics
+from dcmdp_jax import files, intervals, metrics
 from dcmdp_jax.config import differences
 from dcmdp_jax.report import discrepancy, run_page
 from dcmdp_jax.report.line_chart import Panel, Series, chart, finite
@@ -73,7 +73,7 @@ def write(
     if path.resolve().parent in whole and path.name == "report.html":
         raise ValueError(f"{path} is a run's own page; give another --output")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_page(grouped(runs)), "utf-8", errors="replace")
+    files.write_atomic(path, _page(grouped(runs)))
     return path
 
 

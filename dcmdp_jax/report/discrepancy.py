@@ -12,19 +12,19 @@ import os
 import pathlib
 from typing import Any
 
-from dcmdp_jax import fields, jsonfile, metrics
+from dcmdp_jax import files, metrics
 from dcmdp_jax.report.line_chart import ENGINE, FAINT, NEUTRAL, Panel, Series, chart
 
 TITLE = "Discrepancy by position in the completion"
 GAP = {
-    "tokens": fields.WHOLE,
-    "delta": fields.MAYBE,
-    "logp_diff_mean": fields.MAYBE,
-    "logp_diff_max": fields.MAYBE,
-    "k3": fields.MAYBE,
+    "tokens": files.INTEGER,
+    "delta": files.NUMBER_OR_NULL,
+    "logp_diff_mean": files.NUMBER_OR_NULL,
+    "logp_diff_max": files.NUMBER_OR_NULL,
+    "k3": files.NUMBER_OR_NULL,
 }
-DIAGNOSIS = {"weights": fields.TEXT, "noise_floor": fields.MAYBE, "sources": fields.LIST}
-ALONE = {"delta": fields.MAYBE, "std_error": fields.MAYBE}
+DIAGNOSIS = {"weights": files.STRING, "noise_floor": files.NUMBER_OR_NULL, "sources": files.LIST}
+ALONE = {"delta": files.NUMBER_OR_NULL, "std_error": files.NUMBER_OR_NULL}
 
 
 def sections(workdir: str | os.PathLike) -> str:
@@ -147,13 +147,17 @@ def read_diagnosis(workdir: str | os.PathLike) -> dict[str, Any] | None:
     place = str(pathlib.Path(workdir) / "diagnose.json")
     if found is None:
         return None
-    fields.check(found, DIAGNOSIS, place)
+    files.check_fields(found, DIAGNOSIS, place)
     for effect in found["sources"]:
-        fields.check(effect, {"source": fields.TEXT, "setting": fields.TEXT}, f"{place}: a source")
+        files.check_fields(
+            effect, {"source": files.STRING, "setting": files.STRING}, f"{place}: a source"
+        )
         inside = f"{place}: source {effect['source']!r:.60}:"
-        fields.check(effect.get("alone"), ALONE, f"{inside} 'alone'")
+        files.check_fields(effect.get("alone"), ALONE, f"{inside} 'alone'")
         if effect.get("left_out") is not None:
-            fields.check(effect["left_out"], {"delta": fields.MAYBE}, f"{inside} 'left_out'")
+            files.check_fields(
+                effect["left_out"], {"delta": files.NUMBER_OR_NULL}, f"{inside} 'left_out'"
+            )
     return found
 
 
@@ -163,9 +167,9 @@ def _read_parity(workdir: str | os.PathLike) -> dict[str, Any] | None:
     place = str(pathlib.Path(workdir) / "parity.json")
     if found is None:
         return None
-    fields.check(found, {"weights": fields.TEXT, "positions": fields.OBJECT}, place)
+    files.check_fields(found, {"weights": files.STRING, "positions": files.OBJECT}, place)
     for name, gap in found["positions"].items():
-        fields.check(gap, GAP, f"{place}: position {name!r:.60}")
+        files.check_fields(gap, GAP, f"{place}: position {name!r:.60}")
     return found
 
 
@@ -174,7 +178,7 @@ def _read(workdir: str | os.PathLike, name: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return jsonfile.read_object(path)
+        return files.read_json_object(path)
     except ValueError as error:
         raise ValueError(f"{error}; remove it, or write it again") from None
 

@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from dcmdp_jax import fields, metrics
+from dcmdp_jax import files, metrics
 from dcmdp_jax.config import RECORD, read_record
 from dcmdp_jax.report import discrepancy
 from dcmdp_jax.report.line_chart import (
@@ -69,7 +69,7 @@ def write(workdir: str | os.PathLike) -> pathlib.Path:
     config, rows = load(workdir)
     check(config, workdir)
     path = pathlib.Path(workdir) / "report.html"
-    path.write_text(_page(config, rows, discrepancy.sections(workdir)), "utf-8", errors="replace")
+    files.write_atomic(path, _page(config, rows, discrepancy.sections(workdir)))
     return path
 
 
@@ -324,7 +324,7 @@ def _cost(rows: list[dict[str, Any]]) -> str:
     timed = [
         (seconds, tokens)
         for seconds, tokens in pairs
-        if 0 < seconds < math.inf and fields.is_of(tokens, fields.NUMBER)
+        if 0 < seconds < math.inf and files.matches(tokens, files.NUMBER)
     ]
     if not timed:
         return "No step was timed."
@@ -356,7 +356,7 @@ def check(config: dict[str, Any], workdir: str | os.PathLike) -> None:
         to_be_measured = name == "constraint.tolerance" and isinstance(value, dict)
         if value is None or to_be_measured:
             continue
-        fields.check({name: value}, {name: fields.NUMBER}, place)
+        files.check_fields({name: value}, {name: files.NUMBER}, place)
         if value < 0:
             raise ValueError(
                 f"{place} has {name!r} = {value}, which must not be negative; correct it"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 
-from dcmdp_jax import data, sharding, sync, tokenizer
+from dcmdp_jax import data, files, sharding, sync, tokenizer
 from dcmdp_jax.config import Precision
 from dcmdp_jax.models import weights
 from dcmdp_jax.records import Example, Prompts, Sampling
@@ -174,9 +173,7 @@ def to_file(
         if whole < total
         else ()
     )
-    building = path.with_name(f".{path.name}.{os.getpid()}")
-    building.write_text(kept, encoding="utf-8")
-    os.replace(building, path)
+    files.write_atomic(path, kept)
     added = 0
     for chunk in chunks:
         with path.open("a", encoding="utf-8") as file:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dcmdp_jax import checkpoint, constraint, sharding, step, sync, train
+from dcmdp_jax import checkpoint, constraint, files, sharding, step, sync, train
 from dcmdp_jax.config import Config, ModelConfig, Precision, RolloutConfig, to_json
 from dcmdp_jax.models.quantized import Quantized
 from dcmdp_jax.records import Rollout, Weights
@@ -515,9 +515,9 @@ def write(found: Attribution, config: Config, workdir: pathlib.Path) -> pathlib.
         "replay_agreement": found.agreement,
         "notes": notes(found),
     }
-    parity.write_json(workdir / "diagnose.json", record)
+    files.write_json(workdir / "diagnose.json", record)
     picture = chart(found)
-    (workdir / "diagnose.svg").write_text(picture, "utf-8", errors="replace")
+    files.write_atomic(workdir / "diagnose.svg", picture)
     said = "".join(f"<p>{html.escape(note)}</p>" for note in [METHOD, *notes(found)])
     body = (
         f'<p class="summary">{html.escape(found.origin)}</p><p class="verdict">{html.escape(verdict(found))}</p>'
@@ -525,7 +525,7 @@ def write(found: Attribution, config: Config, workdir: pathlib.Path) -> pathlib.
     )
     path = workdir / "diagnose.html"
     page = run_page.page(f"{config.name}: blame", body, to_json(config))
-    path.write_text(page, "utf-8", errors="replace")
+    files.write_atomic(path, page)
     return path
 
 

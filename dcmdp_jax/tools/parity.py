@@ -5,8 +5,6 @@ computes for them.
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import pathlib
 import tempfile
 from collections.abc import Callable
@@ -16,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dcmdp_jax import checkpoint, constraint, data, sharding, step, sync, train
+from dcmdp_jax import checkpoint, constraint, data, files, sharding, step, sync, train
 from dcmdp_jax.config import Calibrated, Config, ModelConfig, Precision
 from dcmdp_jax.losses import diagnostics
 from dcmdp_jax.models import decoder, weights
@@ -392,14 +390,4 @@ def write(
         "max_error": limit,
         "passed": not failure(found, limit),
     }
-    return write_json(workdir / "parity.json", record)
-
-
-def write_json(path: pathlib.Path, record: Any) -> pathlib.Path:
-    """JSON has no NaN: what is not finite becomes null. The folder is made where it is missing."""
-    plain = jax.tree.map(
-        lambda x: None if isinstance(x, float) and not math.isfinite(x) else x, record
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(plain, indent=2, allow_nan=False) + "\n")
-    return path
+    return files.write_json(workdir / "parity.json", record)
