@@ -29,6 +29,7 @@ import jax
 import numpy as np
 
 from dcmdp_jax import config, step, sync, train
+from dcmdp_jax.experiment import load_experiment
 
 SHAPE = config.ModelConfig(
     vocab_size=18,
@@ -49,10 +50,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--slots", type=int, default=2, help="fewer make a rollout longer")
     args = parser.parse_args()
-    written = config.load_experiment(str(QUICKSTART))
+    written = load_experiment(str(QUICKSTART))
     run = dataclasses.replace(
         written,
-        model=config.ModelSource(shape=SHAPE),
+        model=config.ModelSource(architecture=SHAPE),
         steps=2 * args.repeats,
         warmup=config.WarmupConfig(),
         eval=config.EvalConfig(every=0),
@@ -75,9 +76,9 @@ def seconds(run: config.Config, repeats: int) -> list[list[tuple[float, float]]]
     """[repeats, 3, 2]: update, rollout, both; wall and CPU seconds."""
     inputs = train.read_inputs(run)
     state = train._start(run, inputs, pathlib.Path(), lambda: False)
-    update = step.compile(run, inputs.model, inputs.mesh)
+    update = step.compile(run, inputs.model_config, inputs.mesh)
     engine = train.make_engine(run, inputs)
-    to_engine = sync.make(inputs.model, run.rollout.precision, inputs.decode_mesh)
+    to_engine = sync.make(inputs.model_config, run.rollout.precision, inputs.decode_mesh)
     policy = to_engine(*step.sampled_from(state))
     found = []
 

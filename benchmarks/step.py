@@ -138,7 +138,7 @@ def completions() -> Scored:
 def experiment(model: ModelConfig, microbatches: int) -> Config:
     return Config(
         name="step",
-        model=ModelSource(shape=model),
+        model=ModelSource(architecture=model),
         steps=1,
         data=DataConfig(path="-", verifier=lambda example, text: 0.0, prompts_per_step=COUNT),
         rollout=RolloutConfig(samples=1, max_tokens=NEW),

@@ -14,9 +14,10 @@ import jax
 import numpy as np
 
 from dcmdp_jax import checkpoint, constraint, files, sharding, step
-from dcmdp_jax.config import RECORD, Calibrated, Config, ModelConfig, with_tolerance
+from dcmdp_jax.config import Calibrated, Config, ModelConfig, with_tolerance
 from dcmdp_jax.constraint import Calibration
 from dcmdp_jax.records import Batch
+from dcmdp_jax.run_record import RECORD_FILE
 
 FILE = "calibration.json"
 RECORDED = {"slack": files.NUMBER, "batches": files.INTEGER, "tolerance": files.NUMBER}
@@ -117,7 +118,7 @@ def read(workdir: pathlib.Path) -> dict[str, float]:
         files.check_fields(record, RECORDED, str(file))
     except ValueError as error:
         raise ValueError(
-            f"{error}; {RECORD} beside it holds the tolerance: set --constraint.tolerance to it "
+            f"{error}; {RECORD_FILE} beside it holds the tolerance: set --constraint.tolerance to it "
             f"and move {FILE} away"
         ) from None
     return {name: record[name] for name in RECORDED}

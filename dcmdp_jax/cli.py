@@ -10,7 +10,9 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from dcmdp_jax import faults, terminal
+from dcmdp_jax import errors, terminal
+from dcmdp_jax.experiment import load_experiment, override
+from dcmdp_jax.run_record import apply_record, differences, read_record, to_json
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -293,7 +295,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("dcmdp: stopped before the start", file=sys.stderr)
         return 130
     except Exception as error:
-        said = faults.sentence(error)
+        said = errors.user_message(error)
         if said is None and not isinstance(error, ValueError):
             raise
         print(f"dcmdp: {said or error}", file=sys.stderr)
@@ -337,7 +339,7 @@ def _train(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
             print(f"dcmdp: {error}", file=sys.stderr)
             return 1
         except Exception as error:
-            said = faults.sentence(error)
+            said = errors.user_message(error)
             if said is None:
                 raise
             print(f"dcmdp: {said}; {again}", file=sys.stderr)
@@ -360,21 +362,13 @@ def _experiment(args: argparse.Namespace, rest: list[str]):
     """The experiment's configuration, as recorded where its folder holds a run already, with the
     options on top.
     """
-    from dcmdp_jax.config import (
-        differences,
-        load_experiment,
-        override,
-        read_record,
-        recorded,
-        to_json,
-    )
 
     config = load_experiment(args.experiment)
     options = _overrides(rest)
     workdir = pathlib.Path(args.workdir or f"runs/{config.name}")
     if any((workdir / "checkpoints").glob("[0-9]*")):
         written = to_json(config)
-        config = recorded(config, read_record(workdir))
+        config = apply_record(config, read_record(workdir))
         kept = [
             f"{name}={old}"
             for name, (_, old) in differences(written, to_json(config)).items()
@@ -484,7 +478,6 @@ def _study(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
 
 def _plan(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; a TPU that is here stays free
-    from dcmdp_jax.config import load_experiment, override
 
     config = override(load_experiment(args.experiment), _overrides(rest))
     from dcmdp_jax import train
@@ -646,7 +639,7 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     instruction = math_benchmarks.INSTRUCTION if args.instruction is None else args.instruction
     evaluation = math_benchmarks.prepare(
         math_benchmarks.Options(
-            model=args.model,
+            folder=args.model,
             data_dir=args.data_dir,
             tokenizer=args.tokenizer,
             sets=tuple(args.sets.split(",")),

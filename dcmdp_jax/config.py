@@ -8,24 +8,15 @@ dotted name.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import numbers
-import pathlib
-import runpy
-import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from dcmdp_jax import faults, files
-
-RECORD = "config.json"  # of a run, in its work folder
-
-
-LARGEST = 2**31 - 1  # of whole numbers, which programs hold as int32
-LARGEST_FLOAT = 3e38  # of the others, held as float32
+MAX_INT = 2**31 - 1  # of whole numbers, which programs hold as int32
+MAX_FLOAT = 3e38  # of the others, held as float32
 
 
 @dataclass(frozen=True)
@@ -43,7 +34,7 @@ class Yarn:
 
     def __post_init__(self):
         name = "yarn: original_max_position"
-        _check_number(name, self.original_max_position, 1, LARGEST)
+        _check_number(name, self.original_max_position, 1, MAX_INT)
 
 
 @dataclass(frozen=True)
@@ -101,7 +92,7 @@ class ModelConfig:
         sizes |= {
             "expert_size": (1 if self.num_experts else 0, 2**24),
             "num_layers": (1, 1000),
-            "rope_theta": (1, LARGEST_FLOAT),
+            "rope_theta": (1, MAX_FLOAT),
             "rms_norm_eps": (0, 1),
         }
         for name, (low, high) in sizes.items():
@@ -129,7 +120,7 @@ class ModelSource:
 
     folder: str = ""
     tokenizer: str = ""  # a folder or file; empty: the model's folder
-    shape: ModelConfig | None = None  # used when no folder is given
+    architecture: ModelConfig | None = None  # used when no folder is given
     bfloat16: bool = False
     remat: bool = False
     remat_policy: Callable | None = None
@@ -326,7 +317,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "rollout.slots": (1, 2**16),
     "rollout.tokens_per_dispatch": (1, 2**12),
     "rollout.temperature": (1e-6, 1e6),
-    "rollout.top_k": (0, LARGEST),
+    "rollout.top_k": (0, MAX_INT),
     "rollout.precision.group": (-1, 2**24),
     "rollout.precision.experts_per_token": (0, 2**16),
     "rollout.staleness": (0, 16),  # each is a copy of the parameters
@@ -334,14 +325,14 @@ RANGES: dict[str, tuple[float, float]] = {
     "algorithm.microbatches": (1, 2**20),
     "algorithm.epochs": (1, 2**20),
     "algorithm.row_length": (0, 2**24),
-    "algorithm.learning_rate": (0, LARGEST_FLOAT),
+    "algorithm.learning_rate": (0, MAX_FLOAT),
     "algorithm.lr_warmup_steps": (0, 2**30),
-    "algorithm.weight_decay": (0, LARGEST_FLOAT),
-    "algorithm.grad_clip": (0, LARGEST_FLOAT),
-    "algorithm.max_skipped": (0, LARGEST),
+    "algorithm.weight_decay": (0, MAX_FLOAT),
+    "algorithm.grad_clip": (0, MAX_FLOAT),
+    "algorithm.max_skipped": (0, MAX_INT),
     "warmup.steps": (0, 2**30),
     "warmup.batch_size": (1, 2**20),
-    "warmup.learning_rate": (0, LARGEST_FLOAT),
+    "warmup.learning_rate": (0, MAX_FLOAT),
     "eval.every": (0, 2**30),
     "eval.prompts": (0, 2**16),
     "eval.temperature": (1e-6, 1e6),
@@ -371,7 +362,7 @@ def _check_numbers(config: Config) -> None:
         value = functools.reduce(getattr, name.split("."), config)
         if kind is int and not isinstance(value, numbers.Integral):
             raise ValueError(f"{name}={value!r} must be a whole number")
-        largest = LARGEST if kind is int else LARGEST_FLOAT
+        largest = MAX_INT if kind is int else MAX_FLOAT
         if kind in (int, float) and not isinstance(value, Calibrated):
             _check_number(name, value, *RANGES.get(name, (-largest, largest)))
 
@@ -441,26 +432,6 @@ def _validate(config: Config) -> None:
         )
 
 
-def override(config: Config, changes: dict[str, str]) -> Config:
-    """Replaces scalar fields by dotted name, e.g. `{"constraint.tolerance": "0.01"}`, converted to
-    the field's type.
-
-    Raises ValueError on a name that does not exist (with the nearest one) or a value that does not
-    fit.
-    """
-    names = scalar_fields(config)
-    for name in changes:
-        if name not in names:
-            raise ValueError(_unknown(name, list(names)))
-    for name in changes:
-        if other := next((other for other in changes if other.startswith(f"{name}.")), None):
-            raise ValueError(
-                f"--{name} gives a number, which leaves nothing to --{other}; set one of them"
-            )
-    values = {name: _convert(name, text, names[name]) for name, text in changes.items()}
-    return _replace(config, {tuple(name.split(".")): value for name, value in values.items()})
-
-
 def scalar_fields(config: Any, prefix: str = "") -> dict[str, type]:
     """Dotted names of the fields that the command line may set, with their types."""
     hints = typing.get_type_hints(type(config))
@@ -482,175 +453,3 @@ def with_tolerance(config: Config, tolerance: float) -> Config:
     return dataclasses.replace(
         config, constraint=dataclasses.replace(config.constraint, tolerance=tolerance)
     )
-
-
-def recorded(config: Config, record: dict) -> Config:
-    """`config` with the scalar fields of a run's `config.json`, so that a resumption need not
-    repeat its options.
-    """
-
-    def lookup(name: str) -> Any:
-        value = record
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        return value
-
-    found = {name: lookup(name) for name in scalar_fields(config)}
-    return override(
-        config, {name: str(value) for name, value in found.items() if value is not None}
-    )
-
-
-def read_record(workdir: pathlib.Path) -> dict:
-    """A run's `config.json`. Raises ValueError, with the remedy, where it is gone or damaged."""
-    file = workdir / RECORD
-    remedy = (
-        "put a copy back; one is written where the command that began the run, with its "
-        "options, is started in another --workdir"
-    )
-    try:
-        return files.read_json_object(file)
-    except FileNotFoundError:
-        raise ValueError(
-            f"{file} is gone, so that what the run was made with is not known; {remedy}"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{error}; {remedy}") from None
-
-
-def updated(record: dict, config: Any) -> dict:
-    """A record of `to_json` as this version writes it.
-
-    Fields that it lacks have their defaults, and fields that are unknown today are left out where
-    they are not set to anything.
-    """
-    fields = {item.name: item for item in dataclasses.fields(config)}
-    found = {}
-    for name, item in fields.items():
-        value = getattr(config, name)
-        if name not in record:
-            found[name] = to_json(_default(item, value))
-        elif dataclasses.is_dataclass(value) and isinstance(record[name], dict):
-            found[name] = updated(record[name], value)
-        else:
-            found[name] = record[name]
-    unknown_ones = {name: value for name, value in record.items() if name not in fields}
-    return found | {name: value for name, value in unknown_ones.items() if _is_set(value)}
-
-
-def _default(item: dataclasses.Field, value: Any) -> Any:
-    """A field's default; `value` where it has none."""
-    if item.default is not dataclasses.MISSING:
-        return item.default
-    return value if item.default_factory is dataclasses.MISSING else item.default_factory()
-
-
-def _is_set(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_is_set(item) for item in value.values())
-    return bool(value)
-
-
-def unknown(name: str, record: Any) -> bool:
-    """Whether a record of `to_json` has no field of that dotted name."""
-    for part in name.split("."):
-        if not isinstance(record, dict) or part not in record:
-            return True
-        record = record[part]
-    return False
-
-
-def to_json(config: Any) -> Any:
-    """The resolved configuration as plain JSON values; functions appear by their qualified names."""
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        kind = {} if type(config).__module__ == __name__ else {"type": type(config).__qualname__}
-        return kind | {
-            item.name: to_json(getattr(config, item.name)) for item in dataclasses.fields(config)
-        }
-    if isinstance(config, (list, tuple)):
-        return [to_json(item) for item in config]
-    if isinstance(config, functools.partial):
-        return {
-            "function": to_json(config.func),
-            "args": to_json(config.args),
-            **{key: to_json(value) for key, value in config.keywords.items()},
-        }
-    if hasattr(config, "__qualname__"):
-        return f"{config.__module__}.{config.__qualname__}"
-    return config if isinstance(config, (int, float, bool, str, type(None))) else repr(config)
-
-
-def differences(before: Any, now: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted names at which two records of `to_json` differ, with both values."""
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        return {} if before == now else {prefix: (before, now)}
-    found = {}
-    for name in sorted(before.keys() | now.keys()):
-        found |= differences(
-            before.get(name), now.get(name), f"{prefix}.{name}" if prefix else name
-        )
-    return found
-
-
-def load_experiment(path: str) -> Config:
-    """The `CONFIG` of an experiment file. Raises ValueError where there is none."""
-    config = run_file(path, "experiment").get("CONFIG")
-    if not isinstance(config, Config):
-        raise ValueError(f"{path} defines no CONFIG = Config(...)")
-    return config
-
-
-def run_file(path: str, kind: str) -> dict[str, Any]:
-    """What a Python file defines; it may import its neighbours, as a script may.
-
-    Raises ValueError where there is no file, where it imports what is not there, and where it
-    fails, with its own line.
-    """
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise ValueError(f"{kind} {path} does not exist; give the path of a Python file")
-    folder = str(file.absolute().parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        return runpy.run_path(str(file))
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{kind} {path} imports {error.name!r}, which is neither in its folder nor installed "
-            "(requirements.txt has what dcmdp_jax itself needs)"
-        ) from error
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"{kind} {path} fails at {faults.described(error)}") from error
-
-
-def _replace(config: Any, changes: dict[tuple[str, ...], Any]) -> Any:
-    own = {path[0]: value for path, value in changes.items() if len(path) == 1}
-    for name in {path[0] for path in changes if len(path) > 1}:
-        nested = {
-            path[1:]: value for path, value in changes.items() if path[0] == name and len(path) > 1
-        }
-        own[name] = _replace(getattr(config, name), nested)
-    return dataclasses.replace(config, **own)
-
-
-def _convert(name: str, text: str, kind: type) -> Any:
-    if kind is bool:
-        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if text.lower() in words:
-            return words[text.lower()]
-    elif kind is str:
-        return text
-    else:
-        try:
-            value = kind(text)
-        except ValueError:
-            pass
-        else:
-            if value == value and value not in (float("inf"), float("-inf")):
-                return value
-    raise ValueError(f"--{name} takes a value of type {kind.__name__}, not {text!r}")
-
-
-def _unknown(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return f"no option --{name} takes a number or a word; did you mean --{near[0]}? Functions are set in the experiment file"

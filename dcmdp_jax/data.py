@@ -33,7 +33,7 @@ ENDLESS = 2**62  # problems in a pipeline: no run sees the end
 log = logging.getLogger(__name__)
 
 
-class Supervised(NamedTuple):
+class SupervisedBatch(NamedTuple):
     """Prompts followed by the expert's completions, for the warm-up stage."""
 
     tokens: np.ndarray  # [B, S] int32, padded on the right
@@ -106,7 +106,7 @@ def tokenize(
     return Prompts(_pad(ids, max_prompt_tokens, tokenizer.pad_id), lengths, tuple(examples))
 
 
-def prompts(
+def prompt_batches(
     source: Sequence[Example] | Task,
     tokenizer: Tokenizer,
     *,
@@ -160,9 +160,9 @@ def prompts(
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
-def supervised(
+def supervised_batch(
     task: Task, tokenizer: Tokenizer, batch_size: int, seed: int, step: int
-) -> Supervised:
+) -> SupervisedBatch:
     """Batch number `step` of the expert's solutions to the task's training problems, each ended by
     the stop token.
 
@@ -183,10 +183,10 @@ def supervised(
     tokens = _pad(
         [prompt + solution for prompt, solution in zip(asked, told)], stops.max(), tokenizer.pad_id
     )
-    return Supervised(tokens, (column >= starts) & (column < stops))
+    return SupervisedBatch(tokens, (column >= starts) & (column < stops))
 
 
-def whole_logp(rollout: Rollout) -> np.ndarray:
+def full_vocab_logp(rollout: Rollout) -> np.ndarray:
     """The engine's log-probs as the trainer scores, uncut: of softmax(logits / temperature).
 
     Formula: rollout_logp + log kept. Nothing changes past the length, and where no support was cut.
@@ -212,7 +212,7 @@ def pack(
     `row_divisor` times a power of two (or just enough rows for n completions, if that is less), so
     that few shapes are ever compiled. Experts, where they were recorded, go to the tokens that they
     were chosen for: those behind a completion's first token to the prompt's last. Log-probs are
-    those of `whole_logp`. Raises ValueError where the completions do not divide, a row is too
+    those of `full_vocab_logp`. Raises ValueError where the completions do not divide, a row is too
     short, or a prompt is empty.
     """
     rollout = scored.rollout
@@ -267,7 +267,7 @@ def pack(
         index=deal(np.where(mask, predicts, 0).astype(np.int32)),
         completions=deal(rollout.tokens[order]),
         mask=deal(mask),
-        rollout_logp=deal(whole_logp(rollout)[order]),
+        rollout_logp=deal(full_vocab_logp(rollout)[order]),
         reward=deal(scored.reward[order]),
         group=deal(group.astype(np.int32)),
         experts=None if rollout.experts is None else place_experts(rollout.experts),

@@ -31,7 +31,7 @@ from typing import Any
 
 import jax
 
-from dcmdp_jax import faults, files, terminal
+from dcmdp_jax import errors, files, terminal
 from dcmdp_jax.config import Config
 
 FILE = "metrics.jsonl"
@@ -307,7 +307,7 @@ def check_loggers(config: Config) -> None:
             raise ImportError(f"{option} needs {module}; {remedy}") from error
         except Exception as error:  # a broken installation fails in ways of its own
             raise ImportError(
-                f"{option} needs {module}, which fails to import ({faults.kind(error)}); {remedy}"
+                f"{option} needs {module}, which fails to import ({errors.type_and_message(error)}); {remedy}"
             ) from error
 
 
@@ -330,7 +330,7 @@ def keep_aside(workdir: pathlib.Path) -> None:
 
 def _warn(name: str, error: Exception) -> None:
     print(
-        f"{name} failed ({faults.kind(error)}); the run goes on without it, and {FILE} holds every row",
+        f"{name} failed ({errors.type_and_message(error)}); the run goes on without it, and {FILE} holds every row",
         file=sys.stderr,
         flush=True,
     )

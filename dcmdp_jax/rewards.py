@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dcmdp_jax import faults, stopping
+from dcmdp_jax import errors, stopping
 from dcmdp_jax.answers import compare, judge
 from dcmdp_jax.answers.computed import is_computed, is_number
 from dcmdp_jax.answers.copied import is_copied
@@ -91,7 +91,7 @@ def _reward(verifier: Callable[[Example, str], float], example: Example, text: s
     except Exception as error:
         raise ValueError(
             f"the verifier {_name(verifier)} fails on a completion of the prompt "
-            f"{_short(example)}: {faults.described(error)}"
+            f"{_short(example)}: {errors.describe(error)}"
         ) from error
     try:
         with np.errstate(over="ignore"):

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any, NoReturn, Protocol
 
 from dcmdp_jax import files
-from dcmdp_jax.templates import Template
+from dcmdp_jax.chat_template import ChatTemplate
 
 # Qwen3's generation config stops at either; used where no file names a stop token.
 QWEN3_STOPS = ("<|im_end|>", "<|endoftext|>")
@@ -33,11 +33,13 @@ class Tokenizer(Protocol):
     """What the rest of the package asks of a tokenizer."""
 
     vocab_size: int  # highest id + 1, added tokens included
-    longest: int  # characters of text that a token holds at most; a normalizer may leave more out
+    max_token_chars: (
+        int  # characters of text that a token holds at most; a normalizer may leave more out
+    )
     # any of them ends a completion; the first is the one written in training data
     eos_ids: tuple[int, ...]
     pad_id: int
-    generation: dict  # what the model's generation_config.json says
+    generation_config: dict  # what the model's generation_config.json says
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, nothing added."""
@@ -45,7 +47,7 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens written out."""
 
-    def chat(
+    def render_chat(
         self,
         messages: Sequence[Mapping],
         *,
@@ -64,10 +66,10 @@ class Tokenizer(Protocol):
         add_generation_prompt: bool = True,
         special_tokens_in_text: bool = False,
     ) -> list[int]:
-        """Ids of `chat`'s text; special tokens in a message are text, or ids if asked for."""
+        """Ids of `render_chat`'s text; special tokens in a message are text, or ids if asked for."""
 
 
-class HuggingFace:
+class HuggingFaceTokenizer:
     """A folder with `tokenizer.json`, and that of the model that it serves, where it is another.
 
     The chat template comes from `chat_template.jinja`, else from `chat_template` in
@@ -94,17 +96,17 @@ class HuggingFace:
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         self._special = {name: _content(self.folder, settings, name) for name in names}
         source = _chat_template(self.folder, settings)
-        self._template = Template(source, self.folder) if source else None
+        self._template = ChatTemplate(source, self.folder) if source else None
         added = self._tokenizer.get_added_tokens_decoder().values()
         special = [token.content for token in added if token.special]
         marks = [token.content for token in added if _is_mark(token.content)]
         self._special_tokens = re.compile(_any_of(special))
         self._all_marks = re.compile(_any_of({*special, *marks}))
-        named, self.generation = _declared(_folders(self.folder, model), self.vocab_size)
+        named, self.generation_config = _declared(_folders(self.folder, model), self.vocab_size)
         self.eos_ids = self._stops(named)
         pad = self._vocabulary.get("<|endoftext|>", self.eos_ids[0])
         self.pad_id = self._vocabulary.get(
-            self._special["pad_token"], self.generation.get("pad_token_id", pad)
+            self._special["pad_token"], self.generation_config.get("pad_token_id", pad)
         )
 
     def encode(self, text: str) -> list[int]:
@@ -115,10 +117,10 @@ class HuggingFace:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     @functools.cached_property
-    def longest(self) -> int:
+    def max_token_chars(self) -> int:
         return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
 
-    def chat(
+    def render_chat(
         self,
         messages: Sequence[Mapping],
         *,
@@ -149,7 +151,7 @@ class HuggingFace:
         cut = _unused_character(messages)
         if not special_tokens_in_text:
             messages = [self._cut_up(message, cut) for message in messages]
-        text = self.chat(
+        text = self.render_chat(
             messages, enable_thinking=enable_thinking, add_generation_prompt=add_generation_prompt
         )
         return self._encode_cut_up(text, cut)
@@ -238,14 +240,14 @@ class HuggingFace:
             {"role": "assistant", "content": ANSWER},
         ]
         try:
-            text = self.chat(turns, enable_thinking=False, add_generation_prompt=False)
+            text = self.render_chat(turns, enable_thinking=False, add_generation_prompt=False)
         except ValueError:  # a template that is wrong is refused where it is used
             return []
         found = re.search(rf"{ANSWER}\s*({self._special_tokens.pattern})", text)
         return [self._vocabulary[found[1]]] if found else []
 
 
-class SentencePiece:
+class SentencePieceTokenizer:
     """A SentencePiece model file. It has no chat template.
 
     A completion stops at its end-of-sentence id and at what the files beside it, or of the model's
@@ -259,7 +261,9 @@ class SentencePiece:
         read = _import("sentencepiece").SentencePieceProcessor
         self._processor = _from_file(lambda name: read(model_file=name), self.file)
         self.vocab_size = self._processor.vocab_size()
-        named, self.generation = _declared(_folders(self.file.parent, model), self.vocab_size)
+        named, self.generation_config = _declared(
+            _folders(self.file.parent, model), self.vocab_size
+        )
         own = [self._processor.eos_id()] if self._processor.eos_id() >= 0 else []
         self.eos_ids = tuple(dict.fromkeys([*named, *own]))
         if not self.eos_ids:
@@ -274,27 +278,27 @@ class SentencePiece:
         return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
 
     @functools.cached_property
-    def longest(self) -> int:
+    def max_token_chars(self) -> int:
         return max(len(self._processor.id_to_piece(i)) for i in range(self.vocab_size))
 
-    def chat(self, messages: Sequence[Mapping], **settings: bool) -> NoReturn:
+    def render_chat(self, messages: Sequence[Mapping], **settings: bool) -> NoReturn:
         raise ValueError(
             f"{self.file} is a SentencePiece model and has no chat template; set data.chat=False"
         )
 
-    encode_chat = chat
+    encode_chat = render_chat
 
 
-class Characters:
+class CharacterTokenizer:
     """One id per character of `alphabet`, from 2 on; 0 is padding and 1 ends a completion.
 
     Every other id decodes to U+FFFD, so that a verifier sees it.
     """
 
-    longest = 1
+    max_token_chars = 1
     pad_id = 0
     eos_ids = (1,)
-    generation: dict = {}
+    generation_config: dict = {}
 
     def __init__(self, alphabet: str):
         if len(set(alphabet)) != len(alphabet):
@@ -316,10 +320,10 @@ class Characters:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self._characters.get(int(i), "\ufffd") for i in ids)
 
-    def chat(self, messages: Sequence[Mapping], **settings: bool) -> NoReturn:
+    def render_chat(self, messages: Sequence[Mapping], **settings: bool) -> NoReturn:
         raise ValueError("a character tokenizer has no chat template; set data.chat=False")
 
-    encode_chat = chat
+    encode_chat = render_chat
 
 
 def load(path: str | pathlib.Path, model: str | pathlib.Path = "") -> Tokenizer:
@@ -334,17 +338,17 @@ def load(path: str | pathlib.Path, model: str | pathlib.Path = "") -> Tokenizer:
         raise ValueError(f"tokenizer {path} does not exist")
     if path.is_file():
         if path.name == "tokenizer.json":
-            return HuggingFace(path.parent, model)
-        return SentencePiece(path, model)
+            return HuggingFaceTokenizer(path.parent, model)
+        return SentencePieceTokenizer(path, model)
     if (path / "tokenizer.json").is_file():
-        return HuggingFace(path, model)
+        return HuggingFaceTokenizer(path, model)
     if (path / "tokenizer.model").is_file():
-        return SentencePiece(path / "tokenizer.model", model)
+        return SentencePieceTokenizer(path / "tokenizer.model", model)
     if (path / "characters.json").is_file():
         alphabet = _read_json(path / "characters.json").get("alphabet")
         if not isinstance(alphabet, str):
             raise ValueError(f"{path / 'characters.json'} holds no alphabet; copy it again")
-        return Characters(alphabet)
+        return CharacterTokenizer(alphabet)
     raise ValueError(
         f"{path} holds no tokenizer: looked for tokenizer.json (Hugging Face) and tokenizer.model "
         "(SentencePiece); put one there or name the tokenizer's own folder"
@@ -357,27 +361,27 @@ def save(tokenizer: Tokenizer, folder: str | pathlib.Path) -> None:
     Its generation_config.json is the model's own, with all the ids that `tokenizer` stops at.
     """
     folder = pathlib.Path(folder)
-    if isinstance(tokenizer, Characters):
+    if isinstance(tokenizer, CharacterTokenizer):
         (folder / "characters.json").write_text(json.dumps({"alphabet": tokenizer.alphabet}))
-    elif isinstance(tokenizer, SentencePiece):
+    elif isinstance(tokenizer, SentencePieceTokenizer):
         shutil.copyfile(tokenizer.file, folder / "tokenizer.model")
     else:
         for name in FILES:
             if (tokenizer.folder / name).is_file():
                 shutil.copyfile(tokenizer.folder / name, folder / name)
-    generation = {**tokenizer.generation, **token_ids(tokenizer)}
-    (folder / GENERATION).write_text(json.dumps(generation, indent=2) + "\n")
+    generation_config = {**tokenizer.generation_config, **special_token_ids(tokenizer)}
+    (folder / GENERATION).write_text(json.dumps(generation_config, indent=2) + "\n")
 
 
-def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+def special_token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     """`eos_token_id` and its like, as config.json and generation_config.json name them."""
     eos = list(tokenizer.eos_ids)
     named = {"eos_token_id": eos if len(eos) > 1 else eos[0], "pad_token_id": tokenizer.pad_id}
-    bos = tokenizer.generation.get("bos_token_id")
+    bos = tokenizer.generation_config.get("bos_token_id")
     return named if bos is None else {**named, "bos_token_id": bos}
 
 
-def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
+def check_vocab_size(tokenizer: Tokenizer, model_vocab_size: int) -> None:
     """Raises ValueError where the tokenizer can give an id that the model has no embedding for."""
     needed = max(tokenizer.vocab_size, *(i + 1 for i in tokenizer.eos_ids))
     if needed > model_vocab_size:
@@ -396,7 +400,7 @@ def _is_mark(token: str) -> bool:
 
 
 def _any_of(tokens: Iterable[str]) -> str:
-    """A pattern for any of `tokens`, the longest first; it matches nothing where there is none."""
+    """A pattern for any of `tokens`, the max_token_chars first; it matches nothing where there is none."""
     return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)"
 
 

@@ -29,21 +29,17 @@ from dcmdp_jax import (
     step,
     stopping,
     sync,
-    tokenizer,
     warmup,
 )
+from dcmdp_jax import (
+    tokenizer as tokenizers,
+)
 from dcmdp_jax.config import (
-    RECORD,
     Calibrated,
     Config,
     ModelConfig,
     Precision,
     RolloutConfig,
-    differences,
-    read_record,
-    to_json,
-    unknown,
-    updated,
     with_tolerance,
 )
 from dcmdp_jax.distributed import processes
@@ -53,13 +49,21 @@ from dcmdp_jax.records import Batch, Prompts, Sampling, Scored, TrainState, Weig
 from dcmdp_jax.report import run_page
 from dcmdp_jax.rollout.generate import rollout
 from dcmdp_jax.rollout.jetstream import Engine
+from dcmdp_jax.run_record import (
+    RECORD_FILE,
+    differences,
+    lacks_field,
+    read_record,
+    to_json,
+    upgrade_record,
+)
 
 
 class Inputs(NamedTuple):
     """What a run reads, checked before anything is compiled."""
 
-    model: ModelConfig
-    tokenizer: tokenizer.Tokenizer
+    model_config: ModelConfig
+    tokenizer: tokenizers.Tokenizer
     prompts: Iterator[Prompts]  # with get_state and set_state
     held_out: Prompts | None
     mesh: jax.sharding.Mesh  # that trains
@@ -133,7 +137,7 @@ def _walk(
     number = int(state.step)
     position = inputs.prompts.get_state()
     engine = make_engine(config, inputs)
-    to_engine = sync.make(inputs.model, config.rollout.precision, inputs.decode_mesh)
+    to_engine = sync.make(inputs.model_config, config.rollout.precision, inputs.decode_mesh)
     held_out = _held_out(config, inputs, engine, asked)
     collect = partial(_collect, config, inputs, engine, asked)
     policy = to_engine(*step.sampled_from(state))
@@ -150,7 +154,7 @@ def _walk(
         config = _calibrated(config, inputs, workdir, state, partial(collect, policy))
         log.settle(config.constraint.tolerance)
     saved.save(state, position, config.seed)
-    update = step.compile(config, inputs.model, inputs.mesh)
+    update = step.compile(config, inputs.model_config, inputs.mesh)
     if number < config.steps:
         processes.log0("compiling with the first step")
     started = time.perf_counter()
@@ -305,7 +309,7 @@ def _collect(
     """
     if config.steps <= number < calibrate.FIRST:
         return None
-    vocabulary = inputs.tokenizer
+    tokenizer = inputs.tokenizer
     engines = processes.num_engines(config.rollout)
     first = processes.share(config.data.prompts_per_step, engines).start * config.rollout.samples
     stops = asked
@@ -326,7 +330,7 @@ def _collect(
                 max_tokens=config.rollout.max_tokens,
                 sampling=sampling(config.rollout),
                 stop_strings=config.rollout.stop_strings,
-                decode=vocabulary.decode,
+                decode=tokenizer.decode,
                 asked=stops,
             )
     except stopping.Interrupted:
@@ -337,7 +341,7 @@ def _collect(
     ):  # what one process's verifier fails on ends all in the same place
         try:
             if sampled is not None:
-                scored = rewards.score(sampled, vocabulary.decode, config.data.verifier, asked)
+                scored = rewards.score(sampled, tokenizer.decode, config.data.verifier, asked)
         except stopping.Interrupted:
             pass  # `scored` says so
     if processes.any_process(scored is None):
@@ -349,7 +353,7 @@ def _collect(
         microbatches=config.algorithm.microbatches,
         row_length=config.algorithm.row_length or engine.max_length,
         row_divisor=sharding.batch_size(inputs.mesh),
-        pad_id=vocabulary.pad_id,
+        pad_id=tokenizer.pad_id,
         seed=(config.seed, number),
     )
     return Collected(
@@ -392,7 +396,7 @@ def _calibrated(
         raise stopping.Interrupted("stopped in the calibration of the tolerance; it starts anew")
     found = calibrate.measure_floor(
         config,
-        inputs.model,
+        inputs.model_config,
         inputs.mesh,
         step.sampled_from(state)[0],
         [one.batch for one in collected],
@@ -418,7 +422,7 @@ def _held_out(
     """Pass rates of the engine's policy and the trainer's on the held-out problems; none where the
     run stops in them.
     """
-    to_exact = sync.make(inputs.model, Precision(), inputs.decode_mesh)
+    to_exact = sync.make(inputs.model_config, Precision(), inputs.decode_mesh)
     key = jax.random.key(config.seed)
     rate = partial(
         held_out.pass_rate,
@@ -448,7 +452,7 @@ def make_engine(config: Config, inputs: Inputs) -> Engine:
     """The engine that this process samples from."""
     slots = config.rollout.slots // processes.num_engines(config.rollout)
     return Engine(
-        inputs.model,
+        inputs.model_config,
         slots=slots,
         steps=config.rollout.tokens_per_dispatch,
         max_length=config.data.max_prompt_tokens + config.rollout.max_tokens,
@@ -477,12 +481,12 @@ def read_inputs(config: Config) -> Inputs:
         weights.check(config.model.folder)
     engines = processes.num_engines(config.rollout)
     check(config, model, mesh, decode_mesh, engines)
-    vocabulary = read_tokenizer(config)
-    tokenizer.check_vocabulary(vocabulary, model.vocab_size)
-    prompts, held_out = read_problems(config, vocabulary, engines)
+    tokenizer = read_tokenizer(config)
+    tokenizers.check_vocab_size(tokenizer, model.vocab_size)
+    prompts, held_out = read_problems(config, tokenizer, engines)
     if config.eval.every and held_out is None:
         processes.log0("no held-out evaluation: data.eval_path names no file")
-    return Inputs(model, vocabulary, prompts, held_out, mesh, decode_mesh)
+    return Inputs(model, tokenizer, prompts, held_out, mesh, decode_mesh)
 
 
 def check(
@@ -529,7 +533,7 @@ def check(
 
 
 def read_problems(
-    config: Config, vocabulary: tokenizer.Tokenizer, engines: int
+    config: Config, tokenizer: tokenizers.Tokenizer, engines: int
 ) -> tuple[Iterator[Prompts], Prompts | None]:
     """This process's prompts, and the held-out problems if there are any.
 
@@ -543,9 +547,9 @@ def read_problems(
         "instruction": config.data.instruction,
         "special_tokens_in_text": config.data.special_tokens_in_text,
     }
-    prompts = data.prompts(
+    prompts = data.prompt_batches(
         data.read(config.data.path) if config.data.path else task,
-        vocabulary,
+        tokenizer,
         batch_size=config.data.prompts_per_step,
         seed=config.seed,
         shuffle=config.data.shuffle,
@@ -554,25 +558,25 @@ def read_problems(
         **wrap,
     )
     if not config.data.path:  # too long a prompt is told before any work
-        data.tokenize([task.example(0, config.seed)], vocabulary, **wrap)
+        data.tokenize([task.example(0, config.seed)], tokenizer, **wrap)
     if not config.eval.every:
         return prompts, None
     if config.data.eval_path:
         problems = data.read(config.data.eval_path)[: config.eval.prompts]
-        return prompts, data.tokenize(problems, vocabulary, **wrap)
+        return prompts, data.tokenize(problems, tokenizer, **wrap)
     if config.data.path or task is None:
         return prompts, None
-    return prompts, data.tokenize(task.held_out(config.eval.prompts), vocabulary, **wrap)
+    return prompts, data.tokenize(task.held_out(config.eval.prompts), tokenizer, **wrap)
 
 
 def read_model(config: Config) -> ModelConfig:
     """The model's shape. Raises ValueError where there is none."""
     source = config.model
-    if not source.folder and source.shape is None:
+    if not source.folder and source.architecture is None:
         raise ValueError(
-            "model.folder names no folder and the experiment has no model.shape; give --model.folder DIR"
+            "model.folder names no folder and the experiment has no model.architecture; give --model.folder DIR"
         )
-    model = weights.read_config(source.folder) if source.folder else source.shape
+    model = weights.read_config(source.folder) if source.folder else source.architecture
     return dataclasses.replace(
         model,
         bfloat16=source.bfloat16 or model.bfloat16,
@@ -581,15 +585,15 @@ def read_model(config: Config) -> ModelConfig:
     )
 
 
-def read_tokenizer(config: Config) -> tokenizer.Tokenizer:
+def read_tokenizer(config: Config) -> tokenizers.Tokenizer:
     """The named tokenizer, the model folder's, or the task's characters. Raises ValueError where
     there is none.
     """
     if config.model.tokenizer or config.model.folder:
-        return tokenizer.load(config.model.tokenizer or config.model.folder, config.model.folder)
+        return tokenizers.load(config.model.tokenizer or config.model.folder, config.model.folder)
     if config.data.task is None:
         raise ValueError("model.tokenizer names no tokenizer; give --model.tokenizer DIR")
-    return tokenizer.Characters(config.data.task.alphabet)
+    return tokenizers.CharacterTokenizer(config.data.task.alphabet)
 
 
 def claim(workdir: pathlib.Path, config: Config) -> IO[str] | None:
@@ -613,7 +617,7 @@ def claim(workdir: pathlib.Path, config: Config) -> IO[str] | None:
                     metrics.keep_aside(workdir)
                 _write_config(workdir, config)
         with processes.raise_on_all():
-            if not (workdir / RECORD).is_file():
+            if not (workdir / RECORD_FILE).is_file():
                 raise ValueError(
                     f"{workdir.absolute()} is not on a file system shared with process 0; give another --workdir"
                 )
@@ -626,21 +630,21 @@ def claim(workdir: pathlib.Path, config: Config) -> IO[str] | None:
 
 def _write_config(workdir: pathlib.Path, config: Config) -> None:
     # a run that dies here can still be resumed
-    files.write_atomic(workdir / RECORD, json.dumps(to_json(config), indent=2) + "\n")
+    files.write_atomic(workdir / RECORD_FILE, json.dumps(to_json(config), indent=2) + "\n")
 
 
 def _check_goes_on(workdir: pathlib.Path, config: Config) -> None:
     if not checkpoint.steps(workdir):
         return
     now = to_json(config)
-    before = updated(read_record(workdir), config)
+    before = upgrade_record(read_record(workdir), config)
     for name, (old, new) in differences(before, now).items():
         if f"{name}.".startswith(tuple(f"{free}." for free in MAY_CHANGE)):
             continue
-        if unknown(name, now):
+        if lacks_field(name, now):
             raise ValueError(
                 f"{workdir} holds a run of another version, with {name}={old}, which this one does not know; go on "
-                f"with that version, or take {name} out of {workdir / RECORD}"
+                f"with that version, or take {name} out of {workdir / RECORD_FILE}"
             )
         short = not isinstance(old, dict) and not isinstance(new, dict)
         raise ValueError(
@@ -669,7 +673,7 @@ def _start(
 ) -> TrainState:
     """The starting weights, with an optimizer and a dual at their beginning."""
     params = starting_weights(config, inputs, workdir, asked)
-    places = step.state_shardings(config, inputs.model, inputs.mesh)
+    places = step.state_shardings(config, inputs.model_config, inputs.mesh)
     return jax.jit(partial(step.init_state, config), out_shardings=places, donate_argnums=0)(params)
 
 
@@ -677,16 +681,16 @@ def starting_weights(
     config: Config, inputs: Inputs, workdir: pathlib.Path, asked: Callable[[], bool]
 ) -> Any:
     """Fresh or loaded parameters, warmed up; the warm-up's losses go to `workdir`."""
-    place = step.state_shardings(config, inputs.model, inputs.mesh).params
+    place = step.state_shardings(config, inputs.model_config, inputs.mesh).params
     if config.model.folder:
         _, params = weights.load(config.model.folder, shardings=place)
     else:
-        params = jax.jit(partial(decoder.init, config=inputs.model), out_shardings=place)(
+        params = jax.jit(partial(decoder.init, config=inputs.model_config), out_shardings=place)(
             jax.random.key(config.seed)
         )
     if config.warmup.steps:
         params = warmup.run(
-            params, config, inputs.model, inputs.tokenizer, inputs.mesh, workdir, asked
+            params, config, inputs.model_config, inputs.tokenizer, inputs.mesh, workdir, asked
         )
     return params
 
@@ -699,16 +703,16 @@ def warm_start(config: Config, folder: pathlib.Path, alter: Callable[[Any], Any]
     model = folder / "model"
     weights.save(
         model,
-        inputs.model,
+        inputs.model_config,
         alter(_start(config, inputs, folder, lambda: False).params),
-        token_ids=tokenizer.token_ids(inputs.tokenizer),
+        token_ids=tokenizers.special_token_ids(inputs.tokenizer),
     )
-    tokenizer.save(inputs.tokenizer, model)
+    tokenizers.save(inputs.tokenizer, model)
 
 
 def _restore(saved: checkpoint.Checkpoints, config: Config, inputs: Inputs) -> TrainState | None:
     """The newest whole checkpoint's state, with the data at its position; None where there is none."""
-    found = saved.restore(step.abstract_state(config, inputs.model, inputs.mesh))
+    found = saved.restore(step.abstract_state(config, inputs.model_config, inputs.mesh))
     if found is None:
         return None
     state, position = found
@@ -725,9 +729,9 @@ def export(config: Config, workdir: pathlib.Path, folder: str) -> int:
     model = read_model(config)
     like = step.abstract_state(config, model, sharding.single_device_mesh())
     state, _ = checkpoint.read(workdir, like)
-    vocabulary = read_tokenizer(config)
-    weights.save(folder, model, state.params, token_ids=tokenizer.token_ids(vocabulary))
-    tokenizer.save(vocabulary, folder)
+    tokenizer = read_tokenizer(config)
+    weights.save(folder, model, state.params, token_ids=tokenizers.special_token_ids(tokenizer))
+    tokenizers.save(tokenizer, folder)
     return int(state.step)
 
 

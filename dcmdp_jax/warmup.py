@@ -58,7 +58,7 @@ def run(
                 )
             steps = range(first, min(first + STEPS_PER_DISPATCH, config.warmup.steps))
             batches = [
-                data.supervised(
+                data.supervised_batch(
                     config.data.task, tokenizer, config.warmup.batch_size, config.seed, i
                 )
                 for i in steps
@@ -82,22 +82,22 @@ def _optimizer(config: WarmupConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0))
 
 
-def _stack(batches: list[data.Supervised], mesh: jax.sharding.Mesh) -> data.Supervised:
+def _stack(batches: list[data.SupervisedBatch], mesh: jax.sharding.Mesh) -> data.SupervisedBatch:
     """[steps, B, S]; rows are padded to the longest."""
     width = max(batch.tokens.shape[1] for batch in batches)
-    stacked = data.Supervised(
+    stacked = data.SupervisedBatch(
         *(
             np.stack([np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in field])
             for field in zip(*batches)
         )
     )
-    return processes.make_global(stacked, data.Supervised(*[sharding.split(mesh, 1)] * 2))
+    return processes.make_global(stacked, data.SupervisedBatch(*[sharding.split(mesh, 1)] * 2))
 
 
 def _steps(
     params: Any,
     opt_state: Any,
-    batches: data.Supervised,
+    batches: data.SupervisedBatch,
     *,
     model: ModelConfig,
     optimizer: optax.GradientTransformation,
@@ -112,7 +112,7 @@ def _steps(
     return params, opt_state, losses
 
 
-def _loss(params: Any, batch: data.Supervised, model: ModelConfig) -> jax.Array:
+def _loss(params: Any, batch: data.SupervisedBatch, model: ModelConfig) -> jax.Array:
     """Mean negative log-likelihood of the expert's tokens."""
     hidden = decoder.hidden(params, batch.tokens[:, :-1], model)
     mask = batch.mask[:, 1:]

@@ -16,14 +16,14 @@ from collections.abc import Sequence
 START = 120.0  # seconds in which a process imports what it needs
 
 
-class Ended(Exception):
+class ProcessEnded(Exception):
     """The process ended without an answer; `status` is as `subprocess` has it."""
 
     def __init__(self, status: int):
         self.status = status
 
 
-class Unready(Exception):
+class NotReady(Exception):
     """The process cannot answer; the message is what it says."""
 
 
@@ -42,8 +42,8 @@ class Worker:
     def ask(self, question: bytes) -> bytes:
         """The line that answers the line `question`.
 
-        Raises Ended where the process ended instead, TimeoutError where it wrote nothing for
-        `seconds`, and Unready.
+        Raises ProcessEnded where the process ended instead, TimeoutError where it wrote nothing for
+        `seconds`, and NotReady.
         """
         try:
             # a fork has its parent's pipes, and must not take answers from them
@@ -60,7 +60,7 @@ class Worker:
             self.end()
             raise
         if not answer.endswith(b"\n"):
-            raise Ended(self.end())
+            raise ProcessEnded(self.end())
         return answer
 
     def end(self) -> int:
@@ -90,7 +90,7 @@ class Worker:
         if not said.endswith(b"\n"):
             raise BrokenPipeError
         if said != b"ready\n":
-            raise Unready(said.decode(errors="replace").strip())
+            raise NotReady(said.decode(errors="replace").strip())
 
     def _line(self, seconds: float) -> bytes:
         """What the process writes next, up to a newline; less where it ends.

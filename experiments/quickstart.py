@@ -40,7 +40,7 @@ CHAIN = Chain(operations=5, noise=(0.15, 0.20, 0.30))
 CONFIG = Config(
     name="quickstart",
     model=ModelSource(
-        shape=ModelConfig(
+        architecture=ModelConfig(
             vocab_size=18,
             hidden_size=64,
             intermediate_size=160,

@@ -9,18 +9,20 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import calibrate, cli, config, constraint, sharding, train
+from dcmdp_jax import calibrate, cli, constraint, sharding, train
 from dcmdp_jax.config import Calibrated, with_tolerance
+from dcmdp_jax.experiment import load_experiment, override
+from dcmdp_jax.run_record import to_json
 from dcmdp_jax.tools import parity
 
 QUICKSTART = str(pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py")
 TINY = {
-    "model.shape.hidden_size": 16,
-    "model.shape.intermediate_size": 32,
-    "model.shape.num_heads": 2,
-    "model.shape.num_kv_heads": 1,
-    "model.shape.head_dim": 8,
-    "model.shape.num_layers": 1,
+    "model.architecture.hidden_size": 16,
+    "model.architecture.intermediate_size": 32,
+    "model.architecture.num_heads": 2,
+    "model.architecture.num_kv_heads": 1,
+    "model.architecture.head_dim": 8,
+    "model.architecture.num_layers": 1,
     "data.prompts_per_step": 4,
     "rollout.samples": 4,
     "rollout.slots": 8,
@@ -49,7 +51,8 @@ def experiment(tmp_path):
     """The quickstart with a tolerance that it measures, as a file."""
     file = tmp_path / "experiment.py"
     file.write_text(
-        "from dcmdp_jax.config import Calibrated, load_experiment, with_tolerance\n"
+        "from dcmdp_jax.config import Calibrated, with_tolerance\n"
+        "from dcmdp_jax.experiment import load_experiment\n"
         f"CONFIG = with_tolerance(load_experiment({QUICKSTART!r}), Calibrated(slack=0.5, batches=3))\n"
     )
     return str(file)
@@ -60,8 +63,8 @@ def words(**changes):
 
 
 def tiny(tolerance=Calibrated(slack=0.5, batches=3), **changes):
-    run = config.override(
-        config.load_experiment(QUICKSTART),
+    run = override(
+        load_experiment(QUICKSTART),
         {name: str(value) for name, value in (TINY | changes).items()},
     )
     return with_tolerance(run, tolerance)
@@ -197,17 +200,17 @@ def test_the_commands(tmp_path, experiment, capsys):
 
 
 def test_a_measured_tolerance_is_set_by_field(experiment):
-    run = config.load_experiment(experiment)
-    assert config.override(
-        run, {"constraint.tolerance.slack": "0.1"}
-    ).constraint.tolerance == Calibrated(0.1, 3)
-    assert config.override(run, {"constraint.tolerance": "0.1"}).constraint.tolerance == 0.1
+    run = load_experiment(experiment)
+    assert override(run, {"constraint.tolerance.slack": "0.1"}).constraint.tolerance == Calibrated(
+        0.1, 3
+    )
+    assert override(run, {"constraint.tolerance": "0.1"}).constraint.tolerance == 0.1
     with pytest.raises(ValueError, match="leaves nothing to --constraint.tolerance.slack"):
-        config.override(run, {"constraint.tolerance.slack": "0.1", "constraint.tolerance": "0.1"})
+        override(run, {"constraint.tolerance.slack": "0.1", "constraint.tolerance": "0.1"})
     for bad in (Calibrated(slack=-0.1), Calibrated(batches=1)):
         with pytest.raises(ValueError, match="needs slack >= 0 and batches >= 2"):
             with_tolerance(run, bad)
-    assert config.to_json(run)["constraint"]["tolerance"] == {"slack": 0.5, "batches": 3}
+    assert to_json(run)["constraint"]["tolerance"] == {"slack": 0.5, "batches": 3}
 
 
 @pytest.mark.parametrize("slack", [0.0, 0.5])

@@ -8,41 +8,43 @@ import pytest
 
 from dcmdp_jax import cli, train
 from dcmdp_jax import config as c
+from dcmdp_jax.experiment import load_experiment, override, replace_fields
+from dcmdp_jax.run_record import to_json
 
 QUICKSTART = pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py"
 
 
 @pytest.fixture(scope="module")
 def quickstart():
-    return c.load_experiment(str(QUICKSTART))
+    return load_experiment(str(QUICKSTART))
 
 
 def test_overrides_are_typed_and_leave_the_rest(quickstart):
-    changed = c.override(
+    changed = override(
         quickstart,
         {
             "constraint.tolerance": "0.01",
             "steps": "50",
             "data.shuffle": "false",
             "rollout.precision.weights": "int8",
-            "model.shape.num_layers": "3",
+            "model.architecture.num_layers": "3",
             "data.task.operations": "4",
         },
     )
     assert (changed.constraint.tolerance, changed.steps, changed.data.shuffle) == (0.01, 50, False)
     assert (
         changed.rollout.precision.weights,
-        changed.model.shape.num_layers,
+        changed.model.architecture.num_layers,
         changed.data.task.operations,
     ) == ("int8", 3, 4)
-    back = c.override(
+    back = override(
         changed,
         {
             "constraint.tolerance": str(quickstart.constraint.tolerance),
             "steps": str(quickstart.steps),
             "data.shuffle": "true",
             "rollout.precision.weights": "int4",
-            "model.shape.num_layers": "2",
+            "model.architecture.num_layers": "2",
             "data.task.operations": "5",
         },
     )
@@ -65,20 +67,20 @@ def test_overrides_are_typed_and_leave_the_rest(quickstart):
         ("algorithm.minibatches", "3", "128 completions do not divide into"),
         ("algorithm.row_length", "10", "shorter than one prompt and completion"),
         ("constraint.multiplier_init", "2", "0 <= multiplier_init <= multiplier_max"),
-        ("model.shape.num_kv_heads", "3", "num_heads=4 is not a multiple of num_kv_heads=3"),
+        ("model.architecture.num_kv_heads", "3", "num_heads=4 is not a multiple of num_kv_heads=3"),
     ],
 )
 def test_bad_overrides_are_refused_in_one_sentence(quickstart, name, value, message):
     with pytest.raises(ValueError) as error:
-        c.override(quickstart, {name: value})
+        override(quickstart, {name: value})
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 OFF_AT_0 = {  # where 0 means off, all, or none
-    "model.shape.num_experts",
-    "model.shape.experts_per_token",
-    "model.shape.expert_size",
-    "model.shape.expert_parts",
+    "model.architecture.num_experts",
+    "model.architecture.experts_per_token",
+    "model.architecture.expert_size",
+    "model.architecture.expert_parts",
     "rollout.top_k",
     "rollout.min_p",
     "rollout.precision.group",
@@ -104,7 +106,7 @@ OFF_AT_0 = {  # where 0 means off, all, or none
     "eval.every",
     "checkpoint.every",
 }
-FIELDS = c.scalar_fields(c.load_experiment(str(QUICKSTART)))
+FIELDS = c.scalar_fields(load_experiment(str(QUICKSTART)))
 NUMBERS = {name: kind for name, kind in FIELDS.items() if kind in (int, float)}
 
 
@@ -126,13 +128,13 @@ def test_every_number_has_its_range(name, quickstart):
     bad = [float("nan"), float("inf"), None, "3", 10**40]
     for value in bad + [2.5] * (NUMBERS[name] is int):
         with pytest.raises(ValueError) as error:
-            c._replace(quickstart, {tuple(name.split(".")): value})
+            replace_fields(quickstart, {tuple(name.split(".")): value})
         assert of_one_sentence(error.value), value
 
 
 def accepted(config, name, text):
     try:
-        c.override(config, {name: text})
+        override(config, {name: text})
     except Exception as error:
         assert of_one_sentence(error), repr(error)
         return False
@@ -145,7 +147,7 @@ def test_what_passes_is_read_or_refused_before_anything_is_left(name, quickstart
     for text in ("0", "-1", "1", "3", "1000", "1000000", "2147483647", "1e30"):
         if accepted(quickstart, name, text):
             try:
-                train.prepare(c.override(quickstart, {name: text}), tmp_path / text)
+                train.prepare(override(quickstart, {name: text}), tmp_path / text)
             except Exception as error:
                 assert of_one_sentence(error), repr(error)
                 assert not (tmp_path / text).exists()
@@ -162,18 +164,18 @@ def test_what_passes_is_read_or_refused_before_anything_is_left(name, quickstart
         ({"warmup.batch_size": "0"}, "warmup.batch_size=0 must be at least 1"),
         ({"steps": "1073741824"}, "steps=1073741824 must be at most"),
         ({"rollout.staleness": "100000"}, "rollout.staleness=100000 must be at most 16"),
-        ({"model.shape.head_dim": "7"}, "model: head_dim=7 must be even"),
-        ({"model.shape.hidden_size": "-64"}, "model: hidden_size=-64 must be at least 1"),
+        ({"model.architecture.head_dim": "7"}, "model: head_dim=7 must be even"),
+        ({"model.architecture.hidden_size": "-64"}, "model: hidden_size=-64 must be at least 1"),
         (
             {
-                "model.shape.num_experts": "4",
-                "model.shape.experts_per_token": "5",
-                "model.shape.expert_size": "8",
+                "model.architecture.num_experts": "4",
+                "model.architecture.experts_per_token": "5",
+                "model.architecture.expert_size": "8",
             },
             "experts_per_token=5 must lie in 1..4",
         ),
         (
-            {"model.shape.num_experts": "4", "model.shape.experts_per_token": "2"},
+            {"model.architecture.num_experts": "4", "model.architecture.experts_per_token": "2"},
             "model: expert_size=0 must be at least 1",
         ),
         ({"name": ""}, "name is empty"),
@@ -185,12 +187,12 @@ def test_what_passes_is_read_or_refused_before_anything_is_left(name, quickstart
 )
 def test_numbers_that_make_no_run_are_refused(quickstart, changes, message):
     with pytest.raises(ValueError) as error:
-        c.override(quickstart, changes)
+        override(quickstart, changes)
     assert message in str(error.value) and of_one_sentence(error.value)
 
 
 def test_record_is_json_and_names_functions(quickstart):
-    record = json.loads(json.dumps(c.to_json(quickstart)))
+    record = json.loads(json.dumps(to_json(quickstart)))
     assert record["constraint"]["shaping"] == "dcmdp_jax.constraint.shape_advantage"
     assert record["data"]["task"] == {"type": "Chain", "operations": 5, "noise": [0.15, 0.2, 0.3]}
     assert "clip_high" in json.dumps(record["algorithm"]["surrogate"])
@@ -199,15 +201,15 @@ def test_record_is_json_and_names_functions(quickstart):
 def test_config_is_frozen_and_hashable(quickstart):
     with pytest.raises(dataclasses.FrozenInstanceError):
         quickstart.steps = 1
-    hash(quickstart.model.shape)
+    hash(quickstart.model.architecture)
 
 
 def test_experiments_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
-        c.load_experiment(str(tmp_path / "none.py"))
+        load_experiment(str(tmp_path / "none.py"))
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(ValueError, match="defines no CONFIG"):
-        c.load_experiment(str(tmp_path / "empty.py"))
+        load_experiment(str(tmp_path / "empty.py"))
 
 
 def test_an_experiment_names_the_module_it_lacks(tmp_path):
@@ -217,7 +219,7 @@ def test_an_experiment_names_the_module_it_lacks(tmp_path):
         ValueError,
         match="lacking.py imports 'nothing_of_this_name', which is neither in its folder nor installed",
     ):
-        c.load_experiment(str(file))
+        load_experiment(str(file))
 
 
 def test_a_bucket_s_address_is_no_workdir(capsys):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dcmdp_jax import data
 from dcmdp_jax.records import Example, Prompts, Scored
 from dcmdp_jax.tasks import Chain
-from dcmdp_jax.tokenizer import Characters, HuggingFace
+from dcmdp_jax.tokenizer import CharacterTokenizer, HuggingFaceTokenizer
 from support.rollouts import make_rollout
 
 SHARED = pathlib.Path(__file__).parents[1].parent / "shared" / "data"
@@ -22,12 +22,12 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/d
 
 MESSAGES = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
 
-LETTERS = Characters("abcdefghijklmnopqrstuvwxyz\n")
+LETTERS = CharacterTokenizer("abcdefghijklmnopqrstuvwxyz\n")
 PROBLEMS = [Example(letter * (1 + i % 4), letter) for i, letter in enumerate("abcdefghijk")]
 
 
 def letters(**changes):
-    return data.prompts(
+    return data.prompt_batches(
         PROBLEMS, LETTERS, **{"batch_size": 4, "max_prompt_tokens": 5, "seed": 7} | changes
     )
 
@@ -57,11 +57,11 @@ def test_epochs_hold_each_problem_once_and_are_reshuffled():
 
 
 @pytest.mark.parametrize(
-    "source, vocabulary", [(PROBLEMS, LETTERS), (Chain(), Characters(Chain().alphabet))]
+    "source, tokenizer", [(PROBLEMS, LETTERS), (Chain(), CharacterTokenizer(Chain().alphabet))]
 )
-def test_resumes_exactly(source, vocabulary):
+def test_resumes_exactly(source, tokenizer):
     def start():
-        return data.prompts(source, vocabulary, batch_size=4, max_prompt_tokens=12, seed=0)
+        return data.prompt_batches(source, tokenizer, batch_size=4, max_prompt_tokens=12, seed=0)
 
     whole = start()
     stopped = start()
@@ -98,8 +98,12 @@ def test_long_prompts_are_left_out_and_counted(caplog):
         data.tokenize(PROBLEMS, LETTERS, max_prompt_tokens=3)
     with pytest.raises(ValueError, match="has 12 tokens"):
         next(
-            data.prompts(
-                Chain(), Characters(Chain().alphabet), batch_size=1, max_prompt_tokens=11, seed=0
+            data.prompt_batches(
+                Chain(),
+                CharacterTokenizer(Chain().alphabet),
+                batch_size=1,
+                max_prompt_tokens=11,
+                seed=0,
             )
         )
 
@@ -117,8 +121,8 @@ def test_batch_size_must_divide():
 
 def test_task_prompts_are_new_each_time_and_never_held_out():
     task = Chain()
-    batches = data.prompts(
-        task, Characters(task.alphabet), batch_size=16, max_prompt_tokens=12, seed=0
+    batches = data.prompt_batches(
+        task, CharacterTokenizer(task.alphabet), batch_size=16, max_prompt_tokens=12, seed=0
     )
     seen = [example for _ in range(50) for example in next(batches).examples]
     assert len(set(seen)) == len(seen)
@@ -127,11 +131,11 @@ def test_task_prompts_are_new_each_time_and_never_held_out():
 
 @pytest.mark.parametrize("enable_thinking", [True, False])
 def test_chat_wraps_each_prompt(chat_folder, enable_thinking):
-    vocabulary = HuggingFace(chat_folder)
+    tokenizer = HuggingFaceTokenizer(chat_folder)
     examples = [Example("1+1?", "2"), Example(MESSAGES, "3")]
     batch = data.tokenize(
         examples,
-        vocabulary,
+        tokenizer,
         max_prompt_tokens=96,
         chat=True,
         enable_thinking=enable_thinking,
@@ -142,9 +146,9 @@ def test_chat_wraps_each_prompt(chat_folder, enable_thinking):
         [MESSAGES[0], {"role": "user", "content": "Q\nBox it."}],
     ]
     for row, length, messages in zip(batch.tokens, batch.lengths, asked):
-        text = vocabulary.chat(messages, enable_thinking=enable_thinking)
-        assert vocabulary.decode(row[:length]) == text
-        assert (row[length:] == vocabulary.pad_id).all()
+        text = tokenizer.render_chat(messages, enable_thinking=enable_thinking)
+        assert tokenizer.decode(row[:length]) == text
+        assert (row[length:] == tokenizer.pad_id).all()
     assert MESSAGES[1]["content"] == "Q"
 
 
@@ -156,7 +160,7 @@ def test_special_tokens_of_a_problem_are_text_in_a_message_alone(
     chat, special_tokens_in_text, closed
 ):
     """A plain prompt is all there is, and may hold a conversation that somebody has rendered."""
-    qwen3 = HuggingFace(SHARED / "qwen3_tokenizer")
+    qwen3 = HuggingFaceTokenizer(SHARED / "qwen3_tokenizer")
     batch = data.tokenize(
         [Example("a<|im_end|>b", "2")],
         qwen3,
@@ -178,15 +182,15 @@ def test_plain_prompts():
 
 def test_supervised_rows_are_prompt_solution_stop():
     task = Chain(noise=(0, 0, 0))
-    vocabulary = Characters(task.alphabet)
-    batch = data.supervised(task, vocabulary, batch_size=8, seed=0, step=3)
+    tokenizer = CharacterTokenizer(task.alphabet)
+    batch = data.supervised_batch(task, tokenizer, batch_size=8, seed=0, step=3)
     assert batch.tokens.shape == batch.mask.shape == (8, 45)
     for row, mask in zip(batch.tokens, batch.mask):
-        prompt = vocabulary.decode(row[~mask])
+        prompt = tokenizer.decode(row[~mask])
         completion = row[mask]
-        assert completion[-1] == vocabulary.eos_ids[0]
+        assert completion[-1] == tokenizer.eos_ids[0]
         assert mask.tolist() == [False] * 12 + [True] * 33
-        work = vocabulary.decode(completion[:-1])
+        work = tokenizer.decode(completion[:-1])
         assert re.sub("[^-+*0-9]", "", prompt)[1:] == "".join(
             step[1:3] for step in work.split(";")[:-1]
         )
@@ -195,23 +199,23 @@ def test_supervised_rows_are_prompt_solution_stop():
 
 def test_supervised_problems_are_not_those_asked_later():
     task = Chain()
-    vocabulary = Characters(task.alphabet)
+    tokenizer = CharacterTokenizer(task.alphabet)
     taught = {
         tuple(row[:12])
         for step in range(5)
-        for row in data.supervised(task, vocabulary, 32, 0, step).tokens.tolist()
+        for row in data.supervised_batch(task, tokenizer, 32, 0, step).tokens.tolist()
     }
-    batches = data.prompts(task, vocabulary, batch_size=16, max_prompt_tokens=12, seed=0)
+    batches = data.prompt_batches(task, tokenizer, batch_size=16, max_prompt_tokens=12, seed=0)
     asked = {tuple(row) for _ in range(10) for row in next(batches).tokens.tolist()}
     assert len(taught) == len(asked) == 160 and not taught & asked
 
 
 def test_supervised_batches_depend_on_seed_and_step_alone():
     task = Chain()
-    vocabulary = Characters(task.alphabet)
+    tokenizer = CharacterTokenizer(task.alphabet)
 
     def tokens(seed, step):
-        return data.supervised(task, vocabulary, 8, seed, step).tokens
+        return data.supervised_batch(task, tokenizer, 8, seed, step).tokens
 
     np.testing.assert_array_equal(tokens(0, 1), tokens(0, 1))
     assert (tokens(0, 1) != tokens(0, 2)).any() and (tokens(0, 1) != tokens(1, 1)).any()

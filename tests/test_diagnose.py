@@ -11,10 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import cli, config, sync, train
+from dcmdp_jax import cli, sync, train
 from dcmdp_jax.config import Precision
 from dcmdp_jax.report import bar_chart, line_chart
 from dcmdp_jax.rollout.replay import replay
+from dcmdp_jax.run_record import to_json
 from dcmdp_jax.tools import diagnose, parity
 from test_parity import EXPERTS, FLOAT, command, folder, make_run, one_device, sampled, sharp, tiny  # noqa: F401
 
@@ -38,7 +39,7 @@ MANY = {
         ("experts_per_token", 2),
     )
 }
-THREE = EXPERTS | {"model.shape.experts_per_token": 3}
+THREE = EXPERTS | {"model.architecture.experts_per_token": 3}
 
 
 SUPPORT = tuple({**FLOAT, "rollout.top_p": 0.7}.items())
@@ -49,7 +50,7 @@ def case(changes=(), probe=False, staleness=False):
     """A run, what it read, the policy and the blame."""
     run = tiny(**SMALL | dict(changes))
     inputs = train.read_inputs(run)
-    policy = sharp(inputs.model)
+    policy = sharp(inputs.model_config)
     other = (
         parity.TrainerWeights(jax.tree.map(lambda w: 1.1 * w, policy.params), 7, "later")
         if staleness
@@ -63,7 +64,7 @@ def again(changes=()):
     """The rollout that `case` judged, the trainer's scoring and its log-probs."""
     run = tiny(**SMALL | dict(changes))
     inputs = train.read_inputs(run)
-    policy = sharp(inputs.model)
+    policy = sharp(inputs.model_config)
     score = parity.scorer(run, inputs)
     out = sampled(run, inputs, policy)
     return out, score, score(policy.params, out, 0)
@@ -83,9 +84,11 @@ def test_a_replay_is_what_the_engine_reported(changes):
     """
     run = tiny(**SMALL | changes)
     inputs = train.read_inputs(run)
-    policy = sharp(inputs.model)
+    policy = sharp(inputs.model_config)
     out = sampled(run, inputs, policy)
-    served = sync.make(inputs.model, run.rollout.precision, inputs.decode_mesh)(policy.params, 0)
+    served = sync.make(inputs.model_config, run.rollout.precision, inputs.decode_mesh)(
+        policy.params, 0
+    )
     engine = train.make_engine(run, inputs)
     reported = out.rollout_logp + np.log(np.where(parity.token_mask(out), out.kept, 1))
     assert run.rollout.precision.experts_per_token or len(set(out.lengths)) > 2
@@ -176,7 +179,7 @@ def test_staleness_is_the_newer_trainer_against_the_older_weights():
 @pytest.mark.slow
 def test_every_property_of_an_engine_is_blamed_apart():
     """All at once, in a mixture of experts: each shows alone, and leaving it out changes the whole."""
-    _, _, _, found = case(tuple((MANY | THREE | {"model.shape.num_layers": 1}).items()))
+    _, _, _, found = case(tuple((MANY | THREE | {"model.architecture.num_layers": 1}).items()))
     assert {effect.source for effect in found.effects} == set(diagnose.PROPERTIES)
     noise = diagnose.floor(found)
     for effect in found.effects:
@@ -200,7 +203,7 @@ def test_probes_show_what_is_exact_in_the_engine():
 
 
 def test_properties_are_switched_one_at_a_time():
-    dense = tiny().model.shape
+    dense = tiny().model.architecture
     configured = Precision(weights="int4", group=32, cache="int8", router="bfloat16")
     assert list(diagnose.properties(configured, dense, False)) == [
         (
@@ -268,7 +271,7 @@ def test_the_command(tmp_path, capsys):
     """
     run = tiny(**SMALL | FLOAT)
     make_run(tmp_path, run, (1, 2))
-    (tmp_path / "config.json").write_text(json.dumps(config.to_json(run)))
+    (tmp_path / "config.json").write_text(json.dumps(to_json(run)))
     before = {path.name for path in tmp_path.iterdir()}
     assert cli.main(["diagnose", command("diagnose", tmp_path)[1], "--workdir", str(tmp_path)]) == 0
     out = capsys.readouterr().out

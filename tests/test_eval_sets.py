@@ -20,7 +20,7 @@ from support import own_data
 from support.random_params import random_params
 from support.rollouts import make_rollout
 
-TEXT = tokenizer.Characters("0123456789\\boxed{}+-*/= ?")
+TEXT = tokenizer.CharacterTokenizer("0123456789\\boxed{}+-*/= ?")
 MODEL = ModelConfig(
     vocab_size=32,
     hidden_size=32,
@@ -203,7 +203,7 @@ def test_other_weights_and_other_problems_are_told_apart(options, whole, folder,
     weights.save(tmp_path / "hf", MODEL, random_params(MODEL, 0.31, norms=1.0))
     tokenizer.save(TEXT, tmp_path / "hf")
     with pytest.raises(ValueError, match=r"made with another --model \("):
-        math_benchmarks.prepare(dataclasses.replace(options, model=str(tmp_path / "hf")), whole[0])
+        math_benchmarks.prepare(dataclasses.replace(options, folder=str(tmp_path / "hf")), whole[0])
     shutil.copytree(sets, tmp_path / "sets")
     text = (sets / "aime24.jsonl").read_text()
     (tmp_path / "sets" / "aime24.jsonl").write_text(text.replace('"7"', '"8"'))
@@ -215,7 +215,7 @@ def test_other_weights_and_other_problems_are_told_apart(options, whole, folder,
     shutil.copytree(folder, tmp_path / "moved")  # the same content elsewhere is the same
     math_benchmarks.prepare(
         dataclasses.replace(
-            options, data_dir=str(tmp_path / "sets"), model=str(tmp_path / "moved")
+            options, data_dir=str(tmp_path / "sets"), folder=str(tmp_path / "moved")
         ),
         whole[0],
     )
@@ -267,7 +267,7 @@ def test_a_strange_line_is_named_before_anything_is_sampled(options, whole, tmp_
             {"max_tokens": 60},
             "problem 4 of .*aime24.jsonl has 6 tokens, which with --max-tokens 60 are more than the model's 64 pos",
         ),
-        ({"model": "/absent"}, "/absent does not exist"),
+        ({"folder": "/absent"}, "/absent does not exist"),
         ({"precision": Precision(weights="int3")}, "int3"),
         ({"chat": True}, "has no chat template"),
     ],
@@ -282,7 +282,7 @@ def test_an_empty_model_folder_is_refused(options, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty"):
         math_benchmarks.prepare(
-            dataclasses.replace(options, model=str(tmp_path / "empty")), tmp_path / "out"
+            dataclasses.replace(options, folder=str(tmp_path / "empty")), tmp_path / "out"
         )
 
 
@@ -454,7 +454,7 @@ def test_the_command_prints_a_table_and_refuses_in_one_sentence(options, whole, 
     given = [
         "eval",
         "--model",
-        options.model,
+        options.folder,
         "--data-dir",
         options.data_dir,
         "--sets",
@@ -508,7 +508,7 @@ def test_the_six_sets_with_a_random_model(tmp_path, chat_folder, data_root):
     ]
     counts = [30, 30, 40, 500, 272, 675] if published else [12] * 6
     assert [len(item.prompts.lengths) for item in found.sets] == counts
-    first = found.vocabulary.decode(
+    first = found.tokenizer.decode(
         found.sets[0].prompts.tokens[0, : found.sets[0].prompts.lengths[0]].tolist()
     )
     asks = "Every morning Aya" if published else "A hall has"

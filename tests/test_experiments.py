@@ -7,7 +7,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from dcmdp_jax import config
+from dcmdp_jax.experiment import load_experiment
+from dcmdp_jax.run_record import differences, to_json
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXPERIMENTS = sorted(
@@ -21,7 +22,7 @@ NOTEBOOKS = sorted(ROOT.glob("colab/*.ipynb"))
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_experiments_load_and_say_what_they_cost(path):
-    loaded = config.load_experiment(str(path))
+    loaded = load_experiment(str(path))
     assert loaded.name == path.stem
     says_what_it_costs(path)
 
@@ -45,13 +46,13 @@ def test_the_papers_rows_differ_in_what_they_say_alone():
     """GRPO and DC-GRPO: the multiplier and its step; the engines: the rollout's precision."""
 
     def pod(name):
-        return config.to_json(config.load_experiment(str(ROOT / f"experiments/pods/{name}.py")))
+        return to_json(load_experiment(str(ROOT / f"experiments/pods/{name}.py")))
 
     for size in ("8b", "30b_a3b"):
         for engine in ("bf16", "fp8"):
-            found = config.differences(pod(f"grpo_{size}_{engine}"), pod(f"dcgrpo_{size}_{engine}"))
+            found = differences(pod(f"grpo_{size}_{engine}"), pod(f"dcgrpo_{size}_{engine}"))
             assert set(found) == {"name", "constraint.multiplier_init", "constraint.dual_lr"}
-        assert set(config.differences(pod(f"grpo_{size}_bf16"), pod(f"grpo_{size}_fp8"))) == {
+        assert set(differences(pod(f"grpo_{size}_bf16"), pod(f"grpo_{size}_fp8"))) == {
             "name",
             "rollout.precision.weights",
             "rollout.precision.activations",

@@ -189,7 +189,7 @@ def write_experiment(folder: pathlib.Path, body: str) -> str:
     file = folder / "experiment.py"
     file.write_text(
         "import dataclasses, pathlib, time\n"
-        "from dcmdp_jax.config import load_experiment\n"
+        "from dcmdp_jax.experiment import load_experiment\n"
         f"BASE = load_experiment({QUICKSTART!r})\n{body}"
     )
     return str(file)
@@ -248,7 +248,7 @@ def test_5_an_engine_whose_weights_are_one_step_old_does_not_pass_the_gate(
         if age:
             one = tiny(steps=2, **exact)
             inputs = train.read_inputs(one)
-            like = step.abstract_state(one, inputs.model, inputs.mesh)
+            like = step.abstract_state(one, inputs.model_config, inputs.mesh)
             older, _ = checkpoint.read(tmp_path / "run", like, before=2)
             make = parity.sync.make
             monkeypatch.setattr(

@@ -16,10 +16,10 @@ FILES = {
 # Each may import from the package only what stands in an earlier line, or its own line where it is
 # a folder.
 ORDER = [
-    ["faults", "files", "worker"],
-    ["records", "config", "stopping", "lock", "templates", "rendering", "answers"],
-    ["sharding", "losses", "rewards", "tokenizer", "tasks", "intervals"],
-    ["constraint", "optimizers", "distributed"],
+    ["errors", "files", "worker"],
+    ["records", "config", "stopping", "lock", "chat_template", "chat_renderer", "answers"],
+    ["sharding", "experiment", "losses", "rewards", "tokenizer", "tasks", "intervals"],
+    ["run_record", "constraint", "optimizers", "distributed"],
     ["models"],
     ["data", "rollout.sampling", "gaps", "terminal"],
     ["rollout.decode"],
@@ -36,7 +36,7 @@ DOORS = {
     "safetensors": {"models.weights"},
     "tokenizers": {"tokenizer"},
     "sentencepiece": {"tokenizer"},
-    "jinja2": {"rendering"},
+    "jinja2": {"chat_renderer"},
     "orbax": {"checkpoint"},
     "grain": {"data"},
 }

@@ -56,7 +56,7 @@ def test_kinds_are_drawn_alike():
 
 
 def test_the_outlier_changes_the_engines_policy_and_not_the_trainers():
-    shape = room.start(3).model.shape
+    shape = room.start(3).model.architecture
     params = decoder.init(jax.random.key(0), shape)
     params = params | {"head": params["head"] * 6.5}  # as large as after a warm-up
     with_outlier = room.with_outlier(params)

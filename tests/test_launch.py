@@ -9,7 +9,8 @@ import subprocess
 
 import yaml
 
-from dcmdp_jax import cli, config
+from dcmdp_jax import cli
+from dcmdp_jax.experiment import load_experiment, override
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = ROOT / "experiments" / "pods" / "launch.sh"
@@ -74,7 +75,7 @@ def test_the_manifest_starts_what_the_command_line_takes(monkeypatch):
             and word != "/bucket/runs/dcgrpo_8b_bf16"
         ]
     )
-    config.override(config.load_experiment(experiment), fields)
+    override(load_experiment(experiment), fields)
     assert (
         pod["parallelism"]
         == pod["completions"]

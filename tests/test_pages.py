@@ -13,7 +13,7 @@ import xml.etree.ElementTree
 import pytest
 
 from dcmdp_jax import cli, metrics
-from dcmdp_jax.config import load_experiment
+from dcmdp_jax.experiment import load_experiment
 from dcmdp_jax.report import comparison, run_page
 from dcmdp_jax.tools import diagnose
 from test_comparison import GAPS, SOURCES

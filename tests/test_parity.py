@@ -9,20 +9,21 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import checkpoint, cli, config, sharding, step, sync, tokenizer, train
+from dcmdp_jax import checkpoint, cli, sharding, step, sync, tokenizer, train
 from dcmdp_jax.checkpoint import Checkpoints
+from dcmdp_jax.experiment import load_experiment, override
 from dcmdp_jax.models import decoder, weights
 from dcmdp_jax.tools import parity
 from support.random_params import random_params
 
 QUICKSTART = str(pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py")
 TINY = {
-    "model.shape.hidden_size": 16,
-    "model.shape.intermediate_size": 32,
-    "model.shape.num_heads": 2,
-    "model.shape.num_kv_heads": 1,
-    "model.shape.head_dim": 8,
-    "model.shape.num_layers": 2,
+    "model.architecture.hidden_size": 16,
+    "model.architecture.intermediate_size": 32,
+    "model.architecture.num_heads": 2,
+    "model.architecture.num_kv_heads": 1,
+    "model.architecture.head_dim": 8,
+    "model.architecture.num_layers": 2,
     "data.prompts_per_step": 4,
     "rollout.samples": 4,
     "rollout.slots": 8,
@@ -37,9 +38,9 @@ TINY = {
 FLOAT = {"rollout.precision.weights": "float32"}
 DEVICES = jax.devices()
 EXPERTS = {
-    "model.shape.num_experts": 4,
-    "model.shape.experts_per_token": 2,
-    "model.shape.expert_size": 16,
+    "model.architecture.num_experts": 4,
+    "model.architecture.experts_per_token": 2,
+    "model.architecture.expert_size": 16,
 }
 
 
@@ -55,7 +56,7 @@ def options(**changes):
 
 def tiny(**changes):
     """The quickstart, smaller: an int4 engine."""
-    return config.override(config.load_experiment(QUICKSTART), options(**changes))
+    return override(load_experiment(QUICKSTART), options(**changes))
 
 
 def sharp(model):
@@ -64,7 +65,7 @@ def sharp(model):
 
 
 def sampled(run, inputs, policy):
-    served = sync.make(inputs.model, run.rollout.precision, inputs.decode_mesh)(
+    served = sync.make(inputs.model_config, run.rollout.precision, inputs.decode_mesh)(
         policy.params, policy.version
     )
     return parity.sample(train.make_engine(run, inputs), served, run, inputs, 3)
@@ -86,8 +87,8 @@ def folder(tmp_path_factory):
     """A sharp model as a Hugging Face folder with the chain task's characters."""
     run = tiny()
     path = tmp_path_factory.mktemp("model")
-    weights.save(str(path), run.model.shape, sharp(run.model.shape).params)
-    tokenizer.save(tokenizer.Characters(run.data.task.alphabet), str(path))
+    weights.save(str(path), run.model.architecture, sharp(run.model.architecture).params)
+    tokenizer.save(tokenizer.CharacterTokenizer(run.data.task.alphabet), str(path))
     return str(path)
 
 
@@ -111,7 +112,7 @@ def test_an_exact_engine_passes_the_gate(changes, devices, monkeypatch):
     monkeypatch.setattr(sharding.jax, "devices", lambda *args: DEVICES[:devices])
     run = tiny(**FLOAT, **changes)
     inputs = train.read_inputs(run)
-    found = parity.measure(run, inputs, sharp(inputs.model), 2)
+    found = parity.measure(run, inputs, sharp(inputs.model_config), 2)
     assert parity.default_limit(run, inputs) == 1e-5 and parity.failure(found, 1e-5) == ""
     assert (
         100 < found.gaps["all"].tokens <= 2 * 16 * 20
@@ -124,7 +125,7 @@ def test_scoring_puts_every_completion_back_in_its_place():
     """Against the forward pass, one sequence at a time; the packing's seed and size change nothing."""
     run = tiny()
     inputs = train.read_inputs(run)
-    policy = sharp(inputs.model)
+    policy = sharp(inputs.model_config)
     score = parity.scorer(run, inputs)
     out = sampled(run, inputs, policy)
     logp = score(policy.params, out, 0)
@@ -133,7 +134,9 @@ def test_scoring_puts_every_completion_back_in_its_place():
         prompt = out.prompts.tokens[i // 4, : out.prompts.lengths[i // 4]]
         row = np.zeros((1, 26), np.int32)
         row[0, : len(prompt) + n] = np.concatenate([prompt, out.tokens[i, :n]])
-        exact = np.asarray(jax.nn.log_softmax(forward(policy.params, row, inputs.model)[0] / 0.8))
+        exact = np.asarray(
+            jax.nn.log_softmax(forward(policy.params, row, inputs.model_config)[0] / 0.8)
+        )
         predicted = exact[len(prompt) - 1 : len(prompt) - 1 + n][np.arange(n), out.tokens[i, :n]]
         np.testing.assert_allclose(logp[i, :n], predicted, atol=1e-5)
         assert not logp[i, n:].any()
@@ -277,7 +280,9 @@ def make_run(workdir, run, steps):
     one's.
     """
     inputs = train.read_inputs(run)
-    state = jax.jit(lambda: step.init_state(run, decoder.init(jax.random.key(0), inputs.model)))()
+    state = jax.jit(
+        lambda: step.init_state(run, decoder.init(jax.random.key(0), inputs.model_config))
+    )()
     saved = Checkpoints(workdir, run.checkpoint.keep)
     for number in steps:
         next(inputs.prompts)
@@ -316,7 +321,7 @@ def test_the_newest_checkpoint_is_what_the_next_batch_is_sampled_from(tmp_path):
 def test_without_a_run_the_folder_is_looked_at_and_else_random_weights(tmp_path, folder):
     run = tiny(**{"model.folder": folder})
     loaded = parity.load(run, train.read_inputs(run), tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, loaded.params, sharp(run.model.shape).params)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, sharp(run.model.architecture).params)
     assert loaded.origin == folder
     assert "random weights" in parity.load(tiny(), train.read_inputs(tiny()), tmp_path).origin
     assert not any(tmp_path.iterdir())

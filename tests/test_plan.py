@@ -244,7 +244,7 @@ def test_what_train_refuses_is_not_compiled(words, named, tmp_path, capsys, monk
     "words, named",
     [
         (
-            "--model.shape.vocab_size 10",
+            "--model.architecture.vocab_size 10",
             "the tokenizer has 18 ids but the model's vocab_size is 10",
         ),
         (

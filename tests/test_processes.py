@@ -15,8 +15,9 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import calibrate, checkpoint, cli, config, sharding, step
+from dcmdp_jax import calibrate, checkpoint, cli, sharding, step
 from dcmdp_jax.distributed import processes
+from dcmdp_jax.experiment import load_experiment
 
 EXPERIMENT = str(pathlib.Path(__file__).parent / "support" / "hosts_experiment.py")
 MAIN = "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -97,8 +98,10 @@ def await_rows(workdir, count, processes):
 
 def saved(workdir):
     """The newest checkpoint on one device, as NumPy, with the data position."""
-    experiment = config.load_experiment(EXPERIMENT)
-    like = step.abstract_state(experiment, experiment.model.shape, sharding.single_device_mesh())
+    experiment = load_experiment(EXPERIMENT)
+    like = step.abstract_state(
+        experiment, experiment.model.architecture, sharding.single_device_mesh()
+    )
     state, position = checkpoint.read(workdir, like)
     return jax.device_get(state), position
 

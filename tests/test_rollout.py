@@ -26,7 +26,7 @@ from test_engine import (
     scored,
 )
 
-TEXT = tokenizer.Characters("".join(chr(ord("A") + i) for i in range(35)))
+TEXT = tokenizer.CharacterTokenizer("".join(chr(ord("A") + i) for i in range(35)))
 
 
 def spell(ids):

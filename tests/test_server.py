@@ -30,7 +30,7 @@ from support.serving import (
     PROMPT,
     SLOTS,
     STEPS,
-    VOCABULARY,
+    TOKENIZER,
     Gate,
     fail,
     greedy,
@@ -59,14 +59,14 @@ def started(loop):
     """Starts servers with a driver each: (driver, port)."""
     running = []
 
-    def start(vocabulary=VOCABULARY, waiting=200, rpcs=300):
+    def start(tokenizer=TOKENIZER, waiting=200, rpcs=300):
         driver = server.OrchestratorDriver(
             make_engine(), make_weights(), waiting=waiting, sampling=GREEDY
         )
 
         async def run():
             grpc_server, port = server.listen("127.0.0.1", 0, rpcs)
-            servicer = server.Orchestrator(driver, vocabulary, PROMPT)
+            servicer = server.Orchestrator(driver, tokenizer, PROMPT)
             server.add_service(servicer, grpc_server)
             await grpc_server.start()
             return grpc_server, port
@@ -151,19 +151,19 @@ def test_token_requests_get_the_argmax_of_the_full_forward(started):
 def test_text_requests_get_text_without_the_stop_token(started):
     _, port = started()
     for prompt, expected in zip(make_prompts(), greedy()):
-        tokens, text, *_ = decode(port, text_request(VOCABULARY.decode(prompt)))
+        tokens, text, *_ = decode(port, text_request(TOKENIZER.decode(prompt)))
         assert tokens == expected
-        assert text == VOCABULARY.decode(expected[:-1] if expected[-1] == 1 else expected)
+        assert text == TOKENIZER.decode(expected[:-1] if expected[-1] == 1 else expected)
 
 
 def test_text_that_looks_like_a_byte_stays_text(started):
     """JetStream would turn a piece `<0x41>` into A."""
 
-    class Fixed(tokenizer.Characters):
+    class Fixed(tokenizer.CharacterTokenizer):
         def decode(self, ids):
             return "<0x41>" * len(ids)
 
-    _, port = started(vocabulary=Fixed(VOCABULARY.alphabet))
+    _, port = started(tokenizer=Fixed(TOKENIZER.alphabet))
     tokens, text, *_ = decode(port, text_request("a", max_tokens=1))
     assert text == "<0x41>" * (len(tokens) - (tokens[-1] == 1)) and tokens
 
@@ -246,14 +246,14 @@ def test_what_is_no_message_is_an_invalid_argument(started, data):
 
 
 def test_a_text_too_long_to_fit_is_refused_before_it_is_encoded(started):
-    class Pairs(tokenizer.Characters):
-        longest = 2
+    class Pairs(tokenizer.CharacterTokenizer):
+        max_token_chars = 2
 
         def encode(self, text):
             assert len(text) <= 2 * PROMPT
             return super().encode(text[::2])
 
-    _, port = started(vocabulary=Pairs(VOCABULARY.alphabet))
+    _, port = started(tokenizer=Pairs(TOKENIZER.alphabet))
     code, details = refusal(port, text_request("a" * (2 * PROMPT + 1)))
     assert (code, details) == (
         grpc.StatusCode.INVALID_ARGUMENT,
@@ -271,8 +271,8 @@ def test_long_texts_hold_up_neither_health_nor_short_texts(started):
     held = []
     most = []
 
-    class Slow(tokenizer.Characters):
-        longest = server.BODY
+    class Slow(tokenizer.CharacterTokenizer):
+        max_token_chars = server.BODY
 
         def encode(self, text):
             if len(text) > server.LONG_TEXT:
@@ -282,7 +282,7 @@ def test_long_texts_hold_up_neither_health_nor_short_texts(started):
                 held.pop()
             return super().encode(text)
 
-    _, port = started(vocabulary=Slow(VOCABULARY.alphabet))
+    _, port = started(tokenizer=Slow(TOKENIZER.alphabet))
     with ThreadPoolExecutor(8) as pool:
         request = text_request("a" * (server.LONG_TEXT + 1))
         long = [pool.submit(refusal, port, request) for _ in range(8)]
@@ -314,7 +314,7 @@ def test_two_thousand_calls_at_once_are_served_or_refused_none_dropped(started, 
 
 
 def test_text_is_refused_without_a_tokenizer(started):
-    _, port = started(vocabulary=None)
+    _, port = started(tokenizer=None)
     assert refusal(port, text_request("abc")) == (
         grpc.StatusCode.INVALID_ARGUMENT,
         "this server has no tokenizer; send token_content",
@@ -466,7 +466,7 @@ def test_an_event_loop_that_closes_is_a_client_that_left():
     completion.
     """
     driver = server.OrchestratorDriver(make_engine(), make_weights(), waiting=9, sampling=GREEDY)
-    servicer = server.Orchestrator(driver, VOCABULARY, PROMPT)
+    servicer = server.Orchestrator(driver, TOKENIZER, PROMPT)
     number = long_prompts()[0]
 
     async def first():
@@ -506,11 +506,11 @@ def test_three_faults_in_a_row_are_unhealthy_until_one_round_succeeds(started, m
 
 
 def test_a_completion_that_cannot_be_decoded_fails_alone(started):
-    class Broken(tokenizer.Characters):
+    class Broken(tokenizer.CharacterTokenizer):
         def decode(self, ids):
             return fail()
 
-    _, port = started(vocabulary=Broken(VOCABULARY.alphabet))
+    _, port = started(tokenizer=Broken(TOKENIZER.alphabet))
     with ThreadPoolExecutor(2) as pool:
         good = pool.submit(decode, port, tokens_request(make_prompts()[1]))
         code, details = refusal(port, text_request("abc"))
@@ -641,7 +641,7 @@ sys.exit(serve.run(sys.argv[1], port=0, slots=2, max_prompt=20, steps=1, grace=f
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     weights.save(folder, dataclasses.replace(MODEL, max_position=512), make_params())
-    tokenizer.save(VOCABULARY, folder)
+    tokenizer.save(TOKENIZER, folder)
     return folder
 
 

@@ -49,7 +49,7 @@ CLIPPED = functools.partial(policy.clipped, clip_low=0.2, clip_high=0.24)
 def make_config(model=MODEL, surrogate=corrections.decoupled(CLIPPED), **algorithm):
     return Config(
         name="test",
-        model=ModelSource(shape=model),
+        model=ModelSource(architecture=model),
         data=DataConfig(verifier=max, task=TASK, prompts_per_step=B, max_prompt_tokens=P),
         rollout=RolloutConfig(samples=G, max_tokens=T, temperature=0.9),
         algorithm=AlgorithmConfig(
@@ -105,7 +105,7 @@ compiled_step = functools.cache(step.compile)
 def run(config, scored, mesh=None, row_length=2 * (P + T)):
     """One step from fresh state: (params before, state after, metrics that are numbers)."""
     mesh = mesh or ONE
-    model = config.model.shape
+    model = config.model.architecture
     algorithm = config.algorithm
     batch = data.pack(
         scored,

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from dcmdp_jax import tokenizer
+from dcmdp_jax import tokenizer as tokenizers
 
 QWEN3 = pathlib.Path(__file__).parents[1].parent / "shared" / "data" / "qwen3_tokenizer"
 needs_qwen3 = pytest.mark.skipif(not QWEN3.is_dir(), reason="needs ../shared/data/qwen3_tokenizer")
@@ -65,12 +65,12 @@ CONVERSATIONS = (
 
 @pytest.fixture(scope="module")
 def qwen3():
-    return tokenizer.load(QWEN3)
+    return tokenizers.load(QWEN3)
 
 
 @pytest.fixture(scope="module")
-def vocabulary(chat_folder):
-    return tokenizer.load(chat_folder)
+def tokenizer(chat_folder):
+    return tokenizers.load(chat_folder)
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +84,11 @@ def oracle(chat_folder):
 @pytest.fixture
 def folder(tmp_path):
     """A small byte-level tokenizer in a folder of its own, whose added token has an id above a gap."""
-    tokenizers = pytest.importorskip("tokenizers")
-    small = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({"a": 0, "b": 1, "[stop]": 7}, unk_token="a")
+    hf_tokenizers = pytest.importorskip("tokenizers")
+    small = hf_tokenizers.Tokenizer(
+        hf_tokenizers.models.WordLevel({"a": 0, "b": 1, "[stop]": 7}, unk_token="a")
     )
-    small.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    small.pre_tokenizer = hf_tokenizers.pre_tokenizers.WhitespaceSplit()
     small.save(str(tmp_path / "tokenizer.json"))
     return tmp_path
 
@@ -98,10 +98,10 @@ def write(folder, name, value):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_encodes_as_transformers_does(vocabulary, oracle, text):
-    ids = vocabulary.encode(text)
+def test_encodes_as_transformers_does(tokenizer, oracle, text):
+    ids = tokenizer.encode(text)
     assert ids == oracle.encode(text, add_special_tokens=False)
-    assert vocabulary.decode(ids) == oracle.decode(
+    assert tokenizer.decode(ids) == oracle.decode(
         ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
 
@@ -110,30 +110,30 @@ def test_encodes_as_transformers_does(vocabulary, oracle, text):
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 @pytest.mark.parametrize("number", range(len(CONVERSATIONS)))
 def test_chat_is_what_transformers_renders(
-    vocabulary, oracle, number, enable_thinking, add_generation_prompt
+    tokenizer, oracle, number, enable_thinking, add_generation_prompt
 ):
     how = {"enable_thinking": enable_thinking, "add_generation_prompt": add_generation_prompt}
-    text = vocabulary.chat(CONVERSATIONS[number], **how)
+    text = tokenizer.render_chat(CONVERSATIONS[number], **how)
     assert text == oracle.apply_chat_template(CONVERSATIONS[number], tokenize=False, **how)
     ids = oracle.apply_chat_template(CONVERSATIONS[number], tokenize=True, return_dict=False, **how)
-    assert vocabulary.encode(text) == ids
+    assert tokenizer.encode(text) == ids
 
 
 @needs_qwen3
 def test_qwen3_ids():
-    qwen3 = tokenizer.load(QWEN3)
+    qwen3 = tokenizers.load(QWEN3)
     assert (qwen3.vocab_size, qwen3.eos_ids, qwen3.pad_id) == (151669, (151645, 151643), 151643)
     assert qwen3.encode("<think></think>") == [151667, 151668]
     # ids that only the model's padded vocabulary has
     assert qwen3.decode([151700, 9, 151935]) == "*"
-    tokenizer.check_vocabulary(qwen3, 151936)
+    tokenizers.check_vocab_size(qwen3, 151936)
     with pytest.raises(ValueError, match="151669 ids but the model's vocab_size is 151668"):
-        tokenizer.check_vocabulary(qwen3, 151668)
+        tokenizers.check_vocab_size(qwen3, 151668)
 
 
 def test_vocab_size_is_highest_id_plus_one(folder):
     write(folder, "tokenizer_config.json", {"eos_token": {"content": "[stop]"}})
-    assert tokenizer.load(folder).vocab_size == 8
+    assert tokenizers.load(folder).vocab_size == 8
 
 
 def test_encoding_adds_nothing(folder):
@@ -141,14 +141,14 @@ def test_encoding_adds_nothing(folder):
     settings["post_processor"] = {"type": "BertProcessing", "sep": ["b", 1], "cls": ["[stop]", 7]}
     write(folder, "tokenizer.json", settings)
     write(folder, "tokenizer_config.json", {"eos_token": "[stop]"})
-    assert tokenizer.load(folder).encode("a") == [0]
+    assert tokenizers.load(folder).encode("a") == [0]
 
 
 @pytest.mark.parametrize("declared, expected", [(7, (7, 1)), ([1, 7], (1, 7)), (None, (1,))])
 def test_stop_tokens_of_the_generation_config_come_first(folder, declared, expected):
     write(folder, "generation_config.json", {"eos_token_id": declared})
     write(folder, "tokenizer_config.json", {"eos_token": "b"})
-    assert tokenizer.load(folder).eos_ids == expected
+    assert tokenizers.load(folder).eos_ids == expected
 
 
 def test_settings_of_tokenizer_config(folder):
@@ -167,9 +167,12 @@ def test_settings_of_tokenizer_config(folder):
             ],
         },
     )
-    found = tokenizer.load(folder)
+    found = tokenizers.load(folder)
     assert (found.eos_ids, found.pad_id) == ((1,), 0)
-    assert found.chat([{"role": "user", "content": "<é>"}, USER], enable_thinking=False) == 'b"<é>"'
+    assert (
+        found.render_chat([{"role": "user", "content": "<é>"}, USER], enable_thinking=False)
+        == 'b"<é>"'
+    )
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
@@ -178,7 +181,7 @@ def test_a_stop_token_that_is_none_is_refused_by_file(folder, name, value):
     write(folder, "tokenizer_config.json", {"eos_token": "b"})
     write(folder, name, {"eos_token_id": value})
     with pytest.raises(ValueError, match=f"{name}: eos_token_id=.* is no token id from 0 to 7"):
-        tokenizer.load(folder)
+        tokenizers.load(folder)
 
 
 @pytest.mark.parametrize("key", ["pad_token_id", "bos_token_id"])
@@ -186,17 +189,17 @@ def test_a_stop_token_that_is_none_is_refused_by_file(folder, name, value):
 def test_other_token_ids_are_checked_too(folder, key, value):
     write(folder, "config.json", {"eos_token_id": 1, key: value})
     with pytest.raises(ValueError, match=f"config.json: {key}=.* is no token id"):
-        tokenizer.load(folder)
+        tokenizers.load(folder)
 
 
 @pytest.mark.parametrize("key", ["pad_token_id", "bos_token_id", "eos_token_id"])
 def test_null_in_a_generation_config_is_unsaid(folder, tmp_path, key):
     write(folder, "config.json", {"eos_token_id": 7})
     write(folder, "generation_config.json", {"temperature": 0.6, "top_k": None, key: None})
-    found = tokenizer.load(folder)
-    assert (found.eos_ids, found.pad_id, found.generation) == ((7,), 7, {"temperature": 0.6})
+    found = tokenizers.load(folder)
+    assert (found.eos_ids, found.pad_id, found.generation_config) == ((7,), 7, {"temperature": 0.6})
     (tmp_path / "out").mkdir()
-    tokenizer.save(found, tmp_path / "out")
+    tokenizers.save(found, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert written == {"eos_token_id": 7, "pad_token_id": 7, "temperature": 0.6}
 
@@ -205,16 +208,16 @@ def test_null_in_one_generation_config_leaves_the_other_s_id(folder, tmp_path):
     (tmp_path / "model").mkdir()
     write(tmp_path / "model", "generation_config.json", {"eos_token_id": 7, "pad_token_id": None})
     write(folder, "generation_config.json", {"pad_token_id": 1})
-    assert tokenizer.load(folder, tmp_path / "model").pad_id == 1
+    assert tokenizers.load(folder, tmp_path / "model").pad_id == 1
 
 
 def test_ids_of_a_padded_vocabulary_may_stop(folder):
     write(folder, "config.json", {"eos_token_id": 11, "vocab_size": 12})
-    found = tokenizer.load(folder)
+    found = tokenizers.load(folder)
     assert found.eos_ids == (11,)
-    tokenizer.check_vocabulary(found, 12)
+    tokenizers.check_vocab_size(found, 12)
     with pytest.raises(ValueError, match="12 ids but the model's vocab_size is 8"):
-        tokenizer.check_vocabulary(found, 8)
+        tokenizers.check_vocab_size(found, 8)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +249,7 @@ def test_whatever_any_file_names_stops(folder, tmp_path, files, expected):
     for name, value in files.items():
         key = "eos_token" if name == "tokenizer_config.json" else "eos_token_id"
         write(folder, name, {key: value})
-    assert tokenizer.load(folder, tmp_path / "model").eos_ids == expected
+    assert tokenizers.load(folder, tmp_path / "model").eos_ids == expected
 
 
 def test_a_stop_token_that_the_tokenizer_lacks_is_refused(folder):
@@ -254,7 +257,7 @@ def test_a_stop_token_that_the_tokenizer_lacks_is_refused(folder):
     with pytest.raises(
         ValueError, match="tokenizer_config.json: eos_token '<|im_end|>' is not in tokenizer.json"
     ):
-        tokenizer.load(folder)
+        tokenizers.load(folder)
 
 
 def test_template_tags_leave_no_lines_behind(folder):
@@ -266,7 +269,7 @@ def test_template_tags_leave_no_lines_behind(folder):
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"), chat_template=template
     )
-    text = tokenizer.load(folder).chat([USER, ANSWER], enable_thinking=False)
+    text = tokenizers.load(folder).render_chat([USER, ANSWER], enable_thinking=False)
     assert text == fast.apply_chat_template([USER, ANSWER], tokenize=False) == "user\nassistant\n"
 
 
@@ -274,24 +277,24 @@ def test_a_template_that_fails_names_its_folder(folder):
     template = "{{ messages.append(1) }}"
     write(folder, "tokenizer_config.json", {"eos_token": "b", "chat_template": template})
     with pytest.raises(ValueError, match=f"chat template of {folder} fails with SecurityError"):
-        tokenizer.load(folder).chat([USER], enable_thinking=False)
+        tokenizers.load(folder).render_chat([USER], enable_thinking=False)
 
 
 def test_what_a_folder_lacks_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match="names no stop token"):
-        tokenizer.load(folder)
+        tokenizers.load(folder)
     write(folder, "tokenizer_config.json", {"eos_token": "b"})
     with pytest.raises(ValueError, match="has no chat template"):
-        tokenizer.load(folder).chat([USER], enable_thinking=False)
+        tokenizers.load(folder).render_chat([USER], enable_thinking=False)
     (folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer_config.json is not valid JSON"):
-        tokenizer.load(folder)
+        tokenizers.load(folder)
     with pytest.raises(ValueError, match="does not exist"):
-        tokenizer.load(tmp_path / "nowhere")
+        tokenizers.load(tmp_path / "nowhere")
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ValueError, match="tokenizer.json .* and tokenizer.model"):
-        tokenizer.load(empty)
+        tokenizers.load(empty)
 
 
 def test_a_missing_library_names_the_extra(folder, monkeypatch):
@@ -299,7 +302,7 @@ def test_a_missing_library_names_the_extra(folder, monkeypatch):
     with pytest.raises(
         ValueError, match=r"tokenizers is not installed; pip install 'dcmdp-jax\[train\]'"
     ):
-        tokenizer.load(folder)
+        tokenizers.load(folder)
 
 
 def test_no_token_is_longer_than_the_longest(folder):
@@ -308,21 +311,21 @@ def test_no_token_is_longer_than_the_longest(folder):
     A bound on texts is reckoned with it.
     """
     write(folder, "generation_config.json", {"eos_token_id": 7})
-    assert tokenizer.load(folder).longest == len("[stop]")
-    assert tokenizer.Characters("ab").longest == 1
+    assert tokenizers.load(folder).max_token_chars == len("[stop]")
+    assert tokenizers.CharacterTokenizer("ab").max_token_chars == 1
 
 
 @needs_qwen3
 def test_qwen3_longest_token_is_met_by_128_spaces(qwen3):
     assert (
-        len(qwen3.encode(" " * qwen3.longest)) == 1
-        and len(qwen3.encode(" " * (qwen3.longest + 1))) == 2
+        len(qwen3.encode(" " * qwen3.max_token_chars)) == 1
+        and len(qwen3.encode(" " * (qwen3.max_token_chars + 1))) == 2
     )
 
 
 def test_encoding_a_long_text_lets_other_threads_run(folder):
     write(folder, "generation_config.json", {"eos_token_id": 7})
-    found = tokenizer.load(folder)
+    found = tokenizers.load(folder)
     ticks = []
     done = threading.Event()
 
@@ -354,28 +357,28 @@ def test_sentencepiece(tmp_path):
         minloglevel=2,
         pad_id=3,
     )
-    found = tokenizer.load(tmp_path)
+    found = tokenizers.load(tmp_path)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     ids = found.encode("the lazy fox 42")
     assert [pieces.id_to_piece(i) for i in ids] == pieces.encode("the lazy fox 42", out_type=str)
     assert found.decode([*ids, found.vocab_size]) == "the lazy fox 42"
     assert (found.vocab_size, found.eos_ids, found.pad_id) == (pieces.get_piece_size(), (2,), 3)
-    assert found.longest == max(
+    assert found.max_token_chars == max(
         len(pieces.id_to_piece(i)) for i in range(60) if i < pieces.get_piece_size()
     )
     with pytest.raises(ValueError, match="no chat template"):
-        found.chat([USER], enable_thinking=False)
+        found.render_chat([USER], enable_thinking=False)
 
 
 def test_without_a_template_no_conversation_is_encoded():
-    found = tokenizer.Characters("ab")
-    for of in (found.chat, found.encode_chat):
+    found = tokenizers.CharacterTokenizer("ab")
+    for of in (found.render_chat, found.encode_chat):
         with pytest.raises(ValueError, match="has no chat template; set data.chat=False"):
             of([{"role": "user", "content": "a"}], enable_thinking=False)
 
 
 def test_characters():
-    chain = tokenizer.Characters("0123456789+-*=;#")
+    chain = tokenizers.CharacterTokenizer("0123456789+-*=;#")
     text = "9*8=2;#2"
     assert chain.decode(chain.encode(text)) == text
     assert (chain.vocab_size, chain.eos_ids, chain.pad_id) == (18, (1,), 0)
@@ -384,28 +387,28 @@ def test_characters():
     with pytest.raises(ValueError, match="'x' is not in the alphabet"):
         chain.encode("1x")
     with pytest.raises(ValueError, match="twice"):
-        tokenizer.Characters("aa")
+        tokenizers.CharacterTokenizer("aa")
 
 
-def test_a_tokenizer_file_stands_for_its_folder(tmp_path, chat_folder, vocabulary):
-    assert tokenizer.load(chat_folder / "tokenizer.json").vocab_size == vocabulary.vocab_size
+def test_a_tokenizer_file_stands_for_its_folder(tmp_path, chat_folder, tokenizer):
+    assert tokenizers.load(chat_folder / "tokenizer.json").vocab_size == tokenizer.vocab_size
     shutil.copy(chat_folder / "tokenizer.json", tmp_path)
-    assert tokenizer.load(tmp_path).eos_ids == vocabulary.eos_ids
+    assert tokenizers.load(tmp_path).eos_ids == tokenizer.eos_ids
 
 
 @pytest.mark.parametrize("enable_thinking", [True, False])
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 @pytest.mark.parametrize("number", range(len(CONVERSATIONS)))
 def test_conversations_are_encoded_as_by_transformers(
-    vocabulary, oracle, number, enable_thinking, add_generation_prompt
+    tokenizer, oracle, number, enable_thinking, add_generation_prompt
 ):
     how = {"enable_thinking": enable_thinking, "add_generation_prompt": add_generation_prompt}
     want = oracle.apply_chat_template(
         CONVERSATIONS[number], tokenize=True, return_dict=False, **how
     )
-    assert vocabulary.encode_chat(CONVERSATIONS[number], special_tokens_in_text=True, **how) == want
+    assert tokenizer.encode_chat(CONVERSATIONS[number], special_tokens_in_text=True, **how) == want
     if CONVERSATIONS[number] is not CONVERSATIONS[-1]:  # whose text holds a special token
-        assert vocabulary.encode_chat(CONVERSATIONS[number], **how) == want
+        assert tokenizer.encode_chat(CONVERSATIONS[number], **how) == want
 
 
 def test_a_special_token_that_plain_text_makes_too_is_refused(folder):
@@ -427,7 +430,7 @@ def test_a_special_token_that_plain_text_makes_too_is_refused(folder):
         "tokenizer_config.json",
         {"eos_token": "b", "chat_template": "{{ messages[0].content }}"},
     )
-    found = tokenizer.load(folder)
+    found = tokenizers.load(folder)
     assert found.encode_chat([{"role": "user", "content": "a b"}], enable_thinking=False) == [0, 1]
     with pytest.raises(
         ValueError, match=r"tokenizer.json makes the special token \[stop\] of plain text"
@@ -440,7 +443,7 @@ def test_a_base_model_stops_at_all_that_its_files_name(tmp_path):
     shutil.copytree(QWEN3, tmp_path / "base")
     write(tmp_path / "base", "generation_config.json", {"eos_token_id": 151643})
     write(tmp_path / "base", "tokenizer_config.json", {"eos_token": "<|endoftext|>"})
-    assert tokenizer.load(tmp_path / "base").eos_ids == (151643, 151645)
+    assert tokenizers.load(tmp_path / "base").eos_ids == (151643, 151645)
 
 
 # Files that are none
@@ -490,7 +493,7 @@ def test_a_base_model_stops_at_all_that_its_files_name(tmp_path):
 def test_files_that_are_none_are_named(folder, name, content, message):
     (folder / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        tokenizer.load(folder)
+        tokenizers.load(folder)
 
 
 @pytest.mark.parametrize(
@@ -507,7 +510,7 @@ def test_other_tokenizers_that_are_none_are_named(tmp_path, name, content, messa
         pytest.importorskip("sentencepiece")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        tokenizer.load(tmp_path)
+        tokenizers.load(tmp_path)
 
 
 # Out
@@ -524,8 +527,8 @@ def test_a_saved_tokenizer_stops_where_the_first_did(folder, tmp_path):
         "generation_config.json",
         {"eos_token_id": [7], "temperature": 0.6, "bos_token_id": 0},
     )
-    first = tokenizer.load(folder, model)
-    tokenizer.save(first, out)
+    first = tokenizers.load(folder, model)
+    tokenizers.save(first, out)
     said = json.loads((out / "generation_config.json").read_text())
     assert said == {
         "eos_token_id": [7, 1],
@@ -533,12 +536,12 @@ def test_a_saved_tokenizer_stops_where_the_first_did(folder, tmp_path):
         "bos_token_id": 0,
         "pad_token_id": 7,
     }
-    assert tokenizer.token_ids(first) == {
+    assert tokenizers.special_token_ids(first) == {
         "eos_token_id": [7, 1],
         "bos_token_id": 0,
         "pad_token_id": 7,
     }
-    again = tokenizer.load(out)
+    again = tokenizers.load(out)
     assert (again.eos_ids, again.pad_id, again.encode("a b")) == (
         first.eos_ids,
         first.pad_id,
@@ -547,9 +550,9 @@ def test_a_saved_tokenizer_stops_where_the_first_did(folder, tmp_path):
 
 
 def test_saved_characters_stop_too(tmp_path):
-    tokenizer.save(tokenizer.Characters("ab"), tmp_path)
+    tokenizers.save(tokenizers.CharacterTokenizer("ab"), tmp_path)
     assert json.loads((tmp_path / "generation_config.json").read_text()) == {
         "eos_token_id": 1,
         "pad_token_id": 0,
     }
-    assert tokenizer.load(tmp_path).alphabet == "ab"
+    assert tokenizers.load(tmp_path).alphabet == "ab"

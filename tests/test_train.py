@@ -18,19 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcmdp_jax import checkpoint, cli, config, data, metrics, sharding, step, stopping, tasks, train
+from dcmdp_jax import checkpoint, cli, data, metrics, sharding, step, stopping, tasks, train
 from dcmdp_jax.checkpoint import Checkpoints
+from dcmdp_jax.experiment import load_experiment, override
 from dcmdp_jax.models import weights
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "experiments" / "quickstart.py")
 TINY = {
-    "model.shape.hidden_size": 16,
-    "model.shape.intermediate_size": 32,
-    "model.shape.num_heads": 2,
-    "model.shape.num_kv_heads": 1,
-    "model.shape.head_dim": 8,
-    "model.shape.num_layers": 1,
+    "model.architecture.hidden_size": 16,
+    "model.architecture.intermediate_size": 32,
+    "model.architecture.num_heads": 2,
+    "model.architecture.num_kv_heads": 1,
+    "model.architecture.head_dim": 8,
+    "model.architecture.num_layers": 1,
     "data.prompts_per_step": 4,
     "rollout.samples": 4,
     "rollout.slots": 8,
@@ -62,7 +63,7 @@ def problems(tmp_path):
     batches of 4.
     """
     file = tmp_path / "problems.jsonl"
-    task = config.load_experiment(QUICKSTART).data.task
+    task = load_experiment(QUICKSTART).data.task
     task = dataclasses.replace(task, operations=2)
     file.write_text(
         "".join(
@@ -78,7 +79,7 @@ def options(**changes):
 
 
 def tiny(**changes):
-    return config.override(config.load_experiment(QUICKSTART), options(**changes))
+    return override(load_experiment(QUICKSTART), options(**changes))
 
 
 def command(workdir, **changes):
@@ -124,7 +125,7 @@ def test_resumed_equals_uninterrupted(tmp_path, problems):
     train.train(long, tmp_path / "parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts", long)
     assert [row["step"] for row in rows(tmp_path / "parts")] == list(range(1, 11))
-    asked = data.prompts(
+    asked = data.prompt_batches(
         data.read(problems),
         train.read_inputs(long).tokenizer,
         batch_size=4,
@@ -226,9 +227,9 @@ def test_rows_hold_what_others_read(tmp_path):
 
 
 EXPERTS = {
-    "model.shape.num_experts": 4,
-    "model.shape.experts_per_token": 2,
-    "model.shape.expert_size": 16,
+    "model.architecture.num_experts": 4,
+    "model.architecture.experts_per_token": 2,
+    "model.architecture.expert_size": 16,
 }
 CUT = {"rollout.top_p": 0.9, "rollout.top_k": 5, "rollout.min_p": 0.05}
 
@@ -281,7 +282,7 @@ def test_a_run_is_converted_where_its_meshes_do_not_fit(tmp_path):
 NEVER_FINITE = """
 import dataclasses
 import jax.numpy as jnp
-from dcmdp_jax.config import load_experiment
+from dcmdp_jax.experiment import load_experiment
 
 def penalty(logp, rollout_logp, mask, multiplier):
     return logp * jnp.nan
@@ -350,10 +351,10 @@ def test_a_surrogate_that_weighs_microbatches_stops_the_run(tmp_path, monkeypatc
 
 
 def test_interruption_in_the_warm_up_says_so(tmp_path, capsys, monkeypatch):
-    supervised = train.warmup.data.supervised
+    supervised = train.warmup.data.supervised_batch
     monkeypatch.setattr(
         train.warmup.data,
-        "supervised",
+        "supervised_batch",
         lambda *args: os.kill(os.getpid(), signal.SIGINT) or supervised(*args),
     )
     monkeypatch.setattr(train.warmup, "STEPS_PER_DISPATCH", 1)
@@ -365,7 +366,7 @@ def test_interruption_in_the_warm_up_says_so(tmp_path, capsys, monkeypatch):
     "changes, message",
     [
         (
-            {"model.shape.vocab_size": 10},
+            {"model.architecture.vocab_size": 10},
             "the tokenizer has 18 ids but the model's vocab_size is 10",
         ),
         ({"mesh.tensor": 3}, "does not make 1, the number of devices"),
@@ -379,7 +380,7 @@ def test_interruption_in_the_warm_up_says_so(tmp_path, capsys, monkeypatch):
             "replays the choices of a router, and this model is dense; leave it out",
         ),
         ({"stepz": 5}, "did you mean --steps?"),
-        ({"model.shape.max_position": 20}, "= 26 positions are more than the model's 20"),
+        ({"model.architecture.max_position": 20}, "= 26 positions are more than the model's 20"),
         ({"eval.every": 1, "eval.prompts": 0}, "eval.prompts=0 must be at least 1"),
         (
             {"data.max_prompt_tokens": 5},

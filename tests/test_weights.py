@@ -84,7 +84,7 @@ def test_what_is_converted_stops_in_transformers_where_the_source_does(named, tm
 
     source = tmp_path / "source"
     out = tmp_path / "out"
-    vocabulary = tmp_path / "tokenizer"
+    folder = tmp_path / "tokenizer"
     reference_hf.make("dense").save_pretrained(source)
     (source / "generation_config.json").unlink()
     size = reference_hf.CASES["dense"]["vocab_size"]
@@ -94,14 +94,14 @@ def test_what_is_converted_stops_in_transformers_where_the_source_does(named, tm
     else:
         edit(source, eos_token_id="drop")
         (source / named).write_text(json.dumps(stops))
-    vocabulary.mkdir()
+    folder.mkdir()
     tokenizers.Tokenizer(
         tokenizers.models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0")
-    ).save(str(vocabulary / "tokenizer.json"))
+    ).save(str(folder / "tokenizer.json"))
 
-    found = tokenizer.load(vocabulary, source)  # given apart, and silent about stops
+    found = tokenizer.load(folder, source)  # given apart, and silent about stops
     assert found.eos_ids == tuple(stops["eos_token_id"])
-    weights.save(out, *weights.load(source), token_ids=tokenizer.token_ids(found))
+    weights.save(out, *weights.load(source), token_ids=tokenizer.special_token_ids(found))
     tokenizer.save(found, out)
     written = json.loads((out / "config.json").read_text())
     assert {name: written[name] for name in stops} == stops

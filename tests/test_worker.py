@@ -45,7 +45,7 @@ def test_a_process_that_ends_tells_its_status_and_another_one_starts(act, status
     answers = f"for line in sys.stdin:\n if line == 'die\\n': {act}\n print('ok', flush=True)"
     asked = of(READY + answers)
     for _ in range(2):
-        with pytest.raises(worker.Ended) as ended:
+        with pytest.raises(worker.ProcessEnded) as ended:
             asked.ask(b"die")
         assert ended.value.status == status and asked.ask(b"live") == b"ok\n"
     asked.end()
@@ -62,15 +62,15 @@ def test_a_silent_process_is_ended():
 @pytest.mark.parametrize(
     "program, error",
     [
-        ("print('no such library')", worker.Unready),
-        ("raise SystemExit(4)", worker.Ended),
-        ("print('read', end='')", worker.Ended),
+        ("print('no such library')", worker.NotReady),
+        ("raise SystemExit(4)", worker.ProcessEnded),
+        ("print('read', end='')", worker.ProcessEnded),
     ],
 )
 def test_a_process_that_cannot_start_is_told_apart_from_one_that_died(program, error):
     with pytest.raises(error) as raised:
         of(program).ask(b"?")
-    if error is worker.Unready:
+    if error is worker.NotReady:
         assert str(raised.value) == "no such library"
 
 

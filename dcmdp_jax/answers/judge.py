@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from dcmdp_jax.answers.compare import Verdict, compare
 from dcmdp_jax.answers.tokens import LONGEST
-from dcmdp_jax.worker import Ended, Unready, Worker
+from dcmdp_jax.worker import NotReady, ProcessEnded, Worker
 
 SECONDS = 2.0  # of one comparison
 SLACK = 5.0  # seconds by which a process may miss its own limit
@@ -77,7 +77,7 @@ class Pool:
                 verdict = _verdict(worker, question)
         except TimeoutError:
             verdict = None
-        except Unready as error:
+        except NotReady as error:
             self._say_absent(error)
             return False
         finally:
@@ -87,7 +87,7 @@ class Pool:
                 self.given_up += 1
         return bool(verdict)
 
-    def _say_absent(self, error: Unready) -> None:
+    def _say_absent(self, error: NotReady) -> None:
         with self._lock:
             if not self._absent:
                 print(
@@ -106,7 +106,7 @@ def _verdict(worker: Worker, question: bytes) -> bool | None:
     """
     try:
         reply = worker.ask(question)
-    except Ended as error:
+    except ProcessEnded as error:
         if error.status == -signal.SIGALRM:
             raise TimeoutError from None
         return None

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from dcmdp_jax import faults, sharding
+from dcmdp_jax import errors, sharding
 from dcmdp_jax.config import MeshConfig, RolloutConfig
 from dcmdp_jax.distributed import rendezvous
 from dcmdp_jax.stopping import Failed, Interrupted
@@ -101,7 +101,7 @@ def end_all_on_error() -> Iterator[None]:
             raise
         # a collective fails here where another process is lost, which the peers report
         time.sleep(NEWS_SECONDS)
-        if said := faults.sentence(error):
+        if said := errors.user_message(error):
             print(f"dcmdp: {said}", file=sys.stderr)
         else:
             traceback.print_exc()
@@ -120,7 +120,7 @@ def raise_on_all() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         refusal = error
-    reason = "" if refusal is None else faults.message(refusal) or type(refusal).__name__
+    reason = "" if refusal is None else errors.one_line(refusal) or type(refusal).__name__
     encoded = reason.encode(errors="replace")[:MESSAGE_BYTES].ljust(MESSAGE_BYTES, b"\0")
     rows = gather(np.frombuffer(encoded, np.uint8)[None])
     texts = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
@@ -144,7 +144,7 @@ def print_errors(failure: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        print(f"{failure}: {faults.kind(error)}", file=sys.stderr, flush=True)
+        print(f"{failure}: {errors.type_and_message(error)}", file=sys.stderr, flush=True)
 
 
 def check_same(text: str, name: str) -> None:

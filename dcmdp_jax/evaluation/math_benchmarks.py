@@ -21,14 +21,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dcmdp_jax import data, files, lock, rewards, sharding, sync, tokenizer
+from dcmdp_jax import data, files, lock, rewards, sharding, sync
+from dcmdp_jax import tokenizer as tokenizers
 from dcmdp_jax.answers import judge
-from dcmdp_jax.config import MeshConfig, Precision, differences
+from dcmdp_jax.config import MeshConfig, Precision
 from dcmdp_jax.evaluation import scores
 from dcmdp_jax.models import decoder, weights
 from dcmdp_jax.records import Example, Prompts, Sampling, Weights
 from dcmdp_jax.rollout import jetstream
 from dcmdp_jax.rollout.generate import Engine, completion_keys, rollout
+from dcmdp_jax.run_record import differences
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 POSITIONS = 1 << 26  # of completions that one rollout has room for on the host
@@ -58,7 +60,7 @@ SETS = {
 class Options:
     """What is asked, and how it is answered; the names are the command line's."""
 
-    model: str  # a Hugging Face folder
+    folder: str  # a Hugging Face folder
     data_dir: str
     tokenizer: str = ""  # folder or file; empty: the model's folder
     sets: tuple[str, ...] = tuple(SETS)
@@ -92,7 +94,7 @@ class Evaluation:
 
     options: Options
     workdir: pathlib.Path
-    vocabulary: tokenizer.Tokenizer
+    tokenizer: tokenizers.Tokenizer
     sets: tuple[Asked, ...]
     max_length: int  # positions of the longest prompt and its completion
     lock: IO[str]  # on the work folder, until `run` ends
@@ -105,20 +107,20 @@ def prepare(options: Options, workdir: pathlib.Path) -> Evaluation:
     Raises ValueError, in one sentence, on whatever cannot work; nothing is compiled before.
     """
     _check(options)
-    folder = options.model
+    folder = options.folder
     shape = weights.read_config(folder)
     sync.check(shape, options.precision, _mesh(options))
     weights.check(folder)
-    vocabulary = tokenizer.load(options.tokenizer or folder, folder)
-    tokenizer.check_vocabulary(vocabulary, shape.vocab_size)
+    tokenizer = tokenizers.load(options.tokenizer or folder, folder)
+    tokenizers.check_vocab_size(tokenizer, shape.vocab_size)
     room = shape.max_position - options.max_tokens
     sets = tuple(
-        _ask(name, k, options, vocabulary, room, workdir)
+        _ask(name, k, options, tokenizer, room, workdir)
         for name, k in zip(options.sets, _samples(options))
     )
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir {workdir} is a file; name a folder")
-    record = _record(options, sets, vocabulary)
+    record = _record(options, sets, tokenizer)
     path = workdir / "options.json"
     if path.is_file():
         before = _read(path)
@@ -136,7 +138,7 @@ def prepare(options: Options, workdir: pathlib.Path) -> Evaluation:
     held = lock.take(workdir)
     files.write_atomic(path, json.dumps(record, indent=2) + "\n")
     longest = max(int(item.prompts.lengths.max()) for item in sets)
-    return Evaluation(options, workdir, vocabulary, sets, longest + options.max_tokens, held)
+    return Evaluation(options, workdir, tokenizer, sets, longest + options.max_tokens, held)
 
 
 def run(
@@ -213,7 +215,7 @@ def _ask(
     name: str,
     k: int,
     options: Options,
-    vocabulary: tokenizer.Tokenizer,
+    tokenizer: tokenizers.Tokenizer,
     room: int,
     workdir: pathlib.Path,
 ) -> Asked:
@@ -230,7 +232,7 @@ def _ask(
     problems = data.read(path)[: options.limit or None]
     prompts = data.tokenize(
         problems,
-        vocabulary,
+        tokenizer,
         chat=options.chat,
         enable_thinking=options.enable_thinking,
         instruction=options.instruction,
@@ -250,7 +252,7 @@ def _mesh(options: Options) -> jax.sharding.Mesh:
 
 
 def _record(
-    options: Options, sets: Sequence[Asked], vocabulary: tokenizer.Tokenizer
+    options: Options, sets: Sequence[Asked], tokenizer: tokenizers.Tokenizer
 ) -> dict[str, Any]:
     """What a work folder is made with, all that its samples depend on, by the names of the options."""
     given = {
@@ -269,8 +271,8 @@ def _record(
         **given,
         **options.sampling._asdict(),
         **dataclasses.asdict(options.precision),
-        "tokenizer": [vocabulary.vocab_size, *vocabulary.eos_ids],
-        "model": _fingerprint(pathlib.Path(options.model)),
+        "tokenizer": [tokenizer.vocab_size, *tokenizer.eos_ids],
+        "model": _fingerprint(pathlib.Path(options.folder)),
         "sets": asked,
     }
 
@@ -326,19 +328,19 @@ def _same(before: dict, now: dict, workdir: pathlib.Path) -> None:
 def _start(evaluation: Evaluation) -> tuple[Engine, Weights]:
     """The engine and its weights, on their devices."""
     options, mesh = evaluation.options, _mesh(evaluation.options)
-    shape = weights.read_config(options.model)
+    shape = weights.read_config(options.folder)
     model = dataclasses.replace(shape, bfloat16=options.bfloat16 or shape.bfloat16)
     shapes = jax.eval_shape(functools.partial(decoder.init, config=model), jax.random.key(0))
     places = sharding.params(decoder.logical_axes(model), mesh, sharding.DECODE, shapes)
     _, params = weights.load(
-        options.model, jnp.bfloat16 if model.bfloat16 else jnp.float32, shardings=places
+        options.folder, jnp.bfloat16 if model.bfloat16 else jnp.float32, shardings=places
     )
     engine = jetstream.Engine(
         model,
         slots=options.slots,
         max_length=evaluation.max_length,
         precision=options.precision,
-        stop_ids=evaluation.vocabulary.eos_ids,
+        stop_ids=evaluation.tokenizer.eos_ids,
         mesh=mesh,
     )
     return engine, sync.make(model, options.precision, mesh)(params, 0)
@@ -400,7 +402,7 @@ def _fill(
 
             def ended(number: int, ids: np.ndarray, stopped: bool, keys=keys) -> None:
                 nonlocal spoke
-                text = evaluation.vocabulary.decode(ids.tolist())
+                text = evaluation.tokenizer.decode(ids.tolist())
                 kept[keys[number]] = sample = _judged(item, keys[number], text, len(ids), stopped)
                 file.write(_text([sample]))
                 file.flush()

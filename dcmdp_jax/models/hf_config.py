@@ -14,7 +14,7 @@ import reprlib
 from typing import Any
 
 from dcmdp_jax import files
-from dcmdp_jax.config import LARGEST_FLOAT, ModelConfig, Yarn
+from dcmdp_jax.config import MAX_FLOAT, ModelConfig, Yarn
 
 REMEDY = "give a Hugging Face model folder, with config.json and safetensors"
 DENSE = "Qwen3ForCausalLM"
@@ -385,7 +385,7 @@ def _whole(raw: dict, name: str, default: int | None = None) -> int:
 
 def _positive(raw: dict, name: str, default: float | None = None) -> float:
     value = _need(raw, name, default)
-    if type(value) not in (int, float) or not 0 < value <= LARGEST_FLOAT:
+    if type(value) not in (int, float) or not 0 < value <= MAX_FLOAT:
         raise ValueError(f"{name}={value!r:.60} is not a positive number that float32 holds")
     return float(value)
 

@@ -392,7 +392,7 @@ def save(
     """Write `params` (the tree of `qwen3.init`) as a Hugging Face folder that `load` and
     transformers read.
 
-    `token_ids` are those that config.json names, as `tokenizer.token_ids` gives them. Writes
+    `token_ids` are those that config.json names, as `tokenizer.special_token_ids` gives them. Writes
     config.json, safetensors of at most `max_shard_bytes` each (or one tensor, if larger) and their
     index. The folder appears whole or not at all. Raises ValueError when it exists and is not
     empty, for parameters of another form or shape, and for parameters that other hosts hold.

@@ -19,9 +19,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from dcmdp_jax import files, intervals, metrics
-from dcmdp_jax.config import differences
 from dcmdp_jax.report import discrepancy, run_page
 from dcmdp_jax.report.line_chart import Panel, Series, chart, finite
+from dcmdp_jax.run_record import differences
 
 # then anew
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#7c3aed", "#475569")

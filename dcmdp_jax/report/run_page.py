@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dcmdp_jax import files, metrics
-from dcmdp_jax.config import RECORD, read_record
 from dcmdp_jax.report import discrepancy
 from dcmdp_jax.report.line_chart import (
     ENGINE,
@@ -30,6 +29,7 @@ from dcmdp_jax.report.line_chart import (
     chart,
     finite,
 )
+from dcmdp_jax.run_record import RECORD_FILE, read_record
 
 NUMBERS = (
     ("steps",),
@@ -340,7 +340,7 @@ def _cost(rows: list[dict[str, Any]]) -> str:
 
 
 def load(workdir: str | os.PathLike) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    path = pathlib.Path(workdir) / RECORD
+    path = pathlib.Path(workdir) / RECORD_FILE
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give the folder of a run")
     return read_record(path.parent), metrics.read(workdir)

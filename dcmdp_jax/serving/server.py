@@ -36,7 +36,8 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from dcmdp_jax import sharding, sync, tokenizer
+from dcmdp_jax import sharding, sync
+from dcmdp_jax import tokenizer as tokenizers
 from dcmdp_jax.config import Precision
 from dcmdp_jax.models import weights
 from dcmdp_jax.records import Sampling
@@ -154,11 +155,11 @@ class Orchestrator(orchestrator.LLMOrchestrator):
     """JetStream's servicer, asked only what can be answered."""
 
     def __init__(
-        self, slots: OrchestratorDriver, vocabulary: tokenizer.Tokenizer | None, max_prompt: int
+        self, slots: OrchestratorDriver, tokenizer: tokenizers.Tokenizer | None, max_prompt: int
     ):
         super().__init__(slots)
         self._engine = slots.engine
-        self._vocabulary = vocabulary
+        self._tokenizer = tokenizer
         self._max_prompt = max_prompt
         self._long_texts = ThreadPoolExecutor(1)
 
@@ -205,25 +206,25 @@ class Orchestrator(orchestrator.LLMOrchestrator):
         text = None
         if request.WhichOneof("content") == "token_content":
             tokens = list(request.token_content.token_ids)
-        elif self._vocabulary is None:
+        elif self._tokenizer is None:
             raise ValueError("this server has no tokenizer; send token_content")
         else:
             tokens = await self._encoded(request.text_content.text)
-            text = Text(self._vocabulary.decode, self._engine.stop_ids)
+            text = Text(self._tokenizer.decode, self._engine.stop_ids)
         self._check_prompt(tokens, request.max_tokens)
         return StreamedRequest(tokens, request.max_tokens, text)
 
     async def _encoded(self, text: str) -> list[int]:
         """Token ids, made beside the event loop. Raises ValueError where a text is too long to be
         worth the work: longer than as many of the longest tokens as a prompt may have."""
-        longest = self._max_prompt * self._vocabulary.longest
+        longest = self._max_prompt * self._tokenizer.max_token_chars
         if len(text) > longest:
             raise ValueError(
                 f"the text has {len(text)} characters; the {self._max_prompt} tokens "
                 f"that this server takes hold {longest} at most; shorten it"
             )
         pool = self._long_texts if len(text) > LONG_TEXT else None  # short ones do not wait
-        return await asyncio.get_running_loop().run_in_executor(pool, self._vocabulary.encode, text)
+        return await asyncio.get_running_loop().run_in_executor(pool, self._tokenizer.encode, text)
 
     def _check_prompt(self, tokens: list[int], max_tokens: int) -> None:
         count = len(tokens)
@@ -372,9 +373,9 @@ def serve(
     _check_range("seed", seed, 0, 2**32 - 1)
     shape = weights.read_config(model)
     max_prompt, max_length = _lengths(max_prompt, max_length, shape.max_position)
-    vocabulary = None if tokens_only else tokenizer.load(tokenizer_path or model, model)
-    if vocabulary is not None:
-        tokenizer.check_vocabulary(vocabulary, shape.vocab_size)
+    tokenizer = None if tokens_only else tokenizers.load(tokenizer_path or model, model)
+    if tokenizer is not None:
+        tokenizers.check_vocab_size(tokenizer, shape.vocab_size)
     sync.check(shape, precision, sharding.single_device_mesh())
 
     def load() -> OrchestratorDriver:
@@ -387,7 +388,7 @@ def serve(
             steps=steps,
             precision=precision,
             mesh=mesh,
-            stop_ids=vocabulary.eos_ids if vocabulary else (),
+            stop_ids=tokenizer.eos_ids if tokenizer else (),
         )
         policy = sync.make(config, precision, mesh)(params, 0)
         return OrchestratorDriver(engine, policy, waiting=waiting, sampling=sampling, seed=seed)
@@ -395,7 +396,7 @@ def serve(
     async def serve() -> int:
         server, bound = listen(host, port, slots + waiting + SPARE_RPCS)
         running = load()
-        add_service(Orchestrator(running, vocabulary, max_prompt), server)
+        add_service(Orchestrator(running, tokenizer, max_prompt), server)
         await server.start()
         print(f"serving {model} on {host}:{bound}", flush=True)
         status = await _until_stopped(server, running, grace)

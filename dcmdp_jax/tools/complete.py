@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import jax
 
-from dcmdp_jax import data, files, sharding, sync, tokenizer
+from dcmdp_jax import data, files, sharding, sync
+from dcmdp_jax import tokenizer as tokenizers
 from dcmdp_jax.config import Precision
 from dcmdp_jax.models import weights
 from dcmdp_jax.records import Example, Prompts, Sampling
@@ -73,9 +74,9 @@ def texts(
             )
     mesh = sharding.single_device_mesh()
     shape = weights.read_config(folder)
-    vocabulary = tokenizer.load(tokenizer_path or folder, folder)
-    tokenizer.check_vocabulary(vocabulary, shape.vocab_size)
-    asked = data.tokenize([Example(prompt, "") for prompt in prompts], vocabulary, chat=chat)
+    tokenizer = tokenizers.load(tokenizer_path or folder, folder)
+    tokenizers.check_vocab_size(tokenizer, shape.vocab_size)
+    asked = data.tokenize([Example(prompt, "") for prompt in prompts], tokenizer, chat=chat)
     if not asked.lengths.all():
         raise ValueError(
             f"prompt {int(asked.lengths.argmin()) + 1} of {len(prompts)} is empty; leave it out"
@@ -96,7 +97,7 @@ def texts(
             slots=min(len(prompts) * samples, 32),
             max_length=longest + max_tokens,
             precision=precision,
-            stop_ids=vocabulary.eos_ids,
+            stop_ids=tokenizer.eos_ids,
             mesh=mesh,
         )
         policy = sync.make(model, precision, mesh)(params, 0)
@@ -111,12 +112,12 @@ def texts(
                 max_tokens=max_tokens,
                 sampling=sampling,
                 stop_strings=stop_strings,
-                decode=vocabulary.decode,
+                decode=tokenizer.decode,
             )
             yield [
                 Completion(
                     prompts[first + i // samples],
-                    vocabulary.decode(out.tokens[i, :n]),
+                    tokenizer.decode(out.tokens[i, :n]),
                     float(out.rollout_logp[i].sum()),
                     bool(out.stopped[i]),
                 )

@@ -20,11 +20,12 @@ import jax
 import numpy as np
 
 from dcmdp_jax import checkpoint, constraint, files, sharding, step, sync, train
-from dcmdp_jax.config import Config, ModelConfig, Precision, RolloutConfig, to_json
+from dcmdp_jax.config import Config, ModelConfig, Precision, RolloutConfig
 from dcmdp_jax.models.quantized import Quantized
 from dcmdp_jax.records import Rollout, Weights
 from dcmdp_jax.report import bar_chart, line_chart, run_page
 from dcmdp_jax.rollout.replay import replay
+from dcmdp_jax.run_record import to_json
 from dcmdp_jax.tools import parity
 
 PROPERTIES = {  # name: the fields of `Precision` that make it
@@ -109,7 +110,7 @@ def diagnose(
     """Attributes the gap between the trainer and the engine that `config` describes.
 
     Args:
-      policy: the weights; they must fit `inputs.model`.
+      policy: the weights; they must fit `inputs.model_config`.
       other: the weights of another step, for staleness; None leaves it out.
       probe: judge properties that the configured engine has exact as well, each set as in `PROBES`.
 
@@ -155,7 +156,7 @@ def check(config: Config) -> None:
 
 
 def _case(config: Config, inputs: train.Inputs, policy: parity.TrainerWeights) -> Case:
-    served = sync.make(inputs.model, config.rollout.precision, inputs.decode_mesh)(
+    served = sync.make(inputs.model_config, config.rollout.precision, inputs.decode_mesh)(
         policy.params, policy.version
     )
     sampled = parity.sample(
@@ -175,7 +176,7 @@ def _effects(
 ) -> Iterator[Effect]:
     """Precision and support. The support's part of a log-prob is -log(kept), whatever else differs."""
     precision = case.config.rollout.precision
-    for name, setting, alone, without in properties(precision, case.inputs.model, probe):
+    for name, setting, alone, without in properties(precision, case.inputs.model_config, probe):
         yield Effect(
             name,
             setting,
@@ -289,7 +290,7 @@ def _engine(case: Case, precision: Precision) -> Any:
 
 
 def _weights(case: Case, precision: Precision) -> Weights:
-    return sync.make(case.inputs.model, precision, case.inputs.decode_mesh)(
+    return sync.make(case.inputs.model_config, precision, case.inputs.decode_mesh)(
         case.policy.params, case.policy.version
     )
 
@@ -368,7 +369,7 @@ def other_version(
     before = math.inf if config.rollout.staleness else policy.version
     if not any(number < before for number in checkpoint.steps(workdir)):
         return None
-    like = step.abstract_state(config, inputs.model, inputs.mesh)
+    like = step.abstract_state(config, inputs.model_config, inputs.mesh)
     state, _ = checkpoint.read(workdir, like, before)
     number = int(state.step)
     return parity.TrainerWeights(state.params, number, f"checkpoint {number} of {workdir}")

@@ -73,7 +73,7 @@ def load(config: Config, inputs: train.Inputs, workdir: pathlib.Path) -> Trainer
     """
     if checkpoint.steps(workdir):
         state, position = checkpoint.read(
-            workdir, step.abstract_state(config, inputs.model, inputs.mesh)
+            workdir, step.abstract_state(config, inputs.model_config, inputs.mesh)
         )
         inputs.prompts.set_state(position)
         params, version = step.sampled_from(state)
@@ -83,12 +83,12 @@ def load(config: Config, inputs: train.Inputs, workdir: pathlib.Path) -> Trainer
             f"checkpoint {int(state.step)} of {workdir}"
             + (f", weights of step {int(version)}" if state.stale else ""),
         )
-    place = step.state_shardings(config, inputs.model, inputs.mesh).params
+    place = step.state_shardings(config, inputs.model_config, inputs.mesh).params
     if config.model.folder:
         return TrainerWeights(
             weights.load(config.model.folder, shardings=place)[1], 0, config.model.folder
         )
-    params = jax.jit(partial(decoder.init, config=inputs.model), out_shardings=place)(
+    params = jax.jit(partial(decoder.init, config=inputs.model_config), out_shardings=place)(
         jax.random.key(config.seed)
     )
     return TrainerWeights(
@@ -141,7 +141,7 @@ def scorer(config: Config, inputs: train.Inputs) -> Score:
     whole = sharding.replicated(inputs.mesh)
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
     packed = jax.jit(
-        partial(_packed, model=inputs.model, temperature=config.rollout.temperature),
+        partial(_packed, model=inputs.model_config, temperature=config.rollout.temperature),
         in_shardings=(None, rows, rows, rows, whole, rows),
         out_shardings=whole,
     )
@@ -218,14 +218,14 @@ def measure(
 ) -> Parity:
     """Samples `batches` rollout batches at fixed weights and scores their tokens with the trainer.
 
-    `policy` must fit `inputs.model`; `batches` >= 2, for the spread between batches is the floor's
+    `policy` must fit `inputs.model_config`; `batches` >= 2, for the spread between batches is the floor's
     standard error. The keys are those of constrained steps from `first` on, or of the steps that
     follow `policy`.
     """
     first = policy.version if first is None else first
     engine = train.make_engine(config, inputs)
     score = scorer(config, inputs)
-    served = sync.make(inputs.model, config.rollout.precision, inputs.decode_mesh)(
+    served = sync.make(inputs.model_config, config.rollout.precision, inputs.decode_mesh)(
         policy.params, policy.version
     )
     old = []
@@ -235,7 +235,7 @@ def measure(
     for number in range(first, first + batches):
         sampled = sample(engine, served, config, inputs, number)
         old.append(score(policy.params, sampled, (config.seed, number)))
-        reported.append(data.whole_logp(sampled))
+        reported.append(data.full_vocab_logp(sampled))
         mask.append(token_mask(sampled))
         asked = np.repeat(sampled.prompts.lengths, config.rollout.samples)
         position.append(asked[:, None] + 1 + np.arange(sampled.tokens.shape[1]))
@@ -300,7 +300,11 @@ def default_limit(config: Config, inputs: train.Inputs) -> float | None:
     """The bound on |D| where nothing but round-off in float32 tells the engine from the trainer;
     None elsewhere.
     """
-    return EXACT if config.rollout.precision == Precision() and not inputs.model.bfloat16 else None
+    return (
+        EXACT
+        if config.rollout.precision == Precision() and not inputs.model_config.bfloat16
+        else None
+    )
 
 
 def failure(found: Parity, limit: float | None) -> str:

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax import sharding, step, sync, tokenizer, train
+from dcmdp_jax import sharding, step, sync, train
+from dcmdp_jax import tokenizer as tokenizers
 from dcmdp_jax.config import Calibrated, Config, ModelConfig, with_tolerance
 from dcmdp_jax.records import Batch
 from dcmdp_jax.rollout import generate
@@ -300,9 +301,9 @@ def plan_run(
     devices = slice_devices(name, slices)
     chip = CHIPS[name.split(":")[0]]
     if not (config.data.path or config.model.folder or config.model.tokenizer):  # a generated task
-        vocabulary = train.read_tokenizer(config)
-        tokenizer.check_vocabulary(vocabulary, model.vocab_size)
-        train.read_problems(config, vocabulary, engines=1)
+        tokenizer = train.read_tokenizer(config)
+        tokenizers.check_vocab_size(tokenizer, model.vocab_size)
+        train.read_problems(config, tokenizer, engines=1)
     found = []
     for program in programs(config, model, devices):
         say(f"compiling {program.name}")

@@ -29,15 +29,9 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
-from dcmdp_jax.config import (
-    Config,
-    WarmupConfig,
-    differences,
-    read_record,
-    run_file,
-    to_json,
-    updated,
-)
+from dcmdp_jax.config import Config, WarmupConfig
+from dcmdp_jax.experiment import run_file
+from dcmdp_jax.run_record import differences, read_record, to_json, upgrade_record
 from dcmdp_jax.stopping import Interrupted
 
 COLUMNS = (
@@ -102,7 +96,7 @@ class Study:
                 )
             if config.eval.every < 1 or config.model.folder or not config.warmup.steps:
                 raise ValueError(
-                    f"arm {name!r} needs evaluations (eval.every), a model.shape and a warm-up to start from"
+                    f"arm {name!r} needs evaluations (eval.every), a model.architecture and a warm-up to start from"
                 )
 
 
@@ -200,7 +194,7 @@ def edited(study: Study, one: Run) -> list[str]:
     from dcmdp_jax import calibrate
 
     started = _started(study, one)
-    record = updated(read_record(one.folder), started)
+    record = upgrade_record(read_record(one.folder), started)
     own = {"model.folder"} | (
         {"constraint.tolerance"} if (one.folder / calibrate.FILE).is_file() else set()
     )
@@ -290,7 +284,7 @@ def _started(study: Study, one: Run) -> Config:
     """The run as it goes on from its start."""
     config = _configure(study, one)
     source = dataclasses.replace(
-        config.model, folder=str(_start_folder(study, one) / "model"), shape=None
+        config.model, folder=str(_start_folder(study, one) / "model"), architecture=None
     )
     return dataclasses.replace(config, model=source, warmup=WarmupConfig())
 

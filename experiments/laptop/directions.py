@@ -68,13 +68,13 @@ def probe(root, precision, seed):
     """Rows of one start: relative changes of total variation and entropy after each step."""
     config, inputs, params = read_start(root, precision, seed, prompts=128)
     batch = draw(config, inputs, params, number=0)
-    round_off = jax.jit(partial(quantized, precision=precision, model=inputs.model))
-    measure, score = (jax.jit(partial(f, model=inputs.model)) for f in (compare, log_probs))
+    round_off = jax.jit(partial(quantized, precision=precision, model=inputs.model_config))
+    measure, score = (jax.jit(partial(f, model=inputs.model_config)) for f in (compare, log_probs))
     frozen = score(round_off(params), batch)
 
     tv, entropy = measure(params, frozen, batch)
     for name, kind, direction, cosine in directions(
-        params, frozen, batch, inputs.model, round_off, seed
+        params, frozen, batch, inputs.model_config, round_off, seed
     ):
         for size in SIZES:
             moved = jax.tree.map(lambda w, d: w - size * d, params, direction)
@@ -111,7 +111,7 @@ def draw(config, inputs, params, number):
     places were sampled [N, T], and advantages [N, 1].
     """
     engine = train.make_engine(config, inputs)
-    policy = sync.make(inputs.model, config.rollout.precision, inputs.decode_mesh)
+    policy = sync.make(inputs.model_config, config.rollout.precision, inputs.decode_mesh)
     sampled_ = parity.sample(engine, policy(params, 0), config, inputs, number)
     scored = rewards.score(sampled_, inputs.tokenizer.decode, config.data.verifier)
     count = len(scored.reward)

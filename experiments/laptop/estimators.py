@@ -42,16 +42,16 @@ def of_start(root, seed):
     """Cosine of each estimate with the gradient on policy, and its length over that one's."""
     config, inputs, params = read_start(root, FLOAT32, seed, PROMPTS)
     exact, again = (
-        gradient(params, draw(config, inputs, params, number), inputs.model, plain)
+        gradient(params, draw(config, inputs, params, number), inputs.model_config, plain)
         for number in (1, 2)
     )
     config, inputs, params = read_start(root, INT4, seed, PROMPTS)
     batch = draw(config, inputs, params, number=1)
-    batch["engine"] = jax.jit(partial(log_probs, model=inputs.model))(
-        quantized(params, precision=INT4, model=inputs.model), batch
+    batch["engine"] = jax.jit(partial(log_probs, model=inputs.model_config))(
+        quantized(params, precision=INT4, model=inputs.model_config), batch
     )
     found = {"on policy, again": again} | {
-        name: gradient(params, batch, inputs.model, loss)
+        name: gradient(params, batch, inputs.model_config, loss)
         for name, loss in (
             ("uncorrected", plain),
             ("TIS, 2", weighted(corrections.tis(2.0))),

@@ -27,7 +27,8 @@ def replayed(arm):
 
 
 SPARSE = {
-    name: dataclasses.replace(arm, model=ModelSource(shape=EXPERTS)) for name, arm in ARMS.items()
+    name: dataclasses.replace(arm, model=ModelSource(architecture=EXPERTS))
+    for name, arm in ARMS.items()
 }
 TOP1 = sampled(SPARSE["grpo"], Precision(experts_per_token=1))
 

@@ -79,10 +79,10 @@ def with_outlier(params, size=OUTLIER):
 
 def start(kinds):
     task = Synonyms(TASK.operations, TASK.noise, kinds)
-    shape = dataclasses.replace(GRPO.model.shape, vocab_size=len(task.alphabet) + 2)
+    architecture = dataclasses.replace(GRPO.model.architecture, vocab_size=len(task.alphabet) + 2)
     return dataclasses.replace(
         GRPO,
-        model=dataclasses.replace(GRPO.model, shape=shape),
+        model=dataclasses.replace(GRPO.model, architecture=architecture),
         rollout=dataclasses.replace(GRPO.rollout, precision=Precision(head="int4")),
         data=dataclasses.replace(GRPO.data, task=task, verifier=task.reward),
         checkpoint=CheckpointConfig(every=40, keep=10),

@@ -50,7 +50,7 @@ def dcgrpo(
     shape, mesh = MODELS[size]
     return Config(
         name=name,
-        model=ModelSource(shape=shape, bfloat16=True, remat=True),
+        model=ModelSource(architecture=shape, bfloat16=True, remat=True),
         data=DataConfig(
             path="dapo-math-17k.parquet",
             verifier=rewards.math_answer,

@@ -53,7 +53,7 @@ def even(example, text):
 CONFIG = Config(
     name="hosts",
     model=ModelSource(
-        shape=ModelConfig(
+        architecture=ModelConfig(
             vocab_size=18,
             hidden_size=16,
             intermediate_size=32,

@@ -25,7 +25,9 @@ MODEL = ModelConfig(
     num_kv_heads=2,
     head_dim=16,
 )
-VOCABULARY = tokenizer.Characters("<0x41>é日🙂 abcdefghijklmnopqrstuvwyz")  # ids 2 to 36; 1 stops
+TOKENIZER = tokenizer.CharacterTokenizer(
+    "<0x41>é日🙂 abcdefghijklmnopqrstuvwyz"
+)  # ids 2 to 36; 1 stops
 SLOTS = 4
 POSITIONS = 64
 PROMPT = 20
@@ -36,9 +38,7 @@ GREEDY = Sampling(temperature=0.0)
 
 @functools.cache
 def make_engine():
-    return Engine(
-        MODEL, slots=SLOTS, max_length=POSITIONS, stop_ids=VOCABULARY.eos_ids, steps=STEPS
-    )
+    return Engine(MODEL, slots=SLOTS, max_length=POSITIONS, stop_ids=TOKENIZER.eos_ids, steps=STEPS)
 
 
 @functools.cache

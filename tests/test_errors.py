@@ -5,7 +5,9 @@ import types
 
 import pytest
 
-from dcmdp_jax import config, faults, optimizers
+from dcmdp_jax import config, errors, optimizers
+from dcmdp_jax.experiment import override, run_file
+from dcmdp_jax.run_record import read_record
 
 
 def caught(function):
@@ -17,18 +19,16 @@ def caught(function):
 
 
 def test_a_refusal_of_the_project_is_told_whole(tmp_path):
-    error = caught(lambda: config.read_record(tmp_path))
-    assert faults.sentence(error) == str(error) and str(tmp_path) in str(error)
+    error = caught(lambda: read_record(tmp_path))
+    assert errors.user_message(error) == str(error) and str(tmp_path) in str(error)
 
 
 def test_a_user_s_function_that_the_project_calls_is_named_by_its_line(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("import json\n\n\ndef optimizer(algorithm):\n    return json.loads('{')\n")
-    algorithm = types.SimpleNamespace(
-        optimizer=config.run_file(str(file), "experiment")["optimizer"]
-    )
+    algorithm = types.SimpleNamespace(optimizer=run_file(str(file), "experiment")["optimizer"])
     error = caught(lambda: optimizers.of(algorithm))
-    assert faults.sentence(error).startswith(
+    assert errors.user_message(error).startswith(
         f"{file}, line 5: JSONDecodeError: Expecting property name"
     )
 
@@ -55,32 +55,30 @@ def test_a_library_s_line_is_not_the_user_s_wherever_it_is_installed(tmp_path, f
         "def optimizer(algorithm):\n"
         "    return fail()\n"
     )
-    algorithm = types.SimpleNamespace(
-        optimizer=config.run_file(str(mine), "experiment")["optimizer"]
-    )
-    line = faults.users_line(caught(lambda: optimizers.of(algorithm)))
+    algorithm = types.SimpleNamespace(optimizer=run_file(str(mine), "experiment")["optimizer"])
+    line = errors.user_code_line(caught(lambda: optimizers.of(algorithm)))
     assert line == (f"{mine}, line 4" if of_library else f"{library}, line 2")
 
 
 def test_a_fault_of_the_project_s_own_keeps_its_traceback():
     """An error of another kind that no line of a user's has to do with."""
-    assert faults.sentence(caught(lambda: config.scalar_fields(3))) is None
+    assert errors.user_message(caught(lambda: config.scalar_fields(3))) is None
 
 
 def test_what_comes_before_the_project_is_no_user_s_fault():
-    assert faults.users_line(caught(lambda: config.override(None, {}))) is None
+    assert errors.user_code_line(caught(lambda: override(None, {}))) is None
 
 
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), ImportError("no module\nof that name")]
 )
 def test_the_machine_s_faults_are_one_line(error):
-    said = faults.sentence(error)
+    said = errors.user_message(error)
     assert said == " ".join(str(error).split()) and "\n" not in said
 
 
 def test_long_messages_are_cut():
-    assert len(faults.message(ValueError("x" * 9999))) == faults.LONGEST + 3
-    assert faults.kind(caught(lambda: json.loads(""))).startswith(
+    assert len(errors.one_line(ValueError("x" * 9999))) == errors.LONGEST + 3
+    assert errors.type_and_message(caught(lambda: json.loads(""))).startswith(
         "JSONDecodeError: Expecting value"
     )

@@ -1,6 +1,6 @@
-"""The process that renders chat templates; `templates.py` runs this file, and nothing imports it.
+"""The process that renders chat templates; `chat_template.py` runs this file, and nothing imports it.
 
-`rendering.py SECONDS` writes `ready` and answers each line of standard input, a JSON object with a
+`chat_renderer.py SECONDS` writes `ready` and answers each line of standard input, a JSON object with a
 template's source and its settings, with a line of JSON. It ends with its input, and by SIGPROF
 where a conversation takes more than SECONDS of processor time.
 """

@@ -10,16 +10,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dcmdp_jax.worker import Ended, Unready, Worker
+from dcmdp_jax.worker import NotReady, ProcessEnded, Worker
 
 SECONDS = 1.0  # of processor time for one conversation
 PATIENCE = 60.0  # seconds until a process that does not answer at all is given up
 
 # -P: nothing is imported from the package's folder
-COMMAND = (sys.executable, "-P", str(pathlib.Path(__file__).with_name("rendering.py")))
+COMMAND = (sys.executable, "-P", str(pathlib.Path(__file__).with_name("chat_renderer.py")))
 
 
-class Template:
+class ChatTemplate:
     """The chat template of a folder.
 
     Renders conversations as transformers does; one process serves them all.
@@ -49,10 +49,10 @@ class Template:
     def _ask(self, request: bytes) -> dict:
         try:
             return json.loads(self._worker.ask(request))
-        except Ended as error:
+        except ProcessEnded as error:
             what = f"ended its process with status {error.status}"
             if error.status == -signal.SIGPROF:
                 what = f"takes more than {SECONDS:g} s for one conversation"
-        except (TimeoutError, Unready) as error:
+        except (TimeoutError, NotReady) as error:
             what = f"cannot be rendered ({error})"
         return {"error": f"{what}; mend it, or set data.chat=False"}

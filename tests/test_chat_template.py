@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from dcmdp_jax.templates import Template
+from dcmdp_jax.chat_template import ChatTemplate
 
 pytest.importorskip("jinja2")
 USER = {"role": "user", "content": "What is 2+2?"}
@@ -50,13 +50,15 @@ USER = {"role": "user", "content": "What is 2+2?"}
 )
 def test_templates_that_hang_swell_or_fail_are_one_sentence(template, message):
     with pytest.raises(ValueError, match=f"^the chat template of some/folder {message}") as caught:
-        Template(template, "some/folder").render([USER])
+        ChatTemplate(template, "some/folder").render([USER])
     assert len(str(caught.value)) < 600 and str(caught.value).isprintable()
 
 
 def test_a_template_that_hung_once_renders_again():
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    template = Template("{% if messages[0].content == 'hang' %}" + loop + "{% endif %}ok", "folder")
+    template = ChatTemplate(
+        "{% if messages[0].content == 'hang' %}" + loop + "{% endif %}ok", "folder"
+    )
     with pytest.raises(ValueError, match="takes more than 1 s"):
         template.render([{"role": "user", "content": "hang"}])
     assert template.render([USER]) == "ok"
@@ -67,7 +69,7 @@ def test_a_template_that_hangs_is_ended_though_its_parent_ignores_the_signal():
     before = signal.signal(signal.SIGPROF, signal.SIG_IGN)
     try:
         with pytest.raises(ValueError, match="takes more than 1 s"):
-            Template(loop, "folder").render([USER])
+            ChatTemplate(loop, "folder").render([USER])
     finally:
         signal.signal(signal.SIGPROF, before)
 
@@ -75,11 +77,11 @@ def test_a_template_that_hangs_is_ended_though_its_parent_ignores_the_signal():
 def test_what_an_assistant_said_may_stand_in_a_generation_block():
     said = "{% generation %}{{ m.content }}{% endgeneration %}"
     template = "{% for m in messages %}" + said + "{% endfor %}"
-    assert Template(template, "folder").render([USER, USER]) == 2 * USER["content"]
+    assert ChatTemplate(template, "folder").render([USER, USER]) == 2 * USER["content"]
 
 
 def test_the_process_ends_with_its_template():
-    template = Template("{{ messages[0].content }}", "folder")
+    template = ChatTemplate("{{ messages[0].content }}", "folder")
     assert template.render([USER]) == USER["content"]
     process = template._worker._process
     assert process.poll() is None
@@ -88,7 +90,7 @@ def test_the_process_ends_with_its_template():
 
 
 def test_a_process_that_is_killed_while_it_is_idle_is_started_again():
-    template = Template("{{ messages[0].content }}", "folder")
+    template = ChatTemplate("{{ messages[0].content }}", "folder")
     assert template.render([USER]) == USER["content"]
     os.kill(template._worker._process.pid, signal.SIGKILL)
     template._worker._process.wait()
@@ -96,7 +98,7 @@ def test_a_process_that_is_killed_while_it_is_idle_is_started_again():
 
 
 def test_an_interrupted_conversation_is_not_the_text_of_the_next(monkeypatch):
-    template = Template("{{ messages[0].content }}", "folder")
+    template = ChatTemplate("{{ messages[0].content }}", "folder")
     with monkeypatch.context() as patched:
         patched.setattr(template._worker, "_line", lambda *_: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):

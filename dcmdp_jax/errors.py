@@ -15,27 +15,27 @@ LIBRARIES = {"site-packages", "dist-packages"}  # folders, wherever they are
 LONGEST = 500  # characters of a message
 
 
-def sentence(error: BaseException) -> str | None:
+def user_message(error: BaseException) -> str | None:
     """The fault in one sentence.
 
     That of a user's function with its file and line, of the machine (OSError), or what the project
     refuses itself. None for a fault of the project's own, which needs its traceback.
     """
-    if users_line(error):
-        return described(error)
+    if user_code_line(error):
+        return describe(error)
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, ValueError) and frames and frames[-1].filename.startswith(OWN):
         return str(error)
-    return message(error) if isinstance(error, (OSError, ImportError)) else None
+    return one_line(error) if isinstance(error, (OSError, ImportError)) else None
 
 
-def described(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """The kind of an exception and its message, after the user's file and line if it has one."""
-    place = users_line(error)
-    return f"{place}: {kind(error)}" if place else kind(error)
+    place = user_code_line(error)
+    return f"{place}: {type_and_message(error)}" if place else type_and_message(error)
 
 
-def users_line(error: BaseException) -> str | None:
+def user_code_line(error: BaseException) -> str | None:
     """The innermost line that the project called and that is neither its own nor a library's."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
@@ -45,13 +45,13 @@ def users_line(error: BaseException) -> str | None:
     return f"{users[-1].filename}, line {users[-1].lineno}" if users else None
 
 
-def kind(error: BaseException) -> str:
+def type_and_message(error: BaseException) -> str:
     """Its type and message in one line."""
-    said = error.msg if isinstance(error, SyntaxError) else message(error)
+    said = error.msg if isinstance(error, SyntaxError) else one_line(error)
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
-def message(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Its message in one line."""
     said = " ".join(str(error).split())
     return said if len(said) <= LONGEST else said[:LONGEST] + "..."
