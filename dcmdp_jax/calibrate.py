@@ -41,7 +41,7 @@ def measure_floor(
     places = step.state_shardings(config, model, mesh).params
     whole = sharding.replicated(mesh)
     measured = jax.jit(
-        sharding.over(mesh, partial(_measure, config=config, model=model)),
+        sharding.with_mesh(mesh, partial(_measure, config=config, model=model)),
         in_shardings=(places, step.batch_shardings(config, mesh)),
         out_shardings=whole,
     )

@@ -69,19 +69,19 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None, name: str = 
             "the number of devices"
         )
     shape = (config.data, fsdp, config.expert, config.sequence, config.tensor)
-    slices = len({slice_of(device) for device in devices})
+    slices = len({slice_index(device) for device in devices})
     if config.data % slices:
         raise ValueError(
             f"{name}.data={config.data} is no multiple of the {slices} slices; only data may cross them"
         )
     # A process's devices are neighbours, so that they are a block of the mesh; so are a slice's.
     ordered = sorted(
-        devices, key=lambda device: (slice_of(device), device.process_index, device.id)
+        devices, key=lambda device: (slice_index(device), device.process_index, device.id)
     )
     return Mesh(np.asarray(ordered).reshape(shape), AXES)
 
 
-def slice_of(device: Any) -> int:
+def slice_index(device: Any) -> int:
     return getattr(device, "slice_index", None) or 0
 
 
@@ -107,7 +107,7 @@ def meshes(
         )
     if not sampling:
         mesh = make_mesh(config.mesh, devices)
-        return mesh, mesh if config.rollout.one_engine else block(mesh, process)
+        return mesh, mesh if config.rollout.one_engine else process_block(mesh, process)
     if config.rollout.one_engine:
         return make_mesh(config.mesh, devices), make_mesh(
             config.rollout.mesh, devices, "rollout.mesh"
@@ -127,7 +127,7 @@ def meshes(
     )
 
 
-def block(mesh: Mesh, process: int) -> Mesh:
+def process_block(mesh: Mesh, process: int) -> Mesh:
     """A process's devices of the mesh. Raises ValueError where they are no block of it."""
     own = np.vectorize(lambda device: device.process_index == process)(mesh.devices)
     part = mesh.devices[np.ix_(*(sorted(set(places.tolist())) for places in np.nonzero(own)))]
@@ -143,7 +143,7 @@ def single_device_mesh() -> Mesh:
     return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
-def spec(logical: tuple[str | None, ...], table: Table) -> PartitionSpec:
+def partition_spec(logical: tuple[str | None, ...], table: Table) -> PartitionSpec:
     """The partition of an array whose dimensions are named by `logical` (None: not split)."""
     unknown = [name for name in logical if name is not None and name not in table]
     if unknown:
@@ -157,13 +157,13 @@ def spec(logical: tuple[str | None, ...], table: Table) -> PartitionSpec:
     return PartitionSpec(*axes)
 
 
-def params(logical_axes: Any, mesh: Mesh, table: Table, shapes: Any) -> Any:
+def param_shardings(logical_axes: Any, mesh: Mesh, table: Table, shapes: Any) -> Any:
     """Shardings of a tree of parameters from their logical axes. Raises ValueError where an axis
     does not divide.
     """
 
     def leaf(logical, shape):
-        parts = spec(logical, table)
+        parts = partition_spec(logical, table)
         for name, entry, size in zip(logical, parts, shape.shape):
             over = {axis: mesh.shape[axis] for axis in _names(entry) if mesh.shape[axis] > 1}
             if size % math.prod(over.values()):
@@ -173,10 +173,10 @@ def params(logical_axes: Any, mesh: Mesh, table: Table, shapes: Any) -> Any:
                 )
         return NamedSharding(mesh, parts)
 
-    return jax.tree.map(leaf, logical_axes, shapes, is_leaf=is_names)
+    return jax.tree.map(leaf, logical_axes, shapes, is_leaf=is_axis_names)
 
 
-def is_names(node: Any) -> bool:
+def is_axis_names(node: Any) -> bool:
     """Whether a node of a tree is the logical names of one array's dimensions."""
     return isinstance(node, tuple) and all(item is None or isinstance(item, str) for item in node)
 
@@ -185,7 +185,7 @@ def _names(entry: Axes) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
 
-def over(mesh: Mesh, f: Callable) -> Callable:
+def with_mesh(mesh: Mesh, f: Callable) -> Callable:
     """`f`, to be traced with `mesh` as its ambient mesh."""
 
     def traced(*arguments):
@@ -195,7 +195,7 @@ def over(mesh: Mesh, f: Callable) -> Callable:
     return traced
 
 
-def ambient() -> jax.sharding.AbstractMesh | None:
+def current_mesh() -> jax.sharding.AbstractMesh | None:
     """The mesh that the program is compiled for, None where there is none or only one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
@@ -204,20 +204,22 @@ def ambient() -> jax.sharding.AbstractMesh | None:
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """`x` laid out over the ambient mesh as the ACTIVATIONS table says; so is its gradient."""
     return (
-        x if ambient() is None else jax.lax.with_sharding_constraint(x, spec(logical, ACTIVATIONS))
+        x
+        if current_mesh() is None
+        else jax.lax.with_sharding_constraint(x, partition_spec(logical, ACTIVATIONS))
     )
 
 
-def gather(weights: Any, logical_axes: Any) -> Any:
+def gather_params(weights: Any, logical_axes: Any) -> Any:
     """Weights as the DECODE table has them, whole along the axes that only store them; gradients go
     back split as in TRAIN.
     """
-    if ambient() is None:
+    if current_mesh() is None:
         return weights
 
     def leaf(names: tuple, w: jax.Array) -> jax.Array:
-        whole = spec(names, DECODE)
-        split = spec(names, TRAIN)
+        whole = partition_spec(names, DECODE)
+        split = partition_spec(names, TRAIN)
 
         @jax.custom_vjp
         def f(w):
@@ -228,36 +230,36 @@ def gather(weights: Any, logical_axes: Any) -> Any:
         )
         return f(jax.lax.with_sharding_constraint(w, split))
 
-    return jax.tree.map(leaf, logical_axes, weights, is_leaf=is_names)
+    return jax.tree.map(leaf, logical_axes, weights, is_leaf=is_axis_names)
 
 
-def named(*logical: str | None) -> NamedSharding:
+def activation_sharding(*logical: str | None) -> NamedSharding:
     """The layout over the ambient mesh of an activation with these dimensions."""
-    return NamedSharding(jax.sharding.get_abstract_mesh(), spec(logical, ACTIVATIONS))
+    return NamedSharding(jax.sharding.get_abstract_mesh(), partition_spec(logical, ACTIVATIONS))
 
 
-def by_shard(f: Callable, *arguments: Any, out: Any) -> Callable:
+def shard_map(f: Callable, *arguments: Any, out: Any) -> Callable:
     """`f` of each device's own part: arguments and results laid out by their logical names (or by a
     tree of specs).
     """
 
     def specs(names):
-        return spec(names, ACTIVATIONS) if is_names(names) else names
+        return partition_spec(names, ACTIVATIONS) if is_axis_names(names) else names
 
-    results = specs(out) if is_names(out) else tuple(map(specs, out))
+    results = specs(out) if is_axis_names(out) else tuple(map(specs, out))
     return jax.shard_map(
         f, in_specs=tuple(map(specs, arguments)), out_specs=results, check_vma=False
     )
 
 
-def whole(part: jax.Array, axis: int) -> jax.Array:
+def all_gather(part: jax.Array, axis: int) -> jax.Array:
     """Inside `by_shard`: an array of which each device holds a part, split over `axis` as
     "split_embed".
     """
     return jax.lax.all_gather(part, ACTIVATIONS["split_embed"], axis=axis, tiled=True)
 
 
-def scatter_sum(x: jax.Array, axis: int) -> jax.Array:
+def reduce_scatter(x: jax.Array, axis: int) -> jax.Array:
     """Inside `by_shard`: the sum over all rows and positions, of which each device keeps the part
     that `whole` gathers.
     """
@@ -269,10 +271,10 @@ def scatter_sum(x: jax.Array, axis: int) -> jax.Array:
 
 def local_shape(logical: tuple[str | None, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
     """One device's part of an activation's shape."""
-    return named(*logical).shard_shape(shape) if ambient() else shape
+    return activation_sharding(*logical).shard_shape(shape) if current_mesh() else shape
 
 
-def abstract(shapes: Any, places: Any) -> Any:
+def abstract_arrays(shapes: Any, places: Any) -> Any:
     """Shapes with shardings, in the place of arrays."""
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
@@ -295,22 +297,22 @@ def local_bytes(tree: Any) -> int:
     )
 
 
-def batch_size(mesh: Mesh) -> int:
+def num_batch_shards(mesh: Mesh) -> int:
     """Over how many shards rows and slots are split."""
     return math.prod(mesh.shape[name] for name in BATCH)
 
 
-def split(mesh: Mesh, axis: int) -> NamedSharding:
+def batch_sharding(mesh: Mesh, axis: int) -> NamedSharding:
     """Dimension `axis` over the batch axes."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH))
 
 
-def packed_rows(mesh: Mesh) -> NamedSharding:
+def batch_shardings(mesh: Mesh) -> NamedSharding:
     """Of `records.Batch`'s [M, A, R, S]."""
-    return NamedSharding(mesh, spec((None, None, "rows", "positions"), ACTIVATIONS))
+    return NamedSharding(mesh, partition_spec((None, None, "rows", "positions"), ACTIVATIONS))
 
 
-def decode_state(shapes: Any, mesh: Mesh) -> Any:
+def decode_state_shardings(shapes: Any, mesh: Mesh) -> Any:
     """Slots over the batch axes and, in the cache `[slots, KV, S, h]`, kv heads over tensor."""
 
     def leaf(array):

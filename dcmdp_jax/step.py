@@ -55,7 +55,9 @@ def sampled_from(state: TrainState) -> tuple[Any, Any]:
 def state_shardings(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> TrainState:
     """The layout of a `TrainState`: parameters and moments by the TRAIN table, the rest replicated."""
     shapes = jax.eval_shape(lambda: init_state(config, decoder.init(jax.random.key(0), model)))
-    params = sharding.params(decoder.logical_axes(model), mesh, sharding.TRAIN, shapes.params)
+    params = sharding.param_shardings(
+        decoder.logical_axes(model), mesh, sharding.TRAIN, shapes.params
+    )
     whole = sharding.replicated(mesh)
     moments = [sharding.on_host(params) if config.algorithm.offload else params] * (
         len(shapes.opt_state) - 1
@@ -70,14 +72,14 @@ def state_shardings(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh)
 def abstract_state(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> TrainState:
     """Shapes and places of a run's state, for reading checkpoints and for plans."""
     shapes = jax.eval_shape(lambda: init_state(config, decoder.init(jax.random.key(0), model)))
-    return sharding.abstract(shapes, state_shardings(config, model, mesh))
+    return sharding.abstract_arrays(shapes, state_shardings(config, model, mesh))
 
 
 def batch_shardings(config: Config, mesh: jax.sharding.Mesh) -> Batch:
     """Packed rows over the batch axes and their positions over `sequence`; arrays of completions
     whole on every device.
     """
-    rows = sharding.packed_rows(mesh)
+    rows = sharding.batch_shardings(mesh)
     whole = sharding.replicated(mesh)
     return Batch(
         tokens=rows,
@@ -115,7 +117,7 @@ def compile(
     batch = batch_shardings(config, mesh)
     update = partial(constrained_step, config=config, model=model, one_pass=in_one_pass(config))
     return jax.jit(
-        sharding.over(mesh, update),
+        sharding.with_mesh(mesh, update),
         in_shardings=(state, batch),
         out_shardings=(state, sharding.replicated(mesh)),
         donate_argnums=0,

@@ -54,7 +54,7 @@ def make(
 
     @functools.cache
     def on_every_process(training):
-        block = sharding.block(training, jax.process_index())
+        block = sharding.process_block(training, jax.process_index())
         own = mesh if set(block.devices.flat) == set(mesh.devices.flat) else block
         return spread(config, precision, training, own), own
 
@@ -92,7 +92,7 @@ def spread(
 
 def abstract(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> Weights:
     """Shapes and places of an engine's weights."""
-    return sharding.abstract(_shapes(config, precision), _places(config, precision, mesh))
+    return sharding.abstract_arrays(_shapes(config, precision), _places(config, precision, mesh))
 
 
 def _convert(params: Any, version: Any, *, config: ModelConfig, precision: Precision) -> Weights:
@@ -198,7 +198,7 @@ def _shardings(shapes: Any, config: ModelConfig, mesh: jax.sharding.Mesh) -> Any
 
     def leaf(names, shape):
         if not isinstance(shape, Quantized):
-            return sharding.params(names, mesh, sharding.DECODE, shape)
+            return sharding.param_shardings(names, mesh, sharding.DECODE, shape)
         # An axis with fewer scales than values is not split: its groups need not divide over the
         # devices.
         whole = tuple(
@@ -206,8 +206,8 @@ def _shardings(shapes: Any, config: ModelConfig, mesh: jax.sharding.Mesh) -> Any
             for name, few, size in zip(names, shape.scale.shape, shape.shape)
         )
         return Quantized(
-            sharding.params(names, mesh, sharding.DECODE, shape.values),
-            sharding.params(whole, mesh, sharding.DECODE, shape.scale),
+            sharding.param_shardings(names, mesh, sharding.DECODE, shape.values),
+            sharding.param_shardings(whole, mesh, sharding.DECODE, shape.scale),
             shape.activations,
         )
 

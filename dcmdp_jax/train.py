@@ -352,7 +352,7 @@ def _collect(
         minibatches=config.algorithm.minibatches,
         microbatches=config.algorithm.microbatches,
         row_length=config.algorithm.row_length or engine.max_length,
-        row_divisor=sharding.batch_size(inputs.mesh),
+        row_divisor=sharding.num_batch_shards(inputs.mesh),
         pad_id=tokenizer.pad_id,
         seed=(config.seed, number),
     )
@@ -511,11 +511,11 @@ def check(
             "warmup needs data.task: only a generated task has solutions to learn from; set --warmup.steps 0"
         )
     qwen3_shapes = jax.eval_shape(partial(decoder.init, config=model), jax.random.key(0))
-    sharding.params(decoder.logical_axes(model), mesh, sharding.TRAIN, qwen3_shapes)
+    sharding.param_shardings(decoder.logical_axes(model), mesh, sharding.TRAIN, qwen3_shapes)
     sync.check(model, config.rollout.precision, decode_mesh)
     for name, size, shards in (
-        ("rollout.slots", config.rollout.slots, engines * sharding.batch_size(decode_mesh)),
-        ("warmup.batch_size", config.warmup.batch_size, sharding.batch_size(mesh)),
+        ("rollout.slots", config.rollout.slots, engines * sharding.num_batch_shards(decode_mesh)),
+        ("warmup.batch_size", config.warmup.batch_size, sharding.num_batch_shards(mesh)),
     ):
         if size % shards:
             raise ValueError(f"{name}={size} does not divide over the mesh's {shards} batch shards")

@@ -36,7 +36,7 @@ def state_of(step):
 
 
 def like(state):
-    return sharding.abstract(state, jax.tree.map(lambda _: PLACE, state))
+    return sharding.abstract_arrays(state, jax.tree.map(lambda _: PLACE, state))
 
 
 def save(workdir, *steps):
@@ -226,7 +226,11 @@ def test_the_checksum_does_not_depend_on_the_mesh():
     values = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
     mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
     whole = checkpoint.checksums([jnp.asarray(values)])
-    for places in (sharding.replicated(mesh), sharding.split(mesh, 0), sharding.split(mesh, 1)):
+    for places in (
+        sharding.replicated(mesh),
+        sharding.batch_sharding(mesh, 0),
+        sharding.batch_sharding(mesh, 1),
+    ):
         assert checkpoint.checksums([jax.device_put(values, places)]) == whole
 
 

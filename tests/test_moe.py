@@ -13,7 +13,7 @@ from dcmdp_jax.models import layers, moe, quantized, sizes
 CONFIG = dataclasses.replace(sizes.TINY_MOE, hidden_size=12, num_experts=5, expert_size=7)
 
 
-def random_params(config, seed=0) -> dict:
+def random_experts(config, seed=0) -> dict:
     d = config.hidden_size
     e = config.num_experts
     f = config.expert_size
@@ -50,7 +50,7 @@ def dense(params, x, config):
 @pytest.mark.parametrize(("k", "norm"), [(1, True), (1, False), (3, True), (5, False)])
 def test_values_and_gradients_equal_the_dense_form(k, norm):
     config = dataclasses.replace(CONFIG, experts_per_token=k, norm_topk_prob=norm)
-    params = random_params(config)
+    params = random_experts(config)
     x = jax.random.normal(jax.random.key(1), (3, 4, config.hidden_size))
     np.testing.assert_allclose(apply(params, x, config), dense(params, x, config), atol=1e-5)
     direction = jax.random.normal(jax.random.key(2), x.shape)
@@ -76,7 +76,7 @@ def test_values_and_gradients_equal_the_dense_form(k, norm):
 def test_the_form_of_accelerators_is_the_cpu_s(parts):
     """`ragged_dot`, with gate and up as they are and turned; values and gradients."""
     weights = moe.Experts(
-        *(random_params(CONFIG)[name] for name in ("gate_proj", "up_proj", "down_proj"))
+        *(random_experts(CONFIG)[name] for name in ("gate_proj", "up_proj", "down_proj"))
     )
     x = jax.random.normal(jax.random.key(1), (9, CONFIG.hidden_size))
     experts = jax.random.randint(jax.random.key(2), (9, 2), 0, CONFIG.num_experts)
@@ -97,7 +97,7 @@ def test_the_form_of_accelerators_is_the_cpu_s(parts):
 
 def test_no_token_is_dropped_when_all_choose_one_expert():
     config = dataclasses.replace(CONFIG, experts_per_token=1)
-    params = random_params(config)
+    params = random_experts(config)
     params["router"] = jnp.zeros_like(params["router"]).at[0, 3].set(100.0)
     x = jax.random.normal(jax.random.key(1), (2, 16, config.hidden_size)).at[..., 0].set(1.0)
     mlp = {name: params[name][3] for name in ("gate_proj", "up_proj", "down_proj")}
@@ -108,7 +108,7 @@ def test_no_token_is_dropped_when_all_choose_one_expert():
 
 
 def test_a_token_does_not_depend_on_the_others():
-    params = random_params(CONFIG)
+    params = random_experts(CONFIG)
     x = jax.random.normal(jax.random.key(1), (2, 6, CONFIG.hidden_size))
     together = apply(params, x, CONFIG)
     for b, s in np.ndindex(2, 6):
@@ -118,7 +118,7 @@ def test_a_token_does_not_depend_on_the_others():
 
 def test_route():
     x = jax.random.normal(jax.random.key(1), (50, CONFIG.hidden_size))
-    router = random_params(CONFIG)["router"]
+    router = random_experts(CONFIG)["router"]
     probs = np.asarray(jax.nn.softmax(x @ router, axis=-1))
     raw, experts = moe.route(x, router, dataclasses.replace(CONFIG, norm_topk_prob=False))
     np.testing.assert_array_equal(
@@ -131,7 +131,7 @@ def test_route():
 
 
 def test_zero_and_padding_rows_are_finite():
-    params = random_params(CONFIG)
+    params = random_experts(CONFIG)
     x = jnp.zeros((1, 3, CONFIG.hidden_size))
     grads = jax.grad(lambda p: jnp.sum(apply(p, x, CONFIG) ** 2))(params)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
@@ -144,7 +144,7 @@ def test_replayed_experts_take_the_place_of_the_router_s(j, norm):
     given experts where any are; the router's gradient is a finite difference's.
     """
     config = dataclasses.replace(CONFIG, experts_per_token=3, norm_topk_prob=norm)
-    params = random_params(config)
+    params = random_experts(config)
     x = jax.random.normal(jax.random.key(1), (3, 4, config.hidden_size))
     given = np.argsort(np.random.default_rng(0).random((3, 4, config.num_experts)), axis=-1)[
         ..., :j
@@ -189,7 +189,7 @@ def test_replayed_experts_take_the_place_of_the_router_s(j, norm):
 
 @pytest.mark.parametrize("dtype", ["int8", "int4", "float8_e4m3fn"])
 def test_quantized_experts(dtype):
-    params = random_params(CONFIG)
+    params = random_experts(CONFIG)
     x = jax.random.normal(jax.random.key(1), (2, 6, CONFIG.hidden_size))
     few = {
         name: w if name == "router" else quantized.quantize(w, dtype, (-2,))
@@ -203,7 +203,7 @@ def test_quantized_experts(dtype):
 def test_tokens_that_are_not_live_change_nothing_for_the_others():
     """In tiles that are full, half full and empty, on top of each other's experts."""
     config = dataclasses.replace(CONFIG, experts_per_token=3)
-    params = random_params(config)
+    params = random_experts(config)
     x = jax.random.normal(jax.random.key(1), (40, 1, config.hidden_size))
     some = jax.jit(lambda x, live: layers.MoE(config).apply({"params": params}, x, live))
     for count in (0, 1, 7, 40):

@@ -233,7 +233,7 @@ def test_activations_are_rounded_a_token_at_a_time(
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-4)
     assert np.abs(got - np.tensordot(x, few.dequantize(), contract)).max() > 1e-3
     np.testing.assert_allclose(
-        quantized.rounded(x, few), rounded_rows(np.asarray(x), activations), rtol=1e-6
+        quantized.round_activations(x, few), rounded_rows(np.asarray(x), activations), rtol=1e-6
     )
 
 
@@ -286,10 +286,12 @@ def test_an_expert_is_its_own_matrix(dtype):
     few = quantized.quantize(w, dtype, (-2,), 8) if dtype in FORMATS else w
     plain = few.dequantize() if dtype in FORMATS else w
     got = jax.jit(
-        lambda few: jax.lax.map(lambda e: quantized.expert(few, e, jnp.float32), jnp.arange(3))
+        lambda few: jax.lax.map(
+            lambda e: quantized.expert_matrix(few, e, jnp.float32), jnp.arange(3)
+        )
     )(few)
     np.testing.assert_allclose(got, plain, rtol=1e-6)
-    assert quantized.expert(few, 1, jnp.bfloat16).dtype == jnp.bfloat16
+    assert quantized.expert_matrix(few, 1, jnp.bfloat16).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("split", [(None, "tensor"), ("tensor", None)], ids=["outputs", "inputs"])
@@ -303,8 +305,8 @@ def test_products_over_devices(dtype, group, activations, split, form):
     table = {"tensor": "tensor"}
     whole = tuple(name if few.scale.shape[i] > 1 else None for i, name in enumerate(split))
     places = Quantized(
-        sharding.params(split, mesh, table, few.values),
-        sharding.params(whole, mesh, table, few.scale),
+        sharding.param_shardings(split, mesh, table, few.values),
+        sharding.param_shardings(whole, mesh, table, few.scale),
         activations,
     )
     apart = jax.device_put(few, places)
@@ -312,6 +314,6 @@ def test_products_over_devices(dtype, group, activations, split, form):
         len(apart.values.sharding.device_set) == 8 and not apart.values.sharding.is_fully_replicated
     )
     got = jax.jit(lambda x, w: quantized.product(x, w, jnp.float32))(
-        jax.device_put(x, sharding.split(mesh, 0)), apart
+        jax.device_put(x, sharding.batch_sharding(mesh, 0)), apart
     )
     np.testing.assert_allclose(got, quantized.product(x, few, jnp.float32), atol=1e-5)

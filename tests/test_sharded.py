@@ -109,9 +109,9 @@ def test_log_probs_and_gradients(case):
     config, axes = case
     params, ((loss, aux), grads) = on_one_device(config)
     mesh = sharding.make_mesh(axes, jax.devices()[:8])
-    places = sharding.params(decoder.logical_axes(config), mesh, sharding.TRAIN, params)
+    places = sharding.param_shardings(decoder.logical_axes(config), mesh, sharding.TRAIN, params)
     f = jax.value_and_grad(functools.partial(score, config=config), has_aux=True)
-    found = jax.jit(sharding.over(mesh, f), out_shardings=((None, None), places))(
+    found = jax.jit(sharding.with_mesh(mesh, f), out_shardings=((None, None), places))(
         jax.device_put(params, places), *packed()
     )
     assert_close(found[0][1], aux, 1e-5)
@@ -159,7 +159,7 @@ def test_unequal_experts_take_more_rounds(monkeypatch):
     f = jax.value_and_grad(functools.partial(score, config=MOE), has_aux=True)
     (loss, aux), grads = jax.jit(f)(params, *packed())
     mesh = sharding.make_mesh(MeshConfig(expert=8), jax.devices()[:8])
-    (found, found_aux), found_grads = jax.jit(sharding.over(mesh, f))(
+    (found, found_aux), found_grads = jax.jit(sharding.with_mesh(mesh, f))(
         jax.device_put(params, sharding.replicated(mesh)), *packed()
     )
     assert_close((found, found_aux, found_grads), (loss, aux, grads), 1e-5)

@@ -10,17 +10,17 @@ from dcmdp_jax.models import decoder, sizes
 
 
 def test_spec_reads_the_table():
-    assert sharding.spec(("layers", "embed", "q_heads", None), sharding.TRAIN) == P(
+    assert sharding.partition_spec(("layers", "embed", "q_heads", None), sharding.TRAIN) == P(
         None, ("fsdp", "expert", "sequence"), "tensor", None
     )
-    assert sharding.spec(("embed", "mlp"), sharding.DECODE) == P(None, "tensor")
+    assert sharding.partition_spec(("embed", "mlp"), sharding.DECODE) == P(None, "tensor")
 
 
 def test_unknown_and_colliding_axes_raise():
     with pytest.raises(KeyError, match="no_such"):
-        sharding.spec(("embed", "no_such"), sharding.TRAIN)
+        sharding.partition_spec(("embed", "no_such"), sharding.TRAIN)
     with pytest.raises(ValueError, match="twice"):
-        sharding.spec(("mlp", "vocab"), sharding.TRAIN)
+        sharding.partition_spec(("mlp", "vocab"), sharding.TRAIN)
 
 
 @pytest.mark.parametrize("config", [sizes.TINY, sizes.TINY_MOE], ids=["dense", "moe"])
@@ -28,7 +28,7 @@ def test_unknown_and_colliding_axes_raise():
 def test_every_parameter_has_a_place(config, table):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), config))
-    places = sharding.params(decoder.logical_axes(config), mesh, table, shapes)
+    places = sharding.param_shardings(decoder.logical_axes(config), mesh, table, shapes)
     assert jax.tree.structure(places) == jax.tree.structure(shapes)
 
 
@@ -48,4 +48,4 @@ def test_sizes_must_divide():
     mesh = sharding.make_mesh(MeshConfig(tensor=8), jax.devices()[:8])
     shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), sizes.TINY))
     with pytest.raises(ValueError, match=r"does not divide over mesh\.tensor=8"):
-        sharding.params(decoder.logical_axes(sizes.TINY), mesh, sharding.TRAIN, shapes)
+        sharding.param_shardings(decoder.logical_axes(sizes.TINY), mesh, sharding.TRAIN, shapes)

@@ -44,7 +44,7 @@ def test_values_and_gradients(axes):
     kernel = grads(functools.partial(splash.attention, interpret=True))
     if axes is not None:
         mesh = sharding.make_mesh(axes, jax.devices()[:8])
-        kernel = sharding.over(mesh, kernel)
+        kernel = sharding.with_mesh(mesh, kernel)
         q = jax.device_put(q, sharding.replicated(mesh))
     found = jax.jit(kernel)(q, k, v, segment_ids)
     real = np.asarray(segment_ids > 0)[:, None, None, :, None]

@@ -112,7 +112,7 @@ def run(config, scored, mesh=None, row_length=2 * (P + T)):
         minibatches=algorithm.minibatches,
         microbatches=algorithm.microbatches,
         row_length=row_length,
-        row_divisor=sharding.batch_size(mesh),
+        row_divisor=sharding.num_batch_shards(mesh),
         seed=1,
     )
     state = fresh_state(config, model, mesh)

@@ -208,7 +208,7 @@ def test_placement_is_the_decode_table(model, precision):
         MeshConfig(expert=2 if model.num_experts else 1, tensor=2), jax.devices()[:8]
     )
     shapes = jax.eval_shape(lambda: random_params(model))
-    places = sharding.params(decoder.logical_axes(model), mesh, sharding.TRAIN, shapes)
+    places = sharding.param_shardings(decoder.logical_axes(model), mesh, sharding.TRAIN, shapes)
     params = jax.device_put(random_params(model), places)
     weights = synced(model, precision, params, mesh)
     jax.tree.map(
@@ -242,7 +242,7 @@ def test_from_training_devices_to_others(precision):
     shapes = jax.eval_shape(lambda: random_params(MOE))
     params = jax.device_put(
         random_params(MOE),
-        sharding.params(decoder.logical_axes(MOE), train, sharding.TRAIN, shapes),
+        sharding.param_shardings(decoder.logical_axes(MOE), train, sharding.TRAIN, shapes),
     )
     weights = synced(
         MOE, precision, params, decode, version=jax.device_put(5, sharding.replicated(train))

@@ -130,7 +130,9 @@ def test_save_then_load_is_exact(config, dtype, max_shard_bytes, tmp_path):
     assert_equal(loaded, params)
     shards = list((tmp_path / "model").glob("*.safetensors"))
     assert (len(shards) > 1) == (max_shard_bytes == 50_000)
-    pairs = zip(jax.tree.leaves(weights.leaves(config)), jax.tree.leaves(params), strict=True)
+    pairs = zip(
+        jax.tree.leaves(weights.parameter_table(config)), jax.tree.leaves(params), strict=True
+    )
     biggest = max(x.nbytes // len(leaf.tensors) for leaf, x in pairs)
     assert all(path.stat().st_size <= max(max_shard_bytes, biggest) + 20_000 for path in shards)
     assert not [path for path in tmp_path.iterdir() if path.name != "model"]
@@ -152,7 +154,7 @@ def test_sharded_load_equals_unsharded(config, tmp_path):
         else MeshConfig(data=2, fsdp=2, tensor=2)
     )
     shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), config))
-    places = sharding.params(
+    places = sharding.param_shardings(
         decoder.logical_axes(config), sharding.make_mesh(parts), sharding.TRAIN, shapes
     )
     _, params = weights.load(tmp_path / "model", shardings=places)
@@ -190,7 +192,7 @@ def test_a_slice_reads_no_more_than_itself(config, tmp_path):
     weights.save(tmp_path / "model", config, params)
     file = safetensors.safe_open(tmp_path / "model" / "model.safetensors", framework="np")
     for leaf, array in zip(
-        jax.tree.leaves(weights.leaves(config)), jax.tree.leaves(params), strict=True
+        jax.tree.leaves(weights.parameter_table(config)), jax.tree.leaves(params), strict=True
     ):
         counted = Counted(file)
         index = tuple(slice(n // 2, n) if n > 1 else slice(0, 1) for n in array.shape)
@@ -301,7 +303,7 @@ def test_a_sharded_load_finds_what_is_not_finite(folder):
     config = CONFIGS["dense"]
     shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), config))
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    places = sharding.params(decoder.logical_axes(config), mesh, sharding.TRAIN, shapes)
+    places = sharding.param_shardings(decoder.logical_axes(config), mesh, sharding.TRAIN, shapes)
     with pytest.raises(ValueError, match=f"tensor {EMBED} holds NaN"):
         weights.load(folder, shardings=places)
 

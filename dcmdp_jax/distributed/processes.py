@@ -186,7 +186,7 @@ def gather(tree: Any) -> Any:
         return tree
     last = {device.process_index: device for device in jax.devices()}
     mesh = sharding.make_mesh(MeshConfig(data=len(last), fsdp=1), [last[i] for i in sorted(last)])
-    rows = sharding.split(mesh, 0)
+    rows = sharding.batch_sharding(mesh, 0)
     parts = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), tree)
     whole = jax.jit(_same, out_shardings=sharding.replicated(mesh))(parts)
     return jax.tree.map(lambda x: np.array(x.addressable_data(0)), whole)

@@ -331,7 +331,7 @@ def _start(evaluation: Evaluation) -> tuple[Engine, Weights]:
     shape = weights.read_config(options.folder)
     model = dataclasses.replace(shape, bfloat16=options.bfloat16 or shape.bfloat16)
     shapes = jax.eval_shape(functools.partial(decoder.init, config=model), jax.random.key(0))
-    places = sharding.params(decoder.logical_axes(model), mesh, sharding.DECODE, shapes)
+    places = sharding.param_shardings(decoder.logical_axes(model), mesh, sharding.DECODE, shapes)
     _, params = weights.load(
         options.folder, jnp.bfloat16 if model.bfloat16 else jnp.float32, shardings=places
     )

@@ -19,14 +19,14 @@ DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
 BLOCK = 1 << 19
 
 # [B, KV, S, h]; a `Quantized` one has a scale per position and kv-head, [B, KV, S, 1]
-Layer = jax.Array | Quantized
+CacheLayer = jax.Array | Quantized
 
 
 class Cache(NamedTuple):
     """Keys (rotated) and values of B slots, S positions each: one `Layer` per layer."""
 
-    keys: tuple[Layer, ...]
-    values: tuple[Layer, ...]
+    keys: tuple[CacheLayer, ...]
+    values: tuple[CacheLayer, ...]
 
 
 def init(config: ModelConfig, slots: int, length: int, dtype: str = "") -> Cache:
@@ -39,7 +39,7 @@ def init(config: ModelConfig, slots: int, length: int, dtype: str = "") -> Cache
         raise ValueError(f"the cache cannot hold {dtype!r}; choose one of {', '.join(DTYPES)}")
     shape = (slots, config.num_kv_heads, length, config.head_dim)
 
-    def layer() -> Layer:
+    def layer() -> CacheLayer:
         zeros = jnp.zeros(shape, dtype)
         return (
             Quantized(zeros, jnp.ones((*shape[:3], 1), jnp.float32)) if dtype in LARGEST else zeros
@@ -71,7 +71,7 @@ def insert(
             f"insert: a prefix of {prefix} positions does not fit a cache of {length}; lengthen the cache"
         )
 
-    def copy(layer: Layer, new: jax.Array) -> Layer:
+    def copy(layer: CacheLayer, new: jax.Array) -> CacheLayer:
         return jax.tree.map(
             lambda old, new: old.at[slots, :, :prefix].set(
                 new[rows], unique_indices=True, mode="drop"
@@ -83,7 +83,7 @@ def insert(
     return Cache(tuple(map(copy, cache.keys, keys)), tuple(map(copy, cache.values, values)))
 
 
-def write(layer: Layer, new: jax.Array, lengths: jax.Array) -> Layer:
+def write(layer: CacheLayer, new: jax.Array, lengths: jax.Array) -> CacheLayer:
     """Put `new[b]` at position `lengths[b]` of slot b; a position outside the cache is dropped.
 
     layer [B, KV, S, h], new [B, KV, h], lengths [B] int32 -> [B, KV, S, h]. Float32 and int8 are
@@ -103,12 +103,12 @@ def write(layer: Layer, new: jax.Array, lengths: jax.Array) -> Layer:
     )
 
 
-def first(cache: Cache, window: int) -> Cache:
+def prefix(cache: Cache, window: int) -> Cache:
     """The first `window` positions of every slot, copied, for the steps of one dispatch to work in."""
     return jax.tree.map(lambda layer: layer[:, :, :window], cache)
 
 
-def restore(cache: Cache, part: Cache) -> Cache:
+def restore_prefix(cache: Cache, part: Cache) -> Cache:
     """`cache` with its first positions replaced by `part`, as `first` cut it; in place where
     `cache` is donated.
     """
@@ -117,7 +117,7 @@ def restore(cache: Cache, part: Cache) -> Cache:
     )
 
 
-def _held(new: jax.Array, layer: Layer) -> Layer:
+def _held(new: jax.Array, layer: CacheLayer) -> CacheLayer:
     """`new` [..., h] as `layer` holds it."""
     if isinstance(layer, Quantized):
         return quantize(new, layer.values.dtype, (-1,))
@@ -125,7 +125,7 @@ def _held(new: jax.Array, layer: Layer) -> Layer:
 
 
 def attend(
-    q: jax.Array, keys: Layer, values: Layer, lengths: jax.Array, *, window: int
+    q: jax.Array, keys: CacheLayer, values: CacheLayer, lengths: jax.Array, *, window: int
 ) -> jax.Array:
     """Attention of one token a slot to positions 0..lengths[b] of its slot: `softmax(q k^T /
     sqrt(h)) v`.
@@ -151,8 +151,8 @@ def attend(
 
 def _attend(
     q: jax.Array,
-    keys: Layer,
-    values: Layer,
+    keys: CacheLayer,
+    values: CacheLayer,
     length: jax.Array,
     *,
     window: int,
@@ -168,7 +168,7 @@ def _attend(
     return einsum("kgt,kth->kgh", weights, v, q.dtype).astype(q.dtype)
 
 
-def _numbers(layer: Layer, window: int) -> tuple[jax.Array, jax.Array | float]:
+def _numbers(layer: CacheLayer, window: int) -> tuple[jax.Array, jax.Array | float]:
     """Values [KV, window, h] before scaling, and their scale [KV, 1, window]."""
     if isinstance(layer, Quantized):
         return layer.values[:, :window], layer.scale[:, None, :window, 0]

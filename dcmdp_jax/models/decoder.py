@@ -163,11 +163,11 @@ def hidden(
         )
         routed += n * sparse
         layer = Layer(config, sparse)
-        names = jax.tree.map(lambda axes: axes[1:], names, is_leaf=sharding.is_names)
+        names = jax.tree.map(lambda axes: axes[1:], names, is_leaf=sharding.is_axis_names)
 
         def step(x, given, layer=layer, names=names):
             layer_params, replayed = given
-            layer_params = sharding.gather(_computed(layer_params, config), names)
+            layer_params = sharding.gather_params(_computed(layer_params, config), names)
             x, _ = layer.apply({"params": layer_params}, x, cos, sin, attend, replayed=replayed)
             return sharding.constrain(x, "rows", "positions", None), None
 

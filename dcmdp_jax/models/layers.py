@@ -198,11 +198,11 @@ class MoE(nn.Module):
         weights = moe.Experts(gate_proj, up_proj, down_proj)
         gates, experts = moe.route(x, router, c, replayed)
         self.sow("routing", "experts", experts.reshape(-1, experts.shape[-1]))
-        if sharding.ambient() is not None and not self.is_initializing():
-            return dispatch.mix(x, gates, experts, weights)
+        if sharding.current_mesh() is not None and not self.is_initializing():
+            return dispatch.mixture(x, gates, experts, weights)
         tokens, gates, experts = (a.reshape(-1, a.shape[-1]) for a in (x, gates, experts))
         live = None if live is None else jnp.repeat(live, x.shape[1])
-        return moe.mix(tokens, gates, experts, weights, live, c.expert_parts).reshape(x.shape)
+        return moe.mixture(tokens, gates, experts, weights, live, c.expert_parts).reshape(x.shape)
 
 
 class Layer(nn.Module):

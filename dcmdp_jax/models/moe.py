@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models.kernels.swiglu import Experts, in_tiles
-from dcmdp_jax.models.quantized import Quantized, einsum, precision, rounded
+from dcmdp_jax.models.quantized import Quantized, einsum, precision, round_activations
 
 NORMAL = nn.initializers.normal(0.02)
 TILE = 128  # rows of one expert multiplied together on a CPU, at most
@@ -58,7 +58,7 @@ def _replay(probs: jax.Array, replayed: jax.Array, k: int) -> tuple[jax.Array, j
     return jnp.where(used, jnp.take_along_axis(probs, experts, axis=-1), 0), experts
 
 
-def mix(
+def mixture(
     x: jax.Array,
     gates: jax.Array,
     experts: jax.Array,
@@ -76,11 +76,12 @@ def mix(
     """
     # Summed in the order of k, which does not depend on the other tokens.
     return jnp.sum(
-        assigned(x, experts, weights, live, parts).astype(jnp.float32) * gates[..., None], axis=1
+        expert_outputs(x, experts, weights, live, parts).astype(jnp.float32) * gates[..., None],
+        axis=1,
     ).astype(x.dtype)
 
 
-def assigned(
+def expert_outputs(
     x: jax.Array,
     experts: jax.Array,
     weights: Experts,
@@ -114,7 +115,7 @@ def _by_ragged_dot(x: jax.Array, experts: jax.Array, weights: Experts, parts: in
     sizes = jnp.bincount(expert_of, length=count).astype(jnp.int32)
 
     def product(rows, w, turned=False):
-        rows = rounded(rows, w)
+        rows = round_activations(rows, w)
         w = w.dequantize() if isinstance(w, Quantized) else w
         rows = rows.astype(x.dtype)
         w = w.astype(x.dtype)

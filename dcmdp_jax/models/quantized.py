@@ -164,7 +164,7 @@ def einsum(spec: str, x: jax.Array, y: jax.Array, dtype) -> jax.Array:
     )
 
 
-def rounded(x: jax.Array, w: jax.Array | Quantized) -> jax.Array:
+def round_activations(x: jax.Array, w: jax.Array | Quantized) -> jax.Array:
     """`x` [..., I] as it enters a product with `w`, in its own dtype."""
     if not isinstance(w, Quantized) or not w.activations:
         return x
@@ -231,7 +231,7 @@ def embed(table: jax.Array | Quantized, tokens: jax.Array, dtype) -> jax.Array:
     return (rows.dequantize() if isinstance(rows, Quantized) else rows).astype(dtype)
 
 
-def expert(w: jax.Array | Quantized, e: jax.Array, dtype) -> jax.Array:
+def expert_matrix(w: jax.Array | Quantized, e: jax.Array, dtype) -> jax.Array:
     """The matrix of expert `e`, which may be traced, in `dtype`: [E, I, O] -> [I, O]."""
     one = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, e, keepdims=False), w)
     return (one.dequantize() if isinstance(one, Quantized) else one).astype(dtype)

@@ -168,7 +168,7 @@ def _layer(c: ModelConfig, sparse: bool) -> dict:
     return tree | {"moe": router | _feed_forward("mlp.experts.{expert}", d, c.expert_size)}
 
 
-def leaves(config: ModelConfig) -> dict:
+def parameter_table(config: ModelConfig) -> dict:
     """`qwen3.init`'s tree with a `Leaf` in place of each array."""
     v = config.vocab_size
     d = config.hidden_size
@@ -350,7 +350,7 @@ def _checked(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Any],
             f"{folder} has {len(files)} tensors, too few for num_hidden_layers={config.num_layers} "
             f"of its config.json{f' with num_experts={config.num_experts}' if sparse else ''}"
         )
-    tree = leaves(config)
+    tree = parameter_table(config)
     tensors = {
         tensor.name: tensor for leaf in jax.tree.leaves(tree) for tensor in leaf.tensors.values()
     }
@@ -424,7 +424,7 @@ def _pair(config: ModelConfig, params: dict) -> list[tuple[Leaf, jax.Array]]:
         )
     if not all(array.is_fully_addressable for array in arrays):
         raise ValueError("save: other hosts hold part of the parameters; gather them first")
-    return list(zip(jax.tree.leaves(leaves(config)), arrays, strict=True))
+    return list(zip(jax.tree.leaves(parameter_table(config)), arrays, strict=True))
 
 
 def _write(folder: pathlib.Path, pairs: list[tuple[Leaf, jax.Array]], max_shard_bytes: int) -> None:

@@ -163,7 +163,7 @@ def generate(
 
     whole = state.cache
     if apart:
-        state = state._replace(cache=kv.first(whole, window))
+        state = state._replace(cache=kv.prefix(whole, window))
     _, shapes = jax.eval_shape(
         lambda: _decode_step(weights.params, state, config, stop_ids, window, record_experts)
     )
@@ -172,7 +172,7 @@ def generate(
     )
     _, state, out = jax.lax.while_loop(running, step_at, (0, state, empty))
     if apart:
-        state = state._replace(cache=kv.restore(whole, state.cache))
+        state = state._replace(cache=kv.restore_prefix(whole, state.cache))
     return state, Tokens(out, state.generated, state.active)
 
 

@@ -133,7 +133,7 @@ class Engine(engine_api.Engine):
         )
         self._experts = (sparse, config.experts_per_token if sparse else 0)
         empty = partial(decode.init_state, config, slots, max_length, precision.cache)
-        place = sharding.decode_state(jax.eval_shape(empty), self._mesh)
+        place = sharding.decode_state_shardings(jax.eval_shape(empty), self._mesh)
         self._init = jax.jit(empty, out_shardings=place)
         self._prefill = jax.jit(partial(decode.prefill, config=config))
         self._insert = jax.jit(
@@ -161,7 +161,7 @@ class Engine(engine_api.Engine):
     def state_shapes(self) -> decode.DecodeState:
         """Shapes and places of the decode state."""
         shapes = jax.eval_shape(self._init)
-        return sharding.abstract(shapes, sharding.decode_state(shapes, self._mesh))
+        return sharding.abstract_arrays(shapes, sharding.decode_state_shardings(shapes, self._mesh))
 
     def lower(
         self, weights: Any, prompts: int, width: int

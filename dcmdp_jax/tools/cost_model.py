@@ -138,7 +138,7 @@ def decode(model: ModelConfig, rollout: RolloutConfig, slots: int, length: int, 
     ) / split
     cached = BYTES[rollout.precision.cache or ("bfloat16" if model.bfloat16 else "float32")]
     position = 2 * model.num_layers * model.num_kv_heads * model.head_dim * cached / split
-    memory = weights + position * context * slots / sharding.batch_size(mesh)
+    memory = weights + position * context * slots / sharding.num_batch_shards(mesh)
     return Work(flops, memory, _reduced(model, slots, mesh)) * rollout.tokens_per_dispatch
 
 
@@ -187,7 +187,7 @@ def _exchange(model: ModelConfig, tokens: int, mesh: Any, passes: int, *, gradie
             + w.experts / shape["expert"] * (1 - 1 / of_experts)
         )
     )
-    own = tokens / (sharding.batch_size(mesh) * shape["sequence"])
+    own = tokens / (sharding.num_batch_shards(mesh) * shape["sequence"])
     sent = (
         own
         * model.hidden_size
@@ -205,5 +205,5 @@ def _exchange(model: ModelConfig, tokens: int, mesh: Any, passes: int, *, gradie
 def _reduced(model: ModelConfig, tokens: float, mesh: Any) -> float:
     """Partial sums over the tensor axis: twice a layer, each sent round and back."""
     split = mesh.shape["tensor"]
-    own = tokens / (sharding.batch_size(mesh) * mesh.shape["sequence"])
+    own = tokens / (sharding.num_batch_shards(mesh) * mesh.shape["sequence"])
     return 2 * model.num_layers * 2 * (1 - 1 / split) * own * model.hidden_size * _size(model)

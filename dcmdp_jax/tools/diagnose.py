@@ -226,7 +226,7 @@ def _exact(
 def _noise(case: Case, weights: Weights, exact: np.ndarray) -> tuple[Effect, ...]:
     """What would be zero were it not for the order of sums."""
     config = case.config
-    shards = sharding.batch_size(case.inputs.decode_mesh)
+    shards = sharding.num_batch_shards(case.inputs.decode_mesh)
     again = case.score(case.policy.params, case.sampled, (config.seed, 1), split=2)
     slots = max(config.rollout.slots // (2 * shards), 1) * shards
     fewer = _engine(case._replace(config=_with(config, slots=slots)), EXACT)

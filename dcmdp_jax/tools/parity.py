@@ -137,7 +137,7 @@ def scorer(config: Config, inputs: train.Inputs) -> Score:
 
     With `split` the passes hold that many times fewer completions, where their number allows.
     """
-    rows = sharding.split(inputs.mesh, 0)
+    rows = sharding.batch_sharding(inputs.mesh, 0)
     whole = sharding.replicated(inputs.mesh)
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
     packed = jax.jit(
@@ -163,7 +163,7 @@ def scorer(config: Config, inputs: train.Inputs) -> Score:
             microbatches=microbatches,
             row_length=config.algorithm.row_length or longest,
             pad_id=inputs.tokenizer.pad_id,
-            row_divisor=sharding.batch_size(inputs.mesh),
+            row_divisor=sharding.num_batch_shards(inputs.mesh),
             seed=seed,
         )
         micros = (

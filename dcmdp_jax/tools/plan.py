@@ -146,7 +146,7 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
         0,
         f"{row}algorithm.microbatches, model.remat, mesh.sequence or mesh.tensor",
     )
-    score = jax.jit(sharding.over(mesh, partial(step.score, config=config, model=model)))
+    score = jax.jit(sharding.with_mesh(mesh, partial(step.score, config=config, model=model)))
     yield Program(
         "scoring pass",
         score.lower(state.params, batch),
@@ -157,7 +157,7 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
     )
     shared = set(decode_mesh.devices.flat) <= set(mesh.devices.flat)
     yield from _engine(config, model, decode_mesh, engines, sizes if shared else 0)
-    own = decode_mesh if shared else sharding.block(mesh, 0)
+    own = decode_mesh if shared else sharding.process_block(mesh, 0)
     version = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
     yield Program(
         "weight sync",
@@ -219,7 +219,7 @@ def abstract_batch(config: Config, model: ModelConfig, mesh: Any) -> Batch:
         config.data.prompts_per_step * config.rollout.samples // (a.minibatches * a.microbatches)
     )
     length = a.row_length or config.data.max_prompt_tokens + width
-    rows = -(-count // sharding.batch_size(mesh)) * sharding.batch_size(mesh)
+    rows = -(-count // sharding.num_batch_shards(mesh)) * sharding.num_batch_shards(mesh)
     sizes = dict.fromkeys(("tokens", "positions", "segment_ids"), (rows, length)) | dict.fromkeys(
         ("reward", "group"), (count,)
     )

@@ -43,7 +43,7 @@ def packed(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | No
     """
     if segment_ids is None:
         segment_ids = jnp.ones((q.shape[0], q.shape[3]), jnp.int32)
-    if splash.applies(q):
+    if splash.is_supported(q):
         return jax.lax.platform_dependent(
             q, k, v, segment_ids, tpu=splash.attention, default=_without_splash
         )
@@ -52,14 +52,14 @@ def packed(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | No
 
 def _without_splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
     first = segment_starts(segment_ids)
-    mesh = sharding.ambient()
+    mesh = sharding.current_mesh()
     if mesh is None:
         return _on_one_device(q, k, v, first)
     if mesh.shape["sequence"] > 1:
         return _whole(q, k, v, first)
     queries = ("rows", "kv_heads", None, None, None)
     keys = ("rows", "kv_heads", None, None)
-    return sharding.by_shard(_on_one_device, queries, keys, keys, ("rows", None), out=queries)(
+    return sharding.shard_map(_on_one_device, queries, keys, keys, ("rows", None), out=queries)(
         q, k, v, first
     )
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from dcmdp_jax import sharding
-from dcmdp_jax.models.moe import Experts, assigned
+from dcmdp_jax.models.moe import Experts, expert_outputs
 
 ROWS = 16_384  # received by a device in a round, at most
 SLACK = 1.25  # room for an unequal load before a second round is needed
@@ -32,7 +32,7 @@ SPLIT = (
 
 
 @jax.custom_vjp
-def mix(x: jax.Array, gates: jax.Array, experts: jax.Array, weights: Experts) -> jax.Array:
+def mixture(x: jax.Array, gates: jax.Array, experts: jax.Array, weights: Experts) -> jax.Array:
     """`moe.mix` over the ambient mesh: x [R, S, D], gates, experts [R, S, k] -> [R, S, D]."""
 
     def local(x, gates, experts, *weights):
@@ -52,13 +52,13 @@ def mix(x: jax.Array, gates: jax.Array, experts: jax.Array, weights: Experts) ->
         y = jax.lax.fori_loop(0, plan.rounds, one, jnp.zeros(tokens.shape, jnp.float32))
         return jax.lax.psum(y, "tensor").astype(x.dtype).reshape(x.shape)
 
-    return sharding.by_shard(local, TOKENS, TOKENS, TOKENS, *WIDE, out=TOKENS)(
+    return sharding.shard_map(local, TOKENS, TOKENS, TOKENS, *WIDE, out=TOKENS)(
         x, gates, experts, *weights
     )
 
 
 def _forward(x, gates, experts, weights):
-    return mix(x, gates, experts, weights), (x, gates, experts, weights)
+    return mixture(x, gates, experts, weights), (x, gates, experts, weights)
 
 
 def _backward(kept, dy):
@@ -101,13 +101,13 @@ def _backward(kept, dy):
         return dx.astype(x.dtype).reshape(x.shape), dgates.reshape(gates.shape), *dweights
 
     x, gates, experts, weights = kept
-    dx, dgates, *dweights = sharding.by_shard(
+    dx, dgates, *dweights = sharding.shard_map(
         local, TOKENS, TOKENS, TOKENS, TOKENS, *WIDE, out=(TOKENS, TOKENS, *SPLIT)
     )(x, gates, experts, dy, *weights)
     return dx, dgates, None, Experts(*dweights)
 
 
-mix.defvjp(_forward, _backward)
+mixture.defvjp(_forward, _backward)
 
 
 class _Plan(NamedTuple):
@@ -152,7 +152,7 @@ def _rows(tokens: jax.Array, token: jax.Array, valid: jax.Array) -> jax.Array:
 
 def _expert(rows: jax.Array, ids: jax.Array, weights: Experts) -> jax.Array:
     """[shards, size, D] -> [shards, size, D], each row by its expert."""
-    return assigned(rows.reshape(-1, rows.shape[-1]), ids.reshape(-1, 1), weights).reshape(
+    return expert_outputs(rows.reshape(-1, rows.shape[-1]), ids.reshape(-1, 1), weights).reshape(
         rows.shape
     )
 

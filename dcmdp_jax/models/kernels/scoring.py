@@ -82,7 +82,7 @@ def token_logp(
     """
     weight = params["embed"] if config.tie_word_embeddings else params["head"]
     rows, columns = targets.shape
-    mesh = sharding.ambient()
+    mesh = sharding.current_mesh()
 
     def tiling(rows, columns, vocabulary, most_words=WIDTH, sizes=()):
         parts = -(-vocabulary // most_words)
@@ -144,7 +144,7 @@ def packed_logp(
     What stands at masked places means nothing.
     """
     rows = None
-    if sharding.ambient() is None:
+    if sharding.current_mesh() is None:
         rows, table = _look_up(params["embed"], tokens)
         params = params | {"embed": table}
         rows = rows.astype(compute_dtype(config))
@@ -195,7 +195,7 @@ def _forward(tiling: Tiling, *arguments: jax.Array) -> tuple:
     """[logp, and entropy if asked for], [R, S] each."""
     f = partial(_values, tiling)
     if tiling.split:
-        f = sharding.by_shard(f, *_layout(tiling), out=(PLACE,) * (2 + tiling.entropy))
+        f = sharding.shard_map(f, *_layout(tiling), out=(PLACE,) * (2 + tiling.entropy))
     *out, log_total = f(*arguments)
     return out, (*arguments, log_total)
 
@@ -204,7 +204,7 @@ def _backward(tiling: Tiling, kept: tuple, cotangents: list[jax.Array]) -> tuple
     f = partial(_slopes, tiling)
     if tiling.split:
         layout = _layout(tiling)
-        f = sharding.by_shard(f, *layout, PLACE, PLACE, out=layout[:2])
+        f = sharding.shard_map(f, *layout, PLACE, PLACE, out=layout[:2])
     return *f(*kept, cotangents[0]), None, None
 
 
@@ -296,7 +296,7 @@ def _slopes(
         start = d_hidden, jnp.zeros(w.shape, jnp.float32) if tiling.split else held
         d_hidden, d_w = _each_tile(tiling, moved, tile, start)
         if tiling.split:
-            d_w = held + sharding.scatter_sum(d_w.astype(tiling.dtype), 1 - axis).astype(
+            d_w = held + sharding.reduce_scatter(d_w.astype(tiling.dtype), 1 - axis).astype(
                 jnp.float32
             )
         return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_weight, d_w, _first(tiling, i), axis)
@@ -360,7 +360,9 @@ def _words(tiling: Tiling, weight: jax.Array, i: jax.Array) -> jax.Array:
     """Part i of the vocabulary, whole along D: [v, D] or [D, v]."""
     part = _cut_words(tiling, weight, i)
     return (
-        sharding.whole(part.astype(tiling.dtype), 1 if tiling.tied else 0) if tiling.split else part
+        sharding.all_gather(part.astype(tiling.dtype), 1 if tiling.tied else 0)
+        if tiling.split
+        else part
     )
 
 

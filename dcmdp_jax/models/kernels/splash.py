@@ -15,11 +15,11 @@ LANES = 128  # head size and row length are multiples of it, or the kernel does 
 BLOCKS = (1024, 512, 256, 128)
 
 
-def applies(q: jax.Array) -> bool:
+def is_supported(q: jax.Array) -> bool:
     """Whether the kernel takes queries [R, KV, G, S, h]: its head size, and the positions of one
     device, fill whole lanes.
     """
-    mesh = sharding.ambient()
+    mesh = sharding.current_mesh()
     length = q.shape[3] // (mesh.shape["sequence"] if mesh else 1)
     return q.shape[-1] % LANES == 0 and length % LANES == 0
 
@@ -33,7 +33,7 @@ def attention(
     Scores are float32 and never whole; q, k and v enter the products as they are. `interpret` runs
     the kernel anywhere.
     """
-    mesh = sharding.ambient()
+    mesh = sharding.current_mesh()
     splits = mesh.shape["sequence"] if mesh else 1
     made = _kernel(q.shape[2], q.shape[3], splits, interpret)
 
@@ -46,9 +46,9 @@ def attention(
     q = q * np.asarray(q.shape[-1] ** -0.5, q.dtype)
     if mesh is None:
         return rows(made, q, k, v, segment_ids, segment_ids)
-    return sharding.by_shard(
+    return sharding.shard_map(
         rows,
-        made.manual_sharding_spec(sharding.named(None, "positions")),
+        made.manual_sharding_spec(sharding.activation_sharding(None, "positions")),
         ("rows", "kv_heads", None, "positions", None),
         ("rows", "kv_heads", None, None),
         ("rows", "kv_heads", None, None),

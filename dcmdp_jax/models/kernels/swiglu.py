@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dcmdp_jax import sharding
-from dcmdp_jax.models.quantized import Quantized, einsum, expert, project, rounded
+from dcmdp_jax.models.quantized import Quantized, einsum, expert_matrix, project, round_activations
 
 ROWS = 512  # of a tile of a dense layer
 FEW = 128  # up to so many rows (decoding) are not tiled
@@ -34,7 +34,7 @@ def dense(x: jax.Array, gate: Any, up: Any, down: Any) -> jax.Array:
 
     The backward pass keeps gate and up, and nothing else that is as wide.
     """
-    if sharding.ambient():
+    if sharding.current_mesh():
         return jax.checkpoint(_close)(project(x, gate), project(x, up), down)
     if x.size <= FEW * x.shape[-1] or any(isinstance(w, Quantized) for w in (gate, up, down)):
         return _close(project(x, gate), project(x, up), down)
@@ -155,7 +155,7 @@ def _in_tiles_backward(rows, kept, dy):
         dx, dw = carry
         e = _owner(weights, owner, i)
         cut = tuple(_cut(a, i, rows) for a in (x, gate, up, dy))
-        d_rows, d_matrices = _pull(*cut, Experts(*(expert(w, e, x.dtype) for w in weights)))
+        d_rows, d_matrices = _pull(*cut, Experts(*(expert_matrix(w, e, x.dtype) for w in weights)))
         return _put(dx, d_rows, i), Experts(
             *(total.at[e].add(d.astype(total.dtype)) for total, d in zip(dw, d_matrices))
         )
@@ -171,10 +171,12 @@ in_tiles.defvjp(_in_tiles_forward, _in_tiles_backward)
 
 def _forward(x: jax.Array, weights: Experts, e: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What expert e makes of rows [n, D]: [n, D]; and its gate and up, [n, F]."""
-    x = rounded(x, weights.gate)
-    gate, up = (_product("nd,df->nf", x, expert(w, e, x.dtype)) for w in (weights.gate, weights.up))
-    inner = rounded(nn.silu(gate) * up, weights.down)
-    return _product("nf,fd->nd", inner, expert(weights.down, e, x.dtype)), gate, up
+    x = round_activations(x, weights.gate)
+    gate, up = (
+        _product("nd,df->nf", x, expert_matrix(w, e, x.dtype)) for w in (weights.gate, weights.up)
+    )
+    inner = round_activations(nn.silu(gate) * up, weights.down)
+    return _product("nf,fd->nd", inner, expert_matrix(weights.down, e, x.dtype)), gate, up
 
 
 def _pull(

@@ -152,7 +152,7 @@ def test_gradients_match_transformers(case, remat, policy, loaded):
     got = jax.jit(jax.grad(loss))(params)
     want = reference_hf.gradients(model(case), tokens)
     for leaf, array in zip(
-        jax.tree.leaves(weights.leaves(config)), jax.tree.leaves(got), strict=True
+        jax.tree.leaves(weights.parameter_table(config)), jax.tree.leaves(got), strict=True
     ):
         for place, tensor in leaf.tensors.items():
             ours = tensor.stored(np.asarray(array[place]))
@@ -188,10 +188,12 @@ def test_sharded_logits_equal_unsharded(case, loaded):
         else MeshConfig(data=2, fsdp=2, tensor=2)
     )
     mesh = sharding.make_mesh(parts)
-    places = sharding.params(decoder.logical_axes(config), mesh, sharding.TRAIN, params)
+    places = sharding.param_shardings(decoder.logical_axes(config), mesh, sharding.TRAIN, params)
     tokens = reference_hf.tokens(case, 8, 16)
     got = LOGITS(
-        jax.device_put(params, places), jax.device_put(tokens, sharding.split(mesh, 0)), config
+        jax.device_put(params, places),
+        jax.device_put(tokens, sharding.batch_sharding(mesh, 0)),
+        config,
     )
     np.testing.assert_allclose(got, LOGITS(params, tokens, config), atol=TOLERANCE, rtol=0)
 
