@@ -91,7 +91,9 @@ def _stack(batches: list[data.SupervisedBatch], mesh: jax.sharding.Mesh) -> data
             for field in zip(*batches)
         )
     )
-    return processes.make_global(stacked, data.SupervisedBatch(*[sharding.batch_sharding(mesh, 1)] * 2))
+    return processes.make_global(
+        stacked, data.SupervisedBatch(*[sharding.batch_sharding(mesh, 1)] * 2)
+    )
 
 
 def _steps(
