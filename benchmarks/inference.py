@@ -111,7 +111,7 @@ def loop(repeats: int) -> None:
             steps=new,
             window=128,
             record_experts=False,
-        )[1].steps
+        )[1]
 
     keys = np.asarray(jax.random.bits(jax.random.key(0), (count, 2), "uint32"))
     ours, bare = measure(

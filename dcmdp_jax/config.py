@@ -202,6 +202,8 @@ class RolloutConfig:
     # one engine over the devices of all processes, in step with each other; `mesh` is theirs
     # together
     one_engine: bool = False
+    # (config, model, tokenizer, mesh) -> records.Sampler; None: rollout.jetstream.sampler
+    sampler: Callable | None = None
 
 
 @dataclass(frozen=True)

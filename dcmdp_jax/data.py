@@ -189,10 +189,14 @@ def supervised_batch(
 def full_vocab_logp(rollout: Rollout) -> np.ndarray:
     """The engine's log-probs as the trainer scores, uncut: of softmax(logits / temperature).
 
-    Formula: rollout_logp + log kept. Nothing changes past the length, and where no support was cut.
+    Formula: rollout_logp + log support_mass. Nothing changes past the length, and where no support
+    was cut.
     """
+    if rollout.support_mass is None:
+        return rollout.rollout_logp
     mask = np.arange(rollout.tokens.shape[1]) < rollout.lengths[:, None]
-    return rollout.rollout_logp + np.log(np.where(mask, rollout.kept, 1)).astype(np.float32)
+    log_mass = np.log(np.where(mask, rollout.support_mass, 1))
+    return rollout.rollout_logp + log_mass.astype(np.float32)
 
 
 def pack(

@@ -1,14 +1,60 @@
-"""What travels, in the order of the walk.
+"""The records that pass between the stations of a step, and the names that the code uses for them.
 
-Sizes: B prompts, G samples per prompt, N = B*G completions, P prompt tokens, T completion tokens, M
-    minibatches,
-A accumulated microbatches, n = N/(M*A) completions in a microbatch, R packed rows, S row length.
-Log-probs are in nats.
+Sizes
+    B   prompts in a rollout batch
+    G   samples (completions) per prompt
+    N   completions in a rollout batch, N = B * G; completion i answers prompt i // G
+    P   prompt tokens, padded
+    T   completion tokens, padded
+    M   minibatches (optimizer updates) per rollout batch and epoch
+    A   microbatches (accumulated gradients) per minibatch
+    n   completions per microbatch, n = N / (M * A)
+    R   packed rows per microbatch
+    S   tokens per packed row
+    V   vocabulary, D hidden size, L layers, K tokens per dispatch of the engine
+
+Data
+    example         one problem: a prompt, its answer and its source
+    prompt          the tokens that a completion follows
+    completion      the tokens that were sampled after a prompt, the stop token included
+    rollout         the completions of a batch of prompts, with their log-probs
+    reward          what the verifier gives a completion, [N]
+    advantage       what the loss weighs log-probs with, [N] or [N, T]
+    mask            1 for the completion tokens that are trained
+
+Log-probs of the sampled tokens, in nats
+    logp            the trainer's, differentiated
+    old_logp        the trainer's with the parameters from before the update
+    rollout_logp    the sampler's; in a `Rollout` of the distribution that was drawn from
+    ref_logp        the reference policy's: the run's starting parameters
+    support mass    the probability of the tokens that top-k, top-p and min-p leave to draw from
+
+The constraint
+    delta           |exp(old_logp) - exp(rollout_logp)|, the discrepancy of one token
+    tolerance       c, the bound on the mean of delta
+    multiplier      lambda, the Lagrange multiplier of that bound
+
+Parameters
+    params          a tree of the trainer's parameters
+    trained, scored the parameters that the optimizer changes, and those that the model is run with;
+                    `step.policy_params` makes the second from the first
+    weights         the engine's converted copy of `params`, in its own precision and layout
+    version         the number of constrained steps behind `params` or `weights`
+    staleness       the number of constrained steps by which the sampler's version is older
+
+Sampling
+    sampler         anything that draws completions and reports their log-probs, see `Sampler`
+    engine          the decoder inside the library's own sampler
+    slot            a place in the engine that holds one sequence at a time
+    dispatch        one call of the compiled decode loop, K tokens in every slot
+    precision       the formats of an engine's weights, activations and cache
+    tokenizer       text to token ids and back; `vocab_size` is V
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -44,32 +90,86 @@ class Sampling(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The engine's parameters, and the number of constrained steps behind them."""
+    """An engine's copy of the parameters, in its own precision and layout."""
 
     params: Any
-    version: Any  # [] int32
+    version: Any  # [] int32, constrained steps behind them
     finite: Any = True  # [] bool: no parameter is NaN or infinite
 
 
 class Rollout(NamedTuple):
-    """G sampled completions of each prompt; completion i belongs to prompt i // G."""
+    """G sampled completions of each prompt: what any sampler can report.
+
+    Log-probs are of the distribution that was drawn from: tempered, and renormalised over its
+    support. A sampler that cuts no support leaves `support_mass` None; one that does not report the
+    experts of its router leaves `experts` None.
+    """
 
     prompts: Prompts
     tokens: np.ndarray  # [N, T] int32; the stop token is part of the completion
     lengths: np.ndarray  # [N] int32, tokens sampled
-    # [N] int32, of them those that are text: the stop token, where one ended it, is not
-    text_lengths: np.ndarray
-    # [N, T] float32, of the distribution sampled from: tempered, over its support; 0 past the
-    # length
-    rollout_logp: np.ndarray
-    # [N, T] float32, log softmax(logits)[token]: temperature 1, whole vocabulary
-    raw_logp: np.ndarray
-    kept: np.ndarray  # [N, T] float32, mass of the support under softmax(logits / temperature)
+    text_lengths: np.ndarray  # [N] int32, tokens sampled without the stop token
+    rollout_logp: np.ndarray  # [N, T] float32, nats; 0 past the length
     stopped: np.ndarray  # [N] bool: ended by a stop token or string, not by the length limit
-    version: np.ndarray  # [N, T] int32, of the weights that sampled the token
+    version: np.ndarray | int  # of the weights that sampled: one for all, or [N, T] int32
     sampling: Sampling
+    # [N, T] float32, mass of the support under softmax(logits / temperature); 0 past the length
+    support_mass: np.ndarray | None = None
     # [N, T, sparse layers, k] int32 that made each token's distribution; -1 past the length
-    experts: np.ndarray | None
+    experts: np.ndarray | None = None
+
+
+class NotFinite(ValueError):
+    """A sampler is given weights that hold NaN or an infinite number."""
+
+
+class Sampler(Protocol):
+    """All that a training loop needs of an engine.
+
+    `RolloutConfig.sampler` makes one. Where several processes train, each makes its own, and all
+    call in the same order.
+    """
+
+    def sample(
+        self,
+        prompts: Prompts,
+        *,
+        samples: int,
+        max_tokens: int,
+        sampling: Sampling,
+        stop_strings: tuple[str, ...],
+        seed: int,
+        offset: int,
+        should_stop: Callable[[], bool],
+    ) -> Rollout:
+        """Returns `samples` completions of each prompt, drawn with the weights of the last update.
+
+        Args:
+          max_tokens: the longest completion.
+          stop_strings: texts that end a completion, beside the tokenizer's stop tokens.
+          seed: 0 <= seed < 2**32. Completion i is drawn from a random stream that depends on `seed`
+            and `offset + i` alone.
+          offset: the number of the first completion in a larger batch that these prompts are a part
+            of.
+          should_stop: polled while sampling; where several processes share an engine, it may differ
+            between them.
+
+        Raises `stopping.Interrupted` if `should_stop()`.
+        """
+        ...
+
+    def update_weights(self, params: Any, version: int) -> None:
+        """Samples from `params` from now on.
+
+        Converts and copies: the next training step may donate the buffers of `params`.
+
+        Args:
+          params: the decoder's parameters as the trainer has them, on the training devices.
+          version: the number of constrained steps behind them.
+
+        Raises NotFinite if a parameter is NaN or infinite.
+        """
+        ...
 
 
 class Scored(NamedTuple):
@@ -84,7 +184,7 @@ class Batch(NamedTuple):
     """Completions packed into rows for the model, with the map back to [n, T] for the mathematics.
 
     `rollout_logp` is of the distribution that the trainer scores: softmax(logits / temperature)
-    over the whole vocabulary, a rollout's `rollout_logp` + log `kept`. Where a support was cut,
+    over the whole vocabulary, a rollout's `rollout_logp` + log `support_mass`. Where a support was cut,
     engine and trainer are thus compared before the cut, which both would make alike: a gap, and
     every ratio of the two, is of numerics and age alone.
 

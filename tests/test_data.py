@@ -426,7 +426,7 @@ def test_a_batch_is_compared_before_the_support_is_cut():
     inside = np.arange(4) < scored.rollout.lengths[:, None]
     kept = np.where(inside, rng.uniform(0.5, 1, p.shape), 0).astype(np.float32)
     logp = np.log(p / np.maximum(kept, 0.1)).astype(np.float32)
-    cut = scored.rollout._replace(rollout_logp=logp, kept=kept)
+    cut = scored.rollout._replace(rollout_logp=logp, support_mass=kept)
     batch = data.pack(scored._replace(rollout=cut), minibatches=1, microbatches=2, row_length=8)
     order = [int(np.flatnonzero(scored.reward == reward)[0]) for reward in batch.reward.reshape(-1)]
     mask = batch.mask.reshape(p.shape)

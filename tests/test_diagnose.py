@@ -90,9 +90,9 @@ def test_a_replay_is_what_the_engine_reported(changes):
         policy.params, 0
     )
     engine = train.make_engine(run, inputs)
-    reported = out.rollout_logp + np.log(np.where(parity.token_mask(out), out.kept, 1))
+    reported = out.rollout_logp + np.log(np.where(parity.token_mask(out), out.support_mass, 1))
     assert run.rollout.precision.experts_per_token or len(set(out.lengths)) > 2
-    assert (run.rollout.top_p == 1) == (out.kept[parity.token_mask(out)].min() == 1)
+    assert (run.rollout.top_p == 1) == (out.support_mass[parity.token_mask(out)].min() == 1)
     np.testing.assert_allclose(replay(engine, served, out), reported, atol=1e-5, rtol=0)
     np.testing.assert_allclose(
         replay(engine, served, out, np.arange(12)[::-1]), reported, atol=1e-5, rtol=0
@@ -152,7 +152,7 @@ def test_the_support_is_blamed_for_what_it_cuts():
     out, _, trainer = again(SUPPORT)
     support = next(effect for effect in found.effects if effect.source == "support")
     mask = parity.token_mask(out)
-    expected = (np.exp(trainer[mask].astype(float)) * (1 / out.kept[mask] - 1)).mean()
+    expected = (np.exp(trainer[mask].astype(float)) * (1 / out.support_mass[mask] - 1)).mean()
     assert support.alone.delta == pytest.approx(expected, rel=1e-3) and expected > 1e-2
     assert any("measure delta before the cut" in note for note in diagnose.notes(found))
     assert (

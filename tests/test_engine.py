@@ -323,7 +323,7 @@ def test_samples_of_one_prompt_differ_and_a_prompt_alone_samples_the_same():
     while len(tokens) < out.lengths[2]:
         state, result = engine.generate(weights, state)
         read = engine.read(result)
-        tokens += read.token[0, read.valid[0]].tolist()
+        tokens += read.drawn.token[0, read.valid[0]].tolist()
     assert tokens == out.tokens[2, : out.lengths[2]].tolist()
 
 

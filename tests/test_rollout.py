@@ -82,7 +82,7 @@ def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it():
         for mine, theirs in (
             (out.tokens, whole.tokens),
             (out.rollout_logp, whole.rollout_logp),
-            (out.kept, whole.kept),
+            (out.support_mass, whole.support_mass),
         ):
             np.testing.assert_allclose(mine[i, :n], theirs[i, :n], atol=2e-5)
             assert not mine[i, n:].any()
@@ -136,18 +136,14 @@ def test_every_token_carries_the_version_of_its_weights():
 
 
 def test_log_probs_over_a_support_are_the_trainers_less_the_mass_kept():
-    """logp = log softmax(logits / T)[token] - log kept; the raw one is at temperature 1."""
+    """rollout_logp = log softmax(logits / T)[token] - log support_mass."""
     out = sample(DENSE, top_p=0.8, top_k=12)
     inside = np.arange(out.tokens.shape[1]) < out.lengths[:, None]
-    assert 0.2 < out.kept[inside].min() < out.kept[inside].max() < 1
+    assert 0.2 < out.support_mass[inside].min() < out.support_mass[inside].max() < 1
     for i, (exact, tokens, reported) in enumerate(scored(DENSE, out, 0.8)):
         at = np.arange(len(tokens))
         np.testing.assert_allclose(
-            reported + np.log(out.kept[i, : len(tokens)]), exact[at, tokens], atol=1e-5
-        )
-    for i, (exact, tokens, _) in enumerate(scored(DENSE, out, 1.0)):
-        np.testing.assert_allclose(
-            out.raw_logp[i, : len(tokens)], exact[np.arange(len(tokens)), tokens], atol=1e-5
+            reported + np.log(out.support_mass[i, : len(tokens)]), exact[at, tokens], atol=1e-5
         )
 
 

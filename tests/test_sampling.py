@@ -74,9 +74,8 @@ def test_chi_square_against_the_exact_distribution(how, size):
     # 99.9 %, Wilson and Hilferty
     bound = freedom * (1 - 2 / (9 * freedom) + 3.09 * np.sqrt(2 / (9 * freedom))) ** 3
     assert np.sum((observed - expected)[used] ** 2 / expected[used]) < bound
-    np.testing.assert_allclose(out.logp, np.log(p[out.token]), atol=2e-6)
-    np.testing.assert_allclose(out.raw_logp, np.log(exact(logits)[0][out.token]), atol=2e-6)
-    np.testing.assert_allclose(out.kept, mass, rtol=2e-6)
+    np.testing.assert_allclose(out.rollout_logp, np.log(p[out.token]), atol=2e-6)
+    np.testing.assert_allclose(out.support_mass, mass, rtol=2e-6)
 
 
 @pytest.mark.parametrize("size", [1, 50, 128, 1000])
@@ -102,7 +101,7 @@ def test_the_support_is_the_sorted_one(size):
     for i, one in enumerate(settings):
         p, mass = exact(logits[i], **one | {"top_k": min(one["top_k"], size)})
         np.testing.assert_allclose(
-            [out.kept[i], out.logp[i]], [mass, np.log(p[out.token[i]])], atol=1e-5
+            [out.support_mass[i], out.rollout_logp[i]], [mass, np.log(p[out.token[i]])], atol=1e-5
         )
 
 
@@ -138,8 +137,14 @@ def test_logits_that_are_not_finite_give_no_id_past_the_last_and_no_log_prob(siz
     logits = np.tile(logits_of(300)[:size], (32, 1))
     logits[np.arange(32), np.arange(32) % size] = bad
     out = draw(logits, keys(32), alike(32, **how))
-    assert (out.token >= 0).all() and (out.token < size).all() and not np.isfinite(out.logp).any()
-    assert np.isfinite(draw(logits_of(300)[None, :size], keys(1), alike(1, **how)).logp).all()
+    assert (
+        (out.token >= 0).all()
+        and (out.token < size).all()
+        and not np.isfinite(out.rollout_logp).any()
+    )
+    assert np.isfinite(
+        draw(logits_of(300)[None, :size], keys(1), alike(1, **how)).rollout_logp
+    ).all()
 
 
 def test_a_row_does_not_see_its_neighbours():
@@ -158,5 +163,5 @@ def test_temperature_zero_is_greedy_with_the_plain_log_prob():
     logits = jnp.round(jax.random.normal(jax.random.key(2), (64, 300)) * 2)
     out = sampling.sample(logits, keys(64), alike(64, temperature=0.0, top_k=1))
     np.testing.assert_array_equal(out.token, jnp.argmax(logits, -1))
-    np.testing.assert_allclose(out.logp, jnp.max(jax.nn.log_softmax(logits), -1), atol=1e-6)
-    np.testing.assert_array_equal(out.kept, 1.0)
+    np.testing.assert_allclose(out.rollout_logp, jnp.max(jax.nn.log_softmax(logits), -1), atol=1e-6)
+    np.testing.assert_array_equal(out.support_mass, 1.0)

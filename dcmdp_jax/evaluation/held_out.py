@@ -11,13 +11,13 @@ from dcmdp_jax import rewards
 from dcmdp_jax.config import Config
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.records import Prompts, Sampling, Weights
-from dcmdp_jax.rollout.generate import Engine, rollout
+from dcmdp_jax.rollout.generate import SlotEngine, rollout
 from dcmdp_jax.stopping import Interrupted
 from dcmdp_jax.tokenizer import Tokenizer
 
 
 def pass_rate(
-    engine: Engine,
+    engine: SlotEngine,
     weights: Weights,
     prompts: Prompts,
     config: Config,

@@ -29,7 +29,7 @@ from dcmdp_jax.evaluation import scores
 from dcmdp_jax.models import decoder, weights
 from dcmdp_jax.records import Example, Prompts, Sampling, Weights
 from dcmdp_jax.rollout import jetstream
-from dcmdp_jax.rollout.generate import Engine, completion_keys, rollout
+from dcmdp_jax.rollout.generate import SlotEngine, completion_keys, rollout
 from dcmdp_jax.run_record import differences
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -325,7 +325,7 @@ def _same(before: dict, now: dict, workdir: pathlib.Path) -> None:
         )
 
 
-def _start(evaluation: Evaluation) -> tuple[Engine, Weights]:
+def _start(evaluation: Evaluation) -> tuple[SlotEngine, Weights]:
     """The engine and its weights, on their devices."""
     options, mesh = evaluation.options, _mesh(evaluation.options)
     shape = weights.read_config(options.folder)
@@ -382,7 +382,7 @@ def _wanted(item: Asked) -> dict[Key, None]:
 def _fill(
     evaluation: Evaluation,
     item: Asked,
-    started: Callable[[], tuple[Engine, Weights]],
+    started: Callable[[], tuple[SlotEngine, Weights]],
     asked: Callable[[], bool],
     say: Callable[[str], None],
 ) -> list[dict]:

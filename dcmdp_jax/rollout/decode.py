@@ -42,23 +42,23 @@ class DecodeState(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One decode step's tokens; see `sampling.Drawn` for the log-probs."""
+    """What one decode step samples."""
 
-    token: jax.Array  # [B] int32
-    logp: jax.Array  # [B] float32
-    raw_logp: jax.Array  # [B] float32
-    kept: jax.Array  # [B] float32
+    drawn: sampling.Drawn  # [B] each
     # [B, sparse layers, k] int32: the experts that made the distribution; [B, 0, 0] unless recorded
     experts: jax.Array
     valid: jax.Array  # [B] bool
 
 
 class Tokens(NamedTuple):
-    """What K decode steps sampled."""
+    """What K decode steps sampled, on the device or, as NumPy arrays, on the host."""
 
-    steps: Step  # [B, K, ...]
-    generated: jax.Array  # [B] int32, sampled so far in the slot's sequence
-    active: jax.Array  # [B] bool
+    drawn: sampling.Drawn  # [B, K] each
+    experts: Any  # [B, K, sparse layers, k] int32; [B, K, 0, 0] unless recorded
+    valid: Any  # [B, K] bool: the slot was active
+    generated: Any  # [B] int32, tokens sampled so far in the slot's sequence
+    active: Any  # [B] bool: the slot's sequence goes on
+    version: Any  # [] int32, of the weights
 
 
 def init_state(config: ModelConfig, slots: int, length: int, cache: str) -> DecodeState:
@@ -173,7 +173,7 @@ def generate(
     _, state, out = jax.lax.while_loop(running, step_at, (0, state, empty))
     if apart:
         state = state._replace(cache=kv.restore_prefix(whole, state.cache))
-    return state, Tokens(out, state.generated, state.active)
+    return state, Tokens(*out, state.generated, state.active, weights.version)
 
 
 def _decode_step(
@@ -202,6 +202,4 @@ def _decode_step(
         generated=generated,
         active=valid & ~stopped & (generated < state.limit),
     )
-    return state, Step(
-        *drawn, experts=experts if record_experts else experts[:, :0, :0], valid=valid
-    )
+    return state, Step(drawn, experts if record_experts else experts[:, :0, :0], valid)

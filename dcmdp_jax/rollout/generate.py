@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from dcmdp_jax.records import Prompts, Rollout, Sampling, Weights
+from dcmdp_jax.records import NotFinite, Prompts, Rollout, Sampling, Weights
 from dcmdp_jax.stopping import Interrupted
 
 MIN_FREE = 2  # idle slots worth stopping for, while completions wait
@@ -18,7 +18,7 @@ PREFILL_TOKENS = 4096  # positions of one prefill, so that its activations are b
 SMALLEST_BUCKET = 16  # prompt lengths are padded to powers of two from here on
 
 
-class Engine(Protocol):
+class SlotEngine(Protocol):
     """What the loop asks of an engine (see `rollout.jetstream.Engine`)."""
 
     slots: int
@@ -35,7 +35,7 @@ class Engine(Protocol):
 
 
 def rollout(
-    engine: Engine,
+    engine: SlotEngine,
     weights: Weights,
     prompts: Prompts,
     *,
@@ -86,7 +86,7 @@ def rollout(
             f"{engine.max_length}"
         )
     if not np.asarray(weights.finite):
-        raise ValueError(
+        raise NotFinite(
             "the engine is given weights that hold NaN or an infinite number; take a "
             "checkpoint or a model folder from before, and a smaller learning rate"
         )
@@ -148,7 +148,8 @@ class _Completions:
         shape = (count, max_tokens)
         self.tokens = np.zeros(shape, np.int32)
         self.version = np.zeros(shape, np.int32)
-        self.logp, self.raw_logp, self.kept = (np.zeros(shape, np.float32) for _ in range(3))
+        self.rollout_logp = np.zeros(shape, np.float32)
+        self.support_mass = np.zeros(shape, np.float32)
         self.lengths, self.text_lengths, self.stopped = (
             np.zeros((count,), dtype) for dtype in (np.int32, np.int32, bool)
         )
@@ -159,9 +160,10 @@ class _Completions:
         valid = read.valid & (owner >= 0)[:, None]
         slot, column = np.nonzero(valid)
         place = owner[slot], self.lengths[owner[slot]] + column
-        for name in ("logp", "raw_logp", "kept"):
-            getattr(self, name)[place] = getattr(read, name)[slot, column]
-        self.tokens[place], self.version[place] = read.token[slot, column], read.version
+        self.tokens[place] = read.drawn.token[slot, column]
+        self.rollout_logp[place] = read.drawn.rollout_logp[slot, column]
+        self.support_mass[place] = read.drawn.support_mass[slot, column]
+        self.version[place] = read.version
         if read.experts.size:
             if self.experts is None:
                 self.experts = np.full((*self.tokens.shape, *read.experts.shape[2:]), -1, np.int32)
@@ -191,7 +193,7 @@ class _Completions:
             for end in range(length - new + 1, length + 1)
             if any(stop in decode(self.tokens[i, first:end]) for stop in stop_strings)
         )
-        for array in (self.tokens, self.version, self.logp, self.raw_logp, self.kept):
+        for array in (self.tokens, self.version, self.rollout_logp, self.support_mass):
             array[i, end:] = 0
         if self.experts is not None:
             self.experts[i, end:] = -1
@@ -205,9 +207,8 @@ class _Completions:
             tokens=self.tokens,
             lengths=self.lengths,
             text_lengths=self.text_lengths,
-            rollout_logp=self.logp,
-            raw_logp=self.raw_logp,
-            kept=self.kept,
+            rollout_logp=self.rollout_logp,
+            support_mass=self.support_mass,
             stopped=self.stopped,
             version=self.version,
             sampling=self.sampling,
@@ -220,7 +221,7 @@ class _Waiting:
     prefilled together, each once.
     """
 
-    def __init__(self, engine: Engine, weights: Weights, prompts: Prompts, samples: int):
+    def __init__(self, engine: SlotEngine, weights: Weights, prompts: Prompts, samples: int):
         self.engine = engine
         self.weights = weights
         self.prompts = prompts

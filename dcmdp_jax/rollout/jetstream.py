@@ -1,8 +1,8 @@
-"""The sampling engine as a JetStream `Engine`: the one place, with serving, that imports
-`jetstream`.
+"""The sampling engine as a JetStream `Engine`, and the `records.Sampler` around it.
 
-google-jetstream 0.2.2 imports seqio, which brings TensorFlow, and tiktoken for tokenizers that are
-not used here; stand-in modules take their place while the import runs.
+Only this module and serving import `jetstream`. google-jetstream 0.2.2 imports seqio, which brings
+TensorFlow, and tiktoken for tokenizers that are not used here; empty modules take their place while
+the import runs.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dcmdp_jax import sharding
-from dcmdp_jax.config import ModelConfig, Precision
-from dcmdp_jax.records import Sampling, Weights
-from dcmdp_jax.rollout import decode
+from dcmdp_jax import sharding, sync
+from dcmdp_jax.config import Config, ModelConfig, Precision
+from dcmdp_jax.distributed import processes
+from dcmdp_jax.records import NotFinite, Prompts, Rollout, Sampling, Weights
+from dcmdp_jax.rollout import decode, generate
+from dcmdp_jax.rollout.sampling import Drawn
+from dcmdp_jax.tokenizer import Tokenizer
 
 
 @contextlib.contextmanager
@@ -64,17 +67,130 @@ with stand_ins():
     from jetstream.engine import engine_api
 
 
-class Read(NamedTuple):
-    """A `ResultTokens` of `Engine.generate` on the host; B slots, K steps."""
+def sampler(
+    config: Config, model: ModelConfig, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
+) -> JetStreamSampler:
+    """Returns the library's own sampler, the default of `RolloutConfig.sampler`."""
+    return JetStreamSampler(
+        model,
+        tokenizer,
+        mesh,
+        slots=config.rollout.slots // processes.engines(config.rollout),
+        max_length=config.data.max_prompt_tokens + config.rollout.max_tokens,
+        steps=config.rollout.tokens_per_dispatch,
+        precision=config.rollout.precision,
+        record_experts=config.algorithm.replay_routing,
+        one_engine=config.rollout.one_engine,
+    )
 
-    token: np.ndarray  # [B, K] int32
-    logp: np.ndarray  # [B, K] float32, see `sampling.Drawn` for this and the next two
-    raw_logp: np.ndarray  # [B, K] float32
-    kept: np.ndarray  # [B, K] float32
-    experts: np.ndarray  # [B, K, sparse layers, k] int32; [B, K, 0, 0] unless recorded
-    valid: np.ndarray  # [B, K] bool
-    active: np.ndarray  # [B] bool: the slot's sequence goes on
-    version: int  # of the weights
+
+class JetStreamSampler:
+    """A `records.Sampler`: an engine, its weights, and the loop that keeps its slots busy."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        tokenizer: Tokenizer,
+        mesh: jax.sharding.Mesh,
+        *,
+        slots: int,
+        max_length: int,
+        steps: int = 16,
+        precision: Precision = Precision(),
+        record_experts: bool = False,
+        one_engine: bool = False,
+    ):
+        """Args: as of `Engine`; with `one_engine` all processes decode together over `mesh`, which
+        spans them, and all must call `sample` and `update_weights` alike.
+        """
+        self.engine = Engine(
+            model,
+            slots=slots,
+            max_length=max_length,
+            stop_ids=tokenizer.eos_ids,
+            steps=steps,
+            precision=precision,
+            record_experts=record_experts,
+            mesh=mesh,
+        )
+        self.weights: Weights | None = None
+        self._to_engine = sync.make(model, precision, mesh)
+        self._tokenizer = tokenizer
+        self._one_engine = one_engine
+
+    def update_weights(self, params: Any, version: int) -> None:
+        """Converts `params` to the engine's weights; see `records.Sampler`.
+
+        The weights from before are freed first. Raises NotFinite if a parameter is not finite; the
+        sampler then has no weights.
+        """
+        self.weights = None
+        weights = self._to_engine(params, version)
+        if not np.asarray(weights.finite):
+            raise NotFinite(
+                "the engine is given weights that hold NaN or an infinite number; take a "
+                "checkpoint or a model folder from before, and a smaller learning rate"
+            )
+        self.weights = weights
+
+    def release_weights(self) -> None:
+        """Frees the weights until the next `update_weights`."""
+        self.weights = None
+
+    def sample(
+        self,
+        prompts: Prompts,
+        *,
+        samples: int,
+        max_tokens: int | np.ndarray,
+        sampling: Sampling,
+        stop_strings: tuple[str, ...] = (),
+        seed: int,
+        offset: int = 0,
+        should_stop: Callable[[], bool] = lambda: False,
+        numbers: np.ndarray | None = None,
+        on_end: Callable[[int, np.ndarray, bool], None] | None = None,
+    ) -> Rollout:
+        """Samples `samples` completions of every prompt; see `records.Sampler`.
+
+        Args:
+          max_tokens: one bound, or [N].
+          numbers: [N], instead of `offset`: the numbers of the completions, which their random
+            streams depend on.
+          on_end: called with a completion's index, the ids of its text, and whether it stopped, as
+            soon as it has ended.
+
+        Raises ValueError if a prompt and its new tokens do not fit the engine, or if a log-prob is
+        not finite.
+        """
+        if self.weights is None:
+            raise ValueError("the sampler has no weights; call update_weights first")
+        if self._one_engine:
+            # All processes leave the loop after the same dispatch. The vote's collective must not
+            # interleave with those of the engine or of the conversion.
+            jax.block_until_ready(self.weights)
+
+        def stop() -> bool:
+            return processes.any_of(should_stop()) if self._one_engine else should_stop()
+
+        # made there, the random keys do not wait for a device that trains
+        with jax.default_device(self.engine.mesh.local_devices[0]):
+            if numbers is None:
+                numbers = offset + np.arange(len(prompts.lengths) * samples)
+            keys = generate.completion_keys(jax.random.key(seed), int(numbers.max()) + 1)
+            return generate.rollout(
+                self.engine,
+                self.weights,
+                prompts,
+                samples=samples,
+                key=keys[numbers],
+                max_tokens=max_tokens,
+                sampling=sampling,
+                stop_strings=stop_strings,
+                decode=self._tokenizer.decode,
+                asked=stop,
+                ended=on_end or (lambda number, text, stopped: None),
+            )
 
 
 class Engine(engine_api.Engine):
@@ -269,29 +385,19 @@ class Engine(engine_api.Engine):
             samples_per_slot=1,
         )
 
-    def read(self, result: Any) -> Read:
-        """What `generate` returned, on the host. Raises ValueError if a log-prob is not finite."""
-        data = np.asarray(result.data)
-        k = self.steps
-        token, valid, numbers, logp, raw, kept, experts = np.split(
-            data, np.cumsum([k, k, 3, k, k, k]), axis=1
-        )
-        floats = (np.ascontiguousarray(bits).view(np.float32) for bits in (logp, raw, kept))
-        found = Read(
-            token,
-            *floats,
-            experts.reshape(len(data), k, *self._experts),
-            valid > 0,
-            numbers[:, 1] > 0,
-            int(numbers[0, 2]),
-        )
-        if not np.isfinite(found.logp[found.valid]).all():
+    def read(self, result: Any) -> decode.Tokens:
+        """Returns on the host what `generate` sampled.
+
+        Raises ValueError if a log-prob is not finite.
+        """
+        tokens = _unpacked(np.asarray(result.data), self.steps, self._experts)
+        if not np.isfinite(tokens.drawn.rollout_logp[tokens.valid]).all():
             raise ValueError(
                 "the engine sampled a token whose log-prob is not finite: its logits "
                 "overflow or hold NaN; take other weights, or a more exact precision "
                 "of the engine"
             )
-        return found
+        return tokens
 
     def init_decode_state(self, *args, **kwargs) -> decode.DecodeState:
         return self._init()
@@ -340,24 +446,40 @@ def _packed(
     *,
     window: int,
 ) -> tuple[decode.DecodeState, jax.Array]:
-    """`decode.generate` with its output as one [slots, columns] int32 array, which is one copy to
-    the host.
+    """`decode.generate` with its tokens as one [slots, columns] int32 array: one copy to the host.
+
+    The first 2 K + 1 columns are those that JetStream reads.
     """
-    state, out = generate(weights, state, leave_at, window=window)
-    slots = out.active.shape[0]
-    numbers = jnp.stack(
-        [
-            out.generated,
-            out.active.astype(jnp.int32),
-            jnp.full((slots,), weights.version, jnp.int32),
-        ],
-        axis=1,
-    )
-    floats = [
-        jax.lax.bitcast_convert_type(x, jnp.int32)
-        for x in (out.steps.logp, out.steps.raw_logp, out.steps.kept)
+    state, tokens = generate(weights, state, leave_at, window=window)
+    slots = tokens.active.shape[0]
+    columns = [
+        tokens.drawn.token,
+        tokens.valid.astype(jnp.int32),
+        tokens.generated[:, None],
+        tokens.active[:, None].astype(jnp.int32),
+        jnp.full((slots, 1), tokens.version, jnp.int32),
+        jax.lax.bitcast_convert_type(tokens.drawn.rollout_logp, jnp.int32),
+        jax.lax.bitcast_convert_type(tokens.drawn.support_mass, jnp.int32),
     ]
-    columns = [out.steps.token, out.steps.valid.astype(jnp.int32), numbers, *floats]
-    if out.steps.experts.size:  # gathering nothing is no collective that processes agree on
-        columns.append(out.steps.experts.reshape(slots, -1))
+    if tokens.experts.size:  # gathering nothing is no collective that processes agree on
+        columns.append(tokens.experts.reshape(slots, -1))
     return state, jnp.concatenate(columns, axis=1)
+
+
+def _unpacked(data: np.ndarray, k: int, experts: tuple[int, int]) -> decode.Tokens:
+    """The tokens that `_packed` put into `data`; `experts` is (sparse layers, experts a token)."""
+    token, valid, generated, active, version, logp, mass, chosen = np.split(
+        data, np.cumsum([k, k, 1, 1, 1, k, k]), axis=1
+    )
+
+    def floats(bits: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(bits).view(np.float32)
+
+    return decode.Tokens(
+        Drawn(token, floats(logp), floats(mass)),
+        chosen.reshape(len(data), k, *experts),
+        valid > 0,
+        generated[:, 0],
+        active[:, 0] > 0,
+        version[0, 0],
+    )

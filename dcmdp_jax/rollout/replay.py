@@ -27,7 +27,7 @@ def replay(
 
     The softmax runs over the whole vocabulary. Completions go through the engine's own prefill and
     insert and through its decode step, token by token, with the sampled token fed where the engine
-    would have fed its draw: the engine and weights that sampled give `rollout_logp + log(kept)`, up
+    would have fed its draw: the engine and weights that sampled give `rollout_logp + log(support_mass)`, up
     to round-off.
 
     Args:

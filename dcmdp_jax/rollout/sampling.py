@@ -13,13 +13,13 @@ BLOCK = 128  # tokens that share a first draw
 
 
 class Drawn(NamedTuple):
-    """One token a row, [B] each; log-probs in nats."""
+    """One sampled token per row, [B] each."""
 
     token: jax.Array  # int32
-    logp: jax.Array  # of the distribution drawn from: tempered, renormalised over its support
-    raw_logp: jax.Array  # log softmax(logits)[token]: temperature 1, every token in the support
-    # mass of the support under softmax(logits / temperature); 1 where nothing is left out
-    kept: jax.Array
+    # float32, nats, of the distribution drawn from: tempered, renormalised over its support
+    rollout_logp: jax.Array
+    # float32, mass of the support under softmax(logits / temperature); 1 if nothing is cut
+    support_mass: jax.Array
 
 
 def sample(logits: jax.Array, key: jax.Array, how: Sampling) -> Drawn:
@@ -69,16 +69,12 @@ def sample(logits: jax.Array, key: jax.Array, how: Sampling) -> Drawn:
     place = jnp.argmax(jnp.where(greedy[:, None], within, race), axis=-1)
     chosen = jnp.take_along_axis(within, place[:, None], axis=-1)[:, 0] - top
 
-    plain = jnp.isneginf(lowest)
-    total, raw = jax.lax.cond(
-        jnp.all(plain & (scale == 1)),
-        lambda: (support, support),
-        lambda: (_mass(logits, top, scale), _mass(logits, top, jnp.ones_like(top))),
-    )
-    kept = jnp.where(plain, 1.0, jnp.minimum(support / total, 1.0))
-    last = logits.shape[-1] - 1  # NaN may win in the block's filling
+    uncut = jnp.isneginf(lowest)
+    total = jax.lax.cond(jnp.all(uncut), lambda: support, lambda: _total_mass(logits, top, scale))
+    support_mass = jnp.where(uncut, 1.0, jnp.minimum(support / total, 1.0))
+    last = logits.shape[-1] - 1  # NaN may win in the block's padding
     token = jnp.minimum(block * BLOCK + place, last).astype(jnp.int32)
-    return Drawn(token, chosen * scale - jnp.log(support), chosen - jnp.log(raw), kept)
+    return Drawn(token, chosen * scale - jnp.log(support), support_mass)
 
 
 def _blocks(z: jax.Array) -> jax.Array:
@@ -87,7 +83,7 @@ def _blocks(z: jax.Array) -> jax.Array:
     return jnp.pad(z, ((0, 0), (0, spare)), constant_values=-jnp.inf).reshape(z.shape[0], -1, BLOCK)
 
 
-def _mass(logits: jax.Array, top: jax.Array, scale: jax.Array) -> jax.Array:
+def _total_mass(logits: jax.Array, top: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.sum(jnp.exp((logits - top[:, None]) * scale[:, None]), axis=-1)
 
 

@@ -268,7 +268,7 @@ class Driver:
         for slot, held in enumerate(self._held):
             if held is not None:
                 ended = not read.active[slot]
-                new = read.token[slot][read.valid[slot]].tolist()
+                new = read.drawn.token[slot][read.valid[slot]].tolist()
                 self._held[slot] = None if ended else held._replace(length=held.length + len(new))
                 self._send(held.request, new, int(read.version), ended)
 

@@ -122,7 +122,7 @@ def diagnose(
     precision = config.rollout.precision
     rounded = PROBES if precision.weights == EXACT.weights else precision
     exact, noise, layers = _exact(case, rounded if rounded is precision or probe else EXACT)
-    support = np.log(np.where(parity.token_mask(case.sampled), case.sampled.kept, 1))
+    support = np.log(np.where(parity.token_mask(case.sampled), case.sampled.support_mass, 1))
     replayed = functools.cache(lambda one: exact if one == EXACT else _replay(case, one))
     effects = list(_effects(case, replayed, support, probe))
     if other:

@@ -21,10 +21,7 @@ def make_rollout(
         lengths=lengths,
         text_lengths=lengths - stopped,
         rollout_logp=logp,
-        raw_logp=logp,
-        kept=np.ones_like(logp),
         stopped=stopped,
         version=np.zeros_like(tokens),
         sampling=Sampling(temperature),
-        experts=None,
     )
