@@ -322,7 +322,7 @@ def make_prompts(lengths: np.ndarray) -> Prompts:
 
 def make_weights(shape: ModelConfig, precision: Precision = Precision()):
     params = jax.jit(partial(decoder.init, config=shape))(jax.random.key(0))
-    return sync.make(shape, precision, sharding.single_device_mesh())(params, 0)
+    return sync.converter(shape, precision, sharding.single_device_mesh())(params, 0)
 
 
 def make_engine(shape: ModelConfig, slots: int, max_length: int) -> Engine:

@@ -78,7 +78,7 @@ def seconds(run: config.Config, repeats: int) -> list[list[tuple[float, float]]]
     state = train._start(run, inputs, pathlib.Path(), lambda: False)
     update = step.compile(run, inputs.model_config, inputs.mesh)
     engine = train.make_engine(run, inputs)
-    to_engine = sync.make(inputs.model_config, run.rollout.precision, inputs.decode_mesh)
+    to_engine = sync.converter(inputs.model_config, run.rollout.precision, inputs.decode_mesh)
     policy = to_engine(*step.sampled_from(state))
     found = []
 

@@ -31,7 +31,7 @@ ALLOWED = {
 }
 
 
-def make(
+def converter(
     config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh
 ) -> Callable[[Any, Any], Weights]:
     """A compiled function from train parameters and their version to the engine's weights.
@@ -56,7 +56,7 @@ def make(
     def on_every_process(training):
         block = sharding.process_block(training, jax.process_index())
         own = mesh if set(block.devices.flat) == set(mesh.devices.flat) else block
-        return spread(config, precision, training, own), own
+        return converter_per_process(config, precision, training, own), own
 
     def sync(params: Any, version: Any) -> Weights:
         leaf = jax.tree.leaves(params)[0]
@@ -76,7 +76,7 @@ def make(
     return sync
 
 
-def spread(
+def converter_per_process(
     config: ModelConfig, precision: Precision, training: jax.sharding.Mesh, own: jax.sharding.Mesh
 ) -> Callable:
     """Compiled: parameters and version on the training mesh to a whole copy for every process, laid
@@ -131,7 +131,7 @@ def _check_names(precision: Precision) -> None:
 
 def check(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError where an engine on `mesh` cannot hold or multiply so; compiles nothing."""
-    make(config, precision, mesh)
+    converter(config, precision, mesh)
     jax.eval_shape(partial(cache.init, config, 1, 1, precision.cache))
     if precision.experts_per_token and not 0 < precision.experts_per_token <= config.num_experts:
         raise ValueError(

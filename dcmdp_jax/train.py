@@ -137,7 +137,7 @@ def _walk(
     number = int(state.step)
     position = inputs.prompts.get_state()
     engine = make_engine(config, inputs)
-    to_engine = sync.make(inputs.model_config, config.rollout.precision, inputs.decode_mesh)
+    to_engine = sync.converter(inputs.model_config, config.rollout.precision, inputs.decode_mesh)
     held_out = _held_out(config, inputs, engine, asked)
     collect = partial(_collect, config, inputs, engine, asked)
     policy = to_engine(*step.sampled_from(state))
@@ -422,7 +422,7 @@ def _held_out(
     """Pass rates of the engine's policy and the trainer's on the held-out problems; none where the
     run stops in them.
     """
-    to_exact = sync.make(inputs.model_config, Precision(), inputs.decode_mesh)
+    to_exact = sync.converter(inputs.model_config, Precision(), inputs.decode_mesh)
     key = jax.random.key(config.seed)
     rate = partial(
         held_out.pass_rate,

@@ -86,7 +86,7 @@ def test_a_replay_is_what_the_engine_reported(changes):
     inputs = train.read_inputs(run)
     policy = sharp(inputs.model_config)
     out = sampled(run, inputs, policy)
-    served = sync.make(inputs.model_config, run.rollout.precision, inputs.decode_mesh)(
+    served = sync.converter(inputs.model_config, run.rollout.precision, inputs.decode_mesh)(
         policy.params, 0
     )
     engine = train.make_engine(run, inputs)

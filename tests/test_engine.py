@@ -75,7 +75,7 @@ def make_engine(model, slots=4, steps=3, **options):
 
 @functools.cache
 def make_weights(model, dtype="float32", version=0):
-    return sync.make(model, Precision(weights=dtype), sharding.single_device_mesh())(
+    return sync.converter(model, Precision(weights=dtype), sharding.single_device_mesh())(
         make_params(model), version
     )
 
@@ -243,7 +243,7 @@ def test_a_trainer_that_replays_the_experts_is_the_engine(model, precision, atol
     engine = make_engine(model, record_experts=True, precision=precision)
     out = rollout(
         engine,
-        sync.make(model, precision, sharding.single_device_mesh())(params, 0),
+        sync.converter(model, precision, sharding.single_device_mesh())(params, 0),
         prompts,
         samples=G,
         key=jax.random.key(1),
@@ -398,7 +398,7 @@ def test_a_sharded_engine_samples_the_same(model):
     outs = []
     for mesh in (sharding.make_mesh(axes, jax.devices()[:8]), sharding.single_device_mesh()):
         engine = make_engine(model, slots=8, mesh=mesh)
-        weights = sync.make(model, Precision(weights="int8"), mesh)(make_params(model), 0)
+        weights = sync.converter(model, Precision(weights="int8"), mesh)(make_params(model), 0)
         outs.append(
             rollout(
                 engine,

@@ -250,10 +250,10 @@ def test_5_an_engine_whose_weights_are_one_step_old_does_not_pass_the_gate(
             inputs = train.read_inputs(one)
             like = step.abstract_state(one, inputs.model_config, inputs.mesh)
             older, _ = checkpoint.read(tmp_path / "run", like, before=2)
-            make = parity.sync.make
+            make = parity.sync.converter
             monkeypatch.setattr(
                 parity.sync,
-                "make",
+                "converter",
                 lambda *args: lambda _, version: make(*args)(older.params, version),
             )
         assert cli.main(asked) == age

@@ -65,7 +65,7 @@ def sharp(model):
 
 
 def sampled(run, inputs, policy):
-    served = sync.make(inputs.model_config, run.rollout.precision, inputs.decode_mesh)(
+    served = sync.converter(inputs.model_config, run.rollout.precision, inputs.decode_mesh)(
         policy.params, policy.version
     )
     return parity.sample(train.make_engine(run, inputs), served, run, inputs, 3)

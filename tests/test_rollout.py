@@ -246,7 +246,7 @@ def test_weights_that_are_not_finite_sample_nothing(folder, tmp_path, monkeypatc
                 key=jax.random.key(1),
                 max_tokens=T,
             )
-    convert = sync.make(DENSE, Precision(weights="int8"), sharding.single_device_mesh())
+    convert = sync.converter(DENSE, Precision(weights="int8"), sharding.single_device_mesh())
     params = make_params(DENSE)
     for chosen in jax.tree.leaves(params):
 

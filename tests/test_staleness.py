@@ -87,7 +87,7 @@ def test_sampling_ahead_changes_nothing_but_the_order(tmp_path, monkeypatch):
     state = train._start(run, inputs, tmp_path, lambda: False)
     update = step.compile(run, inputs.model_config, inputs.mesh)
     engine = train.make_engine(run, inputs)
-    to_engine = sync.make(inputs.model_config, run.rollout.precision, inputs.decode_mesh)
+    to_engine = sync.converter(inputs.model_config, run.rollout.precision, inputs.decode_mesh)
     for row in rows(tmp_path):
         policy = to_engine(*step.sampled_from(state))
         collected = train._collect(run, inputs, engine, lambda: False, policy, int(state.step))

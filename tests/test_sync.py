@@ -23,7 +23,7 @@ PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 def synced(model, precision, params=None, mesh=None, version=0):
     mesh = mesh or sharding.single_device_mesh()
-    return sync.make(model, precision, mesh)(
+    return sync.converter(model, precision, mesh)(
         random_params(model) if params is None else params, version
     )
 
@@ -190,11 +190,11 @@ def test_what_does_not_exist_is_refused():
         ("norms", "int8"),
     ):
         with pytest.raises(ValueError, match=rf"precision\.{field}='{value}' is not one of"):
-            sync.make(DENSE, Precision(**{field: value}), sharding.single_device_mesh())
+            sync.converter(DENSE, Precision(**{field: value}), sharding.single_device_mesh())
     with pytest.raises(ValueError, match="precision.group=-2"):
-        sync.make(DENSE, Precision(weights="int8", group=-2), sharding.single_device_mesh())
+        sync.converter(DENSE, Precision(weights="int8", group=-2), sharding.single_device_mesh())
     with pytest.raises(ValueError, match="groups of 48 do not divide"):
-        sync.make(DENSE, Precision(weights="int8", group=48), sharding.single_device_mesh())
+        sync.converter(DENSE, Precision(weights="int8", group=48), sharding.single_device_mesh())
 
 
 @MODELS

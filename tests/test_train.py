@@ -607,7 +607,7 @@ def test_two_runs_cannot_share_a_folder_and_a_second_ctrl_c_and_closed_streams_c
 
 def test_a_step_that_leaves_a_weight_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
     """The last checkpoint stays the newest, also where it is the last step that overflows."""
-    make = train.sync.make
+    make = train.sync.converter
 
     def overflowing(*arguments):
         def to_engine(params, version):
@@ -616,7 +616,7 @@ def test_a_step_that_leaves_a_weight_that_is_not_finite_is_not_saved(tmp_path, m
 
         return to_engine
 
-    monkeypatch.setattr(train.sync, "make", overflowing)
+    monkeypatch.setattr(train.sync, "converter", overflowing)
     run = tiny(steps=2, **{"checkpoint.every": 1})
     with pytest.raises(
         stopping.Failed,

@@ -143,7 +143,7 @@ class Generate:
             precision=precision,
             max_length=tokens.shape[1] + int(self.lengths.max()),
         )
-        self.weights = sync.make(config, precision, mesh)(params, 0)
+        self.weights = sync.converter(config, precision, mesh)(params, 0)
         self.runs = 0
 
     def step(self) -> dict[str, Any]:

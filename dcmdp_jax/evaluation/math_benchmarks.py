@@ -343,7 +343,7 @@ def _start(evaluation: Evaluation) -> tuple[SlotEngine, Weights]:
         stop_ids=evaluation.tokenizer.eos_ids,
         mesh=mesh,
     )
-    return engine, sync.make(model, options.precision, mesh)(params, 0)
+    return engine, sync.converter(model, options.precision, mesh)(params, 0)
 
 
 def _kept(item: Asked) -> dict[Key, dict]:

@@ -114,7 +114,7 @@ class JetStreamSampler:
             mesh=mesh,
         )
         self.weights: Weights | None = None
-        self._to_engine = sync.make(model, precision, mesh)
+        self._to_engine = sync.converter(model, precision, mesh)
         self._tokenizer = tokenizer
         self._one_engine = one_engine
 

@@ -390,7 +390,7 @@ def serve(
             mesh=mesh,
             stop_ids=tokenizer.eos_ids if tokenizer else (),
         )
-        policy = sync.make(config, precision, mesh)(params, 0)
+        policy = sync.converter(config, precision, mesh)(params, 0)
         return OrchestratorDriver(engine, policy, waiting=waiting, sampling=sampling, seed=seed)
 
     async def serve() -> int:

@@ -100,7 +100,7 @@ def texts(
             stop_ids=tokenizer.eos_ids,
             mesh=mesh,
         )
-        policy = sync.make(model, precision, mesh)(params, 0)
+        policy = sync.converter(model, precision, mesh)(params, 0)
         for first in range(start, len(prompts), CHUNK):
             chunk = Prompts(*(part[first : first + CHUNK] for part in asked))
             out = rollout(

@@ -156,7 +156,7 @@ def check(config: Config) -> None:
 
 
 def _case(config: Config, inputs: train.Inputs, policy: parity.TrainerWeights) -> Case:
-    served = sync.make(inputs.model_config, config.rollout.precision, inputs.decode_mesh)(
+    served = sync.converter(inputs.model_config, config.rollout.precision, inputs.decode_mesh)(
         policy.params, policy.version
     )
     sampled = parity.sample(
@@ -290,7 +290,7 @@ def _engine(case: Case, precision: Precision) -> Any:
 
 
 def _weights(case: Case, precision: Precision) -> Weights:
-    return sync.make(case.inputs.model_config, precision, case.inputs.decode_mesh)(
+    return sync.converter(case.inputs.model_config, precision, case.inputs.decode_mesh)(
         case.policy.params, case.policy.version
     )
 

@@ -225,7 +225,7 @@ def measure(
     first = policy.version if first is None else first
     engine = train.make_engine(config, inputs)
     score = scorer(config, inputs)
-    served = sync.make(inputs.model_config, config.rollout.precision, inputs.decode_mesh)(
+    served = sync.converter(inputs.model_config, config.rollout.precision, inputs.decode_mesh)(
         policy.params, policy.version
     )
     old = []

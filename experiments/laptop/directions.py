@@ -111,7 +111,7 @@ def draw(config, inputs, params, number):
     places were sampled [N, T], and advantages [N, 1].
     """
     engine = train.make_engine(config, inputs)
-    policy = sync.make(inputs.model_config, config.rollout.precision, inputs.decode_mesh)
+    policy = sync.converter(inputs.model_config, config.rollout.precision, inputs.decode_mesh)
     sampled_ = parity.sample(engine, policy(params, 0), config, inputs, number)
     scored = rewards.score(sampled_, inputs.tokenizer.decode, config.data.verifier)
     count = len(scored.reward)

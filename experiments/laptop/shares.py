@@ -70,8 +70,8 @@ def of_run(arm, folder):
     inputs = train.read_inputs(start)
     engine = train.make_engine(start, inputs)
     score = parity.scorer(start, inputs)
-    to_engine = sync.make(inputs.model_config, start.rollout.precision, inputs.decode_mesh)
-    to_exact = sync.make(inputs.model_config, Precision(), inputs.decode_mesh)
+    to_engine = sync.converter(inputs.model_config, start.rollout.precision, inputs.decode_mesh)
+    to_exact = sync.converter(inputs.model_config, Precision(), inputs.decode_mesh)
     like = abstract_state(start, inputs.model_config, inputs.mesh)
     for step in checkpoint.steps(folder):
         params = checkpoint.read(folder, like, before=step + 1)[0].params

@@ -19,7 +19,7 @@ ENTRIES = {
     "rollout": (train, "rollout"),
     "reward": (rewards, "score"),
     "update": (step, "compile"),
-    "sync": (sync, "make"),
+    "sync": (sync, "converter"),
     "evaluation": (held_out, "pass_rate"),
     "log": (metrics.Log, "write"),
     "save": (checkpoint.Checkpoints, "save"),

@@ -50,7 +50,7 @@ def make_params(version=0):
 
 @functools.cache
 def make_weights(version=0):
-    return sync.make(MODEL, Precision(), sharding.single_device_mesh())(
+    return sync.converter(MODEL, Precision(), sharding.single_device_mesh())(
         make_params(version), version
     )
 
