@@ -31,9 +31,7 @@ def test_a_part_of_a_batch_samples_what_the_batch_does(sampler):
     prompts = make_prompts()
     whole = sample(sampler, prompts)
     part = Prompts(*(column[4:] for column in prompts))
-    np.testing.assert_array_equal(
-        sample(sampler, part, offset=4 * G).tokens, whole.tokens[4 * G :]
-    )
+    np.testing.assert_array_equal(sample(sampler, part, offset=4 * G).tokens, whole.tokens[4 * G :])
 
 
 def test_completions_by_their_numbers_are_those_of_the_batch(sampler):

@@ -161,7 +161,9 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
     version = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
     yield Program(
         "weight sync",
-        sync.converter_per_process(model, config.rollout.precision, mesh, own).lower(state.params, version),
+        sync.converter_per_process(model, config.rollout.precision, mesh, own).lower(
+            state.params, version
+        ),
         cost_model.sync(model, config.rollout.precision, own, mesh.size),
         1,
         sizes - sharding.local_bytes(state.params),
