@@ -10,7 +10,7 @@ from dcmdp_jax.records import NotFinite, Prompts, Sampling
 from dcmdp_jax.rollout.jetstream import JetStreamSampler
 from dcmdp_jax.stopping import Interrupted
 
-TEXT = tokenizer.Characters("".join(chr(ord("A") + i) for i in range(35)))
+TEXT = tokenizer.CharacterTokenizer("".join(chr(ord("A") + i) for i in range(35)))
 
 
 @pytest.fixture(scope="module")
