@@ -1,8 +1,8 @@
-"""What a run is: frozen dataclasses, each default in one place.
+"""The configuration of a run: frozen dataclasses that hold every default.
 
-An experiment is a Python file holding one `CONFIG = Config(...)`. Functions are passed as functions
-(`policy_loss=losses.policy.clipped`), never by name. The command line overrides scalar fields by
-dotted name.
+An experiment is a Python file with one `CONFIG = Config(...)`. Functions are passed as functions
+(`surrogate=losses.corrections.decoupled(losses.policy.clipped)`), never by name. The command line
+overrides scalar fields by dotted name (see `experiment`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-MAX_INT = 2**31 - 1  # of whole numbers, which programs hold as int32
-MAX_FLOAT = 3e38  # of the others, held as float32
+from dcmdp_jax.records import Example
+from dcmdp_jax.tasks import Task
+
+MAX_INT = 2**31 - 1  # compiled programs hold integers as int32
+MAX_FLOAT = 3e38  # and other numbers as float32
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Yarn:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None  # None: 0.1 ln(factor) + 1
-    truncate: bool = True  # the pairs between which it blends are whole numbers
+    truncate: bool = True  # round the bounds of the blended dimensions to whole dimensions
 
     def __post_init__(self):
         name = "yarn: original_max_position"
@@ -39,7 +42,10 @@ class Yarn:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a Qwen3 decoder; names follow Hugging Face. `num_experts == 0` is the dense model."""
+    """Architecture of a Qwen3 decoder, by Hugging Face's names.
+
+    The model is dense if `num_experts` is 0.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -62,9 +68,9 @@ class ModelConfig:
     mlp_only_layers: tuple[int, ...] = ()
     bfloat16: bool = False  # compute in bfloat16; norms, softmax, router and log-probs stay float32
     remat: bool = False  # recompute each layer in the backward pass
-    # of what is kept all the same, as jax.checkpoint_policies.dots_saveable; None: nothing
+    # with remat: what is stored all the same, e.g. jax.checkpoint_policies.dots_saveable
     remat_policy: Callable | None = None
-    expert_parts: int = 0  # devices that an expert's columns are split over; the engine says so
+    expert_parts: int = 0  # set by the engine: tensor-parallel degree of the expert FFN
 
     def is_sparse(self, layer: int) -> bool:
         """Whether layer `layer` routes to experts (Hugging Face's rule for Qwen3-MoE)."""
@@ -103,51 +109,60 @@ class ModelConfig:
                 "number such as 1e-6"
             )
         if self.head_dim % 2:
-            raise ValueError(f"model: head_dim={self.head_dim} must be even, for RoPE turns pairs")
+            raise ValueError(
+                f"model: head_dim={self.head_dim} must be even, because RoPE rotates pairs"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"model: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
+                f"model: num_heads={self.num_heads} is not a multiple of "
+                f"num_kv_heads={self.num_kv_heads}"
             )
         if self.num_experts and not 0 < self.experts_per_token <= self.num_experts:
             raise ValueError(
-                f"model: experts_per_token={self.experts_per_token} must lie in 1..{self.num_experts}"
+                f"model: experts_per_token={self.experts_per_token} must lie in "
+                f"1..{self.num_experts}"
             )
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where the model comes from: a Hugging Face folder, or a shape filled at random."""
+    """Where the model comes from: a Hugging Face folder, or an architecture with random weights."""
 
     folder: str = ""
     tokenizer: str = ""  # a folder or file; empty: the model's folder
-    architecture: ModelConfig | None = None  # used when no folder is given
-    bfloat16: bool = False
+    architecture: ModelConfig | None = None  # used if no folder is given
+    bfloat16: bool = False  # the next three: see ModelConfig
     remat: bool = False
     remat_policy: Callable | None = None
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is asked, and how the answer is judged."""
+    """The problems, and the reward of a completion."""
 
-    # (example, text) -> reward, on any scale; text is empty where the length limit cut it off
-    verifier: Callable
+    # None: the task's own; text is empty if the length limit cut the completion off
+    verifier: Callable[[Example, str], float] | None = None
     path: str = ""  # JSONL or Parquet; empty: `task`
-    task: Any = None  # a generated task (`tasks.Chain(...)`)
-    eval_path: str = ""  # held-out problems; empty: the task's own where it asks, else none
-    prompts_per_step: int = 16  # B
-    max_prompt_tokens: int = 512
+    task: Task | None = None  # generated problems, e.g. `tasks.Chain()`
+    eval_path: str = ""  # held-out problems; empty: those of `task`, if problems come from it
+    prompts_per_step: int = 16  # B, over all processes
+    max_prompt_tokens: int = 512  # longer problems are left out
     shuffle: bool = True
     chat: bool = False  # wrap prompts in the tokenizer's chat template
-    enable_thinking: bool = False
-    instruction: str = ""  # appended to each user message
+    enable_thinking: bool = False  # passed to the chat template
+    instruction: str = ""  # follows each user message on a line of its own
     special_tokens_in_text: bool = False  # special tokens written in a message are ids, not text
+
+    def reward_function(self) -> Callable[[Example, str], float]:
+        """Returns `verifier`, or the task's own reward if it is None."""
+        return self.task.reward if self.verifier is None else self.verifier
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; the product is the number of devices. fsdp=0 takes what the others
-    leave.
+    """Number of devices along each mesh axis; their product is the number of devices.
+
+    fsdp=0 takes all the devices that the other axes leave.
     """
 
     data: int = 1
@@ -159,22 +174,23 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class Precision:
-    """What the engine holds and multiplies in; "" is what the trainer has."""
+    """Number formats of the engine. An empty string is the trainer's own format."""
 
-    # projections and experts: float32, bfloat16, int8, int4, float8_e4m3fn, float8_e5m2 or nf4
+    # attention and FFN projections, experts included: float32, bfloat16, int8, int4, float8_e4m3fn,
+    # float8_e5m2 or nf4
     weights: str = "float32"
-    # weights that share a scale: 0 an output channel's, -1 the tensor's, n: n inputs' of an output
-    # channel
+    # weights that share a scale; 0: those of an output channel, -1: the whole tensor,
+    # n: n consecutive inputs of an output channel
     group: int = 0
-    activations: str = ""  # what enters the projections: int8 or float8_e4m3fn, one scale a token
-    # keys and values: float32, bfloat16, or int8 or float8_e4m3fn with one scale a position and
+    activations: str = ""  # inputs of the projections: int8 or float8_e4m3fn, one scale per token
+    # keys and values: float32, bfloat16, or int8 or float8_e4m3fn with one scale per position and
     # head
     cache: str = ""
-    embed: str = ""  # as `weights`, one scale a token of the vocabulary; so is the head
-    head: str = ""
-    router: str = ""  # float32 or bfloat16; so are the norms
-    norms: str = ""
-    experts_per_token: int = 0  # of the engine's router; 0: the trainer's
+    embed: str = ""  # formats of `weights`, one scale per vocabulary entry
+    head: str = ""  # as `embed`
+    router: str = ""  # float32 or bfloat16
+    norms: str = ""  # float32 or bfloat16
+    experts_per_token: int = 0  # chosen by the engine's router; 0: as many as the trainer's
 
 
 @dataclass(frozen=True)
@@ -184,23 +200,22 @@ class RolloutConfig:
     samples: int = 8  # G
     max_tokens: int = 512  # T
     temperature: float = 1.0
-    top_k: int = 0  # see records.Sampling for this and the next two
+    top_k: int = 0  # for this and the next two see records.Sampling
     top_p: float = 1.0
     min_p: float = 0.0
-    # texts that end a completion, beside the tokenizer's stop tokens
+    # texts that end a completion, in addition to the tokenizer's stop tokens
     stop_strings: tuple[str, ...] = ()
     precision: Precision = Precision()
-    # constrained steps by which the weights that sample are older than those that train
+    # the engine samples with the weights of so many constrained steps ago
     staleness: int = 0
-    slots: int = 64  # sequences decoded together, by all processes
+    slots: int = 64  # sequences decoded together, over all processes
     tokens_per_dispatch: int = 16  # K
-    # the last n (of each process its share) sample, the others train; all, or -1: both; 0: both, on
-    # one mesh
+    # 0: train and sample on the same mesh. n > 0: the last n devices only sample (each process
+    # gives its share of them). -1: all devices do both, with rollout.mesh as the sampling mesh.
     devices: int = 0
-    # of the sampling devices of each process, where `devices` is not 0
-    mesh: MeshConfig = MeshConfig()
-    # one engine over the devices of all processes, in step with each other; `mesh` is theirs
-    # together
+    mesh: MeshConfig = MeshConfig()  # of each process's sampling devices, if `devices` is not 0
+    # one engine spanning all processes (they decode in lockstep) instead of one per process; `mesh`
+    # then covers all sampling devices
     one_engine: bool = False
     # (config, model, tokenizer, mesh) -> records.Sampler; None: rollout.jetstream.sampler
     sampler: Callable | None = None
@@ -208,7 +223,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """From rewards to a gradient, and how it is applied."""
+    """From rewards to a gradient, and from the gradient to an update."""
 
     advantage: Callable  # (reward [N], group [N], *, num_groups) -> [N]
     # (logp, old_logp, rollout_logp, advantage, mask) -> loss [N, T], denominator mask [N, T]
@@ -220,60 +235,59 @@ class AlgorithmConfig:
     microbatches: int = 1  # A gradients accumulated per update
     epochs: int = 1
     row_length: int = 0  # S of the packed rows; 0: max_prompt_tokens + max_tokens
-    # the trainer sends tokens to the experts that the engine sent them to (arXiv 2510.11370)
+    # the trainer routes each token to the experts that the engine chose (arXiv 2510.11370)
     replay_routing: bool = False
     learning_rate: float = 1e-6
     lr_warmup_steps: int = 0
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.0
-    grad_clip: float = 1.0  # greatest norm of the gradient; 0: no bound
-    max_skipped: int = 3  # steps in a row without an update, after which the run stops; 0: none
-    offload: bool = False  # the optimizer's moments lie in the host's memory between updates
+    grad_clip: float = 1.0  # largest global norm of the gradient; 0: no clipping
+    max_skipped: int = 3  # stop the run after so many steps in a row without an update; 0: never
+    offload: bool = False  # keep the optimizer's moments in host memory between updates
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A tolerance measured by the run itself, at its starting weights: see
-    `constraint.calibrate_tolerance`.
+    """The run measures the tolerance itself, at its starting weights.
+
+    See `constraint.calibrate_tolerance`.
     """
 
-    slack: float = 0.2  # over the floor
-    batches: int = 4  # rollout batches that measure it
+    slack: float = 0.2  # tolerance = measured floor * (1 + slack)
+    batches: int = 4  # rollout batches of the measurement
 
 
 @dataclass(frozen=True)
 class ConstraintConfig:
-    """max E[reward] s.t. E[delta] <= tolerance, through the multiplier."""
+    """The constraint of max E[reward] s.t. E[delta] <= tolerance, and its multiplier."""
 
-    # (advantage, old_logp, rollout_logp, multiplier, tolerance, mask) -> [N, T]; None: advantages
-    # stay
+    # (advantage, old_logp, rollout_logp, multiplier, tolerance, mask) -> [N, T]; None: the
+    # advantages stay as they are
     shaping: Callable | None
     dual: Callable  # (dual_lr, multiplier_init, multiplier_max) -> constraint.Controller
-    # c; `Calibrated(slack=0.2)` has the run measure it before its first step
+    # c; with `Calibrated(slack=0.2)` the run measures it before its first step
     tolerance: float | Calibrated
     dual_lr: float = 1.0
     multiplier_init: float = 0.1
     multiplier_max: float = 1.0
-    # (logp, rollout_logp, mask, multiplier) -> [N, T], reduced over the mask, rejected tokens too,
-    # and added to the loss; None: nothing
+    # (logp, rollout_logp, mask, multiplier) -> [N, T], added to the loss; its denominator counts
+    # rejected tokens too; None: no penalty
     penalty: Callable | None = None
 
 
 @dataclass(frozen=True)
 class WarmupConfig:
-    """Supervised steps on the task's own solutions, before reinforcement learning; 0 steps leaves
-    it out.
-    """
+    """Supervised learning of the task's own solutions before reinforcement learning."""
 
-    steps: int = 0
+    steps: int = 0  # 0: no warm-up
     batch_size: int = 128
     learning_rate: float = 3e-3
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Held-out evaluation of both policies: the engine's and the trainer's."""
+    """Evaluation on held-out problems, by the engine as it is and by an exact one."""
 
     every: int = 20  # steps; 0: never
     prompts: int = 512
@@ -282,13 +296,17 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """When checkpoints are written, and how many stay."""
+
     every: int = 50  # steps; 0: only at the end and on interruption
-    keep: int = 2
+    keep: int = 2  # the newest ones
 
 
 @dataclass(frozen=True)
 class Config:
-    name: str
+    """A run. Raises ValueError on values that no run can have."""
+
+    name: str  # of the run's folder, runs/NAME
     model: ModelSource
     data: DataConfig
     rollout: RolloutConfig
@@ -307,9 +325,9 @@ class Config:
         _validate(self)
 
 
-# Least and greatest value of a number; one that is not here has a rule of its own in `_validate`,
-# in the model, or in the task.
-RANGES: dict[str, tuple[float, float]] = {
+# Smallest and largest value of a number. Numbers that are not listed have a rule of their own in
+# `_validate`, in ModelConfig or in the task.
+_RANGES: dict[str, tuple[float, float]] = {
     "steps": (1, 2**30 - 1),  # later numbers are those of the batches that calibrate
     "seed": (0, 2**32 - 1),
     "data.prompts_per_step": (1, 2**20),
@@ -349,7 +367,7 @@ RANGES: dict[str, tuple[float, float]] = {
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    """Raises ValueError where `value` is no number of that range; NaN is in none."""
+    """Raises ValueError unless `value` is a number in [low, high]. NaN is in no range."""
     if not isinstance(value, numbers.Real):
         raise ValueError(f"{name}={value!r} must be a number")
     if value < low:
@@ -360,17 +378,18 @@ def _check_number(name: str, value: Any, low: float, high: float) -> None:
 
 
 def _check_numbers(config: Config) -> None:
+    """Checks the type and the range of every number of a configuration."""
     for name, kind in scalar_fields(config).items():
         value = functools.reduce(getattr, name.split("."), config)
         if kind is int and not isinstance(value, numbers.Integral):
             raise ValueError(f"{name}={value!r} must be a whole number")
         largest = MAX_INT if kind is int else MAX_FLOAT
         if kind in (int, float) and not isinstance(value, Calibrated):
-            _check_number(name, value, *RANGES.get(name, (-largest, largest)))
+            _check_number(name, value, *_RANGES.get(name, (-largest, largest)))
 
 
 def _validate(config: Config) -> None:
-    """Refuses what can be refused from the configuration alone."""
+    """Raises ValueError on what is wrong whatever the files, devices and model are."""
     data = config.data
     rollout = config.rollout
     algorithm = config.algorithm
@@ -384,14 +403,14 @@ def _validate(config: Config) -> None:
     parts = algorithm.minibatches * algorithm.microbatches
     if completions % parts:
         raise ValueError(
-            f"data.prompts_per_step * rollout.samples = {completions} completions do not divide into "
-            f"algorithm.minibatches * algorithm.microbatches = {parts} parts"
+            f"data.prompts_per_step * rollout.samples = {completions} completions do not divide "
+            f"into algorithm.minibatches * algorithm.microbatches = {parts} parts"
         )
     row = data.max_prompt_tokens + rollout.max_tokens
     if algorithm.row_length and algorithm.row_length < row:
         raise ValueError(
-            f"algorithm.row_length={algorithm.row_length} is shorter than one prompt and completion "
-            f"(data.max_prompt_tokens + rollout.max_tokens = {row})"
+            f"algorithm.row_length={algorithm.row_length} is shorter than one prompt and "
+            f"completion (data.max_prompt_tokens + rollout.max_tokens = {row})"
         )
     if rollout.devices < -1:
         raise ValueError(
@@ -399,21 +418,25 @@ def _validate(config: Config) -> None:
         )
     if not all(rollout.stop_strings):
         raise ValueError(
-            "rollout.stop_strings holds an empty text, which would end every completion; leave it out"
+            "rollout.stop_strings holds an empty text, which would end every completion; leave it "
+            "out"
         )
     if not rollout.devices and rollout.mesh != MeshConfig():
         raise ValueError(
-            "rollout.mesh lays out rollout.devices of their own; set rollout.devices, or leave the mesh out"
+            "rollout.mesh needs rollout.devices, the devices that it lays out; set "
+            "rollout.devices, or leave rollout.mesh out"
         )
     if not 0 < rollout.top_p <= 1 or not 0 <= rollout.min_p < 1:
         raise ValueError(
-            f"rollout.top_p={rollout.top_p} must lie in (0, 1] and rollout.min_p={rollout.min_p} in [0, 1)"
+            f"rollout.top_p={rollout.top_p} must lie in (0, 1] and rollout.min_p={rollout.min_p} "
+            "in [0, 1)"
         )
     dual = config.constraint
     measured = dual.tolerance if isinstance(dual.tolerance, Calibrated) else None
     if measured and (measured.slack < 0 or measured.batches < 2):
         raise ValueError(
-            f"constraint.tolerance={measured} needs slack >= 0 and batches >= 2, for its standard error"
+            f"constraint.tolerance={measured} needs slack >= 0 and batches >= 2, for its standard "
+            "error"
         )
     if (
         not measured
@@ -422,11 +445,18 @@ def _validate(config: Config) -> None:
         or not 0 <= dual.multiplier_init <= dual.multiplier_max
     ):
         raise ValueError(
-            "constraint needs tolerance >= 0, dual_lr >= 0 and 0 <= multiplier_init <= multiplier_max"
+            "constraint needs tolerance >= 0, dual_lr >= 0 and "
+            "0 <= multiplier_init <= multiplier_max"
         )
     if config.eval.every and config.eval.prompts < 1:
         raise ValueError(
-            f"eval.prompts={config.eval.prompts} must be at least 1; eval.every=0 leaves evaluation out"
+            f"eval.prompts={config.eval.prompts} must be at least 1; set eval.every=0 to leave "
+            "evaluation out"
+        )
+    if data.verifier is None and data.task is None:
+        raise ValueError(
+            "data.verifier is not set; set a function (example, text) -> reward, such as "
+            "rewards.math_answer"
         )
     if not (data.path or data.task):
         raise ValueError(
@@ -435,23 +465,23 @@ def _validate(config: Config) -> None:
 
 
 def scalar_fields(config: Any, prefix: str = "") -> dict[str, type]:
-    """Dotted names of the fields that the command line may set, with their types."""
+    """Returns the dotted names of the fields that the command line may set, with their types."""
     hints = typing.get_type_hints(type(config))
-    found = {}
+    types = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         name = prefix + item.name
         if dataclasses.is_dataclass(value):
-            found |= scalar_fields(value, name + ".")
+            types |= scalar_fields(value, name + ".")
         if hints[item.name] in (int, float, bool, str):
-            found[name] = hints[item.name]
+            types[name] = hints[item.name]
         elif hints[item.name] == float | Calibrated:
-            found[name] = float
-    return found
+            types[name] = float
+    return types
 
 
 def with_tolerance(config: Config, tolerance: float) -> Config:
-    """The same run with that tolerance."""
+    """Returns the same configuration with another tolerance."""
     return dataclasses.replace(
         config, constraint=dataclasses.replace(config.constraint, tolerance=tolerance)
     )

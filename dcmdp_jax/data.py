@@ -1,6 +1,4 @@
-"""Problems in, token batches out: files and generated tasks as Grain pipelines, and completions
-packed into rows.
-"""
+"""Problems from files and generated tasks as token batches, and completions packed into rows."""
 
 from __future__ import annotations
 
@@ -17,40 +15,38 @@ import grain
 import numpy as np
 
 from dcmdp_jax import files
-from dcmdp_jax.records import Batch, Example, Prompts, Rollout, Scored
+from dcmdp_jax.records import Batch, Columns, Example, Prompts, Rollout, Scored
 from dcmdp_jax.rewards import final_answer
 from dcmdp_jax.tasks import Task
 from dcmdp_jax.tokenizer import Tokenizer
 
-LAYOUTS = (
+_LAYOUTS = (
     "GSM8K {question, answer with ####}",
     "evaluation set {problem | question | prompt, answer | final_answer | solution with \\boxed{}}",
     "verl {prompt, reward_model.ground_truth}",
 )
-NO_ANSWER = ("", "nan", "NaN", "null", "None")  # what a missing value leaves as text
-ENDLESS = 2**62  # problems in a pipeline: no run sees the end
+_MISSING = ("", "nan", "NaN", "null", "None")  # texts that a missing value leaves
+_ENDLESS = 2**62  # problems in a pipeline, more than any run reads
 
 log = logging.getLogger(__name__)
 
 
 class SupervisedBatch(NamedTuple):
-    """Prompts followed by the expert's completions, for the warm-up stage."""
+    """Prompts, each followed by the expert's completion, for the warm-up."""
 
     tokens: np.ndarray  # [B, S] int32, padded on the right
-    mask: np.ndarray  # [B, S] bool, true on completion tokens, stop token included
+    mask: np.ndarray  # [B, S] bool, True on completion tokens, stop token included
 
 
 def read(path: str | pathlib.Path) -> list[Example]:
-    """The problems of a `.jsonl` or `.parquet` file, in file order; exact repeats are left out and
-    counted in the log.
+    """Returns the problems of a `.jsonl` or `.parquet` file, in file order.
 
-    Layouts: GSM8K's (the answer follows `####`); evaluation sets (`problem`, `question` or `prompt`
-        with `answer`,
-    `final_answer`, or a `solution` that ends in `\\boxed{}`); verl's, which DAPO-Math-17k has (chat
-    messages under
-    `prompt`, `reward_model.ground_truth`, `data_source`). Raises ValueError on a missing or empty
-    file, bad JSON, or
-    another layout.
+    Three layouts are read: GSM8K's (the answer follows `####`), that of evaluation sets (`problem`,
+    `question` or `prompt`, with `answer`, `final_answer` or a `solution` that ends in `\\boxed{}`),
+    and verl's, which DAPO-Math-17k has (chat messages under `prompt`, `reward_model.ground_truth`,
+    `data_source`). A row's other columns are in `Example.columns`. A problem that repeats another's
+    prompt, answer and source is left out, and the log counts them. Raises ValueError on a missing
+    or empty file, bad JSON, and rows of another layout.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -62,9 +58,9 @@ def read(path: str | pathlib.Path) -> list[Example]:
     rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
     seen: dict[str, Example] = {}
     total = 0
-    for place, row in rows:
-        example = _example(row, path.stem, place)
-        seen.setdefault(json.dumps(example), example)
+    for location, row in rows:
+        example = _example(row, path.stem, location)
+        seen.setdefault(_key(example), example)
         total += 1
     if not total:
         raise ValueError(f"data file {path} is empty")
@@ -85,13 +81,12 @@ def tokenize(
     instruction: str = "",
     special_tokens_in_text: bool = False,
 ) -> Prompts:
-    """One batch of prompts, padded on the right to `max_prompt_tokens`, or to the longest (0).
+    """Returns one batch of prompts, padded on the right to `max_prompt_tokens`, or the longest (0).
 
     With `chat` the prompt is wrapped in the tokenizer's chat template; `instruction` follows each
-    user message (or the
-    plain prompt) on a line of its own. A special token written in a message is text unless
-    `special_tokens_in_text`; in a plain prompt it is its id. Raises ValueError on a prompt longer
-    than `max_prompt_tokens`: prompts are never cut.
+    user message (or the plain prompt) on a line of its own. A special token written in a message is
+    text unless `special_tokens_in_text`; in a plain prompt it becomes its id. Raises ValueError on
+    a prompt longer than `max_prompt_tokens`: prompts are never truncated.
     """
     ids = [
         _encode(example, tokenizer, chat, enable_thinking, instruction, special_tokens_in_text)
@@ -101,7 +96,8 @@ def tokenize(
     max_prompt_tokens = max_prompt_tokens or int(lengths.max())
     if lengths.max() > max_prompt_tokens:
         raise ValueError(
-            f"a prompt has {lengths.max()} tokens, more than data.max_prompt_tokens={max_prompt_tokens}"
+            f"a prompt has {lengths.max()} tokens, more than "
+            f"data.max_prompt_tokens={max_prompt_tokens}"
         )
     return Prompts(_pad(ids, max_prompt_tokens, tokenizer.pad_id), lengths, tuple(examples))
 
@@ -121,14 +117,15 @@ def prompt_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator[Prompts]:
-    """Endless batches of prompts, from a list of problems (shuffled anew each epoch) or a generated
-    task (always new).
+    """Returns an endless iterator over batches of prompts.
 
-    `batch_size` counts the prompts of all processes; each process gets its contiguous part of every
-    batch, so that the order of problems does not depend on the number of processes. Problems longer
-    than `max_prompt_tokens` are left out and counted in the log. `get_state()` is a small JSON-able
-    dict, and `set_state(state)` goes on exactly there. Raises ValueError where `batch_size` does
-    not divide, or no problem fits.
+    A list of problems is shuffled anew in each epoch; a generated task gives new problems forever.
+    `batch_size` counts the prompts of all processes; each process gets its contiguous share of
+    every batch, so that the order of problems does not depend on the number of processes. Problems
+    longer than `max_prompt_tokens` are left out, and the log counts them. The iterator's
+    `get_state()` is a small dict for JSON, and `set_state(state)` continues exactly there. Raises
+    ValueError if `batch_size` does not divide by the number of processes, or no problem is short
+    enough.
     """
     if batch_size % process_count:
         raise ValueError(
@@ -143,10 +140,10 @@ def prompt_batches(
     if isinstance(source, Sequence):
         problems = _fitting(source, tokenizer, max_prompt_tokens, wrap)
         order = grain.MapDataset.range(len(problems)).seed(seed)
-        order = (order.shuffle() if shuffle else order).repeat(ENDLESS // len(problems))
+        order = (order.shuffle() if shuffle else order).repeat(_ENDLESS // len(problems))
         problem = problems.__getitem__
     else:
-        order = grain.MapDataset.range(ENDLESS)
+        order = grain.MapDataset.range(_ENDLESS)
         problem = functools.partial(source.example, seed=seed)
     local = batch_size // process_count
 
@@ -163,34 +160,36 @@ def prompt_batches(
 def supervised_batch(
     task: Task, tokenizer: Tokenizer, batch_size: int, seed: int, step: int
 ) -> SupervisedBatch:
-    """Batch number `step` of the expert's solutions to the task's training problems, each ended by
-    the stop token.
+    """Returns batch number `step` of the expert's solutions, each ended by the stop token.
 
-    S is the longest row of the batch. The same arguments give the same batch; the problems are not
-    those that `prompts` asks under the same seed.
+    S is the longest row of the batch. Equal arguments give equal batches. The problems differ from
+    those of `prompt_batches` with the same seed.
     """
     rng = np.random.default_rng((seed, step))
-    first = ENDLESS + step * batch_size
+    first = _ENDLESS + step * batch_size
     examples = [task.example(first + i, seed) for i in range(batch_size)]
-    asked = [tokenizer.encode(example.prompt) for example in examples]
-    told = [
+    prompts = [tokenizer.encode(example.prompt) for example in examples]
+    solutions = [
         tokenizer.encode(task.solution(example, rng)) + [tokenizer.eos_ids[0]]
         for example in examples
     ]
-    starts = np.array([len(row) for row in asked])[:, None]
-    stops = starts + np.array([len(row) for row in told])[:, None]
+    starts = np.array([len(ids) for ids in prompts])[:, None]
+    stops = starts + np.array([len(ids) for ids in solutions])[:, None]
     column = np.arange(stops.max())
     tokens = _pad(
-        [prompt + solution for prompt, solution in zip(asked, told)], stops.max(), tokenizer.pad_id
+        [prompt + solution for prompt, solution in zip(prompts, solutions)],
+        stops.max(),
+        tokenizer.pad_id,
     )
     return SupervisedBatch(tokens, (column >= starts) & (column < stops))
 
 
 def full_vocab_logp(rollout: Rollout) -> np.ndarray:
-    """The engine's log-probs as the trainer scores, uncut: of softmax(logits / temperature).
+    """Returns the engine's log-probs [N, T] under softmax(logits / temperature), as the trainer
+    scores: over the whole vocabulary instead of the support sampled from.
 
-    Formula: rollout_logp + log support_mass. Nothing changes past the length, and where no support
-    was cut.
+    Formula: rollout_logp + log support_mass. Equal to rollout_logp past the length, and if the
+    support is the whole vocabulary.
     """
     if rollout.support_mass is None:
         return rollout.rollout_logp
@@ -209,30 +208,30 @@ def pack(
     pad_id: int = 0,
     seed: int | tuple[int, ...] = 0,
 ) -> Batch:
-    """Deals the completions at random into M x A microbatches of n and packs each into R rows of S
-    tokens.
+    """Packs the completions, in random order, into M x A microbatches of R rows of S tokens.
 
-    First-fit decreasing, a segment being prompt + completion. R is the same in every microbatch:
-    `row_divisor` times a power of two (or just enough rows for n completions, if that is less), so
-    that few shapes are ever compiled. Experts, where they were recorded, go to the tokens that they
-    were chosen for: those behind a completion's first token to the prompt's last. Log-probs are
-    those of `full_vocab_logp`. Raises ValueError where the completions do not divide, a row is too
-    short, or a prompt is empty.
+    Each microbatch gets n completions; a segment is a prompt and its completion, and rows are
+    filled by first-fit decreasing. R is the same in every microbatch: `row_divisor` times a power
+    of two, or the number of rows that n completions can need at most if that is less, so that few
+    shapes are compiled. Recorded experts lie on the tokens that they were chosen for, which are the
+    tokens before those of the completion: the prompt's last to the completion's last but one.
+    Log-probs are those of `full_vocab_logp`. Raises ValueError if the completions do not divide
+    into M x A parts, if a row is too short, or if a prompt is empty.
     """
     rollout = scored.rollout
     parts = minibatches * microbatches
     count, width = rollout.tokens.shape
     if count % parts:
         raise ValueError(
-            f"{count} completions do not divide into algorithm.minibatches * algorithm.microbatches = "
-            f"{parts} parts"
+            f"{count} completions do not divide into algorithm.minibatches * "
+            f"algorithm.microbatches = {parts} parts"
         )
     order = np.random.default_rng(seed).permutation(count)
     group = order // (count // len(rollout.prompts.lengths))
-    asked = rollout.prompts.lengths[group]
-    told = rollout.lengths[order]
-    lengths = asked + told
-    if asked.min() < 1:
+    prompt_lengths = rollout.prompts.lengths[group]
+    completion_lengths = rollout.lengths[order]
+    lengths = prompt_lengths + completion_lengths
+    if prompt_lengths.min() < 1:
         raise ValueError("a prompt is empty; the first completion token has nothing to follow")
     if lengths.max() > row_length:
         raise ValueError(
@@ -241,12 +240,14 @@ def pack(
         )
     rows, start, segment = _place(lengths.reshape(parts, -1), row_length, row_divisor)
 
-    # one entry per token of every segment: whose it is, and where in the segment
+    # for each token of all segments: its segment, and its offset in the segment
     owner = np.repeat(np.arange(count), lengths)
     offset = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
     source = np.concatenate([rollout.prompts.tokens[group], rollout.tokens[order]], axis=1)
     column = np.where(
-        offset < asked[owner], offset, offset - asked[owner] + rollout.prompts.tokens.shape[1]
+        offset < prompt_lengths[owner],
+        offset,
+        offset - prompt_lengths[owner] + rollout.prompts.tokens.shape[1],
     )
 
     def scatter(values: np.ndarray, fill: int) -> np.ndarray:
@@ -256,14 +257,16 @@ def pack(
 
     def place_experts(recorded: np.ndarray) -> np.ndarray:
         flat = np.full((parts * rows * row_length, *recorded.shape[2:]), -1, np.int16)
-        flat[((start + asked - 1)[:, None] + np.arange(width))[mask]] = recorded[order][mask]
+        flat[((start + prompt_lengths - 1)[:, None] + np.arange(width))[mask]] = recorded[order][
+            mask
+        ]
         return flat.reshape(minibatches, microbatches, rows, row_length, *recorded.shape[2:])
 
     def deal(values: np.ndarray) -> np.ndarray:
         return values.reshape(minibatches, microbatches, count // parts, *values.shape[1:])
 
-    mask = np.arange(width) < told[:, None]
-    predicts = (start % (rows * row_length) + asked - 1)[:, None] + np.arange(width)
+    mask = np.arange(width) < completion_lengths[:, None]
+    predicts = (start % (rows * row_length) + prompt_lengths - 1)[:, None] + np.arange(width)
     return Batch(
         tokens=scatter(source[owner, column], pad_id),
         positions=scatter(offset, 0),
@@ -281,8 +284,9 @@ def pack(
 def _place(
     lengths: np.ndarray, row_length: int, row_divisor: int
 ) -> tuple[int, np.ndarray, np.ndarray]:
-    """Rows per microbatch; for each of [M*A, n] lengths its flat start over all microbatches, and
-    its segment id.
+    """Returns the rows R per microbatch, and flat starts and segment ids [M*A*n] of the segments.
+
+    `lengths` is [M*A, n]; a start counts over the rows of all microbatches.
     """
     parts, size = lengths.shape
     row, column, segment = (
@@ -294,20 +298,20 @@ def _place(
 
 
 def _first_fit(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """First-fit decreasing: row, column and segment id (from 1) of each of [n] lengths."""
+    """Returns row, column and segment id (from 1) of each segment, by first-fit decreasing."""
     row, column, segment = (np.zeros(len(lengths), np.int64) for _ in range(3))
     used = np.zeros(len(lengths), np.int64)
-    held = np.zeros(len(lengths), np.int64)
+    segments = np.zeros(len(lengths), np.int64)
     for i in np.argsort(-lengths, kind="stable"):
         r = np.argmax(used + lengths[i] <= row_length)
-        row[i], column[i], segment[i] = r, used[r], held[r] + 1
+        row[i], column[i], segment[i] = r, used[r], segments[r] + 1
         used[r] += lengths[i]
-        held[r] += 1
+        segments[r] += 1
     return row, column, segment
 
 
 def _bucket(rows: int, size: int, divisor: int) -> int:
-    """The number of rows to compile for: the next bucket, never more than one row for each of
+    """Returns the number of rows to compile for: the next bucket, at most one row for each of
     `size` completions.
     """
     bucket = divisor
@@ -317,6 +321,7 @@ def _bucket(rows: int, size: int, divisor: int) -> int:
 
 
 def _pad(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> np.ndarray:
+    """Returns rows of ids as an array [B, width], padded on the right."""
     padded = np.full((len(rows), width), pad_id, np.int32)
     for line, row in zip(padded, rows):
         line[: len(row)] = row
@@ -331,7 +336,7 @@ def _encode(
     instruction: str,
     special_tokens_in_text: bool,
 ) -> list[int]:
-    """Ids of one prompt, wrapped as asked."""
+    """Returns the ids of one prompt; see `tokenize`."""
     tail = f"\n{instruction}" if instruction else ""
     if not chat:
         if not isinstance(example.prompt, str):
@@ -353,32 +358,33 @@ def _encode(
 def _fitting(
     examples: Sequence[Example], tokenizer: Tokenizer, max_prompt_tokens: int, wrap: Mapping
 ) -> list[Example]:
-    kept = [
+    """Returns the problems of at most `max_prompt_tokens` tokens; the log counts the others."""
+    fitting = [
         example
         for example in examples
         if len(_encode(example, tokenizer, **wrap)) <= max_prompt_tokens
     ]
-    if not kept:
+    if not fitting:
         raise ValueError(
             f"none of {len(examples)} problems fits in data.max_prompt_tokens={max_prompt_tokens}; "
             "raise it"
         )
-    if len(kept) < len(examples):
+    if len(fitting) < len(examples):
         log.warning(
             "%d of %d problems are longer than data.max_prompt_tokens=%d and are left out",
-            len(examples) - len(kept),
+            len(examples) - len(fitting),
             len(examples),
             max_prompt_tokens,
         )
-    return kept
+    return fitting
 
 
 def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                place = f"{path} line {number}"
-                yield place, files.parse_json(line, place)
+                location = f"{path} line {number}"
+                yield location, files.parse_json(line, location)
 
 
 def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
@@ -397,43 +403,56 @@ def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{path} is not a readable Parquet file: {error}") from None
 
 
-def _example(row: Any, source: str, place: str) -> Example:
-    """A row of any known layout as an Example; `place` names it in messages."""
+def _example(row: Any, source: str, location: str) -> Example:
+    """Returns a row of any of the layouts as an Example; `location` names it in messages."""
     if not isinstance(row, dict):
-        raise ValueError(f"{place} is not a JSON object but {files.describe(row)}")
-    prompt = next((row[name] for name in ("problem", "question", "prompt") if row.get(name)), None)
+        raise ValueError(f"{location} is not a JSON object but {files.describe(row)}")
+    prompt_column = next(
+        (name for name in ("problem", "question", "prompt") if row.get(name)), None
+    )
+    answer_column = None
     if isinstance(row.get("reward_model"), dict):
         answer = row["reward_model"].get("ground_truth")
         if isinstance(row.get("data_source"), str):
             source = row["data_source"] or source
     else:
-        answer = next(
-            (row[name] for name in ("answer", "final_answer") if row.get(name) is not None), None
+        answer_column = next(
+            (name for name in ("answer", "final_answer") if row.get(name) is not None), None
         )
+        answer = row.get(answer_column)
         if answer is None and isinstance(row.get("solution"), str):
             answer = final_answer(row["solution"])
     if isinstance(answer, str) and "####" in answer:
         answer = final_answer(answer)
+    others = {
+        name: value for name, value in row.items() if name not in (prompt_column, answer_column)
+    }
     try:
-        example = Example(_prompt(prompt), _as_text(answer), source)
-        json.dumps(example, ensure_ascii=False).encode()  # what no tokenizer and no log could write
-    except UnicodeEncodeError:
+        example = Example(_prompt(row.get(prompt_column)), _answer(answer), source, Columns(others))
+        _key(example).encode()
+    except UnicodeEncodeError:  # no tokenizer and no log could write it
         raise ValueError(
-            f"{place} holds half a surrogate pair, which is no text; mend it or leave it out"
+            f"{location} holds half a surrogate pair, which is no text; mend it or leave it out"
         ) from None
     except (TypeError, RecursionError) as error:
         raise ValueError(
-            f"{place} holds what JSON cannot ({error}); mend it or leave it out"
+            f"{location} holds what JSON cannot ({error}); mend it or leave it out"
         ) from None
     except ValueError as error:
         raise ValueError(
-            f"{place} {error}; it has the fields {sorted(row)}; known layouts: {'; '.join(LAYOUTS)}"
+            f"{location} {error}; it has the fields {sorted(row)}; known layouts: "
+            f"{'; '.join(_LAYOUTS)}"
         ) from None
     return example
 
 
+def _key(example: Example) -> str:
+    """Returns prompt, answer and source as one text."""
+    return json.dumps((example.prompt, example.answer, example.source), ensure_ascii=False)
+
+
 def _prompt(prompt: Any) -> str | list[dict]:
-    """A prompt as text or as messages whose contents are texts.
+    """Returns a prompt as a text, or as chat messages whose contents are texts.
 
     Raises ValueError on anything else.
     """
@@ -450,9 +469,10 @@ def _prompt(prompt: Any) -> str | list[dict]:
 
 
 def _message(message: Any, number: int) -> dict:
-    """A chat message, its content one text: text parts are joined, null beside tool calls is empty.
+    """Returns a chat message whose content is one text.
 
-    Raises ValueError on content of another kind.
+    Text parts are joined; null beside tool calls becomes the empty text. Raises ValueError on
+    content of another kind. `number` counts messages from 1.
     """
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
         raise ValueError(f"gives no problem: message {number} has no role and content")
@@ -476,26 +496,25 @@ def _message(message: Any, number: int) -> dict:
 
 
 def _part(part: Any, number: int) -> str:
+    """Returns the text of one part of a message's content. Raises ValueError on other parts."""
     if (
         not isinstance(part, dict)
         or part.get("type") != "text"
         or not isinstance(part.get("text"), str)
     ):
-        found = part.get("type") if isinstance(part, dict) else files.describe(part)
-        raise ValueError(
-            f"gives no problem: message {number} has a part that is not text ({found})"
-        )
+        kind = part.get("type") if isinstance(part, dict) else files.describe(part)
+        raise ValueError(f"gives no problem: message {number} has a part that is not text ({kind})")
     return part["text"]
 
 
-def _as_text(answer: Any) -> str:
-    """A gold as the text that answers are compared with.
+def _answer(answer: Any) -> str:
+    """Returns a right answer as the text that completions are compared with.
 
-    Raises ValueError on what no answer could ever equal.
+    Raises ValueError on what no answer can equal.
     """
     if isinstance(answer, list) and answer and not any(isinstance(item, list) for item in answer):
-        return ", ".join(_as_text(item) for item in answer)
-    if isinstance(answer, str) and answer.strip() not in NO_ANSWER:
+        return ", ".join(_answer(item) for item in answer)
+    if isinstance(answer, str) and answer.strip() not in _MISSING:
         if _is_structure(answer.strip()):
             raise ValueError(
                 f"gives an answer that is JSON in a string, {answer.strip()[:60]!r}; write the "
@@ -516,7 +535,7 @@ def _as_text(answer: Any) -> str:
 def _is_structure(text: str) -> bool:
     """True if a text is a JSON object, or a JSON list other than of several numbers.
 
-    [0, 1] may be an interval.
+    A list of numbers, [0, 1], may be an interval.
     """
     if text.startswith(("['", "{'")):  # as Python prints a list or a dict
         return True
@@ -527,9 +546,9 @@ def _is_structure(text: str) -> bool:
 
 
 def _holds_messages(text: str) -> bool:
-    """True if a text is, as a whole, a chat message or a part of one, or a list of them.
+    """True if the entire text is a chat message, a part of one, or a list of them.
 
-    In JSON, or as Python or NumPy prints it.
+    It may be written in JSON, or as Python or NumPy prints it.
     """
     printed = re.sub(r"^array\(|,\s+dtype=object\)$", "", text.strip())
     if printed.startswith(("{'", "[{'")) and printed.endswith(("}", "}]")):
@@ -540,10 +559,10 @@ def _holds_messages(text: str) -> bool:
 
 
 def _json_in(text: str) -> Any:
-    """The list or object that `text` is as a whole, or None."""
+    """Returns the JSON list or object that the entire text is, or None."""
     if text.strip()[:1] not in ("[", "{"):
         return None
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):  # a text like any other
+    except (ValueError, RecursionError):  # an ordinary text
         return None

@@ -1,13 +1,10 @@
-"""An experiment file and the options that override it.
-
-An experiment is a Python file holding one `CONFIG = Config(...)`. The command line overrides scalar
-fields by dotted name.
-"""
+"""Experiment files, and the command line's changes to their fields."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import pathlib
 import runpy
 import sys
@@ -16,9 +13,14 @@ from typing import Any
 from dcmdp_jax import errors
 from dcmdp_jax.config import Config, scalar_fields
 
+_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
 
 def load_experiment(path: str) -> Config:
-    """The `CONFIG` of an experiment file. Raises ValueError where there is none."""
+    """Returns the `CONFIG` of an experiment file.
+
+    Raises ValueError if the file defines none, and where `run_file` does.
+    """
     config = run_file(path, "experiment").get("CONFIG")
     if not isinstance(config, Config):
         raise ValueError(f"{path} defines no CONFIG = Config(...)")
@@ -26,10 +28,10 @@ def load_experiment(path: str) -> Config:
 
 
 def run_file(path: str, kind: str) -> dict[str, Any]:
-    """What a Python file defines; it may import its neighbours, as a script may.
+    """Runs a Python file, which may import its neighbours as a script may, and returns its globals.
 
-    Raises ValueError where there is no file, where it imports what is not there, and where it
-    fails, with its own line.
+    Raises ValueError, with `kind` and the path, if the file does not exist, imports a module that
+    is not installed, or fails; the message then names the failing line.
     """
     file = pathlib.Path(path)
     if not file.is_file():
@@ -42,60 +44,59 @@ def run_file(path: str, kind: str) -> dict[str, Any]:
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{kind} {path} imports {error.name!r}, which is neither in its folder nor installed "
-            "(requirements.txt has what dcmdp_jax itself needs)"
+            "(requirements.txt lists what dcmdp_jax itself needs)"
         ) from error
     except (Exception, SystemExit) as error:
         raise ValueError(f"{kind} {path} fails at {errors.describe(error)}") from error
 
 
 def override(config: Config, changes: dict[str, str]) -> Config:
-    """Replaces scalar fields by dotted name, e.g. `{"constraint.tolerance": "0.01"}`, converted to
-    the field's type.
+    """Returns `config` with scalar fields replaced by dotted name.
 
-    Raises ValueError on a name that does not exist (with the nearest one) or a value that does not
-    fit.
+    `changes` maps names to texts, e.g. `{"constraint.tolerance": "0.01"}`; a text is converted to
+    the field's type. Raises ValueError on a name that does not exist (with the nearest one that
+    does), on a text that does not fit the type, and on values that no run can have.
     """
-    names = scalar_fields(config)
+    types = scalar_fields(config)
     for name in changes:
-        if name not in names:
-            raise ValueError(_unknown(name, list(names)))
-    for name in changes:
-        if other := next((other for other in changes if other.startswith(f"{name}.")), None):
-            raise ValueError(
-                f"--{name} gives a number, which leaves nothing to --{other}; set one of them"
-            )
-    values = {name: _convert(name, text, names[name]) for name, text in changes.items()}
+        if name not in types:
+            raise ValueError(_unknown_option(name, list(types)))
+        part = next((other for other in changes if other.startswith(f"{name}.")), None)
+        if part:
+            raise ValueError(f"--{name} and --{part} exclude each other; set one")
+    values = {name: _convert(name, text, types[name]) for name, text in changes.items()}
     return replace_fields(config, {tuple(name.split(".")): value for name, value in values.items()})
 
 
 def replace_fields(config: Any, changes: dict[tuple[str, ...], Any]) -> Any:
-    own = {path[0]: value for path, value in changes.items() if len(path) == 1}
+    """Returns `config` with fields replaced, each given by the parts of its dotted name."""
+    values = {path[0]: value for path, value in changes.items() if len(path) == 1}
     for name in {path[0] for path in changes if len(path) > 1}:
         nested = {
             path[1:]: value for path, value in changes.items() if path[0] == name and len(path) > 1
         }
-        own[name] = replace_fields(getattr(config, name), nested)
-    return dataclasses.replace(config, **own)
+        values[name] = replace_fields(getattr(config, name), nested)
+    return dataclasses.replace(config, **values)
 
 
 def _convert(name: str, text: str, kind: type) -> Any:
-    if kind is bool:
-        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if text.lower() in words:
-            return words[text.lower()]
-    elif kind is str:
+    """Returns the value that an option's text stands for. Raises ValueError if it is of another
+    type, or not finite.
+    """
+    if kind is str:
         return text
-    else:
-        try:
-            value = kind(text)
-        except ValueError:
-            pass
-        else:
-            if value == value and value not in (float("inf"), float("-inf")):
-                return value
-    raise ValueError(f"--{name} takes a value of type {kind.__name__}, not {text!r}")
+    try:
+        value = _BOOLEANS[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        value = math.nan
+    if not abs(value) < math.inf:
+        raise ValueError(f"--{name} takes a value of type {kind.__name__}, not {text!r}")
+    return value
 
 
-def _unknown(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return f"no option --{name} takes a number or a word; did you mean --{near[0]}? Functions are set in the experiment file"
+def _unknown_option(name: str, names: list[str]) -> str:
+    (nearest,) = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    return (
+        f"no option --{name} takes a number or a word; did you mean --{nearest}? Functions are set "
+        "in the experiment file"
+    )

@@ -14,90 +14,11 @@ from dcmdp_jax.experiment import override
 RECORD_FILE = "config.json"  # in the run's work folder
 
 
-def read_record(workdir: pathlib.Path) -> dict:
-    """A run's `config.json`. Raises ValueError, with the remedy, where it is gone or damaged."""
-    file = workdir / RECORD_FILE
-    remedy = (
-        "put a copy back; one is written where the command that began the run, with its "
-        "options, is started in another --workdir"
-    )
-    try:
-        return files.read_json_object(file)
-    except FileNotFoundError:
-        raise ValueError(
-            f"{file} is gone, so that what the run was made with is not known; {remedy}"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{error}; {remedy}") from None
-
-
-def apply_record(config: Config, record: dict) -> Config:
-    """`config` with the scalar fields of a run's `config.json`, so that a resumption need not
-    repeat its options.
-    """
-
-    def lookup(name: str) -> Any:
-        value = record
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        return value
-
-    found = {name: lookup(name) for name in scalar_fields(config)}
-    return override(
-        config, {name: str(value) for name, value in found.items() if value is not None}
-    )
-
-
-def upgrade_record(record: dict, config: Any) -> dict:
-    """A record of `to_json` as this version writes it.
-
-    Fields that it lacks have their defaults, and fields that are unknown today are left out where
-    they are not set to anything.
-    """
-    fields = {item.name: item for item in dataclasses.fields(config)}
-    found = {}
-    for name, item in fields.items():
-        value = getattr(config, name)
-        if name not in record:
-            found[name] = to_json(_default(item, value))
-        elif dataclasses.is_dataclass(value) and isinstance(record[name], dict):
-            found[name] = upgrade_record(record[name], value)
-        else:
-            found[name] = record[name]
-    unknown_ones = {name: value for name, value in record.items() if name not in fields}
-    return found | {name: value for name, value in unknown_ones.items() if _is_set(value)}
-
-
-def _default(item: dataclasses.Field, value: Any) -> Any:
-    """A field's default; `value` where it has none."""
-    if item.default is not dataclasses.MISSING:
-        return item.default
-    return value if item.default_factory is dataclasses.MISSING else item.default_factory()
-
-
-def _is_set(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_is_set(item) for item in value.values())
-    return bool(value)
-
-
-def lacks_field(name: str, record: Any) -> bool:
-    """Whether a record of `to_json` has no field of that dotted name."""
-    for part in name.split("."):
-        if not isinstance(record, dict) or part not in record:
-            return True
-        record = record[part]
-    return False
-
-
 def to_json(config: Any) -> Any:
-    """The resolved configuration as plain JSON values; functions appear by their qualified names."""
+    """Returns a configuration as plain JSON values; functions become their qualified names."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        kind = (
-            {}
-            if type(config).__module__ == Config.__module__
-            else {"type": type(config).__qualname__}
-        )
+        foreign = type(config).__module__ != Config.__module__  # a task, say: its type matters too
+        kind = {"type": type(config).__qualname__} if foreign else {}
         return kind | {
             item.name: to_json(getattr(config, item.name)) for item in dataclasses.fields(config)
         }
@@ -114,13 +35,86 @@ def to_json(config: Any) -> Any:
     return config if isinstance(config, (int, float, bool, str, type(None))) else repr(config)
 
 
+def read_record(workdir: pathlib.Path) -> dict:
+    """Returns a run's record. Raises ValueError, with the remedy, if it is missing or damaged."""
+    file = workdir / RECORD_FILE
+    remedy = (
+        "put a copy back, or write a new one by starting the command that began the run, with its "
+        "options, in another --workdir"
+    )
+    try:
+        return files.read_json_object(file)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{file} is missing, so the configuration of the run is unknown; {remedy}"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from None
+
+
+def apply_record(config: Config, record: dict) -> Config:
+    """Returns `config` with the scalar fields of a record, so that resuming a run does not need its
+    options again.
+    """
+    recorded = {name: _lookup(record, name) for name in scalar_fields(config)}
+    return override(
+        config, {name: str(value) for name, value in recorded.items() if value is not None}
+    )
+
+
+def upgrade_record(record: dict, config: Any) -> dict:
+    """Returns a record of another version in the form that `to_json(config)` has today.
+
+    Fields that the record lacks get their defaults. Fields that no longer exist are dropped if they
+    are empty, zero or false, and stay otherwise.
+    """
+    fields = {item.name: item for item in dataclasses.fields(config)}
+    upgraded = {name: value for name, value in record.items() if name in fields or _is_set(value)}
+    for name, item in fields.items():
+        value = getattr(config, name)
+        if name not in record:
+            upgraded[name] = to_json(_default(item, value))
+        elif dataclasses.is_dataclass(value) and isinstance(record[name], dict):
+            upgraded[name] = upgrade_record(record[name], value)
+    return upgraded
+
+
+def lacks_field(name: str, record: Any) -> bool:
+    """True if a record has no field of that dotted name."""
+    for part in name.split("."):
+        if not isinstance(record, dict) or part not in record:
+            return True
+        record = record[part]
+    return False
+
+
 def differences(before: Any, now: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted names at which two records of `to_json` differ, with both values."""
+    """Returns the dotted names at which two records differ, with both values."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
         return {} if before == now else {prefix: (before, now)}
-    found = {}
+    changed = {}
     for name in sorted(before.keys() | now.keys()):
-        found |= differences(
-            before.get(name), now.get(name), f"{prefix}.{name}" if prefix else name
-        )
-    return found
+        dotted = f"{prefix}.{name}" if prefix else name
+        changed |= differences(before.get(name), now.get(name), dotted)
+    return changed
+
+
+def _lookup(record: Any, name: str) -> Any:
+    """Returns the value at a dotted name, or None if there is none."""
+    for part in name.split("."):
+        record = record.get(part) if isinstance(record, dict) else None
+    return record
+
+
+def _default(item: dataclasses.Field, value: Any) -> Any:
+    """Returns a field's default, or `value` if it has none."""
+    if item.default is not dataclasses.MISSING:
+        return item.default
+    return value if item.default_factory is dataclasses.MISSING else item.default_factory()
+
+
+def _is_set(value: Any) -> bool:
+    """True if a recorded value, or one in it, is not empty, zero or false."""
+    if isinstance(value, dict):
+        return any(_is_set(item) for item in value.values())
+    return bool(value)

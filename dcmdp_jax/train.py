@@ -341,7 +341,9 @@ def _collect(
     ):  # what one process's verifier fails on ends all in the same place
         try:
             if sampled is not None:
-                scored = rewards.score(sampled, tokenizer.decode, config.data.verifier, asked)
+                scored = rewards.score(
+                    sampled, tokenizer.decode, config.data.reward_function(), asked
+                )
         except stopping.Interrupted:
             pass  # `scored` says so
     if processes.any_process(scored is None):

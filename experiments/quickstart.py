@@ -50,7 +50,7 @@ CONFIG = Config(
             head_dim=16,
         )
     ),
-    data=DataConfig(task=CHAIN, verifier=CHAIN.reward, prompts_per_step=16, max_prompt_tokens=12),
+    data=DataConfig(task=CHAIN, prompts_per_step=16, max_prompt_tokens=12),
     rollout=RolloutConfig(samples=8, max_tokens=33, precision=Precision(weights="int4"), slots=128),
     algorithm=AlgorithmConfig(
         advantage=advantages.grpo,

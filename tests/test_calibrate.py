@@ -205,7 +205,7 @@ def test_a_measured_tolerance_is_set_by_field(experiment):
         0.1, 3
     )
     assert override(run, {"constraint.tolerance": "0.1"}).constraint.tolerance == 0.1
-    with pytest.raises(ValueError, match="leaves nothing to --constraint.tolerance.slack"):
+    with pytest.raises(ValueError, match="--constraint.tolerance.slack exclude each other"):
         override(run, {"constraint.tolerance.slack": "0.1", "constraint.tolerance": "0.1"})
     for bad in (Calibrated(slack=-0.1), Calibrated(batches=1)):
         with pytest.raises(ValueError, match="needs slack >= 0 and batches >= 2"):

@@ -16,9 +16,10 @@ FILES = {
 # Each may import from the package only what stands in an earlier line, or its own line where it is
 # a folder.
 ORDER = [
-    ["errors", "files", "worker"],
-    ["records", "config", "stopping", "lock", "chat_template", "chat_renderer", "answers"],
-    ["sharding", "experiment", "losses", "rewards", "tokenizer", "tasks", "intervals"],
+    ["errors", "files", "worker", "records"],
+    ["stopping", "lock", "tasks", "chat_template", "chat_renderer", "answers"],
+    ["config"],
+    ["sharding", "experiment", "losses", "rewards", "tokenizer", "intervals"],
     ["run_record", "constraint", "optimizers", "distributed"],
     ["models"],
     ["data", "rollout.sampling", "gaps", "terminal"],

@@ -4,6 +4,7 @@ import datetime
 import json
 import logging
 import pathlib
+import pickle
 import pprint
 import sys
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from dcmdp_jax import data
-from dcmdp_jax.records import Example
+from dcmdp_jax.records import Columns, Example
 from support import own_data
 
 SHARED = pathlib.Path(__file__).parents[1].parent / "shared" / "data"
@@ -52,7 +53,46 @@ def jsonl(path, *rows):
     ],
 )
 def test_layouts(tmp_path, row, expected):
-    assert data.read(jsonl(tmp_path / "set.jsonl", row)) == [expected]
+    (example,) = data.read(jsonl(tmp_path / "set.jsonl", row))
+    assert example[:3] == expected[:3]
+
+
+@pytest.mark.parametrize(
+    "row, columns",
+    [
+        ({"problem": "p", "answer": "2", "tests": ["f(1) == 2"]}, {"tests": ["f(1) == 2"]}),
+        ({"problem": "p", "solution": r"\boxed{1}"}, {"solution": r"\boxed{1}"}),
+        (VERL, {name: value for name, value in VERL.items() if name != "prompt"}),
+        ({"question": "q", "answer": "#### 2"}, {}),
+    ],
+)
+def test_a_verifier_gets_the_other_columns_of_a_row(tmp_path, row, columns):
+    assert data.read(jsonl(tmp_path / "set.jsonl", row))[0].columns == columns
+
+
+def test_columns_of_parquet_rows_may_hold_what_json_cannot(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    row = {"problem": "p", "answer": "1", "day": datetime.date(2026, 1, 1)}
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+    assert data.read(tmp_path / "a.parquet")[0].columns == {"day": datetime.date(2026, 1, 1)}
+
+
+def test_columns_are_read_only():
+    example = Example("p", "1", columns=Columns({"level": 5}))
+    with pytest.raises(TypeError):
+        example.columns["level"] = 6
+
+
+def test_an_example_can_be_sent_to_a_verifiers_worker_process():
+    example = Example("p", "1", columns=Columns({"level": 5}))
+    assert pickle.loads(pickle.dumps(example)) == example
+
+
+def test_problems_that_differ_in_other_columns_alone_are_repeats(tmp_path):
+    rows = [{"problem": "p", "answer": "1", "index": i} for i in range(2)]
+    (example,) = data.read(jsonl(tmp_path / "set.jsonl", *rows))
+    assert example.columns == {"index": 0}
 
 
 @pytest.mark.parametrize(
@@ -93,7 +133,9 @@ def test_parquet_and_repeats(tmp_path, caplog):
     parquet.write_table(pyarrow.Table.from_pylist([VERL, other, VERL, VERL]), file)
     with caplog.at_level(logging.WARNING):
         examples = data.read(file)
-    assert examples == [Example(VERL["prompt"], answer, "math_dapo") for answer in ("2", "3")]
+    assert [(e.prompt, e.answer, e.source) for e in examples] == [
+        (VERL["prompt"], answer, "math_dapo") for answer in ("2", "3")
+    ]
     assert "2 of 4 problems repeat another" in caplog.text
 
 
@@ -149,12 +191,17 @@ TEXT = {"type": "text", "text": "2+3?"}
     ],
 )
 def test_contents_as_parts_are_joined(tmp_path, row, expected):
-    want = [Example([{"role": "user", "content": expected}], "5", "set")]
-    assert data.read(jsonl(tmp_path / "set.jsonl", row)) == want
+    (example,) = data.read(jsonl(tmp_path / "set.jsonl", row))
+    assert example.prompt == [{"role": "user", "content": expected}]
+
+
+def test_contents_as_parts_are_joined_in_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
+    row = asked([{"type": "text", "text": "What is "}, TEXT])
     parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "set.parquet")
-    assert data.read(tmp_path / "set.parquet") == want
+    (example,) = data.read(tmp_path / "set.parquet")
+    assert example.prompt == [{"role": "user", "content": "What is 2+3?"}]
 
 
 def test_null_beside_tool_calls_is_the_empty_text(tmp_path):

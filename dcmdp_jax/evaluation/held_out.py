@@ -56,7 +56,9 @@ def pass_rate(
     ):  # what one process's verifier fails on ends all in the same place
         try:
             if sampled is not None:
-                scored = rewards.score(sampled, tokenizer.decode, config.data.verifier, asked)
+                scored = rewards.score(
+                    sampled, tokenizer.decode, config.data.reward_function(), asked
+                )
                 reward[: here.stop - here.start] = scored.reward
         except Interrupted:
             left = True

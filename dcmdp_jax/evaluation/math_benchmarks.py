@@ -278,7 +278,8 @@ def _record(
 
 
 def _digest(problems: Sequence[Example]) -> str:
-    return hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]
+    texts = [(problem.prompt, problem.answer, problem.source) for problem in problems]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 def _fingerprint(folder: pathlib.Path) -> str:

@@ -56,7 +56,7 @@ STEPS = {FAST: 120, SLOW: 160}
 GRPO = Config(
     name="chain",
     model=ModelSource(architecture=DENSE),
-    data=DataConfig(task=TASK, verifier=TASK.reward, prompts_per_step=16, max_prompt_tokens=12),
+    data=DataConfig(task=TASK, prompts_per_step=16, max_prompt_tokens=12),
     rollout=RolloutConfig(samples=8, max_tokens=33, precision=INT4, slots=128),
     algorithm=AlgorithmConfig(
         advantage=advantages.grpo,

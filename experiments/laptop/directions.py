@@ -113,7 +113,7 @@ def draw(config, inputs, params, number):
     engine = train.make_engine(config, inputs)
     policy = sync.converter(inputs.model_config, config.rollout.precision, inputs.decode_mesh)
     sampled_ = parity.sample(engine, policy(params, 0), config, inputs, number)
-    scored = rewards.score(sampled_, inputs.tokenizer.decode, config.data.verifier)
+    scored = rewards.score(sampled_, inputs.tokenizer.decode, config.data.reward_function())
     count = len(scored.reward)
     # every prompt of the task has one length
     asked = np.repeat(sampled_.prompts.tokens, config.rollout.samples, axis=0)

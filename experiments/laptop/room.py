@@ -84,7 +84,7 @@ def start(kinds):
         GRPO,
         model=dataclasses.replace(GRPO.model, architecture=architecture),
         rollout=dataclasses.replace(GRPO.rollout, precision=Precision(head="int4")),
-        data=dataclasses.replace(GRPO.data, task=task, verifier=task.reward),
+        data=dataclasses.replace(GRPO.data, task=task),
         checkpoint=CheckpointConfig(every=40, keep=10),
         warmup=dataclasses.replace(GRPO.warmup, steps=WARMUP),
     )
