@@ -43,6 +43,13 @@ def folder_of_its_own():
         yield
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """A run takes every device; here it gets one, so that a step compiles quickly."""
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *args: devices)
+
+
 @pytest.fixture(scope="session", params=own_data.TOKENIZERS)
 def chat_folder(request, tmp_path_factory):
     """A folder with tokenizer.json and chat_template.jinja: our own, and Qwen3's."""

@@ -3,47 +3,20 @@ with keys of its own.
 """
 
 import json
-import pathlib
 
 import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import calibrate, cli, constraint, sharding, train
+from dcmdp_jax import calibrate, cli, constraint, train
 from dcmdp_jax.config import Calibrated, with_tolerance
 from dcmdp_jax.experiment import load_experiment, override
 from dcmdp_jax.run_record import to_json
 from dcmdp_jax.tools import parity
+from support import training
+from support.training import QUICKSTART, rows
 
-QUICKSTART = str(pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py")
-TINY = {
-    "model.architecture.hidden_size": 16,
-    "model.architecture.intermediate_size": 32,
-    "model.architecture.num_heads": 2,
-    "model.architecture.num_kv_heads": 1,
-    "model.architecture.head_dim": 8,
-    "model.architecture.num_layers": 1,
-    "data.prompts_per_step": 4,
-    "rollout.samples": 4,
-    "rollout.slots": 8,
-    "rollout.max_tokens": 20,
-    "algorithm.minibatches": 2,
-    "warmup.steps": 2,
-    "warmup.batch_size": 4,
-    "data.task.operations": 2,
-    "data.max_prompt_tokens": 6,
-    "checkpoint.every": 5,
-    "eval.every": 0,
-    "steps": 4,
-    "algorithm.learning_rate": 0.01,
-}
-DEVICES = jax.devices()
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """A run takes every device; here it gets one, so that it compiles quickly."""
-    monkeypatch.setattr(sharding.jax, "devices", lambda *args: DEVICES[:1])
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture
@@ -59,22 +32,11 @@ def experiment(tmp_path):
 
 
 def words(**changes):
-    return [word for name, value in (TINY | changes).items() for word in (f"--{name}", str(value))]
+    return training.words(**{"steps": 4} | changes)
 
 
 def tiny(tolerance=Calibrated(slack=0.5, batches=3), **changes):
-    run = override(
-        load_experiment(QUICKSTART),
-        {name: str(value) for name, value in (TINY | changes).items()},
-    )
-    return with_tolerance(run, tolerance)
-
-
-def rows(workdir):
-    return [
-        {k: v for k, v in json.loads(line).items() if k != "seconds"}
-        for line in (workdir / "metrics.jsonl").open()
-    ]
+    return with_tolerance(training.tiny(**{"steps": 4} | changes), tolerance)
 
 
 def record(workdir):

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from dcmdp_jax.report import line_chart, run_page
-from test_report import CONFIG, DELTAS, ROWS, Page
+from support.pages import CONFIG, DELTAS, ROWS, Page
 
 
 def test_points_lie_where_their_values_say(tmp_path):

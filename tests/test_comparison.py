@@ -8,40 +8,14 @@ import pytest
 
 from dcmdp_jax import cli, intervals
 from dcmdp_jax.report import comparison
-from test_report import CONFIG, ROWS, Page, make_run
-
-GAPS = {
-    "step": 4,
-    "positions": [
-        {"from": 0, "to": 8, "tokens": 10, "delta": 0.1},
-        {"from": 8, "to": 16, "tokens": 5, "delta": 0.3},
-    ],
-    "worst": [
-        {
-            "position": 3,
-            "token": 7,
-            "text": "<b>",
-            "before": "1 + ",
-            "after": "",
-            "delta": 0.4,
-            "pi_train": 0.9,
-            "pi_infer": 0.5,
-            "reward": 1.0,
-        }
-    ],
-}
-SOURCES = {
-    "weights": "checkpoint 4",
-    "noise_floor": 1e-7,
-    "sources": [
-        {
-            "source": "weights",
-            "setting": "int4",
-            "alone": {"delta": 0.02, "std_error": 1e-3},
-            "left_out": {"delta": 1e-6},
-        }
-    ],
-}
+from support.pages import (
+    CONFIG,
+    GAPS,
+    ROWS,
+    SOURCES,
+    Page,
+    make_run,
+)
 
 
 def run(folder, seed, weights, end, steps=4):

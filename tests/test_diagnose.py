@@ -17,8 +17,9 @@ from dcmdp_jax.report import bar_chart, line_chart
 from dcmdp_jax.rollout.replay import replay
 from dcmdp_jax.run_record import to_json
 from dcmdp_jax.tools import diagnose, parity
-from test_parity import EXPERTS, FLOAT, command, folder, make_run, one_device, sampled, sharp, tiny  # noqa: F401
+from support.mismatch import EXPERTS, FLOAT, command, make_run, sampled, sharp, tiny
 
+pytestmark = pytest.mark.usefixtures("one_device")
 SMALL = {
     "rollout.samples": 3,
     "rollout.slots": 5,

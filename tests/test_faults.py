@@ -73,7 +73,7 @@ from dcmdp_jax import checkpoint, cli, rewards, sharding, step, train
 from dcmdp_jax.answers import judge
 from dcmdp_jax.records import Example
 from dcmdp_jax.tools import parity
-from test_train import QUICKSTART, assert_same_run, command, rows, tiny
+from support.training import QUICKSTART, assert_same_run, command, rows, tiny
 
 FAULTY = str(pathlib.Path(__file__).parent / "support" / "faulty.py")
 MAIN = "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -81,11 +81,7 @@ CHILD = (sys.executable, "-c", MAIN)
 # No file of this child may grow past a size, as none can on a full disk.
 FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); "
 DEVICES = jax.devices()
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    monkeypatch.setattr(sharding.jax, "devices", lambda *args: DEVICES[:1])
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def environment() -> dict[str, str]:

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from dcmdp_jax import optimizers, sharding, step
-from test_step import MODEL, make_config, make_scored, run
+from support.steps import MODEL, make_config, make_scored, run
 
 
 def rate_of(algorithm):

@@ -16,8 +16,7 @@ from dcmdp_jax import cli, metrics
 from dcmdp_jax.experiment import load_experiment
 from dcmdp_jax.report import comparison, run_page
 from dcmdp_jax.tools import diagnose
-from test_comparison import GAPS, SOURCES
-from test_report import CONFIG, ROWS, make_run
+from support.pages import CONFIG, GAPS, ROWS, SOURCES, make_run
 
 QUICKSTART = pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py"
 PLAIN = "word"

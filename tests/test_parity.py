@@ -3,83 +3,26 @@ does not.
 """
 
 import json
-import pathlib
 
 import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import checkpoint, cli, sharding, step, sync, tokenizer, train
-from dcmdp_jax.checkpoint import Checkpoints
-from dcmdp_jax.experiment import load_experiment, override
+from dcmdp_jax import checkpoint, cli, sharding, tokenizer, train
 from dcmdp_jax.models import decoder, weights
 from dcmdp_jax.tools import parity
-from support.random_params import random_params
+from support.mismatch import (
+    EXPERTS,
+    FLOAT,
+    command,
+    make_run,
+    sampled,
+    sharp,
+    tiny,
+)
 
-QUICKSTART = str(pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py")
-TINY = {
-    "model.architecture.hidden_size": 16,
-    "model.architecture.intermediate_size": 32,
-    "model.architecture.num_heads": 2,
-    "model.architecture.num_kv_heads": 1,
-    "model.architecture.head_dim": 8,
-    "model.architecture.num_layers": 2,
-    "data.prompts_per_step": 4,
-    "rollout.samples": 4,
-    "rollout.slots": 8,
-    "rollout.max_tokens": 20,
-    "rollout.temperature": 0.8,
-    "algorithm.minibatches": 2,
-    "data.task.operations": 2,
-    "data.max_prompt_tokens": 6,
-    "warmup.steps": 0,
-    "eval.every": 0,
-}
-FLOAT = {"rollout.precision.weights": "float32"}
 DEVICES = jax.devices()
-EXPERTS = {
-    "model.architecture.num_experts": 4,
-    "model.architecture.experts_per_token": 2,
-    "model.architecture.expert_size": 16,
-}
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """A run takes every device; here it gets one, so that it compiles quickly."""
-    monkeypatch.setattr(sharding.jax, "devices", lambda *args: DEVICES[:1])
-
-
-def options(**changes):
-    return {name: str(value) for name, value in (TINY | changes).items()}
-
-
-def tiny(**changes):
-    """The quickstart, smaller: an int4 engine."""
-    return override(load_experiment(QUICKSTART), options(**changes))
-
-
-def sharp(model):
-    """A policy far from uniform, so that a wrong log-prob shows."""
-    return parity.TrainerWeights(random_params(model, 0.3, norms=1.0), 3, "random")
-
-
-def sampled(run, inputs, policy):
-    served = sync.converter(inputs.model_config, run.rollout.precision, inputs.decode_mesh)(
-        policy.params, policy.version
-    )
-    return parity.sample(train.make_engine(run, inputs), served, run, inputs, 3)
-
-
-def command(name, workdir, *words, **changes):
-    return [
-        name,
-        QUICKSTART,
-        "--workdir",
-        str(workdir),
-        *words,
-        *(word for field, value in options(**changes).items() for word in (f"--{field}", value)),
-    ]
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="session")
@@ -273,32 +216,6 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
 def test_one_batch_is_refused(tmp_path, capsys):
     assert cli.main(command("parity", tmp_path, "--batches", "1")) == 2
     assert capsys.readouterr().err == "dcmdp: --batches 1 gives no standard error; take 2 or more\n"
-
-
-def make_run(workdir, run, steps):
-    """Checkpoints as a run leaves them: parameters are the step's number, stale ones the last but
-    one's.
-    """
-    inputs = train.read_inputs(run)
-    state = jax.jit(
-        lambda: step.init_state(run, decoder.init(jax.random.key(0), inputs.model_config))
-    )()
-    saved = Checkpoints(workdir, run.checkpoint.keep)
-    for number in steps:
-        next(inputs.prompts)
-        now, before = (
-            jax.tree.map(lambda x, n=n: np.full_like(x, n), state.params)
-            for n in (number, number - 1)
-        )
-        saved.save(
-            state._replace(
-                params=now, step=np.int32(number), stale=(before,) * run.rollout.staleness
-            ),
-            inputs.prompts.get_state(),
-            run.seed,
-        )
-    saved.close()
-    return next(inputs.prompts)
 
 
 def test_the_newest_checkpoint_is_what_the_next_batch_is_sampled_from(tmp_path):

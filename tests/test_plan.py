@@ -14,7 +14,7 @@ from dcmdp_jax import cli, sharding
 from dcmdp_jax.config import MeshConfig, ModelConfig, Precision
 from dcmdp_jax.models import decoder
 from dcmdp_jax.tools import cost_model, plan
-from test_step import make_config
+from support.steps import make_config
 
 MODEL = ModelConfig(
     vocab_size=512,

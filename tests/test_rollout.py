@@ -13,7 +13,7 @@ from dcmdp_jax.records import Sampling
 from dcmdp_jax.rollout import jetstream
 from dcmdp_jax.rollout.generate import rollout
 from dcmdp_jax.tools import complete, parity
-from test_engine import (
+from support.engines import (
     DENSE,
     MOE,
     G,

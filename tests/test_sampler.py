@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from test_engine import DENSE, G, P, T, make_params, make_prompts
 
 from dcmdp_jax import sharding, tokenizer
 from dcmdp_jax.records import NotFinite, Prompts, Sampling
 from dcmdp_jax.rollout.jetstream import JetStreamSampler
 from dcmdp_jax.stopping import Interrupted
+from support.engines import DENSE, G, P, T, make_params, make_prompts
 
 TEXT = tokenizer.CharacterTokenizer("".join(chr(ord("A") + i) for i in range(35)))
 

@@ -15,7 +15,7 @@ from dcmdp_jax.config import MeshConfig, ModelConfig
 from dcmdp_jax.models import decoder
 from dcmdp_jax.models.kernels import dispatch, scoring
 from support.random_params import random_params
-from test_step import assert_close, make_config, make_scored, run
+from support.steps import assert_close, make_config, make_scored, run
 
 DENSE = ModelConfig(
     vocab_size=32,

@@ -8,7 +8,7 @@ import pytest
 
 from dcmdp_jax import sharding, step, sync, train
 from dcmdp_jax.checkpoint import Checkpoints
-from test_train import assert_same_run, rows, tiny
+from support.training import assert_same_run, rows, tiny
 
 STALE = {
     "rollout.precision.weights": "float32",

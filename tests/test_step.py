@@ -12,121 +12,26 @@ import optax
 import pytest
 
 from dcmdp_jax import constraint, data, sharding, step
-from dcmdp_jax.config import (
-    AlgorithmConfig,
-    Config,
-    ConstraintConfig,
-    DataConfig,
-    ModelConfig,
-    ModelSource,
-    RolloutConfig,
-)
-from dcmdp_jax.losses import advantages, corrections, covariance, policy, reduce, rejection
+from dcmdp_jax.losses import advantages, corrections, covariance, rejection
 from dcmdp_jax.models import decoder
-from dcmdp_jax.records import Example, Prompts, Scored
-from support.random_params import random_params
-from support.rollouts import make_rollout
-
-TASK = object()  # never asked
-B = 4
-G = 4
-P = 5
-T = 7
-TOLERANCE = 0.05
-MODEL = ModelConfig(
-    vocab_size=16,
-    hidden_size=16,
-    intermediate_size=32,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=8,
+from support.steps import (
+    CLIPPED,
+    MODEL,
+    MOE,
+    ONE,
+    TOLERANCE,
+    B,
+    G,
+    P,
+    T,
+    assert_close,
+    fresh_state,
+    make_config,
+    make_params,
+    make_scored,
+    run,
 )
-MOE = dataclasses.replace(MODEL, num_experts=4, experts_per_token=2, expert_size=16)
-CLIPPED = functools.partial(policy.clipped, clip_low=0.2, clip_high=0.24)
 
-
-def make_config(model=MODEL, surrogate=corrections.decoupled(CLIPPED), **algorithm):
-    return Config(
-        name="test",
-        model=ModelSource(architecture=model),
-        data=DataConfig(verifier=max, task=TASK, prompts_per_step=B, max_prompt_tokens=P),
-        rollout=RolloutConfig(samples=G, max_tokens=T, temperature=0.9),
-        algorithm=AlgorithmConfig(
-            advantage=advantages.grpo,
-            surrogate=surrogate,
-            reduce=reduce.token_mean,
-            learning_rate=1e-2,
-            **algorithm,
-        ),
-        constraint=ConstraintConfig(
-            shaping=constraint.shape_advantage,
-            dual=constraint.projected_ascent,
-            tolerance=TOLERANCE,
-        ),
-        steps=1,
-    )
-
-
-@functools.cache
-def make_params(model=MODEL):
-    return random_params(model, 0.1, norms=1.0)
-
-
-def make_scored(seed=0, reward=None):
-    """A made-up rollout: ragged prompts and completions, log-probs a little off the trainer's."""
-    rng = np.random.default_rng(seed)
-    asked = rng.integers(1, P + 1, B).astype(np.int32)
-    told = rng.integers(0, T + 1, B * G).astype(np.int32)
-    prompts = Prompts(rng.integers(0, 16, (B, P)).astype(np.int32), asked, (Example("", ""),) * B)
-    rollout = make_rollout(
-        prompts,
-        rng.integers(0, 16, (B * G, T)),
-        told,
-        rng.normal(-2.5, 0.7, (B * G, T)),
-        told < T,
-        0.9,
-    )
-    reward = rng.integers(0, 2, B * G) if reward is None else reward
-    return Scored(rollout, np.asarray(reward, np.float32), ("",) * (B * G))
-
-
-def fresh_state(config, model, mesh):
-    make = jax.jit(
-        functools.partial(step.init_state, config),
-        out_shardings=step.state_shardings(config, model, mesh),
-    )
-    return make(jax.tree.map(np.array, make_params(model)))
-
-
-compiled_step = functools.cache(step.compile)
-
-
-def run(config, scored, mesh=None, row_length=2 * (P + T)):
-    """One step from fresh state: (params before, state after, metrics that are numbers)."""
-    mesh = mesh or ONE
-    model = config.model.architecture
-    algorithm = config.algorithm
-    batch = data.pack(
-        scored,
-        minibatches=algorithm.minibatches,
-        microbatches=algorithm.microbatches,
-        row_length=row_length,
-        row_divisor=sharding.num_batch_shards(mesh),
-        seed=1,
-    )
-    state = fresh_state(config, model, mesh)
-    state, metrics = compiled_step(config, model, mesh)(
-        state, jax.device_put(batch, step.batch_shardings(config, mesh))
-    )
-    return (
-        make_params(model),
-        state,
-        {name: value for name, value in jax.device_get(metrics).items() if name != "gaps"},
-    )
-
-
-ONE = sharding.single_device_mesh()
 forward = jax.jit(decoder.logits, static_argnums=2)
 
 
@@ -172,14 +77,6 @@ def plain_step(scored, model, multiplier=0.1):
         )
 
     return loss, delta[mask].mean(), jax.jit(apply)(params, grads)
-
-
-def assert_close(a, b, atol=2e-5):
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=atol, rtol=0),
-        a,
-        b,
-    )
 
 
 @pytest.mark.parametrize("model", [MODEL, MOE], ids=["dense", "moe"])

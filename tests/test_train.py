@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -18,43 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcmdp_jax import checkpoint, cli, data, metrics, sharding, step, stopping, tasks, train
-from dcmdp_jax.checkpoint import Checkpoints
-from dcmdp_jax.experiment import load_experiment, override
+from dcmdp_jax import checkpoint, cli, data, metrics, step, stopping, tasks, train
+from dcmdp_jax.experiment import load_experiment
 from dcmdp_jax.models import weights
+from support.training import (
+    QUICKSTART,
+    assert_same_run,
+    command,
+    rows,
+    saved,
+    tiny,
+)
 
-ROOT = pathlib.Path(__file__).parents[1]
-QUICKSTART = str(ROOT / "experiments" / "quickstart.py")
-TINY = {
-    "model.architecture.hidden_size": 16,
-    "model.architecture.intermediate_size": 32,
-    "model.architecture.num_heads": 2,
-    "model.architecture.num_kv_heads": 1,
-    "model.architecture.head_dim": 8,
-    "model.architecture.num_layers": 1,
-    "data.prompts_per_step": 4,
-    "rollout.samples": 4,
-    "rollout.slots": 8,
-    "rollout.max_tokens": 20,
-    "algorithm.minibatches": 2,
-    "warmup.steps": 2,
-    "warmup.batch_size": 4,
-    "data.task.operations": 2,
-    "data.max_prompt_tokens": 6,
-    "checkpoint.every": 5,
-    "eval.every": 0,
-    "eval.prompts": 8,
-    "mesh.fsdp": 1,
-    "mesh.data": 1,
-    "algorithm.learning_rate": 0.01,
-}
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """The loop takes every device; here it gets one, so that a step compiles quickly."""
-    devices = jax.devices()[:1]
-    monkeypatch.setattr(sharding.jax, "devices", lambda *args: devices)
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture
@@ -72,46 +47,6 @@ def problems(tmp_path):
         )
     )
     return str(file)
-
-
-def options(**changes):
-    return {name: str(value) for name, value in (TINY | changes).items()}
-
-
-def tiny(**changes):
-    return override(load_experiment(QUICKSTART), options(**changes))
-
-
-def command(workdir, **changes):
-    return [
-        "train",
-        QUICKSTART,
-        "--workdir",
-        str(workdir),
-        *(word for name, value in options(**changes).items() for word in (f"--{name}", value)),
-    ]
-
-
-def rows(workdir):
-    return [
-        {k: v for k, v in json.loads(line).items() if k != "seconds"}
-        for line in (workdir / "metrics.jsonl").open()
-    ]
-
-
-def saved(workdir, run):
-    """Everything in the newest checkpoint, as NumPy."""
-    inputs = train.read_inputs(run)
-    checkpoints = Checkpoints(workdir, 2)
-    state = train._restore(checkpoints, run, inputs)
-    checkpoints.close()
-    return jax.device_get(state), inputs.prompts.get_state()
-
-
-def assert_same_run(one, two, run):
-    (a, a_data), (b, b_data) = saved(one, run), saved(two, run)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-    assert a_data == b_data and rows(one) == rows(two)
 
 
 def test_resumed_equals_uninterrupted(tmp_path, problems):

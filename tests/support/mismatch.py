@@ -1,0 +1,75 @@
+"""The tiny quickstart with an int4 engine, two layers and weights far from uniform."""
+
+import jax
+import numpy as np
+
+from dcmdp_jax import step, sync, train
+from dcmdp_jax.checkpoint import Checkpoints
+from dcmdp_jax.models import decoder
+from dcmdp_jax.tools import parity
+from support import training
+from support.random_params import random_params
+
+FLOAT = {"rollout.precision.weights": "float32"}
+EXPERTS = {
+    "model.architecture.num_experts": 4,
+    "model.architecture.experts_per_token": 2,
+    "model.architecture.expert_size": 16,
+}
+
+
+OPTIONS = {"model.shape.num_layers": 2, "rollout.temperature": 0.8, "warmup.steps": 0}
+
+
+def tiny(**changes):
+    """The quickstart, smaller: an int4 engine."""
+    return training.tiny(**OPTIONS | changes)
+
+
+def sharp(model):
+    """A policy far from uniform, so that a wrong log-prob shows."""
+    return parity.TrainerWeights(random_params(model, 0.3, norms=1.0), 3, "random")
+
+
+def sampled(run, inputs, policy):
+    served = sync.converter(inputs.model_config, run.rollout.precision, inputs.decode_mesh)(
+        policy.params, policy.version
+    )
+    return parity.sample(train.make_engine(run, inputs), served, run, inputs, 3)
+
+
+def command(name, workdir, *words, **changes):
+    return [
+        name,
+        training.QUICKSTART,
+        "--workdir",
+        str(workdir),
+        *words,
+        *training.words(**OPTIONS | changes),
+    ]
+
+
+def make_run(workdir, run, steps):
+    """Checkpoints as a run leaves them: parameters are the step's number, stale ones the last but
+    one's.
+    """
+    inputs = train.read_inputs(run)
+    state = jax.jit(
+        lambda: step.init_state(run, decoder.init(jax.random.key(0), inputs.model_config))
+    )()
+    saved = Checkpoints(workdir, run.checkpoint.keep)
+    for number in steps:
+        next(inputs.prompts)
+        now, before = (
+            jax.tree.map(lambda x, n=n: np.full_like(x, n), state.params)
+            for n in (number, number - 1)
+        )
+        saved.save(
+            state._replace(
+                params=now, step=np.int32(number), stale=(before,) * run.rollout.staleness
+            ),
+            inputs.prompts.get_state(),
+            run.seed,
+        )
+    saved.close()
+    return next(inputs.prompts)
