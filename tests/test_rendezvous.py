@@ -1,4 +1,4 @@
-"""Who is missing or lost is named; a request to stop reaches everybody, and a stranger nobody.
+"""A missing or lost process is named; a request to stop reaches all; a stranger reaches nobody.
 
 With real processes on localhost.
 """
@@ -17,7 +17,7 @@ import pytest
 
 from dcmdp_jax.distributed import rendezvous
 
-WAITS = """
+MEMBER = """
 import sys, time
 from dcmdp_jax.distributed import rendezvous
 try:
@@ -48,13 +48,14 @@ def port():
 
 @pytest.fixture
 def start(tmp_path):
+    """Starts a process that joins and then obeys one line of stdin: "done", "stop" or nothing."""
     started = []
 
-    def one(address, processes, process, limit=20, folder=tmp_path / "run", secret=""):
+    def process_of_run(address, processes, process, limit=20, folder=tmp_path / "run", secret=""):
         command = [
             sys.executable,
             "-c",
-            WAITS,
+            MEMBER,
             str(address),
             str(processes),
             str(process),
@@ -66,58 +67,77 @@ def start(tmp_path):
         started.append(subprocess.Popen(command, text=True, env=environment, **pipes))
         return started[-1]
 
-    yield one
+    yield process_of_run
     for process in started:
         process.kill()
         process.communicate()
 
 
 def ended(process, status):
+    """Returns what the process printed, once it has ended with `status`."""
     out, err = process.communicate(timeout=30)
     assert process.returncode == status, (out, err)
     return out + err
 
 
-def test_all_there(port, start):
-    """In any order, process 0 late."""
-    late = [start(f"127.0.0.1:{port}", 3, i) for i in (2, 1)]
+def all_joined(processes):
+    """Returns True once every process has joined."""
+    return [process.stdout.readline() for process in processes] == ["go\n"] * len(processes)
+
+
+def leave(process):
+    print("done", file=process.stdin, flush=True)
+
+
+def test_all_join_in_any_order(port, start):
+    """Process 0 is the last to be started; its port is free afterwards, for JAX's coordinator."""
+    early = [start(f"127.0.0.1:{port}", 3, i) for i in (2, 1)]
     time.sleep(0.5)
-    everybody = [start(f"127.0.0.1:{port}", 3, 0), *late]
-    assert [process.stdout.readline() for process in everybody] == ["go\n"] * 3
+    processes = [start(f"127.0.0.1:{port}", 3, 0), *early]
+    assert all_joined(processes)
     with socket.create_server(("127.0.0.1", port)):
-        pass  # the port is free for JAX's coordinator while the lines stay open
-    assert [
-        ended(process, 0)
-        for process in everybody
-        if not print("done", file=process.stdin, flush=True)
-    ] == [""] * 3
+        pass
+    for process in processes:
+        leave(process)
+    for process in processes:
+        assert ended(process, 0) == ""
 
 
-def test_the_missing_are_named_by_all(port, start):
-    there = [start(f"127.0.0.1:{port}", 4, i, limit=2) for i in (0, 2)]
-    for process in there:
-        assert f"process 1, 3 of 4 did not call at 127.0.0.1:{port} within 2 s" in ended(process, 2)
+def test_every_process_names_those_that_are_missing(port, start):
+    message = f"process 1, 3 of 4 did not connect to 127.0.0.1:{port} within 2 s"
+    present = [start(f"127.0.0.1:{port}", 4, i, limit=2) for i in (0, 2)]
+    for process in present:
+        assert message in ended(process, 2)
 
 
-def test_a_wrong_port_or_host_is_named(port, start):
-    assert (
-        f"process 1 found no process 0 at 127.0.0.1:{port} within 1 s (Connection refused)"
-        in ended(start(f"127.0.0.1:{port}", 2, 1, limit=1), 2)
+def test_a_missing_process_0_is_named(port, start):
+    process = start(f"127.0.0.1:{port}", 2, 1, limit=1)
+    message = (
+        f"process 1 found no process 0 at 127.0.0.1:{port} within 1 s (Connection refused); start "
+        "process 0 there, correct --coordinator, or open the port"
     )
-    assert (
-        "found no process 0 at no-such-host.invalid:1234 within 1 s (no such host name)"
-        in ended(start("no-such-host.invalid:1234", 2, 1, limit=1), 2)
-    )
+    assert message in ended(process, 2)
+
+
+def test_an_unknown_host_is_named(start):
+    process = start("no-such-host.invalid:1234", 2, 1, limit=1)
+    message = "found no process 0 at no-such-host.invalid:1234 within 1 s (no such host name)"
+    assert message in ended(process, 2)
+
+
+def test_a_port_in_use_is_named(port, start):
+    with socket.create_server(("127.0.0.1", port)):
+        process = start(f"127.0.0.1:{port}", 2, 0)
+        message = f"process 0 cannot listen on port {port} (Address already in use)"
+        assert message in ended(process, 2)
+
+
+def test_a_server_that_is_no_process_0_is_named(port, start):
     with socket.create_server(("127.0.0.1", port)) as other:
-        assert f"process 0 cannot listen on port {port} (Address already in use)" in ended(
-            start(f"127.0.0.1:{port}", 2, 0), 2
-        )
-        caller = start(f"127.0.0.1:{port}", 2, 1)
+        process = start(f"127.0.0.1:{port}", 2, 1)
         other.accept()[0].close()
-        assert (
-            f"process 1 reached 127.0.0.1:{port}, but what answers there is no process 0"
-            in ended(caller, 2)
-        )
+        message = f"process 1 reached 127.0.0.1:{port}, but what answers there is no process 0"
+        assert message in ended(process, 2)
 
 
 @pytest.mark.parametrize(
@@ -146,14 +166,14 @@ def test_processes_that_do_not_belong_together(port, start, others, message):
         (("127.0.0.1:1", 2, 2), "process 2 is not one of 2 processes"),
     ],
 )
-def test_arguments(start, arguments, message):
+def test_impossible_arguments_are_refused(start, arguments, message):
     assert message in ended(start(*arguments), 2)
 
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_lost_process_is_named_by_the_others(port, start, lost):
     everybody = [start(f"127.0.0.1:{port}", 3, i) for i in range(3)]
-    assert [process.stdout.readline() for process in everybody] == ["go\n"] * 3
+    assert all_joined(everybody)
     everybody[lost].send_signal(signal.SIGKILL)
     name = f"process 0 at 127.0.0.1:{port}" if lost == 0 else f"process 1 on {socket.gethostname()}"
     for process in everybody[:lost] + everybody[lost + 1 :]:
@@ -162,13 +182,13 @@ def test_a_lost_process_is_named_by_the_others(port, start, lost):
         )
 
 
-@pytest.mark.parametrize("asked", [0, 2])
-def test_a_request_to_stop_reaches_all(port, start, asked):
+@pytest.mark.parametrize("stopped", [0, 2])
+def test_a_request_to_stop_reaches_all(port, start, stopped):
     everybody = [start(f"127.0.0.1:{port}", 3, i) for i in range(3)]
-    assert [process.stdout.readline() for process in everybody] == ["go\n"] * 3
+    assert all_joined(everybody)
     for process in everybody:
-        print("stop" if process is everybody[asked] else "", file=process.stdin, flush=True)
-    for process in everybody[:asked] + everybody[asked + 1 :]:
+        print("stop" if process is everybody[stopped] else "", file=process.stdin, flush=True)
+    for process in everybody[:stopped] + everybody[stopped + 1 :]:
         assert ended(process, 0) == "stopping\n"
 
 
@@ -176,7 +196,7 @@ def test_a_request_to_stop_reaches_all(port, start, asked):
 
 
 def listening(port):
-    """Whether somebody listens there, found without a call."""
+    """Returns True if a server listens on `port`, without connecting to it."""
     with open("/proc/net/tcp", encoding="utf-8") as table:
         return any(f":{port:04X} 00000000:0000 0A" in row for row in table)
 
@@ -190,24 +210,26 @@ def until(condition):
 
 @contextlib.contextmanager
 def connected(port):
-    """A stranger's connection, and process 0's nonce."""
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-        with connection.makefile("rb") as reader:
-            yield connection, json.loads(reader.readline())["nonce"], reader
+    """Yields a stranger's connection, process 0's nonce, and a reader."""
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=20) as connection,
+        connection.makefile("rb") as reader,
+    ):
+        yield connection, json.loads(reader.readline())["nonce"], reader
 
 
 def greeting(secret, nonce, process=1, processes=2, host="here", **others):
-    """What a process of the run sends, recomputed here."""
+    """Returns what a process of the run sends."""
     words = json.dumps([nonce, "own", process, processes, host]).encode()
     proof = hmac.new(secret.encode(), words, "sha256").hexdigest()
-    said = {
+    message = {
         "nonce": "own",
         "process": process,
         "processes": processes,
         "host": host,
         "proof": proof,
     }
-    return json.dumps(said | others).encode() + b"\n"
+    return json.dumps(message | others).encode() + b"\n"
 
 
 def secret_of(folder):
@@ -248,27 +270,28 @@ STRANGERS = {
 }
 
 
-@pytest.mark.parametrize("said", STRANGERS.values(), ids=STRANGERS)
-def test_a_stranger_is_refused_once_told_and_stops_nobody(port, start, tmp_path, said):
+@pytest.mark.parametrize("send", STRANGERS.values(), ids=STRANGERS)
+def test_a_stranger_is_refused_with_one_warning(port, start, tmp_path, send):
+    """Two connections of strangers, then the run goes on."""
     first = start(f"127.0.0.1:{port}", 2, 0)
     until(lambda: listening(port))
     for _ in range(2):
         with connected(port) as (connection, nonce, reader):
-            connection.sendall(said(port, nonce, tmp_path / "run"))
-            assert reader.read() == b"", "process 0 says no word and hangs up"
+            connection.sendall(send(port, nonce, tmp_path / "run"))
+            assert reader.read() == b"", "process 0 sends nothing and disconnects"
     second = start(f"127.0.0.1:{port}", 2, 1)
-    assert [process.stdout.readline() for process in (first, second)] == ["go\n"] * 2
+    assert all_joined([first, second])
     for process in (first, second):
-        print("done", file=process.stdin, flush=True)
-    told = (
-        "dcmdp: a call from 127.0.0.1 without the run's secret was refused; more are counted "
-        "and not told\n"
+        leave(process)
+    warning = (
+        "dcmdp: a connection from 127.0.0.1 without the run's secret was refused; further ones "
+        "are counted, not printed\n"
     )
-    assert ended(first, 0) == told and ended(second, 0) == ""
+    assert ended(first, 0) == warning and ended(second, 0) == ""
 
 
-def test_strangers_who_say_nothing_or_never_end_hold_nobody_up(port, start):
-    """Forty silent ones, one that drips and one whose line is a gigabyte, while the others call."""
+def test_slow_and_endless_strangers_delay_nobody(port, start):
+    """Forty are silent, one sends part of a line, one a line of a gigabyte."""
     first = start(f"127.0.0.1:{port}", 2, 0)
     until(lambda: listening(port))
     with contextlib.ExitStack() as held:
@@ -281,16 +304,16 @@ def test_strangers_who_say_nothing_or_never_end_hold_nobody_up(port, start):
         with pytest.raises(OSError):
             while sent < 2**30:
                 sent += endless.send(b"a" * 65536)
-        assert sent < 2**24, "what it cannot be is not read to the end"
+        assert sent < 2**24, "a line that is too long is not read to its end"
         began = time.monotonic()
         second = start(f"127.0.0.1:{port}", 2, 1)
-        assert [process.stdout.readline() for process in (first, second)] == ["go\n"] * 2
-        assert time.monotonic() - began < 4, "sooner than a greeting is given up"
+        assert all_joined([first, second])
+        assert time.monotonic() - began < 4, "sooner than a silent connection is closed"
 
 
 @pytest.mark.slow
-def test_a_dripping_greeting_ends_in_time(port, start):
-    """A byte now and then does not start the clock anew."""
+def test_a_greeting_of_single_bytes_is_closed_in_time(port, start):
+    """A byte now and then does not restart the clock."""
     first = start(f"127.0.0.1:{port}", 2, 0)
     until(lambda: listening(port))
     began = time.monotonic()
@@ -303,15 +326,16 @@ def test_a_dripping_greeting_ends_in_time(port, start):
     assert first.poll() is None
 
 
-def test_strangers_are_counted_where_processes_are_missing(port, start):
+def test_strangers_are_counted_in_a_timeouts_message(port, start):
     first = start(f"127.0.0.1:{port}", 2, 0, limit=3)
     until(lambda: listening(port))
     for _ in range(3):
         with connected(port) as (connection, _, reader):
             connection.sendall(b"\n")
             reader.read()
-    assert "process 1 of 2 did not call" in (said := ended(first, 2))
-    assert "; 3 calls were refused without the run's secret" in said
+    output = ended(first, 2)
+    assert "process 1 of 2 did not connect" in output
+    assert "; 3 connections were refused without the run's secret" in output
 
 
 @pytest.mark.parametrize(
@@ -327,7 +351,7 @@ def test_strangers_are_counted_where_processes_are_missing(port, start):
         b"",
     ],
 )
-def test_who_poses_as_process_0_is_not_believed(port, start, tmp_path, answers):
+def test_an_impostor_of_process_0_is_refused(port, start, tmp_path, answers):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / rendezvous.FILE).write_text("5" * 64)
     with socket.create_server(("127.0.0.1", port)) as impostor:
@@ -337,15 +361,15 @@ def test_who_poses_as_process_0_is_not_believed(port, start, tmp_path, answers):
             connection.sendall(b'{"nonce": "x"}\n')
             assert b"5555" not in connection.recv(9000)
             connection.sendall(answers)
-        said = ended(caller, 2)
-        refused = f"process 1 was not let in at 127.0.0.1:{port}"
-        assert f"{refused}: process 0 there has another secret" in said
-        assert "\x1b" not in said
+        output = ended(caller, 2)
+        refused = f"process 1 was not accepted at 127.0.0.1:{port}"
+        assert f"{refused}: process 0 there has another secret" in output
+        assert "\x1b" not in output
 
 
 @pytest.mark.parametrize("when", ["refused", "lost"])
-def test_escapes_of_a_process_of_the_run_are_not_printed(port, start, tmp_path, when):
-    """In its host's name, and in the sentence that ends the others."""
+def test_escapes_from_a_process_of_the_run_are_not_printed(port, start, tmp_path, when):
+    """In its host's name, and in its reason to end the others."""
     first = start(f"127.0.0.1:{port}", 2, 0)
     until(lambda: listening(port))
     with connected(port) as (connection, nonce, reader):
@@ -365,34 +389,34 @@ def test_escapes_of_a_process_of_the_run_are_not_printed(port, start, tmp_path, 
             connection.sendall(
                 json.dumps({"lost": "\x1b]0;owned\x07gone\n" + 900 * "x"}).encode() + b"\n"
             )
-        said = ended(first, 2 if when == "refused" else 1)
-    assert ("a?[2J?b?" in said) == (when == "refused")
-    assert ("?]0;owned?gone?xxx" in said) == (when == "lost")
-    assert all(c.isprintable() for line in said.splitlines() for c in line) and len(said) < 2500
+        output = ended(first, 2 if when == "refused" else 1)
+    assert ("a?[2J?b?" in output) == (when == "refused")
+    assert ("?]0;owned?gone?xxx" in output) == (when == "lost")
+    assert all(c.isprintable() for line in output.splitlines() for c in line)
+    assert len(output) < 2500
 
 
 # The secret
 
 
-def test_the_secrets_file_is_private_and_gone_after_the_call(port, start, tmp_path):
+def test_the_secrets_file_is_private_and_gone_afterwards(port, start, tmp_path):
     folder = tmp_path / "new" / "run"
     first = start(f"127.0.0.1:{port}", 2, 0, folder=folder)
     until(lambda: listening(port))
-    assert (folder / rendezvous.FILE).stat().st_mode & 0o777 == 0o600 and len(
-        secret_of(folder)
-    ) == 64
+    assert (folder / rendezvous.FILE).stat().st_mode & 0o777 == 0o600
+    assert len(secret_of(folder)) == 64
     second = start(f"127.0.0.1:{port}", 2, 1, folder=folder)
-    assert [process.stdout.readline() for process in (first, second)] == ["go\n"] * 2
+    assert all_joined([first, second])
     until(lambda: not list(tmp_path.iterdir()))
 
 
-@pytest.mark.parametrize("left", ["7" * 64, "7" * 30, ""], ids=["whole", "half", "empty"])
-def test_a_secret_that_a_killed_call_left_is_no_obstacle(port, start, tmp_path, left):
+@pytest.mark.parametrize("left", ["7" * 64, "7" * 30, ""], ids=["complete", "half", "empty"])
+def test_a_secret_that_a_killed_process_left_is_no_obstacle(port, start, tmp_path, left):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / rendezvous.FILE).write_text(left)
     late = start(f"127.0.0.1:{port}", 2, 1)
     both = [start(f"127.0.0.1:{port}", 2, 0), late]
-    assert [process.stdout.readline() for process in both] == ["go\n"] * 2
+    assert all_joined(both)
     until(lambda: not list((tmp_path / "run").iterdir()))
 
 
@@ -401,20 +425,25 @@ def test_the_launchers_secret_needs_no_shared_folder(port, start, tmp_path):
     both = [
         start(f"127.0.0.1:{port}", 2, i, folder=tmp_path / str(i), secret=secret) for i in (0, 1)
     ]
-    assert [process.stdout.readline() for process in both] == ["go\n"] * 2
+    assert all_joined(both)
     assert not list(tmp_path.iterdir())
 
 
-def test_secrets_that_differ_or_are_short_are_named(port, start, tmp_path):
+def test_another_launchers_secret_is_refused_on_both_sides(port, start):
     first = start(f"127.0.0.1:{port}", 2, 0, limit=4, secret="given by the launcher")
-    assert "process 1 was not let in at" in ended(
-        start(f"127.0.0.1:{port}", 2, 1, secret="of another launcher"), 2
-    )
+    second = start(f"127.0.0.1:{port}", 2, 1, secret="of another launcher")
+    assert "process 1 was not accepted at" in ended(second, 2)
+    assert "; 1 connection was refused without the run's secret" in ended(first, 2)
+
+
+def test_a_folder_that_is_not_shared_is_named(port, start, tmp_path):
     folder = tmp_path / "not shared"
-    said = ended(start(f"127.0.0.1:{port}", 2, 1, limit=1, folder=folder), 2)
-    assert f"process 1 finds no {folder / rendezvous.FILE}" in said
-    assert "not on a file system shared" in said
-    assert "; 1 call was refused without the run's secret" in ended(first, 2)
-    assert "DCMDP_SECRET has 5 characters" in ended(
-        start(f"127.0.0.1:{port}", 2, 0, secret="short"), 2
-    )
+    start(f"127.0.0.1:{port}", 2, 0, secret="given by the launcher")
+    output = ended(start(f"127.0.0.1:{port}", 2, 1, limit=1, folder=folder), 2)
+    assert f"process 1 finds no {folder / rendezvous.FILE}" in output
+    assert "not on a file system shared" in output
+
+
+def test_a_short_secret_is_refused(port, start):
+    process = start(f"127.0.0.1:{port}", 2, 0, secret="short")
+    assert "DCMDP_SECRET has 5 characters" in ended(process, 2)

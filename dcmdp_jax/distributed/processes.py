@@ -1,8 +1,8 @@
-"""Several processes, on one host or many: their start, what they agree on, and arrays that span
-them.
+"""Runs of several processes, on one host or many: starting together, failing together, gathering
+arrays.
 
-Every function is an identity, or nothing, where there is one process. Those that communicate must
-be called by all processes in the same order.
+With a single process every function returns its input or does nothing. Functions that communicate
+must be called by all processes in the same order.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from dcmdp_jax.config import MeshConfig, RolloutConfig
 from dcmdp_jax.distributed import rendezvous
 from dcmdp_jax.stopping import Failed, Interrupted
 
-NEWS_SECONDS = 5.0  # after a failed collective, for word of the process that is lost
+# Wait after a failed collective: the peers usually report the lost process within this time.
+PEER_REPORT_SECONDS = 5.0
 MESSAGE_BYTES = 2000
 
 _peers: rendezvous.Peers | None = None
 
 
 class Refused(ValueError):
-    """All processes refuse the same input."""
+    """An input error that is raised on all processes, whichever of them detected it."""
 
 
 def start(
@@ -43,13 +44,20 @@ def start(
     process: int = 0,
     limit: float = 120.0,
 ) -> None:
-    """Joins this process to a run of several, once all have called at `coordinator` (HOST:PORT of
-    process 0).
+    """Connects this process to the others of the run and initializes `jax.distributed`.
 
-    Without a coordinator, address and numbers are those of the TPU pod, Slurm, Open MPI or
-    Kubernetes job. All share `workdir`, which holds their secret while they meet (see `rendezvous`).
-    Must precede the first use of a device. Raises ValueError, within `limit` seconds, that names
-    what is missing.
+    Call it before the first use of a device.
+
+    Args:
+      workdir: a folder that all processes share; it holds the run's secret until all are connected
+          (see `rendezvous`).
+      coordinator: HOST:PORT of process 0. If empty, address and numbers are detected from the TPU
+          pod, Slurm, Open MPI or Kubernetes job.
+      processes: number of processes.
+      process: number of this process, from 0.
+      limit: seconds to wait for the others.
+
+    Raises ValueError that names the missing process, host, port or secret.
     """
     global _peers
     if not coordinator:
@@ -58,7 +66,7 @@ def start(
         return
     _peers = rendezvous.join(coordinator, processes, process, limit, workdir)
     atexit.register(_peers.send, done=True)
-    # it would take SIGTERM, and cannot end a rollout
+    # JAX's preemption service would catch SIGTERM, and it cannot interrupt a rollout.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         coordinator, processes, process, initialization_timeout=int(limit) + 1
@@ -66,31 +74,37 @@ def start(
 
 
 def log0(text: str) -> None:
-    """Prints, on process 0."""
+    """Prints `text` on process 0 only."""
     if jax.process_index() == 0:
         print(text, flush=True)
 
 
 def _detected(limit: float) -> tuple[str, int, int]:
-    # jax.distributed.initialize tells what it finds too late for the rendezvous
+    """Returns coordinator, number of processes and own number from the cluster's environment.
+
+    `jax.distributed.initialize` detects the same, but only while it connects. The rendezvous comes
+    before that, and JAX has no public function for it.
+    """
     from jax._src.clusters import ClusterEnv
 
-    found = ClusterEnv.auto_detect_unset_distributed_params(
-        *[None] * 5, initialization_timeout=int(limit)
-    )[:3]
-    if None in found:
+    unset = [None] * 5
+    coordinator, processes, process, *_ = ClusterEnv.auto_detect_unset_distributed_params(
+        *unset, initialization_timeout=int(limit)
+    )
+    if coordinator is None or processes is None or process is None:
         raise ValueError(
-            "--distributed finds no TPU pod, Slurm, Open MPI or Kubernetes job here; give --coordinator HOST:PORT, "
-            "--processes N and --process I"
+            "--distributed detects no TPU pod, Slurm, Open MPI or Kubernetes job; give "
+            "--coordinator HOST:PORT, --processes N and --process I"
         )
-    return found
+    return coordinator, processes, process
 
 
 @contextlib.contextmanager
 def end_all_on_error() -> Iterator[None]:
-    """What fails inside on this process ends all.
+    """Ends all processes if the body raises on this one.
 
-    What all processes raise alike (`Refused`, `Interrupted`, `Failed`) passes.
+    Exceptions that every process raises (`Refused`, `Interrupted`, `Failed`) pass through, and with
+    a single process all do.
     """
     try:
         yield
@@ -99,10 +113,11 @@ def end_all_on_error() -> Iterator[None]:
     except BaseException as error:
         if _peers is None:
             raise
-        # a collective fails here where another process is lost, which the peers report
-        time.sleep(NEWS_SECONDS)
-        if said := errors.user_message(error):
-            print(f"dcmdp: {said}", file=sys.stderr)
+        # If another process is lost, a collective fails here; the peers' report then ends this
+        # process with a message that names the lost one.
+        time.sleep(PEER_REPORT_SECONDS)
+        if sentence := errors.user_message(error):
+            print(f"dcmdp: {sentence}", file=sys.stderr)
         else:
             traceback.print_exc()
         _peers.end(f"process {jax.process_index()} failed with {type(error).__name__}")
@@ -110,8 +125,10 @@ def end_all_on_error() -> Iterator[None]:
 
 @contextlib.contextmanager
 def raise_on_all() -> Iterator[None]:
-    """What one process refuses inside (ValueError, ImportError, OSError) all refuse, with its
-    number.
+    """Raises on every process if the body raises ValueError, ImportError or OSError on one.
+
+    The processes on which it did not fail raise `Refused` with the number and message of the first
+    one that did.
     """
     refusal = None
     try:
@@ -132,14 +149,15 @@ def raise_on_all() -> Iterator[None]:
 
 
 def raised_on_all(error: Exception) -> bool:
-    """Whether all processes raise that at the same place."""
+    """Returns True if all processes raised `error` at the same place."""
     return jax.process_count() == 1 or isinstance(error, Refused)
 
 
 @contextlib.contextmanager
 def print_errors(failure: str) -> Iterator[None]:
-    """What fails inside is told, after `failure`, and passed over: something worse is being raised
-    already.
+    """Prints an exception of the body, after `failure`, and suppresses it.
+
+    For cleaning up while a more important exception propagates.
     """
     try:
         yield
@@ -148,39 +166,40 @@ def print_errors(failure: str) -> Iterator[None]:
 
 
 def check_same(text: str, name: str) -> None:
-    """Raises Refused where processes hold different texts, of which `name` says what they are."""
+    """Raises Refused if `text`, which messages call `name`, differs between processes."""
     digests = gather(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)[None])
     for process, digest in enumerate(digests):
         if (digest != digests[0]).any():
             raise Refused(
-                f"process {process} has another {name} than process 0; give all the same experiment and options"
+                f"process {process} has another {name} than process 0; give all the same "
+                "experiment and options"
             )
 
 
 def request_stop() -> None:
-    """Asks the other processes to stop, at once."""
+    """Sends a request to stop to the other processes; does not wait."""
     if _peers:
         _peers.send(stop=True)
 
 
 def stop_requested() -> bool:
-    """Whether another process asked to stop; processes come to know at different times (`any_process`
-    agrees).
+    """Returns True if another process has requested a stop.
+
+    The request arrives at different times on different processes; use `any_process` to agree.
     """
     return _peers is not None and _peers.stopping
 
 
 def any_process(flag: bool) -> bool:
-    """Whether any process says so."""
+    """Returns True, on all processes, if `flag` is true on any."""
     return bool(gather(np.array([flag])).any())
 
 
 def gather(tree: Any) -> Any:
-    """NumPy arrays of equal shape on each process, put together along their first axis in the order
-    of processes.
+    """Returns each process's NumPy arrays concatenated along their first axis, in process order.
 
-    They travel between the last device of each process, so that what the others compute is not
-    waited for.
+    The arrays must have the same shape on every process. They travel between the last device of
+    each, so that the computations of the other devices are not waited for.
     """
     if jax.process_count() == 1:
         return tree
@@ -188,31 +207,32 @@ def gather(tree: Any) -> Any:
     mesh = sharding.make_mesh(MeshConfig(data=len(last), fsdp=1), [last[i] for i in sorted(last)])
     rows = sharding.batch_sharding(mesh, 0)
     parts = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), tree)
-    whole = jax.jit(_same, out_shardings=sharding.replicated(mesh))(parts)
-    return jax.tree.map(lambda x: np.array(x.addressable_data(0)), whole)
+    gathered = jax.jit(_identity, out_shardings=sharding.replicated(mesh))(parts)
+    return jax.tree.map(lambda x: np.array(x.addressable_data(0)), gathered)
 
 
-def _same(tree: Any) -> Any:
+def _identity(tree: Any) -> Any:
     return tree
 
 
 def make_global(tree: Any, shardings: Any) -> Any:
-    """Global arrays from NumPy arrays that every process holds whole."""
+    """Returns global arrays with `shardings` from NumPy arrays that are equal on all processes."""
     return jax.tree.map(
-        lambda x, place: jax.make_array_from_callback(x.shape, place, x.__getitem__),
+        lambda x, to: jax.make_array_from_callback(x.shape, to, x.__getitem__),
         tree,
         shardings,
     )
 
 
 def num_engines(config: RolloutConfig) -> int:
-    """How many engines share the sampling: one for each process, or one for all."""
+    """Returns the number of engines that share the sampling: one per process, or one in all."""
     return 1 if config.one_engine else jax.process_count()
 
 
 def share(size: int, engines: int) -> slice:
-    """The contiguous part of `size` items that this process's engine samples; the last may be
-    shorter, or empty.
+    """Returns the contiguous slice of `size` items that this process's engine samples.
+
+    All slices have the same length, except that the last ones may be shorter or empty.
     """
     each = -(-size // engines)
     first = min(jax.process_index() * each, size) if engines > 1 else 0
@@ -220,15 +240,18 @@ def share(size: int, engines: int) -> slice:
 
 
 def per_process_mesh(mesh: Mesh, own: Mesh) -> Mesh:
-    """All devices of `mesh` with an axis `process` before the axes of `own`, one process's: a
-    partition that does not name it is a whole copy on every process.
+    """Returns all devices of `mesh` with an axis `process` in front of the axes of `own`, the mesh
+    of one process.
+
+    An array whose partition does not name `process` has one complete copy on every process.
     """
     return Mesh(mesh.devices.reshape(-1, *own.devices.shape), ("process", *own.axis_names))
 
 
 def local_copy(array: jax.Array, mesh: Mesh) -> jax.Array:
-    """This process's whole copy, on its part of the mesh, of an array laid out on `per_process_mesh`;
-    nothing moves.
+    """Returns this process's copy, on its own `mesh`, of an array laid out on `per_process_mesh`.
+
+    No data is moved.
     """
     return jax.make_array_from_single_device_arrays(
         array.shape,

@@ -1,19 +1,20 @@
-"""That every process of a run is there: before it starts, and while it goes on.
+"""Connects the processes of a run before it starts, and notices while it runs that one is lost.
 
-Process 0 listens at the coordinator's address until all others have called; then the port is free
-for JAX's own coordinator. The connections stay open and carry a few words, never data: so a lost
-process is named at once, where JAX waits for a missed heartbeat or for ever, and a request to stop
-reaches a process that is busy sampling.
+Process 0 listens at the coordinator's address until all others have connected; then the port is
+free for JAX's own coordinator. The connections stay open. They carry short messages and never data:
+a lost process is named at once, where JAX would wait for a missed heartbeat or forever, and a
+request to stop reaches a process that is busy sampling.
 
-A process belongs to the run if it knows the run's secret: `DCMDP_SECRET` where the launcher sets
-it, else a file in the shared work folder, which process 0 writes and which lies there while the
-roll is called. It never travels: each side answers the other's nonce with an HMAC. A stranger is
-refused, and nothing that it sends is printed or obeyed. What travels is not encrypted, and JAX's
-own coordinator asks for no secret: the network between the hosts has to be private all the same.
+A process belongs to the run if it knows the run's secret: the environment variable `DCMDP_SECRET`
+if the launcher sets it, otherwise a file that process 0 writes into the shared work folder and
+removes when all are connected. The secret is never sent: each side answers the other's nonce with
+an HMAC. A connection without the secret is closed, and nothing that it sends is printed or obeyed.
+Messages are not encrypted, and JAX's own coordinator requires no secret, so the network between the
+hosts must be private all the same.
 
-One JSON object a line. Process 0 sends `nonce`; a caller answers with `process`, `processes`,
-`host`, `nonce` and `proof`, and gets an `answer`, `go` or why not, with `proof`. Later anyone may
-send `stop`, `done` or `lost`, each with a sentence or true.
+Protocol: one JSON object a line. Process 0 sends `nonce`. The other process replies with `process`,
+`processes`, `host`, `nonce` and `proof`, and receives `answer` ("go", or why it is refused) with
+`proof`. After that each side may send `stop` (true), `done` (true) or `lost` (a sentence).
 """
 
 from __future__ import annotations
@@ -32,38 +33,38 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-GREETING_SECONDS = 5.0  # who has not greeted in so long is none of ours
+GREETING_SECONDS = 5.0  # a connection that has not sent its greeting by then is closed
 RETRY_SECONDS = 0.2
 POLL_SECONDS = 0.05
-SLACK_SECONDS = 5.0  # process 0 counts from its own start and says so itself
-SENTENCE = 1000  # characters that travel and are printed
+SLACK_SECONDS = 5.0  # process 0 starts its clock later, and sends the reason for a timeout itself
+SENTENCE = 1000  # characters of a message that are sent and printed
 LONGEST = 16 * SENTENCE  # bytes of a line
-GREETINGS = 256  # awaited at a time
+GREETINGS = 256  # connections whose greeting is awaited at a time
 VARIABLE = "DCMDP_SECRET"
 FILE = "rendezvous.secret"
-SHORTEST = 16  # characters of a secret
+SHORTEST = 16  # characters of a secret that the user gives
+FILE_SECRET = 64  # characters of a secret that process 0 generates
 GO = "go"
 
 
 class Connection:
-    """A connection that carries JSON objects."""
+    """A socket that carries JSON objects, one a line."""
 
-    def __init__(self, connection: socket.socket):
-        self._socket = connection
+    def __init__(self, connected: socket.socket):
+        self._socket = connected
         self._unread = b""
         self._writing = threading.Lock()
 
     def send(self, **message: object) -> None:
-        """Sends; where the other side is gone, its reader finds that out."""
-        with self._writing:
-            try:
-                self._socket.sendall(json.dumps(message).encode() + b"\n")
-            except OSError:
-                pass
+        """Sends `message`. Does not raise if the other side is gone: `read` reports that."""
+        with self._writing, contextlib.suppress(OSError):
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def read(self, seconds: float | None) -> dict | None:
-        """The next object; empty where something else was said, None where the other side is gone
-        or `seconds` have passed."""
+        """Returns the next object; {} for a line that is none; None at the end or a timeout.
+
+        `seconds` limits the whole wait, however slowly bytes arrive; None waits without limit.
+        """
         deadline = None if seconds is None else time.monotonic() + seconds
         while b"\n" not in self._unread:
             if len(self._unread) > LONGEST:
@@ -80,13 +81,13 @@ class Connection:
             self._unread += received
         line, _, self._unread = self._unread.partition(b"\n")
         try:
-            found = json.loads(line.decode())
+            message = json.loads(line.decode())
         except (ValueError, RecursionError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return message if isinstance(message, dict) else {}
 
-    def keep(self) -> None:
-        """Silence is fine from here on; a host without power is noticed within a minute."""
+    def keep_alive(self) -> None:
+        """Lets the connection idle; the loss of the other host is noticed within a minute."""
         self._socket.settimeout(None)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 4)):
@@ -94,62 +95,74 @@ class Connection:
                 self._socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def close(self) -> None:
+        """Closes the socket."""
         self._socket.close()
 
 
 class Peers:
-    """This process's lines to the others: all from process 0, that to process 0 from the rest."""
+    """This process's connections: process 0's to all others, or another's to process 0.
 
-    def __init__(self, lines: dict[int, Connection], names: dict[int, str]):
-        self.stopping = False  # another process was asked to stop
-        self._lines = lines
+    A thread listens on each. If a peer disconnects without `done`, this process ends.
+    """
+
+    def __init__(self, connections: dict[int, Connection], names: dict[int, str]):
+        self.stopping = False  # True once another process has requested a stop
+        self._connections = connections
         self._names = names
         self._done = set()
-        for line in lines.values():
-            line.keep()
-        for process in lines:
+        for connection in connections.values():
+            connection.keep_alive()
+        for process in connections:
             threading.Thread(target=self._listen, args=(process,), daemon=True).start()
 
     def send(self, **message: object) -> None:
-        for line in self._lines.values():
-            line.send(**message)
+        """Sends `message` to every peer."""
+        for connection in self._connections.values():
+            connection.send(**message)
 
-    def end(self, sentence: str) -> None:
-        """Tells everybody why, and ends this process, whose main thread may wait for ever in a
-        collective."""
-        self.send(lost=sentence)
-        said = f"dcmdp: {sentence}; the same commands go on from the last checkpoint\n"
-        os.write(2, said.encode(errors="replace"))
+    def end(self, reason: str) -> None:
+        """Sends `reason` to every peer and exits this process with status 1.
+
+        It exits without cleaning up, because the main thread may wait forever in a collective.
+        """
+        self.send(lost=reason)
+        text = f"dcmdp: {reason}; the same commands go on from the last checkpoint\n"
+        os.write(2, text.encode(errors="replace"))
         os._exit(1)
 
     def _listen(self, process: int) -> None:
-        while (message := self._lines[process].read(None)) is not None:
+        while (message := self._connections[process].read(None)) is not None:
             if "lost" in message:
                 self.end(printable(message["lost"]))
             if "stop" in message:
                 self.stopping = True
-                for other in self._lines.keys() - {process}:
-                    self._lines[other].send(stop=True)
+                for other in self._connections.keys() - {process}:
+                    self._connections[other].send(stop=True)
             if "done" in message:
                 self._done.add(process)
         if process not in self._done:
             self.end(f"{self._names[process]} is gone")
 
 
-def printable(said: object) -> str:
-    """What another process said, as one short line without control characters."""
-    return "".join(c if c.isprintable() else "?" for c in str(said)[:SENTENCE])
+def printable(received: object) -> str:
+    """Returns what another process sent as one short line without control characters."""
+    return "".join(c if c.isprintable() else "?" for c in str(received)[:SENTENCE])
 
 
 def join(
     address: str, processes: int, process: int, limit: float, folder: str | os.PathLike
 ) -> Peers:
-    """Waits up to `limit` seconds until all `processes` have called at `address` (HOST:PORT of
-    process 0).
+    """Connects this process to the others and returns once all are connected.
 
-    `folder` is one that all share, for the secret where the environment holds none. Raises
-    ValueError that names who or what is missing: the processes that have not called, the host or
-    port where there is no process 0, or the secret.
+    Args:
+      address: HOST:PORT of process 0.
+      processes: number of processes.
+      process: number of this process, from 0.
+      limit: seconds to wait.
+      folder: a folder that all processes share, for the secret if the environment holds none.
+
+    Raises ValueError that names what is missing: the other processes, process 0's host or port, or
+    the secret.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
@@ -159,13 +172,15 @@ def join(
             f"process {process} is not one of {processes} processes; they are numbered from 0"
         )
     given = os.environ.get(VARIABLE, "")
-    file = pathlib.Path(folder) / FILE
     if given and len(given) < SHORTEST:
         raise ValueError(
             f"{VARIABLE} has {len(given)} characters; give all processes one of {SHORTEST} or more"
         )
+    file = pathlib.Path(folder) / FILE
     if process:
-        return _apply(host.strip("[]"), int(port), processes, process, limit, given, file)
+        return _connect_to_first(
+            host.strip("[]"), int(port), processes, process, limit, given, file
+        )
     if given:
         return _accept_all(address, int(port), processes, limit, given)
     with _secret_file(file) as secret:
@@ -174,65 +189,67 @@ def join(
 
 @contextlib.contextmanager
 def _secret_file(file: pathlib.Path) -> Iterator[str]:
-    """A secret that lies in `file`, readable by this user alone, until the end.
+    """Yields a secret that `file`, readable by this user alone, holds until the end of the body.
 
-    What a roll call that was killed has left there is taken.
+    A complete secret that a killed process left in `file` is used again.
     """
-    made = [folder for folder in file.parents if not folder.exists()]
+    created = [folder for folder in file.parents if not folder.exists()]
     file.parent.mkdir(parents=True, exist_ok=True)
     secret = _read_secret(file)
     if not secret:
         file.unlink(missing_ok=True)
-        secret = secrets.token_hex(32)
+        secret = secrets.token_hex(FILE_SECRET // 2)
         with open(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as new:
             new.write(secret)
     try:
         yield secret
     finally:
         file.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # another has put something there by now
-            for folder in made:
+        with contextlib.suppress(OSError):  # somebody may have put a file there
+            for folder in created:
                 folder.rmdir()
 
 
 def _read_secret(file: pathlib.Path) -> str:
-    """The secret in `file`; empty where there is none, or half of one."""
+    """Returns the secret in `file`, or "" if there is no file or no complete secret in it."""
     try:
-        found = file.read_text()
-    except (OSError, ValueError):  # no file, or none that is text
+        secret = file.read_text()
+    except (OSError, ValueError):  # no file, or no text in it
         return ""
-    return found if len(found) == 64 else ""
+    return secret if len(secret) == FILE_SECRET else ""
 
 
 def _proof(secret: str, *words: object) -> str:
     return hmac.new(secret.encode(), json.dumps(words).encode(), "sha256").hexdigest()
 
 
-def _is_proof(said: object, expected: str) -> bool:
-    given = str(said).encode(errors="replace")
-    return hmac.compare_digest(given, expected.encode())
+def _is_proof(received: object, expected: str) -> bool:
+    encoded = str(received).encode(errors="replace")
+    return hmac.compare_digest(encoded, expected.encode())
 
 
 class Applicant(NamedTuple):
-    """A process that has proved to know the secret."""
+    """A process that has proved that it knows the secret."""
 
-    line: Connection
+    connection: Connection
     process: int
     processes: int
     host: str
-    nonces: tuple[str, str]  # process 0's and its own
+    nonces: tuple[str, str]  # process 0's and the applicant's
 
-    def answer(self, secret: str, word: str) -> None:
-        """Says `GO`, or why this process may not."""
-        self.line.send(answer=word, proof=_proof(secret, *self.nonces, word))
+    def answer(self, secret: str, answer: str) -> None:
+        """Sends `GO`, or why the process is refused."""
+        self.connection.send(answer=answer, proof=_proof(secret, *self.nonces, answer))
 
 
 def _accept_all(address: str, port: int, processes: int, limit: float, secret: str) -> Peers:
-    """Process 0: awaits the others. Each call is greeted in a thread, so that none waits for a
-    stranger's."""
+    """Process 0: accepts the others.
+
+    Each connection is greeted in a thread of its own, so that none waits for a stranger's.
+    """
     deadline = time.monotonic() + limit
-    there: dict[int, Applicant] = {}
-    proved: queue.Queue[Applicant] = queue.Queue()
+    members: dict[int, Applicant] = {}
+    applicants: queue.Queue[Applicant] = queue.Queue()
     strangers: list[str] = []
     greetings = threading.BoundedSemaphore(GREETINGS)
     try:
@@ -244,117 +261,129 @@ def _accept_all(address: str, port: int, processes: int, limit: float, secret: s
         ) from None
     server.settimeout(POLL_SECONDS)
     with server:
-        while len(there) < processes - 1:
+        while len(members) < processes - 1:
             if greetings.acquire(timeout=POLL_SECONDS):
-                _accept(server, secret, proved, strangers, greetings)
-            while not proved.empty():
-                _admit(proved.get(), there, processes, secret)
+                _accept(server, secret, applicants, strangers, greetings)
+            while not applicants.empty():
+                _admit(applicants.get(), members, processes, secret)
             if time.monotonic() > deadline:
-                missing = ", ".join(str(i) for i in range(1, processes) if i not in there)
-                refused = f"{len(strangers)} call{'s were' if len(strangers) > 1 else ' was'}"
-                known = f"; {refused} refused without the run's secret" if strangers else ""
-                _refuse(
-                    there.values(),
-                    secret,
-                    (
-                        f"process {missing} of {processes} did not call at {address} within {limit:g} "
-                        "s; start what is missing, and see that its --coordinator is right and the "
-                        f"port is open{known}"
-                    ),
-                )
-    for caller in there.values():
-        caller.answer(secret, GO)
+                missing = [i for i in range(1, processes) if i not in members]
+                reason = _timed_out(missing, processes, address, limit, len(strangers))
+                _refuse(members.values(), secret, reason)
+    for member in members.values():
+        member.answer(secret, GO)
     return Peers(
-        {i: caller.line for i, caller in there.items()},
-        {i: f"process {i} on {caller.host}" for i, caller in there.items()},
+        {i: member.connection for i, member in members.items()},
+        {i: f"process {i} on {member.host}" for i, member in members.items()},
     )
+
+
+def _timed_out(
+    missing: list[int], processes: int, address: str, limit: float, strangers: int
+) -> str:
+    """Returns the message of a rendezvous to which not all processes came in time."""
+    reason = (
+        f"process {', '.join(map(str, missing))} of {processes} did not connect to {address} "
+        f"within {limit:g} s; start what is missing, and see that its --coordinator is right and "
+        "the port is open"
+    )
+    if strangers:
+        were = "connections were" if strangers > 1 else "connection was"
+        reason += f"; {strangers} {were} refused without the run's secret"
+    return reason
 
 
 def _accept(
     server: socket.socket,
     secret: str,
-    proved: queue.Queue[Applicant],
+    applicants: queue.Queue[Applicant],
     strangers: list[str],
     greetings: threading.BoundedSemaphore,
 ) -> None:
-    """Takes a call, if there is one; a thread greets it and releases `greetings` at its end."""
+    """Accepts a connection, if there is one, and greets it in a thread.
+
+    That thread adds to `applicants` or `strangers`, and releases `greetings`.
+    """
 
     def greet() -> None:
-        line = Connection(connection)
-        caller, spoke = _challenge(line, secret)
+        connection = Connection(connected)
+        applicant, sent_anything = _challenge(connection, secret)
         greetings.release()
-        if caller:
-            proved.put(caller)
+        if applicant:
+            applicants.put(applicant)
             return
-        line.close()
-        if not spoke:
+        connection.close()
+        if not sent_anything:
             return
         strangers.append(origin)
         if len(strangers) == 1:
             print(
-                f"dcmdp: a call from {origin} without the run's secret was refused; more are "
-                "counted and not told",
+                f"dcmdp: a connection from {origin} without the run's secret was refused; further "
+                "ones are counted, not printed",
                 file=sys.stderr,
                 flush=True,
             )
 
     try:
-        connection, (origin, *_) = server.accept()
-    except OSError:  # nobody called, or whoever did is gone
+        connected, (origin, *_) = server.accept()
+    except OSError:  # nobody connected, or whoever did is gone
         greetings.release()
         return
     threading.Thread(target=greet, daemon=True).start()
 
 
-def _challenge(line: Connection, secret: str) -> tuple[Applicant | None, bool]:
-    """The caller, if it is of the run, and whether it said anything."""
+def _challenge(connection: Connection, secret: str) -> tuple[Applicant | None, bool]:
+    """Returns the applicant, or None for a stranger, and whether the other side sent anything."""
     nonce = secrets.token_hex(16)
-    line.send(nonce=nonce)
-    said = line.read(GREETING_SECONDS)
-    if said is None:
+    connection.send(nonce=nonce)
+    greeting = connection.read(GREETING_SECONDS)
+    if greeting is None:
         return None, False
-    names = ("nonce", "process", "processes", "host")
-    words = [said.get(name) for name in names]
+    words = [greeting.get(name) for name in ("nonce", "process", "processes", "host")]
     if [type(word) for word in words] != [str, int, int, str]:
         return None, True
-    if not _is_proof(said.get("proof"), _proof(secret, nonce, *words)):
+    if not _is_proof(greeting.get("proof"), _proof(secret, nonce, *words)):
         return None, True
-    own, process, processes, host = words
-    return Applicant(line, process, processes, printable(host), (nonce, own)), True
+    own_nonce, process, processes, host = words
+    nonces = (nonce, own_nonce)
+    return Applicant(connection, process, processes, printable(host), nonces), True
 
 
-def _admit(caller: Applicant, there: dict[int, Applicant], processes: int, secret: str) -> None:
-    """Adds a caller to those that are there. Raises ValueError, on all, where it is not one of
-    them."""
-    i = caller.process
-    if i in there:
-        why = f"has been started twice, on {there[i].host} and {caller.host}"
-    elif caller.processes != processes or not 0 < i < processes:
+def _admit(
+    applicant: Applicant, members: dict[int, Applicant], processes: int, secret: str
+) -> None:
+    """Adds `applicant` to `members`. Raises ValueError on all processes if it does not fit."""
+    i = applicant.process
+    if i in members:
+        why = f"has been started twice, on {members[i].host} and {applicant.host}"
+    elif applicant.processes != processes or not 0 < i < processes:
         why = (
-            f"on {caller.host} was started as one of {caller.processes} processes, process 0 as "
-            f"one of {processes}"
+            f"on {applicant.host} was started as one of {applicant.processes} processes, process 0 "
+            f"as one of {processes}"
         )
     else:
-        there[i] = caller
+        members[i] = applicant
         return
-    _refuse([*there.values(), caller], secret, f"process {i} {why}; stop all and start each once")
+    everybody = [*members.values(), applicant]
+    _refuse(everybody, secret, f"process {i} {why}; stop all and start each once")
 
 
-def _refuse(callers: Iterable[Applicant], secret: str, sentence: str) -> None:
-    for caller in callers:
-        caller.answer(secret, printable(sentence))
-    raise ValueError(sentence)
+def _refuse(applicants: Iterable[Applicant], secret: str, reason: str) -> None:
+    """Sends `reason` to the applicants and raises it here."""
+    for applicant in applicants:
+        applicant.answer(secret, printable(reason))
+    raise ValueError(reason)
 
 
-def _apply(
+def _connect_to_first(
     host: str, port: int, processes: int, process: int, limit: float, given: str, file: pathlib.Path
 ) -> Peers:
-    """Every other process: calls process 0 and awaits its word."""
+    """Every other process: connects to process 0 and waits for its answer."""
     deadline = time.monotonic() + limit
-    name = socket.gethostname()
+    own_host = socket.gethostname()
     while True:
-        line = Connection(_connect(host, port, process, limit, deadline))
-        nonce = (line.read(limit + SLACK_SECONDS) or {}).get("nonce")
+        connection = Connection(_connect(host, port, process, limit, deadline))
+        nonce = (connection.read(limit + SLACK_SECONDS) or {}).get("nonce")
         if not isinstance(nonce, str):
             raise ValueError(
                 f"process {process} reached {host}:{port}, but what answers there is "
@@ -362,7 +391,8 @@ def _apply(
             )
         if secret := given or _read_secret(file):
             break
-        line.close()  # a folder may show the file late, and process 0 waits for no greeting
+        # A shared folder may show the file late, and process 0 does not wait for a greeting.
+        connection.close()
         if time.monotonic() > deadline:
             raise ValueError(
                 f"process {process} finds no {file.absolute()}, where process 0 keeps "
@@ -371,28 +401,29 @@ def _apply(
                 f"or all processes the same {VARIABLE}"
             )
         time.sleep(RETRY_SECONDS)
-    own = secrets.token_hex(16)
-    line.send(
+    own_nonce = secrets.token_hex(16)
+    connection.send(
         process=process,
         processes=processes,
-        host=name,
-        nonce=own,
-        proof=_proof(secret, nonce, own, process, processes, name),
+        host=own_host,
+        nonce=own_nonce,
+        proof=_proof(secret, nonce, own_nonce, process, processes, own_host),
     )
-    said = line.read(limit + SLACK_SECONDS) or {}
-    answer = str(said.get("answer"))
-    if not _is_proof(said.get("proof"), _proof(secret, nonce, own, answer)):
+    reply = connection.read(limit + SLACK_SECONDS) or {}
+    answer = str(reply.get("answer"))
+    if not _is_proof(reply.get("proof"), _proof(secret, nonce, own_nonce, answer)):
         raise ValueError(
-            f"process {process} was not let in at {host}:{port}: process 0 there has "
+            f"process {process} was not accepted at {host}:{port}: process 0 there has "
             "another secret, or has stopped; give all the same --workdir, on a shared "
             f"file system, or the same {VARIABLE}, and see its output"
         )
     if answer != GO:
         raise ValueError(printable(answer))
-    return Peers({0: line}, {0: f"process 0 at {host}:{port}"})
+    return Peers({0: connection}, {0: f"process 0 at {host}:{port}"})
 
 
 def _connect(host: str, port: int, process: int, limit: float, deadline: float) -> socket.socket:
+    """Returns a connection to process 0; tries again until `deadline`."""
     while True:
         try:
             left = max(deadline - time.monotonic(), RETRY_SECONDS)
