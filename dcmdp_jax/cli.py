@@ -685,17 +685,19 @@ def _serve(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
 
     status = server.serve(
         args.model,
+        server.Options(
+            host=args.host,
+            port=args.port,
+            slots=args.slots,
+            waiting=args.queue,
+            max_prompt=args.max_prompt,
+            max_length=args.max_length,
+            steps=args.steps,
+            grace=args.grace,
+        ),
         tokenizer_path=args.tokenizer,
         tokens_only=args.tokens_only,
         precision=Precision(weights=args.weights),
-        host=args.host,
-        port=args.port,
-        slots=args.slots,
-        waiting=args.queue,
-        max_prompt=args.max_prompt,
-        max_length=args.max_length,
-        steps=args.steps,
-        grace=args.grace,
         sampling=how,
         seed=args.seed,
     )

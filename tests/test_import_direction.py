@@ -33,8 +33,8 @@ ORDER = [
 ]
 FOLDERS = ("answers", "distributed", "evaluation", "losses", "models", "report", "serving", "tools")
 DOORS = {
-    "jetstream": {"rollout.jetstream", "serving.server"},
-    "grpc": {"serving.server"},
+    "jetstream": {"rollout.jetstream", "serving.service"},
+    "grpc": {"serving.server", "serving.service"},
     "safetensors": {"models.weights"},
     "tokenizers": {"tokenizer"},
     "sentencepiece": {"tokenizer"},

@@ -1,6 +1,4 @@
-"""Studies: every arm with every seed, from shared starts, into one table; what is finished is not
-run again.
-"""
+"""Studies: every arm with every seed, from shared starts, into one table."""
 
 import csv
 import pathlib
@@ -22,7 +20,7 @@ SMALL = """
 import dataclasses
 from chain import ARMS, GRPO
 from dcmdp_jax.config import EvalConfig, WarmupConfig
-from dcmdp_jax.study import Study
+from dcmdp_jax.tools.study import Study
 
 def small(arm, verifier=None):
     data = dataclasses.replace(arm.data, prompts_per_step=4, verifier=verifier or arm.data.verifier)
@@ -32,139 +30,166 @@ def small(arm, verifier=None):
 def broken(example, text):
     raise RuntimeError("no verdict")
 
-STUDY = Study({"none": small(ARMS["none"]), "grpo": small(ARMS["grpo"]), "broken": small(GRPO, broken)}, seeds=1)
+STUDY = Study(
+    {"none": small(ARMS["none"]), "grpo": small(ARMS["grpo"]), "broken": small(GRPO, broken)}, seeds=1
+)
 """
 
 
+def write_small(folder):
+    """Writes a study of three tiny arms, of which one fails, and returns its file."""
+    (folder / "chain.py").write_text((ROOT / "experiments/laptop/chain.py").read_text())
+    (folder / "small.py").write_text(SMALL)
+    return str(folder / "small.py")
+
+
 @pytest.fixture
-def small(tmp_path):
-    (tmp_path / "chain.py").write_text((ROOT / "experiments/laptop/chain.py").read_text())
-    (tmp_path / "small.py").write_text(SMALL)
-    return str(tmp_path / "small.py")
-
-
-def test_evaluations_average_the_steps_since_the_one_before():
+def two_evaluations():
+    """The table's rows for four steps, of which the first and the third are evaluated."""
     rows = [
-        {
-            "step": 1,
-            "seconds": 2.0,
-            "reward": 0.0,
-            "delta_mean": 0.1,
-            "reward_eval_infer": 0.3,
-            "reward_eval_train": 0.4,
-        },
+        {"step": 1, "seconds": 2.0, "reward": 0.0, "delta_mean": 0.1}
+        | {"reward_eval_infer": 0.3, "reward_eval_train": 0.4},
         {"step": 2, "seconds": 1.0, "reward": 0.5, "delta_mean": None},
-        {
-            "step": 3,
-            "seconds": 1.0,
-            "reward": 1.0,
-            "delta_mean": 0.3,
-            "reward_eval_infer": 0.5,
-            "reward_eval_train": 0.6,
-        },
+        {"step": 3, "seconds": 1.0, "reward": 1.0, "delta_mean": 0.3}
+        | {"reward_eval_infer": 0.5, "reward_eval_train": 0.6},
         {"step": 4, "seconds": 1.0, "reward": 1.0, "delta_mean": 0.3},
     ]
-    first, second = study.evaluations(rows, 512)
-    assert (
-        first["step"],
-        first["engine"],
-        first["trainer"],
-        first["reward"],
-        first["seconds"],
-    ) == (1, 0.3, 0.4, 0.0, 2.0)
-    assert (second["step"], second["reward"], second["delta"], second["seconds"]) == (
-        3,
-        0.75,
-        0.3,
-        4.0,
-    )
-    assert second["entropy"] == "", "a measure that no row has is empty"
+    return list(study.evaluations(rows, 512))
+
+
+def values(row, *names):
+    return tuple(row[name] for name in names)
+
+
+def test_a_row_has_the_pass_rates_of_its_evaluation(two_evaluations):
+    first, second = two_evaluations
+    assert values(first, "step", "engine", "trainer") == (1, 0.3, 0.4)
+    assert values(second, "step", "engine", "trainer") == (3, 0.5, 0.6)
+
+
+def test_measures_are_means_since_the_evaluation_before(two_evaluations):
+    first, second = two_evaluations
+    assert values(first, "reward", "delta") == (0.0, 0.1)
+    assert values(second, "reward", "delta") == (0.75, 0.3)
+
+
+def test_seconds_count_from_the_start(two_evaluations):
+    assert [row["seconds"] for row in two_evaluations] == [2.0, 4.0]
+
+
+def test_a_measure_that_no_step_has_is_empty(two_evaluations):
+    assert two_evaluations[1]["entropy"] == ""
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_shipped_studies_load(path):
-    found = study.load(str(path))
-    assert all(config.steps % config.eval.every == 0 for config in found.arms.values()), (
-        "the last step is evaluated"
-    )
+def test_shipped_studies_evaluate_the_last_step(path):
+    for config in study.load(str(path)).arms.values():
+        assert config.steps % config.eval.every == 0
 
 
-def test_what_is_no_study_is_refused(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         study.load(str(tmp_path / "nothing.py"))
+
+
+def test_a_file_without_a_study_is_refused(tmp_path):
     (tmp_path / "other.py").write_text("STUDY = 1")
     with pytest.raises(ValueError, match="defines no STUDY"):
         study.load(str(tmp_path / "other.py"))
+
+
+def test_a_study_without_arms_is_refused():
     with pytest.raises(ValueError, match="at least one arm"):
         study.Study({})
 
 
+@pytest.fixture(scope="module")
+def finished_study(tmp_path_factory):
+    """A study of three arms, of which one fails: its file, its folder, and the failures."""
+    file = write_small(tmp_path_factory.mktemp("study"))
+    root = tmp_path_factory.mktemp("runs") / "small"
+    return file, root, study.run_all(file, root, 2, lambda line: None)
+
+
 @pytest.mark.slow
-def test_arms_share_their_start_and_a_failure_spares_the_others(small, tmp_path):
-    root = tmp_path / "runs" / "small"
-    said = []
-    failed = study.run(small, root, 2, said.append)
-    assert len(failed) == 1 and failed[0].startswith(
-        "broken s0: the verifier broken fails on a completion"
-    )
-    assert failed[0].endswith("line 13: RuntimeError: no verdict")
+def test_a_failing_arm_is_named_with_its_line(finished_study):
+    _, root, failures = finished_study
+    (failure,) = failures
+    assert failure.startswith("broken s0: the verifier broken fails on a completion")
+    assert failure.endswith("line 13: RuntimeError: no verdict")
     assert "RuntimeError: no verdict" in (root / "broken" / "s0" / "run.log").read_text()
+
+
+@pytest.mark.slow
+def test_the_other_arms_are_in_the_table(finished_study):
+    _, root, _ = finished_study
     rows = list(csv.DictReader((root / "table.csv").open()))
     assert [(row["arm"], row["seed"], row["step"]) for row in rows] == [
         (arm, "0", step) for arm in ("none", "grpo") for step in ("1", "2")
     ]
     assert rows[0]["trainer"] == rows[0]["engine"], "an exact engine's policy is the trainer's"
     assert float(rows[0]["delta"]) < 1e-6 < float(rows[2]["delta"])
+
+
+@pytest.mark.slow
+def test_arms_share_their_start(finished_study):
+    _, root, _ = finished_study
     assert len([path for path in (root.parent / "starts").iterdir() if path.is_dir()]) == 1
 
-    before = (root / "none" / "s0" / "metrics.jsonl").stat().st_mtime_ns
-    assert len(study.run(small, root, 1, said.append)) == 1
-    assert "3 runs, 2 of them finished already" in said
-    assert (root / "none" / "s0" / "metrics.jsonl").stat().st_mtime_ns == before
 
-    one = study.Run(small, "none", 0, str(root))
-    assert study.edited(study.load(small), one) == []
-    file = pathlib.Path(small)
-    file.write_text(file.read_text().replace("prompts_per_step=4", "prompts_per_step=8"))
-    assert study.edited(study.load(small), one) == ["data.prompts_per_step"], (
-        "and it is kept, but said"
-    )
+@pytest.mark.slow
+def test_finished_runs_are_not_run_again(finished_study):
+    file, root, failures = finished_study
+    metrics = root / "none" / "s0" / "metrics.jsonl"
+    written = metrics.stat().st_mtime_ns
+    lines = []
+    assert len(study.run_all(file, root, 1, lines.append)) == len(failures)
+    assert "3 runs, 2 of them finished already" in lines
+    assert metrics.stat().st_mtime_ns == written
+
+
+@pytest.mark.slow
+def test_settings_that_changed_since_a_run_are_named(finished_study, tmp_path):
+    file, root, _ = finished_study
+    assert study.changed_settings(study.load(file), study.Run(file, "none", 0, str(root))) == []
+    edited = write_small(tmp_path)
+    text = pathlib.Path(edited).read_text()
+    pathlib.Path(edited).write_text(text.replace("prompts_per_step=4", "prompts_per_step=8"))
+    run = study.Run(edited, "none", 0, str(root))
+    assert study.changed_settings(study.load(edited), run) == ["data.prompts_per_step"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_study_that_is_stopped_leaves_nothing_running(small, tmp_path, number):
-    """SIGTERM saves what has begun; after SIGKILL the runs see that their parent is gone, and do
-    the same.
+def test_a_stopped_study_leaves_nothing_running(tmp_path, number):
+    """On SIGTERM the runs save their state; after SIGKILL they see that their parent is gone, and
+    do the same.
     """
-    file = pathlib.Path(small)
+    file = pathlib.Path(write_small(tmp_path))
     root = tmp_path / "runs" / "small"
-    file.write_text(
-        file.read_text()
-        .replace("steps=2, data", "steps=1000, data")
-        .replace("every=2", "every=500")
-    )
-    command = [pathlib.Path(sys.executable).with_name("dcmdp"), "study", small, "--workdir", root]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as study_:
-        logs = [root / arm / "s0" for arm in ("none", "grpo")]
-        wait_for(
-            lambda: all(
-                (log / "metrics.jsonl").exists() and (log / "metrics.jsonl").read_text()
-                for log in logs
-            ),
-            300,
-        )
-        study_.send_signal(number)
-        said = study_.stderr.read()  # until the last process that holds it has ended
-    assert study_.returncode == (130 if number == signal.SIGTERM else -number)
-    assert (f"stopped; go on with: dcmdp study {small} --workdir {root}" in said) == (
-        number == signal.SIGTERM
-    )
-    assert all("everything is saved" in (log / "run.log").read_text() for log in logs)
+    text = file.read_text().replace("steps=2, data", "steps=1000, data")
+    file.write_text(text.replace("every=2", "every=500"))
+    program = pathlib.Path(sys.executable).with_name("dcmdp")
+    command = [program, "study", file, "--workdir", root]
+    folders = [root / arm / "s0" for arm in ("none", "grpo")]
+
+    def both_have_stepped():
+        files = [folder / "metrics.jsonl" for folder in folders]
+        return all(file.exists() and file.read_text() for file in files)
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(both_have_stepped, 300)
+        process.send_signal(number)
+        output = process.stderr.read()  # until the last process that holds the pipe has ended
+    stopped = f"stopped; go on with: dcmdp study {file} --workdir {root}"
+    assert process.returncode == (130 if number == signal.SIGTERM else -number)
+    assert (stopped in output) == (number == signal.SIGTERM)
+    for folder in folders:
+        assert "everything is saved" in (folder / "run.log").read_text()
 
 
 def wait_for(done, seconds):
-    ends = time.monotonic() + seconds
+    end = time.monotonic() + seconds
     while not done():
-        assert time.monotonic() < ends, "it does not come"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.5)

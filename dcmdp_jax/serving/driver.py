@@ -1,8 +1,8 @@
-"""The slots of one engine, kept full from a bounded queue by a thread of its own.
+"""Keeps the slots of one engine full, from a bounded queue, in a thread of its own.
 
-A round lets go of what nobody waits for, starts what waits, and decodes up to K tokens in every
-slot. Everything that
-can fail happens in a round: its failure reaches the requests in the slots and nothing else.
+A round frees the slots of requests that were cancelled, starts waiting requests in free slots, and
+decodes up to K tokens in every slot. An engine can fail only within a round: the failure is
+reported to the requests in the slots, and the driver goes on with the next ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from dcmdp_jax.records import Sampling, Weights
 from dcmdp_jax.rollout.generate import MIN_FREE, SMALLEST_BUCKET, bucket
 
-FAULTS = 3  # rounds failing in a row that make a driver unhealthy
+FAILED_ROUNDS = 3  # rounds in a row whose failure makes a driver unhealthy
 
 _log = logging.getLogger(__name__)
 
@@ -30,28 +30,31 @@ class Closed(Exception):
 
 
 class Failed(Exception):
-    """A request was given up for a reason that is not its own."""
+    """A request cannot be completed, for a reason that does not lie in the request."""
 
 
 class Request(Protocol):
-    """A prompt, and where its tokens go. The driver's thread calls the methods; only `send` may
-    raise.
+    """A prompt and the receiver of its completion.
+
+    The driver calls the methods from its thread. Only `send` may raise.
     """
 
     tokens: Sequence[int]
     max_tokens: int
 
-    def gone(self) -> bool:
-        """Nobody waits for the tokens any more."""
+    def cancelled(self) -> bool:
+        """Returns True if nobody waits for the completion any more."""
 
     def send(self, tokens: list[int], version: int, ended: bool) -> None:
-        """The next tokens, a stop token included, and the version of the weights that sampled them."""
+        """Receives the next tokens, a stop token included, and the version of their weights."""
 
     def fail(self, error: Exception) -> None:
-        """No more tokens come."""
+        """Receives the reason why no more tokens follow."""
 
 
-class _Held(NamedTuple):
+class _Running(NamedTuple):
+    """A request in a slot."""
+
     request: Request
     length: int  # positions in use: prompt and completion
 
@@ -59,8 +62,8 @@ class _Held(NamedTuple):
 class Driver:
     """Runs requests on an engine.
 
-    Weights are exchanged only while no slot is held, so that every token of a reply comes from one
-    version. Request number n samples with the key (seed, n).
+    Weights are exchanged only while no request is running, so that all tokens of a completion come
+    from the same version. Request number n samples with the key (seed, n).
     """
 
     def __init__(
@@ -73,22 +76,22 @@ class Driver:
         seed: int = 0,
     ):
         """Args:
-        engine: see `rollout.jetstream.Engine`; the driver is its only user.
-        weights: what `sync` returned: nothing else may donate or delete it.
-        waiting: requests that may wait for a slot.
-        sampling: how tokens of every request are drawn.
+        engine: a `rollout.jetstream.Engine` that nothing else uses.
+        weights: as `sync` returns them; nothing else may donate or delete them.
+        waiting: number of requests that may wait for a slot.
+        sampling: how the tokens of every request are drawn.
         """
         self.engine = engine
         self.sampling = sampling
         self.seed = seed
-        self.room = waiting
+        self.max_waiting = waiting
         self._weights = weights
         self._next_weights = None
-        self._held: list[_Held | None] = [None] * engine.slots
+        self._slots: list[_Running | None] = [None] * engine.slots
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()  # guards the queue, the next weights and `_closing`
         self._closing = False
-        self._faults = 0
+        self._failed_rounds = 0
         self._started = 0
         self._state = None
         self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
@@ -96,43 +99,44 @@ class Driver:
 
     @property
     def live(self) -> bool:
-        return not self._closing and self._faults < FAULTS
+        """True while requests are accepted and rounds succeed; the health check reports it."""
+        return not self._closing and self._failed_rounds < FAILED_ROUNDS
 
     @property
     def running(self) -> int:
-        """Slots that are held."""
-        return sum(held is not None for held in self._held)
+        """Number of requests in slots."""
+        return sum(running is not None for running in self._slots)
 
     @property
     def waiting(self) -> int:
+        """Number of requests that wait for a slot."""
         return len(self._waiting)
 
     def submit(self, request: Request) -> None:
-        """Queues a request. Raises `queue.Full`, and `Closed` after `close`."""
+        """Queues a request. Raises `queue.Full` if too many wait, and `Closed` after `close`."""
         with self._changed:
             if self._closing:
                 raise Closed("the server is shutting down")
-            self._drop_gone()
-            if self.waiting + self.running >= self.room + self.engine.slots:
+            self._drop_cancelled()
+            if self.waiting + self.running >= self.max_waiting + self.engine.slots:
                 raise queue.Full
             self._waiting.append(request)
             self._changed.notify_all()
 
     def update_weights(self, weights: Weights) -> None:
-        """Exchanges the weights once the running requests have ended; those that wait start with
-        the new ones.
+        """Exchanges the weights once the running requests have ended, and returns then.
 
-        Returns when the new ones serve. Whatever is raised, the old ones go on serving: ValueError
-        where the arrays are not shaped as theirs or not all finite, what computing `weights`
-        raises, `Closed`, and KeyboardInterrupt while waiting.
+        Waiting requests start with the new weights. Raises ValueError if the arrays differ in shape
+        from the old ones or are not finite, `Closed` after `close`, and what computing `weights`
+        raises. After any exception, KeyboardInterrupt included, the old weights go on serving.
         """
         if _layout(weights.params) != _layout(self._weights.params):
             raise ValueError(
-                "the new weights are not shaped as those that serve; make them with the same `sync`"
+                "the new weights are not shaped as those that serve; use the same `sync`"
             )
         jax.block_until_ready(weights)
         if not np.asarray(weights.finite):
-            raise ValueError("the new weights hold NaN or an infinite number; make them anew")
+            raise ValueError("the new weights hold NaN or an infinite number; compute them again")
         with self._changed:
             if self._next_weights is not None:
                 raise ValueError("another exchange of weights is waiting; wait for it")
@@ -147,14 +151,15 @@ class Driver:
                     self._next_weights = None
 
     def close(self) -> None:
-        """Takes no more requests; the thread ends with those it has."""
+        """Accepts no more requests; the thread ends once the accepted ones have ended."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
 
     def stop(self, timeout: float | None = None) -> bool:
-        """Closes and waits, `timeout` seconds at the most, for the thread to end; tells whether it
-        has.
+        """Closes and waits for the thread to end, up to `timeout` seconds.
+
+        Returns True if it has ended.
         """
         self.close()
         self._thread.join(timeout)
@@ -165,21 +170,22 @@ class Driver:
             while self._wait():
                 try:
                     self._round()
-                except Exception as error:  # of the engine: it may raise anything
+                except Exception as error:  # the engine may raise anything
                     _log.exception("a round of decoding failed")
                     self._fail(error)
         finally:
             with self._changed:
                 self._closing = True
-                left = [held.request for held in self._held if held] + list(self._waiting)
-                self._held = [None] * self.engine.slots
+                unfinished = [running.request for running in self._slots if running]
+                unfinished += self._waiting
+                self._slots = [None] * self.engine.slots
                 self._waiting = deque()
                 self._changed.notify_all()
-            for request in left:
+            for request in unfinished:
                 request.fail(Closed("the server stopped"))
 
     def _wait(self) -> bool:
-        """Until there is something to do; False at the end."""
+        """Waits until there is something to do; returns False when the thread should end."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._waiting or self.running or self._next_weights or self._closing
@@ -187,57 +193,62 @@ class Driver:
             return bool(self._waiting or self.running or not self._closing)
 
     def _round(self) -> None:
-        self._let_go()
-        self._admit()
+        self._free_cancelled()
+        self._start_waiting()
         if self.running:
             self._decode()
 
     def _fail(self, error: Exception) -> None:
-        """Gives up the requests in the slots and starts afresh."""
-        failed = [held.request for held in self._held if held]
-        self._held = [None] * self.engine.slots
-        self._state = None  # it may have been donated to what failed
-        self._faults += 1
+        """Fails the requests in the slots and frees these."""
+        failed = [running.request for running in self._slots if running]
+        self._slots = [None] * self.engine.slots
+        self._state = None  # it may have been donated to the call that failed
+        self._failed_rounds += 1
         for request in failed:
             request.fail(
                 Failed(f"the engine failed ({type(error).__name__}); the request can be sent again")
             )
 
-    def _drop_gone(self) -> None:
-        self._waiting = deque(request for request in self._waiting if not request.gone())
+    def _drop_cancelled(self) -> None:
+        self._waiting = deque(request for request in self._waiting if not request.cancelled())
 
-    def _let_go(self) -> None:
+    def _free_cancelled(self) -> None:
+        """Removes the requests that were cancelled from the queue and from the slots."""
         with self._changed:
-            self._drop_gone()
-        slots = [slot for slot, held in enumerate(self._held) if held and held.request.gone()]
+            self._drop_cancelled()
+        slots = [
+            slot
+            for slot, running in enumerate(self._slots)
+            if running and running.request.cancelled()
+        ]
         if slots:
             self._state = self.engine.evict(self._state, slots)
             for slot in slots:
-                self._held[slot] = None
+                self._slots[slot] = None
 
-    def _admit(self) -> None:
-        """Takes new weights where it can, and starts requests in free slots."""
+    def _start_waiting(self) -> None:
+        """Exchanges the weights if no request is running; starts waiting requests in free slots."""
         with self._changed:
             if self._next_weights is not None and not self.running:
                 self._weights = self._next_weights
                 self._next_weights = None
-                # what bad weights left in the cache would outlive them: a masked NaN is a NaN still
+                # The cache may hold NaN from bad weights, and a masked NaN still is a NaN.
                 self._state = None
                 self._changed.notify_all()
             if self._next_weights is not None:
                 return
-            free = [slot for slot, held in enumerate(self._held) if held is None][
-                : len(self._waiting)
-            ]
-            for slot in free:  # before anything can fail: a failure reaches all of them
+            free = [slot for slot, running in enumerate(self._slots) if running is None]
+            free = free[: len(self._waiting)]
+            # All are put into slots before any is started, so that a failure is reported to all.
+            for slot in free:
                 request = self._waiting.popleft()
-                self._held[slot] = _Held(request, len(request.tokens))
+                self._slots[slot] = _Running(request, len(request.tokens))
         if self._state is None:
             self._state = self.engine.init_decode_state()
         for slot in free:
-            self._start(slot, self._held[slot].request)
+            self._prefill(slot, self._slots[slot].request)
 
-    def _start(self, slot: int, request: Request) -> None:
+    def _prefill(self, slot: int, request: Request) -> None:
         length = len(request.tokens)
         tokens = np.zeros(
             (1, bucket(max(length, SMALLEST_BUCKET), self.engine.max_length)), np.int32
@@ -253,8 +264,9 @@ class Driver:
         )
 
     def _decode(self) -> None:
+        """Decodes up to K tokens in every slot and sends them to their requests."""
         slots = self.engine.slots
-        longest = max(held.length for held in self._held if held)
+        longest = max(running.length for running in self._slots if running)
         self._state, result = self.engine.generate(
             self._weights,
             self._state,
@@ -264,18 +276,20 @@ class Driver:
             ),
         )
         read = self.engine.read(result)
-        self._faults = 0
-        for slot, held in enumerate(self._held):
-            if held is not None:
-                ended = not read.active[slot]
-                new = read.drawn.token[slot][read.valid[slot]].tolist()
-                self._held[slot] = None if ended else held._replace(length=held.length + len(new))
-                self._send(held.request, new, int(read.version), ended)
+        self._failed_rounds = 0
+        for slot, running in enumerate(self._slots):
+            if running is None:
+                continue
+            ended = not read.active[slot]
+            tokens = read.drawn.token[slot][read.valid[slot]].tolist()
+            length = running.length + len(tokens)
+            self._slots[slot] = None if ended else running._replace(length=length)
+            self._send(running.request, tokens, int(read.version), ended)
 
     def _send(self, request: Request, tokens: list[int], version: int, ended: bool) -> None:
         try:
             request.send(tokens, version, ended)
-        except Exception as error:  # a tokenizer's, over one completion: the others go on
+        except Exception as error:  # such as a tokenizer's; the other completions go on
             _log.exception("a completion could not be sent")
             request.fail(
                 Failed(f"the completion could not be made into text ({type(error).__name__})")
@@ -283,5 +297,6 @@ class Driver:
 
 
 def _layout(params: Any) -> tuple[Any, list[tuple]]:
+    """Returns the tree's structure, and shape and dtype of its leaves."""
     leaves, tree = jax.tree.flatten(params)
     return tree, [(leaf.shape, leaf.dtype) for leaf in leaves]

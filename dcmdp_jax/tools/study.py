@@ -1,8 +1,8 @@
-"""Arms x seeds of one question on the cores of one machine, and the tidy table they leave.
+"""Runs the arms of a study with several seeds on the cores of one machine, and tabulates them.
 
-A study is a Python file with one `STUDY = Study(...)`. A run is one arm with one seed, in
-`WORKDIR/ARM/sSEED`: an ordinary run folder. Runs with the same seed, task, shape and warm-up start
-from the same parameters, so that arms are compared in pairs.
+A study is a Python file with one `STUDY = Study(...)`. A run is one arm with one seed; it has an
+ordinary run folder, `WORKDIR/ARM/sSEED`. Runs with the same seed, task, model shape and warm-up
+start from the same parameters, so that arms can be compared in pairs.
 """
 
 from __future__ import annotations
@@ -63,27 +63,27 @@ MEANS = {
     "grad_norm": "grad_norm",
 }
 
-_stop: Any = None  # in a process of the pool: the event of its parent
+_stop: Any = None  # in a worker: the event with which its parent stops it
 
 
-def as_they_are(params: Any) -> Any:
-    """Leaves the warmed-up parameters alone."""
+def unchanged(params: Any) -> Any:
+    """Returns `params`."""
     return params
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared. `Config.seed` and `Config.name` of an arm are the study's to set."""
+    """The arms to compare. The study sets `Config.seed` and `Config.name` of each run."""
 
     arms: dict[str, Config]
-    seeds: int = 5
+    seeds: int = 5  # number of seeds
     first_seed: int = 0
-    # of the warmed-up parameters that all arms start from
-    alter: Callable[[Any], Any] = as_they_are
+    # Applied to the warmed-up parameters that all arms start from.
+    alter: Callable[[Any], Any] = unchanged
 
     @property
-    def numbers(self) -> range:
-        """The seeds."""
+    def seed_numbers(self) -> range:
+        """The seeds that every arm runs with."""
         return range(self.first_seed, self.first_seed + self.seeds)
 
     def __post_init__(self):
@@ -92,30 +92,33 @@ class Study:
         for name, config in self.arms.items():
             if not name or set(name) & set("/\\, "):
                 raise ValueError(
-                    f"arm {name!r} names a folder and a table's cell; leave out blanks, commas and slashes"
+                    f"arm {name!r} names a folder and a table's cell; leave out blanks, commas and "
+                    "slashes"
                 )
             if config.eval.every < 1 or config.model.folder or not config.warmup.steps:
                 raise ValueError(
-                    f"arm {name!r} needs evaluations (eval.every), a model.architecture and a warm-up to start from"
+                    f"arm {name!r} needs evaluations (eval.every), a model.architecture and a warm-up to "
+                    "start from"
                 )
 
 
 @dataclass(frozen=True)
 class Run:
-    """One arm with one seed; `file` and names, not objects, travel to the process that runs it."""
+    """One arm with one seed, by names alone, which can be sent to the process that runs it."""
 
-    file: str
+    file: str  # of the study
     arm: str
     seed: int
-    root: str  # of the study
+    root: str  # folder of the study's runs
 
     @property
     def folder(self) -> pathlib.Path:
+        """The run's folder."""
         return pathlib.Path(self.root) / self.arm / f"s{self.seed}"
 
 
 def load(file: str) -> Study:
-    """The `STUDY` of a Python file. Raises ValueError where there is none."""
+    """Returns the `STUDY` of a Python file. Raises ValueError if it has none."""
     study = run_file(file, "study").get("STUDY")
     if not isinstance(study, Study):
         raise ValueError(f"{file} defines no STUDY = Study(...)")
@@ -123,152 +126,160 @@ def load(file: str) -> Study:
 
 
 def command(file: str, root: pathlib.Path, workers: int) -> int:
-    """`run`, and what it came to, printed; the status of the process. SIGTERM and Ctrl-C save the
-    runs that have begun.
+    """Runs a study, prints the result, and returns the exit status of `dcmdp study`.
+
+    SIGTERM and Ctrl-C save the runs that have begun.
     """
 
-    def ask(number, frame):
+    def interrupt(number, frame):
         raise Interrupted
 
-    before = signal.signal(signal.SIGTERM, ask)
+    previous = signal.signal(signal.SIGTERM, interrupt)
     try:
-        failed = run(file, root, workers, functools.partial(print, flush=True))
+        failures = run_all(file, root, workers, functools.partial(print, flush=True))
     except (Interrupted, KeyboardInterrupt):
         print(f"stopped; go on with: dcmdp study {file} --workdir {root}", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
-    print("\n".join([f"wrote {root / 'table.csv'}", *(f"failed: {one}" for one in failed)]))
-    return int(bool(failed))
+        signal.signal(signal.SIGTERM, previous)
+    print(f"wrote {root / 'table.csv'}")
+    for failure in failures:
+        print(f"failed: {failure}")
+    return 1 if failures else 0
 
 
-def run(
-    file: str, root: pathlib.Path, workers: int, say: Callable[[str], None] = print
+def run_all(
+    file: str, root: pathlib.Path, workers: int, report: Callable[[str], None] = print
 ) -> list[str]:
-    """Runs what is not finished, `workers` at a time (0: as many as there are cores), each on a
-    core; returns what failed.
+    """Runs the unfinished runs of a study and writes `ROOT/table.csv`.
 
-    Writes `ROOT/table.csv`. A run that fails leaves its traceback in `run.log` and does not keep
-    the others from going on.
+    A run that fails leaves its traceback in its `run.log`; the others go on.
+
+    Args:
+      workers: runs at a time, each on a core of its own; 0: as many as there are cores.
+      report: receives lines about the progress.
+
+    Returns a message for each failure.
     """
     study = load(file)
-    failed = []
-    runs = [Run(file, arm, seed, str(root)) for seed in study.numbers for arm in study.arms]
-    waiting = [one for one in runs if not finished(study, one)]
-    say(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished already")
-    for one in runs:
-        if one not in waiting and (names := edited(study, one)):
-            say(
-                f"{one.arm} s{one.seed} was run with another {', '.join(names)}; delete {one.folder} to run it anew"
+    runs = [Run(file, arm, seed, str(root)) for seed in study.seed_numbers for arm in study.arms]
+    unfinished = [run for run in runs if not finished(study, run)]
+    report(f"{len(runs)} runs, {len(runs) - len(unfinished)} of them finished already")
+    for run in runs:
+        if run not in unfinished and (names := changed_settings(study, run)):
+            report(
+                f"{run.arm} s{run.seed} was run with another {', '.join(names)}; delete "
+                f"{run.folder} to run it anew"
             )
     root.mkdir(parents=True, exist_ok=True)
-    with _processes(workers or len(_cores()), root.parent / "compiled") as submit:
-        starts = {_start_folder(study, one): one for one in waiting}
-        for future, one in submit(
-            _make_start, [one for folder, one in starts.items() if not folder.is_dir()]
-        ):
+    failures = []
+    with _worker_pool(workers or len(_cores()), root.parent / "compiled") as submit:
+        starts = {_start_folder(study, run): run for run in unfinished}
+        missing = [run for folder, run in starts.items() if not folder.is_dir()]
+        for future, run in submit(_warm_up, missing):
             if error := future.exception():
-                failed.append(f"the warm-up of {one.arm} s{one.seed}: {error}")
-        waiting = [one for one in waiting if _start_folder(study, one).is_dir()]
+                failures.append(f"the warm-up of {run.arm} s{run.seed}: {error}")
+        ready = [run for run in unfinished if _start_folder(study, run).is_dir()]
         began = time.perf_counter()
-        for done, (future, one) in enumerate(submit(_train, waiting), start=1):
+        for done, (future, run) in enumerate(submit(_train, ready), start=1):
             if error := future.exception():
-                failed.append(f"{one.arm} s{one.seed}: {error}")
-            outcome = f"failed; see {one.folder / 'run.log'}" if error else _outcome(study, one)
-            left = (time.perf_counter() - began) / done * (len(waiting) - done)
-            say(
-                f"{done}/{len(waiting)}  {one.arm} s{one.seed}  {outcome}  {left / 60:.0f} min left"
+                failures.append(f"{run.arm} s{run.seed}: {error}")
+                outcome = f"failed; see {run.folder / 'run.log'}"
+            else:
+                outcome = _outcome(study, run)
+            seconds_left = (time.perf_counter() - began) / done * (len(ready) - done)
+            report(
+                f"{done}/{len(ready)}  {run.arm} s{run.seed}  {outcome}  "
+                f"{seconds_left / 60:.0f} min left"
             )
     write_table(file, root)
-    return failed
+    return failures
 
 
-def finished(study: Study, one: Run) -> bool:
-    """Whether a run has taken its last step."""
-    rows = _rows(one)
-    return bool(rows) and rows[-1]["step"] >= study.arms[one.arm].steps
+def finished(study: Study, run: Run) -> bool:
+    """Returns True if a run has taken its last step."""
+    rows = _rows(run)
+    return bool(rows) and rows[-1]["step"] >= study.arms[run.arm].steps
 
 
-def edited(study: Study, one: Run) -> list[str]:
-    """The settings in which a run's record differs from its arm as the study's file has it now."""
+def changed_settings(study: Study, run: Run) -> list[str]:
+    """Returns the settings in which a run's record differs from its arm in the study's file."""
     from dcmdp_jax import calibrate
 
-    started = _started(study, one)
-    record = upgrade_record(read_record(one.folder), started)
+    started = _config_from_start(study, run)
+    record = upgrade_record(read_record(run.folder), started)
     own = {"model.folder"} | (
-        {"constraint.tolerance"} if (one.folder / calibrate.FILE).is_file() else set()
+        {"constraint.tolerance"} if (run.folder / calibrate.FILE).is_file() else set()
     )
     names = set(differences(record, to_json(started)))
     return sorted({".".join(name.split(".")[:2]) for name in names - own})
 
 
 def write_table(file: str, root: pathlib.Path) -> pathlib.Path:
-    """`ROOT/table.csv`: a row for each evaluation of each finished run, training measures as means
-    since the evaluation before.
+    """Writes `ROOT/table.csv`, a row for each evaluation of each finished run; returns its path.
 
-    `engine` and `trainer` are the two policies' held-out pass rates over `prompts` problems;
-    `seconds` since the run's start.
+    `engine` and `trainer` are the held-out pass rates of the two policies over `prompts` problems;
+    `seconds` counts from the run's start; the other measures are means over the steps since the
+    evaluation before.
     """
     study = load(file)
-    runs = [
-        one
-        for arm in study.arms
-        for seed in study.numbers
-        if finished(study, one := Run(file, arm, seed, str(root)))
-    ]
+    runs = [Run(file, arm, seed, str(root)) for arm in study.arms for seed in study.seed_numbers]
     rows = [
-        {"study": pathlib.Path(file).stem, "arm": one.arm, "seed": one.seed, **row}
-        for one in runs
-        for row in evaluations(_rows(one), study.arms[one.arm].eval.prompts)
+        {"study": pathlib.Path(file).stem, "arm": run.arm, "seed": run.seed, **row}
+        for run in runs
+        if finished(study, run)
+        for row in evaluations(_rows(run), study.arms[run.arm].eval.prompts)
     ]
     path = root / "table.csv"
     with path.open("w", newline="") as out:
         writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(
-            {
-                name: f"{value:.6g}" if isinstance(value, float) else value
-                for name, value in row.items()
-            }
-            for row in rows
-        )
+        for row in rows:
+            writer.writerow({name: _cell(value) for name, value in row.items()})
     return path
 
 
+def _cell(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
 def evaluations(rows: list[dict[str, Any]], prompts: int) -> Iterator[dict[str, Any]]:
-    """The table's rows of one run's metrics; a measure that was not finite in the whole span is
-    empty.
+    """Yields the table's rows for the metrics of one run.
+
+    A measure that is finite in no step since the evaluation before is "".
     """
-    span = []
+    steps = []  # since the evaluation before
     seconds = 0.0
     for row in rows:
-        span = [*span, row]
-        seconds = seconds + (row.get("seconds") or 0.0)
+        steps.append(row)
+        seconds += row.get("seconds") or 0.0
         if "reward_eval_infer" not in row:
             continue
-        values = {
-            name: [r[key] for r in span if r.get(key) is not None] for name, key in MEANS.items()
-        }
+        means = {}
+        for name, key in MEANS.items():
+            values = [step[key] for step in steps if step.get(key) is not None]
+            means[name] = statistics.fmean(values) if values else ""
         yield {
             "step": row["step"],
             "prompts": prompts,
             "engine": row["reward_eval_infer"],
             "trainer": row.get("reward_eval_train"),
             "seconds": seconds,
-            **{name: statistics.fmean(found) if found else "" for name, found in values.items()},
+            **means,
         }
-        span = []
+        steps = []
 
 
-def _rows(one: Run) -> list[dict[str, Any]]:
+def _rows(run: Run) -> list[dict[str, Any]]:
+    """Returns the metrics of a run's steps."""
     from dcmdp_jax import metrics
 
-    return metrics.read(one.folder) if (one.folder / metrics.FILE).is_file() else []
+    return metrics.read(run.folder) if (run.folder / metrics.FILE).is_file() else []
 
 
-def _outcome(study: Study, one: Run) -> str:
-    """The last evaluation in a line; a measure that was not finite is nan."""
-    last = [*evaluations(_rows(one), study.arms[one.arm].eval.prompts)][-1]
+def _outcome(study: Study, run: Run) -> str:
+    """Returns a line about the last evaluation; a measure that was not finite is nan."""
+    last = [*evaluations(_rows(run), study.arms[run.arm].eval.prompts)][-1]
     engine, trainer, delta = (
         math.nan if last[name] in ("", None) else last[name]
         for name in ("engine", "trainer", "delta")
@@ -276,61 +287,64 @@ def _outcome(study: Study, one: Run) -> str:
     return f"engine {engine:.3f}  trainer {trainer:.3f}  delta {delta:.4f}  {last['seconds']:.0f} s"
 
 
-def _configure(study: Study, one: Run) -> Config:
-    return dataclasses.replace(study.arms[one.arm], seed=one.seed, name=f"{one.arm}-s{one.seed}")
+def _arm_config(study: Study, run: Run) -> Config:
+    """Returns the arm's configuration with the run's seed and name."""
+    return dataclasses.replace(study.arms[run.arm], seed=run.seed, name=f"{run.arm}-s{run.seed}")
 
 
-def _started(study: Study, one: Run) -> Config:
-    """The run as it goes on from its start."""
-    config = _configure(study, one)
+def _config_from_start(study: Study, run: Run) -> Config:
+    """Returns the run's configuration with the shared start in place of the warm-up."""
+    config = _arm_config(study, run)
     source = dataclasses.replace(
-        config.model, folder=str(_start_folder(study, one) / "model"), architecture=None
+        config.model, folder=str(_start_folder(study, run) / "model"), architecture=None
     )
     return dataclasses.replace(config, model=source, warmup=WarmupConfig())
 
 
 def start_folder(config: Config, alter: Callable[[Any], Any], root: pathlib.Path) -> pathlib.Path:
-    """Where the warmed-up model lies that a run starts from, in ROOT/starts, for all studies of
-    ROOT that share it.
+    """Returns the folder, in ROOT/starts, of the warmed-up model that a run starts from.
+
+    All studies of ROOT share it.
     """
-    same = json.dumps(
+    shared = json.dumps(
         to_json((config.model, config.data.task, config.warmup, alter, config.seed)), sort_keys=True
     )
-    return root / "starts" / hashlib.sha256(same.encode()).hexdigest()[:16]
+    return root / "starts" / hashlib.sha256(shared.encode()).hexdigest()[:16]
 
 
-def _start_folder(study: Study, one: Run) -> pathlib.Path:
-    return start_folder(_configure(study, one), study.alter, pathlib.Path(one.root).parent)
+def _start_folder(study: Study, run: Run) -> pathlib.Path:
+    return start_folder(_arm_config(study, run), study.alter, pathlib.Path(run.root).parent)
 
 
-def _make_start(one: Run) -> None:
-    """Warms up and writes the folder, whole or not at all."""
-    study = load(one.file)
-    folder = _start_folder(study, one)
+def _warm_up(run: Run) -> None:
+    """Makes a run's start folder; it appears when it is complete."""
+    study = load(run.file)
+    folder = _start_folder(study, run)
     new = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     from dcmdp_jax import train
 
-    with _log(new / "run.log"):
-        train.warm_start(_configure(study, one), new, study.alter)
+    with _redirect_output(new / "run.log"):
+        train.warm_start(_arm_config(study, run), new, study.alter)
     new.replace(folder)
 
 
-def _train(one: Run) -> None:
+def _train(run: Run) -> None:
+    """Trains a run, or goes on with it."""
     if _stop is not None and _stop.is_set():
         raise Interrupted("not begun")
-    study = load(one.file)
-    one.folder.mkdir(parents=True, exist_ok=True)
+    study = load(run.file)
+    run.folder.mkdir(parents=True, exist_ok=True)
     from dcmdp_jax import train
 
-    with _log(one.folder / "run.log"):
-        train.train(_started(study, one), one.folder)
+    with _redirect_output(run.folder / "run.log"):
+        train.train(_config_from_start(study, run), run.folder)
 
 
 @contextlib.contextmanager
-def _log(path: pathlib.Path) -> Iterator[None]:
-    """What a run says, and what ends it, in a file."""
+def _redirect_output(path: pathlib.Path) -> Iterator[None]:
+    """Appends what the body prints, and the traceback of its exception, to a file."""
     import jax
 
     with path.open("a") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
@@ -340,16 +354,17 @@ def _log(path: pathlib.Path) -> Iterator[None]:
             traceback.print_exc()
             raise
         finally:
-            # a run's programs are its own; the next one's come from the cache on disk
+            # The next run does not need these programs; its own come from the cache on disk.
             jax.clear_caches()
 
 
 @contextlib.contextmanager
-def _processes(
+def _worker_pool(
     workers: int, compiled: pathlib.Path
 ) -> Iterator[Callable[[Callable[[Run], None], list[Run]], Iterator[tuple[Future, Run]]]]:
-    """A pool of fresh processes, one to a core; yields a function that runs a job on each run and
-    gives futures as they end.
+    """Starts `workers` processes, each on a core of its own.
+
+    Yields a function that runs a job for each of some runs, and yields futures as they end.
     """
     spawn = multiprocessing.get_context("spawn")
     cores = spawn.Queue()
@@ -357,43 +372,49 @@ def _processes(
     for i in range(workers):
         cores.put(i)
     with ProcessPoolExecutor(
-        workers, mp_context=spawn, initializer=_settle, initargs=(cores, stop, str(compiled))
+        workers,
+        mp_context=spawn,
+        initializer=_initialize_worker,
+        initargs=(cores, stop, str(compiled)),
     ) as pool:
 
         def submit(job: Callable[[Run], None], runs: list[Run]) -> Iterator[tuple[Future, Run]]:
-            futures = {pool.submit(job, one): one for one in runs}
+            futures = {pool.submit(job, run): run for run in runs}
             yield from ((future, futures[future]) for future in as_completed(futures))
 
         try:
             yield submit
         except BaseException:
-            stop.set()  # what the pool has handed out already cannot be cancelled
+            stop.set()  # a job that a worker has received cannot be cancelled
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
 
-def _settle(cores: Any, stop: Any, compiled: str) -> None:
-    """Takes a core and the event that asks to stop, before JAX counts them: one thread each is
-    quicker than many runs on all cores.
+def _initialize_worker(cores: Any, stop: Any, compiled: str) -> None:
+    """Prepares a worker: pins it to a core and watches for a request to stop.
+
+    It comes before JAX counts the cores: runs with one thread each are faster than runs that share
+    all cores.
     """
     global _stop
     number = cores.get()
     _stop = stop
     threading.Thread(
-        target=_heed, args=(stop, multiprocessing.parent_process()), daemon=True
+        target=_watch_parent, args=(stop, multiprocessing.parent_process()), daemon=True
     ).start()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {_cores()[number % len(_cores())]})
     import jax
 
-    # seeds of one arm share their programs
+    # The seeds of an arm share their programs.
     jax.config.update("jax_compilation_cache_dir", compiled)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def _heed(stop: Any, parent: Any) -> None:
-    """Stops what this process runs when its parent says so, or is gone: a run saves itself on
-    SIGTERM, an idle process ends.
+def _watch_parent(stop: Any, parent: Any) -> None:
+    """Sends this worker SIGTERM when its parent stops it or has died.
+
+    A run saves its state on SIGTERM; an idle worker ends.
     """
     while not stop.wait(1) and parent.is_alive():
         pass
@@ -405,9 +426,7 @@ def _heed(stop: Any, parent: Any) -> None:
 
 
 def _cores() -> list[int]:
-    """The cores that this process may use."""
-    return (
-        sorted(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else list(range(os.cpu_count() or 1))
-    )
+    """Returns the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))

@@ -96,7 +96,7 @@ def read_start(root, precision, seed, prompts):
     prompts.
     """
     config = dataclasses.replace(sampled(GRPO, precision), seed=seed)
-    folder = study.start_folder(config, study.as_they_are, root)
+    folder = study.start_folder(config, study.unchanged, root)
     config = dataclasses.replace(
         config,
         model=ModelSource(str(folder / "model")),

@@ -42,7 +42,7 @@ def main(root):
     rows = []
     for study in (room, room_harmed):
         for arm, config in study.STUDY.arms.items():
-            for seed in study.STUDY.numbers:
+            for seed in study.STUDY.seed_numbers:
                 folder = root / study.__name__ / arm / f"s{seed}"
                 print(folder, flush=True)
                 rows += [

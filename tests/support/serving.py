@@ -1,13 +1,17 @@
-"""What the tests of the driver and of the server share: a tiny policy, its greedy completions, an
-engine to hold up.
+"""Shared by the tests of the driver, the service and the server.
+
+A tiny model, its greedy completions, an engine that can be held up, and a client.
 """
 
 import functools
 import threading
 import time
 
+import grpc
 import jax
 import numpy as np
+import pytest
+from jetstream.core.proto import jetstream_pb2, jetstream_pb2_grpc
 
 from dcmdp_jax import sharding, sync, tokenizer
 from dcmdp_jax.config import ModelConfig, Precision
@@ -43,7 +47,7 @@ def make_engine():
 
 @functools.cache
 def make_params(version=0):
-    """Weights large enough that the policy is far from uniform, and others of the same shape."""
+    """Weights far from a uniform distribution; those of another version are reversed."""
     params = random_params(MODEL, 0.16, norms=1.0)
     return params if version == 0 else jax.tree.map(lambda w: w[..., ::-1], params)
 
@@ -57,15 +61,16 @@ def make_weights(version=0):
 
 @functools.cache
 def make_prompts():
-    """24 ragged prompts, one of a single token and one as long as they may be."""
+    """24 prompts of different lengths, one of a single token and one of the maximum."""
     rng = np.random.default_rng(0)
     return [rng.integers(2, 37, n).tolist() for n in [1, PROMPT, *rng.integers(1, PROMPT + 1, 22)]]
 
 
 @functools.cache
 def greedy(version=0):
-    """The full forward pass's argmax continuation of every prompt: at most NEW tokens, a stop token
-    included.
+    """Every prompt's completion by the argmax of the full forward pass.
+
+    At most NEW tokens, a stop token included.
     """
     forward = jax.jit(lambda params, rows: decoder.logits(params, rows, MODEL))
     prompts = make_prompts()
@@ -76,19 +81,19 @@ def greedy(version=0):
     for step in range(NEW):
         at = np.arange(len(rows)), lengths + step
         rows[at] = np.asarray(forward(make_params(version), rows))[at[0], at[1] - 1].argmax(-1)
-    found = [row[n : n + NEW].tolist() for row, n in zip(rows, lengths)]
-    return [tokens[: tokens.index(1) + 1] if 1 in tokens else tokens for tokens in found]
+    completions = [row[n : n + NEW].tolist() for row, n in zip(rows, lengths)]
+    return [tokens[: tokens.index(1) + 1] if 1 in tokens else tokens for tokens in completions]
 
 
 def long_prompts():
-    """Numbers of the prompts whose completion no stop token ends."""
+    """Numbers of the prompts whose completion ends at the length limit."""
     return [i for i, tokens in enumerate(greedy()) if 1 not in tokens]
 
 
 def until(condition, seconds=60.0):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.005)
 
 
@@ -97,7 +102,7 @@ def fail(*args, **kwargs):
 
 
 class Gate:
-    """Holds an engine's `generate` until `open` is set; counts its calls."""
+    """Blocks an engine's `generate` until `open` is set, and counts its calls."""
 
     def __init__(self, monkeypatch, engine):
         self.open = threading.Event()
@@ -113,7 +118,7 @@ class Gate:
 
 
 class Listener:
-    """A driver's request for a completion of a prompt, by its number."""
+    """A `driver.Request` for prompt `number` that records what it receives."""
 
     def __init__(self, number, max_tokens=NEW):
         self.tokens = make_prompts()[number]
@@ -124,7 +129,7 @@ class Listener:
         self.error = None
         self.ended = threading.Event()
 
-    def gone(self):
+    def cancelled(self):
         return self.left
 
     def send(self, tokens, version, ended):
@@ -136,3 +141,51 @@ class Listener:
     def fail(self, error):
         self.error = error
         self.ended.set()
+
+
+def connect(port):
+    return grpc.insecure_channel(
+        f"127.0.0.1:{port}", options=[("grpc.use_local_subchannel_pool", 1)]
+    )
+
+
+def tokens_request(tokens, max_tokens=NEW, **fields):
+    content = jetstream_pb2.DecodeRequest.TokenContent(token_ids=tokens)
+    return jetstream_pb2.DecodeRequest(token_content=content, max_tokens=max_tokens, **fields)
+
+
+def text_request(text, max_tokens=NEW):
+    content = jetstream_pb2.DecodeRequest.TextContent(text=text)
+    return jetstream_pb2.DecodeRequest(text_content=content, max_tokens=max_tokens)
+
+
+def decode(port, request, timeout=120):
+    """Returns token ids, text, number of messages and version of the weights of one call."""
+    with connect(port) as channel:
+        call = jetstream_pb2_grpc.OrchestratorStub(channel).Decode(request, timeout=timeout)
+        samples = [reply.stream_content.samples[0] for reply in call]
+        version = int(dict(call.trailing_metadata())["dcmdp-version"])
+    return (
+        [token for s in samples for token in s.token_ids],
+        "".join(s.text for s in samples),
+        len(samples),
+        version,
+    )
+
+
+def received(call):
+    """Returns the token ids of a call's replies."""
+    return [token for reply in call for token in reply.stream_content.samples[0].token_ids]
+
+
+def refusal(port, request):
+    """Returns status code and details of a call that fails."""
+    with pytest.raises(grpc.RpcError) as caught:
+        decode(port, request)
+    return caught.value.code(), caught.value.details()
+
+
+def healthy(port):
+    with connect(port) as channel:
+        stub = jetstream_pb2_grpc.OrchestratorStub(channel)
+        return stub.HealthCheck(jetstream_pb2.HealthCheckRequest(), timeout=30).is_live
