@@ -31,7 +31,8 @@ def broken(example, text):
     raise RuntimeError("no verdict")
 
 STUDY = Study(
-    {"none": small(ARMS["none"]), "grpo": small(ARMS["grpo"]), "broken": small(GRPO, broken)}, seeds=1
+    {"none": small(ARMS["none"]), "grpo": small(ARMS["grpo"]), "broken": small(GRPO, broken)},
+    seeds=1,
 )
 """
 

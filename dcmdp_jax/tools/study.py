@@ -97,8 +97,8 @@ class Study:
                 )
             if config.eval.every < 1 or config.model.folder or not config.warmup.steps:
                 raise ValueError(
-                    f"arm {name!r} needs evaluations (eval.every), a model.architecture and a warm-up to "
-                    "start from"
+                    f"arm {name!r} needs evaluations (eval.every), a model.architecture and a "
+                    "warm-up to start from"
                 )
 
 
