@@ -1,10 +1,10 @@
-"""FLOPs and bytes of a run's programs, counted from the shapes: per device, for one call, at the
-longest lengths.
+"""FLOPs and bytes of a run's programs, from the shapes: per device, for one call, at the greatest
+lengths.
 
-A multiplication with its addition is two FLOPs. Matrix products and attention scores count, causal
-attention by half; what is made again in the backward pass counts where it is made again. Bytes over
-the links are those a device receives. D model, V vocabulary, L layers, H q-heads, KV kv-heads, h
-head size.
+A multiplication with its addition counts as two FLOPs. Matrix products and attention scores are
+counted, causal attention by half; what the backward pass recomputes is counted again. Bytes over
+the links are those that a device receives. D hidden size, V vocabulary, L layers, H query heads, KV
+key-value heads, h head size.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BYTES = {
 
 
 class Work(NamedTuple):
-    """What a device does."""
+    """The work of one device."""
 
     flops: float
     memory: float  # bytes read and written: weights, moments, cached keys and values
@@ -43,19 +43,20 @@ class Work(NamedTuple):
 class Weights(NamedTuple):
     """Numbers of parameters."""
 
-    layers: int  # that every token meets, the router too
+    layers: int  # used by every token, routers included
     experts: int  # of all layers together
-    routed: int  # of experts that one token meets
+    routed: int  # of the experts that one token is sent to
     head: int
-    embed: int  # 0 where it is the head
+    embed: int  # 0 if it is tied to the head
 
     @property
     def total(self) -> int:
+        """All parameters of the model."""
         return self.layers + self.experts + self.head + self.embed
 
 
 def parameters(model: ModelConfig) -> Weights:
-    """Matrices alone; scales of norms are left out."""
+    """Returns the numbers of parameters, without the scales of norms."""
     d = model.hidden_size
     heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     sparse = sum(model.is_sparse(layer) for layer in range(model.num_layers))
@@ -75,8 +76,12 @@ def parameters(model: ModelConfig) -> Weights:
 def forward(
     model: ModelConfig, tokens: float, context: float, scored: float
 ) -> tuple[float, float, float]:
-    """FLOPs of the layers' products, of attention over `context` positions a token, and of the
-    head, of one pass.
+    """Returns the FLOPs of one pass: of the layers' products, of attention, and of the head.
+
+    Args:
+      tokens: tokens that pass through the layers.
+      context: positions that each attends to.
+      scored: tokens that pass through the head.
     """
     w = parameters(model)
     attention = 4 * model.num_layers * model.num_heads * model.head_dim * context
@@ -86,28 +91,30 @@ def forward(
 def update(
     model: ModelConfig, rows: int, length: int, config: Config, mesh: Any, one_pass: bool
 ) -> Work:
-    """The whole constrained step: scoring, forward, backward and optimizer.
+    """Returns the work of a constrained step: scoring, forward, backward and optimizer.
 
-    Scoring is no pass where the update's own forward pass does it, and two of stale rollouts.
+    The scoring pass is left out if the update's own forward pass scores (`one_pass`); a stale
+    rollout needs a second one.
     """
     algorithm = config.algorithm
     layers, attention, head = _batch(model, rows, length, config)
-    again = 1 if model.remat else 0
-    # attention makes its scores again going back
-    flops = (3 + again) * layers + (3.5 + again) * attention + 4 * head
+    recomputed = 1 if model.remat else 0
+    # The backward pass of attention recomputes its scores.
+    flops = (3 + recomputed) * layers + (3.5 + recomputed) * attention + 4 * head
     parts = algorithm.minibatches * algorithm.microbatches
-    link = _exchange(model, rows * length, mesh, 2 + again, gradients=True)
-    one = Work(flops / mesh.size, 0, link)
+    link = _exchange(model, rows * length, mesh, 2 + recomputed, gradients=True)
+    microbatch = Work(flops / mesh.size, 0, link)
     moments = Work(0, 7 * 4 * parameters(model).total / (mesh.size / mesh.shape["data"]), 0)
-    whole = one * (parts * algorithm.epochs) + moments * (algorithm.minibatches * algorithm.epochs)
+    updates = microbatch * (parts * algorithm.epochs)
+    updates += moments * (algorithm.minibatches * algorithm.epochs)
     passes = (not one_pass) + (config.rollout.staleness > 0)
-    return whole + scoring(model, rows, length, parts, config, mesh) * passes
+    return updates + scoring(model, rows, length, parts, config, mesh) * passes
 
 
 def scoring(
     model: ModelConfig, rows: int, length: int, parts: int, config: Config, mesh: Any
 ) -> Work:
-    """Log-probs of a batch of `parts` microbatches at the weights that sampled."""
+    """Returns the work of scoring a batch of `parts` microbatches."""
     flops = sum(_batch(model, rows, length, config))
     return (
         Work(flops / mesh.size, 0, _exchange(model, rows * length, mesh, 1, gradients=False))
@@ -116,24 +123,26 @@ def scoring(
 
 
 def prefill(model: ModelConfig, prompts: int, length: int, mesh: Any) -> Work:
+    """Returns the work of filling the cache with `prompts` of `length` tokens."""
     layers, attention, _ = forward(model, prompts * length, length / 2, 0)
     held = _size(model) * parameters(model).total / mesh.shape["tensor"]
     return Work((layers + attention) / mesh.size, held, _reduced(model, prompts * length, mesh))
 
 
 def decode(model: ModelConfig, rollout: RolloutConfig, slots: int, length: int, mesh: Any) -> Work:
-    """One dispatch: K tokens in every slot, at the mean length of a longest completion.
+    """Returns the work of one dispatch: K tokens in every slot, at the mean length of a longest
+    completion.
 
-    Of the experts, those are read that a slot chooses: the expected share, if all are chosen alike.
+    Only chosen experts are read: the expected share of them, if all are equally likely.
     """
     context = length - rollout.max_tokens / 2
     flops = sum(forward(model, slots, context, slots)) / mesh.size
     w = parameters(model)
     split = mesh.shape["tensor"]
     chosen = rollout.precision.experts_per_token or model.experts_per_token
-    touched = 1 - (1 - chosen / max(model.num_experts, 1)) ** slots
+    read = 1 - (1 - chosen / max(model.num_experts, 1)) ** slots
     weights = (
-        _held(rollout.precision.weights) * (w.layers + touched * w.experts / mesh.shape["expert"])
+        _held(rollout.precision.weights) * (w.layers + read * w.experts / mesh.shape["expert"])
         + _held(rollout.precision.head) * w.head
     ) / split
     cached = BYTES[rollout.precision.cache or ("bfloat16" if model.bfloat16 else "float32")]
@@ -143,7 +152,9 @@ def decode(model: ModelConfig, rollout: RolloutConfig, slots: int, length: int, 
 
 
 def sync(model: ModelConfig, precision: Precision, mesh: Any, chips: int) -> Work:
-    """Every device reads its float32 part, and receives what it lacks of the engine's."""
+    """Returns the work of a weight sync: a device reads its part of the trainer's parameters in
+    float32, and receives what it lacks of the engine's.
+    """
     w = parameters(model)
     new = (
         _held(precision.weights) * (w.layers + w.experts)
@@ -157,11 +168,12 @@ def sync(model: ModelConfig, precision: Precision, mesh: Any, chips: int) -> Wor
 def _batch(
     model: ModelConfig, rows: int, length: int, config: Config
 ) -> tuple[float, float, float]:
-    """One microbatch, forward: every row a completion of the greatest length."""
+    """Returns the FLOPs of a microbatch's forward pass; every row is one longest completion."""
     return forward(model, rows * length, length / 2, rows * min(config.rollout.max_tokens, length))
 
 
 def _size(model: ModelConfig) -> int:
+    """Returns the bytes of an activation or a gathered weight."""
     return 2 if model.bfloat16 else 4
 
 
@@ -170,21 +182,23 @@ def _held(precision: str) -> float:
 
 
 def _exchange(model: ModelConfig, tokens: int, mesh: Any, passes: int, *, gradients: bool) -> float:
-    """Weights gathered once a pass, gradients added up and split, tokens sent to their experts,
-    partial sums of heads added.
+    """Returns the bytes that a device receives in training one microbatch.
+
+    Weights are gathered once a pass, gradients are summed and scattered, tokens are sent to their
+    experts, keys and values along the sequence axis, and partial sums are added.
     """
     w = parameters(model)
     size = _size(model)
     shape = mesh.shape
-    over = math.prod(shape[axis] for axis in sharding.TRAIN["embed"])
-    of_experts = math.prod(shape[axis] for axis in sharding.TRAIN["expert_embed"])
+    shards = math.prod(shape[axis] for axis in sharding.TRAIN["embed"])
+    expert_shards = math.prod(shape[axis] for axis in sharding.TRAIN["expert_embed"])
     times = passes + gradients
     weights = (
         size
         / shape["tensor"]
         * (
-            (w.layers + w.head) * (1 - 1 / over)
-            + w.experts / shape["expert"] * (1 - 1 / of_experts)
+            (w.layers + w.head) * (1 - 1 / shards)
+            + w.experts / shape["expert"] * (1 - 1 / expert_shards)
         )
     )
     own = tokens / (sharding.num_batch_shards(mesh) * shape["sequence"])
@@ -195,15 +209,15 @@ def _exchange(model: ModelConfig, tokens: int, mesh: Any, passes: int, *, gradie
         * sum(model.is_sparse(i) for i in range(model.num_layers))
         * model.experts_per_token
     )
-    travels = (1 - 1 / shape["expert"]) * sent * (2 * passes + gradients)
+    to_experts = (1 - 1 / shape["expert"]) * sent * (2 * passes + gradients)
     keys = 2 * model.num_layers * model.num_kv_heads * model.head_dim * size / shape["tensor"]
     keys *= own * (shape["sequence"] - 1) * times
-    copies = 2 * (1 - 1 / shape["data"]) * 4 * w.total / (over * shape["tensor"]) * gradients
-    return weights * times + travels + keys + copies + _reduced(model, tokens, mesh) * times
+    copies = 2 * (1 - 1 / shape["data"]) * 4 * w.total / (shards * shape["tensor"]) * gradients
+    return weights * times + to_experts + keys + copies + _reduced(model, tokens, mesh) * times
 
 
 def _reduced(model: ModelConfig, tokens: float, mesh: Any) -> float:
-    """Partial sums over the tensor axis: twice a layer, each sent round and back."""
+    """Returns the bytes of the partial sums over the tensor axis: two all-reduces a layer."""
     split = mesh.shape["tensor"]
     own = tokens / (sharding.num_batch_shards(mesh) * mesh.shape["sequence"])
     return 2 * model.num_layers * 2 * (1 - 1 / split) * own * model.hidden_size * _size(model)

@@ -1,18 +1,16 @@
-"""What a run needs of a TPU slice, before the chips are rented: its programs compiled for the
-topology, with no TPU attached.
+"""Plans a run on a TPU slice: compiles its programs for the topology with no TPU attached.
 
-`libtpu` compiles ahead of time; memory per chip is the compiler's own figure. FLOPs and bytes over
-the interconnect are counted
-here (the compiler's count leaves out Pallas kernels and the trips of loops), and times are the
-roof's: the largest of FLOPs over
-the peak, bytes over the memory's bandwidth and bytes over the links', so that no run is faster.
+`libtpu` compiles ahead of time. The memory per chip is the compiler's own figure. FLOPs and bytes
+over the interconnect are counted by `cost_model`, because the compiler's count leaves out Pallas
+kernels and the repetitions of loops. Times are a roofline lower bound: the largest of FLOPs over
+the peak, bytes over the memory's bandwidth and bytes over the links' bandwidth.
+
 Lengths are the longest: every prompt and completion at its limit.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import pathlib
 import re
@@ -24,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax import sharding, step, sync, train
+from dcmdp_jax import files, sharding, step, sync, train
 from dcmdp_jax import tokenizer as tokenizers
 from dcmdp_jax.config import Calibrated, Config, ModelConfig, with_tolerance
 from dcmdp_jax.records import Batch
@@ -36,14 +34,12 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """One device. Sources: cloud.google.com/tpu/docs, the page of each version; links: the sum over
-    a chip's, one way.
-    """
+    """One device. Figures from cloud.google.com/tpu/docs, the page of each version."""
 
     memory: float  # bytes
     flops: float  # bfloat16 FLOP/s
     bandwidth: float  # bytes/s of memory
-    link: float  # bytes/s
+    link: float  # bytes/s of all of a chip's links together, in one direction
 
 
 CHIPS = {
@@ -62,20 +58,21 @@ class Program(NamedTuple):
     lowered: Any  # jax.stages.Lowered
     work: cost_model.Work  # of one call
     calls: float  # of it in a constrained step
-    # bytes that lie on the device meanwhile: the training state, while the same devices sample
+    # Bytes that something else holds on the device meanwhile, such as the training state while the
+    # same devices sample.
     beside: int
-    knobs: str  # what makes it smaller
+    settings: str  # the settings that reduce its memory
 
 
 class Compiled(NamedTuple):
-    """A program as the compiler left it; sizes in bytes per chip."""
+    """The compiler's figures of a program; sizes in bytes per chip."""
 
     program: Program
     arguments: int
     temporaries: int
-    peak: int  # arguments, results that take no argument's place, temporaries, and what lies beside
+    peak: int  # arguments, results that reuse no argument's memory, temporaries, and `beside`
     seconds: float  # CPU seconds of compilation
-    excess: str  # why it does not fit, empty where it does
+    excess: str  # why it does not fit; empty if it does
 
 
 class Plan(NamedTuple):
@@ -84,26 +81,26 @@ class Plan(NamedTuple):
     topology: str
     devices: int
     chip: Chip
-    tokens: int  # sampled in a constrained step, at the most
+    tokens: int  # sampled in a constrained step, at most
     programs: tuple[Compiled, ...]
 
 
 def slice_devices(name: str, slices: int = 1) -> list[Any]:
-    """The devices of a slice such as "v5p:4x4x4", or of several. Raises ValueError where libtpu
-    knows no such slice.
+    """Returns the devices of one or several slices such as "v5p:4x4x4".
+
+    Raises ValueError if libtpu has no such slice.
     """
     kind = name.split(":")[0]
     if kind not in CHIPS or ":" not in name:
         raise ValueError(
-            f"--topology {name!r} is not KIND:SHAPE with KIND one of {', '.join(CHIPS)}, such as v5p:4x4x4 or "
-            "v5e:8x8"
+            f"--topology {name!r} is not KIND:SHAPE with KIND one of {', '.join(CHIPS)}, such as "
+            "v5p:4x4x4 or v5e:8x8"
         )
     if slices < 1 or "0" in name.split(":")[1].split("x"):
         raise ValueError(
             f"--topology {name} with --slices {slices} has no devices; both must be positive"
         )
-    # Compiling touches no TPU, so that several processes may; the metadata server is not there to
-    # be asked.
+    # Compiling uses no TPU, so several processes may load libtpu; there is no metadata server.
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -114,21 +111,24 @@ def slice_devices(name: str, slices: int = 1) -> list[Any]:
     from jax.experimental import topologies
 
     try:
-        found = topologies.get_topology_desc(topology_name=name, platform="tpu", num_slices=slices)
+        described = topologies.get_topology_desc(
+            topology_name=name, platform="tpu", num_slices=slices
+        )
     except (RuntimeError, ValueError, NotImplementedError) as error:
         hint = "" if importlib.util.find_spec("libtpu") else " (pip install libtpu)"
         raise ValueError(
             f"libtpu gives no topology {name!r}{hint}: {str(error).splitlines()[0]}"
         ) from error
-    return list(found.devices)
+    return list(described.devices)
 
 
 def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator[Program]:
-    """What a run compiles on `devices`, each at its longest. Raises ValueError where it cannot be
-    laid out.
+    """Yields the programs that a run compiles on `devices`, each at its greatest lengths.
+
+    Raises ValueError if the run cannot be laid out on them.
     """
     if isinstance(config.constraint.tolerance, Calibrated):
-        config = with_tolerance(config, 1.0)  # any number makes the same programs
+        config = with_tolerance(config, 1.0)  # the programs do not depend on the number
     mesh, decode_mesh = sharding.meshes(config, devices, process=0)
     engines = 1 if config.rollout.one_engine else len({device.process_index for device in devices})
     train.check(config, model, mesh, decode_mesh, engines)
@@ -137,14 +137,14 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
     sizes = sharding.local_bytes(state)
     parts = config.algorithm.minibatches * config.algorithm.microbatches
     (rows, length) = batch.tokens.shape[2:]
-    row = "algorithm.row_length, " if config.algorithm.row_length else ""
+    row_length = "algorithm.row_length, " if config.algorithm.row_length else ""
     yield Program(
         "train step",
         step.compile(config, model, mesh).lower(state, batch),
         cost_model.update(model, rows, length, config, mesh, step.in_one_pass(config)),
         1,
         0,
-        f"{row}algorithm.microbatches, model.remat, mesh.sequence or mesh.tensor",
+        f"{row_length}algorithm.microbatches, model.remat, mesh.sequence or mesh.tensor",
     )
     score = jax.jit(sharding.with_mesh(mesh, partial(step.score, config=config, model=model)))
     yield Program(
@@ -153,7 +153,7 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
         cost_model.scoring(model, rows, length, parts, config, mesh),
         0,
         sizes - sharding.local_bytes(state.params),
-        f"{row}algorithm.microbatches, mesh.sequence or mesh.tensor",
+        f"{row_length}algorithm.microbatches, mesh.sequence or mesh.tensor",
     )
     shared = set(decode_mesh.devices.flat) <= set(mesh.devices.flat)
     yield from _engine(config, model, decode_mesh, engines, sizes if shared else 0)
@@ -174,7 +174,7 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
 def _engine(
     config: Config, model: ModelConfig, mesh: Any, engines: int, beside: int
 ) -> Iterator[Program]:
-    """Prefill and decoding of one of the engines."""
+    """Yields prefill and decoding of one of the engines."""
     rollout = config.rollout
     data = config.data
     length = data.max_prompt_tokens + rollout.max_tokens
@@ -214,7 +214,7 @@ def _engine(
 
 
 def abstract_batch(config: Config, model: ModelConfig, mesh: Any) -> Batch:
-    """The largest batch of a run: no two completions share a row."""
+    """Returns the shapes of a run's largest batch, in which no two completions share a row."""
     a = config.algorithm
     width = config.rollout.max_tokens
     count = (
@@ -234,58 +234,78 @@ def abstract_batch(config: Config, model: ModelConfig, mesh: Any) -> Batch:
             config.rollout.precision.experts_per_token or model.experts_per_token,
         )
     }
-    kinds = {
+    dtypes = {
         "mask": jnp.bool_,
         "rollout_logp": jnp.float32,
         "reward": jnp.float32,
         "experts": jnp.int16,
     }
 
-    def leaf(name, place):
+    def leaf(name, of_leaf):
         shape = (a.minibatches, a.microbatches, *sizes.get(name, (count, width)))
-        return jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.int32), sharding=place)
+        return jax.ShapeDtypeStruct(shape, dtypes.get(name, jnp.int32), sharding=of_leaf)
 
-    places = step.batch_shardings(config, mesh)._asdict()
-    return Batch(**{name: leaf(name, place) for name, place in places.items() if place})
+    shardings = step.batch_shardings(config, mesh)._asdict()
+    return Batch(**{name: leaf(name, of_leaf) for name, of_leaf in shardings.items() if of_leaf})
 
 
 def compile_program(program: Program, chip: Chip) -> Compiled:
-    """Compiles for the topology; what the compiler refuses for want of memory is told, not raised."""
-    started = time.process_time()
+    """Compiles a program for its topology.
+
+    Too little memory is reported in `excess`, not raised. Raises ValueError if the compiler cannot
+    lay the program out on the slice.
+    """
+    began = time.process_time()
+    arguments = temporaries = 0
     try:
         memory = program.lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        if "limited ICI routing" in str(error) or "Unexpected device_id" in str(error):
-            raise ValueError(
-                f"on this slice a program takes one device or all, and {program.name} takes some; set "
-                "rollout.one_engine to yes, with a rollout.mesh of all devices"
-            ) from error
-        # of arguments and temporaries, or of these alone where they do not fit by themselves
-        used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([TGMK])", str(error))
-        if not used:
-            raise
-        need = float(used[1]) * {"T": 2**10, "G": 1, "M": 2**-10, "K": 2**-20}[used[2]] * GIB
-        arguments = temporaries = 0
+        used = _bytes_used(error, program.name)
     else:
         arguments = memory.argument_size_in_bytes
         temporaries = memory.temp_size_in_bytes
-        need = arguments + memory.output_size_in_bytes - memory.alias_size_in_bytes + temporaries
-    peak = int(need) + program.beside
-    excess = (
-        f"{(peak - chip.memory) / GIB:.1f} GiB more than the {chip.memory / GIB:.0f} of a chip"
-        if peak > chip.memory
-        else ""
-    )
-    return Compiled(program, arguments, temporaries, peak, time.process_time() - started, excess)
+        results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        used = arguments + results + temporaries
+    peak = used + program.beside
+    excess = ""
+    if peak > chip.memory:
+        gibibytes = (peak - chip.memory) / GIB
+        excess = f"{gibibytes:.1f} GiB more than the {chip.memory / GIB:.0f} of a chip"
+    return Compiled(program, arguments, temporaries, peak, time.process_time() - began, excess)
+
+
+def _bytes_used(error: jax.errors.JaxRuntimeError, name: str) -> int:
+    """Returns the bytes that a program would use, from the compiler's out-of-memory error.
+
+    The compiler has no typed errors, so its messages are matched here, and here alone. Raises
+    ValueError if the slice's shape is at fault, and `error` itself if it is neither.
+    """
+    message = str(error)
+    if "limited ICI routing" in message or "Unexpected device_id" in message:
+        raise ValueError(
+            f"on this slice a program takes one device or all, and {name} takes some; set "
+            "rollout.one_engine to yes, with a rollout.mesh of all devices"
+        ) from error
+    # "Used" counts arguments and temporaries; "HLO temporaries" appears if these alone do not fit.
+    used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([TGMK])", message)
+    if not used:
+        raise error
+    unit = {"T": 2**40, "G": 2**30, "M": 2**20, "K": 2**10}[used[2]]
+    return int(float(used[1]) * unit)
 
 
 def seconds(work: cost_model.Work, chip: Chip) -> float:
-    """The roof: no device does this work in less."""
-    return max(_roofs(work, chip))
+    """Returns the roofline lower bound: no device does this work in less time."""
+    return max(_bounds(work, chip).values())
 
 
-def _roofs(work: cost_model.Work, chip: Chip) -> tuple[float, float, float]:
-    return work.flops / chip.flops, work.memory / chip.bandwidth, work.link / chip.link
+def _bounds(work: cost_model.Work, chip: Chip) -> dict[str, float]:
+    """Returns the seconds that each resource takes, at its peak rate."""
+    return {
+        "FLOPs": work.flops / chip.flops,
+        "memory": work.memory / chip.bandwidth,
+        "links": work.link / chip.link,
+    }
 
 
 def plan_run(
@@ -293,12 +313,12 @@ def plan_run(
     model: ModelConfig,
     name: str,
     slices: int = 1,
-    say: Callable[[str], None] = lambda line: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Plan:
-    """Compiles every program of a run for a topology.
+    """Compiles every program of a run for the topology `name`.
 
-    Raises ValueError where the run cannot be laid out on it, or `train` would refuse it; the files
-    of model and data need not be there yet.
+    The files of model and data need not exist yet. `report` receives lines about the progress.
+    Raises ValueError if the run cannot be laid out on the slice, or `train` would refuse it.
     """
     devices = slice_devices(name, slices)
     chip = CHIPS[name.split(":")[0]]
@@ -306,16 +326,16 @@ def plan_run(
         tokenizer = train.read_tokenizer(config)
         tokenizers.check_vocab_size(tokenizer, model.vocab_size)
         train.read_problems(config, tokenizer, engines=1)
-    found = []
+    compiled = []
     for program in programs(config, model, devices):
-        say(f"compiling {program.name}")
-        found.append(compile_program(program, chip))
+        report(f"compiling {program.name}")
+        compiled.append(compile_program(program, chip))
     tokens = config.data.prompts_per_step * config.rollout.samples * config.rollout.max_tokens
-    return Plan(name, len(devices), chip, tokens, tuple(found))
+    return Plan(name, len(devices), chip, tokens, tuple(compiled))
 
 
 def table(plan: Plan) -> list[list[str]]:
-    """A row per program, and the whole step's."""
+    """Returns the figures as rows of text, the header first, then one for each program."""
     head = [
         "program",
         "arguments",
@@ -331,8 +351,9 @@ def table(plan: Plan) -> list[list[str]]:
     ]
     rows = [head]
     for item in plan.programs:
-        program, work = item.program, item.program.work
-        roofs = dict(zip(("FLOPs", "memory", "links"), _roofs(work, plan.chip)))
+        program = item.program
+        work = program.work
+        bounds = _bounds(work, plan.chip)
         rows.append(
             [
                 program.name,
@@ -344,7 +365,7 @@ def table(plan: Plan) -> list[list[str]]:
                 f"{work.link / 1e9:.3g}",
                 f"{program.calls:g}",
                 f"{program.calls * seconds(work, plan.chip):.3g}",
-                max(roofs, key=roofs.get),
+                max(bounds, key=bounds.get),
                 f"{item.seconds:.0f}",
             ]
         )
@@ -352,23 +373,24 @@ def table(plan: Plan) -> list[list[str]]:
 
 
 def verdict(plan: Plan) -> list[str]:
-    """What does not fit and what to turn, or how long a step takes at the roof."""
+    """Returns what does not fit and which settings to change, then the time of a step."""
     lines = [
-        f"{item.program.name} does not fit: {item.excess}; turn {item.program.knobs}"
+        f"{item.program.name} does not fit: {item.excess}; change {item.program.settings}"
         for item in plan.programs
         if item.excess
     ]
-    whole = sum(
+    step_seconds = sum(
         item.program.calls * seconds(item.program.work, plan.chip) for item in plan.programs
     )
+    rate = plan.tokens / step_seconds / plan.devices
     return lines + [
-        f"a constrained step of {plan.tokens:,} sampled tokens takes {whole:.3g} s at the roof, "
-        f"{plan.tokens / whole / plan.devices:,.0f} tokens/s a device; no run is faster"
+        f"a constrained step of {plan.tokens:,} sampled tokens takes at least {step_seconds:.3g} s "
+        f"(roofline lower bound), at most {rate:,.0f} tokens/s a device"
     ]
 
 
 def write(plan: Plan, path: str) -> None:
-    """The plan as JSON: bytes, FLOPs and seconds per device."""
+    """Writes the plan as JSON: bytes, FLOPs and seconds per device."""
     rows = [
         {
             "program": item.program.name,
@@ -383,15 +405,10 @@ def write(plan: Plan, path: str) -> None:
         }
         for item in plan.programs
     ]
-    pathlib.Path(path).write_text(
-        json.dumps(
-            {
-                "topology": plan.topology,
-                "devices": plan.devices,
-                "tokens": plan.tokens,
-                "programs": rows,
-            },
-            indent=2,
-        )
-        + "\n"
-    )
+    record = {
+        "topology": plan.topology,
+        "devices": plan.devices,
+        "tokens": plan.tokens,
+        "programs": rows,
+    }
+    files.write_json(pathlib.Path(path), record)
