@@ -75,7 +75,7 @@ def sampler(
         model,
         tokenizer,
         mesh,
-        slots=config.rollout.slots // processes.engines(config.rollout),
+        slots=config.rollout.slots // processes.num_engines(config.rollout),
         max_length=config.data.max_prompt_tokens + config.rollout.max_tokens,
         steps=config.rollout.tokens_per_dispatch,
         precision=config.rollout.precision,
@@ -171,7 +171,7 @@ class JetStreamSampler:
             jax.block_until_ready(self.weights)
 
         def stop() -> bool:
-            return processes.any_of(should_stop()) if self._one_engine else should_stop()
+            return processes.any_process(should_stop()) if self._one_engine else should_stop()
 
         # made there, the random keys do not wait for a device that trains
         with jax.default_device(self.engine.mesh.local_devices[0]):
