@@ -1,5 +1,5 @@
-"""Several processes on localhost against one with the same devices: the same run, stopped, killed
-and resumed.
+"""Several processes on localhost against one with the same devices: the same run, whether stopped,
+killed or resumed.
 """
 
 import json
@@ -21,15 +21,19 @@ from dcmdp_jax.experiment import load_experiment
 
 EXPERIMENT = str(pathlib.Path(__file__).parent / "support" / "hosts_experiment.py")
 MAIN = "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"
-FLAGS = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true --xla_force_host_platform_device_count="
+FLAGS = (
+    "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true "
+    "--xla_force_host_platform_device_count="
+)
 
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts a run's processes; what is left of them is killed."""
+    """Starts the processes of a run; those that still run at the end are killed."""
     started = []
 
-    def run(workdir, processes, devices, *options, faults=None):
+    def run(workdir, processes, devices, *options, environments=None):
+        """Args: `environments`: of some processes, by number, beside the common one."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             address = f"127.0.0.1:{free.getsockname()[1]}"
         environment = os.environ | {"XLA_FLAGS": FLAGS + str(devices), "JAX_PLATFORMS": "cpu"}
@@ -53,7 +57,7 @@ def start(tmp_path):
                 [*command, *(own if processes > 1 else [])],
                 stdout=log,
                 stderr=log,
-                env=environment | (faults or {}).get(i, {}),
+                env=environment | (environments or {}).get(i, {}),
             )
             for i, (own, log) in enumerate(zip(here, logs))
         ]
@@ -69,23 +73,22 @@ def start(tmp_path):
 
 
 def end(processes, statuses):
-    """What the processes printed, once they have ended with `statuses`."""
-    found = [process.wait(timeout=300) for process in processes]
+    """Returns what the processes printed, once they have ended with `statuses`."""
+    ended = [process.wait(timeout=300) for process in processes]
     texts = []
     for process in processes:
         process.log.seek(0)
         texts.append(process.log.read())
-    assert found == statuses, "\n\n".join(texts)
+    assert ended == statuses, "\n\n".join(texts)
     return texts
 
 
 def rows(workdir):
+    """Returns the metrics of a run's steps, without the seconds they took."""
     file = workdir / "metrics.jsonl"
-    return (
-        [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in file.open()]
-        if file.exists()
-        else []
-    )
+    if not file.exists():
+        return []
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in file.open()]
 
 
 def await_rows(workdir, count, processes):
@@ -97,7 +100,7 @@ def await_rows(workdir, count, processes):
 
 
 def saved(workdir):
-    """The newest checkpoint on one device, as NumPy, with the data position."""
+    """Returns the newest checkpoint as NumPy, with the position in the data."""
     experiment = load_experiment(EXPERIMENT)
     like = step.abstract_state(
         experiment, experiment.model.architecture, sharding.single_device_mesh()
@@ -107,61 +110,45 @@ def saved(workdir):
 
 
 def assert_same(one, two):
-    """Bit for bit: metrics, held-out rates, parameters, multiplier, order of data."""
+    """Two runs are equal bit for bit: metrics, held-out rates, tolerance, state, order of data."""
     assert rows(one) == rows(two) and len(rows(one)) >= 4
     (a, position), (b, other) = saved(one), saved(two)
     jax.tree.map(np.testing.assert_array_equal, a, b)
     assert position == other and a.step == len(rows(one))
-    assert (one / calibrate.FILE).read_text() == (two / calibrate.FILE).read_text(), (
-        "all measure the same tolerance"
-    )
+    assert (one / calibrate.FILE).read_text() == (two / calibrate.FILE).read_text()
 
 
-def test_two_processes_stopped_by_one_go_on_as_one(start, tmp_path):
+def test_a_run_of_two_processes_that_is_stopped_goes_on_as_one(start, tmp_path):
     """SIGTERM reaches process 1 alone; both save the same step. One process of two devices goes on,
-    and equals a run that was one process all along: metrics, parameters, data order.
+    and equals a run of one process from its start.
     """
     both = start(tmp_path / "two", 2, 1, "--steps", 1000)
     await_rows(tmp_path / "two", 2, both)
     both[1].send_signal(signal.SIGTERM)
     first, second = end(both, [130, 130])
     step = checkpoint.steps(tmp_path / "two")[-1]
-    assert (
-        f"stopped after step {step} of 1000; everything is saved" in first
-        and "stopped after" not in second
-    )
+    assert f"stopped after step {step} of 1000; everything is saved" in first
+    assert "stopped after" not in second
     assert len(rows(tmp_path / "two")) == step >= 2
     end(start(tmp_path / "two", 1, 2, "--steps", step + 2), [0])
     end(start(tmp_path / "one", 1, 2, "--steps", step + 2), [0])
     assert_same(tmp_path / "one", tmp_path / "two")
 
 
-def test_what_one_process_refuses_all_refuse(start, tmp_path):
-    """Process 1 was given another seed; nothing is compiled, nothing is left."""
+def test_processes_with_different_options_all_refuse(start, tmp_path):
+    """Process 1 has another seed; nothing is compiled, and no folder is made."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    ends = [
-        start(
-            tmp_path / "run",
-            1,
-            1,
-            "--coordinator",
-            address,
-            "--processes",
-            2,
-            "--process",
-            i,
-            "--seed",
-            i,
-        )[0]
-        for i in range(2)
+    common = ["--coordinator", address, "--processes", 2]
+    both = [
+        start(tmp_path / "run", 1, 1, *common, "--process", i, "--seed", i)[0] for i in range(2)
     ]
-    for text in end(ends, [2, 2]):
+    for text in end(both, [2, 2]):
         assert "dcmdp: process 1 has another configuration than process 0" in text
     assert not (tmp_path / "run").exists()
 
 
-def test_slurm_tells_who_takes_part(monkeypatch, tmp_path):
+def test_slurm_gives_address_and_numbers(monkeypatch, tmp_path):
     for name, value in {
         "JOB_ID": 7,
         "STEP_NODELIST": "node[001-003],other",
@@ -188,7 +175,7 @@ def test_slurm_tells_who_takes_part(monkeypatch, tmp_path):
         ["--distributed", "--coordinator", "localhost:1", "--processes", "2", "--process", "0"],
     ],
 )
-def test_half_of_the_options_are_refused(options, tmp_path, capsys):
+def test_incomplete_or_contradictory_options_are_refused(options, tmp_path, capsys):
     assert cli.main(["train", EXPERIMENT, "--workdir", str(tmp_path / "run"), *options]) == 2
     assert (
         "is given --coordinator HOST:PORT, --processes N and --process I, or --distributed alone"
@@ -196,21 +183,24 @@ def test_half_of_the_options_are_refused(options, tmp_path, capsys):
     )
 
 
-def test_parts_are_contiguous_and_complete(monkeypatch):
-    for size in (1, 2, 7, 9):
-        parts = []
-        for process in range(3):
-            monkeypatch.setattr(processes.jax, "process_index", lambda process=process: process)
-            parts.append(processes.share(size, 3))
-            assert processes.share(size, 1) == slice(0, size)
-        assert [i for part in parts for i in range(size)[part]] == list(range(size))
-        assert all(len(range(size)[part]) <= len(range(size)[parts[0]]) for part in parts)
+@pytest.mark.parametrize("size", [1, 2, 7, 9])
+def test_shares_are_contiguous_and_complete(monkeypatch, size):
+    shares = []
+    for process in range(3):
+        monkeypatch.setattr(processes.jax, "process_index", lambda process=process: process)
+        shares.append(processes.share(size, 3))
+    assert [i for share in shares for i in range(size)[share]] == list(range(size))
+    assert all(len(range(size)[share]) <= len(range(size)[shares[0]]) for share in shares)
+
+
+def test_the_share_of_a_single_engine_is_everything():
+    assert processes.share(7, 1) == slice(0, 7)
 
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others_and_is_resumed_exactly(start, tmp_path):
-    """SIGKILL two steps past a checkpoint: process 0 names the lost one. Two processes, then, equal
-    one; four on another mesh have the same losses to 1e-5.
+    """SIGKILL two steps past a checkpoint: process 0 names the lost one. Two processes then equal
+    one bit for bit; four on another mesh have the same losses to 1e-5.
     """
     both = start(tmp_path / "two", 2, 1, "--steps", 1000, "--checkpoint.keep", 1)
     await_rows(tmp_path / "two", 5, both)
@@ -249,29 +239,21 @@ def test_processes_that_sample_on_devices_of_their_own(start, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signalled", [False, True], ids=["failed", "killed"])
-def test_a_process_that_fails_ends_all(start, tmp_path, signalled):
-    """What process 1's verifier fails on ends both with one sentence; where process 0 is killed,
-    JAX's own coordinator, which it held, may be the first to end process 1.
-    """
-    both = start(
-        tmp_path / "two",
-        2,
-        1,
-        "--steps",
-        1000,
-        faults=None if signalled else {1: {"BROKEN_VERIFIER": "0"}},
-    )
-    if not signalled:
-        first, second = end(both, [1, 1])
-        for text in (first, second):
-            assert (
-                "the verifier even fails on a completion of the prompt" in text
-                and "Traceback" not in text
-            )
-            assert "RuntimeError: the verifier is broken; go on with: dcmdp train" in text
-        assert "dcmdp: process 1 refuses: the verifier" in first
-        return
+def test_a_verifier_that_fails_on_one_process_ends_all(start, tmp_path):
+    """Both end with one sentence about it."""
+    broken = {1: {"BROKEN_VERIFIER": "0"}}
+    first, second = end(start(tmp_path / "two", 2, 1, "--steps", 1000, environments=broken), [1, 1])
+    for text in (first, second):
+        assert "the verifier even fails on a completion of the prompt" in text
+        assert "RuntimeError: the verifier is broken; go on with: dcmdp train" in text
+        assert "Traceback" not in text
+    assert "dcmdp: process 1 refuses: the verifier" in first
+
+
+@pytest.mark.slow
+def test_the_loss_of_process_0_ends_the_others(start, tmp_path):
+    """JAX's coordinator, which process 0 held, may be the first to end process 1."""
+    both = start(tmp_path / "two", 2, 1, "--steps", 1000)
     await_rows(tmp_path / "two", 1, both)
     both[0].send_signal(signal.SIGKILL)
     status = both[1].wait(timeout=60)
@@ -282,37 +264,34 @@ def test_a_process_that_fails_ends_all(start, tmp_path, signalled):
 
 @pytest.mark.slow
 def test_a_verifier_that_fails_on_one_process_loses_no_step(start, tmp_path):
-    """It fails in a step between two saves: that before it is saved by both."""
+    """It fails between two checkpoints; both save the state after the step before."""
     options = "--steps", 1000, "--checkpoint.every", 0, "--eval.every", 0
     first, second = end(
         start(
-            tmp_path / "two", 2, 1, *options, faults={1: {"BROKEN_VERIFIER": str(16 + 3 * 8 + 1)}}
+            tmp_path / "two",
+            2,
+            1,
+            *options,
+            environments={1: {"BROKEN_VERIFIER": str(16 + 3 * 8 + 1)}},
         ),
         [1, 1],
     )
     assert "the state after step 3 is saved in" in first and "Traceback" not in first + second
-    assert (
-        "RuntimeError: the verifier is broken" in first
-        and "RuntimeError: the verifier is broken" in second
-    )
+    assert "RuntimeError: the verifier is broken" in first
+    assert "RuntimeError: the verifier is broken" in second
     assert checkpoint.steps(tmp_path / "two") == [0, 3] and len(rows(tmp_path / "two")) == 3
 
 
 @pytest.mark.slow
-def test_what_one_process_cannot_read_of_a_checkpoint_all_leave(start, tmp_path):
-    """Both go on from the checkpoint before, to the run that nothing happened to."""
+def test_a_checkpoint_that_one_process_cannot_read_is_skipped_by_all(start, tmp_path):
+    """Both go on from the checkpoint before, and the run ends as if nothing had happened."""
     end(start(tmp_path / "two", 2, 1), [0, 0])
-    expected = saved(tmp_path / "two"), rows(tmp_path / "two")
-    first, _ = end(
-        start(tmp_path / "two", 2, 1, faults={1: {"UNREADABLE_CHECKPOINT": "4"}}), [0, 0]
-    )
-    assert (
-        "checkpoint 4 in" in first
-        and "is damaged" in first
-        and "going on from checkpoint 2" in first
-    )
-    jax.tree.map(np.testing.assert_array_equal, saved(tmp_path / "two"), expected[0])
-    assert (
-        rows(tmp_path / "two") == expected[1]
-        and (tmp_path / "two" / "checkpoints" / "4.damaged").is_dir()
-    )
+    expected_state = saved(tmp_path / "two")
+    expected_rows = rows(tmp_path / "two")
+    unreadable = {1: {"UNREADABLE_CHECKPOINT": "4"}}
+    first, _ = end(start(tmp_path / "two", 2, 1, environments=unreadable), [0, 0])
+    assert "checkpoint 4 in" in first and "is damaged" in first
+    assert "going on from checkpoint 2" in first
+    jax.tree.map(np.testing.assert_array_equal, saved(tmp_path / "two"), expected_state)
+    assert rows(tmp_path / "two") == expected_rows
+    assert (tmp_path / "two" / "checkpoints" / "4.damaged").is_dir()

@@ -438,7 +438,7 @@ def test_nothing_of_jetstreams_driver_runs(started, monkeypatch):
     """Its threads kill the process over any exception; its `delete_pytree` calls `jax.tree_map`,
     which is no more.
     """
-    stock = server.orchestrator
+    stock = service.orchestrator
     for owner, name in (
         (stock.os, "kill"),
         (stock, "delete_pytree"),

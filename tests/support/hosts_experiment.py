@@ -1,5 +1,7 @@
-"""A tiny run for tests of several processes: a random policy is now and then rewarded, so that
-parameters move.
+"""A tiny experiment for tests of several processes.
+
+Its verifier rewards noise now and then, so that parameters move. Two environment variables break
+it: UNREADABLE_CHECKPOINT, BROKEN_VERIFIER.
 """
 
 import itertools
@@ -28,8 +30,6 @@ from dcmdp_jax.losses import advantages, corrections, policy, reduce
 from dcmdp_jax.tasks import Chain
 
 CHAIN = Chain(operations=2)
-
-
 CALLS = itertools.count()
 
 if "UNREADABLE_CHECKPOINT" in os.environ:
@@ -44,7 +44,7 @@ if "UNREADABLE_CHECKPOINT" in os.environ:
 
 
 def even(example, text):
-    """A reward that noise earns now and then; broken after so many calls, on request."""
+    """Rewards half of all texts; fails from call number BROKEN_VERIFIER on."""
     if next(CALLS) >= int(os.environ.get("BROKEN_VERIFIER", sys.maxsize)):
         raise RuntimeError("the verifier is broken")
     return float(sum(map(ord, text)) % 2 == 0)
