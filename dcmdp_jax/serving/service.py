@@ -32,6 +32,7 @@ from google.protobuf.message import DecodeError, Message
 from dcmdp_jax import tokenizer as tokenizers
 from dcmdp_jax.rollout.jetstream import stand_ins
 from dcmdp_jax.serving import driver
+from dcmdp_jax.serving.streamed_text import StreamedText
 
 
 @contextmanager
@@ -74,7 +75,7 @@ class StreamedRequest:
     channel: Any = None  # the orchestrator's, set when the request is queued
     version: int | None = None  # of the weights that sampled the completion
 
-    def __init__(self, tokens: Sequence[int], max_tokens: int, text: Text | None):
+    def __init__(self, tokens: Sequence[int], max_tokens: int, text: StreamedText | None):
         self.tokens = tokens
         self.max_tokens = max_tokens
         self.text = text
@@ -109,33 +110,6 @@ class StreamedRequest:
             method(*arguments)
         except RuntimeError:  # the client's event loop is closed
             self._disconnected = True
-
-
-class Text:
-    """Decodes a growing completion piece by piece.
-
-    The pieces, joined, are the decoded completion. No piece ends within a character.
-    """
-
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop_ids: Sequence[int]):
-        self._decode = decode
-        self._stop_ids = stop_ids
-        self._tokens: list[int] = []
-        self._start = 0
-        # Tokens [_start, _sent) made the last piece; they are the context of the next one.
-        self._sent = 0
-
-    def add(self, tokens: list[int], ended: bool) -> str:
-        """Returns the text that `tokens` add; "" while they end within a character."""
-        stops = ended and tokens and tokens[-1] in self._stop_ids
-        self._tokens += tokens[:-1] if stops else tokens
-        before = self._decode(self._tokens[self._start : self._sent])
-        now = self._decode(self._tokens[self._start :])
-        incomplete = now.endswith("\ufffd") and not ended
-        if len(now) <= len(before) or incomplete:
-            return ""
-        self._start, self._sent = self._sent, len(self._tokens)
-        return now[len(before) :]
 
 
 class Orchestrator(orchestrator.LLMOrchestrator):
@@ -208,7 +182,7 @@ class Orchestrator(orchestrator.LLMOrchestrator):
             raise ValueError("this server has no tokenizer; send token_content")
         else:
             tokens = await self._encoded(request.text_content.text)
-            text = Text(self._tokenizer.decode, self._engine.stop_ids)
+            text = StreamedText(self._tokenizer.decode, self._engine.stop_ids)
         self._check_prompt(tokens, request.max_tokens)
         return StreamedRequest(tokens, request.max_tokens, text)
 
