@@ -18,7 +18,7 @@ EXPERTS = {
 }
 
 
-OPTIONS = {"model.shape.num_layers": 2, "rollout.temperature": 0.8, "warmup.steps": 0}
+OPTIONS = {"model.architecture.num_layers": 2, "rollout.temperature": 0.8, "warmup.steps": 0}
 
 
 def tiny(**changes):
