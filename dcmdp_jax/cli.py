@@ -304,7 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
-    terminal.outlive_streams()
+    terminal.ignore_broken_streams()
     config, workdir = _experiment(args, rest)
     if args.fields:
         return partial(_print_fields, config)
@@ -442,6 +442,7 @@ def _calibrate(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
 def _diagnose(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     config, workdir = _experiment(args, rest)
     from dcmdp_jax import train
+    from dcmdp_jax.report import tables
     from dcmdp_jax.tools import diagnose, parity
 
     diagnose.check(config)
@@ -452,7 +453,7 @@ def _diagnose(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
     def job() -> int:
         found = diagnose.diagnose(config, inputs, policy, other, probe=args.all)
         print(
-            f"{found.origin}\n{parity.columns(diagnose.table(found), left=2)}\n{diagnose.verdict(found)}"
+            f"{found.origin}\n{tables.aligned_text(diagnose.table(found), left=2)}\n{diagnose.verdict(found)}"
         )
         print(
             "\n".join([*diagnose.notes(found), f"wrote {diagnose.write(found, config, workdir)}"])
@@ -481,7 +482,8 @@ def _plan(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
 
     config = override(load_experiment(args.experiment), _overrides(rest))
     from dcmdp_jax import train
-    from dcmdp_jax.tools import parity, plan
+    from dcmdp_jax.report import tables
+    from dcmdp_jax.tools import plan
 
     if args.json and not pathlib.Path(args.json).absolute().parent.is_dir():
         raise ValueError(f"--json {args.json}: its folder does not exist")
@@ -490,7 +492,7 @@ def _plan(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
         print(line, file=sys.stderr, flush=True)
 
     found = plan.plan_run(config, train.read_model(config), args.topology, args.slices, say)
-    print("\n".join([parity.columns(plan.table(found), left=1), *plan.verdict(found)]))
+    print("\n".join([tables.aligned_text(plan.table(found), left=1), *plan.verdict(found)]))
     if args.json:
         plan.write(found, args.json)
     return lambda: int(any(item.excess for item in found.programs))
@@ -632,8 +634,8 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
         raise ValueError(f"--k {args.k} must be whole numbers with commas between them")
     from dcmdp_jax.config import Precision
     from dcmdp_jax.evaluation import math_benchmarks, scores
+    from dcmdp_jax.report import tables
     from dcmdp_jax.stopping import Interrupted, requests
-    from dcmdp_jax.tools import parity
 
     precision = Precision(weights=args.weights, activations=args.activations, cache=args.cache)
     instruction = math_benchmarks.INSTRUCTION if args.instruction is None else args.instruction
@@ -670,7 +672,7 @@ def _eval(args: argparse.Namespace, rest: list[str]) -> Callable[[], int]:
             say("stopped, and every ended sample is kept; the same command goes on")
             return 130
         print(
-            f"{parity.columns(scores.table(figures))}\nwrote {evaluation.workdir / 'summary.json'}"
+            f"{tables.aligned_text(scores.table(figures))}\nwrote {evaluation.workdir / 'summary.json'}"
         )
         return 0
 

@@ -93,10 +93,10 @@ class Log:
         self._progress = Progress(config, first_step)
         if first_step > 1:
             rows = [row for _, row in _lines(workdir / FILE)]
-            self._progress.view.floor = floor(rows[0]) if rows else None
+            self._progress.view.floor = floor_lower_bound(rows[0]) if rows else None
 
-    def settle(self, tolerance: float) -> None:
-        """Shows delta beside this tolerance, where it was not known from the start."""
+    def set_tolerance(self, tolerance: float) -> None:
+        """Shows delta beside this tolerance, once a run has measured it."""
         if self._writes:
             self._progress.tolerance = self._progress.view.tolerance = tolerance
 
@@ -113,7 +113,7 @@ class Log:
         self._each(lambda logger: logger.write(step, values))
         self._latest |= values
         if step == 1:
-            self._progress.view.floor = floor({"step": step, **values})
+            self._progress.view.floor = floor_lower_bound({"step": step, **values})
         self._progress.show(step, self._latest)
 
     def write_gaps(self, step: int, record: Mapping[str, Any]) -> None:
@@ -166,7 +166,7 @@ class Progress:
         self._printed = -math.inf
 
     def show(self, step: int, values: Mapping[str, Any]) -> None:
-        if terminal.fits():
+        if terminal.can_redraw():
             self.view.show(step, values)
         elif step == self._total or time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
             said = status(values, self.tolerance, self.view.floor)
@@ -174,7 +174,7 @@ class Progress:
             self._printed = time.monotonic()
 
 
-def floor(row: Mapping[str, Any]) -> float | None:
+def floor_lower_bound(row: Mapping[str, Any]) -> float | None:
     """What the floor of delta at a run's starting weights is no less than; None if not known.
 
     From the row of the first step, the mean less three standard errors: the trainer scores at the
@@ -311,7 +311,7 @@ def check_loggers(config: Config) -> None:
             ) from error
 
 
-def keep_aside(workdir: pathlib.Path) -> None:
+def set_aside(workdir: pathlib.Path) -> None:
     """Renames the rows of a run that has lost its checkpoints, and says so; it starts anew."""
     if jax.process_index() != 0:
         return

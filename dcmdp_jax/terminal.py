@@ -43,7 +43,7 @@ class _Outliving:
         return size
 
 
-def outlive_streams() -> None:
+def ignore_broken_streams() -> None:
     """From here on a closed stdout or stderr, or one on a full disk, ends nothing."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -166,7 +166,7 @@ def warnings(values: Mapping[str, Any], tolerance: float, floor: float | None) -
     return said
 
 
-def fits() -> bool:
+def can_redraw() -> bool:
     """Whether stderr is a terminal that can move its cursor."""
     return sys.stderr.isatty() and os.environ.get("TERM", "") != "dumb"
 

@@ -152,7 +152,7 @@ def _walk(
         )
     if isinstance(config.constraint.tolerance, Calibrated):
         config = _calibrated(config, inputs, workdir, state, partial(collect, policy))
-        log.settle(config.constraint.tolerance)
+        log.set_tolerance(config.constraint.tolerance)
     saved.save(state, position, config.seed)
     update = step.compile(config, inputs.model_config, inputs.mesh)
     if number < config.steps:
@@ -616,7 +616,7 @@ def claim(workdir: pathlib.Path, config: Config) -> IO[str] | None:
         with processes.raise_on_all():
             if jax.process_index() == 0:
                 if not checkpoint.steps(workdir):
-                    metrics.keep_aside(workdir)
+                    metrics.set_aside(workdir)
                 _write_config(workdir, config)
         with processes.raise_on_all():
             if not (workdir / RECORD_FILE).is_file():

@@ -37,7 +37,7 @@ def folders(tmp_path):
 
 
 def load(folders):
-    return comparison.grouped(
+    return comparison.group_runs(
         [
             comparison.Run(
                 f, f.name, json.loads((f / "config.json").read_text()), comparison.metrics.read(f)
@@ -75,7 +75,7 @@ def test_the_verdict_pairs_seeds(folders):
 def test_single_runs_are_compared_over_prompts_and_the_page_says_so(folders):
     groups = load([folders[0], folders[2]])
     gap = intervals.difference(intervals.wilson(0.7, 512), intervals.wilson(0.4, 512))
-    assert comparison.against(groups[1], groups[0], "reward_eval_infer") == gap
+    assert comparison.difference_from(groups[1], groups[0], "reward_eval_infer") == gap
     assert "counts held-out prompts and not seeds" in comparison.verdict(groups)[2]
 
 

@@ -401,7 +401,7 @@ COMPLETIONS = [
 def test_a_completion_is_right_exactly_where_training_pays_for_it(sets):
     examples = data.read(sets / "aime24.jsonl")
     prompts = Prompts(np.zeros((5, 1)), np.ones(5), tuple(examples))
-    item = math_benchmarks.Asked("aime24", prompts, 1, sets / "unused")
+    item = math_benchmarks.EvalSet("aime24", prompts, 1, sets / "unused")
     for place, example in enumerate(examples):
         for text in (completion.replace("2", example.answer) for completion in COMPLETIONS):
             line = math_benchmarks._judged(item, (place, 0), text, 9, True)
@@ -424,7 +424,7 @@ def test_a_cut_off_completion_counts_in_an_evaluation_and_earns_nothing_in_train
     example = data.read(sets / "aime24.jsonl")[0]
     prompts = Prompts(np.zeros((1, 1)), np.ones(1), (example,))
     text = rf"\boxed{{{example.answer}}} and so"
-    item = math_benchmarks.Asked("aime24", prompts, 1, sets / "unused")
+    item = math_benchmarks.EvalSet("aime24", prompts, 1, sets / "unused")
     for stopped, paid in ((True, 1.0), (False, 0.0)):
         line = math_benchmarks._judged(item, (0, 0), text, 9, stopped)
         assert (line["right"], line["stopped"]) == (True, stopped)
@@ -516,7 +516,7 @@ def test_the_six_sets_with_a_random_model(tmp_path, chat_folder, data_root):
     figures = evaluate(
         dataclasses.replace(asked, k=(2,), limit=1, max_tokens=4, slots=2), tmp_path / "out"
     )
-    assert list(figures) == list(math_benchmarks.SETS)
+    assert list(figures) == list(math_benchmarks.BENCHMARKS)
     for of in figures.values():
         assert all(
             of[name][:2] == (0, 0) and of[name].high < 1

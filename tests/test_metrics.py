@@ -196,9 +196,9 @@ def test_status_lines_are_few_and_say_what_matters(tmp_path, monkeypatch, capsys
 def test_the_floor_is_known_from_the_first_step_and_kept_by_a_resumed_run(tmp_path, capsys):
     """Mean 0.05, deviation 0.1, 100 tokens: three standard errors below is 0.02, over c = 0.01."""
     first = values(1) | {"delta_mean": 0.05, "prob_diff_std": 0.1, "tokens": 100}
-    assert metrics.floor({"step": 1, **first}) == pytest.approx(0.02)
+    assert metrics.floor_lower_bound({"step": 1, **first}) == pytest.approx(0.02)
     for lacking in ({"step": 2}, {"delta_mean": None}, {"tokens": 0}):
-        assert metrics.floor({"step": 1, **first} | lacking) is None
+        assert metrics.floor_lower_bound({"step": 1, **first} | lacking) is None
     said = "warning: the tolerance 0.01 is under the floor 0.02"
     for step in (1, 2):
         with metrics.Log(tmp_path, make_config(), first_step=step) as log:
@@ -329,10 +329,10 @@ def test_a_logger_that_fails_is_one_warning_and_every_row_is_written(
 def test_rows_without_a_checkpoint_are_kept_aside(tmp_path, capsys):
     fill(tmp_path, (1, 2))
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    metrics.keep_aside(tmp_path)
+    metrics.set_aside(tmp_path)
     fill(tmp_path, (1,))
-    metrics.keep_aside(tmp_path)
-    metrics.keep_aside(tmp_path)
+    metrics.set_aside(tmp_path)
+    metrics.set_aside(tmp_path)
     assert (tmp_path / "metrics.jsonl.1").read_bytes() == before
     assert len((tmp_path / "metrics.jsonl.2").read_text().splitlines()) == 1
     assert not (tmp_path / "metrics.jsonl").exists() and not (tmp_path / "metrics.jsonl.3").exists()

@@ -172,7 +172,7 @@ def test_sparklines_by_hand(values, width, drawn):
 def test_only_a_terminal_that_moves_its_cursor_gets_the_block(tty, term, fits, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: tty)
     monkeypatch.setenv("TERM", term)
-    assert terminal.fits() == fits
+    assert terminal.can_redraw() == fits
 
 
 def test_colour_stops_at_no_color(monkeypatch, capsys):

@@ -41,18 +41,18 @@ JUDGED = {"answer", "right", "stopped", "tokens"}  # what the figures are made o
 Key = tuple[int, int]  # a problem's place in its set, from 0, and the sample's number
 
 
-class ProblemSet(NamedTuple):
+class Benchmark(NamedTuple):
     files: tuple[str, ...]  # names in the data folder, the first that is there is read
     samples: int  # the paper's k
 
 
-SETS = {
-    "aime24": ProblemSet(("aime24.jsonl",), 32),
-    "aime25": ProblemSet(("aime25.jsonl",), 32),
-    "amc23": ProblemSet(("amc23.jsonl",), 32),
-    "math500": ProblemSet(("math500.jsonl",), 4),
-    "minerva": ProblemSet(("minerva.jsonl", "minerva_math.jsonl"), 4),
-    "olympiad": ProblemSet(("olympiad.jsonl", "olympiadbench.jsonl"), 4),
+BENCHMARKS = {
+    "aime24": Benchmark(("aime24.jsonl",), 32),
+    "aime25": Benchmark(("aime25.jsonl",), 32),
+    "amc23": Benchmark(("amc23.jsonl",), 32),
+    "math500": Benchmark(("math500.jsonl",), 4),
+    "minerva": Benchmark(("minerva.jsonl", "minerva_math.jsonl"), 4),
+    "olympiad": Benchmark(("olympiad.jsonl", "olympiadbench.jsonl"), 4),
 }
 
 
@@ -63,7 +63,7 @@ class Options:
     folder: str  # a Hugging Face folder
     data_dir: str
     tokenizer: str = ""  # folder or file; empty: the model's folder
-    sets: tuple[str, ...] = tuple(SETS)
+    sets: tuple[str, ...] = tuple(BENCHMARKS)
     # samples a problem: one number for all sets, or one for each; none: the paper's
     k: tuple[int, ...] = ()
     limit: int = 0  # problems of a set, the first ones; 0: all
@@ -79,7 +79,7 @@ class Options:
     instruction: str = INSTRUCTION
 
 
-class Asked(NamedTuple):
+class EvalSet(NamedTuple):
     """One set, ready to be asked."""
 
     name: str
@@ -95,7 +95,7 @@ class Evaluation:
     options: Options
     workdir: pathlib.Path
     tokenizer: tokenizers.Tokenizer
-    sets: tuple[Asked, ...]
+    sets: tuple[EvalSet, ...]
     max_length: int  # positions of the longest prompt and its completion
     lock: IO[str]  # on the work folder, until `run` ends
 
@@ -175,9 +175,9 @@ def run(
 def _check(options: Options) -> None:
     """Refuses what can be refused from the options alone."""
     for name in options.sets:
-        if name not in SETS:
+        if name not in BENCHMARKS:
             raise ValueError(
-                f"there is no set {name!r}; --sets takes names out of {','.join(SETS)}"
+                f"there is no set {name!r}; --sets takes names out of {','.join(BENCHMARKS)}"
             )
     if len(set(options.sets)) < len(options.sets) or not options.sets:
         raise ValueError("--sets names no set, or one twice")
@@ -207,7 +207,7 @@ def _check(options: Options) -> None:
 
 def _samples(options: Options) -> tuple[int, ...]:
     if not options.k:
-        return tuple(SETS[name].samples for name in options.sets)
+        return tuple(BENCHMARKS[name].samples for name in options.sets)
     return options.k if len(options.k) > 1 else options.k * len(options.sets)
 
 
@@ -218,11 +218,11 @@ def _ask(
     tokenizer: tokenizers.Tokenizer,
     room: int,
     workdir: pathlib.Path,
-) -> Asked:
+) -> EvalSet:
     """A set, read and tokenized. Raises ValueError where its file is missing, or a prompt has more
     than `room` tokens.
     """
-    paths = [pathlib.Path(options.data_dir) / file for file in SETS[name].files]
+    paths = [pathlib.Path(options.data_dir) / file for file in BENCHMARKS[name].files]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise ValueError(
@@ -244,7 +244,7 @@ def _ask(
             f"--max-tokens {options.max_tokens} are more than the model's {room + options.max_tokens} "
             "positions; lower --max-tokens"
         )
-    return Asked(name, prompts, k, workdir / f"{name}.jsonl")
+    return EvalSet(name, prompts, k, workdir / f"{name}.jsonl")
 
 
 def _mesh(options: Options) -> jax.sharding.Mesh:
@@ -252,7 +252,7 @@ def _mesh(options: Options) -> jax.sharding.Mesh:
 
 
 def _record(
-    options: Options, sets: Sequence[Asked], tokenizer: tokenizers.Tokenizer
+    options: Options, sets: Sequence[EvalSet], tokenizer: tokenizers.Tokenizer
 ) -> dict[str, Any]:
     """What a work folder is made with, all that its samples depend on, by the names of the options."""
     given = {
@@ -347,7 +347,7 @@ def _start(evaluation: Evaluation) -> tuple[SlotEngine, Weights]:
     return engine, sync.converter(model, options.precision, mesh)(params, 0)
 
 
-def _kept(item: Asked) -> dict[Key, dict]:
+def _kept(item: EvalSet) -> dict[Key, dict]:
     """The samples that a set's file holds, by problem and number; what stands after the last
     newline was cut short.
 
@@ -373,7 +373,7 @@ def _kept(item: Asked) -> dict[Key, dict]:
     return found
 
 
-def _wanted(item: Asked) -> dict[Key, None]:
+def _wanted(item: EvalSet) -> dict[Key, None]:
     """Every key of a set, in order."""
     return dict.fromkeys(
         (i, j) for i in range(len(item.prompts.lengths)) for j in range(item.samples)
@@ -382,7 +382,7 @@ def _wanted(item: Asked) -> dict[Key, None]:
 
 def _fill(
     evaluation: Evaluation,
-    item: Asked,
+    item: EvalSet,
     started: Callable[[], tuple[SlotEngine, Weights]],
     asked: Callable[[], bool],
     say: Callable[[str], None],
@@ -453,7 +453,7 @@ def _turns(missing: list[Key], samples: int, most: int) -> list[tuple[list[Key],
     ]
 
 
-def _sample_keys(seed: int, item: Asked, keys: list[Key]) -> np.ndarray:
+def _sample_keys(seed: int, item: EvalSet, keys: list[Key]) -> np.ndarray:
     """A random key for each (problem, sample), [N, 2] uint32, whatever else is sampled."""
     of_set = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(item.name.encode())))
     of = {
@@ -463,7 +463,7 @@ def _sample_keys(seed: int, item: Asked, keys: list[Key]) -> np.ndarray:
     return np.stack([of[i][j] for i, j in keys])
 
 
-def _judged(item: Asked, key: Key, text: str, tokens: int, stopped: bool) -> dict:
+def _judged(item: EvalSet, key: Key, text: str, tokens: int, stopped: bool) -> dict:
     """The sample that a file holds.
 
     A completion that was cut off is judged by what it states, as is usual for avg@k; training gives
@@ -483,7 +483,7 @@ def _judged(item: Asked, key: Key, text: str, tokens: int, stopped: bool) -> dic
     }
 
 
-def _figures(item: Asked, lines: list[dict]) -> dict[str, Any]:
+def _figures(item: EvalSet, lines: list[dict]) -> dict[str, Any]:
     """`scores.summary` of a set's samples, all of them in order."""
     shape = len(item.prompts.lengths), item.samples
     names = ("right", "stopped", "tokens")

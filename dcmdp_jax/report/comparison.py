@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from dcmdp_jax import files, intervals, metrics
-from dcmdp_jax.report import discrepancy, run_page
+from dcmdp_jax.report import discrepancy, run_page, tables
 from dcmdp_jax.report.line_chart import Panel, Series, chart, finite
 from dcmdp_jax.run_record import differences
 
@@ -66,18 +66,18 @@ def write(
         for folder, full in zip(folders, whole)
     ]
     for run in runs:
-        run_page.check(run.config, run.folder)
+        run_page.check_settings(run.config, run.folder)
         if not run.rows:
             raise ValueError(f"{run.folder} has not finished a step; leave it out")
     path = pathlib.Path(output) if output else base / "report.html"
     if path.resolve().parent in whole and path.name == "report.html":
         raise ValueError(f"{path} is a run's own page; give another --output")
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(path, _page(grouped(runs)))
+    files.write_atomic(path, _page(group_runs(runs)))
     return path
 
 
-def grouped(runs: Sequence[Run]) -> list[Group]:
+def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Runs by configuration, in the order given; labels say by which settings they differ, or else
     name folders.
     """
@@ -88,7 +88,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
             same.append(run)
         else:
             kinds.append([run])
-    names = changed([kind[0] for kind in kinds])
+    names = differing_settings([kind[0] for kind in kinds])
     values = [[_at(kind[0].config, name) for name in names] for kind in kinds]
     plain = not any(isinstance(value, (dict, list)) for row in values for value in row)
     labels = [
@@ -126,7 +126,7 @@ def _folders(kind: Sequence[Run]) -> str:
     )
 
 
-def changed(runs: Sequence[Run]) -> list[str]:
+def differing_settings(runs: Sequence[Run]) -> list[str]:
     """Dotted names of the settings in which configurations differ from the first one's."""
     first = _settings(runs[0].config)
     return sorted({name for run in runs[1:] for name in differences(first, _settings(run.config))})
@@ -195,7 +195,7 @@ def _curve(group: Group, key: str, smooth: bool) -> Series | None:
     )
 
 
-def last(group: Group, key: str) -> intervals.Interval | None:
+def last_evaluation(group: Group, key: str) -> intervals.Interval | None:
     """The last evaluation: over seeds, or over one run's prompts; its value alone where neither
     gives an interval.
     """
@@ -218,7 +218,7 @@ def verdict(groups: Sequence[Group]) -> list[str]:
     ends = [
         f"{_interval(found)} for the {owner}'s policy"
         for key, owner in HELD_OUT
-        if (found := last(first, key))
+        if (found := last_evaluation(first, key))
     ]
     if not ends:
         return [f"Nothing was held out in {first.label}, so no pass rates are compared."]
@@ -227,7 +227,7 @@ def verdict(groups: Sequence[Group]) -> list[str]:
         found = [
             f"{owner} {_told(gap)}"
             for key, owner in HELD_OUT
-            if (gap := against(group, first, key))
+            if (gap := difference_from(group, first, key))
         ]
         said.append(f"{group.label} against it: {'; '.join(found) or 'nothing was held out'}.")
     lone = [group.label for group in groups if len(group.runs) == 1]
@@ -248,7 +248,7 @@ def verdict(groups: Sequence[Group]) -> list[str]:
     return said
 
 
-def against(group: Group, first: Group, key: str) -> intervals.Interval | None:
+def difference_from(group: Group, first: Group, key: str) -> intervals.Interval | None:
     """Difference of the last evaluations: over the seeds that both have, two at least, else of
     independent estimates.
     """
@@ -263,8 +263,8 @@ def against(group: Group, first: Group, key: str) -> intervals.Interval | None:
     shared = ends[0].keys() & ends[1].keys()
     if len(shared) > 1:
         return intervals.mean([ends[0][seed] - ends[1][seed] for seed in sorted(shared)])
-    one = last(group, key)
-    other = last(first, key)
+    one = last_evaluation(group, key)
+    other = last_evaluation(first, key)
     return intervals.difference(one, other) if one and other else None
 
 
@@ -314,10 +314,10 @@ def _summary(groups: Sequence[Group]) -> str:
 
 
 def _table(groups: Sequence[Group]) -> str:
-    columns: list[tuple[str, Callable[[Group], str]]] = [
+    columns: list[tuple[str, Callable[[Group], str | tables.Cell]]] = [
         ("runs", lambda group: str(len(group.runs))),
-        ("held-out, engine", lambda group: _cell(last(group, "reward_eval_infer"))),
-        ("held-out, trainer", lambda group: _cell(last(group, "reward_eval_train"))),
+        ("held-out, engine", lambda group: _cell(last_evaluation(group, "reward_eval_infer"))),
+        ("held-out, trainer", lambda group: _cell(last_evaluation(group, "reward_eval_train"))),
         *(
             (name, lambda group, key=key: _tail(group, key))
             for name, key in (
@@ -328,36 +328,34 @@ def _table(groups: Sequence[Group]) -> str:
             )
         ),
     ]
-    head = "".join(f"<th>{name}</th>" for name in ("configuration", *(name for name, _ in columns)))
-    rows = "".join(
-        f'<tr><td><i class="dot" style="background:{group.color}"></i>{html.escape(group.label)}</td>'
-        + "".join(f"<td>{make(group)}</td>" for _, make in columns)
-        + "</tr>"
+    rows = [
+        [tables.with_dot(group.color, group.label), *(make(group) for _, make in columns)]
         for group in groups
-    )
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-        '<p class="note">Held-out: the last evaluation, with a 95 % interval (over seeds by Student\'s t; of one run by '
-        "Wilson, over its prompts); differences are over the seeds that both have, paired, if there are two. The others: means over "
-        "the last tenth of the steps and over seeds.</p>"
+    ]
+    return tables.html_table(["configuration", *(name for name, _ in columns)], rows) + (
+        '<p class="note">Held-out: the last evaluation, with a 95 % interval (over seeds by '
+        "Student's t; of one run by Wilson, over its prompts); differences are over the seeds that "
+        "both have, paired, if there are two. The others: means over the last tenth of the steps "
+        "and over seeds.</p>"
     )
 
 
 def _tail(group: Group, key: str) -> str:
+    """Mean over the last tenth of the steps, and over the runs."""
     values = [
         value
         for run in group.runs
         for _, value in finite(run_page.points_of(run.rows[-max(1, len(run.rows) // 10) :], key))
     ]
-    return f"{statistics.fmean(values):.3g}" if values else "–"
+    return f"{statistics.fmean(values):.3g}" if values else tables.MISSING
 
 
-def _cell(found: intervals.Interval | None) -> str:
-    if found is None:
-        return "–"
-    return f"{found.value:.3f}" + (
-        f" <small>[{found.low:.3f}, {found.high:.3f}]</small>" if math.isfinite(found.low) else ""
-    )
+def _cell(interval: intervals.Interval | None) -> str | tables.Cell:
+    if interval is None:
+        return tables.MISSING
+    if not math.isfinite(interval.low):
+        return f"{interval.value:.3f}"
+    return tables.with_note(f"{interval.value:.3f}", f"[{interval.low:.3f}, {interval.high:.3f}]")
 
 
 def _interval(found: intervals.Interval) -> str:
@@ -392,23 +390,21 @@ def _positions(groups: Sequence[Group]) -> str:
 
 
 def _settings_table(groups: Sequence[Group]) -> str:
-    names = changed([group.runs[0] for group in groups])
+    names = differing_settings([group.runs[0] for group in groups])
     if not names:
         return '<p class="note">None but the seed.</p>'
-    head = "".join(
-        f'<th><i class="dot" style="background:{group.color}"></i>{html.escape(group.label)}</th>'
-        for group in groups
-    )
-    rows = "".join(
-        f"<tr><td>{html.escape(name)}</td>"
-        + "".join(
-            f'<td class="setting">{html.escape(_short(_at(group.runs[0].config, name)))}</td>'
-            for group in groups
-        )
-        + "</tr>"
+    rows = [
+        [
+            name,
+            *(
+                tables.Cell(html.escape(_short(_at(group.runs[0].config, name))), "setting")
+                for group in groups
+            ),
+        ]
         for name in names
-    )
-    return f'<div class="scroll"><table><thead><tr><th>setting</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    ]
+    header = ["setting", *(tables.with_dot(group.color, group.label) for group in groups)]
+    return tables.html_table(header, rows)
 
 
 def _details(runs: Sequence[tuple[Group, Run]]) -> str:
@@ -417,8 +413,8 @@ def _details(runs: Sequence[tuple[Group, Run]]) -> str:
     for _, run in runs:
         rows = metrics.read_gaps(run.folder)
         name = run.name
-        body = discrepancy.sources(discrepancy.read_diagnosis(run.folder)) + (
-            discrepancy.worst(rows[-1]) if rows else ""
+        body = discrepancy.source_table(discrepancy.read_diagnosis(run.folder)) + (
+            discrepancy.worst_tokens_table(rows[-1]) if rows else ""
         )
         if body:
             parts.append(

@@ -13,6 +13,7 @@ import pathlib
 from typing import Any
 
 from dcmdp_jax import files, metrics
+from dcmdp_jax.report import tables
 from dcmdp_jax.report.line_chart import ENGINE, FAINT, NEUTRAL, Panel, Series, chart
 
 TITLE = "Discrepancy by position in the completion"
@@ -32,9 +33,9 @@ def sections(workdir: str | os.PathLike) -> str:
     rows = metrics.read_gaps(workdir)
     parts = [
         _positions(rows),
-        _parity(_read_parity(workdir)),
-        sources(read_diagnosis(workdir)),
-        worst(rows[-1]) if rows else "",
+        _parity_table(_read_parity(workdir)),
+        source_table(read_diagnosis(workdir)),
+        worst_tokens_table(rows[-1]) if rows else "",
     ]
     return "".join(parts)
 
@@ -79,66 +80,77 @@ def _positions(rows: list[dict[str, Any]]) -> str:
     return f'<div class="charts section">{drawn}</div>' if drawn else ""
 
 
-def _parity(found: dict[str, Any] | None) -> str:
-    """`parity.json`: by position in the sequence, prompt included."""
-    if not found:
+def _parity_table(record: dict[str, Any] | None) -> str:
+    """`parity.json`: the discrepancy by position in the sequence, prompt included."""
+    if not record:
         return ""
-    cells = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{gap['tokens']:,}</td>"
-        + "".join(
-            f"<td>{_number(gap[key])}</td>"
-            for key in ("delta", "logp_diff_mean", "logp_diff_max", "k3")
+    title = f"Discrepancy by position, prompt included ({record['weights']})"
+    columns = ("delta", "logp_diff_mean", "logp_diff_max", "k3")
+    return f'<h2 class="section">{html.escape(title)}</h2>' + tables.html_table(
+        ["position", "tokens", "mean delta", "mean |Δ log π|", "largest", "k3"],
+        [
+            [name, f"{gap['tokens']:,}", *(_number(gap[column]) for column in columns)]
+            for name, gap in record["positions"].items()
+        ],
+    )
+
+
+def source_table(record: dict[str, Any] | None) -> str:
+    """`diagnose.json`: the discrepancy of each property of the engine alone, as bars."""
+    if not record or not record["sources"]:
+        return ""
+    largest = max(effect["alone"]["delta"] or 0.0 for effect in record["sources"]) or 1.0
+    rows = []
+    for effect in record["sources"]:
+        alone = effect["alone"]
+        left_out = effect.get("left_out")
+        rows.append(
+            [
+                tables.with_note(effect["source"], effect["setting"]),
+                tables.bar((alone["delta"] or 0.0) / largest, ENGINE if left_out else FAINT),
+                f"{_number(alone['delta'])} ± {_number(alone['std_error'])}",
+                _number(left_out["delta"]) if left_out else tables.MISSING,
+            ]
         )
-        + "</tr>"
-        for name, gap in found["positions"].items()
+    note = (
+        "Mean delta with this property of the engine alone, and what is left without it "
+        f"({record['weights']}; noise floor {_number(record['noise_floor'])})."
     )
     return (
-        f'<h2 class="section">Discrepancy by position, prompt included ({html.escape(str(found["weights"]))})</h2>'
-        '<div class="scroll"><table><thead><tr><th>position</th><th>tokens</th><th>mean delta</th>'
-        f"<th>mean |Δ log π|</th><th>largest</th><th>k3</th></tr></thead><tbody>{cells}</tbody></table></div>"
+        '<h2 class="section">Discrepancy by source</h2>'
+        f'<p class="note">{html.escape(note)}</p>'
+        + tables.html_table(["source", "", "alone", "without"], rows)
     )
 
 
-def sources(found: dict[str, Any] | None, of: str = "") -> str:
-    """`diagnose.json`: each property of the engine alone, as bars."""
-    if not found or not found["sources"]:
-        return ""
-    top = max(effect["alone"]["delta"] or 0.0 for effect in found["sources"]) or 1.0
-    rows = "".join(
-        f"<tr><td>{html.escape(effect['source'])} <small>{html.escape(effect['setting'])}</small></td>"
-        f'<td class="bar"><i style="width:{100 * (effect["alone"]["delta"] or 0.0) / top:.1f}%;'
-        f'background:{ENGINE if effect.get("left_out") else FAINT}"></i></td>'
-        f"<td>{_number(effect['alone']['delta'])} ± {_number(effect['alone']['std_error'])}</td>"
-        f"<td>{_number(effect['left_out']['delta']) if effect.get('left_out') else '–'}</td></tr>"
-        for effect in found["sources"]
-    )
-    return (
-        f'<h2 class="section">Discrepancy by source{html.escape(of)}</h2><p class="note">Mean delta with this property '
-        f"of the engine alone, and what is left without it ({html.escape(str(found['weights']))}; noise floor "
-        f"{_number(found['noise_floor'])}).</p>"
-        '<div class="scroll"><table><thead><tr><th>source</th><th></th><th>alone</th><th>without</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
-    )
-
-
-def worst(row: dict[str, Any], of: str = "") -> str:
-    """The worst tokens of a step in their context."""
+def worst_tokens_table(row: dict[str, Any]) -> str:
+    """The tokens of a step with the largest discrepancy, in their context."""
     if not row["worst"]:
         return ""
-    lines = "".join(
-        f'<tr><td class="text">{_visible(token["before"])}<mark>{_visible(token["text"]) or "#%d" % token["token"]}</mark>'
-        f"{_visible(token['after'])}</td><td>{token['position']:d}</td>"
-        f"<td>{token['pi_train']:.3f}</td>"
-        f"<td>{token['pi_infer']:.3f}</td><td>{token['delta']:.3f}</td><td>{token['reward']:g}</td></tr>"
+    rows = [
+        [
+            _token_in_context(token),
+            f"{token['position']:d}",
+            f"{token['pi_train']:.3f}",
+            f"{token['pi_infer']:.3f}",
+            f"{token['delta']:.3f}",
+            f"{token['reward']:g}",
+        ]
         for token in row["worst"]
-    )
+    ]
+    header = ["token in its completion", "position", "π train", "π infer", "delta", "reward"]
     return (
-        f'<h2 class="section">Worst tokens of step {row["step"]:d}{html.escape(of)}</h2>'
-        '<p class="note">The largest gap of each of the completions that have the largest ones; ␣ is a space, ↵ a new '
-        "line, #7 a token without text.</p>"
-        '<div class="scroll"><table><thead><tr><th>token in its completion</th><th>position</th><th>π train</th>'
-        f"<th>π infer</th><th>delta</th><th>reward</th></tr></thead><tbody>{lines}</tbody></table></div>"
+        f'<h2 class="section">Worst tokens of step {row["step"]:d}</h2>'
+        '<p class="note">The largest gap of each of the completions that have the largest ones; '
+        "␣ is a space, ↵ a new line, #7 a token without text.</p>" + tables.html_table(header, rows)
     )
+
+
+def _token_in_context(token: dict[str, Any]) -> tables.Cell:
+    text = _visible(token["text"]) or f"#{token['token']:d}"
+    before = _visible(token["before"])
+    after = _visible(token["after"])
+    return tables.Cell(f"{before}<mark>{text}</mark>{after}", "text")
 
 
 def read_diagnosis(workdir: str | os.PathLike) -> dict[str, Any] | None:
@@ -188,4 +200,4 @@ def _visible(text: str) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2g}"
+    return tables.MISSING if value is None else f"{value:.2g}"

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dcmdp_jax import files, metrics
-from dcmdp_jax.report import discrepancy
+from dcmdp_jax.report import discrepancy, tables
 from dcmdp_jax.report.line_chart import (
     ENGINE,
     FAINT,
@@ -67,7 +67,7 @@ def write(workdir: str | os.PathLike) -> pathlib.Path:
     Raises ValueError where the folder is no run's: no `config.json` or no `metrics.jsonl`.
     """
     config, rows = load(workdir)
-    check(config, workdir)
+    check_settings(config, workdir)
     path = pathlib.Path(workdir) / "report.html"
     files.write_atomic(path, _page(config, rows, discrepancy.sections(workdir)))
     return path
@@ -138,7 +138,7 @@ def verdict(config: dict[str, Any], rows: list[dict[str, Any]]) -> str:
             f"Delta could be measured in {len(delta)} of {counted(asked, 'step')}; in the "
             "others log-probs were not finite, or there was no token."
         )
-    floor = metrics.floor(rows[0])
+    floor = metrics.floor_lower_bound(rows[0])
     if floor is not None and tolerance is not None and tolerance < floor:
         said.append(
             "The tolerance lies under the floor: with the weights that the run began with "
@@ -298,24 +298,18 @@ def _summary(config: dict[str, Any]) -> str:
 def _table(rows: list[dict[str, Any]]) -> str:
     """First, best and last value of each measure, with the steps they belong to."""
 
-    def cell(point: tuple[int, float] | None) -> str:
-        return (
-            "<td>–</td>"
-            if point is None
-            else f"<td>{point[1]:.4g} <small>at {point[0]}</small></td>"
-        )
+    def cell(point: tuple[int, float] | None) -> str | tables.Cell:
+        if point is None:
+            return tables.MISSING
+        step, value = point
+        return tables.with_note(f"{value:.4g}", f"at {step}")
 
     lines = []
     for key, label, best in MEASURES:
         if points := finite(points_of(rows, key)):
             chosen = best(points, key=lambda point: point[1]) if best else None
-            lines.append(
-                f"<tr><td>{label}</td>{cell(points[0])}{cell(chosen)}{cell(points[-1])}</tr>"
-            )
-    if not lines:
-        return ""
-    head = "<tr><th>quantity</th><th>first</th><th>best</th><th>last</th></tr>"
-    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table></div>'
+            lines.append([label, cell(points[0]), cell(chosen), cell(points[-1])])
+    return tables.html_table(["quantity", "first", "best", "last"], lines) if lines else ""
 
 
 def _cost(rows: list[dict[str, Any]]) -> str:
@@ -346,7 +340,7 @@ def load(workdir: str | os.PathLike) -> tuple[dict[str, Any], list[dict[str, Any
     return read_record(path.parent), metrics.read(workdir)
 
 
-def check(config: dict[str, Any], workdir: str | os.PathLike) -> None:
+def check_settings(config: dict[str, Any], workdir: str | os.PathLike) -> None:
     """Raises ValueError where a setting that sentences and curves are computed from is no number,
     or below 0."""
     place = str(pathlib.Path(workdir) / "config.json")

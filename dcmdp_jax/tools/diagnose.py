@@ -23,7 +23,7 @@ from dcmdp_jax import checkpoint, constraint, files, sharding, step, sync, train
 from dcmdp_jax.config import Config, ModelConfig, Precision, RolloutConfig
 from dcmdp_jax.models.quantized import Quantized
 from dcmdp_jax.records import Rollout, Weights
-from dcmdp_jax.report import bar_chart, line_chart, run_page
+from dcmdp_jax.report import bar_chart, line_chart, run_page, tables
 from dcmdp_jax.rollout.replay import replay
 from dcmdp_jax.run_record import to_json
 from dcmdp_jax.tools import parity
@@ -499,6 +499,18 @@ def chart(found: Attribution) -> str:
     return bar_chart.draw(drawn, LEGEND)
 
 
+def _page_table(found: Attribution) -> str:
+    """`table` as HTML, with the setting below its source so that the table is not too wide."""
+    header, *rows = table(found)
+    return tables.html_table(
+        [header[0], *header[2:]],
+        [
+            [tables.with_note(source, setting, below=True), *cells]
+            for source, setting, *cells in rows
+        ],
+    )
+
+
 def write(found: Attribution, config: Config, workdir: pathlib.Path) -> pathlib.Path:
     """Writes diagnose.json, diagnose.svg (the picture) and diagnose.html into `workdir`; returns
     the page's path.
@@ -522,25 +534,12 @@ def write(found: Attribution, config: Config, workdir: pathlib.Path) -> pathlib.
     said = "".join(f"<p>{html.escape(note)}</p>" for note in [METHOD, *notes(found)])
     body = (
         f'<p class="summary">{html.escape(found.origin)}</p><p class="verdict">{html.escape(verdict(found))}</p>'
-        f'<figure class="scroll">{picture}</figure>{_html_table(table(found))}{said}'
+        f'<figure class="scroll">{picture}</figure>{_page_table(found)}{said}'
     )
     path = workdir / "diagnose.html"
     page = run_page.page(f"{config.name}: blame", body, to_json(config))
     files.write_atomic(path, page)
     return path
-
-
-def _html_table(lines: list[tuple[str, ...]]) -> str:
-    """The setting stands in small print beside its source, so that the table is not too wide."""
-    (source, _, *head), *rows = ([html.escape(text) for text in line] for line in lines)
-    heads = "".join(f"<th>{text}</th>" for text in (source, *head))
-    cells = "".join(
-        f"<tr><td>{source}<br><small>{setting}</small></td>"
-        + "".join(f"<td>{text}</td>" for text in rest)
-        + "</tr>"
-        for source, setting, *rest in rows
-    )
-    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>'
 
 
 LEGEND = (

@@ -20,6 +20,7 @@ from dcmdp_jax.losses import diagnostics
 from dcmdp_jax.models import decoder, weights
 from dcmdp_jax.models.kernels import scoring
 from dcmdp_jax.records import Rollout, Scored, Weights
+from dcmdp_jax.report import tables
 from dcmdp_jax.rollout.generate import rollout
 from dcmdp_jax.rollout.jetstream import Engine
 
@@ -358,16 +359,7 @@ def table(found: Parity) -> str:
         )
         for name, gap in found.gaps.items()
     ]
-    return columns([head, *lines])
-
-
-def columns(lines: list[tuple[str, ...]], left: int = 1) -> str:
-    """Rows of text under each other: the first `left` columns flush left, the others right."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    pads = [str.ljust] * left + [str.rjust] * (len(widths) - left)
-    return "\n".join(
-        "  ".join(pad(*cell) for pad, *cell in zip(pads, line, widths)).rstrip() for line in lines
-    )
+    return tables.aligned_text([head, *lines])
 
 
 def write(
