@@ -81,23 +81,23 @@ GRPO = Config(
 )
 
 
-def at(config: Config, learning_rate: float) -> Config:
+def with_learning_rate(config: Config, learning_rate: float) -> Config:
     """The same arm with another learning rate, and the steps that belong to it."""
     algorithm = dataclasses.replace(config.algorithm, learning_rate=learning_rate)
     return dataclasses.replace(config, algorithm=algorithm, steps=STEPS[learning_rate])
 
 
-def sampled(config: Config, precision: Precision, **rollout) -> Config:
+def with_engine(config: Config, precision: Precision, **rollout) -> Config:
     """The same arm with another engine."""
     return dataclasses.replace(
         config, rollout=dataclasses.replace(config.rollout, precision=precision, **rollout)
     )
 
 
-HARMED = sampled(GRPO, COARSE)  # where mismatch ruins the run
+HARMED = with_engine(GRPO, COARSE)  # where mismatch ruins the run
 
 
-def fixed(shaping, multiplier: float, config: Config = GRPO) -> Config:
+def with_fixed_multiplier(shaping, multiplier: float, config: Config = GRPO) -> Config:
     """A multiplier that stays as it is."""
     return dataclasses.replace(
         config,
@@ -107,7 +107,7 @@ def fixed(shaping, multiplier: float, config: Config = GRPO) -> Config:
     )
 
 
-def adaptive(
+def with_dual(
     shaping,
     *,
     tolerance: float | Calibrated,
@@ -132,7 +132,7 @@ def adaptive(
     )
 
 
-def corrected(correction, config: Config = GRPO) -> Config:
+def with_correction(correction, config: Config = GRPO) -> Config:
     """Importance weights for the gap in place of a constraint."""
     surrogate = corrections.decoupled(CLIPPED, correction)
     return dataclasses.replace(
@@ -140,7 +140,7 @@ def corrected(correction, config: Config = GRPO) -> Config:
     )
 
 
-def penalised(multiplier: float, config: Config = GRPO) -> Config:
+def with_penalty(multiplier: float, config: Config = GRPO) -> Config:
     """The gap as a term of the loss, with a gradient of its own."""
     return dataclasses.replace(
         config,
@@ -151,16 +151,16 @@ def penalised(multiplier: float, config: Config = GRPO) -> Config:
 
 
 ARMS = {
-    "none": sampled(GRPO, FLOAT32),
+    "none": with_engine(GRPO, FLOAT32),
     "grpo": GRPO,
-    "tis": corrected(corrections.tis(2.0)),
-    "icepop": corrected(corrections.icepop(0.5, 5.0)),
+    "tis": with_correction(corrections.tis(2.0)),
+    "icepop": with_correction(corrections.icepop(0.5, 5.0)),
     # The paper's constants, but for c: 1.2 times this engine's floor at the start, mean of five
     # (floors.py), or the run's own.
-    "dcgrpo": adaptive(constraint.shape_advantage, tolerance=0.0073, multiplier_max=1.0),
-    "calibrated": adaptive(
+    "dcgrpo": with_dual(constraint.shape_advantage, tolerance=0.0073, multiplier_max=1.0),
+    "calibrated": with_dual(
         constraint.shape_advantage, tolerance=Calibrated(slack=0.2), multiplier_max=1.0
     ),
-    "signed": fixed(constraint.shape_signed, 0.1),
-    "penalty": penalised(0.1),
+    "signed": with_fixed_multiplier(constraint.shape_signed, 0.1),
+    "penalty": with_penalty(0.1),
 }

@@ -14,7 +14,7 @@ Result:   the penalty 0.15 to 0.22 and the signed form 0.20 ahead of GRPO, of 0.
     takes; no interval leaves zero
 """
 
-from chain import FLOAT32, HARMED, corrected, fixed, penalised, sampled
+from chain import FLOAT32, HARMED, with_correction, with_engine, with_fixed_multiplier, with_penalty
 from tolerance import STUDY as TOLERANCE
 
 from dcmdp_jax import constraint
@@ -23,12 +23,12 @@ from dcmdp_jax.tools.study import Study
 
 STUDY = Study(
     {
-        "none": sampled(HARMED, FLOAT32),
+        "none": with_engine(HARMED, FLOAT32),
         "grpo": HARMED,
-        "tis": corrected(corrections.tis(2.0), HARMED),
-        "signed": fixed(constraint.shape_signed, 0.1, HARMED),
-        "penalty": penalised(0.1, HARMED),
-        "penalty-0.3": penalised(0.3, HARMED),
+        "tis": with_correction(corrections.tis(2.0), HARMED),
+        "signed": with_fixed_multiplier(constraint.shape_signed, 0.1, HARMED),
+        "penalty": with_penalty(0.1, HARMED),
+        "penalty-0.3": with_penalty(0.3, HARMED),
         "penalty-dual": TOLERANCE.arms["penalty-c0.5"],
     },
     seeds=5,

@@ -24,7 +24,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from chain import GRPO, INT4, sampled
+from chain import GRPO, INT4, with_engine
 
 from dcmdp_jax import rewards, sync, train
 from dcmdp_jax.config import ModelSource, Precision
@@ -95,7 +95,7 @@ def read_start(root, precision, seed, prompts):
     """Configuration, inputs and parameters of a start of `floors.py`, with batches of `prompts`
     prompts.
     """
-    config = dataclasses.replace(sampled(GRPO, precision), seed=seed)
+    config = dataclasses.replace(with_engine(GRPO, precision), seed=seed)
     folder = study.start_folder(config, study.unchanged, root)
     config = dataclasses.replace(
         config,

@@ -14,7 +14,7 @@ Result:   GRPO ends at 0.17 of 0.56, |delta| shaping at 0.00; replay takes the r
 
 import dataclasses
 
-from chain import ARMS, EXPERTS, sampled
+from chain import ARMS, EXPERTS, with_engine
 
 from dcmdp_jax.config import ModelSource, Precision
 from dcmdp_jax.tools.study import Study
@@ -30,7 +30,7 @@ SPARSE = {
     name: dataclasses.replace(arm, model=ModelSource(architecture=EXPERTS))
     for name, arm in ARMS.items()
 }
-TOP1 = sampled(SPARSE["grpo"], Precision(experts_per_token=1))
+TOP1 = with_engine(SPARSE["grpo"], Precision(experts_per_token=1))
 
 STUDY = Study(
     SPARSE | {"replay": replayed(SPARSE["grpo"]), "top1": TOP1, "top1-replay": replayed(TOP1)},

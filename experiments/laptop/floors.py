@@ -8,7 +8,7 @@ Result:   0.0002 (bfloat16) to 0.011 (int4, one scale a weight)
 
 import dataclasses
 
-from chain import FLOAT32, FP8, GRPO, INT4, sampled
+from chain import FLOAT32, FP8, GRPO, INT4, with_engine
 
 from dcmdp_jax.config import EvalConfig, Precision
 from dcmdp_jax.tools.study import Study
@@ -35,4 +35,4 @@ ENGINES = {
     "a-fp8": Precision(activations="float8_e4m3fn"),
 }
 
-STUDY = Study({name: sampled(STILL, engine) for name, engine in ENGINES.items()}, seeds=5)
+STUDY = Study({name: with_engine(STILL, engine) for name, engine in ENGINES.items()}, seeds=5)

@@ -8,11 +8,15 @@ Result:   in ten pairs IcePop is behind GRPO, at 3e-4 so is DC-GRPO; nothing is 
     it
 """
 
-from chain import ARMS, FAST, SLOW, at
+from chain import ARMS, FAST, SLOW, with_learning_rate
 
 from dcmdp_jax.tools.study import Study
 
 STUDY = Study(
-    {f"{name}-{rate:g}": at(arm, rate) for rate in (FAST, SLOW) for name, arm in ARMS.items()},
+    {
+        f"{name}-{rate:g}": with_learning_rate(arm, rate)
+        for rate in (FAST, SLOW)
+        for name, arm in ARMS.items()
+    },
     seeds=5,
 )

@@ -10,7 +10,7 @@ Result:   |delta| helps at no multiplier; the penalty at 0.1 is ahead of GRPO in
     three
 """
 
-from chain import HARMED, adaptive, corrected, fixed, penalised
+from chain import HARMED, with_correction, with_dual, with_fixed_multiplier, with_penalty
 
 from dcmdp_jax import constraint
 from dcmdp_jax.losses import corrections
@@ -19,13 +19,19 @@ from dcmdp_jax.tools.study import Study
 GRID = (0.05, 0.1, 0.2, 0.4)
 
 STUDY = Study(
-    {f"abs-{value:g}": fixed(constraint.shape_advantage, value, HARMED) for value in GRID}
-    | {f"signed-{value:g}": fixed(constraint.shape_signed, value, HARMED) for value in GRID}
-    | {f"penalty-{value:g}": penalised(value, HARMED) for value in GRID}
+    {
+        f"abs-{value:g}": with_fixed_multiplier(constraint.shape_advantage, value, HARMED)
+        for value in GRID
+    }
     | {
-        "tis": corrected(corrections.tis(2.0), HARMED),
-        "icepop": corrected(corrections.icepop(0.5, 5.0), HARMED),
-        "dcgrpo": adaptive(
+        f"signed-{value:g}": with_fixed_multiplier(constraint.shape_signed, value, HARMED)
+        for value in GRID
+    }
+    | {f"penalty-{value:g}": with_penalty(value, HARMED) for value in GRID}
+    | {
+        "tis": with_correction(corrections.tis(2.0), HARMED),
+        "icepop": with_correction(corrections.icepop(0.5, 5.0), HARMED),
+        "dcgrpo": with_dual(
             constraint.shape_advantage, tolerance=0.013, multiplier_max=1.0, config=HARMED
         ),
     },

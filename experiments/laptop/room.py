@@ -17,7 +17,7 @@ Result:   a multiplier of 1 moves the distorted symbols' share from 0.34 to 0.14
 
 import dataclasses
 
-from chain import FLOAT32, GRPO, TASK, fixed, sampled
+from chain import FLOAT32, GRPO, TASK, with_engine, with_fixed_multiplier
 
 from dcmdp_jax import constraint
 from dcmdp_jax.config import CheckpointConfig, Precision
@@ -95,11 +95,11 @@ def arms(kinds):
     return {
         f"{kinds}-{name}": arm
         for name, arm in {
-            "none": sampled(base, FLOAT32),
+            "none": with_engine(base, FLOAT32),
             "grpo": base,
-            "abs-0.1": fixed(constraint.shape_advantage, 0.1, base),
-            "abs-1": fixed(constraint.shape_advantage, 1.0, base),
-            "cost-to-go-0.1": fixed(constraint.shape_cost_to_go, 0.1, base),
+            "abs-0.1": with_fixed_multiplier(constraint.shape_advantage, 0.1, base),
+            "abs-1": with_fixed_multiplier(constraint.shape_advantage, 1.0, base),
+            "cost-to-go-0.1": with_fixed_multiplier(constraint.shape_cost_to_go, 0.1, base),
         }.items()
     }
 

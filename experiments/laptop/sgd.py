@@ -14,7 +14,7 @@ Result:   as with Adam: 0.79 without a gap, GRPO 0.12, |delta| 0.05 under it, pe
 
 import dataclasses
 
-from chain import FLOAT32, HARMED, fixed, penalised, sampled
+from chain import FLOAT32, HARMED, with_engine, with_fixed_multiplier, with_penalty
 
 from dcmdp_jax import constraint, optimizers
 from dcmdp_jax.tools.study import Study
@@ -26,11 +26,11 @@ SGD = dataclasses.replace(
 
 STUDY = Study(
     {
-        "none": sampled(SGD, FLOAT32),
+        "none": with_engine(SGD, FLOAT32),
         "grpo": SGD,
-        "abs": fixed(constraint.shape_advantage, 0.1, SGD),
-        "signed": fixed(constraint.shape_signed, 0.1, SGD),
-        "penalty": penalised(0.1, SGD),
+        "abs": with_fixed_multiplier(constraint.shape_advantage, 0.1, SGD),
+        "signed": with_fixed_multiplier(constraint.shape_signed, 0.1, SGD),
+        "penalty": with_penalty(0.1, SGD),
     },
     seeds=3,
 )

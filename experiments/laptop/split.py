@@ -12,7 +12,7 @@ Result:   at lambda 0.1 crediting what the engine finds likelier is the half tha
 from functools import partial
 
 import jax.numpy as jnp
-from chain import HARMED, fixed
+from chain import HARMED, with_fixed_multiplier
 
 from dcmdp_jax import constraint
 from dcmdp_jax.tools.study import Study
@@ -52,19 +52,21 @@ def trainer_likelier(advantage, gap):
 
 STUDY = Study(
     {
-        f"signed-{part.__name__}": fixed(where(part, constraint.shape_signed), 0.1, HARMED)
+        f"signed-{part.__name__}": with_fixed_multiplier(
+            where(part, constraint.shape_signed), 0.1, HARMED
+        )
         for part in (failed, succeeded)
     }
     # abs and signed charge what the trainer finds likelier alike; they differ on what the engine
     # finds likelier.
     | {
-        "charge-trainer_likelier": fixed(
+        "charge-trainer_likelier": with_fixed_multiplier(
             where(trainer_likelier, constraint.shape_advantage), 0.1, HARMED
         ),
-        "charge-engine_likelier": fixed(
+        "charge-engine_likelier": with_fixed_multiplier(
             where(engine_likelier, constraint.shape_advantage), 0.1, HARMED
         ),
-        "credit-engine_likelier": fixed(
+        "credit-engine_likelier": with_fixed_multiplier(
             where(engine_likelier, constraint.shape_signed), 0.1, HARMED
         ),
     },

@@ -15,7 +15,7 @@ Result:   |delta| shaping loses all 21 runs; the penalty is ahead of GRPO in 19 
 
 from functools import partial
 
-from chain import HARMED, adaptive
+from chain import HARMED, with_dual
 
 from dcmdp_jax import constraint
 from dcmdp_jax.config import Calibrated
@@ -35,7 +35,7 @@ DUALS = {
 
 STUDY = Study(
     {
-        f"{form}-{name}": adaptive(**terms, **dual, multiplier_max=0.3, config=HARMED)
+        f"{form}-{name}": with_dual(**terms, **dual, multiplier_max=0.3, config=HARMED)
         for form, terms in FORMS.items()
         for name, dual in DUALS.items()
     },
