@@ -9,7 +9,7 @@ import subprocess
 
 import yaml
 
-from dcmdp_jax import cli
+from dcmdp_jax.cli.fields import overrides
 from dcmdp_jax.experiment import load_experiment, override
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -66,7 +66,7 @@ def test_the_manifest_starts_what_the_command_line_takes(monkeypatch):
     [container] = pod["template"]["spec"]["containers"]
     program, command, experiment, *options = container["command"]
     assert (program, command) == ("dcmdp", "train") and "--distributed" in options
-    fields = cli._overrides(
+    fields = overrides(
         [
             word
             for word in options

@@ -1,0 +1,41 @@
+"""The command line, `dcmdp`: `parser` reads it, the other files hold the commands."""
+
+from __future__ import annotations
+
+import sys
+
+from dcmdp_jax import errors
+from dcmdp_jax.cli import fields, parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 2, with one sentence, on bad input.
+
+    A command first checks its input and returns a job, which is then run: only an error of the job
+    may show a traceback.
+    """
+    args, options = parser.make().parse_known_args(arguments)
+    try:
+        if "://" in (getattr(args, "workdir", None) or ""):
+            raise ValueError(
+                f"--workdir {args.workdir} is no folder; mount the bucket (gcsfuse) and name the "
+                "folder that it is mounted at"
+            )
+        job = args.command(args, options)
+    except ModuleNotFoundError as error:
+        print(
+            f"dcmdp: {error}; the core alone does not train or sample, install requirements.txt or "
+            "dcmdp-jax[jetstream]",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("dcmdp: stopped before the start", file=sys.stderr)
+        return 130
+    except Exception as error:
+        message = errors.user_message(error)
+        if message is None and not isinstance(error, ValueError):
+            raise
+        print(f"dcmdp: {fields.as_typed(message or str(error), options)}", file=sys.stderr)
+        return 2
+    return job()

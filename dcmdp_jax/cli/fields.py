@@ -1,0 +1,65 @@
+"""An experiment's configuration, as its file, its run and the command line set it."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import re
+import sys
+
+from dcmdp_jax import run_record
+from dcmdp_jax.config import Config
+from dcmdp_jax.experiment import load_experiment, override
+
+
+def load(args: argparse.Namespace, options: list[str]) -> tuple[Config, pathlib.Path]:
+    """Returns an experiment's configuration and its work folder.
+
+    If the work folder holds a run, the scalar fields are those of its record; `options` come last.
+    """
+    config = load_experiment(args.experiment)
+    changes = overrides(options)
+    workdir = pathlib.Path(args.workdir or f"runs/{config.name}")
+    if any((workdir / "checkpoints").glob("[0-9]*")):
+        in_file = run_record.to_json(config)
+        config = run_record.apply_record(config, run_record.read_record(workdir))
+        recorded = [
+            f"{name}={value}"
+            for name, (_, value) in run_record.differences(
+                in_file, run_record.to_json(config)
+            ).items()
+            if name not in changes
+        ]
+        if recorded:
+            print(f"{workdir} goes on with its own {', '.join(recorded)}", file=sys.stderr)
+    return override(config, changes), workdir
+
+
+def overrides(options: list[str]) -> dict[str, str]:
+    """Returns `--a.b 1 --c=2` as {"a.b": "1", "c": "2"}. Raises ValueError on other words."""
+    changes = {}
+    words = iter(options)
+    for word in words:
+        if not word.startswith("--"):
+            raise ValueError(f"{word!r} is not an option; fields are set as --name value")
+        name, equals, value = word[2:].partition("=")
+        value = value if equals else next(words, None)
+        if value is None:
+            raise ValueError(f"--{name} needs a value")
+        changes[name.replace("-", "_")] = value
+    return changes
+
+
+def as_typed(message: str, options: list[str]) -> str:
+    """Returns `message` with each field that `options` set written as that option, `--a.b`."""
+    names = [word[2:].partition("=")[0] for word in options if word.startswith("--")]
+    for name in names:
+        field = re.escape(name.replace("-", "_"))
+        message = re.sub(rf"(?<![\w.-]){field}(?![\w.]*\w)", f"--{name}", message)
+    return message
+
+
+def refuse(options: list[str]) -> None:
+    """Raises ValueError if there are options; for commands that have no experiment."""
+    if options:
+        raise ValueError(f"unknown option {options[0]}")

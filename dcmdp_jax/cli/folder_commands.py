@@ -1,0 +1,147 @@
+"""Commands on a model folder: generate, eval, serve.
+
+Each checks its options and returns a job that gives the exit status. Imports that need JAX stand in
+the commands, so that bad options are refused at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Callable
+
+from dcmdp_jax.cli import fields
+from dcmdp_jax.config import Precision
+from dcmdp_jax.records import Sampling
+
+
+def generate_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
+    """`dcmdp generate`: prints completions of prompts, or writes them to --output."""
+    fields.refuse(options)
+    if args.max_tokens < 1 or args.samples < 1:
+        raise ValueError("--max-tokens and --samples must be at least 1")
+    if bool(args.prompts) == bool(args.file):
+        raise ValueError("give prompt texts or --file FILE, one of the two")
+    sampling = _sampling(args)
+    from dcmdp_jax.tools import complete
+
+    settings = dict(
+        tokenizer_path=args.tokenizer,
+        precision=Precision(weights=args.weights),
+        max_tokens=args.max_tokens,
+        samples=args.samples,
+        sampling=sampling,
+        stop_strings=tuple(args.stop),
+        seed=args.seed,
+        chat=args.chat,
+    )
+    prompts = args.prompts or complete.read_prompts(args.file)
+    if args.output:
+        added = complete.to_file(pathlib.Path(args.output), args.model, prompts, **settings)
+        print(f"added {added} completions to {args.output}")
+        return _done
+    for chunk in complete.texts(args.model, prompts, **settings):
+        for completion in chunk:
+            ending = "" if completion.stopped else " ..."
+            print(f"{completion.prompt}\n  -> {completion.text}{ending}")
+    return _done
+
+
+def evaluate_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
+    """`dcmdp eval`: scores a model folder on sets of problems and prints the table."""
+    fields.refuse(options)
+    sampling = _sampling(args)
+    k = args.k.split(",") if args.k else []
+    if not all(number.isdecimal() for number in k):
+        raise ValueError(f"--k {args.k} must be whole numbers with commas between them")
+    from dcmdp_jax.evaluation import math_benchmarks, scores
+    from dcmdp_jax.stopping import Interrupted, requests
+    from dcmdp_jax.tools import parity
+
+    instruction = math_benchmarks.INSTRUCTION if args.instruction is None else args.instruction
+    evaluation = math_benchmarks.prepare(
+        math_benchmarks.Options(
+            folder=args.model,
+            data_dir=args.data_dir,
+            tokenizer=args.tokenizer,
+            sets=tuple(args.sets.split(",")),
+            k=tuple(map(int, k)),
+            limit=args.limit,
+            max_tokens=args.max_tokens,
+            sampling=sampling,
+            precision=Precision(
+                weights=args.weights, activations=args.activations, cache=args.cache
+            ),
+            bfloat16=args.bfloat16,
+            tensor=args.tensor,
+            slots=args.slots,
+            seed=args.seed,
+            chat=args.chat,
+            enable_thinking=args.enable_thinking,
+            instruction=instruction,
+        ),
+        pathlib.Path(args.workdir),
+    )
+
+    def log(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    def job() -> int:
+        try:
+            with requests(at_once=True) as should_stop:
+                figures = math_benchmarks.run(evaluation, should_stop, log)
+        except Interrupted:
+            log("stopped, and every finished sample is saved; the same command continues")
+            return 130
+        print(
+            f"{parity.columns(scores.table(figures))}\nwrote {evaluation.workdir / 'summary.json'}"
+        )
+        return 0
+
+    return job
+
+
+def serve_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
+    """`dcmdp serve`: serves a model folder until a signal."""
+    fields.refuse(options)
+    sampling = _sampling(args)
+    from dcmdp_jax.serving import server
+
+    status = server.serve(
+        args.model,
+        server.Options(
+            host=args.host,
+            port=args.port,
+            slots=args.slots,
+            waiting=args.queue,
+            max_prompt=args.max_prompt,
+            max_length=args.max_length,
+            steps=args.steps,
+            grace=args.grace,
+        ),
+        tokenizer_path=args.tokenizer,
+        tokens_only=args.tokens_only,
+        precision=Precision(weights=args.weights),
+        sampling=sampling,
+        seed=args.seed,
+    )
+    return lambda: status
+
+
+def _sampling(args: argparse.Namespace) -> Sampling:
+    """Returns the sampling options. Raises ValueError on one that is out of its range."""
+    if not (args.temperature == 0 or 1e-6 <= args.temperature <= 1e6):
+        raise ValueError(f"--temperature {args.temperature:g} must be 0 or lie in 1e-6..1e6")
+    if not 0 <= args.top_k < 2**31 or not 0 < args.top_p <= 1 or not 0 <= args.min_p < 1:
+        raise ValueError(
+            "--top-k must not be negative (nor past 31 bits), --top-p lies in (0, 1] "
+            "and --min-p in [0, 1)"
+        )
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed {args.seed} must lie in 0..4294967295")
+    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
+
+
+def _done() -> int:
+    return 0

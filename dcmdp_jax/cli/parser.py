@@ -1,0 +1,384 @@
+"""The options of every command."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from dcmdp_jax.cli import folder_commands, run_commands
+
+
+def make() -> argparse.ArgumentParser:
+    """Returns the parser of `dcmdp`; what it parses holds the `command` to call."""
+    parser = argparse.ArgumentParser(
+        prog="dcmdp",
+        allow_abbrev=False,
+        description="Discrepancy-constrained RL of language models in JAX.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(
+        name: str, command: Callable, summary: str, description: str | None = None
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, allow_abbrev=False, help=summary, description=description)
+        added.set_defaults(command=command)
+        return added
+
+    _train(
+        add(
+            "train",
+            run_commands.train_command,
+            "run or resume an experiment",
+            "Runs CONFIG of an experiment file, or resumes it if --workdir holds an unfinished "
+            "run. Any scalar field can be set by its dotted name, e.g. "
+            "--constraint.tolerance 0.01 --steps 50.",
+        )
+    )
+    _parity(
+        add(
+            "parity",
+            run_commands.parity_command,
+            "compare the engine's log-probs with the trainer's",
+            "Samples with an experiment's engine, scores with its trainer, and prints the gap by "
+            "position and the tolerance that it suggests. Fields are set as for train.",
+        )
+    )
+    _calibrate(
+        add(
+            "calibrate",
+            run_commands.calibrate_command,
+            "measure the tolerance that an experiment needs",
+            "Samples at fixed weights, those of the run's newest checkpoint or else those that it "
+            "starts from, warm-up included, and prints the floor of delta and the tolerance to "
+            "use. Fields are set as for train.",
+        )
+    )
+    _diagnose(
+        add(
+            "diagnose",
+            run_commands.diagnose_command,
+            "attribute the gap to properties of the engine",
+            "Switches one property of an experiment's engine at a time and prints what each does "
+            "to the log-probs of the same tokens. Fields are set as for train.",
+        )
+    )
+    _study(
+        add(
+            "study",
+            run_commands.study_command,
+            "run the arms of a study, several seeds each",
+            "Runs every arm of a study with every seed, as many at a time as there are cores, and "
+            "writes one table. After an interruption the same command continues.",
+        )
+    )
+    _plan(
+        add(
+            "plan",
+            run_commands.plan_command,
+            "compile an experiment for a TPU slice that is not there",
+            "Compiles every program of an experiment for a TPU topology with libtpu, no TPU "
+            "needed, and prints memory per chip, FLOPs, bytes over the links and the least time a "
+            "step can take. Fields are set as for train.",
+        )
+    )
+    _generate(
+        add(
+            "generate",
+            folder_commands.generate_command,
+            "sample completions of prompts from a model folder",
+        )
+    )
+    _eval(
+        add(
+            "eval",
+            folder_commands.evaluate_command,
+            "evaluate a model folder on sets of mathematical problems",
+            "Samples k answers to each problem of the sets, compares them with the right ones and "
+            "prints avg@k, pass@k, majority@k and lengths, with 95 % intervals over problems. If "
+            "--workdir holds samples already, it adds the missing ones.",
+        )
+    )
+    _serve(
+        add(
+            "serve",
+            folder_commands.serve_command,
+            "answer JetStream's gRPC clients from a model folder",
+        )
+    )
+    _convert(
+        add(
+            "convert",
+            run_commands.convert_command,
+            "write a run's newest checkpoint as a Hugging Face folder",
+        )
+    )
+    _report(
+        add(
+            "report",
+            run_commands.report_command,
+            "write one page about one run or several",
+            "For one run, writes report.html into its folder; for several, one page that compares "
+            "them. Runs that differ in the seed alone are shown as one configuration; the others "
+            "are compared with the first run given.",
+        )
+    )
+    return parser
+
+
+# Commands on an experiment or its run
+
+
+def _experiment(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", help="a Python file with CONFIG = Config(...)")
+    parser.add_argument("--workdir", help="folder of the run (default: runs/NAME)")
+
+
+def _train(parser: argparse.ArgumentParser) -> None:
+    _experiment(parser)
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes, numbered by the TPU pod, Slurm, Open MPI or Kubernetes",
+    )
+    parser.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        default="",
+        help="one of several processes: a free port on the host of process 0",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with --coordinator: the number of processes",
+    )
+    parser.add_argument(
+        "--process",
+        type=int,
+        default=-1,
+        metavar="I",
+        help="with --coordinator: the number of this process, from 0",
+    )
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=120,
+        metavar="SECONDS",
+        help="for the other processes to call (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--fields",
+        action="store_true",
+        help="list the fields that can be set, with their values, and stop",
+    )
+
+
+def _parity(parser: argparse.ArgumentParser) -> None:
+    _experiment(parser)
+    parser.add_argument("--batches", type=int, default=4, help="rollout batches to sample")
+    parser.add_argument(
+        "--max-error",
+        type=float,
+        help="end with status 1 if a |log-prob difference| is larger, in nats (default: 1e-5 for "
+        "an exact float32 engine, else no limit)",
+    )
+
+
+def _calibrate(parser: argparse.ArgumentParser) -> None:
+    _experiment(parser)
+    parser.add_argument(
+        "--batches",
+        type=int,
+        help="rollout batches to sample (default: the experiment's or the run's, or 4)",
+    )
+    parser.add_argument(
+        "--slack",
+        type=float,
+        help="tolerance = floor * (1 + slack) (default: the experiment's or the run's, or 0.2)",
+    )
+
+
+def _diagnose(parser: argparse.ArgumentParser) -> None:
+    _experiment(parser)
+    parser.add_argument(
+        "--all", action="store_true", help="also try properties in which the engine is exact"
+    )
+
+
+def _study(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", help="a Python file with STUDY = Study(...)")
+    parser.add_argument(
+        "--workdir", help="folder of the runs (default: runs/FOLDER/NAME, as the file is named)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, help="runs at a time (default: one for each core)"
+    )
+
+
+def _plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", help="a Python file with CONFIG = Config(...)")
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="KIND:SHAPE",
+        help="a slice, such as v5p:4x4x4, v5e:8x8 or v6e:4x4",
+    )
+    parser.add_argument(
+        "--slices", type=int, default=1, help="slices of that topology, joined along mesh.data"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
+
+
+def _convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", help="the run's experiment file")
+    parser.add_argument("output", help="folder to write")
+    parser.add_argument("--workdir", help="folder of the run (default: runs/NAME)")
+
+
+def _report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("workdirs", nargs="+", metavar="RUN", help="a run's folder")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="for several runs (default: report.html in the folder that holds them)",
+    )
+
+
+# Commands on a model folder
+
+
+def _tokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokenizer", default="", help="folder or file (default: the model's folder)"
+    )
+
+
+def _weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", default="float32", help="format of the engine's projections")
+
+
+def _sampling(parser: argparse.ArgumentParser, temperature: float = 1.0) -> None:
+    parser.add_argument(
+        "--temperature", type=float, default=temperature, help="0 takes the likeliest token"
+    )
+    parser.add_argument("--top-k", type=int, default=0, help="0: all")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--min-p", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a Hugging Face folder with its tokenizer")
+    parser.add_argument("prompts", nargs="*", help="prompt texts")
+    parser.add_argument(
+        "--file",
+        help="prompts: a text file with one per line, or JSONL or Parquet as training reads them",
+    )
+    parser.add_argument(
+        "--output", help="JSONL file to write; if it exists, the missing completions are added"
+    )
+    _tokenizer(parser)
+    _weights(parser)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=1)
+    _sampling(parser)
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="ends a completion; may be repeated",
+    )
+    parser.add_argument("--chat", action="store_true", help="wrap prompts in the chat template")
+
+
+def _eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="a Hugging Face folder with its tokenizer"
+    )
+    parser.add_argument(
+        "--data-dir",
+        required=True,
+        metavar="DIR",
+        help="holds SET.jsonl for each set; minerva_math and olympiadbench are read, too",
+    )
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        metavar="OUT",
+        help="for samples and summary.json; made if missing",
+    )
+    parser.add_argument(
+        "--sets",
+        default="aime24,aime25,amc23,math500,minerva,olympiad",
+        help="(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--k",
+        default="",
+        help="samples per problem: one number for all sets, or one per set, as 32,32,4 (default: "
+        "32 for AIME and AMC, 4 for the others)",
+    )
+    parser.add_argument(
+        "--limit", type=int, default=0, metavar="N", help="only the first N problems of each set"
+    )
+    parser.add_argument("--max-tokens", type=int, default=32_768)
+    _tokenizer(parser)
+    parser.add_argument(
+        "--no-chat", dest="chat", action="store_false", help="leave out the chat template"
+    )
+    parser.add_argument(
+        "--enable-thinking", action="store_true", help="passed to the chat template"
+    )
+    parser.add_argument(
+        "--instruction",
+        help="follows each problem on a line of its own (default: asks for \\boxed{})",
+    )
+    _weights(parser)
+    parser.add_argument("--activations", default="", help="format of the projections' inputs")
+    parser.add_argument("--cache", default="", help="format of keys and values")
+    parser.add_argument("--bfloat16", action="store_true", help="load and compute in bfloat16")
+    parser.add_argument(
+        "--tensor", type=int, default=1, metavar="N", help="devices to split the model over"
+    )
+    parser.add_argument("--slots", type=int, default=32, help="sequences decoded together")
+    _sampling(parser, temperature=0.7)
+
+
+def _serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a Hugging Face folder with its tokenizer")
+    _tokenizer(parser)
+    parser.add_argument(
+        "--tokens-only",
+        action="store_true",
+        help="use no tokenizer; only max_tokens ends a completion",
+    )
+    _weights(parser)
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="another address opens the server to the network, unprotected",
+    )
+    parser.add_argument("--port", type=int, default=9000, help="0 takes a free one")
+    parser.add_argument("--slots", type=int, default=8, help="sequences decoded together")
+    parser.add_argument("--queue", type=int, default=64, help="requests that may wait for a slot")
+    parser.add_argument("--max-prompt", type=int, help="tokens (default: half of --max-length)")
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        help="tokens of a prompt and its completion (default: 2048, or as many as the model has "
+        "positions)",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=8, help="tokens decoded, and streamed, at a time"
+    )
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=10,
+        metavar="SECONDS",
+        help="after SIGTERM, for accepted requests to end, even if their clients do not read; the "
+        "rest is then cut off (default: %(default)s)",
+    )
+    _sampling(parser)

@@ -1,0 +1,217 @@
+"""Commands on an experiment, its run or several: train, parity, calibrate, diagnose, study, plan,
+convert, report.
+
+Each checks its input and returns a job that gives the exit status. Imports that need JAX stand in
+the commands, so that bad options are refused at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from functools import partial
+
+from dcmdp_jax import errors, terminal
+from dcmdp_jax.cli import fields
+from dcmdp_jax.config import Config, scalar_fields
+from dcmdp_jax.experiment import load_experiment, override
+
+
+def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
+    """`dcmdp train`: runs or resumes an experiment."""
+    terminal.outlive_streams()
+    config, workdir = fields.load(args, options)
+    if args.fields:
+        return partial(_print_fields, config)
+    given = [bool(args.coordinator), args.processes > 0, args.process >= 0]
+    if any(given) and (args.distributed or not all(given)):
+        raise ValueError(
+            "one of several processes is given --coordinator HOST:PORT, --processes N and "
+            "--process I, or --distributed alone"
+        )
+    from dcmdp_jax import train
+    from dcmdp_jax.checkpoint import NoReadableCheckpoint
+    from dcmdp_jax.distributed import processes
+    from dcmdp_jax.stopping import Failed, Interrupted
+
+    if args.coordinator or args.distributed:
+        processes.start(workdir, args.coordinator, args.processes, args.process, args.wait)
+    with processes.end_all_on_error():
+        inputs = train.prepare(config, workdir)
+
+    def job() -> int:
+        again = f"go on with: dcmdp train {args.experiment} --workdir {workdir}"
+        try:
+            with processes.end_all_on_error():
+                train.run(config, workdir, inputs, at_once=True)
+        except Interrupted as stop:
+            processes.log0(f"{stop}; {again}")
+            return 130
+        except NoReadableCheckpoint as error:
+            print(f"dcmdp: {error}", file=sys.stderr)
+            return 2
+        except Failed as error:
+            print(f"dcmdp: {error}", file=sys.stderr)
+            return 1
+        except Exception as error:
+            message = errors.user_message(error)
+            if message is None:
+                raise
+            print(f"dcmdp: {message}; {again}", file=sys.stderr)
+            return 1
+        processes.log0(f"finished; see {workdir / 'report.html'}")
+        return 0
+
+    return job
+
+
+def _print_fields(config: Config) -> int:
+    for name, kind in scalar_fields(config).items():
+        value = functools.reduce(getattr, name.split("."), config)
+        print(f"--{name} {value!r}  ({kind.__name__})")
+    return 0
+
+
+def parity_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
+    """`dcmdp parity`: prints the gap between the engine's log-probs and the trainer's."""
+    if args.batches < 2:
+        raise ValueError(f"--batches {args.batches} gives no standard error; take 2 or more")
+    config, workdir = fields.load(args, options)
+    from dcmdp_jax import train
+    from dcmdp_jax.tools import parity
+
+    inputs = train.read_inputs(config)
+    params = parity.load(config, inputs, workdir)
+
+    def job() -> int:
+        measured = parity.measure(config, inputs, params, args.batches)
+        limit = args.max_error
+        if limit is None:
+            limit = parity.default_limit(config, inputs)
+        print(measured.origin)
+        print(parity.table(measured))
+        print(parity.verdict(measured, config.constraint.tolerance))
+        print(f"wrote {parity.write(measured, config, limit, workdir)}")
+        if reason := parity.failure(measured, limit):
+            print(f"dcmdp parity: {reason}", file=sys.stderr)
+            return 1
+        return 0
+
+    return job
+
+
+def calibrate_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
+    """`dcmdp calibrate`: prints the floor of delta and the tolerance to use."""
+    config, workdir = fields.load(args, options)
+    from dcmdp_jax import calibrate, checkpoint, train
+    from dcmdp_jax.tools import parity
+
+    settings = calibrate.settings(config, workdir)
+    batches = settings.batches if args.batches is None else args.batches
+    slack = settings.slack if args.slack is None else args.slack
+    if batches < 2 or not slack >= 0:
+        raise ValueError(f"--batches {batches} and --slack {slack:g} must be at least 2 and 0")
+    inputs = train.read_inputs(config)
+    checkpointed = parity.load(config, inputs, workdir) if checkpoint.steps(workdir) else None
+
+    def job() -> int:
+        params = checkpointed or parity.starting(config, inputs)
+        measured = parity.measure(
+            config, inputs, params, batches, first=calibrate.FIRST, slack=slack
+        ).calibration
+        print(params.origin)
+        print(calibrate.describe(measured, slack))
+        print(
+            f"in the experiment: tolerance={calibrate.rounded_tolerance(measured):g}, or "
+            f"tolerance=Calibrated(slack={slack:g}), with which a run measures it at its start"
+        )
+        return 0
+
+    return job
+
+
+def diagnose_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
+    """`dcmdp diagnose`: attributes the gap to properties of the engine."""
+    config, workdir = fields.load(args, options)
+    from dcmdp_jax import train
+    from dcmdp_jax.tools import diagnose, parity
+
+    diagnose.check(config)
+    inputs = train.read_inputs(config)
+    params = parity.load(config, inputs, workdir)
+    older = diagnose.other_version(config, inputs, workdir, params)
+
+    def job() -> int:
+        attribution = diagnose.diagnose(config, inputs, params, older, probe=args.all)
+        print(attribution.origin)
+        print(parity.columns(diagnose.table(attribution), left=2))
+        print(diagnose.verdict(attribution))
+        for note in diagnose.notes(attribution):
+            print(note)
+        print(f"wrote {diagnose.write(attribution, config, workdir)}")
+        return 0
+
+    return job
+
+
+def study_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
+    """`dcmdp study`: runs the arms of a study and writes its table."""
+    fields.refuse(options)
+    if args.workers < 0:
+        raise ValueError(f"--workers {args.workers} must not be negative")
+    from dcmdp_jax.tools import study
+
+    study.load(args.study)
+    file = pathlib.Path(args.study)
+    default = pathlib.Path("runs") / file.absolute().parent.name / file.stem
+    return partial(study.command, args.study, pathlib.Path(args.workdir or default), args.workers)
+
+
+def plan_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
+    """`dcmdp plan`: compiles an experiment for a TPU slice and prints what it needs."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs: a TPU of this machine stays free
+    config = override(load_experiment(args.experiment), fields.overrides(options))
+    from dcmdp_jax import train
+    from dcmdp_jax.tools import parity, plan
+
+    if args.json and not pathlib.Path(args.json).absolute().parent.is_dir():
+        raise ValueError(f"--json {args.json}: its folder does not exist")
+
+    def log(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    planned = plan.plan_run(config, train.read_model(config), args.topology, args.slices, log)
+    print("\n".join([parity.columns(plan.table(planned), left=1), *plan.verdict(planned)]))
+    if args.json:
+        plan.write(planned, args.json)
+    return lambda: int(any(program.excess for program in planned.programs))
+
+
+def convert_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
+    """`dcmdp convert`: writes a run's newest checkpoint as a Hugging Face folder."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed, and the host has the most memory
+    config, workdir = fields.load(args, options)
+    from dcmdp_jax.train import export
+
+    print(f"wrote step {export(config, workdir, args.output)} to {args.output}")
+    return _done
+
+
+def report_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
+    """`dcmdp report`: writes the page of one run, or one that compares several."""
+    fields.refuse(options)
+    from dcmdp_jax.report import comparison, run_page
+
+    if len(args.workdirs) == 1 and not args.output:
+        print(run_page.write(args.workdirs[0]))
+    else:
+        print(comparison.write(args.workdirs, args.output))
+    return _done
+
+
+def _done() -> int:
+    return 0
