@@ -56,8 +56,8 @@ def evaluate_command(args: argparse.Namespace, options: list[str]) -> Callable[[
     if not all(number.isdecimal() for number in k):
         raise ValueError(f"--k {args.k} must be whole numbers with commas between them")
     from dcmdp_jax.evaluation import math_benchmarks, scores
+    from dcmdp_jax.report import tables
     from dcmdp_jax.stopping import Interrupted, requests
-    from dcmdp_jax.tools import parity
 
     instruction = math_benchmarks.INSTRUCTION if args.instruction is None else args.instruction
     evaluation = math_benchmarks.prepare(
@@ -94,9 +94,8 @@ def evaluate_command(args: argparse.Namespace, options: list[str]) -> Callable[[
         except Interrupted:
             log("stopped, and every finished sample is saved; the same command continues")
             return 130
-        print(
-            f"{parity.columns(scores.table(figures))}\nwrote {evaluation.workdir / 'summary.json'}"
-        )
+        print(tables.aligned_text(scores.table(figures)))
+        print(f"wrote {evaluation.workdir / 'summary.json'}")
         return 0
 
     return job

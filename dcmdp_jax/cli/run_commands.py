@@ -23,7 +23,7 @@ from dcmdp_jax.experiment import load_experiment, override
 
 def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
     """`dcmdp train`: runs or resumes an experiment."""
-    terminal.outlive_streams()
+    terminal.ignore_broken_streams()
     config, workdir = fields.load(args, options)
     if args.fields:
         return partial(_print_fields, config)
@@ -138,6 +138,7 @@ def diagnose_command(args: argparse.Namespace, options: list[str]) -> Callable[[
     """`dcmdp diagnose`: attributes the gap to properties of the engine."""
     config, workdir = fields.load(args, options)
     from dcmdp_jax import train
+    from dcmdp_jax.report import tables
     from dcmdp_jax.tools import diagnose, parity
 
     diagnose.check(config)
@@ -148,7 +149,7 @@ def diagnose_command(args: argparse.Namespace, options: list[str]) -> Callable[[
     def job() -> int:
         attribution = diagnose.diagnose(config, inputs, params, older, probe=args.all)
         print(attribution.origin)
-        print(parity.columns(diagnose.table(attribution), left=2))
+        print(tables.aligned_text(diagnose.table(attribution), left=2))
         print(diagnose.verdict(attribution))
         for note in diagnose.notes(attribution):
             print(note)
@@ -176,7 +177,8 @@ def plan_command(args: argparse.Namespace, options: list[str]) -> Callable[[], i
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs: a TPU of this machine stays free
     config = override(load_experiment(args.experiment), fields.overrides(options))
     from dcmdp_jax import train
-    from dcmdp_jax.tools import parity, plan
+    from dcmdp_jax.report import tables
+    from dcmdp_jax.tools import plan
 
     if args.json and not pathlib.Path(args.json).absolute().parent.is_dir():
         raise ValueError(f"--json {args.json}: its folder does not exist")
@@ -185,7 +187,7 @@ def plan_command(args: argparse.Namespace, options: list[str]) -> Callable[[], i
         print(line, file=sys.stderr, flush=True)
 
     planned = plan.plan_run(config, train.read_model(config), args.topology, args.slices, log)
-    print("\n".join([parity.columns(plan.table(planned), left=1), *plan.verdict(planned)]))
+    print("\n".join([tables.aligned_text(plan.table(planned), left=1), *plan.verdict(planned)]))
     if args.json:
         plan.write(planned, args.json)
     return lambda: int(any(program.excess for program in planned.programs))

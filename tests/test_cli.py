@@ -1,0 +1,54 @@
+"""The command line: overrides, and messages that name options as they were typed."""
+
+import pytest
+
+from dcmdp_jax import cli
+from dcmdp_jax.cli import fields, parser
+
+QUICKSTART = "experiments/quickstart.py"
+
+
+def test_overrides_are_read_with_and_without_an_equals_sign():
+    assert fields.overrides(["--a.b", "1", "--c=2"]) == {"a.b": "1", "c": "2"}
+
+
+def test_dashes_in_an_override_are_underscores():
+    assert fields.overrides(["--rollout.max-tokens", "4"]) == {"rollout.max_tokens": "4"}
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [(["a.b"], "'a.b' is not an option"), (["--a.b"], "--a.b needs a value")],
+)
+def test_words_that_are_no_overrides_are_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        fields.overrides(words)
+
+
+@pytest.mark.parametrize(
+    "message, options, typed",
+    [
+        ("rollout.devices=-3 must be", ["--rollout.devices", "-3"], "--rollout.devices=-3 must be"),
+        ("rollout.devices=-3 must be", ["--steps", "3"], "rollout.devices=-3 must be"),
+        ("rollout.max_tokens=0", ["--rollout.max-tokens=0"], "--rollout.max-tokens=0"),
+        ("--steps takes", ["--steps", "x"], "--steps takes"),
+        ("warmup.steps=1 and steps=2", ["--steps", "2"], "warmup.steps=1 and --steps=2"),
+        ("set rollout.mesh.data", ["--rollout.mesh", "2"], "set rollout.mesh.data"),
+        ("leave data.path.", ["--data.path", "x"], "leave --data.path."),
+    ],
+)
+def test_fields_are_named_as_the_options_that_set_them(message, options, typed):
+    assert fields.as_typed(message, options) == typed
+
+
+def test_a_refusal_names_the_option_that_was_typed(capsys):
+    assert cli.main(["train", QUICKSTART, "--rollout.max-tokens", "0"]) == 2
+    assert "dcmdp: --rollout.max-tokens=0 must be at least 1" in capsys.readouterr().err
+
+
+def test_every_command_has_a_help_page(capsys):
+    commands = "train parity calibrate diagnose study plan generate eval serve convert report"
+    for command in commands.split():
+        with pytest.raises(SystemExit) as end:
+            parser.make().parse_args([command, "--help"])
+        assert end.value.code == 0
