@@ -31,7 +31,17 @@ ORDER = [
     ["serving", "tools"],
     ["cli"],
 ]
-FOLDERS = ("answers", "cli", "distributed", "evaluation", "losses", "models", "report", "serving", "tools")
+FOLDERS = (
+    "answers",
+    "cli",
+    "distributed",
+    "evaluation",
+    "losses",
+    "models",
+    "report",
+    "serving",
+    "tools",
+)
 DOORS = {
     "jetstream": {"rollout.jetstream", "serving.service"},
     "grpc": {"serving.server", "serving.service"},
