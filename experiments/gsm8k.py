@@ -1,10 +1,9 @@
-"""Grade-school problems with a Qwen3 folder: does the constraint hold on a language model's own
-tokens?
+"""Does the constraint hold on a language model's own tokens? GSM8K with a Qwen3 folder.
 
 Command:  dcmdp train experiments/gsm8k.py --model.folder Qwen3-0.6B --data.path gsm8k/train.jsonl
-    --data.eval_path gsm8k/test.jsonl
+          --data.eval_path gsm8k/test.jsonl
 Hardware: one accelerator of 80 GB for Qwen3-0.6B (not run here); any machine for a tiny random
-    folder
+          folder
 Time:     not measured
 Result:   not measured
 """

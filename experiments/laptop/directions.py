@@ -1,18 +1,16 @@
 """Does a step along |delta| shaping close the gap, more than a step in a random direction does?
 
 From three starts of floors.py, one step of relative size s = |change| / |parameters| along each
-term's own gradient, and along
-its signs (Adam's first step), and what that does to the total variation between trainer and engine
-on the sequences sampled
-before: with the engine's policy held as it was, and with the weights quantized anew. The null: 10
-    directions a start drawn at random
-with the size that the |delta| term's gradient has in each array.
+term's own gradient, and along its signs (Adam's first step), and what that does to the total
+variation between trainer and engine on the sequences sampled before: with the engine's policy held
+as it was, and with the weights quantized anew. The null: 10 directions a start drawn at random with
+the size that the |delta| term's gradient has in each array.
 
 Command:  python experiments/laptop/directions.py runs/laptop
 Hardware: two CPU cores
 Time:     not measured apart from other work
 Result:   no constraint's term closes the int4 gap once the weights are quantized anew; the
-    straight-through one does
+          straight-through one does
 """
 
 import csv

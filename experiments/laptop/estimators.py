@@ -1,5 +1,4 @@
-"""Bias or noise: how far is each estimate of the policy gradient, from the int4 engine's samples,
-from the one on policy?
+"""Bias or noise: how far is each estimate of the policy gradient from the one on policy?
 
 At each start of floors.py, the gradient from 4,096 sequences by each estimator, beside that of
 4,096 which the exact engine sampled for the same prompts with the same random numbers, so that the

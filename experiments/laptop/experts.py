@@ -1,5 +1,4 @@
-"""Do the arms order alike in a Mixture-of-Experts, and what do replayed routing and a router of
-fewer experts do?
+"""Do the arms order alike in a Mixture-of-Experts, and what does replaying the routing do?
 
 Eight experts, two a token. `replay` trains with the experts that the int4 engine chose; `top1` is
 an exact engine whose router takes one expert a token, `top1-replay` the same with the trainer
@@ -9,7 +8,7 @@ Command:  dcmdp study experiments/laptop/experts.py
 Hardware: two CPU cores
 Time:     16 minutes, with three warm-ups
 Result:   GRPO ends at 0.17 of 0.56, |delta| shaping at 0.00; replay takes the router's gap away and
-    is not shown to help
+          is not shown to help
 """
 
 import dataclasses

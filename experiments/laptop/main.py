@@ -5,7 +5,7 @@ Command:  dcmdp study experiments/laptop/main.py
 Hardware: two CPU cores
 Time:     73 core-minutes of steps for seventy of the runs, beside other work
 Result:   in ten pairs IcePop is behind GRPO, at 3e-4 so is DC-GRPO; nothing is shown to be ahead of
-    it
+          it
 """
 
 from chain import ARMS, FAST, SLOW, with_learning_rate

@@ -7,7 +7,7 @@ Command:  dcmdp study experiments/laptop/multiplier.py
 Hardware: two CPU cores
 Time:     57 core-minutes of steps, beside other work
 Result:   |delta| helps at no multiplier; the penalty at 0.1 is ahead of GRPO in three pairs of
-    three
+          three
 """
 
 from chain import HARMED, with_correction, with_dual, with_fixed_multiplier, with_penalty

@@ -1,5 +1,4 @@
-"""Given equally right ways to answer, does shaping by |delta| move the policy to those that the
-engine represents well?
+"""Does shaping by |delta| move the policy to right answers that the engine represents well?
 
 Each digit of the work may be written with any of `kinds` symbols, so a solution has kinds^11 right
 spellings, and the expert draws each at random. The engine holds the output head in int4, one scale
@@ -12,7 +11,7 @@ Command:  dcmdp study experiments/laptop/room.py, then python experiments/laptop
 Hardware: two CPU cores
 Time:     17 minutes
 Result:   a multiplier of 1 moves the distorted symbols' share from 0.34 to 0.14 (GRPO 0.29), at an
-    equal pass rate
+          equal pass rate
 """
 
 import dataclasses

@@ -9,7 +9,7 @@ Command:  dcmdp study experiments/laptop/sgd.py
 Hardware: two CPU cores
 Time:     4 minutes
 Result:   as with Adam: 0.79 without a gap, GRPO 0.12, |delta| 0.05 under it, penalty 0.41 and
-    signed 0.47 over it
+          signed 0.47 over it
 """
 
 import dataclasses

@@ -1,12 +1,11 @@
-"""How often do the policies of the runs with spellings use the kind that the engine distorts, and
-what is the gap there?
+"""How often do policies use the kind of symbol that the engine distorts, and what is its gap?
 
 Command:  python experiments/laptop/shares.py runs/laptop, after the studies room.py and
-    room_harmed.py
+          room_harmed.py
 Hardware: two CPU cores
 Time:     9 minutes
 Result:   with three kinds the share falls by 0.15 ± 0.17 more than under GRPO, with two by 0.04 ±
-    0.04
+          0.04
 """
 
 import csv

@@ -6,7 +6,7 @@ Command:  dcmdp study experiments/laptop/split.py
 Hardware: two CPU cores
 Time:     4 minutes
 Result:   at lambda 0.1 crediting what the engine finds likelier is the half that helps; charging
-    either half does not
+          either half does not
 """
 
 from functools import partial

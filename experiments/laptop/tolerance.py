@@ -1,5 +1,4 @@
-"""Is there a best tolerance, is it the calibrated one, and does adapting the multiplier beat the
-best fixed one?
+"""Is there a best tolerance, and does adapting the multiplier beat the best fixed one?
 
 The engine is that of multiplier.py; |delta| shaping (abs) and the penalty take the multiplier of
 the same dual, which starts at 0.1 and is kept under 0.3. Tolerances are multiples of this engine's
@@ -10,7 +9,7 @@ Command:  dcmdp study experiments/laptop/tolerance.py
 Hardware: two CPU cores
 Time:     11 minutes
 Result:   |delta| shaping loses all 21 runs; the penalty is ahead of GRPO in 19 of 21, best at the
-    tightest tolerance
+          tightest tolerance
 """
 
 from functools import partial

@@ -1,19 +1,17 @@
 """Does the constraint hold the gap of an fp8 engine, and does Qwen3-8B gain by it? The paper's
 setting.
 
-Command:  dcmdp train experiments/pods/dcgrpo_8b_fp8.py --distributed --workdir RUN --model.folder
-    Qwen3-8B --data.path dapo-math-17k.parquet
+Command:  dcmdp train experiments/pods/dcgrpo_8b_fp8.py --distributed --workdir RUN
+          --model.folder Qwen3-8B --data.path dapo-math-17k.parquet
           dcmdp convert experiments/pods/dcgrpo_8b_fp8.py out, then the evaluation in docs/pods.md
 Hardware: a TPU slice; dcmdp plan experiments/pods/dcgrpo_8b_fp8.py --topology v5p:4x4x4 tells what
-    it needs
+          it needs
           v5 and v6 chips hold fp8 and multiply in bfloat16; --rollout.precision.weights int8
-          --rollout.precision.activations int8
-          multiplies in 8 bits there.
-Time:     not measured; no less than 4.9 hours for 500 steps: 36 s a step at the roof on v5p-64
-    (docs/pods.md)
+          --rollout.precision.activations int8 multiplies in 8 bits there.
+Time:     not measured; at least 4.9 hours for 500 steps: a step's lower bound on v5p-64 is 36 s
+          (docs/pods.md)
 Result:   not run here; the paper's average over six sets is 68.1 (AIME24, AIME25, AMC23, MATH-500,
-    Minerva, OlympiadBench:
-          55.0, 44.1, 90.2, 94.4, 54.0, 70.9; arXiv 2606.08779)
+          Minerva, OlympiadBench: 55.0, 44.1, 90.2, 94.4, 54.0, 70.9; arXiv 2606.08779)
 """
 
 from paper import FP8, dcgrpo
