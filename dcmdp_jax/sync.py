@@ -119,13 +119,13 @@ def _check_names(precision: Precision) -> None:
     for field, allowed in ALLOWED.items():
         if getattr(precision, field) not in allowed:
             raise ValueError(
-                f"precision.{field}={getattr(precision, field)!r} is not one of "
+                f"rollout.precision.{field}={getattr(precision, field)!r} is not one of "
                 f"{', '.join(name or repr(name) for name in allowed)}"
             )
     if precision.group < -1:
         raise ValueError(
-            f"precision.group={precision.group} must be -1 (one scale a weight), 0 (an output channel) or "
-            "positive"
+            f"rollout.precision.group={precision.group} must be -1 (one scale a weight), 0 (an "
+            "output channel) or positive"
         )
 
 
@@ -135,8 +135,8 @@ def check(config: ModelConfig, precision: Precision, mesh: jax.sharding.Mesh) ->
     jax.eval_shape(partial(cache.init, config, 1, 1, precision.cache))
     if precision.experts_per_token and not 0 < precision.experts_per_token <= config.num_experts:
         raise ValueError(
-            f"precision.experts_per_token={precision.experts_per_token} must lie in 1..{config.num_experts}, the "
-            "model's experts, or be 0 for the trainer's"
+            f"rollout.precision.experts_per_token={precision.experts_per_token} must lie in "
+            f"1..{config.num_experts}, the model's experts, or be 0 for the trainer's"
         )
 
 

@@ -1,11 +1,14 @@
 """The command line: overrides, and messages that name options as they were typed."""
 
+import argparse
+import pathlib
+
 import pytest
 
 from dcmdp_jax import cli
 from dcmdp_jax.cli import fields, parser
 
-QUICKSTART = "experiments/quickstart.py"
+QUICKSTART = str(pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py")
 
 
 def test_overrides_are_read_with_and_without_an_equals_sign():
@@ -38,7 +41,13 @@ def test_words_that_are_no_overrides_are_refused(words, message):
     ],
 )
 def test_fields_are_named_as_the_options_that_set_them(message, options, typed):
-    assert fields.as_typed(message, options) == typed
+    assert fields.as_typed(message, argparse.Namespace(), options) == typed
+
+
+def test_a_refusal_of_a_folder_command_names_its_own_option():
+    args = parser.make().parse_args(["generate", "folder", "prompt", "--weights", "int3"])
+    message = fields.as_typed("rollout.precision.weights='int3' is not", args, [])
+    assert message == "--weights='int3' is not"
 
 
 def test_a_refusal_names_the_option_that_was_typed(capsys):

@@ -186,7 +186,7 @@ def test_a_damaged_shard_is_refused_and_leaves_nothing(tmp_path, material, capsy
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--weights", "fp8"], "precision.weights='fp8' is not one of float32"),
+        (["--weights", "fp8"], "--weights='fp8' is not one of float32"),
         (["--max-tokens", "0"], "must be at least 1"),
         (["--samples", "0"], "must be at least 1"),
     ],

@@ -36,6 +36,6 @@ def main(arguments: list[str] | None = None) -> int:
         message = errors.user_message(error)
         if message is None and not isinstance(error, ValueError):
             raise
-        print(f"dcmdp: {fields.as_typed(message or str(error), options)}", file=sys.stderr)
+        print(f"dcmdp: {fields.as_typed(message or str(error), args, options)}", file=sys.stderr)
         return 2
     return job()

@@ -50,12 +50,19 @@ def overrides(options: list[str]) -> dict[str, str]:
     return changes
 
 
-def as_typed(message: str, options: list[str]) -> str:
-    """Returns `message` with each field that `options` set written as that option, `--a.b`."""
-    names = [word[2:].partition("=")[0] for word in options if word.startswith("--")]
-    for name in names:
-        field = re.escape(name.replace("-", "_"))
-        message = re.sub(rf"(?<![\w.-]){field}(?![\w.]*\w)", f"--{name}", message)
+def as_typed(message: str, args: argparse.Namespace, options: list[str]) -> str:
+    """Returns `message` with each field that the command line set written as it was typed there.
+
+    That is `--rollout.slots` for a field that is set by its dotted name, and `--weights` for one
+    that has an option of the command.
+    """
+    words = [word[2:].partition("=")[0] for word in options if word.startswith("--")]
+    names = {word.replace("-", "_"): f"--{word}" for word in words}
+    for option in ("weights", "activations", "cache"):
+        if hasattr(args, option):
+            names[f"rollout.precision.{option}"] = f"--{option}"
+    for field, option in names.items():
+        message = re.sub(rf"(?<![\w.-]){re.escape(field)}(?![\w.]*\w)", option, message)
     return message
 
 
