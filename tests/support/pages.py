@@ -69,8 +69,6 @@ def make_run(folder, rows, config=CONFIG):
     return folder
 
 
-from test_report import CONFIG, ROWS
-
 GAPS = {
     "step": 4,
     "positions": [
