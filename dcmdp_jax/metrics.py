@@ -31,7 +31,7 @@ from typing import Any
 
 import jax
 
-from dcmdp_jax import errors, files, terminal
+from dcmdp_jax import errors, files, quantities, terminal
 from dcmdp_jax.config import Config
 
 FILE = "metrics.jsonl"
@@ -55,15 +55,6 @@ WORST = {
 }
 # where stderr is no terminal, so that the logs of batch jobs stay short
 SECONDS_BETWEEN_LINES = 10.0
-STATUS = (
-    ("reward", "reward {:.3f}"),
-    ("reward_eval_infer", "held-out engine {:.3f}"),
-    ("reward_eval_train", "trainer {:.3f}"),
-    ("delta_mean", "delta {:.4f} (tolerance {tolerance:g})"),
-    ("multiplier", "lambda {:.4f}"),
-    ("entropy", "entropy {:.3f}"),
-    ("truncated", "cut off {:.0%}"),
-)
 
 
 class Log:
@@ -186,8 +177,12 @@ def floor_lower_bound(row: Mapping[str, Any]) -> float | None:
 
 
 def status(values: Mapping[str, Any], tolerance: float, floor: float | None = None) -> str:
-    """The quantities to watch, in one line: those of `STATUS` in `values`, speed, and warnings."""
-    parts = [form.format(values[key], tolerance=tolerance) for key, form in STATUS if key in values]
+    """Returns the headline quantities of `values` in one line, with speed and warnings."""
+    parts = []
+    for quantity in quantities.headline():
+        if quantity.key in values:
+            limit = f" (tolerance {tolerance:g})" if quantity.key == "delta_mean" else ""
+            parts.append(f"{quantity.name} {quantity.format.format(values[quantity.key])}{limit}")
     if values.get("seconds", 0) > 0 and "tokens" in values:
         parts.append(f"{values['tokens'] / values['seconds']:,.0f} tokens/s")
     parts += [f"warning: {alarm}" for alarm in terminal.warnings(values, tolerance, floor)]

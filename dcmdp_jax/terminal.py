@@ -10,6 +10,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from dcmdp_jax import quantities
+
 
 class _Outliving:
     """A stream that ends nothing where its reader is gone or its disk is full.
@@ -53,6 +55,8 @@ def ignore_broken_streams() -> None:
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE = 30  # columns of a sparkline, where the terminal is wide enough
+SHORTEST_CURVE = 6
+LABEL = 21  # columns of a row before its sparkline, and the blanks behind it
 
 
 class View:
@@ -94,57 +98,64 @@ class View:
         self._width = width
 
     def lines(self, step: int, values: Mapping[str, Any], width: int) -> list[str]:
-        """The block's text, without colour; lines may be longer than `width`, what matters stands
-        first.
+        """Returns the block's text, without colour. A line may be longer than `width`: what matters
+        most stands first in it.
         """
-        done = step - self._before
-        left = (
-            (time.monotonic() - self._started) / done * (self._total - step)
-            if self._started is not None
-            else math.nan
+        shown = [quantity for quantity in quantities.headline() if quantity.key in values]
+        text = {quantity.key: quantity.format.format(values[quantity.key]) for quantity in shown}
+        held_out = "  ".join(
+            f"{quantity.name} {text[quantity.key]}"
+            for quantity in shown
+            if quantity.key in (quantities.HELD_OUT_ENGINE, quantities.HELD_OUT_TRAINER)
         )
-        timed = values.get("seconds") and "tokens" in values
-        speed = f"  {values['tokens'] / values['seconds']:,.0f} tokens/s" if timed else ""
+        has_room = width >= len(held_out) + LABEL + SHORTEST_CURVE
+        curve = min(CURVE, width - LABEL - (len(held_out) if has_room else 0))
+        lines = [self._progress(step, values, width)]
+        if "reward" in text:
+            note = held_out if has_room else ""
+            lines.append(_row("reward", text["reward"], sparkline(self._rewards, curve), note))
+        if "delta_mean" in text:
+            note = self._against_tolerance(values["delta_mean"])
+            lines.append(_row("delta", text["delta_mean"], sparkline(self._deltas, curve), note))
+        if held_out and not has_room:
+            lines.append(held_out)
+        rest = []
+        for quantity in shown:
+            if quantity.key == "multiplier":
+                bound = self._bound_note(values["multiplier"])
+                rest.append(f"{quantity.name:<7}  {text[quantity.key]}{bound}")
+            elif quantity.key not in ("reward", "delta_mean", *dict(quantities.HELD_OUT)):
+                rest.append(f"{quantity.name} {text[quantity.key]}")
+        if rest:
+            lines.append("  ".join(rest))
+        alarms = warnings(values, self.tolerance, self.floor)
+        return lines + [f"warning  {alarm}" for alarm in alarms]
+
+    def _progress(self, step: int, values: Mapping[str, Any], width: int) -> str:
+        """The block's first line: the step, a bar, the time left, and the speed."""
+        left = math.nan
+        if self._started is not None:
+            elapsed = time.monotonic() - self._started
+            left = elapsed / (step - self._before) * (self._total - step)
+        speed = ""
+        if values.get("seconds") and "tokens" in values:
+            speed = f"  {values['tokens'] / values['seconds']:,.0f} tokens/s"
         bar = max(min(width - 60, 30), 0)
         full = bar * step // max(self._total, 1)
         drawn = f"  {'━' * full}{'╌' * (bar - full)}" if bar >= 6 else ""
-        lines = [f"{self._name}  step {step}/{self._total}{drawn}  {_clock(left)} left{speed}"]
-        held_out = "  ".join(
-            f"{owner} {_number(values[key])}"
-            for key, owner in (("reward_eval_infer", "engine"), ("reward_eval_train", "trainer"))
-            if key in values
-        )
-        curve = min(CURVE, width - 48)
-        if "reward" in values:
-            lines.append(
-                _row(
-                    "reward",
-                    _number(values["reward"]),
-                    sparkline(self._rewards, curve),
-                    f"held-out {held_out}" if held_out and curve >= 6 else "",
-                )
-            )
-        if "delta_mean" in values:
-            delta = values["delta_mean"]
-            place = f"{'within' if delta <= self.tolerance else 'ABOVE'} {self.tolerance:g}"
-            place = place if math.isfinite(delta) else "NOT MEASURED"
-            lines.append(_row("delta", f"{delta:.4g}", sparkline(self._deltas, curve), place))
-        rest = []
-        if "multiplier" in values:
-            bound = self._bound if self._bound is not None else math.inf
-            at = (
-                " (at its bound)"
-                if values["multiplier"] >= bound * (1 - 1e-6)
-                else f" of {bound:g}" * math.isfinite(bound)
-            )
-            rest.append(f"lambda   {values['multiplier']:.4f}{at}")
-        if "entropy" in values:
-            rest.append(f"entropy {_number(values['entropy'])}")
-        if "truncated" in values:
-            rest.append(f"cut off {values['truncated']:.0%}")
-        narrow = [f"held-out {held_out}"] if held_out and curve < 6 else []
-        alarms = [f"warning  {alarm}" for alarm in warnings(values, self.tolerance, self.floor)]
-        return lines + narrow + (["  ".join(rest)] if rest else []) + alarms
+        return f"{self._name}  step {step}/{self._total}{drawn}  {_clock(left)} left{speed}"
+
+    def _against_tolerance(self, delta: float) -> str:
+        if not math.isfinite(delta):
+            return "NOT MEASURED"
+        return f"{'within' if delta <= self.tolerance else 'ABOVE'} {self.tolerance:g}"
+
+    def _bound_note(self, multiplier: float) -> str:
+        if self._bound is None or not math.isfinite(self._bound):
+            return ""
+        # the run clips in float32
+        reached = multiplier >= self._bound * (1 - 1e-6)
+        return " (at its bound)" if reached else f" of {self._bound:g}"
 
 
 def warnings(values: Mapping[str, Any], tolerance: float, floor: float | None) -> list[str]:
@@ -175,7 +186,7 @@ def sparkline(values: list[float], width: int) -> str:
     """The values as `width` blocks at most, from their least to their largest; means where there
     are more, dots for gaps.
     """
-    if width < 6 or not values:
+    if width < SHORTEST_CURVE or not values:
         return ""
     count = min(width, len(values))
     parts = [
@@ -209,10 +220,6 @@ def _colored(line: str) -> str:
     ):
         line = line.replace(word, f"\x1b[{code}m{word}\x1b[0m")
     return line
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}"
 
 
 def _clock(seconds: float) -> str:

@@ -12,7 +12,7 @@ from support.pages import CONFIG, DELTAS, ROWS, Page
 def test_points_lie_where_their_values_say(tmp_path):
     """Read off the drawn curve of delta against the drawn tolerance line and the axis."""
     shown = {panel.title: panel for panel in run_page.panels(CONFIG, ROWS)}
-    chart = Page(line_chart.chart(shown["Discrepancy of probabilities"]))
+    chart = Page(line_chart.chart(shown["Mean delta"]))
     curve = next(a["d"] for _, a in chart.tags if a.get("stroke") == line_chart.NEUTRAL)
     points = [tuple(map(float, point.split())) for point in curve[1:].split("L")]
     line = next(a["d"] for _, a in chart.tags if "stroke-dasharray" in a)
@@ -24,7 +24,7 @@ def test_points_lie_where_their_values_say(tmp_path):
         assert (zero - y) / unit == pytest.approx(delta, abs=0.1 / unit)
         width = line_chart.WIDTH - line_chart.LEFT - line_chart.RIGHT
         assert x == pytest.approx(line_chart.LEFT + width * step / 3, abs=0.06)
-    drawn = line_chart.chart(shown["Discrepancy of probabilities"])
+    drawn = line_chart.chart(shown["Mean delta"])
     labels = re.findall(r'y="([\d.]+)" text-anchor="end">([\d.]+)<', drawn)
     assert len(labels) > 3 and float(labels[-1][0]) - 4 == line_chart.TOP
     for y, label in labels:  # the text's baseline lies 4 below its grid line

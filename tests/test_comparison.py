@@ -81,17 +81,13 @@ def test_single_runs_are_compared_over_prompts_and_the_page_says_so(folders):
 
 def test_curves_are_means_in_a_band_as_far_as_every_seed_goes(folders, tmp_path):
     groups = load([*folders[:2], run(tmp_path / "e", 2, "int4", 0.9, steps=3)])
-    panel = next(
-        panel
-        for panel in comparison.panels(groups)
-        if panel.title == "Discrepancy of probabilities"
-    )
+    panel = next(panel for panel in comparison.panels(groups) if panel.title == "Mean delta")
     assert [step for step, _ in panel.series[0].points] == [1, 2, 3] and panel.tolerance == 0.01
     assert panel.series[0].points[0][1] == pytest.approx(statistics.fmean([0.03] * 3))
     panel = next(
         panel
         for panel in comparison.panels(load(folders))
-        if panel.title.endswith("the engine's policy")
+        if panel.title == "Held-out reward, engine"
     )
     assert panel.series[0].points[-1] == (4, pytest.approx(0.45)) and panel.series[0].band[-1] == (
         4,

@@ -102,13 +102,25 @@ def test_shaping_on_a_part_of_the_tokens():
 def test_table_figures_are_the_closed_forms():
     runs = {
         seed: [
-            {"engine": 0.3, "trainer": 0.3, "delta": 0.0, "multiplier": 0.0, "entropy": 1.0},
-            {"engine": end, "trainer": 0.5, "delta": 0.01, "multiplier": 0.1, "entropy": 0.1},
+            {
+                "reward_eval_infer": 0.3,
+                "reward_eval_train": 0.3,
+                "delta_mean": 0.0,
+                "multiplier": 0.0,
+                "entropy": 1.0,
+            },
+            {
+                "reward_eval_infer": end,
+                "reward_eval_train": 0.5,
+                "delta_mean": 0.01,
+                "multiplier": 0.1,
+                "entropy": 0.1,
+            },
         ]
         for seed, end in ((0, 0.2), (1, 0.4), (2, 0.6))
     }  # of starts at 0.3
     control = {
-        seed: [{**rows[0]}, {**rows[1], "engine": rows[1]["engine"] - 0.1}]
+        seed: [{**rows[0]}, {**rows[1], "reward_eval_infer": rows[1]["reward_eval_infer"] - 0.1}]
         for seed, rows in runs.items()
     }
     assert tables.spread([0.2, 0.4, 0.6]) == "0.40 ± 0.50", (
@@ -116,7 +128,7 @@ def test_table_figures_are_the_closed_forms():
     )
     assert tables.against(runs, control) == "0.10 ± 0.00 (3 of 3)"
     assert tables.collapsed(runs) == "1 of 3"
-    runs[1][-1]["engine"] = 0.25
+    runs[1][-1]["reward_eval_infer"] = 0.25
     assert tables.collapsed(runs) == "1 of 3", "0.05 is within the noise of 512 samples"
 
 

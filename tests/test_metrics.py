@@ -185,9 +185,9 @@ def test_status_lines_are_few_and_say_what_matters(tmp_path, monkeypatch, capsys
     assert lines[-1].split("  ")[1:] == [
         "reward 5.714",
         "held-out engine 0.250",
-        "trainer 0.375",
-        "delta 0.0500 (tolerance 0.01)",
-        "lambda 0.1000",
+        "held-out trainer 0.375",
+        "delta 0.05 (tolerance 0.01)",
+        "lambda 0.1",
         "entropy 0.500",
         "2,000 tokens/s",
     ]

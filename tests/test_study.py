@@ -64,14 +64,14 @@ def values(row, *names):
 
 def test_a_row_has_the_pass_rates_of_its_evaluation(two_evaluations):
     first, second = two_evaluations
-    assert values(first, "step", "engine", "trainer") == (1, 0.3, 0.4)
-    assert values(second, "step", "engine", "trainer") == (3, 0.5, 0.6)
+    assert values(first, "step", "reward_eval_infer", "reward_eval_train") == (1, 0.3, 0.4)
+    assert values(second, "step", "reward_eval_infer", "reward_eval_train") == (3, 0.5, 0.6)
 
 
 def test_measures_are_means_since_the_evaluation_before(two_evaluations):
     first, second = two_evaluations
-    assert values(first, "reward", "delta") == (0.0, 0.1)
-    assert values(second, "reward", "delta") == (0.75, 0.3)
+    assert values(first, "reward", "delta_mean") == (0.0, 0.1)
+    assert values(second, "reward", "delta_mean") == (0.75, 0.3)
 
 
 def test_seconds_count_from_the_start(two_evaluations):
@@ -128,7 +128,9 @@ def test_the_other_arms_are_in_the_table(finished_study):
     assert [(row["arm"], row["seed"], row["step"]) for row in rows] == [
         (arm, "0", step) for arm in ("none", "grpo") for step in ("1", "2")
     ]
-    assert rows[0]["trainer"] == rows[0]["engine"], "an exact engine's policy is the trainer's"
+    assert rows[0]["reward_eval_train"] == rows[0]["reward_eval_infer"], (
+        "an exact engine's policy is the trainer's"
+    )
     assert float(rows[0]["delta"]) < 1e-6 < float(rows[2]["delta"])
 
 

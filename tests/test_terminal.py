@@ -65,10 +65,12 @@ def test_the_block_is_redrawn_in_place(screen, capsys):
     lines = screen(capsys.readouterr().err)
     assert len(lines) == 5 and lines[-1] == ""
     assert lines[0].startswith("trial  step 3/10") and lines[0].endswith("2,000 tokens/s")
-    assert re.fullmatch(r"reward   0\.750 +▁▅█  held-out engine 0\.250  trainer 0\.375", lines[1])
+    assert re.fullmatch(
+        r"reward   0\.750 +▁▅█  held-out engine 0\.250  held-out trainer 0\.375", lines[1]
+    )
     assert (
         lines[2].endswith("█▅▁  within 0.01")
-        and lines[3] == "lambda   0.3000 (at its bound)  entropy 0.500"
+        and lines[3] == "lambda   0.3 (at its bound)  entropy 0.500"
     )
 
 
@@ -122,9 +124,14 @@ def test_a_new_width_begins_a_new_block(screen, capsys, monkeypatch):
     monkeypatch.setattr(terminal.shutil, "get_terminal_size", lambda: os.terminal_size((60, 24)))
     block.show(2, VALUES)
     lines = screen(capsys.readouterr().err)
-    assert [line for line in lines if "step" in line][0].startswith("trial  step 1/10") and len(
-        lines
-    ) == 9
+    assert lines[0].startswith("trial  step 1/10")
+    assert lines[4].startswith("trial  step 2/10")
+
+
+def test_held_out_rewards_have_a_line_of_their_own_on_a_narrow_terminal(monkeypatch):
+    monkeypatch.setattr(terminal.shutil, "get_terminal_size", lambda: os.terminal_size((60, 24)))
+    lines = view().lines(1, VALUES, 59)
+    assert "held-out engine 0.250  held-out trainer 0.375" in lines
 
 
 @pytest.mark.parametrize("columns", [20, 40, 60, 80, 200])

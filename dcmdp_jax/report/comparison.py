@@ -15,10 +15,10 @@ import math
 import os
 import pathlib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from dcmdp_jax import files, intervals, metrics
+from dcmdp_jax import files, intervals, metrics, quantities
 from dcmdp_jax.report import discrepancy, run_page, tables
 from dcmdp_jax.report.line_chart import Panel, Series, chart, finite
 from dcmdp_jax.run_record import differences
@@ -28,7 +28,6 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#7c
 # settings that make no other configuration
 SAME = ("seed", "name", "checkpoint", "tensorboard", "wandb")
 SHORT = 3  # as many differing settings still make a label
-HELD_OUT = (("reward_eval_infer", "engine"), ("reward_eval_train", "trainer"))
 
 
 class Run(NamedTuple):
@@ -133,65 +132,46 @@ def differing_settings(runs: Sequence[Run]) -> list[str]:
 
 
 def panels(groups: Sequence[Group]) -> list[Panel]:
-    """A panel for each quantity, a curve for each configuration; one without a finite value is left
-    out.
+    """Returns a chart for each quantity with a curve for each configuration; a chart without a
+    finite value is left out.
     """
-    limits = {run_page.tolerance_of(run.config) for group in groups for run in group.runs}
-    shared = limits.pop() if len(limits) == 1 else None
-    shown = [
-        Panel(
-            title,
-            unit,
-            [series for group in groups if (series := _curve(group, key, smooth))],
-            shared if key == "delta_mean" else None,
-        )
-        for title, unit, key, smooth in (
-            ("Held-out reward, the engine's policy", "mean reward", "reward_eval_infer", False),
-            ("Held-out reward, the trainer's policy", "mean reward", "reward_eval_train", False),
-            ("Training reward", "mean reward", "reward", True),
-            ("Discrepancy of probabilities", "mean |π_train − π_infer|", "delta_mean", True),
-            ("Multiplier", "λ, advantage per unit of delta", "multiplier", False),
-            ("Entropy", "nats per token", "entropy", True),
-            ("KL(engine ‖ trainer)", "k3 estimate, nats per token", "k3", True),
-            ("Response length", "tokens", "response_length", True),
-        )
-    ]
-    return [panel for panel in shown if panel.series]
+    tolerances = {run_page.tolerance_of(run.config) for group in groups for run in group.runs}
+    common_tolerance = tolerances.pop() if len(tolerances) == 1 else None
+    charts = []
+    for quantity in quantities.QUANTITIES:
+        curves = [curve for group in groups if (curve := _curve(group, quantity))]
+        limit = common_tolerance if quantity.key == "delta_mean" else None
+        if curves:
+            charts.append(Panel(quantity.title, quantity.unit, curves, limit))
+    return charts
 
 
-def _curve(group: Group, key: str, smooth: bool) -> Series | None:
-    """Mean over the group's runs, step by step, in a band from the lowest to the highest where
-    there are several.
+def _curve(group: Group, quantity: quantities.Quantity) -> Series | None:
+    """Mean over the group's runs, step by step, in a band from the lowest to the highest if there
+    are several; None if no value is finite.
     """
     lines = []
     for run in group.runs:
-        points = run_page.points_of(run.rows, key)
-        lines.append(
-            run_page.smoothed(points, max(1, min(20, len(points) // 10))) if smooth else points
-        )
-    found: dict[int, list[float]] = {}
+        points = run_page.points_of(run.rows, quantity.key)
+        window = run_page.trailing_window(points) if quantity.noisy else 1
+        lines.append(run_page.smoothed(points, window))
+    values: dict[int, list[float]] = {}
     for line in lines:
         for step, value in finite(line):
-            found.setdefault(step, []).append(value)
-    if not found:
+            values.setdefault(step, []).append(value)
+    if not values:
         return None
-    # A step that some seeds have not reached would jump: the mean ends where the first of them
-    # ends.
-    band = [
-        (step, min(values), max(values))
-        for step, values in sorted(found.items())
-        if len(values) == len(lines)
-    ]
-    means = [(step, statistics.fmean(found[step])) for step, _, _ in band] or sorted(
-        (step, statistics.fmean(values)) for step, values in found.items()
-    )
+    # A mean over fewer seeds would jump: the curve ends where the first of the runs ends.
+    complete = [step for step in sorted(values) if len(values[step]) == len(lines)]
+    means = [(step, statistics.fmean(values[step])) for step in complete or sorted(values)]
+    band = [(step, min(values[step]), max(values[step])) for step in complete]
+    evaluated = quantity.key.startswith("reward_eval")
     return Series(
         group.label,
         group.color,
         means,
-        2.0,
-        key.startswith("reward_eval"),
-        band if len(lines) > 1 else [],
+        marked=evaluated,
+        band=band if len(lines) > 1 else [],
     )
 
 
@@ -217,7 +197,7 @@ def verdict(groups: Sequence[Group]) -> list[str]:
     first = groups[0]
     ends = [
         f"{_interval(found)} for the {owner}'s policy"
-        for key, owner in HELD_OUT
+        for key, owner in quantities.HELD_OUT
         if (found := last_evaluation(first, key))
     ]
     if not ends:
@@ -226,7 +206,7 @@ def verdict(groups: Sequence[Group]) -> list[str]:
     for group in groups[1:]:
         found = [
             f"{owner} {_told(gap)}"
-            for key, owner in HELD_OUT
+            for key, owner in quantities.HELD_OUT
             if (gap := difference_from(group, first, key))
         ]
         said.append(f"{group.label} against it: {'; '.join(found) or 'nothing was held out'}.")
@@ -314,25 +294,17 @@ def _summary(groups: Sequence[Group]) -> str:
 
 
 def _table(groups: Sequence[Group]) -> str:
-    columns: list[tuple[str, Callable[[Group], str | tables.Cell]]] = [
-        ("runs", lambda group: str(len(group.runs))),
-        ("held-out, engine", lambda group: _cell(last_evaluation(group, "reward_eval_infer"))),
-        ("held-out, trainer", lambda group: _cell(last_evaluation(group, "reward_eval_train"))),
-        *(
-            (name, lambda group, key=key: _tail(group, key))
-            for name, key in (
-                ("mean delta", "delta_mean"),
-                ("lambda", "multiplier"),
-                ("entropy", "entropy"),
-                ("k3", "k3"),
-            )
-        ),
-    ]
+    shown = quantities.headline()
     rows = [
-        [tables.with_dot(group.color, group.label), *(make(group) for _, make in columns)]
+        [
+            tables.with_dot(group.color, group.label),
+            str(len(group.runs)),
+            *(_cell(group, quantity) for quantity in shown),
+        ]
         for group in groups
     ]
-    return tables.html_table(["configuration", *(name for name, _ in columns)], rows) + (
+    header = ["configuration", "runs", *(quantity.name for quantity in shown)]
+    return tables.html_table(header, rows) + (
         '<p class="note">Held-out: the last evaluation, with a 95 % interval (over seeds by '
         "Student's t; of one run by Wilson, over its prompts); differences are over the seeds that "
         "both have, paired, if there are two. The others: means over the last tenth of the steps "
@@ -340,22 +312,27 @@ def _table(groups: Sequence[Group]) -> str:
     )
 
 
-def _tail(group: Group, key: str) -> str:
+def _cell(group: Group, quantity: quantities.Quantity) -> str | tables.Cell:
+    if quantity.key in dict(quantities.HELD_OUT):
+        interval = last_evaluation(group, quantity.key)
+        if interval is None:
+            return tables.MISSING
+        value = quantity.format.format(interval.value)
+        if not math.isfinite(interval.low):
+            return value
+        return tables.with_note(value, f"[{interval.low:.3f}, {interval.high:.3f}]")
+    mean = _mean_at_end(group, quantity.key)
+    return tables.MISSING if mean is None else quantity.format.format(mean)
+
+
+def _mean_at_end(group: Group, key: str) -> float | None:
     """Mean over the last tenth of the steps, and over the runs."""
     values = [
         value
         for run in group.runs
-        for _, value in finite(run_page.points_of(run.rows[-max(1, len(run.rows) // 10) :], key))
+        for _, value in finite(run_page.points_of(run_page.last_tenth(run.rows), key))
     ]
-    return f"{statistics.fmean(values):.3g}" if values else tables.MISSING
-
-
-def _cell(interval: intervals.Interval | None) -> str | tables.Cell:
-    if interval is None:
-        return tables.MISSING
-    if not math.isfinite(interval.low):
-        return f"{interval.value:.3f}"
-    return tables.with_note(f"{interval.value:.3f}", f"[{interval.low:.3f}, {interval.high:.3f}]")
+    return statistics.fmean(values) if values else None
 
 
 def _interval(found: intervals.Interval) -> str:

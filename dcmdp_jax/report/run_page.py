@@ -14,10 +14,10 @@ import math
 import os
 import pathlib
 import statistics
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
-from dcmdp_jax import files, metrics
+from dcmdp_jax import files, metrics, quantities
 from dcmdp_jax.report import discrepancy, tables
 from dcmdp_jax.report.line_chart import (
     ENGINE,
@@ -39,28 +39,6 @@ NUMBERS = (
 )
 
 
-class Measure(NamedTuple):
-    """A row of the table: which way is better, if either is."""
-
-    key: str
-    label: str
-    best: Callable[..., Any] | None
-
-
-MEASURES = (
-    Measure("reward_eval_infer", "held-out reward, engine", max),
-    Measure("reward_eval_train", "held-out reward, trainer", max),
-    Measure("reward", "training reward", max),
-    Measure("delta_mean", "mean delta", min),
-    Measure("multiplier", "multiplier (lambda)", None),
-    Measure("entropy", "entropy, nats per token", None),
-    Measure("k3", "KL(engine ‖ trainer), nats per token", min),
-    Measure("response_length", "response length, tokens", None),
-    Measure("truncated", "completions cut off by the limit", min),
-    Measure("grad_norm", "gradient norm", None),
-)
-
-
 def write(workdir: str | os.PathLike) -> pathlib.Path:
     """Writes `report.html` into the run's folder and returns its path.
 
@@ -74,38 +52,42 @@ def write(workdir: str | os.PathLike) -> pathlib.Path:
 
 
 def panels(config: dict[str, Any], rows: list[dict[str, Any]]) -> list[Panel]:
-    """The curves of a run; a panel without a single finite value is left out."""
-    window = max(1, min(20, len(rows) // 10))
+    """Returns the charts of a run: the rewards in one, every other quantity in its own.
+
+    A curve or a chart without a finite value is left out.
+    """
+    charts = [Panel("Reward", "mean reward", _reward_curves(rows))]
+    for quantity in quantities.QUANTITIES:
+        if quantity.key in ("reward", quantities.HELD_OUT_ENGINE, quantities.HELD_OUT_TRAINER):
+            continue
+        curve = Series(quantity.name, NEUTRAL, points_of(rows, quantity.key))
+        limit = tolerance_of(config) if quantity.key == "delta_mean" else None
+        charts.append(Panel(quantity.title, quantity.unit, [curve], limit))
+    charts = [
+        panel._replace(series=[curve for curve in panel.series if finite(curve.points)])
+        for panel in charts
+    ]
+    return [panel for panel in charts if panel.series]
+
+
+def _reward_curves(rows: list[dict[str, Any]]) -> list[Series]:
+    window = trailing_window(rows)
     reward = points_of(rows, "reward")
-    training = [Series("training batch", FAINT if window > 1 else NEUTRAL, reward, width=1.2)]
-    if window > 1:
-        training.append(
-            Series(f"training, mean of {window} steps", NEUTRAL, smoothed(reward, window))
-        )
+    if window == 1:
+        training = [Series("training", NEUTRAL, reward, width=1.2)]
+    else:
+        training = [
+            Series("training", FAINT, reward, width=1.2),
+            Series(f"training, mean of {window} steps", NEUTRAL, smoothed(reward, window)),
+        ]
+    engine = quantities.get(quantities.HELD_OUT_ENGINE)
+    trainer = quantities.get(quantities.HELD_OUT_TRAINER)
     # The trainer's line is the wider one, below: where the two policies agree both are seen.
-    held_out = [
-        Series(
-            "held-out, trainer", TRAINER, finite(points_of(rows, "reward_eval_train")), 3.6, True
-        ),
-        Series("held-out, engine", ENGINE, finite(points_of(rows, "reward_eval_infer")), 1.6, True),
+    return [
+        *training,
+        Series(trainer.name, TRAINER, finite(points_of(rows, trainer.key)), 3.6, True),
+        Series(engine.name, ENGINE, finite(points_of(rows, engine.key)), 1.6, True),
     ]
-    shown = [
-        Panel("Reward", "mean reward", training + held_out),
-        Panel(
-            "Discrepancy of probabilities",
-            "mean |π_train − π_infer|",
-            _curve(rows, "delta_mean", "mean delta"),
-            tolerance_of(config),
-        ),
-        Panel("Multiplier", "λ, advantage per unit of delta", _curve(rows, "multiplier", "lambda")),
-        Panel("Entropy", "nats per token", _curve(rows, "entropy", "entropy")),
-        Panel("KL(engine ‖ trainer)", "k3 estimate, nats per token", _curve(rows, "k3", "k3")),
-        Panel("Response length", "tokens", _curve(rows, "response_length", "length")),
-    ]
-    shown = [
-        panel._replace(series=[s for s in panel.series if finite(s.points)]) for panel in shown
-    ]
-    return [panel for panel in shown if panel.series]
 
 
 def verdict(config: dict[str, Any], rows: list[dict[str, Any]]) -> str:
@@ -120,7 +102,7 @@ def verdict(config: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     if skipped and skipped == last * math.prod(updates):
         said.append("Nothing was learnt: every update was left out.")
     said += _reward_verdict(config, rows) + _truncated_verdict(config, rows)
-    tail = finite(points_of(rows[-max(1, len(rows) // 10) :], "delta_mean"))
+    tail = finite(points_of(last_tenth(rows), "delta_mean"))
     tolerance = tolerance_of(config)
     delta = [value for _, value in finite(points_of(rows, "delta_mean"))]
     if tail and tolerance is not None:
@@ -163,7 +145,7 @@ def _reward_verdict(config: dict[str, Any], rows: list[dict[str, Any]]) -> list[
     # and sqrt(2) times that
     # for a difference; a change below two of them is called noise.
     noise = 2 * math.sqrt(2) * 0.5 / math.sqrt(prompts) if prompts else 0.0
-    for key, owner in (("reward_eval_infer", "engine"), ("reward_eval_train", "trainer")):
+    for key, owner in quantities.HELD_OUT:
         points = finite(points_of(rows, key))
         if len(points) == 1:
             said.append(
@@ -190,9 +172,7 @@ def _reward_verdict(config: dict[str, Any], rows: list[dict[str, Any]]) -> list[
 
 def _truncated_verdict(config: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     """How many completions the length limit cut off, over the last tenth of the steps."""
-    shares = [
-        share for _, share in finite(points_of(rows[-max(1, len(rows) // 10) :], "truncated"))
-    ]
+    shares = [share for _, share in finite(points_of(last_tenth(rows), "truncated"))]
     if not shares or not sum(shares):
         return []
     mean = statistics.fmean(shares)
@@ -296,19 +276,21 @@ def _summary(config: dict[str, Any]) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    """First, best and last value of each measure, with the steps they belong to."""
-
-    def cell(point: tuple[int, float] | None) -> str | tables.Cell:
-        if point is None:
-            return tables.MISSING
-        step, value = point
-        return tables.with_note(f"{value:.4g}", f"at {step}")
-
+    """First, best and last value of each quantity, with the steps they belong to."""
     lines = []
-    for key, label, best in MEASURES:
-        if points := finite(points_of(rows, key)):
-            chosen = best(points, key=lambda point: point[1]) if best else None
-            lines.append([label, cell(points[0]), cell(chosen), cell(points[-1])])
+    for quantity in quantities.QUANTITIES:
+        points = finite(points_of(rows, quantity.key))
+        if not points:
+            continue
+
+        def cell(step: int, value: float, quantity=quantity) -> tables.Cell:
+            return tables.with_note(quantity.format.format(value), f"at {step}")
+
+        best = tables.MISSING
+        if quantity.better:
+            best = cell(*quantity.better(points, key=lambda point: point[1]))
+        label = tables.with_note(quantity.title, quantity.unit)
+        lines.append([label, cell(*points[0]), best, cell(*points[-1])])
     return tables.html_table(["quantity", "first", "best", "last"], lines) if lines else ""
 
 
@@ -377,8 +359,14 @@ def points_of(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
     ]
 
 
-def _curve(rows: list[dict[str, Any]], key: str, label: str) -> list[Series]:
-    return [Series(label, NEUTRAL, points_of(rows, key))]
+def last_tenth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the rows of the last tenth of the steps, at least one if there is one."""
+    return rows[-max(1, len(rows) // 10) :]
+
+
+def trailing_window(rows: Sequence[Any]) -> int:
+    """Returns over how many steps the mean of a noisy curve is taken."""
+    return max(1, min(20, len(rows) // 10))
 
 
 def smoothed(points: list[tuple[int, float]], window: int) -> list[tuple[int, float]]:

@@ -29,39 +29,11 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
+from dcmdp_jax import quantities
 from dcmdp_jax.config import Config, WarmupConfig
 from dcmdp_jax.experiment import run_file
 from dcmdp_jax.run_record import differences, read_record, to_json, upgrade_record
 from dcmdp_jax.stopping import Interrupted
-
-COLUMNS = (
-    "study",
-    "arm",
-    "seed",
-    "step",
-    "prompts",
-    "engine",
-    "trainer",
-    "reward",
-    "delta",
-    "staleness",
-    "multiplier",
-    "entropy",
-    "k3",
-    "response_length",
-    "grad_norm",
-    "seconds",
-)
-MEANS = {
-    "reward": "reward",
-    "delta": "delta_mean",
-    "staleness": "gap_staleness",
-    "multiplier": "multiplier",
-    "entropy": "entropy",
-    "k3": "k3",
-    "response_length": "response_length",
-    "grad_norm": "grad_norm",
-}
 
 _stop: Any = None  # in a worker: the event with which its parent stops it
 
@@ -218,9 +190,8 @@ def changed_settings(study: Study, run: Run) -> list[str]:
 def write_table(file: str, root: pathlib.Path) -> pathlib.Path:
     """Writes `ROOT/table.csv`, a row for each evaluation of each finished run; returns its path.
 
-    `engine` and `trainer` are the held-out pass rates of the two policies over `prompts` problems;
-    `seconds` counts from the run's start; the other measures are means over the steps since the
-    evaluation before.
+    The columns are those of `quantities`: means over the steps since the evaluation before. The
+    held-out pass rates are over `prompts` problems; `seconds` counts from the run's start.
     """
     study = load(file)
     runs = [Run(file, arm, seed, str(root)) for arm in study.arms for seed in study.seed_numbers]
@@ -232,7 +203,9 @@ def write_table(file: str, root: pathlib.Path) -> pathlib.Path:
     ]
     path = root / "table.csv"
     with path.open("w", newline="") as out:
-        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        keys = [quantity.key for quantity in quantities.QUANTITIES]
+        columns = ["study", "arm", "seed", "step", "prompts", *keys, "seconds"]
+        writer = csv.DictWriter(out, columns, lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow({name: _cell(value) for name, value in row.items()})
@@ -253,20 +226,13 @@ def evaluations(rows: list[dict[str, Any]], prompts: int) -> Iterator[dict[str, 
     for row in rows:
         steps.append(row)
         seconds += row.get("seconds") or 0.0
-        if "reward_eval_infer" not in row:
+        if quantities.HELD_OUT_ENGINE not in row:
             continue
         means = {}
-        for name, key in MEANS.items():
+        for key in (quantity.key for quantity in quantities.QUANTITIES):
             values = [step[key] for step in steps if step.get(key) is not None]
-            means[name] = statistics.fmean(values) if values else ""
-        yield {
-            "step": row["step"],
-            "prompts": prompts,
-            "engine": row["reward_eval_infer"],
-            "trainer": row.get("reward_eval_train"),
-            "seconds": seconds,
-            **means,
-        }
+            means[key] = statistics.fmean(values) if values else ""
+        yield {"step": row["step"], "prompts": prompts, "seconds": seconds, **means}
         steps = []
 
 
@@ -280,11 +246,12 @@ def _rows(run: Run) -> list[dict[str, Any]]:
 def _outcome(study: Study, run: Run) -> str:
     """Returns a line about the last evaluation; a measure that was not finite is nan."""
     last = [*evaluations(_rows(run), study.arms[run.arm].eval.prompts)][-1]
-    engine, trainer, delta = (
-        math.nan if last[name] in ("", None) else last[name]
-        for name in ("engine", "trainer", "delta")
-    )
-    return f"engine {engine:.3f}  trainer {trainer:.3f}  delta {delta:.4f}  {last['seconds']:.0f} s"
+    figures = []
+    for key in (quantities.HELD_OUT_ENGINE, quantities.HELD_OUT_TRAINER, "delta_mean"):
+        quantity = quantities.get(key)
+        value = math.nan if last[key] == "" else last[key]
+        figures.append(f"{quantity.name} {quantity.format.format(value)}")
+    return "  ".join([*figures, f"{last['seconds']:.0f} s"])
 
 
 def _arm_config(study: Study, run: Run) -> Config:

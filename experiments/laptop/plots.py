@@ -64,7 +64,10 @@ def draw_arms(folder):
         names = [name for name in LABELS if f"{name}-{rate}" in arms]
         for place, name in enumerate(names):
             runs = arms[f"{name}-{rate}"]
-            for measure, color, shift in (("engine", ENGINE, -0.14), ("trainer", TRAINER, 0.14)):
+            for measure, color, shift in (
+                ("reward_eval_infer", ENGINE, -0.14),
+                ("reward_eval_train", TRAINER, 0.14),
+            ):
                 values = list(last(runs, measure).values())
                 axis.plot(
                     [place + shift] * len(values),
@@ -82,7 +85,7 @@ def draw_arms(folder):
                     lw=2,
                 )
         start = statistics.fmean(
-            rows[0]["engine"] for runs in arms.values() for rows in runs.values()
+            rows[0]["reward_eval_infer"] for runs in arms.values() for rows in runs.values()
         )
         axis.axhline(start, color=FAINT, lw=1, zorder=0)
         axis.set_xticks(
@@ -135,7 +138,9 @@ def draw_tolerance(folder):
         draw_points(
             axis, dict(sorted(points.items())), f"{form}, adaptive, at most 0.3", FORMS[form]
         )
-    harmed = statistics.fmean(last(read(folder, "mismatch")["int4-tensor"], "engine").values())
+    harmed = statistics.fmean(
+        last(read(folder, "mismatch")["int4-tensor"], "reward_eval_infer").values()
+    )
     axis.axhline(harmed, color=INK, lw=1, ls="--", label="GRPO", zorder=0)
     draw_ceiling(axis, folder)
     axis.axvline(1.2, color=FAINT, lw=1, zorder=0)
@@ -145,7 +150,7 @@ def draw_tolerance(folder):
 
 
 def draw_ceiling(axis, folder):
-    none = statistics.fmean(last(read(folder, "main")["none-0.0003"], "engine").values())
+    none = statistics.fmean(last(read(folder, "main")["none-0.0003"], "reward_eval_infer").values())
     axis.axhline(none, color=FAINT, lw=1, label="no mismatch", zorder=0)
 
 
@@ -157,8 +162,8 @@ def draw_mismatch(folder):
     arms |= {"int4": main_["grpo-0.0003"], "none": main_["none-0.0003"]}
     figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     for name, runs in arms.items():
-        x = statistics.fmean(rows[0]["delta"] for rows in runs.values())
-        values = list(last(runs, "engine").values())
+        x = statistics.fmean(rows[0]["delta_mean"] for rows in runs.values())
+        values = list(last(runs, "reward_eval_infer").values())
         axis.plot([max(x, 1e-4)] * len(values), values, "o", color=FAINT, markersize=3)
         axis.plot(max(x, 1e-4), statistics.fmean(values), "o", color=ENGINE, markersize=5)
         below = name in ("kv-fp8", "nf4")
@@ -176,18 +181,18 @@ def draw_mismatch(folder):
 
 
 def draw_points(axis, points, label, color):
-    means = [statistics.fmean(last(runs, "engine").values()) for runs in points.values()]
+    means = [statistics.fmean(last(runs, "reward_eval_infer").values()) for runs in points.values()]
     for x, runs in points.items():
         axis.plot(
             [x] * len(runs),
-            list(last(runs, "engine").values()),
+            list(last(runs, "reward_eval_infer").values()),
             "o",
             color=color,
             alpha=0.35,
             markersize=3.5,
             markeredgewidth=0,
         )
-    ends = [list(last(runs, "engine").values()) for runs in points.values()]
+    ends = [list(last(runs, "reward_eval_infer").values()) for runs in points.values()]
     half = [
         intervals.mean(end).high - statistics.fmean(end) if len(end) > 2 else 0.0 for end in ends
     ]

@@ -57,26 +57,29 @@ def spread(values: list[float]) -> str:
 
 def against(runs: dict, control: dict) -> str:
     """Paired difference of the engine's pass rate, and in how many pairs it is positive."""
-    mine = last(runs, "engine")
-    other = last(control, "engine")
+    mine = last(runs, "reward_eval_infer")
+    other = last(control, "reward_eval_infer")
     pairs = [mine[seed] - other[seed] for seed in sorted(mine.keys() & other.keys())]
     return f"{spread(pairs)} ({sum(pair > 0 for pair in pairs)} of {len(pairs)})" if pairs else ""
 
 
 def collapsed(runs: dict) -> str:
-    ended = [rows[-1]["engine"] < rows[0]["engine"] - NOISE for rows in runs.values()]
+    ended = [
+        rows[-1]["reward_eval_infer"] < rows[0]["reward_eval_infer"] - NOISE
+        for rows in runs.values()
+    ]
     return f"{sum(ended)} of {len(ended)}"
 
 
 def line(name: str, runs: dict, control: dict | None) -> tuple[str, ...]:
     """One row of a table."""
     delta, multiplier, entropy = (
-        statistics.fmean(last(runs, m).values()) for m in ("delta", "multiplier", "entropy")
+        statistics.fmean(last(runs, m).values()) for m in ("delta_mean", "multiplier", "entropy")
     )
     return (
         name,
-        spread([*last(runs, "engine").values()]),
-        spread([*last(runs, "trainer").values()]),
+        spread([*last(runs, "reward_eval_infer").values()]),
+        spread([*last(runs, "reward_eval_train").values()]),
         against(runs, control) if control and control is not runs else "",
         f"{delta:.2g}",
         f"{multiplier:.2g}",
@@ -106,9 +109,9 @@ def floors(folder: pathlib.Path) -> str:
     rows = [
         (
             name,
-            spread_small([*last(runs, "delta").values()]),
-            f"{statistics.fmean(last(runs, 'engine').values()):.3f}",
-            f"{statistics.fmean(last(runs, 'trainer').values()):.3f}",
+            spread_small([*last(runs, "delta_mean").values()]),
+            f"{statistics.fmean(last(runs, 'reward_eval_infer').values()):.3f}",
+            f"{statistics.fmean(last(runs, 'reward_eval_train').values()):.3f}",
         )
         for name, runs in arms_.items()
     ]
@@ -167,7 +170,7 @@ def sources(folder: pathlib.Path) -> str:
     main_ = read(folder, "main")
     arms_ = read(folder, "mismatch") | {"int4": main_["grpo-0.0003"], "none": main_["none-0.0003"]}
     first = {
-        name: statistics.fmean(rows[0]["delta"] for rows in runs.values())
+        name: statistics.fmean(rows[0]["delta_mean"] for rows in runs.values())
         for name, runs in arms_.items()
     }
     head = (
@@ -184,7 +187,7 @@ def sources(folder: pathlib.Path) -> str:
     for name in sorted(arms_, key=lambda name: (name.startswith("stale"), first[name])):
         runs = arms_[name]
         shown = line(name, runs, main_["none-0.0003"])
-        stale = statistics.fmean(last(runs, "staleness").values())
+        stale = statistics.fmean(last(runs, "gap_staleness").values())
         rows.append(
             (
                 name,
@@ -233,7 +236,7 @@ def shares(folder: pathlib.Path, study: str) -> str:
         rows.append(
             (
                 arm,
-                spread([*last(room_[arm], "engine").values()]),
+                spread([*last(room_[arm], "reward_eval_infer").values()]),
                 spread([r[0]["share_trainer"] for r in runs.values()]),
                 spread([*ends.values()]),
                 "" if arm.endswith("grpo") else spread(pairs),

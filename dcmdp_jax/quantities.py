@@ -1,0 +1,59 @@
+"""The quantities of a run that people look at.
+
+The terminal, the page of a run, the page that compares runs and the table of a study all show this
+list. A metric that is not here is in `metrics.jsonl`, and on no page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Quantity(NamedTuple):
+    """One metric, as people see it."""
+
+    key: str  # in `metrics.jsonl`, and of a study's column
+    name: str  # in a line on the terminal and in the header of a table
+    title: str  # of its curve and its row in a table
+    unit: str
+    format: str  # of a value
+    better: Callable[..., Any] | None = None  # `max` or `min`; None if neither end is better
+    noisy: bool = True  # measured on one batch: a trailing mean is drawn where runs are compared
+    headline: bool = True  # on the terminal and in the table that compares runs
+
+
+HELD_OUT_ENGINE = "reward_eval_infer"
+HELD_OUT_TRAINER = "reward_eval_train"
+HELD_OUT = ((HELD_OUT_ENGINE, "engine"), (HELD_OUT_TRAINER, "trainer"))  # with whose policy it is
+
+_REWARD = ("mean reward", "{:.3f}", max)
+_GAP = "mean |π_train − π_infer|"
+_STALENESS = "mean |log π_now − log π_sampled|, nats"
+QUANTITIES = (
+    Quantity("reward", "reward", "Training reward", *_REWARD),
+    Quantity(HELD_OUT_ENGINE, "held-out engine", "Held-out reward, engine", *_REWARD, noisy=False),
+    Quantity(
+        HELD_OUT_TRAINER, "held-out trainer", "Held-out reward, trainer", *_REWARD, noisy=False
+    ),
+    Quantity("delta_mean", "delta", "Mean delta", _GAP, "{:.4g}", min),
+    Quantity(
+        "multiplier", "lambda", "Lambda", "advantage per unit of delta", "{:.4g}", noisy=False
+    ),
+    Quantity("entropy", "entropy", "Entropy", "nats per token", "{:.3f}"),
+    Quantity("k3", "k3", "KL(engine ‖ trainer)", "k3 estimate, nats per token", "{:.3g}", min),
+    Quantity("truncated", "cut off", "Completions cut off by the limit", "share", "{:.1%}", min),
+    Quantity("response_length", "length", "Response length", "tokens", "{:.4g}", headline=False),
+    Quantity("grad_norm", "gradient", "Gradient norm", "before clipping", "{:.3g}", headline=False),
+    Quantity("gap_staleness", "staleness", "Staleness", _STALENESS, "{:.3g}", min, headline=False),
+)
+
+
+def get(key: str) -> Quantity:
+    """Returns the quantity with this key."""
+    return next(quantity for quantity in QUANTITIES if quantity.key == key)
+
+
+def headline() -> list[Quantity]:
+    """Returns the quantities for the terminal and for the table that compares runs, in order."""
+    return [quantity for quantity in QUANTITIES if quantity.headline]

@@ -1,0 +1,59 @@
+"""A quantity that is added to the list is on the terminal, on both pages and in a study's table."""
+
+import pytest
+
+from dcmdp_jax import metrics, quantities, terminal
+from dcmdp_jax.quantities import Quantity
+from dcmdp_jax.report import comparison, run_page
+from dcmdp_jax.tools import study
+from support.pages import CONFIG, ROWS, Page, make_run
+
+ADDED = Quantity("bananas", "ripe", "Bananas that are ripe", "per bunch", "{:.1f} b", max)
+
+
+@pytest.fixture
+def bananas(monkeypatch):
+    """The rows of a run that counts bananas, once they are a quantity."""
+    monkeypatch.setattr(quantities, "QUANTITIES", (*quantities.QUANTITIES, ADDED))
+    return [row | {"bananas": 2.0 * row["step"]} for row in ROWS]
+
+
+def test_it_is_on_the_terminal(bananas):
+    lines = terminal.View("trial", 1, 4, 0.01, 0.2).lines(4, bananas[-1], 99)
+    assert any("ripe 8.0 b" in line for line in lines)
+
+
+def test_it_is_in_the_line_of_a_batch_job(bananas):
+    assert "  ripe 8.0 b  " in metrics.status(bananas[-1], 0.01)
+
+
+def test_it_has_a_curve_and_a_row_on_the_page_of_a_run(bananas, tmp_path):
+    path = run_page.write(make_run(tmp_path, bananas))
+    text = Page(path.read_text(encoding="utf-8")).text
+    assert text.count("Bananas that are ripe") == 2
+    assert "2.0 b at 18.0 b at 48.0 b at 4" in text, "first, best and last"
+
+
+def test_it_has_a_curve_and_a_column_where_runs_are_compared(bananas, tmp_path):
+    folders = [
+        make_run(tmp_path / name, bananas, CONFIG | {"steps": i})
+        for i, name in ((4, "a"), (5, "b"))
+    ]
+    text = Page(comparison.write(folders).read_text(encoding="utf-8")).text
+    assert "Bananas that are ripe" in text
+    assert "ripe" in text and "8.0 b" in text
+
+
+def test_it_has_a_column_in_the_table_of_a_study(bananas):
+    (row,) = list(study.evaluations(bananas[:1], prompts=512))
+    assert row["bananas"] == 2.0
+
+
+def test_keys_are_unique():
+    keys = [quantity.key for quantity in quantities.QUANTITIES]
+    assert len(set(keys)) == len(keys)
+
+
+def test_every_quantity_formats_a_number():
+    for quantity in quantities.QUANTITIES:
+        assert quantity.format.format(0.123456789)
