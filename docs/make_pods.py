@@ -1,11 +1,10 @@
-"""Writes the tables of docs/pods.md: what the paper's two models need on seven slices, each program
-compiled in full.
+"""Writes the tables of docs/pods.md: what the paper's two models need on seven slices, with every
+program compiled in full.
 
-    python docs/make_pods.py            # fifty minutes of a CPU; needs libtpu (pip install libtpu),
-    no TPU
+    python docs/make_pods.py    # 50 minutes of a CPU; needs libtpu (pip install libtpu), no TPU
 
-Between `<!-- table -->` and `<!-- end -->` everything is this script's. Plans are kept in
-`runs/plans`, and not made again.
+The text between `<!-- table -->` and `<!-- end -->` is replaced. Plans stay in `runs/plans` and are
+not compiled again.
 """
 
 from __future__ import annotations
@@ -17,32 +16,38 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 GIB = 2**30
-WHOLE = ["--rollout.one_engine", "yes"]  # a v5e or v6e slice runs programs on one device or on all
+# A v5e or v6e slice runs a program on one device or on all.
+ONE_ENGINE = ["--rollout.one_engine", "yes"]
 SLICES = [  # title, experiment, topology, options
-    ("Qwen3-8B, v5e-64", "dcgrpo_8b_bf16", "v5e:8x8", [*WHOLE, "--rollout.slots", "256"]),
+    ("Qwen3-8B, v5e-64", "dcgrpo_8b_bf16", "v5e:8x8", [*ONE_ENGINE, "--rollout.slots", "256"]),
     (
         "Qwen3-8B, v6e-16",
         "dcgrpo_8b_bf16",
         "v6e:4x4",
-        [*WHOLE, "--algorithm.microbatches", "32", "--rollout.slots", "128"],
+        [*ONE_ENGINE, "--algorithm.microbatches", "32", "--rollout.slots", "128"],
     ),
     (
         "Qwen3-8B, v6e-32",
         "dcgrpo_8b_bf16",
         "v6e:4x8",
-        [*WHOLE, "--algorithm.microbatches", "16", "--rollout.slots", "256"],
+        [*ONE_ENGINE, "--algorithm.microbatches", "16", "--rollout.slots", "256"],
     ),
     ("Qwen3-8B, v5p-16", "dcgrpo_8b_bf16", "v5p:2x2x4", ["--algorithm.microbatches", "32"]),
     ("Qwen3-8B, v5p-64", "dcgrpo_8b_bf16", "v5p:4x4x4", []),
     ("Qwen3-30B-A3B, v5p-64", "dcgrpo_30b_a3b_bf16", "v5p:4x4x4", []),
     ("Qwen3-8B, fp8 engine, v5p-64", "dcgrpo_8b_fp8", "v5p:4x4x4", []),
     ("Qwen3-30B-A3B, fp8 engine, v5p-64", "dcgrpo_30b_a3b_fp8", "v5p:4x4x4", []),
-    ("Qwen3-30B-A3B, v6e-64", "dcgrpo_30b_a3b_bf16", "v6e:8x8", [*WHOLE, "--rollout.slots", "512"]),
+    (
+        "Qwen3-30B-A3B, v6e-64",
+        "dcgrpo_30b_a3b_bf16",
+        "v6e:8x8",
+        [*ONE_ENGINE, "--rollout.slots", "512"],
+    ),
 ]
 
 
 def plan(experiment: str, topology: str, options: list[str]) -> dict:
-    """One plan, in a process of its own: a slice's compiler is loaded once."""
+    """Returns one plan, from a process of its own: a process can load one slice's compiler."""
     file = (
         ROOT
         / "runs"
@@ -67,17 +72,21 @@ def plan(experiment: str, topology: str, options: list[str]) -> dict:
     return json.loads(file.read_text())
 
 
-def lines(title: str, found: dict, experiment: str, topology: str, options: list[str]) -> list[str]:
-    """A section: the command, a row per program, and the step at the roof."""
+def lines(
+    title: str, planned: dict, experiment: str, topology: str, options: list[str]
+) -> list[str]:
+    """Returns a section: the command, a row per program, and the lower bound of a step."""
     out = [
         f"### {title}",
         "",
-        f"    dcmdp plan experiments/pods/{experiment}.py --topology {' '.join([topology, *options])}",
+        f"    dcmdp plan experiments/pods/{experiment}.py "
+        f"--topology {' '.join([topology, *options])}",
         "",
-        "| program | arguments | temporaries | peak GiB | fits | TFLOP | link GB | s a step | compile CPU s |",
+        "| program | arguments | temporaries | peak GiB | fits "
+        "| TFLOP | link GB | s a step | compile CPU s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for p in found["programs"]:
+    for p in planned["programs"]:
         cells = [
             p["program"],
             f"{p['arguments'] / GIB:.2f}",
@@ -90,23 +99,23 @@ def lines(title: str, found: dict, experiment: str, topology: str, options: list
             f"{p['compile_cpu_seconds']:.0f}",
         ]
         out.append(f"| {' | '.join(cells)} |")
-    whole = sum(p["calls"] * p["seconds"] for p in found["programs"])
+    seconds = sum(p["calls"] * p["seconds"] for p in planned["programs"])
     return [
         *out,
         "",
-        f"A constrained step of {found['tokens']:,} sampled tokens: {whole:.0f} s at the roof, "
-        f"{found['tokens'] / whole / found['devices']:,.0f} tokens/s a chip.",
+        f"A constrained step of {planned['tokens']:,} sampled tokens takes at least {seconds:.0f} s, "
+        f"at most {planned['tokens'] / seconds / planned['devices']:,.0f} tokens/s a chip.",
         "",
     ]
 
 
 def main() -> None:
-    made = [line for title, *how in SLICES for line in lines(title, plan(*how), *how)]
+    sections = [line for title, *how in SLICES for line in lines(title, plan(*how), *how)]
     page = ROOT / "docs" / "pods.md"
     before, rest = page.read_text().split("<!-- table -->\n")
     page.write_text(
         f"{before}<!-- table -->\n\n"
-        + "\n".join(made)
+        + "\n".join(sections)
         + "<!-- end -->\n"
         + rest.split("<!-- end -->\n")[1]
     )
