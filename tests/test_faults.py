@@ -27,8 +27,9 @@ Each entry: the fault, the target of its figure, the tests that hold it.
     two_processes_stopped_by_one_go_on_as_one,
     a_killed_process_ends_the_others_and_is_resumed_exactly.
  9. Hostile answers. Target: exploits 0; <= 1 s an answer; the trainer lives. Held by
-    test_answers: hostile_answers_cost_little, a_process_that_hangs_or_dies_gives_no_verdict;
-    test_rewards: hostile_text_costs_nothing; this file.
+    test_answers_cost: hostile_answers_cost_little; test_answers_judge:
+    a_process_that_hangs_or_dies_gives_no_verdict; test_answers_spellings:
+    hostile_text_costs_nothing; this file.
 10. Nothing in a mask, equal rewards, a group of one, an empty completion. Target: finite;
     advantage and gradient 0. Held by test_losses_contract: nothing_in_the_mask; test_step:
     nothing_to_learn_changes_nothing; test_losses_golden: all_masked.
