@@ -12,7 +12,8 @@ import pytest
 from dcmdp_jax import cli, data, rewards, tokenizer
 from dcmdp_jax.answers import judge
 from dcmdp_jax.config import ModelConfig, Precision
-from dcmdp_jax.evaluation import math_benchmarks, scores
+from dcmdp_jax.evaluation import math_benchmarks
+from dcmdp_jax.intervals import Interval
 from dcmdp_jax.models import weights
 from dcmdp_jax.records import Prompts, Sampling
 from dcmdp_jax.stopping import Interrupted
@@ -522,4 +523,4 @@ def test_the_six_sets_with_a_random_model(tmp_path, chat_folder, data_root):
             of[name][:2] == (0, 0) and of[name].high < 1
             for name in ("avg@2", "pass@2", "majority@2", "completed@2")
         )
-        assert of["tokens_max"] == 4 and isinstance(of["truncated"], scores.Interval)
+        assert of["tokens_max"] == 4 and isinstance(of["truncated"], Interval)

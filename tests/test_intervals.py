@@ -1,5 +1,6 @@
 """Intervals against SciPy's and against their published example."""
 
+import numpy as np
 import pytest
 import scipy.stats
 
@@ -30,6 +31,34 @@ def test_difference_is_newcombes_example():
     """56/70 - 48/80: 0.2000 with 0.0524 to 0.3339 (Newcombe 1998, method 10)."""
     found = intervals.difference(intervals.wilson(56 / 70, 70), intervals.wilson(48 / 80, 80))
     assert found == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
+
+
+VALUES = np.repeat([0.0, 1.0], [280, 120])
+
+
+def test_the_bootstrap_interval_is_the_binomial_one():
+    interval = intervals.bootstrap(VALUES)
+    half = 1.96 * np.sqrt(0.3 * 0.7 / 400)
+    assert interval == pytest.approx((0.3, 0.3 - half, 0.3 + half), abs=0.004)
+
+
+def test_the_bootstrap_is_deterministic():
+    assert intervals.bootstrap(VALUES) == intervals.bootstrap(VALUES)
+
+
+def test_the_bootstrap_of_equal_values_is_their_value():
+    assert intervals.bootstrap(np.full(7, 0.25)) == (0.25, 0.25, 0.25)
+
+
+@pytest.mark.parametrize("value, count", [(0.0, 30), (1.0, 40)])
+def test_no_success_at_all_leaves_room_for_some(value, count):
+    rates = np.full(count, value)
+    assert intervals.bootstrap_rate(rates) == intervals.wilson(value, count)
+
+
+def test_rates_that_differ_have_the_bootstrap_interval():
+    rates = np.array([0.0, 0.5])
+    assert intervals.bootstrap_rate(rates) == intervals.bootstrap(rates)
 
 
 @pytest.mark.parametrize(
