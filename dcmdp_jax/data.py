@@ -226,7 +226,7 @@ def pack(
             f"{count} completions do not divide into algorithm.minibatches * "
             f"algorithm.microbatches = {parts} parts"
         )
-    order = np.random.default_rng(seed).permutation(count)
+    order = packing_order(count, seed)
     group = order // (count // len(rollout.prompts.lengths))
     prompt_lengths = rollout.prompts.lengths[group]
     completion_lengths = rollout.lengths[order]
@@ -279,6 +279,13 @@ def pack(
         group=deal(group.astype(np.int32)),
         experts=None if rollout.experts is None else place_experts(rollout.experts),
     )
+
+
+def packing_order(count: int, seed: int | tuple[int, ...]) -> np.ndarray:
+    """Returns [count] int: the number of each completion, in the order in which `pack` deals them
+    to minibatches and microbatches.
+    """
+    return np.random.default_rng(seed).permutation(count)
 
 
 def _place(

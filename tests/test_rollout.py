@@ -1,6 +1,4 @@
-"""The slot loop's own duties: limits, stop strings, versions, supports, files of completions."""
-
-import json
+"""The slot loop's own duties: limits, stop strings, versions, supports."""
 
 import jax
 import numpy as np
@@ -8,11 +6,11 @@ import pytest
 
 from dcmdp_jax import sharding, sync, tokenizer
 from dcmdp_jax.config import Precision
-from dcmdp_jax.models import decoder, weights
+from dcmdp_jax.models import decoder
 from dcmdp_jax.records import Sampling
 from dcmdp_jax.rollout import jetstream
 from dcmdp_jax.rollout.generate import rollout
-from dcmdp_jax.tools import complete, parity
+from dcmdp_jax.tools import parity
 from support.engines import (
     DENSE,
     MOE,
@@ -175,60 +173,7 @@ def test_prompts_are_prefilled_by_length_bucket(monkeypatch):
     assert sorted({positions for _, positions in calls}) == sorted(set(widths))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "hf"
-    weights.save(path, DENSE, make_params(DENSE))
-    tokenizer.save(TEXT, path)
-    return path
-
-
-def test_a_file_of_prompts_goes_on_where_it_stopped(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(complete, "CHUNK", 2)
-    source = tmp_path / "prompts.txt"
-    source.write_text("ABC\nB\n\nCAB\nDD\nE\n")
-    prompts = complete.read_prompts(str(source))
-    assert prompts == ["ABC", "B", "CAB", "DD", "E"]
-    options = dict(samples=2, max_tokens=6, sampling=Sampling(0.9), seed=3)
-    assert complete.to_file(tmp_path / "whole.jsonl", str(folder), prompts, **options) == 10
-    whole = (tmp_path / "whole.jsonl").read_text()
-    head, *lines = whole.splitlines()
-    assert json.loads(head)["options"]["seed"] == 3 and [
-        json.loads(line)["prompt"] for line in lines
-    ] == [prompt for prompt in prompts for _ in range(2)]
-    part = tmp_path / "part.jsonl"
-    # killed while it wrote the second chunk, and the very last line
-    for kept, added in ((5, 6), (9, 2)):
-        part.write_text("\n".join([head, *lines[:kept]]) + "\n" + lines[kept][:9])
-        assert complete.to_file(part, str(folder), prompts, **options) == added
-        assert part.read_text() == whole
-    assert complete.to_file(part, str(folder), prompts, **options) == 0
-    with pytest.raises(ValueError, match="line 2 of .*part.jsonl is no completion"):
-        complete.to_file(part, str(folder), prompts[::-1], **options)
-    with pytest.raises(ValueError, match="was not written with these options"):
-        complete.to_file(part, str(folder), prompts, **(options | {"seed": 4}))
-    with pytest.raises(ValueError, match="and this model"):
-        complete.to_file(part, str(tmp_path / "another"), prompts, **options)
-    assert part.read_text() == whole
-    notes = tmp_path / "notes.txt"
-    notes.write_text("my own\nnotes\n")
-    with pytest.raises(ValueError, match="was not written with these options"):
-        complete.to_file(notes, str(folder), prompts, **options)
-    assert notes.read_text() == "my own\nnotes\n"
-    with pytest.raises(
-        ValueError, match="model folder .*absent does not exist; give a Hugging Face model folder"
-    ):
-        complete.to_file(tmp_path / "none.jsonl", str(tmp_path / "absent"), prompts, **options)
-    with pytest.raises(ValueError, match="prompt 2 of 3 is empty"):
-        complete.to_file(tmp_path / "none.jsonl", str(folder), ["A", "", "B"], **options)
-    assert not (tmp_path / "none.jsonl").exists()
-    with pytest.raises(ValueError, match="folder .*absent of --output none.jsonl does not exist"):
-        complete.to_file(tmp_path / "absent" / "none.jsonl", str(folder), prompts, **options)
-    with pytest.raises(ValueError, match="file of prompts .*absent does not exist"):
-        complete.read_prompts(str(tmp_path / "absent"))
-
-
-def test_weights_that_are_not_finite_sample_nothing(folder, tmp_path, monkeypatch):
+def test_weights_that_are_not_finite_sample_nothing():
     """Refused at the engine's door, also where a caller made them without `sync`."""
     good = make_weights(DENSE)
     assert good.finite
@@ -255,15 +200,6 @@ def test_weights_that_are_not_finite_sample_nothing(folder, tmp_path, monkeypatc
 
         assert not convert(jax.tree.map(broken, params), 0).finite
     assert convert(params, 0).finite
-    load = weights.load
-
-    def damaged_load(*args):
-        return DENSE, jax.tree.map(lambda w: w * np.nan, load(*args)[1])
-
-    monkeypatch.setattr(complete.weights, "load", damaged_load)
-    with pytest.raises(ValueError, match="given weights that hold NaN"):
-        complete.to_file(tmp_path / "none.jsonl", str(folder), ["ABC"])
-    assert len((tmp_path / "none.jsonl").read_text().splitlines()) == 1, "the options alone"
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def test_pieces_end_between_characters_and_lose_none(decode_ids):
 
 
 def test_tokens_without_text_of_their_own_are_not_lost():
-    """SentencePiece drops the space that a text begins with, and shows nothing for control tokens."""
+    """SentencePiece drops a text's first space, and shows nothing for control tokens."""
     pieces = ("▁", "a", "", "▁b")
     rng = random.Random(0)
 

@@ -1,4 +1,4 @@
-"""Completions of prompt texts from a model folder."""
+"""Samples completions of prompt texts from a model folder: what `dcmdp generate` does."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import jax
-
 from dcmdp_jax import data, files, sharding, sync
 from dcmdp_jax import tokenizer as tokenizers
 from dcmdp_jax.config import Precision
 from dcmdp_jax.models import weights
 from dcmdp_jax.records import Example, Prompts, Sampling
-from dcmdp_jax.rollout.generate import rollout
-from dcmdp_jax.rollout.jetstream import Engine
+from dcmdp_jax.rollout.jetstream import JetStreamSampler
 
-CHUNK = 64  # prompts sampled, and written, together
+CHUNK = 64  # prompts that are sampled, and written, together
+SLOTS = 32  # sequences decoded together, at most
 
 
 class Completion(NamedTuple):
+    """A prompt's text and one completion of it."""
+
     prompt: str
     text: str
-    logp: float  # of the whole completion, nats, of the distribution sampled from
-    stopped: bool  # by a stop token or string
+    logp: float  # of the completion's tokens together, nats, of the distribution sampled from
+    stopped: bool  # ended by a stop token or string, not by the length limit
 
 
 def read_prompts(path: str) -> list[str]:
-    """One prompt a line of a text file, or those of a JSONL or Parquet file. Raises ValueError
-    where there are none.
+    """Returns the prompts of a file: the lines of a text file, or the rows of JSONL or Parquet.
+
+    Raises ValueError if there are none.
     """
     if not pathlib.Path(path).is_file():
         raise ValueError(f"file of prompts {path} does not exist")
@@ -60,15 +61,30 @@ def texts(
     seed: int = 0,
     chat: bool = False,
     start: int = 0,
+    chunk_size: int = CHUNK,
 ) -> Iterator[list[Completion]]:
-    """`samples` completions of each prompt from number `start` on, `CHUNK` prompts at a time;
-    temperature 0 is greedy.
+    """Returns an iterator over the completions of `chunk_size` prompts at a time.
 
-    A completion depends on the seed and its prompt's number, not on `start`. Raises ValueError on
-    what cannot work, at the call; weights are read with the first chunk.
+    Args:
+      folder: a Hugging Face model folder.
+      prompts: texts.
+      tokenizer_path: file or folder of the tokenizer; empty: the model's folder.
+      precision: of the engine.
+      max_tokens: the longest completion.
+      samples: completions of each prompt.
+      sampling: how tokens are drawn; a temperature of 0 is greedy.
+      stop_strings: texts that end a completion.
+      seed: completion j of prompt i depends on `seed`, i and j alone, not on `start`.
+      chat: whether each prompt is put into the model's chat template as a user's message.
+      start: number of the first prompt to complete.
+
+    Raises ValueError, at the call, if the arguments do not fit. Weights are read with the first
+    chunk.
     """
     for number, prompt in enumerate(prompts, start=1):
-        if any("\ud800" <= c <= "\udfff" for c in prompt):  # such as bytes that are no UTF-8
+        if any(
+            "\ud800" <= c <= "\udfff" for c in prompt
+        ):  # surrogates, from bytes that are not UTF-8
             raise ValueError(
                 f"prompt {number} of {len(prompts)} is not valid Unicode text; correct it"
             )
@@ -76,85 +92,86 @@ def texts(
     shape = weights.read_config(folder)
     tokenizer = tokenizers.load(tokenizer_path or folder, folder)
     tokenizers.check_vocab_size(tokenizer, shape.vocab_size)
-    asked = data.tokenize([Example(prompt, "") for prompt in prompts], tokenizer, chat=chat)
-    if not asked.lengths.all():
-        raise ValueError(
-            f"prompt {int(asked.lengths.argmin()) + 1} of {len(prompts)} is empty; leave it out"
-        )
-    longest = int(asked.lengths.max())
+    tokenized = data.tokenize([Example(prompt, "") for prompt in prompts], tokenizer, chat=chat)
+    if not tokenized.lengths.all():
+        empty = int(tokenized.lengths.argmin()) + 1
+        raise ValueError(f"prompt {empty} of {len(prompts)} is empty; leave it out")
+    longest = int(tokenized.lengths.max())
     sync.check(shape, precision, mesh)
     weights.check(folder)
     if longest + max_tokens > shape.max_position:
         raise ValueError(
-            f"the longest prompt and --max-tokens take {longest + max_tokens} positions, more than the model's "
-            f"{shape.max_position}"
+            f"the longest prompt and --max-tokens take {longest + max_tokens} positions, more than "
+            f"the model's {shape.max_position}"
         )
 
     def chunks() -> Iterator[list[Completion]]:
         model, params = weights.load(folder)
-        engine = Engine(
+        sampler = JetStreamSampler(
             model,
-            slots=min(len(prompts) * samples, 32),
+            tokenizer,
+            mesh,
+            slots=min(len(prompts) * samples, SLOTS),
             max_length=longest + max_tokens,
             precision=precision,
-            stop_ids=tokenizer.eos_ids,
-            mesh=mesh,
         )
-        policy = sync.converter(model, precision, mesh)(params, 0)
-        for first in range(start, len(prompts), CHUNK):
-            chunk = Prompts(*(part[first : first + CHUNK] for part in asked))
-            out = rollout(
-                engine,
-                policy,
+        sampler.update_weights(params, 0)
+        for first in range(start, len(prompts), chunk_size):
+            chunk = Prompts(*(field[first : first + chunk_size] for field in tokenized))
+            rollout = sampler.sample(
                 chunk,
                 samples=samples,
-                key=jax.random.fold_in(jax.random.key(seed), first),
                 max_tokens=max_tokens,
                 sampling=sampling,
                 stop_strings=stop_strings,
-                decode=tokenizer.decode,
+                seed=seed,
+                offset=first * samples,
             )
             yield [
                 Completion(
                     prompts[first + i // samples],
-                    tokenizer.decode(out.tokens[i, :n]),
-                    float(out.rollout_logp[i].sum()),
-                    bool(out.stopped[i]),
+                    tokenizer.decode(rollout.tokens[i, :length]),
+                    float(rollout.rollout_logp[i].sum()),
+                    bool(rollout.stopped[i]),
                 )
-                for i, n in enumerate(out.text_lengths)
+                for i, length in enumerate(rollout.text_lengths)
             ]
 
     return chunks()
 
 
 def to_file(
-    path: pathlib.Path, folder: str, prompts: Sequence[str], *, samples: int = 1, **options
+    path: pathlib.Path,
+    folder: str,
+    prompts: Sequence[str],
+    *,
+    samples: int = 1,
+    chunk_size: int = CHUNK,
+    **options,
 ) -> int:
-    """Appends a JSON line for each completion to `path`, or goes on where it ends; returns the
-    completions added.
+    """Writes a JSON line for each completion to `path`, or goes on where the file ends.
 
-    A line that was cut short, and the rest of its chunk, are sampled again. Raises ValueError, and
-    leaves `path` as it is, where it holds something else than completions of these prompts by this
-    model with these options.
+    The first line holds the options. A truncated line, and the rest of its chunk, are sampled
+    again. `options` are those of `texts`.
+
+    Returns the number of completions added. Raises ValueError, and leaves `path` as it is, if it
+    holds something other than completions of these prompts by this model with these options.
     """
     if not path.parent.is_dir():
         raise ValueError(
             f"folder {path.parent} of --output {path.name} does not exist; make it, or give another"
         )
-    size = CHUNK * samples
+    chunk_lines = chunk_size * samples
     total = len(prompts) * samples
-    made = json.loads(
-        json.dumps(
-            {"model": str(folder), "samples": samples, **options}, default=dataclasses.asdict
-        )
-    )
-    # After the last newline stands nothing, or a line that was cut short.
+    record = {"model": str(folder), "samples": samples, **options}
+    header = {"options": json.loads(json.dumps(record, default=dataclasses.asdict))}
+    # After the last newline comes nothing, or a truncated line.
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     lines = [_parsed(line) for line in text.split("\n")[:-1]]
-    if lines and lines[0] != {"options": made}:
+    if lines and lines[0] != header:
         raise ValueError(
-            f"{path} was not written with these options and this model; give another --output, or those it was "
-            "started with"
+            f"{path} was not written with these options and this model; give another --output, or "
+            "those it was started with"
         )
     for number, line in enumerate(lines[1:]):
         if (
@@ -167,14 +184,15 @@ def to_file(
                 "give another --output, or the prompts it was started with"
             )
     done = len(lines) - 1 if lines else 0
-    whole = total if done == total else done // size * size
-    kept = "".join(json.dumps(line) + "\n" for line in [{"options": made}, *lines[1 : whole + 1]])
-    chunks = (
-        texts(folder, prompts, samples=samples, start=whole // samples, **options)
-        if whole < total
-        else ()
-    )
-    files.write_atomic(path, kept)
+    reusable = total if done == total else done // chunk_lines * chunk_lines  # complete chunks
+    chunks = ()
+    if reusable < total:
+        start = reusable // samples
+        chunks = texts(
+            folder, prompts, samples=samples, start=start, chunk_size=chunk_size, **options
+        )
+    reused = [header, *lines[1 : reusable + 1]]
+    files.write_atomic(path, "".join(json.dumps(line) + "\n" for line in reused))
     added = 0
     for chunk in chunks:
         with path.open("a", encoding="utf-8") as file:
@@ -184,6 +202,7 @@ def to_file(
 
 
 def _parsed(line: str) -> object:
+    """Returns the line's JSON value, or None if it has none."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
