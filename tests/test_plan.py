@@ -1,5 +1,5 @@
 """Plans against closed forms: bytes of the state, FLOPs of a pass, what fits; all compiled for a
-TPU that is not there.
+TPU that is not attached.
 """
 
 import dataclasses
@@ -39,42 +39,71 @@ def configure(model=MODEL, **rollout):
     return dataclasses.replace(config, data=data, rollout=rollout)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "model, axes",
-    [(MODEL, MeshConfig()), (MOE, MeshConfig(expert=2, fsdp=2))],
+@pytest.fixture(
+    scope="module",
+    params=[(MODEL, MeshConfig()), (MOE, MeshConfig(expert=2, fsdp=2))],
     ids=["dense", "moe"],
 )
-def test_every_program_compiles(model, axes):
+def planned(request):
+    """A configuration, its model, and its plan on four chips."""
+    model, axes = request.param
     config = dataclasses.replace(configure(model, mesh=MeshConfig(tensor=4)), mesh=axes)
-    found = plan.plan_run(config, model, "v5e:2x2")
-    assert [item.program.name for item in found.programs] == [
+    return config, model, plan.plan_run(config, model, "v5e:2x2")
+
+
+@pytest.mark.slow
+def test_every_program_compiles_and_fits(planned):
+    _, _, result = planned
+    assert [item.program.name for item in result.programs] == [
         "train step",
         "scoring pass",
         "prefill",
         "decode, 16 tokens",
         "weight sync",
     ]
-    assert all(item.peak > item.program.beside and not item.excess for item in found.programs)
-    step = found.programs[0]
+    assert all(item.peak > item.program.beside and not item.excess for item in result.programs)
+
+
+@pytest.mark.slow
+def test_the_arguments_of_a_step_are_its_state_and_batch(planned):
+    config, model, result = planned
     scales = 2 * MODEL.num_layers * (MODEL.hidden_size + MODEL.head_dim) + MODEL.hidden_size
     state = 12 * (cost_model.parameters(model).total + scales) / 4
-    batch = sharding.local_bytes(
-        plan.abstract_batch(config, model, sharding.make_mesh(axes, plan.slice_devices("v5e:2x2")))
-    )
-    # small arrays are padded to whole tiles
-    assert abs(step.arguments - state - batch) < 0.2 * state
-    roomy = plan.compile_program(step.program, found.chip._replace(memory=step.peak))
-    tight = plan.compile_program(step.program, found.chip._replace(memory=step.peak - 2**20))
-    assert not roomy.excess and "more than" in tight.excess
-    assert any(
-        "train step does not fit" in line and "microbatches" in line
-        for line in plan.verdict(found._replace(programs=(tight,)))
-    )
+    mesh = sharding.make_mesh(config.mesh, plan.slice_devices("v5e:2x2"))
+    batch = sharding.local_bytes(plan.abstract_batch(config, model, mesh))
+    # Small arrays are padded to complete tiles.
+    assert abs(result.programs[0].arguments - state - batch) < 0.2 * state
+
+
+@pytest.mark.slow
+def test_a_program_fits_into_its_peak_and_not_into_less(planned):
+    _, _, result = planned
+    step = result.programs[0]
+    enough = plan.compile_program(step.program, result.chip._replace(memory=step.peak))
+    too_little = plan.compile_program(step.program, result.chip._replace(memory=step.peak - 2**20))
+    assert not enough.excess and "more than" in too_little.excess
+    (line, _) = plan.verdict(result._replace(programs=(too_little,)))
+    assert "train step does not fit" in line and "microbatches" in line
+
+
+class Refused:
+    """A lowered program that the compiler refuses with a message."""
+
+    def __init__(self, message):
+        self.message = message
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: E1000: {self.message}")
+
+
+def refused(message):
+    work = cost_model.Work(1.0, 1.0, 1.0)
+    program = plan.Program("train step", Refused(message), work, 1, 0, "algorithm.microbatches")
+    return plan.compile_program(program, plan.CHIPS["v5e"])
 
 
 @pytest.mark.parametrize(
-    "said, gigabytes",
+    "message, gibibytes",
     [
         (
             "Ran out of memory in memory space hbm. Used 40.25G of 15.75G hbm. Exceeded by 24.50G.",
@@ -83,44 +112,44 @@ def test_every_program_compiles(model, axes):
         ("CompileTimeHbmOom: HLO temporaries (2.5T) exceeds available HBM (15.75G).", 2560.0),
     ],
 )
-def test_a_program_that_the_compiler_refuses_for_want_of_memory_does_not_fit(said, gigabytes):
-    class Lowered:
-        def compile(self):
-            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: E1000: {said}")
-
-    work = cost_model.Work(1.0, 1.0, 1.0)
-    program = plan.Program("train step", Lowered(), work, 1, 0, "algorithm.microbatches")
+def test_a_program_that_the_compiler_refuses_for_its_memory_does_not_fit(message, gibibytes):
     chip = plan.CHIPS["v5e"]
-    found = plan.compile_program(program, chip)
-    assert found.peak == gigabytes * 2**30
-    line, _ = plan.verdict(plan.Plan("v5e:2x2", 4, chip, 100, (found,)))
-    more = gigabytes - chip.memory / 2**30
+    compiled = refused(message)
+    assert compiled.peak == gibibytes * 2**30
+    line, _ = plan.verdict(plan.Plan("v5e:2x2", 4, chip, 100, (compiled,)))
+    excess = gibibytes - chip.memory / 2**30
     assert line == (
-        f"train step does not fit: {more:.1f} GiB more than the {chip.memory / 2**30:.0f} of a chip; "
-        "turn algorithm.microbatches"
+        f"train step does not fit: {excess:.1f} GiB more than the {chip.memory / 2**30:.0f} of a "
+        "chip; change algorithm.microbatches"
     )
+
+
+def test_a_program_of_some_devices_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match="train step takes some; set rollout.one_engine to yes"):
+        refused("limited ICI routing")
+
+
+def test_another_error_of_the_compiler_is_raised_as_it_is():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+        refused("a bug")
 
 
 @pytest.mark.slow
-def test_offloaded_moments_leave_the_chips():
+def test_offloaded_moments_take_no_memory_of_the_chips():
     config = configure()
-    devices = plan.slice_devices("v5e:2x2")
-    away = dataclasses.replace(
-        config, algorithm=dataclasses.replace(config.algorithm, offload=True)
-    )
-    here, there = (
-        plan.compile_program(next(plan.programs(c, MODEL, devices)), plan.CHIPS["v5e"])
-        for c in (config, away)
-    )
-    assert (
-        abs(here.arguments - there.arguments - 8 * cost_model.parameters(MODEL).total / 4)
-        < 0.1 * here.arguments
-    )
+    algorithm = dataclasses.replace(config.algorithm, offload=True)
+    arguments = []
+    for each in (config, dataclasses.replace(config, algorithm=algorithm)):
+        step = next(plan.programs(each, MODEL, plan.slice_devices("v5e:2x2")))
+        arguments.append(plan.compile_program(step, plan.CHIPS["v5e"]).arguments)
+    on_chip, offloaded = arguments
+    moments = 8 * cost_model.parameters(MODEL).total / 4
+    assert abs(on_chip - offloaded - moments) < 0.1 * on_chip
 
 
 @pytest.mark.slow
 def test_decoding_copies_no_experts():
-    """A device has 192 columns of each expert, which are no whole vectors."""
+    """A device has 192 columns of each expert, which do not fill the vectors of 128."""
     model = dataclasses.replace(MOE, hidden_size=2048, num_experts=32, expert_size=768)
     config = configure(model, mesh=MeshConfig(tensor=4), precision=Precision(weights="bfloat16"))
     decode = next(
@@ -128,7 +157,7 @@ def test_decoding_copies_no_experts():
         for p in plan.programs(config, model, plan.slice_devices("v5e:2x2"))
         if p.name.startswith("decode")
     )
-    padded = 32 * 2048 * 256 * 2  # bytes of one of a layer's two
+    padded = 32 * 2048 * 256 * 2  # bytes of one of a layer's two projections
     assert plan.compile_program(decode, plan.CHIPS["v5e"]).temporaries < padded / 2
 
 
@@ -147,18 +176,21 @@ def test_flops_of_a_pass_are_the_compilers():
     f = MODEL.intermediate_size
     heads = MODEL.num_heads * MODEL.head_dim
     unused = 512 * (2 * (3 * d * f + 2 * d * heads) + 4 * 512 * heads)
-    counted = sum(cost_model.forward(MODEL, 512, 512, 512)) - unused
-    found = jax.jit(scored).lower(params, tokens, last).cost_analysis()["flops"]
-    assert counted <= found <= 1.1 * counted  # the compiler counts norms and softmax, too
+    expected = sum(cost_model.forward(MODEL, 512, 512, 512)) - unused
+    compilers = jax.jit(scored).lower(params, tokens, last).cost_analysis()["flops"]
+    assert expected <= compilers <= 1.1 * expected  # the compiler counts norms and softmax too
 
 
-def test_unknown_topologies_are_refused():
-    for name in ("v9:2x2", "v5p", "v5e:3x5x7"):
-        with pytest.raises(ValueError, match=f"(?i)topology.*{name}"):
-            plan.slice_devices(name)
-    for name, slices in (("v5e:0x2", 1), ("v5e:2x2", 0)):
-        with pytest.raises(ValueError, match="has no devices"):
-            plan.slice_devices(name, slices)
+@pytest.mark.parametrize("name", ["v9:2x2", "v5p", "v5e:3x5x7"])
+def test_unknown_topologies_are_refused(name):
+    with pytest.raises(ValueError, match=f"(?i)topology.*{name}"):
+        plan.slice_devices(name)
+
+
+@pytest.mark.parametrize("name, slices", [("v5e:0x2", 1), ("v5e:2x2", 0)])
+def test_topologies_without_devices_are_refused(name, slices):
+    with pytest.raises(ValueError, match="has no devices"):
+        plan.slice_devices(name, slices)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +200,7 @@ def test_unknown_topologies_are_refused():
         (["--json", "nowhere/plan.json"], "nowhere/plan.json: its folder does not exist"),
     ],
 )
-def test_what_cannot_work_is_refused_before_compiling(words, named, capsys):
+def test_impossible_options_are_refused_before_compiling(words, named, capsys):
     assert cli.main(["plan", QUICKSTART, "--topology", "v5e:2x2", *words]) == 2
     assert named in capsys.readouterr().err
 
@@ -213,7 +245,7 @@ FOLDER = {
         ("--rollout.staleness 99", "rollout.staleness=99 must be at most 16"),
     ],
 )
-def test_what_train_refuses_is_not_compiled(words, named, tmp_path, capsys, monkeypatch):
+def test_a_run_that_train_refuses_is_not_compiled(words, named, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plan, "compile_program", None)
     (tmp_path / "config.json").write_text(json.dumps(FOLDER))
     gsm8k = str(pathlib.Path(QUICKSTART).with_name("gsm8k.py"))
@@ -221,23 +253,10 @@ def test_what_train_refuses_is_not_compiled(words, named, tmp_path, capsys, monk
         "--data.path later.jsonl --rollout.samples 2 --algorithm.microbatches 2 "
         "--data.max_prompt_tokens 50 --rollout.max_tokens 50 --rollout.slots 64"
     )
-    assert (
-        cli.main(
-            [
-                "plan",
-                gsm8k,
-                "--topology",
-                "v5e:2x2",
-                "--model.folder",
-                str(tmp_path),
-                *fitting.split(),
-                *words.split(),
-            ]
-        )
-        == 2
-    )
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("dcmdp: ") and named in said
+    command = ["plan", gsm8k, "--topology", "v5e:2x2", "--model.folder", str(tmp_path)]
+    assert cli.main([*command, *fitting.split(), *words.split()]) == 2
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line.startswith("dcmdp: ") and named in last_line
 
 
 @pytest.mark.parametrize(
@@ -254,37 +273,42 @@ def test_what_train_refuses_is_not_compiled(words, named, tmp_path, capsys, monk
         ("--data.task.operations 1", "too few problems to hold out 512"),
     ],
 )
-def test_a_generated_task_is_asked_before_compiling(words, named, capsys, monkeypatch):
+def test_a_generated_task_is_read_before_compiling(words, named, capsys, monkeypatch):
     monkeypatch.setattr(plan, "compile_program", None)
     assert cli.main(["plan", QUICKSTART, "--topology", "v5e:2x2", *words.split()]) == 2
     assert named in capsys.readouterr().err
 
 
-def test_stale_rollouts_are_scored_twice_and_experts_are_read_as_they_are_chosen():
-    """By hand: with 2 of 8 experts a token, 4 slots leave (3/4)^4 of them unread."""
+def test_the_scoring_pass_is_counted_once_or_twice_for_stale_rollouts():
     config = configure(MOE)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:4])
-    scoring = cost_model.scoring(MOE, 4, 128, 2, config, mesh).flops
     stale = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, staleness=1))
-    one, fresh, aged = (
-        cost_model.update(MOE, 4, 128, *rest).flops
-        for rest in ((config, mesh, True), (config, mesh, False), (stale, mesh, False))
-    )
-    assert fresh - one == pytest.approx(scoring) and aged - one == pytest.approx(2 * scoring)
-    alone = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    rollout = dataclasses.replace(config.rollout, tokens_per_dispatch=1)
-    experts = 4 * cost_model.parameters(MOE).experts
 
-    def without_cache(slots):
+    def update(config, one_pass):
+        return cost_model.update(MOE, 4, 128, config, mesh, one_pass).flops
+
+    scoring = cost_model.scoring(MOE, 4, 128, 2, config, mesh).flops
+    assert update(config, False) - update(config, True) == pytest.approx(scoring)
+    assert update(stale, False) - update(config, True) == pytest.approx(2 * scoring)
+
+
+def test_decoding_reads_the_experts_that_are_chosen():
+    """With 2 of 8 experts a token, 4 slots leave (3/4)^4 of them unread."""
+    one_chip = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    rollout = dataclasses.replace(configure(MOE).rollout, tokens_per_dispatch=1)
+
+    def bytes_of_weights(slots):
         position = 2 * MOE.num_layers * MOE.num_kv_heads * MOE.head_dim * 2
-        read = cost_model.decode(MOE, rollout, slots, 128, alone).memory
+        read = cost_model.decode(MOE, rollout, slots, 128, one_chip).memory
         return read - position * (128 - 64 / 2) * slots
 
-    assert without_cache(4) - without_cache(1) == pytest.approx(((1 - 0.75**4) - 0.25) * experts)
+    experts = 4 * cost_model.parameters(MOE).experts
+    expected = ((1 - 0.75**4) - 0.25) * experts
+    assert bytes_of_weights(4) - bytes_of_weights(1) == pytest.approx(expected)
 
 
 def test_links_follow_one_convention():
-    """The sum over a chip's links, one way; a v4 and a v5p have six, a v5e and a v6e four."""
+    """The sum over a chip's links, in one direction: six of a v4 or v5p, four of a v5e or v6e."""
     assert {kind: plan.CHIPS[kind].link for kind in ("v4", "v5p", "v5e", "v6e")} == {
         "v4": 6 * 45e9,
         "v5p": 6 * 100e9,
@@ -299,7 +323,7 @@ def test_a_mesh_that_does_not_fit_is_refused_before_compiling(capsys):
     assert "does not make 4, the number of devices" in capsys.readouterr().err
 
 
-def test_experts_travel_and_weights_are_gathered():
+def test_link_bytes_are_gathered_weights_and_tokens_sent_to_experts():
     """Bytes over the links by hand, for one scoring pass on a mesh of 2 x 2."""
     config = dataclasses.replace(configure(MOE), mesh=MeshConfig(expert=2, fsdp=2))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:4])
@@ -317,12 +341,23 @@ def test_experts_travel_and_weights_are_gathered():
     assert work.link == gathered + sent
 
 
-def test_json_has_what_the_table_shows(tmp_path):
-    item = plan.Compiled(
-        plan.Program("train step", None, cost_model.Work(459e12, 0, 0), 2, 0, "x"), 1, 2, 3, 0.5, ""
-    )
-    made = plan.Plan("v5p:2x2x1", 4, plan.CHIPS["v5p"], 400, (item,))
-    plan.write(made, tmp_path / "plan.json")
+@pytest.fixture
+def small_plan():
+    """Two calls of a program that takes a second each."""
+    work = cost_model.Work(459e12, 0, 0)
+    program = plan.Program("train step", None, work, 2, 0, "x")
+    compiled = plan.Compiled(program, 1, 2, 3, 0.5, "")
+    return plan.Plan("v5p:2x2x1", 4, plan.CHIPS["v5p"], 400, (compiled,))
+
+
+def test_the_record_has_the_figures(small_plan, tmp_path):
+    plan.write(small_plan, tmp_path / "plan.json")
     [row] = json.loads((tmp_path / "plan.json").read_text())["programs"]
     assert row["seconds"] == 1 and row["calls"] == 2 and row["peak"] == 3
-    assert "takes 2 s at the roof, 50 tokens/s a device" in plan.verdict(made)[-1]
+
+
+def test_the_verdict_is_a_roofline_lower_bound(small_plan):
+    assert plan.verdict(small_plan)[-1] == (
+        "a constrained step of 400 sampled tokens takes at least 2 s (roofline lower bound), at "
+        "most 50 tokens/s a device"
+    )
