@@ -1,4 +1,4 @@
-"""The driver alone: slots, queue, faults, and weights that change."""
+"""The driver alone: slots, queue, failures of the engine, and exchanges of weights."""
 
 import itertools
 import queue
@@ -30,57 +30,66 @@ from support.serving import (
 
 @pytest.fixture
 def start():
-    """Makes drivers; whatever happens, they end with every slot free and an empty queue."""
+    """Starts drivers; at the end of a test all slots must be free and the queue empty."""
     drivers = []
 
-    def start(**options):
-        drivers.append(
-            Driver(make_engine(), make_weights(), **{"waiting": 50, "sampling": GREEDY} | options)
-        )
+    def start_driver(**options):
+        options = {"waiting": 50, "sampling": GREEDY} | options
+        drivers.append(Driver(make_engine(), make_weights(), **options))
         return drivers[-1]
 
-    yield start
+    yield start_driver
     for driver in drivers:
         assert driver.stop(timeout=60)
         assert driver.running == driver.waiting == 0
 
 
 def submit(driver, *numbers):
+    """Submits requests for the prompts with these numbers and returns them."""
     listeners = [Listener(number) for number in numbers]
     for listener in listeners:
         driver.submit(listener)
     return listeners
 
 
-def answers(listeners):
+def completions(listeners):
+    """Waits for the completions and returns them."""
     for listener in listeners:
         assert listener.ended.wait(60) and listener.error is None
     return [listener.received for listener in listeners]
 
 
-def test_each_request_has_a_key_of_its_own_which_the_seed_repeats(start):
-    def sample(**options):
-        return answers(submit(start(**options), *[0] * 10))
-
-    first = sample(seed=3, sampling=Sampling())
-    assert first == sample(seed=3, sampling=Sampling()) and first != sample(
-        seed=4, sampling=Sampling()
-    )
-    assert len({tuple(tokens) for tokens in first}) == 10
-    assert sample(sampling=Sampling(temperature=5.0, top_k=1)) == [greedy()[0]] * 10
+def sampled(driver):
+    """Returns ten completions of prompt 0."""
+    return completions(submit(driver, *[0] * 10))
 
 
-def test_stopping_ends_what_was_accepted_and_takes_no_more(start):
+def test_each_request_has_a_key_of_its_own(start):
+    tokens = sampled(start(seed=3, sampling=Sampling()))
+    assert len({tuple(completion) for completion in tokens}) == 10
+
+
+def test_the_seed_repeats_the_completions(start):
+    first = sampled(start(seed=3, sampling=Sampling()))
+    assert first == sampled(start(seed=3, sampling=Sampling()))
+    assert first != sampled(start(seed=4, sampling=Sampling()))
+
+
+def test_the_sampling_options_are_used(start):
+    assert sampled(start(sampling=Sampling(temperature=5.0, top_k=1))) == [greedy()[0]] * 10
+
+
+def test_a_closed_driver_finishes_accepted_requests_and_refuses_others(start):
     driver = start()
     accepted = submit(driver, *range(len(make_prompts())))
     driver.close()
     with pytest.raises(Closed):
         submit(driver, 0)
     assert driver.stop(60) and not driver.live
-    assert answers(accepted) == greedy()
+    assert completions(accepted) == greedy()
 
 
-def test_a_full_queue_counts_those_who_wait_for_an_answer(start, monkeypatch):
+def test_a_cancelled_request_makes_room_in_a_full_queue(start, monkeypatch):
     gate = Gate(monkeypatch, make_engine())
     driver = start(waiting=2)
     accepted = submit(driver, *[0] * (SLOTS + 2))
@@ -90,10 +99,10 @@ def test_a_full_queue_counts_those_who_wait_for_an_answer(start, monkeypatch):
     accepted += submit(driver, 1)
     gate.open.set()
     del accepted[-2]
-    assert answers(accepted) == [greedy()[0]] * (SLOTS + 1) + [greedy()[1]]
+    assert completions(accepted) == [greedy()[0]] * (SLOTS + 1) + [greedy()[1]]
 
 
-def test_a_slot_is_free_one_round_after_its_client_left(start, monkeypatch):
+def test_a_cancelled_requests_slot_is_free_after_one_round(start, monkeypatch):
     gate = Gate(monkeypatch, make_engine())
     first, second = long_prompts()[:2]
     driver = start()
@@ -105,7 +114,7 @@ def test_a_slot_is_free_one_round_after_its_client_left(start, monkeypatch):
     gate.open.set()
     assert driver.stop(60)
     assert len(leaver.received) <= STEPS
-    assert answers([stays, *queued[:2]]) == [greedy()[second], greedy()[0], greedy()[0]]
+    assert completions([stays, *queued[:2]]) == [greedy()[second], greedy()[0], greedy()[0]]
     assert not queued[2].received + queued[3].received
     assert not np.asarray(driver._state.active).any()
 
@@ -113,52 +122,48 @@ def test_a_slot_is_free_one_round_after_its_client_left(start, monkeypatch):
 @pytest.mark.parametrize(
     "method", ["init_decode_state", "prefill", "bulk_insert", "generate", "read"]
 )
-def test_a_fault_fails_the_requests_in_the_slots(start, monkeypatch, method):
+def test_a_failing_engine_fails_the_requests_in_the_slots_alone(start, monkeypatch, method):
     engine = make_engine()
     calls = itertools.count()
     real = getattr(engine, method)
 
     def fails_once(*args, **kwargs):
-        out = real(*args, **kwargs)  # which has taken the state it was given
+        out = real(*args, **kwargs)  # the state is donated before the failure
         return fail() if next(calls) == 0 else out
 
     monkeypatch.setattr(engine, method, fails_once)
     driver = start()
-    (hit,) = submit(driver, 0)
-    assert (
-        hit.ended.wait(60)
-        and isinstance(hit.error, Failed)
-        and "FloatingPointError" in str(hit.error)
-    )
-    assert answers(submit(driver, 0, 1, 2)) == greedy()[:3] and driver.live
+    (failed,) = submit(driver, 0)
+    assert failed.ended.wait(60)
+    assert isinstance(failed.error, Failed) and "FloatingPointError" in str(failed.error)
+    assert completions(submit(driver, 0, 1, 2)) == greedy()[:3] and driver.live
 
 
-def test_a_fault_spares_what_waits(start, monkeypatch):
+def test_a_failing_engine_does_not_fail_waiting_requests(start, monkeypatch):
     engine = make_engine()
     gate = Gate(monkeypatch, engine)
     read = engine.read
-    faults = []
+    failures = []
     driver = start()
 
-    def once_full(result):
-        if driver.running == SLOTS and not faults:
-            faults.append(fail)
+    def fails_once_full(result):
+        if driver.running == SLOTS and not failures:
+            failures.append(result)
             fail()
         return read(result)
 
-    monkeypatch.setattr(engine, "read", once_full)
+    monkeypatch.setattr(engine, "read", fails_once_full)
     requests = submit(driver, *[1] * 3 * SLOTS)
     gate.open.set()
     assert driver.stop(60)
     failed = [request for request in requests if request.error]
     assert len(failed) == SLOTS and all(isinstance(request.error, Failed) for request in failed)
-    assert (
-        answers([request for request in requests if not request.error]) == [greedy()[1]] * 2 * SLOTS
-    )
+    others = [request for request in requests if not request.error]
+    assert completions(others) == [greedy()[1]] * 2 * SLOTS
 
 
 def test_weights_change_between_completions_only(start, monkeypatch):
-    """Every answer is the greedy completion of the one version that it names."""
+    """Every completion is the greedy one of the single version that it names."""
     gate = Gate(monkeypatch, make_engine())
     driver = start()
     numbers = sorted(range(len(make_prompts())), key=lambda i: len(greedy()[i]))
@@ -169,12 +174,10 @@ def test_weights_change_between_completions_only(start, monkeypatch):
     update = threading.Thread(target=driver.update_weights, args=(make_weights(7),))
     update.start()
     until(lambda: driver._next_weights is not None)
-    with pytest.raises(ValueError, match="another exchange of weights is waiting"):
-        driver.update_weights(make_weights(7))
     gate.open.set()
     update.join(60)
     second = submit(driver, *numbers)
-    answers(first + second)
+    completions(first + second)
     for i, request in enumerate(first + second):
         (version,) = request.versions
         assert version == (0 if i < running else 7)
@@ -182,49 +185,84 @@ def test_weights_change_between_completions_only(start, monkeypatch):
     assert running and greedy(0) != greedy(7)
 
 
-def test_damaged_weights_leave_nothing_behind(start):
+def test_a_second_exchange_at_the_same_time_is_refused(start, monkeypatch):
+    gate = Gate(monkeypatch, make_engine())
+    driver = start()
+    submit(driver, 0)
+    until(lambda: gate.calls)
+    update = threading.Thread(target=driver.update_weights, args=(make_weights(7),))
+    update.start()
+    until(lambda: driver._next_weights is not None)
+    with pytest.raises(ValueError, match="another exchange of weights is waiting"):
+        driver.update_weights(make_weights(7))
+    gate.open.set()
+    update.join(60)
+
+
+def damaged_weights():
+    good = make_weights(0)
+    return good._replace(params=jax.tree.map(lambda w: w * jnp.nan, good.params))
+
+
+def test_weights_that_are_not_finite_are_refused(start):
+    with pytest.raises(ValueError, match="the new weights hold NaN or an infinite number"):
+        start().update_weights(damaged_weights()._replace(finite=False))
+
+
+def test_damaged_weights_leave_nothing_in_the_cache(start):
     """NaN keys and values stay in a slot past the next sequence's end, where a mask alone does not
     stop them.
     """
     driver = start()
-    good = make_weights(0)
-    damaged = good._replace(params=jax.tree.map(lambda w: w * jnp.nan, good.params))
-    with pytest.raises(ValueError, match="the new weights hold NaN or an infinite number"):
-        driver.update_weights(damaged._replace(finite=False))
-    driver.update_weights(damaged)
+    driver.update_weights(damaged_weights())  # marked as finite
     for request in submit(driver, *range(8)):
         until(lambda request=request: request.error)
-        assert isinstance(request.error, Failed) and not request.received, "no id is made up"
-    driver.update_weights(good)
-    assert answers(submit(driver, *range(8))) == greedy()[:8]
+        assert isinstance(request.error, Failed) and not request.received
+    driver.update_weights(make_weights(0))
+    assert completions(submit(driver, *range(8))) == greedy()[:8]
 
 
-def test_weights_that_do_not_arrive_leave_the_old_ones_serving(start, monkeypatch):
+def test_weights_of_another_shape_are_refused(start):
     new = make_weights(7)
-    driver = start()
     with pytest.raises(ValueError, match="not shaped as those that serve"):
-        driver.update_weights(new._replace(params={"embed": new.params["embed"]}))
-    gone = new._replace(params=jax.tree.map(lambda w: w + 0, new.params))
-    jax.tree.leaves(gone.params)[0].delete()  # as donating it to a training step does
-    with pytest.raises(RuntimeError, match="deleted"):
-        driver.update_weights(gone)
+        start().update_weights(new._replace(params={"embed": new.params["embed"]}))
 
+
+def test_weights_that_were_deleted_are_refused(start):
+    """Donating them to a training step deletes them."""
+    new = make_weights(7)
+    deleted = new._replace(params=jax.tree.map(lambda w: w + 0, new.params))
+    jax.tree.leaves(deleted.params)[0].delete()
+    with pytest.raises(RuntimeError, match="deleted"):
+        start().update_weights(deleted)
+
+
+def test_an_interrupted_exchange_leaves_the_old_weights(start, monkeypatch):
+    driver = start()
     gate = Gate(monkeypatch, make_engine())
-    held = submit(driver, 1)
+    running = submit(driver, 1)
     until(lambda: gate.calls)
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, 0.2)
     try:
         with pytest.raises(KeyboardInterrupt):
-            driver.update_weights(new)
+            driver.update_weights(make_weights(7))
     finally:
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous)
     gate.open.set()
-    held += submit(driver, 2)
-    assert answers(held) == greedy()[1:3] and held[0].versions == held[1].versions == {0}
+    requests = running + submit(driver, 2)
+    assert completions(requests) == greedy()[1:3]
+    assert all(request.versions == {0} for request in requests)
 
-    driver.update_weights(new)
-    assert answers(submit(driver, 1)) == [greedy(7)[1]]
+
+def test_new_weights_serve_after_an_exchange(start):
+    driver = start()
+    driver.update_weights(make_weights(7))
+    assert completions(submit(driver, 1)) == [greedy(7)[1]]
+
+
+def test_a_closed_driver_refuses_new_weights(start):
+    driver = start()
     driver.close()
     with pytest.raises(Closed):
         driver.update_weights(make_weights(0))

@@ -1,12 +1,11 @@
-"""The launch recipes, as far as they go without a TPU: parsed, dry-run, and speaking of options
-that exist.
-"""
+"""The launch recipes, as far as they go without a TPU: parsed, run dry, with options that exist."""
 
 import os
 import pathlib
 import shlex
 import subprocess
 
+import pytest
 import yaml
 
 from dcmdp_jax.cli.fields import overrides
@@ -25,9 +24,10 @@ def dry_run(*arguments):
     )
 
 
-def test_the_script_is_sound_and_quotes_what_it_is_given(tmp_path):
-    subprocess.run(["bash", "-n", SCRIPT], check=True)
-    done = dry_run(
+@pytest.fixture
+def launched():
+    """The dry run of a training command with quotes in its arguments."""
+    return dry_run(
         "pod",
         "us-east5-a",
         "experiments/pods/dcgrpo_8b_bf16.py",
@@ -36,13 +36,23 @@ def test_the_script_is_sound_and_quotes_what_it_is_given(tmp_path):
         "--model.folder",
         "a folder's name",
     )
-    assert done.returncode == 0 and done.stdout.startswith(
+
+
+def test_the_script_is_valid_bash():
+    subprocess.run(["bash", "-n", SCRIPT], check=True)
+
+
+def test_the_command_goes_to_all_workers(launched):
+    assert launched.returncode == 0
+    assert launched.stdout.startswith(
         "gcloud compute tpus tpu-vm ssh pod --zone us-east5-a --worker=all --command set -e"
     )
-    script = done.stdout.split("--command ", 1)[1]
+
+
+def test_the_command_on_the_workers_is_valid_bash_and_quotes_its_arguments(launched):
+    script = launched.stdout.split("--command ", 1)[1]
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    last = shlex.split(script.strip().splitlines()[-1])
-    assert last == [
+    assert shlex.split(script.strip().splitlines()[-1]) == [
         "exec",
         ".venv/bin/dcmdp",
         "train",
@@ -53,31 +63,37 @@ def test_the_script_is_sound_and_quotes_what_it_is_given(tmp_path):
         "a folder's name",
         "--distributed",
     ]
+
+
+def test_a_missing_workdir_is_named():
     refused = dry_run("pod", "us-east5-a", "experiments/pods/dcgrpo_8b_bf16.py")
     assert refused.returncode == 2 and "give --workdir" in refused.stderr
+
+
+def test_missing_arguments_are_refused():
     assert dry_run("pod").returncode == 2
 
 
-def test_the_manifest_starts_what_the_command_line_takes(monkeypatch):
-    monkeypatch.chdir(ROOT)
+@pytest.fixture
+def pod():
+    """The pod of the manifest's one job."""
     manifest = yaml.safe_load((ROOT / "experiments" / "pods" / "jobset.yaml").read_text())
     [job] = manifest["spec"]["replicatedJobs"]
-    pod = job["template"]["spec"]
+    return job["template"]["spec"]
+
+
+def test_the_manifest_runs_a_distributed_training_with_valid_options(pod, monkeypatch):
+    monkeypatch.chdir(ROOT)
     [container] = pod["template"]["spec"]["containers"]
     program, command, experiment, *options = container["command"]
-    assert (program, command) == ("dcmdp", "train") and "--distributed" in options
-    fields = overrides(
-        [
-            word
-            for word in options
-            if word not in ("--distributed",)
-            and not word.startswith("--workdir")
-            and word != "/bucket/runs/dcgrpo_8b_bf16"
-        ]
-    )
-    override(load_experiment(experiment), fields)
-    assert (
-        pod["parallelism"]
-        == pod["completions"]
-        == 4 * 4 * 4 // container["resources"]["limits"]["google.com/tpu"]
-    )
+    assert (program, command) == ("dcmdp", "train")
+    options.remove("--distributed")
+    workdir = options.index("--workdir")
+    del options[workdir : workdir + 2]
+    override(load_experiment(experiment), overrides(options))
+
+
+def test_the_manifest_starts_a_process_for_each_host_of_the_slice(pod):
+    [container] = pod["template"]["spec"]["containers"]
+    chips_of_a_host = container["resources"]["limits"]["google.com/tpu"]
+    assert pod["parallelism"] == pod["completions"] == 4 * 4 * 4 // chips_of_a_host
