@@ -233,7 +233,7 @@ FOLDER = {
         ),
         ("--rollout.devices 3", "rollout.slots=64 does not divide over the mesh's 3 batch shards"),
         ("--rollout.devices 5", "rollout.devices=5 are more than the 4 there are"),
-        ("--mesh.tensor 4", "kv_heads axis of size 2 does not divide over mesh.tensor=4"),
+        ("--mesh.tensor 4", "kv_heads axis of size 2 does not divide over --mesh.tensor=4"),
         (
             "--rollout.precision.experts_per_token 2",
             "precision.experts_per_token=2 must lie in 1..0",
@@ -268,7 +268,7 @@ def test_a_run_that_train_refuses_is_not_compiled(words, named, tmp_path, capsys
         ),
         (
             "--data.max_prompt_tokens 5",
-            "a prompt has 12 tokens, more than data.max_prompt_tokens=5",
+            "a prompt has 12 tokens, more than --data.max_prompt_tokens=5",
         ),
         ("--data.task.operations 1", "too few problems to hold out 512"),
     ],
