@@ -1,4 +1,4 @@
-"""Light core; the extras add what sampling, training, accelerators, reports and tests need."""
+"""The package: a light core, and extras for sampling, training, accelerators, reports and tests."""
 
 import pathlib
 
@@ -36,6 +36,7 @@ TEST = [
     "libtpu==0.0.52",
     "pyyaml",
 ]
+LINT = ["ruff==0.17.6", "mypy==2.4.1"]
 
 setup(
     name="dcmdp-jax",
@@ -45,6 +46,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["dcmdp_jax", "dcmdp_jax.*"]),
+    package_data={"dcmdp_jax": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=["jax>=0.10", "flax>=0.12", "optax>=0.2.8", "numpy>=2", "safetensors>=0.6"],
     extras_require={
@@ -52,9 +54,10 @@ setup(
         "jetstream": JETSTREAM,  # resolves TensorFlow as well; requirements.txt does without
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
-        "answers": ANSWERS,  # what the reader cannot read is judged by it
+        "answers": ANSWERS,  # judges what our own reader of answers cannot read
         "report": REPORT,
         "test": [*ANSWERS, *TEST],
+        "lint": LINT,
         "all": [*JETSTREAM, *ANSWERS, *REPORT, *TEST],
     },
     entry_points={"console_scripts": ["dcmdp=dcmdp_jax.cli:main"]},
