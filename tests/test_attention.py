@@ -9,6 +9,8 @@ import pytest
 
 from dcmdp_jax.models.kernels import attention
 
+pytestmark = pytest.mark.full
+
 HEADS = 2
 GROUP = 3
 WIDTH = 8

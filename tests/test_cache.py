@@ -16,6 +16,8 @@ from dcmdp_jax.models.kernels import attention
 from dcmdp_jax.models.quantized import Quantized
 from support.random_params import random_params
 
+pytestmark = pytest.mark.full
+
 WINDOW = 16
 SLOTS = 4
 LENGTH = 24

@@ -16,7 +16,7 @@ from dcmdp_jax.tools import parity
 from support import training
 from support.training import QUICKSTART, rows
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.full]
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from dcmdp_jax.records import Sampling
 from dcmdp_jax.tools import complete
 from support.engines import DENSE, make_params
 
+pytestmark = pytest.mark.full
+
 TOKENIZER = tokenizer.CharacterTokenizer("".join(chr(ord("A") + i) for i in range(35)))
 PROMPTS = ["ABC", "B", "CAB", "DD", "E"]
 OPTIONS = {

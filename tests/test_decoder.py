@@ -20,6 +20,8 @@ pytest.importorskip("transformers")
 
 from support import reference_hf  # noqa: E402
 
+pytestmark = pytest.mark.full
+
 LOGITS = jax.jit(decoder.logits, static_argnames="config")
 TOLERANCE = 2e-5  # absolute, float32
 

@@ -19,7 +19,7 @@ from dcmdp_jax.run_record import to_json
 from dcmdp_jax.tools import diagnose, parity
 from support.mismatch import EXPERTS, FLOAT, command, make_run, sampled, sharp, tiny
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.full]
 SMALL = {
     "rollout.samples": 3,
     "rollout.slots": 5,

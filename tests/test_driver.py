@@ -27,6 +27,8 @@ from support.serving import (
     until,
 )
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture
 def start():

@@ -34,6 +34,8 @@ from support.engines import (
     scored,
 )
 
+pytestmark = pytest.mark.full
+
 MODELS = pytest.mark.parametrize("model", [DENSE, MOE], ids=["dense", "moe"])
 
 

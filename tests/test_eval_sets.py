@@ -21,6 +21,8 @@ from support import own_data
 from support.random_params import random_params
 from support.rollouts import make_rollout
 
+pytestmark = pytest.mark.full
+
 TEXT = tokenizer.CharacterTokenizer("0123456789\\boxed{}+-*/= ?")
 MODEL = ModelConfig(
     vocab_size=32,

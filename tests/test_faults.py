@@ -82,7 +82,7 @@ CHILD = (sys.executable, "-c", MAIN)
 # No file of this child may grow past a size, as none can on a full disk.
 FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); "
 DEVICES = jax.devices()
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.full]
 
 
 def environment() -> dict[str, str]:

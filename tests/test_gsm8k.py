@@ -9,6 +9,8 @@ import pytest
 from dcmdp_jax import cli
 from support import own_data
 
+pytestmark = pytest.mark.full
+
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = [
     "--steps",

@@ -23,6 +23,8 @@ from dcmdp_jax import constraint  # noqa: E402
 from dcmdp_jax.models import decoder  # noqa: E402
 from dcmdp_jax.models.quantized import quantize  # noqa: E402
 
+pytestmark = pytest.mark.full
+
 
 @pytest.mark.parametrize("kinds", [2, 3])
 def test_every_spelling_of_a_right_solution_is_right_and_no_other(kinds):

@@ -10,6 +10,8 @@ import pytest
 
 from dcmdp_jax.models import layers, moe, quantized, sizes
 
+pytestmark = pytest.mark.full
+
 CONFIG = dataclasses.replace(sizes.TINY_MOE, hidden_size=12, num_experts=5, expert_size=7)
 
 

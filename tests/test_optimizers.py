@@ -11,6 +11,8 @@ import pytest
 from dcmdp_jax import optimizers, sharding, step
 from support.steps import MODEL, make_config, make_scored, run
 
+pytestmark = pytest.mark.full
+
 
 def rate_of(algorithm):
     return lambda count: (

@@ -22,7 +22,7 @@ from support.mismatch import (
 )
 
 DEVICES = jax.devices()
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.full]
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ from dcmdp_jax.models import decoder
 from dcmdp_jax.tools import cost_model, plan
 from support.steps import make_config
 
+pytestmark = pytest.mark.full
+
 MODEL = ModelConfig(
     vocab_size=512,
     hidden_size=128,

@@ -19,6 +19,8 @@ from dcmdp_jax import calibrate, checkpoint, cli, sharding, step
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.experiment import load_experiment
 
+pytestmark = pytest.mark.full
+
 EXPERIMENT = str(pathlib.Path(__file__).parent / "support" / "hosts_experiment.py")
 MAIN = "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"
 FLAGS = (

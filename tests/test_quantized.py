@@ -14,6 +14,8 @@ from dcmdp_jax.config import MeshConfig
 from dcmdp_jax.models import quantized
 from dcmdp_jax.models.quantized import Quantized
 
+pytestmark = pytest.mark.full
+
 FORMATS = list(quantized.LARGEST)
 BITS = {"int8": 8, "int4": 4, "float8_e4m3fn": 8, "float8_e5m2": 8, "nf4": 4}
 # appendix E of arXiv 2305.14314

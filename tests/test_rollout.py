@@ -24,6 +24,8 @@ from support.engines import (
     scored,
 )
 
+pytestmark = pytest.mark.full
+
 TEXT = tokenizer.CharacterTokenizer("".join(chr(ord("A") + i) for i in range(35)))
 
 

@@ -10,6 +10,8 @@ from dcmdp_jax.rollout.jetstream import JetStreamSampler
 from dcmdp_jax.stopping import Interrupted
 from support.engines import DENSE, G, P, T, make_params, make_prompts
 
+pytestmark = pytest.mark.full
+
 TEXT = tokenizer.CharacterTokenizer("".join(chr(ord("A") + i) for i in range(35)))
 
 

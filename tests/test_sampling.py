@@ -10,6 +10,8 @@ import pytest
 from dcmdp_jax.records import Sampling
 from dcmdp_jax.rollout import sampling
 
+pytestmark = pytest.mark.full
+
 draw = jax.jit(sampling.sample)
 
 

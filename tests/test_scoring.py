@@ -11,6 +11,8 @@ from dcmdp_jax.models import decoder, sizes
 from dcmdp_jax.models.kernels import scoring
 from support.random_params import random_params
 
+pytestmark = pytest.mark.full
+
 ROWS = 3
 COLUMNS = 7  # 21 positions, no multiple of any tile
 

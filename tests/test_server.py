@@ -29,6 +29,8 @@ from support.serving import (
     tokens_request,
 )
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -42,6 +42,8 @@ from support.serving import (
     until,
 )
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def loop():

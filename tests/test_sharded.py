@@ -17,6 +17,8 @@ from dcmdp_jax.models.kernels import dispatch, scoring
 from support.random_params import random_params
 from support.steps import assert_close, make_config, make_scored, run
 
+pytestmark = pytest.mark.full
+
 DENSE = ModelConfig(
     vocab_size=32,
     hidden_size=16,

@@ -14,6 +14,8 @@ from dcmdp_jax.config import MeshConfig
 from dcmdp_jax.models.kernels import splash
 from dcmdp_jax.models.kernels.attention import attention
 
+pytestmark = pytest.mark.full
+
 
 def plain(q, k, v, segment_ids):
     index = jnp.arange(segment_ids.shape[1])

@@ -10,6 +10,8 @@ from dcmdp_jax import sharding, step, sync, train
 from dcmdp_jax.checkpoint import Checkpoints
 from support.training import assert_same_run, rows, tiny
 
+pytestmark = pytest.mark.full
+
 STALE = {
     "rollout.precision.weights": "float32",
     "rollout.staleness": 2,

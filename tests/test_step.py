@@ -32,6 +32,8 @@ from support.steps import (
     run,
 )
 
+pytestmark = pytest.mark.full
+
 forward = jax.jit(decoder.logits, static_argnums=2)
 
 

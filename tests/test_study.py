@@ -11,6 +11,8 @@ import pytest
 
 from dcmdp_jax.tools import study
 
+pytestmark = pytest.mark.full
+
 ROOT = pathlib.Path(__file__).parents[1]
 STUDIES = sorted(
     path for path in ROOT.glob("experiments/laptop/*.py") if "STUDY = " in path.read_text()

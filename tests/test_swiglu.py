@@ -10,6 +10,8 @@ import pytest
 
 from dcmdp_jax.models.kernels import swiglu
 
+pytestmark = pytest.mark.full
+
 D = 6
 F = 10
 

@@ -15,6 +15,8 @@ from dcmdp_jax.models import decoder, sizes
 from dcmdp_jax.models.quantized import LARGEST, Quantized, quantize
 from support.random_params import random_params
 
+pytestmark = pytest.mark.full
+
 DENSE = dataclasses.replace(sizes.TINY, attention_bias=True)  # tied embeddings
 MOE = sizes.TINY_MOE
 MODELS = pytest.mark.parametrize("model", [DENSE, MOE], ids=["dense", "moe"])

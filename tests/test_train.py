@@ -29,7 +29,7 @@ from support.training import (
     tiny,
 )
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.full]
 
 
 @pytest.fixture
