@@ -1,6 +1,5 @@
-"""Eight simulated CPU devices for every test, set before JAX reads its environment.
-
-And programs shared by all.
+"""Sets eight simulated CPU devices and one compilation cache before JAX reads its environment, and
+holds the fixtures that several files use.
 """
 
 import contextlib
@@ -10,24 +9,24 @@ import tempfile
 import pytest
 from hypothesis import settings
 
-# On a shared machine an example may wait; the tests that bound a time do so themselves.
+# An example may be slow on a busy machine. Tests that bound a time do so themselves.
 settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of a test's time is compilation; the cheaper passes of LLVM are enough for shapes this small.
+# Compilation takes most of a test's time, and shapes this small need no optimization.
 _FLAGS = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1 "
     "--xla_llvm_disable_expensive_passes=true"
 )
 if _FLAGS not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
-# Tests train the same few models over and over: what one has compiled, the others, their workers
-# and their children read.
-_COMPILED = None
+# Tests train the same few models again and again. All processes of a session share what they have
+# compiled.
+_CACHE = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _COMPILED = tempfile.TemporaryDirectory(prefix="dcmdp-tests-")
+    _CACHE = tempfile.TemporaryDirectory(prefix="dcmdp-tests-")
     os.environ |= {
-        "JAX_COMPILATION_CACHE_DIR": _COMPILED.name,
+        "JAX_COMPILATION_CACHE_DIR": _CACHE.name,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
     }
 
@@ -37,22 +36,22 @@ from support import own_data  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def folder_of_its_own():
-    """A test sees no run of the directory that pytest was started in, and leaves none there."""
+def temporary_working_directory():
+    """Runs every test in an empty directory, so that it neither sees nor leaves a run elsewhere."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         yield
 
 
 @pytest.fixture
 def one_device(monkeypatch):
-    """A run takes every device; here it gets one, so that a step compiles quickly."""
+    """Leaves one device, so that a run, which takes all, compiles quickly."""
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *args: devices)
 
 
 @pytest.fixture(scope="session", params=own_data.TOKENIZERS)
 def chat_folder(request, tmp_path_factory):
-    """A folder with tokenizer.json and chat_template.jinja: our own, and Qwen3's."""
+    """Returns a folder with tokenizer.json and chat_template.jinja: our own, or Qwen3's."""
     if request.param == "qwen3":
         return own_data.SHARED / "qwen3_tokenizer"
     return own_data.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
@@ -60,16 +59,16 @@ def chat_folder(request, tmp_path_factory):
 
 @pytest.fixture(scope="session", params=own_data.ROOTS)
 def data_root(request, tmp_path_factory):
-    """A folder with math_eval/ and gsm8k/: our own dozen rows each, and the published ones."""
+    """Returns a folder with math_eval/ and gsm8k/: our own dozen rows each, or the published ones."""
     if request.param == "published":
         return own_data.SHARED
     return own_data.write_sets(tmp_path_factory.mktemp("sets"))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def forget_programs():
-    """A process may map 65,530 areas of memory, and a worker that keeps every file's programs is
-    ended by LLVM past that.
+def clear_compiled_programs():
+    """Drops the compiled programs of a file at its end: LLVM ends a process that maps more than
+    65,530 areas of memory.
     """
     yield
     jax.clear_caches()

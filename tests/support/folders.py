@@ -4,7 +4,7 @@ import json
 
 
 def edit(folder, **changes):
-    """Sets keys of its config.json, or takes out those that are to "drop"."""
+    """Sets keys of config.json; the value "drop" removes a key."""
     raw = json.loads((folder / "config.json").read_text())
-    kept = {name: value for name, value in (raw | changes).items() if value != "drop"}
-    (folder / "config.json").write_text(json.dumps(kept))
+    remaining = {name: value for name, value in (raw | changes).items() if value != "drop"}
+    (folder / "config.json").write_text(json.dumps(remaining))

@@ -22,12 +22,12 @@ OPTIONS = {"model.architecture.num_layers": 2, "rollout.temperature": 0.8, "warm
 
 
 def tiny(**changes):
-    """The quickstart, smaller: an int4 engine."""
+    """Returns the tiny quickstart with two layers and no warm-up."""
     return training.tiny(**OPTIONS | changes)
 
 
 def sharp(model):
-    """A policy far from uniform, so that a wrong log-prob shows."""
+    """Returns weights far from uniform, so that a wrong log-prob shows."""
     return parity.TrainerWeights(random_params(model, 0.3, norms=1.0), 3, "random")
 
 

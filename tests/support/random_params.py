@@ -1,5 +1,5 @@
-"""Parameters at random without compiling the initialiser: every leaf differs from its default,
-norms and biases too.
+"""Random parameters without compiling the initialiser. Norms and biases differ from their defaults
+too.
 """
 
 import jax
@@ -13,8 +13,8 @@ from dcmdp_jax.models import decoder
 def random_params(
     config: ModelConfig, scale: float = 1.0, dtype=jnp.float32, norms: float | None = None
 ) -> dict:
-    """Normal numbers times `scale`; with `norms`, the scales of norms are that plus a tenth of a
-    normal number.
+    """Returns normal numbers times `scale`; the scales of norms are `norms` plus a tenth of a normal
+    number, if `norms` is set.
     """
     rng = np.random.default_rng(0)
 

@@ -8,7 +8,7 @@ from dcmdp_jax.records import Prompts, Rollout, Sampling
 def make_rollout(
     prompts: Prompts, tokens, lengths, rollout_logp, stopped, temperature=1.0
 ) -> Rollout:
-    """Sampled at once, from the whole vocabulary, by the weights of step 0; a stopped one ends with
+    """Returns a rollout by the weights of step 0, from the full support. Stopped completions end with
     a stop token.
     """
     tokens = np.asarray(tokens, np.int32)

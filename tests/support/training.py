@@ -1,4 +1,4 @@
-"""The quickstart, tiny: as a configuration, as a command, and what a run of it leaves."""
+"""A tiny quickstart, as a configuration and as a command, and readers of what its run leaves."""
 
 import json
 import pathlib
@@ -45,7 +45,7 @@ def tiny(**changes):
 
 
 def words(**changes):
-    """The options as a command line has them."""
+    """Returns the options as words of a command line."""
     return [word for name, value in options(**changes).items() for word in (f"--{name}", value)]
 
 
@@ -67,7 +67,7 @@ def rows(workdir):
 
 
 def saved(workdir, run):
-    """Everything in the newest checkpoint, as NumPy."""
+    """Returns the newest checkpoint as NumPy, and the position in the data."""
     inputs = train.read_inputs(run)
     checkpoints = Checkpoints(workdir, 2)
     state = train._restore(checkpoints, run, inputs)
