@@ -1,3 +1,1 @@
-"""Whether two mathematical answers are equal: read, compared at a bounded cost, judged in a process
-of its own.
-"""
+"""Compares mathematical answers: finds, reads and compares them at a bounded cost."""

@@ -1,4 +1,4 @@
-"""Whether an answer has anything left to compute."""
+"""Decides whether an answer has anything left to compute."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from dcmdp_jax.answers.work import Unreadable
 
 _CONSTANTS = (r"\pi", "e", "i", r"\infty")
 _TO_TENS = ("pow", ("num", Fraction(10)))
-LARGEST_RADICAND = 10**6  # whose square factors are looked for
+MAX_RADICAND = 10**6  # of a root that is checked for square factors
 
 
 def is_computed(text: str) -> bool:
-    r"""True if an answer has nothing left to compute.
+    r"""Returns True if an answer has nothing left to compute.
 
-    So it is with numbers, fractions and powers of ten behind a number, whatever their type face or
-    unit; with names, words and choices; with constants and roots in lowest terms, such as `\pi/2`
-    and `1 + 2\sqrt{3}`; and with lists, sets, tuples, intervals and relations of such, of an
-    equation the last side or a number on the first. Not so with `2 + 2`, `2^{10}`, `\sqrt{4}` and
-    `(x+1)(x-1)`. What cannot be read has.
+    That is so for numbers, fractions and powers of ten after a number, in any typeface and with any
+    unit; for names, words and choices; for constants and roots in lowest terms, such as `\pi/2` and
+    `1 + 2\sqrt{3}`; for lists, sets, tuples, intervals and relations of these. Of an equation the
+    last side counts, or a number on the first. It is not so for `2 + 2`, `2^{10}`, `\sqrt{4}` and
+    `(x+1)(x-1)`, nor for what cannot be read.
     """
     try:
         return _is_computed(read(text))
@@ -30,8 +30,9 @@ def is_computed(text: str) -> bool:
 
 
 def is_number(text: str) -> bool:
-    r"""True if an answer is one number with nothing left to compute, with a name or a unit or
-    without; no root and no constant."""
+    """Returns True if an answer is one number, with or without a name or a unit, but no root and no
+    constant.
+    """
     try:
         node = read(text)
     except Unreadable:
@@ -40,6 +41,7 @@ def is_number(text: str) -> bool:
 
 
 def _is_number(node: Node) -> bool:
+    """Returns True for a number, a fraction, or a number times a power of ten."""
     while node[0] in ("quantity", "percent", "neg"):
         node = node[1]
     tens = node[0] == "mul" and len(node) == 3 and node[2][:2] == _TO_TENS  # 1.5 \times 10^3
@@ -48,6 +50,7 @@ def _is_number(node: Node) -> bool:
 
 
 def _is_computed(node: Node) -> bool:
+    """Returns True if a tree has nothing left to compute."""
     kind, *parts = node
     if kind in ("text", "reals", "clock"):
         return True
@@ -74,8 +77,9 @@ def _is_computed(node: Node) -> bool:
 
 
 def _is_in_lowest_terms(node: Node) -> bool:
-    """True of a term, or of a sum of terms of which no two can be added, over a whole number or
-    not."""
+    """Returns True for a term, or a sum of terms of which no two can be added, possibly over an
+    integer.
+    """
     if node[0] == "div" and node[2][0] == "num" and node[1][0] == "add":
         node = node[1]
     if node[0] in ("neg", "pm", "mp"):
@@ -93,8 +97,10 @@ def _is_in_lowest_terms(node: Node) -> bool:
 
 
 def _term(node: Node) -> frozenset[Node] | None:
-    """What a term is a multiple of: constants, a root, variables, or nothing; None where there is
-    something to compute."""
+    """Returns what a term is a multiple of: constants, a root, variables, or nothing.
+
+    Returns None if there is something left to compute.
+    """
     over, under, others = _factors(node)
     if None in others or over > 1 or under > 1:
         return None
@@ -109,8 +115,10 @@ def _term(node: Node) -> frozenset[Node] | None:
 
 
 def _factors(node: Node) -> tuple[int, int, list[Node | None]]:
-    """How many numbers a product has, how many it is divided by, and its other factors; None for
-    one to be computed."""
+    """Returns how many numbers a product has, how many divide it, and its other factors.
+
+    A factor that is still to be computed is None.
+    """
     kind, *parts = node
     if kind == "num":
         return 1, 0, []
@@ -130,14 +138,13 @@ def _factors(node: Node) -> tuple[int, int, list[Node | None]]:
         constant = parts[1][0] == "var" and parts[1][1] in _CONSTANTS
         return over, under, [*others, ("div", parts[1]) if constant else None]
     if kind == "mul":
-        found = [_factors(part) for part in parts]
-        over, under, others = zip(*found)
+        over, under, others = zip(*map(_factors, parts))
         return sum(over), sum(under), [factor for part in others for factor in part]
     return 0, 0, [None]
 
 
 def _is_simple_root(degree: Node, inside: Node) -> bool:
-    """True of the root of a whole number, or of a variable, from which no factor can be drawn."""
+    """Returns True for the root of an integer or a variable that does not simplify."""
     if inside[0] == "var":
         return True
     if not inside[0] == degree[0] == "num":
@@ -146,7 +153,7 @@ def _is_simple_root(degree: Node, inside: Node) -> bool:
         return False
     n = int(inside[1])
     power = int(degree[1])
-    if not 2 <= power <= 20 or not 2 <= n <= LARGEST_RADICAND:
+    if not 2 <= power <= 20 or not 2 <= n <= MAX_RADICAND:
         return False
     factors = itertools.takewhile(lambda factor: factor**power <= n, itertools.count(2))
     return all(n % factor**power for factor in factors)

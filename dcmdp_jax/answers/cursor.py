@@ -1,4 +1,4 @@
-"""The tokens of an answer and the place that a reader has come to."""
+"""A position in the tokens of an answer: what every reader needs."""
 
 from __future__ import annotations
 
@@ -8,88 +8,100 @@ from collections.abc import Callable
 from dcmdp_jax.answers.tokens import Token, split
 from dcmdp_jax.answers.work import Unreadable, Work
 
-DEEPEST = 100  # calls of a reader's own; three or four for a bracket in a bracket
+MAX_DEPTH = 100  # nested calls; a bracket inside a bracket takes three or four
 
 Node = tuple
 
 
-def counted(method: Callable) -> Callable:
-    """Bounds how deep a reader's methods call each other."""
+def bounded_depth(method: Callable) -> Callable:
+    """Decorates a reader's method: raises Unreadable if such calls nest more than MAX_DEPTH deep."""
 
     @functools.wraps(method)
     def bounded(self, *arguments):
         self.depth += 1
-        if self.depth > DEEPEST:
+        if self.depth > MAX_DEPTH:
             raise Unreadable("too deep")
-        found = method(self, *arguments)
+        node = method(self, *arguments)
         self.depth -= 1
-        return found
+        return node
 
     return bounded
 
 
 class Cursor:
-    """The place in an answer's tokens, the depth of calls, and the work done."""
+    """The tokens of an answer, the position in them, the depth of calls, and the work done."""
 
     def __init__(self, text: str, work: Work):
         self.work = work
         work.spend(len(text))
         self.tokens = split(text)
         work.spend(5 * len(self.tokens))
-        self.at = 0
+        self.position = 0
         self.depth = 0
-        self.worded = True  # units may follow a value here
+        self.units_allowed = True  # after a value
 
     def peek(self, ahead: int = 0) -> str:
-        """The next token's text; "" at the end."""
-        return self.tokens[self.at + ahead].text if self.at + ahead < len(self.tokens) else ""
+        """Returns the text of the token `ahead` places on, or an empty string past the end."""
+        return (
+            self.tokens[self.position + ahead].text
+            if self.position + ahead < len(self.tokens)
+            else ""
+        )
 
     def kind(self, ahead: int = 0) -> str:
-        return self.tokens[self.at + ahead].kind if 0 <= self.at + ahead < len(self.tokens) else ""
+        """Returns the kind of the token `ahead` places on, or an empty string outside the answer."""
+        return (
+            self.tokens[self.position + ahead].kind
+            if 0 <= self.position + ahead < len(self.tokens)
+            else ""
+        )
 
     def spaced(self, ahead: int = 0) -> bool:
-        return self.tokens[self.at + ahead].spaced
+        """Returns True if a space precedes the token `ahead` places on."""
+        return self.tokens[self.position + ahead].spaced
 
     def take(self, *wanted: str) -> str:
-        """Takes the next token if it is one of `wanted`, else returns ""."""
+        """Takes the next token if it is one of `wanted` and returns its text, else an empty string."""
         if self.peek() and self.peek() in wanted:
-            self.at += 1
-            return self.tokens[self.at - 1].text
+            self.position += 1
+            return self.tokens[self.position - 1].text
         return ""
 
-    def need(self, *wanted: str) -> str:
-        if not (found := self.take(*wanted)):
-            raise Unreadable(f"wants {wanted[0]}")
-        return found
+    def expect(self, *wanted: str) -> str:
+        """Takes the next token, which must be one of `wanted`. Raises Unreadable otherwise."""
+        text = self.take(*wanted)
+        if not text:
+            raise Unreadable(f"expects {wanted[0]}")
+        return text
 
-    def says(self, *words: str) -> str:
-        """Takes one of these words, also where it is set upright."""
+    def take_word(self, *words: str) -> str:
+        """Takes the next token if it is one of these words, upright or not, as `take` does."""
         return self.take(*words) if self.kind() in ("word", "name") else ""
 
     def raw(self) -> str:
-        """The text in the braces that follow, or of the next token, as it is written."""
+        """Takes the next token, or the contents of the braces that follow, and returns the text."""
         if not self.take("{"):
             return self.take(self.peek())
         depth = 1
-        start = self.at
+        start = self.position
         while depth:
-            if self.at >= len(self.tokens):
+            if self.position >= len(self.tokens):
                 raise Unreadable("braces do not end")
             depth += {"{": 1, "}": -1}.get(self.peek(), 0)
-            self.at += 1
-        return "".join(token.text for token in self.tokens[start : self.at - 1])
+            self.position += 1
+        return "".join(token.text for token in self.tokens[start : self.position - 1])
 
-    def cut(self, length: int) -> None:
-        """Makes two tokens of the next one, if it is longer than `length` characters."""
-        kind, text, spaced = self.tokens[self.at]
+    def split_token(self, length: int) -> None:
+        """Splits the next token in two if it is longer than `length` characters."""
+        kind, text, spaced = self.tokens[self.position]
         if len(text) > length:
             halves = Token(kind, text[:length], spaced), Token(kind, text[length:], False)
-            self.tokens[self.at : self.at + 1] = halves
+            self.tokens[self.position : self.position + 1] = halves
 
-    def unworded(self, method: Callable[[], Node]) -> Node:
-        """What `method` reads, where no unit may follow a value."""
-        before = self.worded
-        self.worded = False
+    def without_units(self, method: Callable[[], Node]) -> Node:
+        """Returns what `method` reads while no unit may follow a value."""
+        before = self.units_allowed
+        self.units_allowed = False
         value = method()
-        self.worded = before
+        self.units_allowed = before
         return value

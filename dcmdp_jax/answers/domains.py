@@ -18,7 +18,7 @@ from dcmdp_jax.answers.cursor import Node
 from dcmdp_jax.answers.work import Work
 
 DIGITS = 40
-STEP = 5  # operations for an interval looked at
+STEP_COST = 5  # operations for an interval looked at
 INFINITY = ("var", r"\infty")
 MIRRORED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!="}
 _CONDITIONS = {"reals", "union", "without", "such", "both", "either"}
@@ -53,14 +53,14 @@ def domain(node: Node, work: Work) -> Domain | None:
         return _interval(*parts, work)
     if kind == "set":
         ends = [_end(part, work) for part in parts]
-        return None if None in ends else _merged(map(_point, ends), work)
+        return None if None in ends else _union(map(_point, ends), work)
     if kind in ("union", "either", "both"):
         return _combined(kind, [domain(part, work) for part in parts], work)
     if kind == "without":
         whole, taken = (domain(part, work) for part in parts)
         if whole is None or taken is None:
             return None
-        return _common(whole, _complement(taken, work), work)
+        return _intersection(whole, _complement(taken, work), work)
     if kind == "such":
         return domain(parts[1], work)
     if kind == "rel":
@@ -79,10 +79,10 @@ def _combined(kind: str, found: list[Domain | None], work: Work) -> Domain | Non
     if None in found:
         return None
     if kind != "both":
-        return _merged((interval for part in found for interval in part), work)
+        return _union((interval for part in found for interval in part), work)
     common: Domain = (EVERYTHING,)
     for part in found:
-        common = _common(common, part, work)
+        common = _intersection(common, part, work)
     return common
 
 
@@ -119,7 +119,7 @@ def _rounded(value: values.Number) -> Decimal | None:
     with decimal.localcontext(decimal.Context(prec=DIGITS, Emax=10**6, Emin=-(10**6))):
         if isinstance(value, Fraction):
             return Decimal(value.numerator) / Decimal(value.denominator)
-        return +value[0] if abs(value[1]) < values.NOTHING else None
+        return +value[0] if abs(value[1]) < values.ZERO_BELOW else None
 
 
 def _of_relation(node: Node, work: Work) -> Domain | None:
@@ -179,11 +179,11 @@ def _solved(node: Node, work: Work) -> tuple[Decimal, bool] | None:
     return (root, way > 0) if straight and root is not None and way is not None else None
 
 
-def _merged(intervals: Iterable[Interval], work: Work) -> Domain:
+def _union(intervals: Iterable[Interval], work: Work) -> Domain:
     """Their union."""
     merged: list[Interval] = []
     for interval in sorted(intervals, key=lambda interval: (interval.low, not interval.low_inside)):
-        work.spend(STEP)
+        work.spend(STEP_COST)
         last = merged[-1] if merged else None
         inside = last and (interval.low_inside or last.high_inside)
         if last and (interval.low < last.high or interval.low == last.high and inside):
@@ -194,14 +194,14 @@ def _merged(intervals: Iterable[Interval], work: Work) -> Domain:
     return tuple(merged)
 
 
-def _common(ones: Domain, others: Domain, work: Work) -> Domain:
+def _intersection(left: Domain, right: Domain, work: Work) -> Domain:
     """Their intersection."""
     common = []
-    for one in ones:
-        for other in others:
-            work.spend(STEP)
-            low, outside = max((one.low, not one.low_inside), (other.low, not other.low_inside))
-            high, inside = min((one.high, one.high_inside), (other.high, other.high_inside))
+    for a in left:
+        for b in right:
+            work.spend(STEP_COST)
+            low, outside = max((a.low, not a.low_inside), (b.low, not b.low_inside))
+            high, inside = min((a.high, a.high_inside), (b.high, b.high_inside))
             if low < high or low == high and inside and not outside:
                 common.append(Interval(low, not outside, high, inside))
     return tuple(common)
@@ -213,5 +213,7 @@ def _complement(intervals: Domain, work: Work) -> Domain:
     for interval in intervals:
         below = EVERYTHING._replace(high=interval.low, high_inside=not interval.low_inside)
         above = EVERYTHING._replace(low=interval.high, low_inside=not interval.high_inside)
-        left = _common(left, tuple(part for part in (below, above) if part.low < part.high), work)
+        left = _intersection(
+            left, tuple(part for part in (below, above) if part.low < part.high), work
+        )
     return left

@@ -6,12 +6,12 @@ import re
 from fractions import Fraction
 
 from dcmdp_jax.answers import units
-from dcmdp_jax.answers.cursor import Cursor, Node, counted
+from dcmdp_jax.answers.cursor import Cursor, Node, bounded_depth
 from dcmdp_jax.answers.tokens import number
 from dcmdp_jax.answers.work import Unreadable, Work
 
-DIVISIONS = 40  # signs `/` in an answer
-PRIMARY = 20  # operations that a number, a name or a bracket takes to read
+MAX_DIVISIONS = 40  # quotients in an answer
+FACTOR_COST = 20  # operations to read a number, a name or a bracket
 
 FUNCTIONS = (
     "arcsin",
@@ -93,7 +93,7 @@ _MARKED = {
     r"\dot",
     r"\ddot",
 }
-SHAPES = {r"\angle", r"\triangle"}  # the letters behind them belong to a name
+SHAPES = {r"\angle", r"\triangle"}  # the letters after them belong to a name
 _FACTORS = {
     r"\frac",
     r"\binom",
@@ -106,9 +106,9 @@ _FACTORS = {
     *_LETTERS,
     *(rf"\{name}" for name in FUNCTIONS),
 }
-JOINING = ("and", "or", "to", "mod")
+CONJUNCTIONS = ("and", "or", "to", "mod")
 MODULO = (r"\pmod", r"\bmod", r"\mod", "mod")
-_BEHIND_UNIT = {
+_ENDS_UNIT = {
     ",",
     ";",
     ":",
@@ -128,7 +128,7 @@ _BEHIND_UNIT = {
     r"\pm",
     *RELATIONS,
 }
-_WORDS = {
+_NUMBER_WORDS = {
     "hundred": 100,
     "thousand": 1000,
     "million": 10**6,
@@ -139,18 +139,25 @@ _WORDS = {
 
 
 class Expressions(Cursor):
+    """Reads expressions by recursive descent.
+
+    Each reading method starts at the current position, moves past what it reads, and returns its
+    tree (see `read` for the nodes). It raises Unreadable on what it cannot read.
+    """
+
     def __init__(self, text: str, work: Work):
         super().__init__(text, work)
         self.divisions = 0
 
     def bracketed(self) -> Node:
-        """What a bracket holds, a set, a tuple or an interval too: for the reader of
-        whole answers."""
+        """Reads what brackets contain: an expression, a set, a tuple or an interval. Defined in
+        `read`.
+        """
         raise NotImplementedError
 
     def quantity(self, value: Node, dollars: bool) -> Node:
-        """A value with the words that follow it: its unit, or what makes another number of it."""
-        words = self.said()
+        """Reads the words after a value: its unit, or words that make another number of it."""
+        words = self.unit_words()
         unit = units.read(words)
         if unit is None and re.fullmatch("[A-Za-z ]+", words):
             return "qualified", value, words.casefold()  # `3 fifths`
@@ -162,15 +169,17 @@ class Expressions(Cursor):
             return (*value[:3], *(("quantity", item, unit) for item in value[3:]))
         return "quantity", value, unit
 
-    def said(self) -> str:
-        """What follows in words, up to a number, a comma, a bracket or an operator."""
+    def unit_words(self) -> str:
+        """Takes words up to a number, a comma, a bracket or an operator, and returns them as one
+        text.
+        """
         said = []
-        while self.at < len(self.tokens):
+        while self.position < len(self.tokens):
             text = self.peek()
-            if text in _BEHIND_UNIT or text in JOINING or self.kind() == "num" and self.spaced():
+            if text in _ENDS_UNIT or text in CONJUNCTIONS or self.kind() == "num" and self.spaced():
                 break
-            self.at += 1
-            self.work.spend(PRIMARY)
+            self.position += 1
+            self.work.spend(FACTOR_COST)
             if text == ".":
                 continue
             if text == r"\frac":
@@ -180,29 +189,32 @@ class Expressions(Cursor):
                 braced = self.take("{")
                 said.append(self.take("-") + self.take(self.peek()))
                 if braced:
-                    self.need("}")
+                    self.expect("}")
         return " ".join(said).replace("^ ", "^")
 
-    @counted
+    @bounded_depth
     def sum(self) -> Node:
+        """Reads terms joined by signs."""
         parts = [_signed(self.take("+", "-", r"\pm", r"\mp"), self.term())]
         while self.peek(1) != r"\{" and (sign := self.take("+", "-", r"\pm", r"\mp")):
             parts.append(_signed(sign, self.term()))
         return parts[0] if len(parts) == 1 else ("add", *parts)
 
     def term(self) -> Node:
+        """Reads a product, and the dollar sign and unit of it where units are allowed."""
         dollars = bool(self.take(r"\$"))
         value = self.product()
-        return self.with_unit(value, dollars) if self.worded else value
+        return self.with_unit(value, dollars) if self.units_allowed else value
 
     def product(self) -> Node:
+        r"""Reads factors, with or without a sign between them; `2 \frac{1}{2}` is a mixed number."""
         value = self.factor()
         while True:
             whole = self.kind(-1) == "num" and (value[-1] if value[0] == "mul" else value)
             if self.take("*"):
                 value = _times(value, self.factor())
             elif self.take("/"):
-                self.divided()
+                self.count_division()
                 value = _over(value, self.factor())
             elif self.starts_factor():
                 if self.kind() == "num" and self.kind(-1) == "num":
@@ -217,17 +229,19 @@ class Expressions(Cursor):
                 return value
 
     def with_unit(self, value: Node, dollars: bool) -> Node:
-        """A value with the per cent sign, the word for a number and the unit that follow it."""
-        if self.take("%") or self.says("percent"):
-            if self.kind() in ("word", "name") and self.peek() not in JOINING:
-                if units.read(self.said()) is None:
-                    raise Unreadable("no words behind a percentage")
+        """Reads what may follow a value: a percent sign, a word such as `million`, and a unit."""
+        if self.take("%") or self.take_word("percent"):
+            if self.kind() in ("word", "name") and self.peek() not in CONJUNCTIONS:
+                if units.read(self.unit_words()) is None:
+                    raise Unreadable("words after a percentage")
             return "percent", value
-        if self.kind() in ("word", "name") and (times := _WORDS.get(self.peek().removesuffix("s"))):
-            self.at += 1
+        if self.kind() in ("word", "name") and (
+            times := _NUMBER_WORDS.get(self.peek().removesuffix("s"))
+        ):
+            self.position += 1
             many = "num", Fraction(times)
             value = ("num", value[1] * times) if value[0] == "num" else _times(value, many)
-        worded = self.kind() in ("word", "name") and self.peek() not in JOINING
+        worded = self.kind() in ("word", "name") and self.peek() not in CONJUNCTIONS
         if worded or self.peek() == r"\frac":
             value = self.quantity(value, dollars)
         elif dollars:
@@ -237,39 +251,45 @@ class Expressions(Cursor):
         rest = self.term()  # `6 ft 2 in`
         first = rest[1] if rest[0] == "add" else rest
         if not is_part_of(first, value):
-            raise Unreadable("a number behind a unit")
+            raise Unreadable("a number after a unit")
         return "add", value, *(rest[1:] if rest[0] == "add" else (rest,))
 
-    @counted
+    @bounded_depth
     def factor(self) -> Node:
+        """Reads a factor with its signs and exponent."""
         if sign := self.take("+", "-"):
             return _signed(sign, self.factor())
         return self.postfix(self.primary())
 
     def starts_factor(self) -> bool:
-        """True if a factor follows that multiplies what stands before it."""
+        """Returns True if the next token starts a factor of the product before it."""
         kind = self.kind()
         text = self.peek()
         if kind == "name":
             if len(text) > 1 or not text.isascii():
                 return text in FUNCTIONS
-            return text in "ei" or not self.worded or not units.is_known(text)
+            return text in "ei" or not self.units_allowed or not units.is_known(text)
         if kind == "word":
-            if text in JOINING or text == "percent" or text.removesuffix("s") in _WORDS:
+            if text in CONJUNCTIONS or text == "percent" or text.removesuffix("s") in _NUMBER_WORDS:
                 return False
             closed = self.peek(-1) in (")", "}") and not self.spaced()
             return closed or not units.is_word(text, self.spaced())
         if text == "(" and self.peek(1) in MODULO:
             return False
-        if text == r"\frac" and self.worded and self.peek(1) == "{" and self.kind(2) == "name":
-            letter = self.peek(2)  # or a unit over a unit
+        if (
+            text == r"\frac"
+            and self.units_allowed
+            and self.peek(1) == "{"
+            and self.kind(2) == "name"
+        ):
+            letter = self.peek(2)  # the fraction may be a unit over a unit
             return len(letter) == 1 and not units.is_known(letter)
         return kind == "num" or text in ("(", "[", r"\lfloor", r"\lceil") or text in _FACTORS
 
     def postfix(self, value: Node) -> Node:
-        """A value with the primes, the factorial and the exponent that follow it."""
+        """Reads the primes, the factorial and the exponent that follow a value."""
         if value[0] == "var" and self.kind() in ("'", "("):
-            value = "var", value[1] + self.primes() + self.place()
+            value = "var", value[1] + self.primes() + self.numeric_argument()
         if self.take("!"):
             value = "fn", "factorial", value
         if self.take("^"):
@@ -279,24 +299,28 @@ class Expressions(Cursor):
         if self.take("!"):
             value = "fn", "factorial", value
         if self.peek() in ("!", "^"):
-            raise Unreadable("a second one of its kind")
+            raise Unreadable("two factorials or exponents in a row")
         return value
 
     def primes(self) -> str:
-        start = self.at
+        """Takes the primes of `f'` and returns them."""
+        start = self.position
         while self.kind() == "'":
-            self.at += 1
-        return "'" * (self.at - start)
+            self.position += 1
+        return "'" * (self.position - start)
 
-    def place(self) -> str:
-        """Takes the number in the brackets of `f(0)`, which is no product, and returns them."""
-        if not self.number_in_brackets() or self.peek(-1) in ("e", "i", "pi", r"\pi"):
+    def numeric_argument(self) -> str:
+        """Takes the bracketed number of `f(0)`, which is no factor, and returns it with its
+        brackets.
+        """
+        if not self.is_bracketed_number() or self.peek(-1) in ("e", "i", "pi", r"\pi"):
             return ""
-        self.at += 3
+        self.position += 3
         return f"({self.peek(-2)})"
 
-    @counted
+    @bounded_depth
     def exponent(self) -> Node:
+        """Reads what follows `^`."""
         if sign := self.take("+", "-"):
             return _signed(sign, self.exponent())
         if self.peek() == "{":
@@ -304,20 +328,21 @@ class Expressions(Cursor):
         return self.postfix(self.primary())
 
     def braced(self) -> Node:
-        """`{...}`, or the single digit, letter or command that LaTeX takes in its place."""
+        """Reads `{...}`, or the single digit, letter or command that LaTeX takes in its place."""
         if self.take("{"):
-            value = self.unworded(self.sum)
-            self.need("}")
+            value = self.without_units(self.sum)
+            self.expect("}")
             return value
         if self.kind() == "num" and len(self.peek()) > 1 and not self.peek().isdecimal():
             raise Unreadable("half a decimal")
         if self.kind() in ("num", "word"):
-            self.cut(1)
+            self.split_token(1)
         return self.primary()
 
-    @counted
+    @bounded_depth
     def primary(self) -> Node:
-        self.work.spend(PRIMARY)
+        """Reads a number, a name, a function, or what brackets or fences contain."""
+        self.work.spend(FACTOR_COST)
         kind = self.kind()
         text = self.peek()
         if kind == "num":
@@ -325,62 +350,68 @@ class Expressions(Cursor):
         if kind == "word":
             return self.word()
         if kind == "name" and (text in FUNCTIONS or len(text) == 1):
-            self.at += 1
-            return self.called(text)
+            self.position += 1
+            return self.named_factor(text)
         if text in ("(", "[", r"\{", "{", r"\langle"):
             return self.bracketed()
         if text in _FENCES:
             close, name = _FENCES[self.take(text)]
-            value = self.unworded(self.sum)
-            self.need(close)
+            value = self.without_units(self.sum)
+            self.expect(close)
             if name == "abs" and value[0] == "matrix":
                 return "det", *value[1:]
             return "fn", name, value
         if kind == "cmd":
-            self.at += 1
+            self.position += 1
             return self.command(text)
         raise Unreadable(f"{text!r}")
 
     def number(self) -> Node:
+        """Reads a number: an integer, a decimal, one that repeats, a mixed number, or digits in a
+        base.
+        """
         text = self.take(self.peek())
-        before = self.tokens[self.at - 2] if self.at > 1 else None
+        before = self.tokens[self.position - 2] if self.position > 1 else None
         if re.match(r"0\d\d", text) and before and before.text == "," and not self.spaced(-1):
-            return "var", text  # of `1,000,2`: neither an item of a list nor thousands
-        if "." in text and (repeated := self.repeated(text)):
+            return "var", text  # in `1,000,2`: neither an item nor thousands
+        if "." in text and (repeated := self.repeating_decimal(text)):
             text, block = repeated
             places = len(text.partition(".")[2])
             return "num", number(text) + number(block) / ((10 ** len(block) - 1) * 10**places)
         if self.take("..."):
-            return "var", f"{text}..."  # of `3.14...`, the digits that follow are not known
+            return "var", f"{text}..."  # `3.14...`: the remaining digits are unknown
         value = number(text)
         if self.take("_"):
-            return "var", f"{value}_{self.subscript()}"  # digits in a base are a name of their own
+            return "var", f"{value}_{self.subscript()}"  # digits in a base are a name
         over = self.kind() == "num" and self.peek(1) == "/" and self.kind(2) == "num"
         if over and value.denominator == 1:
             top = number(self.peek())
             bottom = number(self.peek(2))
             if 0 < top < bottom:
-                self.at += 3
+                self.position += 3
                 return "num", value + top / bottom
         return "num", value
 
-    def number_in_brackets(self) -> bool:
-        """True if a bracket follows at once, with a number alone in it."""
+    def is_bracketed_number(self) -> bool:
+        """Returns True if a bracket with a single number in it follows without a space."""
         inside = self.kind(1) == "num" and self.peek(2) == ")"
         return self.peek() == "(" and inside and not self.spaced()
 
-    def repeated(self, text: str) -> tuple[str, str] | None:
-        r"""The decimal before what repeats, and what repeats: in `0.1\overline{6}`, `0.1(6)`,
-        `0.1\dot{6}` and `0.1666...`; None where nothing does."""
-        if self.number_in_brackets() and self.peek(1).isdecimal():
-            self.at += 3
+    def repeating_decimal(self, text: str) -> tuple[str, str] | None:
+        r"""Reads the rest of a repeating decimal: `0.1\overline{6}`, `0.1(6)`, `0.1\dot{6}`,
+        `0.1666...`.
+
+        Returns the decimal before the repeating digits, and those; None if nothing repeats.
+        """
+        if self.is_bracketed_number() and self.peek(1).isdecimal():
+            self.position += 3
             return text, self.peek(-2)
         if self.peek() in (r"\overline", r"\dot") and "num" in (self.kind(1), self.kind(2)):
             mark = self.take(r"\overline", r"\dot")
             block = self.digits()
             if mark == r"\dot" and (self.kind() == "num" or self.peek() == r"\dot"):
                 block += self.take(self.peek()) if self.kind() == "num" else ""
-                self.need(r"\dot")
+                self.expect(r"\dot")
                 block += self.digits()
             return text, block
         found = re.search(r"(\d)\1\1$|(\d{2,6})\2$", text.partition(".")[2])
@@ -389,55 +420,57 @@ class Expressions(Cursor):
         return None
 
     def digits(self) -> str:
-        """The digits in the braces that follow, or the next one."""
+        """Takes the digits in the braces that follow, or the next digit."""
         if self.kind() == "num":
-            self.cut(1)
+            self.split_token(1)
         if not (block := self.raw()).isdecimal():
-            raise Unreadable("wants digits")
+            raise Unreadable("expects digits")
         return block
 
     def word(self) -> Node:
-        """A function by its plain name, else the first letter of a product of variables."""
+        """Reads a function by its plain name, else the first letter of a product of variables."""
         text = self.peek()
         name = next((name for name in FUNCTIONS if text.startswith(name)), text[0])
-        self.cut(len(name))
-        self.at += 1
-        return self.called(name)
+        self.split_token(len(name))
+        self.position += 1
+        return self.named_factor(name)
 
-    def called(self, name: str) -> Node:
-        """A function, a constant or a variable, whose name is taken."""
+    def named_factor(self, name: str) -> Node:
+        """Returns the function, constant or variable whose name was taken."""
         if name == "pi":
             return "var", r"\pi"
         return self.function(name) if len(name) > 1 else self.variable(name)
 
     def variable(self, name: str) -> Node:
+        """Reads the subscript of a variable whose name was taken."""
         if self.take("_"):
             name += "_" + self.subscript()
         return "var", name
 
     def subscript(self) -> str:
-        """The raw text of what follows `_`."""
+        """Takes what follows `_` and returns its text."""
         if self.peek() == "{":
             return self.raw()
         if not self.peek():
             raise Unreadable("a subscript is missing")
         if self.kind() in ("num", "word"):
-            self.cut(1)
+            self.split_token(1)
         return self.take(self.peek())
 
     def command(self, name: str) -> Node:
+        """Reads the arguments of a LaTeX command whose name was taken."""
         if name == r"\frac":
-            self.divided()
+            self.count_division()
             return _over(self.braced(), self.braced())
         if name == r"\binom":
             return "binom", self.braced(), self.braced()
         if name in (r"\sqrt", r"\surd"):
             degree = ("num", Fraction(2))
             if self.take("["):
-                degree = self.unworded(self.sum)
-                self.need("]")
+                degree = self.without_units(self.sum)
+                self.expect("]")
             if name == r"\surd":
-                return "root", degree, self.unworded(self.primary)
+                return "root", degree, self.without_units(self.primary)
             return "root", degree, self.braced()
         if name == r"\begin":
             return self.matrix()
@@ -461,7 +494,9 @@ class Expressions(Cursor):
         raise Unreadable(name)
 
     def reals(self) -> Node:
-        """The real numbers, the positive or the negative ones, or a space of them."""
+        r"""Reads what follows `\mathbb{R}`: all real numbers, the positive or negative ones, or a
+        space.
+        """
         zero = ("num", Fraction(0))
         infinity = ("var", r"\infty")
         if self.take("_"):
@@ -481,6 +516,7 @@ class Expressions(Cursor):
         return "var", rf"\mathbb{{R}}^{power}"
 
     def function(self, name: str) -> Node:
+        """Reads base, power and argument of a function whose name was taken."""
         base = power = None
         if name == "log" and self.take("_"):
             base = self.braced()
@@ -499,46 +535,49 @@ class Expressions(Cursor):
         return value if power is None else ("pow", value, power)
 
     def argument(self, angle: bool) -> Node:
-        """A bracket, or the product that follows up to an operator or another function; of an
-        angle, in radians."""
+        """Reads an argument: brackets, or the product up to an operator or another function.
+
+        The argument of a function of angles is returned in radians.
+        """
         if self.peek() in ("(", "[", "{"):
-            before = self.worded
-            self.worded = angle
+            before = self.units_allowed
+            self.units_allowed = angle
             value = self.bracketed()
-            self.worded = before
+            self.units_allowed = before
         else:
             value = self.postfix(self.primary())
             while self.starts_factor() and self.peek().lstrip("\\") not in FUNCTIONS[:-1]:
                 value = _times(value, self.postfix(self.primary()))
-        if angle and self.says("degrees"):
+        if angle and self.take_word("degrees"):
             value = "quantity", value, units.read("degrees")
         return _radians(value) if angle else value
 
     def matrix(self) -> Node:
+        r"""Reads a matrix or a determinant, whose `\begin` was taken."""
         name = self.raw()
         if name not in _MATRICES:
             raise Unreadable(name)
         if name == "array":
             self.raw()  # how its columns are set
-        rows = [[self.unworded(self.sum)]]
+        rows = [[self.without_units(self.sum)]]
         while not self.take(r"\end"):
-            if self.need("&", r"\\") == "&":
-                rows[-1].append(self.unworded(self.sum))
+            if self.expect("&", r"\\") == "&":
+                rows[-1].append(self.without_units(self.sum))
             elif self.peek() != r"\end":
-                rows.append([self.unworded(self.sum)])
+                rows.append([self.without_units(self.sum)])
         if self.raw() != name:
             raise Unreadable("one matrix ends in another")
         return "det" if name == "vmatrix" else "matrix", *map(tuple, rows)
 
-    def divided(self) -> None:
-        """Counts a division. Raises Unreadable where there are too many."""
+    def count_division(self) -> None:
+        """Counts a division. Raises Unreadable if there are more than MAX_DIVISIONS."""
         self.divisions += 1
-        if self.divisions > DIVISIONS:
+        if self.divisions > MAX_DIVISIONS:
             raise Unreadable("too many divisions")
 
 
 def _mixed(whole: Node, fraction: Node) -> Node | None:
-    """The mixed number of a whole one and a fraction, None where they make none."""
+    """Returns the mixed number of an integer and a fraction, or None if they make none."""
     if whole[0] != "num" or whole[1].denominator > 1 or fraction[0] != "div":
         return None
     top, bottom = fraction[1:]
@@ -549,13 +588,14 @@ def _mixed(whole: Node, fraction: Node) -> Node | None:
 
 
 def is_part_of(smaller: Node, larger: Node) -> bool:
-    """True if both are quantities of one kind, and the first is in a smaller unit."""
+    """Returns True if both are quantities of one kind, and the first has the smaller unit."""
     if not smaller[0] == larger[0] == "quantity" or not smaller[2].known:
         return False
     return smaller[2].powers == larger[2].powers and smaller[2].factor < larger[2].factor
 
 
 def _signed(sign: str, value: Node) -> Node:
+    """Returns a value with a sign, which may be empty."""
     if sign == "-":
         if value[0] == "matrix":
             return _times(("num", Fraction(-1)), value)
@@ -566,7 +606,7 @@ def _signed(sign: str, value: Node) -> Node:
 
 
 def _times(product: Node, factor: Node) -> Node:
-    """A product; one with a matrix, cell by cell."""
+    """Returns a product; the cells of a matrix are multiplied one by one."""
     for matrix, scale in ((factor, product), (product, factor)):
         if matrix[0] == "matrix" and scale[0] not in ("matrix", "group", "set"):
             return "matrix", *(tuple(_times(scale, cell) for cell in row) for row in matrix[1:])
@@ -574,13 +614,14 @@ def _times(product: Node, factor: Node) -> Node:
 
 
 def _over(value: Node, divisor: Node) -> Node:
+    """Returns a quotient; the cells of a matrix are divided one by one."""
     if value[0] == "matrix":
         return "matrix", *(tuple(("div", cell, divisor) for cell in row) for row in value[1:])
     return "div", value, divisor
 
 
 def _radians(node: Node) -> Node:
-    """An angle as the functions take it."""
+    """Returns an angle in radians."""
     if node[0] == "quantity" and node[2].powers == (("degree", 1),):
         if node[2].pi:
             return node[1]

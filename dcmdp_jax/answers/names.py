@@ -1,5 +1,4 @@
-r"""What an equation gives the value of: `x` in `x = 5`, `m + n` in `m + n = 293`, `(x, y)` in `(x,
-y) = (1, 2)`."""
+"""What an equation names: `x` in `x = 5`, `m + n` in `m + n = 293`, `(x, y)` in `(x, y) = (1, 2)`."""
 
 from __future__ import annotations
 
@@ -8,12 +7,15 @@ from dcmdp_jax.answers.cursor import Node
 from dcmdp_jax.answers.work import Work
 
 _CONSTANTS = (r"\pi", "e", "i", r"\infty")
-_MODULI = ("z", "w", "v", "u")  # `|z| = 5` gives the absolute value; `|x| = 5` is solved for x
+_MODULI = ("z", "w", "v", "u")  # `|z| = 5` gives a modulus, while `|x| = 5` is to be solved for x
 
 
-def spread(node: Node) -> Node:
-    """Returns the equations `x = 1, y = 2` for `(x, y) = (1, 2)`, the tuples for
-    `(x, y) = (1, 2), (3, 4)`, the set for `x \\in \\{1, 2\\}`, and any other node as it is."""
+def expand(node: Node) -> Node:
+    r"""Returns an answer without names that its values do not need.
+
+    `(x, y) = (1, 2)` becomes the equations `x = 1, y = 2`; `(x, y) = (1, 2), (3, 4)` the tuples; `x
+    \in \{1, 2\}` and `S = \{1, 2\}` the set; `= 5` the value. Any other node stays as it is.
+    """
     if node[:2] == ("rel", "in") and (node[2][0] == "var" or _is_tuple_of_names(node[2])):
         return node[3]
     if node[:2] == ("rel", "=") and _is_variable(node[2]) and node[3][0] == "set":
@@ -28,21 +30,23 @@ def spread(node: Node) -> Node:
 
 
 def _is_named_tuple(node: Node) -> bool:
+    """Returns True for `(x, y) = (1, 2)`."""
     if node[:2] != ("rel", "=") or not node[2][0] == node[3][0] == "group":
         return False
     return len(node[2]) == len(node[3]) and _is_tuple_of_names(node[2])
 
 
 def _is_tuple_of_names(node: Node) -> bool:
+    """Returns True for `(x, y)`."""
     return node[0] == "group" and all(map(_is_variable, node[3:]))
 
 
 def named_value(equation: Node, work: Work) -> Node | None:
-    """Returns the side of an equation that is the value of the other one, or None where neither is.
+    """Returns the side of an equation that is the value of the other side, or None if neither is.
 
-    `x + 1 = 5` and `x^2 = 4` give no value: they are to be solved. An expression in several
-    variables, such as `m + n`, cannot be, so that a number beside it is its value; unless it is 0,
-    as in the equation of a curve.
+    `x + 1 = 5` and `x^2 = 4` give no value: they are still to be solved. An expression in several
+    variables, such as `m + n`, cannot be solved, so a number on the other side is its value, unless
+    that number is 0 as in the equation of a curve.
     """
     left, right = equation[2:4]
     for name, value in ((left, right), (right, left)):
@@ -66,8 +70,9 @@ def named_value(equation: Node, work: Work) -> Node | None:
 
 
 def is_curve(equation: Node, work: Work) -> bool:
-    """True if an equation, where it is asked for, is more than a value with a name, as
-    `x + y = 5` and `x^2 + y^2 = 25` are."""
+    """Returns True if an equation, as a right answer, is more than a named value: `x + y = 5`, `x^2
+    + y^2 = 25`.
+    """
     operator, *sides = equation[1:4]
     if operator != "=" or any(map(_is_variable, sides)):
         return False
@@ -75,34 +80,38 @@ def is_curve(equation: Node, work: Work) -> bool:
 
 
 def _is_segment(node: Node) -> bool:
-    """True of `AB` and `ABC`, for a length, an area or an angle."""
+    """Returns True for `AB` and `ABC`, which name a length, an area or an angle."""
     if node[0] != "mul" or len(node) < 3:
         return False
     return all(_is_variable(part) and part[1].isupper() for part in node[1:])
 
 
 def _is_derivative(node: Node) -> bool:
-    """True of `dy/dx`."""
+    """Returns True for `dy/dx`."""
     return node[0] == "div" and all(part[:2] == ("mul", ("var", "d")) for part in node[1:])
 
 
 def _is_probability(node: Node) -> bool:
-    """True of `P(X > 2)`."""
+    """Returns True for `P(X > 2)`."""
     return node[0] == "mul" and node[1] == ("var", "P") and len(node) == 3 and node[2][0] == "rel"
 
 
 def _is_variable(node: Node) -> bool:
+    """Returns True for a variable, but not for a constant."""
     return node[0] == "var" and node[1] not in _CONSTANTS
 
 
 def _is_name(node: Node, work: Work) -> bool:
+    """Returns True for expressions that a problem may ask for as such: `m + n`, `|z|`, `x : y`,
+    `sin x`.
+    """
     if node[0] == "ratio":
         return all(_is_variable(part) or _is_segment(part) for part in node[1:])
     if node[0] == "fn" and node[1] == "abs":
         inside = node[2]
         if _is_variable(inside):
-            known = "{" in inside[1] or inside[1][:1] in _MODULI  # `\overline{AB}`, `z_1`
-            return known or inside[1].isupper()  # `|A|`, of a set or a matrix
+            is_modulus = "{" in inside[1] or inside[1][:1] in _MODULI  # `\overline{AB}`, `z_1`
+            return is_modulus or inside[1].isupper()  # `|A|` of a set or a matrix
         return _is_name(inside, work)
     if node[0] == "fn" and node[1] in ("floor", "ceil"):
         return _is_variable(node[2])
@@ -112,14 +121,16 @@ def _is_name(node: Node, work: Work) -> bool:
 
 
 def _is_sum_of_variables(node: Node) -> bool:
+    """Returns True for sums and differences of variables."""
     if node[0] in ("add", "neg"):
         return all(map(_is_sum_of_variables, node[1:]))
     return _is_variable(node)
 
 
 def _is_polynomial(node: Node) -> bool:
-    """True of sums, products, quotients and whole powers of variables, without a number as a
-    summand."""
+    """Returns True for sums, products, quotients and powers of variables without a number as a
+    summand.
+    """
     kind, *parts = node
     if kind == "add":
         return all(part[0] != "num" and _is_polynomial(part) for part in parts)

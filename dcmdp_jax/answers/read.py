@@ -1,20 +1,20 @@
-r"""Reads an answer in LaTeX, or as people type it, into a tree; nothing is computed.
+r"""Reads an answer, in LaTeX or as people type it, into a tree; computes nothing.
 
-A recursive descent over at most `LONGEST` characters, `DEEPEST` calls deep, that never goes back.
-Nodes are tuples, their kind first:
+The reader is a recursive descent without backtracking over at most `tokens.LONGEST` characters, at
+most `cursor.MAX_DEPTH` calls deep. A node is a tuple that starts with its kind:
 
     ("num", Fraction)  ("var", name)  ("add", *parts)  ("mul", *parts)  ("div", a, b)
     ("pow", a, b)  ("root", n, a)
     ("neg", a)  ("pm", a) for +-a  ("mp", a) for -+a  ("fn", name, a)  ("binom", a, b)
     ("list", *items)  ("set", *items)  ("group", open, close, *items): a tuple or an interval
     ("union", *pieces)  ("without", set, set)  ("reals",)
-    ("such", name, condition): a set by what holds for its members
-    ("both", *conditions)  ("either", *conditions): joined by `and`, by `or`
-    ("residue", a, modulus): a congruence but for what it is of
+    ("such", name, condition): a set given by a condition on its members
+    ("both", *conditions)  ("either", *conditions): conditions joined by `and`, by `or`
+    ("residue", a, modulus): the right side of a congruence
     ("matrix", *rows of cells)  ("det", *rows of cells)
     ("ratio", *parts)  ("clock", *parts): a ratio or a time of day
     ("rel", operator, left, right)  ("rel", "< <=", left, right, middle): a chain of two
-    ("applied", name, *arguments): the left side of `f(x) = 2x`, its arguments as they are written
+    ("applied", name, *arguments): the left side of `f(x) = 2x`, its arguments as text
     ("quantity", a, units.Unit)  ("qualified", a, words) as in `3 fifths`  ("percent", a)
     ("text", words)
 """
@@ -24,10 +24,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from dcmdp_jax.answers.cursor import Node, counted
+from dcmdp_jax.answers.cursor import Node, bounded_depth
 from dcmdp_jax.answers.expressions import (
     FUNCTIONS,
-    JOINING,
+    CONJUNCTIONS,
     MODULO,
     RELATIONS,
     SHAPES,
@@ -42,7 +42,7 @@ _ALL_REALS = re.compile(
     r"(?:x is )?(?:all|any) real(?: number|s| numbers| values)?"
     r"(?: (except|except for|but|but not|other than|excluding|besides))?(?: x)?"
 )
-_SHORT_WORDS = ("yes", "no", "odd")  # others of so few letters are products of variables
+_SHORT_WORDS = ("yes", "no", "odd")  # other words of so few letters are products of variables
 _NO_NUMBERS = {
     "empty set",
     "the empty set",
@@ -54,45 +54,53 @@ _NO_NUMBERS = {
 
 
 def read(text: str, work: Work | None = None) -> Node:
-    """Returns the tree of an answer. Raises Unreadable where it is of no known form or takes too
-    much work."""
+    """Returns the tree of an answer. Raises Unreadable if its form is unknown or takes too much
+    work.
+    """
     return _Reader(text, work or Work()).answer()
 
 
 class _Reader(Expressions):
-    def answer(self) -> Node:
-        found = self.items()
-        if self.at < len(self.tokens):
-            raise Unreadable("something is left over")
-        return _joined(*found)
+    """Reads whole answers: lists, relations, sets, intervals, ratios, words and names around
+    expressions.
+    """
 
-    @counted
+    def answer(self) -> Node:
+        """Reads all tokens."""
+        elements = self.items()
+        if self.position < len(self.tokens):
+            raise Unreadable("something is left over")
+        return _combine(*elements)
+
+    @bounded_depth
     def items(self) -> tuple[list[Node], list[str]]:
-        """Elements, and what stands between them."""
+        """Reads elements. Returns them and the separators between them."""
         items = [self.element()]
         between = []
-        while sign := self.separated():
+        while sign := self.take_separator():
             between.append(sign)
             items.append(self.element())
         return items, between
 
-    def separated(self) -> str:
-        """Takes a comma, a semicolon, `and` or `or`, and returns it; the word alone where both
-        stand there."""
-        if word := self.says("and", "or"):
+    def take_separator(self) -> str:
+        """Takes a comma, a semicolon, `and` or `or` and returns it; of a comma and a word, the
+        word.
+        """
+        if word := self.take_word("and", "or"):
             return word
         if not (sign := self.take(",", ";")):
             return ""
-        return self.says("and", "or") or sign
+        return self.take_word("and", "or") or sign
 
     def element(self) -> Node:
-        self.label()
-        if (word := self.words()) is not None:
+        """Reads one element of a list: words, an expression, or one or two relations."""
+        self.skip_label()
+        if (word := self.word_element()) is not None:
             return word
         if self.peek() in RELATIONS:
-            left = ("var", "")  # `= 5` and `> 5`, of what was asked for
+            left = ("var", "")  # `= 5` and `> 5`, of the quantity that the problem asks for
         else:
-            left = self.named() or self.side()
+            left = self.named_left_side() or self.side()
         if self.take(r"\equiv"):
             left = self.side()
             if left[0] != "residue":
@@ -116,39 +124,42 @@ class _Reader(Expressions):
         return "rel", f"{operator} {second}", left, end, right
 
     def side(self) -> Node:
-        """What may stand beside a relation: an expression, a set, a ratio or a residue."""
+        """Reads one side of a relation: an expression, a set, a ratio or a residue."""
         value = self.union()
         if self.take(*MODULO):
-            return "residue", value, self.unworded(self.braced)
+            return "residue", value, self.without_units(self.braced)
         if self.peek() == "(" and self.peek(1) in MODULO:
-            self.at += 2
-            modulus = self.unworded(self.sum)
-            self.need(")")
+            self.position += 2
+            modulus = self.without_units(self.sum)
+            self.expect(")")
             return "residue", value, modulus
         if self.take(":"):
             return self.ratio(value)
-        return ("ratio", value, self.union()) if self.says("to") else value
+        return ("ratio", value, self.union()) if self.take_word("to") else value
 
-    def words(self) -> Node | None:
-        """An element of words alone, such as `\\text{Evelyn}` or `even`, or `all real numbers
-        except` some."""
-        end = self.at
+    def word_element(self) -> Node | None:
+        r"""Reads an element that consists of words: `\text{Evelyn}`, `even`, `all real numbers
+        except 0`.
+
+        Returns None if the element is something else.
+        """
+        end = self.position
         while (
             end < len(self.tokens)
-            and self.kind(end - self.at) in ("word", "name")
-            and self.tokens[end].text not in JOINING
+            and self.kind(end - self.position) in ("word", "name")
+            and self.tokens[end].text not in CONJUNCTIONS
         ):
             end += 1
-        run = self.tokens[self.at : end]
+        run = self.tokens[self.position : end]
         said = " ".join(token.text for token in run).casefold()
         if reals := _ALL_REALS.fullmatch(said):
-            self.at = end
+            self.position = end
             if not reals[1]:
                 return ("reals",)
             self.take("=")
             return "without", ("reals",), ("set", *self.items()[0])
         if said in _NO_NUMBERS:
-            self.at = end
+            self.position = end
             return ("set",)
         follows = self.tokens[end].text if end < len(self.tokens) else ""
         if not run or follows not in ("", ",", ";", "and", "or", ")", r"\}"):
@@ -163,27 +174,31 @@ class _Reader(Expressions):
             return None
         if any(token.text in FUNCTIONS for token in run):
             return None  # `\\operatorname{tan} x`
-        self.at = end
+        self.position = end
         return "text", said.replace(" ", "")
 
-    def label(self) -> None:
-        """Takes what names an element: `Answer:` in `Answer: 5`, `Option` in `Option B`."""
-        if self.says("Option", "option", "Choice", "choice") and self.at == len(self.tokens):
-            self.at -= 1  # a word alone
-        end = self.at
+    def skip_label(self) -> None:
+        """Skips what labels an element: `Answer:` in `Answer: 5`, `Option` in `Option B`."""
+        if self.take_word("Option", "option", "Choice", "choice") and self.position == len(
+            self.tokens
+        ):
+            self.position -= 1  # a word alone
+        end = self.position
         while end < len(self.tokens) and self.tokens[end].kind in ("word", "name"):
             end += 1
-        words = "".join(token.text for token in self.tokens[self.at : end])
+        words = "".join(token.text for token in self.tokens[self.position : end])
         colon = end < len(self.tokens) and self.tokens[end].text == ":"
         if colon and len(words) > 3 and not words.isupper() and not words.startswith(FUNCTIONS):
-            self.at = end + 1
+            self.position = end + 1
 
-    def named(self) -> Node | None:
-        """The left side of `f(x) = 2x` and of `\\text{Area of } ABC = 5`, which is a name as a
-        whole."""
+    def named_left_side(self) -> Node | None:
+        r"""Reads a left side that is a single name: `f(x)` of `f(x) = 2x`, `\text{Area of } ABC`.
+
+        Returns None if the left side is something else.
+        """
         if self.kind() not in ("word", "name", "cmd"):
             return None
-        end = self.at
+        end = self.position
         depth = 0
         while (
             end < len(self.tokens)
@@ -194,18 +209,18 @@ class _Reader(Expressions):
             if self.tokens[end].text in (",", ";") and not depth:
                 break
             end += 1
-        self.work.spend(end - self.at)
+        self.work.spend(end - self.position)
         if end == len(self.tokens) or self.tokens[end].text != "=":
             return None
-        run = self.tokens[self.at : end]
+        run = self.tokens[self.position : end]
         spelled = "".join(token.text for token in run)
         defined = _DEFINED.fullmatch(spelled)
         if defined and defined[1].lstrip("\\") not in FUNCTIONS:
-            self.at = end
+            self.position = end
             return "applied", defined[1], *re.split("[,;]", defined[2])
         first = run[0]
         if first.text in _OPERATORS:
-            self.at = end
+            self.position = end
             return "var", spelled
         if (
             first.kind == "name"
@@ -213,50 +228,55 @@ class _Reader(Expressions):
             and first.text not in FUNCTIONS
             and all(token.kind in ("name", "word") or token.text in SHAPES for token in run)
         ):
-            self.at = end
+            self.position = end
             return "var", spelled.casefold()
         return None
 
     def union(self) -> Node:
+        r"""Reads sets joined by `\cup`."""
         pieces = [self.difference()]
         while self.take(r"\cup"):
             pieces.append(self.difference())
         return pieces[0] if len(pieces) == 1 else ("union", *pieces)
 
     def difference(self) -> Node:
+        r"""Reads sets joined by `\cap` or `\setminus`."""
         value = self.sum()
         while self.take(r"\cap"):
             value = "both", value, self.sum()
-        if self.take(r"\setminus", "-"):  # a sum ends at a minus sign before a set
+        if self.take(r"\setminus", "-"):  # a sum ends before `- \{`
             return "without", value, self.sum()
         return value
 
     def ratio(self, first: Node) -> Node:
-        """`3:2:1`, whose first colon is taken."""
-        start = self.at - 2
-        parts = [first, self.part()]
+        """Reads the rest of `3:2:1`, whose first colon was taken."""
+        start = self.position - 2
+        parts = [first, self.ratio_part()]
         while self.take(":"):
-            parts.append(self.part())
-        spelled = "".join(token.text for token in self.tokens[start : self.at])
+            parts.append(self.ratio_part())
+        spelled = "".join(token.text for token in self.tokens[start : self.position])
         clock = first[0] == "num" and re.fullmatch(r"(?:[01]?\d|2[0-4])(:[0-5]\d)+", spelled)
         value = ("clock" if clock else "ratio", *parts)
         return self.quantity(value, False) if self.kind() in ("word", "name") else value
 
-    def part(self) -> Node:
-        """A part of a ratio behind the colon; what follows a number of two digits, such as `pm`,
-        belongs to the whole."""
+    def ratio_part(self) -> Node:
+        """Reads a part of a ratio after a colon.
+
+        What follows a number of two digits, such as `pm`, belongs to the entire ratio.
+        """
         return self.number() if re.fullmatch(r"\d\d", self.peek()) else self.sum()
 
     def bracketed(self) -> Node:
+        """Reads what brackets contain: an expression, a set, a tuple or an interval."""
         opening = self.take("(", "[", r"\{", "{", r"\langle")
         if opening == "{":
             value = self.sum()
-            self.need("}")
+            self.expect("}")
             return value
         if opening == r"\{":
-            return self.braces()
+            return self.set_in_braces()
         items, between = self.items()
-        closing = self.need(")", "]", r"\rangle")
+        closing = self.expect(")", "]", r"\rangle")
         if (opening == r"\langle") != (closing == r"\rangle") or set(between) - {",", ";"}:
             raise Unreadable("brackets do not match")
         if opening == r"\langle":
@@ -265,26 +285,27 @@ class _Reader(Expressions):
             return items[0]
         return "group", opening, closing, *items
 
-    def braces(self) -> Node:
-        r"""A set, whose `\{` is taken."""
+    def set_in_braces(self) -> Node:
+        r"""Reads a set, whose `\{` was taken."""
         if self.take(r"\}"):
             return ("set",)
         by_condition = self.peek(1) in (r"\mid", "|", ":", r"\in")
         if by_condition and self.kind() == "word" and len(self.peek()) == 1:
             name = self.take(self.peek())
             domain = self.union() if self.take(r"\in") else ("reals",)
-            self.need(r"\mid", "|", ":")
-            conditions = _joined(*self.items())
-            self.need(r"\}")
+            self.expect(r"\mid", "|", ":")
+            conditions = _combine(*self.items())
+            self.expect(r"\}")
             return "such", name, ("both", ("rel", "in", ("var", name), domain), conditions)
         items = self.items()[0]
-        self.need(r"\}")
+        self.expect(r"\}")
         return "set", *items
 
 
-def _joined(items: Sequence[Node], between: Sequence[str]) -> Node:
-    """One answer of elements and what stands between them: conditions joined by `and` or `or`, or a
-    list."""
+def _combine(items: Sequence[Node], between: Sequence[str]) -> Node:
+    """Returns one node for elements: conditions joined by `and` or `or`, a sum of quantities, or a
+    list.
+    """
     if len(items) == 1:
         return items[0]
     conditions = all(item[0] == "rel" for item in items) and any(item[1] != "=" for item in items)

@@ -18,25 +18,25 @@ from dcmdp_jax.answers.cursor import Node
 from dcmdp_jax.answers.work import Work
 
 DIGITS = 60
-AGREE = Decimal("1e-40")
-SURE = Decimal("1e-52")  # relative; between them it is not known
-LOST = Decimal("1e-45")  # relative; so small a summand may have no digit in the sum
-NOTHING = Decimal("1e-50")
+DOUBTFUL_WITHIN = Decimal("1e-40")
+SAME_WITHIN = Decimal("1e-52")  # relative; between them it is not known
+LOST_BELOW = Decimal("1e-45")  # relative; so small a summand may have no digit in the sum
+ZERO_BELOW = Decimal("1e-50")
 LEAST_ROUND_OFF = Decimal("1e-70")  # between them lies what cancelled
-BITS = 20_000  # of an exact numerator or denominator
+MAX_BITS = 20_000  # of an exact numerator or denominator
 REAL_POINTS = 6
-WHOLE_POINTS = 8
+INTEGER_POINTS = 8
 PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899")
 # what is compared at whole numbers
-WHOLE = {"factorial", "binom"}
-ROUND = {"floor", "ceil"}
-COUNTS = set("jklmnpqMN")
+INTEGER_FUNCTIONS = {"factorial", "binom"}
+ROUNDING_FUNCTIONS = {"floor", "ceil"}
+COUNT_NAMES = set("jklmnpqMN")
 
-STEP = 3  # operations that a node of a tree, or a sum or product of numbers, takes
-EXPONENTIAL = 25
-LOGARITHM = 45
-SERIES = 90  # an exponential, a logarithm, a sine or an angle
-ROOT = 15
+STEP_COST = 3  # operations that a node of a tree, or a sum or product of numbers, takes
+EXPONENTIAL_COST = 25
+LOGARITHM_COST = 45
+SERIES_COST = 90  # an exponential, a logarithm, a sine or an angle
+ROOT_COST = 15
 
 Complex = tuple[Decimal, Decimal]
 Number = Fraction | Complex
@@ -48,25 +48,27 @@ class Unknown(ArithmeticError):
     """No value: undefined, too large, or of no kind that is known here."""
 
 
-def equal(one: Node, other: Node, work: Work) -> bool:
+def equal(left: Node, right: Node, work: Work) -> bool:
     """Returns whether two expressions have the same value at every point where both have one.
     Raises Unknown where there are too few such points: two, or one where there is no variable.
 
     Variables take positive values, negative ones too where an absolute value is taken, and whole
     ones where the expressions hold factorials or binomials, or round what is named as a count.
     """
-    ones = variables(one, work)
-    others = variables(other, work)
-    if bool(ones) != bool(others):
+    left_names = variables(left, work)
+    right_names = variables(right, work)
+    if bool(left_names) != bool(right_names):
         return False  # `f(0)`, which reads as a product, is not the number 0
-    names = sorted(ones | others)
-    kinds = functions(one, work) | functions(other, work)
-    whole = bool(kinds & WHOLE or kinds & ROUND and COUNTS.issuperset(names))
+    names = sorted(left_names | right_names)
+    kinds = functions(left, work) | functions(right, work)
+    whole = bool(
+        kinds & INTEGER_FUNCTIONS or kinds & ROUNDING_FUNCTIONS and COUNT_NAMES.issuperset(names)
+    )
     found = 0
-    for number in range(WHOLE_POINTS if whole else REAL_POINTS) if names else range(1):
-        point = {name: _place(name, number, whole, "abs" in kinds) for name in names}
+    for number in range(INTEGER_POINTS if whole else REAL_POINTS) if names else range(1):
+        point = {name: _variable_value(name, number, whole, "abs" in kinds) for name in names}
         try:
-            if not agree(value(one, point, work), value(other, point, work)):
+            if not agree(value(left, point, work), value(right, point, work)):
                 return False
             found += 1
         except Unknown:
@@ -98,21 +100,21 @@ def value(node: Node, point: dict[str, Fraction], work: Work) -> Number:
             raise Unknown(str(error)) from None
 
 
-def agree(one: Number, other: Number) -> bool:
+def agree(left: Number, right: Number) -> bool:
     """Whether two values are the same but for round-off. Raises Unknown where both may be nothing
     but that, or where they differ by little more."""
-    if isinstance(one, Fraction) and isinstance(other, Fraction):
-        return one == other
+    if isinstance(left, Fraction) and isinstance(right, Fraction):
+        return left == right
     with decimal.localcontext(decimal.Context(prec=DIGITS, Emax=10**6, Emin=-(10**6))):
-        (a, b), (c, d) = _complex(one), _complex(other)
+        (a, b), (c, d) = _complex(left), _complex(right)
         first = max(abs(a), abs(b))
         second = max(abs(c), abs(d))
         apart = max(abs(a - c), abs(b - d))
-        if apart <= SURE * max(first, second):
+        if apart <= SAME_WITHIN * max(first, second):
             return True
-        if max(first, second) >= NOTHING and apart <= AGREE * max(first, second):
+        if max(first, second) >= ZERO_BELOW and apart <= DOUBTFUL_WITHIN * max(first, second):
             raise Unknown("the same in all but the last digits")
-        if max(first, second) >= NOTHING:
+        if max(first, second) >= ZERO_BELOW:
             return False
         if max(first, second) < LEAST_ROUND_OFF:
             return False
@@ -121,14 +123,14 @@ def agree(one: Number, other: Number) -> bool:
         return True
 
 
-def proportional(one: Node, other: Node, work: Work, positive: bool = False) -> bool:
+def proportional(left: Node, right: Node, work: Work, positive: bool = False) -> bool:
     """True if one expression is a constant, not zero, times the other; if `positive`, one over
     zero."""
-    names = sorted(variables(one, work) | variables(other, work))
+    names = sorted(variables(left, work) | variables(right, work))
     ratios = []
     for number in range(REAL_POINTS):
-        point = {name: _place(name, number, False, False) for name in names}
-        parts = ("num", value(one, point, work)), ("num", value(other, point, work))
+        point = {name: _variable_value(name, number, False, False) for name in names}
+        parts = ("num", value(left, point, work)), ("num", value(right, point, work))
         ratios.append(value(("div", *parts), {}, work))
     first = ratios[0]
     if agree(first, Fraction(0)) or not all(agree(first, ratio) for ratio in ratios[1:]):
@@ -160,7 +162,7 @@ def _nodes(node: Node, work: Work) -> Iterator[Node]:
         left.extend(part for part in parts if not isinstance(part[0], Decimal))
 
 
-def _place(name: str, number: int, whole: bool, signed: bool) -> Fraction:
+def _variable_value(name: str, number: int, whole: bool, signed: bool) -> Fraction:
     """A variable's value at point `number`, the same in every process."""
     draw = int.from_bytes(hashlib.sha256(f"{name} {number}".encode()).digest()[:4], "big")
     if whole:
@@ -175,7 +177,7 @@ class _Evaluator:
         self.work = work
 
     def value(self, node: Node) -> Number:
-        self.work.spend(STEP)
+        self.work.spend(STEP_COST)
         kind, *parts = node
         if kind == "num":
             return parts[0]
@@ -196,7 +198,7 @@ class _Evaluator:
         if kind == "root":
             return self.root(self.value(parts[0]), self.value(parts[1]))
         if kind == "binom":
-            n, k = (self.whole(self.value(part)) for part in parts)
+            n, k = (self.small_integer(self.value(part)) for part in parts)
             return self.exact(math.comb(n, k))
         if kind == "fn":
             return self.call(parts[0], self.value(parts[1]))
@@ -217,31 +219,31 @@ class _Evaluator:
 
     # --- arithmetic
 
-    def sized(self, *numbers: Fraction) -> None:
+    def spend_for(self, *numbers: Fraction) -> None:
         """Counts what an operation on exact numbers takes: their greatest common
         divisor, mostly."""
         sizes = [part.bit_length() for x in numbers for part in (x.numerator, x.denominator)]
-        self.work.spend(STEP + sum(sizes) // 200 + max(sizes) ** 2 // 400_000)
+        self.work.spend(STEP_COST + sum(sizes) // 200 + max(sizes) ** 2 // 400_000)
 
     def exact(self, x: Fraction | int) -> Fraction:
-        if max(x.numerator.bit_length(), x.denominator.bit_length()) > BITS:
+        if max(x.numerator.bit_length(), x.denominator.bit_length()) > MAX_BITS:
             raise Unknown("too large")
         return Fraction(x)
 
     def complex(self, x: Number) -> Complex:
         if isinstance(x, Fraction):
-            self.sized(x)
+            self.spend_for(x)
         return _complex(x)
 
     def add(self, x: Number, y: Number) -> Number:
         if isinstance(x, Fraction) and isinstance(y, Fraction):
-            self.sized(x, y)
+            self.spend_for(x, y)
             return self.exact(x + y)
-        self.work.spend(STEP)
+        self.work.spend(STEP_COST)
         (a, b), (c, d) = self.complex(x), self.complex(y)
-        for one, other in ((a, c), (b, d)):
-            small, large = sorted((abs(one), abs(other)))
-            if NOTHING < small < LOST * large:
+        for left, right in ((a, c), (b, d)):
+            small, large = sorted((abs(left), abs(right)))
+            if ZERO_BELOW < small < LOST_BELOW * large:
                 raise Unknown("a summand is lost beside another")
         return a + c, b + d
 
@@ -253,17 +255,17 @@ class _Evaluator:
 
     def mul(self, x: Number, y: Number) -> Number:
         if isinstance(x, Fraction) and isinstance(y, Fraction):
-            self.sized(x, y)
+            self.spend_for(x, y)
             return self.exact(x * y)
-        self.work.spend(STEP)
+        self.work.spend(STEP_COST)
         (a, b), (c, d) = self.complex(x), self.complex(y)
         return a * c - b * d, a * d + b * c
 
     def div(self, x: Number, y: Number) -> Number:
         if isinstance(x, Fraction) and isinstance(y, Fraction):
-            self.sized(x, y)
+            self.spend_for(x, y)
             return self.exact(x / y)
-        self.work.spend(2 * STEP)
+        self.work.spend(2 * STEP_COST)
         (a, b), (c, d) = self.complex(x), self.complex(y)
         if _is_zero((c, d)):
             raise Unknown("division by zero")
@@ -274,11 +276,11 @@ class _Evaluator:
         if isinstance(exponent, Fraction) and isinstance(base, Fraction):
             n = exponent.numerator
             bits = max(base.numerator.bit_length(), base.denominator.bit_length())
-            if exponent.denominator == 1 and abs(n) * bits <= BITS:
-                self.work.spend(STEP + abs(n) * bits // 200)
+            if exponent.denominator == 1 and abs(n) * bits <= MAX_BITS:
+                self.work.spend(STEP_COST + abs(n) * bits // 200)
                 return base**n
             if 1 < exponent.denominator < 10 and base > 0:
-                self.work.spend(ROOT + bits // 10 + bits**2 // 100_000)
+                self.work.spend(ROOT_COST + bits // 10 + bits**2 // 100_000)
                 if (exact := _exact_root(base, exponent.denominator)) is not None:
                     return self.power(exact, Fraction(n))
         if _is_zero(base):
@@ -293,7 +295,7 @@ class _Evaluator:
         if isinstance(inside, Fraction) and inside < 0 and degree % 2:
             return self.negative(self.root(degree, -inside))  # the real one
         if degree == 2 and not isinstance(inside, Fraction) and inside[1] == 0 and inside[0] > 0:
-            self.work.spend(ROOT)
+            self.work.spend(ROOT_COST)
             return inside[0].sqrt(), Decimal(0)
         return self.power(inside, 1 / degree)
 
@@ -318,7 +320,7 @@ class _Evaluator:
         if name in ("floor", "ceil"):
             return Fraction((math.floor if name == "floor" else math.ceil)(self.real(x)))
         if name == "factorial":
-            return self.exact(math.factorial(self.whole(x)))
+            return self.exact(math.factorial(self.small_integer(x)))
         z = self.complex(x)
         if name == "exp":
             return self.exp(z)
@@ -326,18 +328,18 @@ class _Evaluator:
             return self.log(z)
         return _OF_COMPLEX[name](self, z)
 
-    def whole(self, x: Number) -> int:
+    def small_integer(self, x: Number) -> int:
         if not isinstance(x, Fraction) or x.denominator > 1 or not 0 <= x <= 1_500:
             raise Unknown("not a whole number of moderate size")
-        self.work.spend(STEP + int(x) // 10)
+        self.work.spend(STEP_COST + int(x) // 10)
         return int(x)
 
     def real(self, x: Number) -> Fraction | Decimal:
         """To be rounded: what is whole but for round-off is whole."""
         if isinstance(x, Fraction):
-            self.sized(x)
+            self.spend_for(x)
             return x
-        if abs(x[1]) > NOTHING or abs(x[0]) > 10**30:
+        if abs(x[1]) > ZERO_BELOW or abs(x[0]) > 10**30:
             raise Unknown("rounded")
         near = x[0].to_integral_value()
         return near if abs(x[0] - near) < Decimal("1e-25") else x[0]
@@ -345,12 +347,12 @@ class _Evaluator:
     def modulus(self, z: Complex) -> Decimal:
         if not z[1]:
             return abs(z[0])
-        self.work.spend(ROOT)
+        self.work.spend(ROOT_COST)
         return (z[0] * z[0] + z[1] * z[1]).sqrt()
 
     def exp(self, x: Number) -> Complex:
         a, b = self.complex(x)
-        self.work.spend(EXPONENTIAL)
+        self.work.spend(EXPONENTIAL_COST)
         size = a.exp()
         return size * self.series_cosine(b), size * self.series_sine(b)
 
@@ -358,20 +360,20 @@ class _Evaluator:
         a, b = self.complex(x)
         if a == b == 0:
             raise Unknown("log 0")
-        self.work.spend(LOGARITHM)
+        self.work.spend(LOGARITHM_COST)
         return self.modulus((a, b)).ln(), self.angle(a, b)
 
     def sin(self, z: Complex) -> Complex:
-        return self.turned(z)[0]
+        return self.sine_and_cosine(z)[0]
 
     def cos(self, z: Complex) -> Complex:
-        return self.turned(z)[1]
+        return self.sine_and_cosine(z)[1]
 
     def tan(self, z: Complex) -> Number:
-        return self.div(*self.turned(z))
+        return self.div(*self.sine_and_cosine(z))
 
     def cot(self, z: Complex) -> Number:
-        sine, cosine = self.turned(z)
+        sine, cosine = self.sine_and_cosine(z)
         return self.div(cosine, sine)
 
     def sec(self, z: Complex) -> Number:
@@ -380,7 +382,7 @@ class _Evaluator:
     def csc(self, z: Complex) -> Number:
         return self.div(Fraction(1), self.sin(z))
 
-    def turned(self, z: Complex) -> tuple[Number, Number]:
+    def sine_and_cosine(self, z: Complex) -> tuple[Number, Number]:
         """sin z and cos z."""
         if not z[1]:
             return (self.series_sine(z[0]), Decimal(0)), (self.series_cosine(z[0]), Decimal(0))
@@ -419,7 +421,7 @@ class _Evaluator:
             return x
         if abs(x) > 10**6:
             raise Unknown("sine of a large number")
-        self.work.spend(SERIES)
+        self.work.spend(SERIES_COST)
         x = x % (2 * PI)
         total = x
         term = x
@@ -434,7 +436,7 @@ class _Evaluator:
         """The angle of a + ib in (-pi, pi]."""
         if not b:
             return PI if a < 0 else Decimal(0)
-        self.work.spend(SERIES)
+        self.work.spend(SERIES_COST)
         if abs(a) < abs(b):
             return (PI / 2).copy_sign(b) - _arctan(a / b)
         turn = Decimal(0) if a > 0 else PI.copy_sign(b)
@@ -458,7 +460,7 @@ _OF_COMPLEX = {
 
 
 def _is_zero(x: Number) -> bool:
-    return x == 0 if isinstance(x, Fraction) else max(abs(x[0]), abs(x[1])) < NOTHING
+    return x == 0 if isinstance(x, Fraction) else max(abs(x[0]), abs(x[1])) < ZERO_BELOW
 
 
 def _complex(x: Number) -> Complex:

@@ -1,28 +1,28 @@
-"""The bound on what a comparison costs."""
+"""The bound on the cost of a comparison."""
 
 from __future__ import annotations
 
-# One operation takes about a microsecond of a common processor, so a comparison ends within 0.1 s.
-MOST = 50_000
+# operations; one takes about a microsecond on a common processor, so a comparison ends in 0.1 s
+MAX_OPERATIONS = 50_000
 
 
 class Unreadable(ValueError):
-    """Not an answer of the forms known here."""
+    """The text is no answer of a known form."""
 
 
 class TooMuchWork(Unreadable):
-    """More operations than a comparison may take."""
+    """Reading or comparing takes more operations than allowed."""
 
 
 class Work:
     """Counts the operations of one comparison."""
 
-    def __init__(self, most: int = MOST):
+    def __init__(self, most: int = MAX_OPERATIONS):
         self.most = most
         self.done = 0
 
     def spend(self, operations: int) -> None:
-        """Counts `operations`. Raises TooMuchWork where there are more than `most` in all."""
+        """Counts `operations`. Raises TooMuchWork if there are more than `most` in total."""
         self.done += operations
         if self.done > self.most:
             raise TooMuchWork(f"more than {self.most} operations")
