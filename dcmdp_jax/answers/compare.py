@@ -78,7 +78,7 @@ class _Comparison:
         self.work = work
 
     def same(self, gold: Node, answer: Node) -> bool:
-        """Compares two answers: sets of real numbers, named values, or unordered lists of elements."""
+        """Compares two answers: sets of numbers, named values, or unordered lists of elements."""
         gold = expand(gold)
         answer = expand(answer)
         verdict = None
@@ -224,7 +224,7 @@ class _Comparison:
         return values.equal(gold, answer, self.work)
 
     def measured(self, node: Node) -> tuple[Node, units.Unit | None]:
-        """Returns a value and its unit, or None. The letter of `5 m` or `5 m^2` counts as a unit."""
+        """Returns a value and its unit or None; the letter of `5 m` or `5 m^2` is a unit."""
         if node[0] == "quantity":
             return node[1:]
         if node[0] == "neg":
@@ -299,7 +299,7 @@ class _Comparison:
         return values.proportional(*differences, self.work, positive=gold[1] != "!=")
 
     def same_equation(self, gold: Node, answer: Node) -> bool:
-        """Compares two equations: by their right sides if the left sides are equal, else as curves."""
+        """Compares equations: the right sides if the left sides are equal, else as curves."""
         lefts = gold[2], answer[2]
         if lefts[0][0] == lefts[1][0] == "applied":
             renamed = answer[3]
@@ -315,7 +315,7 @@ class _Comparison:
         return values.proportional(*differences, self.work)
 
     def relation_and_value(self, relation: Node, bare: Node) -> bool:
-        """Compares a relation with a bare value or set: `x = 5` with 5, `1 < x < 2` with `(1, 2)`."""
+        """Compares `x = 5` with 5, or `1 < x < 2` with `(1, 2)`."""
         _, operator, left, right, *middle = relation
         if operator == "in":
             return self.same(right, bare)
@@ -337,7 +337,7 @@ class _Comparison:
 
 
 def _vector(gold: Node, answer: Node) -> tuple[Sequence[Node], Sequence[Node]] | None:
-    """Returns the entries of a tuple and of a row or column, or None if the two are another pair."""
+    """Returns the entries of a tuple and of a row or column; None for another pair."""
     tuple_, matrix = (gold, answer) if gold[0] == "group" else (answer, gold)
     rows = matrix[1:]
     if tuple_[1:3] != ("(", ")") or len(rows) > 1 and any(len(row) > 1 for row in rows):
@@ -450,7 +450,7 @@ def _lettered(node: Node) -> tuple[Node, str]:
 
 
 def _letter(node: Node) -> str:
-    """Returns a variable, or a power of one, as it is written; an empty string for any other node."""
+    """Returns a variable or its power as it is written; an empty string for other nodes."""
     if node[0] == "pow" and node[1][0] == "var" and node[2][0] == "num":
         return f"{node[1][1]}^{node[2][1]}"
     return node[1] if node[0] == "var" else ""

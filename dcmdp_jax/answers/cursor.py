@@ -14,7 +14,7 @@ Node = tuple
 
 
 def bounded_depth(method: Callable) -> Callable:
-    """Decorates a reader's method: raises Unreadable if such calls nest more than MAX_DEPTH deep."""
+    """Wraps a reader's method: Unreadable is raised if calls nest deeper than MAX_DEPTH."""
 
     @functools.wraps(method)
     def bounded(self, *arguments):
@@ -49,7 +49,7 @@ class Cursor:
         )
 
     def kind(self, ahead: int = 0) -> str:
-        """Returns the kind of the token `ahead` places on, or an empty string outside the answer."""
+        """Returns the kind of the token `ahead` places on; an empty string if there is none."""
         return (
             self.tokens[self.position + ahead].kind
             if 0 <= self.position + ahead < len(self.tokens)
@@ -61,7 +61,7 @@ class Cursor:
         return self.tokens[self.position + ahead].spaced
 
     def take(self, *wanted: str) -> str:
-        """Takes the next token if it is one of `wanted` and returns its text, else an empty string."""
+        """Takes the next token if it is one of `wanted`; returns its text, or an empty string."""
         if self.peek() and self.peek() in wanted:
             self.position += 1
             return self.tokens[self.position - 1].text
@@ -79,7 +79,7 @@ class Cursor:
         return self.take(*words) if self.kind() in ("word", "name") else ""
 
     def raw(self) -> str:
-        """Takes the next token, or the contents of the braces that follow, and returns the text."""
+        """Takes the next token, or what the next braces contain, and returns the text."""
         if not self.take("{"):
             return self.take(self.peek())
         depth = 1

@@ -1,8 +1,8 @@
 r"""Sets of real numbers: what `x > 2`, `x \ne 1`, `\mathbb{R} \setminus \{0\}` and `(-\infty, 1)
 \cup (2, 3]` describe.
 
-A set is a tuple of intervals in rising order that do not touch; a point is an interval of its own.
-Its ends are known numbers, rounded to 40 digits.
+A set is a tuple of intervals in ascending order that do not touch; a point is an interval. The ends
+are numbers rounded to 40 digits.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from dcmdp_jax.answers.cursor import Node
 from dcmdp_jax.answers.work import Work
 
 DIGITS = 40
-STEP_COST = 5  # operations for an interval looked at
+STEP_COST = 5  # operations to look at an interval
 INFINITY = ("var", r"\infty")
 MIRRORED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!="}
 _CONDITIONS = {"reals", "union", "without", "such", "both", "either"}
 
 
 class Interval(NamedTuple):
+    """An interval with its ends, and whether they belong to it."""
+
     low: Decimal
     low_inside: bool
     high: Decimal
@@ -37,15 +39,16 @@ EVERYTHING = Interval(Decimal("-Infinity"), False, Decimal("Infinity"), False)
 
 
 def describes(node: Node) -> bool:
-    """True if a node says of a set of numbers what belongs to it."""
+    """Returns True if a node describes a set of numbers by a condition or an operation on sets."""
     if node[0] == "list":
         return any(map(_is_inequality, node[1:])) and all(part[0] == "rel" for part in node[1:])
     return node[0] in _CONDITIONS or _is_inequality(node) or node[:2] == ("rel", "in")
 
 
 def domain(node: Node, work: Work) -> Domain | None:
-    """Returns the set of real numbers that a node describes; None where it describes none, or none
-    with known ends."""
+    """Returns the set of real numbers that a node describes, or None if there is none with known
+    ends.
+    """
     kind, *parts = node
     if kind == "reals":
         return (EVERYTHING,)
@@ -57,36 +60,39 @@ def domain(node: Node, work: Work) -> Domain | None:
     if kind in ("union", "either", "both"):
         return _combined(kind, [domain(part, work) for part in parts], work)
     if kind == "without":
-        whole, taken = (domain(part, work) for part in parts)
-        if whole is None or taken is None:
+        all_numbers, excluded = (domain(part, work) for part in parts)
+        if all_numbers is None or excluded is None:
             return None
-        return _intersection(whole, _complement(taken, work), work)
+        return _intersection(all_numbers, _complement(excluded, work), work)
     if kind == "such":
         return domain(parts[1], work)
     if kind == "rel":
         return _of_relation(node, work)
-    if kind == "list" and describes(node):  # a comma is an `and` where both conditions can hold
-        found = [domain(part, work) for part in parts]
-        return _combined("both", found, work) or _combined("either", found, work)
+    if kind == "list" and describes(node):  # a comma is an `and` if both conditions can hold
+        sets = [domain(part, work) for part in parts]
+        return _combined("both", sets, work) or _combined("either", sets, work)
     return None
 
 
 def _is_inequality(node: Node) -> bool:
+    """Returns True for a relation other than an equation or a membership."""
     return node[0] == "rel" and node[1] not in ("=", "in")
 
 
-def _combined(kind: str, found: list[Domain | None], work: Work) -> Domain | None:
-    if None in found:
+def _combined(kind: str, sets: list[Domain | None], work: Work) -> Domain | None:
+    """Returns the intersection of sets if `kind` is `both`, else the union; None if one is."""
+    if None in sets:
         return None
     if kind != "both":
-        return _union((interval for part in found for interval in part), work)
+        return _union((interval for part in sets for interval in part), work)
     common: Domain = (EVERYTHING,)
-    for part in found:
+    for part in sets:
         common = _intersection(common, part, work)
     return common
 
 
 def _interval(opening: str, closing: str, low: Node, high: Node, work: Work) -> Domain | None:
+    """Returns an interval as a set, or None if it is no interval, or one with unknown ends."""
     ends = _end(low, work), _end(high, work)
     if None in ends or ends[0] >= ends[1]:
         return None  # a tuple
@@ -94,7 +100,7 @@ def _interval(opening: str, closing: str, low: Node, high: Node, work: Work) -> 
 
 
 def _end(node: Node, work: Work) -> Decimal | None:
-    """The value of an end as a real number; None where it has variables or is not real."""
+    """Returns an end of an interval as a real number; None if it is not real or has variables."""
     if node == INFINITY:
         return EVERYTHING.high
     if node == ("neg", INFINITY):
@@ -102,7 +108,7 @@ def _end(node: Node, work: Work) -> Decimal | None:
     if node[0] in ("quantity", "percent"):
         node = node[1]
     if node[0] == "rel" and node[1] == "=":
-        node = node[3]  # `x = 1` among the numbers that are left out
+        node = node[3]  # `x = 1` among excluded numbers
     if values.variables(node, work):
         return None
     try:
@@ -112,10 +118,12 @@ def _end(node: Node, work: Work) -> Decimal | None:
 
 
 def _point(at: Decimal) -> Interval:
+    """Returns the interval of one point."""
     return Interval(at, True, at, True)
 
 
 def _rounded(value: values.Number) -> Decimal | None:
+    """Returns a real number rounded to DIGITS, or None if the number is not real."""
     with decimal.localcontext(decimal.Context(prec=DIGITS, Emax=10**6, Emin=-(10**6))):
         if isinstance(value, Fraction):
             return Decimal(value.numerator) / Decimal(value.denominator)
@@ -123,6 +131,7 @@ def _rounded(value: values.Number) -> Decimal | None:
 
 
 def _of_relation(node: Node, work: Work) -> Domain | None:
+    """Returns the set of numbers for which a relation holds, or None if that is unknown."""
     operator, left, right = node[1:4]
     if operator == "in":
         return domain(right, work)
@@ -140,10 +149,10 @@ def _of_relation(node: Node, work: Work) -> Domain | None:
         upper = _of_relation(("rel", operator, inside, right), work)
         lower = _of_relation(("rel", MIRRORED[operator], inside, ("neg", right)), work)
         return _combined("either" if operator[0] == ">" else "both", [upper, lower], work)
-    found = _solved(("add", left, ("neg", right)), work)
-    if found is None:
+    solution = _solved(("add", left, ("neg", right)), work)
+    if solution is None:
         return None
-    root, rising = found
+    root, rising = solution
     if operator == "=":
         return (_point(root),)
     if operator == "!=":
@@ -157,8 +166,10 @@ def _of_relation(node: Node, work: Work) -> Domain | None:
 
 
 def _solved(node: Node, work: Work) -> tuple[Decimal, bool] | None:
-    """Where an expression that is linear in one variable is 0, and whether it rises; None where it
-    is another."""
+    """Returns the zero of an expression that is linear in one variable, and whether it rises.
+
+    Returns None for any other expression.
+    """
     names = values.variables(node, work)
     if len(names) != 1 or values.functions(node, work) or ("var", r"\infty") in (node[1], node[2]):
         return None
@@ -180,7 +191,7 @@ def _solved(node: Node, work: Work) -> tuple[Decimal, bool] | None:
 
 
 def _union(intervals: Iterable[Interval], work: Work) -> Domain:
-    """Their union."""
+    """Returns the union of intervals."""
     merged: list[Interval] = []
     for interval in sorted(intervals, key=lambda interval: (interval.low, not interval.low_inside)):
         work.spend(STEP_COST)
@@ -195,7 +206,7 @@ def _union(intervals: Iterable[Interval], work: Work) -> Domain:
 
 
 def _intersection(left: Domain, right: Domain, work: Work) -> Domain:
-    """Their intersection."""
+    """Returns the intersection of two sets."""
     common = []
     for a in left:
         for b in right:
@@ -208,12 +219,12 @@ def _intersection(left: Domain, right: Domain, work: Work) -> Domain:
 
 
 def _complement(intervals: Domain, work: Work) -> Domain:
-    """Every real number outside of them."""
-    left: Domain = (EVERYTHING,)
+    """Returns all real numbers outside of the intervals."""
+    outside: Domain = (EVERYTHING,)
     for interval in intervals:
         below = EVERYTHING._replace(high=interval.low, high_inside=not interval.low_inside)
         above = EVERYTHING._replace(low=interval.high, low_inside=not interval.high_inside)
-        left = _intersection(
-            left, tuple(part for part in (below, above) if part.low < part.high), work
+        outside = _intersection(
+            outside, tuple(part for part in (below, above) if part.low < part.high), work
         )
-    return left
+    return outside

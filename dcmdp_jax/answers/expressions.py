@@ -207,7 +207,7 @@ class Expressions(Cursor):
         return self.with_unit(value, dollars) if self.units_allowed else value
 
     def product(self) -> Node:
-        r"""Reads factors, with or without a sign between them; `2 \frac{1}{2}` is a mixed number."""
+        r"""Reads factors, with or without signs; `2 \frac{1}{2}` is a mixed number."""
         value = self.factor()
         while True:
             whole = self.kind(-1) == "num" and (value[-1] if value[0] == "mul" else value)

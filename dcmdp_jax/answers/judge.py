@@ -1,8 +1,8 @@
-"""Answers compared: by our own reader, and what it cannot read by the `math-verify` package in
+"""Compares answers by our own reader, and what it cannot read by the `math-verify` package in
 processes of its own.
 
-A comparison that takes too long or too much memory is ended with its process. A few processes serve
-all threads; each starts when it is first needed, and ends with its parent, however that ends.
+A comparison that takes too long or too much memory ends with its process. All threads share a few
+processes; each starts when it is first needed, and ends with its parent however that ends.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from dcmdp_jax.answers.tokens import LONGEST
 from dcmdp_jax.worker import NotReady, ProcessEnded, Worker
 
 SECONDS = 2.0  # of one comparison
-SLACK = 5.0  # seconds by which a process may miss its own limit
+SLACK = 5.0  # seconds that a process may exceed its own limit by
 PROCESSES = 2
-KNOWN = 1 << 16  # pairs that are remembered
+CACHED_PAIRS = 1 << 16
 
 COMMAND = (sys.executable, "-P", str(pathlib.Path(__file__).with_name("library.py")))
 
 
 def equal(gold: str, answer: str) -> bool:
-    """True if `answer` is judged equal to `gold`. Several threads may ask at once."""
+    """Returns True if `answer` is judged equal to `gold`. Threads may call this together."""
     verdict = compare(gold, answer)
     if verdict is Verdict.UNREADABLE and max(len(gold), len(answer)) <= LONGEST:
         return library().equal(gold, answer)
@@ -38,7 +38,7 @@ def equal(gold: str, answer: str) -> bool:
 
 
 def library() -> Pool:
-    """The processes of `math-verify` that this process shares; a forked one has its own."""
+    """Returns this process's pool of `math-verify` processes; a forked process gets its own."""
     return _library(os.getpid())
 
 
@@ -50,8 +50,8 @@ def _library(pid: int) -> Pool:
 class Pool:
     """Processes of `command`, which is given `seconds`; each compares one pair at a time.
 
-    `given_up` counts comparisons that took longer than `seconds`, or that two processes did not
-    survive: they count as different. A pair that was compared is remembered.
+    `given_up` counts the comparisons that took longer than `seconds` or that ended two processes;
+    they count as different. Results are cached.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Pool:
     ):
         self.seconds = seconds
         self.given_up = 0
-        self.equal = functools.lru_cache(KNOWN)(self._compared)
+        self.equal = functools.lru_cache(CACHED_PAIRS)(self._compared)
         self._absent = False
         self._lock = threading.Lock()
         self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()
@@ -67,18 +67,19 @@ class Pool:
             self._idle.put(Worker([*command, str(seconds)], seconds + SLACK))
 
     def _compared(self, gold: str, answer: str) -> bool:
+        """Returns the verdict of a process; False if it gives none, or math-verify is missing."""
         if self._absent:
             return False
         question = json.dumps([gold, answer]).encode()
         worker = self._idle.get()
         try:
             verdict = _verdict(worker, question)
-            if verdict is None:  # it may have been ended while it was idle
+            if verdict is None:  # the process may have ended while it was idle
                 verdict = _verdict(worker, question)
         except TimeoutError:
             verdict = None
         except NotReady as error:
-            self._say_absent(error)
+            self._report_absent(error)
             return False
         finally:
             self._idle.put(worker)
@@ -87,7 +88,8 @@ class Pool:
                 self.given_up += 1
         return bool(verdict)
 
-    def _say_absent(self, error: NotReady) -> None:
+    def _report_absent(self, error: NotReady) -> None:
+        """Prints, once, that math-verify cannot be used."""
         with self._lock:
             if not self._absent:
                 print(
@@ -100,9 +102,8 @@ class Pool:
 
 
 def _verdict(worker: Worker, question: bytes) -> bool | None:
-    """None where the process gave none.
-
-    Raises TimeoutError where its time was over.
+    """Returns a process's verdict, or None if it gives none. Raises TimeoutError if its time is
+    over.
     """
     try:
         reply = worker.ask(question)

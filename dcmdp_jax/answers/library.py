@@ -5,10 +5,9 @@ nothing imports it.
 standard input with `true` or `false`. It ends with its input, and by SIGALRM where a comparison
 takes longer than SECONDS.
 
-The package is generous: it rounds to six digits, drops words, bases and signs that it does not
-know, and makes no difference between C and c, or (1, 2) and {2, 1}. It is asked here for what our
-reader cannot read, so each of these is refused.
-`library.py alone SECONDS` takes the package as it comes.
+The package is lenient: it rounds to six digits, drops words, bases and signs that it does not know,
+and does not distinguish C from c, or (1, 2) from {2, 1}. None of this is accepted here.
+`library.py alone SECONDS` uses the package as it is, for comparisons with it.
 """
 
 from __future__ import annotations
@@ -22,25 +21,26 @@ import sys
 from collections.abc import Callable
 
 MEMORY = 2 << 30  # bytes of address space
-DIGITS = 50  # to which two values agree
+DIGITS = 50  # to which two values must agree
 
 _DROPPED = re.compile(r"\\(?:text|mbox|hbox)\w*\s*\{(?!\s*(?:and|or|if)\s*\})|\d\s*_|[^\x00-\x7f]")
 _LETTER = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
 
 
 def _serve(seconds: float, alone: bool) -> None:
+    """Answers the lines of standard input."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a parent that ignores it would leave it ignored
     replies = sys.stdout
-    sys.stdout = sys.stderr  # a library's own printing is no reply
+    sys.stdout = sys.stderr  # what a library prints is no reply
     try:
         import math_verify
     except ImportError as error:
         print(" ".join(str(error).split()), file=replies, flush=True)
         return
-    # it warns that time is kept elsewhere, as it is
+    # it warns that it has no time limit of its own, which is kept here
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    equal = _generous(math_verify) if alone else _strict(math_verify)
+    equal = _lenient(math_verify) if alone else _strict(math_verify)
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -49,7 +49,9 @@ def _serve(seconds: float, alone: bool) -> None:
         print(json.dumps(verdict), file=replies, flush=True)
 
 
-def _generous(math_verify) -> Callable[[str, str], bool]:
+def _lenient(math_verify) -> Callable[[str, str], bool]:
+    """Returns the package's own comparison."""
+
     def equal(gold: str, answer: str) -> bool:
         one, other = (
             math_verify.parse(f"$\\boxed{{{text}}}$", parsing_timeout=None)
@@ -61,22 +63,23 @@ def _generous(math_verify) -> Callable[[str, str], bool]:
 
 
 def _strict(math_verify) -> Callable[[str, str], bool]:
+    """Returns a comparison that accepts no leniency."""
     import sympy
 
-    # without the other kind, which evaluates Python
+    # LaTeX only: the package's other extraction evaluates Python
     latex = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
 
     def read(text: str):
-        """The one expression that a text is, its decimals as fractions; None where it is none."""
+        """Returns the one expression that a text is, its decimals as fractions, or None."""
         if _DROPPED.search(text):
             return None
-        found = math_verify.parse(
+        parsed = math_verify.parse(
             f"$\\boxed{{{text}}}$", latex, fallback_mode="no_fallback", parsing_timeout=None
         )
-        if len(found) != 1 or isinstance(found[0], (str, sympy.Symbol)):
+        if len(parsed) != 1 or isinstance(parsed[0], (str, sympy.Symbol)):
             return None
-        decimals = found[0].atoms(sympy.Float)
-        return found[0].xreplace({part: sympy.Rational(str(part)) for part in decimals})
+        decimals = parsed[0].atoms(sympy.Float)
+        return parsed[0].xreplace({part: sympy.Rational(str(part)) for part in decimals})
 
     def equal(gold: str, answer: str) -> bool:
         one = read(gold)

@@ -1,4 +1,4 @@
-"""What an equation names: `x` in `x = 5`, `m + n` in `m + n = 293`, `(x, y)` in `(x, y) = (1, 2)`."""
+"""What an equation names: `x` in `x = 5`, `m + n` in `m + n = 9`, `(x, y)` in `(x, y) = (1, 2)`."""
 
 from __future__ import annotations
 

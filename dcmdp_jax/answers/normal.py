@@ -1,9 +1,9 @@
-r"""One spelling for what Unicode, markdown and keyboards write in several: LaTeX in ASCII.
+r"""One spelling, LaTeX in ASCII, for what Unicode, Markdown and keyboards write in several ways.
 
 `５` becomes `5`, `x²` becomes `x^{2}`, `½` becomes `\frac{1}{2}`, `θ` becomes `\theta`, `**5**`
-becomes `5`, and `1{,}234`, `1\,234` and `1,\!234` become `1234`: these marks between groups of
-three digits are written for thousands alone. A plain comma depends on the brackets around it and is
-left to `tokens`.
+becomes `5`. `1{,}234`, `1\,234` and `1,\!234` become `1234`: between groups of three digits these
+marks separate thousands only. The meaning of a plain comma depends on the brackets around it, which
+`tokens` decides.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _GREEK = [
     "psi",
     "omega",
 ]
-_NAMED = {  # signs of a command
+_NAMED = {  # command: its Unicode signs
     "Gamma": "Γ",
     "Delta": "Δ∆",
     "ell": "ℓ",
@@ -79,7 +79,7 @@ _NAMED = {  # signs of a command
     "lor": "∨",
     "to": "→",
 }
-_SIGNS = {  # read before NFKC, which takes some of them apart, and after it
+_SIGNS = {  # replaced before NFKC, which decomposes some of them, and after it
     **{chr(0x3B1 + i): rf"\{name} " for i, name in enumerate(_GREEK)},
     **{sign: rf"\{name} " for name, signs in _NAMED.items() for sign in signs},
     **{sign: rf"\mathbb{{{letter}}}" for sign, letter in zip("ℝℤℕℚℂ", "RZNQC")},
@@ -110,13 +110,16 @@ _REPEATED = re.compile("((?:[0-9][\u0305\u0307])+)")  # digits with a bar or a d
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+")
 _LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋ₐₑₒₓₕₖₗₘₙₚₛₜ]+")
 _ONE_CHARACTER_FRACTION = re.compile("[¼½¾⅐-⅞↉]")
-_THOUSANDS = re.compile(  # a mark between two groups of digits that no list has
-    r"(?<=\d)(?:\s*"
-    r"(?:(?:\\text)?\{\s*,\s*\}|,\s*\\!|\\!\s*,|\\[,;: ]|\\thinspace)\s*|[\u2005-\u2009\u202f\u00a0])"
-    r"(?=\d{3}(?!\d))",
-    re.ASCII,
+_THOUSANDS = (
+    re.compile(  # marks between two groups of digits that do not separate the items of a list
+        r"(?<=\d)(?:\s*"
+        r"(?:(?:\\text)?\{\s*,\s*\}|,\s*\\!|\\!\s*,|\\[,;: ]|\\thinspace)\s*"
+        r"|[\u2005-\u2009\u202f\u00a0])"
+        r"(?=\d{3}(?!\d))",
+        re.ASCII,
+    )
 )
-# `3{,}14`; a list's comma has no braces
+# `3{,}14`: the comma of a list has no braces
 _DECIMAL_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)", re.ASCII)
 _POWER = re.compile(r"(?<=[\w)}])\s*\*\*\s*(?=[\w({\\-])", re.ASCII)
 _MODULE = re.compile(r"\b(?:np|math|sympy)\.(?=[a-z])")
@@ -125,8 +128,9 @@ _EMPHASIS = ("***", "**", "__", "`")
 
 
 def normal(text: str) -> str:
-    """Returns an answer in ASCII LaTeX as far as it has a spelling there, without emphasis and
-    without its full stop."""
+    """Returns an answer in ASCII LaTeX, as far as that has a spelling, without emphasis and full
+    stop.
+    """
     text = text.replace(r"\overset{\cdot}", r"\dot")
     text = _REPEATED.sub(lambda found: rf"\overline{{{found[0][::2]}}}", text)
     text = _RAISED.sub(lambda found: "^{" + _compatible(found[0]) + "}", text)
@@ -134,7 +138,7 @@ def normal(text: str) -> str:
     text = _ONE_CHARACTER_FRACTION.sub(_fraction, text)
     text = _THOUSANDS.sub("", text)
     text = _compatible(text.translate(_TRANSLATED)).translate(_TRANSLATED)
-    text = _THOUSANDS.sub("", text)  # full-width digits are digits now
+    text = _THOUSANDS.sub("", text)  # again: full-width digits are ASCII digits now
     text = _DECIMAL_COMMA.sub(".", text)
     text = _NO_WHOLE_PART.sub("0.", _MODULE.sub("", _POWER.sub("^", text)))
     text = _without_emphasis(text.strip())
@@ -142,17 +146,21 @@ def normal(text: str) -> str:
 
 
 def _compatible(text: str) -> str:
+    """Returns a text in Unicode's normal form KC."""
     return unicodedata.normalize("NFKC", text)
 
 
 def _fraction(found: re.Match) -> str:
+    """Returns the LaTeX of a fraction that is one character."""
     top, bottom = _compatible(found[0]).split("⁄")
     return rf"\frac{{{top}}}{{{bottom}}}"
 
 
 def _without_emphasis(text: str) -> str:
-    """The text without markdown's marks at its ends; half a pair may have been left with what stood
-    before."""
+    """Returns a text without Markdown's marks at its ends.
+
+    Half a pair of marks may stand there, if the other half was before the answer.
+    """
     for mark in _EMPHASIS:
         text = text.removeprefix(mark).removesuffix(mark)
     if len(text) > 2 and text[0] == text[-1] and text[0] in "*_":

@@ -1,7 +1,7 @@
-r"""An answer cut into tokens, without what only changes its looks.
+r"""The tokens of an answer, without what only changes its layout.
 
-Spaces, type faces, `\left`, `\displaystyle` and the like go; words keep whether they were set
-upright, as `\text{cm}` is; a comma for thousands goes where it is one.
+Spaces, typefaces, `\left`, `\displaystyle` and the like are dropped. Words keep whether they were
+upright, as in `\text{cm}`. A comma that separates thousands is dropped.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from dcmdp_jax.answers.normal import normal
 from dcmdp_jax.answers.work import Unreadable
 
 LONGEST = 1_000  # characters
-LARGEST_EXPONENT = 300  # of a number as 1.5e10 writes it
+MAX_EXPONENT = 300  # of a number such as 1.5e10
 DIGITS = 400  # of a number
 
 
 class Token(NamedTuple):
-    kind: str  # num, word, name (a word set upright), cmd, or the character itself
+    """A token of an answer."""
+
+    kind: str  # num, word, name (an upright word), cmd, or the character itself
     text: str
-    spaced: bool  # a space stands before it
+    spaced: bool  # a space precedes it
 
 
 _SPACES = (
@@ -65,6 +67,7 @@ _LEXEME = re.compile(
 
 
 def _commands(names: str) -> set[str]:
+    """Returns LaTeX commands by their names."""
     return {rf"\{name}" for name in names.split()}
 
 
@@ -76,7 +79,9 @@ _FACES = _UPRIGHT | _commands(
     "mathbf mathit mathnormal boldsymbol bm bf it underline boxed fbox "
     "bold pmb ensuremath mathop mathord"
 )
-_WITH_SETTING = _commands("color textcolor hspace vspace phantom tag label")  # in braces
+_WITH_SETTING = _commands(
+    "color textcolor hspace vspace phantom tag label"
+)  # followed by a setting in braces
 _SPELLINGS = {
     **dict.fromkeys(_commands("dfrac tfrac cfrac"), r"\frac"),
     **dict.fromkeys(_commands("dbinom tbinom"), r"\binom"),
@@ -111,50 +116,52 @@ _SPELLINGS = {
 }
 _OTHER_NAMES = {"tg": "tan", "ctg": "cot", "cotg": "cot", "arctg": "arctan", "cosec": "csc"}
 _JOINERS = {r"\land": "and", r"\wedge": "and", r"\lor": "or", r"\vee": "or"}
-# braces behind these hold what they take
-_TAKES_ONE = {"^", "_", r"\frac", r"\sqrt", r"\binom", r"\overline"}
+# commands whose argument keeps its braces
+_TAKES_ARGUMENT = {"^", "_", r"\frac", r"\sqrt", r"\binom", r"\overline"}
 _OPENS = {"(": ")", "[": "]", r"\{": r"\}", r"\langle": r"\rangle", "{": "}"}
 _BEFORE_OPENING = {"", "(", "{", ",", ";", "=", "and", "or", r"\{", r"\in", r"\cup", r"\setminus"}
-_BEHIND_CLOSING = {"", ")", "}", ",", ";", "and", "or", r"\}", r"\cup", r"\setminus"}
+_AFTER_CLOSING = {"", ")", "}", ",", ";", "and", "or", r"\}", r"\cup", r"\setminus"}
 _MAY_BE_LISTS = {"(", "[", r"\{", r"\langle"}
 
 
 def plain(text: str) -> str:
-    """The answer without what only changes its looks; one longer than `LONGEST` as it stands."""
+    """Returns an answer without what only changes its layout; unchanged if longer than LONGEST."""
     try:
         tokens = split(text)
     except Unreadable:
         return text.strip()
     joined = ""
     for before, token in zip([None, *tokens], tokens):
-        apart = before is not None and before.kind == token.kind == "num"
-        joined += " " * apart + token.text
+        if before is not None and before.kind == token.kind == "num":
+            joined += " "
+        joined += token.text
     return joined
 
 
 def split(text: str) -> list[Token]:
-    """The tokens of an answer. Raises Unreadable where it is too long."""
+    """Returns the tokens of an answer. Raises Unreadable if it is too long."""
     if len(text) > LONGEST:
         raise Unreadable("too long")
     text = normal(text)
     if len(text) > 2 * LONGEST:
         raise Unreadable("too long")
-    tokens = _turned(_without_thousands(_without_looks(_lexemes(text))))
+    tokens = _with_usual_brackets(_without_thousands(_without_layout(_lexemes(text))))
     while tokens and tokens[-1].text == ".":
         tokens.pop()
     return tokens
 
 
 def number(text: str) -> Fraction:
-    """The number that a token of digits is. Raises Unreadable where it is too large."""
+    """Returns the value of a token of digits. Raises Unreadable if it is too large."""
     digits, _, exponent = text.lower().partition("e")
-    if abs(int(exponent or 0)) > LARGEST_EXPONENT or len(digits) > DIGITS:
+    if abs(int(exponent or 0)) > MAX_EXPONENT or len(digits) > DIGITS:
         raise Unreadable("too large a number")
     return Fraction("0" + digits.removesuffix(".")) * Fraction(10) ** int(exponent or 0)
 
 
 def _lexemes(text: str) -> list[Token]:
-    found = []
+    """Returns a text as tokens, with one spelling for each command, typefaces included."""
+    lexemes = []
     spaced = False
     for match in _LEXEME.finditer(text):
         kind = match.lastgroup
@@ -168,23 +175,23 @@ def _lexemes(text: str) -> list[Token]:
         if lexeme.lstrip("\\") in _OTHER_NAMES:
             lexeme = lexeme.replace(lexeme.lstrip("\\"), _OTHER_NAMES[lexeme.lstrip("\\")])
         if lexeme in _JOINERS:
-            found.append(Token("name", _JOINERS[lexeme], spaced))
+            lexemes.append(Token("name", _JOINERS[lexeme], spaced))
         elif kind in ("num", "word", "name"):
-            found.append(Token(kind, lexeme, spaced))
+            lexemes.append(Token(kind, lexeme, spaced))
         elif lexeme == "degrees":
-            found.append(Token("name", lexeme, spaced))
+            lexemes.append(Token("name", lexeme, spaced))
         elif lexeme[0] == "\\" and len(lexeme) > 1:
-            found.append(Token("cmd", lexeme, spaced))
+            lexemes.append(Token("cmd", lexeme, spaced))
         else:
-            found.append(Token(lexeme, lexeme, spaced))
+            lexemes.append(Token(lexeme, lexeme, spaced))
         spaced = False
-    return found
+    return lexemes
 
 
-def _without_looks(lexemes: Sequence[Token]) -> list[Token]:
-    """Takes type faces away and joins what stands for one sign."""
+def _without_layout(lexemes: Sequence[Token]) -> list[Token]:
+    """Returns tokens without typefaces, and with signs of several lexemes as one token."""
     tokens: list[Token] = []
-    opened: list[tuple[bool, bool]] = []  # whether an open brace stays, whether words were upright
+    opened: list[tuple[bool, bool]] = []  # of each open brace: does it stay, were words upright
     upright = False
     at = 0
     spaced = False
@@ -213,13 +220,13 @@ def _without_looks(lexemes: Sequence[Token]) -> list[Token]:
         elif token.text in _FACES:
             if following != "{":
                 continue  # `\bf 5`, `\text cm`
-            stays = _takes_one(tokens)
+            stays = _is_argument(tokens)
             opened.append((stays, upright))
             upright = token.text in _UPRIGHT
             at += 1
             if stays:
                 tokens.append(Token("{", "{", spaced))
-        elif (token.text, following) == ("{", "}") and not _takes_one(tokens):
+        elif (token.text, following) == ("{", "}") and not _is_argument(tokens):
             at += 1
         elif token.text == "{":
             opened.append((True, upright))
@@ -237,17 +244,18 @@ def _without_looks(lexemes: Sequence[Token]) -> list[Token]:
     return tokens
 
 
-def _takes_one(tokens: Sequence[Token]) -> bool:
-    """True if what follows is the argument of the last token."""
-    return bool(tokens) and tokens[-1].text in _TAKES_ONE
+def _is_argument(tokens: Sequence[Token]) -> bool:
+    """Returns True if what follows is the argument of the last token."""
+    return bool(tokens) and tokens[-1].text in _TAKES_ARGUMENT
 
 
 def _is_reals(lexemes: Sequence[Token]) -> bool:
+    """Returns True for `{R}`."""
     return [lexeme.text for lexeme in lexemes] == ["{", "R", "}"]
 
 
 def _degree(lexemes: Sequence[Token], at: int) -> int:
-    r"""How many lexemes from `at` on are a sign of degrees: `^\circ`, `^{\circ}`, `^\degree`."""
+    r"""Returns how many lexemes from `at` on write degrees: `^\circ`, `^{\circ}`, `^\degree`."""
     texts = [token.text for token in lexemes[at : at + 4]]
     if texts[:1] != ["^"]:
         return 0
@@ -259,8 +267,10 @@ def _degree(lexemes: Sequence[Token], at: int) -> int:
 
 
 def _without_thousands(tokens: Sequence[Token]) -> list[Token]:
-    """Joins `1,234` to one number, except where its bracket may be a tuple, a set or an interval.
-    `(1,000)` is none: no item of theirs begins with a zero."""
+    """Returns tokens with `1,234` as one number, unless its bracket may be a list.
+
+    A tuple, set or interval has no item that starts with a zero, so `(1,000)` is a number.
+    """
     joined: list[Token] = []
     brackets: list[str] = []
     at = 0
@@ -284,7 +294,7 @@ def _without_thousands(tokens: Sequence[Token]) -> list[Token]:
 
 
 def _thousands(tokens: Sequence[Token], at: int) -> int:
-    """How many groups of three digits, each behind a comma, belong to the number at `at`."""
+    """Returns how many groups of three digits, each after a comma, belong to the number at `at`."""
     before = tokens[at - 1].text if at else ""
     if not re.fullmatch(r"\d{1,3}", tokens[at].text):
         return 0
@@ -302,8 +312,8 @@ def _thousands(tokens: Sequence[Token], at: int) -> int:
         groups += 1
 
 
-def _turned(tokens: Sequence[Token]) -> list[Token]:
-    """Writes the open interval `]1, 2[` with round brackets, and a vector with angular ones."""
+def _with_usual_brackets(tokens: Sequence[Token]) -> list[Token]:
+    """Returns tokens with `]1, 2[` in round brackets, and a vector in angular ones."""
     if len(tokens) > 2 and (tokens[0].text, tokens[-1].text) == ("<", ">"):  # `<1, 2>`
         first, *inside, last = tokens
         tokens = [
@@ -314,10 +324,10 @@ def _turned(tokens: Sequence[Token]) -> list[Token]:
     turned = []
     for at, token in enumerate(tokens):
         before = tokens[at - 1].text if at else ""
-        behind = tokens[at + 1].text if at + 1 < len(tokens) else ""
-        if token.text == "]" and before in _BEFORE_OPENING and behind not in _BEHIND_CLOSING:
+        after = tokens[at + 1].text if at + 1 < len(tokens) else ""
+        if token.text == "]" and before in _BEFORE_OPENING and after not in _AFTER_CLOSING:
             token = Token("(", "(", token.spaced)
-        elif token.text == "[" and behind in _BEHIND_CLOSING and before not in _BEFORE_OPENING:
+        elif token.text == "[" and after in _AFTER_CLOSING and before not in _BEFORE_OPENING:
             token = Token(")", ")", token.spaced)
         turned.append(token)
     return turned

@@ -1,4 +1,4 @@
-"""Units of measurement after a number: read, converted, or known to be unknown."""
+"""Units of measurement after a number."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import NamedTuple
 
 
 class Unit(NamedTuple):
+    """A unit as powers of base units and a factor."""
+
     powers: tuple[tuple[str, int], ...]  # of base units, sorted by name
-    factor: Fraction  # of what the base units make
-    pi: int  # the power of pi that the factor is to be multiplied by
+    factor: Fraction  # of one such unit, in base units
+    pi: int  # the factor times pi to this power
     known: bool  # every word is in the table
 
 
@@ -93,7 +95,7 @@ _NAMES = {
 }
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _AFTER = {"squared": 2, "cubed": 3}
-# These change the number: numbers and multiples, parts, operations, signs.
+# Words that change a number: numbers and multiples, parts, operations, signs.
 _CHANGE = set(
     [
         "zero",
@@ -230,7 +232,7 @@ _CHANGE = set(
     ]
 )
 _MULTIPLES = ("fold", "illion", "illions", "illionth", "illionths")
-# These compare it or belong to another clause.
+# Words that compare a number, or begin another clause.
 _NO_UNITS = set(
     [
         "over",
@@ -275,25 +277,28 @@ _PIECE = re.compile(r"\s*(?:(/|per\b)|([^\W\d_]+)\.?(?:\s*\^\s*\(?\s*(-?\d)\s*\)
 _HALF_OF_DAY = re.compile(r"\b([ap])\s?\.?\s?m\b\.?", re.IGNORECASE)
 
 
-def is_word(word: str, apart: bool) -> bool:
-    """True if a word beside a number is read as a unit, not as a product of variables. `2xyz` is
-    such a product; a word that the table lacks must stand `apart`, or be set as text."""
+def is_word(word: str, spaced: bool) -> bool:
+    """Returns True if a word next to a number is read as a unit, not as a product of variables.
+
+    `2xyz` is such a product. A word that is not in the table counts if it is `spaced` from the
+    number.
+    """
     return (
         _name(word) in _BASE
         and len(word) > 1
         or word in _POWERS
-        or (apart and len(word) > 2 and word.islower())
+        or (spaced and len(word) > 2 and word.islower())
     )
 
 
 def is_known(letter: str) -> bool:
-    """True if a letter is a unit of the table."""
+    """Returns True if a letter is a unit of the table."""
     unit = read(letter)
     return unit is not None and unit.known
 
 
 def changes_a_number(word: str) -> bool:
-    """True of `million`, `half`, `negative`, `tenfold` and the like, and of `k` and `M`."""
+    """Returns True for `million`, `half`, `negative`, `tenfold` and the like, `k` and `M`."""
     lower = word.lower()
     if lower in _CHANGE or lower.removesuffix("s") in _CHANGE:
         return True
@@ -301,8 +306,7 @@ def changes_a_number(word: str) -> bool:
 
 
 def read(text: str) -> Unit | None:
-    """Returns the unit that `text` names by words with powers, `/` and `per`; None where it is
-    none."""
+    """Returns the unit that words with powers, `/` and `per` name, or None if they name none."""
     rest = _HALF_OF_DAY.sub(lambda found: found[1].lower() + "m", _LATEX.sub(" ", text).strip())
     powers: dict[str, int] = {}
     factor = Fraction(1)
@@ -350,8 +354,9 @@ def read(text: str) -> Unit | None:
 
 
 def _name(word: str) -> str:
-    """The table's name of a unit, be it written out or in the plural; an unknown word in the
-    singular."""
+    """Returns the table's name of a unit that may be written out or in the plural; another word in
+    the singular.
+    """
     if word in _BASE:
         return word
     lower = word.lower()

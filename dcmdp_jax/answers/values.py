@@ -1,8 +1,7 @@
-"""The value of a tree at a point: an exact fraction where it is one, else a complex number of 60
-digits.
+"""The value of a tree at a point: an exact fraction, or else a complex number of 60 digits.
 
-Two expressions are equal where they agree at several fixed points, to 40 digits. Every operation is
-counted, a large one as many, before it is done.
+Two expressions are equal if they agree to 40 digits at several fixed points. Operations are counted
+before they are done, large ones several times.
 """
 
 from __future__ import annotations
@@ -18,24 +17,24 @@ from dcmdp_jax.answers.cursor import Node
 from dcmdp_jax.answers.work import Work
 
 DIGITS = 60
-DOUBTFUL_WITHIN = Decimal("1e-40")
-SAME_WITHIN = Decimal("1e-52")  # relative; between them it is not known
-LOST_BELOW = Decimal("1e-45")  # relative; so small a summand may have no digit in the sum
-ZERO_BELOW = Decimal("1e-50")
-LEAST_ROUND_OFF = Decimal("1e-70")  # between them lies what cancelled
+SAME_WITHIN = Decimal("1e-52")  # relative difference up to which two values are equal
+DOUBTFUL_WITHIN = Decimal("1e-40")  # relative difference up to which it cannot be decided
+LOST_BELOW = Decimal("1e-45")  # a summand relatively smaller may leave no digit in the sum
+ZERO_BELOW = Decimal("1e-50")  # a result of round-off alone is smaller
+LEAST_ROUND_OFF = Decimal("1e-70")  # numbers from here to ZERO_BELOW may be round-off
 MAX_BITS = 20_000  # of an exact numerator or denominator
 REAL_POINTS = 6
 INTEGER_POINTS = 8
 PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899")
-# what is compared at whole numbers
-INTEGER_FUNCTIONS = {"factorial", "binom"}
+INTEGER_FUNCTIONS = {"factorial", "binom"}  # compared at integers
 ROUNDING_FUNCTIONS = {"floor", "ceil"}
-COUNT_NAMES = set("jklmnpqMN")
+COUNT_NAMES = set("jklmnpqMN")  # variables that usually are integers
 
-STEP_COST = 3  # operations that a node of a tree, or a sum or product of numbers, takes
+# operations that a step takes
+STEP_COST = 3  # a node of a tree, or a sum or product of numbers
 EXPONENTIAL_COST = 25
 LOGARITHM_COST = 45
-SERIES_COST = 90  # an exponential, a logarithm, a sine or an angle
+SERIES_COST = 90  # a sine or an angle
 ROOT_COST = 15
 
 Complex = tuple[Decimal, Decimal]
@@ -45,15 +44,15 @@ _CONSTANTS = (r"\pi", "e", "i")
 
 
 class Unknown(ArithmeticError):
-    """No value: undefined, too large, or of no kind that is known here."""
+    """There is no value, or it cannot be decided: undefined, too large, of unknown kind."""
 
 
 def equal(left: Node, right: Node, work: Work) -> bool:
-    """Returns whether two expressions have the same value at every point where both have one.
-    Raises Unknown where there are too few such points: two, or one where there is no variable.
+    """Returns True if two expressions have the same value at every point where both have one.
 
-    Variables take positive values, negative ones too where an absolute value is taken, and whole
-    ones where the expressions hold factorials or binomials, or round what is named as a count.
+    Variables take positive values; negative ones too if there is an absolute value; and integers if
+    there are factorials or binomials, or if a count is rounded. Raises Unknown if both have a value
+    at fewer than two points, or at none if there are no variables.
     """
     left_names = variables(left, work)
     right_names = variables(right, work)
@@ -64,23 +63,22 @@ def equal(left: Node, right: Node, work: Work) -> bool:
     whole = bool(
         kinds & INTEGER_FUNCTIONS or kinds & ROUNDING_FUNCTIONS and COUNT_NAMES.issuperset(names)
     )
-    found = 0
+    points = 0
     for number in range(INTEGER_POINTS if whole else REAL_POINTS) if names else range(1):
         point = {name: _variable_value(name, number, whole, "abs" in kinds) for name in names}
         try:
             if not agree(value(left, point, work), value(right, point, work)):
                 return False
-            found += 1
+            points += 1
         except Unknown:
             continue
-    if found < (2 if names else 1):
+    if points < (2 if names else 1):
         raise Unknown("no point at which both have a value")
     return True
 
 
 def value(node: Node, point: dict[str, Fraction], work: Work) -> Number:
-    """Returns the value of an expression where its variables have the values of `point`. Raises
-    Unknown where it has none."""
+    """Returns the value of an expression at `point`. Raises Unknown if it has none."""
     with decimal.localcontext(
         decimal.Context(
             prec=DIGITS,
@@ -101,19 +99,21 @@ def value(node: Node, point: dict[str, Fraction], work: Work) -> Number:
 
 
 def agree(left: Number, right: Number) -> bool:
-    """Whether two values are the same but for round-off. Raises Unknown where both may be nothing
-    but that, or where they differ by little more."""
+    """Returns True if two values are equal apart from round-off.
+
+    Raises Unknown if both may be nothing but round-off, or differ by little more than it.
+    """
     if isinstance(left, Fraction) and isinstance(right, Fraction):
         return left == right
     with decimal.localcontext(decimal.Context(prec=DIGITS, Emax=10**6, Emin=-(10**6))):
         (a, b), (c, d) = _complex(left), _complex(right)
         first = max(abs(a), abs(b))
         second = max(abs(c), abs(d))
-        apart = max(abs(a - c), abs(b - d))
-        if apart <= SAME_WITHIN * max(first, second):
+        difference = max(abs(a - c), abs(b - d))
+        if difference <= SAME_WITHIN * max(first, second):
             return True
-        if max(first, second) >= ZERO_BELOW and apart <= DOUBTFUL_WITHIN * max(first, second):
-            raise Unknown("the same in all but the last digits")
+        if max(first, second) >= ZERO_BELOW and difference <= DOUBTFUL_WITHIN * max(first, second):
+            raise Unknown("equal in all but the last digits")
         if max(first, second) >= ZERO_BELOW:
             return False
         if max(first, second) < LEAST_ROUND_OFF:
@@ -124,8 +124,10 @@ def agree(left: Number, right: Number) -> bool:
 
 
 def proportional(left: Node, right: Node, work: Work, positive: bool = False) -> bool:
-    """True if one expression is a constant, not zero, times the other; if `positive`, one over
-    zero."""
+    """Returns True if one expression is a constant other than zero times the other.
+
+    With `positive` the constant must be positive.
+    """
     names = sorted(variables(left, work) | variables(right, work))
     ratios = []
     for number in range(REAL_POINTS):
@@ -139,19 +141,19 @@ def proportional(left: Node, right: Node, work: Work, positive: bool = False) ->
 
 
 def variables(node: Node, work: Work) -> set[str]:
-    """Names of the variables, without pi, e and i."""
+    """Returns the names of the variables, without pi, e and i."""
     names = {part[1] for part in _nodes(node, work) if part[0] == "var"}
     return names.difference(_CONSTANTS)
 
 
 def functions(node: Node, work: Work) -> set[str]:
-    """Names of the functions in an expression, and `binom`."""
-    found = [part for part in _nodes(node, work) if part[0] in ("fn", "binom")]
-    return {part[1] if part[0] == "fn" else "binom" for part in found}
+    """Returns the names of the functions in an expression, `binom` included."""
+    calls = [part for part in _nodes(node, work) if part[0] in ("fn", "binom")]
+    return {part[1] if part[0] == "fn" else "binom" for part in calls}
 
 
 def _nodes(node: Node, work: Work) -> Iterator[Node]:
-    """A node and all those under it."""
+    """Returns an iterator over a node and all nodes in it."""
     left = [node]
     while left:
         work.spend(1)
@@ -163,20 +165,26 @@ def _nodes(node: Node, work: Work) -> Iterator[Node]:
 
 
 def _variable_value(name: str, number: int, whole: bool, signed: bool) -> Fraction:
-    """A variable's value at point `number`, the same in every process."""
+    """Returns a variable's value at point `number`, the same in every process."""
     draw = int.from_bytes(hashlib.sha256(f"{name} {number}".encode()).digest()[:4], "big")
     if whole:
         return Fraction(2 + draw % 23)
-    far = 9 if number % 3 == 2 else 1  # what holds near 1 may not hold beyond
+    far = 9 if number % 3 == 2 else 1  # expressions may agree near 1 alone
     return Fraction(53 + draw % 150, 101) * far * (-1 if signed and (draw >> 16) % 2 else 1)
 
 
 class _Evaluator:
+    """Computes values at one point.
+
+    Methods raise Unknown if there is no value, and Unreadable if it takes too much work.
+    """
+
     def __init__(self, point: dict[str, Fraction], work: Work):
         self.point = point
         self.work = work
 
     def value(self, node: Node) -> Number:
+        """Returns the value of a node."""
         self.work.spend(STEP_COST)
         kind, *parts = node
         if kind == "num":
@@ -207,6 +215,7 @@ class _Evaluator:
         raise Unknown(kind)
 
     def variable(self, name: str) -> Number:
+        """Returns the value of a constant or a variable."""
         if name == r"\pi":
             return +PI, Decimal(0)
         if name == "e":
@@ -220,22 +229,24 @@ class _Evaluator:
     # --- arithmetic
 
     def spend_for(self, *numbers: Fraction) -> None:
-        """Counts what an operation on exact numbers takes: their greatest common
-        divisor, mostly."""
+        """Counts an operation on exact numbers, which mostly takes a greatest common divisor."""
         sizes = [part.bit_length() for x in numbers for part in (x.numerator, x.denominator)]
         self.work.spend(STEP_COST + sum(sizes) // 200 + max(sizes) ** 2 // 400_000)
 
     def exact(self, x: Fraction | int) -> Fraction:
+        """Returns a fraction. Raises Unknown if it has more than MAX_BITS."""
         if max(x.numerator.bit_length(), x.denominator.bit_length()) > MAX_BITS:
             raise Unknown("too large")
         return Fraction(x)
 
     def complex(self, x: Number) -> Complex:
+        """Returns a number as a complex one."""
         if isinstance(x, Fraction):
             self.spend_for(x)
         return _complex(x)
 
     def add(self, x: Number, y: Number) -> Number:
+        """Returns x + y."""
         if isinstance(x, Fraction) and isinstance(y, Fraction):
             self.spend_for(x, y)
             return self.exact(x + y)
@@ -248,12 +259,15 @@ class _Evaluator:
         return a + c, b + d
 
     def negative(self, x: Number) -> Number:
+        """Returns -x."""
         return -x if isinstance(x, Fraction) else (-x[0], -x[1])
 
     def sub(self, x: Number, y: Number) -> Number:
+        """Returns x - y."""
         return self.add(x, self.negative(y))
 
     def mul(self, x: Number, y: Number) -> Number:
+        """Returns x * y."""
         if isinstance(x, Fraction) and isinstance(y, Fraction):
             self.spend_for(x, y)
             return self.exact(x * y)
@@ -262,6 +276,7 @@ class _Evaluator:
         return a * c - b * d, a * d + b * c
 
     def div(self, x: Number, y: Number) -> Number:
+        """Returns x / y."""
         if isinstance(x, Fraction) and isinstance(y, Fraction):
             self.spend_for(x, y)
             return self.exact(x / y)
@@ -273,6 +288,7 @@ class _Evaluator:
         return (a * c + b * d) / size, (b * c - a * d) / size
 
     def power(self, base: Number, exponent: Number) -> Number:
+        """Returns a power: exact if it is a fraction, else the principal value."""
         if isinstance(exponent, Fraction) and isinstance(base, Fraction):
             n = exponent.numerator
             bits = max(base.numerator.bit_length(), base.denominator.bit_length())
@@ -290,6 +306,7 @@ class _Evaluator:
         return self.exp(self.mul(exponent, self.log(base)))
 
     def root(self, degree: Number, inside: Number) -> Number:
+        """Returns a root; the real one if the degree is odd and `inside` is negative."""
         if not isinstance(degree, Fraction) or degree.denominator > 1 or not 1 <= degree <= 100:
             raise Unknown("a root of this degree")
         if isinstance(inside, Fraction) and inside < 0 and degree % 2:
@@ -300,7 +317,7 @@ class _Evaluator:
         return self.power(inside, 1 / degree)
 
     def determinant(self, rows: list[tuple[Node, ...]]) -> Number:
-        """By the first row's minors; of at most four rows."""
+        """Returns the determinant of at most four rows, by expansion along the first row."""
         if not 1 <= len(rows) <= 4 or any(len(row) != len(rows) for row in rows):
             raise Unknown("no determinant, or a large one")
         if len(rows) == 1:
@@ -315,6 +332,7 @@ class _Evaluator:
     # --- functions
 
     def call(self, name: str, x: Number) -> Number:
+        """Returns the value of a function at x."""
         if name == "abs":
             return abs(x) if isinstance(x, Fraction) else (self.modulus(x), Decimal(0))
         if name in ("floor", "ceil"):
@@ -329,13 +347,14 @@ class _Evaluator:
         return _OF_COMPLEX[name](self, z)
 
     def small_integer(self, x: Number) -> int:
+        """Returns x as an integer from 0 to 1500."""
         if not isinstance(x, Fraction) or x.denominator > 1 or not 0 <= x <= 1_500:
             raise Unknown("not a whole number of moderate size")
         self.work.spend(STEP_COST + int(x) // 10)
         return int(x)
 
     def real(self, x: Number) -> Fraction | Decimal:
-        """To be rounded: what is whole but for round-off is whole."""
+        """Returns a real number to be rounded: an integer apart from round-off is that integer."""
         if isinstance(x, Fraction):
             self.spend_for(x)
             return x
@@ -345,18 +364,21 @@ class _Evaluator:
         return near if abs(x[0] - near) < Decimal("1e-25") else x[0]
 
     def modulus(self, z: Complex) -> Decimal:
+        """Returns |z|."""
         if not z[1]:
             return abs(z[0])
         self.work.spend(ROOT_COST)
         return (z[0] * z[0] + z[1] * z[1]).sqrt()
 
     def exp(self, x: Number) -> Complex:
+        """Returns e to the power of x."""
         a, b = self.complex(x)
         self.work.spend(EXPONENTIAL_COST)
         size = a.exp()
         return size * self.series_cosine(b), size * self.series_sine(b)
 
     def log(self, x: Number) -> Complex:
+        """Returns the principal logarithm."""
         a, b = self.complex(x)
         if a == b == 0:
             raise Unknown("log 0")
@@ -383,7 +405,7 @@ class _Evaluator:
         return self.div(Fraction(1), self.sin(z))
 
     def sine_and_cosine(self, z: Complex) -> tuple[Number, Number]:
-        """sin z and cos z."""
+        """Returns sin z and cos z."""
         if not z[1]:
             return (self.series_sine(z[0]), Decimal(0)), (self.series_cosine(z[0]), Decimal(0))
         up = self.exp((-z[1], z[0]))
@@ -414,9 +436,11 @@ class _Evaluator:
         return self.div(self.sinh(z), self.cosh(z))
 
     def series_cosine(self, x: Decimal) -> Decimal:
+        """Returns the cosine of a real number."""
         return self.series_sine(x + PI / 2) if x else Decimal(1)
 
     def series_sine(self, x: Decimal) -> Decimal:
+        """Returns the sine of a real number, by its power series."""
         if not x:
             return x
         if abs(x) > 10**6:
@@ -433,7 +457,7 @@ class _Evaluator:
         return total
 
     def angle(self, a: Decimal, b: Decimal) -> Decimal:
-        """The angle of a + ib in (-pi, pi]."""
+        """Returns the angle of a + ib in (-pi, pi]."""
         if not b:
             return PI if a < 0 else Decimal(0)
         self.work.spend(SERIES_COST)
@@ -460,17 +484,19 @@ _OF_COMPLEX = {
 
 
 def _is_zero(x: Number) -> bool:
+    """Returns True if a number is zero apart from round-off."""
     return x == 0 if isinstance(x, Fraction) else max(abs(x[0]), abs(x[1])) < ZERO_BELOW
 
 
 def _complex(x: Number) -> Complex:
+    """Returns a number as a pair of decimals, its real and imaginary part."""
     if isinstance(x, Fraction):
         return Decimal(x.numerator) / Decimal(x.denominator), Decimal(0)
     return x
 
 
 def _exact_root(x: Fraction, degree: int) -> Fraction | None:
-    """The positive root of a positive fraction where it is a fraction."""
+    """Returns the positive root of a positive fraction, or None if it is no fraction."""
     top = _whole_root(x.numerator, degree)
     bottom = _whole_root(x.denominator, degree)
     root = Fraction(top, bottom)
@@ -478,7 +504,7 @@ def _exact_root(x: Fraction, degree: int) -> Fraction | None:
 
 
 def _whole_root(n: int, degree: int) -> int:
-    """The root of a positive whole number, rounded down, by Newton's method from above."""
+    """Returns the root of a positive integer, rounded down, by Newton's method from above."""
     root = 1 << -(-n.bit_length() // degree)
     while (lower := ((degree - 1) * root + n // root ** (degree - 1)) // degree) < root:
         root = lower
@@ -486,7 +512,7 @@ def _whole_root(n: int, degree: int) -> int:
 
 
 def _arctan(x: Decimal) -> Decimal:
-    """Of |x| <= 1."""
+    """Returns the arctangent of a number from -1 to 1."""
     for _ in range(3):
         x = x / (1 + (1 + x * x).sqrt())
     total = x
