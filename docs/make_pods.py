@@ -99,12 +99,13 @@ def lines(
             f"{p['compile_cpu_seconds']:.0f}",
         ]
         out.append(f"| {' | '.join(cells)} |")
+    tokens = planned["tokens"]
     seconds = sum(p["calls"] * p["seconds"] for p in planned["programs"])
     return [
         *out,
         "",
-        f"A constrained step of {planned['tokens']:,} sampled tokens takes at least {seconds:.0f} s, "
-        f"at most {planned['tokens'] / seconds / planned['devices']:,.0f} tokens/s a chip.",
+        f"A constrained step of {tokens:,} sampled tokens takes at least {seconds:.0f} s, "
+        f"at most {tokens / seconds / planned['devices']:,.0f} tokens/s a chip.",
         "",
     ]
 

@@ -75,7 +75,7 @@ def probe(root, precision, seed):
         params, frozen, batch, inputs.model_config, round_off, seed
     ):
         for size in SIZES:
-            moved = jax.tree.map(lambda w, d: w - size * d, params, direction)
+            moved = jax.tree.map(lambda w, d, size=size: w - size * d, params, direction)
             held, new_entropy = measure(moved, frozen, batch)
             anew, _ = measure(moved, score(round_off(moved), batch), batch)
             yield {

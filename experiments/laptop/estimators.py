@@ -60,10 +60,12 @@ def of_start(root, seed):
         )
     }
     for name, grad in found.items():
+        length = jnp.sqrt(inner(grad, grad))
+        exact_length = jnp.sqrt(inner(exact, exact))
         yield {
             "estimator": name,
-            "cosine": f"{float(inner(grad, exact) / jnp.sqrt(inner(grad, grad) * inner(exact, exact))):.4f}",
-            "length": f"{float(jnp.sqrt(inner(grad, grad) / inner(exact, exact))):.4f}",
+            "cosine": f"{float(inner(grad, exact) / (length * exact_length)):.4f}",
+            "length": f"{float(length / exact_length):.4f}",
         }
 
 

@@ -126,7 +126,7 @@ def draw_multiplier(folder):
 
 
 def draw_tolerance(folder):
-    """Pass rate of the engine's policy against the tolerance, in units of the floor at the start."""
+    """Draws the engine's pass rate against the tolerance, in units of the floor at the start."""
     arms = read(folder, "tolerance")
     figure, axis = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
     for form in ("abs", "penalty"):

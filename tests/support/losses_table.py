@@ -142,41 +142,67 @@ TABLE = {
     "advantages.gpg": grouped(advantages.gpg),
     "advantages.pass_at_k_advantage": grouped(advantages.pass_at_k_advantage),
     "advantages.pass_at_k": grouped(advantages.pass_at_k, k=2),
-    "advantages.reinforce_pp": Case(lambda d: advantages.reinforce_pp(d["token_reward"], d["mask"]), ("token_reward",)),
-    "advantages.reinforce_pp_baseline": Case(
-        lambda d: advantages.reinforce_pp_baseline(d["reward"], d["group"], d["mask"], num_groups=G), ("reward",)
+    "advantages.reinforce_pp": Case(
+        lambda d: advantages.reinforce_pp(d["token_reward"], d["mask"]), ("token_reward",)
     ),
-    "advantages.whiten": Case(lambda d: advantages.whiten(d["token_reward"], d["mask"]), ("token_reward",)),
+    "advantages.reinforce_pp_baseline": Case(
+        lambda d: advantages.reinforce_pp_baseline(
+            d["reward"], d["group"], d["mask"], num_groups=G
+        ),
+        ("reward",),
+    ),
+    "advantages.whiten": Case(
+        lambda d: advantages.whiten(d["token_reward"], d["mask"]), ("token_reward",)
+    ),
     "advantages.dynamic_sampling_mask": grouped(advantages.dynamic_sampling_mask),
     "advantages.overlong_penalty": Case(
-        lambda d: advantages.overlong_penalty(d["length"], max_length=6, cache=4), empty=None, elementwise=True
+        lambda d: advantages.overlong_penalty(d["length"], max_length=6, cache=4),
+        empty=None,
+        elementwise=True,
     ),
-    "advantages.overlong_mask": Case(lambda d: advantages.overlong_mask(d["mask"], d["length"] > 4)),
+    "advantages.overlong_mask": Case(
+        lambda d: advantages.overlong_mask(d["mask"], d["length"] > 4)
+    ),
     "advantages.length_reward": Case(
         lambda d: advantages.length_reward(d["reward"], d["length"], d["group"], num_groups=G)
     ),
-    "centering.unweighted": Case(lambda d: centering.unweighted(positive(d)), empty=None, elementwise=True),
+    "centering.unweighted": Case(
+        lambda d: centering.unweighted(positive(d)), empty=None, elementwise=True
+    ),
     "centering.truncated": Case(
-        lambda d: centering.truncated(positive(d), high=0.8), ("ref_logp",), empty=None, elementwise=True
+        lambda d: centering.truncated(positive(d), high=0.8),
+        ("ref_logp",),
+        empty=None,
+        elementwise=True,
     ),
     "centering.masked": Case(
-        lambda d: centering.masked(positive(d), low=0.5, high=0.9), ("ref_logp",), empty=None, elementwise=True
+        lambda d: centering.masked(positive(d), low=0.5, high=0.9),
+        ("ref_logp",),
+        empty=None,
+        elementwise=True,
     ),
     "centering.score_centering": Case(centred, surrogate=("logp", "head_logp")),
     "constraint.delta": Case(
-        lambda d: constraint.delta(d["old_logp"], d["rollout_logp"], d["mask"]), ("old_logp", "rollout_logp")
+        lambda d: constraint.delta(d["old_logp"], d["rollout_logp"], d["mask"]),
+        ("old_logp", "rollout_logp"),
     ),
     "constraint.signed_delta": Case(
-        lambda d: constraint.signed_delta(d["old_logp"], d["rollout_logp"], d["mask"]), ("old_logp", "rollout_logp")
+        lambda d: constraint.signed_delta(d["old_logp"], d["rollout_logp"], d["mask"]),
+        ("old_logp", "rollout_logp"),
     ),
     "constraint.measure": Case(
-        lambda d: constraint.measure(d["old_logp"], d["rollout_logp"], d["mask"]), ("old_logp", "rollout_logp")
+        lambda d: constraint.measure(d["old_logp"], d["rollout_logp"], d["mask"]),
+        ("old_logp", "rollout_logp"),
     ),
     "constraint.costs": Case(
-        lambda d: jnp.moveaxis(constraint.costs(d["old_logp"], d["rollout_logp"], d["mask"]), 0, -1), ("old_logp",)
+        lambda d: jnp.moveaxis(
+            constraint.costs(d["old_logp"], d["rollout_logp"], d["mask"]), 0, -1
+        ),
+        ("old_logp",),
     ),
     "constraint.measure_several": Case(
-        lambda d: constraint.measure_several(d["old_logp"], d["rollout_logp"], d["mask"]), ("old_logp",)
+        lambda d: constraint.measure_several(d["old_logp"], d["rollout_logp"], d["mask"]),
+        ("old_logp",),
     ),
     "constraint.shape_advantage": shaped(constraint.shape_advantage),
     "constraint.shape_signed": shaped(constraint.shape_signed),
@@ -197,7 +223,8 @@ TABLE = {
     "constraint.with_deadband": dual(constraint.with_deadband(constraint.projected_ascent())),
     "constraint.calibrate_tolerance": Case(
         lambda d: constraint.calibrate_tolerance(
-            reduce_rows(constraint.delta(d["old_logp"], d["rollout_logp"], d["mask"])), reduce_rows(d["mask"])
+            reduce_rows(constraint.delta(d["old_logp"], d["rollout_logp"], d["mask"])),
+            reduce_rows(d["mask"]),
         ),
         surrogate=("old_logp",),
     ),
@@ -208,11 +235,15 @@ TABLE = {
     "corrections.sequence_mis": weights(functools.partial(corrections.sequence_mis, 0.8, 1.2)),
     "corrections.icepop": weights(functools.partial(corrections.icepop, 0.9, 1.1)),
     "corrections.geometric_mask": weights(corrections.geometric_mask),
-    "corrections.batch_normalize": Case(lambda d: corrections.batch_normalize(positive(d), d["mask"])),
+    "corrections.batch_normalize": Case(
+        lambda d: corrections.batch_normalize(positive(d), d["mask"])
+    ),
     "corrections.blend": Case(lambda d: corrections.blend(positive(d), d["mask"], alpha=0.3)),
     "corrections.decoupled": surrogate(
         corrections.decoupled(
-            policy.clipped, corrections.mis(0.8, 1.2, operators.surviving), rejections=(rejection.ipo,)
+            policy.clipped,
+            corrections.mis(0.8, 1.2, operators.surviving),
+            rejections=(rejection.ipo,),
         )
     ),
     "corrections.bypass": surrogate(corrections.bypass(policy.clipped)),
@@ -220,7 +251,9 @@ TABLE = {
         lambda d: covariance.clip_cov(
             *losses_of(d, "token_reward"), key=jax.random.key(3), fraction=0.2, cov_low=0.1
         ),
-        ("logp",), shuffled="the draw is by place", drawn="the draw is by place",
+        ("logp",),
+        shuffled="the draw is by place",
+        drawn="the draw is by place",
     ),
     "covariance.kl_cov": Case(
         lambda d: covariance.kl_cov(*losses_of(d, "token_reward"), fraction=0.2), wrt=("logp",)
@@ -240,9 +273,13 @@ TABLE = {
     "diagnostics.rejected": Case(lambda d: diagnostics.rejected(keep(d), d["mask"])),
     "diagnostics.clip_fraction": Case(lambda d: diagnostics.clip_fraction(*losses_of(d))),
     "diagnostics.advantage_skew": Case(
-        lambda d: diagnostics.advantage_skew(d["old_logp"], d["rollout_logp"], d["advantage"], d["mask"])
+        lambda d: diagnostics.advantage_skew(
+            d["old_logp"], d["rollout_logp"], d["advantage"], d["mask"]
+        )
     ),
-    "diagnostics.sign_flip": Case(lambda d: diagnostics.sign_flip(d["advantage"], d["token_reward"], d["mask"])),
+    "diagnostics.sign_flip": Case(
+        lambda d: diagnostics.sign_flip(d["advantage"], d["token_reward"], d["mask"])
+    ),
     "diagnostics.staleness": Case(
         lambda d: diagnostics.staleness(d["logp"], d["old_logp"], d["rollout_logp"], d["mask"])
     ),
@@ -254,10 +291,12 @@ TABLE = {
     "kl.k2": Case(lambda d: kl.k2(d["logp"], d["ref_logp"], d["mask"]), ("logp", "ref_logp")),
     "kl.k3": Case(lambda d: kl.k3(d["logp"], d["ref_logp"], d["mask"]), ("logp", "ref_logp")),
     "kl.k3_k2_gradient": Case(
-        lambda d: kl.k3_k2_gradient(d["logp"], d["ref_logp"], d["mask"]), surrogate=("logp", "ref_logp")
+        lambda d: kl.k3_k2_gradient(d["logp"], d["ref_logp"], d["mask"]),
+        surrogate=("logp", "ref_logp"),
     ),
     "kl.unbiased": Case(
-        lambda d: kl.unbiased(d["logp"], d["old_logp"], d["ref_logp"], d["mask"]), ("logp", "ref_logp")
+        lambda d: kl.unbiased(d["logp"], d["old_logp"], d["ref_logp"], d["mask"]),
+        ("logp", "ref_logp"),
     ),
     "operators.token": level(operators.token, wrt=("ref_logp",)),
     "operators.sequence": level(operators.sequence, wrt=("ref_logp",)),
@@ -286,8 +325,12 @@ TABLE = {
     "reduce.sequence_mean_token_mean": Case(
         lambda d: reduce.sequence_mean_token_mean(d["logp"], d["mask"]), ("logp",)
     ),
-    "reduce.sequence_mean_token_sum": Case(lambda d: reduce.sequence_mean_token_sum(d["logp"], d["mask"]), ("logp",)),
-    "reduce.constant": Case(lambda d: reduce.constant(d["logp"], d["mask"], normalizer=64), ("logp",)),
+    "reduce.sequence_mean_token_sum": Case(
+        lambda d: reduce.sequence_mean_token_sum(d["logp"], d["mask"]), ("logp",)
+    ),
+    "reduce.constant": Case(
+        lambda d: reduce.constant(d["logp"], d["mask"], normalizer=64), ("logp",)
+    ),
     "rejection.each_token": level(rejection.each_token, wrt=("ref_logp",)),
     "rejection.sequence_sum": level(rejection.sequence_sum, wrt=("ref_logp",)),
     "rejection.sequence_mean": level(rejection.sequence_mean, wrt=("ref_logp",)),
@@ -301,14 +344,18 @@ TABLE = {
     "rejection.ipo": pair(rejection.ipo, threshold=0.03),
     "rejection.m2po": pair(rejection.m2po, threshold=0.005),
     "rejection.opsm": Case(
-        lambda d: rejection.opsm(d["logp"], d["rollout_logp"], d["advantage"], d["mask"], threshold=0.01)
+        lambda d: rejection.opsm(
+            d["logp"], d["rollout_logp"], d["advantage"], d["mask"], threshold=0.01
+        )
     ),
     "routing.replay_ids": Case(
         lambda d: routing.replay_ids(d["logits"], d["recorded_ids"]), empty=None, elementwise=True
     ),
     "routing.replay_weights": Case(
         lambda d: routing.replay_weights(d["logits"], jnp.clip(d["recorded_ids"], 0, V - 1)),
-        ("logits",), empty=None, elementwise=True,
+        ("logits",),
+        empty=None,
+        elementwise=True,
     ),
     "routing.flips": Case(
         lambda d: routing.flips(
@@ -321,17 +368,24 @@ TABLE = {
     "sequence.vespo": loss(sequence.vespo, exact=False),
     "tails.quantiles": Case(lambda d: tails.quantiles(d["logp"], d["mask"])),
     "tails.quantiles_by_bucket": Case(
-        lambda d: tails.quantiles_by_bucket(d["logp"], d["recorded_ids"][..., 0], d["mask"], num_buckets=V)
+        lambda d: tails.quantiles_by_bucket(
+            d["logp"], d["recorded_ids"][..., 0], d["mask"], num_buckets=V
+        )
     ),
-    "tails.position_bucket": Case(lambda d: tails.position_bucket(d["mask"], edges=(1, 3)), elementwise=True),
-    "tails.probability_bucket": Case(lambda d: tails.probability_bucket(d["rollout_logp"], d["mask"])),
+    "tails.position_bucket": Case(
+        lambda d: tails.position_bucket(d["mask"], edges=(1, 3)), elementwise=True
+    ),
+    "tails.probability_bucket": Case(
+        lambda d: tails.probability_bucket(d["rollout_logp"], d["mask"])
+    ),
     "tails.summary": pair(tails.summary),
     "tails.top_share": Case(lambda d: tails.top_share(positive(d), d["mask"], fraction=0.1)),
     "tails.worst_tokens": Case(
-        lambda d: tails.worst_tokens(d["old_logp"], d["rollout_logp"], d["mask"], k=4), empty=None,
+        lambda d: tails.worst_tokens(d["old_logp"], d["rollout_logp"], d["mask"], k=4),
+        empty=None,
         shuffled="it returns rows",
     ),
-}  # fmt: skip
+}
 
 
 def reduce_rows(x):
@@ -352,12 +406,15 @@ RENAMED = {
         "logp": [n for n in TABLE if n.startswith(("reduce.", "tails.quantiles"))],
         "old_logp": ["corrections.bypass"],
         "ref_logp": [
-            "corrections.batch_normalize", "corrections.blend", "diagnostics.weight", "diagnostics.rejected",
+            "corrections.batch_normalize",
+            "corrections.blend",
+            "diagnostics.weight",
+            "diagnostics.rejected",
             "tails.top_share",
         ],
     }.items()
     for name in names
-}  # fmt: skip
+}
 
 
 GARBAGE = np.float32([np.nan, np.inf, -np.inf, 1e4, -1e4])

@@ -13,8 +13,8 @@ from dcmdp_jax.models import decoder
 def random_params(
     config: ModelConfig, scale: float = 1.0, dtype=jnp.float32, norms: float | None = None
 ) -> dict:
-    """Returns normal numbers times `scale`; the scales of norms are `norms` plus a tenth of a normal
-    number, if `norms` is set.
+    """Returns normal numbers times `scale`. If `norms` is set, the scales of norms are that number
+    plus a tenth of a normal one.
     """
     rng = np.random.default_rng(0)
 

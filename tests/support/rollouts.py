@@ -8,8 +8,8 @@ from dcmdp_jax.records import Prompts, Rollout, Sampling
 def make_rollout(
     prompts: Prompts, tokens, lengths, rollout_logp, stopped, temperature=1.0
 ) -> Rollout:
-    """Returns a rollout by the weights of step 0, from the full support. Stopped completions end with
-    a stop token.
+    """Returns a rollout by the weights of step 0, from the full support. A stopped completion ends
+    with a stop token.
     """
     tokens = np.asarray(tokens, np.int32)
     lengths = np.asarray(lengths, np.int32)
