@@ -1,8 +1,8 @@
-"""The process that renders chat templates; `chat_template.py` runs this file, and nothing imports it.
+"""The process that renders chat templates: `chat_template.py` runs this file.
 
-`chat_renderer.py SECONDS` writes `ready` and answers each line of standard input, a JSON object with a
-template's source and its settings, with a line of JSON. It ends with its input, and by SIGPROF
-where a conversation takes more than SECONDS of processor time.
+`chat_renderer.py SECONDS` writes `ready` and answers each line of standard input, a JSON object
+with a template's source and its settings, with a line of JSON. It ends with its input, and by
+SIGPROF if a conversation takes more than SECONDS of processor time.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import jinja2.sandbox
 
 MEMORY = 512 << 20  # bytes of address space
 LENGTH = 4 << 20  # characters of one conversation
-TOLD = 300  # characters of a template's own error message
+MESSAGE = 300  # characters of a template's own error message
 
 
 class Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what an assistant said; its body is rendered as it stands."""
+    """`{% generation %}` marks an assistant's message; its body is rendered as it is."""
 
     tags = {"generation"}
 
@@ -38,6 +38,8 @@ class Generation(jinja2.ext.Extension):
 
 @functools.lru_cache
 def _compiled(source: str) -> Any:
+    """Returns a template in jinja2's sandbox, with the functions that transformers provides."""
+
     def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         # jinja2's own filter escapes HTML, which a chat template must not do
         return json.dumps(
@@ -61,12 +63,12 @@ def _compiled(source: str) -> Any:
 
 
 class _Refused(Exception):
-    """Raised by a template, about a conversation."""
+    """Raised by a template about a conversation."""
 
 
 def _rendered(source: str, settings: dict, seconds: float) -> dict:
-    """The reply to one request: a text, or what the template does wrong."""
-    signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process
+    """Returns the reply to one request: a text, or what is wrong with the template."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # the signal ends the process
     try:
         pieces = []
         length = 0
@@ -78,24 +80,25 @@ def _rendered(source: str, settings: dict, seconds: float) -> dict:
                 return {"error": f"{what} for one conversation"}
         return {"text": "".join(pieces)}
     except _Refused as error:
-        return {"error": f"refuses the conversation: {_told(error)}"}
+        return {"error": f"refuses the conversation: {_one_line(error)}"}
     except jinja2.TemplateSyntaxError as error:
-        return {"error": f"is not valid jinja2: {_told(error)}"}
+        return {"error": f"is not valid jinja2: {_one_line(error)}"}
     except MemoryError:
         return {"error": f"takes more than {MEMORY >> 20} MiB of memory for one conversation"}
-    except Exception as error:  # whatever a stranger's program raises is told, not hidden
-        return {"error": f"fails with {type(error).__name__}: {_told(error)}"}
+    except Exception as error:  # a template may raise anything
+        return {"error": f"fails with {type(error).__name__}: {_one_line(error)}"}
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _told(error: Exception) -> str:
-    """An error's message on one line, without what a terminal would obey."""
-    return "".join(c if c.isprintable() else " " for c in str(error)[:TOLD])
+def _one_line(error: Exception) -> str:
+    """Returns an error's message on one line, without terminal control characters."""
+    return "".join(c if c.isprintable() else " " for c in str(error)[:MESSAGE])
 
 
 def _serve(seconds: float) -> None:
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # a parent that ignores it would leave it ignored
+    """Sets the limits and answers the lines of standard input."""
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the parent may ignore it, which is inherited
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     print("ready", flush=True)

@@ -1,4 +1,4 @@
-"""Chat templates, programs that a folder brings: a process of their own renders, with limits."""
+"""Chat templates: programs from a model folder, run with limits in a process of their own."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 
 from dcmdp_jax.worker import NotReady, ProcessEnded, Worker
 
-SECONDS = 1.0  # of processor time for one conversation
-PATIENCE = 60.0  # seconds until a process that does not answer at all is given up
+_SECONDS = 1.0  # of processor time for one conversation
+_TIMEOUT = 60.0  # seconds after which a process that does not answer is ended
 
-# -P: nothing is imported from the package's folder
-COMMAND = (sys.executable, "-P", str(pathlib.Path(__file__).with_name("chat_renderer.py")))
+# -P: the package's folder is not on the import path
+_COMMAND = (sys.executable, "-P", str(pathlib.Path(__file__).with_name("chat_renderer.py")))
 
 
 class ChatTemplate:
     """The chat template of a folder.
 
-    Renders conversations as transformers does; one process serves them all.
+    Renders conversations as transformers does; one process serves all of them.
     """
 
     def __init__(self, source: str, folder: str | pathlib.Path):
@@ -30,12 +30,12 @@ class ChatTemplate:
             raise ValueError("jinja2 is not installed; pip install 'dcmdp-jax[train]'")
         self._source = source
         self._folder = folder
-        self._worker = Worker([*COMMAND, str(SECONDS)], PATIENCE)
+        self._worker = Worker([*_COMMAND, str(_SECONDS)], _TIMEOUT)
 
     def render(self, messages: Sequence[Mapping], **settings: Any) -> str:
-        """The conversation as text.
+        """Returns the conversation as text.
 
-        Raises ValueError where the template fails, refuses or exceeds a limit.
+        Raises ValueError if the template fails, refuses or exceeds a limit.
         """
         request = {
             "source": self._source,
@@ -47,12 +47,13 @@ class ChatTemplate:
         return reply["text"]
 
     def _ask(self, request: bytes) -> dict:
+        """Returns the reply of the process, or an error in the same form."""
         try:
             return json.loads(self._worker.ask(request))
         except ProcessEnded as error:
             what = f"ended its process with status {error.status}"
             if error.status == -signal.SIGPROF:
-                what = f"takes more than {SECONDS:g} s for one conversation"
+                what = f"takes more than {_SECONDS:g} s for one conversation"
         except (TimeoutError, NotReady) as error:
             what = f"cannot be rendered ({error})"
         return {"error": f"{what}; mend it, or set data.chat=False"}

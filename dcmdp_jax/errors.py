@@ -1,7 +1,4 @@
-"""What is told of an exception.
-
-A sentence where an input, a user's function or the machine is at fault.
-"""
+"""Errors as messages: whose fault an exception is, and what to tell the user about it."""
 
 from __future__ import annotations
 
@@ -9,54 +6,61 @@ import pathlib
 import sysconfig
 import traceback
 
-OWN = f"{pathlib.Path(__file__).parent}/"
-STDLIB = f"{sysconfig.get_path('stdlib')}/"
-LIBRARIES = {"site-packages", "dist-packages"}  # folders, wherever they are
+_PACKAGE = f"{pathlib.Path(__file__).parent}/"
+_STDLIB = f"{sysconfig.get_path('stdlib')}/"
+_LIBRARIES = {"site-packages", "dist-packages"}  # names of folders
 LONGEST = 500  # characters of a message
 
 
 def user_message(error: BaseException) -> str | None:
-    """The fault in one sentence.
+    """Returns a message of one sentence, or None for an error of the project's own.
 
-    That of a user's function with its file and line, of the machine (OSError), or what the project
-    refuses itself. None for a fault of the project's own, which needs its traceback.
+    A message is returned for an error in a user's function (with its file and line), for one of the
+    machine or an import, and for a ValueError that the project raises. An error of the project's
+    own needs its traceback.
     """
     if user_code_line(error):
         return describe(error)
     frames = traceback.extract_tb(error.__traceback__)
-    if isinstance(error, ValueError) and frames and frames[-1].filename.startswith(OWN):
+    if isinstance(error, ValueError) and frames and frames[-1].filename.startswith(_PACKAGE):
         return str(error)
     return one_line(error) if isinstance(error, (OSError, ImportError)) else None
 
 
 def describe(error: BaseException) -> str:
-    """The kind of an exception and its message, after the user's file and line if it has one."""
-    place = user_code_line(error)
-    return f"{place}: {type_and_message(error)}" if place else type_and_message(error)
+    """Returns an exception's type and message, after the user's file and line if it has one."""
+    line = user_code_line(error)
+    return f"{line}: {type_and_message(error)}" if line else type_and_message(error)
 
 
 def user_code_line(error: BaseException) -> str | None:
-    """The innermost line that the project called and that is neither its own nor a library's."""
+    """Returns the file and line of the user's code in which an exception was raised, or None.
+
+    That is the innermost line called by the project that is neither the project's own nor a
+    library's.
+    """
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
-    own = next((i for i, frame in enumerate(frames) if frame.filename.startswith(OWN)), len(frames))
-    users = [frame for frame in frames[own:] if _is_users(frame.filename)]
+    ours = [i for i, frame in enumerate(frames) if frame.filename.startswith(_PACKAGE)]
+    called = frames[ours[0] :] if ours else []
+    users = [frame for frame in called if _is_users(frame.filename)]
     return f"{users[-1].filename}, line {users[-1].lineno}" if users else None
 
 
 def type_and_message(error: BaseException) -> str:
-    """Its type and message in one line."""
-    said = error.msg if isinstance(error, SyntaxError) else one_line(error)
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    """Returns an exception's type and message on one line."""
+    message = error.msg if isinstance(error, SyntaxError) else one_line(error)
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def one_line(error: BaseException) -> str:
-    """Its message in one line."""
-    said = " ".join(str(error).split())
-    return said if len(said) <= LONGEST else said[:LONGEST] + "..."
+    """Returns an exception's message on one line, cut to LONGEST characters."""
+    message = " ".join(str(error).split())
+    return message if len(message) <= LONGEST else message[:LONGEST] + "..."
 
 
 def _is_users(file: str) -> bool:
-    of_library = file.startswith((OWN, STDLIB, "<"))
-    return not of_library and LIBRARIES.isdisjoint(pathlib.PurePath(file).parts)
+    """Returns True if a file belongs neither to the project nor to a library."""
+    is_ours_or_standard = file.startswith((_PACKAGE, _STDLIB, "<"))
+    return not is_ours_or_standard and _LIBRARIES.isdisjoint(pathlib.PurePath(file).parts)

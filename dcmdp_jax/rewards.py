@@ -1,5 +1,4 @@
-"""Verifiers: text in, reward out. `answers` finds what a completion states and compares it, at a
-cost bounded in advance."""
+"""Verifiers: a completion's text in, its reward out."""
 
 from __future__ import annotations
 
@@ -17,10 +16,10 @@ from dcmdp_jax.answers.copied import is_copied
 from dcmdp_jax.answers.stated import final_answer
 from dcmdp_jax.records import Example, Rollout, Scored
 
-SHORT = 60  # characters of a prompt in a message
+_SHORT = 60  # characters of a prompt in a message
 
 _CHOICE = re.compile(r"(?:\\text\w*\s*\{)?\(?[A-J]\)?\}?")
-# a choice with what it says, as (B) 12
+# a choice with its text, as in (B) 12
 _CHOSEN = re.compile(
     r"(?:\\(?:text|math)\w*\s*\{)?\s*(?:\(([A-J])\)|([A-J])(?:[).:]|(?=\}|\\q?quad)))"
     r"(?!.*(?:\b(?:and|or)\b|\b[A-J]\)))[\s}~.:]*[\w$\\(]"
@@ -28,12 +27,12 @@ _CHOSEN = re.compile(
 
 
 def math_answer(example: Example, text: str) -> float:
-    """1.0 if the answer that `text` states is judged equal to `example.answer`, else 0.0. Training
-    and evaluation both ask it.
+    """Returns 1.0 if the answer that `text` states is judged equal to `example.answer`, else 0.0.
 
-    An expression with something left to compute, `2 + 2` or `(x + 1)(x - 1)`, earns nothing where a
-    number is asked for, or where it stands in the problem and is not how the answer is written: it
-    is no work to copy it. Numbers are compared by our reader alone, the rest by `answers.judge`.
+    Training and evaluation both use it. An expression with something left to compute, `2 + 2` or
+    `(x + 1)(x - 1)`, earns nothing if the right answer is a number, or if it is copied from the
+    problem and is not how the right answer is written. Numbers are compared by our reader alone,
+    the rest by `answers.judge`.
     """
     stated = final_answer(text)
     if not stated:
@@ -48,8 +47,10 @@ def math_answer(example: Example, text: str) -> float:
 
 
 def _words(prompt: Any) -> str:
-    """The text of a prompt: a string, or chat messages whose content is a string or parts that may
-    hold text."""
+    """Returns the text of a prompt.
+
+    The prompt is a string, or chat messages whose content is a string or parts that may hold text.
+    """
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, dict):
@@ -61,14 +62,14 @@ def score(
     rollout: Rollout,
     decode: Callable[[Sequence[int]], str],
     verifier: Callable[[Example, str], float],
-    asked: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Scored:
-    """Decodes each completion, stop token left out, and asks the verifier for its reward.
+    """Decodes each completion, without its stop token, and returns the rollout with the rewards.
 
-    A completion that the length limit cut off has stated nothing: it earns what the verifier gives
-    to an empty text, so that the verifier's own scale holds. Raises ValueError, with the prompt and
-    the verifier, where that fails or gives no finite number, and `Interrupted` where it does not
-    return after `asked()` says so.
+    A completion that the length limit cut off has not stated an answer: its reward is what the
+    verifier gives an empty text, which keeps the verifier's own scale. Raises ValueError, with the
+    prompt and the verifier, if that fails or returns no finite number, and `Interrupted` if it does
+    not return after `should_stop()` is true.
     """
     examples = rollout.prompts.examples
     samples = len(rollout.tokens) // len(examples)
@@ -77,7 +78,7 @@ def score(
     )
     reward = np.zeros(len(text), np.float32)
     with stopping.interruptible(
-        asked, lambda i: _slow(verifier, examples[i // samples], i)
+        should_stop, lambda i: _slow(verifier, examples[i // samples], i)
     ) as watch:
         for i, stopped in enumerate(rollout.stopped):
             watch.begin(i)
@@ -86,8 +87,9 @@ def score(
 
 
 def _reward(verifier: Callable[[Example, str], float], example: Example, text: str) -> np.float32:
+    """Returns the verifier's reward of a text. Raises ValueError if there is none."""
     try:
-        given = verifier(example, text)
+        returned = verifier(example, text)
     except Exception as error:
         raise ValueError(
             f"the verifier {_name(verifier)} fails on a completion of the prompt "
@@ -95,18 +97,19 @@ def _reward(verifier: Callable[[Example, str], float], example: Example, text: s
         ) from error
     try:
         with np.errstate(over="ignore"):
-            reward = np.float32(given)
+            reward = np.float32(returned)
     except (TypeError, ValueError):
         reward = np.float32("nan")
     if np.ndim(reward) or not np.isfinite(reward):
         raise ValueError(
-            f"the verifier {_name(verifier)} gives {given!r:.80} for a completion of "
+            f"the verifier {_name(verifier)} gives {returned!r:.80} for a completion of "
             f"the prompt {_short(example)}; a reward must be one finite number"
         )
     return reward
 
 
 def _slow(verifier: Callable[[Example, str], float], example: Example, number: int) -> None:
+    """Prints that the verifier has been at a completion for a long time."""
     print(
         f"the verifier {_name(verifier)} has been at completion {number}, of the prompt "
         f"{_short(example)}, for {stopping.SLOW_SECONDS:.0f} s",
@@ -116,10 +119,12 @@ def _slow(verifier: Callable[[Example, str], float], example: Example, number: i
 
 
 def _name(verifier: Callable) -> str:
+    """Returns a verifier's name, also of a partial."""
     function = getattr(verifier, "func", verifier)  # of a partial
     return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def _short(example: Example) -> str:
+    """Returns the first characters of a problem's prompt, quoted."""
     prompt = _words(example.prompt)
-    return repr(prompt if len(prompt) <= SHORT else prompt[:SHORT] + "...")
+    return repr(prompt if len(prompt) <= _SHORT else prompt[:_SHORT] + "...")

@@ -1,6 +1,4 @@
-"""Generated tasks with an exact verifier and a noisy expert: reinforcement learning without a data
-set.
-"""
+"""Generated tasks, with an exact verifier and a noisy expert: training without a data set."""
 
 from __future__ import annotations
 
@@ -12,25 +10,25 @@ import numpy as np
 from dcmdp_jax.records import Example
 
 OPERATORS = "+-*"
-HELD_OUT_SHARE = 64  # one problem in so many is never trained on
+HELD_OUT_SHARE = 64  # one problem in 64 is held out
 
 
 class Task(Protocol):
-    """A family of problems, addressed by number."""
+    """A family of problems that are addressed by number."""
 
     alphabet: str  # characters of prompts and solutions
 
     def example(self, index: int, seed: int) -> Example:
-        """Training problem `index` of stream `seed`; the same problem every time."""
+        """Returns training problem `index` of stream `seed`; it is the same every time."""
 
     def held_out(self, count: int) -> list[Example]:
-        """A fixed list of distinct problems that `example` never gives."""
+        """Returns a fixed list of distinct problems that `example` never returns."""
 
     def solution(self, example: Example, rng: np.random.Generator) -> str:
-        """A completion by the expert, stop token left out."""
+        """Returns an expert's completion of a problem, without the stop token."""
 
     def reward(self, example: Example, text: str) -> float:
-        """1.0 for a right completion, else 0.0."""
+        """Returns 1.0 for a right completion, else 0.0."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Chain:
     """
 
     operations: int = 5
-    # chance that the expert gets a step wrong, for + - *
+    # probability that the expert gets a step wrong, for + - *
     noise: tuple[float, float, float] = (0.15, 0.20, 0.30)
 
     def __post_init__(self):
@@ -53,16 +51,18 @@ class Chain:
 
     @property
     def alphabet(self) -> str:
+        """The characters of prompts and solutions."""
         return "0123456789+-*=;#"
 
     @property
     def problems(self) -> int:
-        """How many problems there are, held-out ones included."""
+        """The number of problems, held-out ones included."""
         return 10 * 30**self.operations
 
     def example(self, index: int, seed: int) -> Example:
-        """Training problem `index` of stream `seed`, drawn uniformly from the problems that are not
-        held out.
+        """Returns training problem `index` of stream `seed`.
+
+        It is drawn uniformly from the problems that are not held out.
         """
         rng = np.random.default_rng((seed, index))
         while True:
@@ -71,23 +71,27 @@ class Chain:
                 return self._problem(number)
 
     def held_out(self, count: int) -> list[Example]:
-        """The first `count` held-out problems, in a fixed scattered order. Raises ValueError if
-        there are too few.
+        """Returns the first `count` held-out problems, in a fixed shuffled order.
+
+        Raises ValueError if there are too few.
         """
         if count > self.problems // (2 * HELD_OUT_SHARE):
             raise ValueError(
-                f"Chain({self.operations}) has too few problems to hold out {count}; ask for fewer"
+                f"Chain({self.operations}) has too few problems to hold out {count}; set a smaller "
+                "eval.prompts"
             )
         rng = np.random.default_rng(0)
-        numbers: dict[int, None] = {}  # a set that keeps its order
+        numbers: dict[int, None] = {}  # an ordered set
         while len(numbers) < count:
             drawn = rng.integers(self.problems, size=HELD_OUT_SHARE * count)
             numbers |= dict.fromkeys(number for number in drawn.tolist() if _is_held_out(number))
         return [self._problem(number) for number in list(numbers)[:count]]
 
     def solution(self, example: Example, rng: np.random.Generator) -> str:
-        """The expert's work: each step's result is replaced, with its operator's chance, by another
-        digit; the work goes on from what was written.
+        """Returns the expert's work on a problem.
+
+        The result of each step is replaced by another digit with its operator's probability, and
+        the work continues from the digit that was written.
         """
         prompt = example.prompt
         luck = rng.random(self.operations).tolist()
@@ -105,10 +109,11 @@ class Chain:
         return "".join(steps) + f"#{value}"
 
     def reward(self, example: Example, text: str) -> float:
-        """1.0 where the text ends with `#` and the right digit, and holds no other `#`; else 0.0."""
+        """Returns 1.0 if the text has one `#`, followed by the right digit at its end; else 0.0."""
         return float(text.partition("#")[2] == example.answer)
 
     def _problem(self, number: int) -> Example:
+        """Returns the problem of a number in 0..problems-1."""
         number, value = divmod(number, 10)
         prompt = [str(value)]
         for _ in range(self.operations):
@@ -120,13 +125,14 @@ class Chain:
 
 
 def _apply(left: int, operator: str, right: int) -> int:
+    """Returns the result of one operation modulo 10."""
     if operator == "+":
         return (left + right) % 10
     return (left - right) % 10 if operator == "-" else left * right % 10
 
 
 def _is_held_out(number: int) -> bool:
-    """A scrambled share of the numbers, whatever the seed (finalizer of MurmurHash3, 64 bits)."""
+    """Returns True for a pseudo-random share of the numbers, the same for every seed."""
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         number = (number ^ number >> 33) * factor & 0xFFFFFFFFFFFFFFFF
     return (number ^ number >> 33) % HELD_OUT_SHARE == 0

@@ -1,10 +1,10 @@
 """Text to token ids and back: Hugging Face `tokenizer.json`, SentencePiece, or single characters,
 behind one protocol.
 
-Encoding adds nothing to a text (no BOS, no EOS), and special tokens written out in it become their
-ids. Conversations are data that nobody vouches for: a special token written in a message is text,
-and only what the chat template writes becomes an id. Decoding keeps special tokens visible and
-drops ids that the tokenizer does not have.
+Encoding adds nothing to a text (no BOS, no EOS), and special tokens written in it become their ids.
+Chat messages are untrusted data: a special token written in a message is text, and only what the
+chat template writes becomes an id. Decoding keeps special tokens visible and drops ids that the
+tokenizer does not have.
 """
 
 from __future__ import annotations
@@ -22,30 +22,29 @@ from typing import Any, NoReturn, Protocol
 from dcmdp_jax import files
 from dcmdp_jax.chat_template import ChatTemplate
 
-# Qwen3's generation config stops at either; used where no file names a stop token.
-QWEN3_STOPS = ("<|im_end|>", "<|endoftext|>")
-GENERATION = "generation_config.json"
-FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-ANSWER = "sixty-six"  # of the conversation that shows how a template ends a turn
+# the stop tokens of Qwen3's generation config, used if no file names one
+_QWEN3_STOPS = ("<|im_end|>", "<|endoftext|>")
+_GENERATION_CONFIG = "generation_config.json"
+_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_REPLY = "sixty-six"  # in the conversation that shows how a template ends a message
 
 
 class Tokenizer(Protocol):
-    """What the rest of the package asks of a tokenizer."""
+    """What the rest of the package needs of a tokenizer."""
 
-    vocab_size: int  # highest id + 1, added tokens included
-    max_token_chars: (
-        int  # characters of text that a token holds at most; a normalizer may leave more out
-    )
-    # any of them ends a completion; the first is the one written in training data
+    vocab_size: int  # largest id + 1, added tokens included
+    # most characters that a token stands for, not counting those that a normalizer drops
+    max_token_chars: int
+    # any of them ends a completion; the first one ends supervised completions
     eos_ids: tuple[int, ...]
     pad_id: int
-    generation_config: dict  # what the model's generation_config.json says
+    generation_config: dict  # of the model's generation_config.json
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, nothing added."""
+        """Returns the ids of `text`, nothing added."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, special tokens written out."""
+        """Returns the text of `ids`, special tokens written out."""
 
     def render_chat(
         self,
@@ -54,8 +53,9 @@ class Tokenizer(Protocol):
         enable_thinking: bool,
         add_generation_prompt: bool = True,
     ) -> str:
-        """The conversation as the text that the model was trained on. Raises ValueError without a
-        chat template.
+        """Returns a conversation as the text that the model was trained on.
+
+        Raises ValueError if there is no chat template.
         """
 
     def encode_chat(
@@ -66,21 +66,24 @@ class Tokenizer(Protocol):
         add_generation_prompt: bool = True,
         special_tokens_in_text: bool = False,
     ) -> list[int]:
-        """Ids of `render_chat`'s text; special tokens in a message are text, or ids if asked for."""
+        """Returns the ids of `render_chat`'s text.
+
+        Special tokens in a message are text, or ids with `special_tokens_in_text`.
+        """
 
 
 class HuggingFaceTokenizer:
-    """A folder with `tokenizer.json`, and that of the model that it serves, where it is another.
+    """The tokenizer of a folder with `tokenizer.json`; `model_folder` is its model's.
 
     The chat template comes from `chat_template.jinja`, else from `chat_template` in
-    `tokenizer_config.json`. A completion stops at whatever any file names: `eos_token_id` in the
-    `generation_config.json` and `config.json` of either folder, `eos_token` in
+    `tokenizer_config.json`. A completion stops at every token that any file names: `eos_token_id`
+    in the `generation_config.json` and `config.json` of either folder, `eos_token` in
     `tokenizer_config.json`, and the special token with which the chat template ends an assistant's
-    turn; Qwen3's where no file names one. Raises ValueError where the folder holds no tokenizer,
-    names no stop token, or names one that is none.
+    message; Qwen3's stop tokens if no file names one. Raises ValueError if the folder holds no
+    tokenizer, names no stop token, or names one that does not exist.
     """
 
-    def __init__(self, folder: str | pathlib.Path, model: str | pathlib.Path = ""):
+    def __init__(self, folder: str | pathlib.Path, model_folder: str | pathlib.Path = ""):
         self.folder = pathlib.Path(folder)
         file = self.folder / "tokenizer.json"
         if not file.is_file():
@@ -102,7 +105,9 @@ class HuggingFaceTokenizer:
         marks = [token.content for token in added if _is_mark(token.content)]
         self._special_tokens = re.compile(_any_of(special))
         self._all_marks = re.compile(_any_of({*special, *marks}))
-        named, self.generation_config = _declared(_folders(self.folder, model), self.vocab_size)
+        named, self.generation_config = _declared(
+            _folders(self.folder, model_folder), self.vocab_size
+        )
         self.eos_ids = self._stops(named)
         pad = self._vocabulary.get("<|endoftext|>", self.eos_ids[0])
         self.pad_id = self._vocabulary.get(
@@ -110,7 +115,7 @@ class HuggingFaceTokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        # `encode` would hold up every other thread, for seconds where the text is long
+        # `encode` would keep the interpreter's lock, for seconds if the text is long
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -157,11 +162,11 @@ class HuggingFaceTokenizer:
         return self._encode_cut_up(text, cut)
 
     def _cut_up(self, message: Mapping, cut: str) -> dict:
-        """`message` with the character `cut` after each character of a special token in it.
+        """Returns `message` with the character `cut` after each character of a special token in it.
 
         Whatever the template does with the text, no part of it is a special token then. Tokens such
-        as <think> are the assistant's own, and templates look for them in what it said: there they
-        stay whole.
+        as <think> belong to the assistant, and templates look for them in its messages: they stay
+        unchanged there.
         """
         own = message.get("role") == "assistant"
         pattern = self._special_tokens if own else self._all_marks
@@ -176,26 +181,26 @@ class HuggingFaceTokenizer:
         return mark(message)
 
     def _encode_cut_up(self, text: str, cut: str) -> list[int]:
-        """Ids of a rendered conversation; what is cut up is text, up to the next token."""
+        """Returns the ids of a rendered conversation; parts with `cut` in them are text."""
         if cut not in text:
             return self.encode(text)
         ids = []
-        whole = ""  # to be encoded as it stands
-        at = 0
+        pending = ""  # text without cuts that is still to be encoded
+        start = 0
         for match in re.finditer(rf"{self._all_marks.pattern}|\Z", text):
-            part = text[at : match.start()]
-            at = match.end()
+            part = text[start : match.start()]
+            start = match.end()
             if cut in part:
-                ids += self.encode(whole) + self._encode_text(part.replace(cut, ""))
-                whole = match[0]
+                ids += self.encode(pending) + self._encode_text(part.replace(cut, ""))
+                pending = match[0]
             else:
-                whole += part + match[0]
-        return ids + self.encode(whole)
+                pending += part + match[0]
+        return ids + self.encode(pending)
 
     def _encode_text(self, text: str) -> list[int]:
-        """Ids of `text` by the model alone, as if no token had been added.
+        """Returns the ids of `text` as if the tokenizer had no added tokens.
 
-        Raises ValueError where it has them itself.
+        Raises ValueError if the model itself produces a special token.
         """
         if self._tokenizer.normalizer is not None:
             text = self._tokenizer.normalizer.normalize_str(text)
@@ -203,9 +208,9 @@ class HuggingFaceTokenizer:
         if self._tokenizer.pre_tokenizer is not None:
             words = [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
         ids = [token.id for word in words for token in self._tokenizer.model.tokenize(word)]
-        made = set(ids)
+        produced = set(ids)
         for number, token in self._tokenizer.get_added_tokens_decoder().items():
-            if token.special and number in made:
+            if token.special and number in produced:
                 raise ValueError(
                     f"{self.folder / 'tokenizer.json'} makes the special token {token.content} of "
                     "plain text, so that a message cannot hold it; set "
@@ -214,47 +219,47 @@ class HuggingFaceTokenizer:
         return ids
 
     def _stops(self, named: Mapping[int, pathlib.Path]) -> tuple[int, ...]:
+        """Returns the stop ids, those named by files first. Raises ValueError if there are none."""
         eos = self._special["eos_token"]
         if eos and eos not in self._vocabulary:
             raise ValueError(
                 f"{self.folder / 'tokenizer_config.json'}: eos_token {eos!r} is not in "
                 "tokenizer.json"
             )
-        found = [*named, *([self._vocabulary[eos]] if eos else [])]
-        found = found or [
-            self._vocabulary[token] for token in QWEN3_STOPS if token in self._vocabulary
-        ]
-        found = tuple(dict.fromkeys([*found, *self._turn_end()]))
-        if not found:
+        stops = [*named, *([self._vocabulary[eos]] if eos else [])]
+        if not stops:
+            stops = [self._vocabulary[token] for token in _QWEN3_STOPS if token in self._vocabulary]
+        stops = tuple(dict.fromkeys([*stops, *self._message_end()]))
+        if not stops:
             raise ValueError(
-                f"{self.folder} names no stop token; put eos_token_id in its {GENERATION}"
+                f"{self.folder} names no stop token; put eos_token_id in its {_GENERATION_CONFIG}"
             )
-        return found
+        return stops
 
-    def _turn_end(self) -> list[int]:
-        """The special token that the chat template writes after what the assistant said, if any."""
+    def _message_end(self) -> list[int]:
+        """Returns the token that the chat template writes after an assistant's message, if any."""
         if self._template is None:
             return []
-        turns = [
+        messages = [
             {"role": "user", "content": "6 * 11?"},
-            {"role": "assistant", "content": ANSWER},
+            {"role": "assistant", "content": _REPLY},
         ]
         try:
-            text = self.render_chat(turns, enable_thinking=False, add_generation_prompt=False)
-        except ValueError:  # a template that is wrong is refused where it is used
+            text = self.render_chat(messages, enable_thinking=False, add_generation_prompt=False)
+        except ValueError:  # a broken template is refused when it is used
             return []
-        found = re.search(rf"{ANSWER}\s*({self._special_tokens.pattern})", text)
-        return [self._vocabulary[found[1]]] if found else []
+        end = re.search(rf"{_REPLY}\s*({self._special_tokens.pattern})", text)
+        return [self._vocabulary[end[1]]] if end else []
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model file. It has no chat template.
+    """The tokenizer of a SentencePiece model file. It has no chat template.
 
-    A completion stops at its end-of-sentence id and at what the files beside it, or of the model's
-    folder, name. Raises ValueError where there is none.
+    A completion stops at its end-of-sentence id, and at the ids that the files next to it or in the
+    model's folder name. Raises ValueError if there are none.
     """
 
-    def __init__(self, file: str | pathlib.Path, model: str | pathlib.Path = ""):
+    def __init__(self, file: str | pathlib.Path, model_folder: str | pathlib.Path = ""):
         self.file = pathlib.Path(file)
         if not self.file.is_file():
             raise ValueError(f"SentencePiece model {self.file} does not exist")
@@ -262,7 +267,7 @@ class SentencePieceTokenizer:
         self._processor = _from_file(lambda name: read(model_file=name), self.file)
         self.vocab_size = self._processor.vocab_size()
         named, self.generation_config = _declared(
-            _folders(self.file.parent, model), self.vocab_size
+            _folders(self.file.parent, model_folder), self.vocab_size
         )
         own = [self._processor.eos_id()] if self._processor.eos_id() >= 0 else []
         self.eos_ids = tuple(dict.fromkeys([*named, *own]))
@@ -274,7 +279,7 @@ class SentencePieceTokenizer:
         return self._processor.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        # a model's vocabulary may be larger than its tokenizer's
+        # the model may have more ids than the tokenizer
         return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
 
     @functools.cached_property
@@ -290,7 +295,7 @@ class SentencePieceTokenizer:
 
 
 class CharacterTokenizer:
-    """One id per character of `alphabet`, from 2 on; 0 is padding and 1 ends a completion.
+    """One id for each character of `alphabet`, from 2 on; 0 is padding and 1 ends a completion.
 
     Every other id decodes to U+FFFD, so that a verifier sees it.
     """
@@ -326,24 +331,24 @@ class CharacterTokenizer:
     encode_chat = render_chat
 
 
-def load(path: str | pathlib.Path, model: str | pathlib.Path = "") -> Tokenizer:
-    """The tokenizer of a folder (`tokenizer.json`, else `tokenizer.model`) or of a SentencePiece
-    `.model` file.
+def load(path: str | pathlib.Path, model_folder: str | pathlib.Path = "") -> Tokenizer:
+    """Returns the tokenizer of a folder or of a SentencePiece `.model` file.
 
-    `model` is the folder of the model that it serves, whose own stop tokens then count too. Raises
-    ValueError where there is no tokenizer, or one that cannot be read.
+    A folder holds `tokenizer.json`, or else `tokenizer.model` or `characters.json`. `model_folder` is the
+    folder of the model that the tokenizer serves, whose own stop tokens then count too. Raises
+    ValueError if there is no tokenizer, or it cannot be read.
     """
     path = pathlib.Path(path)
     if not path.exists():
         raise ValueError(f"tokenizer {path} does not exist")
     if path.is_file():
         if path.name == "tokenizer.json":
-            return HuggingFaceTokenizer(path.parent, model)
-        return SentencePieceTokenizer(path, model)
+            return HuggingFaceTokenizer(path.parent, model_folder)
+        return SentencePieceTokenizer(path, model_folder)
     if (path / "tokenizer.json").is_file():
-        return HuggingFaceTokenizer(path, model)
+        return HuggingFaceTokenizer(path, model_folder)
     if (path / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(path / "tokenizer.model", model)
+        return SentencePieceTokenizer(path / "tokenizer.model", model_folder)
     if (path / "characters.json").is_file():
         alphabet = _read_json(path / "characters.json").get("alphabet")
         if not isinstance(alphabet, str):
@@ -358,7 +363,7 @@ def load(path: str | pathlib.Path, model: str | pathlib.Path = "") -> Tokenizer:
 def save(tokenizer: Tokenizer, folder: str | pathlib.Path) -> None:
     """Writes the files that `load` reads into `folder`.
 
-    Its generation_config.json is the model's own, with all the ids that `tokenizer` stops at.
+    generation_config.json is the model's own, with all ids that `tokenizer` stops at.
     """
     folder = pathlib.Path(folder)
     if isinstance(tokenizer, CharacterTokenizer):
@@ -366,15 +371,17 @@ def save(tokenizer: Tokenizer, folder: str | pathlib.Path) -> None:
     elif isinstance(tokenizer, SentencePieceTokenizer):
         shutil.copyfile(tokenizer.file, folder / "tokenizer.model")
     else:
-        for name in FILES:
+        for name in _FILES:
             if (tokenizer.folder / name).is_file():
                 shutil.copyfile(tokenizer.folder / name, folder / name)
     generation_config = {**tokenizer.generation_config, **special_token_ids(tokenizer)}
-    (folder / GENERATION).write_text(json.dumps(generation_config, indent=2) + "\n")
+    (folder / _GENERATION_CONFIG).write_text(json.dumps(generation_config, indent=2) + "\n")
 
 
 def special_token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """`eos_token_id` and its like, as config.json and generation_config.json name them."""
+    """Returns `eos_token_id`, `pad_token_id` and `bos_token_id` as Hugging Face's configs name
+    them.
+    """
     eos = list(tokenizer.eos_ids)
     named = {"eos_token_id": eos if len(eos) > 1 else eos[0], "pad_token_id": tokenizer.pad_id}
     bos = tokenizer.generation_config.get("bos_token_id")
@@ -382,7 +389,7 @@ def special_token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def check_vocab_size(tokenizer: Tokenizer, model_vocab_size: int) -> None:
-    """Raises ValueError where the tokenizer can give an id that the model has no embedding for."""
+    """Raises ValueError if the tokenizer has ids for which the model has no embedding."""
     needed = max(tokenizer.vocab_size, *(i + 1 for i in tokenizer.eos_ids))
     if needed > model_vocab_size:
         raise ValueError(
@@ -395,17 +402,19 @@ def check_vocab_size(tokenizer: Tokenizer, model_vocab_size: int) -> None:
 
 
 def _is_mark(token: str) -> bool:
-    """True if an added token is written like a mark, as <think> is; others may be mere words."""
+    """Returns True if an added token is written like <think>; others may be ordinary words."""
     return token.startswith("<") and token.endswith(">")
 
 
 def _any_of(tokens: Iterable[str]) -> str:
-    """A pattern for any of `tokens`, the max_token_chars first; it matches nothing where there is none."""
+    """Returns a pattern for any of `tokens`, the longest first; it matches nothing if there is
+    none.
+    """
     return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)"
 
 
 def _unused_character(messages: Sequence[Mapping]) -> str:
-    """A character for private use that no message holds."""
+    """Returns a private-use character that no message contains."""
     text = json.dumps([*messages], ensure_ascii=False)
     return next(chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
 
@@ -413,48 +422,50 @@ def _unused_character(messages: Sequence[Mapping]) -> str:
 # Files
 
 
-def _folders(own: pathlib.Path, model: str | pathlib.Path) -> list[pathlib.Path]:
-    """The model's folder, where there is one, and the tokenizer's."""
-    return list(dict.fromkeys([*([pathlib.Path(model)] if model else []), own]))
+def _folders(own: pathlib.Path, model_folder: str | pathlib.Path) -> list[pathlib.Path]:
+    """Returns the model's folder, if there is one, and the tokenizer's."""
+    return list(dict.fromkeys([*([pathlib.Path(model_folder)] if model_folder else []), own]))
 
 
 def _declared(
     folders: Sequence[pathlib.Path], vocab_size: int
 ) -> tuple[dict[int, pathlib.Path], dict]:
-    """The stop ids that files name, generation configs first, and what the first of those says.
+    """Returns the stop ids that files name, and the first generation config that is not empty.
 
-    Raises ValueError on ids that are none: no integers, negative, past the vocabulary, or an empty
-    list.
+    Generation configs come first. Raises ValueError on ids that are no integers from 0 to the
+    vocabulary size, and on an empty list.
     """
     configs = {folder / "config.json": _read_json(folder / "config.json") for folder in folders}
-    generations = {folder / GENERATION: _read_json(folder / GENERATION) for folder in folders}
+    generations = {
+        folder / _GENERATION_CONFIG: _read_json(folder / _GENERATION_CONFIG) for folder in folders
+    }
     sizes = [config.get("vocab_size") for config in configs.values()]
     room = max([vocab_size, *(size for size in sizes if type(size) is int)])
     stops = {}
     ids = {}
-    for file, said in {**generations, **configs}.items():
+    for file, config in {**generations, **configs}.items():
         for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
-            if said.get(key) is None:
+            if config.get(key) is None:
                 continue
-            found = said[key]
-            if not isinstance(found, list) or key != "eos_token_id":
-                found = [found]
-            if not found or not all(type(i) is int and 0 <= i < room for i in found):
+            values = config[key]
+            if not isinstance(values, list) or key != "eos_token_id":
+                values = [values]
+            if not values or not all(type(i) is int and 0 <= i < room for i in values):
                 raise ValueError(
-                    f"{file}: {key}={said[key]!r} is no token id from 0 to {room - 1}, "
+                    f"{file}: {key}={config[key]!r} is no token id from 0 to {room - 1}, "
                     "or list of such; mend it, or take it out"
                 )
             if key == "eos_token_id":
-                stops.update(dict.fromkeys(found, file))
+                stops.update(dict.fromkeys(values, file))
             else:
-                ids.setdefault(key, found[0])
-    said = next((said for said in generations.values() if said), {})
-    said = {key: value for key, value in said.items() if value is not None}  # null is unsaid
-    return stops, {**said, **ids}
+                ids.setdefault(key, values[0])
+    generation = next((config for config in generations.values() if config), {})
+    generation = {key: value for key, value in generation.items() if value is not None}
+    return stops, {**generation, **ids}
 
 
 def _chat_template(folder: pathlib.Path, settings: dict) -> str | None:
-    """The source of a folder's chat template, or None."""
+    """Returns the source of a folder's chat template, or None."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
@@ -480,22 +491,23 @@ def _chat_template(folder: pathlib.Path, settings: dict) -> str | None:
 
 
 def _from_file(read: Any, file: pathlib.Path) -> Any:
-    """What a tokenizer library makes of a file. Raises ValueError where it makes nothing of it."""
+    """Returns a tokenizer library's reading of a file. Raises ValueError if it cannot read it."""
     try:
         return read(str(file))
     except Exception as error:  # the libraries raise Exception itself, and RuntimeError
-        said = " ".join(str(error).split())[:300]
+        message = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"{file} is no tokenizer that can be read ({said}); copy or download it again"
+            f"{file} is no tokenizer that can be read ({message}); copy or download it again"
         ) from None
 
 
 def _read_json(file: pathlib.Path) -> dict:
+    """Returns the object of a JSON file; an empty one if there is no file."""
     return files.read_json_object(file) if file.is_file() else {}
 
 
 def _content(folder: pathlib.Path, settings: dict, name: str) -> str:
-    """A special token as text; Hugging Face writes it as a string or as a record."""
+    """Returns a special token's text; Hugging Face writes it as a string or as a record."""
     token = settings.get(name)
     token = token.get("content") if isinstance(token, dict) else token
     if not isinstance(token, str | None):
@@ -507,6 +519,7 @@ def _content(folder: pathlib.Path, settings: dict, name: str) -> str:
 
 
 def _import(name: str) -> ModuleType:
+    """Returns a tokenizer library. Raises ValueError, with the remedy, if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:

@@ -1,7 +1,8 @@
-"""A process that answers lines, for programs and libraries that may hang, swell or die.
+"""A process that answers lines, for programs and libraries that may hang, use too much memory or
+crash.
 
-It sets its own limits and holds nothing that its end would lose: it is killed whenever it does not
-answer, and the next question starts another.
+The process sets its own limits and has no state that its end would lose: it is killed whenever it
+does not answer, and the next question starts another.
 """
 
 from __future__ import annotations
@@ -13,25 +14,26 @@ import subprocess
 import weakref
 from collections.abc import Sequence
 
-START = 120.0  # seconds in which a process imports what it needs
+_START = 120.0  # seconds that a process has to import what it needs
 
 
 class ProcessEnded(Exception):
-    """The process ended without an answer; `status` is as `subprocess` has it."""
+    """The process ended without an answer; `status` is its exit status as in `subprocess`."""
 
     def __init__(self, status: int):
         self.status = status
 
 
 class NotReady(Exception):
-    """The process cannot answer; the message is what it says."""
+    """The process cannot answer; the message is its own."""
 
 
 class Worker:
-    """Runs `command` when it is first asked, and again after its end; one thread at a time may ask.
+    """Runs `command` at the first question, and again after its end; for one thread at a time.
 
-    The command writes the line `ready`, or a line that says why it is not, and then a line for each
-    that it reads. It ends with its input, so with the process that asks, however that ends.
+    The command writes the line `ready`, or a line that says why it is not ready, and then one line
+    for each line that it reads. It ends when its input does, and so with the process that asks,
+    however that ends.
     """
 
     def __init__(self, command: Sequence[str], seconds: float):
@@ -40,13 +42,13 @@ class Worker:
         self._process: subprocess.Popen | None = None
 
     def ask(self, question: bytes) -> bytes:
-        """The line that answers the line `question`.
+        """Returns the line that answers the line `question`.
 
-        Raises ProcessEnded where the process ended instead, TimeoutError where it wrote nothing for
+        Raises ProcessEnded if the process ended instead, TimeoutError if it wrote nothing for
         `seconds`, and NotReady.
         """
         try:
-            # a fork has its parent's pipes, and must not take answers from them
+            # a fork shares its parent's pipes, and must not read from them
             if self._process and (self._owner != os.getpid() or self._process.poll() is not None):
                 self.end()
             if self._process is None:
@@ -56,7 +58,7 @@ class Worker:
             answer = self._line(self._seconds)
         except BrokenPipeError:
             answer = b""
-        except BaseException:  # a signal's, too: no answer may be left for the next question
+        except BaseException:  # also one from a signal: the next question must not get this answer
             self.end()
             raise
         if not answer.endswith(b"\n"):
@@ -64,7 +66,7 @@ class Worker:
         return answer
 
     def end(self) -> int:
-        """Ends the process, if there is one, and returns its status."""
+        """Ends the process, if there is one, and returns its exit status."""
         if self._process is None:
             return 0
         process = self._process
@@ -73,8 +75,8 @@ class Worker:
         return _killed(process)
 
     def _start(self) -> None:
-        # in a session of its own: Ctrl-C at the terminal is for its parent, which comes to a safe
-        # point first
+        """Starts the process and waits until it is ready."""
+        # in its own session: Ctrl-C at the terminal reaches the parent alone, which stops safely
         process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,
@@ -84,21 +86,21 @@ class Worker:
         )
         self._owner = os.getpid()
         self._finalizer = weakref.finalize(self, _killed, process)
-        self._finalizer.atexit = False  # the end of its input ends it then
+        self._finalizer.atexit = False  # its input ends then, and it with that
         self._process = process
-        said = self._line(START)
-        if not said.endswith(b"\n"):
+        first_line = self._line(_START)
+        if not first_line.endswith(b"\n"):
             raise BrokenPipeError
-        if said != b"ready\n":
-            raise NotReady(said.decode(errors="replace").strip())
+        if first_line != b"ready\n":
+            raise NotReady(first_line.decode(errors="replace").strip())
 
     def _line(self, seconds: float) -> bytes:
-        """What the process writes next, up to a newline; less where it ends.
+        """Returns what the process writes next, up to a newline; less if it ends.
 
-        Raises TimeoutError where it writes nothing for so long.
+        Raises TimeoutError if it writes nothing for `seconds`.
         """
         output = self._process.stdout.fileno()
-        written = select.poll()  # select.select knows the first 1024 files alone
+        written = select.poll()  # select.select takes only file numbers under 1024
         written.register(output, select.POLLIN)
         read = bytearray()
         while not read.endswith(b"\n"):
@@ -112,10 +114,12 @@ class Worker:
 
 
 def _killed(process: subprocess.Popen) -> int:
-    """Returns its status. In a fork, whose process it is not, this closes the pipes alone."""
+    """Ends a process and returns its exit status. In a fork, which does not own it, closes its
+    pipes only.
+    """
     process.kill()
     process.wait()
     process.stdout.close()
-    with contextlib.suppress(BrokenPipeError):  # a part of a question was still to be written
+    with contextlib.suppress(BrokenPipeError):  # part of a question was not written yet
         process.stdin.close()
     return process.returncode
