@@ -334,9 +334,9 @@ class CharacterTokenizer:
 def load(path: str | pathlib.Path, model_folder: str | pathlib.Path = "") -> Tokenizer:
     """Returns the tokenizer of a folder or of a SentencePiece `.model` file.
 
-    A folder holds `tokenizer.json`, or else `tokenizer.model` or `characters.json`. `model_folder` is the
-    folder of the model that the tokenizer serves, whose own stop tokens then count too. Raises
-    ValueError if there is no tokenizer, or it cannot be read.
+    A folder holds `tokenizer.json`, or else `tokenizer.model` or `characters.json`. `model_folder`
+    is the folder of the model that the tokenizer serves, whose own stop tokens then count too.
+    Raises ValueError if there is no tokenizer, or it cannot be read.
     """
     path = pathlib.Path(path)
     if not path.exists():

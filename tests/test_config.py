@@ -1,13 +1,14 @@
 """Configuration: typed overrides, refusals in one sentence, the record beside the run."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 
 import pytest
 
 from dcmdp_jax import cli, train
-from dcmdp_jax import config as c
+from dcmdp_jax.config import scalar_fields
 from dcmdp_jax.experiment import load_experiment, override, replace_fields
 from dcmdp_jax.run_record import to_json
 
@@ -19,36 +20,26 @@ def quickstart():
     return load_experiment(str(QUICKSTART))
 
 
-def test_overrides_are_typed_and_leave_the_rest(quickstart):
-    changed = override(
-        quickstart,
-        {
-            "constraint.tolerance": "0.01",
-            "steps": "50",
-            "data.shuffle": "false",
-            "rollout.precision.weights": "int8",
-            "model.architecture.num_layers": "3",
-            "data.task.operations": "4",
-        },
-    )
-    assert (changed.constraint.tolerance, changed.steps, changed.data.shuffle) == (0.01, 50, False)
-    assert (
-        changed.rollout.precision.weights,
-        changed.model.architecture.num_layers,
-        changed.data.task.operations,
-    ) == ("int8", 3, 4)
-    back = override(
-        changed,
-        {
-            "constraint.tolerance": str(quickstart.constraint.tolerance),
-            "steps": str(quickstart.steps),
-            "data.shuffle": "true",
-            "rollout.precision.weights": "int4",
-            "model.architecture.num_layers": "2",
-            "data.task.operations": "5",
-        },
-    )
-    assert back == quickstart
+@pytest.mark.parametrize(
+    "name, text, value",
+    [
+        ("constraint.tolerance", "0.01", 0.01),
+        ("steps", "50", 50),
+        ("data.shuffle", "false", False),
+        ("rollout.precision.weights", "int8", "int8"),
+        ("model.architecture.num_layers", "3", 3),
+        ("data.task.operations", "4", 4),
+    ],
+)
+def test_an_override_has_the_type_of_its_field(quickstart, name, text, value):
+    changed = override(quickstart, {name: text})
+    assert functools.reduce(getattr, name.split("."), changed) == value
+
+
+def test_overrides_leave_the_other_fields(quickstart):
+    there = {"steps": "50", "data.shuffle": "false", "data.task.operations": "4"}
+    back = {"steps": str(quickstart.steps), "data.shuffle": "true", "data.task.operations": "5"}
+    assert override(override(quickstart, there), back) == quickstart
 
 
 @pytest.mark.parametrize(
@@ -106,7 +97,7 @@ OFF_AT_0 = {  # where 0 means off, all, or none
     "eval.every",
     "checkpoint.every",
 }
-FIELDS = c.scalar_fields(load_experiment(str(QUICKSTART)))
+FIELDS = scalar_fields(load_experiment(str(QUICKSTART)))
 NUMBERS = {name: kind for name, kind in FIELDS.items() if kind in (int, float)}
 
 
@@ -115,16 +106,24 @@ def of_one_sentence(error):
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_every_number_has_its_range(name, quickstart):
-    """0 where it means something, -1 hardly ever, nothing past 32 bits, no NaN.
-
-    On the command line and in an experiment file.
-    """
+def test_a_number_may_be_0_where_that_means_off(name, quickstart):
     assert accepted(quickstart, name, "0") == (name in OFF_AT_0)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_few_numbers_may_be_negative(name, quickstart):
     below = ("rollout.devices", "rollout.precision.group")
     assert accepted(quickstart, name, "-1") == (name in below)
-    for text in ("1" + 40 * "0", "-1e300", "nan", "inf", "-inf", "", "x", "1e400"):
-        assert not accepted(quickstart, name, text), text
+
+
+@pytest.mark.parametrize("text", ["1" + 40 * "0", "-1e300", "nan", "inf", "-inf", "", "x", "1e400"])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_no_number_goes_past_32_bits_or_is_nan(name, text, quickstart):
+    assert not accepted(quickstart, name, text)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_an_experiment_file_cannot_set_what_is_no_number(name, quickstart):
     bad = [float("nan"), float("inf"), None, "3", 10**40]
     for value in bad + [2.5] * (NUMBERS[name] is int):
         with pytest.raises(ValueError) as error:
@@ -191,22 +190,50 @@ def test_numbers_that_make_no_run_are_refused(quickstart, changes, message):
     assert message in str(error.value) and of_one_sentence(error.value)
 
 
-def test_record_is_json_and_names_functions(quickstart):
-    record = json.loads(json.dumps(to_json(quickstart)))
+@pytest.fixture
+def record(quickstart):
+    return json.loads(json.dumps(to_json(quickstart)))
+
+
+def test_a_record_names_functions(record):
     assert record["constraint"]["shaping"] == "dcmdp_jax.constraint.shape_advantage"
+
+
+def test_a_record_names_the_type_of_a_task(record):
     assert record["data"]["task"] == {"type": "Chain", "operations": 5, "noise": [0.15, 0.2, 0.3]}
+
+
+def test_a_record_holds_what_a_function_is_made_of(record):
     assert "clip_high" in json.dumps(record["algorithm"]["surrogate"])
 
 
-def test_config_is_frozen_and_hashable(quickstart):
+def test_the_verifier_is_the_task_s_own_unless_there_is_another(quickstart):
+    assert quickstart.data.reward_function() == quickstart.data.task.reward
+    other = dataclasses.replace(quickstart.data, verifier=max)
+    assert other.reward_function() is max
+
+
+def test_without_a_task_a_verifier_is_needed(quickstart):
+    data = dataclasses.replace(quickstart.data, task=None, path="problems.jsonl")
+    with pytest.raises(ValueError, match="data.verifier is not set"):
+        dataclasses.replace(quickstart, data=data)
+
+
+def test_a_configuration_is_frozen(quickstart):
     with pytest.raises(dataclasses.FrozenInstanceError):
         quickstart.steps = 1
+
+
+def test_an_architecture_is_hashable(quickstart):
     hash(quickstart.model.architecture)
 
 
-def test_experiments_that_are_none(tmp_path):
+def test_an_experiment_file_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         load_experiment(str(tmp_path / "none.py"))
+
+
+def test_an_experiment_file_without_a_configuration_is_refused(tmp_path):
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(ValueError, match="defines no CONFIG"):
         load_experiment(str(tmp_path / "empty.py"))
@@ -217,7 +244,8 @@ def test_an_experiment_names_the_module_it_lacks(tmp_path):
     file.write_text("import nothing_of_this_name")
     with pytest.raises(
         ValueError,
-        match="lacking.py imports 'nothing_of_this_name', which is neither in its folder nor installed",
+        match="lacking.py imports 'nothing_of_this_name', which is neither in its folder nor "
+        "installed",
     ):
         load_experiment(str(file))
 

@@ -20,16 +20,30 @@ def evaluate(prompt):
     return str(value % 10)
 
 
-@pytest.mark.parametrize("operations", [1, 2, 5, 12])
-def test_answers_are_right(operations):
-    task = Chain(operations, noise=(0, 0, 0))
-    rng = np.random.default_rng(0)
+CORRECT = [Chain(operations, noise=(0, 0, 0)) for operations in (1, 2, 5, 12)]
+
+
+@pytest.mark.parametrize("task", CORRECT)
+def test_answers_are_right(task):
     for index in range(200):
         example = task.example(index, seed=3)
         assert example.answer == evaluate(example.prompt)
-        assert re.fullmatch(rf"[0-9]([-+*][0-9]){{{operations}}}=", example.prompt)
+
+
+@pytest.mark.parametrize("task", CORRECT)
+def test_prompts_have_the_form_of_a_chain(task):
+    for index in range(200):
+        prompt = task.example(index, seed=3).prompt
+        assert re.fullmatch(rf"[0-9]([-+*][0-9]){{{task.operations}}}=", prompt)
+
+
+@pytest.mark.parametrize("task", CORRECT)
+def test_an_expert_without_noise_earns_the_reward(task):
+    rng = np.random.default_rng(0)
+    for index in range(200):
+        example = task.example(index, seed=3)
         solution = task.solution(example, rng)
-        assert len(solution) == 6 * operations + 2
+        assert len(solution) == 6 * task.operations + 2
         assert set(example.prompt + solution) <= set(task.alphabet)
         assert task.reward(example, solution) == 1.0
 
@@ -45,8 +59,12 @@ def test_example_is_random_access():
     task = Chain()
     forward = [task.example(i, seed=1) for i in range(20)]
     assert [task.example(i, seed=1) for i in reversed(range(20))] == forward[::-1]
-    assert len(set(forward)) == 20
-    assert forward[:5] != [task.example(i, seed=2) for i in range(5)]
+
+
+def test_seeds_give_other_problems():
+    task = Chain()
+    one, other = ({task.example(i, seed) for i in range(20)} for seed in (1, 2))
+    assert len(one) == len(other) == 20 and one != other
 
 
 def test_held_out_problems_are_never_trained_on():
@@ -64,15 +82,27 @@ def test_held_out_problems_are_never_trained_on():
     assert len(everything - trained) < len(everything) / 40  # all but the held-out share, one in 64
 
 
-def test_held_out_is_fixed_and_grows_at_its_end():
-    task = Chain()
-    problems = task.held_out(512)
-    assert len(set(problems)) == 512
-    assert Chain().held_out(100) == task.held_out(100)
-    assert all(example.answer == evaluate(example.prompt) for example in problems)
-    digits = np.array([int(d) for example in problems for d in re.findall("[0-9]", example.prompt)])
+@pytest.fixture(scope="module")
+def held_out():
+    return Chain().held_out(512)
+
+
+def test_held_out_problems_are_distinct_and_right(held_out):
+    assert len(set(held_out)) == 512
+    assert all(example.answer == evaluate(example.prompt) for example in held_out)
+
+
+def test_fewer_held_out_problems_are_the_first_ones(held_out):
+    assert Chain().held_out(100) == held_out[:100]
+
+
+def test_held_out_problems_are_uniform(held_out):
+    digits = np.array([int(d) for example in held_out for d in re.findall("[0-9]", example.prompt)])
     counts = np.bincount(digits, minlength=10)  # 3072 draws: expected 307, standard deviation 17
     assert np.abs(counts - 307.2).max() < 5 * 17
+
+
+def test_more_held_out_problems_than_there_are_are_refused():
     with pytest.raises(ValueError, match="too few problems"):
         Chain(1).held_out(10)
 
@@ -100,17 +130,24 @@ def test_expert_errs_at_the_stated_rates():
         assert abs(wrong[operator] / seen[operator] - rate) < 5 * deviation
 
 
+FOUR_PLUS_TWO = Chain(1).example(0, 0)._replace(prompt="4+2=", answer="6")
+
+
+def test_the_right_digit_after_the_work_is_rewarded():
+    assert Chain(1).reward(FOUR_PLUS_TWO, "4+2=6;#6") == 1.0
+
+
 @pytest.mark.parametrize(
     "text", ["", "#", "6", "#7", "#66", "#6 ", "#6\ufffd", "#6;", "##6", "#6#6", "#6x", "3+5=8;"]
 )
-def test_reward_refuses(text):
-    example = Chain(1).example(0, 0)._replace(prompt="4+2=", answer="6")
-    assert Chain(1).reward(example, text) == 0.0
-    assert Chain(1).reward(example, "4+2=6;#6") == 1.0
+def test_anything_else_is_not_rewarded(text):
+    assert Chain(1).reward(FOUR_PLUS_TWO, text) == 0.0
 
 
-def test_bad_settings():
-    with pytest.raises(ValueError, match="operations=0"):
-        Chain(0)
-    with pytest.raises(ValueError, match="probabilities"):
-        Chain(noise=(0.1, 0.2, 1.3))
+@pytest.mark.parametrize(
+    "settings, message",
+    [({"operations": 0}, "operations=0"), ({"noise": (0.1, 0.2, 1.3)}, "probabilities")],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Chain(**settings)
