@@ -36,23 +36,48 @@ def answers(batches, count):
     return [example.answer for _ in range(count) for example in next(batches).examples]
 
 
-def test_prompts_hold_tokens_and_lengths():
-    batch = next(letters(shuffle=False))
-    assert batch.examples == tuple(PROBLEMS[:4])
+@pytest.fixture
+def first_batch():
+    return next(letters(shuffle=False))
+
+
+def test_a_batch_has_the_problems_in_order(first_batch):
+    assert first_batch.examples == tuple(PROBLEMS[:4])
+
+
+def test_prompts_are_padded_on_the_right(first_batch):
+    padded = [[2, 0, 0, 0, 0], [3, 3, 0, 0, 0], [4, 4, 4, 0, 0], [5, 5, 5, 5, 0]]
+    np.testing.assert_array_equal(first_batch.tokens, np.array(padded, np.int32), strict=True)
+
+
+def test_a_batch_has_the_lengths_of_its_prompts(first_batch):
     np.testing.assert_array_equal(
-        batch.tokens, [[2, 0, 0, 0, 0], [3, 3, 0, 0, 0], [4, 4, 4, 0, 0], [5, 5, 5, 5, 0]]
+        first_batch.lengths, np.array([1, 2, 3, 4], np.int32), strict=True
     )
-    np.testing.assert_array_equal(batch.lengths, [1, 2, 3, 4])
-    assert batch.tokens.dtype == batch.lengths.dtype == np.int32
 
 
-def test_epochs_hold_each_problem_once_and_are_reshuffled():
-    order = answers(letters(), 11)  # four epochs of 11
-    epochs = [order[i : i + 11] for i in range(0, 44, 11)]
+@pytest.fixture
+def epochs():
+    """Four epochs of 11 problems, in 11 batches."""
+    order = answers(letters(), 11)
+    return [order[i : i + 11] for i in range(0, 44, 11)]
+
+
+def test_an_epoch_has_each_problem_once(epochs):
     assert all(sorted(epoch) == list("abcdefghijk") for epoch in epochs)
+
+
+def test_each_epoch_is_shuffled_anew(epochs):
     assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_the_seed_decides_the_order(epochs):
+    order = sum(epochs, [])
     assert answers(letters(), 11) == order
     assert answers(letters(seed=8), 11) != order
+
+
+def test_without_shuffle_problems_keep_the_order_of_the_file():
     assert answers(letters(shuffle=False), 11) == list("abcdefghijk") * 4
 
 
@@ -87,25 +112,31 @@ def test_processes_share_the_batch_in_order(count):
         assert sum((share.examples for share in shares), ()) == expected.examples
 
 
-def test_long_prompts_are_left_out_and_counted(caplog):
+def test_long_problems_are_left_out():
+    assert sorted(answers(letters(max_prompt_tokens=3), 9)) == sorted("abcefgijk" * 4)
+
+
+def test_long_problems_are_counted_in_the_log(caplog):
     with caplog.at_level(logging.WARNING):
-        batches = letters(max_prompt_tokens=3)
+        letters(max_prompt_tokens=3)
     assert "2 of 11 problems are longer than data.max_prompt_tokens=3" in caplog.text
-    assert sorted(answers(batches, 9)) == sorted("abcefgijk" * 4)
+
+
+def test_a_file_of_long_problems_alone_is_refused():
     with pytest.raises(ValueError, match="none of 11 problems fits"):
         letters(max_prompt_tokens=0)
+
+
+def test_a_long_prompt_is_not_truncated():
     with pytest.raises(ValueError, match="has 4 tokens, more than data.max_prompt_tokens=3"):
         data.tokenize(PROBLEMS, LETTERS, max_prompt_tokens=3)
+
+
+def test_a_long_prompt_of_a_task_is_not_truncated():
+    tokenizer = CharacterTokenizer(Chain().alphabet)
+    batches = data.prompt_batches(Chain(), tokenizer, batch_size=1, max_prompt_tokens=11, seed=0)
     with pytest.raises(ValueError, match="has 12 tokens"):
-        next(
-            data.prompt_batches(
-                Chain(),
-                CharacterTokenizer(Chain().alphabet),
-                batch_size=1,
-                max_prompt_tokens=11,
-                seed=0,
-            )
-        )
+        next(batches)
 
 
 def test_single_prompts():
@@ -283,19 +314,43 @@ def test_packed_rows_hold_every_token_once(packing):
             *rollout.tokens[i][: rollout.lengths[i]],
         ]
     )
-    held = batch.segment_ids > 0
-    assert collections.Counter(batch.tokens[held].tolist()) == expected
-    assert (batch.tokens[~held] == -1).all() and (batch.positions[~held] == 0).all()
+    assert collections.Counter(batch.tokens[batch.segment_ids > 0].tolist()) == expected
+
+
+@settings(max_examples=50, deadline=None)
+@given(packings())
+def test_the_rest_of_a_packed_row_is_padding(packing):
+    scored, how = packing
+    batch = data.pack(scored, **how)
+    padding = batch.segment_ids == 0
+    assert (batch.tokens[padding] == how["pad_id"]).all()
+    assert (batch.positions[padding] == 0).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(packings())
+def test_the_number_of_rows_is_a_bucket(packing):
+    """A power of two times the divisor, or enough rows for one completion each."""
+    scored, how = packing
+    batch = data.pack(scored, **how)
     rows, width = batch.tokens.shape[2:]
-    size = len(rollout.tokens) // how["minibatches"] // how["microbatches"]
+    size = len(scored.reward) // how["minibatches"] // how["microbatches"]
     assert width == how["row_length"] and rows % how["row_divisor"] == 0
-    assert (
-        batch.tokens.shape[:2]
-        == batch.reward.shape[:2]
-        == (how["minibatches"], how["microbatches"])
-    )
     bucket = rows // how["row_divisor"]
     assert bucket & (bucket - 1) == 0 or rows - how["row_divisor"] < size <= rows
+
+
+@settings(max_examples=50, deadline=None)
+@given(packings())
+def test_a_batch_has_minibatches_of_microbatches(packing):
+    scored, how = packing
+    batch = data.pack(scored, **how)
+    parts = (how["minibatches"], how["microbatches"])
+    assert batch.tokens.shape[:2] == batch.reward.shape[:2] == parts
+
+
+def test_a_batch_holds_32_bit_numbers_and_booleans():
+    batch = data.pack(completions([2], 2, [1, 3]), minibatches=1, microbatches=1, row_length=8)
     kinds = {field.dtype for field in batch if field is not None}
     assert kinds == {np.dtype("int32"), np.dtype("float32"), np.dtype("bool")}
 
@@ -379,38 +434,56 @@ def test_experts_go_to_the_tokens_that_they_were_chosen_for(packing):
         assert (left == -1).all()
 
 
-def test_packing_fills_rows_and_uses_few_shapes():
-    # 32, 16 and 8 tokens: 18 full rows of 64
-    scored = completions([4] * 8, 8, [28] * 16 + [12] * 32 + [4] * 16)
-    batch = data.pack(scored, minibatches=1, microbatches=1, row_length=64)
+@pytest.fixture
+def mixed():
+    """64 segments of 32, 16 and 8 tokens, which fill 18 rows of 64."""
+    return completions([4] * 8, 8, [28] * 16 + [12] * 32 + [4] * 16)
+
+
+def test_first_fit_fills_rows(mixed):
+    batch = data.pack(mixed, minibatches=1, microbatches=1, row_length=64)
     assert batch.tokens.shape[2] == 32  # 18 rows, in the next bucket
     assert (batch.segment_ids[0, 0] > 0).all(axis=1).sum() == 18
-    shapes = {
-        data.pack(
-            scored, minibatches=2, microbatches=2, row_length=64, row_divisor=2, seed=s
-        ).tokens.shape
-        for s in range(30)
-    }
+
+
+def test_one_shape_serves_all_orders(mixed):
+    how = {"minibatches": 2, "microbatches": 2, "row_length": 64, "row_divisor": 2}
+    shapes = {data.pack(mixed, **how, seed=seed).tokens.shape for seed in range(30)}
     assert shapes == {(2, 2, 8, 64)}
-    exact = data.pack(
-        completions([4] * 32, 1, [12] * 32), minibatches=1, microbatches=1, row_length=64
+
+
+@pytest.mark.parametrize(
+    "count, tokens, row_length, row_divisor, rows",
+    [
+        (32, 16, 64, 1, 8),  # four to a row
+        (64, 32, 32, 24, 72),  # 64 rows of one, over 24 shards
+        (6, 32, 32, 1, 6),  # not more rows than completions
+    ],
+)
+def test_rows_of_equal_segments(count, tokens, row_length, row_divisor, rows):
+    scored = completions([4] * count, 1, [tokens - 4] * count)
+    batch = data.pack(
+        scored, minibatches=1, microbatches=1, row_length=row_length, row_divisor=row_divisor
     )
-    assert exact.tokens.shape[2] == 8  # four to a row
-    batch = data.pack(scored, minibatches=1, microbatches=1, row_length=32, row_divisor=24)
+    assert batch.tokens.shape[2] == rows
+
+
+def test_rows_divide_over_shards(mixed):
+    batch = data.pack(mixed, minibatches=1, microbatches=1, row_length=32, row_divisor=24)
     assert batch.tokens.shape[2] == 48
-    full = data.pack(
-        completions([4] * 6, 1, [28] * 6), minibatches=1, microbatches=1, row_length=32
-    )
-    assert full.tokens.shape[2] == 6  # never more rows than completions
 
 
-def test_packing_depends_on_the_seed():
+def test_seeds_give_other_orders():
     scored = completions([3] * 4, 4, [5] * 16)
     orders = {
         data.pack(scored, minibatches=2, microbatches=1, row_length=8, seed=s).completions.tobytes()
         for s in range(20)
     }
     assert len(orders) == 20
+
+
+def test_one_seed_gives_one_batch():
+    scored = completions([3] * 4, 4, [5] * 16)
     first, again = (
         data.pack(scored, minibatches=2, microbatches=1, row_length=8, seed=1) for _ in range(2)
     )
@@ -419,7 +492,7 @@ def test_packing_depends_on_the_seed():
 
 
 def test_a_batch_is_compared_before_the_support_is_cut():
-    """log p = rollout_logp + log kept on every token."""
+    """log p = rollout_logp + log support_mass on every token."""
     scored = completions([2, 3], 2, [4, 1, 0, 3])
     rng = np.random.default_rng(1)
     p = rng.uniform(0.01, 0.5, scored.rollout.tokens.shape)
@@ -435,11 +508,15 @@ def test_a_batch_is_compared_before_the_support_is_cut():
     np.testing.assert_allclose(found, np.log(p)[order][mask], rtol=1e-6)
 
 
-def test_packing_refuses():
-    scored = completions([3, 3], 2, [5, 1, 2, 3])
-    with pytest.raises(ValueError, match="4 completions do not divide into .* = 3"):
-        data.pack(scored, minibatches=3, microbatches=1, row_length=8)
-    with pytest.raises(ValueError, match="8 tokens, more than algorithm.row_length=7"):
-        data.pack(scored, minibatches=1, microbatches=1, row_length=7)
-    with pytest.raises(ValueError, match="a prompt is empty"):
-        data.pack(completions([3, 0], 2, [1, 1, 1, 1]), minibatches=1, microbatches=1, row_length=8)
+@pytest.mark.parametrize(
+    "prompt_lengths, minibatches, row_length, message",
+    [
+        ([3, 3], 3, 8, "4 completions do not divide into .* = 3"),
+        ([3, 3], 1, 7, "8 tokens, more than algorithm.row_length=7"),
+        ([3, 0], 1, 8, "a prompt is empty"),
+    ],
+)
+def test_packing_refuses(prompt_lengths, minibatches, row_length, message):
+    scored = completions(prompt_lengths, 2, [5, 1, 2, 3])
+    with pytest.raises(ValueError, match=message):
+        data.pack(scored, minibatches=minibatches, microbatches=1, row_length=row_length)
