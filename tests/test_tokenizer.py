@@ -83,7 +83,7 @@ def oracle(chat_folder):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A small byte-level tokenizer in a folder of its own, whose added token has an id above a gap."""
+    """A small word-level tokenizer, whose added token has an id above a gap."""
     hf_tokenizers = pytest.importorskip("tokenizers")
     small = hf_tokenizers.Tokenizer(
         hf_tokenizers.models.WordLevel({"a": 0, "b": 1, "[stop]": 7}, unk_token="a")
@@ -120,13 +120,23 @@ def test_chat_is_what_transformers_renders(
 
 
 @needs_qwen3
-def test_qwen3_ids():
-    qwen3 = tokenizers.load(QWEN3)
+def test_qwen3_ids(qwen3):
     assert (qwen3.vocab_size, qwen3.eos_ids, qwen3.pad_id) == (151669, (151645, 151643), 151643)
     assert qwen3.encode("<think></think>") == [151667, 151668]
-    # ids that only the model's padded vocabulary has
+
+
+@needs_qwen3
+def test_ids_that_only_the_model_has_are_dropped(qwen3):
     assert qwen3.decode([151700, 9, 151935]) == "*"
+
+
+@needs_qwen3
+def test_a_model_may_have_more_ids_than_its_tokenizer(qwen3):
     tokenizers.check_vocab_size(qwen3, 151936)
+
+
+@needs_qwen3
+def test_a_model_with_fewer_ids_than_its_tokenizer_is_refused(qwen3):
     with pytest.raises(ValueError, match="151669 ids but the model's vocab_size is 151668"):
         tokenizers.check_vocab_size(qwen3, 151668)
 
@@ -151,28 +161,23 @@ def test_stop_tokens_of_the_generation_config_come_first(folder, declared, expec
     assert tokenizers.load(folder).eos_ids == expected
 
 
-def test_settings_of_tokenizer_config(folder):
+def test_special_tokens_of_tokenizer_config(folder):
+    settings = {"eos_token": "b", "pad_token": {"content": "a"}}
+    write(folder, "tokenizer_config.json", settings)
+    loaded = tokenizers.load(folder)
+    assert (loaded.eos_ids, loaded.pad_id) == ((1,), 0)
+
+
+def test_of_several_templates_the_default_is_used(folder):
     template = (
         "{{ eos_token }}{% for m in messages %}{{ m.content | tojson }}{% break %}{% endfor %}"
     )
-    write(
-        folder,
-        "tokenizer_config.json",
-        {
-            "eos_token": "b",
-            "pad_token": {"content": "a"},
-            "chat_template": [
-                {"name": "tools", "template": "no"},
-                {"name": "default", "template": template},
-            ],
-        },
+    templates = [{"name": "tools", "template": "no"}, {"name": "default", "template": template}]
+    write(folder, "tokenizer_config.json", {"eos_token": "b", "chat_template": templates})
+    text = tokenizers.load(folder).render_chat(
+        [{"role": "user", "content": "<é>"}, USER], enable_thinking=False
     )
-    found = tokenizers.load(folder)
-    assert (found.eos_ids, found.pad_id) == ((1,), 0)
-    assert (
-        found.render_chat([{"role": "user", "content": "<é>"}, USER], enable_thinking=False)
-        == 'b"<é>"'
-    )
+    assert text == 'b"<é>"'
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
@@ -192,14 +197,24 @@ def test_other_token_ids_are_checked_too(folder, key, value):
         tokenizers.load(folder)
 
 
-@pytest.mark.parametrize("key", ["pad_token_id", "bos_token_id", "eos_token_id"])
-def test_null_in_a_generation_config_is_unsaid(folder, tmp_path, key):
+@pytest.fixture(params=["pad_token_id", "bos_token_id", "eos_token_id"])
+def with_null(folder, request):
+    """A tokenizer one of whose ids is null in the generation config."""
     write(folder, "config.json", {"eos_token_id": 7})
-    write(folder, "generation_config.json", {"temperature": 0.6, "top_k": None, key: None})
-    found = tokenizers.load(folder)
-    assert (found.eos_ids, found.pad_id, found.generation_config) == ((7,), 7, {"temperature": 0.6})
+    write(
+        folder, "generation_config.json", {"temperature": 0.6, "top_k": None, request.param: None}
+    )
+    return tokenizers.load(folder)
+
+
+def test_null_in_a_generation_config_is_left_out(with_null):
+    assert (with_null.eos_ids, with_null.pad_id) == ((7,), 7)
+    assert with_null.generation_config == {"temperature": 0.6}
+
+
+def test_null_in_a_generation_config_is_not_saved(with_null, tmp_path):
     (tmp_path / "out").mkdir()
-    tokenizers.save(found, tmp_path / "out")
+    tokenizers.save(with_null, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert written == {"eos_token_id": 7, "pad_token_id": 7, "temperature": 0.6}
 
@@ -211,13 +226,21 @@ def test_null_in_one_generation_config_leaves_the_other_s_id(folder, tmp_path):
     assert tokenizers.load(folder, tmp_path / "model").pad_id == 1
 
 
-def test_ids_of_a_padded_vocabulary_may_stop(folder):
+@pytest.fixture
+def padded(folder):
+    """A tokenizer of 8 ids that stops at an id that only its model has."""
     write(folder, "config.json", {"eos_token_id": 11, "vocab_size": 12})
-    found = tokenizers.load(folder)
-    assert found.eos_ids == (11,)
-    tokenizers.check_vocab_size(found, 12)
+    return tokenizers.load(folder)
+
+
+def test_ids_of_a_padded_vocabulary_may_stop(padded):
+    assert padded.eos_ids == (11,)
+
+
+def test_a_model_needs_the_stop_ids_too(padded):
+    tokenizers.check_vocab_size(padded, 12)
     with pytest.raises(ValueError, match="12 ids but the model's vocab_size is 8"):
-        tokenizers.check_vocab_size(found, 8)
+        tokenizers.check_vocab_size(padded, 8)
 
 
 @pytest.mark.parametrize(
@@ -280,21 +303,25 @@ def test_a_template_that_fails_names_its_folder(folder):
         tokenizers.load(folder).render_chat([USER], enable_thinking=False)
 
 
-def test_what_a_folder_lacks_is_named(folder, tmp_path):
+def test_a_folder_without_a_stop_token_is_refused(folder):
     with pytest.raises(ValueError, match="names no stop token"):
         tokenizers.load(folder)
+
+
+def test_a_folder_without_a_chat_template_is_named(folder):
     write(folder, "tokenizer_config.json", {"eos_token": "b"})
     with pytest.raises(ValueError, match="has no chat template"):
         tokenizers.load(folder).render_chat([USER], enable_thinking=False)
-    (folder / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match="tokenizer_config.json is not valid JSON"):
-        tokenizers.load(folder)
+
+
+def test_a_folder_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         tokenizers.load(tmp_path / "nowhere")
-    empty = tmp_path / "empty"
-    empty.mkdir()
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="tokenizer.json .* and tokenizer.model"):
-        tokenizers.load(empty)
+        tokenizers.load(tmp_path)
 
 
 def test_a_missing_library_names_the_extra(folder, monkeypatch):
@@ -305,22 +332,15 @@ def test_a_missing_library_names_the_extra(folder, monkeypatch):
         tokenizers.load(folder)
 
 
-def test_no_token_is_longer_than_the_longest(folder):
-    """WordLevel's `[stop]`, a SentencePiece piece and a character.
-
-    A bound on texts is reckoned with it.
-    """
+def test_no_token_stands_for_more_characters_than_the_longest(folder):
     write(folder, "generation_config.json", {"eos_token_id": 7})
     assert tokenizers.load(folder).max_token_chars == len("[stop]")
-    assert tokenizers.CharacterTokenizer("ab").max_token_chars == 1
 
 
 @needs_qwen3
-def test_qwen3_longest_token_is_met_by_128_spaces(qwen3):
-    assert (
-        len(qwen3.encode(" " * qwen3.max_token_chars)) == 1
-        and len(qwen3.encode(" " * (qwen3.max_token_chars + 1))) == 2
-    )
+def test_qwen3_longest_token_is_of_spaces(qwen3):
+    lengths = [len(qwen3.encode(" " * (qwen3.max_token_chars + more))) for more in (0, 1)]
+    assert lengths == [1, 2]
 
 
 def test_encoding_a_long_text_lets_other_threads_run(folder):
@@ -342,52 +362,6 @@ def test_encoding_a_long_text_lets_other_threads_run(folder):
     watch.join()
     inside = [began, *(at for at in ticks if began < at < ended), ended]
     assert max(b - a for a, b in zip(inside, inside[1:])) < 0.7 * (ended - began)
-
-
-def test_sentencepiece(tmp_path):
-    sentencepiece = pytest.importorskip("sentencepiece")
-    (tmp_path / "text.txt").write_text(
-        "the quick brown fox jumps over the lazy dog 0123456789\n" * 20
-    )
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"),
-        model_prefix=str(tmp_path / "tokenizer"),
-        vocab_size=60,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        pad_id=3,
-    )
-    found = tokenizers.load(tmp_path)
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    ids = found.encode("the lazy fox 42")
-    assert [pieces.id_to_piece(i) for i in ids] == pieces.encode("the lazy fox 42", out_type=str)
-    assert found.decode([*ids, found.vocab_size]) == "the lazy fox 42"
-    assert (found.vocab_size, found.eos_ids, found.pad_id) == (pieces.get_piece_size(), (2,), 3)
-    assert found.max_token_chars == max(
-        len(pieces.id_to_piece(i)) for i in range(60) if i < pieces.get_piece_size()
-    )
-    with pytest.raises(ValueError, match="no chat template"):
-        found.render_chat([USER], enable_thinking=False)
-
-
-def test_without_a_template_no_conversation_is_encoded():
-    found = tokenizers.CharacterTokenizer("ab")
-    for of in (found.render_chat, found.encode_chat):
-        with pytest.raises(ValueError, match="has no chat template; set data.chat=False"):
-            of([{"role": "user", "content": "a"}], enable_thinking=False)
-
-
-def test_characters():
-    chain = tokenizers.CharacterTokenizer("0123456789+-*=;#")
-    text = "9*8=2;#2"
-    assert chain.decode(chain.encode(text)) == text
-    assert (chain.vocab_size, chain.eos_ids, chain.pad_id) == (18, (1,), 0)
-    assert sorted(chain.encode(chain.alphabet)) == list(range(2, 18))
-    assert chain.decode([2, 0, 1, 18]) == "0\ufffd\ufffd\ufffd"
-    with pytest.raises(ValueError, match="'x' is not in the alphabet"):
-        chain.encode("1x")
-    with pytest.raises(ValueError, match="twice"):
-        tokenizers.CharacterTokenizer("aa")
 
 
 def test_a_tokenizer_file_stands_for_its_folder(tmp_path, chat_folder, tokenizer):
@@ -516,43 +490,38 @@ def test_other_tokenizers_that_are_none_are_named(tmp_path, name, content, messa
 # Out
 
 
-def test_a_saved_tokenizer_stops_where_the_first_did(folder, tmp_path):
+@pytest.fixture
+def saved(folder, tmp_path):
+    """A tokenizer whose stop tokens stand in several files, and the folder it is saved to."""
     model = tmp_path / "model"
     out = tmp_path / "out"
     model.mkdir()
     out.mkdir()
     write(folder, "tokenizer_config.json", {"eos_token": "b"})
-    write(
-        model,
-        "generation_config.json",
-        {"eos_token_id": [7], "temperature": 0.6, "bos_token_id": 0},
-    )
+    generation = {"eos_token_id": [7], "temperature": 0.6, "bos_token_id": 0}
+    write(model, "generation_config.json", generation)
     first = tokenizers.load(folder, model)
     tokenizers.save(first, out)
-    said = json.loads((out / "generation_config.json").read_text())
-    assert said == {
-        "eos_token_id": [7, 1],
-        "temperature": 0.6,
-        "bos_token_id": 0,
-        "pad_token_id": 7,
-    }
-    assert tokenizers.special_token_ids(first) == {
-        "eos_token_id": [7, 1],
-        "bos_token_id": 0,
-        "pad_token_id": 7,
-    }
+    return first, out
+
+
+IDS = {"eos_token_id": [7, 1], "bos_token_id": 0, "pad_token_id": 7}
+
+
+def test_the_special_ids_of_all_files_are_saved(saved):
+    written = json.loads((saved[1] / "generation_config.json").read_text())
+    assert written == IDS | {"temperature": 0.6}
+
+
+def test_special_token_ids_are_named_as_hugging_face_names_them(saved):
+    assert tokenizers.special_token_ids(saved[0]) == IDS
+
+
+def test_a_saved_tokenizer_stops_where_the_first_did(saved):
+    first, out = saved
     again = tokenizers.load(out)
-    assert (again.eos_ids, again.pad_id, again.encode("a b")) == (
-        first.eos_ids,
-        first.pad_id,
-        [0, 1],
-    )
+    assert (again.eos_ids, again.pad_id) == (first.eos_ids, first.pad_id)
 
 
-def test_saved_characters_stop_too(tmp_path):
-    tokenizers.save(tokenizers.CharacterTokenizer("ab"), tmp_path)
-    assert json.loads((tmp_path / "generation_config.json").read_text()) == {
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-    }
-    assert tokenizers.load(tmp_path).alphabet == "ab"
+def test_a_saved_tokenizer_encodes_as_the_first_did(saved):
+    assert tokenizers.load(saved[1]).encode("a b") == [0, 1]
