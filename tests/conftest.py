@@ -59,7 +59,7 @@ def chat_folder(request, tmp_path_factory):
 
 @pytest.fixture(scope="session", params=own_data.ROOTS)
 def data_root(request, tmp_path_factory):
-    """Returns a folder with math_eval/ and gsm8k/: a dozen rows of our own, or the published sets."""
+    """Returns a folder with math_eval/ and gsm8k/: a dozen rows of our own, or the published."""
     if request.param == "published":
         return own_data.SHARED
     return own_data.write_sets(tmp_path_factory.mktemp("sets"))

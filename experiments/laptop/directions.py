@@ -31,10 +31,10 @@ from dcmdp_jax.models import decoder
 from dcmdp_jax.models.quantized import quantize
 from dcmdp_jax.tools import parity, study
 
-# weights alone: then the trainer's pass is the engine's
+# Weights alone are rounded: the trainer's forward pass with them is then the engine's.
 ENGINES = {"int4": INT4, "fp8": Precision("float8_e4m3fn", group=-1)}
 SIZES = (1e-4, 1e-3, 5e-3)
-DRAWN = 10
+NUM_RANDOM = 10
 COLUMNS = (
     "engine",
     "seed",
@@ -63,7 +63,7 @@ def main(root):
 
 
 def probe(root, precision, seed):
-    """Rows of one start: relative changes of total variation and entropy after each step."""
+    """Yields rows of one start: relative changes of total variation and entropy by each step."""
     config, inputs, params = read_start(root, precision, seed, prompts=128)
     batch = draw(config, inputs, params, number=0)
     round_off = jax.jit(partial(quantized, precision=precision, model=inputs.model_config))
@@ -90,8 +90,8 @@ def probe(root, precision, seed):
 
 
 def read_start(root, precision, seed, prompts):
-    """Configuration, inputs and parameters of a start of `floors.py`, with batches of `prompts`
-    prompts.
+    """Returns the configuration, inputs and parameters of a start of `floors.py`; a batch has
+    `prompts` prompts.
     """
     config = dataclasses.replace(with_engine(GRPO, precision), seed=seed)
     folder = study.start_folder(config, study.unchanged, root)
@@ -105,18 +105,18 @@ def read_start(root, precision, seed, prompts):
 
 
 def draw(config, inputs, params, number):
-    """Batch `number` from the configuration's engine: whole sequences [N, S], which of their last T
-    places were sampled [N, T], and advantages [N, 1].
+    """Returns batch `number` of the configuration's engine: sequences [N, S], a mask of the sampled
+    tokens among their last T [N, T], and advantages [N, 1].
     """
     engine = train.make_engine(config, inputs)
     policy = sync.converter(inputs.model_config, config.rollout.precision, inputs.decode_mesh)
-    sampled_ = parity.sample(engine, policy(params, 0), config, inputs, number)
-    scored = rewards.score(sampled_, inputs.tokenizer.decode, config.data.reward_function())
+    rollout = parity.sample(engine, policy(params, 0), config, inputs, number)
+    scored = rewards.score(rollout, inputs.tokenizer.decode, config.data.reward_function())
     count = len(scored.reward)
-    # every prompt of the task has one length
-    asked = np.repeat(sampled_.prompts.tokens, config.rollout.samples, axis=0)
-    tokens = np.concatenate([asked, sampled_.tokens], axis=1)
-    mask = np.arange(sampled_.tokens.shape[1]) < sampled_.lengths[:, None]
+    # All prompts of the task have one length.
+    prompt_tokens = np.repeat(rollout.prompts.tokens, config.rollout.samples, axis=0)
+    tokens = np.concatenate([prompt_tokens, rollout.tokens], axis=1)
+    mask = np.arange(rollout.tokens.shape[1]) < rollout.lengths[:, None]
     group = np.arange(count, dtype=np.int32) // config.rollout.samples
     advantage = advantages.grpo(scored.reward, group, num_groups=config.data.prompts_per_step)
     return {
@@ -127,13 +127,13 @@ def draw(config, inputs, params, number):
 
 
 def log_probs(params, batch, model):
-    """Of every symbol at every sampled place, [N, T, V]."""
+    """Returns the log-probs of all tokens at every completion position, [N, T, V]."""
     return jax.nn.log_softmax(
         decoder.logits(params, batch["tokens"], model)[:, -batch["mask"].shape[1] - 1 : -1]
     )
 
 
-def of_sampled(logp, batch):
+def select_sampled(logp, batch):
     return jnp.take_along_axis(logp, batch["tokens"][:, -batch["mask"].shape[1] :, None], axis=-1)[
         ..., 0
     ]
@@ -148,15 +148,15 @@ def total_variation(logp, other, batch):
 
 
 def compare(params, other, batch, *, model):
-    """Total variation between the trainer's policy and another's, and the trainer's entropy, means
-    over sampled places.
+    """Returns the total variation between two policies and the entropy of the first, both as means
+    over sampled tokens.
     """
     logp = log_probs(params, batch, model)
     return total_variation(logp, other, batch), mean(-jnp.sum(jnp.exp(logp) * logp, axis=-1), batch)
 
 
 def quantized(params, *, precision, model):
-    """The engine's weights as the trainer would hold them."""
+    """Returns the engine's weights, dequantized."""
     return jax.tree.map(
         lambda w, axes: (
             quantize(w, precision.weights, axes, precision.group).dequantize() if axes else w
@@ -167,20 +167,22 @@ def quantized(params, *, precision, model):
 
 
 def directions(params, frozen, batch, model, round_off, seed):
-    """Names, kinds and unit directions (in units of the parameters' norm) whose descent the terms
-    ask for.
+    """Yields (name, kind, direction, cosine with the straight-through gradient). Steps descend along
+    the direction, which has the norm of the parameters.
     """
 
     def sampled_logp(p, b):
-        return of_sampled(log_probs(p, b, model), b)
+        return select_sampled(log_probs(p, b, model), b)
 
     def score_function(weight):
-        """REINFORCE with an advantage that is a function of the two log-probs."""
+        """Returns REINFORCE with an advantage that is a function of the gap and the batch."""
 
         def loss(p, b, frozen):
             logp = sampled_logp(p, b)
             return mean(
-                -weight(jax.lax.stop_gradient(jnp.exp(logp)) - jnp.exp(of_sampled(frozen, b)), b)
+                -weight(
+                    jax.lax.stop_gradient(jnp.exp(logp)) - jnp.exp(select_sampled(frozen, b)), b
+                )
                 * logp,
                 b,
             )
@@ -188,7 +190,7 @@ def directions(params, frozen, batch, model, round_off, seed):
         return loss
 
     def penalty(p, b, frozen):
-        return mean(jnp.abs(jnp.exp(sampled_logp(p, b)) - jnp.exp(of_sampled(frozen, b))), b)
+        return mean(jnp.abs(jnp.exp(sampled_logp(p, b)) - jnp.exp(select_sampled(frozen, b))), b)
 
     def kl(p, b, frozen):
         return mean(jnp.sum(jnp.exp(frozen) * (frozen - log_probs(p, b, model)), axis=-1), b)
@@ -204,28 +206,29 @@ def directions(params, frozen, batch, model, round_off, seed):
         "kl": kl,
     }
     grads = {name: jax.jit(jax.grad(term))(params, batch, frozen) for name, term in terms.items()}
-    # Rounding is taken for the identity: the gradient through the engine's weights is passed on to
-    # the trainer's.
+    # The gradient with respect to the rounded weights is passed on to the trainer's unchanged.
     grads["straight-through"] = jax.tree.map(
         jnp.add, *jax.jit(jax.grad(both, argnums=(0, 1)))(params, round_off(params), batch)
     )
-    own = jnp.sqrt(inner(grads["straight-through"], grads["straight-through"]))
+    reference = jnp.sqrt(inner(grads["straight-through"], grads["straight-through"]))
     for name, grad in grads.items():
-        cosine = float(inner(grad, grads["straight-through"]) / jnp.sqrt(inner(grad, grad)) / own)
-        yield name, "gradient", sized(grad, params), cosine
-        yield name, "signs", sized(jax.tree.map(jnp.sign, grad), params), cosine
+        cosine = float(
+            inner(grad, grads["straight-through"]) / jnp.sqrt(inner(grad, grad)) / reference
+        )
+        yield name, "gradient", with_norm_of(grad, params), cosine
+        yield name, "signs", with_norm_of(jax.tree.map(jnp.sign, grad), params), cosine
     leaves, tree = jax.tree.flatten(grads["abs"])
-    for number in range(DRAWN):
+    for number in range(NUM_RANDOM):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), number), len(leaves))
         drawn = [
             jax.random.normal(key, leaf.shape) * jnp.linalg.norm(leaf.ravel()) / leaf.size**0.5
             for key, leaf in zip(keys, leaves)
         ]
-        yield f"random-{number}", "gradient", sized(tree.unflatten(drawn), params), 0.0
+        yield f"random-{number}", "gradient", with_norm_of(tree.unflatten(drawn), params), 0.0
         yield (
             f"random-{number}",
             "signs",
-            sized(tree.unflatten([jnp.sign(d) for d in drawn]), params),
+            with_norm_of(tree.unflatten([jnp.sign(d) for d in drawn]), params),
             0.0,
         )
 
@@ -234,7 +237,7 @@ def inner(a, b):
     return sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
-def sized(direction, params):
+def with_norm_of(direction, params):
     factor = jnp.sqrt(inner(params, params) / inner(direction, direction))
     return jax.tree.map(lambda d: factor * d, direction)
 

@@ -20,7 +20,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from chain import FLOAT32, INT4
-from directions import draw, inner, log_probs, mean, of_sampled, quantized, read_start
+from directions import draw, inner, log_probs, mean, quantized, read_start, select_sampled
 
 from dcmdp_jax.losses import centering, corrections
 
@@ -34,11 +34,11 @@ def main(root):
         writer.writeheader()
         for seed in range(5):
             print(f"start {seed}", flush=True)
-            writer.writerows({"seed": seed, **row} for row in of_start(root, seed))
+            writer.writerows({"seed": seed, **row} for row in compare_estimates(root, seed))
 
 
-def of_start(root, seed):
-    """Cosine of each estimate with the gradient on policy, and its length over that one's."""
+def compare_estimates(root, seed):
+    """Yields the cosine of each estimate with the gradient on policy, and the ratio of lengths."""
     config, inputs, params = read_start(root, FLOAT32, seed, PROMPTS)
     exact, again = (
         gradient(params, draw(config, inputs, params, number), inputs.model_config, plain)
@@ -49,7 +49,7 @@ def of_start(root, seed):
     batch["engine"] = jax.jit(partial(log_probs, model=inputs.model_config))(
         quantized(params, precision=INT4, model=inputs.model_config), batch
     )
-    found = {"on policy, again": again} | {
+    gradients = {"on policy, again": again} | {
         name: gradient(params, batch, inputs.model_config, loss)
         for name, loss in (
             ("uncorrected", plain),
@@ -59,7 +59,7 @@ def of_start(root, seed):
             ("score centering with TIS", centred(centering.truncated)),
         )
     }
-    for name, grad in found.items():
+    for name, grad in gradients.items():
         length = jnp.sqrt(inner(grad, grad))
         exact_length = jnp.sqrt(inner(exact, exact))
         yield {
@@ -74,13 +74,13 @@ def gradient(params, batch, model, loss):
 
 
 def plain(logp, batch):
-    return -batch["advantage"] * of_sampled(logp, batch)
+    return -batch["advantage"] * select_sampled(logp, batch)
 
 
 def weighted(correction):
     def loss(logp, batch):
-        old = jax.lax.stop_gradient(of_sampled(logp, batch))
-        engine = of_sampled(batch["engine"], batch)
+        old = jax.lax.stop_gradient(select_sampled(logp, batch))
+        engine = select_sampled(batch["engine"], batch)
         weight, _ = correction.weights(old, engine, batch["mask"])
         return weight * plain(logp, batch)
 
@@ -91,8 +91,8 @@ def centred(weight):
     def loss(logp, batch):
         engine = batch["engine"]
         return centering.score_centering(
-            of_sampled(logp, batch),
-            of_sampled(engine, batch),
+            select_sampled(logp, batch),
+            select_sampled(engine, batch),
             logp,
             engine,
             batch["advantage"],

@@ -46,7 +46,7 @@ def main(root):
                 print(folder, flush=True)
                 rows += [
                     {"study": study.__name__, "arm": arm, "seed": seed, **row}
-                    for row in of_run(config, folder)
+                    for row in measure_run(config, folder)
                 ]
     with (root / "shares.csv").open("w", newline="") as out:
         writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
@@ -56,13 +56,13 @@ def main(root):
         )
 
 
-def of_run(arm, folder):
-    """A row for each checkpoint: shares of the distorted kind among the digits that were computed,
-    and mean delta by kind.
+def measure_run(arm, folder):
+    """Yields a row for each checkpoint: the share of the distorted kind among computed digits, and
+    mean delta by kind.
     """
     start = dataclasses.replace(
         arm,
-        model=ModelSource(str(model_of(folder))),
+        model=ModelSource(str(start_model(folder))),
         warmup=WarmupConfig(),
         data=dataclasses.replace(arm.data, prompts_per_step=PROMPTS),
     )
@@ -90,17 +90,17 @@ def of_run(arm, folder):
         }
 
 
-def model_of(folder):
-    """The start that a run's record names."""
+def start_model(folder):
+    """Returns the model folder that a run started from."""
     return pathlib.Path(json.loads((folder / "config.json").read_text())["model"]["folder"])
 
 
 def kinds(sampled, task, tokenizer):
-    """Which tokens of [N, T] are computed digits, and which of those are of the last kind."""
+    """Returns two masks [N, T]: computed digits, and those of them that are of the last kind."""
     width = sampled.tokens.shape[1]
-    place = np.array([task.computed(i) for i in range(width)])[None] & parity.token_mask(sampled)
+    computed = np.array([task.computed(i) for i in range(width)])[None] & parity.token_mask(sampled)
     last = np.isin(sampled.tokens, tokenizer.encode(task.alphabet[-10:]))
-    return place, place & last
+    return computed, computed & last
 
 
 def share(sampled, task, tokenizer):
