@@ -183,6 +183,7 @@ def test_gradient(name):
         )
 
 
+@pytest.mark.full
 @every
 def test_jit_changes_nothing(name):
     same(
@@ -192,6 +193,7 @@ def test_jit_changes_nothing(name):
     )
 
 
+@pytest.mark.full
 @every
 def test_vmap_is_loop_and_sharding_is_none(name):
     """Three batches at once, their rows spread over eight devices, against one at a time on one

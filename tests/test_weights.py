@@ -16,6 +16,8 @@ from dcmdp_jax.models import decoder, quantized, sizes, weights
 from support.folders import edit
 from support.random_params import random_params
 
+pytestmark = pytest.mark.full
+
 CONFIGS = {
     "dense": dataclasses.replace(sizes.TINY, attention_bias=True, num_layers=3),
     "moe": dataclasses.replace(
