@@ -33,7 +33,7 @@ class Yarn:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None  # None: 0.1 ln(factor) + 1
-    truncate: bool = True  # round the bounds of the blended dimensions to whole dimensions
+    truncate: bool = True  # round the bounds of the blended dimensions to integers
 
     def __post_init__(self):
         name = "yarn: original_max_position"
@@ -179,7 +179,7 @@ class Precision:
     # attention and FFN projections, experts included: float32, bfloat16, int8, int4, float8_e4m3fn,
     # float8_e5m2 or nf4
     weights: str = "float32"
-    # weights that share a scale; 0: those of an output channel, -1: the whole tensor,
+    # weights that share a scale; 0: those of an output channel, -1: all of the tensor,
     # n: n consecutive inputs of an output channel
     group: int = 0
     activations: str = ""  # inputs of the projections: int8 or float8_e4m3fn, one scale per token
@@ -382,7 +382,7 @@ def _check_numbers(config: Config) -> None:
     for name, kind in scalar_fields(config).items():
         value = functools.reduce(getattr, name.split("."), config)
         if kind is int and not isinstance(value, numbers.Integral):
-            raise ValueError(f"{name}={value!r} must be a whole number")
+            raise ValueError(f"{name}={value!r} must be an integer")
         largest = MAX_INT if kind is int else MAX_FLOAT
         if kind in (int, float) and not isinstance(value, Calibrated):
             _check_number(name, value, *_RANGES.get(name, (-largest, largest)))

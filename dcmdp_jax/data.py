@@ -186,10 +186,10 @@ def supervised_batch(
 
 def full_vocab_logp(rollout: Rollout) -> np.ndarray:
     """Returns the engine's log-probs [N, T] under softmax(logits / temperature), as the trainer
-    scores: over the whole vocabulary instead of the support sampled from.
+    scores: over the full vocabulary instead of the support sampled from.
 
     Formula: rollout_logp + log support_mass. Equal to rollout_logp past the length, and if the
-    support is the whole vocabulary.
+    support is the full vocabulary.
     """
     if rollout.support_mass is None:
         return rollout.rollout_logp

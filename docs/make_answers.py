@@ -1,10 +1,9 @@
-r"""Writes docs/answers.md: how often a right and a wrong completion earns what it should, and our
-judge beside math-verify.
+r"""Writes docs/answers.md: rewards of right and wrong completions, and our judge beside math-verify.
 
     python -m docs.make_answers SETS_FOLDER [GSM8K_FILE] [--reports FOLDER] [--tests FOLDER]
 
 SETS_FOLDER holds the six evaluation sets' JSONL files and GSM8K_FILE more problems. `--reports` are
-JSONL files of labelled pairs, one {"gold": ..., "answer": ..., "equal": true} a line; `--tests` are
+JSONL files of labelled pairs, one {"gold": ..., "answer": ..., "equal": true} per line; `--tests` are
 math-verify's own, the tests/ of a clone of github.com/huggingface/Math-Verify. Needs math-verify
 (`pip install 'dcmdp-jax[answers]'`). The other pairs and the spellings are those of
 tests/support/answers_table.py and tests/support/spellings.py.
@@ -31,7 +30,7 @@ sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests"))
 from support import answers_table, spellings  # noqa: E402
 
 PAGE = pathlib.Path(__file__).with_name("answers.md")
-SHOWN = 25  # listed pairs of a group in which our judge alone is right, evenly spread
+SHOWN = 25  # evenly spaced pairs of a group that are listed where our judge alone is right
 INTRODUCTION = r"""# Answers: what earns a reward, and our judge beside math-verify
 
 This page is made by `python -m docs.make_answers SETS_FOLDER GSM8K_FILE --reports FOLDER --tests
@@ -72,7 +71,7 @@ pairs that our author did not write, the page lists those in which math-verify a
 """
 
 REPORTS = "public reports"
-TESTS = "math-verify's tests"  # of which our author wrote none
+TESTS = "math-verify's tests"
 
 Group = Sequence[tuple[str, str, bool]]  # gold, answer, whether they are equal
 
@@ -83,6 +82,7 @@ def write(
     reports: pathlib.Path | None,
     tests: pathlib.Path | None,
 ) -> None:
+    """Grades, compares, and writes the page."""
     files = [*([gsm8k] if gsm8k else []), *sorted(sets.glob("*.jsonl"))]
     problems = {"gsm8k" if file == gsm8k else file.stem: data.read(file) for file in files}
     groups = {"by hand": answers_table.by_hand(), "random fractions": answers_table.numbers()}
@@ -97,6 +97,7 @@ def write(
 
 
 def _reports(folder: pathlib.Path) -> Group:
+    """Returns the labelled pairs of a folder of JSONL files."""
     pairs = []
     for path in sorted(folder.rglob("*.jsonl")):
         for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
@@ -106,8 +107,10 @@ def _reports(folder: pathlib.Path) -> Group:
 
 
 def _tests(folder: pathlib.Path) -> Group:
-    """The tuples `(gold, completion, 0 or 1)` that stand in test files, which are read and not run;
-    without the completions that state nothing."""
+    """Returns the tuples `(gold, completion, 0 or 1)` of test files, which are parsed and not run.
+
+    Completions that state nothing are left out.
+    """
     pairs = {}
     for path in sorted(folder.glob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -119,13 +122,14 @@ def _tests(folder: pathlib.Path) -> Group:
 
 
 def _formula(text: str) -> str:
-    """What a text states, or else the text without the dollars around it."""
+    """Returns what a text states, or else the text without the dollar signs around it."""
     stated = rewards.final_answer(text) or text.strip()
     alone = re.fullmatch(r"(\$\$?)([^$]+)\1", stated)
     return alone[2].strip() if alone else stated
 
 
 def _spellings(problems: dict[str, list[Example]]) -> Iterator[str]:
+    """Yields the tables of how the ways of writing an answer are graded."""
     tried = {True: collections.Counter(), False: collections.Counter()}
     failed = {True: collections.Counter(), False: collections.Counter()}
     misses = []
@@ -140,12 +144,14 @@ def _spellings(problems: dict[str, list[Example]]) -> Iterator[str]:
     yield NEIGHBOURS
     yield _counts(problems, tried[False], failed[False])
     if misses:
-        rows = [(*which, _code(gold), _code(said[-80:])) for *which, gold, said in misses]
+        rows = [
+            (*which, _code(gold), _code(completion[-80:])) for *which, gold, completion in misses
+        ]
         yield "\nNot as they should be:\n\n" + _table(("set", "way", "gold", "completion"), rows)
 
 
 def _counts(names: Iterable[str], tried: collections.Counter, counted: collections.Counter) -> str:
-    """A row a way of writing, a column a set, and totals."""
+    """Returns a table with a row for each way of writing, a column for each set, and totals."""
 
     def cell(ways: Iterable[str], sets: Iterable[str]) -> str:
         keys = [(way, name) for way in ways for name in sets]
@@ -159,19 +165,20 @@ def _counts(names: Iterable[str], tried: collections.Counter, counted: collectio
 
 
 def _judges(groups: dict[str, Group]) -> Iterator[str]:
+    """Yields the comparison of our judge with math-verify, group by group."""
     alone = judge.Pool([*judge.COMMAND, "alone"])
     rows = []
     shown = []
-    asked = judge.library()
+    ours = judge.library()
     for name, pairs in groups.items():
         with concurrent.futures.ThreadPoolExecutor(judge.PROCESSES) as threads:
             theirs = list(threads.map(lambda pair: alone.equal(*pair[:2]), pairs))
-        found = [(*pair, judge.equal(*pair[:2]), their) for pair, their in zip(pairs, theirs)]
-        apart = [row for row in found if row[3] != row[4]]
-        good = [sum(row[i] == row[2] for row in found) for i in (3, 4)]
-        only = [sum(row[i] == row[2] for row in apart) for i in (3, 4)]
-        rows.append([name, len(found), *good, len(found) - len(apart), *only])
-        shown += _disagreements(name, apart)
+        judged = [(*pair, judge.equal(*pair[:2]), their) for pair, their in zip(pairs, theirs)]
+        differing = [row for row in judged if row[3] != row[4]]
+        good = [sum(row[i] == row[2] for row in judged) for i in (3, 4)]
+        only = [sum(row[i] == row[2] for row in differing) for i in (3, 4)]
+        rows.append([name, len(judged), *good, len(judged) - len(differing), *only])
+        shown += _disagreements(name, differing)
         print(*rows[-1], sep=", ", flush=True)
     yield PAIRS.format(version=importlib.metadata.version("math-verify"))
     yield _table(
@@ -187,17 +194,19 @@ def _judges(groups: dict[str, Group]) -> Iterator[str]:
         rows,
     )
     yield (
-        f"\nComparisons given up after {alone.seconds:g} s: {asked.given_up} of ours, "
+        f"\nComparisons given up after {alone.seconds:g} s: {ours.given_up} of ours, "
         f"{alone.given_up} of math-verify.\n"
     )
     yield from shown
 
 
-def _disagreements(name: str, apart: list[tuple[str, str, bool, bool, bool]]) -> Iterator[str]:
-    """All in which math-verify is right; the others in part, and none of those that our author did
-    not write."""
-    theirs = [row for row in apart if row[4] == row[2]]
-    ours = [row for row in apart if row[3] == row[2] and name not in (REPORTS, TESTS)]
+def _disagreements(name: str, differing: list[tuple[str, str, bool, bool, bool]]) -> Iterator[str]:
+    """Yields the pairs on which the judges disagree.
+
+    All those in which math-verify is right; some of the others, and only those of our own.
+    """
+    theirs = [row for row in differing if row[4] == row[2]]
+    ours = [row for row in differing if row[3] == row[2] and name not in (REPORTS, TESTS)]
     listed = [*theirs, *ours[:: -(-len(ours) // SHOWN) or 1]]
     if listed:
         rows = [
@@ -213,11 +222,13 @@ def _disagreements(name: str, apart: list[tuple[str, str, bool, bool, bool]]) ->
 
 
 def _table(heading: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """Returns a table in Markdown."""
     lines = [heading, ["---"] * len(heading), *rows]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 def _code(text: str) -> str:
+    """Returns a text as code in a cell of a table."""
     return "`" + text.replace("|", "\\|").replace("\n", " ").replace("`", "'") + "`"
 
 

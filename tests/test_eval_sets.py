@@ -480,7 +480,7 @@ def test_the_command_prints_a_table_and_refuses_in_one_sentence(options, whole, 
     table = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in table] == ["set", "aime24", "minerva", "wrote"]
     for more, named in (
-        (["--k", "3,x"], "--k 3,x must be whole numbers"),
+        (["--k", "3,x"], "--k 3,x must be integers"),
         (["--top-p", "0"], "--top-p lies in"),
         (["--seeds", "1"], "unknown option --seeds"),
         (["--model", str(tmp_path)], "config.json"),

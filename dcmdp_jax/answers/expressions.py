@@ -173,7 +173,7 @@ class Expressions(Cursor):
         """Takes words up to a number, a comma, a bracket or an operator, and returns them as one
         text.
         """
-        said = []
+        words = []
         while self.position < len(self.tokens):
             text = self.peek()
             if text in _ENDS_UNIT or text in CONJUNCTIONS or self.kind() == "num" and self.spaced():
@@ -184,13 +184,13 @@ class Expressions(Cursor):
                 continue
             if text == r"\frac":
                 text = f"{self.raw()} / {self.raw()}"
-            said.append(text)
+            words.append(text)
             if text == "^":
                 braced = self.take("{")
-                said.append(self.take("-") + self.take(self.peek()))
+                words.append(self.take("-") + self.take(self.peek()))
                 if braced:
                     self.expect("}")
-        return " ".join(said).replace("^ ", "^")
+        return " ".join(words).replace("^ ", "^")
 
     @bounded_depth
     def sum(self) -> Node:
@@ -210,7 +210,7 @@ class Expressions(Cursor):
         r"""Reads factors, with or without signs; `2 \frac{1}{2}` is a mixed number."""
         value = self.factor()
         while True:
-            whole = self.kind(-1) == "num" and (value[-1] if value[0] == "mul" else value)
+            integer = self.kind(-1) == "num" and (value[-1] if value[0] == "mul" else value)
             if self.take("*"):
                 value = _times(value, self.factor())
             elif self.take("/"):
@@ -221,7 +221,7 @@ class Expressions(Cursor):
                     raise Unreadable("two numbers beside each other")
                 mixed = self.peek() == r"\frac"
                 factor = self.factor()
-                if mixed and whole and (part := _mixed(whole, factor)):
+                if mixed and integer and (part := _mixed(integer, factor)):
                     value = (*value[:-1], part) if value[0] == "mul" else part
                 else:
                     value = _times(value, factor)
@@ -376,8 +376,8 @@ class Expressions(Cursor):
             return "var", text  # in `1,000,2`: neither an item nor thousands
         if "." in text and (repeated := self.repeating_decimal(text)):
             text, block = repeated
-            places = len(text.partition(".")[2])
-            return "num", number(text) + number(block) / ((10 ** len(block) - 1) * 10**places)
+            decimals = len(text.partition(".")[2])
+            return "num", number(text) + number(block) / ((10 ** len(block) - 1) * 10**decimals)
         if self.take("..."):
             return "var", f"{text}..."  # `3.14...`: the remaining digits are unknown
         value = number(text)
@@ -414,9 +414,9 @@ class Expressions(Cursor):
                 self.expect(r"\dot")
                 block += self.digits()
             return text, block
-        found = re.search(r"(\d)\1\1$|(\d{2,6})\2$", text.partition(".")[2])
-        if found and self.take("..."):
-            return text[: -len(found[0])], found[1] or found[2]
+        repeats = re.search(r"(\d)\1\1$|(\d{2,6})\2$", text.partition(".")[2])
+        if repeats and self.take("..."):
+            return text[: -len(repeats[0])], repeats[1] or repeats[2]
         return None
 
     def digits(self) -> str:
@@ -576,15 +576,15 @@ class Expressions(Cursor):
             raise Unreadable("too many divisions")
 
 
-def _mixed(whole: Node, fraction: Node) -> Node | None:
+def _mixed(integer: Node, fraction: Node) -> Node | None:
     """Returns the mixed number of an integer and a fraction, or None if they make none."""
-    if whole[0] != "num" or whole[1].denominator > 1 or fraction[0] != "div":
+    if integer[0] != "num" or integer[1].denominator > 1 or fraction[0] != "div":
         return None
     top, bottom = fraction[1:]
     if not top[0] == bottom[0] == "num" or not 0 < top[1] < bottom[1]:
         return None
     part = top[1] / bottom[1]
-    return "num", whole[1] - part if whole[1] < 0 else whole[1] + part
+    return "num", integer[1] - part if integer[1] < 0 else integer[1] + part
 
 
 def is_part_of(smaller: Node, larger: Node) -> bool:

@@ -132,9 +132,9 @@ def normal(text: str) -> str:
     stop.
     """
     text = text.replace(r"\overset{\cdot}", r"\dot")
-    text = _REPEATED.sub(lambda found: rf"\overline{{{found[0][::2]}}}", text)
-    text = _RAISED.sub(lambda found: "^{" + _compatible(found[0]) + "}", text)
-    text = _LOWERED.sub(lambda found: "_{" + _compatible(found[0]) + "}", text)
+    text = _REPEATED.sub(lambda match: rf"\overline{{{match[0][::2]}}}", text)
+    text = _RAISED.sub(lambda match: "^{" + _compatible(match[0]) + "}", text)
+    text = _LOWERED.sub(lambda match: "_{" + _compatible(match[0]) + "}", text)
     text = _ONE_CHARACTER_FRACTION.sub(_fraction, text)
     text = _THOUSANDS.sub("", text)
     text = _compatible(text.translate(_TRANSLATED)).translate(_TRANSLATED)
@@ -150,9 +150,9 @@ def _compatible(text: str) -> str:
     return unicodedata.normalize("NFKC", text)
 
 
-def _fraction(found: re.Match) -> str:
+def _fraction(match: re.Match) -> str:
     """Returns the LaTeX of a fraction that is one character."""
-    top, bottom = _compatible(found[0]).split("⁄")
+    top, bottom = _compatible(match[0]).split("⁄")
     return rf"\frac{{{top}}}{{{bottom}}}"
 
 

@@ -151,31 +151,31 @@ class _Reader(Expressions):
         ):
             end += 1
         run = self.tokens[self.position : end]
-        said = " ".join(token.text for token in run).casefold()
-        if reals := _ALL_REALS.fullmatch(said):
+        spelled = " ".join(token.text for token in run).casefold()
+        if reals := _ALL_REALS.fullmatch(spelled):
             self.position = end
             if not reals[1]:
                 return ("reals",)
             self.take("=")
             return "without", ("reals",), ("set", *self.items()[0])
-        if said in _NO_NUMBERS:
+        if spelled in _NO_NUMBERS:
             self.position = end
             return ("set",)
         follows = self.tokens[end].text if end < len(self.tokens) else ""
         if not run or follows not in ("", ",", ";", "and", "or", ")", r"\}"):
             return None
-        if len(run) == 1 and len(said) == 1:
+        if len(run) == 1 and len(spelled) == 1:
             return None  # a variable
         upright = any(token.kind == "name" for token in run)
         functions = any(token.text.startswith(name) for name in FUNCTIONS for token in run)
         if not upright and (
-            len(said.replace(" ", "")) < 4 and said not in _SHORT_WORDS or functions
+            len(spelled.replace(" ", "")) < 4 and spelled not in _SHORT_WORDS or functions
         ):
             return None
         if any(token.text in FUNCTIONS for token in run):
             return None  # `\\operatorname{tan} x`
         self.position = end
-        return "text", said.replace(" ", "")
+        return "text", spelled.replace(" ", "")
 
     def skip_label(self) -> None:
         """Skips what labels an element: `Answer:` in `Answer: 5`, `Option` in `Option B`."""

@@ -307,11 +307,11 @@ def changes_a_number(word: str) -> bool:
 
 def read(text: str) -> Unit | None:
     """Returns the unit that words with powers, `/` and `per` name, or None if they name none."""
-    rest = _HALF_OF_DAY.sub(lambda found: found[1].lower() + "m", _LATEX.sub(" ", text).strip())
+    rest = _HALF_OF_DAY.sub(lambda match: match[1].lower() + "m", _LATEX.sub(" ", text).strip())
     powers: dict[str, int] = {}
     factor = Fraction(1)
     pi = 0
-    known = True
+    is_known_unit = True
     sign = 1
     ahead = 1
     last = None
@@ -343,14 +343,14 @@ def read(text: str) -> Unit | None:
             first = True
         ahead = 1
         base, scale = _BASE.get(name, ({name: 1}, "1"))
-        known = known and name in _BASE
+        is_known_unit = is_known_unit and name in _BASE
         for unit, power in base.items():
             powers[unit] = powers.get(unit, 0) + power * exponent
         factor *= Fraction(scale) ** exponent
         pi -= exponent * (name in _OVER_PI)
         last = (name, exponent) if first else None
     left = tuple(sorted((unit, power) for unit, power in powers.items() if power))
-    return Unit(left, factor, pi, known)
+    return Unit(left, factor, pi, is_known_unit)
 
 
 def _name(word: str) -> str:

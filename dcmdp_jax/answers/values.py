@@ -60,12 +60,12 @@ def equal(left: Node, right: Node, work: Work) -> bool:
         return False  # `f(0)`, which reads as a product, is not the number 0
     names = sorted(left_names | right_names)
     kinds = functions(left, work) | functions(right, work)
-    whole = bool(
+    integers = bool(
         kinds & INTEGER_FUNCTIONS or kinds & ROUNDING_FUNCTIONS and COUNT_NAMES.issuperset(names)
     )
     points = 0
-    for number in range(INTEGER_POINTS if whole else REAL_POINTS) if names else range(1):
-        point = {name: _variable_value(name, number, whole, "abs" in kinds) for name in names}
+    for number in range(INTEGER_POINTS if integers else REAL_POINTS) if names else range(1):
+        point = {name: _variable_value(name, number, integers, "abs" in kinds) for name in names}
         try:
             if not agree(value(left, point, work), value(right, point, work)):
                 return False
@@ -164,10 +164,10 @@ def _nodes(node: Node, work: Work) -> Iterator[Node]:
         left.extend(part for part in parts if not isinstance(part[0], Decimal))
 
 
-def _variable_value(name: str, number: int, whole: bool, signed: bool) -> Fraction:
+def _variable_value(name: str, number: int, integers: bool, signed: bool) -> Fraction:
     """Returns a variable's value at point `number`, the same in every process."""
     draw = int.from_bytes(hashlib.sha256(f"{name} {number}".encode()).digest()[:4], "big")
-    if whole:
+    if integers:
         return Fraction(2 + draw % 23)
     far = 9 if number % 3 == 2 else 1  # expressions may agree near 1 alone
     return Fraction(53 + draw % 150, 101) * far * (-1 if signed and (draw >> 16) % 2 else 1)

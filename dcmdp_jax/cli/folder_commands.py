@@ -54,7 +54,7 @@ def evaluate_command(args: argparse.Namespace, options: list[str]) -> Callable[[
     sampling = _sampling(args)
     k = args.k.split(",") if args.k else []
     if not all(number.isdecimal() for number in k):
-        raise ValueError(f"--k {args.k} must be whole numbers with commas between them")
+        raise ValueError(f"--k {args.k} must be integers with commas between them")
     from dcmdp_jax.evaluation import math_benchmarks, scores
     from dcmdp_jax.report import tables
     from dcmdp_jax.stopping import Interrupted, requests

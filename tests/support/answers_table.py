@@ -1,9 +1,8 @@
-r"""Pairs of answers whose equality is known: by hand, and by rules from numbers and from the
-evaluation sets' own answers.
+r"""Labelled pairs of answers: by hand, and by rules from numbers and the evaluation sets' answers.
 
-Where it is a matter of convention: units, degrees and percent signs may be left out; a list without
-brackets, and a set, have no order; the answer asked for in one base is not that in another; a
-rounded decimal is not the exact value.
+Conventions: units, degrees and percent signs may be left out; a list without brackets, and a set,
+have no order; an answer in one base does not equal the same digits in another; a rounded decimal
+does not equal the exact value.
 """
 
 import pathlib

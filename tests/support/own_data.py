@@ -1,6 +1,6 @@
-"""Data of our own in the layouts of what is published: a tokenizer, six evaluation sets, GSM8K.
+"""Data in the layouts of published data: a tokenizer, six evaluation sets, GSM8K.
 
-The tests that use it use what lies in ../shared/data besides, where that is there.
+Tests use the published data of ../shared/data as well, if that folder exists.
 """
 
 import json
@@ -27,7 +27,7 @@ MARKS = (
     "</think>",
 )
 
-# Turns between <|im_start|> and <|im_end|>; the thinking of earlier answers is left out.
+# messages between <|im_start|> and <|im_end|>; the reasoning of earlier replies is left out
 TEMPLATE = """\
 {%- set last = namespace(user=-1) %}
 {%- for message in messages %}

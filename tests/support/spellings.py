@@ -1,8 +1,8 @@
-r"""Golds as a model writes them, and wrong neighbours of golds, for `rewards.math_answer`.
+r"""Right answers as a model writes them, and wrong ones close to them, for `rewards.math_answer`.
 
-`right(gold, number)` yields the spellings of one gold, and `wrong(gold, number)` the same spellings
-of what is not the gold; `number` is the problem's place in its set and picks a variant. A spelling
-is left out where it makes no sense for a gold.
+`right(gold, number)` yields the spellings of a right answer, and `wrong(gold, number)` the same
+spellings of a wrong one; `number` is the problem's index in its set and picks a variant. A spelling
+that makes no sense for an answer is left out.
 """
 
 import re
