@@ -28,8 +28,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from dcmdp_jax import config, step, sync, train
-from dcmdp_jax.experiment import load_experiment
+from dcmdp_jax import config, starting, step
+from dcmdp_jax.batches import Batches
+from dcmdp_jax.inputs import read_inputs
+from dcmdp_jax.seeds import Stream
 
 SHAPE = config.ModelConfig(
     vocab_size=18,
@@ -50,10 +52,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--slots", type=int, default=2, help="fewer make a rollout longer")
     args = parser.parse_args()
-    written = load_experiment(str(QUICKSTART))
+    written = config.load_experiment(str(QUICKSTART))
     run = dataclasses.replace(
         written,
-        model=config.ModelSource(architecture=SHAPE),
+        model=config.ModelSource(shape=SHAPE),
         steps=2 * args.repeats,
         warmup=config.WarmupConfig(),
         eval=config.EvalConfig(every=0),
@@ -74,33 +76,29 @@ def main() -> None:
 
 def seconds(run: config.Config, repeats: int) -> list[list[tuple[float, float]]]:
     """[repeats, 3, 2]: update, rollout, both; wall and CPU seconds."""
-    inputs = train.read_inputs(run)
-    state = train._start(run, inputs, pathlib.Path(), lambda: False)
+    inputs = read_inputs(run)
+    state = starting.first_state(run, inputs, pathlib.Path(), lambda: False)
     update = step.compile(run, inputs.model_config, inputs.mesh)
-    engine = train.make_engine(run, inputs)
-    to_engine = sync.converter(inputs.model_config, run.rollout.precision, inputs.decode_mesh)
-    policy = to_engine(*step.sampled_from(state))
-    found = []
-
-    def sample(number):
-        return train._collect(run, inputs, engine, lambda: False, policy, number)
-
-    collected = sample(0)
+    batches = Batches(run, inputs, state, lambda: False)
+    packed = batches.collect(Stream.ROLLOUT, 0).packed
 
     def train_once():
         nonlocal state
-        state, values = update(state, collected.batch)
+        state, values = update(state, packed)
         return values
 
-    def sample_while_training():
-        nonlocal policy
-        policy = to_engine(*step.sampled_from(train._aged(state)))
-        return train_once(), sample(0)
+    def sample():
+        return batches.collect(Stream.ROLLOUT, 0).packed
 
+    def sample_while_training():
+        batches.sync_ahead(state)
+        return train_once(), sample()
+
+    found = []
     for _ in range(3):  # compiles
         sample_while_training()
     for _ in range(repeats):
-        found.append([timed(train_once), timed(lambda: sample(0)), timed(sample_while_training)])
+        found.append([timed(train_once), timed(sample), timed(sample_while_training)])
     return found
 
 

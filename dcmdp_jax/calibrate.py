@@ -1,5 +1,7 @@
-"""The tolerance measured, not copied: the floor of delta at fixed weights, in the run's own engine
-and trainer.
+"""Calibration: the tolerance measured by the run itself, from the discrepancy at fixed weights.
+
+At fixed weights the mean of delta is what numerics alone make of it, its floor: no multiplier can
+push it lower. A tolerance is a margin above that floor.
 """
 
 from __future__ import annotations
@@ -13,17 +15,50 @@ from typing import Any
 import jax
 import numpy as np
 
-from dcmdp_jax import checkpoint, constraint, files, sharding, step
+from dcmdp_jax import checkpoint, constraint, files, run_folder, sharding, step
+from dcmdp_jax.batches import Batches
 from dcmdp_jax.config import Calibrated, Config, ModelConfig, with_tolerance
 from dcmdp_jax.constraint import Calibration
-from dcmdp_jax.records import Batch
+from dcmdp_jax.distributed import processes
+from dcmdp_jax.inputs import Inputs
+from dcmdp_jax.records import Batch, TrainState
 from dcmdp_jax.run_record import RECORD_FILE
+from dcmdp_jax.seeds import Stream
+from dcmdp_jax.stopping import Interrupted
 
 FILE = "calibration.json"
 RECORDED = {"slack": files.NUMBER, "batches": files.INTEGER, "tolerance": files.NUMBER}
-# number of the first batch: no step's, so that calibration shares no key with training
-FIRST = 2**30
-DIGITS = 4  # of a tolerance: its error is far larger
+DIGITS = 4  # significant digits of a tolerance, whose error is far larger
+
+
+def run(
+    config: Config, inputs: Inputs, workdir: pathlib.Path, state: TrainState, batches: Batches
+) -> Config:
+    """Measures the tolerance at the weights of `state` and records it in `workdir`.
+
+    All processes must call. Returns `config` with the measured tolerance. The prompts that measure
+    it come again in the first steps. Raises `stopping.Interrupted` where the run is asked to stop.
+    """
+    options = config.constraint.tolerance
+    position = inputs.prompts.get_state()
+    processes.log0(f"measuring the floor of delta over {options.batches} batches")
+    packed = []
+    for number in range(options.batches):
+        batch = batches.collect(Stream.CALIBRATION, number)
+        if batch is None:
+            raise Interrupted("stopped in the calibration of the tolerance; it starts anew")
+        packed.append(batch.packed)
+    params, _ = step.sampled_from(state)
+    calibration = measure_floor(
+        config, inputs.model_config, inputs.mesh, params, packed, options.slack
+    )
+    inputs.prompts.set_state(position)
+    processes.log0(describe(calibration, options.slack))
+    config = with_tolerance(config, rounded_tolerance(calibration))
+    if jax.process_index() == 0:
+        write(calibration, options, workdir)
+        run_folder.write_config(workdir, config)
+    return config
 
 
 def measure_floor(
@@ -34,98 +69,106 @@ def measure_floor(
     batches: Iterable[Batch],
     slack: float,
 ) -> Calibration:
-    """`constraint.calibrate_tolerance` of batches that an engine with the weights `params` sampled.
+    """Returns `constraint.calibrate_tolerance` of batches that were sampled with `params`.
 
     Raises ValueError where the engine gave no token a finite log-prob.
     """
-    places = step.state_shardings(config, model, mesh).params
-    whole = sharding.replicated(mesh)
-    measured = jax.jit(
+    measure = jax.jit(
         sharding.with_mesh(mesh, partial(_measure, config=config, model=model)),
-        in_shardings=(places, step.batch_shardings(config, mesh)),
-        out_shardings=whole,
+        in_shardings=(
+            step.state_shardings(config, model, mesh).params,
+            step.batch_shardings(config, mesh),
+        ),
+        out_shardings=sharding.replicated(mesh),
     )
-    sums, counts = zip(*(map(float, measured(params, batch)) for batch in batches))
-    found = constraint.calibrate_tolerance(np.array(sums), np.array(counts), slack=slack)
-    if not found.batches:
+    sums, counts = zip(*(map(float, measure(params, batch)) for batch in batches))
+    calibration = constraint.calibrate_tolerance(np.array(sums), np.array(counts), slack=slack)
+    if not calibration.batches:
         raise ValueError(
-            "the engine reported no finite log-prob for any token, so there is no floor of delta to measure"
+            "the engine reported no finite log-prob for any token, so there is no floor of delta "
+            "to measure"
         )
-    return found
+    return calibration
 
 
 def _measure(
     params: Any, batch: Batch, *, config: Config, model: ModelConfig
 ) -> tuple[jax.Array, jax.Array]:
+    """Sum of delta over the tokens of a batch, and how many there are."""
     old_logp, _ = step.score(params, batch, config, model)
     flat = (x.reshape(-1, x.shape[-1]) for x in (old_logp, batch.rollout_logp, batch.mask))
     return constraint.measure(*flat)
 
 
-def rounded_tolerance(found: Calibration) -> float:
-    """The number that a run uses, to four digits."""
-    return float(f"{float(found.tolerance):.{DIGITS}g}")
+def rounded_tolerance(calibration: Calibration) -> float:
+    """Returns the tolerance that a run uses: four significant digits."""
+    return float(f"{float(calibration.tolerance):.{DIGITS}g}")
 
 
-def tolerance_error(found: Calibration, slack: float) -> float:
-    """Standard error of c = max(floor (1 + slack), floor + 3 s), s the floor's standard error over
-    K batches.
+def tolerance_error(calibration: Calibration, slack: float) -> float:
+    """Returns the standard error of c = max(floor (1 + slack), floor + 3 s), where s is the floor's
+    standard error over K batches.
 
-    (1 + slack) s where the slack decides, else s sqrt(1 + 9 / (2 (K - 1))), for s is itself known
-    to s / sqrt(2 (K - 1)).
+    (1 + slack) s where the slack decides; else s sqrt(1 + 9 / (2 (K - 1))), because s itself has
+    the standard error s / sqrt(2 (K - 1)).
     """
-    error = float(found.std_error)
-    batches = float(found.batches)
-    if slack * float(found.floor) >= 3 * error:
+    error = float(calibration.std_error)
+    batches = float(calibration.batches)
+    if slack * float(calibration.floor) >= 3 * error:
         return (1 + slack) * error
     return error * math.sqrt(1 + 9 / (2 * max(batches - 1, 1)))
 
 
-def describe(found: Calibration, slack: float) -> str:
-    """The floor and the tolerance with their standard errors, and how the one follows from the
-    other.
+def describe(calibration: Calibration, slack: float) -> str:
+    """Returns two lines: the floor and the tolerance, with their standard errors and the rule that
+    gives the second from the first.
     """
-    level, error, _, batches = map(float, found)
+    floor, error, _, batches = map(float, calibration)
     rule = (
         f"floor x {1 + slack:g}"
-        if slack * level >= 3 * error
+        if slack * floor >= 3 * error
         else "floor + 3 standard errors; more batches narrow it"
     )
+    tolerance = rounded_tolerance(calibration)
     return (
-        f"floor of delta  {level:.{DIGITS}g} ± {error:.1g}  ({batches:.0f} batches at fixed weights)\n"
-        f"tolerance       {rounded_tolerance(found):g} ± {tolerance_error(found, slack):.1g}  ({rule})"
+        f"floor of delta  {floor:.{DIGITS}g} ± {error:.1g}  "
+        f"({batches:.0f} batches at fixed weights)\n"
+        f"tolerance       {tolerance:g} ± {tolerance_error(calibration, slack):.1g}  ({rule})"
     )
 
 
-def write(found: Calibration, wanted: Calibrated, workdir: pathlib.Path) -> None:
-    """Records in `workdir` what a run measured and which tolerance it uses from now on."""
+def write(calibration: Calibration, options: Calibrated, workdir: pathlib.Path) -> None:
+    """Records in `workdir` what a run measured, and the tolerance that it uses from now on."""
     record = {
-        "slack": wanted.slack,
-        "batches": wanted.batches,
-        "floor": float(found.floor),
-        "floor_std_error": float(found.std_error),
-        "tolerance": rounded_tolerance(found),
-        "tolerance_std_error": tolerance_error(found, wanted.slack),
+        "slack": options.slack,
+        "batches": options.batches,
+        "floor": float(calibration.floor),
+        "floor_std_error": float(calibration.std_error),
+        "tolerance": rounded_tolerance(calibration),
+        "tolerance_std_error": tolerance_error(calibration, options.slack),
     }
     files.write_json(workdir / FILE, record)
 
 
 def read(workdir: pathlib.Path) -> dict[str, float]:
-    """What `write` has recorded. Raises ValueError where that is damaged."""
+    """Returns slack, batches and tolerance as `write` recorded them.
+
+    Raises ValueError where the file is damaged.
+    """
     file = workdir / FILE
     try:
         record = files.read_json_object(file)
         files.check_fields(record, RECORDED, str(file))
     except ValueError as error:
         raise ValueError(
-            f"{error}; {RECORD_FILE} beside it holds the tolerance: set --constraint.tolerance to it "
-            f"and move {FILE} away"
+            f"{error}; {RECORD_FILE} beside it holds the tolerance: set --constraint.tolerance to "
+            f"it and move {FILE} away"
         ) from None
     return {name: record[name] for name in RECORDED}
 
 
 def settings(config: Config, workdir: pathlib.Path) -> Calibrated:
-    """What the experiment asks for, else what the run in `workdir` was measured with, else the
+    """Returns the experiment's calibration settings, else those of the run in `workdir`, else the
     defaults.
     """
     if isinstance(config.constraint.tolerance, Calibrated):
@@ -137,17 +180,20 @@ def settings(config: Config, workdir: pathlib.Path) -> Calibrated:
 
 
 def with_recorded_tolerance(config: Config, workdir: pathlib.Path) -> Config:
-    """`config` with the tolerance that the run in `workdir` measured at its start, if there is such
-    a run.
+    """Returns `config` with the tolerance that the run in `workdir` measured at its start; `config`
+    itself where it needs none, or there is no such run.
+
+    Raises ValueError where that run was calibrated with other settings.
     """
-    wanted = config.constraint.tolerance
+    options = config.constraint.tolerance
     file = workdir / FILE
-    if not (isinstance(wanted, Calibrated) and checkpoint.steps(workdir) and file.is_file()):
+    if not (isinstance(options, Calibrated) and checkpoint.steps(workdir) and file.is_file()):
         return config
     record = read(workdir)
-    if (record["slack"], record["batches"]) != (wanted.slack, wanted.batches):
+    if (record["slack"], record["batches"]) != (options.slack, options.batches):
         raise ValueError(
-            f"{workdir} holds a run calibrated with slack={record['slack']} and batches={record['batches']}, "
-            f"not {wanted.slack} and {wanted.batches}; choose another --workdir, or the old values"
+            f"{workdir} holds a run calibrated with slack={record['slack']} and "
+            f"batches={record['batches']}, not {options.slack} and {options.batches}; choose "
+            "another --workdir, or the old values"
         )
     return with_tolerance(config, record["tolerance"])

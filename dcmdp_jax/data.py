@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from dcmdp_jax import files
+from dcmdp_jax import files, seeds
 from dcmdp_jax.records import Batch, Columns, Example, Prompts, Rollout, Scored
 from dcmdp_jax.rewards import final_answer
+from dcmdp_jax.seeds import Stream
 from dcmdp_jax.tasks import Task
 from dcmdp_jax.tokenizer import Tokenizer
 
@@ -162,12 +163,14 @@ def supervised_batch(
 ) -> SupervisedBatch:
     """Returns batch number `step` of the expert's solutions, each ended by the stop token.
 
-    S is the longest row of the batch. Equal arguments give equal batches. The problems differ from
-    those of `prompt_batches` with the same seed.
+    S is the longest row of the batch. Equal arguments give equal batches.
+
+    Args:
+      seed: `Config.seed`; problems and solutions are drawn from streams of their own.
     """
-    rng = np.random.default_rng((seed, step))
-    first = _ENDLESS + step * batch_size
-    examples = [task.example(first + i, seed) for i in range(batch_size)]
+    rng = np.random.default_rng(seeds.seed(seed, Stream.WARMUP_SOLUTIONS, step))
+    problem_seed = seeds.seed(seed, Stream.WARMUP_PROBLEMS, step)
+    examples = [task.example(i, problem_seed) for i in range(batch_size)]
     prompts = [tokenizer.encode(example.prompt) for example in examples]
     solutions = [
         tokenizer.encode(task.solution(example, rng)) + [tokenizer.eos_ids[0]]

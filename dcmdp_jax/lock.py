@@ -1,4 +1,4 @@
-"""A folder's lock, which ends with the process that holds it, however it ends."""
+"""The lock of a folder, which ends with the process that holds it, however that ends."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ import weakref
 from typing import IO
 
 FILE = "in_use"
-TAKEN = (errno.EACCES, errno.EAGAIN)
+HELD_ERRORS = (errno.EACCES, errno.EAGAIN)  # of `fcntl.lockf` where another process has the lock
 
-# What this process holds: POSIX gives it the same lock twice, and drops both with the first.
+# Locks of this process: POSIX would give it the same lock twice, and drop both with the first.
 _held: weakref.WeakValueDictionary[pathlib.Path, IO[str]] = weakref.WeakValueDictionary()
 
 
 def take(folder: pathlib.Path) -> IO[str]:
-    """Locks `folder`, which is made where it is missing, until the result is closed.
+    """Locks `folder` until the returned file is closed; makes the folder where it is missing.
 
-    POSIX record locks work over NFS, and no forked child keeps them. Where the file system has
-    none, this is said and the folder is not locked. Raises ValueError, with its process and host,
-    where the lock is held.
+    The lock is a POSIX record lock: it works over NFS, and no forked child holds it. Where the file
+    system has no locks, a warning is printed and the folder is not locked. Raises ValueError, with
+    the process and host that hold it, where the folder is locked.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    mine = _held.get(folder.resolve())
-    if mine is not None and not mine.closed:
+    own = _held.get(folder.resolve())
+    if own is not None and not own.closed:
         raise ValueError(
-            f"{folder} is in use by another run of this process; wait until it ends, or "
-            "choose another --workdir"
+            f"{folder} is in use by another run of this process; wait until it ends, or choose "
+            "another --workdir"
         )
-    file = open(folder / FILE, "a+", encoding="utf-8")
+    file = (folder / FILE).open("a+", encoding="utf-8")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in TAKEN:
+        if error.errno in HELD_ERRORS:
             with file:
                 file.seek(0)
-                owner = file.read().strip() or "another process"
+                holder = file.read().strip() or "another process"
             raise ValueError(
-                f"{folder} is in use by {owner}; wait until it ends, or choose another --workdir"
+                f"{folder} is in use by {holder}; wait until it ends, or choose another --workdir"
             ) from None
         print(
             f"{folder} cannot be locked ({error.strerror}); see that no other run uses it",

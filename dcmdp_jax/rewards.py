@@ -79,9 +79,9 @@ def score(
     reward = np.zeros(len(text), np.float32)
     with stopping.interruptible(
         should_stop, lambda i: _slow(verifier, examples[i // samples], i)
-    ) as watch:
+    ) as calls:
         for i, stopped in enumerate(rollout.stopped):
-            watch.begin(i)
+            calls.begin(i)
             reward[i] = _reward(verifier, examples[i // samples], text[i] if stopped else "")
     return Scored(rollout, reward, text)
 

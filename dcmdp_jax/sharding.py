@@ -14,7 +14,7 @@ weights lie; elsewhere they do nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -85,9 +85,7 @@ def slice_index(device: Any) -> int:
     return getattr(device, "slice_index", None) or 0
 
 
-def meshes(
-    config: Config, devices: list[Any] | None = None, process: int | None = None
-) -> tuple[Mesh, Mesh]:
+def meshes(config: Config, devices: Sequence[Any], process: int | None = None) -> tuple[Mesh, Mesh]:
     """The mesh that trains and the one that samples: the same, or the devices divided as
     `rollout.devices` says.
 
@@ -95,7 +93,6 @@ def meshes(
     share of `rollout.devices`; or all sample together, with `rollout.one_engine`. Raises ValueError
     where they cannot be.
     """
-    devices = jax.devices() if devices is None else devices
     process = jax.process_index() if process is None else process
     sampling = len(devices) if config.rollout.devices == -1 else config.rollout.devices
     of = {}

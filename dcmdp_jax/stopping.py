@@ -1,4 +1,4 @@
-"""Stopping a run without losing it: signals become a question that is asked at safe points."""
+"""Stopping a run without losing it: signals set a flag, which the run reads at safe points."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-GRACE_SECONDS = (
-    2.0  # seconds in which a user's function may still return, once the run is asked to stop
-)
-SLOW_SECONDS = 30.0  # seconds after which a user's function is named
-POLL_SECONDS = 0.1  # seconds between two looks at a user's function
+GRACE_SECONDS = 2.0  # after a stop request, in which a user's function may still return
+SLOW_SECONDS = 30.0  # in a user's function, after which it is named on stderr
+POLL_SECONDS = 0.1  # between two looks at a user's function
 
 
 class Interrupted(Exception):
@@ -28,28 +26,31 @@ class Failed(ValueError):
     """The run cannot go on as it is; what it has is saved. All processes raise it alike."""
 
 
-class _Left(BaseException):
-    """Raised in a user's function to get out of it; no `except Exception` there keeps it."""
+class _Abandoned(BaseException):
+    """Raised in a user's function to leave it; no `except Exception` there catches it."""
 
 
 @contextmanager
 def requests(
-    tell: Callable[[], None] = lambda: None, at_once: bool = False
+    on_request: Callable[[], None] = lambda: None, at_once: bool = False
 ) -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether SIGINT, SIGTERM or SIGHUP came.
+    """Yields a function that returns True once SIGINT, SIGTERM or SIGHUP has come.
 
-    A thread hears them, so that they are answered while the main thread compiles. The first signal
-    calls `tell`. A second SIGINT raises KeyboardInterrupt as soon as Python runs in the main
-    thread; with `at_once` it ends the process, which is as safe as SIGKILL. SIGHUP stays ignored
-    under nohup.
+    A thread receives the signals, so that they are answered while the main thread compiles. A
+    second SIGINT raises KeyboardInterrupt as soon as Python runs in the main thread. SIGHUP stays
+    ignored under nohup.
+
+    Args:
+      on_request: called at the first signal.
+      at_once: a second SIGINT ends the process instead, which is as safe as SIGKILL.
     """
-    heard = []
-    handled = []  # by the thread, each signal; by the main thread, later and fewer
+    received = []  # by the thread: every signal
+    handled = []  # by the main thread: later, and signals that come together once
 
-    def hear(number: int) -> None:
-        heard.append(number)
-        if len(heard) == 1:
-            tell()
+    def receive(number: int) -> None:
+        received.append(number)
+        if len(received) == 1:
+            on_request()
             _write("stopping at the next safe point; press Ctrl-C again to stop at once")
         elif number == signal.SIGINT and at_once:
             _write("stopped at once; the same command goes on from what was saved last")
@@ -57,148 +58,155 @@ def requests(
 
     def handle(number, frame):
         handled.append(number)
-        if _watches:
-            _arm()
-        if number == signal.SIGINT and max(len(heard), len(handled)) > 1 and not at_once:
+        if _running:
+            _start_timer()
+        is_second = max(len(received), len(handled)) > 1
+        if number == signal.SIGINT and is_second and not at_once:
             raise KeyboardInterrupt
 
-    heeded = [
-        number
-        for number in SIGNALS
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
-    ]
-    before = {number: signal.signal(number, handle) for number in heeded}
-    _before.update(before)
+    signals = [number for number in SIGNALS if not _is_ignored_hangup(number)]
+    previous = {number: signal.signal(number, handle) for number in signals}
+    _previous_handlers.update(previous)
     try:
-        with _listening(lambda number: hear(number) if number in heeded else None):
-            yield lambda: bool(heard or handled)
+        with _receiving(lambda number: receive(number) if number in signals else None):
+            yield lambda: bool(received or handled)
     finally:
-        _before.clear()
-        for number, handler in before.items():
+        _previous_handlers.clear()
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-_before: dict[int, Any] = {}  # handlers that `requests` replaces
+def _is_ignored_hangup(number: int) -> bool:
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
 
 
-def _in_child() -> None:
-    """A forked child, as of a verifier's pool, answers to signals as before, not for its parent."""
-    if _before:
+_previous_handlers: dict[int, Any] = {}  # those that `requests` replaces
+
+
+def _restore_handlers_in_child() -> None:
+    """A forked child, such as one of a verifier's pool, does not take signals for its parent."""
+    if _previous_handlers:
         signal.set_wakeup_fd(-1)
-        for number, handler in _before.items():
+        for number, handler in _previous_handlers.items():
             signal.signal(number, handler)
 
 
-os.register_at_fork(after_in_child=_in_child)
+os.register_at_fork(after_in_child=_restore_handlers_in_child)
 
 
 @contextmanager
-def _listening(hear: Callable[[int], None]) -> Iterator[None]:
-    """Has a thread call `hear` with the number of each signal that has a handler, as it comes."""
+def _receiving(receive: Callable[[int], None]) -> Iterator[None]:
+    """A block in which a thread calls `receive` with the number of each signal that has a Python
+    handler, as it comes.
+    """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
 
     def listen() -> None:
         while numbers := reader.recv(64):
             for number in numbers:
-                hear(number)
+                receive(number)
 
     thread = threading.Thread(target=listen, daemon=True)
-    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     thread.start()
     try:
         yield
     finally:
-        signal.set_wakeup_fd(before)
+        signal.set_wakeup_fd(previous)
         writer.close()  # ends the thread
         thread.join()
         reader.close()
 
 
 def _write(text: str) -> None:
-    """To stderr, whatever the main thread is doing; where the terminal is gone, to nobody."""
+    """Writes to stderr, whatever the main thread is doing; a terminal that is gone is no error."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{text}\n".encode())
 
 
-class Watch:
-    """What the main thread is at in a user's function, which may never return; see `watched`."""
+class UserCalls:
+    """Calls of a user's function inside a block of `interruptible`."""
 
     def __init__(self):
-        self.inside = True
-        self.turn = 0
+        self.inside = True  # the block has not ended
+        self.number = 0
         self.since = time.monotonic()
 
-    def begin(self, turn: int) -> None:
-        """The function is called for the `turn`-th time."""
-        self.turn = turn
+    def begin(self, number: int) -> None:
+        """To be called before each call, with its number."""
+        self.number = number
         self.since = time.monotonic()
 
 
-_watches: list[Watch] = []  # the one that is going on, if there is one
+_running: list[UserCalls] = []  # the block that the main thread is in, if any
 
 
 @contextmanager
-def interruptible(asked: Callable[[], bool], slow: Callable[[int], None]) -> Iterator[Watch]:
-    """A block in which the main thread calls a user's function, each time after `begin(turn)`.
+def interruptible(
+    should_stop: Callable[[], bool],
+    on_slow: Callable[[int], None],
+    slow_seconds: float = SLOW_SECONDS,
+) -> Iterator[UserCalls]:
+    """A block in which the main thread calls a user's function, which may never return.
 
-    Raises `Interrupted`, from within the function if need be, where it has not returned 2 s after
-    `asked()` became true. `slow(turn)` is called once, where a turn takes longer than 30 s. The
-    function stays in the main thread: only there do a regular expression and a verifier's own alarm
-    answer to signals.
+    Raises `Interrupted`, from within the function if need be, where it has not returned two seconds
+    after `should_stop()` became true. The function stays in the main thread, because only there a
+    regular expression and a verifier's own alarm answer to signals; in another thread the block
+    does nothing.
+
+    Args:
+      on_slow: called once, with the number of the first call that takes more than `slow_seconds`.
     """
-    watch = Watch()
+    calls = UserCalls()
     done = threading.Event()
     main = threading.get_ident()
     if threading.current_thread() is not threading.main_thread():
-        yield watch  # signals are not for this thread
+        yield calls
         return
 
-    def leave(number, frame):
-        if watch.inside:
-            raise _Left
+    def abandon(number, frame):
+        if calls.inside:
+            raise _Abandoned
 
-    def look() -> None:
-        asked_at = None
-        told = False
+    def watch() -> None:
+        stop_seen = None
+        is_slow = False
         while not done.wait(POLL_SECONDS):
             now = time.monotonic()
-            if asked_at is None and asked():
-                asked_at = now
-            if asked_at is not None and now - asked_at > GRACE_SECONDS:
+            if stop_seen is None and should_stop():
+                stop_seen = now
+            if stop_seen is not None and now - stop_seen > GRACE_SECONDS:
                 signal.pthread_kill(main, signal.SIGVTALRM)
-                asked_at = now  # once more, where the function keeps what is raised in it
-            if not told and now - watch.since > SLOW_SECONDS:
-                told = True
-                slow(watch.turn)
+                stop_seen = now  # again later, where the function catches what is raised in it
+            if not is_slow and now - calls.since > slow_seconds:
+                is_slow = True
+                on_slow(calls.number)
 
-    before = signal.signal(signal.SIGVTALRM, leave)
-    thread = threading.Thread(target=look, daemon=True)
+    previous = signal.signal(signal.SIGVTALRM, abandon)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    _watches.append(watch)
-    if asked():
-        _arm()
+    _running.append(calls)
+    if should_stop():
+        _start_timer()
     try:
         try:
-            yield watch
+            yield calls
         finally:
-            watch.inside = False
-    except _Left:
-        watch.inside = False
+            calls.inside = False
+    except _Abandoned:
+        calls.inside = False
         raise Interrupted("stopped in a user's function") from None
     finally:
-        _watches.remove(watch)
+        _running.remove(calls)
         done.set()
         thread.join()
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+        signal.signal(signal.SIGVTALRM, previous)
 
 
-def _arm() -> None:
-    """Leaves the function by a timer, too.
-
-    No thread runs where a function keeps the interpreter's lock.
+def _start_timer() -> None:
+    """Has a timer send SIGVTALRM, too: a function that keeps the interpreter's lock lets no thread
+    run. It counts the process's own CPU time.
     """
-    signal.setitimer(
-        signal.ITIMER_VIRTUAL, GRACE_SECONDS / 2, GRACE_SECONDS
-    )  # of the process's own time
+    signal.setitimer(signal.ITIMER_VIRTUAL, GRACE_SECONDS / 2, GRACE_SECONDS)

@@ -1,5 +1,6 @@
-"""Supervised warm-up on a generated task's own solutions, so that reinforcement learning starts
-from a policy that answers.
+"""Supervised warm-up on a generated task's own solutions.
+
+Reinforcement learning then starts from a policy that is sometimes right.
 """
 
 from __future__ import annotations
@@ -34,42 +35,41 @@ def run(
     tokenizer: Tokenizer,
     mesh: jax.sharding.Mesh,
     workdir: pathlib.Path,
-    asked: Callable[[], bool],
+    should_stop: Callable[[], bool],
+    steps_per_dispatch: int = STEPS_PER_DISPATCH,
 ) -> Any:
-    """Parameters after `config.warmup.steps` steps of AdamW on a cosine schedule; losses go to
-    `warmup.jsonl`.
+    """Returns the parameters after `config.warmup.steps` steps of AdamW on a cosine schedule.
 
-    Raises `Interrupted` where `asked()`, the same on all processes, says so: a warm-up is short and
-    starts anew.
+    Losses go to `warmup.jsonl`. `params` are donated. Raises `Interrupted` where `should_stop()`,
+    the same on all processes, is true between two dispatches: a warm-up is short and starts anew.
     """
     optimizer = _optimizer(config.warmup)
     opt_state = jax.jit(optimizer.init)(params)
-    many = jax.jit(
-        partial(_steps, model=model, optimizer=optimizer),
+    take_steps = jax.jit(
+        partial(_take_steps, model=model, optimizer=optimizer),
         donate_argnums=(0, 1),
         out_shardings=(None, None, sharding.replicated(mesh)),
     )
     writes = jax.process_index() == 0
     with (workdir / "warmup.jsonl").open("w") if writes else contextlib.nullcontext() as log:
-        for first in range(0, config.warmup.steps, STEPS_PER_DISPATCH):
-            if asked():
+        for start in range(0, config.warmup.steps, steps_per_dispatch):
+            if should_stop():
                 raise Interrupted(
-                    f"stopped in the warm-up, at step {first} of {config.warmup.steps}; it starts anew"
+                    f"stopped in the warm-up, at step {start} of {config.warmup.steps}; it starts "
+                    "anew"
                 )
-            steps = range(first, min(first + STEPS_PER_DISPATCH, config.warmup.steps))
+            steps = range(start, min(start + steps_per_dispatch, config.warmup.steps))
             batches = [
                 data.supervised_batch(
-                    config.data.task, tokenizer, config.warmup.batch_size, config.seed, i
+                    config.data.task, tokenizer, config.warmup.batch_size, config.seed, step
                 )
-                for i in steps
+                for step in steps
             ]
-            params, opt_state, losses = many(params, opt_state, _stack(batches, mesh))
+            params, opt_state, losses = take_steps(params, opt_state, _stack(batches, mesh))
             losses = np.asarray(losses)
             if writes:
-                log.writelines(
-                    json.dumps({"step": step + 1, "loss": float(loss)}) + "\n"
-                    for step, loss in zip(steps, losses)
-                )
+                for step, loss in zip(steps, losses):
+                    log.write(json.dumps({"step": step + 1, "loss": float(loss)}) + "\n")
                 log.flush()
             processes.log0(f"warm-up {steps[-1] + 1}/{config.warmup.steps}  loss {losses[-1]:.3f}")
     return params
@@ -83,7 +83,7 @@ def _optimizer(config: WarmupConfig) -> optax.GradientTransformation:
 
 
 def _stack(batches: list[data.SupervisedBatch], mesh: jax.sharding.Mesh) -> data.SupervisedBatch:
-    """[steps, B, S]; rows are padded to the longest."""
+    """Batches as one, [steps, B, S] on the mesh; rows are padded to the longest."""
     width = max(batch.tokens.shape[1] for batch in batches)
     stacked = data.SupervisedBatch(
         *(
@@ -96,7 +96,7 @@ def _stack(batches: list[data.SupervisedBatch], mesh: jax.sharding.Mesh) -> data
     )
 
 
-def _steps(
+def _take_steps(
     params: Any,
     opt_state: Any,
     batches: data.SupervisedBatch,
@@ -104,6 +104,8 @@ def _steps(
     model: ModelConfig,
     optimizer: optax.GradientTransformation,
 ) -> tuple[Any, Any, jax.Array]:
+    """Parameters and optimizer state after a step on each of `batches`, and the losses [steps]."""
+
     def step(carry, batch):
         params, opt_state = carry
         loss, grads = jax.value_and_grad(_loss)(params, batch, model)
@@ -115,7 +117,7 @@ def _steps(
 
 
 def _loss(params: Any, batch: data.SupervisedBatch, model: ModelConfig) -> jax.Array:
-    """Mean negative log-likelihood of the expert's tokens."""
+    """Mean negative log-likelihood of the solutions' tokens."""
     hidden = decoder.hidden(params, batch.tokens[:, :-1], model)
     mask = batch.mask[:, 1:]
     logp, _ = scoring.token_logp(params, hidden, batch.tokens[:, 1:], mask, model, 1.0)

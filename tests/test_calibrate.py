@@ -11,6 +11,7 @@ import pytest
 from dcmdp_jax import calibrate, cli, constraint, train
 from dcmdp_jax.config import Calibrated, with_tolerance
 from dcmdp_jax.experiment import load_experiment, override
+from dcmdp_jax.inputs import read_inputs
 from dcmdp_jax.run_record import to_json
 from dcmdp_jax.tools import parity
 from support import training
@@ -53,7 +54,7 @@ def test_a_run_measures_what_parity_measures_and_else_is_the_run_with_that_numbe
     """
     measured = train.train(tiny(), tmp_path / "a")
     found = record(tmp_path / "a")
-    inputs = train.read_inputs(tiny())
+    inputs = read_inputs(tiny())
     seen = parity.measure(
         tiny(), inputs, parity.starting(tiny(), inputs), 3, first=calibrate.FIRST, slack=0.5
     )

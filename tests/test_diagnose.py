@@ -11,8 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import cli, sync, train
+from dcmdp_jax import cli, sync
+from dcmdp_jax.batches import make_engine
 from dcmdp_jax.config import Precision
+from dcmdp_jax.inputs import read_inputs
 from dcmdp_jax.report import bar_chart, line_chart
 from dcmdp_jax.rollout.replay import replay
 from dcmdp_jax.run_record import to_json
@@ -50,7 +52,7 @@ SUPPORT = tuple({**FLOAT, "rollout.top_p": 0.7}.items())
 def case(changes=(), probe=False, staleness=False):
     """A run, what it read, the policy and the blame."""
     run = tiny(**SMALL | dict(changes))
-    inputs = train.read_inputs(run)
+    inputs = read_inputs(run)
     policy = sharp(inputs.model_config)
     other = (
         parity.TrainerWeights(jax.tree.map(lambda w: 1.1 * w, policy.params), 7, "later")
@@ -64,7 +66,7 @@ def case(changes=(), probe=False, staleness=False):
 def again(changes=()):
     """The rollout that `case` judged, the trainer's scoring and its log-probs."""
     run = tiny(**SMALL | dict(changes))
-    inputs = train.read_inputs(run)
+    inputs = read_inputs(run)
     policy = sharp(inputs.model_config)
     score = parity.scorer(run, inputs)
     out = sampled(run, inputs, policy)
@@ -84,13 +86,13 @@ def test_a_replay_is_what_the_engine_reported(changes):
     neighbours.
     """
     run = tiny(**SMALL | changes)
-    inputs = train.read_inputs(run)
+    inputs = read_inputs(run)
     policy = sharp(inputs.model_config)
     out = sampled(run, inputs, policy)
     served = sync.converter(inputs.model_config, run.rollout.precision, inputs.decode_mesh)(
         policy.params, 0
     )
-    engine = train.make_engine(run, inputs)
+    engine = make_engine(run, inputs)
     reported = out.rollout_logp + np.log(np.where(parity.token_mask(out), out.support_mass, 1))
     assert run.rollout.precision.experts_per_token or len(set(out.lengths)) > 2
     assert (run.rollout.top_p == 1) == (out.support_mass[parity.token_mask(out)].min() == 1)
@@ -263,7 +265,7 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
         params=policy.params | {"final_norm": policy.params["final_norm"] * np.nan}
     )
     with pytest.raises(ValueError, match="the engine is given weights that hold NaN"):
-        diagnose.diagnose(run, train.read_inputs(run), broken)
+        diagnose.diagnose(run, read_inputs(run), broken)
 
 
 def test_the_command(tmp_path, capsys):

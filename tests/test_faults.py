@@ -72,6 +72,7 @@ import pytest
 
 from dcmdp_jax import checkpoint, cli, rewards, sharding, step, train
 from dcmdp_jax.answers import judge
+from dcmdp_jax.inputs import read_inputs
 from dcmdp_jax.records import Example
 from dcmdp_jax.tools import parity
 from support.training import QUICKSTART, assert_same_run, command, rows, tiny
@@ -244,7 +245,7 @@ def test_5_an_engine_whose_weights_are_one_step_old_does_not_pass_the_gate(
     for age in (0, 1):
         if age:
             one = tiny(steps=2, **exact)
-            inputs = train.read_inputs(one)
+            inputs = read_inputs(one)
             like = step.abstract_state(one, inputs.model_config, inputs.mesh)
             older, _ = checkpoint.read(tmp_path / "run", like, before=2)
             make = parity.sync.converter

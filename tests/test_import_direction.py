@@ -16,18 +16,20 @@ FILES = {
 # Each may import from the package only what stands in an earlier line, or its own line where it is
 # a folder.
 ORDER = [
-    ["errors", "files", "quantities", "worker", "records"],
+    ["errors", "files", "quantities", "seeds", "worker", "records"],
     ["stopping", "lock", "tasks", "chat_template", "chat_renderer", "answers"],
     ["config"],
     ["sharding", "experiment", "losses", "rewards", "tokenizer", "intervals"],
     ["run_record", "constraint", "optimizers", "distributed"],
     ["models"],
-    ["data", "rollout.sampling", "gaps", "terminal"],
+    ["data", "rollout.sampling", "gaps", "measurements", "terminal"],
     ["rollout.decode"],
     ["rollout.generate", "step", "sync", "checkpoint", "metrics"],
     ["rollout.jetstream"],
-    ["rollout.replay", "evaluation", "warmup", "calibrate", "report"],
-    ["train"],
+    ["rollout.replay", "inputs", "run_folder", "warmup"],
+    ["batches", "starting", "evaluation", "report"],
+    ["calibrate", "recovery"],
+    ["export", "train"],
     ["serving", "tools"],
     ["cli"],
 ]

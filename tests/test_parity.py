@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import checkpoint, cli, sharding, tokenizer, train
+from dcmdp_jax import checkpoint, cli, sharding, tokenizer
+from dcmdp_jax.inputs import read_inputs
 from dcmdp_jax.models import decoder, weights
 from dcmdp_jax.tools import parity
 from support.mismatch import (
@@ -54,7 +55,7 @@ def test_an_exact_engine_passes_the_gate(changes, devices, monkeypatch):
     """
     monkeypatch.setattr(sharding.jax, "devices", lambda *args: DEVICES[:devices])
     run = tiny(**FLOAT, **changes)
-    inputs = train.read_inputs(run)
+    inputs = read_inputs(run)
     found = parity.measure(run, inputs, sharp(inputs.model_config), 2)
     assert parity.default_limit(run, inputs) == 1e-5 and parity.failure(found, 1e-5) == ""
     assert (
@@ -67,7 +68,7 @@ def test_an_exact_engine_passes_the_gate(changes, devices, monkeypatch):
 def test_scoring_puts_every_completion_back_in_its_place():
     """Against the forward pass, one sequence at a time; the packing's seed and size change nothing."""
     run = tiny()
-    inputs = train.read_inputs(run)
+    inputs = read_inputs(run)
     policy = sharp(inputs.model_config)
     score = parity.scorer(run, inputs)
     out = sampled(run, inputs, policy)
@@ -170,7 +171,7 @@ def test_what_the_gate_refuses(found, limit, says):
 )
 def test_only_an_exact_engine_has_a_limit_of_its_own(changes):
     run = tiny(**changes)
-    assert parity.default_limit(run, train.read_inputs(run)) is None
+    assert parity.default_limit(run, read_inputs(run)) is None
 
 
 def test_the_command(tmp_path, capsys, folder):
@@ -221,7 +222,7 @@ def test_one_batch_is_refused(tmp_path, capsys):
 def test_the_newest_checkpoint_is_what_the_next_batch_is_sampled_from(tmp_path):
     run = tiny(**{"rollout.staleness": 1})
     following = make_run(tmp_path, run, (1, 2))
-    inputs = train.read_inputs(run)
+    inputs = read_inputs(run)
     unfinished = tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp"
     unfinished.mkdir()
     found = parity.load(run, inputs, tmp_path)
@@ -232,13 +233,13 @@ def test_the_newest_checkpoint_is_what_the_next_batch_is_sampled_from(tmp_path):
     assert all((leaf == 1).all() for leaf in jax.tree.leaves(found.params))
     np.testing.assert_array_equal(next(inputs.prompts).tokens, following.tokens)
     with pytest.raises(ValueError, match="do not fit"):
-        parity.load(tiny(), train.read_inputs(tiny()), tmp_path)
+        parity.load(tiny(), read_inputs(tiny()), tmp_path)
 
 
 def test_without_a_run_the_folder_is_looked_at_and_else_random_weights(tmp_path, folder):
     run = tiny(**{"model.folder": folder})
-    loaded = parity.load(run, train.read_inputs(run), tmp_path)
+    loaded = parity.load(run, read_inputs(run), tmp_path)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, sharp(run.model.architecture).params)
     assert loaded.origin == folder
-    assert "random weights" in parity.load(tiny(), train.read_inputs(tiny()), tmp_path).origin
+    assert "random weights" in parity.load(tiny(), read_inputs(tiny()), tmp_path).origin
     assert not any(tmp_path.iterdir())

@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import sharding, step, sync, train
+from dcmdp_jax import sharding, starting, step, sync, train
+from dcmdp_jax.batches import make_engine
 from dcmdp_jax.checkpoint import Checkpoints
+from dcmdp_jax.inputs import read_inputs
 from support.training import assert_same_run, rows, tiny
 
 pytestmark = pytest.mark.full
@@ -85,10 +87,10 @@ def test_sampling_ahead_changes_nothing_but_the_order(tmp_path, monkeypatch):
     train.train(run, tmp_path)
     assert order == ["sample", "sample", "read", "sample", "read", "sample", "read", "read"]
 
-    inputs = train.read_inputs(run)
-    state = train._start(run, inputs, tmp_path, lambda: False)
+    inputs = read_inputs(run)
+    state = starting.first_state(run, inputs, tmp_path, lambda: False)
     update = step.compile(run, inputs.model_config, inputs.mesh)
-    engine = train.make_engine(run, inputs)
+    engine = make_engine(run, inputs)
     to_engine = sync.converter(inputs.model_config, run.rollout.precision, inputs.decode_mesh)
     for row in rows(tmp_path):
         policy = to_engine(*step.sampled_from(state))
@@ -101,11 +103,11 @@ def test_sampling_ahead_changes_nothing_but_the_order(tmp_path, monkeypatch):
 
 def test_the_state_holds_the_last_parameters_oldest_first(tmp_path):
     run = run_of(3)
-    inputs = train.read_inputs(run)
+    inputs = read_inputs(run)
     assert not set(inputs.mesh.devices.flat) & set(inputs.decode_mesh.devices.flat)
     train.train(run, tmp_path)
     saved = Checkpoints(tmp_path, 2)
-    state = train._restore(saved, run, inputs)
+    state = starting.restore(saved, run, inputs)
     saved.close()
     params, version = step.sampled_from(state)
     assert len(state.stale) == 2 and int(version) == 1 and params is state.stale[0]

@@ -17,8 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcmdp_jax import checkpoint, cli, data, metrics, step, stopping, tasks, train
+from dcmdp_jax import (
+    checkpoint,
+    cli,
+    data,
+    metrics,
+    run_folder,
+    starting,
+    step,
+    stopping,
+    tasks,
+    train,
+)
 from dcmdp_jax.experiment import load_experiment
+from dcmdp_jax.inputs import read_inputs
 from dcmdp_jax.models import weights
 from support.training import (
     QUICKSTART,
@@ -62,7 +74,7 @@ def test_resumed_equals_uninterrupted(tmp_path, problems):
     assert [row["step"] for row in rows(tmp_path / "parts")] == list(range(1, 11))
     asked = data.prompt_batches(
         data.read(problems),
-        train.read_inputs(long).tokenizer,
+        read_inputs(long).tokenizer,
         batch_size=4,
         max_prompt_tokens=6,
         seed=0,
@@ -245,7 +257,7 @@ def test_a_run_that_makes_no_update_stops_with_a_sentence_and_is_saved(tmp_path,
 
 
 def test_weights_that_are_not_finite_are_named_before_the_first_step(tmp_path, monkeypatch):
-    start = train.starting_weights
+    start = starting.starting_weights
 
     def damaged(*args):
         params = start(*args)
@@ -340,12 +352,12 @@ def test_fields_are_listed(capsys):
 
 def test_another_experiment_cannot_take_over_a_run(tmp_path):
     """Once there is a checkpoint; until then the folder is free."""
-    train.claim(tmp_path, tiny(**{"constraint.tolerance": 0.7}))
-    train.claim(tmp_path, tiny())
+    run_folder.claim(tmp_path, tiny(**{"constraint.tolerance": 0.7}))
+    run_folder.claim(tmp_path, tiny())
     (tmp_path / "checkpoints" / "0").mkdir(parents=True)
-    train.claim(tmp_path, tiny(steps=99))
+    run_folder.claim(tmp_path, tiny(steps=99))
     with pytest.raises(ValueError, match=r"constraint\.tolerance=0\.004, not 0\.5"):
-        train.claim(tmp_path, tiny(**{"constraint.tolerance": 0.5}))
+        run_folder.claim(tmp_path, tiny(**{"constraint.tolerance": 0.5}))
 
 
 def broken_from(call, monkeypatch, what):
@@ -434,7 +446,7 @@ def test_a_run_survives_another_version(tmp_path):
     where it is set.
     """
     (tmp_path / "checkpoints" / "0").mkdir(parents=True)
-    train._write_config(tmp_path, tiny())
+    run_folder.write_config(tmp_path, tiny())
     record_of(
         tmp_path,
         lambda r: (
@@ -447,18 +459,18 @@ def test_a_run_survives_another_version(tmp_path):
         ),
     )
     with pytest.raises(ValueError, match=r"rollout\.precision\.weights=float32, not int4"):
-        train.claim(tmp_path, tiny())
+        run_folder.claim(tmp_path, tiny())
     plain = {"rollout.precision.weights": "float32"}
     with pytest.raises(ValueError, match="algorithm.offload=False, not True"):
-        train.claim(tmp_path, tiny(**plain, **{"algorithm.offload": "true"}))
-    train.claim(tmp_path, tiny(**plain)).close()
+        run_folder.claim(tmp_path, tiny(**plain, **{"algorithm.offload": "true"}))
+    run_folder.claim(tmp_path, tiny(**plain)).close()
     assert json.loads((tmp_path / "config.json").read_text())["algorithm"]["offload"] is False
     record_of(tmp_path, lambda r: r["algorithm"].update(nova={"factor": 3}))
     with pytest.raises(
         ValueError,
         match="a run of another version, with algorithm.nova={'factor': 3}, which this one does not know",
     ):
-        train.claim(tmp_path, tiny(**plain))
+        run_folder.claim(tmp_path, tiny(**plain))
 
 
 @pytest.mark.parametrize(
@@ -489,7 +501,7 @@ def test_rows_of_a_run_without_its_checkpoints_are_kept(tmp_path):
     train.train(tiny(steps=2, **{"eval.every": 1}), tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "gaps.jsonl")}
     shutil.rmtree(tmp_path / "checkpoints")
-    train.claim(tmp_path, tiny(steps=2)).close()
+    run_folder.claim(tmp_path, tiny(steps=2)).close()
     assert {name: (tmp_path / f"{name}.1").read_bytes() for name in before} == before
 
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 from dcmdp_jax import errors
 from dcmdp_jax.cli import fields, parser
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, devices: Sequence[Any] | None = None) -> int:
     """Runs one command and returns its exit status: 2, with one sentence, on bad input.
 
     A command first checks its input and returns a job, which is then run: only an error of the job
     may show a traceback.
+
+    Args:
+      arguments: the command and its options; None: those of the process.
+      devices: the JAX devices that a run may use; None: all there are.
     """
     args, options = parser.make().parse_known_args(arguments)
+    args.devices = devices
     try:
         if "://" in (getattr(args, "workdir", None) or ""):
             raise ValueError(

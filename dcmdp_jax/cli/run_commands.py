@@ -33,21 +33,26 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
             "one of several processes is given --coordinator HOST:PORT, --processes N and "
             "--process I, or --distributed alone"
         )
+    import jax
+
     from dcmdp_jax import train
     from dcmdp_jax.checkpoint import NoReadableCheckpoint
     from dcmdp_jax.distributed import processes
+    from dcmdp_jax.report import run_page
     from dcmdp_jax.stopping import Failed, Interrupted
 
     if args.coordinator or args.distributed:
         processes.start(workdir, args.coordinator, args.processes, args.process, args.wait)
     with processes.end_all_on_error():
-        inputs = train.prepare(config, workdir)
+        inputs = train.prepare(config, workdir, args.devices)
 
     def job() -> int:
         again = f"go on with: dcmdp train {args.experiment} --workdir {workdir}"
         try:
             with processes.end_all_on_error():
                 train.run(config, workdir, inputs, at_once=True)
+                if jax.process_index() == 0:
+                    run_page.write(workdir)
         except Interrupted as stop:
             processes.log0(f"{stop}; {again}")
             return 130
@@ -81,10 +86,10 @@ def parity_command(args: argparse.Namespace, options: list[str]) -> Callable[[],
     if args.batches < 2:
         raise ValueError(f"--batches {args.batches} gives no standard error; take 2 or more")
     config, workdir = fields.load(args, options)
-    from dcmdp_jax import train
+    from dcmdp_jax.inputs import read_inputs
     from dcmdp_jax.tools import parity
 
-    inputs = train.read_inputs(config)
+    inputs = read_inputs(config, args.devices)
     params = parity.load(config, inputs, workdir)
 
     def job() -> int:
@@ -107,7 +112,9 @@ def parity_command(args: argparse.Namespace, options: list[str]) -> Callable[[],
 def calibrate_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
     """`dcmdp calibrate`: prints the floor of delta and the tolerance to use."""
     config, workdir = fields.load(args, options)
-    from dcmdp_jax import calibrate, checkpoint, train
+    from dcmdp_jax import calibrate, checkpoint
+    from dcmdp_jax.inputs import read_inputs
+    from dcmdp_jax.seeds import Stream
     from dcmdp_jax.tools import parity
 
     settings = calibrate.settings(config, workdir)
@@ -115,13 +122,13 @@ def calibrate_command(args: argparse.Namespace, options: list[str]) -> Callable[
     slack = settings.slack if args.slack is None else args.slack
     if batches < 2 or not slack >= 0:
         raise ValueError(f"--batches {batches} and --slack {slack:g} must be at least 2 and 0")
-    inputs = train.read_inputs(config)
+    inputs = read_inputs(config, args.devices)
     checkpointed = parity.load(config, inputs, workdir) if checkpoint.steps(workdir) else None
 
     def job() -> int:
         params = checkpointed or parity.starting(config, inputs)
         measured = parity.measure(
-            config, inputs, params, batches, first=calibrate.FIRST, slack=slack
+            config, inputs, params, batches, stream=Stream.CALIBRATION, slack=slack
         ).calibration
         print(params.origin)
         print(calibrate.describe(measured, slack))
@@ -137,12 +144,12 @@ def calibrate_command(args: argparse.Namespace, options: list[str]) -> Callable[
 def diagnose_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
     """`dcmdp diagnose`: attributes the gap to properties of the engine."""
     config, workdir = fields.load(args, options)
-    from dcmdp_jax import train
+    from dcmdp_jax.inputs import read_inputs
     from dcmdp_jax.report import tables
     from dcmdp_jax.tools import diagnose, parity
 
     diagnose.check(config)
-    inputs = train.read_inputs(config)
+    inputs = read_inputs(config, args.devices)
     params = parity.load(config, inputs, workdir)
     older = diagnose.other_version(config, inputs, workdir, params)
 
@@ -176,7 +183,7 @@ def plan_command(args: argparse.Namespace, options: list[str]) -> Callable[[], i
     """`dcmdp plan`: compiles an experiment for a TPU slice and prints what it needs."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs: a TPU of this machine stays free
     config = override(load_experiment(args.experiment), fields.overrides(options))
-    from dcmdp_jax import train
+    from dcmdp_jax.inputs import read_model
     from dcmdp_jax.report import tables
     from dcmdp_jax.tools import plan
 
@@ -186,7 +193,7 @@ def plan_command(args: argparse.Namespace, options: list[str]) -> Callable[[], i
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    planned = plan.plan_run(config, train.read_model(config), args.topology, args.slices, log)
+    planned = plan.plan_run(config, read_model(config), args.topology, args.slices, log)
     print("\n".join([tables.aligned_text(plan.table(planned), left=1), *plan.verdict(planned)]))
     if args.json:
         plan.write(planned, args.json)
@@ -197,7 +204,7 @@ def convert_command(args: argparse.Namespace, options: list[str]) -> Callable[[]
     """`dcmdp convert`: writes a run's newest checkpoint as a Hugging Face folder."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed, and the host has the most memory
     config, workdir = fields.load(args, options)
-    from dcmdp_jax.train import export
+    from dcmdp_jax.export import export
 
     print(f"wrote step {export(config, workdir, args.output)} to {args.output}")
     return _done

@@ -1,67 +1,123 @@
-"""Held-out evaluation of a policy through the engine."""
+"""Held-out evaluation of two policies: the one that the sampler draws from, and the trainer's."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
-import jax
 import numpy as np
 
-from dcmdp_jax import rewards
-from dcmdp_jax.config import Config
+from dcmdp_jax import rewards, seeds
+from dcmdp_jax.config import Config, Precision
 from dcmdp_jax.distributed import processes
-from dcmdp_jax.records import Prompts, Sampling, Weights
-from dcmdp_jax.rollout.generate import SlotEngine, rollout
+from dcmdp_jax.inputs import Inputs
+from dcmdp_jax.records import Prompts, Sampler, Sampling, TrainState
+from dcmdp_jax.rollout import jetstream
+from dcmdp_jax.seeds import Stream
 from dcmdp_jax.stopping import Interrupted
 from dcmdp_jax.tokenizer import Tokenizer
 
 
+class HeldOut:
+    """Measures both policies on `inputs.held_out`."""
+
+    def __init__(
+        self, config: Config, inputs: Inputs, sampler: Sampler, should_stop: Callable[[], bool]
+    ):
+        self._config = config
+        self._inputs = inputs
+        self._sampler = sampler
+        self._should_stop = should_stop
+        # the library's own sampler with nothing rounded: it draws from the trainer's policy
+        rollout = dataclasses.replace(config.rollout, precision=Precision(), sampler=None)
+        self._is_exact = config.rollout == rollout and not config.rollout.staleness
+        self._exact_config = dataclasses.replace(config, rollout=rollout)
+        self._exact: jetstream.JetStreamSampler | None = None
+
+    def measure(self, state: TrainState) -> dict[str, float]:
+        """Returns `reward_eval_infer`, the pass rate of the run's sampler with its present weights,
+        and `reward_eval_train`, that of the parameters of `state`.
+
+        Returns nothing where there are no held-out problems, or the run was asked to stop. All
+        processes must call.
+        """
+        if self._inputs.held_out is None:
+            return {}
+        infer = self._pass_rate(self._sampler)
+        train = infer
+        if infer is not None and not self._is_exact:
+            train = self._trainer_pass_rate(state)
+        if train is None:
+            processes.log0(
+                f"stopped in the evaluation of step {int(state.step)}, which is left out"
+            )
+            return {}
+        return {"reward_eval_infer": infer, "reward_eval_train": train}
+
+    def _trainer_pass_rate(self, state: TrainState) -> float | None:
+        if self._exact is None:
+            inputs = self._inputs
+            self._exact = jetstream.sampler(
+                self._exact_config, inputs.model_config, inputs.tokenizer, inputs.decode_mesh
+            )
+        self._exact.update_weights(state.params, int(state.step))
+        rate = self._pass_rate(self._exact)
+        self._exact.release_weights()
+        return rate
+
+    def _pass_rate(self, sampler: Sampler) -> float | None:
+        config = self._config
+        return pass_rate(
+            sampler,
+            self._inputs.held_out,
+            config,
+            self._inputs.tokenizer,
+            seeds.seed(config.seed, Stream.HELD_OUT),
+            self._should_stop,
+        )
+
+
 def pass_rate(
-    engine: SlotEngine,
-    weights: Weights,
+    sampler: Sampler,
     prompts: Prompts,
     config: Config,
     tokenizer: Tokenizer,
-    key: jax.Array,
-    asked: Callable[[], bool] = lambda: False,
+    seed: int,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> float | None:
-    """Mean reward of one sample per held-out prompt, in [0, 1] for verifiers that answer 0 or 1.
+    """Returns the mean reward of one completion per prompt.
 
-    Each engine samples its part of the prompts; all processes get the mean. None where a verifier
-    did not return and any process was asked to stop.
+    Each engine samples its share of the prompts; all processes must call, and get the mean over all
+    prompts. Returns None where a verifier did not return and any process was asked to stop.
     """
     count = len(prompts.lengths)
     engines = processes.num_engines(config.rollout)
-    here = processes.share(count, engines)
-    # parts of one size, the last ones padded
+    share = processes.share(count, engines)
+    # shares of one size, the last ones padded
     reward = np.full(-(-count // engines), np.nan, np.float32)
-    sampled = None
-    if here.stop > here.start:
-        own = Prompts(prompts.tokens[here], prompts.lengths[here], prompts.examples[here])
-        sampled = rollout(
-            engine,
-            weights,
-            own,
+    rollout = None
+    if share.stop > share.start:
+        rollout = sampler.sample(
+            Prompts(prompts.tokens[share], prompts.lengths[share], prompts.examples[share]),
             samples=1,
-            key=key,
-            first=here.start,
             max_tokens=config.rollout.max_tokens,
             sampling=Sampling(config.eval.temperature),
             stop_strings=config.rollout.stop_strings,
-            decode=tokenizer.decode,
+            seed=seed,
+            offset=share.start,
+            should_stop=lambda: False,
         )
-    left = False
-    with (
-        processes.raise_on_all()
-    ):  # what one process's verifier fails on ends all in the same place
+    interrupted = False
+    with processes.raise_on_all():  # where one process's verifier fails, all raise here
         try:
-            if sampled is not None:
+            if rollout is not None:
                 scored = rewards.score(
-                    sampled, tokenizer.decode, config.data.reward_function(), asked
+                    rollout, tokenizer.decode, config.data.reward_function(), should_stop
                 )
-                reward[: here.stop - here.start] = scored.reward
+                reward[: share.stop - share.start] = scored.reward
         except Interrupted:
-            left = True
-    if processes.any_process(left):
+            interrupted = True
+    if processes.any_process(interrupted):
         return None
-    return float(np.mean((reward if engines == 1 else processes.gather(reward))[:count]))
+    rewards_of_all = reward if engines == 1 else processes.gather(reward)
+    return float(np.mean(rewards_of_all[:count]))

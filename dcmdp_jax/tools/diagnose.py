@@ -19,13 +19,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dcmdp_jax import checkpoint, constraint, files, sharding, step, sync, train
+from dcmdp_jax import checkpoint, constraint, files, seeds, sharding, step, sync
+from dcmdp_jax.batches import make_engine, sampling
 from dcmdp_jax.config import Config, ModelConfig, Precision, RolloutConfig
+from dcmdp_jax.inputs import Inputs
 from dcmdp_jax.models.quantized import Quantized
 from dcmdp_jax.records import Rollout, Weights
 from dcmdp_jax.report import bar_chart, line_chart, run_page, tables
 from dcmdp_jax.rollout.replay import replay
 from dcmdp_jax.run_record import to_json
+from dcmdp_jax.seeds import Stream
 from dcmdp_jax.tools import parity
 
 PROPERTIES = {  # name: the fields of `Precision` that make it
@@ -92,7 +95,7 @@ class Case(NamedTuple):
     """What engines are judged on."""
 
     config: Config
-    inputs: train.Inputs
+    inputs: Inputs
     policy: parity.TrainerWeights
     sampled: Rollout
     score: parity.Score
@@ -101,7 +104,7 @@ class Case(NamedTuple):
 
 def diagnose(
     config: Config,
-    inputs: train.Inputs,
+    inputs: Inputs,
     policy: parity.TrainerWeights,
     other: parity.TrainerWeights | None = None,
     *,
@@ -155,13 +158,12 @@ def check(config: Config) -> None:
         raise ValueError("data.prompts_per_step=1 gives no standard error; set 2 or more")
 
 
-def _case(config: Config, inputs: train.Inputs, policy: parity.TrainerWeights) -> Case:
+def _case(config: Config, inputs: Inputs, policy: parity.TrainerWeights) -> Case:
     served = sync.converter(inputs.model_config, config.rollout.precision, inputs.decode_mesh)(
         policy.params, policy.version
     )
-    sampled = parity.sample(
-        train.make_engine(config, inputs), served, config, inputs, policy.version
-    )
+    seed = seeds.seed(config.seed, Stream.PARITY, policy.version)
+    sampled = parity.sample(make_engine(config, inputs), served, config, inputs, seed)
     score = parity.scorer(config, inputs)
     trainer = score(policy.params, sampled, (config.seed, 0))
     if not np.isfinite(trainer).all():
@@ -286,7 +288,7 @@ def _named(precision: Precision) -> str:
 
 
 def _engine(case: Case, precision: Precision) -> Any:
-    return train.make_engine(_with(case.config, precision=precision), case.inputs)
+    return make_engine(_with(case.config, precision=precision), case.inputs)
 
 
 def _weights(case: Case, precision: Precision) -> Weights:
@@ -360,7 +362,7 @@ def measure(trainer: np.ndarray, engine: np.ndarray, sampled: Rollout) -> Differ
 
 
 def other_version(
-    config: Config, inputs: train.Inputs, workdir: pathlib.Path, policy: parity.TrainerWeights
+    config: Config, inputs: Inputs, workdir: pathlib.Path, policy: parity.TrainerWeights
 ) -> parity.TrainerWeights | None:
     """What `policy`, `parity.load`'s, can be compared with, if there is any.
 
@@ -518,7 +520,7 @@ def write(found: Attribution, config: Config, workdir: pathlib.Path) -> pathlib.
     record = {
         "weights": found.origin,
         "precision": dataclasses.asdict(config.rollout.precision),
-        "sampling": train.sampling(config.rollout)._asdict(),
+        "sampling": sampling(config.rollout)._asdict(),
         "tokens": found.tokens,
         "noise_floor": floor(found),
         "everything": found.everything._asdict(),

@@ -14,15 +14,18 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dcmdp_jax import checkpoint, constraint, data, files, sharding, step, sync, train
+from dcmdp_jax import checkpoint, constraint, data, files, seeds, sharding, step, sync
+from dcmdp_jax.batches import make_engine, sampling
 from dcmdp_jax.config import Calibrated, Config, ModelConfig, Precision
+from dcmdp_jax.inputs import Inputs
 from dcmdp_jax.losses import diagnostics
-from dcmdp_jax.models import decoder, weights
 from dcmdp_jax.models.kernels import scoring
 from dcmdp_jax.records import Rollout, Scored, Weights
 from dcmdp_jax.report import tables
 from dcmdp_jax.rollout.generate import rollout
 from dcmdp_jax.rollout.jetstream import Engine
+from dcmdp_jax.seeds import Stream
+from dcmdp_jax.starting import starting_weights, unwarmed_weights
 
 BUCKETS = (64, 256, 1024, 4096)  # positions of tokens, prompt included, at which buckets end
 CLIP = 0.2
@@ -66,7 +69,7 @@ class Parity(NamedTuple):
     calibration: constraint.Calibration
 
 
-def load(config: Config, inputs: train.Inputs, workdir: pathlib.Path) -> TrainerWeights:
+def load(config: Config, inputs: Inputs, workdir: pathlib.Path) -> TrainerWeights:
     """What the next batch is sampled from: the newest whole checkpoint in `workdir`, else the
     model's folder, else noise.
 
@@ -84,27 +87,18 @@ def load(config: Config, inputs: train.Inputs, workdir: pathlib.Path) -> Trainer
             f"checkpoint {int(state.step)} of {workdir}"
             + (f", weights of step {int(version)}" if state.stale else ""),
         )
-    place = step.state_shardings(config, inputs.model_config, inputs.mesh).params
-    if config.model.folder:
-        return TrainerWeights(
-            weights.load(config.model.folder, shardings=place)[1], 0, config.model.folder
-        )
-    params = jax.jit(partial(decoder.init, config=inputs.model_config), out_shardings=place)(
-        jax.random.key(config.seed)
+    origin = config.model.folder or (
+        "random weights: a flat policy shows little of a gap; train, or give --model.folder DIR"
     )
-    return TrainerWeights(
-        params,
-        0,
-        "random weights: a flat policy shows little of a gap; train, or give --model.folder DIR",
-    )
+    return TrainerWeights(unwarmed_weights(config, inputs), 0, origin)
 
 
-def starting(config: Config, inputs: train.Inputs) -> TrainerWeights:
+def starting(config: Config, inputs: Inputs) -> TrainerWeights:
     """What a run's first batch is sampled from, warmed up as the run warms up; nothing is left on
     disk.
     """
     with tempfile.TemporaryDirectory() as folder:
-        params = train.starting_weights(config, inputs, pathlib.Path(folder), lambda: False)
+        params = starting_weights(config, inputs, pathlib.Path(folder), lambda: False)
     origin = config.model.folder or "random weights"
     return TrainerWeights(
         params,
@@ -115,24 +109,22 @@ def starting(config: Config, inputs: train.Inputs) -> TrainerWeights:
     )
 
 
-def sample(
-    engine: Engine, policy: Weights, config: Config, inputs: train.Inputs, number: int
-) -> Rollout:
-    """The next prompts' completions, with the key of constrained step `number`."""
+def sample(engine: Engine, policy: Weights, config: Config, inputs: Inputs, seed: int) -> Rollout:
+    """Returns the completions of the next prompts, drawn with `seed`."""
     return rollout(
         engine,
         policy,
         next(inputs.prompts),
         samples=config.rollout.samples,
-        key=jax.random.fold_in(jax.random.key(config.seed), number),
+        key=jax.random.key(seed),
         max_tokens=config.rollout.max_tokens,
-        sampling=train.sampling(config.rollout),
+        sampling=sampling(config.rollout),
         stop_strings=config.rollout.stop_strings,
         decode=inputs.tokenizer.decode,
     )
 
 
-def scorer(config: Config, inputs: train.Inputs) -> Score:
+def scorer(config: Config, inputs: Inputs) -> Score:
     """The trainer's scoring: packed as a step packs, on the training mesh, at the rollout's
     temperature.
 
@@ -210,21 +202,19 @@ def _packed(
 
 def measure(
     config: Config,
-    inputs: train.Inputs,
+    inputs: Inputs,
     policy: TrainerWeights,
     batches: int,
     *,
-    first: int | None = None,
+    stream: Stream = Stream.PARITY,
     slack: float = 0.2,
 ) -> Parity:
     """Samples `batches` rollout batches at fixed weights and scores their tokens with the trainer.
 
     `policy` must fit `inputs.model_config`; `batches` >= 2, for the spread between batches is the floor's
-    standard error. The keys are those of constrained steps from `first` on, or of the steps that
-    follow `policy`.
+    standard error. Batch i is drawn with seed i of `stream`.
     """
-    first = policy.version if first is None else first
-    engine = train.make_engine(config, inputs)
+    engine = make_engine(config, inputs)
     score = scorer(config, inputs)
     served = sync.converter(inputs.model_config, config.rollout.precision, inputs.decode_mesh)(
         policy.params, policy.version
@@ -233,9 +223,10 @@ def measure(
     reported = []
     mask = []
     position = []
-    for number in range(first, first + batches):
-        sampled = sample(engine, served, config, inputs, number)
-        old.append(score(policy.params, sampled, (config.seed, number)))
+    for number in range(batches):
+        seed = seeds.seed(config.seed, stream, number)
+        sampled = sample(engine, served, config, inputs, seed)
+        old.append(score(policy.params, sampled, seed))
         reported.append(data.full_vocab_logp(sampled))
         mask.append(token_mask(sampled))
         asked = np.repeat(sampled.prompts.lengths, config.rollout.samples)
@@ -297,7 +288,7 @@ def _figures(old_logp, rollout_logp, mask) -> dict[str, jax.Array]:
     )
 
 
-def default_limit(config: Config, inputs: train.Inputs) -> float | None:
+def default_limit(config: Config, inputs: Inputs) -> float | None:
     """The bound on |D| where nothing but round-off in float32 tells the engine from the trainer;
     None elsewhere.
     """
@@ -374,7 +365,7 @@ def write(
     record = {
         "weights": found.origin,
         "precision": dataclasses.asdict(config.rollout.precision),
-        "sampling": train.sampling(config.rollout)._asdict(),
+        "sampling": sampling(config.rollout)._asdict(),
         "batches": batches,
         "positions": {name: g._asdict() for name, g in found.gaps.items()},
         "dropped": found.dropped,

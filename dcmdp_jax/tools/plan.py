@@ -22,9 +22,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax import files, sharding, step, sync, train
+from dcmdp_jax import files, sharding, step, sync
 from dcmdp_jax import tokenizer as tokenizers
 from dcmdp_jax.config import Calibrated, Config, ModelConfig, with_tolerance
+from dcmdp_jax.inputs import check as check_inputs
+from dcmdp_jax.inputs import read_problems, read_tokenizer
 from dcmdp_jax.records import Batch
 from dcmdp_jax.rollout import generate
 from dcmdp_jax.rollout.jetstream import Engine
@@ -131,7 +133,7 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
         config = with_tolerance(config, 1.0)  # the programs do not depend on the number
     mesh, decode_mesh = sharding.meshes(config, devices, process=0)
     engines = 1 if config.rollout.one_engine else len({device.process_index for device in devices})
-    train.check(config, model, mesh, decode_mesh, engines)
+    check_inputs(config, model, mesh, decode_mesh, engines)
     state = step.abstract_state(config, model, mesh)
     batch = abstract_batch(config, model, mesh)
     sizes = sharding.local_bytes(state)
@@ -323,9 +325,9 @@ def plan_run(
     devices = slice_devices(name, slices)
     chip = CHIPS[name.split(":")[0]]
     if not (config.data.path or config.model.folder or config.model.tokenizer):  # a generated task
-        tokenizer = train.read_tokenizer(config)
+        tokenizer = read_tokenizer(config)
         tokenizers.check_vocab_size(tokenizer, model.vocab_size)
-        train.read_problems(config, tokenizer, engines=1)
+        read_problems(config, tokenizer, engines=1)
     compiled = []
     for program in programs(config, model, devices):
         report(f"compiling {program.name}")

@@ -290,10 +290,10 @@ def _warm_up(run: Run) -> None:
     new = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    from dcmdp_jax import train
+    from dcmdp_jax import export
 
     with _redirect_output(new / "run.log"):
-        train.warm_start(_arm_config(study, run), new, study.alter)
+        export.warm_start(_arm_config(study, run), new, study.alter)
     new.replace(folder)
 
 
@@ -304,9 +304,11 @@ def _train(run: Run) -> None:
     study = load(run.file)
     run.folder.mkdir(parents=True, exist_ok=True)
     from dcmdp_jax import train
+    from dcmdp_jax.report import run_page
 
     with _redirect_output(run.folder / "run.log"):
         train.train(_config_from_start(study, run), run.folder)
+        run_page.write(run.folder)
 
 
 @contextlib.contextmanager

@@ -24,11 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 from chain import GRPO, INT4, with_engine
 
-from dcmdp_jax import rewards, sync, train
+from dcmdp_jax import rewards, seeds, sync
+from dcmdp_jax.batches import make_engine
 from dcmdp_jax.config import ModelSource, Precision
+from dcmdp_jax.inputs import read_inputs
 from dcmdp_jax.losses import advantages
 from dcmdp_jax.models import decoder
 from dcmdp_jax.models.quantized import quantize
+from dcmdp_jax.seeds import Stream
 from dcmdp_jax.tools import parity, study
 
 # Weights alone are rounded: the trainer's forward pass with them is then the engine's.
@@ -100,7 +103,7 @@ def read_start(root, precision, seed, prompts):
         model=ModelSource(str(folder / "model")),
         data=dataclasses.replace(config.data, prompts_per_step=prompts),
     )
-    inputs = train.read_inputs(config)
+    inputs = read_inputs(config)
     return config, inputs, parity.load(config, inputs, folder).params
 
 
@@ -108,9 +111,10 @@ def draw(config, inputs, params, number):
     """Returns batch `number` of the configuration's engine: sequences [N, S], a mask of the sampled
     tokens among their last T [N, T], and advantages [N, 1].
     """
-    engine = train.make_engine(config, inputs)
+    engine = make_engine(config, inputs)
     policy = sync.converter(inputs.model_config, config.rollout.precision, inputs.decode_mesh)
-    rollout = parity.sample(engine, policy(params, 0), config, inputs, number)
+    seed = seeds.seed(config.seed, Stream.PARITY, number)
+    rollout = parity.sample(engine, policy(params, 0), config, inputs, seed)
     scored = rewards.score(rollout, inputs.tokenizer.decode, config.data.reward_function())
     count = len(scored.reward)
     # All prompts of the task have one length.

@@ -18,8 +18,11 @@ import numpy as np
 import room
 import room_harmed
 
-from dcmdp_jax import checkpoint, constraint, sync, train
+from dcmdp_jax import checkpoint, constraint, seeds, sync
+from dcmdp_jax.batches import make_engine
 from dcmdp_jax.config import ModelSource, Precision, WarmupConfig
+from dcmdp_jax.inputs import read_inputs
+from dcmdp_jax.seeds import Stream
 from dcmdp_jax.step import abstract_state
 from dcmdp_jax.tools import parity
 
@@ -66,16 +69,17 @@ def measure_run(arm, folder):
         warmup=WarmupConfig(),
         data=dataclasses.replace(arm.data, prompts_per_step=PROMPTS),
     )
-    inputs = train.read_inputs(start)
-    engine = train.make_engine(start, inputs)
+    inputs = read_inputs(start)
+    engine = make_engine(start, inputs)
     score = parity.scorer(start, inputs)
     to_engine = sync.converter(inputs.model_config, start.rollout.precision, inputs.decode_mesh)
     to_exact = sync.converter(inputs.model_config, Precision(), inputs.decode_mesh)
     like = abstract_state(start, inputs.model_config, inputs.mesh)
     for step in checkpoint.steps(folder):
         params = checkpoint.read(folder, like, before=step + 1)[0].params
-        sampled = parity.sample(engine, to_engine(params, step), start, inputs, step)
-        exact = parity.sample(engine, to_exact(params, step), start, inputs, step)
+        seed = seeds.seed(start.seed, Stream.PARITY, step)
+        sampled = parity.sample(engine, to_engine(params, step), start, inputs, seed)
+        exact = parity.sample(engine, to_exact(params, step), start, inputs, seed)
         old = score(params, sampled, (0, step))
         gap = np.asarray(constraint.delta(old, sampled.rollout_logp, parity.token_mask(sampled)))
         computed, distorted = kinds(sampled, arm.data.task, inputs.tokenizer)

@@ -3,9 +3,12 @@
 import jax
 import numpy as np
 
-from dcmdp_jax import step, sync, train
+from dcmdp_jax import seeds, step, sync
+from dcmdp_jax.batches import make_engine
 from dcmdp_jax.checkpoint import Checkpoints
+from dcmdp_jax.inputs import read_inputs
 from dcmdp_jax.models import decoder
+from dcmdp_jax.seeds import Stream
 from dcmdp_jax.tools import parity
 from support import training
 from support.random_params import random_params
@@ -35,7 +38,8 @@ def sampled(run, inputs, policy):
     served = sync.converter(inputs.model_config, run.rollout.precision, inputs.decode_mesh)(
         policy.params, policy.version
     )
-    return parity.sample(train.make_engine(run, inputs), served, run, inputs, 3)
+    seed = seeds.seed(run.seed, Stream.PARITY, policy.version)
+    return parity.sample(make_engine(run, inputs), served, run, inputs, seed)
 
 
 def command(name, workdir, *words, **changes):
@@ -53,7 +57,7 @@ def make_run(workdir, run, steps):
     """Checkpoints as a run leaves them: parameters are the step's number, stale ones the last but
     one's.
     """
-    inputs = train.read_inputs(run)
+    inputs = read_inputs(run)
     state = jax.jit(
         lambda: step.init_state(run, decoder.init(jax.random.key(0), inputs.model_config))
     )()
@@ -69,7 +73,6 @@ def make_run(workdir, run, steps):
                 params=now, step=np.int32(number), stale=(before,) * run.rollout.staleness
             ),
             inputs.prompts.get_state(),
-            run.seed,
         )
     saved.close()
     return next(inputs.prompts)

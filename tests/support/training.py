@@ -6,9 +6,10 @@ import pathlib
 import jax
 import numpy as np
 
-from dcmdp_jax import train
+from dcmdp_jax import starting
 from dcmdp_jax.checkpoint import Checkpoints
 from dcmdp_jax.experiment import load_experiment, override
+from dcmdp_jax.inputs import read_inputs
 
 QUICKSTART = str(pathlib.Path(__file__).parents[2] / "experiments" / "quickstart.py")
 TINY = {
@@ -67,10 +68,10 @@ def rows(workdir):
 
 
 def saved(workdir, run):
-    """Returns the newest checkpoint as NumPy, and the position in the data."""
-    inputs = train.read_inputs(run)
+    """Everything in the newest checkpoint, as NumPy."""
+    inputs = read_inputs(run)
     checkpoints = Checkpoints(workdir, 2)
-    state = train._restore(checkpoints, run, inputs)
+    state = starting.restore(checkpoints, run, inputs)
     checkpoints.close()
     return jax.device_get(state), inputs.prompts.get_state()
 

@@ -1,0 +1,184 @@
+"""The batches that a run trains on: prompts, their completions, rewards, all packed into rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dcmdp_jax import data, measurements, rewards, seeds, sharding, step
+from dcmdp_jax.config import Config, RolloutConfig
+from dcmdp_jax.distributed import processes
+from dcmdp_jax.inputs import Inputs
+from dcmdp_jax.records import Batch, Rollout, Sampler, Sampling, Scored, TrainState
+from dcmdp_jax.rollout import jetstream
+from dcmdp_jax.seeds import Stream
+from dcmdp_jax.stopping import Interrupted
+
+
+class Collected(NamedTuple):
+    """What one step trains on."""
+
+    packed: Batch  # laid out over the training mesh
+    metrics: dict[str, float]  # `measurements.measure` of it
+    position: Any  # of the prompts, behind this batch
+
+
+class Batches:
+    """An iterator over the batches of the steps that are left; owns the sampler and its weights.
+
+    With `rollout.staleness` >= 1 it looks ahead: `sync` samples the next batch while the update
+    that was dispatched before it is running, with weights that `sync_ahead` has copied before that
+    update could donate them. Without, each batch is sampled when it is asked for, with the weights
+    of the last `sync`. Iteration ends after `config.steps` steps, or where any process was asked to
+    stop.
+    """
+
+    def __init__(
+        self, config: Config, inputs: Inputs, state: TrainState, should_stop: Callable[[], bool]
+    ):
+        """Makes the sampler and gives it the weights of `state`.
+
+        Raises records.NotFinite where one of them is not finite.
+        """
+        self.sampler = make_sampler(config, inputs)
+        self._config = config
+        self._inputs = inputs
+        self._should_stop = should_stop
+        self._number = int(state.step)  # steps before that of the next batch
+        self._looks_ahead = config.rollout.staleness > 0
+        self._next: Collected | None = None
+        self._update_weights(state)
+
+    def __iter__(self) -> Iterator[Collected]:
+        batch = self._collect_next()
+        while batch is not None:
+            yield batch
+            batch = self._next if self._looks_ahead else self._collect_next()
+
+    def sync_ahead(self, state: TrainState) -> None:
+        """To be called before an update of `state`: copies the weights that the next batch is
+        sampled with, where rollouts are stale.
+        """
+        if self._looks_ahead:
+            # what the update will make of `stale` and `step`
+            self._update_weights(
+                state._replace(stale=(*state.stale, state.params)[1:], step=state.step + 1)
+            )
+
+    def sync(self, state: TrainState) -> None:
+        """To be called with the updated `state`: gives the sampler its weights, or samples the next
+        batch while the update is running, where rollouts are stale.
+        """
+        if self._looks_ahead:
+            self._next = self._collect_next()
+        else:
+            self._update_weights(state)
+
+    def collect(self, stream: Stream, number: int) -> Collected | None:
+        """Samples, scores and packs batch `number` of `stream`, from all processes, with the
+        sampler's present weights.
+
+        Returns None where any process was asked to stop. All processes must call; where the
+        verifier fails on one, all raise.
+        """
+        config = self._config
+        seed = seeds.seed(config.seed, stream, number)
+        scored = self._score(self._sample(seed))
+        if processes.any_process(scored is None):
+            return None
+        sources = [example.source for example in scored.rollout.prompts.examples]
+        if processes.num_engines(config.rollout) > 1:
+            scored, sources = _gather(scored), measurements.gather_sources(sources)
+        packed = data.pack(
+            scored,
+            minibatches=config.algorithm.minibatches,
+            microbatches=config.algorithm.microbatches,
+            row_length=config.algorithm.row_length
+            or config.data.max_prompt_tokens + config.rollout.max_tokens,
+            row_divisor=sharding.batch_size(self._inputs.mesh),
+            pad_id=self._inputs.tokenizer.pad_id,
+            seed=seed,
+        )
+        return Collected(
+            processes.make_global(packed, step.batch_shardings(config, self._inputs.mesh)),
+            measurements.measure(scored, sources),
+            self._inputs.prompts.get_state(),
+        )
+
+    def _collect_next(self) -> Collected | None:
+        """The batch of the next step; None after the last."""
+        if self._number == self._config.steps:
+            return None
+        self._number += 1
+        return self.collect(Stream.ROLLOUT, self._number - 1)
+
+    def _sample(self, seed: int) -> Rollout | None:
+        """This process's part of a batch; None where it was asked to stop."""
+        config = self._config
+        share = processes.share(config.data.prompts_per_step, processes.num_engines(config.rollout))
+        try:
+            return self.sampler.sample(
+                next(self._inputs.prompts),
+                samples=config.rollout.samples,
+                max_tokens=config.rollout.max_tokens,
+                sampling=sampling(config.rollout),
+                stop_strings=config.rollout.stop_strings,
+                seed=seed,
+                offset=share.start * config.rollout.samples,
+                should_stop=self._should_stop,
+            )
+        except Interrupted:
+            return None
+
+    def _score(self, rollout: Rollout | None) -> Scored | None:
+        """The rollout with its rewards; None where there is none, or the verifier was left."""
+        with processes.raise_on_all():  # where one process's verifier fails, all raise here
+            if rollout is None:
+                return None
+            try:
+                return rewards.score(
+                    rollout,
+                    self._inputs.tokenizer.decode,
+                    self._config.data.reward_function(),
+                    self._should_stop,
+                )
+            except Interrupted:
+                return None
+
+    def _update_weights(self, state: TrainState) -> None:
+        params, version = step.sampled_from(state)
+        self.sampler.update_weights(params, int(version))
+
+
+def make_sampler(config: Config, inputs: Inputs) -> Sampler:
+    """Returns what this process samples with."""
+    make = config.rollout.sampler or jetstream.sampler
+    return make(config, inputs.model_config, inputs.tokenizer, inputs.decode_mesh)
+
+
+def make_engine(config: Config, inputs: Inputs) -> jetstream.Engine:
+    """Returns the engine of the library's own sampler."""
+    return jetstream.sampler(
+        config, inputs.model_config, inputs.tokenizer, inputs.decode_mesh
+    ).engine
+
+
+def sampling(config: RolloutConfig) -> Sampling:
+    """Returns how a run's tokens are drawn."""
+    return Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
+
+
+def _gather(scored: Scored) -> Scored:
+    """The completions of all processes as one batch; their problems are left out."""
+    rollout = scored.rollout
+    version = np.broadcast_to(np.int32(rollout.version), rollout.tokens.shape)
+    prompts, arrays, reward = processes.gather(
+        (
+            rollout.prompts._replace(examples=()),
+            rollout._replace(prompts=(), sampling=(), version=version),
+            scored.reward,
+        )
+    )
+    return Scored(arrays._replace(prompts=prompts, sampling=rollout.sampling), reward)

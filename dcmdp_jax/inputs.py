@@ -1,0 +1,166 @@
+"""What a run reads: devices, model shape, tokenizer and problems, checked before anything is
+compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import IO, NamedTuple
+
+import jax
+
+from dcmdp_jax import data, seeds, sharding, step, sync
+from dcmdp_jax import tokenizer as tokenizers
+from dcmdp_jax.config import Config, ModelConfig
+from dcmdp_jax.distributed import processes
+from dcmdp_jax.models import decoder, weights
+from dcmdp_jax.records import Prompts
+from dcmdp_jax.seeds import Stream
+from dcmdp_jax.tokenizer import Tokenizer
+
+
+class Inputs(NamedTuple):
+    """What a run reads."""
+
+    model_config: ModelConfig
+    tokenizer: Tokenizer
+    prompts: Iterator[Prompts]  # endless; with get_state() and set_state(state)
+    held_out: Prompts | None
+    mesh: jax.sharding.Mesh  # that trains
+    decode_mesh: jax.sharding.Mesh  # that samples
+    lock: IO[str] | None = None  # on the work folder, held by process 0 until the run ends
+
+
+def read_inputs(config: Config, devices: Sequence[jax.Device] | None = None) -> Inputs:
+    """Reads and checks model shape, tokenizer and problems, and lays the meshes over `devices`.
+
+    Args:
+      devices: those of all processes that the run may use; None: all there are.
+
+    Raises ValueError, in one sentence, on whatever cannot work.
+    """
+    mesh, decode_mesh = sharding.meshes(config, jax.devices() if devices is None else devices)
+    model = read_model(config)
+    if config.model.folder:
+        weights.check(config.model.folder)
+    engines = processes.num_engines(config.rollout)
+    check(config, model, mesh, decode_mesh, engines)
+    tokenizer = read_tokenizer(config)
+    tokenizers.check_vocab_size(tokenizer, model.vocab_size)
+    prompts, held_out = read_problems(config, tokenizer, engines)
+    if config.eval.every and held_out is None:
+        processes.log0("no held-out evaluation: data.eval_path names no file")
+    return Inputs(model, tokenizer, prompts, held_out, mesh, decode_mesh)
+
+
+def check(
+    config: Config,
+    model: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    decode_mesh: jax.sharding.Mesh,
+    engines: int,
+) -> None:
+    """Raises ValueError on options that cannot work together on these meshes.
+
+    Compiles nothing and reads no file.
+    """
+    step.check(config)
+    if config.algorithm.replay_routing and not model.num_experts:
+        raise ValueError(
+            "algorithm.replay_routing replays the choices of a router, and this model is dense; "
+            "leave it out"
+        )
+    if config.warmup.steps and config.data.task is None:
+        raise ValueError(
+            "warmup needs data.task: only a generated task has solutions to learn from; set "
+            "--warmup.steps 0"
+        )
+    shapes = jax.eval_shape(partial(decoder.init, config=model), jax.random.key(0))
+    sharding.params(decoder.logical_axes(model), mesh, sharding.TRAIN, shapes)
+    sync.check(model, config.rollout.precision, decode_mesh)
+    for name, size, shards in (
+        ("rollout.slots", config.rollout.slots, engines * sharding.batch_size(decode_mesh)),
+        ("warmup.batch_size", config.warmup.batch_size, sharding.batch_size(mesh)),
+    ):
+        if size % shards:
+            raise ValueError(f"{name}={size} does not divide over the mesh's {shards} batch shards")
+    if config.data.prompts_per_step % engines:
+        raise ValueError(
+            f"data.prompts_per_step={config.data.prompts_per_step} does not divide over {engines} "
+            "engines"
+        )
+    positions = config.data.max_prompt_tokens + config.rollout.max_tokens
+    if positions > model.max_position:
+        raise ValueError(
+            f"data.max_prompt_tokens + rollout.max_tokens = {positions} positions are more than "
+            f"the model's {model.max_position}"
+        )
+
+
+def read_problems(
+    config: Config, tokenizer: Tokenizer, engines: int
+) -> tuple[Iterator[Prompts], Prompts | None]:
+    """Returns this process's prompts, and the held-out problems if there are any.
+
+    Raises ValueError where one cannot be read or does not fit.
+    """
+    task = config.data.task
+    encoding = {
+        "max_prompt_tokens": config.data.max_prompt_tokens,
+        "chat": config.data.chat,
+        "enable_thinking": config.data.enable_thinking,
+        "instruction": config.data.instruction,
+        "special_tokens_in_text": config.data.special_tokens_in_text,
+    }
+    seed = seeds.seed(config.seed, Stream.PROMPTS)
+    prompts = data.prompt_batches(
+        data.read(config.data.path) if config.data.path else task,
+        tokenizer,
+        batch_size=config.data.prompts_per_step,
+        seed=seed,
+        shuffle=config.data.shuffle,
+        process_index=jax.process_index() % engines,
+        process_count=engines,
+        **encoding,
+    )
+    if not config.data.path:  # a prompt that is too long is refused before any work
+        data.tokenize([task.example(0, seed)], tokenizer, **encoding)
+    if not config.eval.every:
+        return prompts, None
+    if config.data.eval_path:
+        problems = data.read(config.data.eval_path)[: config.eval.prompts]
+        return prompts, data.tokenize(problems, tokenizer, **encoding)
+    if config.data.path or task is None:
+        return prompts, None
+    return prompts, data.tokenize(task.held_out(config.eval.prompts), tokenizer, **encoding)
+
+
+def read_model(config: Config) -> ModelConfig:
+    """Returns the model's shape. Raises ValueError where the configuration names none."""
+    source = config.model
+    if not source.folder and source.architecture is None:
+        raise ValueError(
+            "model.folder names no folder and the experiment has no model.architecture; give "
+            "--model.folder DIR"
+        )
+    model = weights.read_config(source.folder) if source.folder else source.architecture
+    return dataclasses.replace(
+        model,
+        bfloat16=source.bfloat16 or model.bfloat16,
+        remat=source.remat or model.remat,
+        remat_policy=source.remat_policy or model.remat_policy,
+    )
+
+
+def read_tokenizer(config: Config) -> Tokenizer:
+    """Returns the named tokenizer, else the model folder's, else the task's characters.
+
+    Raises ValueError where there is none.
+    """
+    if config.model.tokenizer or config.model.folder:
+        return tokenizers.load(config.model.tokenizer or config.model.folder, config.model.folder)
+    if config.data.task is None:
+        raise ValueError("model.tokenizer names no tokenizer; give --model.tokenizer DIR")
+    return tokenizers.CharacterTokenizer(config.data.task.alphabet)

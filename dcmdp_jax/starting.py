@@ -1,0 +1,66 @@
+"""Where a run starts: its newest checkpoint; else a model folder or random weights, warmed up."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+
+from dcmdp_jax import checkpoint, seeds, step, warmup
+from dcmdp_jax.config import Config
+from dcmdp_jax.inputs import Inputs
+from dcmdp_jax.models import decoder, weights
+from dcmdp_jax.records import TrainState
+from dcmdp_jax.seeds import Stream
+
+
+def restore(saved: checkpoint.Checkpoints, config: Config, inputs: Inputs) -> TrainState | None:
+    """Returns the state of the newest readable checkpoint, or None where there is no checkpoint.
+
+    `inputs.prompts` go on from where that checkpoint left them.
+    """
+    restored = saved.restore(step.abstract_state(config, inputs.model_config, inputs.mesh))
+    if restored is None:
+        return None
+    state, position = restored
+    inputs.prompts.set_state(position)
+    return state
+
+
+def first_state(
+    config: Config, inputs: Inputs, workdir: pathlib.Path, should_stop: Callable[[], bool]
+) -> TrainState:
+    """Returns the state before the first step: starting weights, a new optimizer and a new dual."""
+    params = starting_weights(config, inputs, workdir, should_stop)
+    shardings = step.state_shardings(config, inputs.model_config, inputs.mesh)
+    init = jax.jit(partial(step.init_state, config), out_shardings=shardings, donate_argnums=0)
+    return init(params)
+
+
+def starting_weights(
+    config: Config, inputs: Inputs, workdir: pathlib.Path, should_stop: Callable[[], bool]
+) -> Any:
+    """Returns loaded or random parameters, warmed up; the warm-up's losses go to `workdir`.
+
+    Raises `stopping.Interrupted` where `should_stop()`, the same on all processes, is true during
+    the warm-up.
+    """
+    params = unwarmed_weights(config, inputs)
+    if not config.warmup.steps:
+        return params
+    return warmup.run(
+        params, config, inputs.model_config, inputs.tokenizer, inputs.mesh, workdir, should_stop
+    )
+
+
+def unwarmed_weights(config: Config, inputs: Inputs) -> Any:
+    """Returns the parameters of the model folder, or random ones, on the training mesh."""
+    shardings = step.state_shardings(config, inputs.model_config, inputs.mesh).params
+    if config.model.folder:
+        _, params = weights.load(config.model.folder, shardings=shardings)
+        return params
+    init = jax.jit(partial(decoder.init, config=inputs.model_config), out_shardings=shardings)
+    return init(jax.random.key(seeds.seed(config.seed, Stream.PARAMETERS)))
