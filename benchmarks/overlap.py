@@ -30,6 +30,7 @@ import numpy as np
 
 from dcmdp_jax import config, starting, step
 from dcmdp_jax.batches import Batches
+from dcmdp_jax.experiment import load_experiment
 from dcmdp_jax.inputs import read_inputs
 from dcmdp_jax.seeds import Stream
 
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--slots", type=int, default=2, help="fewer make a rollout longer")
     args = parser.parse_args()
-    written = config.load_experiment(str(QUICKSTART))
+    written = load_experiment(str(QUICKSTART))
     run = dataclasses.replace(
         written,
         model=config.ModelSource(shape=SHAPE),

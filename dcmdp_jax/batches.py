@@ -97,7 +97,7 @@ class Batches:
             microbatches=config.algorithm.microbatches,
             row_length=config.algorithm.row_length
             or config.data.max_prompt_tokens + config.rollout.max_tokens,
-            row_divisor=sharding.batch_size(self._inputs.mesh),
+            row_divisor=sharding.num_batch_shards(self._inputs.mesh),
             pad_id=self._inputs.tokenizer.pad_id,
             seed=seed,
         )

@@ -78,11 +78,11 @@ def check(
             "--warmup.steps 0"
         )
     shapes = jax.eval_shape(partial(decoder.init, config=model), jax.random.key(0))
-    sharding.params(decoder.logical_axes(model), mesh, sharding.TRAIN, shapes)
+    sharding.param_shardings(decoder.logical_axes(model), mesh, sharding.TRAIN, shapes)
     sync.check(model, config.rollout.precision, decode_mesh)
     for name, size, shards in (
-        ("rollout.slots", config.rollout.slots, engines * sharding.batch_size(decode_mesh)),
-        ("warmup.batch_size", config.warmup.batch_size, sharding.batch_size(mesh)),
+        ("rollout.slots", config.rollout.slots, engines * sharding.num_batch_shards(decode_mesh)),
+        ("warmup.batch_size", config.warmup.batch_size, sharding.num_batch_shards(mesh)),
     ):
         if size % shards:
             raise ValueError(f"{name}={size} does not divide over the mesh's {shards} batch shards")

@@ -43,8 +43,13 @@ def measure(scored: Scored, sources: Sequence[str]) -> dict[str, float]:
 
 def gather_sources(sources: Sequence[str]) -> list[str]:
     """Returns the sources of all processes' prompts, in the order of processes; all must call."""
-    encoded = json.dumps(list(sources)).encode()
+    encoded = encode(sources)
     longest = int(processes.gather(np.array([len(encoded)])).max())
     padded = np.frombuffer(encoded.ljust(longest), np.uint8)
     rows = processes.gather(padded[None])
     return [source for row in rows for source in json.loads(bytes(row))]
+
+
+def encode(sources: Sequence[str]) -> bytes:
+    """Returns the bytes in which a process sends its sources; spaces may follow them."""
+    return json.dumps(list(sources)).encode()

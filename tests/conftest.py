@@ -42,13 +42,6 @@ def temporary_working_directory():
         yield
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    """Leaves one device, so that a run, which takes all, compiles quickly."""
-    devices = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *args: devices)
-
-
 @pytest.fixture(scope="session", params=own_data.TOKENIZERS)
 def chat_folder(request, tmp_path_factory):
     """Returns a folder with tokenizer.json and chat_template.jinja: our own, or Qwen3's."""

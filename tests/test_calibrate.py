@@ -8,16 +8,19 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import calibrate, cli, constraint, train
+from dcmdp_jax import calibrate, constraint
 from dcmdp_jax.config import Calibrated, with_tolerance
 from dcmdp_jax.experiment import load_experiment, override
 from dcmdp_jax.inputs import read_inputs
+from dcmdp_jax.rollout.jetstream import JetStreamSampler
 from dcmdp_jax.run_record import to_json
+from dcmdp_jax.seeds import Stream
+from dcmdp_jax.stopping import Interrupted
 from dcmdp_jax.tools import parity
 from support import training
-from support.training import QUICKSTART, rows
+from support.training import ONE_DEVICE, QUICKSTART, dcmdp, rows, train
 
-pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.full]
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture
@@ -52,11 +55,11 @@ def test_a_run_measures_what_parity_measures_and_else_is_the_run_with_that_numbe
     """The floor of an int4 engine from the trainer's scoring by `parity`; metrics and parameters
     bit for bit.
     """
-    measured = train.train(tiny(), tmp_path / "a")
+    measured = train(tiny(), tmp_path / "a")
     found = record(tmp_path / "a")
-    inputs = read_inputs(tiny())
+    inputs = read_inputs(tiny(), ONE_DEVICE)
     seen = parity.measure(
-        tiny(), inputs, parity.starting(tiny(), inputs), 3, first=calibrate.FIRST, slack=0.5
+        tiny(), inputs, parity.starting(tiny(), inputs), 3, stream=Stream.CALIBRATION, slack=0.5
     )
     assert (
         found["floor"] == pytest.approx(seen.gaps["all"].delta, rel=1e-5) and found["floor"] > 1e-4
@@ -67,24 +70,24 @@ def test_a_run_measures_what_parity_measures_and_else_is_the_run_with_that_numbe
     assert found["tolerance"] == pytest.approx(max(1.5 * level, level + 3 * error), rel=1e-3)
     assert used(tmp_path / "a") == found["tolerance"]
     assert f"tolerance       {found['tolerance']:g} ± " in capsys.readouterr().out
-    given = train.train(tiny(found["tolerance"]), tmp_path / "b")
+    given = train(tiny(found["tolerance"]), tmp_path / "b")
     assert rows(tmp_path / "a") == rows(tmp_path / "b") and len(rows(tmp_path / "a")) == 4
     jax.tree.map(np.testing.assert_array_equal, measured, given)
     assert not (tmp_path / "b" / calibrate.FILE).exists()
 
 
 def test_an_exact_engine_has_no_floor(tmp_path):
-    train.train(tiny(**{"rollout.precision.weights": "float32", "steps": 1}), tmp_path)
+    train(tiny(**{"rollout.precision.weights": "float32", "steps": 1}), tmp_path)
     assert 0 < record(tmp_path)["floor"] < 1e-6
 
 
 def test_a_resumed_run_keeps_the_number(tmp_path, monkeypatch):
     """Not measured again, though the weights have changed; and equal to a run in one piece."""
-    train.train(tiny(steps=2), tmp_path / "parts")
+    train(tiny(steps=2), tmp_path / "parts")
     with monkeypatch.context() as patch:
         patch.setattr(calibrate, "measure_floor", None)
-        train.train(tiny(), tmp_path / "parts")
-    train.train(tiny(), tmp_path / "whole")
+        train(tiny(), tmp_path / "parts")
+    train(tiny(), tmp_path / "whole")
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
     assert record(tmp_path / "parts") == record(tmp_path / "whole") and used(
         tmp_path / "parts"
@@ -92,24 +95,24 @@ def test_a_resumed_run_keeps_the_number(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match="calibrated with slack=0.5 and batches=3, not 0.2 and 3; choose another"
     ):
-        train.train(tiny(Calibrated(slack=0.2, batches=3)), tmp_path / "parts")
+        train(tiny(Calibrated(slack=0.2, batches=3)), tmp_path / "parts")
     with pytest.raises(ValueError, match=r"constraint\.tolerance=.*, not 0\.01"):
-        train.train(tiny(0.01), tmp_path / "parts")
+        train(tiny(0.01), tmp_path / "parts")
+
+
+def interrupted(*args, **options):
+    raise Interrupted("stopped")
 
 
 def test_a_run_stopped_while_it_measures_starts_anew(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(
-            train,
-            "rollout",
-            lambda *args, **kwargs: (_ for _ in ()).throw(train.stopping.Interrupted("stopped")),
-        )
+        patch.setattr(JetStreamSampler, "sample", interrupted)
         with pytest.raises(
-            train.stopping.Interrupted, match="in the calibration of the tolerance; it starts anew"
+            Interrupted, match="in the calibration of the tolerance; it starts anew"
         ):
-            train.train(tiny(), tmp_path)
+            train(tiny(), tmp_path)
     assert not (tmp_path / calibrate.FILE).exists()
-    train.train(tiny(steps=1), tmp_path)
+    train(tiny(steps=1), tmp_path)
     assert used(tmp_path) == record(tmp_path)["tolerance"]
 
 
@@ -117,23 +120,22 @@ def test_the_commands(tmp_path, experiment, capsys):
     """`calibrate` prints the number that the run then uses; the run goes on without its options; a
     number overrides.
     """
-    assert cli.main(["calibrate", experiment, "--workdir", str(tmp_path / "run"), *words()]) == 0
+    assert dcmdp(["calibrate", experiment, "--workdir", str(tmp_path / "run"), *words()]) == 0
     out = capsys.readouterr().out
     assert (
         "\nrandom weights, after 2 steps of warm-up\nfloor of delta  " in out
         and not (tmp_path / "run").exists()
     )
-    assert cli.main(["train", experiment, "--workdir", str(tmp_path / "run"), *words(steps=1)]) == 0
+    assert dcmdp(["train", experiment, "--workdir", str(tmp_path / "run"), *words(steps=1)]) == 0
     said = f"in the experiment: tolerance={used(tmp_path / 'run'):g}, or tolerance=Calibrated(slack=0.5)"
     assert said in out and "\n".join(out.splitlines()[-3:-1]) in capsys.readouterr().out
-    assert cli.main(["train", experiment, "--workdir", str(tmp_path / "run"), "--steps", "2"]) == 0
+    assert dcmdp(["train", experiment, "--workdir", str(tmp_path / "run"), "--steps", "2"]) == 0
     said = capsys.readouterr().err
     assert (
         "goes on with its own" in said and f"constraint.tolerance={used(tmp_path / 'run')}" in said
     )
     assert (
-        cli.main(["calibrate", experiment, "--workdir", str(tmp_path / "run"), "--batches", "2"])
-        == 0
+        dcmdp(["calibrate", experiment, "--workdir", str(tmp_path / "run"), "--batches", "2"]) == 0
     )
     out = capsys.readouterr().out
     assert (
@@ -142,7 +144,7 @@ def test_the_commands(tmp_path, experiment, capsys):
     )
     assert "Calibrated(slack=0.5)" in out, "the run's own slack"
     assert (
-        cli.main(
+        dcmdp(
             [
                 "train",
                 experiment,
@@ -156,7 +158,7 @@ def test_the_commands(tmp_path, experiment, capsys):
         == 0
     )
     assert used(tmp_path / "given") == 0.01 and not (tmp_path / "given" / calibrate.FILE).exists()
-    assert cli.main(["calibrate", experiment, "--batches", "1"]) == 2
+    assert dcmdp(["calibrate", experiment, "--batches", "1"]) == 2
     assert capsys.readouterr().err.endswith(
         "dcmdp: --batches 1 and --slack 0.5 must be at least 2 and 0\n"
     )

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import cli, sync
+from dcmdp_jax import sync
 from dcmdp_jax.batches import make_engine
 from dcmdp_jax.config import Precision
 from dcmdp_jax.inputs import read_inputs
@@ -20,8 +20,10 @@ from dcmdp_jax.rollout.replay import replay
 from dcmdp_jax.run_record import to_json
 from dcmdp_jax.tools import diagnose, parity
 from support.mismatch import EXPERTS, FLOAT, command, make_run, sampled, sharp, tiny
+from support.training import ONE_DEVICE, dcmdp
 
-pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.full]
+pytestmark = pytest.mark.full
+
 SMALL = {
     "rollout.samples": 3,
     "rollout.slots": 5,
@@ -52,7 +54,7 @@ SUPPORT = tuple({**FLOAT, "rollout.top_p": 0.7}.items())
 def case(changes=(), probe=False, staleness=False):
     """A run, what it read, the policy and the blame."""
     run = tiny(**SMALL | dict(changes))
-    inputs = read_inputs(run)
+    inputs = read_inputs(run, ONE_DEVICE)
     policy = sharp(inputs.model_config)
     other = (
         parity.TrainerWeights(jax.tree.map(lambda w: 1.1 * w, policy.params), 7, "later")
@@ -66,7 +68,7 @@ def case(changes=(), probe=False, staleness=False):
 def again(changes=()):
     """The rollout that `case` judged, the trainer's scoring and its log-probs."""
     run = tiny(**SMALL | dict(changes))
-    inputs = read_inputs(run)
+    inputs = read_inputs(run, ONE_DEVICE)
     policy = sharp(inputs.model_config)
     score = parity.scorer(run, inputs)
     out = sampled(run, inputs, policy)
@@ -86,7 +88,7 @@ def test_a_replay_is_what_the_engine_reported(changes):
     neighbours.
     """
     run = tiny(**SMALL | changes)
-    inputs = read_inputs(run)
+    inputs = read_inputs(run, ONE_DEVICE)
     policy = sharp(inputs.model_config)
     out = sampled(run, inputs, policy)
     served = sync.converter(inputs.model_config, run.rollout.precision, inputs.decode_mesh)(
@@ -255,7 +257,7 @@ def test_figures_are_their_definitions():
 
 
 def test_bad_input_is_one_sentence(tmp_path, capsys):
-    assert cli.main(command("diagnose", tmp_path, **SMALL | {"data.prompts_per_step": 1})) == 2
+    assert dcmdp(command("diagnose", tmp_path, **SMALL | {"data.prompts_per_step": 1})) == 2
     assert (
         capsys.readouterr().err
         == "dcmdp: data.prompts_per_step=1 gives no standard error; set 2 or more\n"
@@ -265,7 +267,7 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
         params=policy.params | {"final_norm": policy.params["final_norm"] * np.nan}
     )
     with pytest.raises(ValueError, match="the engine is given weights that hold NaN"):
-        diagnose.diagnose(run, read_inputs(run), broken)
+        diagnose.diagnose(run, read_inputs(run, ONE_DEVICE), broken)
 
 
 def test_the_command(tmp_path, capsys):
@@ -276,7 +278,7 @@ def test_the_command(tmp_path, capsys):
     make_run(tmp_path, run, (1, 2))
     (tmp_path / "config.json").write_text(json.dumps(to_json(run)))
     before = {path.name for path in tmp_path.iterdir()}
-    assert cli.main(["diagnose", command("diagnose", tmp_path)[1], "--workdir", str(tmp_path)]) == 0
+    assert dcmdp(["diagnose", command("diagnose", tmp_path)[1], "--workdir", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert (
         out.startswith(f"checkpoint 2 of {tmp_path}\nsource ")

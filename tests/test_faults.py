@@ -67,23 +67,31 @@ import subprocess
 import sys
 import time
 
-import jax
 import pytest
 
-from dcmdp_jax import checkpoint, cli, rewards, sharding, step, train
+from dcmdp_jax import checkpoint, rewards, step
 from dcmdp_jax.answers import judge
 from dcmdp_jax.inputs import read_inputs
 from dcmdp_jax.records import Example
 from dcmdp_jax.tools import parity
-from support.training import QUICKSTART, assert_same_run, command, rows, tiny
+from support.training import (
+    ONE_DEVICE,
+    QUICKSTART,
+    assert_same_run,
+    command,
+    dcmdp,
+    rows,
+    tiny,
+    train,
+)
+
+pytestmark = pytest.mark.full
 
 FAULTY = str(pathlib.Path(__file__).parent / "support" / "faulty.py")
 MAIN = "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"
 CHILD = (sys.executable, "-c", MAIN)
 # No file of this child may grow past a size, as none can on a full disk.
 FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); "
-DEVICES = jax.devices()
-pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.full]
 
 
 def environment() -> dict[str, str]:
@@ -239,13 +247,13 @@ def test_5_an_engine_whose_weights_are_one_step_old_does_not_pass_the_gate(
     """`dcmdp parity`, an engine that rounds nothing: k = 0 under 1e-5 nats, k = 1 over 1e-3."""
     exact = {"rollout.precision.weights": "float32", "checkpoint.every": 1, "warmup.steps": 100}
     words = ["--batches", "2"]
-    assert cli.main(command(tmp_path / "run", steps=2, **exact)) == 0
+    assert dcmdp(command(tmp_path / "run", steps=2, **exact)) == 0
     asked = ["parity", *command(tmp_path / "run", steps=2, **exact)[1:], *words]
     worst = []
     for age in (0, 1):
         if age:
             one = tiny(steps=2, **exact)
-            inputs = read_inputs(one)
+            inputs = read_inputs(one, ONE_DEVICE)
             like = step.abstract_state(one, inputs.model_config, inputs.mesh)
             older, _ = checkpoint.read(tmp_path / "run", like, before=2)
             make = parity.sync.converter
@@ -254,7 +262,7 @@ def test_5_an_engine_whose_weights_are_one_step_old_does_not_pass_the_gate(
                 "converter",
                 lambda *args: lambda _, version: make(*args)(older.params, version),
             )
-        assert cli.main(asked) == age
+        assert dcmdp(asked) == age
         record = json.loads((tmp_path / "run" / "parity.json").read_text())
         worst.append(record["positions"]["all"]["logp_diff_max"])
     assert worst[0] <= 1e-5 < 1e-3 < worst[1]
@@ -309,10 +317,8 @@ DAMAGES = {
 def four_steps(tmp_path_factory):
     """(A run of four steps with checkpoints at 2 and 4, the same run of six)."""
     parts, six = (tmp_path_factory.mktemp("runs") / name for name in ("four", "six"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding.jax, "devices", lambda *args: DEVICES[:1])
-        train.train(tiny(steps=4, **EVERY_SECOND), parts)
-        train.train(tiny(steps=6, **EVERY_SECOND), six)
+    train(tiny(steps=4, **EVERY_SECOND), parts)
+    train(tiny(steps=6, **EVERY_SECOND), six)
     return parts, six
 
 
@@ -329,7 +335,7 @@ def test_7_a_damaged_checkpoint_is_named_and_the_one_before_it_goes_on(
     shutil.copytree(four_steps[0], workdir)
     damage(workdir / "checkpoints" / "4")
     capfd.readouterr()
-    status = cli.main(command(workdir, steps=6, **EVERY_SECOND))
+    status = dcmdp(command(workdir, steps=6, **EVERY_SECOND))
     captured = capfd.readouterr()
     said = captured.out + captured.err
     assert status == 0 and "Traceback" not in said, said[-2000:]
@@ -382,7 +388,7 @@ def test_16_the_share_of_completions_cut_off_stands_beside_the_reward(tmp_path, 
         "score",
         lambda sampled, *rest: stopped.extend(sampled.stopped) or score(sampled, *rest),
     )
-    assert cli.main(command(tmp_path / "short", steps=1, **{"rollout.max_tokens": 2})) == 0
+    assert dcmdp(command(tmp_path / "short", steps=1, **{"rollout.max_tokens": 2})) == 0
     (row,) = rows(tmp_path / "short")
     assert len(stopped) == 16 and 8 < stopped.count(False) == 16 * row["truncated"]
     assert row["reward"] == 0
@@ -401,7 +407,7 @@ def test_19_a_run_without_room_on_the_disk_says_so_and_goes_on_where_it_was(
     assert full.returncode not in (0, 130) and "Traceback" not in full.stderr, full.stderr[-3000:]
     assert re.search(r"(?i)too large|no space|cannot be written|disk", full.stderr), full.stderr
     assert saved_step(workdir) == 4
-    assert cli.main(words) == 0
+    assert dcmdp(words) == 0
     assert_same_run(four_steps[1], workdir, tiny(steps=6, **EVERY_SECOND))
 
 
@@ -409,8 +415,8 @@ def test_19_a_run_without_room_on_the_disk_says_so_and_goes_on_where_it_was(
 def test_20_the_same_seed_twice_is_the_same_run(tmp_path):
     """Metrics but for the seconds, parameters, optimizer, multiplier, data order: bit for bit."""
     for name in ("one", "two"):
-        train.train(tiny(steps=3), tmp_path / name)
+        train(tiny(steps=3), tmp_path / name)
     assert_same_run(tmp_path / "one", tmp_path / "two", tiny(steps=3))
     with pytest.raises(AssertionError):
-        train.train(tiny(steps=3, seed=1), tmp_path / "other")
+        train(tiny(steps=3, seed=1), tmp_path / "other")
         assert_same_run(tmp_path / "one", tmp_path / "other", tiny(steps=3, seed=1))

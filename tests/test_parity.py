@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import checkpoint, cli, sharding, tokenizer
+from dcmdp_jax import checkpoint, tokenizer
 from dcmdp_jax.inputs import read_inputs
 from dcmdp_jax.models import decoder, weights
 from dcmdp_jax.tools import parity
@@ -21,9 +21,9 @@ from support.mismatch import (
     sharp,
     tiny,
 )
+from support.training import ONE_DEVICE, dcmdp
 
-DEVICES = jax.devices()
-pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.full]
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="session")
@@ -48,14 +48,13 @@ def folder(tmp_path_factory):
     ],
     ids=["dense", "top-p", "top-k", "min-p", "moe", "sharded moe"],
 )
-def test_an_exact_engine_passes_the_gate(changes, devices, monkeypatch):
+def test_an_exact_engine_passes_the_gate(changes, devices):
     """1e-5 nats on every token of two batches, through sampling, packing and scoring as in a run.
 
     A cut support is no gap.
     """
-    monkeypatch.setattr(sharding.jax, "devices", lambda *args: DEVICES[:devices])
     run = tiny(**FLOAT, **changes)
-    inputs = read_inputs(run)
+    inputs = read_inputs(run, jax.devices()[:devices])
     found = parity.measure(run, inputs, sharp(inputs.model_config), 2)
     assert parity.default_limit(run, inputs) == 1e-5 and parity.failure(found, 1e-5) == ""
     assert (
@@ -68,7 +67,7 @@ def test_an_exact_engine_passes_the_gate(changes, devices, monkeypatch):
 def test_scoring_puts_every_completion_back_in_its_place():
     """Against the forward pass, one sequence at a time; the packing's seed and size change nothing."""
     run = tiny()
-    inputs = read_inputs(run)
+    inputs = read_inputs(run, ONE_DEVICE)
     policy = sharp(inputs.model_config)
     score = parity.scorer(run, inputs)
     out = sampled(run, inputs, policy)
@@ -171,7 +170,7 @@ def test_what_the_gate_refuses(found, limit, says):
 )
 def test_only_an_exact_engine_has_a_limit_of_its_own(changes):
     run = tiny(**changes)
-    assert parity.default_limit(run, read_inputs(run)) is None
+    assert parity.default_limit(run, read_inputs(run, ONE_DEVICE)) is None
 
 
 def test_the_command(tmp_path, capsys, folder):
@@ -180,9 +179,7 @@ def test_the_command(tmp_path, capsys, folder):
     """
     named = {"model.folder": folder}
     assert (
-        cli.main(
-            command("parity", tmp_path / "run", "--batches", "2", "--max-error", "1e-5", **named)
-        )
+        dcmdp(command("parity", tmp_path / "run", "--batches", "2", "--max-error", "1e-5", **named))
         == 1
     )
     seen = capsys.readouterr()
@@ -200,7 +197,7 @@ def test_the_command(tmp_path, capsys, folder):
     assert record["precision"]["weights"] == "int4" and record["sampling"]["temperature"] == 0.8
     assert record["positions"]["all"]["logp_diff_max"] > 1e-2
     assert record["suggested_tolerance"] > record["floor"] > record["tolerance"] == 0.004
-    assert cli.main(command("parity", tmp_path / "run", "--batches", "2", **FLOAT, **named)) == 0
+    assert dcmdp(command("parity", tmp_path / "run", "--batches", "2", **FLOAT, **named)) == 0
     record = json.loads((tmp_path / "run" / "parity.json").read_text())
     assert record["max_error"] == 1e-5 and record["passed"] is True
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["parity.json"]
@@ -215,14 +212,14 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
 
 
 def test_one_batch_is_refused(tmp_path, capsys):
-    assert cli.main(command("parity", tmp_path, "--batches", "1")) == 2
+    assert dcmdp(command("parity", tmp_path, "--batches", "1")) == 2
     assert capsys.readouterr().err == "dcmdp: --batches 1 gives no standard error; take 2 or more\n"
 
 
 def test_the_newest_checkpoint_is_what_the_next_batch_is_sampled_from(tmp_path):
     run = tiny(**{"rollout.staleness": 1})
     following = make_run(tmp_path, run, (1, 2))
-    inputs = read_inputs(run)
+    inputs = read_inputs(run, ONE_DEVICE)
     unfinished = tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp"
     unfinished.mkdir()
     found = parity.load(run, inputs, tmp_path)
@@ -233,13 +230,13 @@ def test_the_newest_checkpoint_is_what_the_next_batch_is_sampled_from(tmp_path):
     assert all((leaf == 1).all() for leaf in jax.tree.leaves(found.params))
     np.testing.assert_array_equal(next(inputs.prompts).tokens, following.tokens)
     with pytest.raises(ValueError, match="do not fit"):
-        parity.load(tiny(), read_inputs(tiny()), tmp_path)
+        parity.load(tiny(), read_inputs(tiny(), ONE_DEVICE), tmp_path)
 
 
 def test_without_a_run_the_folder_is_looked_at_and_else_random_weights(tmp_path, folder):
     run = tiny(**{"model.folder": folder})
-    loaded = parity.load(run, read_inputs(run), tmp_path)
+    loaded = parity.load(run, read_inputs(run, ONE_DEVICE), tmp_path)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, sharp(run.model.architecture).params)
     assert loaded.origin == folder
-    assert "random weights" in parity.load(tiny(), read_inputs(tiny()), tmp_path).origin
+    assert "random weights" in parity.load(tiny(), read_inputs(tiny(), ONE_DEVICE), tmp_path).origin
     assert not any(tmp_path.iterdir())

@@ -6,14 +6,17 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import sharding, starting, step, sync, train
-from dcmdp_jax.batches import make_engine
-from dcmdp_jax.checkpoint import Checkpoints
+from dcmdp_jax import metrics, starting, step
+from dcmdp_jax import train as loop
+from dcmdp_jax.batches import Batches
 from dcmdp_jax.inputs import read_inputs
-from support.training import assert_same_run, rows, tiny
+from dcmdp_jax.rollout.jetstream import JetStreamSampler
+from dcmdp_jax.seeds import Stream
+from support.training import assert_same_run, rows, saved, tiny, train
 
 pytestmark = pytest.mark.full
 
+DEVICES = jax.devices()[:3]  # one trains, two sample
 STALE = {
     "rollout.precision.weights": "float32",
     "rollout.staleness": 2,
@@ -26,7 +29,7 @@ STALE = {
 
 
 def even(example, text):
-    """A reward that a policy of noise earns now and then."""
+    """A reward that random weights earn now and then."""
     return float(sum(map(ord, text)) % 2 == 0)
 
 
@@ -35,82 +38,82 @@ def run_of(steps):
     return dataclasses.replace(run, data=dataclasses.replace(run.data, verifier=even))
 
 
-@pytest.fixture(autouse=True)
-def three_devices(monkeypatch):
-    """One trains, two sample."""
-    devices = jax.devices()[:3]
-    monkeypatch.setattr(sharding.jax, "devices", lambda *args: devices)
-
-
-def test_stale_rollouts_are_split_from_numerics_and_resume_exactly(tmp_path, monkeypatch):
-    """The engine is exact, so delta stays at round-off however old the weights are; what the age
-    adds is told apart.
-    """
-    versions = []
-    train_rollout = train.rollout
-    monkeypatch.setattr(
-        train,
-        "rollout",
-        lambda *args, **kw: versions.append(out := train_rollout(*args, **kw)) or out,
-    )
-    train.train(run_of(4), tmp_path / "whole")
-    seen = [
-        sorted({*out.version[np.arange(out.tokens.shape[1]) < out.lengths[:, None]].tolist()})
-        for out in versions
-    ]
-    assert seen == [[0], [0], [0], [1]]
-    logged = rows(tmp_path / "whole")
-    assert all(row["delta_mean"] < 1e-5 and row["gap_numerics"] < 1e-4 for row in logged)
-    assert logged[0]["gap_staleness"] == 0 and all(
-        row["gap_staleness"] > 1e-3 for row in logged[1:]
-    )
-
-    train.train(run_of(2), tmp_path / "parts")
-    train.train(run_of(4), tmp_path / "parts")
-    assert_same_run(tmp_path / "whole", tmp_path / "parts", run_of(4))
-
-
-def test_sampling_ahead_changes_nothing_but_the_order(tmp_path, monkeypatch):
-    """The next batch is sampled before the update's metrics are read; a loop that waits for each
-    update gets the same.
-    """
-    run = run_of(4)
+@pytest.fixture(scope="module")
+def four_steps(tmp_path_factory):
+    """The folder of a run of four steps, its rollouts, and the order of rollouts and rows."""
+    workdir = tmp_path_factory.mktemp("four")
+    rollouts = []
     order = []
-    inner = train.rollout
-    write = train.metrics.Log.write
-    monkeypatch.setattr(
-        train, "rollout", lambda *args, **kw: order.append("sample") or inner(*args, **kw)
-    )
-    monkeypatch.setattr(
-        train.metrics.Log, "write", lambda log, *row: order.append("read") or write(log, *row)
-    )
-    train.train(run, tmp_path)
-    assert order == ["sample", "sample", "read", "sample", "read", "sample", "read", "read"]
+    sample = JetStreamSampler.sample
+    write = metrics.Log.write
 
-    inputs = read_inputs(run)
+    def recorded(*args, **options):
+        order.append("sample")
+        rollouts.append(sample(*args, **options))
+        return rollouts[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JetStreamSampler, "sample", recorded)
+        patch.setattr(
+            metrics.Log, "write", lambda log, *row: order.append("row") or write(log, *row)
+        )
+        train(run_of(4), workdir, DEVICES)
+    return workdir, rollouts, order
+
+
+def test_a_rollout_is_sampled_from_weights_two_steps_old(four_steps):
+    versions = [
+        set(out.version[np.arange(out.tokens.shape[1]) < out.lengths[:, None]].tolist())
+        for out in four_steps[1]
+    ]
+    assert versions == [{0}, {0}, {0}, {1}]
+
+
+def test_an_exact_engine_has_no_discrepancy_however_old_its_weights(four_steps):
+    for row in rows(four_steps[0]):
+        assert row["delta_mean"] < 1e-5 and row["gap_numerics"] < 1e-4
+
+
+def test_what_age_adds_to_the_gap_has_a_metric_of_its_own(four_steps):
+    first, *later = (row["gap_staleness"] for row in rows(four_steps[0]))
+    assert first == 0 and min(later) > 1e-3
+
+
+def test_a_run_with_stale_rollouts_resumes_bit_for_bit(four_steps, tmp_path):
+    train(run_of(2), tmp_path, DEVICES)
+    train(run_of(4), tmp_path, DEVICES)
+    assert_same_run(four_steps[0], tmp_path, run_of(4), DEVICES)
+
+
+def test_the_next_batch_is_sampled_before_the_update_is_read(four_steps):
+    expected = ["sample", "sample", "row", "sample", "row", "sample", "row", "row"]
+    assert four_steps[2] == expected
+
+
+def test_a_loop_that_waits_for_each_update_gets_the_same(four_steps, tmp_path):
+    run = run_of(4)
+    inputs = read_inputs(run, DEVICES)
     state = starting.first_state(run, inputs, tmp_path, lambda: False)
     update = step.compile(run, inputs.model_config, inputs.mesh)
-    engine = make_engine(run, inputs)
-    to_engine = sync.converter(inputs.model_config, run.rollout.precision, inputs.decode_mesh)
-    for row in rows(tmp_path):
-        policy = to_engine(*step.sampled_from(state))
-        collected = train._collect(run, inputs, engine, lambda: False, policy, int(state.step))
-        state, values = jax.block_until_ready(update(state, collected.batch))
-        sampled = {"tokens": collected.tokens, "truncated": collected.truncated}
+    batches = Batches(run, inputs, state, lambda: False)
+    for row in rows(four_steps[0]):
+        params, version = step.sampled_from(state)
+        batches.sampler.update_weights(params, int(version))
+        batch = batches.collect(Stream.ROLLOUT, int(state.step))
+        state, values = jax.block_until_ready(update(state, batch.packed))
         numbers = {name: x.item() for name, x in values.items() if name in row}
-        assert row == {"step": int(state.step)} | sampled | numbers
+        assert row == {"step": int(state.step)} | batch.metrics | numbers
 
 
-def test_the_state_holds_the_last_parameters_oldest_first(tmp_path):
-    run = run_of(3)
-    inputs = read_inputs(run)
+def test_training_and_sampling_share_no_device():
+    inputs = read_inputs(run_of(1), DEVICES)
     assert not set(inputs.mesh.devices.flat) & set(inputs.decode_mesh.devices.flat)
-    train.train(run, tmp_path)
-    saved = Checkpoints(tmp_path, 2)
-    state = starting.restore(saved, run, inputs)
-    saved.close()
+
+
+def test_the_state_holds_the_last_parameters_oldest_first(four_steps):
+    state, _ = saved(four_steps[0], run_of(4), DEVICES)
     params, version = step.sampled_from(state)
-    assert len(state.stale) == 2 and int(version) == 1 and params is state.stale[0]
+    assert len(state.stale) == 2 and int(version) == 2 and params is state.stale[0]
     distance = [
         sum(
             float(abs(a - b).sum())
@@ -137,5 +140,5 @@ def test_the_state_holds_the_last_parameters_oldest_first(tmp_path):
 )
 def test_what_cannot_work_is_refused_before_anything_is_compiled(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        train.prepare(tiny(steps=1, **(STALE | changes)), tmp_path / "run")
+        loop.prepare(tiny(steps=1, **(STALE | changes)), tmp_path / "run", DEVICES)
     assert not (tmp_path / "run").exists()

@@ -13,35 +13,36 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dcmdp_jax import (
     checkpoint,
-    cli,
     data,
     metrics,
     run_folder,
     starting,
-    step,
     stopping,
+    sync,
     tasks,
-    train,
 )
 from dcmdp_jax.experiment import load_experiment
 from dcmdp_jax.inputs import read_inputs
 from dcmdp_jax.models import weights
+from dcmdp_jax.rollout.jetstream import JetStreamSampler
 from support.training import (
+    ONE_DEVICE,
     QUICKSTART,
     assert_same_run,
     command,
+    dcmdp,
     rows,
     saved,
     tiny,
+    train,
 )
 
-pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.full]
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture
@@ -67,20 +68,19 @@ def test_resumed_equals_uninterrupted(tmp_path, problems):
     """
     long = tiny(steps=10, **{"data.path": problems})
     short = tiny(steps=5, **{"data.path": problems})
-    train.train(long, tmp_path / "whole")
-    train.train(short, tmp_path / "parts")
-    train.train(long, tmp_path / "parts")
+    train(long, tmp_path / "whole")
+    train(short, tmp_path / "parts")
+    train(long, tmp_path / "parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts", long)
     assert [row["step"] for row in rows(tmp_path / "parts")] == list(range(1, 11))
     asked = data.prompt_batches(
         data.read(problems),
-        read_inputs(long).tokenizer,
+        read_inputs(long, ONE_DEVICE).tokenizer,
         batch_size=4,
         max_prompt_tokens=6,
         seed=0,
     )
     assert len({example.prompt for _ in range(4) for example in next(asked).examples}) > 10
-    assert (tmp_path / "parts" / "report.html").is_file()
 
 
 @pytest.mark.slow
@@ -108,33 +108,33 @@ def test_interruption_saves_and_says_how_to_resume(tmp_path, capsys, monkeypatch
     """A signal during the rollout of step 3: two steps are saved, the third's prompts are asked
     again.
     """
-    rollout = train.rollout
+    sample = JetStreamSampler.sample
     calls = []
 
     def interrupted(*args, **kwargs):
         calls.append(None)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return rollout(*args, **kwargs)
+        return sample(*args, **kwargs)
 
-    monkeypatch.setattr(train, "rollout", interrupted)
-    assert cli.main(command(tmp_path / "a", steps=6)) == 130
+    monkeypatch.setattr(JetStreamSampler, "sample", interrupted)
+    assert dcmdp(command(tmp_path / "a", steps=6)) == 130
     out = capsys.readouterr().out
     assert (
         "stopped after step 2 of 6" in out
         and f"dcmdp train {QUICKSTART} --workdir {tmp_path / 'a'}" in out
     )
     assert saved(tmp_path / "a", tiny(steps=6))[0].step == 2
-    monkeypatch.setattr(train, "rollout", rollout)
-    assert cli.main(["train", QUICKSTART, "--workdir", str(tmp_path / "a")]) == 0, (
+    monkeypatch.setattr(JetStreamSampler, "sample", sample)
+    assert dcmdp(["train", QUICKSTART, "--workdir", str(tmp_path / "a")]) == 0, (
         "the folder remembers its options"
     )
-    train.train(tiny(steps=6), tmp_path / "b")
+    train(tiny(steps=6), tmp_path / "b")
     assert_same_run(tmp_path / "a", tmp_path / "b", tiny(steps=6))
 
 
 def test_rows_hold_what_others_read(tmp_path):
-    train.train(tiny(steps=3, **{"eval.every": 2}), tmp_path)
+    train(tiny(steps=3, **{"eval.every": 2}), tmp_path)
     read = rows(tmp_path)
     assert [row["step"] for row in read] == [1, 2, 3]
     for row in read:
@@ -187,7 +187,7 @@ CUT = {"rollout.top_p": 0.9, "rollout.top_k": 5, "rollout.min_p": 0.05}
     ids=["dense", "cut supports", "moe that replays"],
 )
 def test_a_float32_engine_has_no_discrepancy(tmp_path, changes):
-    train.train(
+    train(
         tiny(steps=2, **{"rollout.precision.weights": "float32", "eval.every": 1}, **changes),
         tmp_path,
     )
@@ -197,10 +197,10 @@ def test_a_float32_engine_has_no_discrepancy(tmp_path, changes):
 
 
 def test_a_finished_run_stays_finished_and_can_go_on(tmp_path, capsys):
-    assert cli.main(command(tmp_path, steps=2)) == 0
+    assert dcmdp(command(tmp_path, steps=2)) == 0
     before = rows(tmp_path)
-    assert cli.main(command(tmp_path, steps=2)) == 0 and rows(tmp_path) == before
-    assert cli.main(["train", QUICKSTART, "--workdir", str(tmp_path), "--steps", "3"]) == 0
+    assert dcmdp(command(tmp_path, steps=2)) == 0 and rows(tmp_path) == before
+    assert dcmdp(["train", QUICKSTART, "--workdir", str(tmp_path), "--steps", "3"]) == 0
     assert rows(tmp_path)[:2] == before and len(rows(tmp_path)) == 3
     err = capsys.readouterr().err
     assert (
@@ -209,19 +209,19 @@ def test_a_finished_run_stays_finished_and_can_go_on(tmp_path, capsys):
         and "steps=3" not in err
     )
     out = tmp_path / "out"
-    assert cli.main(["convert", QUICKSTART, str(out), "--workdir", str(tmp_path)]) == 0
+    assert dcmdp(["convert", QUICKSTART, str(out), "--workdir", str(tmp_path)]) == 0
     capsys.readouterr()
-    assert cli.main(["generate", str(out), "3+5*2=", "--max-tokens", "4"]) == 0
+    assert dcmdp(["generate", str(out), "3+5*2=", "--max-tokens", "4"]) == 0
     assert "3+5*2=\n  -> " in capsys.readouterr().out, "the folder brings its characters along"
 
 
 def test_a_run_is_converted_where_its_meshes_do_not_fit(tmp_path):
     """On one device, with eight that train over experts and four that sample by tensor."""
-    state = train.train(tiny(steps=1), tmp_path)
+    state = train(tiny(steps=1), tmp_path)
     out = tmp_path / "out"
     meshes = "--mesh.expert 8 --mesh.fsdp 2 --rollout.devices -1 --rollout.mesh.tensor 4"
     words = ["convert", QUICKSTART, str(out), "--workdir", str(tmp_path), *meshes.split()]
-    assert cli.main(words) == 0
+    assert dcmdp(words) == 0
     _, params = weights.load(str(out))
     jax.tree.map(np.testing.assert_array_equal, params, state.params)
 
@@ -245,13 +245,13 @@ def test_a_run_that_makes_no_update_stops_with_a_sentence_and_is_saved(tmp_path,
     workdir = tmp_path / "run"
     experiment.write_text(NEVER_FINITE.format(quickstart=QUICKSTART))
     words = ["train", str(experiment), *command(workdir, steps=9)[2:], "--algorithm.max_skipped=2"]
-    assert cli.main(words) == 1
+    assert dcmdp(words) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("dcmdp: the loss is not finite, and the last 2 steps made no update (")
     assert said.endswith(f"Everything up to step 2 is saved in {workdir}")
     assert [row["skipped"] for row in rows(workdir)] == [2, 4]
     assert checkpoint.steps(workdir) == [0, 2]
-    assert cli.main([*words[:-1], "--algorithm.max_skipped=0", "--steps=5"]) == 0, "0 goes on"
+    assert dcmdp([*words[:-1], "--algorithm.max_skipped=0", "--steps=5"]) == 0, "0 goes on"
     assert [row["skipped"] for row in rows(workdir)] == [2, 4, 6, 8, 10]
     assert "Nothing was learnt: every update was left out." in (workdir / "report.html").read_text()
 
@@ -263,50 +263,23 @@ def test_weights_that_are_not_finite_are_named_before_the_first_step(tmp_path, m
         params = start(*args)
         return params | {"final_norm": params["final_norm"].at[0].set(np.nan)}
 
-    monkeypatch.setattr(train, "starting_weights", damaged)
+    monkeypatch.setattr(starting, "starting_weights", damaged)
     with pytest.raises(
         stopping.Failed, match="^the weight final_norm is not finite before the first step"
     ):
-        train.train(tiny(**{"warmup.steps": 0}), tmp_path)
+        train(tiny(**{"warmup.steps": 0}), tmp_path)
     assert not checkpoint.steps(tmp_path)
 
 
-def coupled(logp, old_logp, rollout_logp, advantage, mask):
-    """All tokens weigh as much as the squared gaps of the whole batch."""
-    gaps = jnp.where(mask, jax.lax.stop_gradient(logp) - rollout_logp, 0.0)
-    return -logp * jnp.mean(gaps**2), mask
-
-
-@pytest.mark.slow
-def test_a_surrogate_that_weighs_microbatches_stops_the_run(tmp_path, monkeypatch):
-    """And the run goes on in one microbatch, equal to one that never had more."""
-
-    def with_parts(**changes):
-        run = tiny(**{"algorithm.minibatches": 1, "steps": 3} | changes)
-        algorithm = dataclasses.replace(run.algorithm, surrogate=coupled)
-        return dataclasses.replace(run, algorithm=algorithm)
-
-    monkeypatch.setattr(step, "_judged_apart", lambda config: True)
-    said = "weighs microbatches against each other .*; set algorithm.microbatches=1. Everything up"
-    with pytest.raises(stopping.Failed, match=said):
-        train.train(with_parts(**{"algorithm.microbatches": 4}), tmp_path / "parts")
-    train.train(with_parts(), tmp_path / "parts")
-    train.train(with_parts(), tmp_path / "whole")
-    assert len(rows(tmp_path / "whole")) == 3
-    for one, two in zip(rows(tmp_path / "parts"), rows(tmp_path / "whole")):
-        assert one == pytest.approx(two, rel=1e-4, abs=1e-6)
-
-
 def test_interruption_in_the_warm_up_says_so(tmp_path, capsys, monkeypatch):
-    supervised = train.warmup.data.supervised_batch
+    supervised = data.supervised_batch
     monkeypatch.setattr(
-        train.warmup.data,
+        data,
         "supervised_batch",
         lambda *args: os.kill(os.getpid(), signal.SIGINT) or supervised(*args),
     )
-    monkeypatch.setattr(train.warmup, "STEPS_PER_DISPATCH", 1)
-    assert cli.main(command(tmp_path, steps=1)) == 130
-    assert "stopped in the warm-up, at step 1 of 2; it starts anew" in capsys.readouterr().out
+    assert dcmdp(command(tmp_path, steps=1, **{"warmup.steps": 60})) == 130
+    assert "stopped in the warm-up, at step 50 of 60; it starts anew" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -338,14 +311,14 @@ def test_interruption_in_the_warm_up_says_so(tmp_path, capsys, monkeypatch):
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, changes, message):
-    assert cli.main(command(tmp_path / "run", **changes)) == 2
+    assert dcmdp(command(tmp_path / "run", **changes)) == 2
     err = capsys.readouterr().err.strip()
     assert message in err and err.startswith("dcmdp: ") and "\n" not in err
     assert not (tmp_path / "run").exists()
 
 
 def test_fields_are_listed(capsys):
-    assert cli.main(["train", QUICKSTART, "--fields", "--constraint.tolerance", "0.5"]) == 0
+    assert dcmdp(["train", QUICKSTART, "--fields", "--constraint.tolerance", "0.5"]) == 0
     out = capsys.readouterr().out
     assert "--constraint.tolerance 0.5  (float)" in out and "--data.task.operations 5  (int)" in out
 
@@ -381,7 +354,7 @@ def test_a_verifier_that_fails_leaves_every_step_before_saved(
     """The batch of step 4 cannot be judged; the run goes on from step 3 as if nothing had been."""
     changes = {"steps": 5, "checkpoint.every": 0, "rollout.staleness": staleness}
     right = broken_from(3 * 16 + 2, monkeypatch, lambda: 1 / 0)
-    assert cli.main(command(tmp_path / "a", **changes)) == 1
+    assert dcmdp(command(tmp_path / "a", **changes)) == 1
     out, err = capsys.readouterr()
     assert "the state after step 3 is saved" in out
     said = err.splitlines()[-1]
@@ -391,8 +364,8 @@ def test_a_verifier_that_fails_leaves_every_step_before_saved(
     )
     assert "Traceback" not in err
     monkeypatch.setattr(tasks.Chain, "reward", right)
-    assert cli.main(["train", QUICKSTART, "--workdir", str(tmp_path / "a")]) == 0
-    train.train(tiny(**changes), tmp_path / "b")
+    assert dcmdp(["train", QUICKSTART, "--workdir", str(tmp_path / "a")]) == 0
+    train(tiny(**changes), tmp_path / "b")
     assert_same_run(tmp_path / "a", tmp_path / "b", tiny(**changes))
 
 
@@ -403,34 +376,33 @@ def test_a_verifier_that_hangs_is_left_and_its_batch_asked_again(tmp_path, monke
 
     right = broken_from(16 + 3, monkeypatch, hang)
     began = time.monotonic()
-    assert cli.main(command(tmp_path / "a", steps=2)) == 130
+    assert dcmdp(command(tmp_path / "a", steps=2)) == 130
     assert time.monotonic() - began < 300
     assert "stopped after step 1 of 2; everything is saved" in capsys.readouterr().out
     monkeypatch.setattr(tasks.Chain, "reward", right)
-    assert cli.main(["train", QUICKSTART, "--workdir", str(tmp_path / "a")]) == 0
-    train.train(tiny(steps=2), tmp_path / "b")
+    assert dcmdp(["train", QUICKSTART, "--workdir", str(tmp_path / "a")]) == 0
+    train(tiny(steps=2), tmp_path / "b")
     assert_same_run(tmp_path / "a", tmp_path / "b", tiny(steps=2))
 
 
 def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(tmp_path, capsys):
     changes = {"steps": 4, "checkpoint.every": 2}
-    train.train(tiny(**changes), tmp_path / "a")
+    train(tiny(**changes), tmp_path / "a")
     newest = tmp_path / "a" / "checkpoints" / "4" / "state"
     for file in newest.rglob("d/*"):
         file.write_bytes(bytes(file.stat().st_size))
     assert (
-        cli.main(["convert", QUICKSTART, str(tmp_path / "out"), "--workdir", str(tmp_path / "a")])
-        == 0
+        dcmdp(["convert", QUICKSTART, str(tmp_path / "out"), "--workdir", str(tmp_path / "a")]) == 0
     )
     assert f"wrote step 2 to {tmp_path / 'out'}" in capsys.readouterr().out
-    assert cli.main(["train", QUICKSTART, "--workdir", str(tmp_path / "a")]) == 0
+    assert dcmdp(["train", QUICKSTART, "--workdir", str(tmp_path / "a")]) == 0
     err = capsys.readouterr().err
     assert "checkpoint 4 in" in err and "going on from checkpoint 2" in err
-    train.train(tiny(**changes), tmp_path / "b")
+    train(tiny(**changes), tmp_path / "b")
     assert_same_run(tmp_path / "a", tmp_path / "b", tiny(**changes))
     for folder in (tmp_path / "a" / "checkpoints").glob("[0-9]"):
         shutil.rmtree(folder / "state")
-    assert cli.main(["train", QUICKSTART, "--workdir", str(tmp_path / "a")]) == 2
+    assert dcmdp(["train", QUICKSTART, "--workdir", str(tmp_path / "a")]) == 2
     assert "dcmdp: no checkpoint in" in capsys.readouterr().err and len(rows(tmp_path / "a")) == 4
 
 
@@ -482,7 +454,7 @@ def test_a_damaged_record_is_named_with_its_remedy(tmp_path, capsys, content):
     (tmp_path / "checkpoints" / "0").mkdir(parents=True)
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    assert cli.main(command(tmp_path)) == 2
+    assert dcmdp(command(tmp_path)) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"dcmdp: {tmp_path / 'config.json'} ") and "put a copy back" in err
     assert err.count("\n") == 1
@@ -490,7 +462,7 @@ def test_a_damaged_record_is_named_with_its_remedy(tmp_path, capsys, content):
 
 def test_an_absent_logger_is_refused_before_there_is_a_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert cli.main(command(tmp_path / "run", wandb="yes")) == 2
+    assert dcmdp(command(tmp_path / "run", wandb="yes")) == 2
     assert (
         capsys.readouterr().err == "dcmdp: wandb=True needs wandb; pip install wandb\n"
         and not (tmp_path / "run").exists()
@@ -498,7 +470,7 @@ def test_an_absent_logger_is_refused_before_there_is_a_folder(tmp_path, capsys, 
 
 
 def test_rows_of_a_run_without_its_checkpoints_are_kept(tmp_path):
-    train.train(tiny(steps=2, **{"eval.every": 1}), tmp_path)
+    train(tiny(steps=2, **{"eval.every": 1}), tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "gaps.jsonl")}
     shutil.rmtree(tmp_path / "checkpoints")
     run_folder.claim(tmp_path, tiny(steps=2)).close()
@@ -548,13 +520,13 @@ def test_two_runs_cannot_share_a_folder_and_a_second_ctrl_c_and_closed_streams_c
             stderr=full,
         )
     assert whole.returncode == 0 and (tmp_path / "a" / "report.html").is_file()
-    train.train(tiny(steps=steps), tmp_path / "b")
+    train(tiny(steps=steps), tmp_path / "b")
     assert_same_run(tmp_path / "a", tmp_path / "b", tiny(steps=steps))
 
 
 def test_a_step_that_leaves_a_weight_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
     """The last checkpoint stays the newest, also where it is the last step that overflows."""
-    make = train.sync.converter
+    make = sync.converter
 
     def overflowing(*arguments):
         def to_engine(params, version):
@@ -563,11 +535,11 @@ def test_a_step_that_leaves_a_weight_that_is_not_finite_is_not_saved(tmp_path, m
 
         return to_engine
 
-    monkeypatch.setattr(train.sync, "converter", overflowing)
+    monkeypatch.setattr(sync, "converter", overflowing)
     run = tiny(steps=2, **{"checkpoint.every": 1})
     with pytest.raises(
         stopping.Failed,
         match="^a weight of the engine is not finite after step 2, which is not saved",
     ):
-        train.train(run, tmp_path)
+        train(run, tmp_path)
     assert checkpoint.steps(tmp_path) == [0, 1] and len(rows(tmp_path)) == 1

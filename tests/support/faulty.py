@@ -9,14 +9,15 @@ import pathlib
 import sys
 import time
 
-from dcmdp_jax import checkpoint, cli, metrics, rewards, step, sync, train, warmup
+from dcmdp_jax import checkpoint, cli, metrics, rewards, step, sync, warmup
 from dcmdp_jax.evaluation import held_out
 from dcmdp_jax.report import run_page
+from dcmdp_jax.rollout.jetstream import JetStreamSampler
 
 # Where a phase is entered; of `update` and `sync` what these functions make is what is called.
 ENTRIES = {
     "warm-up": (warmup, "run"),
-    "rollout": (train, "rollout"),
+    "rollout": (JetStreamSampler, "sample"),
     "reward": (rewards, "score"),
     "update": (step, "compile"),
     "sync": (sync, "converter"),

@@ -57,7 +57,7 @@ def make_run(workdir, run, steps):
     """Checkpoints as a run leaves them: parameters are the step's number, stale ones the last but
     one's.
     """
-    inputs = read_inputs(run)
+    inputs = read_inputs(run, training.ONE_DEVICE)
     state = jax.jit(
         lambda: step.init_state(run, decoder.init(jax.random.key(0), inputs.model_config))
     )()

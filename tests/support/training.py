@@ -6,11 +6,13 @@ import pathlib
 import jax
 import numpy as np
 
-from dcmdp_jax import starting
+from dcmdp_jax import cli, starting
+from dcmdp_jax import train as loop
 from dcmdp_jax.checkpoint import Checkpoints
 from dcmdp_jax.experiment import load_experiment, override
 from dcmdp_jax.inputs import read_inputs
 
+ONE_DEVICE = jax.devices()[:1]  # so that a step compiles quickly
 QUICKSTART = str(pathlib.Path(__file__).parents[2] / "experiments" / "quickstart.py")
 TINY = {
     "model.architecture.hidden_size": 16,
@@ -67,16 +69,27 @@ def rows(workdir):
     ]
 
 
-def saved(workdir, run):
-    """Everything in the newest checkpoint, as NumPy."""
-    inputs = read_inputs(run)
+def train(run, workdir, devices=ONE_DEVICE):
+    return loop.train(run, workdir, devices)
+
+
+def dcmdp(words, devices=ONE_DEVICE):
+    """The status of the command line with these words."""
+    return cli.main(words, devices)
+
+
+def saved(workdir, run, devices=ONE_DEVICE):
+    """Everything in the newest checkpoint, as NumPy, and the position of the prompts."""
+    inputs = read_inputs(run, devices)
     checkpoints = Checkpoints(workdir, 2)
     state = starting.restore(checkpoints, run, inputs)
     checkpoints.close()
     return jax.device_get(state), inputs.prompts.get_state()
 
 
-def assert_same_run(one, two, run):
-    (a, a_data), (b, b_data) = saved(one, run), saved(two, run)
+def assert_same_run(one, two, run, devices=ONE_DEVICE):
+    a, a_position = saved(one, run, devices)
+    b, b_position = saved(two, run, devices)
     jax.tree.map(np.testing.assert_array_equal, a, b)
-    assert a_data == b_data and rows(one) == rows(two)
+    assert a_position == b_position
+    assert rows(one) == rows(two)
