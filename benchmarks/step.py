@@ -132,7 +132,7 @@ def completions() -> Scored:
         "kept": np.ones((COUNT, NEW), np.float32),
         "sampling": Sampling(),
     }
-    return Scored(Rollout(**made), rng.normal(size=COUNT).astype(np.float32), ("",) * COUNT)
+    return Scored(Rollout(**made), rng.normal(size=COUNT).astype(np.float32))
 
 
 def experiment(model: ModelConfig, microbatches: int) -> Config:

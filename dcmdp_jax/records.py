@@ -200,7 +200,6 @@ class Scored(NamedTuple):
 
     rollout: Rollout
     reward: np.ndarray  # [N] float32
-    text: tuple[str, ...]  # N decoded completions, stop token left out
 
 
 class Batch(NamedTuple):

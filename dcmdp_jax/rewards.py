@@ -73,17 +73,18 @@ def score(
     """
     examples = rollout.prompts.examples
     samples = len(rollout.tokens) // len(examples)
-    text = tuple(
-        decode(ids[:length].tolist()) for ids, length in zip(rollout.tokens, rollout.text_lengths)
-    )
-    reward = np.zeros(len(text), np.float32)
+    texts = [
+        decode(ids[:length].tolist()) if stopped else ""
+        for ids, length, stopped in zip(rollout.tokens, rollout.text_lengths, rollout.stopped)
+    ]
+    reward = np.zeros(len(texts), np.float32)
     with stopping.interruptible(
         should_stop, lambda i: _slow(verifier, examples[i // samples], i)
     ) as calls:
-        for i, stopped in enumerate(rollout.stopped):
+        for i, text in enumerate(texts):
             calls.begin(i)
-            reward[i] = _reward(verifier, examples[i // samples], text[i] if stopped else "")
-    return Scored(rollout, reward, text)
+            reward[i] = _reward(verifier, examples[i // samples], text)
+    return Scored(rollout, reward)
 
 
 def _reward(verifier: Callable[[Example, str], float], example: Example, text: str) -> np.float32:

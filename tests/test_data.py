@@ -274,7 +274,7 @@ def completions(prompt_lengths, samples, lengths, seed=0):
     )
     rollout = make_rollout(prompts, tokens, told, logp, np.zeros(count, bool))
     assert count == len(asked) * samples
-    return Scored(rollout, rng.random(count).astype(np.float32), ("",) * count)
+    return Scored(rollout, rng.random(count).astype(np.float32))
 
 
 @st.composite

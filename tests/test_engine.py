@@ -178,7 +178,7 @@ def test_a_trainer_that_replays_the_experts_is_the_engine(model, precision, atol
         sampling=Sampling(0.8),
     )
     packed = data.pack(
-        Scored(out, np.zeros(len(out.tokens)), ()),
+        Scored(out, np.zeros(len(out.tokens))),
         minibatches=1,
         microbatches=1,
         row_length=2 * (1 + T),

@@ -2,14 +2,12 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax.experiment import load_experiment
+from dcmdp_jax.experiment import load_experiment, override
 from dcmdp_jax.run_folder import claim
 from support.training import QUICKSTART, assert_same_run, options, rows, train
-from dcmdp_jax.experiment import override
 
 pytestmark = pytest.mark.full
 
@@ -146,7 +144,9 @@ def test_completions_differ_from_each_other_and_depend_on_their_number(experimen
     )
     batch = sampler.sample(prompts, offset=0, **arguments)
     part = Prompts(prompts.tokens[2:], prompts.lengths[2:], prompts.examples[2:])
-    np.testing.assert_array_equal(sampler.sample(part, offset=4, **arguments).tokens, batch.tokens[4:])
+    np.testing.assert_array_equal(
+        sampler.sample(part, offset=4, **arguments).tokens, batch.tokens[4:]
+    )
     assert len({tuple(row) for row in batch.tokens.tolist()}) > 4
 
 

@@ -33,4 +33,4 @@ def test_the_values_are_part_of_every_run():
     assert [seed(0, stream) for stream in (Stream.PARAMETERS, Stream.PARITY)] == SEEDS
 
 
-SEEDS = None
+SEEDS = [4088532484, 1518520685]

@@ -220,7 +220,7 @@ def packed(ctx: Any) -> Batch:
         "kept": np.ones_like(given["old_logps"]),
         "lengths": given["mask"].sum(axis=1).astype(np.int32),
     }
-    scored = Scored(Rollout(**made), given["advantages"], ("",) * len(given["mask"]))
+    scored = Scored(Rollout(**made), given["advantages"])
     positions = given["prompt"].size + int(made["lengths"].sum())
     return data.pack(scored, minibatches=1, microbatches=1, row_length=-(-positions // 8) * 8)
 

@@ -149,7 +149,7 @@ def scorer(config: Config, inputs: Inputs) -> Score:
             else config.algorithm.microbatches
         )
         # rewards tell which completion went where
-        numbered = Scored(sampled, np.arange(count, dtype=np.float32), ())
+        numbered = Scored(sampled, np.arange(count, dtype=np.float32))
         batch = data.pack(
             numbered,
             minibatches=minibatches,

@@ -82,7 +82,7 @@ def make_scored(seed=0, reward=None):
         0.9,
     )
     reward = rng.integers(0, 2, B * G) if reward is None else reward
-    return Scored(rollout, np.asarray(reward, np.float32), ("",) * (B * G))
+    return Scored(rollout, np.asarray(reward, np.float32))
 
 
 def fresh_state(config, model, mesh):
