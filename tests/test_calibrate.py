@@ -3,6 +3,7 @@ with keys of its own.
 """
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -23,16 +24,20 @@ from support.training import ONE_DEVICE, QUICKSTART, dcmdp, rows, train
 pytestmark = pytest.mark.full
 
 
-@pytest.fixture
-def experiment(tmp_path):
-    """The quickstart with a tolerance that it measures, as a file."""
-    file = tmp_path / "experiment.py"
+def write_experiment(file):
+    """Writes the quickstart with a tolerance that it measures."""
     file.write_text(
         "from dcmdp_jax.config import Calibrated, with_tolerance\n"
         "from dcmdp_jax.experiment import load_experiment\n"
-        f"CONFIG = with_tolerance(load_experiment({QUICKSTART!r}), Calibrated(slack=0.5, batches=3))\n"
+        f"RUN = load_experiment({QUICKSTART!r})\n"
+        "CONFIG = with_tolerance(RUN, Calibrated(slack=0.5, batches=3))\n"
     )
     return str(file)
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    return write_experiment(tmp_path / "experiment.py")
 
 
 def words(**changes):
@@ -116,52 +121,51 @@ def test_a_run_stopped_while_it_measures_starts_anew(tmp_path, monkeypatch):
     assert used(tmp_path) == record(tmp_path)["tolerance"]
 
 
-def test_the_commands(tmp_path, experiment, capsys):
-    """`calibrate` prints the number that the run then uses; the run goes on without its options; a
-    number overrides.
-    """
-    assert dcmdp(["calibrate", experiment, "--workdir", str(tmp_path / "run"), *words()]) == 0
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    """An experiment that measures its tolerance, and the folder of its run of one step."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    experiment = write_experiment(folder / "experiment.py")
+    assert dcmdp(["train", experiment, "--workdir", str(folder / "run"), *words(steps=1)]) == 0
+    return experiment, folder / "run"
+
+
+def test_the_command_prints_the_number_that_a_run_then_uses(calibrated, tmp_path, capsys):
+    experiment, workdir = calibrated
+    assert dcmdp(["calibrate", experiment, "--workdir", str(tmp_path / "new"), *words()]) == 0
     out = capsys.readouterr().out
-    assert (
-        "\nrandom weights, after 2 steps of warm-up\nfloor of delta  " in out
-        and not (tmp_path / "run").exists()
-    )
-    assert dcmdp(["train", experiment, "--workdir", str(tmp_path / "run"), *words(steps=1)]) == 0
-    said = f"in the experiment: tolerance={used(tmp_path / 'run'):g}, or tolerance=Calibrated(slack=0.5)"
-    assert said in out and "\n".join(out.splitlines()[-3:-1]) in capsys.readouterr().out
+    assert "\nrandom weights, after 2 steps of warm-up\nfloor of delta  " in out
+    advice = f"tolerance={used(workdir):g}, or tolerance=Calibrated(slack=0.5)"
+    assert f"in the experiment: {advice}" in out
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_goes_on_with_its_tolerance_without_its_options(calibrated, tmp_path, capsys):
+    experiment, workdir = calibrated
+    shutil.copytree(workdir, tmp_path / "run")
     assert dcmdp(["train", experiment, "--workdir", str(tmp_path / "run"), "--steps", "2"]) == 0
-    said = capsys.readouterr().err
-    assert (
-        "goes on with its own" in said and f"constraint.tolerance={used(tmp_path / 'run')}" in said
-    )
-    assert (
-        dcmdp(["calibrate", experiment, "--workdir", str(tmp_path / "run"), "--batches", "2"]) == 0
-    )
+    err = capsys.readouterr().err
+    assert "goes on with its own" in err and f"constraint.tolerance={used(workdir)}" in err
+
+
+def test_the_command_measures_at_a_run_s_newest_checkpoint_with_its_slack(calibrated, capsys):
+    experiment, workdir = calibrated
+    assert dcmdp(["calibrate", experiment, "--workdir", str(workdir), "--batches", "2"]) == 0
     out = capsys.readouterr().out
-    assert (
-        out.startswith(f"checkpoint 2 of {tmp_path / 'run'}\n")
-        and "(2 batches at fixed weights)" in out
-    )
-    assert "Calibrated(slack=0.5)" in out, "the run's own slack"
-    assert (
-        dcmdp(
-            [
-                "train",
-                experiment,
-                "--workdir",
-                str(tmp_path / "given"),
-                "--constraint.tolerance",
-                "0.01",
-                *words(steps=1),
-            ]
-        )
-        == 0
-    )
-    assert used(tmp_path / "given") == 0.01 and not (tmp_path / "given" / calibrate.FILE).exists()
-    assert dcmdp(["calibrate", experiment, "--batches", "1"]) == 2
-    assert capsys.readouterr().err.endswith(
-        "dcmdp: --batches 1 and --slack 0.5 must be at least 2 and 0\n"
-    )
+    assert out.startswith(f"checkpoint 1 of {workdir}\n")
+    assert "(2 batches at fixed weights)" in out and "Calibrated(slack=0.5)" in out
+
+
+def test_a_tolerance_that_is_given_is_not_measured(calibrated, tmp_path):
+    given = ["--constraint.tolerance", "0.01", *words(steps=1)]
+    assert dcmdp(["train", calibrated[0], "--workdir", str(tmp_path), *given]) == 0
+    assert used(tmp_path) == 0.01 and not (tmp_path / calibrate.FILE).exists()
+
+
+def test_one_batch_is_refused(calibrated, capsys):
+    assert dcmdp(["calibrate", calibrated[0], "--batches", "1"]) == 2
+    expected = "dcmdp: --batches 1 and --slack 0.5 must be at least 2 and 0\n"
+    assert capsys.readouterr().err.endswith(expected)
 
 
 def test_a_measured_tolerance_is_set_by_field(experiment):

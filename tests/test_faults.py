@@ -15,7 +15,7 @@ Each entry: the fault, the target of its figure, the tests that hold it.
     this file.
  6. NaN in loss, gradient, weight, log-prob, reward, advantage. Target: parameters bit-unchanged,
     counted; the run ends after n skipped steps. Held by test_step:
-    non_finite_updates_are_skipped_and_counted; test_train:
+    non_finite_updates_are_skipped_and_counted; test_recovery:
     a_run_that_makes_no_update_stops_with_a_sentence_and_is_saved,
     weights_that_are_not_finite_are_named_before_the_first_step; test_rewards:
     a_reward_that_is_no_finite_number_is_refused_with_prompt_and_verifier.
@@ -34,7 +34,7 @@ Each entry: the fault, the target of its figure, the tests that hold it.
     advantage and gradient 0. Held by test_losses_contract: nothing_in_the_mask; test_step:
     nothing_to_learn_changes_nothing; test_losses_golden: all_masked.
 11. A mistyped option, a mesh that does not fit, a batch that does not divide. Target: one
-    sentence, nothing compiled, the nearest name. Held by test_train:
+    sentence, nothing compiled, the nearest name. Held by test_inputs:
     bad_input_is_one_sentence_and_leaves_nothing; test_config:
     bad_overrides_are_refused_in_one_sentence.
 12. Weight sync interrupted. Target: version not advanced, old weights serve. Held by test_driver:
@@ -58,7 +58,6 @@ Each entry: the fault, the target of its figure, the tests that hold it.
 """
 
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -69,15 +68,17 @@ import time
 
 import pytest
 
-from dcmdp_jax import checkpoint, rewards, step
+from dcmdp_jax import checkpoint, rewards, step, sync
 from dcmdp_jax.answers import judge
 from dcmdp_jax.inputs import read_inputs
 from dcmdp_jax.records import Example
-from dcmdp_jax.tools import parity
 from support.training import (
+    CHILD,
+    MAIN,
     ONE_DEVICE,
     QUICKSTART,
     assert_same_run,
+    child_environment,
     command,
     dcmdp,
     rows,
@@ -88,21 +89,13 @@ from support.training import (
 pytestmark = pytest.mark.full
 
 FAULTY = str(pathlib.Path(__file__).parent / "support" / "faulty.py")
-MAIN = "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"
-CHILD = (sys.executable, "-c", MAIN)
 # No file of this child may grow past a size, as none can on a full disk.
 FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})); "
 
 
-def environment() -> dict[str, str]:
-    """Children have one device, and see the package that this process sees."""
-    path = os.pathsep.join(filter(None, sys.path))
-    return os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
-
-
 def run(words, child=CHILD) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [*child, *words], env=environment(), capture_output=True, text=True, timeout=300
+        [*child, *words], env=child_environment(), capture_output=True, text=True, timeout=300
     )
 
 
@@ -113,7 +106,9 @@ def strike(
     note = folder / "struck"
     note.unlink(missing_ok=True)
     child = [sys.executable, FAULTY, phase, str(number), str(int(what)), str(note), *words]
-    done = subprocess.run(child, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        child, env=child_environment(), capture_output=True, text=True, timeout=300
+    )
     said = done.stdout + done.stderr
     assert note.exists(), f"the run did not come to {phase} for the {number}-th time\n{said}"
     return done.returncode, time.time() - float(note.read_text()), said
@@ -220,7 +215,7 @@ CONFIG = dataclasses.replace(BASE, data=dataclasses.replace(BASE.data, verifier=
     words[1] = experiment
     process = subprocess.Popen(
         [*CHILD, *words],
-        env=environment(),
+        env=child_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -246,27 +241,28 @@ def test_5_an_engine_whose_weights_are_one_step_old_does_not_pass_the_gate(
 ):
     """`dcmdp parity`, an engine that rounds nothing: k = 0 under 1e-5 nats, k = 1 over 1e-3."""
     exact = {"rollout.precision.weights": "float32", "checkpoint.every": 1, "warmup.steps": 100}
-    words = ["--batches", "2"]
-    assert dcmdp(command(tmp_path / "run", steps=2, **exact)) == 0
-    asked = ["parity", *command(tmp_path / "run", steps=2, **exact)[1:], *words]
-    worst = []
-    for age in (0, 1):
-        if age:
-            one = tiny(steps=2, **exact)
-            inputs = read_inputs(one, ONE_DEVICE)
-            like = step.abstract_state(one, inputs.model_config, inputs.mesh)
-            older, _ = checkpoint.read(tmp_path / "run", like, before=2)
-            make = parity.sync.converter
-            monkeypatch.setattr(
-                parity.sync,
-                "converter",
-                lambda *args: lambda _, version: make(*args)(older.params, version),
-            )
-        assert dcmdp(asked) == age
-        record = json.loads((tmp_path / "run" / "parity.json").read_text())
-        worst.append(record["positions"]["all"]["logp_diff_max"])
-    assert worst[0] <= 1e-5 < 1e-3 < worst[1]
+    workdir = tmp_path / "run"
+    assert dcmdp(command(workdir, steps=2, **exact)) == 0
+    gate = ["parity", *command(workdir, steps=2, **exact)[1:], "--batches", "2"]
+    assert dcmdp(gate) == 0 and worst_gap(workdir) <= 1e-5
+    run = tiny(steps=2, **exact)
+    inputs = read_inputs(run, ONE_DEVICE)
+    like = step.abstract_state(run, inputs.model_config, inputs.mesh)
+    older, _ = checkpoint.read(workdir, like, before=2)
+    converter = sync.converter
+    monkeypatch.setattr(
+        sync,
+        "converter",
+        lambda *args: lambda params, version: converter(*args)(older.params, version),
+    )
+    assert dcmdp(gate) == 1 and worst_gap(workdir) > 1e-3
     assert "exceeds the limit of 1e-05" in capsys.readouterr().err
+
+
+def worst_gap(workdir: pathlib.Path) -> float:
+    """The largest |log-prob difference| that `dcmdp parity` has written."""
+    record = json.loads((workdir / "parity.json").read_text())
+    return record["positions"]["all"]["logp_diff_max"]
 
 
 # ------------------------------------------------------------ 7: a damaged checkpoint

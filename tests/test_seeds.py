@@ -22,7 +22,7 @@ def test_runs_of_different_seeds_share_none():
 
 def test_seeds_have_32_bits():
     drawn = [seed(config, Stream.PROMPTS) for config in (*range(500), 2**32 - 1)]
-    assert 0 <= min(drawn) and 2**31 < max(drawn) < 2**32
+    assert min(drawn) >= 0 and 2**31 < max(drawn) < 2**32
     for bit in range(32):
         share = sum(value >> bit & 1 for value in drawn) / len(drawn)
         assert 0.4 < share < 0.6
@@ -30,7 +30,5 @@ def test_seeds_have_32_bits():
 
 def test_the_values_are_part_of_every_run():
     """A run that is resumed draws what it would have drawn, so these must not change."""
-    assert [seed(0, stream) for stream in (Stream.PARAMETERS, Stream.PARITY)] == SEEDS
-
-
-SEEDS = [4088532484, 1518520685]
+    assert seed(0, Stream.PARAMETERS) == 4088532484
+    assert seed(0, Stream.PARITY, 0) == 1518520685

@@ -1,7 +1,11 @@
 """A tiny quickstart, as a configuration and as a command, and readers of what its run leaves."""
 
+import dataclasses
 import json
+import os
 import pathlib
+import sys
+import time
 
 import jax
 import numpy as np
@@ -12,6 +16,8 @@ from dcmdp_jax.checkpoint import Checkpoints
 from dcmdp_jax.experiment import load_experiment, override
 from dcmdp_jax.inputs import read_inputs
 
+MAIN = "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+CHILD = (sys.executable, "-c", MAIN)  # the command line in a process of its own
 ONE_DEVICE = jax.devices()[:1]  # so that a step compiles quickly
 QUICKSTART = str(pathlib.Path(__file__).parents[2] / "experiments" / "quickstart.py")
 TINY = {
@@ -93,3 +99,26 @@ def assert_same_run(one, two, run, devices=ONE_DEVICE):
     jax.tree.map(np.testing.assert_array_equal, a, b)
     assert a_position == b_position
     assert rows(one) == rows(two)
+
+
+def child_environment():
+    """Children have one device, and see the package that this process sees."""
+    path = os.pathsep.join(filter(None, sys.path))
+    return os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+
+
+def await_rows(workdir, count, process):
+    """Waits until a run in another process has written so many rows."""
+    log = workdir / "metrics.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) >= count):
+        assert process.poll() is None, f"the run ended before it had written {count} rows"
+        time.sleep(0.01)
+
+
+def write_problems(path, count):
+    """Writes problems of the quickstart's task, with two operations, as a data file."""
+    task = dataclasses.replace(load_experiment(QUICKSTART).data.task, operations=2)
+    examples = [task.example(i, 0) for i in range(count)]
+    lines = [json.dumps({"problem": e.prompt, "answer": e.answer}) for e in examples]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
