@@ -17,12 +17,20 @@ from support import golden
 
 C = 0.0037
 SHAPES = (
-    constraint.shape_advantage, constraint.shape_signed, constraint.shape_centred, constraint.shape_hinge,
-    constraint.shape_cost_to_go, constraint.shape_normalised,
-)  # fmt: skip
+    constraint.shape_advantage,
+    constraint.shape_signed,
+    constraint.shape_centred,
+    constraint.shape_hinge,
+    constraint.shape_cost_to_go,
+    constraint.shape_normalised,
+)
 CONTROLLERS = (
-    constraint.projected_ascent, constraint.relative_ascent, constraint.log_space_ascent, constraint.pi, constraint.pid,
-)  # fmt: skip
+    constraint.projected_ascent,
+    constraint.relative_ascent,
+    constraint.log_space_ascent,
+    constraint.pi,
+    constraint.pid,
+)
 
 
 def inputs(file):
@@ -487,7 +495,8 @@ def test_import_is_light():
     """A fresh interpreter: none of the heavy packages, and no device is touched."""
     code = (
         "import sys, dcmdp_jax.losses, dcmdp_jax.constraint\n"
-        "heavy = {'flax', 'orbax', 'grain', 'tensorflow', 'torch', 'transformers', 'jetstream', 'tokenizers'}\n"
+        "heavy = {'flax', 'orbax', 'grain', 'tensorflow', 'torch', 'transformers', "
+        "'jetstream', 'tokenizers'}\n"
         "found = heavy & {name.split('.')[0] for name in sys.modules}\n"
         "from jax._src import xla_bridge\n"
         "assert not found, found\n"

@@ -10,14 +10,30 @@ from dcmdp_jax.losses import diagnostics, tails
 from support import golden
 
 NAMES = {  # golden name -> name in `summary`; ratio_out is frac_out_0.5_2
-    "prob_diff_mean": "prob_diff_mean", "prob_diff_max": "prob_diff_max", "prob_diff_std_ddof1": "prob_diff_std",
-    "pearson": "pearson", "logp_abs_diff_mean": "logp_diff_mean", "logp_abs_diff_max": "logp_diff_max",
-    "k1_roll_train": "k1", "k2": "k2", "k3": "k3", "chi2_token": "chi2_token", "chi2_seq": "chi2_sequence",
-    "train_ppl": "train_ppl", "rollout_ppl": "rollout_ppl", "ppl_ratio": "ppl_ratio", "log_ppl_diff": "log_ppl_diff",
-    "log_ppl_abs_diff": "log_ppl_diff_abs", "ess_token_truncated": "ess_token", "ess_seq": "ess_sequence",
-    "token_mult_prob_error": "mult_prob_error", "js_nemo": "js", "m2": "m2", "frac_out_0.5_2": "ratio_out",
+    "prob_diff_mean": "prob_diff_mean",
+    "prob_diff_max": "prob_diff_max",
+    "prob_diff_std_ddof1": "prob_diff_std",
+    "pearson": "pearson",
+    "logp_abs_diff_mean": "logp_diff_mean",
+    "logp_abs_diff_max": "logp_diff_max",
+    "k1_roll_train": "k1",
+    "k2": "k2",
+    "k3": "k3",
+    "chi2_token": "chi2_token",
+    "chi2_seq": "chi2_sequence",
+    "train_ppl": "train_ppl",
+    "rollout_ppl": "rollout_ppl",
+    "ppl_ratio": "ppl_ratio",
+    "log_ppl_diff": "log_ppl_diff",
+    "log_ppl_abs_diff": "log_ppl_diff_abs",
+    "ess_token_truncated": "ess_token",
+    "ess_seq": "ess_sequence",
+    "token_mult_prob_error": "mult_prob_error",
+    "js_nemo": "js",
+    "m2": "m2",
+    "frac_out_0.5_2": "ratio_out",
     "adv_skew": "advantage_skew",
-}  # fmt: skip
+}
 
 
 def batch(seed, rows=6, columns=40, gap=0.1):
@@ -82,21 +98,34 @@ def test_summary_against_numpy(seed):
     truncated = np.minimum(ratio, 2.0)
     product = np.exp(total)
     expected = {
-        "dropped_tokens": 1, "dropped_share": 1 / mask.sum(),
-        "prob_diff_mean": gap.mean(), "prob_diff_max": gap.max(), "prob_diff_std": gap.std(ddof=1),
+        "dropped_tokens": 1,
+        "dropped_share": 1 / mask.sum(),
+        "prob_diff_mean": gap.mean(),
+        "prob_diff_max": gap.max(),
+        "prob_diff_std": gap.std(ddof=1),
         "pearson": np.corrcoef(np.exp(x), np.exp(y))[0, 1],
-        "logp_diff_mean": np.abs(d).mean(), "logp_diff_max": np.abs(d).max(),
-        "k1": -d.mean(), "k2": (d**2).mean() / 2, "k3": k3(d).mean(), "m2": (d**2).mean(),
-        "js": (k3(x - mix) + k3(y - mix)).mean() / 2, "mult_prob_error": np.exp(np.abs(d)).mean(),
+        "logp_diff_mean": np.abs(d).mean(),
+        "logp_diff_max": np.abs(d).max(),
+        "k1": -d.mean(),
+        "k2": (d**2).mean() / 2,
+        "k3": k3(d).mean(),
+        "m2": (d**2).mean(),
+        "js": (k3(x - mix) + k3(y - mix)).mean() / 2,
+        "mult_prob_error": np.exp(np.abs(d)).mean(),
         "ratio_out": ((ratio < 0.5) | (ratio > 2)).mean(),
-        "train_ppl": np.exp(-means[:, 0]).mean(), "rollout_ppl": np.exp(-means[:, 1]).mean(),
-        "ppl_ratio": np.exp(ppl_gap).mean(), "log_ppl_diff": ppl_gap.mean(), "log_ppl_diff_abs": np.abs(ppl_gap).mean(),
-        "log_ppl_diff_max": ppl_gap.max(), "log_ppl_diff_min": ppl_gap.min(),
-        "chi2_token": (ratio**2).mean() - 1, "chi2_sequence": (product**2).mean() - 1,
+        "train_ppl": np.exp(-means[:, 0]).mean(),
+        "rollout_ppl": np.exp(-means[:, 1]).mean(),
+        "ppl_ratio": np.exp(ppl_gap).mean(),
+        "log_ppl_diff": ppl_gap.mean(),
+        "log_ppl_diff_abs": np.abs(ppl_gap).mean(),
+        "log_ppl_diff_max": ppl_gap.max(),
+        "log_ppl_diff_min": ppl_gap.min(),
+        "chi2_token": (ratio**2).mean() - 1,
+        "chi2_sequence": (product**2).mean() - 1,
         "ess_token": truncated.sum() ** 2 / (truncated**2).sum() / len(d),
         "ess_sequence": product.sum() ** 2 / (product**2).sum() / len(rows),
         "advantage_skew": (s * d).mean(),
-    }  # fmt: skip
+    }
     actual = jax.jit(diagnostics.summary)(old, rollout, advantage, mask)
     assert set(actual) == set(expected)
     for name, value in expected.items():
@@ -194,7 +223,7 @@ def test_support_mass():
     )
 
 
-# ------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------
 # tails
 
 

@@ -122,9 +122,18 @@ def saved_step(workdir: pathlib.Path) -> int | None:
 # Twelve steps, a checkpoint at every second, an evaluation at the first and every fourth.
 LONG = {"steps": 12, "checkpoint.every": 2, "checkpoint.keep": 3, "eval.every": 4}
 KILLS = (
-    ("warm-up", 1), ("rollout", 1), ("update", 1), ("evaluation", 1), ("reward", 2), ("sync", 4),
-    ("saving", 2), ("log", 1), ("restore", 1), ("save", 3), ("report", 1),
-)  # fmt: skip
+    ("warm-up", 1),
+    ("rollout", 1),
+    ("update", 1),
+    ("evaluation", 1),
+    ("reward", 2),
+    ("sync", 4),
+    ("saving", 2),
+    ("log", 1),
+    ("restore", 1),
+    ("save", 3),
+    ("report", 1),
+)
 STOPS = (
     ("warm-up", 1),
     ("rollout", 1),

@@ -196,7 +196,7 @@ def test_decoupled_multiplies_once_and_bypass_changes_the_anchor():
 
 
 def test_decoupled_and_bypass_agree_without_truncation():
-    """w(rho) r = e: the unclipped surrogate is the same number either way, and so is its gradient."""
+    """w(rho) r = e: the unclipped surrogate and its gradient are the same numbers either way."""
     x = finite(batch(spread=0.2))
     loss = partial(policy.clipped, clip_low=1.0, clip_high=1e6)
     rest = {name: value for name, value in x.items() if name != "logp"}
@@ -471,7 +471,7 @@ def test_float32_stays_float32_where_float64_is_enabled():
 
 
 def test_kl_estimates_have_the_expectations_they_claim():
-    """Over a whole vocabulary, so that means are exact sums: values, and gradients by the logits."""
+    """Over all tokens, so that means are exact sums: values, and gradients by the logits."""
     rng = np.random.default_rng(0)
     logits, reference, behaviour = (
         jnp.asarray(rng.standard_normal(7), jnp.float32) for _ in range(3)

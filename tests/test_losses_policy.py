@@ -14,7 +14,7 @@ T = 11
 
 
 def batch(seed: int = 0, spread: float = 0.4) -> tuple[np.ndarray, ...]:
-    """logp, old_logp, advantage, mask; row 2 is empty, the mask has holes, padding holds garbage."""
+    """logp, old_logp, advantage, mask: row 2 is empty, the mask has holes, padding is garbage."""
     rng = np.random.default_rng(seed)
     old_logp = -rng.exponential(1.0, (N, T))
     logp = old_logp + spread * rng.standard_normal((N, T))

@@ -414,11 +414,30 @@ def metrics(x):
 
 
 METRICS = (
-    "prob_diff_mean", "prob_diff_max", "prob_diff_std_ddof1", "pearson", "logp_abs_diff_mean",
-    "logp_abs_diff_max", "k1_roll_train", "k2", "k3", "chi2_token", "chi2_seq", "train_ppl",
-    "rollout_ppl", "ppl_ratio", "log_ppl_diff", "log_ppl_abs_diff", "ess_token_truncated",
-    "ess_seq", "token_mult_prob_error", "js_nemo", "m2", "frac_out_0.5_2", "adv_skew",
-)  # fmt: skip
+    "prob_diff_mean",
+    "prob_diff_max",
+    "prob_diff_std_ddof1",
+    "pearson",
+    "logp_abs_diff_mean",
+    "logp_abs_diff_max",
+    "k1_roll_train",
+    "k2",
+    "k3",
+    "chi2_token",
+    "chi2_seq",
+    "train_ppl",
+    "rollout_ppl",
+    "ppl_ratio",
+    "log_ppl_diff",
+    "log_ppl_abs_diff",
+    "ess_token_truncated",
+    "ess_seq",
+    "token_mult_prob_error",
+    "js_nemo",
+    "m2",
+    "frac_out_0.5_2",
+    "adv_skew",
+)
 
 
 # ------------------------------------------------------------ what has no [N, T] inputs

@@ -12,8 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from dcmdp_jax import constraint
-
-# fmt: skip
 from dcmdp_jax.losses import (
     advantages,
     centering,

@@ -84,11 +84,13 @@ def write_tokenizer(folder: pathlib.Path) -> pathlib.Path:
 def _numbers(count: int, first: int) -> list[tuple[str, int]]:
     """Problems whose answers are whole numbers below 1000, as AIME asks for."""
     return [
-        (f"A hall has ${first + n}$ rows of ${n + 3}$ seats, ${n}$ of them broken. "
-         "How many are not?",
-         (first + n) * (n + 3) - n)
+        (
+            f"A hall has ${first + n}$ rows of ${n + 3}$ seats, ${n}$ of them broken. "
+            "How many are not?",
+            (first + n) * (n + 3) - n,
+        )
         for n in range(1, count + 1)
-    ]  # fmt: skip
+    ]
 
 
 MATH = [
