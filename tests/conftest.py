@@ -22,13 +22,11 @@ if _FLAGS not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 # Tests train the same few models again and again. All processes of a session share what they have
 # compiled.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 _CACHE = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="dcmdp-tests-")
-    os.environ |= {
-        "JAX_COMPILATION_CACHE_DIR": _CACHE.name,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-    }
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 
 import jax  # noqa: E402  (reads the environment as set above)
 
