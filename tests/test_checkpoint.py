@@ -1,5 +1,5 @@
-"""Checkpoints under damage: another state is never taken for the one that was saved, and what is
-whole is found.
+"""Checkpoints under damage: nothing is taken for the state that was saved but that state, and an
+intact checkpoint is found.
 """
 
 import pathlib
@@ -42,13 +42,13 @@ def like(state):
 def save(workdir, *steps):
     saved = checkpoint.Checkpoints(workdir, keep=9)
     for step in steps:
-        saved.save(state_of(step), {"next_index": 10 * step}, seed=3)
+        saved.save(state_of(step), {"next_index": 10 * step})
     saved.close()
 
 
 def restore(workdir):
-    """The step that is gone on from; its state and data position are compared with those that were
-    saved.
+    """Restores a checkpoint, compares its state and data position with what was saved, and returns
+    its step.
     """
     saved = checkpoint.Checkpoints(workdir, keep=9)
     try:
@@ -71,19 +71,20 @@ def files(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
+def intact(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("intact")
     save(folder, 2, 4)
     return folder
 
 
 @pytest.fixture
-def workdir(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "run")
+def workdir(intact, tmp_path):
+    """A folder with the checkpoints 2 and 4."""
+    shutil.copytree(intact, tmp_path / "run")
     return tmp_path / "run"
 
 
-def test_what_is_whole_is_restored_without_a_word(workdir, capsys):
+def test_an_intact_checkpoint_is_restored_without_a_word(workdir, capsys):
     assert restore(workdir) == 4
     assert capsys.readouterr().err == ""
 
@@ -91,16 +92,16 @@ def test_what_is_whole_is_restored_without_a_word(workdir, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
 def test_no_flipped_bit_gives_another_state(workdir, tmp_path, part):
-    """In every file, eleven places: the state that was saved, or the one before it."""
+    """At eleven bytes of every file: the state that was saved, or the one before it."""
     newest = workdir / "checkpoints" / "4"
     seen = set()
     for path in files(newest)[part::4]:
         size = path.stat().st_size
-        for place in np.unique(np.linspace(0, size - 1, 11).astype(int)) if size else []:
+        for offset in np.unique(np.linspace(0, size - 1, 11).astype(int)) if size else []:
             shutil.copytree(workdir, tmp_path / "flipped")
             file = tmp_path / "flipped" / path.relative_to(workdir)
             content = bytearray(file.read_bytes())
-            content[place] ^= 1 << int(place) % 8
+            content[offset] ^= 1 << int(offset) % 8
             file.write_bytes(content)
             seen.add(restore(tmp_path / "flipped"))
             shutil.rmtree(tmp_path / "flipped")
@@ -142,55 +143,91 @@ def data_file(folder):
     )
 
 
-def test_the_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_saves_its_step_anew(
-    workdir, capsys
-):
+@pytest.fixture
+def damaged(workdir):
+    """Checkpoint 2 is intact, 4 is full of zeros, 9 is an empty folder."""
     zeroed(data_file(workdir / "checkpoints" / "4"))
     (workdir / "checkpoints" / "9").mkdir()
-    assert restore(workdir) == 2
+    return workdir
+
+
+def names(workdir):
+    return sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+
+def test_the_run_goes_on_from_the_checkpoint_before_the_damaged_ones(damaged):
+    assert restore(damaged) == 2
+
+
+def test_damaged_checkpoints_are_named(damaged, capsys):
+    restore(damaged)
     first, second = capsys.readouterr().err.splitlines()
-    assert (
-        first.startswith(f"checkpoint 9 in {workdir}/checkpoints is damaged (")
-        and "going on from checkpoint 2" in first
-    )
+    assert first.startswith(f"checkpoint 9 in {damaged}/checkpoints is damaged (")
+    assert "going on from checkpoint 2" in first
     assert "checkpoint 4" in second
-    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == [
-        "2",
-        "4.damaged",
-        "9.damaged",
-    ]
-    save(workdir, 4)
-    assert restore(workdir) == 4 and capsys.readouterr().err == ""
-    zeroed(data_file(workdir / "checkpoints" / "4"))
-    assert restore(workdir) == 2
-    assert (workdir / "checkpoints" / "4.damaged.1").is_dir(), (
-        "a second one does not overwrite the first"
-    )
 
 
-def test_where_none_is_whole_nothing_is_moved(workdir):
+def test_damaged_checkpoints_are_renamed_so_that_their_steps_can_be_saved_again(damaged, capsys):
+    restore(damaged)
+    assert names(damaged) == ["2", "4.damaged", "9.damaged"]
+    save(damaged, 4)
+    capsys.readouterr()
+    assert restore(damaged) == 4 and capsys.readouterr().err == ""
+
+
+def test_a_second_damaged_checkpoint_of_a_step_does_not_overwrite_the_first(damaged):
+    restore(damaged)
+    save(damaged, 4)
+    zeroed(data_file(damaged / "checkpoints" / "4"))
+    assert restore(damaged) == 2
+    assert {"4.damaged", "4.damaged.1"} <= set(names(damaged))
+
+
+def test_where_all_are_damaged_nothing_is_changed(workdir):
     for step in ("2", "4"):
         data_file(workdir / "checkpoints" / step).unlink()
     before = files(workdir)
-    with pytest.raises(
-        checkpoint.NoReadableCheckpoint,
-        match="no checkpoint in .* can be read: 4, 2 do not fit .*, or are damaged",
-    ) as error:
+    message = "no checkpoint in .* can be read: 4, 2 do not fit .*, or are damaged"
+    with pytest.raises(checkpoint.NoReadableCheckpoint, match=message) as error:
         restore(workdir)
     assert "\n" not in str(error.value) and files(workdir) == before
 
 
-def test_readers_of_a_run_fall_back_and_touch_nothing(workdir, capsys):
+def test_a_step_that_is_saved_already_is_left_as_it_is(workdir):
+    before = {path: path.stat().st_mtime_ns for path in files(workdir)}
+    save(workdir, 4)
+    assert {path: path.stat().st_mtime_ns for path in files(workdir)} == before
+
+
+# ------------------------------------------------------------ readers of a run
+
+
+def test_a_reader_takes_the_newest_without_its_optimizer(workdir):
     state, position = checkpoint.read(workdir, like(state_of(0)))
-    assert int(state.step) == 4 and state.opt_state is None
+    assert_equal(state.params, state_of(4).params)
+    assert state.opt_state is None and position == {"next_index": 40}
+
+
+def test_a_reader_falls_back_and_changes_nothing(workdir, capsys):
     zeroed(data_file(workdir / "checkpoints" / "4"))
     before = files(workdir)
     state, position = checkpoint.read(workdir, like(state_of(0)))
     assert_equal(state.params, state_of(2).params)
     assert position == {"next_index": 20} and files(workdir) == before
     assert "checkpoint 4" in capsys.readouterr().err
+
+
+def test_a_reader_of_an_older_step_takes_one_before_it(workdir):
+    state, _ = checkpoint.read(workdir, like(state_of(0)), before=4)
+    assert int(state.step) == 2
+
+
+def test_a_reader_without_a_checkpoint_says_so(workdir):
     with pytest.raises(checkpoint.NoReadableCheckpoint, match="holds no checkpoints"):
         checkpoint.read(workdir, like(state_of(0)), before=2)
+
+
+# ------------------------------------------------------------ checksums
 
 
 @pytest.mark.parametrize(
@@ -199,10 +236,11 @@ def test_readers_of_a_run_fall_back_and_touch_nothing(workdir, capsys):
 def test_the_checksum_sees_every_bit(dtype):
     """Each bit of each element flipped, and each pair of elements exchanged."""
     dtype = np.dtype(dtype) if dtype != "bfloat16" else np.dtype(ml_dtypes.bfloat16)
-    values = np.array([0, 1, 1, 0, 1], bool) if dtype == bool else np.arange(3, 8).astype(dtype)
+    is_bool = dtype.kind == "b"
+    values = np.array([0, 1, 1, 0, 1], bool) if is_bool else np.arange(3, 8).astype(dtype)
     changed = [values]
     for i in range(len(values)):
-        for bit in range(1 if dtype == bool else 8 * dtype.itemsize):
+        for bit in range(1 if is_bool else 8 * dtype.itemsize):
             raw = bytearray(values.tobytes())
             raw[i * dtype.itemsize + bit // 8] ^= 1 << bit % 8
             changed.append(np.frombuffer(bytes(raw), dtype))
@@ -211,12 +249,12 @@ def test_the_checksum_sees_every_bit(dtype):
             other[[i, j]] = other[[j, i]]
             if other.tobytes() != values.tobytes():
                 changed.append(other)
-    found = [checkpoint.checksums([x])["[0]"] for x in map(jnp.asarray, changed)]
-    assert found.count(found[0]) == 1
+    checksums = [checkpoint.checksums([x])["[0]"] for x in map(jnp.asarray, changed)]
+    assert checksums.count(checksums[0]) == 1
 
 
 def test_an_even_number_of_flipped_signs_is_seen():
-    """A sum of products with odd numbers would not see it: 2^31 times an even number is 0 mod 2^32."""
+    """A sum of products with odd numbers would miss it: 2^31 times an even number is 0 mod 2^32."""
     x = np.arange(1, 65, dtype=np.float32)
     y = np.where(np.arange(64) < 32, -x, x)
     assert checkpoint.checksums([jnp.asarray(x)]) != checkpoint.checksums([jnp.asarray(y)])
@@ -225,17 +263,17 @@ def test_an_even_number_of_flipped_signs_is_seen():
 def test_the_checksum_does_not_depend_on_the_mesh():
     values = np.random.default_rng(0).normal(size=(8, 16)).astype(np.float32)
     mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
-    whole = checkpoint.checksums([jnp.asarray(values)])
-    for places in (
+    expected = checkpoint.checksums([jnp.asarray(values)])
+    for layout in (
         sharding.replicated(mesh),
         sharding.batch_sharding(mesh, 0),
         sharding.batch_sharding(mesh, 1),
     ):
-        assert checkpoint.checksums([jax.device_put(values, places)]) == whole
+        assert checkpoint.checksums([jax.device_put(values, layout)]) == expected
 
 
 def test_checksums_are_those_of_the_formula():
-    """Recomputed in NumPy, so that a checkpoint of today is whole tomorrow."""
+    """Recomputed in NumPy, so that a checkpoint of today is intact for a later version."""
     values = np.random.default_rng(1).normal(size=(2, 3)).astype(np.float32)
     bits = values.view(np.uint32).ravel() ^ np.arange(6, dtype=np.uint32) * np.uint32(0x9E3779B9)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):

@@ -1,5 +1,6 @@
-"""Signals: heard at once, obeyed at safe points, and in a user's function that does not return."""
+"""Signals: received at once, obeyed at safe points, and in a user's function that hangs."""
 
+import contextlib
 import multiprocessing
 import os
 import re
@@ -22,14 +23,14 @@ def kill_later(seconds, number=signal.SIGTERM):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_the_first_signal_is_noted_and_told_once(number, capfd):
-    told = []
-    with stopping.requests(lambda: told.append(1)) as asked:
-        assert not asked()
+def test_the_first_signal_is_noted_and_reported_once(number, capfd):
+    reports = []
+    with stopping.requests(lambda: reports.append(1)) as should_stop:
+        assert not should_stop()
         os.kill(os.getpid(), number)
-        assert asked()
+        assert should_stop()
         os.kill(os.getpid(), signal.SIGTERM)
-    assert told == [1]
+    assert reports == [1]
     assert capfd.readouterr().err.count("stopping at the next safe point") == 1
 
 
@@ -50,9 +51,9 @@ def test_handlers_are_put_back():
 def test_a_hangup_stays_ignored_under_nohup():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with stopping.requests() as asked:
+        with stopping.requests() as should_stop:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert not asked()
+            assert not should_stop()
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -90,10 +91,8 @@ def loops():
 
 def keeps_what_is_raised():
     while True:
-        try:
+        with contextlib.suppress(Exception):
             time.sleep(60)
-        except Exception:
-            pass
 
 
 HANGS = {
@@ -109,43 +108,42 @@ HANGS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("how", HANGS)
 def test_a_function_that_hangs_is_left(how):
-    with stopping.requests() as asked:
+    with stopping.requests() as should_stop:
         killer = kill_later(0.3)
         began = time.monotonic()
         with (
             pytest.raises(stopping.Interrupted),
-            stopping.interruptible(asked, lambda turn: None) as watch,
+            stopping.interruptible(should_stop, lambda number: None) as calls,
         ):
-            watch.begin(0)
+            calls.begin(0)
             HANGS[how]()
         assert time.monotonic() - began < 20
         assert killer.wait() == 0
 
 
-def test_a_function_that_returns_in_time_is_not_left(monkeypatch):
-    with stopping.requests() as asked:
+def test_a_function_that_returns_in_time_is_not_left():
+    with stopping.requests() as should_stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        with stopping.interruptible(asked, lambda turn: None) as watch:
-            watch.begin(0)
+        with stopping.interruptible(should_stop, lambda number: None) as calls:
+            calls.begin(0)
             time.sleep(0.5)
         time.sleep(0.1)
 
 
-def test_a_slow_turn_is_named_once(monkeypatch):
-    monkeypatch.setattr(stopping, "SLOW_SECONDS", 0.2)
+def test_a_slow_call_is_reported_once():
     slow = []
-    with stopping.interruptible(lambda: False, slow.append) as watch:
-        for turn in range(4):
-            watch.begin(turn)
-            time.sleep(0.6 if turn == 2 else 0.01)
+    with stopping.interruptible(lambda: False, slow.append, slow_seconds=0.2) as calls:
+        for number in range(4):
+            calls.begin(number)
+            time.sleep(0.6 if number == 2 else 0.01)
     assert slow == [2]
 
 
 def test_a_forked_child_dies_of_sigterm_and_does_not_stop_its_parent():
-    with stopping.requests() as asked:
+    with stopping.requests() as should_stop:
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
         child.start()
         time.sleep(0.3)
         child.terminate()
         child.join()
-        assert child.exitcode == -signal.SIGTERM and not asked()
+        assert child.exitcode == -signal.SIGTERM and not should_stop()
