@@ -24,6 +24,7 @@ from benchmarks.inference import SHAPES, SMALL, make_prompts, measure
 from dcmdp_jax import constraint, data, sharding, step
 from dcmdp_jax.config import (
     AlgorithmConfig,
+    Compute,
     Config,
     ConstraintConfig,
     DataConfig,
@@ -55,7 +56,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     for name in args.shape:
-        model = dataclasses.replace((SHAPES | {"moe": MOE})[name], bfloat16=args.bfloat16)
+        model = dataclasses.replace(
+            (SHAPES | {"moe": MOE})[name], compute=Compute(bfloat16=args.bfloat16)
+        )
         table(name, model, [(length, 1) for length in ROWS], args.repeats)
         table(name, model, [(512, count) for count in MICROBATCHES], args.repeats)
 
@@ -138,7 +141,9 @@ def completions() -> Scored:
 def experiment(model: ModelConfig, microbatches: int) -> Config:
     return Config(
         name="step",
-        model=ModelSource(architecture=model),
+        model=ModelSource(
+            architecture=dataclasses.replace(model, compute=Compute()), compute=model.compute
+        ),
         steps=1,
         data=DataConfig(path="-", verifier=lambda example, text: 0.0, prompts_per_step=COUNT),
         rollout=RolloutConfig(samples=1, max_tokens=NEW),

@@ -23,9 +23,38 @@ MAX_FLOAT = 3e38  # and other numbers as float32
 
 
 @dataclass(frozen=True)
+class Linear:
+    """Linear context extension of RoPE (arXiv 2306.15595): every frequency is divided by `factor`."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class Llama3:
+    """Context extension of RoPE as in Llama 3.1: frequencies with wavelengths of more than
+    `original_max_position / low_freq_factor` positions are divided by `factor`, those of less than
+    `original_max_position / high_freq_factor` are kept, and those between are interpolated.
+    """
+
+    factor: float
+    original_max_position: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self):
+        name = "llama3: original_max_position"
+        _check_number(name, self.original_max_position, 1, MAX_INT)
+        if not self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"llama3: low_freq_factor={self.low_freq_factor} must be less than "
+                f"high_freq_factor={self.high_freq_factor}"
+            )
+
+
+@dataclass(frozen=True)
 class Yarn:
-    """YaRN context extension of RoPE (arXiv 2309.00071), the fields of a Hugging Face
-    `rope_scaling` of type `yarn`.
+    """YaRN context extension of RoPE (arXiv 2309.00071); fields as in a Hugging Face `rope_scaling`
+    of type `yarn`.
     """
 
     factor: float
@@ -41,10 +70,21 @@ class Yarn:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Architecture of a Qwen3 decoder, by Hugging Face's names.
+class Compute:
+    """How a decoder is computed. None of it changes which parameters there are."""
 
-    The model is dense if `num_experts` is 0.
+    # compute in bfloat16; norms, softmax, router and log-probs stay float32
+    bfloat16: bool = False
+    remat: bool = False  # recompute each layer in the backward pass
+    # what is saved nevertheless, e.g. jax.checkpoint_policies.dots_saveable; None: nothing
+    remat_policy: Callable | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of the Qwen3 family and its relatives: sizes and switches.
+
+    Names follow Hugging Face. `num_experts == 0` is the dense model.
     """
 
     vocab_size: int
@@ -55,10 +95,12 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     rope_theta: float = 1_000_000.0
-    yarn: Yarn | None = None
+    rope_scaling: Linear | Llama3 | Yarn | None = None
     rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
+    qk_norm: bool = True  # RMSNorm of each head's queries and keys
+    qkv_bias: bool = False  # biases of the query, key and value projections
+    o_bias: bool = False  # bias of attention's output projection
+    tie_word_embeddings: bool = False  # the head is the embedding, transposed
     max_position: int = 40_960
     num_experts: int = 0
     experts_per_token: int = 0
@@ -66,14 +108,10 @@ class ModelConfig:
     norm_topk_prob: bool = True
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()
-    bfloat16: bool = False  # compute in bfloat16; norms, softmax, router and log-probs stay float32
-    remat: bool = False  # recompute each layer in the backward pass
-    # with remat: what is stored all the same, e.g. jax.checkpoint_policies.dots_saveable
-    remat_policy: Callable | None = None
-    expert_parts: int = 0  # set by the engine: tensor-parallel degree of the expert FFN
+    compute: Compute = Compute()
 
     def is_sparse(self, layer: int) -> bool:
-        """Whether layer `layer` routes to experts (Hugging Face's rule for Qwen3-MoE)."""
+        """Returns True if layer `layer` routes to experts (Hugging Face's rule for Qwen3-MoE)."""
         return (
             self.num_experts > 0
             and layer not in self.mlp_only_layers
@@ -94,7 +132,7 @@ class ModelConfig:
             ),
             (1, 2**24),
         )
-        sizes |= dict.fromkeys(("num_experts", "experts_per_token", "expert_parts"), (0, 2**16))
+        sizes |= dict.fromkeys(("num_experts", "experts_per_token"), (0, 2**16))
         sizes |= {
             "expert_size": (1 if self.num_experts else 0, 2**24),
             "num_layers": (1, 1000),
@@ -131,9 +169,11 @@ class ModelSource:
     folder: str = ""
     tokenizer: str = ""  # a folder or file; empty: the model's folder
     architecture: ModelConfig | None = None  # used if no folder is given
-    bfloat16: bool = False  # the next three: see ModelConfig
-    remat: bool = False
-    remat_policy: Callable | None = None
+    compute: Compute = Compute()
+
+    def __post_init__(self):
+        if self.architecture is not None and self.architecture.compute != Compute():
+            raise ValueError("model.architecture.compute is not read; set model.compute instead")
 
 
 @dataclass(frozen=True)

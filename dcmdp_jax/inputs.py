@@ -146,12 +146,7 @@ def read_model(config: Config) -> ModelConfig:
             "--model.folder DIR"
         )
     model = weights.read_config(source.folder) if source.folder else source.architecture
-    return dataclasses.replace(
-        model,
-        bfloat16=source.bfloat16 or model.bfloat16,
-        remat=source.remat or model.remat,
-        remat_policy=source.remat_policy or model.remat_policy,
-    )
+    return dataclasses.replace(model, compute=source.compute)
 
 
 def read_tokenizer(config: Config) -> Tokenizer:

@@ -17,17 +17,16 @@ from dcmdp_jax import sharding
 from dcmdp_jax.config import ModelConfig, Precision
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.models import cache, decoder
-from dcmdp_jax.models.quantized import LARGEST, Quantized, quantize
+from dcmdp_jax.models.quantized import SCALED, Quantized, formats, quantize
 from dcmdp_jax.records import Weights
 
-FLOATS = ("float32", "bfloat16")
 ALLOWED = {
-    "weights": (*FLOATS, *LARGEST),
-    "activations": ("", "int8", "float8_e4m3fn"),
-    "embed": ("", *FLOATS, *LARGEST),
-    "head": ("", *FLOATS, *LARGEST),
-    "router": ("", *FLOATS),
-    "norms": ("", *FLOATS),
+    "weights": formats("weights"),
+    "activations": ("", *formats("activations")),
+    "embed": ("", *formats("weights")),
+    "head": ("", *formats("weights")),
+    "router": ("", *formats("norms")),
+    "norms": ("", *formats("norms")),
 }
 
 
@@ -166,7 +165,7 @@ def _cast(params: Any, config: ModelConfig, precision: Precision) -> Any:
 def _projection(
     w: jax.Array, contracted: tuple[int, ...], precision: Precision
 ) -> jax.Array | Quantized:
-    if precision.weights in LARGEST:
+    if precision.weights in SCALED:
         return quantize(w, precision.weights, contracted, precision.group, precision.activations)
     w = _hold(w, precision.weights, contracted)
     if not precision.activations:
@@ -182,7 +181,7 @@ def _projection(
 def _hold(w: jax.Array, dtype: str, contracted: tuple[int, ...]) -> jax.Array | Quantized:
     if dtype in ("", "float32"):
         return w
-    return quantize(w, dtype, contracted) if dtype in LARGEST else w.astype(dtype)
+    return quantize(w, dtype, contracted) if dtype in SCALED else w.astype(dtype)
 
 
 def _shardings(shapes: Any, config: ModelConfig, mesh: jax.sharding.Mesh) -> Any:

@@ -13,6 +13,7 @@ from functools import partial
 from dcmdp_jax import constraint, rewards
 from dcmdp_jax.config import (
     AlgorithmConfig,
+    Compute,
     Config,
     ConstraintConfig,
     DataConfig,
@@ -25,7 +26,7 @@ from dcmdp_jax.losses import advantages, corrections, policy, reduce
 
 CONFIG = Config(
     name="gsm8k",
-    model=ModelSource(remat=True),
+    model=ModelSource(compute=Compute(remat=True)),
     data=DataConfig(
         path="gsm8k/train.jsonl",
         verifier=rewards.math_answer,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcmdp_jax.config import Yarn
+from dcmdp_jax.config import Compute, Yarn
 from dcmdp_jax.models import cache, decoder, quantized, sizes
 from dcmdp_jax.models.kernels import attention
 from dcmdp_jax.models.quantized import Quantized
@@ -22,7 +22,7 @@ WINDOW = 16
 SLOTS = 4
 LENGTH = 24
 CONFIGS = {
-    "dense": dataclasses.replace(sizes.TINY, attention_bias=True, yarn=Yarn(4.0, 8)),
+    "dense": dataclasses.replace(sizes.TINY, qkv_bias=True, o_bias=True, rope_scaling=Yarn(4.0, 8)),
     "moe": dataclasses.replace(sizes.TINY_MOE, num_layers=3, decoder_sparse_step=2),
 }
 FEW_BITS = ("int8", "float8_e4m3fn")
@@ -186,7 +186,9 @@ def test_bytes(dtype, per_head):
 
 def test_dtypes():
     assert (
-        cache.init(dataclasses.replace(sizes.TINY, bfloat16=True), 1, 1).keys[0].dtype
+        cache.init(dataclasses.replace(sizes.TINY, compute=Compute(bfloat16=True)), 1, 1)
+        .keys[0]
+        .dtype
         == jnp.bfloat16
     )
     with pytest.raises(ValueError, match="cannot hold 'int4'; choose one of float32, bfloat16"):

@@ -71,7 +71,6 @@ OFF_AT_0 = {  # where 0 means off, all, or none
     "model.architecture.num_experts",
     "model.architecture.experts_per_token",
     "model.architecture.expert_size",
-    "model.architecture.expert_parts",
     "rollout.top_k",
     "rollout.min_p",
     "rollout.precision.group",

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 
 from dcmdp_jax import sharding
-from dcmdp_jax.config import MeshConfig
-from dcmdp_jax.models import decoder, layers, sizes, weights
+from dcmdp_jax.config import Compute, MeshConfig
+from dcmdp_jax.models import decoder, layers, rope, sizes, weights
 from dcmdp_jax.models.kernels import attention
 
 torch = pytest.importorskip("torch")
@@ -57,16 +58,17 @@ def layer_outputs(params, x, config, sparse) -> dict:
     (y, _), caught = layers.Layer(config, sparse).apply(
         {"params": params},
         x,
-        *layers.rotary(index[None], config),
+        *rope.rotary(index[None], config),
         attend,
         capture_intermediates=True,
         mutable=["intermediates"],
     )
     caught = caught["intermediates"]
-    return {
-        ".input_layernorm": caught["input_norm"]["__call__"][0],
-        ".self_attn.q_norm": caught["attention"]["q_norm"]["__call__"][0],
-        ".self_attn.k_norm": caught["attention"]["k_norm"]["__call__"][0],
+    outputs = {".input_layernorm": caught["input_norm"]["__call__"][0]}
+    if config.qk_norm:
+        outputs[".self_attn.q_norm"] = caught["attention"]["q_norm"]["__call__"][0]
+        outputs[".self_attn.k_norm"] = caught["attention"]["k_norm"]["__call__"][0]
+    return outputs | {
         ".self_attn": caught["attention"]["__call__"][0][0],
         ".post_attention_layernorm": caught["post_attention_norm"]["__call__"][0],
         ".mlp": caught["moe" if sparse else "mlp"]["__call__"][0],
@@ -88,20 +90,44 @@ def module_outputs(params, tokens, config) -> dict:
     return seen
 
 
-@pytest.mark.parametrize("case", reference_hf.CASES)
-def test_every_module_matches_transformers(case, loaded):
-    config, params = loaded(case)
-    tokens = reference_hf.tokens(case, 2, 40)
-    want = reference_hf.outputs(model(case), tokens)
+def assert_modules_match(params, config, reference, tokens):
+    want = reference_hf.outputs(reference, tokens)
     got = module_outputs(params, tokens, config)
-    # as executed: the first to differ is the one at fault
+    # in order of execution: the first to differ is the one at fault
     for name in sorted(got, key=list(want).index):
-        np.testing.assert_allclose(
-            got[name], want[name], atol=TOLERANCE, rtol=0, err_msg=f"{case}: {name}"
-        )
+        np.testing.assert_allclose(got[name], want[name], atol=TOLERANCE, rtol=0, err_msg=name)
     np.testing.assert_allclose(
         LOGITS(params, tokens, config), want["lm_head"], atol=TOLERANCE, rtol=0
     )
+
+
+@pytest.mark.parametrize("case", reference_hf.CASES)
+def test_every_module_matches_transformers(case, loaded):
+    config, params = loaded(case)
+    assert_modules_match(params, config, model(case), reference_hf.tokens(case, 2, 40))
+
+
+@pytest.mark.parametrize(
+    ("family", "switches"),
+    [
+        ("qwen2", {"hidden_size": 32, "qkv_bias": True}),
+        ("llama", {}),
+        ("llama_bias", {"qkv_bias": True, "o_bias": True}),
+    ],
+)
+def test_every_module_matches_that_of_relatives(family, switches, loaded, tmp_path):
+    reference = reference_hf.make_relative(family)
+    reference.save_pretrained(tmp_path)
+    config = dataclasses.replace(loaded("dense")[0], qk_norm=False, **switches)
+    file = safetensors.safe_open(tmp_path / "model.safetensors", framework="np")
+    stored = dict.fromkeys(file.keys(), file)
+    shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), config))
+    params = jax.tree.map(
+        lambda leaf, shape: leaf.read(stored, tuple(slice(0, n) for n in shape.shape), np.float32),
+        weights.parameter_table(config),
+        shapes,
+    )
+    assert_modules_match(params, config, reference, reference_hf.tokens("dense", 2, 40))
 
 
 @pytest.mark.parametrize("case", ["bias", "yarn", "moe_top3"])
@@ -144,7 +170,7 @@ def test_packed_rows_equal_separate_rows(case, loaded):
 )
 def test_gradients_match_transformers(case, remat, policy, loaded):
     config, params = loaded(case)
-    config = dataclasses.replace(config, remat=remat, remat_policy=policy)
+    config = dataclasses.replace(config, compute=Compute(remat=remat, remat_policy=policy))
     tokens = reference_hf.tokens(case, 2, 12)
 
     def loss(params):
@@ -173,7 +199,9 @@ def test_bfloat16_is_close_to_float32_and_not_equal(loaded):
         config, params = loaded(case)
         tokens = reference_hf.tokens(case, 2, 16)
         exact = LOGITS(params, tokens, config)
-        rounded = LOGITS(params, tokens, dataclasses.replace(config, bfloat16=True))
+        rounded = LOGITS(
+            params, tokens, dataclasses.replace(config, compute=Compute(bfloat16=True))
+        )
         assert rounded.dtype == jnp.float32
         error = np.abs(np.asarray(rounded - exact))
         assert 1e-4 < np.median(error) < 0.05 * np.std(exact)

@@ -14,7 +14,7 @@ import pytest
 
 from dcmdp_jax import data, sharding, sync
 from dcmdp_jax.config import MeshConfig, Precision
-from dcmdp_jax.models import decoder, layers
+from dcmdp_jax.models import decoder, layers, rope
 from dcmdp_jax.models.kernels import attention, scoring
 from dcmdp_jax.records import Example, Prompts, Sampling, Scored
 from dcmdp_jax.rollout import jetstream
@@ -207,7 +207,7 @@ def test_a_trainer_that_replays_the_experts_is_the_engine(model, precision, atol
 def routed(row):
     """[layers, S, k]: the router's choice in the forward pass of one row of MOE, layer by layer."""
     params = decoder.unstack(make_params(MOE), MOE)
-    cos, sin = layers.rotary(np.arange(row.shape[1])[None], MOE)
+    cos, sin = rope.rotary(np.arange(row.shape[1])[None], MOE)
     x = params["embed"][row]
     chosen = []
     causal = np.tri(row.shape[1], dtype=bool)

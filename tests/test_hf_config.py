@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from dcmdp_jax.config import Yarn
-from dcmdp_jax.models import hf_config, layers, sizes, weights
+from dcmdp_jax.models import hf_config, rope, sizes, weights
 from support.folders import edit
 from support.random_params import random_params
 
-DENSE = dataclasses.replace(sizes.TINY, attention_bias=True, num_layers=3)
+DENSE = dataclasses.replace(sizes.TINY, qkv_bias=True, o_bias=True, num_layers=3)
 SPARSE = dataclasses.replace(sizes.TINY_MOE, num_layers=5, mlp_only_layers=(1,))
 
 
@@ -22,6 +22,14 @@ def folder(tmp_path):
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "original_max_position_embeddings": 8192,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 PLAIN = {"rope_type": "default", "rope_theta": 1e6}
 
 
@@ -38,8 +46,19 @@ PLAIN = {"rope_type": "default", "rope_theta": 1e6}
         ({"model_type": "qwen2"}, "model_type is 'qwen2', which is not that of architectures"),
         ({"hidden_size": "drop"}, "hidden_size is missing"),
         ({"rope_theta": "drop"}, "rope_theta is missing"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "'linear' is not supported"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "original_max_position_embeddings is missing",
+        ),
+        (
+            {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}},
+            "low_freq_factor=4.0 must be less than high_freq_factor=4.0",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 8.0, "beta_fast": 3.0}},
+            "beta_fast=3.0 of rope_scaling is not supported with rope_type 'linear'",
+        ),
         (
             {"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}, "rope_parameters": PLAIN},
             "'dynamic' is not supported",
@@ -62,7 +81,7 @@ PLAIN = {"rope_type": "default", "rope_theta": 1e6}
         ({"rope_scaling": YARN | {"factor": 0.5}}, "factor=0.5 of rope_scaling is less than 1"),
         (
             {"rope_scaling": YARN | {"type": "linear"}},
-            "kind of rope is said twice and differs: 'yarn'.*'linear'",
+            "kind of rope is given twice and differs: 'yarn'.*'linear'",
         ),
         ({"rope_scaling": YARN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"rope_scaling": YARN | {"attn_factor": 0.9}}, "rope setting attn_factor=0.9"),
@@ -81,7 +100,7 @@ PLAIN = {"rope_type": "default", "rope_theta": 1e6}
         ),
         (
             {"rope_scaling": YARN, "original_max_position_embeddings": 9},
-            "said twice and differs: 32768.* 9",
+            "given twice and differs: 32768.* 9",
         ),
         (
             {"rope_scaling": YARN, "rope_parameters": PLAIN, "rope_theta": "drop"},
@@ -93,7 +112,7 @@ PLAIN = {"rope_type": "default", "rope_theta": 1e6}
         ),
         (
             {"rope_parameters": PLAIN | {"rope_theta": 5e5}},
-            "rope_theta is said twice and differs: 1000000.0 .* 500000.0",
+            "rope_theta is given twice and differs: 1000000.0 .* 500000.0",
         ),
         ({"rope_parameters": {"full_attention": PLAIN}}, "rope setting full_attention"),
         ({"rope_theta": -1.0}, "rope_theta=-1.0 is not a positive number"),
@@ -158,7 +177,7 @@ def test_configs_that_do_not_fit_are_refused(changes, message, folder):
     [
         ({"num_experts": 10**9}, "num_experts=1000000000 must be at most 65536"),
         ({"num_experts": 60000}, "too few for .* with num_experts=60000"),
-        ({"num_local_experts": 4}, "num_experts is said twice and differs: 8 .* 4"),
+        ({"num_local_experts": 4}, "num_experts is given twice and differs: 8 .* 4"),
         ({"num_experts": "drop"}, "num_experts is missing"),
         ({"mlp_only_layers": [5]}, r"mlp_only_layers is \[5\], not a list of layers from 0 to 4"),
         ({"mlp_only_layers": 1}, "mlp_only_layers is 1"),
@@ -258,48 +277,75 @@ def test_files_written_as_the_published_ones_are_read(text, want, tmp_path):
     assert weights.read_config(tmp_path) == want
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_theta": 1e6, "rope_scaling": None},
-        {
-            "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"},
-            "rope_scaling": YARN,
-        },  # added by hand to a new file
-        {"rope_parameters": PLAIN, "rope_scaling": YARN | {"rope_theta": 1e6}},
-        {"rope_parameters": PLAIN, "rope_theta": 1e6, "rope_scaling": YARN | {"rope_theta": 1e6}},
-        {
-            "rope_theta": 1e6,
-            "rope_scaling": {"type": "yarn"} | {k: v for k, v in YARN.items() if k != "rope_type"},
-        },
-        {"rope_parameters": PLAIN | YARN, "rope_scaling": YARN | {"rope_theta": 1e6}},
-        {"rope_parameters": PLAIN | YARN | {"truncate": False}},
-        {"rope_parameters": PLAIN | YARN | {"beta_fast": 16, "beta_slow": 2, "truncate": False}},
-        {"rope_parameters": PLAIN | YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}},
-        {
-            "rope_parameters": PLAIN
-            | YARN
-            | {"mscale": 0.7, "mscale_all_dim": 1.3, "attention_factor": 1.5}
-        },
-        {"rope_parameters": PLAIN | YARN | {"factor": 1.0}},
-        {"rope_parameters": PLAIN | YARN, "original_max_position_embeddings": 32768},
-    ],
-)
-def test_rotary_positions_are_those_of_transformers(rope, tmp_path):
-    """Its own reading of the same config.json, and of the one that is written back."""
+ROPES = [
+    {"rope_theta": 1e6, "rope_scaling": None},
+    {
+        "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"},
+        "rope_scaling": YARN,
+    },  # added by hand to a new file
+    {"rope_parameters": PLAIN, "rope_scaling": YARN | {"rope_theta": 1e6}},
+    {"rope_parameters": PLAIN, "rope_theta": 1e6, "rope_scaling": YARN | {"rope_theta": 1e6}},
+    {
+        "rope_theta": 1e6,
+        "rope_scaling": {"type": "yarn"} | {k: v for k, v in YARN.items() if k != "rope_type"},
+    },
+    {"rope_parameters": PLAIN | YARN, "rope_scaling": YARN | {"rope_theta": 1e6}},
+    {"rope_parameters": PLAIN | YARN | {"truncate": False}},
+    {"rope_parameters": PLAIN | YARN | {"beta_fast": 16, "beta_slow": 2, "truncate": False}},
+    {"rope_parameters": PLAIN | YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}},
+    {
+        "rope_parameters": PLAIN
+        | YARN
+        | {"mscale": 0.7, "mscale_all_dim": 1.3, "attention_factor": 1.5}
+    },
+    {"rope_parameters": PLAIN | YARN | {"factor": 1.0}},
+    {"rope_parameters": PLAIN | YARN, "original_max_position_embeddings": 32768},
+    {"rope_parameters": PLAIN | LINEAR},
+    {"rope_theta": 1e6, "rope_scaling": LINEAR},
+    {"rope_parameters": PLAIN | LLAMA3},
+    {"rope_theta": 1e6, "rope_scaling": LLAMA3},
+]
+
+
+def transformers_rope(folder):
+    """transformers' reading of the folder's config.json: frequencies, and the factor of cos and sin."""
     transformers = pytest.importorskip("transformers")
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-    raw = {k: v for k, v in json.loads(DENSE_FILE).items() if "rope" not in k} | rope
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    ours = weights.read_config(tmp_path)
-    frequencies, factor = layers.frequencies(ours)
-    for _ in range(2):
-        theirs = Qwen3RotaryEmbedding(transformers.Qwen3Config.from_pretrained(tmp_path))
-        np.testing.assert_allclose(frequencies, theirs.inv_freq.numpy(), rtol=2e-6)
-        assert factor == pytest.approx(theirs.attention_scaling)
-        hf_config.write(tmp_path / "config.json", ours, "bfloat16", {})
-        assert weights.read_config(tmp_path) == ours
+    theirs = Qwen3RotaryEmbedding(transformers.Qwen3Config.from_pretrained(folder))
+    return theirs.inv_freq.numpy(), theirs.attention_scaling
+
+
+def write_with(settings, folder):
+    raw = {k: v for k, v in json.loads(DENSE_FILE).items() if "rope" not in k} | settings
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize("settings", ROPES)
+def test_rotary_positions_are_those_of_transformers(settings, tmp_path):
+    write_with(settings, tmp_path)
+    want, want_factor = transformers_rope(tmp_path)
+    frequencies, factor = rope.frequencies(weights.read_config(tmp_path))
+    np.testing.assert_allclose(frequencies, want, rtol=2e-6)
+    assert factor == pytest.approx(want_factor)
+
+
+@pytest.mark.parametrize("settings", ROPES)
+def test_transformers_reads_the_rotary_positions_that_are_written(settings, tmp_path):
+    write_with(settings, tmp_path)
+    config = weights.read_config(tmp_path)
+    hf_config.write(tmp_path / "config.json", config, "bfloat16", {})
+    assert weights.read_config(tmp_path) == config
+    frequencies, factor = transformers_rope(tmp_path)
+    np.testing.assert_allclose(frequencies, rope.frequencies(config)[0], rtol=2e-6)
+    assert factor == pytest.approx(rope.frequencies(config)[1])
+
+
+@pytest.mark.parametrize("switches", [{"qk_norm": False}, {"qkv_bias": False}, {"o_bias": False}])
+def test_models_of_no_family_are_not_written(switches, tmp_path):
+    config = dataclasses.replace(DENSE, **switches)
+    with pytest.raises(ValueError, match="Qwen3ForCausalLM needs qk_norm, and qkv_bias and o_bias"):
+        hf_config.write(tmp_path / "config.json", config, "bfloat16", {})
 
 
 @pytest.mark.parametrize(
@@ -322,14 +368,20 @@ def test_a_config_that_is_none_is_one_sentence_with_its_name(text, message, tmp_
         weights.check(tmp_path)
 
 
-def test_both_spellings_of_rope_are_read(folder):
-    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-    want = Yarn(4.0, 32768)
-    edit(folder, rope_theta=5e5, rope_scaling=scaling)
-    old = weights.read_config(folder)
-    together = scaling | {"rope_theta": 5e5}
-    edit(folder, rope_theta="drop", rope_scaling="drop", rope_parameters=together)
-    expected = dataclasses.replace(DENSE, yarn=want, rope_theta=5e5)
-    assert old == weights.read_config(folder) == expected
-    edit(folder, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+SPELLINGS = [
+    {"rope_theta": 5e5, "rope_scaling": YARN},
+    {"rope_theta": "drop", "rope_scaling": "drop", "rope_parameters": YARN | {"rope_theta": 5e5}},
+]
+
+
+@pytest.mark.parametrize("settings", SPELLINGS)
+def test_both_spellings_of_rope_are_read(settings, folder):
+    edit(folder, **settings)
+    expected = dataclasses.replace(DENSE, rope_scaling=Yarn(4.0, 32768), rope_theta=5e5)
+    assert weights.read_config(folder) == expected
+
+
+def test_default_rope_parameters_are_no_scaling(folder):
+    plain = {"rope_type": "default", "rope_theta": 5e5}
+    edit(folder, rope_theta="drop", rope_scaling="drop", rope_parameters=plain)
     assert weights.read_config(folder) == dataclasses.replace(DENSE, rope_theta=5e5)

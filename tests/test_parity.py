@@ -166,7 +166,8 @@ def test_what_the_gate_refuses(found, limit, says):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, FLOAT | {"model.bfloat16": True}, FLOAT | {"rollout.precision.cache": "int8"}]
+    "changes",
+    [{}, FLOAT | {"model.compute.bfloat16": True}, FLOAT | {"rollout.precision.cache": "int8"}],
 )
 def test_only_an_exact_engine_has_a_limit_of_its_own(changes):
     run = tiny(**changes)

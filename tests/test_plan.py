@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from dcmdp_jax import cli, sharding
-from dcmdp_jax.config import MeshConfig, ModelConfig, Precision
+from dcmdp_jax.config import Compute, MeshConfig, ModelConfig, Precision
 from dcmdp_jax.models import decoder
 from dcmdp_jax.tools import cost_model, plan
 from support.steps import make_config
@@ -26,8 +26,7 @@ MODEL = ModelConfig(
     num_heads=4,
     num_kv_heads=4,
     head_dim=128,
-    bfloat16=True,
-    remat=True,
+    compute=Compute(bfloat16=True, remat=True),
 )
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 QUICKSTART = str(EXPERIMENTS / "quickstart.py")

@@ -16,7 +16,7 @@ from dcmdp_jax.models.quantized import Quantized
 
 pytestmark = pytest.mark.full
 
-FORMATS = list(quantized.LARGEST)
+FORMATS = list(quantized.SCALED)
 BITS = {"int8": 8, "int4": 4, "float8_e4m3fn": 8, "float8_e5m2": 8, "nf4": 4}
 # appendix E of arXiv 2305.14314
 NORMAL_FLOAT = [
@@ -97,7 +97,7 @@ def test_rounding(shape, axes, group, scales, laid_out, dtype):
     )
     largest = np.abs(np.asarray(w).reshape(laid_out)).max(axis=2)
     np.testing.assert_allclose(
-        few.scale.reshape(largest.shape), largest / quantized.LARGEST[dtype], rtol=1e-6
+        few.scale.reshape(largest.shape), largest / quantized.FORMATS[dtype].largest, rtol=1e-6
     )
     got, want = (np.asarray(x, np.float64).reshape(laid_out) for x in (few.dequantize(), w))
     scale = np.asarray(few.scale, np.float64).reshape(largest.shape)[:, :, None]
@@ -206,7 +206,7 @@ def test_products_equal_those_of_the_dequantized_weight(
 
 def rounded_rows(x: np.ndarray, dtype: str) -> np.ndarray:
     """`x` [..., I] on the grid of `dtype`, one scale a row, in NumPy."""
-    scale = np.abs(x).max(-1, keepdims=True) / quantized.LARGEST[dtype]
+    scale = np.abs(x).max(-1, keepdims=True) / quantized.FORMATS[dtype].largest
     units = x / np.where(scale > 0, scale, 1)
     return (
         np.rint(units) if dtype == "int8" else units.astype(jnp.dtype(dtype)).astype(np.float32)

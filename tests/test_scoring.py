@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dcmdp_jax.config import Compute
 from dcmdp_jax.models import decoder, sizes
 from dcmdp_jax.models.kernels import scoring
 from support.random_params import random_params
@@ -130,7 +131,7 @@ def test_not_a_number_is_seen():
 
 
 def test_bfloat16_rounds_operands_only():
-    config = dataclasses.replace(sizes.TINY, bfloat16=True)
+    config = dataclasses.replace(sizes.TINY, compute=Compute(bfloat16=True))
     params = random_params(config, 0.3, norms=1.0)
     given = case(config)
     values, grads = run(with_entropy, params, config, given)

@@ -12,12 +12,12 @@ import pytest
 from dcmdp_jax import sharding, sync
 from dcmdp_jax.config import MeshConfig, Precision
 from dcmdp_jax.models import decoder, sizes
-from dcmdp_jax.models.quantized import LARGEST, Quantized, quantize
+from dcmdp_jax.models.quantized import SCALED, Quantized, quantize
 from support.random_params import random_params
 
 pytestmark = pytest.mark.full
 
-DENSE = dataclasses.replace(sizes.TINY, attention_bias=True)  # tied embeddings
+DENSE = dataclasses.replace(sizes.TINY, qkv_bias=True, o_bias=True)  # tied embeddings
 MOE = sizes.TINY_MOE
 MODELS = pytest.mark.parametrize("model", [DENSE, MOE], ids=["dense", "moe"])
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -159,7 +159,7 @@ def test_bytes(model, group, per_matrix):
     numbers = sum(inputs * outputs for inputs, outputs in matrices)
     scales = sum(per_matrix(*shape) for shape in matrices)
     exact = nbytes(model, Precision())
-    for weights in LARGEST:  # 4-bit numbers, too, take a byte here
+    for weights in SCALED:  # 4-bit numbers, too, take a byte here
         assert (
             exact - nbytes(model, Precision(weights=weights, group=group))
             == 3 * numbers - 4 * scales

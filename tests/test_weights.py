@@ -19,7 +19,7 @@ from support.random_params import random_params
 pytestmark = pytest.mark.full
 
 CONFIGS = {
-    "dense": dataclasses.replace(sizes.TINY, attention_bias=True, num_layers=3),
+    "dense": dataclasses.replace(sizes.TINY, qkv_bias=True, o_bias=True, num_layers=3),
     "moe": dataclasses.replace(
         sizes.TINY_MOE, num_layers=5, mlp_only_layers=(1,), decoder_sparse_step=1
     ),

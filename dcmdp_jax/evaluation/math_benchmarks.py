@@ -24,7 +24,7 @@ import numpy as np
 from dcmdp_jax import data, files, lock, rewards, sharding, sync
 from dcmdp_jax import tokenizer as tokenizers
 from dcmdp_jax.answers import judge
-from dcmdp_jax.config import MeshConfig, Precision
+from dcmdp_jax.config import Compute, MeshConfig, Precision
 from dcmdp_jax.evaluation import scores
 from dcmdp_jax.models import decoder, weights
 from dcmdp_jax.records import Example, Prompts, Sampling, Weights
@@ -330,11 +330,11 @@ def _start(evaluation: Evaluation) -> tuple[SlotEngine, Weights]:
     """The engine and its weights, on their devices."""
     options, mesh = evaluation.options, _mesh(evaluation.options)
     shape = weights.read_config(options.folder)
-    model = dataclasses.replace(shape, bfloat16=options.bfloat16 or shape.bfloat16)
+    model = dataclasses.replace(shape, compute=Compute(bfloat16=options.bfloat16))
     shapes = jax.eval_shape(functools.partial(decoder.init, config=model), jax.random.key(0))
     places = sharding.param_shardings(decoder.logical_axes(model), mesh, sharding.DECODE, shapes)
     _, params = weights.load(
-        options.folder, jnp.bfloat16 if model.bfloat16 else jnp.float32, shardings=places
+        options.folder, jnp.bfloat16 if options.bfloat16 else jnp.float32, shardings=places
     )
     engine = jetstream.Engine(
         model,

@@ -1,5 +1,6 @@
-"""The slotted key-value cache of decoding: one `[B, KV, S, h]` array per layer for keys and one for
-values.
+"""The key-value cache of decoding: for each layer an array `[B, KV, S, h]` of keys and one of values.
+
+B slots, KV kv-heads, G q-heads for each of them, S positions, h head size.
 """
 
 from __future__ import annotations
@@ -12,38 +13,37 @@ import jax
 import jax.numpy as jnp
 
 from dcmdp_jax.config import ModelConfig
-from dcmdp_jax.models.quantized import LARGEST, Quantized, einsum, quantize
+from dcmdp_jax.models.kernels import tiles
+from dcmdp_jax.models.quantized import SCALED, Quantized, einsum, formats, quantize
 
-DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
-# numbers of keys that a CPU takes from the cache at a time: what its own cache holds
-BLOCK = 1 << 19
+DTYPES = formats("cache")
 
-# [B, KV, S, h]; a `Quantized` one has a scale per position and kv-head, [B, KV, S, 1]
+# [B, KV, S, h]; if it is `Quantized`, with a scale per position and kv-head, [B, KV, S, 1]
 CacheLayer = jax.Array | Quantized
 
 
 class Cache(NamedTuple):
-    """Keys (rotated) and values of B slots, S positions each: one `Layer` per layer."""
+    """Keys (rotated) and values, one `CacheLayer` per layer of the decoder."""
 
     keys: tuple[CacheLayer, ...]
     values: tuple[CacheLayer, ...]
 
 
 def init(config: ModelConfig, slots: int, length: int, dtype: str = "") -> Cache:
-    """An empty cache of `slots` slots and `length` positions.
+    """Returns an empty cache of `slots` slots and `length` positions.
 
-    `dtype` is one of `DTYPES`, "" the compute dtype; another raises ValueError.
+    `dtype` is one of `DTYPES`, or "" for the compute dtype. Raises ValueError for another.
     """
-    dtype = dtype or ("bfloat16" if config.bfloat16 else "float32")
+    dtype = dtype or ("bfloat16" if config.compute.bfloat16 else "float32")
     if dtype not in DTYPES:
         raise ValueError(f"the cache cannot hold {dtype!r}; choose one of {', '.join(DTYPES)}")
     shape = (slots, config.num_kv_heads, length, config.head_dim)
 
     def layer() -> CacheLayer:
         zeros = jnp.zeros(shape, dtype)
-        return (
-            Quantized(zeros, jnp.ones((*shape[:3], 1), jnp.float32)) if dtype in LARGEST else zeros
-        )
+        if dtype in SCALED:
+            return Quantized(zeros, jnp.ones((*shape[:3], 1), jnp.float32))
+        return zeros
 
     layers = range(config.num_layers)
     return Cache(tuple(layer() for _ in layers), tuple(layer() for _ in layers))
@@ -56,13 +56,12 @@ def insert(
     slots: jax.Array,
     rows: jax.Array,
 ) -> Cache:
-    """Copy row `rows[g]` of a prefill into the first P positions of slot `slots[g]`, in place where
+    """Copies row `rows[g]` of a prefill into the first P positions of slot `slots[g]`, in place if
     `cache` is donated.
 
-    keys, values: per layer [N, KV, P, h]; slots, rows: [G] int32. Slots must differ; a slot number
-        of B or more is
-    dropped, so that G can be padded to a fixed size. Raises ValueError when P exceeds the cache's
-    length.
+    keys, values: per layer [N, KV, P, h]; slots, rows: [G] int32. Slots must differ. A slot number
+    of B or more is dropped, so that G can be padded to a fixed size. Raises ValueError if P exceeds
+    the cache's length.
     """
     prefix = keys[0].shape[2]
     length = cache.keys[0].shape[2]
@@ -77,76 +76,80 @@ def insert(
                 new[rows], unique_indices=True, mode="drop"
             ),
             layer,
-            _held(new, layer),
+            _in_format(new, layer),
         )
 
     return Cache(tuple(map(copy, cache.keys, keys)), tuple(map(copy, cache.values, values)))
 
 
 def write(layer: CacheLayer, new: jax.Array, lengths: jax.Array) -> CacheLayer:
-    """Put `new[b]` at position `lengths[b]` of slot b; a position outside the cache is dropped.
+    """Writes `new[b]` at position `lengths[b]` of slot b; a position outside the cache is dropped.
 
     layer [B, KV, S, h], new [B, KV, h], lengths [B] int32 -> [B, KV, S, h]. Float32 and int8 are
-    written in place; on a CPU XLA makes a bfloat16 or float8 layer float32 and back to write into
-    it.
+    written in place; on a CPU XLA converts a bfloat16 or float8 layer to float32 and back.
     """
     slots = jnp.arange(layer.shape[0])[:, None]
     heads = jnp.arange(layer.shape[1])
-    # Heads are indexed, not sliced: a TPU then writes in place, where it otherwise turns the whole
-    # cache round and back.
+    # Heads are indexed, not sliced: otherwise a TPU transposes the whole cache and back.
     return jax.tree.map(
         lambda old, new: old.at[slots, heads, lengths[:, None]].set(
             new, unique_indices=True, mode="drop"
         ),
         layer,
-        _held(new, layer),
+        _in_format(new, layer),
     )
 
 
 def prefix(cache: Cache, window: int) -> Cache:
-    """The first `window` positions of every slot, copied, for the steps of one dispatch to work in."""
+    """Returns a copy of the first `window` positions of every slot."""
     return jax.tree.map(lambda layer: layer[:, :, :window], cache)
 
 
 def restore_prefix(cache: Cache, part: Cache) -> Cache:
-    """`cache` with its first positions replaced by `part`, as `first` cut it; in place where
-    `cache` is donated.
+    """Returns `cache` with its first positions replaced by `part`, the shape of `prefix`; in place
+    if `cache` is donated.
     """
     return jax.tree.map(
         lambda layer, new: jax.lax.dynamic_update_slice(layer, new, (0, 0, 0, 0)), cache, part
     )
 
 
-def _held(new: jax.Array, layer: CacheLayer) -> CacheLayer:
-    """`new` [..., h] as `layer` holds it."""
+def _in_format(new: jax.Array, layer: CacheLayer) -> CacheLayer:
+    """Returns `new` [..., h] in the format of `layer`."""
     if isinstance(layer, Quantized):
         return quantize(new, layer.values.dtype, (-1,))
     return new.astype(layer.dtype)
 
 
 def attend(
-    q: jax.Array, keys: CacheLayer, values: CacheLayer, lengths: jax.Array, *, window: int
+    q: jax.Array,
+    keys: CacheLayer,
+    values: CacheLayer,
+    lengths: jax.Array,
+    *,
+    window: int,
+    cpu_numbers: int = tiles.CACHE_NUMBERS,
 ) -> jax.Array:
-    """Attention of one token a slot to positions 0..lengths[b] of its slot: `softmax(q k^T /
-    sqrt(h)) v`.
+    """Attention of one token per slot to positions 0..lengths[b]: `softmax(q k^T / sqrt(h)) v`,
+    softmax in float32.
 
-    q [B, KV, G, h], keys, values [B, KV, S, h], lengths [B] < `window` -> [B, KV, G, h]; softmax in
-    float32. Positions from `window` (static) on are not read. Scales of quantized keys and values
-    are applied to the scores and the weights.
+    q [B, KV, G, h], keys, values [B, KV, S, h], lengths [B] < `window` -> [B, KV, G, h]. Positions
+    from `window` (static) on are not read. Scales of quantized keys and values are applied to the
+    scores and the weights. A CPU reads at most `cpu_numbers` numbers of keys at a time.
     """
     slots = q.shape[0]
     per_slot = q.shape[1] * window * q.shape[3]
-    together = max(BLOCK // per_slot, 1)
+    together = max(cpu_numbers // per_slot, 1)
 
     def by_blocks(*args):
         # The barrier keeps the keys the left operand, which takes half the time or less on a CPU.
         slot = functools.partial(_attend, window=window, hold=jax.lax.optimization_barrier)
         if together >= slots:
             return jax.vmap(slot)(*args)
-        return jax.lax.map(lambda each: slot(*each), args, batch_size=together)
+        return jax.lax.map(lambda slot_args: slot(*slot_args), args, batch_size=together)
 
-    whole = jax.vmap(functools.partial(_attend, window=window, hold=lambda scores: scores))
-    return jax.lax.platform_dependent(q, keys, values, lengths, cpu=by_blocks, default=whole)
+    at_once = jax.vmap(functools.partial(_attend, window=window, hold=lambda scores: scores))
+    return jax.lax.platform_dependent(q, keys, values, lengths, cpu=by_blocks, default=at_once)
 
 
 def _attend(
@@ -169,7 +172,7 @@ def _attend(
 
 
 def _numbers(layer: CacheLayer, window: int) -> tuple[jax.Array, jax.Array | float]:
-    """Values [KV, window, h] before scaling, and their scale [KV, 1, window]."""
+    """Returns the stored numbers [KV, window, h] and their scale [KV, 1, window]."""
     if isinstance(layer, Quantized):
         return layer.values[:, :window], layer.scale[:, None, :window, 0]
     return layer[:, :window], 1.0

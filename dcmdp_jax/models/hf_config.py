@@ -1,26 +1,54 @@
-"""Hugging Face's `config.json` of Qwen3 and Qwen3-MoE, to and from `ModelConfig`.
+"""Hugging Face's `config.json`, to and from `ModelConfig`.
 
-A key is read, or must have the one value that this model has, or is known to change nothing. Of the
-others, those whose name speaks of the model's mathematics are refused, unless they are switched
-off; the rest are notes and are left alone. What a file says twice must agree.
+`FAMILIES` lists the architectures that are read. A key is read, or must have the one value that the
+decoder has, or is known to change nothing. Any other key is refused if its name suggests that it
+changes the model's mathematics, unless it is switched off; the rest are ignored. If a file gives a
+setting twice, both must agree.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pathlib
 import reprlib
+from collections.abc import Callable
 from typing import Any
 
 from dcmdp_jax import files
-from dcmdp_jax.config import MAX_FLOAT, ModelConfig, Yarn
+from dcmdp_jax.config import MAX_FLOAT, Linear, Llama3, ModelConfig, Yarn
 
 REMEDY = "give a Hugging Face model folder, with config.json and safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """An architecture of transformers: what its config.json means beside the keys that all share.
+
+    Its tensors' names are in `weights.py`, its published sizes in `sizes.py`.
+    """
+
+    model_type: str
+    sparse: bool  # has experts
+    head_dim: int | None  # where config.json gives none; None: hidden_size / num_attention_heads
+    switches: Callable[[dict], dict]  # config.json -> qk_norm, qkv_bias and o_bias
+
+
+def _qwen3_switches(raw: dict) -> dict:
+    bias = _flag(raw, "attention_bias")
+    return {"qk_norm": True, "qkv_bias": bias, "o_bias": bias}
+
+
 DENSE = "Qwen3ForCausalLM"
 SPARSE = "Qwen3MoeForCausalLM"
-MODEL_TYPES = {DENSE: "qwen3", SPARSE: "qwen3_moe"}
-THETA = 10_000.0  # transformers 5 takes it where rope_scaling, beside rope_parameters, gives none
+# transformers' defaults of head_dim differ between the two
+FAMILIES = {
+    DENSE: Family("qwen3", sparse=False, head_dim=128, switches=_qwen3_switches),
+    SPARSE: Family("qwen3_moe", sparse=True, head_dim=None, switches=_qwen3_switches),
+}
+# transformers 5 uses this if rope_scaling is given beside rope_parameters, without a theta
+THETA = 10_000.0
 
 READ = [
     "architectures",
@@ -49,8 +77,8 @@ READ = [
     "decoder_sparse_step",
     "mlp_only_layers",
 ]
-# Settings that would change the model and that this one does not have, each with the value under
-# which it does nothing.
+# Settings that would change the model and that the decoder does not have, each with the value that
+# has no effect.
 ONE_VALUE = {
     "hidden_act": "silu",
     "use_sliding_window": False,
@@ -65,8 +93,8 @@ ONE_VALUE = {
     "use_qk_norm": True,
     "qk_norm": True,
 }
-# Names that hold one of `WORDS` and still change nothing in a forward pass of this model; the
-# sliding window is idle without use_sliding_window.
+# Names that contain one of `WORDS` and still change nothing in a forward pass of this model; the
+# sliding window is unused without use_sliding_window.
 HARMLESS = [
     "sliding_window",
     "max_window_layers",
@@ -129,21 +157,26 @@ WORDS = [
     "residual",
 ]
 
-PLAIN_SETTINGS = ["type", "rope_type", "rope_theta"]
-YARN_SETTINGS = [
-    "factor",
-    "original_max_position_embeddings",
-    "beta_fast",
-    "beta_slow",
-    "attention_factor",
-    "mscale",
-    "mscale_all_dim",
-    "truncate",
-]
+# What each kind of `rope_scaling` may set, beside rope_theta.
+ROPE_SETTINGS = {
+    "default": [],
+    "linear": ["factor"],
+    "llama3": ["factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"],
+    "yarn": [
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ],
+}
 
 
 def read(folder: str | pathlib.Path) -> ModelConfig:
-    """The shape of the model in `folder`.
+    """Returns the config of the model in `folder`.
 
     Raises ValueError for what is missing, contradictory or not supported.
     """
@@ -162,12 +195,12 @@ def read(folder: str | pathlib.Path) -> ModelConfig:
 
 def _parse(raw: dict) -> ModelConfig:
     names = raw.get("architectures")
-    if not isinstance(names, list) or len(names) != 1 or names[0] not in (DENSE, SPARSE):
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in FAMILIES:
         raise ValueError(
-            f"architectures is {reprlib.repr(names)}; supported are {DENSE} and {SPARSE}"
+            f"architectures is {reprlib.repr(names)}; supported are {' and '.join(FAMILIES)}"
         )
-    sparse = names[0] == SPARSE
-    if raw.get("model_type") not in (None, MODEL_TYPES[names[0]]):
+    family = FAMILIES[names[0]]
+    if raw.get("model_type") not in (None, family.model_type):
         raise ValueError(
             f"model_type is {raw['model_type']!r}, which is not that of architectures, {names[0]}"
         )
@@ -176,9 +209,7 @@ def _parse(raw: dict) -> ModelConfig:
     _check_layer_types(raw.get("layer_types"), layers)
     heads = _whole(raw, "num_attention_heads")
     width = _whole(raw, "hidden_size")
-    theta, yarn = _rope(raw)
-    # transformers fills in 128 for the dense model, hidden_size / heads for the sparse one
-    head_dim = _whole(raw, "head_dim", width // heads if sparse else 128)
+    theta, scaling = _rope(raw)
     return ModelConfig(
         vocab_size=_whole(raw, "vocab_size"),
         hidden_size=width,
@@ -186,19 +217,19 @@ def _parse(raw: dict) -> ModelConfig:
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=_whole(raw, "num_key_value_heads", heads),
-        head_dim=head_dim,
+        head_dim=_whole(raw, "head_dim", family.head_dim or width // heads),
         rope_theta=theta,
-        yarn=yarn,
+        rope_scaling=scaling,
         rms_norm_eps=_positive(raw, "rms_norm_eps", 1e-6),
         tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
-        attention_bias=_flag(raw, "attention_bias"),
         max_position=_whole(raw, "max_position_embeddings"),
-        **(_experts(raw, layers) if sparse else _no_experts(raw)),
+        **family.switches(raw),
+        **(_experts(raw, layers) if family.sparse else _no_experts(raw, names[0])),
     )
 
 
 def _check_others(raw: dict) -> None:
-    """Raises ValueError on a setting of the mathematics that is not read."""
+    """Raises ValueError on a setting that is not read and may change the model."""
     for name, value in ONE_VALUE.items():
         if raw.get(name) not in (value, None):
             raise ValueError(
@@ -227,17 +258,17 @@ def _check_layer_types(kinds: Any, layers: int) -> None:
             )
 
 
-def _no_experts(raw: dict) -> dict:
+def _no_experts(raw: dict, architecture: str) -> dict:
     for name in ("num_experts", "num_local_experts"):
         if raw.get(name) not in (0, None):
             raise ValueError(
-                f"{name}={raw[name]!r} is not supported by {DENSE}; experts are {SPARSE}'s"
+                f"{name}={raw[name]!r} is not supported by {architecture}; experts are {SPARSE}'s"
             )
     return {}
 
 
 def _experts(raw: dict, layers: int) -> dict:
-    said = {name: raw.get(name) for name in ("num_experts", "num_local_experts")}
+    given = {name: raw.get(name) for name in ("num_experts", "num_local_experts")}
     only = raw.get("mlp_only_layers")
     only = [] if only is None else only
     if not isinstance(only, list) or not all(type(i) is int and 0 <= i < layers for i in only):
@@ -245,7 +276,7 @@ def _experts(raw: dict, layers: int) -> dict:
             f"mlp_only_layers is {reprlib.repr(only)}, not a list of layers from 0 to {layers - 1}"
         )
     return {
-        "num_experts": _whole({"num_experts": _agreed(said, "num_experts")}, "num_experts"),
+        "num_experts": _whole({"num_experts": _agreed(given, "num_experts")}, "num_experts"),
         "experts_per_token": _whole(raw, "num_experts_per_tok"),
         "expert_size": _whole(raw, "moe_intermediate_size"),
         "norm_topk_prob": _flag(raw, "norm_topk_prob"),
@@ -257,10 +288,11 @@ def _experts(raw: dict, layers: int) -> dict:
 # Rotary positions
 
 
-def _rope(raw: dict) -> tuple[float, Yarn | None]:
-    """theta and YaRN, of `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`.
+def _rope(raw: dict) -> tuple[float, Linear | Llama3 | Yarn | None]:
+    """Returns theta and the scaling, of `rope_parameters` (transformers 5) or of `rope_theta` and
+    `rope_scaling`.
 
-    A `rope_scaling` added to a file whose `rope_parameters` are of type 'default' is obeyed, as
+    A `rope_scaling` added to a file whose `rope_parameters` are of type 'default' is used, as
     transformers 5 does.
     """
     new = _rope_settings(raw, "rope_parameters")
@@ -271,14 +303,25 @@ def _rope(raw: dict) -> tuple[float, Yarn | None]:
         )
     theta = _theta(raw, old, new)
     rope = old or new
-    if _kind(rope) == "default":
+    kind = _kind(rope)
+    if kind == "default":
         return theta, None
+    if kind == "linear":
+        return theta, Linear(_factor(rope))
     attention_factor = _attention_factor(rope)
     name = "original_max_position_embeddings"
     length = _agreed({"rope_scaling": rope.get(name), "config.json": raw.get(name)}, name)
+    length = _whole({name: length}, name)
+    if kind == "llama3":
+        return theta, Llama3(
+            factor=_factor(rope),
+            original_max_position=length,
+            low_freq_factor=_positive(rope, "low_freq_factor"),
+            high_freq_factor=_positive(rope, "high_freq_factor"),
+        )
     return theta, Yarn(
         factor=_factor(rope),
-        original_max_position=_whole({name: length}, name),
+        original_max_position=length,
         beta_fast=_positive(rope, "beta_fast", 32.0),
         beta_slow=_positive(rope, "beta_slow", 1.0),
         attention_factor=attention_factor,
@@ -287,7 +330,9 @@ def _rope(raw: dict) -> tuple[float, Yarn | None]:
 
 
 def _rope_settings(raw: dict, name: str) -> dict:
-    """What is set under `name`. Raises ValueError on a kind or a setting that is not supported."""
+    """Returns what is set under `name`. Raises ValueError on a kind or setting that is not
+    supported.
+    """
     rope = raw.get(name)
     if rope is None:
         return {}
@@ -295,11 +340,13 @@ def _rope_settings(raw: dict, name: str) -> dict:
         raise ValueError(f"{name} is {files.describe(rope)}, not an object")
     rope = {key: value for key, value in rope.items() if value is not None}
     kind = _kind(rope)
-    if kind not in ("default", "yarn"):
-        raise ValueError(f"rope_type {kind!r} is not supported; supported are 'default' and 'yarn'")
-    known = PLAIN_SETTINGS + YARN_SETTINGS if kind == "yarn" else PLAIN_SETTINGS
+    if kind not in ROPE_SETTINGS:
+        raise ValueError(
+            f"rope_type {kind!r} is not supported; supported are {', '.join(map(repr, ROPE_SETTINGS))}"
+        )
+    allowed = ["type", "rope_type", "rope_theta", *ROPE_SETTINGS[kind]]
     for key, value in rope.items():
-        if key not in known and (key, value) != ("partial_rotary_factor", 1):
+        if key not in allowed and (key, value) != ("partial_rotary_factor", 1):
             raise ValueError(
                 f"rope setting {key}={value!r} of {name} is not supported with rope_type {kind!r}"
             )
@@ -307,25 +354,26 @@ def _rope_settings(raw: dict, name: str) -> dict:
 
 
 def _kind(rope: dict) -> str:
-    said = {name: rope.get(name) for name in ("rope_type", "type")}
-    return _agreed(said, "the kind of rope") or "default"
+    given = {name: rope.get(name) for name in ("rope_type", "type")}
+    return _agreed(given, "the kind of rope") or "default"
 
 
 def _described(rope: dict) -> dict:
-    """The settings that two descriptions must share; theta is compared apart."""
-    return {key: value for key, value in rope.items() if key in YARN_SETTINGS} | {"": _kind(rope)}
+    """Returns the settings that two descriptions must share; `_theta` compares theta."""
+    kind = _kind(rope)
+    return {"": kind} | {name: rope[name] for name in ROPE_SETTINGS[kind] if name in rope}
 
 
 def _theta(raw: dict, old: dict, new: dict) -> float:
-    said = {
+    given = {
         "rope_theta": raw.get("rope_theta"),
         "rope_scaling": old.get("rope_theta"),
         "rope_parameters": new.get("rope_theta"),
     }
-    theta = _positive({"rope_theta": _agreed(said, "rope_theta")}, "rope_theta")
+    theta = _positive({"rope_theta": _agreed(given, "rope_theta")}, "rope_theta")
     if theta <= 1:
         raise ValueError(f"rope_theta={theta} must be more than 1")
-    if old and said["rope_theta"] is None and said["rope_scaling"] is None and theta != THETA:
+    if old and given["rope_theta"] is None and given["rope_scaling"] is None and theta != THETA:
         raise ValueError(
             f"rope_theta={theta} of rope_parameters is not in rope_scaling, without which "
             f"transformers takes {THETA}; write it into rope_scaling too"
@@ -341,7 +389,7 @@ def _factor(rope: dict) -> float:
 
 
 def _attention_factor(rope: dict) -> float | None:
-    """As given, or as `mscale` and `mscale_all_dim` make it; None: what the factor alone makes."""
+    """Returns it as given or as `mscale` and `mscale_all_dim` define it; None: the factor's own."""
     names = ("mscale", "mscale_all_dim")
     given = [name for name in names if name in rope]
     if "attention_factor" in rope:
@@ -362,21 +410,21 @@ def _attention_factor(rope: dict) -> float | None:
 # Values
 
 
-def _agreed(said: dict[str, Any], name: str) -> Any:
-    """The one value of what several places say, or None where none does.
+def _agreed(given: dict[str, Any], name: str) -> Any:
+    """Returns the one value that several places give, or None if none does.
 
-    Raises ValueError where two differ.
+    Raises ValueError if two differ.
     """
-    said = {place: value for place, value in said.items() if value is not None}
-    values = list(said.values())
+    given = {place: value for place, value in given.items() if value is not None}
+    values = list(given.values())
     if any(value != values[0] for value in values):
-        places = ", ".join(f"{value!r} ({place})" for place, value in said.items())
-        raise ValueError(f"{name} is said twice and differs: {places}")
+        places = ", ".join(f"{value!r} ({place})" for place, value in given.items())
+        raise ValueError(f"{name} is given twice and differs: {places}")
     return values[0] if values else None
 
 
 def _whole(raw: dict, name: str, default: int | None = None) -> int:
-    """A positive whole number; `ModelConfig` and `Yarn` know how large each may be."""
+    """Returns a positive whole number; `ModelConfig` and the rope scalings check the upper bounds."""
     value = _need(raw, name, default)
     if type(value) is not int or value < 1:
         raise ValueError(f"{name}={value!r} is not a whole number of at least 1")
@@ -398,7 +446,7 @@ def _flag(raw: dict, name: str, default: bool = False) -> bool:
 
 
 def _need(raw: dict, name: str, default: Any = None) -> Any:
-    """The value under `name`, or `default`. Raises ValueError where there is neither."""
+    """Returns the value under `name`, or `default`. Raises ValueError if there is neither."""
     value = default if raw.get(name) is None else raw[name]
     if value is None:
         raise ValueError(f"{name} is missing")
@@ -409,13 +457,20 @@ def _need(raw: dict, name: str, default: Any = None) -> Any:
 
 
 def write(path: pathlib.Path, config: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> None:
-    """Write `config.json` as the published Qwen3 folders have it, for any transformers with Qwen3.
+    """Writes `config.json` as the published Qwen3 folders have it, for any transformers with Qwen3.
 
-    `token_ids` holds `eos_token_id` and its like, as the tokenizer names them.
+    `token_ids` holds `eos_token_id` and its like, as the tokenizer names them. Raises ValueError if
+    no architecture of `FAMILIES` has the config's switches.
     """
+    architecture = SPARSE if config.num_experts else DENSE
+    if not config.qk_norm or config.qkv_bias != config.o_bias:
+        raise ValueError(
+            f"save: {architecture} needs qk_norm, and qkv_bias and o_bias alike; this model has "
+            f"qk_norm={config.qk_norm}, qkv_bias={config.qkv_bias}, o_bias={config.o_bias}"
+        )
     raw = {
-        "architectures": [SPARSE if config.num_experts else DENSE],
-        "attention_bias": config.attention_bias,
+        "architectures": [architecture],
+        "attention_bias": config.qkv_bias,
         "attention_dropout": 0.0,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
@@ -423,12 +478,12 @@ def write(path: pathlib.Path, config: ModelConfig, dtype: str, token_ids: dict[s
         "initializer_range": 0.02,
         "intermediate_size": config.intermediate_size,
         "max_position_embeddings": config.max_position,
-        "model_type": "qwen3_moe" if config.num_experts else "qwen3",
+        "model_type": FAMILIES[architecture].model_type,
         "num_attention_heads": config.num_heads,
         "num_hidden_layers": config.num_layers,
         "num_key_value_heads": config.num_kv_heads,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_scaling": None,
+        "rope_scaling": _rope_scaling(config.rope_scaling),
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": dtype,
@@ -436,17 +491,6 @@ def write(path: pathlib.Path, config: ModelConfig, dtype: str, token_ids: dict[s
         "use_sliding_window": False,
         "vocab_size": config.vocab_size,
     }
-    if config.yarn is not None:
-        yarn = {
-            "rope_type": "yarn",
-            "factor": config.yarn.factor,
-            "original_max_position_embeddings": config.yarn.original_max_position,
-            "beta_fast": config.yarn.beta_fast,
-            "beta_slow": config.yarn.beta_slow,
-            "attention_factor": config.yarn.attention_factor,
-            "truncate": None if config.yarn.truncate else False,
-        }
-        raw["rope_scaling"] = {name: value for name, value in yarn.items() if value is not None}
     if config.num_experts:
         raw |= {
             "decoder_sparse_step": config.decoder_sparse_step,
@@ -459,3 +503,28 @@ def write(path: pathlib.Path, config: ModelConfig, dtype: str, token_ids: dict[s
             "router_aux_loss_coef": 0.001,
         }
     path.write_text(json.dumps(raw | token_ids, indent=2, sort_keys=True) + "\n")
+
+
+def _rope_scaling(scaling: Linear | Llama3 | Yarn | None) -> dict | None:
+    if scaling is None:
+        return None
+    if isinstance(scaling, Linear):
+        return {"rope_type": "linear", "factor": scaling.factor}
+    both = {
+        "factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_max_position,
+    }
+    if isinstance(scaling, Llama3):
+        return both | {
+            "rope_type": "llama3",
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+        }
+    yarn = both | {
+        "rope_type": "yarn",
+        "beta_fast": scaling.beta_fast,
+        "beta_slow": scaling.beta_slow,
+        "attention_factor": scaling.attention_factor,
+        "truncate": None if scaling.truncate else False,
+    }
+    return {name: value for name, value in yarn.items() if value is not None}

@@ -1,88 +1,37 @@
-"""The pieces of a Qwen3 decoder: rotary positions, norms, attention, SwiGLU, and the layer made of
-them.
+"""The pieces of the decoder: norms, attention, SwiGLU, experts, and the layer made of them.
 
-B rows, S positions, D model, H q-heads, KV kv-heads, G = H / KV, h head size, F feed-forward, V
-vocabulary.
+The switches of `ModelConfig` decide which parameters a piece has. B rows, S positions, D model, H
+q-heads, KV kv-heads, G = H / KV, h head size, F feed-forward, V vocabulary.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dcmdp_jax import sharding
-from dcmdp_jax.config import ModelConfig, Yarn
+from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models import moe, quantized
 from dcmdp_jax.models.kernels import dispatch, swiglu
 from dcmdp_jax.models.moe import parameter
 from dcmdp_jax.models.quantized import project
+from dcmdp_jax.models.rope import rotate
 
-# (q [B, KV, G, S, h], k, v [B, KV, S, h]) -> (out [B, KV, G, S, h], whatever the caller keeps of k
-# and v)
+# (q [B, KV, G, S, h], k, v [B, KV, S, h]) -> (out [B, KV, G, S, h], anything the caller needs)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 def compute_dtype(config: ModelConfig):
-    """The dtype of activations and matrix products."""
-    return jnp.bfloat16 if config.bfloat16 else jnp.float32
+    """Returns the dtype of activations and matrix products."""
+    return jnp.bfloat16 if config.compute.bfloat16 else jnp.float32
 
 
-def frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
-    """Angular frequency of each rotary pair, radians per position, [h/2] float32, and the factor on
-    cos and sin.
-    """
-    exponent = np.arange(0, config.head_dim, 2) / config.head_dim
-    plain = config.rope_theta**-exponent
-    if config.yarn is None:
-        return plain.astype(np.float32), 1.0
-    return _stretch(plain, config, config.yarn)
-
-
-def _stretch(plain: np.ndarray, config: ModelConfig, yarn: Yarn) -> tuple[np.ndarray, float]:
-    """YaRN (arXiv 2309.00071, section 3.2): divide slow pairs by `factor`, keep fast ones, blend
-    between.
-    """
-
-    # the (real-valued) pair that turns `rotations` times in the original context
-    def pair(rotations: float) -> float:
-        turns = yarn.original_max_position / (rotations * 2 * math.pi)
-        return config.head_dim * math.log(turns) / (2 * math.log(config.rope_theta))
-
-    low = pair(yarn.beta_fast)
-    high = pair(yarn.beta_slow)
-    if yarn.truncate:
-        low = math.floor(low)
-        high = math.ceil(high)
-    low = max(low, 0)
-    high = min(high, config.head_dim - 1)
-    slow = np.clip((np.arange(plain.size) - low) / max(high - low, 0.001), 0.0, 1.0)
-    scale = yarn.attention_factor
-    if scale is None:
-        scale = 0.1 * math.log(yarn.factor) + 1.0 if yarn.factor > 1 else 1.0
-    return (plain * (1 - slow) + plain / yarn.factor * slow).astype(np.float32), scale
-
-
-def rotary(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of every pair's angle: positions [B, S] -> two [B, S, 1, h/2], float32."""
-    freqs, scale = frequencies(config)
-    angles = positions[..., None, None].astype(jnp.float32) * freqs
-    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn the pairs (x_i, x_{i + h/2}) by their angles: [B, S, heads, h]."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-# cheaper to make again than to keep
+# Recomputed in the backward pass, which is cheaper than saving its intermediates.
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32 (arXiv 1910.07467)."""
@@ -105,51 +54,50 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with normalised queries and keys; the caller's `attend` supplies mask
-    and cache.
-    """
+    """Grouped-query attention. The caller's `attend` supplies the mask and the cache."""
 
     config: ModelConfig
     param_dtype: Any = jnp.float32
 
+    def _bias(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], dtype) -> jax.Array:
+        return parameter(self, f"{name}_bias", shape, axes, nn.initializers.zeros).astype(dtype)
+
     def _heads(self, x: jax.Array, name: str, heads: int, axis: str) -> jax.Array:
-        """Project [B, S, D] to [B, S, heads, h]."""
+        """Projects [B, S, D] to [B, S, heads, h]."""
         c = self.config
         w = parameter(
             self, f"{name}_proj", (c.hidden_size, heads, c.head_dim), ("embed", axis, "head_dim")
         )
         y = project(x, w)
-        if c.attention_bias:
-            bias = (heads, c.head_dim), (axis, "head_dim"), nn.initializers.zeros
-            y = y + parameter(self, f"{name}_bias", *bias).astype(x.dtype)
+        if c.qkv_bias:
+            y = y + self._bias(name, (heads, c.head_dim), (axis, "head_dim"), x.dtype)
         return y
 
     @nn.compact
     def __call__(
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend
     ) -> tuple[jax.Array, Any]:
-        """x [B, S, D] -> [B, S, D] and what `attend` keeps."""
+        """x [B, S, D] -> [B, S, D], and what `attend` returns beside its output."""
         c = self.config
         rows, length, _ = x.shape
-        norm = functools.partial(RMSNorm, c, "head_dim", self.param_dtype)
-        q = rotate(norm(name="q_norm")(self._heads(x, "q", c.num_heads, "q_heads")), cos, sin)
-        k = rotate(norm(name="k_norm")(self._heads(x, "k", c.num_kv_heads, "kv_heads")), cos, sin)
-        v = self._heads(x, "v", c.num_kv_heads, "kv_heads")
-        q = q.reshape(rows, length, c.num_kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
-        out, kept = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2))
-        out = out.transpose(0, 3, 1, 2, 4).reshape(rows, length, c.num_heads, c.head_dim)
-        w = parameter(
-            self,
-            "o_proj",
-            (c.num_heads, c.head_dim, c.hidden_size),
-            ("q_heads", "head_dim", "embed"),
+        q_BxSxHxh = self._heads(x, "q", c.num_heads, "q_heads")
+        k_BxSxKVxh = self._heads(x, "k", c.num_kv_heads, "kv_heads")
+        v_BxSxKVxh = self._heads(x, "v", c.num_kv_heads, "kv_heads")
+        if c.qk_norm:
+            q_BxSxHxh = RMSNorm(c, "head_dim", self.param_dtype, name="q_norm")(q_BxSxHxh)
+            k_BxSxKVxh = RMSNorm(c, "head_dim", self.param_dtype, name="k_norm")(k_BxSxKVxh)
+        q = rotate(q_BxSxHxh, cos, sin).reshape(rows, length, c.num_kv_heads, -1, c.head_dim)
+        k = rotate(k_BxSxKVxh, cos, sin)
+        out_BxKVxGxSxh, extra = attend(
+            q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v_BxSxKVxh.swapaxes(1, 2)
         )
+        out = out_BxKVxGxSxh.transpose(0, 3, 1, 2, 4).reshape(rows, length, c.num_heads, c.head_dim)
+        shape = (c.num_heads, c.head_dim, c.hidden_size)
+        w = parameter(self, "o_proj", shape, ("q_heads", "head_dim", "embed"))
         y = project(out, w, contract=2)
-        if c.attention_bias:
-            y = y + parameter(
-                self, "o_bias", (c.hidden_size,), ("embed",), nn.initializers.zeros
-            ).astype(x.dtype)
-        return y, kept
+        if c.o_bias:
+            y = y + self._bias("o", (c.hidden_size,), ("embed",), x.dtype)
+        return y, extra
 
 
 class MLP(nn.Module):
@@ -176,10 +124,12 @@ class MoE(nn.Module):
     router (see `moe.route`).
 
     Experts are `gate_proj`, `up_proj` [E, D, F] and `down_proj` [E, F, D]; `router` is [D, E].
+    `expert_shards` as in `moe.mixture`.
     """
 
     config: ModelConfig
     param_dtype: Any = jnp.float32
+    expert_shards: int = 0
 
     @nn.compact
     def __call__(
@@ -202,7 +152,9 @@ class MoE(nn.Module):
             return dispatch.mixture(x, gates, experts, weights)
         tokens, gates, experts = (a.reshape(-1, a.shape[-1]) for a in (x, gates, experts))
         live = None if live is None else jnp.repeat(live, x.shape[1])
-        return moe.mixture(tokens, gates, experts, weights, live, c.expert_parts).reshape(x.shape)
+        return moe.mixture(tokens, gates, experts, weights, live, self.expert_shards).reshape(
+            x.shape
+        )
 
 
 class Layer(nn.Module):
@@ -211,6 +163,7 @@ class Layer(nn.Module):
     config: ModelConfig
     sparse: bool
     param_dtype: Any = jnp.float32
+    expert_shards: int = 0
 
     @nn.compact
     def __call__(
@@ -228,15 +181,15 @@ class Layer(nn.Module):
         c = self.config
         dtype = self.param_dtype
         y = RMSNorm(c, param_dtype=dtype, name="input_norm")(x)
-        y, kept = Attention(c, dtype, name="attention")(y, cos, sin, attend)
+        y, extra = Attention(c, dtype, name="attention")(y, cos, sin, attend)
         x = x + y
         y = RMSNorm(c, param_dtype=dtype, name="post_attention_norm")(x)
         y = (
-            MoE(c, dtype, name="moe")(y, live, replayed)
+            MoE(c, dtype, self.expert_shards, name="moe")(y, live, replayed)
             if self.sparse
             else MLP(c, dtype, name="mlp")(y)
         )
-        return x + y, kept
+        return x + y, extra
 
 
 class Ends(nn.Module):

@@ -1,9 +1,8 @@
-"""Weights held in few bits, and the matrix products that accept them in place of an array.
+"""Weights of few bits, and the matrix products that accept them in place of an array.
 
-Quantizer and container are written here, not taken from `qwix`: its products with float activations
-dequantize the whole weight, a copy that XLA's CPU compiler keeps through a decode loop; its int8
-product takes several times as long on a CPU as the plain one; and its `QArray` has no place for the
-precision of what is multiplied with it.
+`qwix` is not used: its products with float activations dequantize the whole weight, a copy that
+XLA's CPU compiler keeps through a decode loop; its int8 product takes several times as long on a
+CPU as the plain one; and its `QArray` has no field for the format of the activations.
 """
 
 from __future__ import annotations
@@ -13,25 +12,48 @@ import functools
 import itertools
 import math
 import statistics
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# The largest value of each format. XLA keeps 4 bits in half a byte on accelerators and in a whole
-# byte on CPUs.
-LARGEST = {"int8": 127.0, "int4": 7.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0, "nf4": 1.0}
+from dcmdp_jax.models.kernels import tiles
 
-# On a CPU this much of a weight becomes float at a time, so that the copy stays in the core's
-# cache.
-CHANNELS = 128  # output channels of a projection
-TABLE_ROWS = 512  # of a table [V, D]
-FEW_ROWS = 64  # activations up to which a product is as fast as its weight is read
+
+class Format(NamedTuple):
+    """A number format of the engine, and what it may hold."""
+
+    bits: int
+    largest: float | None  # values are scaled to lie within it; None: cast without a scale
+    weights: bool  # projections, experts, embedding and head
+    activations: bool  # what enters a projection
+    cache: bool  # keys and values
+    norms: bool  # norms and router
+
+
+# XLA stores 4 bits in half a byte on accelerators and in a byte on CPUs.
+FORMATS = {
+    #                       bits largest weights activations cache  norms
+    "float32": Format(32, None, True, False, True, True),
+    "bfloat16": Format(16, None, True, False, True, True),
+    "int8": Format(8, 127.0, True, True, True, False),
+    "int4": Format(4, 7.0, True, False, False, False),
+    "float8_e4m3fn": Format(8, 448.0, True, True, True, False),
+    "float8_e5m2": Format(8, 57344.0, True, False, False, False),
+    "nf4": Format(4, 1.0, True, False, False, False),
+}
+SCALED = tuple(name for name, form in FORMATS.items() if form.largest is not None)
+
+
+def formats(use: str) -> tuple[str, ...]:
+    """Returns the names of the formats that `use`, a field of `Format`, allows."""
+    return tuple(name for name, form in FORMATS.items() if getattr(form, use))
 
 
 def _normal_float() -> tuple[float, ...]:
-    """The 16 levels of NormalFloat (arXiv 2305.14314, section 3), quantiles of a normal
-    distribution, within [-1, 1].
+    """Returns the 16 levels of NormalFloat (arXiv 2305.14314, section 3): quantiles of a normal
+    distribution, scaled to [-1, 1].
     """
     edge = 1 - (1 / 30 + 1 / 32) / 2
     above, below = (
@@ -48,11 +70,10 @@ NF4 = _normal_float()
 class Quantized:
     """An array `values * scale`, symmetric.
 
-    values: the array's shape; int8, int4, float8_e4m3fn, float8_e5m2, uint4 (places in `NF4`), or a
-        float dtype.
+    values: the array's shape; a dtype of `FORMATS`, or uint4 for nf4 (indices into `NF4`).
     scale: float32, the same rank; an axis of n values has 1 scale, n, or n / group.
-    activations: what a weight's products take in: int8 or float8_e4m3fn with one scale a row, or
-        "", anything.
+    activations: the format, with one scale per row, to which a product rounds what it multiplies
+        with this weight; "": none.
     """
 
     values: jax.Array
@@ -64,7 +85,7 @@ class Quantized:
         return self.values.shape
 
     def dequantize(self) -> jax.Array:
-        """`values * scale` in float32."""
+        """Returns `values * scale` in float32."""
         scale = self.scale
         for axis, (few, size) in enumerate(zip(scale.shape, self.shape)):
             if 1 < few < size:
@@ -75,32 +96,33 @@ class Quantized:
 def quantize(
     w: jax.Array, dtype, contract_axes: tuple[int, ...], group: int = 0, activations: str = ""
 ) -> Quantized:
-    """Round `w` to a format of `LARGEST`.
+    """Rounds `w` to a format of `SCALED`.
 
-        scale = max |w| over what shares it / largest value of `dtype`,    values = w / scale,
-        rounded to the nearest
+        scale = max |w| over the numbers that share it / largest value of `dtype`
+        values = w / scale, rounded to the nearest
 
     Args:
-      contract_axes: negative, in order: the axes a matrix product contracts. The first of them
-          begins the matrix.
+      contract_axes: negative, in order: the axes that a matrix product contracts. Axes before the
+        first of them count matrices.
       group: 0 one scale per output channel; -1 one per matrix; n > 0 one per n consecutive inputs
-          of an output channel.
+        of an output channel.
 
-    What is zero throughout gets scale 1; what is not finite makes all that shares its scale NaN.
-    Raises ValueError for another dtype, or a group that does not divide the inputs.
+    Numbers that are all zero get scale 1. One that is not finite makes all that share its scale
+    NaN. Raises ValueError for another dtype, or a group that does not divide the inputs.
     """
     name = dtype if dtype == "nf4" else jnp.dtype(dtype).name
-    if name not in LARGEST:
+    if name not in SCALED:
         raise ValueError(
-            f"quantize: {name} is not one of {', '.join(LARGEST)}; cast with astype instead"
+            f"quantize: {name} is not one of {', '.join(SCALED)}; cast with astype instead"
         )
+    largest = FORMATS[name].largest
     shape = w.shape
     scales = _scale_shape(shape, contract_axes, group)
     split = [n for few, size in zip(scales, shape) for n in (few, size // few)]
     w = w.astype(jnp.float32).reshape(split)
-    scale = jnp.max(jnp.abs(w), axis=range(1, len(split), 2), keepdims=True) / LARGEST[name]
+    scale = jnp.max(jnp.abs(w), axis=range(1, len(split), 2), keepdims=True) / largest
     scale = jnp.where(scale == 0, 1.0, scale)
-    values = jnp.clip(w / scale, -LARGEST[name], LARGEST[name])
+    values = jnp.clip(w / scale, -largest, largest)
     if name == "nf4":
         between = jnp.asarray(
             [(low + high) / 2 for low, high in itertools.pairwise(NF4)], jnp.float32
@@ -118,13 +140,14 @@ def _scale_shape(
     if group < 0:
         return shape[:first] + (1,) * (len(shape) - first)
     scales = list(shape)
-    left = group or math.prod(shape[axis] for axis in contract_axes)
+    remaining = group or math.prod(shape[axis] for axis in contract_axes)
     for axis in reversed(contract_axes):
-        part = math.gcd(left, shape[axis])
-        scales[axis], left = shape[axis] // part, left // part
-        if left > 1 and scales[axis] > 1:
+        shared = math.gcd(remaining, shape[axis])
+        scales[axis] = shape[axis] // shared
+        remaining //= shared
+        if remaining > 1 and scales[axis] > 1:
             break
-    if left > 1:
+    if remaining > 1:
         raise ValueError(
             f"quantize: groups of {group} do not divide the inputs of a weight of shape {shape}; "
             "take a divisor, or 0 for one scale per output channel"
@@ -133,11 +156,12 @@ def _scale_shape(
 
 
 def _numbers(values: jax.Array, dtype) -> jax.Array:
+    """Returns stored values, before scaling, in `dtype`."""
     if values.dtype != jnp.uint4:
         return values.astype(dtype)
     codes = values.astype(jnp.uint8)
     levels = NF4
-    for bit in range(4):  # selects are vectorised and fused, a gather is neither
+    for bit in range(4):  # selects are vectorized and fused, a gather is neither
         odd = (codes >> bit) & 1 == 1
         levels = [jnp.where(odd, high, low) for low, high in zip(levels[::2], levels[1::2])]
     return levels[0].astype(dtype)
@@ -147,14 +171,14 @@ def _numbers(values: jax.Array, dtype) -> jax.Array:
 
 
 def precision(dtype) -> jax.lax.Precision:
-    """Float32 stays float32 on accelerators that would otherwise multiply it in fewer bits."""
+    """Returns the precision at which float32 is not multiplied in fewer bits on accelerators."""
     return (
         jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
     )
 
 
 def einsum(spec: str, x: jax.Array, y: jax.Array, dtype) -> jax.Array:
-    """`einsum` of operands cast to `dtype`, accumulated and returned in float32."""
+    """Returns the `einsum` of operands cast to `dtype`, accumulated in float32 and not rounded."""
     return jnp.einsum(
         spec,
         x.astype(dtype),
@@ -165,18 +189,18 @@ def einsum(spec: str, x: jax.Array, y: jax.Array, dtype) -> jax.Array:
 
 
 def round_activations(x: jax.Array, w: jax.Array | Quantized) -> jax.Array:
-    """`x` [..., I] as it enters a product with `w`, in its own dtype."""
+    """Returns `x` [..., I] rounded as a product with `w` does, in its own dtype."""
     if not isinstance(w, Quantized) or not w.activations:
         return x
     return quantize(x, w.activations, (-1,)).dequantize().astype(x.dtype)
 
 
 def product(x: jax.Array, w: jax.Array | Quantized, dtype, contract: int = 1) -> jax.Array:
-    """The last `contract` axes of `x` times the first of `w`, in `dtype`: [..., *I], [*I, *O] ->
-    [..., *O] float32.
+    """Multiplies the last `contract` axes of `x` by the first of `w`, in `dtype`: [..., *I],
+    [*I, *O] -> [..., *O] float32.
 
-    A `Quantized` weight is scaled after the product where a scale is an output channel's or the
-    matrix's, before it where it is a group's. int8 activations times int8 or int4 weights are
+    A `Quantized` weight is scaled after the product if a scale belongs to an output channel or the
+    matrix, before it if it belongs to a group. int8 activations times int8 or int4 weights are
     summed in int32.
     """
     if not isinstance(w, Quantized):
@@ -187,36 +211,38 @@ def product(x: jax.Array, w: jax.Array | Quantized, dtype, contract: int = 1) ->
     channels = w.shape[contract:]
     scale = 1.0
     if w.activations:
-        few = quantize(x, w.activations, tuple(range(-contract, 0)))
-        x = few.values
-        scale = few.scale.reshape(rows + (1,) * len(channels))
+        rounded = quantize(x, w.activations, tuple(range(-contract, 0)))
+        x = rounded.values
+        scale = rounded.scale.reshape(rows + (1,) * len(channels))
 
     def by_channels(x, w):
         flat = jax.tree.map(lambda a: a.reshape(math.prod(a.shape[:contract]), -1), w)
         return _by_channels(x.reshape(math.prod(rows), -1), flat, dtype).reshape(rows + channels)
 
-    whole = functools.partial(_scaled, dtype=dtype, contract=contract)
-    return jax.lax.platform_dependent(x, w, cpu=by_channels, default=whole) * scale
+    at_once = functools.partial(_scaled, dtype=dtype, contract=contract)
+    return jax.lax.platform_dependent(x, w, cpu=by_channels, default=at_once) * scale
 
 
 def project(x: jax.Array, w: jax.Array | Quantized, contract: int = 1) -> jax.Array:
-    """`product` in the dtype of `x`, and rounded to it."""
+    """Returns `product` in the dtype of `x`, and rounded to it."""
     return product(x, w, x.dtype, contract).astype(x.dtype)
 
 
 def unembed(x: jax.Array, table: jax.Array | Quantized, dtype) -> jax.Array:
-    """`x @ table^T` in `dtype`: [..., D], [V, D] -> [..., V] float32; a `Quantized` table has one
-    scale a row.
+    """Returns `x @ table^T` in `dtype`: [..., D], [V, D] -> [..., V] float32. A `Quantized` table
+    has one scale per row.
     """
     rows = x.reshape(-1, x.shape[-1])
-    few = table
     if not isinstance(table, Quantized):
-        if table.dtype.itemsize >= jnp.dtype(dtype).itemsize and rows.shape[0] > FEW_ROWS:
+        if (
+            table.dtype.itemsize >= jnp.dtype(dtype).itemsize
+            and rows.shape[0] > tiles.TABLE_FEW_ROWS
+        ):
             return einsum("...d,vd->...v", x, table, dtype)
-        few = Quantized(table, jnp.ones((1, 1), jnp.float32))
+        table = Quantized(table, jnp.ones((1, 1), jnp.float32))
     y = jax.lax.platform_dependent(
         rows,
-        few,
+        table,
         cpu=functools.partial(_table_first, dtype=dtype),
         default=lambda x, t: (
             einsum("nd,vd->nv", x, _numbers(t.values, dtype), dtype) * t.scale[:, 0]
@@ -226,15 +252,15 @@ def unembed(x: jax.Array, table: jax.Array | Quantized, dtype) -> jax.Array:
 
 
 def embed(table: jax.Array | Quantized, tokens: jax.Array, dtype) -> jax.Array:
-    """Rows `tokens` of a table [V, D] in `dtype`."""
+    """Returns rows `tokens` of a table [V, D] in `dtype`."""
     rows = jax.tree.map(lambda a: a[tokens], table)
     return (rows.dequantize() if isinstance(rows, Quantized) else rows).astype(dtype)
 
 
 def expert_matrix(w: jax.Array | Quantized, e: jax.Array, dtype) -> jax.Array:
-    """The matrix of expert `e`, which may be traced, in `dtype`: [E, I, O] -> [I, O]."""
-    one = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, e, keepdims=False), w)
-    return (one.dequantize() if isinstance(one, Quantized) else one).astype(dtype)
+    """Returns the matrix of expert `e`, which may be traced, in `dtype`: [E, I, O] -> [I, O]."""
+    matrix = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, e, keepdims=False), w)
+    return (matrix.dequantize() if isinstance(matrix, Quantized) else matrix).astype(dtype)
 
 
 def _dot(x: jax.Array, w: jax.Array, contract: int, out=jnp.float32) -> jax.Array:
@@ -255,28 +281,28 @@ def _scaled(x: jax.Array, w: Quantized, dtype, contract: int = 1) -> jax.Array:
 
 
 def _by_channels(x: jax.Array, w: Quantized, dtype) -> jax.Array:
-    """[N, I], [I, O] -> [N, O], some channels at a time; the last block moves back to end with the
-    weight.
+    """[N, I], [I, O] -> [N, O], a block of channels at a time. Dynamic slices are clamped, so that
+    the last block ends with the weight.
     """
     size = w.shape[1]
-    width = min(CHANNELS, size)
+    width = min(tiles.CHANNELS, size)
 
     def block(i, y):
-        cut = jax.tree.map(lambda a: _cut(a, i, width, 1), w)
-        return jax.lax.dynamic_update_slice_in_dim(y, _scaled(x, cut, dtype), i * width, 1)
+        part = jax.tree.map(lambda a: _block(a, i, width, 1), w)
+        return jax.lax.dynamic_update_slice_in_dim(y, _scaled(x, part, dtype), i * width, 1)
 
     return jax.lax.fori_loop(
         0, -(-size // width), block, jnp.zeros((x.shape[0], size), jnp.float32)
     )
 
 
-def _cut(a: jax.Array, i: jax.Array, size: int, axis: int) -> jax.Array:
-    """Block i of a weight on a CPU, float32 where it was float8.
+def _block(a: jax.Array, i: jax.Array, size: int, axis: int) -> jax.Array:
+    """Returns block i of a weight on a CPU; float8 becomes float32.
 
-    Bits are cut and not floats, all of which XLA's CPU compiler would make float32 first. It widens
-    float8 slowly, but
-    float16 by an instruction: float8_e5m2 is the upper half of a float16, and float8_e4m3fn one
-        times 2^8.
+    The slice is of integers with the same bits, since XLA's CPU compiler would convert a whole
+    array of small floats to float32 first. It also widens float8 slowly, but float16 by an
+    instruction: float8_e5m2 is the upper half of a float16, and float8_e4m3fn is a float16 whose
+    exponent is 8 less.
     """
     bits = {"bfloat16": jnp.uint16, "float8_e4m3fn": jnp.uint8, "float8_e5m2": jnp.uint8}.get(
         a.dtype.name, a.dtype
@@ -293,19 +319,19 @@ def _cut(a: jax.Array, i: jax.Array, size: int, axis: int) -> jax.Array:
 
 
 def _table_first(x: jax.Array, table: Quantized, dtype) -> jax.Array:
-    """[N, D], [V, D] -> [N, V] with the table as the left operand, which for few rows takes half
-    the time on a CPU.
+    """[N, D], [V, D] -> [N, V] with the table as the left operand, which takes half the time on a
+    CPU for few rows.
     """
     size = table.shape[0]
     if table.values.dtype.itemsize >= jnp.dtype(dtype).itemsize:
         # Without the barrier XLA swaps the operands back.
         return jax.lax.optimization_barrier(einsum("vd,nd->vn", table.values, x, dtype)).T
-    height = min(TABLE_ROWS, size)
+    height = min(tiles.TABLE_ROWS, size)
 
     def block(i, y):
-        cut = jax.tree.map(lambda a: _cut(a, i, height, 0), table)
-        part = einsum("vd,nd->vn", _numbers(cut.values, dtype), x, dtype) * cut.scale
-        return jax.lax.dynamic_update_slice_in_dim(y, part, i * height, 0)
+        part = jax.tree.map(lambda a: _block(a, i, height, 0), table)
+        logits = einsum("vd,nd->vn", _numbers(part.values, dtype), x, dtype) * part.scale
+        return jax.lax.dynamic_update_slice_in_dim(y, logits, i * height, 0)
 
     return jax.lax.fori_loop(
         0, -(-size // height), block, jnp.zeros((size, x.shape[0]), jnp.float32)

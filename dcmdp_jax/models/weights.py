@@ -135,15 +135,17 @@ def _attention(c: ModelConfig) -> dict:
         for x, n in heads.items()
     }
     tree["o_proj"] = Tensor("self_attn.o_proj.weight", (d, c.num_heads, h), (1, 2, 0), heads=1)
-    tree |= {
-        name: {"scale": Tensor(f"self_attn.{name}.weight", (h,), (0,))}
-        for name in ("q_norm", "k_norm")
-    }
-    if c.attention_bias:
+    if c.qk_norm:
+        tree |= {
+            name: {"scale": Tensor(f"self_attn.{name}.weight", (h,), (0,))}
+            for name in ("q_norm", "k_norm")
+        }
+    if c.qkv_bias:
         tree |= {
             f"{x}_bias": Tensor(f"self_attn.{x}_proj.bias", (n, h), (0, 1), heads=0)
             for x, n in heads.items()
         }
+    if c.o_bias:
         tree["o_bias"] = Tensor("self_attn.o_proj.bias", (d,), (0,))
     return tree
 

@@ -77,9 +77,19 @@ def init_state(config: ModelConfig, slots: int, length: int, cache: str) -> Deco
     )
 
 
-def prefill(params: Any, tokens: jax.Array, lengths: jax.Array, config: ModelConfig) -> Prefix:
-    """Caches prompts `tokens` [rows, P], padded on the right, of true `lengths` [rows] >= 1."""
-    keys, values = decoder.prefill(params, tokens, config)
+def prefill(
+    params: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    *,
+    config: ModelConfig,
+    expert_shards: int = 0,
+) -> Prefix:
+    """Caches prompts `tokens` [rows, P], padded on the right, of true `lengths` [rows] >= 1.
+
+    `expert_shards` as in `decoder.prefill`.
+    """
+    keys, values = decoder.prefill(params, tokens, config, expert_shards=expert_shards)
     last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
     return Prefix(keys, values, last, lengths)
 
@@ -135,6 +145,7 @@ def generate(
     steps: int,
     window: int,
     record_experts: bool,
+    expert_shards: int = 0,
     apart: bool = False,
 ) -> tuple[DecodeState, Tokens]:
     """Samples up to `steps` tokens in every active slot.
@@ -154,7 +165,9 @@ def generate(
 
     def step_at(carry):
         step, state, out = carry
-        state, new = _decode_step(weights.params, state, config, stop_ids, window, record_experts)
+        state, new = _decode_step(
+            weights.params, state, config, stop_ids, window, record_experts, expert_shards
+        )
         return (
             step + 1,
             state,
@@ -165,7 +178,9 @@ def generate(
     if apart:
         state = state._replace(cache=kv.prefix(whole, window))
     _, shapes = jax.eval_shape(
-        lambda: _decode_step(weights.params, state, config, stop_ids, window, record_experts)
+        lambda: _decode_step(
+            weights.params, state, config, stop_ids, window, record_experts, expert_shards
+        )
     )
     empty = jax.tree.map(
         lambda column: jnp.zeros((slots, steps, *column.shape[1:]), column.dtype), shapes
@@ -183,9 +198,17 @@ def _decode_step(
     stop_ids: tuple[int, ...],
     window: int,
     record_experts: bool,
+    expert_shards: int,
 ) -> tuple[DecodeState, Step]:
     hidden, cache, experts = decoder.decode(
-        params, state.token, state.cache, state.length, config, window=window, live=state.active
+        params,
+        state.token,
+        state.cache,
+        state.length,
+        config,
+        window=window,
+        live=state.active,
+        expert_shards=expert_shards,
     )
     request = jax.random.wrap_key_data(state.key, impl="threefry2x32")
     key = jax.random.key_data(jax.vmap(jax.random.fold_in)(request, state.generated))

@@ -236,7 +236,6 @@ class Engine(engine_api.Engine):
         self.config = config = dataclasses.replace(
             config,
             experts_per_token=precision.experts_per_token or config.experts_per_token,
-            expert_parts=self._mesh.shape["tensor"],
         )
         self.max_tokens = max_tokens or max_length
         self.sampling = sampling
@@ -251,7 +250,10 @@ class Engine(engine_api.Engine):
         empty = partial(decode.init_state, config, slots, max_length, precision.cache)
         place = sharding.decode_state_shardings(jax.eval_shape(empty), self._mesh)
         self._init = jax.jit(empty, out_shardings=place)
-        self._prefill = jax.jit(partial(decode.prefill, config=config))
+        self.expert_shards = self._mesh.shape["tensor"]
+        self._prefill = jax.jit(
+            partial(decode.prefill, config=config, expert_shards=self.expert_shards)
+        )
         self._insert = jax.jit(
             partial(decode.insert, positions=max_length), donate_argnums=0, out_shardings=place
         )
@@ -265,6 +267,7 @@ class Engine(engine_api.Engine):
             stop_ids=stop_ids,
             steps=steps,
             record_experts=record_experts,
+            expert_shards=self.expert_shards,
             apart=apart,
         )
         self._generate = jax.jit(

@@ -61,6 +61,7 @@ def _decode(engine: Engine, weights: Weights, sampled: Rollout, ids: np.ndarray)
             tokens[:, at : at + steps].T,
             np.float32(sampled.sampling.temperature),
             config=engine.config,
+            expert_shards=engine.expert_shards,
             window=window,
         )
         out.append(logp)
@@ -107,7 +108,7 @@ def _samples(sampled: Rollout) -> int:
     return len(sampled.tokens) // len(sampled.prompts.lengths)
 
 
-@partial(jax.jit, static_argnames=("config", "window"), donate_argnums=1)
+@partial(jax.jit, static_argnames=("config", "expert_shards", "window"), donate_argnums=1)
 def _feed(
     params: Any,
     state: DecodeState,
@@ -115,13 +116,16 @@ def _feed(
     temperature: jax.Array,
     *,
     config: ModelConfig,
+    expert_shards: int,
     window: int,
 ) -> tuple[DecodeState, jax.Array]:
     """Decode steps that are told what they sample: tokens [K, slots] -> log-probs [K, slots]."""
 
     def step(carry: tuple[Cache, jax.Array, jax.Array], token: jax.Array):
         cache, length, fed = carry
-        hidden, cache, _ = decoder.decode(params, fed, cache, length, config, window=window)
+        hidden, cache, _ = decoder.decode(
+            params, fed, cache, length, config, window=window, expert_shards=expert_shards
+        )
         return (cache, length + 1, token), _logp(
             decoder.head(params, hidden, config), token, temperature
         )

@@ -14,16 +14,7 @@ from typing import Any, NamedTuple
 
 from dcmdp_jax import sharding
 from dcmdp_jax.config import Config, ModelConfig, Precision, RolloutConfig
-
-BYTES = {
-    "float32": 4,
-    "bfloat16": 2,
-    "int8": 1,
-    "int4": 0.5,
-    "nf4": 0.5,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-}
+from dcmdp_jax.models.quantized import FORMATS
 
 
 class Work(NamedTuple):
@@ -98,7 +89,7 @@ def update(
     """
     algorithm = config.algorithm
     layers, attention, head = _batch(model, rows, length, config)
-    recomputed = 1 if model.remat else 0
+    recomputed = 1 if model.compute.remat else 0
     # The backward pass of attention recomputes its scores.
     flops = (3 + recomputed) * layers + (3.5 + recomputed) * attention + 4 * head
     parts = algorithm.minibatches * algorithm.microbatches
@@ -145,7 +136,7 @@ def decode(model: ModelConfig, rollout: RolloutConfig, slots: int, length: int, 
         _held(rollout.precision.weights) * (w.layers + read * w.experts / mesh.shape["expert"])
         + _held(rollout.precision.head) * w.head
     ) / split
-    cached = BYTES[rollout.precision.cache or ("bfloat16" if model.bfloat16 else "float32")]
+    cached = FORMATS[rollout.precision.cache].bits / 8 if rollout.precision.cache else _size(model)
     position = 2 * model.num_layers * model.num_kv_heads * model.head_dim * cached / split
     memory = weights + position * context * slots / sharding.num_batch_shards(mesh)
     return Work(flops, memory, _reduced(model, slots, mesh)) * rollout.tokens_per_dispatch
@@ -174,11 +165,11 @@ def _batch(
 
 def _size(model: ModelConfig) -> int:
     """Returns the bytes of an activation or a gathered weight."""
-    return 2 if model.bfloat16 else 4
+    return 2 if model.compute.bfloat16 else 4
 
 
 def _held(precision: str) -> float:
-    return BYTES[precision or "float32"]
+    return FORMATS[precision or "float32"].bits / 8
 
 
 def _exchange(model: ModelConfig, tokens: int, mesh: Any, passes: int, *, gradients: bool) -> float:

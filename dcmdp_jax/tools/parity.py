@@ -294,7 +294,7 @@ def default_limit(config: Config, inputs: Inputs) -> float | None:
     """
     return (
         EXACT
-        if config.rollout.precision == Precision() and not inputs.model_config.bfloat16
+        if config.rollout.precision == Precision() and not inputs.model_config.compute.bfloat16
         else None
     )
 

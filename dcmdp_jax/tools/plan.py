@@ -146,7 +146,7 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
         cost_model.update(model, rows, length, config, mesh, step.in_one_pass(config)),
         1,
         0,
-        f"{row_length}algorithm.microbatches, model.remat, mesh.sequence or mesh.tensor",
+        f"{row_length}algorithm.microbatches, model.compute.remat, mesh.sequence or mesh.tensor",
     )
     score = jax.jit(sharding.with_mesh(mesh, partial(step.score, config=config, model=model)))
     yield Program(

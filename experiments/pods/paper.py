@@ -22,6 +22,7 @@ from functools import partial
 from dcmdp_jax import constraint, rewards
 from dcmdp_jax.config import (
     AlgorithmConfig,
+    Compute,
     Config,
     ConstraintConfig,
     DataConfig,
@@ -50,7 +51,7 @@ def dcgrpo(
     shape, mesh = MODELS[size]
     return Config(
         name=name,
-        model=ModelSource(architecture=shape, bfloat16=True, remat=True),
+        model=ModelSource(architecture=shape, compute=Compute(bfloat16=True, remat=True)),
         data=DataConfig(
             path="dapo-math-17k.parquet",
             verifier=rewards.math_answer,

@@ -1,10 +1,19 @@
-"""Tiny random Qwen3 models made by transformers, and what each of their modules puts out."""
+"""Tiny random models of transformers, Qwen3 and its relatives, and the outputs of their modules."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 DENSE = dict(
     vocab_size=62,
@@ -22,6 +31,14 @@ MOE = DENSE | dict(
     num_experts=6, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True
 )
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 
 CASES = {
     "dense": DENSE,
@@ -38,6 +55,8 @@ CASES = {
         head_dim=16,
         rope_scaling=YARN | dict(beta_fast=4.0, beta_slow=0.5, attention_factor=1.3),
     ),
+    "linear": DENSE | dict(rope_scaling=LINEAR),
+    "llama3": DENSE | dict(rope_scaling=LLAMA3, rope_theta=1e2),
     "moe_top1": MOE | dict(num_experts_per_tok=1, norm_topk_prob=False),
     "moe_top2": MOE,
     "moe_top3": MOE | dict(num_experts_per_tok=3, norm_topk_prob=False, attention_bias=True),
@@ -49,13 +68,32 @@ CASES = {
 
 
 def make(case: str, seed: int = 0) -> torch.nn.Module:
-    """The model of one case. Norm scales and biases are random too: ones and zeros would hide their
-    absence.
-    """
+    """Returns the Qwen3 model of one case, see `randomize`."""
     settings = CASES[case]
-    sparse = "num_experts" in settings
-    config = (Qwen3MoeConfig if sparse else Qwen3Config)(**settings, attn_implementation="eager")
-    model = (Qwen3MoeForCausalLM if sparse else Qwen3ForCausalLM)(config).float().eval()
+    if "num_experts" in settings:
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings, attn_implementation="eager"))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**settings, attn_implementation="eager"))
+    return randomize(model, seed)
+
+
+def make_relative(family: str) -> torch.nn.Module:
+    """Returns a model of another family, of the sizes of `DENSE`: "qwen2" (biases of queries, keys
+    and values alone), "llama" (no bias) or "llama_bias" (all four); none normalizes its queries.
+    """
+    settings = dict(DENSE, attn_implementation="eager")
+    if family == "qwen2":
+        settings["hidden_size"] = settings["num_attention_heads"] * settings.pop("head_dim")
+        return randomize(Qwen2ForCausalLM(Qwen2Config(**settings)))
+    bias = family == "llama_bias"
+    return randomize(LlamaForCausalLM(LlamaConfig(**settings, attention_bias=bias)))
+
+
+def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Fills the model with random numbers, norm scales and biases too: ones and zeros would hide
+    their absence.
+    """
+    model = model.float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -66,6 +104,7 @@ def make(case: str, seed: int = 0) -> torch.nn.Module:
 
 
 def tokens(case: str, rows: int, length: int, seed: int = 0) -> np.ndarray:
+    """Returns random token ids [rows, length] int32."""
     return np.random.default_rng(seed).integers(
         0, CASES[case]["vocab_size"], (rows, length), dtype=np.int32
     )
@@ -74,14 +113,14 @@ def tokens(case: str, rows: int, length: int, seed: int = 0) -> np.ndarray:
 def logits(
     model: torch.nn.Module, tokens: np.ndarray, mask: np.ndarray | None = None
 ) -> np.ndarray:
-    """[B, S, V]; `mask` is 1 on real tokens."""
+    """Returns logits [B, S, V]; `mask` is 1 on real tokens."""
     mask = None if mask is None else torch.from_numpy(mask).long()
     with torch.no_grad():
         return model(torch.from_numpy(tokens).long(), attention_mask=mask).logits.numpy()
 
 
 def outputs(model: torch.nn.Module, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """What every module of the model puts out, by its name in transformers."""
+    """Returns the output of every module of the model, by its name in transformers."""
     seen = {}
 
     def record(name):
@@ -102,8 +141,8 @@ def outputs(model: torch.nn.Module, tokens: np.ndarray) -> dict[str, np.ndarray]
 
 
 def gradients(model: torch.nn.Module, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """Gradients of the mean log-prob of tokens 1.. given those before, by the tensor names of
-    published checkpoints.
+    """Returns the gradients of the mean log-prob of tokens 1.. given those before, by the tensor
+    names of published checkpoints.
     """
     ids = torch.from_numpy(tokens).long()
     logp = torch.log_softmax(model(ids).logits, -1)

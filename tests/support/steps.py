@@ -9,6 +9,7 @@ import numpy as np
 from dcmdp_jax import constraint, data, sharding, step
 from dcmdp_jax.config import (
     AlgorithmConfig,
+    Compute,
     Config,
     ConstraintConfig,
     DataConfig,
@@ -43,7 +44,9 @@ CLIPPED = functools.partial(policy.clipped, clip_low=0.2, clip_high=0.24)
 def make_config(model=MODEL, surrogate=corrections.decoupled(CLIPPED), **algorithm):
     return Config(
         name="test",
-        model=ModelSource(architecture=model),
+        model=ModelSource(
+            architecture=dataclasses.replace(model, compute=Compute()), compute=model.compute
+        ),
         data=DataConfig(verifier=max, task=TASK, prompts_per_step=B, max_prompt_tokens=P),
         rollout=RolloutConfig(samples=G, max_tokens=T, temperature=0.9),
         algorithm=AlgorithmConfig(

@@ -52,7 +52,7 @@ def _dense(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax
 
 def _dense_forward(x, *weights):
     def in_parts(x, *weights):
-        made = _in_tiles_forward(*_one_expert(x, *weights))
+        made = _tiled_forward(*_one_expert(x, *weights))
         return tuple(a[: len(x)] for a in (made[0], *made[1][1:3]))
 
     y, gate, up = jax.lax.platform_dependent(
@@ -68,7 +68,7 @@ def _dense_backward(kept, dy):
     def in_parts(x, gate, up, dy, *weights):
         padded, one, owner, _, count, rows = _one_expert(x, *weights)
         gate, up, dy = (_pad(a, len(padded)) for a in (gate, up, dy))
-        dx, dw, *_ = _in_tiles_backward(rows, (padded, gate, up, one, owner, count), dy)
+        dx, dw, *_ = _tiled_backward(rows, (padded, gate, up, one, owner, count), dy)
         return dx[: len(x)], *(d[0] for d in dw)
 
     def whole(x, gate, up, dy, *weights):
@@ -83,7 +83,7 @@ _dense.defvjp(_dense_forward, _dense_backward)
 
 
 def _one_expert(x: jax.Array, *weights: jax.Array) -> tuple:
-    """The arguments of `in_tiles` for a dense layer, in equal tiles of at most `ROWS` rows (but
+    """The arguments of `tiled` for a dense layer, in equal tiles of at most `ROWS` rows (but
     whole vectors).
     """
     tiles = -(-len(x) // ROWS)
@@ -103,7 +103,7 @@ def _pad(x: jax.Array, rows: int) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def in_tiles(
+def tiled(
     x: jax.Array,
     weights: Experts,
     owner: jax.Array,
@@ -137,7 +137,7 @@ def in_tiles(
     return jax.lax.fori_loop(0, count, one, jnp.zeros_like(x))
 
 
-def _in_tiles_forward(x, weights, owner, held, count, rows):
+def _tiled_forward(x, weights, owner, held, count, rows):
     def one(i, carry):
         made = _forward(_cut(x, i, rows), weights, _owner(weights, owner, i))
         return tuple(_put(whole, part, i) for whole, part in zip(carry, made))
@@ -147,7 +147,7 @@ def _in_tiles_forward(x, weights, owner, held, count, rows):
     return out, (x, gate, up, weights, owner, count)
 
 
-def _in_tiles_backward(rows, kept, dy):
+def _tiled_backward(rows, kept, dy):
     """Each expert's gradient adds up over its tiles, in place."""
     x, gate, up, weights, owner, count = kept
 
@@ -166,7 +166,7 @@ def _in_tiles_backward(rows, kept, dy):
     return dx, dw, None, None, None
 
 
-in_tiles.defvjp(_in_tiles_forward, _in_tiles_backward)
+tiled.defvjp(_tiled_forward, _tiled_backward)
 
 
 def _forward(x: jax.Array, weights: Experts, e: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
