@@ -1,14 +1,18 @@
-"""Meshes, and the tables that lay logical axes on mesh axes. The one place that builds a
+"""Meshes, and the tables that map logical axes to mesh axes. The one place that builds a
 `PartitionSpec`.
 
-Mesh axes: data (replicas of the parameters, also across slices), fsdp (parameters and batch split),
-    expert (experts and batch
-split), sequence (positions of a row split), tensor (heads, ffn and vocabulary split). A table maps
-every logical axis; an
-unknown axis or two logical axes of one array on one mesh axis is refused.
+Mesh axes:
+  data: replicas of the parameters; batch. The only axis that may cross slices.
+  fsdp: parameters and batch.
+  expert: experts and batch.
+  sequence: parameters, and the positions of a row.
+  tensor: heads, feed-forward and vocabulary.
 
-Inside a function that `over` has given its mesh, `constrain` and `gather` say where activations and
-weights lie; elsewhere they do nothing.
+A table maps every logical axis to mesh axes. An unknown logical axis is an error, and so are two
+axes of one array on the same mesh axis.
+
+`constrain`, `gather_params` and `shard_map` use the current mesh: the one that `with_mesh` sets
+while a function is traced. Without one the first two do nothing.
 """
 
 from __future__ import annotations
@@ -30,8 +34,7 @@ HOST = "pinned_host"  # JAX's name for the memory of a device's host
 Axes = str | tuple[str, ...] | None
 Table = dict[str, Axes]
 
-# Parameters and their moments are split over every axis that is not theirs alone; only `data` holds
-# copies.
+# Parameters and optimizer moments: an axis that the mathematics does not split is split for storage.
 TRAIN: Table = {
     "layers": None,
     "vocab": "tensor",
@@ -43,6 +46,7 @@ TRAIN: Table = {
     "experts": "expert",
     "expert_embed": ("fsdp", "sequence"),
 }
+# Parameters as they are used, and as the engine stores them.
 DECODE = TRAIN | {"embed": None, "expert_embed": None}
 ACTIVATIONS = DECODE | {
     "rows": BATCH,
@@ -53,13 +57,18 @@ ACTIVATIONS = DECODE | {
 }
 
 
-def make_mesh(config: MeshConfig, devices: list[Any] | None = None, name: str = "mesh") -> Mesh:
-    """The mesh of all devices; `name` is the option that errors speak of.
+# Meshes
 
-    Raises ValueError where the axes' product is not their number, and where anything but `data`
-    would cross slices.
+
+def make_mesh(
+    config: MeshConfig, devices: Sequence[jax.Device] | None = None, name: str = "mesh"
+) -> Mesh:
+    """Returns the mesh of `devices` (None: all); `name` is the option that errors name.
+
+    Raises ValueError if the product of the axes is not the number of devices, or if another axis
+    than `data` would cross slices.
     """
-    devices = devices if devices is not None else jax.devices()
+    devices = jax.devices() if devices is None else devices
     fixed = config.data * config.expert * config.sequence * config.tensor
     fsdp = config.fsdp or len(devices) // fixed
     if fixed * fsdp != len(devices):
@@ -72,118 +81,195 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None, name: str = 
     slices = len({slice_index(device) for device in devices})
     if config.data % slices:
         raise ValueError(
-            f"{name}.data={config.data} is no multiple of the {slices} slices; only data may cross them"
+            f"{name}.data={config.data} is not a multiple of the {slices} slices; only data may "
+            "cross them"
         )
-    # A process's devices are neighbours, so that they are a block of the mesh; so are a slice's.
+    # The devices of a slice are adjacent, and within it those of a process: each is a block.
     ordered = sorted(
         devices, key=lambda device: (slice_index(device), device.process_index, device.id)
     )
     return Mesh(np.asarray(ordered).reshape(shape), AXES)
 
 
-def slice_index(device: Any) -> int:
+def slice_index(device: jax.Device) -> int:
+    """Returns the number of the device's slice, 0 if there are no slices."""
     return getattr(device, "slice_index", None) or 0
 
 
-def meshes(config: Config, devices: Sequence[Any], process: int | None = None) -> tuple[Mesh, Mesh]:
-    """The mesh that trains and the one that samples: the same, or the devices divided as
-    `rollout.devices` says.
+def meshes(
+    config: Config, devices: Sequence[jax.Device], process: int | None = None
+) -> tuple[Mesh, Mesh]:
+    """Returns the mesh that trains and the mesh on which this process samples.
 
-    Of several processes each samples on devices of its own: its block of the training mesh, or its
-    share of `rollout.devices`; or all sample together, with `rollout.one_engine`. Raises ValueError
-    where they cannot be.
+    Both are over `devices`, divided as `rollout.devices` says. With several processes,
+    each samples on its own block of the training mesh or on its share of `rollout.devices`; with
+    `rollout.one_engine` all sample together. `process` is this process's number (None: JAX's).
+    Raises ValueError if there are no such meshes.
     """
     process = jax.process_index() if process is None else process
     sampling = len(devices) if config.rollout.devices == -1 else config.rollout.devices
-    of = {}
+    by_process = {}
     for device in devices:
-        of.setdefault(device.process_index, []).append(device)
+        by_process.setdefault(device.process_index, []).append(device)
     if config.rollout.one_engine and sampling not in (0, len(devices)):
         raise ValueError(
-            f"rollout.one_engine samples on all devices; set rollout.devices to -1 or 0, not {sampling}"
+            "rollout.one_engine samples on all devices; set rollout.devices to -1 or 0, not "
+            f"{sampling}"
         )
     if not sampling:
         mesh = make_mesh(config.mesh, devices)
         return mesh, mesh if config.rollout.one_engine else process_block(mesh, process)
     if config.rollout.one_engine:
-        return make_mesh(config.mesh, devices), make_mesh(
-            config.rollout.mesh, devices, "rollout.mesh"
-        )
+        training = make_mesh(config.mesh, devices)
+        return training, make_mesh(config.rollout.mesh, devices, "rollout.mesh")
     if sampling > len(devices):
         raise ValueError(f"rollout.devices={sampling} are more than the {len(devices)} there are")
-    if sampling % len(of):
-        raise ValueError(f"rollout.devices={sampling} do not divide over {len(of)} processes")
-    each = sampling // len(of)
-    training = (
-        devices
-        if sampling == len(devices)
-        else [device for own in of.values() for device in own[:-each]]
-    )
-    return make_mesh(config.mesh, training), make_mesh(
-        config.rollout.mesh, of[process][-each:], "rollout.mesh"
+    if sampling % len(by_process):
+        raise ValueError(
+            f"rollout.devices={sampling} do not divide over {len(by_process)} processes"
+        )
+    share = sampling // len(by_process)
+    training = devices
+    if sampling < len(devices):
+        training = [device for own in by_process.values() for device in own[:-share]]
+    return (
+        make_mesh(config.mesh, training),
+        make_mesh(config.rollout.mesh, by_process[process][-share:], "rollout.mesh"),
     )
 
 
 def process_block(mesh: Mesh, process: int) -> Mesh:
-    """A process's devices of the mesh. Raises ValueError where they are no block of it."""
+    """Returns the mesh of a process's devices. Raises ValueError if they are not a block of `mesh`."""
     own = np.vectorize(lambda device: device.process_index == process)(mesh.devices)
-    part = mesh.devices[np.ix_(*(sorted(set(places.tolist())) for places in np.nonzero(own)))]
-    if part.size != own.sum():
+    indices = (sorted(set(axis.tolist())) for axis in np.nonzero(own))
+    block = mesh.devices[np.ix_(*indices)]
+    if block.size != own.sum():
         raise ValueError(
-            f"the devices of a process are no block of the mesh {dict(mesh.shape)}; choose axes that fit the "
-            f"{own.sum()} devices of each"
+            f"the devices of a process are not a block of the mesh {dict(mesh.shape)}; choose axes "
+            f"that fit the {own.sum()} devices of each"
         )
-    return Mesh(part, mesh.axis_names)
+    return Mesh(block, mesh.axis_names)
 
 
 def single_device_mesh() -> Mesh:
+    """Returns the mesh of the default device."""
     return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
+def num_batch_shards(mesh: Mesh) -> int:
+    """Returns the number of shards over which rows and slots are split."""
+    return math.prod(mesh.shape[name] for name in BATCH)
+
+
+# Tables
+
+
 def partition_spec(logical: tuple[str | None, ...], table: Table) -> PartitionSpec:
-    """The partition of an array whose dimensions are named by `logical` (None: not split)."""
+    """Returns the partition of an array with dimensions named `logical` (None: not split)."""
     unknown = [name for name in logical if name is not None and name not in table]
     if unknown:
         raise KeyError(
-            f"logical axis {unknown[0]!r} is not in the table; it knows {', '.join(table)}"
+            f"logical axis {unknown[0]!r} is not in the table, which has {', '.join(table)}"
         )
     axes = [table[name] if name is not None else None for name in logical]
-    used = [axis for entry in axes for axis in _names(entry)]
+    used = [axis for entry in axes for axis in _mesh_axes(entry)]
     if len(set(used)) < len(used):
-        raise ValueError(f"logical axes {logical} fall on one mesh axis twice: {axes}")
+        raise ValueError(f"logical axes {logical} use one mesh axis twice: {axes}")
     return PartitionSpec(*axes)
 
 
+def _mesh_axes(entry: Axes) -> tuple[str, ...]:
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def is_axis_names(node: Any) -> bool:
+    """Returns True if a node of a tree is the logical names of one array's dimensions."""
+    return isinstance(node, tuple) and all(item is None or isinstance(item, str) for item in node)
+
+
+# Shardings of trees
+
+
 def param_shardings(logical_axes: Any, mesh: Mesh, table: Table, shapes: Any) -> Any:
-    """Shardings of a tree of parameters from their logical axes. Raises ValueError where an axis
-    does not divide.
+    """Returns the shardings of a tree of parameters.
+
+    `logical_axes` and `shapes` are trees of the same structure. Raises ValueError if a size is not
+    a multiple of the number of its shards.
     """
 
     def leaf(logical, shape):
-        parts = partition_spec(logical, table)
-        for name, entry, size in zip(logical, parts, shape.shape):
-            over = {axis: mesh.shape[axis] for axis in _names(entry) if mesh.shape[axis] > 1}
-            if size % math.prod(over.values()):
+        spec = partition_spec(logical, table)
+        for name, entry, size in zip(logical, spec, shape.shape, strict=True):
+            shards = {axis: mesh.shape[axis] for axis in _mesh_axes(entry) if mesh.shape[axis] > 1}
+            if size % math.prod(shards.values()):
                 raise ValueError(
                     f"the model's {name} axis of size {size} does not divide over "
-                    f"{' * '.join(f'mesh.{axis}={n}' for axis, n in over.items())}"
+                    f"{' * '.join(f'mesh.{axis}={n}' for axis, n in shards.items())}"
                 )
-        return NamedSharding(mesh, parts)
+        return NamedSharding(mesh, spec)
 
     return jax.tree.map(leaf, logical_axes, shapes, is_leaf=is_axis_names)
 
 
-def is_axis_names(node: Any) -> bool:
-    """Whether a node of a tree is the logical names of one array's dimensions."""
-    return isinstance(node, tuple) and all(item is None or isinstance(item, str) for item in node)
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array of which every device has a copy."""
+    return NamedSharding(mesh, PartitionSpec())
 
 
-def _names(entry: Axes) -> tuple[str, ...]:
-    return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+def batch_sharding(mesh: Mesh, axis: int) -> NamedSharding:
+    """Returns the sharding of an array whose dimension `axis` is split over the batch axes."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH))
+
+
+def batch_shardings(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of the [M, A, R, S] arrays of `records.Batch`."""
+    return NamedSharding(mesh, partition_spec((None, None, "rows", "positions"), ACTIVATIONS))
+
+
+def decode_state_shardings(shapes: Any, mesh: Mesh) -> Any:
+    """Returns the shardings of a decode state: slots over the batch axes, and kv-heads of the cache
+    `[slots, KV, S, h]` over tensor.
+    """
+
+    def leaf(array):
+        axes = (BATCH, "tensor") if array.ndim == 4 else (BATCH,)
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    return jax.tree.map(leaf, shapes)
+
+
+def on_host(shardings: Any) -> Any:
+    """Returns the same shardings, in the memory of the devices' hosts."""
+    return jax.tree.map(lambda sharding: sharding.with_memory_kind(HOST), shardings)
+
+
+def abstract_arrays(shapes: Any, shardings: Any) -> Any:
+    """Returns shapes with shardings, for use instead of arrays."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def local_bytes(tree: Any) -> int:
+    """Returns the bytes that one device stores of arrays, or of shapes with shardings; those in its
+    host's memory do not count.
+    """
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+        if x.sharding.memory_kind != HOST
+    )
+
+
+# Inside a traced function
 
 
 def with_mesh(mesh: Mesh, f: Callable) -> Callable:
-    """`f`, to be traced with `mesh` as its ambient mesh."""
+    """Returns `f`, to be traced with `mesh` as the current mesh."""
 
     def traced(*arguments):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -193,51 +279,55 @@ def with_mesh(mesh: Mesh, f: Callable) -> Callable:
 
 
 def current_mesh() -> jax.sharding.AbstractMesh | None:
-    """The mesh that the program is compiled for, None where there is none or only one device."""
+    """Returns the current mesh, or None if there is none or it has one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
+def activation_sharding(*logical: str | None) -> NamedSharding:
+    """Returns the sharding over the current mesh of an activation with these dimensions."""
+    return NamedSharding(jax.sharding.get_abstract_mesh(), partition_spec(logical, ACTIVATIONS))
+
+
+def local_shape(logical: tuple[str | None, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of one device's part of an activation."""
+    return activation_sharding(*logical).shard_shape(shape) if current_mesh() else shape
+
+
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """`x` laid out over the ambient mesh as the ACTIVATIONS table says; so is its gradient."""
-    return (
-        x
-        if current_mesh() is None
-        else jax.lax.with_sharding_constraint(x, partition_spec(logical, ACTIVATIONS))
-    )
+    """Returns `x` sharded over the current mesh by the ACTIVATIONS table, and so its gradient."""
+    if current_mesh() is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(logical, ACTIVATIONS))
 
 
 def gather_params(weights: Any, logical_axes: Any) -> Any:
-    """Weights as the DECODE table has them, whole along the axes that only store them; gradients go
-    back split as in TRAIN.
-    """
+    """Returns weights gathered from the TRAIN to the DECODE table; gradients go back as in TRAIN."""
     if current_mesh() is None:
         return weights
 
     def leaf(names: tuple, w: jax.Array) -> jax.Array:
-        whole = partition_spec(names, DECODE)
-        split = partition_spec(names, TRAIN)
+        gathered = partition_spec(names, DECODE)
+        stored = partition_spec(names, TRAIN)
 
         @jax.custom_vjp
-        def f(w):
-            return jax.lax.with_sharding_constraint(w, whole)
+        def gather(w):
+            return jax.lax.with_sharding_constraint(w, gathered)
 
-        f.defvjp(
-            lambda w: (f(w), None), lambda _, dw: (jax.lax.with_sharding_constraint(dw, split),)
+        gather.defvjp(
+            lambda w: (gather(w), None),
+            lambda _, dw: (jax.lax.with_sharding_constraint(dw, stored),),
         )
-        return f(jax.lax.with_sharding_constraint(w, split))
+        return gather(jax.lax.with_sharding_constraint(w, stored))
 
     return jax.tree.map(leaf, logical_axes, weights, is_leaf=is_axis_names)
 
 
-def activation_sharding(*logical: str | None) -> NamedSharding:
-    """The layout over the ambient mesh of an activation with these dimensions."""
-    return NamedSharding(jax.sharding.get_abstract_mesh(), partition_spec(logical, ACTIVATIONS))
-
-
 def shard_map(f: Callable, *arguments: Any, out: Any) -> Callable:
-    """`f` of each device's own part: arguments and results laid out by their logical names (or by a
-    tree of specs).
+    """Returns `f` mapped over the devices of the current mesh.
+
+    Each of `arguments`, and `out` or each of its items, is the logical names of an array's
+    dimensions, or a tree of specs.
     """
 
     def specs(names):
@@ -249,76 +339,12 @@ def shard_map(f: Callable, *arguments: Any, out: Any) -> Callable:
     )
 
 
-def all_gather(part: jax.Array, axis: int) -> jax.Array:
-    """Inside `by_shard`: an array of which each device holds a part, split over `axis` as
-    "split_embed".
-    """
-    return jax.lax.all_gather(part, ACTIVATIONS["split_embed"], axis=axis, tiled=True)
+def all_gather(shard: jax.Array, axis: int) -> jax.Array:
+    """Inside `shard_map`: returns the array whose dimension `axis` is split as "split_embed"."""
+    return jax.lax.all_gather(shard, ACTIVATIONS["split_embed"], axis=axis, tiled=True)
 
 
 def reduce_scatter(x: jax.Array, axis: int) -> jax.Array:
-    """Inside `by_shard`: the sum over all rows and positions, of which each device keeps the part
-    that `whole` gathers.
-    """
-    return jax.lax.psum(
-        jax.lax.psum_scatter(x, ACTIVATIONS["split_embed"], scatter_dimension=axis, tiled=True),
-        "data",
-    )
-
-
-def local_shape(logical: tuple[str | None, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """One device's part of an activation's shape."""
-    return activation_sharding(*logical).shard_shape(shape) if current_mesh() else shape
-
-
-def abstract_arrays(shapes: Any, places: Any) -> Any:
-    """Shapes with shardings, in the place of arrays."""
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
-    )
-
-
-def on_host(places: Any) -> Any:
-    """The same layout, in the memory of the devices' hosts."""
-    return jax.tree.map(lambda place: place.with_memory_kind(HOST), places)
-
-
-def local_bytes(tree: Any) -> int:
-    """Bytes that one device holds of arrays, or of shapes with shardings; what lies on the host is
-    not counted.
-    """
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-        if x.sharding.memory_kind != HOST
-    )
-
-
-def num_batch_shards(mesh: Mesh) -> int:
-    """Over how many shards rows and slots are split."""
-    return math.prod(mesh.shape[name] for name in BATCH)
-
-
-def batch_sharding(mesh: Mesh, axis: int) -> NamedSharding:
-    """Dimension `axis` over the batch axes."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH))
-
-
-def batch_shardings(mesh: Mesh) -> NamedSharding:
-    """Of `records.Batch`'s [M, A, R, S]."""
-    return NamedSharding(mesh, partition_spec((None, None, "rows", "positions"), ACTIVATIONS))
-
-
-def decode_state_shardings(shapes: Any, mesh: Mesh) -> Any:
-    """Slots over the batch axes and, in the cache `[slots, KV, S, h]`, kv heads over tensor."""
-
-    def leaf(array):
-        return NamedSharding(
-            mesh, PartitionSpec(BATCH, "tensor") if array.ndim == 4 else PartitionSpec(BATCH)
-        )
-
-    return jax.tree.map(leaf, shapes)
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
+    """Inside `shard_map`: returns the sum over all rows and positions, split as by `all_gather`."""
+    shard = jax.lax.psum_scatter(x, ACTIVATIONS["split_embed"], scatter_dimension=axis, tiled=True)
+    return jax.lax.psum(shard, "data")

@@ -2,6 +2,8 @@
 ragged row may hold.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,15 +54,18 @@ def both(attend, q, k, v, d_out, ids):
     return out, pull(d_out)
 
 
+packed_by_4 = functools.partial(attention.packed, block=4)
+
+
 @pytest.mark.parametrize("kind", ["one", "ragged"])
 @pytest.mark.parametrize(("size", "block"), [(5, 128), (16, 4), (37, 8), (24, 24)])
-def test_tiles_are_the_whole(size, block, kind, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", block)
+def test_tiles_equal_the_matrix_of_scores(size, block, kind):
     ids = segments(size, 2, kind)
     given = case(size)
-    got = jax.jit(lambda *x: both(attention.packed, *x, ids))(*given)
+    attend = functools.partial(attention.packed, block=block)
+    got = jax.jit(lambda *x: both(attend, *x, ids))(*given)
     want = jax.jit(lambda *x: both(reference, *x, ids))(*given)
-    # nobody asks what padding sees, only that it disturbs nobody
+    # results of padding are free, but it must not change others
     real = slice(None) if ids is None else np.asarray(ids) > 0
     np.testing.assert_allclose(
         np.moveaxis(got[0], 3, 1)[real], np.moveaxis(want[0], 3, 1)[real], atol=2e-6
@@ -68,34 +73,31 @@ def test_tiles_are_the_whole(size, block, kind, monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got[1], want[1])
 
 
-def test_large_scores_neither_overflow_nor_vanish(monkeypatch):
-    """A first tile far above or below those that follow."""
-    monkeypatch.setattr(attention, "BLOCK", 4)
+def test_large_scores_neither_overflow_nor_vanish():
+    """The first tile's scores are far above or below the others."""
     q, k, v, d_out = case(16)
     k = k.at[:, :, :4].mul(300.0)
-    got = jax.jit(lambda *x: both(attention.packed, *x, None))(q, k, v, d_out)
+    got = jax.jit(lambda *x: both(packed_by_4, *x, None))(q, k, v, d_out)
     want = jax.jit(lambda *x: both(reference, *x, None))(q, k, v, d_out)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), got, want)
 
 
-def test_bfloat16(monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", 4)
+def test_bfloat16():
     given = case(16)
     ids = segments(16, 2, "ragged")
-    got = both(attention.packed, *(x.astype(jnp.bfloat16) for x in given), ids)
+    got = both(packed_by_4, *(x.astype(jnp.bfloat16) for x in given), ids)
     want = both(reference, *(x.astype(jnp.bfloat16).astype(jnp.float32) for x in given), ids)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert a.dtype == jnp.bfloat16
         np.testing.assert_allclose(a.astype(jnp.float32), b, atol=2**-6 * np.abs(b).max())
 
 
-def test_tiles_of_other_segments_are_left_out(monkeypatch):
-    """Not-a-number in one segment does not reach the next one, which shares no tile with it."""
-    monkeypatch.setattr(attention, "BLOCK", 4)
+def test_tiles_of_other_segments_are_not_read():
+    """NaN in one segment does not reach the next one, which shares no tile with it."""
     q, k, v, d_out = case(16)
     ids = jnp.broadcast_to(jnp.repeat(jnp.arange(1, 5), 4), (2, 16))
     v = v.at[:, :, :8].set(jnp.nan)
-    out, (dq, dk, dv) = jax.jit(lambda *x: both(attention.packed, *x, ids))(q, k, v, d_out)
+    out, (dq, dk, dv) = jax.jit(lambda *x: both(packed_by_4, *x, ids))(q, k, v, d_out)
     assert np.isnan(out[..., :8, :]).all() and np.isfinite(out[..., 8:, :]).all()
     assert (
         np.isfinite(dq[..., 8:, :]).all()

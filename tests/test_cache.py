@@ -14,6 +14,7 @@ from dcmdp_jax.config import Compute, Yarn
 from dcmdp_jax.models import cache, decoder, quantized, sizes
 from dcmdp_jax.models.kernels import attention
 from dcmdp_jax.models.quantized import Quantized
+from support.accelerators import accelerator_programs
 from support.random_params import random_params
 
 pytestmark = pytest.mark.full
@@ -109,40 +110,50 @@ def plain(layer):
     )
 
 
-@pytest.fixture(params=["one slot", "three slots", "all slots", "whole"])
-def form(request, monkeypatch):
-    """Slots as a CPU takes them, by one, several or all of them, and as an accelerator does."""
-    if request.param == "whole":
-        monkeypatch.setattr(
-            jax.lax, "platform_dependent", lambda *args, default, cpu: default(*args)
-        )
-    together = {"one slot": 1, "three slots": 3, "all slots": 8}.get(request.param, 1)
-    monkeypatch.setattr(cache, "BLOCK", together * 2 * WINDOW * 8)
+# slots, kv-heads, q-heads per kv-head, head size of the tests of attention
+SHAPE = (8, 2, 3, 8)
+LENGTHS = jnp.array([0, 1, 5, 15, 7, 3, 14, 8])
 
 
-@pytest.mark.parametrize("dtype", cache.DTYPES)
-def test_attention_to_the_cache(dtype, form):
-    """In NumPy on what the cache holds, and with the layers' own attention where that is float32."""
-    b = 8
-    kv = 2
-    g = 3
-    h = 8
-    q = normal(0, b, kv, g, h)
+def case(dtype):
+    """Returns queries, and keys and values as a cache of `dtype` holds them."""
+    b, kv, g, h = SHAPE
     keys, values = (held(normal(i, b, kv, LENGTH, h), dtype) for i in (1, 2))
-    lengths = jnp.array([0, 1, 5, 15, 7, 3, 14, 8])
-    got = jax.jit(lambda *args: cache.attend(*args, window=WINDOW))(q, keys, values, lengths)
-    scores = np.einsum("bkgh,bkth->bkgt", q, plain(keys)) / h**0.5
+    return normal(0, b, kv, g, h), keys, values
+
+
+def assert_attention_equals_numpy(dtype, **tiles):
+    q, keys, values = case(dtype)
+    attend = functools.partial(cache.attend, window=WINDOW, **tiles)
+    got = jax.jit(lambda *args: attend(*args))(q, keys, values, LENGTHS)
+    scores = np.einsum("bkgh,bkth->bkgt", q, plain(keys)) / q.shape[-1] ** 0.5
     scores[
-        np.broadcast_to(np.arange(LENGTH) > np.asarray(lengths)[:, None, None, None], scores.shape)
+        np.broadcast_to(np.arange(LENGTH) > np.asarray(LENGTHS)[:, None, None, None], scores.shape)
     ] = -np.inf
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     want = np.einsum("bkgt,bkth->bkgh", weights / weights.sum(-1, keepdims=True), plain(values))
     np.testing.assert_allclose(got, want, atol=2e-6)
-    if dtype == "float32":
-        mask = (jnp.arange(LENGTH) <= lengths[:, None])[:, None, None, None]
-        np.testing.assert_allclose(
-            got, attention.attention(q[..., None, :], keys, values, mask)[..., 0, :], atol=2e-6
-        )
+
+
+@pytest.mark.parametrize("slots_at_a_time", [1, 3, 8])
+@pytest.mark.parametrize("dtype", cache.DTYPES)
+def test_attention_to_blocks_of_slots_equals_numpy(dtype, slots_at_a_time):
+    numbers_per_slot = SHAPE[1] * WINDOW * SHAPE[3]
+    assert_attention_equals_numpy(dtype, cpu_numbers=slots_at_a_time * numbers_per_slot)
+
+
+@pytest.mark.parametrize("dtype", cache.DTYPES)
+def test_attention_on_accelerators_equals_numpy(dtype):
+    with accelerator_programs():
+        assert_attention_equals_numpy(dtype)
+
+
+def test_attention_to_the_cache_is_the_layers_attention():
+    q, keys, values = case("float32")
+    mask = (jnp.arange(LENGTH) <= LENGTHS[:, None])[:, None, None, None]
+    want = attention.attention(q[..., None, :], keys, values, mask)[..., 0, :]
+    got = cache.attend(q, keys, values, LENGTHS, window=WINDOW)
+    np.testing.assert_allclose(got, want, atol=2e-6)
 
 
 @pytest.mark.parametrize(("dtype", "share"), [("int8", 0.5 / 127), ("float8_e4m3fn", 16 / 448)])
@@ -184,13 +195,12 @@ def test_bytes(dtype, per_head):
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) == heads * per_head
 
 
-def test_dtypes():
-    assert (
-        cache.init(dataclasses.replace(sizes.TINY, compute=Compute(bfloat16=True)), 1, 1)
-        .keys[0]
-        .dtype
-        == jnp.bfloat16
-    )
+def test_a_cache_has_the_compute_dtype_by_default():
+    config = dataclasses.replace(sizes.TINY, compute=Compute(bfloat16=True))
+    assert cache.init(config, 1, 1).keys[0].dtype == jnp.bfloat16
+
+
+def test_formats_that_a_cache_cannot_have_raise():
     with pytest.raises(ValueError, match="cannot hold 'int4'; choose one of float32, bfloat16"):
         cache.init(sizes.TINY, 1, 1, "int4")
 
@@ -207,8 +217,13 @@ def test_insert_copies_rows_into_slots_and_nothing_else(dtype):
         want = np.zeros(layer.shape)
         want[[3, 0], :, :5] = plain(held(source, dtype))[1]
         np.testing.assert_array_equal(plain(layer), want)
+
+
+def test_a_prefix_longer_than_the_cache_raises():
+    config = sizes.TINY
+    keys = (jnp.zeros((3, config.num_kv_heads, 5, config.head_dim)),) * config.num_layers
     with pytest.raises(ValueError, match="prefix of 5 positions does not fit a cache of 4"):
-        cache.insert(cache.init(config, SLOTS, 4), keys, values, jnp.array([0]), jnp.array([0]))
+        cache.insert(cache.init(config, SLOTS, 4), keys, keys, jnp.array([0]), jnp.array([0]))
 
 
 @pytest.mark.parametrize("dtype", cache.DTYPES)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dcmdp_jax.models import layers, moe, quantized, sizes
+from support.accelerators import accelerator_programs
 
 pytestmark = pytest.mark.full
 
@@ -74,9 +75,9 @@ def test_values_and_gradients_equal_the_dense_form(k, norm):
     assert (np.abs(router).max() > 1e-3) == (k > 1 or not norm)
 
 
-@pytest.mark.parametrize("parts", [0, 1])
-def test_the_form_of_accelerators_is_the_cpu_s(parts):
-    """`ragged_dot`, with gate and up as they are and turned; values and gradients."""
+@pytest.mark.parametrize("shards", [0, 1])
+def test_the_program_of_accelerators_equals_that_of_cpus(shards):
+    """`ragged_dot`, with gate and up as stored (1) or not; values and gradients."""
     weights = moe.Experts(
         *(random_experts(CONFIG)[name] for name in ("gate_proj", "up_proj", "down_proj"))
     )
@@ -84,16 +85,15 @@ def test_the_form_of_accelerators_is_the_cpu_s(parts):
     experts = jax.random.randint(jax.random.key(2), (9, 2), 0, CONFIG.num_experts)
     direction = jax.random.normal(jax.random.key(3), (9, 2, CONFIG.hidden_size))
 
-    def made(f):
-        return jax.jit(
-            jax.value_and_grad(
-                lambda x, weights: jnp.sum(direction * f(x, weights)), argnums=(0, 1)
-            )
-        )(x, weights)
+    def run():
+        def loss(x, weights):
+            return jnp.sum(direction * moe.expert_outputs(x, experts, weights, shards=shards))
 
-    by_ragged_dot = functools.partial(moe._by_ragged_dot, parts=parts)
-    got = made(lambda x, weights: by_ragged_dot(x, experts, weights))
-    want = made(lambda x, weights: moe._by_tiles(x, experts, weights, jnp.ones(9, bool)))
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, weights)
+
+    want = run()
+    with accelerator_programs():
+        got = run()
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), got, want)
 
 
@@ -118,7 +118,7 @@ def test_a_token_does_not_depend_on_the_others():
         np.testing.assert_allclose(together[b, s], alone[0, 0], atol=1e-5)
 
 
-def test_route():
+def test_route_takes_the_most_probable_experts():
     x = jax.random.normal(jax.random.key(1), (50, CONFIG.hidden_size))
     router = random_experts(CONFIG)["router"]
     probs = np.asarray(jax.nn.softmax(x @ router, axis=-1))
@@ -127,9 +127,20 @@ def test_route():
         experts, np.argsort(-probs, axis=-1)[:, : CONFIG.experts_per_token]
     )
     np.testing.assert_allclose(raw, np.take_along_axis(probs, np.asarray(experts), -1), rtol=1e-5)
-    normalised, _ = moe.route(x, router, CONFIG)
-    np.testing.assert_allclose(normalised, raw / np.asarray(raw).sum(-1, keepdims=True), rtol=1e-5)
-    assert moe.route(x.astype(jnp.bfloat16), router, CONFIG)[0].dtype == jnp.float32
+
+
+def test_norm_topk_prob_makes_gates_sum_to_one():
+    x = jax.random.normal(jax.random.key(1), (50, CONFIG.hidden_size))
+    router = random_experts(CONFIG)["router"]
+    raw, _ = moe.route(x, router, dataclasses.replace(CONFIG, norm_topk_prob=False))
+    gates, _ = moe.route(x, router, CONFIG)
+    np.testing.assert_allclose(gates, raw / np.asarray(raw).sum(-1, keepdims=True), rtol=1e-5)
+
+
+def test_the_router_computes_in_float32():
+    x = jnp.ones((2, CONFIG.hidden_size), jnp.bfloat16)
+    gates, _ = moe.route(x, random_experts(CONFIG)["router"], CONFIG)
+    assert gates.dtype == jnp.float32
 
 
 def test_zero_and_padding_rows_are_finite():
@@ -141,9 +152,9 @@ def test_zero_and_padding_rows_are_finite():
 
 
 @pytest.mark.parametrize(("j", "norm"), [(1, True), (2, False), (3, True), (4, True)])
-def test_replayed_experts_take_the_place_of_the_router_s(j, norm):
-    """Of a router that takes three: values and gradients are the dense form's, restricted to the
-    given experts where any are; the router's gradient is a finite difference's.
+def test_replayed_experts_replace_the_choice_of_the_router(j, norm):
+    """The router chooses three. Values and gradients equal the dense form's, restricted to the given
+    experts; the router's gradient also equals a finite difference.
     """
     config = dataclasses.replace(CONFIG, experts_per_token=3, norm_topk_prob=norm)
     params = random_experts(config)
@@ -203,7 +214,7 @@ def test_quantized_experts(dtype):
 
 
 def test_tokens_that_are_not_live_change_nothing_for_the_others():
-    """In tiles that are full, half full and empty, on top of each other's experts."""
+    """With tiles that are full, half full and empty."""
     config = dataclasses.replace(CONFIG, experts_per_token=3)
     params = random_experts(config)
     x = jax.random.normal(jax.random.key(1), (40, 1, config.hidden_size))

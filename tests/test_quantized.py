@@ -12,7 +12,9 @@ import pytest
 from dcmdp_jax import sharding
 from dcmdp_jax.config import MeshConfig
 from dcmdp_jax.models import quantized
+from dcmdp_jax.models.kernels import tiles
 from dcmdp_jax.models.quantized import Quantized
+from support.accelerators import accelerator_programs
 
 pytestmark = pytest.mark.full
 
@@ -55,13 +57,14 @@ def half_step(w: np.ndarray, dtype: str) -> np.ndarray:
     return 2.0 ** (np.maximum(np.floor(np.log2(np.abs(w))), least) - digits - 1)
 
 
-@pytest.fixture(params=["blocks", "whole"])
-def form(request, monkeypatch):
-    """The product as a CPU takes it, in blocks, and as an accelerator does, at once."""
-    if request.param == "whole":
-        monkeypatch.setattr(
-            jax.lax, "platform_dependent", lambda *args, default, cpu: default(*args)
-        )
+@pytest.fixture(params=["cpu", "accelerator"])
+def program(request):
+    """A CPU multiplies by blocks, an accelerator at once."""
+    if request.param == "cpu":
+        yield
+    else:
+        with accelerator_programs():
+            yield
 
 
 # weight, contracted axes, group -> shape of the scales, and the weight laid out as [matrices,
@@ -141,7 +144,7 @@ def test_zeros_stay_zero(dtype):
 
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_does_not_hide(dtype, bad, form):
+def test_what_is_not_finite_does_not_hide(dtype, bad, program):
     w = jnp.ones((4, 3)).at[1, 2].set(bad)
     few = quantized.quantize(w, dtype, (-2,))
     np.testing.assert_array_equal(
@@ -152,7 +155,7 @@ def test_what_is_not_finite_does_not_hide(dtype, bad, form):
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
-def test_every_float8_is_multiplied_exactly(dtype, form):
+def test_every_float8_is_multiplied_exactly(dtype, program):
     numbers = jnp.arange(256, dtype=jnp.uint8).view(jnp.dtype(dtype))
     numbers = numbers[np.isfinite(numbers.astype(jnp.float32))]
     got = quantized.product(
@@ -184,7 +187,7 @@ PRODUCTS = [  # x, weight, contracted axes, group
 @pytest.mark.parametrize("dtype", [*FORMATS, "bfloat16"])
 @pytest.mark.parametrize(("x_shape", "w_shape", "contract", "group"), PRODUCTS)
 def test_products_equal_those_of_the_dequantized_weight(
-    x_shape, w_shape, contract, group, dtype, form
+    x_shape, w_shape, contract, group, dtype, program
 ):
     x = normal(0, *x_shape)
     w = normal(1, *w_shape)
@@ -217,7 +220,7 @@ def rounded_rows(x: np.ndarray, dtype: str) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["int8", "int4", "nf4", "float32"])
 @pytest.mark.parametrize(("x_shape", "w_shape", "contract", "group"), PRODUCTS[:5])
 def test_activations_are_rounded_a_token_at_a_time(
-    x_shape, w_shape, contract, group, dtype, activations, form
+    x_shape, w_shape, contract, group, dtype, activations, program
 ):
     x = normal(0, *x_shape).at[0].multiply(100.0).at[1].set(0.0)
     w = normal(1, *w_shape)
@@ -252,8 +255,8 @@ def test_int8_times_int8_is_exact():
 
 
 @pytest.mark.parametrize("dtype", [*FORMATS, "bfloat16", "float32"])
-@pytest.mark.parametrize("rows", [3, quantized.FEW_ROWS + 1])
-def test_tables(dtype, rows, form):
+@pytest.mark.parametrize("rows", [3, tiles.TABLE_FEW_ROWS + 1])
+def test_tables(dtype, rows, program):
     """Logits and lookups of a table [V, D], more rows than one block, against those of its
     dequantized values.
     """
@@ -300,7 +303,7 @@ def test_an_expert_is_its_own_matrix(dtype):
 @pytest.mark.parametrize(
     ("dtype", "group", "activations"), [("int8", 0, ""), ("int4", 8, ""), ("int8", 0, "int8")]
 )
-def test_products_over_devices(dtype, group, activations, split, form):
+def test_products_over_devices(dtype, group, activations, split, program):
     mesh = sharding.make_mesh(MeshConfig(tensor=2), jax.devices()[:8])
     x = normal(0, 8, 32)
     few = quantized.quantize(normal(1, 32, 256), dtype, (-2,), group, activations)

@@ -1,6 +1,8 @@
-"""Log-probs in tiles, of wanted positions alone, are log-probs in one piece: values and gradients."""
+"""Log-probs in tiles, of wanted positions alone, against all logits at once: values and gradients."""
 
+import contextlib
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,8 @@ import pytest
 
 from dcmdp_jax.config import Compute
 from dcmdp_jax.models import decoder, sizes
-from dcmdp_jax.models.kernels import scoring
+from dcmdp_jax.models.kernels import scoring, tiles
+from support.accelerators import accelerator_programs
 from support.random_params import random_params
 
 pytestmark = pytest.mark.full
@@ -27,7 +30,7 @@ def case(config, wanted_share=0.6):
 
 
 def run(score, params, config, given):
-    """(logp, entropy), gradients of a weighted sum of logp by parameters and hidden states."""
+    """Returns (logp, entropy) and the gradients of a weighted sum of logp by parameters and hidden states."""
     hidden, targets, wanted, weight = given
 
     def loss(params, hidden):
@@ -46,87 +49,65 @@ def plain(params, hidden, targets, wanted, config, temperature):
     return jnp.where(wanted, logp, 0), jnp.where(wanted, entropy, 0)
 
 
-def with_entropy(*args):
-    return scoring.token_logp(*args, entropy=True)
+def with_entropy(*args, **sizes_of_tiles):
+    return scoring.token_logp(*args, entropy=True, **sizes_of_tiles)
 
 
-def as_on_accelerators(monkeypatch):
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+def assert_close(got, want):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), got, want)
 
 
-@pytest.mark.parametrize("config", [sizes.TINY, sizes.TINY_MOE], ids=["tied", "untied"])
-@pytest.mark.parametrize(
-    ("tokens", "width", "by_row"),
-    [
-        ((1,), 500, False),
-        ((5,), 500, False),
-        ((8, 4, 1), 200, False),
-        ((512,), 200, False),
-        ((2,), 500, True),
-    ],
-)
-def test_tiles_change_nothing(config, tokens, width, by_row, monkeypatch):
-    """Whatever the tile, whether rows are scored as one or each by itself; parts of the vocabulary
-    may overlap.
-    """
-    config = dataclasses.replace(config, vocab_size=500)
+def assert_equals_plain(config, given, **sizes_of_tiles):
     params = random_params(config, 0.3, norms=1.0)
-    monkeypatch.setattr(scoring, "CPU_TOKENS", tokens)
-    monkeypatch.setattr(scoring, "CPU_WIDTH", width)
-    if by_row:
-        monkeypatch.setattr(scoring, "CHUNK", tokens[0] * ROWS * config.vocab_size)
-        as_on_accelerators(monkeypatch)
-    given = case(config)
-    values, grads = run(with_entropy, params, config, given)
-    expected, expected_grads = run(plain, params, config, given)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5),
-        (values, grads),
-        (expected, expected_grads),
-    )
+    got = run(functools.partial(with_entropy, **sizes_of_tiles), params, config, given)
+    assert_close(got, run(plain, params, config, given))
+
+
+WORDS_500 = {
+    "tied": dataclasses.replace(sizes.TINY, vocab_size=500),
+    "untied": dataclasses.replace(sizes.TINY_MOE, vocab_size=500),
+}
+
+
+@pytest.mark.parametrize("head", WORDS_500)
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [((1,), 500), ((5,), 500), ((8, 4, 1), 200), ((512,), 200)],  # parts of 200 words overlap
+)
+def test_tiles_equal_the_logits_at_once(head, tokens, words):
+    config = WORDS_500[head]
+    assert_equals_plain(config, case(config), cpu_tokens=tokens, cpu_words=words)
+
+
+@pytest.mark.parametrize("head", WORDS_500)
+def test_the_program_of_accelerators_equals_the_logits_at_once(head):
+    config = WORDS_500[head]
+    with accelerator_programs():
+        assert_equals_plain(config, case(config), max_logits=2 * ROWS * config.vocab_size)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_none_or_all_wanted(share):
+    assert_equals_plain(sizes.TINY, case(sizes.TINY, share))
+
+
+def test_positions_that_are_not_wanted_are_not_computed():
+    """NaN at such positions reaches nothing outside the tiles of the wanted ones."""
     params = random_params(sizes.TINY, 0.3, norms=1.0)
-    given = case(sizes.TINY, share)
-    values, grads = run(with_entropy, params, sizes.TINY, given)
-    expected, expected_grads = run(plain, params, sizes.TINY, given)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5),
-        (values, grads),
-        (expected, expected_grads),
-    )
+    hidden, *others = case(sizes.TINY)
+    wanted = others[1][..., None]
+    by_one = functools.partial(with_entropy, cpu_tokens=(1,))
+    zeroed = jnp.where(wanted, hidden, 0)
+    clean = run(with_entropy, params, sizes.TINY, (zeroed, *others))
+    dirty = run(by_one, params, sizes.TINY, (jnp.where(wanted, hidden, jnp.nan), *others))
+    assert_close(dirty, clean)
 
 
-def test_what_is_not_wanted_is_not_computed(monkeypatch):
-    """Not-a-number at positions that nobody asks for reaches nothing, beyond the tile that the
-    wanted ones fill.
-    """
+def test_nan_in_hidden_states_reaches_the_log_probs():
     params = random_params(sizes.TINY, 0.3, norms=1.0)
-    hidden, targets, wanted, weight = case(sizes.TINY)
-    clean = run(
-        with_entropy,
-        params,
-        sizes.TINY,
-        (jnp.where(wanted[..., None], hidden, 0), targets, wanted, weight),
-    )
-    monkeypatch.setattr(scoring, "CPU_TOKENS", (1,))
-    dirty = run(
-        with_entropy,
-        params,
-        sizes.TINY,
-        (jnp.where(wanted[..., None], hidden, jnp.nan), targets, wanted, weight),
-    )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), dirty, clean)
-
-
-def test_not_a_number_is_seen():
-    params = random_params(sizes.TINY, 0.3, norms=1.0)
-    (hidden, targets, wanted, _) = case(sizes.TINY)
-    logp, _ = scoring.token_logp(
-        params, hidden.at[0].set(jnp.nan), targets, wanted, sizes.TINY, 1.0
-    )
+    hidden, targets, wanted, _ = case(sizes.TINY)
+    hidden = hidden.at[0].set(jnp.nan)
+    logp, _ = scoring.token_logp(params, hidden, targets, wanted, sizes.TINY, 1.0)
     np.testing.assert_array_equal(np.isnan(logp), wanted & (jnp.arange(ROWS) == 0)[:, None])
 
 
@@ -136,19 +117,30 @@ def test_bfloat16_rounds_operands_only():
     given = case(config)
     values, grads = run(with_entropy, params, config, given)
     expected, expected_grads = run(plain, params, config, given)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), values, expected
-    )
+    assert_close(values, expected)
     for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
         assert got.dtype == want.dtype
         np.testing.assert_allclose(got, want, atol=2**-8 * max(np.abs(want).max(), 1e-30))
 
 
-@pytest.mark.parametrize("by_row", [False, True])
-def test_never_more_logits_than_the_chunk(by_row, monkeypatch):
-    """The program of a long batch holds no array of all its logits."""
-    if by_row:
-        as_on_accelerators(monkeypatch)
+def largest_array(jaxpr, but):
+    """Returns the size of the program's largest array, those of shape `but` aside."""
+    sizes = [1]
+    for equation in jaxpr.eqns:
+        shapes = (variable.aval.shape for variable in equation.outvars)
+        sizes += [int(np.prod(shape)) for shape in shapes if shape != but]
+        inner = jax.tree.leaves(
+            equation.params, is_leaf=lambda v: hasattr(v, "jaxpr") or hasattr(v, "eqns")
+        )
+        inner = (getattr(value, "jaxpr", value) for value in inner)
+        sizes += [largest_array(value, but) for value in inner if hasattr(value, "eqns")]
+    return max(sizes)
+
+
+@pytest.mark.parametrize(
+    "programs", [contextlib.nullcontext, accelerator_programs], ids=["cpu", "accelerator"]
+)
+def test_a_long_batch_has_no_array_of_all_its_logits(programs):
     config = sizes.QWEN3_0_6B
     params = {"embed": jax.ShapeDtypeStruct((config.vocab_size, config.hidden_size), jnp.float32)}
     hidden = jax.ShapeDtypeStruct((2, 2048, config.hidden_size), jnp.float32)
@@ -157,50 +149,52 @@ def test_never_more_logits_than_the_chunk(by_row, monkeypatch):
     grad = jax.grad(
         lambda p, h, t, w: jnp.sum(scoring.token_logp(p, h, t, w, config, 1.0)[0]), (0, 1)
     )
-    jaxpr = jax.make_jaxpr(grad)(params, hidden, targets, wanted)
-
-    def largest(jaxpr):
-        for equation in jaxpr.eqns:
-            for variable in equation.outvars:
-                if variable.aval.shape != params["embed"].shape:
-                    yield int(np.prod(variable.aval.shape))
-            for value in jax.tree.leaves(
-                equation.params, is_leaf=lambda v: hasattr(v, "jaxpr") or hasattr(v, "eqns")
-            ):
-                inner = getattr(value, "jaxpr", value)
-                if hasattr(inner, "eqns"):
-                    yield from largest(inner)
-
-    assert 0 < max(largest(jaxpr.jaxpr)) <= scoring.CHUNK
+    with programs():
+        jaxpr = jax.make_jaxpr(grad)(params, hidden, targets, wanted)
+    assert 1 < largest_array(jaxpr.jaxpr, params["embed"].shape) <= tiles.LOGITS
 
 
-def test_packed_tokens_score_as_rows_of_their_own():
-    """Two segments in a row: each completion's log-probs and the gradient of the tied table, which
-    is read twice.
-    """
-    config = sizes.TINY
-    params = random_params(config, 0.3, norms=1.0)
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, config.vocab_size, (1, 12)).astype(np.int32)
-    ids = np.array([[1] * 7 + [2] * 5], np.int32)
-    positions = np.array([[*range(7), *range(5)]], np.int32)
-    index = np.array([[2, 3, 4, 5], [8, 9, 10, 0]], np.int32)
-    mask = np.array([[1, 1, 1, 1], [1, 1, 1, 0]], bool)
+TOKENS = np.random.default_rng(0).integers(0, sizes.TINY.vocab_size, (1, 12)).astype(np.int32)
+SEGMENT_IDS = np.array([[1] * 7 + [2] * 5], np.int32)
+POSITIONS = np.array([[*range(7), *range(5)]], np.int32)
+INDEX = np.array([[2, 3, 4, 5], [8, 9, 10, 0]], np.int32)
+MASK = np.array([[1, 1, 1, 1], [1, 1, 1, 0]], bool)
 
-    def packed(params):
-        logp, _ = scoring.packed_logp(params, tokens, positions, ids, index, config, 0.7)
-        return jnp.sum(jnp.where(mask, logp, 0)), jnp.where(mask, logp, 0)
 
-    def apart(params):
-        parts = []
-        for begin, end, first in ((0, 7, 2), (7, 12, 1)):
-            z = jax.nn.log_softmax(decoder.logits(params, tokens[:, begin:end], config)[0] / 0.7)
-            parts.append(z[jnp.arange(first, end - begin - 1), tokens[0, begin + first + 1 : end]])
-        logp = jnp.stack([parts[0], jnp.append(parts[1], 0)])
-        return jnp.sum(logp), logp
+def packed_loss(params):
+    """Scores the two segments in one row: (sum of the log-probs, log-probs)."""
+    logp, _ = scoring.packed_logp(params, TOKENS, POSITIONS, SEGMENT_IDS, INDEX, sizes.TINY, 0.7)
+    logp = jnp.where(MASK, logp, 0)
+    return jnp.sum(logp), logp
 
-    (_, got), grads = jax.jit(jax.value_and_grad(packed, has_aux=True))(params)
-    (_, want), expected = jax.jit(jax.value_and_grad(apart, has_aux=True))(params)
+
+def separate_loss(params):
+    """The same of each segment in a row of its own."""
+    parts = []
+    for begin, end, first in ((0, 7, 2), (7, 12, 1)):
+        z = decoder.logits(params, TOKENS[:, begin:end], sizes.TINY)[0] / 0.7
+        places = jnp.arange(first, end - begin - 1), TOKENS[0, begin + first + 1 : end]
+        parts.append(jax.nn.log_softmax(z)[places])
+    logp = jnp.stack([parts[0], jnp.append(parts[1], 0)])
+    return jnp.sum(logp), logp
+
+
+@pytest.fixture(scope="module")
+def packed_and_separate():
+    params = random_params(sizes.TINY, 0.3, norms=1.0)
+    return [
+        jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+        for loss in (packed_loss, separate_loss)
+    ]
+
+
+def test_packed_segments_score_as_separate_rows(packed_and_separate):
+    ((_, got), _), ((_, want), _) = packed_and_separate
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_gradients_of_packed_segments_are_those_of_separate_rows(packed_and_separate):
+    """Among them the gradient of the tied table, which is read twice."""
+    (_, grads), (_, expected) = packed_and_separate
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), grads, expected)

@@ -9,39 +9,49 @@ from dcmdp_jax.config import MeshConfig
 from dcmdp_jax.models import decoder, sizes
 
 
-def test_spec_reads_the_table():
-    assert sharding.partition_spec(("layers", "embed", "q_heads", None), sharding.TRAIN) == P(
-        None, ("fsdp", "expert", "sequence"), "tensor", None
-    )
-    assert sharding.partition_spec(("embed", "mlp"), sharding.DECODE) == P(None, "tensor")
+@pytest.mark.parametrize(
+    ("names", "table", "spec"),
+    [
+        (
+            ("layers", "embed", "q_heads", None),
+            sharding.TRAIN,
+            P(None, ("fsdp", "expert", "sequence"), "tensor", None),
+        ),
+        (("embed", "mlp"), sharding.DECODE, P(None, "tensor")),
+    ],
+)
+def test_partition_spec_reads_the_table(names, table, spec):
+    assert sharding.partition_spec(names, table) == spec
 
 
-def test_unknown_and_colliding_axes_raise():
+def test_unknown_axes_raise():
     with pytest.raises(KeyError, match="no_such"):
         sharding.partition_spec(("embed", "no_such"), sharding.TRAIN)
+
+
+def test_two_axes_on_one_mesh_axis_raise():
     with pytest.raises(ValueError, match="twice"):
         sharding.partition_spec(("mlp", "vocab"), sharding.TRAIN)
 
 
 @pytest.mark.parametrize("config", [sizes.TINY, sizes.TINY_MOE], ids=["dense", "moe"])
 @pytest.mark.parametrize("table", [sharding.TRAIN, sharding.DECODE], ids=["train", "decode"])
-def test_every_parameter_has_a_place(config, table):
+def test_every_parameter_has_a_sharding(config, table):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), config))
-    places = sharding.param_shardings(decoder.logical_axes(config), mesh, table, shapes)
-    assert jax.tree.structure(places) == jax.tree.structure(shapes)
+    shardings = sharding.param_shardings(decoder.logical_axes(config), mesh, table, shapes)
+    assert jax.tree.structure(shardings) == jax.tree.structure(shapes)
 
 
 def test_mesh_must_use_every_device():
     with pytest.raises(ValueError, match="does not make 8"):
         sharding.make_mesh(MeshConfig(tensor=3), jax.devices()[:8])
-    assert dict(sharding.make_mesh(MeshConfig(tensor=2), jax.devices()[:8]).shape) == {
-        "data": 1,
-        "fsdp": 4,
-        "expert": 1,
-        "sequence": 1,
-        "tensor": 2,
-    }
+
+
+def test_fsdp_takes_the_devices_that_the_other_axes_leave():
+    mesh = sharding.make_mesh(MeshConfig(tensor=2), jax.devices()[:8])
+    axes = {"data": 1, "fsdp": 4, "expert": 1, "sequence": 1, "tensor": 2}
+    assert dict(mesh.shape) == axes
 
 
 def test_sizes_must_divide():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dcmdp_jax.models.kernels import swiglu
+from support.accelerators import accelerator_programs
 
 pytestmark = pytest.mark.full
 
@@ -34,23 +35,27 @@ def both(f, x, gate, up, down, dy):
     return y, pull(dy)
 
 
-@pytest.mark.parametrize("accelerator", [False, True])
-@pytest.mark.parametrize("rows", [3, 4, 7, 16])
-def test_tiles_change_nothing(rows, accelerator, monkeypatch):
-    monkeypatch.setattr(swiglu, "ROWS", 8)
-    monkeypatch.setattr(swiglu, "FEW", 6)
-    if accelerator:
-        monkeypatch.setattr(
-            jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args)
-        )
-    got, want = (jax.jit(functools.partial(both, f))(*case(rows)) for f in (swiglu.dense, formula))
+dense = functools.partial(swiglu.dense, tile_rows=8, few_rows=6)
+
+
+def assert_equals_formula(rows):
+    got, want = (jax.jit(functools.partial(both, f))(*case(rows)) for f in (dense, formula))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), got, want)
 
 
-def test_bfloat16_activations_on_float32_weights(monkeypatch):
-    monkeypatch.setattr(swiglu, "ROWS", 8)
-    monkeypatch.setattr(swiglu, "FEW", 6)
-    got = jax.jit(functools.partial(both, swiglu.dense))(*case(7, jnp.bfloat16))
+@pytest.mark.parametrize("rows", [3, 4, 7, 16])
+def test_tiles_equal_the_formula(rows):
+    assert_equals_formula(rows)
+
+
+@pytest.mark.parametrize("rows", [3, 4, 7, 16])
+def test_the_program_of_accelerators_equals_the_formula(rows):
+    with accelerator_programs():
+        assert_equals_formula(rows)
+
+
+def test_bfloat16_activations_on_float32_weights():
+    got = jax.jit(functools.partial(both, dense))(*case(7, jnp.bfloat16))
     want = both(formula, *(x.astype(jnp.float32) for x in case(7, jnp.bfloat16)))
     assert [x.dtype.name for x in jax.tree.leaves(got)] == ["bfloat16"] * 2 + ["float32"] * 3
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):

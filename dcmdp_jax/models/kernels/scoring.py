@@ -1,8 +1,9 @@
-"""Log-probs and entropies of given tokens, without logits for a whole batch, and only where they
-are asked for.
+"""Log-probs and entropies of given tokens, without the logits of a whole batch, and only at wanted
+positions.
 
-R rows, S positions, D model, V vocabulary; c positions of a row are scored together, v words at a
-time.
+R rows, S positions, D model, V vocabulary. Logits are computed in tiles [R, c, v]: c positions of
+each row and v words at a time. The wanted positions of each row are moved to its front, so that
+full tiles come first: C >= S, a multiple of c.
 """
 
 from __future__ import annotations
@@ -17,40 +18,50 @@ import jax.numpy as jnp
 from dcmdp_jax import sharding
 from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models import decoder
+from dcmdp_jax.models.kernels import tiles
 from dcmdp_jax.models.layers import compute_dtype
 from dcmdp_jax.models.quantized import einsum
 
-CHUNK = 1 << 24  # logits held at a time
-CPU_TOKENS = (1024, 256, 64)
-CPU_WIDTH = 1024  # of tiles of logits on a CPU: they stay in its last cache
-WIDTH = 8192  # words of a tile elsewhere; of a split weight, what is gathered at a time
-PLACE = ("rows", "positions")
-At = tuple[jax.Array, int]  # where a tile begins, and its size
+TOKENS = ("rows", "positions")  # logical axes of [R, S]
 LOW = -1e30  # below every logit; finite, so that it may be subtracted from itself
 
 
 class Tiling(NamedTuple):
-    """How logits are made, c x `width` of each row at a time."""
+    """How logits are computed."""
 
-    # c, and those of the tiles of what is left after whole ones; each divides the one before
-    sizes: tuple[int, ...]
+    sizes: tuple[int, ...]  # c, largest first; the others cover the rest, each divides the previous
     width: int  # v
     vocabulary: int  # V, or this device's part of it
     tied: bool  # the weight is [V, D], not [D, V]
     dtype: Any  # of the operands of products
     temperature: float
     entropy: bool
-    split: bool  # over the ambient mesh: rows, positions, and the weight along both axes
+    sharded: bool  # over the current mesh: rows, positions, and both axes of the weight
 
 
-class Moved(NamedTuple):
-    """The wanted positions of each row moved to its front, in order; C >= S is a multiple of c."""
+class Compacted(NamedTuple):
+    """The wanted positions of each row moved to its front, in order."""
 
     hidden: jax.Array  # [R, C, D]
     targets: jax.Array  # [R, C]
-    order: jax.Array  # [R, C], where each comes from
-    rank: jax.Array  # [R, S], where each position went
-    count: jax.Array  # [], wanted positions in the row that has most
+    source: jax.Array  # [R, C], the position that each comes from
+    rank: jax.Array  # [R, S], the place that each position went to
+    count: jax.Array  # [], the largest number of wanted positions in a row
+
+
+class Span(NamedTuple):
+    """The positions of a tile."""
+
+    start: jax.Array
+    size: int
+
+    def of(self, x: jax.Array) -> jax.Array:
+        """[R, C, ...] -> [R, c, ...]."""
+        return jax.lax.dynamic_slice_in_dim(x, self.start, self.size, axis=1)
+
+    def write(self, x: jax.Array, tile: jax.Array) -> jax.Array:
+        """Returns x [R, C, ...] with the tile [R, c, ...] in it."""
+        return jax.lax.dynamic_update_slice_in_dim(x, tile, self.start, axis=1)
 
 
 def token_logp(
@@ -62,67 +73,66 @@ def token_logp(
     temperature: float,
     *,
     entropy: bool = False,
+    max_logits: int = tiles.LOGITS,
+    cpu_tokens: tuple[int, ...] = tiles.HEAD_CPU_TOKENS,
+    cpu_words: int = tiles.HEAD_CPU_WORDS,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Log-prob of `targets` and entropy under softmax(head(hidden) / temperature), float32 nats.
 
-    Formula: logp = z_target - logsumexp(z), entropy = logsumexp(z) - sum_v softmax(z)_v z_v, z =
-        logits / temperature.
+    Formula, with z = logits / temperature: logp = z_target - logsumexp(z), entropy = logsumexp(z) -
+    sum_v softmax(z)_v z_v.
 
     Args:
-      hidden: [R, S, D]; targets: [R, S] int32; wanted: [R, S] bool, where values are needed.
-          Nothing is computed for the
-        others: rows are scored as long as one has wanted positions left, and on a CPU all of them
-            as one row.
-      entropy: whether to make it.
+      hidden: [R, S, D]; targets: [R, S] int32; wanted: [R, S] bool, the positions whose values are
+        needed. Rows are scored up to the largest number of wanted positions in a row. A CPU scores
+        all rows as one.
+      entropy: whether to compute it.
+      max_logits: logits that exist at a time, at most (but one position of each row).
+      cpu_tokens, cpu_words: sizes of the tiles on a CPU.
 
     Returns:
-      logp [R, S], entropy [R, S] or None, 0 where not wanted. The entropy carries no gradient. At
-      most `CHUNK` logits are held
-      at a time (or one position's of each row); the backward pass makes them again.
+      logp [R, S], entropy [R, S] or None; 0 at positions that are not wanted. The entropy carries no
+      gradient. The backward pass recomputes the logits.
     """
     weight = params["embed"] if config.tie_word_embeddings else params["head"]
     rows, columns = targets.shape
     mesh = sharding.current_mesh()
 
-    def tiling(rows, columns, vocabulary, most_words=WIDTH, sizes=()):
-        parts = -(-vocabulary // most_words)
-        # whole vectors of the processor
+    def tiling(rows, columns, vocabulary, max_words=tiles.HEAD_WORDS, sizes=()):
+        parts = -(-vocabulary // max_words)
+        # filling the processor's vectors
         width = min(-(-vocabulary // parts // 128) * 128, vocabulary)
-        most = max(min(CHUNK // (rows * width), columns), 1)
-        # A tile of all positions would be made before the loops over tiles, though none of them
+        largest = max(min(max_logits // (rows * width), columns), 1)
+        # A tile of all positions would be computed before the loops over tiles, though no loop
         # takes it.
-        sizes = tuple(size for size in sizes if size <= most and size < columns) or (most,)
+        sizes = tuple(size for size in sizes if size <= largest and size < columns) or (largest,)
         return Tiling(
             sizes,
             width,
             vocabulary,
-            config.tie_word_embeddings,
-            compute_dtype(config),
-            temperature,
-            entropy,
-            mesh is not None,
+            tied=config.tie_word_embeddings,
+            dtype=compute_dtype(config),
+            temperature=temperature,
+            entropy=entropy,
+            sharded=mesh is not None,
         )
+
+    def as_one_row(hidden, weight, targets, wanted):
+        flat = tiling(1, rows * columns, config.vocab_size, cpu_words, cpu_tokens)
+        hidden, targets, wanted = (
+            x.reshape(1, rows * columns, *x.shape[2:]) for x in (hidden, targets, wanted)
+        )
+        return [x.reshape(rows, columns) for x in _score(flat, hidden, weight, targets, wanted)]
 
     if mesh is not None:
-        here = (
-            *sharding.local_shape(PLACE, (rows, columns)),
-            config.vocab_size // mesh.shape["tensor"],
+        local = sharding.local_shape(TOKENS, (rows, columns))
+        local_vocabulary = config.vocab_size // mesh.shape["tensor"]
+        out = _score(tiling(*local, local_vocabulary), hidden, weight, targets, wanted)
+    else:
+        by_row = partial(_score, tiling(rows, columns, config.vocab_size))
+        out = jax.lax.platform_dependent(
+            hidden, weight, targets, wanted, cpu=as_one_row, default=by_row
         )
-        out = _score(tiling(*here), hidden, weight, targets, wanted)
-        return out[0], out[1] if entropy else None
-
-    def in_one(hidden, weight, targets, wanted):
-        flat = [x.reshape(1, rows * columns, *x.shape[2:]) for x in (hidden, targets, wanted)]
-        made = _score(
-            tiling(1, rows * columns, config.vocab_size, CPU_WIDTH, CPU_TOKENS),
-            flat[0],
-            weight,
-            *flat[1:],
-        )
-        return [x.reshape(rows, columns) for x in made]
-
-    by_row = partial(_score, tiling(rows, columns, config.vocab_size))
-    out = jax.lax.platform_dependent(hidden, weight, targets, wanted, cpu=in_one, default=by_row)
     return out[0], out[1] if entropy else None
 
 
@@ -138,36 +148,36 @@ def packed_logp(
     entropy: bool = False,
     experts: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Log-prob and entropy [n, T] of completion tokens in packed rows [R, S]; `index` and `experts`
-    as in `records.Batch`.
+    """Returns log-prob and entropy [n, T] of completion tokens in packed rows [R, S]; `index` and
+    `experts` as in `records.Batch`.
 
-    What stands at masked places means nothing.
+    Values at masked places are meaningless.
     """
-    rows = None
+    embedded = None
     if sharding.current_mesh() is None:
         rows, table = _look_up(params["embed"], tokens)
         params = params | {"embed": table}
-        rows = rows.astype(compute_dtype(config))
+        embedded = rows.astype(compute_dtype(config))
     hidden = decoder.hidden(
         params,
         tokens,
         config,
         positions=positions,
         segment_ids=segment_ids,
-        embedded=rows,
+        embedded=embedded,
         experts=experts,
     )
     # the last column predicts nothing and is not in `index`
-    following = jnp.roll(tokens, -1, axis=1)
+    targets = jnp.roll(tokens, -1, axis=1)
     wanted = jnp.zeros(tokens.size, bool).at[index].set(True).reshape(tokens.shape)
-    out = token_logp(params, hidden, following, wanted, config, temperature, entropy=entropy)
+    out = token_logp(params, hidden, targets, wanted, config, temperature, entropy=entropy)
     return jax.tree.map(lambda x: x.reshape(-1)[index], out)
 
 
 @jax.custom_vjp
 def _look_up(table: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rows of the table, and the table for a head tied to it: their gradients add up in one array,
-    which is as large.
+    """Returns rows of the table, and the table for a head tied to it. Their gradients add up in one
+    array, which is as large as the table.
     """
     return table[tokens], table
 
@@ -182,30 +192,30 @@ _look_up.defvjp(
 def _score(
     tiling: Tiling, hidden: jax.Array, weight: jax.Array, targets: jax.Array, wanted: jax.Array
 ) -> list[jax.Array]:
+    """Returns [logp] or [logp, entropy], [R, S] each."""
     return _forward(tiling, hidden, weight, targets, wanted)[0]
 
 
-def _layout(tiling: Tiling) -> tuple[tuple, ...]:
-    """Logical axes of hidden, weight, targets and wanted."""
+def _logical_axes(tiling: Tiling) -> tuple[tuple, ...]:
+    """Returns those of hidden, weight, targets and wanted."""
     weight = ("vocab", "split_embed") if tiling.tied else ("split_embed", "vocab")
-    return (*PLACE, None), weight, PLACE, PLACE
+    return (*TOKENS, None), weight, TOKENS, TOKENS
 
 
 def _forward(tiling: Tiling, *arguments: jax.Array) -> tuple:
-    """[logp, and entropy if asked for], [R, S] each."""
     f = partial(_values, tiling)
-    if tiling.split:
-        f = sharding.shard_map(f, *_layout(tiling), out=(PLACE,) * (2 + tiling.entropy))
+    if tiling.sharded:
+        f = sharding.shard_map(f, *_logical_axes(tiling), out=(TOKENS,) * (2 + tiling.entropy))
     *out, log_total = f(*arguments)
     return out, (*arguments, log_total)
 
 
-def _backward(tiling: Tiling, kept: tuple, cotangents: list[jax.Array]) -> tuple:
-    f = partial(_slopes, tiling)
-    if tiling.split:
-        layout = _layout(tiling)
-        f = sharding.shard_map(f, *layout, PLACE, PLACE, out=layout[:2])
-    return *f(*kept, cotangents[0]), None, None
+def _backward(tiling: Tiling, residuals: tuple, cotangents: list[jax.Array]) -> tuple:
+    f = partial(_gradients, tiling)
+    if tiling.sharded:
+        axes = _logical_axes(tiling)
+        f = sharding.shard_map(f, *axes, TOKENS, TOKENS, out=axes[:2])
+    return *f(*residuals, cotangents[0]), None, None
 
 
 _score.defvjp(_forward, _backward)
@@ -214,49 +224,52 @@ _score.defvjp(_forward, _backward)
 def _values(
     tiling: Tiling, hidden: jax.Array, weight: jax.Array, targets: jax.Array, wanted: jax.Array
 ) -> tuple:
-    """logp, entropy if asked for, and the moved log-sum-exp: softmax by a running maximum and sum
-    over parts of the words.
+    """Returns logp, entropy if `tiling.entropy`, and the compacted log-sum-exp.
+
+    The softmax is made by a running maximum and sum over parts of the vocabulary.
     """
-    moved = _move(tiling, hidden, targets, wanted)
+    compacted = _compact(tiling, hidden, targets, wanted)
 
     def part(i, sums):
         w = _words(tiling, weight, i)
 
-        def tile(at, sums):
-            top, total, moment, picked = (_cut(x, at) for x in sums)
-            z, own, place = _logits(tiling, moved, w, i, at)
-            new = jnp.maximum(top, jnp.max(z, axis=-1))
-            shrink = jnp.exp(top - new)
-            p = jnp.exp(z - new[..., None])
+        def tile(span, sums):
+            top, total, moment, target_logit = (span.of(x) for x in sums)
+            z, in_part, place = _logits(tiling, compacted, w, i, span)
+            new_top = jnp.maximum(top, jnp.max(z, axis=-1))
+            shrink = jnp.exp(top - new_top)
+            p = jnp.exp(z - new_top[..., None])
             if tiling.entropy:
-                moment = shrink * (moment + (top - new) * total) + jnp.sum(
-                    p * (z - new[..., None]), axis=-1
-                )
+                added = jnp.sum(p * (z - new_top[..., None]), axis=-1)
+                moment = shrink * (moment + (top - new_top) * total) + added
             total = shrink * total + jnp.sum(p, axis=-1)
-            picked = jnp.where(
-                own, jnp.take_along_axis(z, place[..., None], axis=-1)[..., 0], picked
-            )
-            return tuple(_put(x, y, at) for x, y in zip(sums, (new, total, moment, picked)))
+            at_target = jnp.take_along_axis(z, place[..., None], axis=-1)[..., 0]
+            target_logit = jnp.where(in_part, at_target, target_logit)
+            new = (new_top, total, moment, target_logit)
+            return tuple(span.write(x, y) for x, y in zip(sums, new, strict=True))
 
-        return _each_tile(tiling, moved, tile, sums)
+        return _for_each_tile(tiling, compacted, tile, sums)
 
-    zero = jnp.zeros(moved.targets.shape, jnp.float32)
-    top, total, moment, picked = _each_part(tiling, part, (zero + LOW, zero, zero, zero))
-    if tiling.split:
-        most = jax.lax.pmax(top, "tensor")
-        shrink = jnp.exp(top - most)
-        sums = shrink * total, shrink * (moment + (top - most) * total), picked
-        top = most
-        (total, moment, picked) = jax.lax.psum(sums, "tensor")
-    total = jnp.where(total > 0, total, 1)  # of places that no tile reached
-    # The maximum is taken off first, as the sampler does, to round alike.
-    out = [picked - top - jnp.log(total)] + [jnp.log(total) - moment / total] * tiling.entropy
-    return *(jnp.where(wanted, _take(x, moved.rank), 0) for x in out), (top + jnp.log(total))[
-        :, : wanted.shape[1]
-    ]
+    zero = jnp.zeros(compacted.targets.shape, jnp.float32)
+    sums = _for_each_part(tiling, part, (zero + LOW, zero, zero, zero))
+    top, total, moment, target_logit = sums
+    if tiling.sharded:
+        highest = jax.lax.pmax(top, "tensor")
+        shrink = jnp.exp(top - highest)
+        sums = shrink * total, shrink * (moment + (top - highest) * total), target_logit
+        total, moment, target_logit = jax.lax.psum(sums, "tensor")
+        top = highest
+    total = jnp.where(total > 0, total, 1)  # at places that no tile reached
+    log_total = jnp.log(total)
+    # The maximum is subtracted first, as the sampler does, so that both round alike.
+    out = [target_logit - top - log_total]
+    if tiling.entropy:
+        out.append(log_total - moment / total)
+    out = (jnp.where(wanted, _take(x, compacted.rank), 0) for x in out)
+    return *out, (top + log_total)[:, : wanted.shape[1]]
 
 
-def _slopes(
+def _gradients(
     tiling: Tiling,
     hidden: jax.Array,
     weight: jax.Array,
@@ -265,130 +278,126 @@ def _slopes(
     log_total: jax.Array,
     cotangent: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """d logp / d z = onehot(target) - softmax(z), from logits made again; the weight's gradient
-    adds up in place.
+    """Returns the gradients of hidden and weight: d logp / d z = onehot(target) - softmax(z), from
+    recomputed logits. The weight's adds up in place.
     """
-    moved = _move(tiling, hidden, targets, wanted)
-    ours = jnp.arange(moved.order.shape[1]) < jnp.sum(wanted, axis=1)[:, None]
-    slope = jnp.where(ours, _take(cotangent, moved.order), 0) / tiling.temperature
-    log_total = jnp.pad(log_total, ((0, 0), (0, moved.order.shape[1] - log_total.shape[1])))
-    to_hidden, to_weight = (
-        ("rcv,vd->rcd", "rcv,rcd->vd") if tiling.tied else ("rcv,dv->rcd", "rcd,rcv->dv")
-    )
+    compacted = _compact(tiling, hidden, targets, wanted)
+    places = compacted.source.shape[1]
+    is_wanted = jnp.arange(places) < jnp.sum(wanted, axis=1)[:, None]
+    slope = jnp.where(is_wanted, _take(cotangent, compacted.source), 0) / tiling.temperature
+    log_total = jnp.pad(log_total, ((0, 0), (0, places - log_total.shape[1])))
     axis = 0 if tiling.tied else 1
 
     def part(i, grads):
         d_hidden, d_weight = grads
         w = _words(tiling, weight, i)
-        held = _cut_words(tiling, d_weight, i)
+        before = _cut_words(tiling, d_weight, i)
 
-        def tile(at, grads):
+        def tile(span, grads):
             d_hidden, d_w = grads
-            z, own, place = _logits(tiling, moved, w, i, at)
-            g = _cut(slope, at)
-            hit = own[..., None] & (jnp.arange(tiling.width) == place[..., None])
-            dz = g[..., None] * (hit - jnp.exp(z - _cut(log_total, at)[..., None]))
-            pair = (dz, _cut(moved.hidden, at))
-            d_w = d_w + einsum(to_weight, *(pair if tiling.tied else pair[::-1]), tiling.dtype)
-            rows = _cut(d_hidden, at) + einsum(to_hidden, dz, w, tiling.dtype)
-            return _put(d_hidden, rows, at), d_w
+            z, in_part, place = _logits(tiling, compacted, w, i, span)
+            is_target = in_part[..., None] & (jnp.arange(tiling.width) == place[..., None])
+            p = jnp.exp(z - span.of(log_total)[..., None])
+            dz = span.of(slope)[..., None] * (is_target - p)
+            x = span.of(compacted.hidden)
+            if tiling.tied:
+                d_w = d_w + einsum("rcv,rcd->vd", dz, x, tiling.dtype)
+                dx = einsum("rcv,vd->rcd", dz, w, tiling.dtype)
+            else:
+                d_w = d_w + einsum("rcd,rcv->dv", x, dz, tiling.dtype)
+                dx = einsum("rcv,dv->rcd", dz, w, tiling.dtype)
+            return span.write(d_hidden, span.of(d_hidden) + dx), d_w
 
-        start = d_hidden, jnp.zeros(w.shape, jnp.float32) if tiling.split else held
-        d_hidden, d_w = _each_tile(tiling, moved, tile, start)
-        if tiling.split:
-            d_w = held + sharding.reduce_scatter(d_w.astype(tiling.dtype), 1 - axis).astype(
-                jnp.float32
-            )
-        return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_weight, d_w, _first(tiling, i), axis)
+        start = d_hidden, jnp.zeros(w.shape, jnp.float32) if tiling.sharded else before
+        d_hidden, d_w = _for_each_tile(tiling, compacted, tile, start)
+        if tiling.sharded:
+            own = sharding.reduce_scatter(d_w.astype(tiling.dtype), 1 - axis)
+            d_w = before + own.astype(jnp.float32)
+        first = _first_word(tiling, i)
+        return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_weight, d_w, first, axis)
 
-    zero = jnp.zeros(moved.hidden.shape, jnp.float32), jnp.zeros(weight.shape, jnp.float32)
-    d_hidden, d_weight = _each_part(tiling, part, zero)
-    if tiling.split:
+    zero = jnp.zeros(compacted.hidden.shape, jnp.float32), jnp.zeros(weight.shape, jnp.float32)
+    d_hidden, d_weight = _for_each_part(tiling, part, zero)
+    if tiling.sharded:
         d_hidden = jax.lax.psum(d_hidden, "tensor")
-    return _take(d_hidden, moved.rank).astype(hidden.dtype), d_weight.astype(weight.dtype)
+    return _take(d_hidden, compacted.rank).astype(hidden.dtype), d_weight.astype(weight.dtype)
 
 
-def _move(tiling: Tiling, hidden: jax.Array, targets: jax.Array, wanted: jax.Array) -> Moved:
+def _compact(tiling: Tiling, hidden: jax.Array, targets: jax.Array, wanted: jax.Array) -> Compacted:
     rows, columns = targets.shape
     count = jnp.sum(wanted, axis=1, keepdims=True)
     rank = jnp.where(wanted, jnp.cumsum(wanted, axis=1), count + jnp.cumsum(~wanted, axis=1)) - 1
     size = -(-columns // tiling.sizes[0]) * tiling.sizes[0]
-    order = (
-        jnp.zeros((rows, size), jnp.int32)
-        .at[jnp.arange(rows)[:, None], rank]
-        .set(jnp.arange(columns), unique_indices=True)
+    source = jnp.zeros((rows, size), jnp.int32)
+    source = source.at[jnp.arange(rows)[:, None], rank].set(
+        jnp.arange(columns), unique_indices=True
     )
-    return Moved(_take(hidden, order), _take(targets, order), order, rank, jnp.max(count))
+    return Compacted(_take(hidden, source), _take(targets, source), source, rank, jnp.max(count))
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    """x[r, index[r, i]]: [R, S, ...], [R, C] -> [R, C, ...]."""
+    """Returns x[r, index[r, i]]: [R, S, ...], [R, C] -> [R, C, ...]."""
     return jax.vmap(lambda row, i: row[i])(x, index)
 
 
 def _logits(
-    tiling: Tiling, moved: Moved, w: jax.Array, i: jax.Array, at: At
+    tiling: Tiling, compacted: Compacted, w: jax.Array, i: jax.Array, span: Span
 ) -> tuple[jax.Array, ...]:
-    """z [R, c, v] of a tile over part i of the vocabulary; whether each target is in that part, and
-    where: [R, c].
+    """Returns z [R, c, v] of a tile over part i of the vocabulary, and of each target [R, c],
+    whether it is in that part, and its place there.
     """
-    z = einsum(
-        "rcd,vd->rcv" if tiling.tied else "rcd,dv->rcv", _cut(moved.hidden, at), w, tiling.dtype
-    )
-    first = _first(tiling, i)
-    new = i * tiling.width
-    targets = _cut(moved.targets, at)
-    if tiling.split:
+    x = span.of(compacted.hidden)
+    z = einsum("rcd,vd->rcv" if tiling.tied else "rcd,dv->rcv", x, w, tiling.dtype)
+    first = _first_word(tiling, i)
+    first_new = i * tiling.width
+    targets = span.of(compacted.targets)
+    if tiling.sharded:
         targets = targets - jax.lax.axis_index("tensor") * tiling.vocabulary
-    if tiling.vocabulary % tiling.width:  # the last part begins with words of the one before
-        z = jnp.where(first + jnp.arange(tiling.width) >= new, z, LOW)
-    own = (targets >= new) & (targets < new + tiling.width)
-    return z / tiling.temperature, own, jnp.clip(targets - first, 0, tiling.width - 1)
+    if tiling.vocabulary % tiling.width:  # the last part begins with words of the previous one
+        z = jnp.where(first + jnp.arange(tiling.width) >= first_new, z, LOW)
+    in_part = (targets >= first_new) & (targets < first_new + tiling.width)
+    return z / tiling.temperature, in_part, jnp.clip(targets - first, 0, tiling.width - 1)
 
 
-def _each_part(tiling: Tiling, part: Callable, start: Any) -> Any:
+def _for_each_part(tiling: Tiling, part: Callable, start: Any) -> Any:
+    """Carries `start` through `part(i, carry)` for every part of the vocabulary."""
     parts = -(-tiling.vocabulary // tiling.width)
     return part(0, start) if parts == 1 else jax.lax.fori_loop(0, parts, part, start)
 
 
-def _first(tiling: Tiling, i: jax.Array) -> jax.Array:
-    """The word that part i begins with; the last part ends with the vocabulary."""
-    return jnp.minimum(i * tiling.width, tiling.vocabulary - tiling.width)
+def _for_each_tile(tiling: Tiling, compacted: Compacted, tile: Callable, carry: Any) -> Any:
+    """Carries `carry` through `tile(span, carry)`: largest tiles, then smaller ones for the rest of
+    the wanted positions.
+    """
 
+    def run(carry, first, size, count):
+        return jax.lax.fori_loop(
+            0, count, lambda j, carry: tile(Span(first + j * size, size), carry), carry
+        )
 
-def _words(tiling: Tiling, weight: jax.Array, i: jax.Array) -> jax.Array:
-    """Part i of the vocabulary, whole along D: [v, D] or [D, v]."""
-    part = _cut_words(tiling, weight, i)
-    return (
-        sharding.all_gather(part.astype(tiling.dtype), 1 if tiling.tied else 0)
-        if tiling.split
-        else part
-    )
-
-
-def _cut_words(tiling: Tiling, weight: jax.Array, i: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(
-        weight, _first(tiling, i), tiling.width, axis=0 if tiling.tied else 1
-    )
-
-
-def _each_tile(tiling: Tiling, moved: Moved, tile: Callable, carry: Any) -> Any:
-    """Whole tiles, and smaller ones of what is left, as far as there are wanted positions."""
     done = 0
     for size in tiling.sizes:
-        left = moved.count - done
-        count = -(-left // size) if size == tiling.sizes[-1] else left // size
-        carry = jax.lax.fori_loop(
-            0, count, lambda j, carry: tile((done + j * size, size), carry), carry
-        )
+        remaining = compacted.count - done
+        is_smallest = size == tiling.sizes[-1]
+        count = -(-remaining // size) if is_smallest else remaining // size
+        carry = run(carry, done, size, count)
         done += count * size
     return carry
 
 
-def _cut(x: jax.Array, at: At) -> jax.Array:
-    """A tile's positions: [R, C, ...] -> [R, c, ...]."""
-    return jax.lax.dynamic_slice_in_dim(x, *at, axis=1)
+def _first_word(tiling: Tiling, i: jax.Array) -> jax.Array:
+    """Returns the word that part i begins with; the last part ends with the vocabulary."""
+    return jnp.minimum(i * tiling.width, tiling.vocabulary - tiling.width)
 
 
-def _put(x: jax.Array, tile: jax.Array, at: At) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(x, tile, at[0], axis=1)
+def _words(tiling: Tiling, weight: jax.Array, i: jax.Array) -> jax.Array:
+    """Returns part i of the vocabulary, gathered along D: [v, D] or [D, v]."""
+    part = _cut_words(tiling, weight, i)
+    if tiling.sharded:
+        return sharding.all_gather(part.astype(tiling.dtype), 1 if tiling.tied else 0)
+    return part
+
+
+def _cut_words(tiling: Tiling, weight: jax.Array, i: jax.Array) -> jax.Array:
+    axis = 0 if tiling.tied else 1
+    return jax.lax.dynamic_slice_in_dim(weight, _first_word(tiling, i), tiling.width, axis)
