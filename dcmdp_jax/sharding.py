@@ -34,7 +34,7 @@ HOST = "pinned_host"  # JAX's name for the memory of a device's host
 Axes = str | tuple[str, ...] | None
 Table = dict[str, Axes]
 
-# Parameters and optimizer moments: an axis that the mathematics does not split is split for storage.
+# Parameters and optimizer moments. "embed" is split for storage alone.
 TRAIN: Table = {
     "layers": None,
     "vocab": "tensor",
@@ -139,7 +139,10 @@ def meshes(
 
 
 def process_block(mesh: Mesh, process: int) -> Mesh:
-    """Returns the mesh of a process's devices. Raises ValueError if they are not a block of `mesh`."""
+    """Returns the mesh of a process's devices.
+
+    Raises ValueError if they are not a block of `mesh`.
+    """
     own = np.vectorize(lambda device: device.process_index == process)(mesh.devices)
     indices = (sorted(set(axis.tolist())) for axis in np.nonzero(own))
     block = mesh.devices[np.ix_(*indices)]
@@ -302,7 +305,7 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
 
 
 def gather_params(weights: Any, logical_axes: Any) -> Any:
-    """Returns weights gathered from the TRAIN to the DECODE table; gradients go back as in TRAIN."""
+    """Returns weights gathered: from the TRAIN table to DECODE. Gradients return as in TRAIN."""
     if current_mesh() is None:
         return weights
 

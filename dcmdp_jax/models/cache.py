@@ -1,4 +1,4 @@
-"""The key-value cache of decoding: for each layer an array `[B, KV, S, h]` of keys and one of values.
+"""The key-value cache of decoding: an array `[B, KV, S, h]` of keys and one of values per layer.
 
 B slots, KV kv-heads, G q-heads for each of them, S positions, h head size.
 """
@@ -67,7 +67,8 @@ def insert(
     length = cache.keys[0].shape[2]
     if prefix > length:
         raise ValueError(
-            f"insert: a prefix of {prefix} positions does not fit a cache of {length}; lengthen the cache"
+            f"insert: a prefix of {prefix} positions does not fit a cache of {length}; lengthen "
+            "the cache"
         )
 
     def copy(layer: CacheLayer, new: jax.Array) -> CacheLayer:

@@ -342,7 +342,8 @@ def _rope_settings(raw: dict, name: str) -> dict:
     kind = _kind(rope)
     if kind not in ROPE_SETTINGS:
         raise ValueError(
-            f"rope_type {kind!r} is not supported; supported are {', '.join(map(repr, ROPE_SETTINGS))}"
+            f"rope_type {kind!r} is not supported; supported are "
+            f"{', '.join(map(repr, ROPE_SETTINGS))}"
         )
     allowed = ["type", "rope_type", "rope_theta", *ROPE_SETTINGS[kind]]
     for key, value in rope.items():
@@ -424,7 +425,7 @@ def _agreed(given: dict[str, Any], name: str) -> Any:
 
 
 def _whole(raw: dict, name: str, default: int | None = None) -> int:
-    """Returns a positive whole number; `ModelConfig` and the rope scalings check the upper bounds."""
+    """Returns a positive whole number; `ModelConfig` and the scalings check their upper bounds."""
     value = _need(raw, name, default)
     if type(value) is not int or value < 1:
         raise ValueError(f"{name}={value!r} is not a whole number of at least 1")

@@ -41,7 +41,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with its learned scale; `axis` is the logical name of the normalised axis."""
+    """`rms_norm` with its learned scale; `axis` is the logical name of the normalized axis."""
 
     config: ModelConfig
     axis: str = "embed"
@@ -49,6 +49,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., n] -> [..., n]."""
         scale = parameter(self, "scale", x.shape[-1:], (self.axis,), nn.initializers.ones)
         return rms_norm(x, scale, self.config.rms_norm_eps)
 
@@ -101,30 +102,28 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202): `down(silu(gate x) * up x)`, [B, S, D] -> [B, S, D]."""
+    """SwiGLU (arXiv 2002.05202): `down(silu(gate x) * up x)`."""
 
     config: ModelConfig
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        c = self.config
-        gate_proj = parameter(
-            self, "gate_proj", (c.hidden_size, c.intermediate_size), ("embed", "mlp")
-        )
-        up_proj = parameter(self, "up_proj", (c.hidden_size, c.intermediate_size), ("embed", "mlp"))
-        down_proj = parameter(
-            self, "down_proj", (c.intermediate_size, c.hidden_size), ("mlp", "embed")
-        )
+        """x [B, S, D] -> [B, S, D]."""
+        d = self.config.hidden_size
+        f = self.config.intermediate_size
+        gate_proj = parameter(self, "gate_proj", (d, f), ("embed", "mlp"))
+        up_proj = parameter(self, "up_proj", (d, f), ("embed", "mlp"))
+        down_proj = parameter(self, "down_proj", (f, d), ("mlp", "embed"))
         return swiglu.dense(x, gate_proj, up_proj, down_proj)
 
 
 class MoE(nn.Module):
-    """Mixture of SwiGLU experts (see `moe.mix`, and `dispatch.mix` over several devices) behind the
-    router (see `moe.route`).
+    """A router (see `moe.route`) and a mixture of SwiGLU experts (see `moe.mixture`; over several
+    devices, `dispatch.mixture`).
 
     Experts are `gate_proj`, `up_proj` [E, D, F] and `down_proj` [E, F, D]; `router` is [D, E].
-    `expert_shards` as in `moe.mixture`.
+    `expert_shards` is the `shards` of `moe.mixture`.
     """
 
     config: ModelConfig
@@ -135,16 +134,18 @@ class MoE(nn.Module):
     def __call__(
         self, x: jax.Array, live: jax.Array | None = None, replayed: jax.Array | None = None
     ) -> jax.Array:
-        """[B, S, D] -> [B, S, D]; live [B], see `moe.mix`; replayed [B, S, j], see `moe.route`."""
+        """x [B, S, D] -> [B, S, D]; live [B] as in `moe.mixture`, replayed [B, S, j] as in
+        `moe.route`.
+        """
         c = self.config
-        wide = (c.num_experts, c.hidden_size, c.expert_size)
-        # The softmax runs over every expert, so the router is not split along them.
-        router = parameter(self, "router", (c.hidden_size, c.num_experts), ("embed", None))
-        gate_proj = parameter(self, "gate_proj", wide, ("experts", "expert_embed", "mlp"))
-        up_proj = parameter(self, "up_proj", wide, ("experts", "expert_embed", "mlp"))
-        down_proj = parameter(
-            self, "down_proj", (wide[0], wide[2], wide[1]), ("experts", "mlp", "expert_embed")
-        )
+        e = c.num_experts
+        d = c.hidden_size
+        f = c.expert_size
+        # The softmax is over all experts, so the router is not split along them.
+        router = parameter(self, "router", (d, e), ("embed", None))
+        gate_proj = parameter(self, "gate_proj", (e, d, f), ("experts", "expert_embed", "mlp"))
+        up_proj = parameter(self, "up_proj", (e, d, f), ("experts", "expert_embed", "mlp"))
+        down_proj = parameter(self, "down_proj", (e, f, d), ("experts", "mlp", "expert_embed"))
         weights = moe.Experts(gate_proj, up_proj, down_proj)
         gates, experts = moe.route(x, router, c, replayed)
         self.sow("routing", "experts", experts.reshape(-1, experts.shape[-1]))
@@ -152,9 +153,8 @@ class MoE(nn.Module):
             return dispatch.mixture(x, gates, experts, weights)
         tokens, gates, experts = (a.reshape(-1, a.shape[-1]) for a in (x, gates, experts))
         live = None if live is None else jnp.repeat(live, x.shape[1])
-        return moe.mixture(tokens, gates, experts, weights, live, self.expert_shards).reshape(
-            x.shape
-        )
+        out = moe.mixture(tokens, gates, experts, weights, live, self.expert_shards)
+        return out.reshape(x.shape)
 
 
 class Layer(nn.Module):
@@ -175,8 +175,8 @@ class Layer(nn.Module):
         live: jax.Array | None = None,
         replayed: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """x [B, S, D] -> [B, S, D] and what `attend` keeps. Experts may leave out rows that are not
-        `live` [B], and are those of `replayed` [B, S, j] where it names any.
+        """x [B, S, D] -> [B, S, D], and what `attend` returns beside its output; live and replayed
+        as for `MoE`.
         """
         c = self.config
         dtype = self.param_dtype
@@ -184,45 +184,44 @@ class Layer(nn.Module):
         y, extra = Attention(c, dtype, name="attention")(y, cos, sin, attend)
         x = x + y
         y = RMSNorm(c, param_dtype=dtype, name="post_attention_norm")(x)
-        y = (
-            MoE(c, dtype, self.expert_shards, name="moe")(y, live, replayed)
-            if self.sparse
-            else MLP(c, dtype, name="mlp")(y)
-        )
+        if self.sparse:
+            y = MoE(c, dtype, self.expert_shards, name="moe")(y, live, replayed)
+        else:
+            y = MLP(c, dtype, name="mlp")(y)
         return x + y, extra
 
 
 class Ends(nn.Module):
-    """What stands outside the layers: embedding, final norm, and the head unless it is tied to the
+    """The parts outside the layers: embedding, final norm, and the head unless it is tied to the
     embedding.
 
-    The engine may hold the head of tied embeddings apart from them, as a second table [V, D].
+    An engine may have a tied head in another format than the embedding: a second table [V, D].
     """
 
     config: ModelConfig
     param_dtype: Any = jnp.float32
 
     def setup(self):
-        c = self.config
-        self.table = parameter(self, "embed", (c.vocab_size, c.hidden_size), ("vocab", "embed"))
-        self.scale = parameter(
-            self, "final_norm", (c.hidden_size,), ("embed",), nn.initializers.ones
-        )
-        if not c.tie_word_embeddings:
-            self.kernel = parameter(self, "head", (c.hidden_size, c.vocab_size), ("embed", "vocab"))
-        # the engine's, held in another precision than the embedding
+        """Declares the parameters."""
+        v = self.config.vocab_size
+        d = self.config.hidden_size
+        self.table = parameter(self, "embed", (v, d), ("vocab", "embed"))
+        self.scale = parameter(self, "final_norm", (d,), ("embed",), nn.initializers.ones)
+        if not self.config.tie_word_embeddings:
+            self.kernel = parameter(self, "head", (d, v), ("embed", "vocab"))
         elif self.has_variable("params", "head"):
-            self.head_table = parameter(
-                self, "head", (c.vocab_size, c.hidden_size), ("vocab", "embed")
-            )
+            self.head_table = parameter(self, "head", (v, d), ("vocab", "embed"))
 
     def embed(self, tokens: jax.Array) -> jax.Array:
+        """tokens [...] int32 -> [..., D]."""
         return quantized.embed(self.table, tokens, compute_dtype(self.config))
 
     def norm(self, x: jax.Array) -> jax.Array:
+        """x [..., D] -> [..., D]."""
         return rms_norm(x, self.scale, self.config.rms_norm_eps)
 
     def head(self, x: jax.Array) -> jax.Array:
+        """x [..., D] -> logits [..., V] float32."""
         if self.config.tie_word_embeddings:
             table = self.head_table if self.has_variable("params", "head") else self.table
             return quantized.unembed(x, table, compute_dtype(self.config))

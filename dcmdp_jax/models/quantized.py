@@ -82,6 +82,7 @@ class Quantized:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The array's shape."""
         return self.values.shape
 
     def dequantize(self) -> jax.Array:

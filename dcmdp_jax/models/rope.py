@@ -30,7 +30,8 @@ def frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
 
 def _llama3(freqs: np.ndarray, scaling: Llama3) -> np.ndarray:
     rotations = scaling.original_max_position * freqs / (2 * math.pi)  # in the original context
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    low = scaling.low_freq_factor
+    high = scaling.high_freq_factor
     kept = np.clip((rotations - low) / (high - low), 0.0, 1.0)
     return freqs * kept + freqs / scaling.factor * (1 - kept)
 
@@ -42,7 +43,7 @@ def _yarn(freqs: np.ndarray, scaling: Yarn, theta: float) -> np.ndarray:
     head_dim = 2 * freqs.size
 
     def pair(rotations: float) -> float:
-        """The real-valued index of the pair that makes so many rotations in the original context."""
+        """Returns the (real) index of the pair that rotates so often in the original context."""
         positions = scaling.original_max_position / (rotations * 2 * math.pi)
         return head_dim * math.log(positions) / (2 * math.log(theta))
 
@@ -64,7 +65,7 @@ def _yarn_attention_factor(scaling: Yarn) -> float:
 
 
 def rotary(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Returns cos and sin of every pair's angle: positions [B, S] -> two [B, S, 1, h/2], float32."""
+    """Returns cos and sin of the pairs' angles: positions [B, S] -> two [B, S, 1, h/2], float32."""
     freqs, factor = frequencies(config)
     angles = positions[..., None, None].astype(jnp.float32) * freqs
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor

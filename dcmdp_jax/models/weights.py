@@ -1,4 +1,7 @@
-"""Qwen3 weights in and out of a Hugging Face folder: safetensors only, a shard's slice at a time."""
+"""Weights in and out of a Hugging Face folder: safetensors only, a slice of a shard at a time.
+
+`parameter_table` has the names of the stored tensors.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +35,10 @@ Index = tuple[slice, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A stored tensor. Ours is `stored.reshape(view).transpose(order)`.
+    """A stored tensor. The parameter is `stored.reshape(view).transpose(order)`.
 
-    `view` takes apart the stored axis `heads`, which holds heads and head size as one (None: there
-    is no such axis). `copy` names a tensor that has to equal this one where it is stored too.
+    `view` splits the stored axis `heads` into heads and head size (None: there is no such axis).
+    `copy` names a tensor that must equal this one if it is stored.
     """
 
     name: str
@@ -53,7 +56,9 @@ class Tensor:
         return (*self.view[: self.heads], merged, *self.view[self.heads + 2 :])
 
     def read(self, stored: Any, index: Index) -> np.ndarray:
-        """Our block `index`, reading only the stored rows and columns it spans (whole heads)."""
+        """Returns the parameter's block `index`, reading only the stored rows and columns (of all
+        head features) that it spans.
+        """
         wanted = [index[self.order.index(axis)] for axis in range(len(self.view))]
         if self.heads is None:
             return stored[tuple(wanted)].transpose(self.order)
@@ -65,21 +70,21 @@ class Tensor:
         block = block.reshape(*block.shape[:a], -1, size, *block.shape[a + 1 :])
         return block[(*[slice(None)] * (a + 1), within)].transpose(self.order)
 
-    def stored(self, ours: np.ndarray) -> np.ndarray:
-        """The inverse of `reshape` and `transpose`, in one piece of memory as safetensors needs it."""
-        return np.ascontiguousarray(ours.transpose(np.argsort(self.order)).reshape(self.shape))
+    def stored(self, param: np.ndarray) -> np.ndarray:
+        """Returns the tensor as it is stored, contiguous as safetensors needs it."""
+        return np.ascontiguousarray(param.transpose(np.argsort(self.order)).reshape(self.shape))
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A parameter, from the tensors at each place of its leading axes: (), (layer,) or (layer,
-    expert).
+    """A parameter, and the stored tensor at each index of its leading axes: (), (layer,) or
+    (layer, expert).
     """
 
     tensors: dict[tuple[int, ...], Tensor]
 
     def read(self, files: dict[str, Any], index: Index, dtype) -> np.ndarray:
-        """Our block `index` of the whole parameter.
+        """Returns block `index` of the parameter.
 
         Raises ValueError on NaN, infinity, or a copy that differs.
         """
@@ -87,11 +92,11 @@ class Leaf:
         leading = index[:rank]
         rest = index[rank:]
         out = np.empty([s.stop - s.start for s in index], dtype)
-        for place in itertools.product(*(range(s.start, s.stop) for s in leading)):
-            tensor = self.tensors[place]
-            at = tuple(p - s.start for p, s in zip(place, leading, strict=True))
+        for number in itertools.product(*(range(s.start, s.stop) for s in leading)):
+            tensor = self.tensors[number]
+            at = tuple(n - s.start for n, s in zip(number, leading, strict=True))
             block = tensor.read(files[tensor.name].get_slice(tensor.name), rest)
-            with np.errstate(over="ignore"):  # it is refused
+            with np.errstate(over="ignore"):  # refused below
                 out[at] = block
             if not _all_finite(out[at]):
                 raise ValueError(
@@ -109,21 +114,21 @@ class Leaf:
 
 
 def _all_finite(block: np.ndarray) -> bool:
-    """True if no number is NaN or infinite; of a GiB that takes about half a second."""
-    if block.dtype == jnp.bfloat16:  # by the exponent's bits: three times as quick as isfinite
+    """Returns True if no number is NaN or infinite; takes about half a second per GiB."""
+    if block.dtype == jnp.bfloat16:  # by the exponent's bits: three times as fast as isfinite
         return bool((block.view(np.uint16) & 0x7F80).max() < 0x7F80)
     return bool(np.isfinite(block).all())
 
 
-def _equal(one: np.ndarray, other: np.ndarray) -> bool:
-    """True if two blocks hold the same numbers, whatever their dtypes."""
-    if one.dtype != other.dtype:
-        one = one.astype(np.float64)
-        other = other.astype(np.float64)
-    return np.array_equal(one, other)
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Returns True if two blocks have the same numbers, whatever their dtypes."""
+    if a.dtype != b.dtype:
+        a = a.astype(np.float64)
+        b = b.astype(np.float64)
+    return np.array_equal(a, b)
 
 
-# Which stored tensors make which parameter
+# Names and layouts of the stored tensors
 
 
 def _attention(c: ModelConfig) -> dict:
@@ -171,7 +176,7 @@ def _layer(c: ModelConfig, sparse: bool) -> dict:
 
 
 def parameter_table(config: ModelConfig) -> dict:
-    """`qwen3.init`'s tree with a `Leaf` in place of each array."""
+    """Returns `decoder.init`'s tree with a `Leaf` instead of each array."""
     v = config.vocab_size
     d = config.hidden_size
     # some writers store a tied head a second time
@@ -183,16 +188,16 @@ def parameter_table(config: ModelConfig) -> dict:
     }
     if not config.tie_word_embeddings:
         tree["head"] = Leaf({(): Tensor(HEAD, (v, d), (1, 0))})
-    first = 0
+    first_layer = 0
     for sparse, count in decoder.stacks(config):
 
-        def stack(tensor: Tensor, first=first, count=count) -> Leaf:
+        def stack(tensor: Tensor, first_layer=first_layer, count=count) -> Leaf:
             name = "model.layers.{layer}." + tensor.name
             experts = [(e,) for e in range(config.num_experts)] if "{expert}" in name else [()]
             return Leaf(
                 {
                     (i, *e): dataclasses.replace(
-                        tensor, name=name.format(layer=first + i, expert=e[0] if e else 0)
+                        tensor, name=name.format(layer=first_layer + i, expert=e[0] if e else 0)
                     )
                     for i in range(count)
                     for e in experts
@@ -200,7 +205,7 @@ def parameter_table(config: ModelConfig) -> dict:
             )
 
         tree["stacks"].append(jax.tree.map(stack, _layer(config, sparse)))
-        first += count
+        first_layer += count
     return tree
 
 
@@ -208,16 +213,17 @@ def parameter_table(config: ModelConfig) -> dict:
 
 
 def read_config(folder: str | pathlib.Path) -> ModelConfig:
-    """The shape of the model in `folder`. Raises ValueError for what is missing or not supported."""
+    """Returns the config of the model in `folder`; see `hf_config.read`."""
     return hf_config.read(folder)
 
 
 def check(folder: str | pathlib.Path) -> None:
-    """Reads headers, and a few rows of a tied head: raises ValueError for most that `load` refuses.
+    """Raises ValueError for most of what `load` refuses; reads headers and rows of a tied head.
 
-    NaN, infinity and the rest of a tied head are found by `load` alone.
+    Only `load` detects NaN, infinity, and differences in the other rows of a tied head.
     """
-    folder, config = pathlib.Path(folder), read_config(folder)
+    folder = pathlib.Path(folder)
+    config = read_config(folder)
     files, tree = _checked(folder, config)
     with _naming(folder):
         tree["embed"].read(
@@ -230,45 +236,45 @@ def check(folder: str | pathlib.Path) -> None:
 def load(
     folder: str | pathlib.Path, dtype=jnp.float32, *, shardings: Any = None
 ) -> tuple[ModelConfig, dict]:
-    """Read a Hugging Face folder of Qwen3 or Qwen3-MoE.
+    """Returns the config and the parameters of a Hugging Face folder.
 
-    `shardings` is a tree of shardings with `qwen3.init`'s structure: of each tensor no more is read
-    than the slices this host's devices hold. None puts everything on the default device. Weights
-    are cast to `dtype`.
+    `shardings` is a tree with the structure of `decoder.init`'s: only the slices for this host's
+    devices are read. None puts everything on the default device. Weights are cast to `dtype`.
 
-    Raises ValueError, before anything is read, for a missing folder, config.json, shard or tensor,
-    an architecture or setting that is not supported, a tensor of the wrong shape, one the model has
-    no place for, and a damaged shard; and, as they are read, for weights that are not finite in
-    `dtype` and a tied head that is not the embedding.
+    Raises ValueError, before it reads any weight, for a missing folder, config.json, shard or
+    tensor, an architecture or setting that is not supported, a tensor of the wrong shape or without
+    a use, and a damaged shard; and, as it reads, for weights that are not finite in `dtype` and a
+    tied head that differs from the embedding.
     """
-    folder, config = pathlib.Path(folder), read_config(folder)
-    files, found = _checked(folder, config)
-    tree, treedef = jax.tree.flatten(found)
+    folder = pathlib.Path(folder)
+    config = read_config(folder)
+    files, table = _checked(folder, config)
+    tree, treedef = jax.tree.flatten(table)
     shapes = treedef.flatten_up_to(
         jax.eval_shape(lambda: decoder.init(jax.random.key(0), config, dtype))
     )
-    places = [None] * len(tree) if shardings is None else treedef.flatten_up_to(shardings)
+    shardings = [None] * len(tree) if shardings is None else treedef.flatten_up_to(shardings)
     with _naming(folder):
         arrays = [
-            _place(leaf, shape, place, files)
-            for leaf, shape, place in zip(tree, shapes, places, strict=True)
+            _read_array(leaf, shape, sharding, files)
+            for leaf, shape, sharding in zip(tree, shapes, shardings, strict=True)
         ]
     return config, treedef.unflatten(arrays)
 
 
 @contextlib.contextmanager
 def _naming(folder: pathlib.Path) -> Iterator[None]:
-    """Puts the folder's name before what a ValueError says."""
+    """Puts the folder's name before the message of a ValueError."""
     try:
         yield
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 
 
-def _place(
+def _read_array(
     leaf: Leaf, shape: jax.ShapeDtypeStruct, sharding: Any, files: dict[str, Any]
 ) -> jax.Array:
-    """One parameter on its devices."""
+    """Returns one parameter, on its devices."""
     blocks = {}  # replicas of one slice share one read
 
     def block(index: Index) -> np.ndarray:
@@ -283,7 +289,7 @@ def _place(
 
 
 def _open(folder: pathlib.Path) -> dict[str, Any]:
-    """The open file of each stored tensor, by the tensor's name."""
+    """Returns the open file of each stored tensor, by the tensor's name."""
     names = ["model.safetensors"]
     if not (folder / names[0]).is_file():
         if not (folder / INDEX).is_file():
@@ -294,7 +300,8 @@ def _open(folder: pathlib.Path) -> dict[str, Any]:
     for name in names:
         if not (folder / name).is_file():
             raise ValueError(
-                f"{folder / INDEX} names the shard {name}, which is missing; copy or download it again"
+                f"{folder / INDEX} names the shard {name}, which is missing; copy or download it "
+                "again"
             )
         try:
             file = safetensors.safe_open(folder / name, framework="np")
@@ -302,20 +309,21 @@ def _open(folder: pathlib.Path) -> dict[str, Any]:
             raise ValueError(
                 f"{folder / name} is damaged or cut short ({error}); copy or download it again"
             ) from None
-        for tensor in file.keys():
+        for tensor in file.keys():  # noqa: SIM118 (no dict)
             if tensor in files:
                 raise ValueError(
                     f"{folder}: tensor {tensor} is in {shards[tensor]} and in {name}; keep one of "
                     "the two"
                 )
-            files[tensor], shards[tensor] = file, name
+            files[tensor] = file
+            shards[tensor] = name
     return files
 
 
 def _shard_names(path: pathlib.Path) -> list[str]:
-    """The files that an index names.
+    """Returns the names of the files in an index.
 
-    Raises ValueError on one outside the folder, and on an index of another form.
+    Raises ValueError for a file outside the folder, and for an index of another form.
     """
     where = read_json_object(path).get("weight_map")
     names = where.values() if isinstance(where, dict) else ()
@@ -343,7 +351,7 @@ def _no_weights(folder: pathlib.Path) -> str:
 
 
 def _checked(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Any], dict]:
-    """The open files and the tree of `leaves`, once names, shapes and dtypes are as needed."""
+    """Returns the open files and `parameter_table`, with names, shapes and dtypes checked."""
     files = _open(folder)
     # counted before any is named: a damaged config.json may call for billions
     sparse = sum(config.is_sparse(layer) for layer in range(config.num_layers))
@@ -370,7 +378,8 @@ def _checked(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Any],
             )
         if stored.get_dtype() not in FLOATS:
             raise ValueError(
-                f"{folder}: tensor {name} is {stored.get_dtype()}; only {', '.join(FLOATS)} are read"
+                f"{folder}: tensor {name} is {stored.get_dtype()}; only {', '.join(FLOATS)} are "
+                "read"
             )
     extra = files.keys() - shapes.keys()
     if extra:
@@ -391,12 +400,12 @@ def save(
     max_shard_bytes: int = 5_000_000_000,
     token_ids: dict[str, Any] | None = None,
 ) -> None:
-    """Write `params` (the tree of `qwen3.init`) as a Hugging Face folder that `load` and
+    """Writes `params` (the tree of `decoder.init`) as a Hugging Face folder that `load` and
     transformers read.
 
-    `token_ids` are those that config.json names, as `tokenizer.special_token_ids` gives them. Writes
-    config.json, safetensors of at most `max_shard_bytes` each (or one tensor, if larger) and their
-    index. The folder appears whole or not at all. Raises ValueError when it exists and is not
+    `token_ids` are those that config.json names, as `tokenizer.special_token_ids` returns them. The
+    folder gets config.json, safetensors of at most `max_shard_bytes` each (or one tensor, if
+    larger) and their index; it appears complete or not at all. Raises ValueError when it exists and is not
     empty, for parameters of another form or shape, and for parameters that other hosts hold.
     """
     folder = pathlib.Path(folder).absolute()
@@ -412,7 +421,7 @@ def save(
 
 
 def _pair(config: ModelConfig, params: dict) -> list[tuple[Leaf, jax.Array]]:
-    """Each leaf with its array, checked."""
+    """Returns each leaf with its array, checked."""
     arrays = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
     if any(isinstance(array, Quantized) for array in arrays):
         raise ValueError(
@@ -430,14 +439,14 @@ def _pair(config: ModelConfig, params: dict) -> list[tuple[Leaf, jax.Array]]:
 
 
 def _write(folder: pathlib.Path, pairs: list[tuple[Leaf, jax.Array]], max_shard_bytes: int) -> None:
-    """The shards and their index; one shard is in host memory at a time."""
+    """Writes the shards and their index; one shard is in host memory at a time."""
     shards = list(_shards(pairs, max_shard_bytes))
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         names = ["model.safetensors"]
     for name, shard in zip(names, shards, strict=True):
         tensors = {
-            tensor.name: tensor.stored(np.asarray(array[place])) for tensor, array, place in shard
+            tensor.name: tensor.stored(np.asarray(array[index])) for tensor, array, index in shard
         }
         safetensors.numpy.save_file(tensors, folder / name, metadata={"format": "pt"})
     if len(shards) > 1:
@@ -452,16 +461,16 @@ def _write(folder: pathlib.Path, pairs: list[tuple[Leaf, jax.Array]], max_shard_
 
 
 def _shards(pairs: list[tuple[Leaf, jax.Array]], max_shard_bytes: int) -> Iterator[list[tuple]]:
-    """(tensor, array, place) of each shard."""
+    """Yields the (tensor, array, index of the tensor in the array) of each shard."""
     shard = []
     size = 0
     for leaf, array in pairs:
-        for place, tensor in leaf.tensors.items():
+        for index, tensor in leaf.tensors.items():
             nbytes = array.nbytes // len(leaf.tensors)
             if shard and size + nbytes > max_shard_bytes:
                 yield shard
                 shard = []
                 size = 0
-            shard.append((tensor, array, place))
+            shard.append((tensor, array, index))
             size += nbytes
     yield shard

@@ -143,7 +143,8 @@ def _forward(
 
     def query_block(n, carry):
         out, log_total = carry
-        row, i = n // (size // block), n % (size // block)
+        row = n // (size // block)
+        i = n % (size // block)
         x = _query_block(q, row, i, block)
         attends = _attends(segment_start, row, i, block, group)
 
@@ -182,7 +183,8 @@ def _backward(block: int, residuals: tuple, d_out: jax.Array) -> tuple:
 
     def query_block(n, carry):
         dq, dk, dv = carry
-        row, i = n // (size // block), n % (size // block)
+        row = n // (size // block)
+        i = n % (size // block)
         x = _query_block(q, row, i, block)
         attends = _attends(segment_start, row, i, block, group)
         dy, total, mean = (

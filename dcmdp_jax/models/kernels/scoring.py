@@ -29,7 +29,7 @@ LOW = -1e30  # below every logit; finite, so that it may be subtracted from itse
 class Tiling(NamedTuple):
     """How logits are computed."""
 
-    sizes: tuple[int, ...]  # c, largest first; the others cover the rest, each divides the previous
+    sizes: tuple[int, ...]  # of c; smaller ones cover the rest, each divides the one before
     width: int  # v
     vocabulary: int  # V, or this device's part of it
     tied: bool  # the weight is [V, D], not [D, V]
@@ -91,7 +91,7 @@ def token_logp(
       cpu_tokens, cpu_words: sizes of the tiles on a CPU.
 
     Returns:
-      logp [R, S], entropy [R, S] or None; 0 at positions that are not wanted. The entropy carries no
+      logp [R, S], entropy [R, S] or None; 0 at positions that are not wanted. The entropy has no
       gradient. The backward pass recomputes the logits.
     """
     weight = params["embed"] if config.tie_word_embeddings else params["head"]

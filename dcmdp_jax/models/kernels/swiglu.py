@@ -97,8 +97,8 @@ _dense.defvjp(_dense_forward, _dense_backward)
 
 
 def _as_one_expert(tile_rows: int, x: jax.Array, *weights: jax.Array) -> tuple:
-    """Returns the arguments of `tiled` for a dense layer, in equal tiles of at most `tile_rows` rows
-    (rounded up to 8, whole vectors).
+    """Returns the arguments of `tiled` for a dense layer: equal tiles of at most `tile_rows` rows,
+    rounded up to multiples of 8 (the processor's vectors).
     """
     num_tiles = -(-len(x) // tile_rows)
     rows = -(-len(x) // num_tiles // 8) * 8
@@ -125,8 +125,8 @@ def tiled(
     count: jax.Array,
     rows: int,
 ) -> jax.Array:
-    """Returns the feed-forward of the first `count` tiles of `x` [N, D], of `rows` rows each: tile i
-    by expert owner[i]. Other rows are 0.
+    """Returns the feed-forward of the first `count` tiles of `x` [N, D], `rows` rows each; that of
+    tile i is by expert owner[i]. Other rows are 0.
 
     The first `filled[i]` rows of tile i are used (None: all). A tile that is at most half full is
     multiplied as half a tile.
@@ -213,7 +213,7 @@ def _product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _owner(weights: Experts, owner: jax.Array, i: jax.Array) -> Any:
-    """Returns tile i's expert: 0, not traced, for a single one, whose matrices are then not copied."""
+    """Returns tile i's expert: 0 if there is one, not traced, so that its matrices are not copied."""
     return 0 if jax.tree.leaves(weights.gate)[0].shape[0] == 1 else owner[i]
 
 
