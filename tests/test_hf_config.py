@@ -308,7 +308,7 @@ ROPES = [
 
 
 def transformers_rope(folder):
-    """transformers' reading of the folder's config.json: frequencies, and the factor of cos and sin."""
+    """Returns transformers' reading of config.json: frequencies, and the factor of cos and sin."""
     transformers = pytest.importorskip("transformers")
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 

@@ -153,8 +153,8 @@ def test_zero_and_padding_rows_are_finite():
 
 @pytest.mark.parametrize(("j", "norm"), [(1, True), (2, False), (3, True), (4, True)])
 def test_replayed_experts_replace_the_choice_of_the_router(j, norm):
-    """The router chooses three. Values and gradients equal the dense form's, restricted to the given
-    experts; the router's gradient also equals a finite difference.
+    """The router chooses three. Values and gradients equal the dense form's, restricted to the
+    given experts; the router's gradient also equals a finite difference.
     """
     config = dataclasses.replace(CONFIG, experts_per_token=3, norm_topk_prob=norm)
     params = random_experts(config)

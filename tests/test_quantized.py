@@ -46,7 +46,7 @@ def normal(seed, *shape):
 
 
 def half_step(w: np.ndarray, dtype: str) -> np.ndarray:
-    """Half the distance between neighbouring numbers of a format around `w`, in units of the scale."""
+    """Returns half the distance of a format's neighbouring numbers around `w`, over the scale."""
     if dtype.startswith("int"):
         return np.full_like(w, 0.5)
     if dtype == "nf4":

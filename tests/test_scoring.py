@@ -1,4 +1,4 @@
-"""Log-probs in tiles, of wanted positions alone, against all logits at once: values and gradients."""
+"""Log-probs in tiles, of wanted positions alone, against all logits: values and gradients."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ def case(config, wanted_share=0.6):
 
 
 def run(score, params, config, given):
-    """Returns (logp, entropy) and the gradients of a weighted sum of logp by parameters and hidden states."""
+    """Returns (logp, entropy), and a weighted sum's gradients by parameters and hidden states."""
     hidden, targets, wanted, weight = given
 
     def loss(params, hidden):

@@ -213,7 +213,7 @@ def _product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _owner(weights: Experts, owner: jax.Array, i: jax.Array) -> Any:
-    """Returns tile i's expert: 0 if there is one, not traced, so that its matrices are not copied."""
+    """Returns tile i's expert: a plain 0 if there is one, so that its matrices are not copied."""
     return 0 if jax.tree.leaves(weights.gate)[0].shape[0] == 1 else owner[i]
 
 
