@@ -405,8 +405,10 @@ def save(
 
     `token_ids` are those that config.json names, as `tokenizer.special_token_ids` returns them. The
     folder gets config.json, safetensors of at most `max_shard_bytes` each (or one tensor, if
-    larger) and their index; it appears complete or not at all. Raises ValueError if it exists and is
-    not empty, for parameters of another form or shape, and for parameters on other hosts.
+    larger) and their index; it appears complete or not at all.
+
+    Raises ValueError if it exists and is not empty, for parameters of another form or shape, and
+    for parameters on other hosts.
     """
     folder = pathlib.Path(folder).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
