@@ -47,8 +47,8 @@ def loaded(tmp_path_factory):
 
 @functools.partial(jax.jit, static_argnames=("config", "sparse"))
 def layer_outputs(params, x, config, sparse) -> dict:
-    """What the modules of one layer put out, by their names in transformers; the layer itself is
-    "".
+    """Returns the outputs of the modules of one layer, by their names in transformers; the layer
+    itself is "".
     """
     index = jnp.arange(x.shape[1])
 
@@ -77,7 +77,7 @@ def layer_outputs(params, x, config, sparse) -> dict:
 
 
 def module_outputs(params, tokens, config) -> dict:
-    """What every module puts out, by its name in transformers, in order of execution."""
+    """Returns every module's output, by its name in transformers, in order of execution."""
     ends = {"params": {name: leaf for name, leaf in params.items() if name != "stacks"}}
     x = layers.Ends(config).apply(ends, tokens, method="embed")
     seen = {"model.embed_tokens": x}
@@ -130,17 +130,17 @@ def test_every_module_matches_that_of_relatives(family, switches, loaded, tmp_pa
     assert_modules_match(params, config, reference, reference_hf.tokens("dense", 2, 40))
 
 
+@pytest.mark.parametrize("as_segment", [False, True])
 @pytest.mark.parametrize("case", ["bias", "yarn", "moe_top3"])
-def test_right_padding(case, loaded):
+def test_right_padding_changes_nothing(case, as_segment, loaded):
     config, params = loaded(case)
     tokens = reference_hf.tokens(case, 3, 20)
     lengths = np.array([20, 7, 1])
     mask = (np.arange(20) < lengths[:, None]).astype(np.int32)
     want = reference_hf.logits(model(case), tokens, mask)
-    for segment_ids in (None, mask):
-        got = LOGITS(params, tokens, config, segment_ids=segment_ids)
-        assert np.isfinite(got).all()
-        np.testing.assert_allclose(got[mask == 1], want[mask == 1], atol=TOLERANCE, rtol=0)
+    got = LOGITS(params, tokens, config, segment_ids=mask if as_segment else None)
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got[mask == 1], want[mask == 1], atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("case", ["groups_4", "yarn_set", "moe_step2"])
@@ -237,28 +237,47 @@ def test_a_token_sees_no_later_token(loaded):
     assert not changed[:7].any() and changed[7:].all()
 
 
-def test_trees_agree():
-    mixed = dataclasses.replace(sizes.TINY_MOE, num_layers=4, decoder_sparse_step=2)
-    for config in (sizes.TINY, sizes.TINY_MOE, mixed):
-        params = jax.eval_shape(lambda c=config: decoder.init(jax.random.key(0), c))
-        named = jax.tree.map(
-            lambda x, axes: len(axes) == x.ndim, params, decoder.logical_axes(config)
-        )
-        assert all(jax.tree.leaves(named))
-        contracted = jax.tree.map(
-            lambda x, axes: x.size if axes else 0, params, decoder.contracting_axes(config)
-        )
-        projections = sum(jax.tree.leaves(contracted))
-        assert projections == sum(
-            x.size
-            for path, x in jax.tree_util.tree_leaves_with_path(params)
-            if "_proj" in jax.tree_util.keystr(path)
-        )
-        flat = jax.eval_shape(lambda p, c=config: decoder.unstack(p, c), params)
-        assert len(flat["stacks"]) == config.num_layers
-        assert sum(x.size for x in jax.tree.leaves(flat)) == sum(
-            x.size for x in jax.tree.leaves(params)
-        )
+TREES = {
+    "dense": sizes.TINY,
+    "moe": sizes.TINY_MOE,
+    "mixed": dataclasses.replace(sizes.TINY_MOE, num_layers=4, decoder_sparse_step=2),
+    "no_qk_norm": dataclasses.replace(sizes.TINY, qk_norm=False, qkv_bias=True),
+}
+
+
+@pytest.fixture(params=TREES)
+def tree(request):
+    """A config, and the shapes of its parameters."""
+    config = TREES[request.param]
+    return config, jax.eval_shape(lambda: decoder.init(jax.random.key(0), config))
+
+
+def test_every_dimension_has_a_logical_axis(tree):
+    config, params = tree
+    same = jax.tree.map(lambda x, axes: len(axes) == x.ndim, params, decoder.logical_axes(config))
+    assert all(jax.tree.leaves(same))
+
+
+def test_projections_have_contracting_axes(tree):
+    config, params = tree
+    contracted = jax.tree.map(lambda x, axes: bool(axes), params, decoder.contracting_axes(config))
+    for path, has_axes in jax.tree_util.tree_leaves_with_path(contracted):
+        assert has_axes == ("_proj" in jax.tree_util.keystr(path))
+
+
+def test_unstacked_parameters_are_the_same_numbers(tree):
+    config, params = tree
+    flat = jax.eval_shape(lambda p: decoder.unstack(p, config), params)
+    assert len(flat["stacks"]) == config.num_layers
+    count = sum(x.size for x in jax.tree.leaves(flat))
+    assert count == sum(x.size for x in jax.tree.leaves(params))
+
+
+def test_every_parameter_has_stored_tensors(tree):
+    config, params = tree
+    table = weights.parameter_table(config)
+    stored = jax.tree.map(lambda leaf: sum(np.prod(t.shape) for t in leaf.tensors.values()), table)
+    assert stored == jax.tree.map(lambda x: x.size, params)
 
 
 def test_initial_values():
@@ -290,10 +309,13 @@ def test_published_parameter_counts(config, billions):
     assert len(params["stacks"]) == 1
 
 
-def test_stacked_and_unstacked_parameters_are_told_apart(loaded):
+def test_prefill_refuses_stacked_parameters(loaded):
     config, params = loaded("dense")
-    tokens = jnp.zeros((1, 4), jnp.int32)
     with pytest.raises(ValueError, match="unstack"):
-        decoder.prefill(params, tokens, config)
+        decoder.prefill(params, jnp.zeros((1, 4), jnp.int32), config)
+
+
+def test_hidden_refuses_unstacked_parameters(loaded):
+    config, params = loaded("dense")
     with pytest.raises(ValueError, match="stacked"):
-        decoder.hidden(decoder.unstack(params, config), tokens, config)
+        decoder.hidden(decoder.unstack(params, config), jnp.zeros((1, 4), jnp.int32), config)

@@ -12,7 +12,7 @@ import pytest
 
 from dcmdp_jax import optimizers, sharding
 from dcmdp_jax.config import MeshConfig, ModelConfig
-from dcmdp_jax.models import decoder
+from dcmdp_jax.models import decoder, moe
 from dcmdp_jax.models.kernels import dispatch, scoring
 from support.random_params import random_params
 from support.steps import assert_close, make_config, make_scored, run
@@ -68,17 +68,17 @@ def name(case):
 
 
 def assert_grads_close(found, expected):
-    """To 1e-5, or to 1e-5 of a parameter's largest gradient where that is over 1: float32 sums
-    round by their size.
+    """To 1e-5, or to 1e-5 of a parameter's largest gradient if that is over 1: rounding errors of
+    float32 sums grow with their size.
     """
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        atol = 1e-5 * max(1.0, float(np.abs(other).max()))
-        np.testing.assert_allclose(np.asarray(one), np.asarray(other), atol=atol, rtol=0)
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        atol = 1e-5 * max(1.0, float(np.abs(want).max()))
+        np.testing.assert_allclose(np.asarray(got), np.asarray(want), atol=atol, rtol=0)
 
 
 def packed(rows=8, length=24, vocab=32, seed=0):
-    """Tokens, positions, segment ids of rows with two segments and padding, and the index of each
-    row's scored tokens.
+    """Returns tokens, positions and segment ids of rows with two segments and padding, and the
+    index of each row's scored tokens.
     """
     rng = np.random.default_rng(seed)
     cut = rng.integers(5, 10, rows)
@@ -107,7 +107,7 @@ def on_one_device(config):
 
 
 @pytest.mark.parametrize("case", MARKED, ids=name)
-def test_log_probs_and_gradients(case):
+def test_log_probs_and_gradients_equal_those_of_one_device(case):
     config, axes = case
     params, ((loss, aux), grads) = on_one_device(config)
     mesh = sharding.make_mesh(axes, jax.devices()[:8])
@@ -122,12 +122,11 @@ def test_log_probs_and_gradients(case):
 
 
 @pytest.mark.parametrize("case", [(DENSE, MESHES[5]), (MOE, SPARSE[2])], ids=name)
-def test_a_whole_step(case):
-    """The mixture of experts replays two experts a token, where its router takes three, and chooses
-    itself for some.
+def test_a_step_equals_that_of_one_device(case):
+    """The mixture of experts replays two experts of most tokens; its router would choose three.
 
-    Its step is linear in the gradients: AdamW's first is their sign, which round-off decides where
-    one is nearly 0.
+    Its optimizer is linear in the gradients: AdamW's first step is their sign, which rounding
+    decides if one is nearly 0.
     """
     model, axes = case
     moe = model.num_experts > 0
@@ -150,18 +149,34 @@ def test_a_whole_step(case):
     assert abs(metrics["loss"] - split_metrics["loss"]) < 1e-6
 
 
-def test_unequal_experts_take_more_rounds(monkeypatch):
-    """All tokens go to the experts of one device, a few rows at a time: none is dropped."""
-    monkeypatch.setattr(dispatch, "mixture", functools.partial(dispatch.mixture, max_rows=64))
-    params, _ = on_one_device(MOE)
-    # ties
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, w: 0 * w if path[-1].key == "router" else w, params
-    )
-    f = jax.value_and_grad(functools.partial(score, config=MOE), has_aux=True)
-    (loss, aux), grads = jax.jit(f)(params, *packed())
+def test_no_token_is_dropped_if_all_go_to_one_device():
+    """A few rows at a time, in many rounds: values and gradients."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    shapes = (8, 16, 12), (8, 16, 12), (8, 12, 16)
+    matrices = (jax.random.normal(k, s) for k, s in zip(keys[:3], shapes, strict=True))
+    weights = moe.Experts(*matrices)
+    x = jax.random.normal(keys[3], (8, 24, 16))
+    gates = jax.random.uniform(keys[4], (8, 24, 2))
+    experts = jnp.full((8, 24, 2), 3)
+
+    def loss(mixture, x, gates, weights):
+        y = mixture(x, gates, experts, weights)
+        return jnp.sum(y * jnp.cos(jnp.arange(y.size)).reshape(y.shape))
+
+    def unsharded(x, *others):
+        flat = (a.reshape(-1, a.shape[-1]) for a in (x, *others[:-1]))
+        return moe.mixture(*flat, others[-1]).reshape(x.shape)
+
+    in_rounds = functools.partial(dispatch.mixture, max_rows=64)
     mesh = sharding.make_mesh(MeshConfig(expert=8), jax.devices()[:8])
-    (found, found_aux), found_grads = jax.jit(sharding.with_mesh(mesh, f))(
-        jax.device_put(params, sharding.replicated(mesh)), *packed()
+    got, want = (
+        jax.value_and_grad(functools.partial(loss, f), argnums=(0, 1, 2))
+        for f in (in_rounds, unsharded)
     )
-    assert_close((found, found_aux, found_grads), (loss, aux, grads), 1e-5)
+    replicated = jax.device_put((x, gates, weights), sharding.replicated(mesh))
+    got = jax.jit(sharding.with_mesh(mesh, got))(*replicated)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()),
+        got,
+        jax.jit(want)(x, gates, weights),
+    )

@@ -362,35 +362,54 @@ def test_a_tensor_in_two_shards_is_refused(folder):
         weights.load(folder)
 
 
-def test_missing_and_damaged_files_are_refused(folder):
-    with pytest.raises(ValueError, match="nowhere does not exist"):
-        weights.load(folder / "nowhere")
-    shards = sorted(folder.glob("*.safetensors"))
-    whole = shards[1].read_bytes()
-    shards[1].write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match=f"{shards[1].name} is damaged or cut short"):
+def refused(folder, message):
+    with pytest.raises(ValueError, match=message):
         weights.load(folder)
-    shards[1].write_bytes(b"\xff" * 8 + whole[8:])
-    with pytest.raises(ValueError, match=f"{shards[1].name} is damaged or cut short"):
-        weights.load(folder)
-    shards[1].unlink()
-    with pytest.raises(ValueError, match=f"names the shard {shards[1].name}, which is missing"):
-        weights.load(folder)
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    refused(tmp_path / "nowhere", "nowhere does not exist")
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda shard: shard[:-100], lambda shard: b"\xff" * 8 + shard[8:]]
+)
+def test_a_damaged_shard_is_refused(damage, folder):
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.write_bytes(damage(shard.read_bytes()))
+    refused(folder, f"{shard.name} is damaged or cut short")
+
+
+def test_a_missing_shard_is_refused(folder):
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    refused(folder, f"names the shard {shard.name}, which is missing")
+
+
+def test_an_index_that_is_not_json_is_refused(folder):
     (folder / weights.INDEX).write_text("{")
-    with pytest.raises(ValueError, match="index.json is not valid JSON"):
-        weights.load(folder)
+    refused(folder, "index.json is not valid JSON")
+
+
+def test_a_folder_without_weights_is_refused(folder):
     (folder / weights.INDEX).unlink()
-    with pytest.raises(ValueError, match="neither model.safetensors nor"):
-        weights.load(folder)
+    refused(folder, "neither model.safetensors nor")
+
+
+def test_pickled_weights_are_refused(folder):
+    (folder / weights.INDEX).unlink()
     (folder / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match="pickled weights.*save_pretrained"):
-        weights.load(folder)
+    refused(folder, "pickled weights.*save_pretrained")
+
+
+def test_a_config_that_is_not_json_is_refused(folder):
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
-        weights.load(folder)
+    refused(folder, "not valid JSON")
+
+
+def test_a_folder_without_config_is_refused(folder):
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="has no config.json"):
-        weights.load(folder)
+    refused(folder, "has no config.json")
 
 
 def test_integer_tensors_are_refused(folder):
@@ -401,27 +420,39 @@ def test_integer_tensors_are_refused(folder):
         weights.load(folder)
 
 
-def test_save_refuses_and_leaves_nothing_behind(folder, tmp_path, monkeypatch):
+def test_save_refuses_a_folder_that_is_not_empty(folder):
     config = CONFIGS["dense"]
-    params = random_params(config)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(ValueError, match="is not an empty folder"):
-        weights.save(folder, config, params)
+        weights.save(folder, config, random_params(config))
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_save_refuses_parameters_of_another_form(tmp_path):
+    config = CONFIGS["dense"]
+    flat = decoder.unstack(random_params(config), config)
     with pytest.raises(ValueError, match="do not fit this model config"):
-        weights.save(tmp_path / "new", config, decoder.unstack(params, config))
+        weights.save(tmp_path / "new", config, flat)
+
+
+def test_save_refuses_quantized_parameters(tmp_path):
+    config = CONFIGS["dense"]
     axes = decoder.contracting_axes(config)
-    int8 = jax.tree.map(lambda w, a: quantized.quantize(w, jnp.int8, a) if a else w, params, axes)
+    int8 = jax.tree.map(
+        lambda w, a: quantized.quantize(w, jnp.int8, a) if a else w, random_params(config), axes
+    )
     with pytest.raises(ValueError, match="quantized"):
         weights.save(tmp_path / "new", config, int8)
 
+
+@pytest.mark.parametrize("name", ["new", "empty"])
+def test_a_save_that_fails_leaves_nothing_behind(name, tmp_path, monkeypatch):
     def disk_full(*args, **kwargs):
         raise OSError("disk full")
 
     monkeypatch.setattr(safetensors.numpy, "save_file", disk_full)
     (tmp_path / "empty").mkdir()
-    for name in ("new", "empty"):
-        with pytest.raises(OSError, match="disk full"):
-            weights.save(tmp_path / name, config, params)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "model"]
+    with pytest.raises(OSError, match="disk full"):
+        weights.save(tmp_path / name, CONFIGS["dense"], random_params(CONFIGS["dense"]))
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
     assert not list((tmp_path / "empty").iterdir())
