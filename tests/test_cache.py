@@ -37,13 +37,13 @@ def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-def whole(params, tokens, config):
-    """Hidden states of every position at once."""
+def all_at_once(params, tokens, config):
+    """Returns the hidden states of all positions."""
     return np.asarray(jax.jit(decoder.hidden, static_argnames="config")(params, tokens, config))
 
 
 @pytest.mark.parametrize(("name", "precision"), [("dense", None), ("moe", None), ("moe", "int4")])
-def test_decode_equals_the_whole_sequence(name, precision):
+def test_decode_equals_all_positions_at_once(name, precision):
     """Ragged prompts, one prefix in two slots, an idle slot, and slots used a second time."""
     config = CONFIGS[name]
     params = random_params(config, 0.15)
@@ -54,7 +54,7 @@ def test_decode_equals_the_whole_sequence(name, precision):
         )
     flat = decoder.unstack(params, config)
     tokens = np.asarray(jax.random.randint(jax.random.key(1), (5, WINDOW), 0, config.vocab_size))
-    want = whole(params, tokens, config)
+    want = all_at_once(params, tokens, config)
     state = cache.init(config, SLOTS, LENGTH)
     # rounds of (slot, sequence, prompt length): the second round reuses slots that held longer
     # sequences
@@ -74,32 +74,45 @@ def test_decode_equals_the_whole_sequence(name, precision):
             np.testing.assert_allclose(x[slots], want[rows, lengths[slots]], atol=1e-5, rtol=0)
 
 
-def test_window_and_dtype():
+@pytest.fixture(scope="module")
+def one_step():
+    """(dtype, window) -> hidden states and caches before and after one step at position 7."""
     config = CONFIGS["dense"]
     flat = decoder.unstack(random_params(config, 0.15), config)
     tokens = jax.random.randint(jax.random.key(1), (SLOTS, 8), 0, config.vocab_size)
     keys, values = prefill(flat, tokens, config)
     slots = jnp.arange(SLOTS)
     lengths = jnp.full(SLOTS, 7)
-    state = {
-        dtype: insert(cache.init(config, SLOTS, LENGTH, dtype), keys, values, slots, slots)
-        for dtype in cache.DTYPES
-    }
-    step = functools.partial(
-        jax.jit(decoder.decode, static_argnames=("config", "window")), flat, tokens[:, 7]
-    )
-    narrow, _, _ = step(state["float32"], lengths, config, window=8)
-    wide, _, _ = step(state["float32"], lengths, config, window=LENGTH)
-    np.testing.assert_allclose(narrow, wide, atol=1e-6)
-    for dtype in ("bfloat16", *FEW_BITS):
-        rounded, after, _ = step(state[dtype], lengths, config, window=8)
-        assert jax.tree.leaves(after.values[0])[0].dtype == jnp.dtype(dtype)
-        assert jax.tree.structure(after) == jax.tree.structure(state[dtype])
-        assert 0 < np.abs(rounded - wide).max() < 0.1
+    step = jax.jit(decoder.decode, static_argnames=("config", "window"))
+
+    def run(dtype, window):
+        before = insert(cache.init(config, SLOTS, LENGTH, dtype), keys, values, slots, slots)
+        x, after, _ = step(flat, tokens[:, 7], before, lengths, config, window=window)
+        return x, before, after
+
+    return run
 
 
-def held(x, dtype):
-    """Keys or values [B, KV, S, h] as a cache of `dtype` holds them."""
+def test_positions_past_the_window_are_not_read(one_step):
+    narrow = one_step("float32", 8)[0]
+    np.testing.assert_allclose(narrow, one_step("float32", LENGTH)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", *FEW_BITS])
+def test_a_step_leaves_the_cache_in_its_format(dtype, one_step):
+    _, before, after = one_step(dtype, 8)
+    assert jax.tree.leaves(after.values[0])[0].dtype == jnp.dtype(dtype)
+    assert jax.tree.structure(after) == jax.tree.structure(before)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", *FEW_BITS])
+def test_a_cache_of_few_bits_is_close_to_float32(dtype, one_step):
+    error = np.abs(one_step(dtype, 8)[0] - one_step("float32", 8)[0])
+    assert 0 < error.max() < 0.1
+
+
+def in_format(x, dtype):
+    """Returns keys or values [B, KV, S, h] in the format of a cache of `dtype`."""
     return quantized.quantize(x, dtype, (-1,)) if dtype in FEW_BITS else x.astype(dtype)
 
 
@@ -118,7 +131,7 @@ LENGTHS = jnp.array([0, 1, 5, 15, 7, 3, 14, 8])
 def case(dtype):
     """Returns queries, and keys and values as a cache of `dtype` holds them."""
     b, kv, g, h = SHAPE
-    keys, values = (held(normal(i, b, kv, LENGTH, h), dtype) for i in (1, 2))
+    keys, values = (in_format(normal(i, b, kv, LENGTH, h), dtype) for i in (1, 2))
     return normal(0, b, kv, g, h), keys, values
 
 
@@ -172,7 +185,8 @@ def test_error_of_a_quantized_cache(dtype, share):
     lengths = jnp.array([0, 3, 9, 15])
     exact = cache.attend(q, keys, values, lengths, window=WINDOW)
     error = np.abs(
-        cache.attend(q, held(keys, dtype), held(values, dtype), lengths, window=WINDOW) - exact
+        cache.attend(q, in_format(keys, dtype), in_format(values, dtype), lengths, window=WINDOW)
+        - exact
     )
     scores = np.abs(q).sum(-1).max() * share * np.abs(keys).max() / h**0.5
     bound = (np.exp(2 * scores) - 1) * np.abs(values).max() + share * np.abs(values).max()
@@ -215,7 +229,7 @@ def test_insert_copies_rows_into_slots_and_nothing_else(dtype):
     filled = cache.insert(empty, keys, values, jnp.array([3, 0, SLOTS]), jnp.array([1, 1, 2]))
     for layer, source in zip((*filled.keys, *filled.values), (*keys, *values), strict=True):
         want = np.zeros(layer.shape)
-        want[[3, 0], :, :5] = plain(held(source, dtype))[1]
+        want[[3, 0], :, :5] = plain(in_format(source, dtype))[1]
         np.testing.assert_array_equal(plain(layer), want)
 
 
@@ -228,11 +242,11 @@ def test_a_prefix_longer_than_the_cache_raises():
 
 @pytest.mark.parametrize("dtype", cache.DTYPES)
 def test_write_puts_one_position_and_drops_what_lies_outside(dtype):
-    layer = held(jnp.zeros((3, 2, 4, 5)), dtype)
+    layer = in_format(jnp.zeros((3, 2, 4, 5)), dtype)
     new = normal(0, 3, 2, 5)
     got = cache.write(layer, new, jnp.array([2, 0, 4]))
     want = np.zeros(layer.shape)
-    want[0, :, 2], want[1, :, 0] = plain(held(new, dtype))[:2]
+    want[0, :, 2], want[1, :, 0] = plain(in_format(new, dtype))[:2]
     np.testing.assert_array_equal(plain(got), want)
 
 

@@ -1,6 +1,4 @@
-"""The TPU kernel, interpreted, against plain attention: packed rows, one device and positions over
-two.
-"""
+"""The TPU kernel, interpreted, against plain attention: packed rows, on one device and on eight."""
 
 import functools
 
@@ -23,7 +21,7 @@ def plain(q, k, v, segment_ids):
     return attention(q, k, v, mask[:, None, None])
 
 
-def weighed(attend, q, k, v, segment_ids):
+def weighted_sum(attend, q, k, v, segment_ids):
     out = attend(q, k, v, segment_ids)
     return jnp.sum(jnp.where(segment_ids[:, None, None, :, None] > 0, out, 0) * jnp.cos(q)), out
 
@@ -31,7 +29,7 @@ def weighed(attend, q, k, v, segment_ids):
 @pytest.mark.parametrize(
     "axes", [None, MeshConfig(fsdp=2, sequence=2, tensor=2)], ids=["one", "split"]
 )
-def test_values_and_gradients(axes):
+def test_values_and_gradients_equal_plain_attention(axes):
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (2, 2, 2, 256, 128))
     k, v = (jax.random.normal(key, (2, 2, 256, 128)) for key in keys[1:])
@@ -39,7 +37,7 @@ def test_values_and_gradients(axes):
 
     def grads(attend):
         return jax.value_and_grad(
-            functools.partial(weighed, attend), argnums=(0, 1, 2), has_aux=True
+            functools.partial(weighted_sum, attend), argnums=(0, 1, 2), has_aux=True
         )
 
     expected = jax.jit(grads(plain))(q, k, v, segment_ids)
@@ -53,5 +51,5 @@ def test_values_and_gradients(axes):
     np.testing.assert_allclose(
         np.where(real, found[0][1], 0), np.where(real, expected[0][1], 0), atol=1e-5
     )
-    for a, b in zip(found[1], expected[1]):
+    for a, b in zip(found[1], expected[1], strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4)

@@ -1,1 +1,1 @@
-"""Qwen3 decoders, dense and Mixture-of-Experts: pure functions over plain parameter trees."""
+"""The decoder, its weights in and out, and the kernels that it is computed with."""

@@ -1,5 +1,5 @@
-"""The published Qwen3 shapes (arXiv 2505.09388, tables 1 and 2, and each model's config.json), and
-two tiny ones.
+"""The published Qwen3 models (arXiv 2505.09388, tables 1 and 2, and each model's config.json), and
+two tiny ones for tests.
 """
 
 from __future__ import annotations
