@@ -203,7 +203,7 @@ def test_error_of_a_quantized_cache(dtype, share):
         ("float8_e4m3fn", 16 + 4),
     ],
 )
-def test_bytes(dtype, per_head):
+def test_bytes_of_each_format(dtype, per_head):
     state = cache.init(sizes.TINY, SLOTS, LENGTH, dtype)
     heads = 2 * sizes.TINY.num_layers * SLOTS * sizes.TINY.num_kv_heads * LENGTH
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) == heads * per_head
@@ -241,7 +241,7 @@ def test_a_prefix_longer_than_the_cache_raises():
 
 
 @pytest.mark.parametrize("dtype", cache.DTYPES)
-def test_write_puts_one_position_and_drops_what_lies_outside(dtype):
+def test_write_drops_positions_outside_the_cache(dtype):
     layer = in_format(jnp.zeros((3, 2, 4, 5)), dtype)
     new = normal(0, 3, 2, 5)
     got = cache.write(layer, new, jnp.array([2, 0, 4]))

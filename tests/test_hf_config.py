@@ -120,11 +120,11 @@ PLAIN = {"rope_type": "default", "rope_theta": 1e6}
         ({"use_sliding_window": True}, "use_sliding_window=True"),
         (
             {"layer_types": ["sliding_attention", "full_attention", "full_attention"]},
-            "layer_types holds 'sliding_attention'",
+            "layer_types has 'sliding_attention'",
         ),
         (
             {"layer_types": ["full_attention"] * 2 + ["linear_attention"]},
-            "layer_types holds 'linear_attention'",
+            "layer_types has 'linear_attention'",
         ),
         ({"layer_types": ["full_attention"] * 2}, "not a list of num_hidden_layers=3 kinds"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),

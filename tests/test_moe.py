@@ -97,7 +97,7 @@ def test_the_program_of_accelerators_equals_that_of_cpus(shards):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), got, want)
 
 
-def test_no_token_is_dropped_when_all_choose_one_expert():
+def test_no_token_is_dropped_if_all_choose_one_expert():
     config = dataclasses.replace(CONFIG, experts_per_token=1)
     params = random_experts(config)
     params["router"] = jnp.zeros_like(params["router"]).at[0, 3].set(100.0)
@@ -201,7 +201,7 @@ def test_replayed_experts_replace_the_choice_of_the_router(j, norm):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4", "float8_e4m3fn"])
-def test_quantized_experts(dtype):
+def test_quantized_experts_equal_the_dequantized_ones(dtype):
     params = random_experts(CONFIG)
     x = jax.random.normal(jax.random.key(1), (2, 6, CONFIG.hidden_size))
     few = {

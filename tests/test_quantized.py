@@ -87,7 +87,7 @@ GROUPS = [
 
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize(("shape", "axes", "group", "scales", "laid_out"), GROUPS)
-def test_rounding(shape, axes, group, scales, laid_out, dtype):
+def test_rounding_errors_are_half_a_step_at_most(shape, axes, group, scales, laid_out, dtype):
     """Every value is off by half a step at most, the largest of those that share a scale by
     nothing.
     """
@@ -111,7 +111,7 @@ def test_rounding(shape, axes, group, scales, laid_out, dtype):
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
-def test_bits(dtype):
+def test_each_format_has_its_number_of_bits(dtype):
     few = quantized.quantize(normal(0, 64, 32), dtype, (-2,), 16)
     kind = few.values.dtype
     assert (jnp.iinfo(kind) if jnp.issubdtype(kind, jnp.integer) else jnp.finfo(kind)).bits == BITS[
@@ -131,7 +131,7 @@ def test_the_levels_of_normal_float():
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [("int8", 127), ("int4", 7)])
-def test_what_fits_the_grid_is_kept_exactly(dtype, largest):
+def test_numbers_on_the_grid_are_exact(dtype, largest):
     grid = jnp.arange(-largest, largest + 1, dtype=jnp.float32)[:, None] * 0.25
     np.testing.assert_array_equal(quantized.quantize(grid, dtype, (-2,)).dequantize(), grid)
 
@@ -144,7 +144,7 @@ def test_zeros_stay_zero(dtype):
 
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_does_not_hide(dtype, bad, program):
+def test_nan_and_infinity_reach_the_product(dtype, bad, program):
     w = jnp.ones((4, 3)).at[1, 2].set(bad)
     few = quantized.quantize(w, dtype, (-2,))
     np.testing.assert_array_equal(
@@ -164,7 +164,7 @@ def test_every_float8_is_multiplied_exactly(dtype, program):
     np.testing.assert_array_equal(got[0], numbers.astype(jnp.float32))
 
 
-def test_what_cannot_be_quantized_is_refused():
+def test_other_dtypes_and_groups_are_refused():
     with pytest.raises(ValueError, match="bfloat16 is not one of int8"):
         quantized.quantize(jnp.ones((2, 2)), jnp.bfloat16, (-2,))
     flat = ((24, 10), (-2,))
@@ -256,7 +256,7 @@ def test_int8_times_int8_is_exact():
 
 @pytest.mark.parametrize("dtype", [*FORMATS, "bfloat16", "float32"])
 @pytest.mark.parametrize("rows", [3, tiles.TABLE_FEW_ROWS + 1])
-def test_tables(dtype, rows, program):
+def test_tables_equal_the_dequantized_ones(dtype, rows, program):
     """Logits and lookups of a table [V, D], more rows than one block, against those of its
     dequantized values.
     """
@@ -286,7 +286,7 @@ def test_gradients_pass_through_the_logits():
 
 
 @pytest.mark.parametrize("dtype", [*FORMATS, "float32"])
-def test_an_expert_is_its_own_matrix(dtype):
+def test_expert_matrix_is_the_experts_own(dtype):
     w = normal(0, 3, 24, 10)
     few = quantized.quantize(w, dtype, (-2,), 8) if dtype in FORMATS else w
     plain = few.dequantize() if dtype in FORMATS else w

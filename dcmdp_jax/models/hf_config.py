@@ -205,24 +205,24 @@ def _parse(raw: dict) -> ModelConfig:
             f"model_type is {raw['model_type']!r}, which is not that of architectures, {names[0]}"
         )
     _check_others(raw)
-    layers = _whole(raw, "num_hidden_layers")
+    layers = _positive_int(raw, "num_hidden_layers")
     _check_layer_types(raw.get("layer_types"), layers)
-    heads = _whole(raw, "num_attention_heads")
-    width = _whole(raw, "hidden_size")
-    theta, scaling = _rope(raw)
+    heads = _positive_int(raw, "num_attention_heads")
+    width = _positive_int(raw, "hidden_size")
+    theta, scaling = _rotary(raw)
     return ModelConfig(
-        vocab_size=_whole(raw, "vocab_size"),
+        vocab_size=_positive_int(raw, "vocab_size"),
         hidden_size=width,
-        intermediate_size=_whole(raw, "intermediate_size"),
+        intermediate_size=_positive_int(raw, "intermediate_size"),
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=_whole(raw, "num_key_value_heads", heads),
-        head_dim=_whole(raw, "head_dim", family.head_dim or width // heads),
+        num_kv_heads=_positive_int(raw, "num_key_value_heads", heads),
+        head_dim=_positive_int(raw, "head_dim", family.head_dim or width // heads),
         rope_theta=theta,
         rope_scaling=scaling,
-        rms_norm_eps=_positive(raw, "rms_norm_eps", 1e-6),
+        rms_norm_eps=_positive_float(raw, "rms_norm_eps", 1e-6),
         tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
-        max_position=_whole(raw, "max_position_embeddings"),
+        max_position=_positive_int(raw, "max_position_embeddings"),
         **family.switches(raw),
         **(_experts(raw, layers) if family.sparse else _no_experts(raw, names[0])),
     )
@@ -254,7 +254,7 @@ def _check_layer_types(kinds: Any, layers: int) -> None:
     for kind in kinds:
         if kind not in ("full_attention", "attention"):
             raise ValueError(
-                f"layer_types holds {kind!r}, which is not supported; only 'full_attention' is"
+                f"layer_types has {kind!r}, which is not supported; only 'full_attention' is"
             )
 
 
@@ -269,26 +269,26 @@ def _no_experts(raw: dict, architecture: str) -> dict:
 
 def _experts(raw: dict, layers: int) -> dict:
     given = {name: raw.get(name) for name in ("num_experts", "num_local_experts")}
-    only = raw.get("mlp_only_layers")
-    only = [] if only is None else only
-    if not isinstance(only, list) or not all(type(i) is int and 0 <= i < layers for i in only):
+    dense = raw.get("mlp_only_layers")
+    dense = [] if dense is None else dense
+    if not isinstance(dense, list) or not all(type(i) is int and 0 <= i < layers for i in dense):
         raise ValueError(
-            f"mlp_only_layers is {reprlib.repr(only)}, not a list of layers from 0 to {layers - 1}"
+            f"mlp_only_layers is {reprlib.repr(dense)}, not a list of layers from 0 to {layers - 1}"
         )
     return {
-        "num_experts": _whole({"num_experts": _agreed(given, "num_experts")}, "num_experts"),
-        "experts_per_token": _whole(raw, "num_experts_per_tok"),
-        "expert_size": _whole(raw, "moe_intermediate_size"),
+        "num_experts": _positive_int({"num_experts": _agreed(given, "num_experts")}, "num_experts"),
+        "experts_per_token": _positive_int(raw, "num_experts_per_tok"),
+        "expert_size": _positive_int(raw, "moe_intermediate_size"),
         "norm_topk_prob": _flag(raw, "norm_topk_prob"),
-        "decoder_sparse_step": _whole(raw, "decoder_sparse_step", 1),
-        "mlp_only_layers": tuple(only),
+        "decoder_sparse_step": _positive_int(raw, "decoder_sparse_step", 1),
+        "mlp_only_layers": tuple(dense),
     }
 
 
 # Rotary positions
 
 
-def _rope(raw: dict) -> tuple[float, Linear | Llama3 | Yarn | None]:
+def _rotary(raw: dict) -> tuple[float, Linear | Llama3 | Yarn | None]:
     """Returns theta and the scaling, of `rope_parameters` (transformers 5) or of `rope_theta` and
     `rope_scaling`.
 
@@ -311,19 +311,19 @@ def _rope(raw: dict) -> tuple[float, Linear | Llama3 | Yarn | None]:
     attention_factor = _attention_factor(rope)
     name = "original_max_position_embeddings"
     length = _agreed({"rope_scaling": rope.get(name), "config.json": raw.get(name)}, name)
-    length = _whole({name: length}, name)
+    length = _positive_int({name: length}, name)
     if kind == "llama3":
         return theta, Llama3(
             factor=_factor(rope),
             original_max_position=length,
-            low_freq_factor=_positive(rope, "low_freq_factor"),
-            high_freq_factor=_positive(rope, "high_freq_factor"),
+            low_freq_factor=_positive_float(rope, "low_freq_factor"),
+            high_freq_factor=_positive_float(rope, "high_freq_factor"),
         )
     return theta, Yarn(
         factor=_factor(rope),
         original_max_position=length,
-        beta_fast=_positive(rope, "beta_fast", 32.0),
-        beta_slow=_positive(rope, "beta_slow", 1.0),
+        beta_fast=_positive_float(rope, "beta_fast", 32.0),
+        beta_slow=_positive_float(rope, "beta_slow", 1.0),
         attention_factor=attention_factor,
         truncate=_flag(rope, "truncate", True),
     )
@@ -371,7 +371,7 @@ def _theta(raw: dict, old: dict, new: dict) -> float:
         "rope_scaling": old.get("rope_theta"),
         "rope_parameters": new.get("rope_theta"),
     }
-    theta = _positive({"rope_theta": _agreed(given, "rope_theta")}, "rope_theta")
+    theta = _positive_float({"rope_theta": _agreed(given, "rope_theta")}, "rope_theta")
     if theta <= 1:
         raise ValueError(f"rope_theta={theta} must be more than 1")
     if old and given["rope_theta"] is None and given["rope_scaling"] is None and theta != THETA:
@@ -383,7 +383,7 @@ def _theta(raw: dict, old: dict, new: dict) -> float:
 
 
 def _factor(rope: dict) -> float:
-    factor = _positive(rope, "factor")
+    factor = _positive_float(rope, "factor")
     if factor < 1:
         raise ValueError(f"factor={factor} of rope_scaling is less than 1")
     return factor
@@ -394,7 +394,7 @@ def _attention_factor(rope: dict) -> float | None:
     names = ("mscale", "mscale_all_dim")
     given = [name for name in names if name in rope]
     if "attention_factor" in rope:
-        return _positive(rope, "attention_factor")
+        return _positive_float(rope, "attention_factor")
     if not given:
         return None
     if len(given) == 1:
@@ -404,7 +404,7 @@ def _attention_factor(rope: dict) -> float | None:
             f"{' and '.join(names)}, or neither"
         )
     log = math.log(_factor(rope))
-    above, below = (0.1 * _positive(rope, name) * log + 1 for name in names)
+    above, below = (0.1 * _positive_float(rope, name) * log + 1 for name in names)
     return above / below
 
 
@@ -424,7 +424,7 @@ def _agreed(given: dict[str, Any], name: str) -> Any:
     return values[0] if values else None
 
 
-def _whole(raw: dict, name: str, default: int | None = None) -> int:
+def _positive_int(raw: dict, name: str, default: int | None = None) -> int:
     """Returns a positive whole number; `ModelConfig` and the scalings check their upper bounds."""
     value = _need(raw, name, default)
     if type(value) is not int or value < 1:
@@ -432,7 +432,7 @@ def _whole(raw: dict, name: str, default: int | None = None) -> int:
     return value
 
 
-def _positive(raw: dict, name: str, default: float | None = None) -> float:
+def _positive_float(raw: dict, name: str, default: float | None = None) -> float:
     value = _need(raw, name, default)
     if type(value) not in (int, float) or not 0 < value <= MAX_FLOAT:
         raise ValueError(f"{name}={value!r:.60} is not a positive number that float32 holds")
