@@ -2,8 +2,8 @@
 
 `metrics.jsonl` holds one row per constrained step, in order: `step` (1..N), `reward` (mean over the
 batch), `delta_mean` and `multiplier` (lambda, as used in the step), `entropy` (nats per token),
-`seconds` (wall time of the step), `tokens` (sampled), `truncated` (share of completions that the
-length limit cut off), `skipped` (updates of the run so far that were left out), `saturated` (steps
+`seconds` (wall time of the step), what `measurements.measure` knows of the batch (`tokens`,
+`truncated`, `completed_rewarded`, `reward_spread`, `reward/SOURCE`), `skipped` (updates of the run so far that were left out), `saturated` (steps
 in a row with lambda at its bound and delta above the tolerance), further scalars of the step, and
 on steps with an evaluation `reward_eval_infer` (the engine's policy) and `reward_eval_train` (the
 trainer's).
