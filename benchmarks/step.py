@@ -4,8 +4,10 @@
 microbatches, of a small dense and a small Mixture-of-Experts model. All cells of a table run in
 turn, one of each a round. Printed are, for scoring and for the whole step, process CPU seconds
 where the device is a CPU (wall seconds elsewhere), useful GFLOP/s (real tokens, causal attention
-within segments, a head where a log-prob is asked for; a step is three passes), the time of a token
-beside the first line's, and what the compiled step holds at its peak.
+within segments, a head where a log-prob is needed; a step is three passes), the time of a token
+beside the first line's, and what the compiled step holds at its peak. The last table has the step
+in one pass beside the plain form, which scores the batch first, with FLOPs and bytes accessed by
+XLA's count (loops counted once).
 
     taskset -c 0 python -m benchmarks.step
     python -m benchmarks.step --shape 0.6B --bfloat16 --repeats 3
@@ -61,6 +63,7 @@ def main() -> None:
         )
         table(name, model, [(length, 1) for length in ROWS], args.repeats)
         table(name, model, [(512, count) for count in MICROBATCHES], args.repeats)
+        compare_forms(name, model, args.repeats)
 
 
 def table(name: str, model: ModelConfig, cells: list[tuple[int, int]], repeats: int) -> None:
@@ -80,10 +83,27 @@ def table(name: str, model: ModelConfig, cells: list[tuple[int, int]], repeats: 
         )
 
 
+def compare_forms(name: str, model: ModelConfig, repeats: int) -> None:
+    """A line for the step in one pass and one for the plain form, in 1 and 4 microbatches."""
+    cells = [(count, plain) for count in (1, 4) for plain in (False, True)]
+    tasks = [Task(model, 512, count, plain) for count, plain in cells]
+    seconds = measure([task.update for task in tasks], repeats)
+    for (count, plain), task, update in zip(cells, tasks, seconds, strict=True):
+        cost = task.compiled.cost_analysis()
+        form = "plain" if plain else "one pass"
+        print(
+            f"{name:6} {count} microbatches, {form:8}: step {update:6.3f} s "
+            f"{update / seconds[0]:.2f}x   {cost['flops'] / 1e9:.2f} GFLOP "
+            f"{cost['bytes accessed'] / 1e9:.3f} GB   "
+            f"state {task.held[0] / 1e6:.0f} MB + {task.held[1] / 1e6:.0f} MB",
+            flush=True,
+        )
+
+
 class Task:
     """The completions packed, with a state of their own."""
 
-    def __init__(self, model: ModelConfig, row_length: int, microbatches: int):
+    def __init__(self, model: ModelConfig, row_length: int, microbatches: int, plain: bool = False):
         config = experiment(model, microbatches)
         mesh = sharding.single_device_mesh()
         self.batch = jax.device_put(
@@ -97,7 +117,8 @@ class Task:
             out_shardings=step.state_shardings(config, model, mesh),
         )
         self.state: TrainState = start(params)
-        self.compiled = step.compile(config, model, mesh).lower(self.state, self.batch).compile()
+        compiled_step = step.compile(config, model, mesh, plain=plain)
+        self.compiled = compiled_step.lower(self.state, self.batch).compile()
         memory = self.compiled.memory_analysis()
         self.held = memory.argument_size_in_bytes, memory.temp_size_in_bytes
         self.logp = jax.jit(
@@ -116,11 +137,13 @@ class Task:
         )
 
     def score(self) -> None:
+        """Scores the completions and waits."""
         jax.block_until_ready(
             self.logp(self.state.params, jax.tree.map(lambda x: x[0], self.batch))
         )
 
     def update(self) -> None:
+        """Makes one constrained step and waits."""
         self.state, _ = jax.block_until_ready(self.compiled(self.state, self.batch))
 
 

@@ -148,7 +148,7 @@ class Batches:
                 return None
 
     def _update_weights(self, state: TrainState) -> None:
-        params, version = step.sampled_from(state)
+        params, version = step.sampled_from(state, self._config)
         self.sampler.update_weights(params, int(version))
 
 

@@ -48,7 +48,7 @@ def run(
         if batch is None:
             raise Interrupted("stopped in the calibration of the tolerance; it starts anew")
         packed.append(batch.packed)
-    params, _ = step.sampled_from(state)
+    params, _ = step.sampled_from(state, config)
     calibration = measure_floor(
         config, inputs.model_config, inputs.mesh, params, packed, options.slack
     )
@@ -76,7 +76,7 @@ def measure_floor(
     measure = jax.jit(
         sharding.with_mesh(mesh, partial(_measure, config=config, model=model)),
         in_shardings=(
-            step.state_shardings(config, model, mesh).params,
+            step.params_shardings(model, mesh),
             step.batch_shardings(config, mesh),
         ),
         out_shardings=sharding.replicated(mesh),

@@ -170,6 +170,11 @@ class ModelSource:
     tokenizer: str = ""  # a folder or file; empty: the model's folder
     architecture: ModelConfig | None = None  # used if no folder is given
     compute: Compute = Compute()
+    # For training something else than all parameters, such as adapters; set both or neither.
+    # (params, key) -> the tree that is trained; the starting params then stay frozen
+    trainable: Callable | None = None
+    # (trained, frozen) -> the decoder's params, which are scored, sampled from and exported
+    policy_params: Callable | None = None
 
     def __post_init__(self):
         if self.architecture is not None and self.architecture.compute != Compute():
@@ -269,7 +274,10 @@ class AlgorithmConfig:
     # (logp, old_logp, rollout_logp, advantage, mask) -> loss [N, T], denominator mask [N, T]
     surrogate: Callable
     reduce: Callable  # (loss, mask) -> scalar, linear in the loss
-    # (AlgorithmConfig) -> optimizers.Optimizer; None: optimizers.adamw
+    # (logp, ref_logp, mask) -> [N, T], reduced over the mask and added to the loss: for example
+    # losses.kl.k3; ref_logp is scored with the run's starting weights. None: no reference
+    reference_penalty: Callable | None = None
+    # (AlgorithmConfig) -> optax.GradientTransformation; None: optimizers.adamw
     optimizer: Callable | None = None
     minibatches: int = 1  # M optimizer updates per rollout batch and epoch
     microbatches: int = 1  # A gradients accumulated per update
@@ -470,6 +478,11 @@ def _validate(config: Config) -> None:
         raise ValueError(
             f"rollout.top_p={rollout.top_p} must lie in (0, 1] and rollout.min_p={rollout.min_p} "
             "in [0, 1)"
+        )
+    if (config.model.trainable is None) != (config.model.policy_params is None):
+        raise ValueError(
+            "model.trainable makes what is trained, and model.policy_params the decoder's "
+            "parameters from it; set both or neither"
         )
     dual = config.constraint
     measured = dual.tolerance if isinstance(dual.tolerance, Calibrated) else None

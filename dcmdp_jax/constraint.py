@@ -1,23 +1,22 @@
 """The discrepancy constraint: both ends of the multiplier.
 
-max E[reward]  s.t.  E[delta] <= c,  delta_t = |pi_train(o_t | s_t) - pi_infer(o_t | s_t)|. Here are
-the measurement of delta, the places where the multiplier acts (`shape_advantage`, `penalty`), the controllers
-that update it, the calibration of c.
+    max E[reward]  s.t.  E[delta] <= c,  delta_t = |pi_train(o_t | s_t) - pi_infer(o_t | s_t)|
+
+This module measures delta, applies the multiplier (`shape_advantage` and its variants, `penalty`),
+updates it (the controllers) and calibrates c.
 
 Notation: `old_logp` is the trainer's own log-prob at the weights that sampled, `rollout_logp` the
-    sampler's, both in
-float32 nats, `[N, T]`. `advantage` is `[N, T]` or `[N, 1]`, after group normalisation. `mask` is 1
-on response tokens
-that are trained. A token is *measured* when it is in the mask and its `rollout_logp` is finite;
-other tokens have
-delta = 0 and are not counted. `multiplier` is lambda, `tolerance` is c, `dual_lr` is eta.
+sampler's; both are float32 nats, `[N, T]`. `advantage` is `[N, T]` or `[N, 1]`, after group
+normalisation. `mask` is 1 on response tokens that are trained. A token is *measured* if it is in
+the mask and its `rollout_logp` is finite; other tokens have delta = 0 and are not counted.
+`multiplier` is lambda, `tolerance` is c, `dual_lr` is eta.
 
 Order of one step: shape with the current multiplier, then update it once, from sums over the mask
-    before any rejection.
+before any rejection.
+
 Paper: Liu et al., "Reformulate LLM Reinforcement Learning for Efficient Training under Black-box
-    Discrepancy",
-arXiv 2606.08779, which leaves open the update order, the bounds of lambda, and whether delta
-carries gradient.
+Discrepancy", arXiv 2606.08779. It leaves open the update order, the bounds of lambda, and whether
+delta carries gradient.
 """
 
 from __future__ import annotations
@@ -30,9 +29,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dcmdp_jax.losses import _check
+from dcmdp_jax.losses._separable import separable
+
+Array = jax.Array
+Number = jax.Array | float
+Numbers = float | tuple[float, ...]  # a setting of one constraint, or of each of K
 
 
-def _measured(old_logp, rollout_logp, mask):
+def _measured(old_logp: Array, rollout_logp: Array, mask: Array) -> Array:
     _check.tokens(old_logp=old_logp, rollout_logp=rollout_logp)
     return _check.measured(rollout_logp, _check.mask(mask, rollout_logp))
 
@@ -41,14 +45,14 @@ _gap = jax.custom_jvp(_check.probability_gap)
 
 
 @_gap.defjvp
-def _gap_jvp(primals, tangents):
+def _gap_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     a, b, valid = primals
     # cheaper than through the product form
     slope_a, slope_b = (jnp.exp(jnp.where(valid, x, -jnp.inf)) for x in (a, b))
     return _gap(a, b, valid), slope_a * tangents[0] - slope_b * tangents[1]
 
 
-def delta(old_logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array) -> jax.Array:
+def delta(old_logp: Array, rollout_logp: Array, mask: Array) -> Array:
     """Probability gap of each sampled token, `[N, T]`, in [0, 1].
 
     Formula: |e^a - e^b| = e^max(a,b) * -expm1(-|a - b|), a = old_logp, b = rollout_logp; 0 where
@@ -57,14 +61,14 @@ def delta(old_logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array) -> jax.
     Default: none
     Paper: DCMDP, arXiv 2606.08779
 
-    The product form neither cancels nor overflows. d/da = e^a where a >= b, else -e^a; every shape
-    detaches it.
+    The product form neither cancels nor overflows. Its derivative by a is e^a where a >= b, else
+    -e^a; every shaping detaches it.
     """
     gap = signed_delta(old_logp, rollout_logp, mask)
     return jnp.where(old_logp < rollout_logp, -gap, gap)
 
 
-def signed_delta(old_logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array) -> jax.Array:
+def signed_delta(old_logp: Array, rollout_logp: Array, mask: Array) -> Array:
     """Signed probability gap of each sampled token, `[N, T]`, in [-1, 1].
 
     Formula: e^a - e^b, a = old_logp, b = rollout_logp; 0 where not measured
@@ -75,10 +79,8 @@ def signed_delta(old_logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array) 
     return _gap(old_logp, rollout_logp, _measured(old_logp, rollout_logp, mask))
 
 
-def measure(
-    old_logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """What a controller's `update` takes: `(delta_sum, mask_count)`, which add over devices.
+def measure(old_logp: Array, rollout_logp: Array, mask: Array) -> tuple[Array, Array]:
+    """Returns what a controller's `update` takes, `(delta_sum, mask_count)`; both add over devices.
 
     Formula: (sum delta, number of measured tokens)
     Needs: old_logp, rollout_logp, mask (before any rejection: rejecting would hide the violation)
@@ -89,51 +91,23 @@ def measure(
     return jnp.sum(delta(old_logp, rollout_logp, mask)), count
 
 
-def costs(
-    old_logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array, *, threshold: float = 0.05
-) -> jax.Array:
-    """Three per-token costs for three constraints at once, `[3, N, T]`: mean gap, tail of the gap,
-    KL.
-
-    Formula: [delta, max(delta - threshold, 0), k3 = e^D - 1 - D], D = clip(old_logp - rollout_logp,
-        -20, 20)
-    Needs: old_logp, rollout_logp, mask
-    Default: threshold 0.05
-    Paper: tail term after Rockafellar & Uryasev 2000, CVaR = threshold + E[excess] / (1 - level) at
-        that quantile
-    """
-    gap = delta(old_logp, rollout_logp, mask)
-    log_ratio = _check.log_ratio(old_logp, rollout_logp, _measured(old_logp, rollout_logp, mask))
-    return jnp.stack([gap, jnp.maximum(gap - threshold, 0.0), _check.exp_excess(log_ratio)])
-
-
-def measure_several(
-    old_logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array, *, threshold: float = 0.05
-) -> tuple[jax.Array, jax.Array]:
-    """`measure` for the three `costs`: `(sums [3], counts [3])`.
-
-    Formula: (sum over tokens of costs, number of measured tokens, three times)
-    Needs: old_logp, rollout_logp, mask
-    Default: threshold 0.05
-    Paper: see `costs`
-
-    Controllers are elementwise: `projected_ascent((1.0, 1.0, 0.1), multiplier_init=(0.1, 0.0,
-        0.0))` holds three.
-    """
-    count = jnp.sum(_measured(old_logp, rollout_logp, mask), dtype=jnp.float32)
-    cost = costs(old_logp, rollout_logp, mask, threshold=threshold)
-    return jnp.sum(cost, axis=(1, 2)), jnp.broadcast_to(count, (3,))
-
-
-def _shaped(advantage, cost, multiplier, mask):
-    """A - multiplier * cost on the mask, 0 elsewhere, without gradient."""
+def _shaped(advantage: Array, cost: Array, multiplier: Number, mask: Array) -> Array:
+    """Returns A - multiplier * cost on the mask, 0 elsewhere, without gradient."""
     advantage = _check.advantage(advantage, cost)
     return jax.lax.stop_gradient(
         _check.select(_check.mask(mask, cost), advantage - multiplier * cost)
     )
 
 
-def shape_advantage(advantage, old_logp, rollout_logp, multiplier, tolerance, mask) -> jax.Array:
+@separable
+def shape_advantage(
+    advantage: Array,
+    old_logp: Array,
+    rollout_logp: Array,
+    multiplier: Number,
+    tolerance: Number,
+    mask: Array,
+) -> Array:
     """The paper's shaped advantage, `[N, T]`, detached; 0 outside the mask.
 
     Formula: A - lambda * delta
@@ -141,15 +115,23 @@ def shape_advantage(advantage, old_logp, rollout_logp, multiplier, tolerance, ma
     Default: none
     Paper: DCMDP, arXiv 2606.08779
 
-    All shapes have this signature; `shape_hinge` alone reads `tolerance`. `diagnostics.sign_flip`
-    shows what it does.
+    All shapings have this signature; only `shape_hinge` reads `tolerance`. `diagnostics.sign_flip`
+    measures the effect.
     """
     return _shaped(advantage, delta(old_logp, rollout_logp, mask), multiplier, mask)
 
 
-def shape_signed(advantage, old_logp, rollout_logp, multiplier, tolerance, mask) -> jax.Array:
-    """Variant: charges only tokens the trainer finds likelier than the sampler did, and credits the
-    others.
+@separable
+def shape_signed(
+    advantage: Array,
+    old_logp: Array,
+    rollout_logp: Array,
+    multiplier: Number,
+    tolerance: Number,
+    mask: Array,
+) -> Array:
+    """Variant: charges tokens that the trainer gives a higher probability than the sampler, and
+    credits the others.
 
     Formula: A - lambda * (e^old_logp - e^rollout_logp)
     Needs: advantage, old_logp, rollout_logp, multiplier, mask
@@ -159,7 +141,14 @@ def shape_signed(advantage, old_logp, rollout_logp, multiplier, tolerance, mask)
     return _shaped(advantage, signed_delta(old_logp, rollout_logp, mask), multiplier, mask)
 
 
-def shape_centred(advantage, old_logp, rollout_logp, multiplier, tolerance, mask) -> jax.Array:
+def shape_centred(
+    advantage: Array,
+    old_logp: Array,
+    rollout_logp: Array,
+    multiplier: Number,
+    tolerance: Number,
+    mask: Array,
+) -> Array:
     """Variant: subtracts the mean of delta, a baseline that removes the constant shift of -lambda *
     mean delta.
 
@@ -176,7 +165,15 @@ def shape_centred(advantage, old_logp, rollout_logp, multiplier, tolerance, mask
     return _shaped(advantage, centred, multiplier, mask)
 
 
-def shape_hinge(advantage, old_logp, rollout_logp, multiplier, tolerance, mask) -> jax.Array:
+@separable
+def shape_hinge(
+    advantage: Array,
+    old_logp: Array,
+    rollout_logp: Array,
+    multiplier: Number,
+    tolerance: Number,
+    mask: Array,
+) -> Array:
     """Variant: only the part of delta above the tolerance is charged; tokens inside it are
     untouched.
 
@@ -193,7 +190,15 @@ def shape_hinge(advantage, old_logp, rollout_logp, multiplier, tolerance, mask) 
     )
 
 
-def shape_cost_to_go(advantage, old_logp, rollout_logp, multiplier, tolerance, mask) -> jax.Array:
+@separable
+def shape_cost_to_go(
+    advantage: Array,
+    old_logp: Array,
+    rollout_logp: Array,
+    multiplier: Number,
+    tolerance: Number,
+    mask: Array,
+) -> Array:
     """Variant: charges a token for the gaps of all tokens from it on, the undiscounted return of
     the cost.
 
@@ -209,8 +214,16 @@ def shape_cost_to_go(advantage, old_logp, rollout_logp, multiplier, tolerance, m
     return _shaped(advantage, jnp.flip(jnp.cumsum(gap, axis=-1), axis=-1), multiplier, mask)
 
 
-def shape_normalised(advantage, old_logp, rollout_logp, multiplier, tolerance, mask) -> jax.Array:
-    """Variant: the paper's shape divided by 1 + lambda, which bounds the step as lambda grows.
+@separable
+def shape_normalised(
+    advantage: Array,
+    old_logp: Array,
+    rollout_logp: Array,
+    multiplier: Number,
+    tolerance: Number,
+    mask: Array,
+) -> Array:
+    """Variant: the paper's shaping divided by 1 + lambda, which bounds the step as lambda grows.
 
     Formula: (A - lambda * delta) / (1 + lambda)
     Needs: advantage, old_logp, rollout_logp, multiplier, mask
@@ -222,24 +235,8 @@ def shape_normalised(advantage, old_logp, rollout_logp, multiplier, tolerance, m
     )
 
 
-def shape_several(
-    advantage, old_logp, rollout_logp, multiplier, tolerance, mask, *, threshold: float = 0.05
-):
-    """Variant: several constraints at once, one multiplier each; `multiplier` is `[3]`, in the
-    order of `costs`.
-
-    Formula: A - sum_k lambda_k * cost_k
-    Needs: advantage, old_logp, rollout_logp, multiplier [3] in the order of costs, mask
-    Default: threshold 0.05
-    Paper: a variant; see `costs`
-    """
-    cost = costs(old_logp, rollout_logp, mask, threshold=threshold)
-    return _shaped(
-        advantage, jnp.tensordot(jnp.asarray(multiplier, jnp.float32), cost, axes=1), 1.0, mask
-    )
-
-
-def penalty(logp: jax.Array, rollout_logp: jax.Array, mask: jax.Array, multiplier) -> jax.Array:
+@separable
+def penalty(logp: Array, rollout_logp: Array, mask: Array, multiplier: Number) -> Array:
     """Variant: delta as a differentiable loss term, `[N, T]`, added to the policy loss (as
     `ConstraintConfig.penalty`).
 
@@ -258,13 +255,13 @@ class DualState(NamedTuple):
     constraints.
     """
 
-    multiplier: jax.Array  # float32, lambda, the one to apply next
-    integral: jax.Array  # float32, integral part of pi and pid
-    smoothed: jax.Array  # float32, moving average of the violation (pi, pid)
-    filtered: jax.Array  # float32, moving average of the measurement (with_ema)
-    updates: jax.Array  # int32, updates that had something to measure
+    multiplier: Array  # float32, lambda, the one to apply next
+    integral: Array  # float32, integral part of pi and pid
+    smoothed: Array  # float32, moving average of the violation (pi, pid)
+    filtered: Array  # float32, moving average of the measurement (with_ema)
+    updates: Array  # int32, updates that had something to measure
     # int32, latest updates in a row that ended at multiplier_max and still over the tolerance
-    saturated: jax.Array
+    saturated: Array
 
 
 class Controller(NamedTuple):
@@ -279,17 +276,25 @@ class Controller(NamedTuple):
     update: Callable[..., DualState]
 
 
-def _mean(delta_sum, mask_count):
-    """Mean delta and whether there is one."""
+def _mean(delta_sum: Number, mask_count: Number) -> tuple[Array, Array]:
+    """Returns the mean of delta, and True if it exists."""
     delta_sum = jnp.asarray(delta_sum, jnp.float32)
     mask_count = jnp.asarray(mask_count, jnp.float32)
     usable = (mask_count > 0) & jnp.isfinite(delta_sum)
     return jnp.where(usable, delta_sum, 0.0) / jnp.where(usable, mask_count, 1.0), usable
 
 
-def _controller(advance, dual_lr, multiplier_init, multiplier_min, multiplier_max) -> Controller:
-    """Checks the settings; wraps `advance(state, mean, tolerance)` in the guard and bookkeeping
-    that all share.
+def _controller(
+    advance: Callable[[DualState, Array, Array], DualState],
+    dual_lr: Numbers,
+    multiplier_init: Numbers,
+    multiplier_min: Numbers,
+    multiplier_max: Numbers,
+) -> Controller:
+    """Returns a controller that moves the multiplier by `advance(state, mean, tolerance)`.
+
+    It adds what all controllers share: the bounds, the guard against empty or non-finite
+    measurements, and the counts. Raises ValueError for settings that make no sense.
     """
     low, start, high = (
         np.asarray(value, np.float32) for value in (multiplier_min, multiplier_init, multiplier_max)
@@ -309,7 +314,9 @@ def _controller(advance, dual_lr, multiplier_init, multiplier_min, multiplier_ma
         none = jnp.zeros(size, jnp.int32)
         return DualState(multiplier, multiplier, zero, zero, none, none)
 
-    def update(state: DualState, delta_sum, mask_count, tolerance) -> DualState:
+    def update(
+        state: DualState, delta_sum: Number, mask_count: Number, tolerance: Number
+    ) -> DualState:
         mean, usable = _mean(delta_sum, mask_count)
         tolerance = jnp.asarray(tolerance, jnp.float32)
         new = advance(state, mean, tolerance)
@@ -323,7 +330,11 @@ def _controller(advance, dual_lr, multiplier_init, multiplier_min, multiplier_ma
 
 
 def projected_ascent(
-    dual_lr=1.0, *, multiplier_init=0.1, multiplier_min=0.0, multiplier_max=1.0
+    dual_lr: Numbers = 1.0,
+    *,
+    multiplier_init: Numbers = 0.1,
+    multiplier_min: Numbers = 0.0,
+    multiplier_max: Numbers = 1.0,
 ) -> Controller:
     """The paper's dual update: with dual_lr 1, a violation of 1e-3 moves lambda by 1e-3.
 
@@ -333,16 +344,20 @@ def projected_ascent(
     Paper: DCMDP, arXiv 2606.08779
     """
 
-    def advance(state, mean, tolerance):
+    def advance(state: DualState, mean: Array, tolerance: Array) -> DualState:
         return state._replace(
-            multiplier=state.multiplier + np.float32(dual_lr) * (mean - tolerance)
+            multiplier=state.multiplier + np.asarray(dual_lr, np.float32) * (mean - tolerance)
         )
 
     return _controller(advance, dual_lr, multiplier_init, multiplier_min, multiplier_max)
 
 
 def relative_ascent(
-    dual_lr=0.0037, *, multiplier_init=0.1, multiplier_min=0.0, multiplier_max=1.0
+    dual_lr: Numbers = 0.0037,
+    *,
+    multiplier_init: Numbers = 0.1,
+    multiplier_min: Numbers = 0.0,
+    multiplier_max: Numbers = 1.0,
 ) -> Controller:
     """Ascent on the violation relative to the tolerance: dual_lr does not depend on the unit of the
     cost.
@@ -354,16 +369,20 @@ def relative_ascent(
     Paper: a variant; equal to arXiv 2606.08779 up to the scale of eta
     """
 
-    def advance(state, mean, tolerance):
+    def advance(state: DualState, mean: Array, tolerance: Array) -> DualState:
         return state._replace(
-            multiplier=state.multiplier + np.float32(dual_lr) * (mean / tolerance - 1.0)
+            multiplier=state.multiplier + np.asarray(dual_lr, np.float32) * (mean / tolerance - 1.0)
         )
 
     return _controller(advance, dual_lr, multiplier_init, multiplier_min, multiplier_max)
 
 
 def log_space_ascent(
-    dual_lr=0.5, *, multiplier_init=0.1, multiplier_min=1e-6, multiplier_max=1.0
+    dual_lr: Numbers = 0.5,
+    *,
+    multiplier_init: Numbers = 0.1,
+    multiplier_min: Numbers = 1e-6,
+    multiplier_max: Numbers = 1.0,
 ) -> Controller:
     """Multiplicative ascent: scale-free, quick to engage again, and never zero.
 
@@ -380,23 +399,25 @@ def log_space_ascent(
             f"log_space_ascent needs multiplier_min > 0, got {multiplier_min}: a zero cannot grow"
         )
 
-    def advance(state, mean, tolerance):
+    def advance(state: DualState, mean: Array, tolerance: Array) -> DualState:
         # 80 < log(float32 max): the product stays finite and is clipped right after.
-        factor = jnp.exp(jnp.minimum(np.float32(dual_lr) * (mean / tolerance - 1.0), 80.0))
+        factor = jnp.exp(
+            jnp.minimum(np.asarray(dual_lr, np.float32) * (mean / tolerance - 1.0), 80.0)
+        )
         return state._replace(multiplier=state.multiplier * factor)
 
     return _controller(advance, dual_lr, multiplier_init, multiplier_min, multiplier_max)
 
 
 def pid(
-    dual_lr=1.0,
+    dual_lr: Numbers = 1.0,
     *,
-    multiplier_init=0.1,
-    multiplier_min=0.0,
-    multiplier_max=1.0,
-    proportional=1.0,
-    derivative=1.0,
-    decay=0.9,
+    multiplier_init: Numbers = 0.1,
+    multiplier_min: Numbers = 0.0,
+    multiplier_max: Numbers = 1.0,
+    proportional: float = 1.0,
+    derivative: float = 1.0,
+    decay: float = 0.9,
 ) -> Controller:
     """PID control of the multiplier; the derivative acts on rising cost alone.
 
@@ -412,10 +433,12 @@ def pid(
     if not (0.0 <= decay < 1.0):
         raise ValueError(f"decay must be in [0, 1), got {decay}")
 
-    def advance(state, mean, tolerance):
+    def advance(state: DualState, mean: Array, tolerance: Array) -> DualState:
         violation = mean - tolerance
-        integral = state.integral + np.float32(dual_lr) * violation
-        integral = jnp.clip(integral, np.float32(multiplier_min), np.float32(multiplier_max))
+        integral = state.integral + np.asarray(dual_lr, np.float32) * violation
+        integral = jnp.clip(
+            integral, np.asarray(multiplier_min, np.float32), np.asarray(multiplier_max, np.float32)
+        )
         smoothed = decay * state.smoothed + (1.0 - decay) * violation
         rise = jnp.where(state.updates > 0, jnp.maximum(smoothed - state.smoothed, 0.0), 0.0)
         multiplier = integral + proportional * smoothed + derivative * rise
@@ -425,13 +448,13 @@ def pid(
 
 
 def pi(
-    dual_lr=1.0,
+    dual_lr: Numbers = 1.0,
     *,
-    multiplier_init=0.1,
-    multiplier_min=0.0,
-    multiplier_max=1.0,
-    proportional=1.0,
-    decay=0.9,
+    multiplier_init: Numbers = 0.1,
+    multiplier_min: Numbers = 0.0,
+    multiplier_max: Numbers = 1.0,
+    proportional: float = 1.0,
+    decay: float = 0.9,
 ) -> Controller:
     """PI control of the multiplier: the proportional part damps the oscillation of pure
     integration.
@@ -465,7 +488,9 @@ def with_ema(controller: Controller, decay: float = 0.9) -> Controller:
     if not (0.0 <= decay < 1.0):
         raise ValueError(f"decay must be in [0, 1), got {decay}")
 
-    def update(state: DualState, delta_sum, mask_count, tolerance) -> DualState:
+    def update(
+        state: DualState, delta_sum: Number, mask_count: Number, tolerance: Number
+    ) -> DualState:
         mean, usable = _mean(delta_sum, mask_count)
         filtered = decay * state.filtered + (1.0 - decay) * mean
         seen = filtered / (1.0 - decay ** (state.updates + 1).astype(jnp.float32))
@@ -476,8 +501,7 @@ def with_ema(controller: Controller, decay: float = 0.9) -> Controller:
 
 
 def with_deadband(controller: Controller, fraction: float = 0.05) -> Controller:
-    """The same controller, which takes a measurement within a fraction of the tolerance to be on
-    it.
+    """The same controller, for which a measurement within a fraction of the tolerance equals it.
 
     Formula: the controller sees c where |mean delta - c| <= fraction * c, else mean delta
     Needs: controller
@@ -487,7 +511,9 @@ def with_deadband(controller: Controller, fraction: float = 0.05) -> Controller:
     if not fraction >= 0:
         raise ValueError(f"fraction must be >= 0, got {fraction}")
 
-    def update(state: DualState, delta_sum, mask_count, tolerance) -> DualState:
+    def update(
+        state: DualState, delta_sum: Number, mask_count: Number, tolerance: Number
+    ) -> DualState:
         mean, usable = _mean(delta_sum, mask_count)
         tolerance = jnp.asarray(tolerance, jnp.float32)
         seen = jnp.where(jnp.abs(mean - tolerance) <= fraction * tolerance, tolerance, mean)
@@ -499,15 +525,13 @@ def with_deadband(controller: Controller, fraction: float = 0.05) -> Controller:
 class Calibration(NamedTuple):
     """Noise floor of a run whose weights do not change; float32 scalars in the unit of delta."""
 
-    floor: jax.Array  # mean delta over all tokens of all batches
-    std_error: jax.Array  # of the floor
-    tolerance: jax.Array  # the c to use
-    batches: jax.Array  # batches that had tokens
+    floor: Array  # mean delta over all tokens of all batches
+    std_error: Array  # of the floor
+    tolerance: Array  # the c to use
+    batches: Array  # batches that had tokens
 
 
-def calibrate_tolerance(
-    delta_sums: jax.Array, counts: jax.Array, *, slack: float = 0.2
-) -> Calibration:
+def calibrate_tolerance(delta_sums: Array, counts: Array, *, slack: float = 0.2) -> Calibration:
     """A tolerance from rollout batches taken with learning rate 0.
 
     Formula: floor = sum delta_sums / sum counts; c = max(floor (1 + slack), floor + 3 std_error);
@@ -530,8 +554,8 @@ def calibrate_tolerance(
     weights = jnp.where(used, counts, 0.0) / jnp.maximum(jnp.sum(jnp.where(used, counts, 0.0)), 1.0)
     floor = jnp.sum(weights * means)
     batches = jnp.sum(used, dtype=jnp.float32)
-    spread = batches / jnp.maximum(batches - 1.0, 1.0) * jnp.sum((weights * (means - floor)) ** 2)
-    std_error = jnp.where(spread > 0, jnp.sqrt(jnp.where(spread > 0, spread, 1.0)), 0.0)
+    variance = batches / jnp.maximum(batches - 1.0, 1.0) * jnp.sum((weights * (means - floor)) ** 2)
+    std_error = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
     return Calibration(
         floor, std_error, jnp.maximum(floor * (1.0 + slack), floor + 3.0 * std_error), batches
     )

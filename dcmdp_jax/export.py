@@ -24,7 +24,8 @@ def export(config: Config, workdir: pathlib.Path, folder: str) -> int:
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
     state, _ = checkpoint.read(workdir, step.abstract_state(config, model, mesh))
     tokenizer = read_tokenizer(config)
-    weights.save(folder, model, state.params, token_ids=tokenizers.special_token_ids(tokenizer))
+    params = step.policy_params(state, config)
+    weights.save(folder, model, params, token_ids=tokenizers.special_token_ids(tokenizer))
     tokenizers.save(tokenizer, folder)
     return int(state.step)
 

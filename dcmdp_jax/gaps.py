@@ -1,8 +1,8 @@
 """Where trainer and engine disagree in a step: by position in the completion, and at the worst
 tokens.
 
-The step's program picks them out of its `[N, T]` arrays, so that only a handful of numbers leave
-the device.
+`measure` runs inside the step's program and reduces its `[N, T]` arrays to a few numbers; `record`
+turns them into JSON on the host.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ import jax
 import jax.numpy as jnp
 
 from dcmdp_jax import constraint
+from dcmdp_jax.losses import tails
 
-WORST = 8  # completions whose worst token is kept
-BEFORE = 24
-AFTER = 8  # tokens of context
-FIRST_EDGE = 8  # buckets of positions end there and at every doubling
+WORST = 8  # completions whose worst token is recorded
+BEFORE = 24  # tokens of context before it
+AFTER = 8  # and after it
+FIRST_EDGE = 8  # where the first bucket of positions ends; each next edge is twice as far
 
 
 class Gaps(NamedTuple):
-    """Delta summed by bucket of positions, and the worst token of each of the K completions with
-    the worst ones.
+    """Delta summed by bucket of positions, and the worst token of each of K completions.
+
+    The completions are those with the largest deltas; `delta` is -1 where nothing was measured.
     """
 
     sums: jax.Array  # [B] float32, of delta
@@ -45,34 +47,35 @@ def measure(
     mask: jax.Array,
     reward: jax.Array,
 ) -> Gaps:
-    """The gaps of completions `[N, T]` with rewards `[N]`; delta as in `constraint.delta`."""
+    """Returns the gaps of completions `[N, T]` with rewards `[N]`; see `constraint.delta`."""
     delta = constraint.delta(old_logp, rollout_logp, mask)
-    worst, i = jax.lax.top_k(jnp.max(delta, axis=1), min(WORST, len(delta)))
-    t = jnp.argmax(delta[i], axis=1)
-    around = t[:, None] + jnp.arange(-BEFORE, AFTER + 1)
+    worst = tails.worst_tokens(old_logp, rollout_logp, mask, k=WORST)
+    around = worst.position[:, None] + jnp.arange(-BEFORE, AFTER + 1)
     inside = (around >= 0) & (around < delta.shape[1])
-    near = i[:, None], jnp.clip(around, 0, delta.shape[1] - 1)
+    near = worst.row[:, None], jnp.clip(around, 0, delta.shape[1] - 1)
     return Gaps(
-        _by_bucket(jnp.sum(delta, axis=0)),
-        _by_bucket(jnp.sum(mask & jnp.isfinite(rollout_logp), axis=0, dtype=jnp.int32)),
-        worst,
-        t.astype(jnp.int32),
-        old_logp[i, t],
-        rollout_logp[i, t],
-        reward[i],
-        jnp.where(inside & mask[near], tokens[near], -1),
+        sums=_sum_by_bucket(jnp.sum(delta, axis=0)),
+        counts=_sum_by_bucket(jnp.sum(mask & jnp.isfinite(rollout_logp), axis=0, dtype=jnp.int32)),
+        delta=worst.delta,
+        position=worst.position,
+        trainer_logp=worst.old_logp,
+        engine_logp=worst.rollout_logp,
+        reward=reward[worst.row],
+        context=jnp.where(inside & mask[near], tokens[near], -1),
     )
 
 
 def edges(length: int) -> list[int]:
-    """Where buckets of positions begin and end: 0, 8, 16, 32, ..., `length`."""
+    """Returns the edges of the buckets of positions: 0, 8, 16, 32, ..., `length`."""
     doublings = math.ceil(math.log2(max(length, FIRST_EDGE) / FIRST_EDGE))
     return [0, *(FIRST_EDGE * 2**k for k in range(doublings)), length]
 
 
 def record(gaps: Gaps, length: int, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
-    """`gaps` (on the host) of completions of `length` tokens at most, as JSON: `positions` of the
-    buckets that have tokens and a finite gap, and `worst` with decoded text.
+    """Returns `gaps`, fetched to the host, as a JSON object.
+
+    `positions` has a row for each bucket that has tokens and a finite gap, `worst` a row with
+    decoded text for each worst token. Completions have at most `length` tokens.
     """
     ends = edges(length)
     positions = [
@@ -82,7 +85,7 @@ def record(gaps: Gaps, length: int, decode: Callable[[Sequence[int]], str]) -> d
     ]
     worst = []
     for k in range(len(gaps.delta)):
-        if not gaps.delta[k] > 0:  # an exact engine has none
+        if not gaps.delta[k] > 0:  # no gap, or nothing measured
             continue
         before, token, after = (
             [int(x) for x in part if x >= 0]
@@ -108,6 +111,6 @@ def record(gaps: Gaps, length: int, decode: Callable[[Sequence[int]], str]) -> d
     return {"positions": positions, "worst": worst}
 
 
-def _by_bucket(by_position: jax.Array) -> jax.Array:
+def _sum_by_bucket(by_position: jax.Array) -> jax.Array:
     ends = edges(len(by_position))
     return jnp.stack([jnp.sum(by_position[start:end]) for start, end in zip(ends, ends[1:])])

@@ -66,7 +66,6 @@ def check(
 
     Compiles nothing and reads no file.
     """
-    step.check(config)
     if config.algorithm.replay_routing and not model.num_experts:
         raise ValueError(
             "algorithm.replay_routing replays the choices of a router, and this model is dense; "

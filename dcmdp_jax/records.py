@@ -229,11 +229,16 @@ class Batch(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """Everything a step changes and a checkpoint holds."""
+    """Everything a step changes and a checkpoint holds.
 
-    params: Any
+    `step.policy_params` turns it into the decoder's parameters.
+    """
+
+    params: Any  # what is trained: the decoder's parameters, or what `ModelSource.trainable` made
     opt_state: Any
     dual: Any  # constraint.DualState: the multiplier and its controller's memory
     step: Any  # [] int32, constrained steps taken; the version of `params`
     skipped: Any  # [] int32, updates left out because their loss or gradient was not finite
-    stale: tuple[Any, ...]  # parameters of the last `rollout.staleness` steps, oldest first
+    stale: tuple[Any, ...]  # `params` of the last `rollout.staleness` steps, oldest first
+    frozen: Any = ()  # the decoder's starting parameters, if `ModelSource.trainable` is set
+    reference: Any = ()  # the same, if `AlgorithmConfig.reference_penalty` is set

@@ -21,7 +21,7 @@ from dcmdp_jax.inputs import Inputs
 from dcmdp_jax.records import NotFinite, TrainState
 from dcmdp_jax.stopping import Failed
 
-NOT_IN_ROW = ("gaps", "apart", "logp_finite")  # metrics of a step that no row holds
+NOT_IN_ROW = ("gaps", "logp_finite")  # metrics of a step that no row holds
 
 
 class StepTaken(NamedTuple):

@@ -18,6 +18,7 @@ class Stream(enum.IntEnum):
     CALIBRATION = 5  # the same for batch `number` that measures the tolerance
     HELD_OUT = 6  # completions of the held-out problems
     PARITY = 7  # batches that `dcmdp parity` and `dcmdp diagnose` sample
+    TRAINABLE = 8  # what `ModelSource.trainable` draws
 
 
 def seed(config_seed: int, stream: Stream, number: int = 0) -> int:

@@ -58,7 +58,7 @@ def starting_weights(
 
 def unwarmed_weights(config: Config, inputs: Inputs) -> Any:
     """Returns the parameters of the model folder, or random ones, on the training mesh."""
-    shardings = step.state_shardings(config, inputs.model_config, inputs.mesh).params
+    shardings = step.params_shardings(inputs.model_config, inputs.mesh)
     if config.model.folder:
         _, params = weights.load(config.model.folder, shardings=shardings)
         return params

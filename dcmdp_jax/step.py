@@ -1,293 +1,132 @@
-"""The one compiled step: Batch x TrainState -> TrainState, metrics.
+"""The compiled step: TrainState x Batch -> TrainState, metrics.
 
-In this order: advantages, old log-probs, shaping, loss, gradients, optimizer, dual. The parameters
-    and the multiplier
-change in the same program.
+Score, shape, loss, gradients, update, dual: `constrained_step` is the definition, and parameters
+and multiplier change in one program. `one_pass_step` below it computes the same with one forward
+pass less, for the configurations that `in_one_pass` accepts.
+
+Sizes are those of `records`: M minibatches of A microbatches of n completions of T tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from dcmdp_jax import constraint, gaps, optimizers, sharding
-from dcmdp_jax.config import AlgorithmConfig, Config, ModelConfig
-from dcmdp_jax.losses import corrections, diagnostics, reduce
+from dcmdp_jax import constraint, gaps, optimizers, seeds, sharding
+from dcmdp_jax.config import Config, ModelConfig
+from dcmdp_jax.losses import diagnostics, reduce
+from dcmdp_jax.losses._separable import is_separable
 from dcmdp_jax.models import decoder
 from dcmdp_jax.models.kernels import scoring
 from dcmdp_jax.records import Batch, TrainState
+from dcmdp_jax.seeds import Stream
 
-Metrics = dict[str, jax.Array | gaps.Gaps]  # numbers, and under "gaps" where the tokens' gaps lie
-Slope = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
-
-
-def controller(config: Config) -> constraint.Controller:
-    c = config.constraint
-    return c.dual(
-        dual_lr=c.dual_lr, multiplier_init=c.multiplier_init, multiplier_max=c.multiplier_max
-    )
+Metrics = dict[str, jax.Array | gaps.Gaps]  # scalars, and under "gaps" a summary of the gaps
 
 
-def init_state(config: Config, params: Any) -> TrainState:
-    return TrainState(
-        params=params,
-        opt_state=optimizers.of(config.algorithm).init(params),
-        dual=controller(config).init(),
-        step=jnp.int32(0),
-        skipped=jnp.int32(0),
-        stale=tuple(jax.tree.map(jnp.copy, params) for _ in range(config.rollout.staleness)),
-    )
+class Updated(NamedTuple):
+    """What an update changes; fields as in `TrainState`."""
+
+    params: Any
+    opt_state: Any
+    skipped: jax.Array
 
 
-def sampled_from(state: TrainState) -> tuple[Any, Any]:
-    """The parameters that the next batch is sampled from, `rollout.staleness` steps old, and their
-    version.
-    """
-    return (*state.stale, state.params)[0], jnp.maximum(state.step - len(state.stale), 0)
+class Minibatch(NamedTuple):
+    """What one update trains on."""
 
-
-def state_shardings(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> TrainState:
-    """The layout of a `TrainState`: parameters and moments by the TRAIN table, the rest replicated."""
-    shapes = jax.eval_shape(lambda: init_state(config, decoder.init(jax.random.key(0), model)))
-    params = sharding.param_shardings(
-        decoder.logical_axes(model), mesh, sharding.TRAIN, shapes.params
-    )
-    whole = sharding.replicated(mesh)
-    moments = [sharding.on_host(params) if config.algorithm.offload else params] * (
-        len(shapes.opt_state) - 1
-    )
-    return jax.tree.map(lambda _: whole, shapes)._replace(
-        params=params,
-        opt_state=type(shapes.opt_state)(whole, *moments),
-        stale=(params,) * config.rollout.staleness,
-    )
-
-
-def abstract_state(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shapes and places of a run's state, for reading checkpoints and for plans."""
-    shapes = jax.eval_shape(lambda: init_state(config, decoder.init(jax.random.key(0), model)))
-    return sharding.abstract_arrays(shapes, state_shardings(config, model, mesh))
-
-
-def batch_shardings(config: Config, mesh: jax.sharding.Mesh) -> Batch:
-    """Packed rows over the batch axes and their positions over `sequence`; arrays of completions
-    whole on every device.
-    """
-    rows = sharding.batch_shardings(mesh)
-    whole = sharding.replicated(mesh)
-    return Batch(
-        tokens=rows,
-        positions=rows,
-        segment_ids=rows,
-        index=whole,
-        completions=whole,
-        mask=whole,
-        rollout_logp=whole,
-        reward=whole,
-        group=whole,
-        experts=rows if config.algorithm.replay_routing else None,
-    )
-
-
-def check(config: Config) -> None:
-    """Raises ValueError on a surrogate that other weights than those that sampled break."""
-    surrogate = config.algorithm.surrogate
-    bypasses = isinstance(surrogate, corrections.Bypass)
-    if bypasses and surrogate.denominator is corrections.surviving and not _is_single(config):
-        raise ValueError(
-            "bypass with the surviving denominator counts the tokens that survive at "
-            "the weights that sampled, and judges them anew at those that train; set "
-            "algorithm.epochs=1, algorithm.minibatches=1 and rollout.staleness=0, or "
-            "take corrections.original"
-        )
+    batch: Batch  # [A, ...]
+    old_logp: jax.Array  # [A, n, T]
+    ref_logp: jax.Array | None  # [A, n, T]
+    advantage: jax.Array  # [A, n, T], shaped
 
 
 def compile(
-    config: Config, model: ModelConfig, mesh: jax.sharding.Mesh
+    config: Config, model: ModelConfig, mesh: jax.sharding.Mesh, *, plain: bool = False
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted step; its state argument is donated. Raises ValueError as `check` does."""
-    check(config)
+    """Returns the jitted step, in the plain form if `plain`; its state argument is donated."""
     state = state_shardings(config, model, mesh)
-    batch = batch_shardings(config, mesh)
-    update = partial(constrained_step, config=config, model=model, one_pass=in_one_pass(config))
+    form = one_pass_step if in_one_pass(config) and not plain else constrained_step
     return jax.jit(
-        sharding.with_mesh(mesh, update),
-        in_shardings=(state, batch),
+        sharding.with_mesh(mesh, partial(form, config=config, model=model)),
+        in_shardings=(state, batch_shardings(config, mesh)),
         out_shardings=(state, sharding.replicated(mesh)),
         donate_argnums=0,
     )
 
 
-def in_one_pass(config: Config) -> bool:
-    """Whether one forward pass both scores a batch and updates from it: there is a single update,
-    it starts from the weights that sampled, and the loss of one microbatch does not hang on the
-    log-probs of others.
-    """
-    return _is_single(config) and (config.algorithm.microbatches == 1 or _judged_apart(config))
-
-
-def _is_single(config: Config) -> bool:
-    """Whether a batch has one update, at the weights that sampled it."""
-    return (
-        config.algorithm.epochs * config.algorithm.minibatches == 1 and not config.rollout.staleness
-    )
-
-
-def _judged_apart(config: Config) -> bool:
-    """Tried out on a made-up batch: every other microbatch is moved a little, far, and to NaN, and
-    the rest looked at.
-
-    Where nothing has a slope, as when all of it is rejected, nothing is shown, and the answer is
-    no.
-    """
-    parts = config.algorithm.microbatches
-    samples = config.rollout.samples
-    width = config.rollout.max_tokens
-    count = config.data.prompts_per_step * samples
-    rng = np.random.default_rng(0)
-    shape = 1, parts, count // parts, width
-    logp, noise = -rng.exponential(size=(2, *shape)).astype(np.float32)
-    # completions without a gap, which nothing rejects
-    exact = np.arange(count).reshape(shape[:3])[..., None] % 2 == 0
-    batch = Batch(*[None] * len(Batch._fields))._replace(
-        mask=np.arange(width) < rng.integers(1, width + 1, shape[:3])[..., None],
-        rollout_logp=logp + np.where(exact, 0, rng.normal(0, 0.1, shape)).astype(np.float32),
-        reward=rng.integers(0, 2, shape[:3]).astype(np.float32),
-        group=(rng.permutation(count).reshape(shape[:3]) // samples).astype(np.int32),
-    )
-    multiplier = controller(config).init().multiplier + 0.1
-    slope = jax.jit(
-        lambda logp, batch: _slope(logp, batch, _advantage(batch, config), multiplier, config)[1]
-    )
-    for odd in (0, 1):
-        moved = (np.arange(parts) % 2 == odd)[None, :, None, None]
-        fixed, *others = (
-            np.asarray(slope(np.where(moved, logp + far * noise, logp), batch))[:, 1 - odd :: 2]
-            for far in np.float32([0, 0.01, 3, 30, np.nan])
-        )
-        if not fixed.any() or not all(np.array_equal(fixed, other) for other in others):
-            return False
-    return True
-
-
 def constrained_step(
-    state: TrainState, batch: Batch, *, config: Config, model: ModelConfig, one_pass: bool
+    state: TrainState, batch: Batch, *, config: Config, model: ModelConfig
 ) -> tuple[TrainState, Metrics]:
     """One rollout batch: `epochs` x M updates of the parameters, then one of the multiplier.
 
-    A'_t = A_t - lambda delta_t with the current lambda, delta from the trainer's own log-probs at
-    the weights that sampled, or whatever `constraint.shaping` and `constraint.penalty` make of them;
-    then lambda <- dual(lambda, mean delta) over all completion tokens, before any rejection.
-    Updates whose loss or gradient is not finite are left out and counted. `one_pass` is what
-    `in_one_pass` says. Where it is wrong about a batch, the metric "apart" is False and the state
-    stays as it was.
+    Returns the next state and the step's metrics. Updates whose loss or gradient is not finite are
+    left out and counted.
     """
-    algorithm, dual, multiplier = config.algorithm, config.constraint, state.dual.multiplier
-    advantage = _advantage(batch, config)
+    multiplier = state.dual.multiplier
 
-    def update(carry, loss, grads):
-        params, opt_state, skipped = carry
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(norm) & jnp.isfinite(loss) & apart
-        opt_state = _moved(opt_state, jax.memory.Space.Device, algorithm)
-        params, opt_state = optimizers.of(algorithm).update(grads, norm, finite, params, opt_state)
-        opt_state = _moved(opt_state, jax.memory.Space.Host, algorithm)
-        return (params, opt_state, skipped + (apart & ~finite)), (loss, norm)
+    # Score: log-probs at the weights that sampled the batch, and the reference's.
+    old_logp, entropy = score(sampled_from(state, config)[0], batch, config, model)
+    ref_logp = score_reference(state, batch, config, model)
 
-    carry = (state.params, state.opt_state, state.skipped)
-    apart = jnp.bool_(True)
-    if _is_single(config):
-        known = None if one_pass else score(state.params, batch, config, model)[0]
-        slope = partial(
-            _slope, batch=batch, advantage=advantage, multiplier=multiplier, config=config
-        )
-        loss, grads, old_logp, entropy, apart = _single(
-            state.params, batch, known, slope, config, model
-        )
-        shaped = _shaped(old_logp, batch, advantage, multiplier, config)
-        (params, opt_state, skipped), (loss, norm) = update(carry, loss, grads)
-    else:
-        old_logp, entropy = score(sampled_from(state)[0], batch, config, model)
-        shaped = _shaped(old_logp, batch, advantage, multiplier, config)
+    # Shape: A' = A - lambda delta, or whatever `constraint.shaping` makes of it.
+    advantage = group_advantage(batch, config)
+    shaped = shape(advantage, old_logp, batch, multiplier, config)
 
-        def one(carry, minibatch):
-            return update(carry, *_gradients(carry[0], minibatch, multiplier, config, model))
+    # Loss, gradients, update.
+    def update(updated: Updated, minibatch: Minibatch) -> tuple[Updated, tuple]:
+        loss, grads = gradients(updated.params, state.frozen, minibatch, multiplier, config, model)
+        updated, norm = apply_update(updated, loss, grads, config)
+        return updated, (loss, norm)
 
-        def epoch(carry, _):
-            return jax.lax.scan(one, carry, (batch, old_logp, shaped))
+    def epoch(updated: Updated, _: None) -> tuple[Updated, tuple]:
+        return jax.lax.scan(update, updated, Minibatch(batch, old_logp, ref_logp, shaped))
 
-        (params, opt_state, skipped), (loss, norm) = jax.lax.scan(
-            epoch, carry, None, length=algorithm.epochs
-        )
-    total, count = constraint.measure(_flat(old_logp), _flat(batch.rollout_logp), _flat(batch.mask))
-    seen = jnp.where(apart, count, 0)
-    new_dual = controller(config).update(state.dual, total, seen, dual.tolerance)
-    metrics = _metrics(batch, advantage, old_logp, shaped, entropy) | {
-        "loss": jnp.mean(loss),
-        "grad_norm": jnp.mean(norm),
-        "delta_mean": jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan),
-        "multiplier": state.dual.multiplier,
-        "multiplier_next": new_dual.multiplier,
-        "saturated": new_dual.saturated,
-        "skipped": skipped,
-        "apart": apart,
-        "logp_finite": jnp.all(jnp.isfinite(old_logp) | ~batch.mask),
-        "gaps": gaps.measure(
-            _flat(old_logp),
-            _flat(batch.rollout_logp),
-            _flat(batch.completions),
-            _flat(batch.mask),
-            batch.reward.reshape(-1),
-        ),
-    }
-    if state.stale:
-        logp, _ = score(state.params, batch, config, model)
-        metrics |= diagnostics.staleness(
-            _flat(logp), _flat(old_logp), _flat(batch.rollout_logp), _flat(batch.mask)
-        )
-    stale = (*state.stale, state.params)[1:]
-    return TrainState(params, opt_state, new_dual, state.step + apart, skipped, stale), metrics
+    updated = Updated(state.params, state.opt_state, state.skipped)
+    updated, (loss, norm) = jax.lax.scan(epoch, updated, None, config.algorithm.epochs)
 
+    # Dual: one update, from the mean gap of all trained tokens before any rejection.
+    dual, dual_metrics = update_dual(state.dual, old_logp, batch, config)
 
-def _moved(opt_state: Any, memory: Any, algorithm: AlgorithmConfig) -> Any:
-    """The optimizer's trees in that memory, where they are offloaded; its count stays on the
-    device.
-    """
-    count, *trees = opt_state
-    return (
-        type(opt_state)(count, *jax.device_put(trees, memory)) if algorithm.offload else opt_state
-    )
+    metrics = batch_metrics(batch, advantage, shaped, old_logp, entropy)
+    metrics |= update_metrics(loss, norm, updated.skipped)
+    metrics |= staleness_metrics(state, old_logp, batch, config, model)
+    return next_state(state, updated, dual), metrics | dual_metrics
 
 
 def score(
     params: Any, batch: Batch, config: Config, model: ModelConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """The trainer's log-probs and entropies at the weights that sampled, [M, A, n, T]."""
-
-    def one(micro):
-        return _score(params, micro, config, model, entropy=True)
-
-    return jax.lax.map(lambda minibatch: jax.lax.map(one, minibatch), batch)
+    """Returns log-probs and entropies [M, A, n, T] of a batch under the decoder's `params`."""
+    return jax.lax.map(lambda minibatch: _score_minibatch(params, minibatch, config, model), batch)
 
 
-def _advantage(batch: Batch, config: Config) -> jax.Array:
-    """[M, A, n, 1]"""
+def score_reference(
+    state: TrainState, batch: Batch, config: Config, model: ModelConfig
+) -> jax.Array | None:
+    """Returns the reference's log-probs [M, A, n, T]; None if there is no reference penalty."""
+    if not config.algorithm.reference_penalty:
+        return None
+    return score(state.reference, batch, config, model)[0]
+
+
+def group_advantage(batch: Batch, config: Config) -> jax.Array:
+    """Returns the advantage of each completion within its group, [M, A, n, 1]."""
     advantage = config.algorithm.advantage(
         batch.reward.reshape(-1), batch.group.reshape(-1), num_groups=config.data.prompts_per_step
     )
     return advantage.reshape(*batch.reward.shape, 1)
 
 
-def _shaped(
-    old_logp: jax.Array, batch: Batch, advantage: jax.Array, multiplier: jax.Array, config: Config
+def shape(
+    advantage: jax.Array, old_logp: jax.Array, batch: Batch, multiplier: jax.Array, config: Config
 ) -> jax.Array:
-    """Every token's advantage, [M, A, n, T]."""
+    """Returns the shaped advantage of each token, [M, A, n, T]."""
     if not config.constraint.shaping:
         return jnp.broadcast_to(advantage, batch.mask.shape)
     shaped = config.constraint.shaping(
@@ -301,87 +140,411 @@ def _shaped(
     return shaped.reshape(batch.mask.shape)
 
 
-def _slope(
-    old_logp: jax.Array, batch: Batch, advantage: jax.Array, multiplier: jax.Array, config: Config
-) -> tuple[jax.Array, jax.Array]:
-    """The loss where the log-probs are the old ones, and its gradient by them: [1, A, n, T] ->
-    scalar, [1, A, n, T].
-    """
-    shaped = _shaped(old_logp, batch, advantage, multiplier, config)
+def loss_of(
+    logp: jax.Array, minibatch: Minibatch, multiplier: jax.Array, config: Config
+) -> jax.Array:
+    """Returns the loss of a minibatch as a function of its log-probs [A, n, T]."""
+    batch = minibatch.batch
+    logp = _flat(logp)
+    rollout_logp = _flat(batch.rollout_logp)
+    mask = _flat(batch.mask)
+    reduce_loss = config.algorithm.reduce
+    loss, denominator = config.algorithm.surrogate(
+        logp, _flat(minibatch.old_logp), rollout_logp, _flat(minibatch.advantage), mask
+    )
+    loss = reduce_loss(loss, denominator)
+    # Penalties are of all trained tokens, those that the surrogate rejects too.
+    if config.constraint.penalty:
+        penalty = config.constraint.penalty(logp, rollout_logp, mask, multiplier)
+        loss += reduce_loss(penalty, mask)
+    if config.algorithm.reference_penalty:
+        ref_logp = _flat(minibatch.ref_logp)
+        loss += reduce_loss(config.algorithm.reference_penalty(logp, ref_logp, mask), mask)
+    return loss
 
-    def loss_of(logp):
-        loss, denominator = config.algorithm.surrogate(
-            _flat(logp), *map(_flat, (old_logp, batch.rollout_logp, shaped, batch.mask))
-        )
-        loss = config.algorithm.reduce(loss, denominator)
-        if config.constraint.penalty:  # of rejected tokens too, the worst, as the dual measures it
-            mask = _flat(batch.mask)
-            rollout_logp = _flat(batch.rollout_logp)
-            penalty = config.constraint.penalty(_flat(logp), rollout_logp, mask, multiplier)
-            loss += config.algorithm.reduce(penalty, mask)
-        return loss
 
-    return jax.value_and_grad(loss_of)(old_logp)
-
-
-def _single(
+def gradients(
     params: Any,
-    batch: Batch,
-    known: jax.Array | None,
-    slope: Slope,
+    frozen: Any,
+    minibatch: Minibatch,
+    multiplier: jax.Array,
     config: Config,
     model: ModelConfig,
-) -> tuple[jax.Array, Any, jax.Array, jax.Array, jax.Array]:
-    """Loss, its gradient, the old log-probs and entropies, by a forward and a backward pass over
-    each microbatch.
+) -> tuple[jax.Array, Any]:
+    """Returns the loss of a minibatch and its gradient by `params`, whatever A is.
 
-    `known` are the old log-probs [1, A, n, T], where the loss weighs microbatches against each
-    other. Elsewhere it is None: each is judged beside the sampler's log-probs of the others. The
-    last result is whether that was right: False where more than a thousandth of the slopes turns
-    out to have hung on those.
+    Each microbatch is backpropagated beside the log-probs of the others. Those are the old ones
+    if that makes no difference: because the weights have not moved yet, or because the loss is
+    separable. Otherwise the minibatch is scored first.
     """
-    judged_apart = jnp.bool_(True)
-    if known is not None:
-        loss, slopes = slope(known)
+    logp = minibatch.old_logp
+    if len(logp) > 1 and not (updates_once(config) or is_separable_loss(config)):
+        policy = _policy_params(params, frozen, config)
+        logp, _ = _score_minibatch(policy, minibatch.batch, config, model)
+    loss = partial(loss_of, minibatch=minibatch, multiplier=multiplier, config=config)
+    grads, logp, _ = backpropagate(params, frozen, minibatch.batch, logp, loss, config, model)
+    return loss(logp), grads
 
-    def one(i, micro):
-        logp, pull, entropy = jax.vjp(
-            lambda params: _score(params, micro, config, model, entropy=True), params, has_aux=True
-        )
-        pulled = (
-            slopes[0, i]
-            if known is not None
-            else slope(batch.rollout_logp.at[0, i].set(logp))[1][0, i]
-        )
-        return pull(pulled)[0], (logp, pulled, entropy)
 
-    def accumulate(total, given):
-        # The barrier keeps sums over devices in the loop: behind it they would need whole
-        # gradients.
-        grads, made = jax.lax.optimization_barrier(one(*given))
-        return jax.tree.map(jnp.add, total, grads), made
+def backpropagate(
+    params: Any,
+    frozen: Any,
+    batch: Batch,
+    others: jax.Array,
+    loss: Callable[[jax.Array], jax.Array],
+    config: Config,
+    model: ModelConfig,
+    *,
+    entropy: bool = False,
+) -> tuple[Any, jax.Array, jax.Array | None]:
+    """Sums the gradients of the A microbatches of one minibatch, with one forward pass over each.
 
-    micros = jax.tree.map(lambda x: x[0], batch)
-    if len(micros.mask) == 1:  # nothing to add up, and no room for a sum
-        grads, made = one(0, jax.tree.map(lambda x: x[0], micros))
-        logp, apart, entropy = (x[None, None] for x in made)
-    else:
-        zero = jax.tree.map(jnp.zeros_like, params)
-        grads, made = jax.lax.scan(accumulate, zero, (jnp.arange(len(micros.mask)), micros))
-        logp, apart, entropy = (x[None] for x in made)
-    if known is None:
-        loss, whole = slope(logp)
-        difference = jnp.sum(jnp.abs(whole - apart))
-        size = jnp.sum(jnp.abs(whole))
-        known = logp
-        shown = jnp.isfinite(size)
-        judged_apart = (difference <= 1e-3 * size) | ~shown
-        loss = jnp.where(shown, loss, jnp.nan)  # slopes that are not finite make no update
-    return loss, grads, known, entropy, judged_apart
+    Args:
+        batch: [A, ...].
+        others: [A, n, T], the log-probs that `loss` sees of the microbatches other than the one
+            that is backpropagated.
+        loss: a function of the minibatch's log-probs [A, n, T].
+        entropy: whether to return entropies.
+
+    Returns:
+        The gradient by `params`, and the log-probs and entropies [A, n, T].
+    """
+
+    def microbatch_gradient(i: jax.Array | int, micro: Batch) -> tuple[Any, tuple]:
+        def logp_of(params: Any) -> tuple[jax.Array, jax.Array | None]:
+            policy = _policy_params(params, frozen, config)
+            return _score(policy, micro, config, model, entropy=entropy)
+
+        logp, pullback, entropies = jax.vjp(logp_of, params, has_aux=True)
+        slope = jax.grad(loss)(others.at[i].set(logp))
+        return pullback(slope[i])[0], (logp, entropies)
+
+    def accumulate(total: Any, numbered: tuple) -> tuple[Any, tuple]:
+        # Without the barrier the sum over devices would move out of the loop, which would then
+        # hold unsharded gradients.
+        grads, scores = jax.lax.optimization_barrier(microbatch_gradient(*numbered))
+        return jax.tree.map(jnp.add, total, grads), scores
+
+    if len(others) == 1:  # no sum, and no memory for one
+        grads, scores = microbatch_gradient(0, jax.tree.map(lambda x: x[0], batch))
+        return grads, *jax.tree.map(lambda x: x[None], scores)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    grads, scores = jax.lax.scan(accumulate, zero, (jnp.arange(len(others)), batch))
+    return grads, *scores
+
+
+def apply_update(
+    updated: Updated, loss: jax.Array, grads: Any, config: Config
+) -> tuple[Updated, jax.Array]:
+    """Makes one update by the optimizer, of the gradient clipped to `grad_clip`.
+
+    If the loss or the gradient is not finite, nothing changes but the count of skipped updates.
+    Returns the gradient's norm too.
+    """
+    algorithm = config.algorithm
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    clip = jnp.minimum(1.0, algorithm.grad_clip / norm) if algorithm.grad_clip else 1.0
+
+    def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
+        clipped = jax.tree.map(lambda g: g * clip, grads)
+        optimizer = optimizers.from_config(algorithm)
+        updates, opt_state = optimizer.update(clipped, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    opt_state = updated.opt_state
+    if algorithm.offload:
+        opt_state = optimizers.moments_to(jax.memory.Space.Device, opt_state, updated.params)
+    params, opt_state = jax.lax.cond(
+        finite, update, lambda *unchanged: unchanged, updated.params, opt_state
+    )
+    if algorithm.offload:
+        opt_state = optimizers.moments_to(jax.memory.Space.Host, opt_state, params)
+    return Updated(params, opt_state, updated.skipped + ~finite), norm
+
+
+def update_dual(
+    dual: constraint.DualState, old_logp: jax.Array, batch: Batch, config: Config
+) -> tuple[constraint.DualState, Metrics]:
+    """Returns the controller's next state, and what it measured and did."""
+    total, count = constraint.measure(_flat(old_logp), _flat(batch.rollout_logp), _flat(batch.mask))
+    new = controller(config).update(dual, total, count, config.constraint.tolerance)
+    return new, {
+        "delta_mean": jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan),
+        "multiplier": dual.multiplier,
+        "multiplier_next": new.multiplier,
+        "saturated": new.saturated,
+    }
+
+
+def next_state(state: TrainState, updated: Updated, dual: constraint.DualState) -> TrainState:
+    """Returns the state after a step; the parameters before it become the newest stale ones."""
+    return state._replace(
+        params=updated.params,
+        opt_state=updated.opt_state,
+        dual=dual,
+        step=state.step + 1,
+        skipped=updated.skipped,
+        stale=(*state.stale, state.params)[1:],
+    )
+
+
+# ---- the one-pass form --------------------------------------------------------------------------
+
+
+def in_one_pass(config: Config) -> bool:
+    """True if one forward pass can both score a batch and update from it.
+
+    There must be a single update, from the weights that sampled, and a loss whose microbatches
+    need not know of each other: because there is only one, or because it is declared separable.
+    """
+    return updates_once(config) and (
+        config.algorithm.microbatches == 1 or is_separable_loss(config)
+    )
+
+
+def updates_once(config: Config) -> bool:
+    """True if a batch makes a single update, at the weights that sampled it."""
+    algorithm = config.algorithm
+    return algorithm.epochs * algorithm.minibatches == 1 and not config.rollout.staleness
+
+
+def is_separable_loss(config: Config) -> bool:
+    """True if all functions that make the loss are declared separable over microbatches."""
+    parts = (
+        config.algorithm.surrogate,
+        config.algorithm.reference_penalty,
+        config.constraint.shaping,
+        config.constraint.penalty,
+    )
+    return all(is_separable(part) for part in parts if part is not None)
+
+
+def one_pass_step(
+    state: TrainState, batch: Batch, *, config: Config, model: ModelConfig
+) -> tuple[TrainState, Metrics]:
+    """`constrained_step` for a single update at the weights that sampled: old_logp is logp.
+
+    The batch is not scored first. While a microbatch is backpropagated, the log-probs of the
+    others stand at 0; `in_one_pass` says when that makes no difference.
+    """
+    multiplier = state.dual.multiplier
+    advantage = group_advantage(batch, config)
+    ref_logp = score_reference(state, batch, config, model)
+    loss = partial(
+        fresh_loss,
+        batch=batch,
+        ref_logp=ref_logp,
+        advantage=advantage,
+        multiplier=multiplier,
+        config=config,
+    )
+    only = jax.tree.map(lambda x: x[0], batch)
+    others = jnp.zeros_like(only.rollout_logp)
+    grads, logp, entropy = backpropagate(
+        state.params, state.frozen, only, others, loss, config, model, entropy=True
+    )
+    updated = Updated(state.params, state.opt_state, state.skipped)
+    value = loss(logp)
+    updated, norm = apply_update(updated, value, grads, config)
+
+    old_logp = logp[None]
+    entropy = entropy[None]
+    shaped = shape(advantage, old_logp, batch, multiplier, config)
+    dual, dual_metrics = update_dual(state.dual, old_logp, batch, config)
+    metrics = batch_metrics(batch, advantage, shaped, old_logp, entropy)
+    metrics |= update_metrics(value, norm, updated.skipped)
+    return next_state(state, updated, dual), metrics | dual_metrics
+
+
+def fresh_loss(
+    logp: jax.Array,
+    batch: Batch,
+    ref_logp: jax.Array | None,
+    advantage: jax.Array,
+    multiplier: jax.Array,
+    config: Config,
+) -> jax.Array:
+    """Returns the loss of the only minibatch of a batch [1, A, ...] as a function of its log-probs
+    [A, n, T], which are the old ones too.
+    """
+    old_logp = jax.lax.stop_gradient(logp)[None]
+    shaped = shape(advantage, old_logp, batch, multiplier, config)
+    fields = batch, old_logp, ref_logp, shaped
+    minibatch = Minibatch(*jax.tree.map(lambda x: x[0], fields))
+    return loss_of(logp, minibatch, multiplier, config)
+
+
+# ---- metrics ------------------------------------------------------------------------------------
+
+
+def batch_metrics(
+    batch: Batch, advantage: jax.Array, shaped: jax.Array, old_logp: jax.Array, entropy: jax.Array
+) -> Metrics:
+    """Rewards, lengths, entropy, and the gap between trainer and sampler."""
+    advantage, shaped, old_logp, entropy, rollout_logp, completions, mask = map(
+        _flat,
+        (advantage, shaped, old_logp, entropy, batch.rollout_logp, batch.completions, batch.mask),
+    )
+    reward = batch.reward.reshape(-1)
+    return {
+        "reward": jnp.mean(reward),
+        "entropy": reduce.token_mean(entropy, mask),
+        "response_length": jnp.mean(jnp.sum(mask, axis=-1).astype(jnp.float32)),
+        "logp_finite": jnp.all(jnp.isfinite(old_logp) | ~mask),
+        "gaps": gaps.measure(old_logp, rollout_logp, completions, mask, reward),
+        **diagnostics.summary(old_logp, rollout_logp, advantage, mask),
+        **diagnostics.sign_flip(advantage, shaped, mask),
+    }
+
+
+def update_metrics(loss: jax.Array, norm: jax.Array, skipped: jax.Array) -> Metrics:
+    """Means over a step's updates, and the updates skipped so far."""
+    return {"loss": jnp.mean(loss), "grad_norm": jnp.mean(norm), "skipped": skipped}
+
+
+def staleness_metrics(
+    state: TrainState, old_logp: jax.Array, batch: Batch, config: Config, model: ModelConfig
+) -> Metrics:
+    """The gap divided into age and numerics, if the batch comes from stale weights."""
+    if not state.stale:
+        return {}
+    logp, _ = score(policy_params(state, config), batch, config, model)
+    return diagnostics.staleness(
+        _flat(logp), _flat(old_logp), _flat(batch.rollout_logp), _flat(batch.mask)
+    )
+
+
+# ---- the state ----------------------------------------------------------------------------------
+
+
+def init_state(config: Config, params: Any) -> TrainState:
+    """Returns the state at step 0 of a run that starts from the decoder's `params`."""
+    frozen, trained = (), params
+    if config.model.trainable:
+        key = jax.random.key(seeds.seed(config.seed, Stream.TRAINABLE))
+        trained = config.model.trainable(params, key)
+        frozen = params
+    return TrainState(
+        params=trained,
+        opt_state=optimizers.from_config(config.algorithm).init(trained),
+        dual=controller(config).init(),
+        step=jnp.int32(0),
+        skipped=jnp.int32(0),
+        stale=tuple(_copy(trained) for _ in range(config.rollout.staleness)),
+        frozen=frozen,
+        reference=_copy(params) if config.algorithm.reference_penalty else (),
+    )
+
+
+def controller(config: Config) -> constraint.Controller:
+    """Returns the controller that updates the multiplier."""
+    c = config.constraint
+    return c.dual(
+        dual_lr=c.dual_lr, multiplier_init=c.multiplier_init, multiplier_max=c.multiplier_max
+    )
+
+
+def policy_params(state: TrainState, config: Config) -> Any:
+    """Returns the decoder's parameters: what is scored, synced to the sampler and exported."""
+    return _policy_params(state.params, state.frozen, config)
+
+
+def sampled_from(state: TrainState, config: Config) -> tuple[Any, jax.Array]:
+    """Returns the decoder's parameters that the next batch is sampled from, `rollout.staleness`
+    steps old, and their version.
+    """
+    oldest = (*state.stale, state.params)[0]
+    version = jnp.maximum(state.step - len(state.stale), 0)
+    return _policy_params(oldest, state.frozen, config), version
+
+
+def params_shardings(model: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
+    """Returns the layout of the decoder's parameters on the mesh that trains."""
+    axes = decoder.logical_axes(model)
+    return sharding.param_shardings(axes, mesh, sharding.TRAIN, _params_shapes(model))
+
+
+def abstract_params(model: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
+    """Returns shapes and shardings of the decoder's parameters on the mesh that trains."""
+    return sharding.abstract_arrays(_params_shapes(model), params_shardings(model, mesh))
+
+
+def state_shardings(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> TrainState:
+    """Returns the layout of a `TrainState`.
+
+    What is shaped like a parameter of the decoder lies as that parameter does; the rest is
+    replicated.
+    """
+    shapes = _state_shapes(config, model)
+    replicated = sharding.replicated(mesh)
+    like_decoder = partial(
+        optimizers.matched,
+        like=_params_shapes(model),
+        values=params_shardings(model, mesh),
+        default=replicated,
+    )
+    params = like_decoder(shapes.params)
+    moments = sharding.on_host(params) if config.algorithm.offload else params
+    return jax.tree.map(lambda _: replicated, shapes)._replace(
+        params=params,
+        opt_state=optimizers.matched(shapes.opt_state, shapes.params, moments, replicated),
+        stale=(params,) * config.rollout.staleness,
+        frozen=like_decoder(shapes.frozen),
+        reference=like_decoder(shapes.reference),
+    )
+
+
+def abstract_state(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> TrainState:
+    """Returns shapes and shardings of a run's state, for reading checkpoints and for plans."""
+    return sharding.abstract_arrays(
+        _state_shapes(config, model), state_shardings(config, model, mesh)
+    )
+
+
+def batch_shardings(config: Config, mesh: jax.sharding.Mesh) -> Batch:
+    """Returns the layout of a `Batch`: packed rows over the batch axes and their positions over
+    `sequence`; arrays of completions replicated.
+    """
+    rows = sharding.batch_shardings(mesh)
+    replicated = sharding.replicated(mesh)
+    return Batch(
+        tokens=rows,
+        positions=rows,
+        segment_ids=rows,
+        index=replicated,
+        completions=replicated,
+        mask=replicated,
+        rollout_logp=replicated,
+        reward=replicated,
+        group=replicated,
+        experts=rows if config.algorithm.replay_routing else None,
+    )
+
+
+def _params_shapes(model: ModelConfig) -> Any:
+    return jax.eval_shape(lambda: decoder.init(jax.random.key(0), model))
+
+
+def _state_shapes(config: Config, model: ModelConfig) -> TrainState:
+    return jax.eval_shape(partial(init_state, config), _params_shapes(model))
+
+
+def _policy_params(trained: Any, frozen: Any, config: Config) -> Any:
+    if config.model.policy_params is None:
+        return trained
+    return jax.jit(config.model.policy_params)(trained, frozen)
+
+
+def _score_minibatch(
+    params: Any, minibatch: Batch, config: Config, model: ModelConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probs and entropies of [A, ...] microbatches, one after the other: [A, n, T]."""
+    return jax.lax.map(lambda micro: _score(params, micro, config, model, entropy=True), minibatch)
 
 
 def _score(
-    params: Any, micro: Batch, config: Config, model: ModelConfig, *, entropy: bool = False
+    params: Any, micro: Batch, config: Config, model: ModelConfig, *, entropy: bool
 ) -> tuple[jax.Array, jax.Array | None]:
     return scoring.packed_logp(
         params,
@@ -396,70 +559,8 @@ def _score(
     )
 
 
-def _gradients(
-    params: Any, minibatch: tuple, multiplier: jax.Array, config: Config, model: ModelConfig
-) -> tuple[jax.Array, Any]:
-    """Loss and its gradient, accumulated over the A microbatches of one minibatch.
-
-    The reducer is linear, so its gradient gives every token's weight in the minibatch as a whole;
-    microbatches then add up to what the minibatch in one piece would give, but for a loss that
-    weighs tokens against others: it sees its microbatch.
-    """
-    batch, old_logp, shaped = minibatch
-    surrogate = config.algorithm.surrogate
-    penalty = config.constraint.penalty
-    _, denominator = surrogate(
-        _flat(old_logp),
-        _flat(old_logp),
-        _flat(batch.rollout_logp),
-        _flat(shaped),
-        _flat(batch.mask),
-    )
-
-    def weight_of(mask):
-        zero = jnp.zeros_like(_flat(shaped))
-        return jax.grad(lambda x: config.algorithm.reduce(x, mask))(zero).reshape(shaped.shape)
-
-    weight = weight_of(denominator)
-    of_all = weight_of(_flat(batch.mask))
-
-    def loss_fn(params, micro, old_logp, shaped, weight, of_all):
-        logp, _ = _score(params, micro, config, model)
-        loss, _ = surrogate(logp, old_logp, micro.rollout_logp, shaped, micro.mask)
-        loss = jnp.sum(loss * weight)
-        if penalty:  # as in `_slope`
-            loss += jnp.sum(penalty(logp, micro.rollout_logp, micro.mask, multiplier) * of_all)
-        return loss
-
-    def accumulate(total, micro):
-        # The barrier as in `_single`.
-        return jax.tree.map(
-            jnp.add,
-            total,
-            jax.lax.optimization_barrier(jax.value_and_grad(loss_fn)(params, *micro)),
-        ), None
-
-    micros = batch, old_logp, shaped, weight, of_all
-    if len(shaped) == 1:
-        return jax.value_and_grad(loss_fn)(params, *jax.tree.map(lambda x: x[0], micros))
-    zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
-    return jax.lax.scan(accumulate, zero, micros)[0]
-
-
-def _metrics(
-    batch: Batch, advantage: jax.Array, old_logp: jax.Array, shaped: jax.Array, entropy: jax.Array
-) -> Metrics:
-    mask = _flat(batch.mask)
-    advantage = _flat(advantage)
-    return (
-        {
-            "reward": jnp.mean(batch.reward),
-            "entropy": reduce.token_mean(_flat(entropy), mask),
-            "response_length": jnp.mean(jnp.sum(mask, axis=-1).astype(jnp.float32)),
-        }
-        | diagnostics.summary(_flat(old_logp), _flat(batch.rollout_logp), advantage, mask)
-        | diagnostics.sign_flip(advantage, _flat(shaped), mask)
-    )
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
 
 
 def _flat(x: jax.Array) -> jax.Array:

@@ -2,7 +2,8 @@
 docs.make_losses`.
 
 Every public function states `Formula:`, `Needs:`, `Default:` and `Paper:`; a line indented under
-one of these continues it. A function that leaves one out stops the script.
+one of these continues it. A function that leaves one out stops the script. The column of the field
+that takes a function in `dcmdp train` is made from the function's module and signature.
 """
 
 from __future__ import annotations
@@ -18,19 +19,69 @@ import dcmdp_jax.losses
 
 PAGE = pathlib.Path(__file__).with_name("losses.md")
 FIELDS = ("Formula", "Needs", "Default", "Paper")
+
+# (module, leading parameters of a function) -> the field of the configuration that takes it.
+SURROGATE = "algorithm.surrogate"
+FIELDS_OF_CONFIG = {
+    ("losses.advantages", "reward, group"): "algorithm.advantage",
+    ("losses.policy", "logp, old_logp, advantage, mask"): SURROGATE,
+    ("losses.policy", "logp, rollout_logp, advantage, mask"): SURROGATE + " (bypass)",
+    ("losses.sequence", "logp, old_logp, advantage, mask"): SURROGATE,
+    ("losses.covariance", "logp, old_logp, advantage, mask"): SURROGATE,
+    ("losses.corrections", "loss, correction"): SURROGATE,
+    ("losses.corrections", "loss"): SURROGATE,
+    ("losses.corrections", "high"): SURROGATE + " (correction)",
+    ("losses.corrections", "low, high"): SURROGATE + " (correction)",
+    ("losses.corrections", "low, high, denominator"): SURROGATE + " (correction)",
+    ("losses.operators", "difference, mask"): SURROGATE + " (correction)",
+    ("losses.operators", "ratio, low, high"): SURROGATE + " (correction)",
+    ("losses.operators", "mask, keep"): SURROGATE + " (denominator)",
+    ("losses.rejection", "old_logp, rollout_logp, mask"): SURROGATE + " (rejections)",
+    ("losses.rejection", "measure, mask"): SURROGATE + " (rejections)",
+    ("losses.reduce", "x, mask"): "algorithm.reduce",
+    ("losses.kl", "logp, ref_logp, mask"): "algorithm.reference_penalty",
+    (
+        "constraint",
+        "advantage, old_logp, rollout_logp, multiplier, tolerance, mask",
+    ): "constraint.shaping",
+    ("constraint", "logp, rollout_logp, mask, multiplier"): "constraint.penalty",
+    ("constraint", "dual_lr"): "constraint.dual",
+    ("constraint", "controller, decay"): "constraint.dual",
+    ("constraint", "controller, fraction"): "constraint.dual",
+}
+IMPORT_ONLY = "by import only"
+BUILT_IN = "built in"
+# Functions that their signature alone would put elsewhere.
+OTHERS = {
+    "constraint.delta": BUILT_IN,
+    "constraint.measure": BUILT_IN,
+    "constraint.calibrate_tolerance": "constraint.tolerance (Calibrated)",
+    "losses.advantages.dynamic_sampling_mask": IMPORT_ONLY,  # returns a mask
+    "losses.covariance.clip_cov": IMPORT_ONLY,  # needs a new key each step
+    "losses.diagnostics.summary": BUILT_IN,
+    "losses.diagnostics.sign_flip": BUILT_IN,
+    "losses.diagnostics.staleness": BUILT_IN,
+}
 INTRODUCTION = """# Losses and the constraint
 
-Pure functions: arrays in, arrays out. This page is made from the docstrings by `python -m docs.make_losses`.
+Pure functions: arrays in, arrays out. This page is made from the docstrings by
+`python -m docs.make_losses`.
 
-- Log-probs are float32 nats, `[N, T]` (completions x tokens): `logp` of the trainer (differentiated), `old_logp` of the
-  trainer at the weights that sampled, `rollout_logp` of the sampler, `ref_logp` of a reference.
-- `advantage` is `[N, T]` or `[N, 1]`; `mask` is true on response tokens that are trained. What arrays hold where it is
-  false is never read. A token whose `rollout_logp` is not finite takes no part in anything that compares with the sampler.
-- Ratios are train over rollout: rho = exp(old_logp - rollout_logp). Log ratios of tokens are clipped to +-20,
-  that of a completion once, after the sum.
+- Log-probs are float32 nats, `[N, T]` (completions x tokens): `logp` of the trainer
+  (differentiated), `old_logp` of the trainer at the weights that sampled, `rollout_logp` of the
+  sampler, `ref_logp` of a reference.
+- `advantage` is `[N, T]` or `[N, 1]`; `mask` is true on response tokens that are trained. What
+  arrays hold where it is false is never read. A token whose `rollout_logp` is not finite takes no
+  part in anything that compares with the sampler.
+- Ratios are train over rollout: rho = exp(old_logp - rollout_logp). Log ratios of tokens are
+  clipped to +-20, that of a completion once, after the sum.
 - Losses come unreduced, per token; `reduce` makes a scalar of them.
-- Policy losses are called `(logp, old_logp, advantage, mask)` with options by name, surrogates `(logp, old_logp, rollout_logp,
-  advantage, mask)`, shapings `(advantage, old_logp, rollout_logp, multiplier, tolerance, mask)`; "needs" lists what is read.
+- Policy losses are called `(logp, old_logp, advantage, mask)` with options by name, surrogates
+  `(logp, old_logp, rollout_logp, advantage, mask)`, shapings
+  `(advantage, old_logp, rollout_logp, multiplier, tolerance, mask)`; "needs" lists what is read.
+- "Trains as" names the field of the configuration by which `dcmdp train` takes a function, with its
+  options by `functools.partial`; "built in" is part of every step. Policy losses, corrections and
+  rejections get there inside `corrections.decoupled` or `bypass`.
 
 ## Three algorithms on your own log-probs
 
@@ -44,9 +95,10 @@ Pure functions: arrays in, arrays out. This page is made from the docstrings by 
 >>> mask, group = np.ones((8, 64), bool), np.arange(8, dtype="int32") // 4
 >>> advantage = advantages.grpo(rng.random(8, "float32"), group, num_groups=2)[:, None]
 >>> shaped = constraint.shape_advantage(advantage, old_logp, rollout_logp, 0.5, 0.0037, mask)
->>> plain, tis = corrections.decoupled(policy.clipped), corrections.decoupled(policy.clipped, corrections.tis(2.0))
->>> def norm(surrogate, advantage):
-...     loss = lambda logp: reduce.token_mean(*surrogate(logp, old_logp, rollout_logp, advantage, mask))
+>>> plain = corrections.decoupled(policy.clipped)
+>>> tis = corrections.decoupled(policy.clipped, corrections.tis(2.0))
+>>> def norm(surrogate, a):
+...     loss = lambda logp: reduce.token_mean(*surrogate(logp, old_logp, rollout_logp, a, mask))
 ...     return f"{np.linalg.norm(jax.grad(loss)(old_logp)):.3f}"
 >>> {"GRPO": norm(plain, advantage), "TIS": norm(tis, advantage), "DC-GRPO": norm(plain, shaped)}
 {'GRPO': '0.038', 'TIS': '0.031', 'DC-GRPO': '0.039'}
@@ -57,7 +109,8 @@ The multiplier is updated after it was applied, from sums over the batch:
 
 ```python
 >>> controller = constraint.projected_ascent(1.0, multiplier_init=0.5)
->>> dual = controller.update(controller.init(), *constraint.measure(old_logp, rollout_logp, mask), 0.0037)
+>>> sums = constraint.measure(old_logp, rollout_logp, mask)
+>>> dual = controller.update(controller.init(), *sums, 0.0037)
 >>> f"{dual.multiplier:.3f}"
 '0.637'
 
@@ -100,15 +153,28 @@ def fields(name: str, function) -> dict[str, str]:
     return stated
 
 
+def trains_as(short: str, name: str, function) -> str:
+    """Returns the field of the configuration that takes a function, `BUILT_IN` or `IMPORT_ONLY`."""
+    if f"{short}.{name}" in OTHERS:
+        return OTHERS[f"{short}.{name}"]
+    parameters = inspect.signature(function).parameters.values()
+    leading = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return FIELDS_OF_CONFIG.get((short, ", ".join(leading)), IMPORT_ONLY)
+
+
 def table(module: ModuleType) -> str:
     """A heading, the module's first sentence, and one row for each function."""
     short = module.__name__.removeprefix("dcmdp_jax.")
     rows = [f"## {short}", "", inspect.getdoc(module).split("\n\n")[0].replace("\n", " "), ""]
-    rows += ["| name | formula | needs | default | paper |", "|---|---|---|---|---|"]
+    rows += [
+        "| name | formula | needs | default | trains as | paper |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, function in functions(module).items():
         stated = fields(f"{short}.{name}", function)
         cells = [f"`{name}`: {stated['Summary']}", *(f"{stated[field]}" for field in FIELDS)]
         cells[1] = f"`{cells[1]}`"
+        cells.insert(-1, trains_as(short, name, function))
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
 

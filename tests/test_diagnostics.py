@@ -280,13 +280,21 @@ def test_buckets():
 
 
 def test_worst_tokens_can_be_looked_up():
+    """One token of each completion, those of the completions with the largest gaps."""
     old, rollout, _, mask = batch(6)
     a, b, valid = measured(old, rollout, mask)
     gap = np.where(valid, np.abs(np.exp(a) - np.exp(b)), -1.0)
     worst = jax.jit(lambda *x: tails.worst_tokens(*x, k=5))(old, rollout, mask)
-    np.testing.assert_allclose(worst.delta, np.sort(gap.ravel())[::-1][:5], rtol=1e-4)
+    np.testing.assert_allclose(worst.delta, np.sort(gap.max(axis=1))[::-1][:5], rtol=1e-4)
+    assert len(set(np.asarray(worst.row))) == 5
     for delta, row, position, o, r in zip(*worst):
         assert valid[row, position] and o == old[row, position] and r == rollout[row, position]
-        np.testing.assert_allclose(gap[row, position], delta, rtol=1e-4)
-    few = tails.worst_tokens(old[:1, :3], rollout[:1, :3], np.array([[False, True, False]]), k=16)
-    assert few.delta.shape == (3,) and (few.delta >= 0).sum() <= 1
+        np.testing.assert_allclose(gap[row].max(), delta, rtol=1e-4)
+
+
+def test_a_completion_without_measured_tokens_has_no_worst_token():
+    old, rollout, _, _ = batch(6)
+    mask = np.zeros_like(old, bool)
+    mask[0, 1] = True
+    worst = tails.worst_tokens(old[:2], rollout[:2], mask[:2], k=16)
+    assert worst.delta.shape == (2,) and worst.delta[1] == -1

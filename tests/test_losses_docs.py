@@ -32,6 +32,37 @@ def test_every_public_function_has_a_row(maker):
             assert f"\n| `{name}`: " in section
 
 
+def test_what_trains_only_by_import(maker):
+    """The functions that no field of the configuration takes, by name; measures aside."""
+    left_out = {
+        f"{short}.{name}"
+        for module in maker.modules()
+        for short in [module.__name__.removeprefix("dcmdp_jax.")]
+        for name, function in maker.functions(module).items()
+        if maker.trains_as(short, name, function) == maker.IMPORT_ONLY
+        and short not in ("losses.diagnostics", "losses.tails", "losses.centering")
+    }
+    assert left_out == {
+        "constraint.signed_delta",
+        "losses.advantages.dynamic_sampling_mask",
+        "losses.advantages.length_reward",
+        "losses.advantages.overlong_mask",
+        "losses.advantages.overlong_penalty",
+        "losses.advantages.pass_at_k",
+        "losses.advantages.reinforce_pp",
+        "losses.advantages.reinforce_pp_baseline",
+        "losses.advantages.whiten",
+        "losses.corrections.batch_normalize",
+        "losses.corrections.blend",
+        "losses.covariance.clip_cov",
+        "losses.kl.unbiased",
+        "losses.rejection.opsm",
+        "losses.routing.flips",
+        "losses.routing.replay_ids",
+        "losses.routing.replay_weights",
+    }
+
+
 def test_a_docstring_without_a_field_is_refused(maker):
     def lacking():
         """Something.

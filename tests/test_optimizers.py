@@ -1,4 +1,4 @@
-"""Both optimizers against optax, over updates one of which is left out."""
+"""Optimizers: the library's against optax's own, and any optax transformation in the step."""
 
 import dataclasses
 
@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optax import contrib
 
 from dcmdp_jax import optimizers, sharding, step
-from support.steps import MODEL, make_config, make_scored, run
+from dcmdp_jax.config import MeshConfig
+from support.steps import MODEL, assert_close, make_config, make_scored, run
 
 pytestmark = pytest.mark.full
 
@@ -32,79 +34,104 @@ def optax_sgd(a):
     )
 
 
+def scheduled_adam(a):
+    return optax.adam(optax.cosine_decay_schedule(a.learning_rate, 10))
+
+
+def adafactor(a):
+    # factors matrices as small as those of the test's model
+    return optax.adafactor(a.learning_rate, min_dim_size_to_factor=8)
+
+
+def muon(a):
+    return contrib.muon(a.learning_rate)
+
+
+PLAIN = make_config().algorithm
+PARAMS = {"a": jnp.array([1.0, -2.0, 3.0]), "b": jnp.array([[0.5]])}
+
+
+def start(algorithm, params=PARAMS):
+    return step.Updated(params, optimizers.from_config(algorithm).init(params), jnp.int32(0))
+
+
+def applied(updated, grads, algorithm, loss=0.0):
+    config = dataclasses.replace(make_config(), algorithm=algorithm)
+    return step.apply_update(updated, jnp.float32(loss), grads, config)[0]
+
+
+def random_grads(seed, params=PARAMS):
+    return jax.tree.map(lambda w: jax.random.normal(jax.random.key(seed), w.shape), params)
+
+
 @pytest.mark.parametrize("clip", [1e-3, 1e9])
 @pytest.mark.parametrize(
     "optimizer, reference", [(optimizers.adamw, optax_adamw), (optimizers.sgd, optax_sgd)]
 )
 def test_updates_are_those_of_optax(optimizer, reference, clip):
-    """The rate rises over the first three."""
+    """The rate rises over the first three; one update is not finite and is left out."""
     algorithm = dataclasses.replace(
-        make_config().algorithm,
-        optimizer=optimizer,
-        grad_clip=clip,
-        lr_warmup_steps=2,
-        weight_decay=0.1,
+        PLAIN, optimizer=optimizer, grad_clip=clip, lr_warmup_steps=2, weight_decay=0.1
     )
     reference = optax.chain(optax.clip_by_global_norm(clip), reference(algorithm))
-    ours = optimizers.of(algorithm)
-    params = expected = {"a": jnp.array([1.0, -2.0, 3.0]), "b": jnp.array([[0.5]])}
-    state = ours.init(params)
-    kept = reference.init(params)
+    updated = start(algorithm)
+    expected = PARAMS
+    state = reference.init(expected)
     for seed, finite in enumerate([True, True, False, True, True]):
         poison = 0 if finite else jnp.nan
-        key = jax.random.key(seed)
-        grads = jax.tree.map(
-            lambda w, key=key, poison=poison: jax.random.normal(key, w.shape) + poison, params
-        )
-        params, state = ours.update(
-            grads, optax.tree.norm(grads), jnp.asarray(finite), params, state
-        )
+        grads = jax.tree.map(lambda g, poison=poison: g + poison, random_grads(seed))
+        updated = applied(updated, grads, algorithm)
         if finite:
-            updates, kept = reference.update(grads, kept, expected)
+            updates, state = reference.update(grads, state, expected)
             expected = optax.apply_updates(expected, updates)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), params, expected)
-    assert state.count == 4
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updated.params, expected)
+    assert updated.skipped == 1
+
+
+@pytest.mark.parametrize("optimizer", [optimizers.adamw, optimizers.sgd, adafactor, muon])
+@pytest.mark.parametrize("loss, gradient", [(np.nan, 1.0), (0.0, np.inf), (0.0, np.nan)])
+def test_an_update_that_is_not_finite_changes_nothing(optimizer, loss, gradient):
+    algorithm = dataclasses.replace(PLAIN, optimizer=optimizer)
+    params = {"w": jnp.ones((8, 8))}
+    before = applied(start(algorithm, params), random_grads(0, params), algorithm)
+    grads = random_grads(1, params) | {"w": random_grads(1, params)["w"].at[2, 3].set(gradient)}
+    after = applied(before, grads, algorithm, loss)
+    jax.tree.map(np.testing.assert_array_equal, after[:2], before[:2])
+    assert after.skipped == before.skipped + 1
 
 
 def test_plain_sgd_is_optax_sgd():
     """Without weight decay and clipping: m <- beta1 m + g, w <- w - rate m."""
-    algorithm = dataclasses.replace(
-        make_config().algorithm, optimizer=optimizers.sgd, grad_clip=1e9
-    )
+    algorithm = dataclasses.replace(PLAIN, optimizer=optimizers.sgd, grad_clip=1e9)
     reference = optax.sgd(algorithm.learning_rate, momentum=algorithm.beta1)
-    ours = optimizers.of(algorithm)
-    params = expected = {"a": jnp.array([1.0, -2.0, 3.0])}
-    state = ours.init(params)
-    kept = reference.init(params)
+    updated = start(algorithm)
+    expected = PARAMS
+    state = reference.init(expected)
     for seed in range(3):
-        grads = {"a": jax.random.normal(jax.random.key(seed), (3,))}
-        params, state = ours.update(grads, optax.tree.norm(grads), jnp.asarray(True), params, state)
-        updates, kept = reference.update(grads, kept, expected)
+        grads = random_grads(seed)
+        updated = applied(updated, grads, algorithm)
+        updates, state = reference.update(grads, state, expected)
         expected = optax.apply_updates(expected, updates)
-    np.testing.assert_allclose(params["a"], expected["a"], rtol=1e-6)
+    np.testing.assert_allclose(updated.params["a"], expected["a"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", [optimizers.adamw, optimizers.sgd])
-def test_a_clip_of_0_is_no_clip(optimizer):
-    params = {"a": jnp.array([1.0, -2.0])}
+def test_the_gradient_is_clipped_by_its_norm():
+    """SGD from rest: the step is the rate times the clipped gradient, whose norm was 50."""
     grads = {"a": jnp.array([30.0, 40.0])}
+    params = {"a": jnp.array([1.0, -2.0])}
 
     def moved(clip):
-        plain = make_config().algorithm
-        algorithm = dataclasses.replace(plain, optimizer=optimizer, grad_clip=clip)
-        ours = optimizers.of(algorithm)
-        norm = optax.tree.norm(grads)
-        return ours.update(grads, norm, jnp.asarray(True), params, ours.init(params))
+        algorithm = dataclasses.replace(PLAIN, optimizer=optimizers.sgd, grad_clip=clip)
+        after = applied(start(algorithm, params), grads, algorithm)
+        return (params["a"] - after.params["a"]) / algorithm.learning_rate
 
-    jax.tree.map(np.testing.assert_array_equal, moved(0.0), moved(1e9))
-    (_, none), (_, clipped) = moved(0.0), moved(1.0)
-    np.testing.assert_allclose(none[1]["a"], 50 * clipped[1]["a"], rtol=1e-6)  # the norm is 50
+    np.testing.assert_allclose(moved(1.0), [0.6, 0.8], rtol=1e-4)
+    np.testing.assert_allclose(moved(1e9), [30, 40], rtol=1e-4)
+    np.testing.assert_array_equal(moved(0.0), moved(1e9))
 
 
 def test_a_step_of_sgd_follows_the_gradient_s_norm():
-    """One update from rest moves the parameters by rate * the gradient's norm; the state holds no
-    second moment.
-    """
+    """One update from rest moves the parameters by rate * the gradient's norm."""
     config = make_config(optimizer=optimizers.sgd, grad_clip=1e9)
     before, state, metrics = run(config, make_scored())
     moved = optax.tree.norm(jax.tree.map(jnp.subtract, state.params, before))
@@ -112,13 +139,70 @@ def test_a_step_of_sgd_follows_the_gradient_s_norm():
     np.testing.assert_allclose(
         moved, config.algorithm.learning_rate * metrics["grad_norm"], rtol=1e-4
     )
-    place = step.state_shardings(config, MODEL, sharding.single_device_mesh())
-    assert state.opt_state._fields == ("count", "m") and jax.tree.structure(
-        place
-    ) == jax.tree.structure(state)
 
 
 def test_adamw_is_what_an_experiment_gets():
-    assert make_config().algorithm.optimizer is None
-    state = optimizers.of(make_config().algorithm).init({"a": jnp.ones(3)})
-    assert state._fields == ("count", "mu", "nu")
+    assert PLAIN.optimizer is None
+    adam = start(PLAIN).opt_state[0]
+    assert adam._fields == ("count", "mu", "nu")
+
+
+OPTIMIZERS = [optimizers.adamw, optimizers.sgd, scheduled_adam, adafactor, muon]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_moments_lie_as_their_parameters_do(optimizer):
+    """Vectors aside, of which adafactor has some that a parameter's shape fits by chance."""
+    config = make_config(optimizer=optimizer)
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    shapes = step.abstract_state(config, MODEL, mesh)
+    places = step.params_shardings(MODEL, mesh)
+    by_shape = {}
+    for shape, place in zip(jax.tree.leaves(shapes.params), jax.tree.leaves(places), strict=True):
+        by_shape.setdefault(shape.shape, []).append(place)
+    for leaf in jax.tree.leaves(shapes.opt_state):
+        if leaf.ndim > 1 and leaf.shape in by_shape:
+            assert leaf.sharding in by_shape[leaf.shape]
+        elif leaf.ndim < 1:
+            assert leaf.sharding == sharding.replicated(mesh)
+
+
+@pytest.mark.parametrize("optimizer", [scheduled_adam, adafactor, muon])
+def test_sharded_is_unsharded(optimizer):
+    config = make_config(optimizer=optimizer, microbatches=2)
+    scored = make_scored()
+    _, one, metrics = run(config, scored)
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    _, split, split_metrics = run(config, scored, mesh)
+    assert_close(split.params, one.params, 1e-5)
+    assert abs(metrics["loss"] - split_metrics["loss"]) < 1e-6
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+@pytest.mark.parametrize("optimizer", [optimizers.adamw, optimizers.sgd])
+def test_moments_on_the_host_change_nothing(optimizer, minibatches):
+    config = make_config(minibatches=minibatches, optimizer=optimizer)
+    algorithm = dataclasses.replace(config.algorithm, offload=True)
+    _, here, metrics = run(config, make_scored())
+    _, there, offloaded = run(dataclasses.replace(config, algorithm=algorithm), make_scored())
+    large = [leaf for leaf in jax.tree.leaves(there.opt_state) if leaf.ndim]
+    assert {leaf.sharding.memory_kind for leaf in large} == {sharding.HOST}
+    assert metrics == offloaded
+    jax.tree.map(
+        np.testing.assert_array_equal, *map(jax.device_get, (here._asdict(), there._asdict()))
+    )
+
+
+def test_a_leaf_is_matched_by_shape_and_by_the_end_of_its_path():
+    params = {"a": {"w": np.zeros((2, 3))}, "b": {"w": np.zeros((2, 3))}}
+    state = (
+        np.zeros(()),
+        {"mu": params, "other": {"w": np.zeros((2, 3))}},
+        {"a": {"w": np.zeros(2)}},
+    )
+    found = optimizers.matched(state, params, {"a": {"w": "A"}, "b": {"w": "B"}}, "none")
+    assert found == (
+        "none",
+        {"mu": {"a": {"w": "A"}, "b": {"w": "B"}}, "other": {"w": "none"}},
+        {"a": {"w": "none"}},
+    )

@@ -97,7 +97,7 @@ def test_a_loop_that_waits_for_each_update_gets_the_same(four_steps, tmp_path):
     update = step.compile(run, inputs.model_config, inputs.mesh)
     batches = Batches(run, inputs, state, lambda: False)
     for row in rows(four_steps[0]):
-        params, version = step.sampled_from(state)
+        params, version = step.sampled_from(state, run)
         batches.sampler.update_weights(params, int(version))
         batch = batches.collect(Stream.ROLLOUT, int(state.step))
         state, values = jax.block_until_ready(update(state, batch.packed))
@@ -112,7 +112,7 @@ def test_training_and_sampling_share_no_device():
 
 def test_the_state_holds_the_last_parameters_oldest_first(four_steps):
     state, _ = saved(four_steps[0], run_of(4), DEVICES)
-    params, version = step.sampled_from(state)
+    params, version = step.sampled_from(state, run_of(4))
     assert len(state.stale) == 2 and int(version) == 2 and params is state.stale[0]
     distance = [
         sum(

@@ -11,15 +11,14 @@ paths of the interpreter and of this file):
     ours=/PATH/python:/PATH/run_ours.py
 
 T1 scores completions with the trainer's packed forward pass. T2 is one update, as in `step`:
-forward, backward,
-gradient norm, AdamW. T3 and T4 are rollouts as training makes them, through the JetStream engine;
-T4's lengths are each
-request's `max_tokens`, which the engine compares with the tokens made; no slot is given or kept by
-it.
-Variants: int8 (T3, T4) gives the engine int8 projections; step (T2) runs the whole constrained
-    step, with its
-advantages, shaping, metrics and dual.
+forward, backward, gradient norm, AdamW. T3 and T4 are rollouts as training makes them, through the
+JetStream engine. T4's lengths are each request's `max_tokens`, which the engine compares with the
+number of tokens it has made.
+
+Variants: int8 (T3, T4) gives the engine int8 projections; step (T2) runs the full constrained step,
+with its advantages, shaping, metrics and dual.
 """
+# ruff: noqa: E402 (the harness's folder must be on the path before its modules are imported)
 
 from __future__ import annotations
 
@@ -41,13 +40,11 @@ sys.path.insert(0, str(PEERS))
 import common
 import harness
 import jax
-import jax.numpy as jnp
 import jaxlib
 import numpy as np
-import optax
 from safetensors.numpy import save_file
 
-from dcmdp_jax import constraint, data, optimizers, sharding, step, sync
+from dcmdp_jax import constraint, data, sharding, step, sync
 from dcmdp_jax.config import (
     AlgorithmConfig,
     Config,
@@ -85,6 +82,7 @@ class Score:
         )
 
     def step(self) -> dict[str, Any]:
+        """Scores once; returns the log-probs."""
         one = jax.tree.map(lambda x: x[0, 0], self.batch)
         logp = np.asarray(self.logp(self.params, one))
         return {"logps": logp[np.argsort(one.group)]}  # packing deals completions at random
@@ -106,6 +104,7 @@ class Update:
             )
 
     def step(self) -> dict[str, float]:
+        """Makes one update; returns loss and gradient norm."""
         self.state, metrics = jax.block_until_ready(self.update(self.state, self.batch))
         return {"loss": float(metrics["loss"]), "grad_norm": float(metrics["grad_norm"])}
 
@@ -113,16 +112,20 @@ class Update:
 def update(
     state: Any, batch: Batch, *, config: Config, model_config: ModelConfig
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """`step.constrained_step` where the old log-probs are given."""
-    minibatch = jax.tree.map(lambda x: x[0], batch)
-    given = minibatch, minibatch.rollout_logp, minibatch.mask * minibatch.reward[..., None]
-    loss, grads = step._gradients(state.params, given, state.dual.multiplier, config, model_config)
-    norm = optax.tree.norm(grads)
-    optimizer = optimizers.of(config.algorithm)
-    params, opt_state = optimizer.update(
-        grads, norm, jnp.isfinite(norm), state.params, state.opt_state
+    """`step.constrained_step` with old log-probs and advantages that are given."""
+    only = jax.tree.map(lambda x: x[0], batch)
+    minibatch = step.Minibatch(
+        batch=only,
+        old_logp=only.rollout_logp,
+        ref_logp=None,
+        advantage=only.mask * only.reward[..., None],
     )
-    return state._replace(params=params, opt_state=opt_state), {"loss": loss, "grad_norm": norm}
+    loss, grads = step.gradients(
+        state.params, state.frozen, minibatch, state.dual.multiplier, config, model_config
+    )
+    before = step.Updated(state.params, state.opt_state, state.skipped)
+    after, norm = step.apply_update(before, loss, grads, config)
+    return state._replace(**after._asdict()), {"loss": loss, "grad_norm": norm}
 
 
 class Generate:
@@ -147,6 +150,7 @@ class Generate:
         self.runs = 0
 
     def step(self) -> dict[str, Any]:
+        """Rolls out once; returns tokens, log-probs and decode steps."""
         self.runs = self.runs + 1
         self.engine.decode_steps = 0
         out = rollout(
@@ -171,6 +175,7 @@ class CountingEngine(Engine):
     decode_steps = 0
 
     def read(self, result: Any) -> Any:
+        """Reads a result and counts its decode steps."""
         out = super().read(result)
         self.decode_steps += int(out.valid.any(axis=0).sum())
         return out

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dcmdp_jax import rewards, seeds
+from dcmdp_jax import rewards, seeds, step
 from dcmdp_jax.config import Config, Precision
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.inputs import Inputs
@@ -60,7 +60,8 @@ class HeldOut:
             self._exact = jetstream.sampler(
                 self._exact_config, inputs.model_config, inputs.tokenizer, inputs.decode_mesh
             )
-        self._exact.update_weights(state.params, int(state.step))
+        params = step.policy_params(state, self._config)
+        self._exact.update_weights(params, int(state.step))
         rate = self._pass_rate(self._exact)
         self._exact.release_weights()
         return rate

@@ -21,15 +21,21 @@ nats, `[N, T]` (any leading axes, the last one is tokens), of the same temperatu
 
 `advantages` turns rewards into advantages. `policy`, `sequence` and `covariance` hold the policy
 losses, all of `(logp, old_logp, advantage, mask)`; `kl` the divergences from a reference;
-`corrections` weighs a loss by rho, from the levels, operators and denominators of `operators`, and
+`corrections` weights a loss by rho, from the levels, operators and denominators of `operators`, and
 `rejection` drops tokens by it; `centering` corrects the score function with the head of the
-sampler's distribution; `routing` replays experts; `reduce` makes a per-token loss a scalar;
+sampler's distribution; `routing` replays experts; `reduce` turns a per-token loss into a scalar;
 `diagnostics` and `tails` measure the gap. The constraint on it is `dcmdp_jax.constraint`.
 
-Losses are unreduced, float32 `[N, T]`, 0 outside the mask, whose padding may hold anything: it
-reaches neither value nor gradient. Empty masks, empty completions, groups of one and batches that
-are rejected as a whole give loss 0 and gradient 0. Every function is safe under jit, vmap and grad.
-An argument of another dtype raises TypeError, one of another shape ValueError, naming it.
+Losses are unreduced, float32 `[N, T]`, and 0 outside the mask. Padding may hold anything: it
+reaches neither value nor gradient. Empty masks, empty completions, groups of one and batches in
+which every token is rejected give loss 0 and gradient 0. Every function is safe under jit, vmap and
+grad. An argument of another dtype raises TypeError and one of another shape ValueError; both name
+it.
+
+A function is *separable* over microbatches if what it gives a completion does not depend on the
+log-probs of other completions. The functions here declare it by their attribute `separable`; on a
+function of your own, set `function.separable = True`. The training step can then score a batch and
+update from it in one pass, where it otherwise scores the batch first.
 """
 
 from dcmdp_jax.losses import (

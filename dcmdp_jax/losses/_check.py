@@ -8,6 +8,7 @@ caller needs.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,11 @@ _HALF = (jnp.bfloat16, jnp.float16)
 _MASKS = (jnp.bool_, jnp.int32, jnp.float32)
 
 
-def tokens(**arrays) -> list[Array]:
-    """Returns the named arrays as JAX arrays, or says which one is not float32 `[..., T]` of the
-    first one's shape.
+def tokens(**arrays: Any) -> list[Array]:
+    """Returns the named arrays as JAX arrays.
+
+    Raises TypeError or ValueError, naming the array, if one is not float32 `[..., T]` of the shape
+    of the first.
     """
     first = next(iter(arrays))
     for name, value in arrays.items():
@@ -29,12 +32,13 @@ def tokens(**arrays) -> list[Array]:
             raise ValueError(f"{name} is a scalar; it must be an array whose last axis is tokens")
         if value.shape != arrays[first].shape:
             raise ValueError(
-                f"{name} has shape {value.shape} but {first} has {arrays[first].shape}; they must agree"
+                f"{name} has shape {value.shape} but {first} has {arrays[first].shape}; "
+                "they must agree"
             )
     return [jnp.asarray(value) for value in arrays.values()]
 
 
-def advantage(value, like: Array) -> Array:
+def advantage(value: Any, like: Array) -> Array:
     """Returns the advantage broadcast to `like`'s shape; it must be float32 `[..., T]` or `[...,
     1]`.
     """
@@ -47,7 +51,7 @@ def advantage(value, like: Array) -> Array:
     return jnp.broadcast_to(jnp.asarray(value), like.shape)
 
 
-def mask(value, like: Array) -> Array:
+def mask(value: Any, like: Array) -> Array:
     """Returns the mask as booleans (true where above zero); it must be bool, int32 or float32 of
     `like`'s shape.
     """
@@ -62,7 +66,7 @@ def mask(value, like: Array) -> Array:
     return jnp.asarray(value) > 0
 
 
-def arguments(logp, old_logp, adv, m) -> tuple[Array, Array, Array, Array]:
+def arguments(logp: Any, old_logp: Any, adv: Any, m: Any) -> tuple[Array, Array, Array, Array]:
     """Checks the four arguments of a policy loss and zeroes what padding holds, so that arithmetic
     on it is safe.
     """
@@ -71,7 +75,9 @@ def arguments(logp, old_logp, adv, m) -> tuple[Array, Array, Array, Array]:
     return select(m, logp), select(m, old_logp), select(m, advantage(adv, logp)), m
 
 
-def rollout_arguments(logp, rollout_logp, adv, m) -> tuple[Array, Array, Array, Array]:
+def rollout_arguments(
+    logp: Any, rollout_logp: Any, adv: Any, m: Any
+) -> tuple[Array, Array, Array, Array]:
     """As `arguments`, for a loss against the sampler: tokens that it did not measure leave the
     mask.
     """
@@ -80,7 +86,7 @@ def rollout_arguments(logp, rollout_logp, adv, m) -> tuple[Array, Array, Array, 
 
 
 def clip_bounds(clip_low: float, clip_high: float) -> None:
-    """Says so where the distances of a clip range below and above 1 make no sense."""
+    """Raises ValueError if the distances of a clip range below and above 1 make no sense."""
     if not 0 <= clip_low <= 1:
         raise ValueError(
             f"clip_low must be between 0 and 1, the distance below ratio 1, not {clip_low}"
@@ -91,7 +97,7 @@ def clip_bounds(clip_low: float, clip_high: float) -> None:
         )
 
 
-def groups(value, like: Array, num_groups: int) -> Array:
+def groups(value: Any, like: Array, num_groups: int) -> Array:
     """Returns int32 group ids with every id outside [0, num_groups) moved to num_groups, where
     nothing reads it.
     """
@@ -110,15 +116,15 @@ def groups(value, like: Array, num_groups: int) -> Array:
 
 
 def select(mask: Array, x: Array, fill: float = 0.0) -> Array:
-    """x where the mask holds, else `fill`: what padding holds reaches neither the value nor the
+    """Returns x on the mask and `fill` elsewhere, so that padding reaches neither the value nor the
     gradient.
     """
     return jnp.where(mask, x, fill)
 
 
 def measured(rollout_logp: Array, mask: Array) -> Array:
-    """The tokens of the mask whose sampler log-probability is finite; engines report NaN for some
-    certain tokens.
+    """Returns the tokens of the mask whose sampler log-probability is finite; some engines report
+    NaN for tokens of probability 1.
     """
     return mask & jnp.isfinite(rollout_logp)
 
@@ -214,13 +220,13 @@ def pessimistic(
     return -adv * bound(ratio, lower, upper)
 
 
-def _floating(name: str, value) -> None:
+def _floating(name: str, value: Any) -> None:
     if not hasattr(value, "dtype"):
         raise TypeError(f"{name} must be a NumPy or JAX array, not {type(value).__name__}")
     if value.dtype in _HALF and name.endswith("logp"):
         raise TypeError(
-            f"{name} is {value.dtype}: rounding log-probs to bfloat16 alone makes a delta of about 3e-4; "
-            "cast the logits to float32 before the log-softmax"
+            f"{name} is {value.dtype}: rounding log-probs to bfloat16 alone makes a delta of about "
+            "3e-4; cast the logits to float32 before the log-softmax"
         )
     if value.dtype != jnp.float32:
         raise TypeError(

@@ -43,11 +43,11 @@ def _close_below(excess: Array, total: Array) -> tuple[Array, Array]:
     """
     guesses = _bits(_guesses(excess))
 
-    def far(state):
+    def far(state: tuple) -> Array:
         _, low, high, below, above = state
         return (above >= 0) & (high - low > 1) & (below <= (1 - _CLOSE) * _float(low))
 
-    def step(state):
+    def step(state: tuple) -> tuple:
         i, low, high, below, above = state
         part = jnp.where(
             (i % 4 == 0) | (i > 16), 0.5, (-_CLOSE / 2 * _float(low) - below) / (above - below)

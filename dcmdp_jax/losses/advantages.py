@@ -37,8 +37,7 @@ def grpo(
 
 
 def dr_grpo(reward: Array, group: Array, *, num_groups: int) -> Array:
-    """Reward less the group's mean: no division, so easy and hard prompts weigh as their rewards
-    say.
+    """Reward less the group's mean, without division by the standard deviation.
 
     Formula: A = R - mean_g
     Needs: reward, group, num_groups
@@ -240,7 +239,8 @@ def overlong_mask(mask: Array, truncated: Array) -> Array:
     """
     if mask.shape[:-1] != truncated.shape:
         raise ValueError(
-            f"truncated has shape {truncated.shape}; it must be {mask.shape[:-1]}, one per completion"
+            f"truncated has shape {truncated.shape}; it must be {mask.shape[:-1]}, "
+            "one per completion"
         )
     return _check.mask(mask, mask) & ~jnp.asarray(truncated, bool)[..., None]
 
@@ -285,8 +285,8 @@ def _centred(reward: Array, group: Array, num_groups: int) -> tuple[Array, Array
 
 def _spread(reward: Array, group: Array, num_groups: int) -> Array:
     """max_g R - min_g R, `[num_groups + 1]`; 0 for the slot of padded completions."""
-    spread = _max(reward, group, num_groups) + _max(-reward, group, num_groups)
-    return jnp.where(jnp.arange(num_groups + 1) < num_groups, spread, 0.0)
+    extent = _max(reward, group, num_groups) + _max(-reward, group, num_groups)
+    return jnp.where(jnp.arange(num_groups + 1) < num_groups, extent, 0.0)
 
 
 def _sum(x: Array, group: Array, num_groups: int) -> Array:

@@ -7,10 +7,8 @@ proportional to p. It applies to score-function losses only, and the reported pr
 of the distribution sampled from (same temperature, full-vocabulary mass).
 
 Shapes: `logp`, `rollout_logp` `[..., T]` of the sampled tokens; `head_logp`, `head_rollout_logp`
-    `[..., T, k]` of the
-sampler's k likeliest tokens, under trainer and sampler; float32 nats. A head entry whose
-`head_rollout_logp` is not
-finite is empty: pad a short list with -inf.
+`[..., T, k]` of the sampler's k likeliest tokens, under trainer and sampler; float32 nats. A head
+entry whose `head_rollout_logp` is not finite is empty: pad a short list with -inf.
 """
 
 from __future__ import annotations

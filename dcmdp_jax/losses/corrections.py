@@ -6,14 +6,10 @@ gap. Weights and keep masks carry no gradient. A `Correction` names a level (whi
 operator (what is done with it), bounds, and the denominator; it prints its own formula.
 
 A surrogate joins a policy loss with a correction: `surrogate(logp, old_logp, rollout_logp,
-    advantage, mask)` returns
-`(loss [..., T], denominator mask [..., T])` for `reduce`. There are two kinds, and each applies the
-factor
-pi_train / pi_rollout once: `decoupled` takes the policy ratio against the trainer's recomputation
-and weights the loss
-by the correction; `bypass` takes the ratio against the sampler, where the factor is inside, and has
-no place for a
-weight.
+advantage, mask)` returns `(loss [..., T], denominator mask [..., T])` for `reduce`. There are two
+kinds, and each applies the factor pi_train / pi_rollout once: `decoupled` takes the policy ratio
+against the trainer's recomputation and weights the loss by the correction; `bypass` takes the ratio
+against the sampler, which contains the factor, and takes no weight.
 """
 
 from __future__ import annotations
@@ -24,11 +20,13 @@ import inspect
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dcmdp_jax.losses import _check, reduce
+from dcmdp_jax.losses._separable import is_separable
 from dcmdp_jax.losses.operators import (
     clip,
     geometric,
@@ -46,6 +44,7 @@ Array = _check.Array
 stop = jax.lax.stop_gradient
 Loss = Callable[[Array, Array, Array, Array], Array]
 Rejection = Callable[[Array, Array, Array], Array]
+Denominator = Callable[[Array, Array], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Correction:
     operator: Callable[[Array, float | None, float | None], tuple[Array, Array]] = truncate
     low: float | None = None
     high: float | None = None
-    denominator: Callable[[Array, Array], Array] = original
+    denominator: Denominator = original
 
     def __post_init__(self) -> None:
         for name in ("level", "operator", "denominator"):
@@ -90,8 +89,8 @@ class Correction:
             )
 
     def weights(self, old_logp: Array, rollout_logp: Array, mask: Array) -> tuple[Array, Array]:
-        """The weight, float32 `[..., T]`, and which tokens are kept, bool `[..., T]`; 0 and False
-        outside the mask.
+        """Returns the weight, float32 `[..., T]`, and True for tokens that are not dropped, bool
+        `[..., T]`; 0 and False outside the mask.
         """
         old_logp, rollout_logp = _check.tokens(old_logp=old_logp, rollout_logp=rollout_logp)
         mask = _check.mask(mask, old_logp)
@@ -100,6 +99,11 @@ class Correction:
         weight, keep = self.operator(jnp.exp(self.level(difference, measured)), self.low, self.high)
         keep = mask & keep
         return stop(_check.select(keep, weight)), keep
+
+    @property
+    def separable(self) -> bool:
+        """True if level, operator and denominator are declared separable over microbatches."""
+        return all(map(is_separable, (self.level, self.operator, self.denominator)))
 
     def __repr__(self) -> str:
         level = self.level.__name__
@@ -158,7 +162,9 @@ def geometric_tis(high: float = 2.0) -> Correction:
     return Correction(geometric, truncate, None, high)
 
 
-def mis(low: float | None = 0.5, high: float | None = 2.0, denominator=original) -> Correction:
+def mis(
+    low: float | None = 0.5, high: float | None = 2.0, denominator: Denominator = original
+) -> Correction:
     """Masked importance sampling per token: the ratio as weight, tokens outside the bounds dropped.
 
     Formula: w_t = rho_t 1[low <= rho_t <= high]
@@ -170,7 +176,7 @@ def mis(low: float | None = 0.5, high: float | None = 2.0, denominator=original)
 
 
 def sequence_mis(
-    low: float | None = None, high: float | None = 3.0, denominator=original
+    low: float | None = None, high: float | None = 3.0, denominator: Denominator = original
 ) -> Correction:
     """Masked importance sampling with the ratio of the whole completion.
 
@@ -195,7 +201,9 @@ def icepop(low: float = 0.5, high: float = 5.0) -> Correction:
     return Correction(token, zero_outside, low, high)
 
 
-def geometric_mask(low: float = 0.99, high: float = 1.01, denominator=original) -> Correction:
+def geometric_mask(
+    low: float = 0.99, high: float = 1.01, denominator: Denominator = original
+) -> Correction:
     """Rejection of completions whose geometric mean ratio leaves the bounds; weight 1 for the
     others.
 
@@ -240,14 +248,17 @@ def blend(weights: Array, mask: Array, *, alpha: Array | float) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Decoupled:
-    """A surrogate made by `decoupled`."""
+    """What `decoupled` returns."""
 
     loss: Loss
     correction: Correction | None
     rejections: tuple[Rejection, ...]
-    denominator: Callable[[Array, Array], Array]
+    denominator: Denominator
 
-    def __call__(self, logp, old_logp, rollout_logp, advantage, mask) -> tuple[Array, Array]:
+    def __call__(
+        self, logp: Array, old_logp: Array, rollout_logp: Array, advantage: Array, mask: Array
+    ) -> tuple[Array, Array]:
+        """Returns the loss and the mask to reduce it with, both `[..., T]`."""
         _check.tokens(logp=logp, old_logp=old_logp, rollout_logp=rollout_logp)
         loss = self.loss(logp, old_logp, advantage, mask)
         denominator = _check.mask(mask, loss)
@@ -259,19 +270,30 @@ class Decoupled:
         rejected = _keep_all(self.rejections, old_logp, rollout_logp, mask, keep)
         return _check.select(rejected, loss), self.denominator(denominator, rejected)
 
+    @property
+    def separable(self) -> bool:
+        """True if all parts are declared separable over microbatches."""
+        parts: list[Any] = [self.loss, *self.rejections, self.denominator]
+        if self.correction is not None:
+            parts.append(self.correction)
+        return all(map(is_separable, parts))
+
     def __repr__(self) -> str:
         return f"decoupled({_parts(self.loss, self.correction, self.rejections, self.denominator)})"
 
 
 @dataclasses.dataclass(frozen=True)
 class Bypass:
-    """A surrogate made by `bypass`."""
+    """What `bypass` returns."""
 
     loss: Loss
     rejections: tuple[Rejection, ...]
-    denominator: Callable[[Array, Array], Array]
+    denominator: Denominator
 
-    def __call__(self, logp, old_logp, rollout_logp, advantage, mask) -> tuple[Array, Array]:
+    def __call__(
+        self, logp: Array, old_logp: Array, rollout_logp: Array, advantage: Array, mask: Array
+    ) -> tuple[Array, Array]:
+        """Returns the loss and the mask to reduce it with, both `[..., T]`."""
         logp, _, rollout_logp = _check.tokens(
             logp=logp, old_logp=old_logp, rollout_logp=rollout_logp
         )
@@ -280,6 +302,11 @@ class Bypass:
         loss = self.loss(logp, rollout_logp, advantage, measured)
         keep = _keep_all(self.rejections, stop(logp), rollout_logp, mask, measured)
         return _check.select(keep, loss), self.denominator(mask, keep)
+
+    @property
+    def separable(self) -> bool:
+        """True if all parts are declared separable over microbatches."""
+        return all(map(is_separable, (self.loss, *self.rejections, self.denominator)))
 
     def __repr__(self) -> str:
         return f"bypass({_parts(self.loss, None, self.rejections, self.denominator)})"
@@ -290,7 +317,7 @@ def decoupled(
     correction: Correction | None = None,
     *,
     rejections: tuple[Rejection, ...] = (),
-    denominator: Callable[[Array, Array], Array] = original,
+    denominator: Denominator = original,
 ) -> Decoupled:
     """A surrogate with the policy ratio against the trainer's recomputation and the gap in a
     weight.
@@ -309,8 +336,7 @@ def decoupled(
 
     Returns:
         A hashable function of `(logp, old_logp, rollout_logp, advantage, mask)` that returns the
-        unreduced loss and
-        the mask to reduce it with, both `[..., T]`.
+        unreduced loss and the mask to reduce it with, both `[..., T]`.
 
     Raises:
         TypeError: `correction` is not a Correction or None, or a rejection is one.
@@ -324,7 +350,7 @@ def bypass(
     loss: Loss,
     *,
     rejections: tuple[Rejection, ...] = (),
-    denominator: Callable[[Array, Array], Array] = original,
+    denominator: Denominator = original,
 ) -> Bypass:
     """A surrogate with the policy ratio against the sampler; the gap is in the ratio, so there is
     no weight to add.
@@ -352,18 +378,22 @@ def _loss(loss: Loss) -> Loss:
     return loss
 
 
-def _rejections(rejections) -> tuple[Rejection, ...]:
+def _rejections(rejections: tuple[Rejection, ...]) -> tuple[Rejection, ...]:
     for rejection in rejections:
         if not callable(rejection):
             raise TypeError(
-                f"a rejection must be a function of (old_logp, rollout_logp, mask), not {rejection!r}; "
-                "a correction carries a weight, which belongs to decoupled, once"
+                f"a rejection must be a function of (old_logp, rollout_logp, mask), not "
+                f"{rejection!r}; a correction carries a weight, which belongs to decoupled, once"
             )
     return tuple(rejections)
 
 
 def _keep_all(
-    rejections: tuple[Rejection, ...], old_logp, rollout_logp, mask, keep: Array
+    rejections: tuple[Rejection, ...],
+    old_logp: Array,
+    rollout_logp: Array,
+    mask: Array,
+    keep: Array,
 ) -> Array:
     for rejection in rejections:
         keep = keep & rejection(old_logp, rollout_logp, mask)
@@ -378,7 +408,10 @@ def _formula(function: Callable) -> str:
 
 
 def _parts(
-    loss: Loss, correction: Correction | None, rejections: tuple[Rejection, ...], denominator
+    loss: Loss,
+    correction: Correction | None,
+    rejections: tuple[Rejection, ...],
+    denominator: Denominator,
 ) -> str:
     parts = [_name(loss)]
     if correction is not None:

@@ -1,6 +1,6 @@
-"""Policy losses that treat apart the few tokens that drive the entropy down.
+"""Policy losses with a special rule for the few tokens that drive the entropy down.
 
-Their mark is a large covariance between log-probability and advantage, cov = (A - mean A)(logp -
+Such tokens have a large covariance between log-probability and advantage, cov = (A - mean A)(logp -
 mean logp), means over the valid tokens of the batch given. Signature and shapes are those of
 `policy`. `fraction` is of the valid tokens, and at least one token is treated.
 """

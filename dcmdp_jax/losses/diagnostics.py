@@ -14,6 +14,7 @@ Sums run over the arrays given, so under `jit` with sharded inputs they are glob
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +33,10 @@ def summary(
     *,
     logp: Array | None = None,
 ) -> Metrics:
-    """What a training step logs, in one flat dict: no sort among it.
+    """The metrics that a training step logs, in one flat dict; none of them sorts the batch.
 
     Formula: the union of dropped, prob_diff, log_ratio, perplexity, chi2, effective_sample_size,
-        advantage_skew and,
-        with logp, staleness
+        advantage_skew and, with logp, staleness
     Needs: old_logp, rollout_logp, advantage, mask
     Default: logp none
     Paper: see the members
@@ -360,8 +360,8 @@ def support_mass(logits: Array, mask: Array, *, top_k: int = 0, top_p: float = 1
     p = jax.nn.softmax(_check.select(mask[..., None], jax.lax.stop_gradient(logits)), axis=-1)
     p = jnp.flip(jnp.sort(p, axis=-1), axis=-1)
     p = jnp.where(jnp.arange(p.shape[-1]) < (top_k or p.shape[-1]), p, 0.0)
-    kept = jnp.sum(p, axis=-1, keepdims=True)
-    inside = jnp.cumsum(p, axis=-1) - p < top_p * kept if top_p < 1.0 else True
+    mass = jnp.sum(p, axis=-1, keepdims=True)
+    inside = jnp.cumsum(p, axis=-1) - p < top_p * mass if top_p < 1.0 else True
     return jnp.where(mask, jnp.minimum(jnp.sum(jnp.where(inside, p, 0.0), axis=-1), 1.0), 1.0)
 
 
@@ -395,7 +395,7 @@ def _ess(weight: Array, mask: Array) -> Array:
     return jnp.square(reduce.token_mean(weight, mask)) / jnp.where(square > 0, square, 1.0)
 
 
-def _extreme(pick, x: Array, mask: Array, fill: float) -> Array:
+def _extreme(pick: Callable, x: Array, mask: Array, fill: float) -> Array:
     """Largest or smallest over the mask, 0 where it is empty."""
     return jnp.where(jnp.any(mask), pick(jnp.where(mask, x, fill), initial=fill), 0.0)
 

@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from dcmdp_jax.losses import _check
+from dcmdp_jax.losses._separable import separable
 
 Array = _check.Array
 stop = jax.lax.stop_gradient
 
 
+@separable
 def k1(logp: Array, ref_logp: Array, mask: Array) -> Array:
     """The log ratio itself: unbiased in value, of either sign.
 
@@ -30,6 +32,7 @@ def k1(logp: Array, ref_logp: Array, mask: Array) -> Array:
     return -_log_ratio(logp, ref_logp, mask)
 
 
+@separable
 def k2(logp: Array, ref_logp: Array, mask: Array) -> Array:
     """Half the squared log ratio: its gradient is that of KL(pi || reference) on samples of pi.
 
@@ -41,6 +44,7 @@ def k2(logp: Array, ref_logp: Array, mask: Array) -> Array:
     return 0.5 * jnp.square(_log_ratio(logp, ref_logp, mask))
 
 
+@separable
 def k3(logp: Array, ref_logp: Array, mask: Array, *, value_max: float | None = None) -> Array:
     """The low-variance estimate that is never negative.
 
@@ -55,6 +59,7 @@ def k3(logp: Array, ref_logp: Array, mask: Array, *, value_max: float | None = N
     return value if value_max is None else jnp.minimum(value, value_max)
 
 
+@separable
 def k3_k2_gradient(
     logp: Array, ref_logp: Array, mask: Array, *, value_max: float | None = None
 ) -> Array:

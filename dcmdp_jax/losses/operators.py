@@ -13,10 +13,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from dcmdp_jax.losses import _check
+from dcmdp_jax.losses._separable import separable
 
 Array = _check.Array
 
 
+@separable
 def token(difference: Array, mask: Array) -> Array:
     """Level: the ratio of each token; returns log R.
 
@@ -28,6 +30,7 @@ def token(difference: Array, mask: Array) -> Array:
     return _check.clamped(_check.select(mask, difference))
 
 
+@separable
 def sequence(difference: Array, mask: Array) -> Array:
     """Level: the product over the completion, the exact ratio of the trajectory; returns log R,
     `[..., 1]`.
@@ -42,6 +45,7 @@ def sequence(difference: Array, mask: Array) -> Array:
     return _check.clamped(_check.row_sum(difference, mask))
 
 
+@separable
 def geometric(difference: Array, mask: Array) -> Array:
     """Level: the geometric mean over the completion, free of its length; returns log R, `[..., 1]`.
 
@@ -55,6 +59,7 @@ def geometric(difference: Array, mask: Array) -> Array:
     return _check.row_mean(_check.clamped(difference), mask)
 
 
+@separable
 def truncate(ratio: Array, low: float | None, high: float | None) -> tuple[Array, Array]:
     """Operator: the ratio up to a bound; returns weight and keep.
 
@@ -63,9 +68,10 @@ def truncate(ratio: Array, low: float | None, high: float | None) -> tuple[Array
     Default: the operator of TIS
     Paper: Ionides 2008, doi 10.1198/106186008X320456
     """
-    return jnp.minimum(ratio, high), jnp.ones_like(ratio, bool)
+    return jnp.minimum(ratio, jnp.inf if high is None else high), jnp.ones_like(ratio, bool)
 
 
+@separable
 def clip(ratio: Array, low: float | None, high: float | None) -> tuple[Array, Array]:
     """Operator: the ratio within two bounds; returns weight and keep.
 
@@ -77,6 +83,7 @@ def clip(ratio: Array, low: float | None, high: float | None) -> tuple[Array, Ar
     return jnp.clip(ratio, low, high), jnp.ones_like(ratio, bool)
 
 
+@separable
 def keep_inside(ratio: Array, low: float | None, high: float | None) -> tuple[Array, Array]:
     """Operator: the ratio inside the bounds, nothing outside (MIS, "mask"); returns weight and
     keep.
@@ -89,6 +96,7 @@ def keep_inside(ratio: Array, low: float | None, high: float | None) -> tuple[Ar
     return ratio, _inside(ratio, low, high)
 
 
+@separable
 def zero_outside(ratio: Array, low: float | None, high: float | None) -> tuple[Array, Array]:
     """Operator: the ratio inside the bounds, weight 0 outside; the token is still counted (IcePop).
 
@@ -100,6 +108,7 @@ def zero_outside(ratio: Array, low: float | None, high: float | None) -> tuple[A
     return _check.select(_inside(ratio, low, high), ratio), jnp.ones_like(ratio, bool)
 
 
+@separable
 def reject(ratio: Array, low: float | None, high: float | None) -> tuple[Array, Array]:
     """Operator: weight 1 inside the bounds, nothing outside (rejection sampling); returns weight
     and keep.
@@ -112,6 +121,7 @@ def reject(ratio: Array, low: float | None, high: float | None) -> tuple[Array, 
     return jnp.ones_like(ratio), _inside(ratio, low, high)
 
 
+@separable
 def original(mask: Array, keep: Array) -> Array:
     """Denominator: the mask before rejection, so that rejecting tokens makes the step smaller.
 

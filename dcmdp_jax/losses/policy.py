@@ -1,20 +1,16 @@
 """Per-token policy losses of the current and the behaviour log-probabilities.
 
 Every function takes `(logp, old_logp, advantage, mask)` and returns the unreduced loss, float32
-`[..., T]`, last axis
-tokens, 0 outside the mask; `reduce` makes it a scalar. `old_logp` holds the log-probabilities the
-ratio is taken
-against: the trainer's own at the rollout's weights, or the sampler's where `corrections.bypass`
-    passes those. Log
-ratios are clamped to +-20 nats, beyond which the gradient is 0. No loss takes importance weights:
-the train/rollout
-factor belongs to `corrections`, once.
+`[..., T]`, last axis tokens, 0 outside the mask; `reduce` turns it into a scalar. `old_logp` holds
+the log-probabilities that the ratio is taken against: the trainer's own at the rollout's weights,
+or the sampler's under `corrections.bypass`. Log ratios are clamped to +-20 nats, beyond which the
+gradient is 0. No loss takes importance weights: the train/rollout factor belongs to `corrections`,
+once.
 
-Shapes, for all of them: `logp`, `old_logp` float32 `[..., T]` in nats; `advantage` float32, `[...,
-    T]` per token or
-`[..., 1]` per completion; `mask` bool, int32 or float32 `[..., T]`. They raise TypeError for
-another dtype (bfloat16
-log-probabilities among them) and ValueError for another shape or a bound that makes no sense.
+Shapes, for all of them: `logp`, `old_logp` float32 `[..., T]` in nats; `advantage` float32,
+`[..., T]` per token or `[..., 1]` per completion; `mask` bool, int32 or float32 `[..., T]`. They
+raise TypeError for another dtype (bfloat16 log-probabilities among them) and ValueError for another
+shape or a bound that makes no sense.
 """
 
 from __future__ import annotations
@@ -25,11 +21,13 @@ import jax
 import jax.numpy as jnp
 
 from dcmdp_jax.losses import _check
+from dcmdp_jax.losses._separable import separable
 
 Array = _check.Array
 stop = jax.lax.stop_gradient
 
 
+@separable
 def clipped(
     logp: Array,
     old_logp: Array,
@@ -64,6 +62,7 @@ def clipped(
     return _check.pessimistic(ratio, advantage, clip_low, clip_high, ratio_max)
 
 
+@separable
 def reinforce(logp: Array, old_logp: Array, advantage: Array, mask: Array) -> Array:
     """The score-function loss: no ratio, so off-policy data needs a correction.
 
@@ -76,6 +75,7 @@ def reinforce(logp: Array, old_logp: Array, advantage: Array, mask: Array) -> Ar
     return -advantage * logp
 
 
+@separable
 def gpg(
     logp: Array, old_logp: Array, advantage: Array, mask: Array, *, alpha: Array | float = 1.0
 ) -> Array:
@@ -93,6 +93,7 @@ def gpg(
     return -alpha * advantage * logp
 
 
+@separable
 def cispo(
     logp: Array,
     old_logp: Array,
@@ -121,6 +122,7 @@ def cispo(
     return -stop(jnp.clip(ratio, low, high) * advantage) * logp
 
 
+@separable
 def sapo(
     logp: Array,
     old_logp: Array,
@@ -148,6 +150,7 @@ def sapo(
     return -advantage * jax.nn.sigmoid(tau * (ratio - 1)) * 4 / tau
 
 
+@separable
 def dppo_tv(
     logp: Array,
     old_logp: Array,
@@ -164,8 +167,8 @@ def dppo_tv(
     Formula: L = -A sg(min(r, ratio_max)) logp 1[A > 0 ? p - p_old <= delta_high : p - p_old >=
         -delta_low]
     Needs: logp, old_logp, advantage, mask
-    Default: delta_low 0.2, delta_high 0.2, ratio_max 20.0 (verl names 20 and runs with 3.0 unless
-        told)
+    Default: delta_low 0.2, delta_high 0.2, ratio_max 20.0 (verl names 20; its default is
+        3.0)
     Paper: DPPO, arXiv 2602.04879
     """
     logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
@@ -174,6 +177,7 @@ def dppo_tv(
     return _truncated_score(logp, old_logp, advantage, keep, ratio_max)
 
 
+@separable
 def dppo_kl(
     logp: Array,
     old_logp: Array,
@@ -200,6 +204,7 @@ def dppo_kl(
     return _truncated_score(logp, old_logp, advantage, keep, ratio_max)
 
 
+@separable
 def prime_tv(
     logp: Array,
     rollout_logp: Array,
@@ -230,6 +235,7 @@ def prime_tv(
     return -advantage * ratio + penalty * jnp.square(log_ratio)
 
 
+@separable
 def spo(
     logp: Array, old_logp: Array, advantage: Array, mask: Array, *, epsilon: float = 0.2
 ) -> Array:
@@ -244,6 +250,7 @@ def spo(
     return _quadratic(logp, old_logp, advantage, 1.0, epsilon)
 
 
+@separable
 def drpo(
     logp: Array, rollout_logp: Array, advantage: Array, mask: Array, *, epsilon: float = 12.5
 ) -> Array:
@@ -264,6 +271,7 @@ def drpo(
     return _quadratic(logp, rollout_logp, advantage, jnp.exp(stop(rollout_logp)), epsilon)
 
 
+@separable
 def dro(logp: Array, old_logp: Array, advantage: Array, mask: Array, *, beta: float) -> Array:
     """Direct reward optimisation: the score function with a quadratic pull on the log ratio.
 
@@ -278,6 +286,7 @@ def dro(logp: Array, old_logp: Array, advantage: Array, mask: Array, *, beta: fl
     return -advantage * logp + 0.5 * beta * jnp.square(_check.clamped(logp - old_logp))
 
 
+@separable
 def topr(
     logp: Array,
     old_logp: Array,

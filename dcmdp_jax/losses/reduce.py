@@ -2,8 +2,8 @@
 
 Every function sums over the mask and divides by a count. The count is taken from the mask, or
 passed in: under data parallelism or gradient accumulation pass the *global* count to every shard or
-microbatch, and the sum of the partial results is the result of the whole batch. Where the mask is
-empty the result is 0 and so is its gradient. What `x` holds outside the mask is not read.
+microbatch, and the partial results add up to the result of the global batch. If the mask is empty,
+the result and its gradient are 0. Values of `x` outside the mask are not read.
 """
 
 from __future__ import annotations

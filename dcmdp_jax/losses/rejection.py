@@ -18,12 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from dcmdp_jax.losses import _check, _search
+from dcmdp_jax.losses._separable import separable
 
 Array = _check.Array
 Level = Callable[[Array, Array], Array]
 stop = jax.lax.stop_gradient
 
 
+@separable
 def each_token(measure: Array, mask: Array) -> Array:
     """Level: every token is judged by itself.
 
@@ -35,6 +37,7 @@ def each_token(measure: Array, mask: Array) -> Array:
     return _check.select(mask, measure)
 
 
+@separable
 def sequence_sum(measure: Array, mask: Array) -> Array:
     """Level: the completion is judged by the sum over its tokens.
 
@@ -46,6 +49,7 @@ def sequence_sum(measure: Array, mask: Array) -> Array:
     return _check.row_sum(measure, mask)
 
 
+@separable
 def sequence_mean(measure: Array, mask: Array) -> Array:
     """Level: the completion is judged by the mean over its tokens.
 
@@ -57,6 +61,7 @@ def sequence_mean(measure: Array, mask: Array) -> Array:
     return _check.row_mean(measure, mask)
 
 
+@separable
 def sequence_max(measure: Array, mask: Array) -> Array:
     """Level: the completion is judged by its worst token.
 
@@ -69,6 +74,7 @@ def sequence_max(measure: Array, mask: Array) -> Array:
     return jnp.where(jnp.any(mask, axis=-1, keepdims=True), worst, 0.0)
 
 
+@separable
 def k1(
     old_logp: Array,
     rollout_logp: Array,
@@ -98,6 +104,7 @@ def k1(
     return mask & (ratio >= low) & (ratio <= high)
 
 
+@separable
 def k2(
     old_logp: Array, rollout_logp: Array, mask: Array, *, high: float, level: Level = each_token
 ) -> Array:
@@ -112,6 +119,7 @@ def k2(
     return mask & (level(0.5 * jnp.square(difference), measured) <= high)
 
 
+@separable
 def k3(
     old_logp: Array,
     rollout_logp: Array,
@@ -131,6 +139,7 @@ def k3(
     return mask & (level(_check.exp_excess(difference), measured) <= high)
 
 
+@separable
 def trust_region(old_logp: Array, rollout_logp: Array, mask: Array, *, threshold: float) -> Array:
     """Trust-region masking: keeps the completion if no token of it left the region.
 
@@ -142,8 +151,10 @@ def trust_region(old_logp: Array, rollout_logp: Array, mask: Array, *, threshold
     return k3(old_logp, rollout_logp, mask, high=threshold, level=sequence_max)
 
 
+@separable
 def veto(old_logp: Array, rollout_logp: Array, mask: Array, *, threshold: float = 1e-4) -> Array:
-    """Drops the completion if the trainer finds one of its tokens all but impossible.
+    """Drops the completion if the trainer gives one of its tokens a tiny share of the sampler's
+    probability.
 
     Formula: keep = min_s rho_s >= threshold
     Needs: old_logp, rollout_logp, mask
@@ -156,6 +167,7 @@ def veto(old_logp: Array, rollout_logp: Array, mask: Array, *, threshold: float 
     return mask & (sequence_max(-difference, measured) <= -math.log(threshold))
 
 
+@separable
 def kpop(old_logp: Array, rollout_logp: Array, mask: Array, *, threshold: float = 0.75) -> Array:
     """Keeps tokens whose binary KL is small both ways.
 
@@ -176,6 +188,7 @@ def kpop(old_logp: Array, rollout_logp: Array, mask: Array, *, threshold: float 
     return mask & (jnp.maximum(forward, backward) <= threshold)
 
 
+@separable
 def ipo(old_logp: Array, rollout_logp: Array, mask: Array, *, threshold: float = 0.1) -> Array:
     """Keeps tokens whose probability differs little between trainer and sampler.
 

@@ -96,5 +96,5 @@ def _recorded(logits: Array, ids: Array) -> Array:
     return jnp.all((ids >= 0) & (ids < logits.shape[-1]), axis=-1, keepdims=True)
 
 
-def _share(hit: Array, counted: Array, axis) -> Array:
+def _share(hit: Array, counted: Array, axis: int | tuple[int, ...] | None) -> Array:
     return jnp.sum(hit, axis=axis) / jnp.maximum(jnp.sum(counted, axis=axis), 1).astype(jnp.float32)

@@ -2,7 +2,7 @@
 
 Signature and shapes are those of `policy`. The result is per token all the same, float32 `[...,
 T]`, 0 outside the mask, such that `reduce.sequence_mean_token_mean` of it is the published value
-and gradient: a loss of the row stands on each of its tokens. `advantage` is one value per
+and gradient: each token of a row carries the row's loss. `advantage` is one value per
 completion, `[..., 1]` or the same on all its tokens.
 """
 
@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from dcmdp_jax.losses import _check
+from dcmdp_jax.losses._separable import separable
 
 Array = _check.Array
 stop = jax.lax.stop_gradient
 
 
+@separable
 def gspo(
     logp: Array,
     old_logp: Array,
@@ -47,6 +49,7 @@ def gspo(
     return _check.select(mask, jnp.broadcast_to(loss, mask.shape))
 
 
+@separable
 def gspo_token(
     logp: Array,
     old_logp: Array,
@@ -73,6 +76,7 @@ def gspo_token(
     return _check.pessimistic(ratio, advantage, clip_low, clip_high)
 
 
+@separable
 def gmpo(
     logp: Array,
     old_logp: Array,
@@ -102,6 +106,7 @@ def gmpo(
     return _check.select(mask, jnp.broadcast_to(loss, mask.shape))
 
 
+@separable
 def vespo(
     logp: Array,
     old_logp: Array,

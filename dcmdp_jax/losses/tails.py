@@ -17,18 +17,20 @@ from dcmdp_jax.losses import _check
 Array = jax.Array
 Metrics = dict[str, Array]
 LEVELS = (0.5, 0.9, 0.99, 0.999)
+POSITION_EDGES = (64, 256, 1024, 4096)  # tokens
 
 
 class WorstTokens(NamedTuple):
-    """The k measured tokens of greatest delta, descending; `delta` is -1 past the last measured
-    token.
+    """The worst tokens of K completions, by descending delta.
+
+    `delta` is -1 for a completion that has no measured token.
     """
 
-    delta: Array  # [k] float32
-    row: Array  # [k] int32, completion
-    position: Array  # [k] int32, column of the completion
-    old_logp: Array  # [k] float32, nats
-    rollout_logp: Array  # [k] float32, nats
+    delta: Array  # [K] float32
+    row: Array  # [K] int32, completion
+    position: Array  # [K] int32, column of the completion
+    old_logp: Array  # [K] float32, nats
+    rollout_logp: Array  # [K] float32, nats
 
 
 def quantiles(value: Array, mask: Array, *, levels: tuple[float, ...] = LEVELS) -> Array:
@@ -47,11 +49,11 @@ def quantiles(value: Array, mask: Array, *, levels: tuple[float, ...] = LEVELS) 
     last = jnp.maximum(count - 1, 0)
     # Counted from the top, where float32 keeps its digits for the high levels.
     from_top = jnp.asarray([1.0 - level for level in levels], jnp.float32) * last
-    whole = jnp.floor(from_top).astype(jnp.int32)
-    above = ordered[last - whole]
-    below = ordered[jnp.maximum(last - whole - 1, 0)]
+    step = jnp.floor(from_top).astype(jnp.int32)
+    above = ordered[last - step]
+    below = ordered[jnp.maximum(last - step - 1, 0)]
     return jnp.where(
-        count > 0, above - (from_top - whole) * jnp.where(above > below, above - below, 0.0), 0.0
+        count > 0, above - (from_top - step) * jnp.where(above > below, above - below, 0.0), 0.0
     )
 
 
@@ -78,7 +80,7 @@ def quantiles_by_bucket(
     )
 
 
-def position_bucket(mask: Array, *, edges: tuple[int, ...] = (64, 256, 1024, 4096)) -> Array:
+def position_bucket(mask: Array, *, edges: tuple[int, ...] = POSITION_EDGES) -> Array:
     """Bucket of each token by how many tokens of the mask precede it in its completion, int32 `[N,
     T]`.
 
@@ -147,20 +149,18 @@ def top_share(value: Array, mask: Array, *, fraction: float = 0.01) -> Array:
 
 
 def worst_tokens(old_logp: Array, rollout_logp: Array, mask: Array, *, k: int = 16) -> WorstTokens:
-    """The k tokens of greatest delta with their places, to be looked up in the completions.
+    """The token of greatest delta in each of the k completions where that is greatest.
 
-    Formula: top_k(delta)
+    Formula: top_k over n of max_t(delta_nt)
     Needs: old_logp, rollout_logp, mask, all [N, T]
-    Default: k 16
+    Default: k 16; K = min(k, N)
     Paper: none
     """
     old, rollout, gap, valid = _measured(old_logp, rollout_logp, mask)
     gap = jnp.where(valid, gap, -1.0)
-    worst, index = jax.lax.top_k(gap.reshape(-1), min(k, gap.size))
-    columns = gap.shape[-1]
-    return WorstTokens(
-        worst, index // columns, index % columns, old.reshape(-1)[index], rollout.reshape(-1)[index]
-    )
+    worst, row = jax.lax.top_k(jnp.max(gap, axis=-1), min(k, len(gap)))
+    position = jnp.argmax(gap[row], axis=-1).astype(jnp.int32)
+    return WorstTokens(worst, row, position, old[row, position], rollout[row, position])
 
 
 def _measured(

@@ -374,7 +374,9 @@ def other_version(
     like = step.abstract_state(config, inputs.model_config, inputs.mesh)
     state, _ = checkpoint.read(workdir, like, before)
     number = int(state.step)
-    return parity.TrainerWeights(state.params, number, f"checkpoint {number} of {workdir}")
+    return parity.TrainerWeights(
+        step.policy_params(state, config), number, f"checkpoint {number} of {workdir}"
+    )
 
 
 def floor(found: Attribution) -> float:

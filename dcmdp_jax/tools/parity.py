@@ -19,6 +19,7 @@ from dcmdp_jax.batches import make_engine, sampling
 from dcmdp_jax.config import Calibrated, Config, ModelConfig, Precision
 from dcmdp_jax.inputs import Inputs
 from dcmdp_jax.losses import diagnostics
+from dcmdp_jax.losses.tails import POSITION_EDGES
 from dcmdp_jax.models.kernels import scoring
 from dcmdp_jax.records import Rollout, Scored, Weights
 from dcmdp_jax.report import tables
@@ -27,7 +28,6 @@ from dcmdp_jax.rollout.jetstream import Engine
 from dcmdp_jax.seeds import Stream
 from dcmdp_jax.starting import starting_weights, unwarmed_weights
 
-BUCKETS = (64, 256, 1024, 4096)  # positions of tokens, prompt included, at which buckets end
 CLIP = 0.2
 EXACT = 1e-5  # nats between trainer and an engine that rounds nothing
 
@@ -80,7 +80,7 @@ def load(config: Config, inputs: Inputs, workdir: pathlib.Path) -> TrainerWeight
             workdir, step.abstract_state(config, inputs.model_config, inputs.mesh)
         )
         inputs.prompts.set_state(position)
-        params, version = step.sampled_from(state)
+        params, version = step.sampled_from(state, config)
         return TrainerWeights(
             params,
             int(version),
@@ -252,8 +252,8 @@ def by_position(
     """Gaps of the tokens of each bucket that has any, and of all; `position` counts from 1. Arrays
     [N, T].
     """
-    edges = (0, *BUCKETS, np.inf)
-    names = [f"<= {edge}" for edge in BUCKETS] + [f"> {BUCKETS[-1]}"]
+    edges = (0, *POSITION_EDGES, np.inf)
+    names = [f"<= {edge}" for edge in POSITION_EDGES] + [f"> {POSITION_EDGES[-1]}"]
     inside = {
         name: mask & (position > low) & (position <= high)
         for name, low, high in zip(names, edges, edges[1:])

@@ -148,13 +148,14 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
         0,
         f"{row_length}algorithm.microbatches, model.compute.remat, mesh.sequence or mesh.tensor",
     )
+    params = step.abstract_params(model, mesh)
     score = jax.jit(sharding.with_mesh(mesh, partial(step.score, config=config, model=model)))
     yield Program(
         "scoring pass",
-        score.lower(state.params, batch),
+        score.lower(params, batch),
         cost_model.scoring(model, rows, length, parts, config, mesh),
         0,
-        sizes - sharding.local_bytes(state.params),
+        sizes - sharding.local_bytes(params),
         f"{row_length}algorithm.microbatches, mesh.sequence or mesh.tensor",
     )
     shared = set(decode_mesh.devices.flat) <= set(mesh.devices.flat)
@@ -164,11 +165,11 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
     yield Program(
         "weight sync",
         sync.converter_per_process(model, config.rollout.precision, mesh, own).lower(
-            state.params, version
+            params, version
         ),
         cost_model.sync(model, config.rollout.precision, own, mesh.size),
         1,
-        sizes - sharding.local_bytes(state.params),
+        sizes - sharding.local_bytes(params),
         "rollout.precision.weights, rollout.mesh.tensor",
     )
 

@@ -192,23 +192,12 @@ TABLE = {
         lambda d: constraint.measure(d["old_logp"], d["rollout_logp"], d["mask"]),
         ("old_logp", "rollout_logp"),
     ),
-    "constraint.costs": Case(
-        lambda d: jnp.moveaxis(
-            constraint.costs(d["old_logp"], d["rollout_logp"], d["mask"]), 0, -1
-        ),
-        ("old_logp",),
-    ),
-    "constraint.measure_several": Case(
-        lambda d: constraint.measure_several(d["old_logp"], d["rollout_logp"], d["mask"]),
-        ("old_logp",),
-    ),
     "constraint.shape_advantage": shaped(constraint.shape_advantage),
     "constraint.shape_signed": shaped(constraint.shape_signed),
     "constraint.shape_centred": shaped(constraint.shape_centred),
     "constraint.shape_hinge": shaped(constraint.shape_hinge),
     "constraint.shape_cost_to_go": shaped(constraint.shape_cost_to_go),
     "constraint.shape_normalised": shaped(constraint.shape_normalised),
-    "constraint.shape_several": shaped(constraint.shape_several, np.float32([0.3, 0.2, 0.1])),
     "constraint.penalty": Case(
         lambda d: constraint.penalty(d["logp"], d["rollout_logp"], d["mask"], 0.3), ("logp",)
     ),

@@ -88,18 +88,18 @@ def make_scored(seed=0, reward=None):
     return Scored(rollout, np.asarray(reward, np.float32))
 
 
-def fresh_state(config, model, mesh):
+def fresh_state(config, model, mesh, params=None):
     make = jax.jit(
         functools.partial(step.init_state, config),
         out_shardings=step.state_shardings(config, model, mesh),
     )
-    return make(jax.tree.map(np.array, make_params(model)))
+    return make(jax.tree.map(np.array, make_params(model) if params is None else params))
 
 
 compiled_step = functools.cache(step.compile)
 
 
-def run(config, scored, mesh=None, row_length=2 * (P + T)):
+def run(config, scored, mesh=None, row_length=2 * (P + T), params=None):
     """One step from fresh state: (params before, state after, metrics that are numbers)."""
     mesh = mesh or ONE
     model = config.model.architecture
@@ -112,12 +112,13 @@ def run(config, scored, mesh=None, row_length=2 * (P + T)):
         row_divisor=sharding.num_batch_shards(mesh),
         seed=1,
     )
-    state = fresh_state(config, model, mesh)
+    params = make_params(model) if params is None else params
+    state = fresh_state(config, model, mesh, params)
     state, metrics = compiled_step(config, model, mesh)(
         state, jax.device_put(batch, step.batch_shardings(config, mesh))
     )
     return (
-        make_params(model),
+        params,
         state,
         {name: value for name, value in jax.device_get(metrics).items() if name != "gaps"},
     )

@@ -1,0 +1,249 @@
+"""Separability over microbatches is declared: the oracle that every declaration is held to.
+
+A loss is separable if the slope by the log-probs of one microbatch stays what it is, bit for bit,
+wherever the log-probs of the others stand. Every part of a loss that the library offers is put into
+a configuration and tried on made-up batches: what is declared must pass, what is not must fail.
+"""
+
+import dataclasses
+import functools
+import inspect
+
+import jax
+import numpy as np
+import pytest
+
+from dcmdp_jax import constraint, step
+from dcmdp_jax.config import (
+    AlgorithmConfig,
+    Config,
+    ConstraintConfig,
+    DataConfig,
+    ModelSource,
+    RolloutConfig,
+)
+from dcmdp_jax.losses import (
+    advantages,
+    corrections,
+    covariance,
+    kl,
+    operators,
+    policy,
+    reduce,
+    rejection,
+    sequence,
+)
+from dcmdp_jax.losses._separable import is_separable, separable
+from dcmdp_jax.records import Batch
+
+A = 4
+N = 8
+T = 6
+GROUP = 4
+
+# Options that a function needs, and bounds that the made-up batches reach.
+OPTIONS = {
+    policy.dro: {"beta": 0.3},
+    covariance.clip_cov: {"key": jax.random.key(1), "fraction": 0.2, "cov_low": 0.01},
+    covariance.kl_cov: {"fraction": 0.2},
+    rejection.k1: {"low": 0.9, "high": 1.1},
+    rejection.k2: {"high": 0.005},
+    rejection.k3: {"high": 0.005},
+    rejection.trust_region: {"threshold": 0.02},
+    rejection.veto: {"threshold": 0.8},
+    rejection.kpop: {"threshold": 0.01},
+    rejection.ipo: {"threshold": 0.03},
+    rejection.m2po: {"threshold": 0.005},
+}
+
+
+def functions(*modules):
+    return {
+        f"{module.__name__.rpartition('.')[2]}.{name}": functools.partial(
+            function, **OPTIONS.get(function, {})
+        )
+        for module in modules
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if function.__module__ == module.__name__ and not name.startswith("_")
+    }
+
+
+LOSSES = functions(policy, sequence, covariance)
+LEVELS = (
+    rejection.each_token,
+    rejection.sequence_sum,
+    rejection.sequence_mean,
+    rejection.sequence_max,
+)
+REJECTIONS = {
+    name: reject
+    for name, reject in functions(rejection).items()
+    if reject.func not in (*LEVELS, rejection.opsm)
+} | {
+    f"k2 {level.__name__}": functools.partial(rejection.k2, high=0.02, level=level)
+    for level in LEVELS
+}
+CORRECTIONS = {
+    f"{level.__name__} {operator.__name__} {denominator.__name__}": corrections.Correction(
+        level,
+        operator,
+        None if operator is operators.truncate else 0.95,
+        1.05,
+        denominator,
+    )
+    for level in (operators.token, operators.sequence, operators.geometric)
+    for operator, denominator in (
+        (operators.truncate, operators.original),
+        (operators.clip, operators.original),
+        (operators.zero_outside, operators.original),
+        (operators.keep_inside, operators.original),
+        (operators.keep_inside, operators.surviving),
+        (operators.reject, operators.original),
+        (operators.reject, operators.surviving),
+    )
+}
+SHAPINGS = {name: f for name, f in functions(constraint).items() if ".shape_" in name}
+PENALTIES = {name: f for name, f in functions(kl).items() if f.func is not kl.unbiased}
+
+CLIPPED = corrections.decoupled(policy.clipped)
+PARTS = (
+    {f"decoupled {name}": {"surrogate": corrections.decoupled(f)} for name, f in LOSSES.items()}
+    | {f"bypass {name}": {"surrogate": corrections.bypass(f)} for name, f in LOSSES.items()}
+    | {
+        f"decoupled, {name}": {"surrogate": corrections.decoupled(policy.clipped, rejections=(f,))}
+        for name, f in REJECTIONS.items()
+    }
+    | {
+        f"bypass, {name}": {"surrogate": corrections.bypass(policy.clipped, rejections=(f,))}
+        for name, f in REJECTIONS.items()
+    }
+    | {
+        f"surviving, {kind.__name__}": {
+            "surrogate": kind(
+                policy.clipped,
+                rejections=(functools.partial(rejection.ipo, threshold=0.03),),
+                denominator=operators.surviving,
+            )
+        }
+        for kind in (corrections.decoupled, corrections.bypass)
+    }
+    | {
+        name: {"surrogate": corrections.decoupled(policy.clipped, c)}
+        for name, c in CORRECTIONS.items()
+    }
+    | {name: {"shaping": f} for name, f in SHAPINGS.items()}
+    | {"penalty": {"penalty": constraint.penalty}}
+    | {name: {"reference_penalty": f} for name, f in PENALTIES.items()}
+)
+NOT_DECLARED = {
+    "decoupled covariance.clip_cov",  # means over the batch
+    "bypass covariance.clip_cov",
+    "decoupled covariance.kl_cov",
+    "bypass covariance.kl_cov",
+    "decoupled, rejection.m2po",  # a budget of the batch
+    "bypass, rejection.m2po",
+    "surviving, decoupled",  # counts the tokens of the batch that survive
+    "surviving, bypass",
+    "constraint.shape_centred",  # subtracts the mean of the batch
+} | {name for name in CORRECTIONS if name.endswith("surviving")}
+
+
+def config_with(surrogate=CLIPPED, shaping=None, penalty=None, reference_penalty=None) -> Config:
+    return Config(
+        name="separable",
+        model=ModelSource(),
+        data=DataConfig(verifier=max, task=object(), prompts_per_step=A * N // GROUP),
+        rollout=RolloutConfig(samples=GROUP, max_tokens=T),
+        algorithm=AlgorithmConfig(
+            advantage=advantages.grpo,
+            surrogate=surrogate,
+            reduce=reduce.token_mean,
+            microbatches=A,
+            reference_penalty=reference_penalty,
+        ),
+        constraint=ConstraintConfig(
+            shaping=shaping, dual=constraint.projected_ascent, tolerance=0.01, penalty=penalty
+        ),
+        steps=1,
+    )
+
+
+def made_up(seed):
+    """A batch, its old log-probs and a reference's; half of the completions have no gap."""
+    rng = np.random.default_rng(seed)
+    size = 1, A, N, T
+    logp = np.float32(-0.2 - rng.exponential(0.8, size))
+    exact = rng.random((*size[:3], 1)) < 0.5
+    batch = Batch(**dict.fromkeys(Batch._fields))._replace(
+        mask=np.arange(T) < rng.integers(1, T + 1, (*size[:3], 1)),
+        rollout_logp=np.float32(logp + np.where(exact, 0, rng.normal(0, 0.1, size))),
+        reward=rng.integers(0, 2, size[:3]).astype(np.float32),
+        group=(rng.permutation(A * N).reshape(size[:3]) // GROUP).astype(np.int32),
+    )
+    return batch, logp[0], np.float32(logp + rng.normal(0, 0.3, size))
+
+
+def slope_of(config):
+    """The slope [A, n, T] of `step.fresh_loss` by the log-probs."""
+
+    def slope(logp, batch, ref_logp):
+        advantage = step.group_advantage(batch, config)
+        return jax.grad(step.fresh_loss)(logp, batch, ref_logp, advantage, 0.3, config)
+
+    return jax.jit(slope)
+
+
+def is_unchanged(config, seed):
+    """Whether no microbatch's slope changes when the log-probs of the others do."""
+    slope = slope_of(config)
+    batch, logp, ref_logp = made_up(seed)
+    expected = np.asarray(slope(logp, batch, ref_logp))
+    assert np.isfinite(expected).all() and expected.any(), "there is something to see"
+    rng = np.random.default_rng(seed)
+    far = np.float32(-rng.exponential(2.0, logp.shape))
+    for others in (np.zeros_like(logp), logp + np.float32(0.05) * far, logp + far):
+        for i in range(A):
+            stood = others.copy()
+            stood[i] = logp[i]
+            if not np.array_equal(np.asarray(slope(stood, batch, ref_logp))[i], expected[i]):
+                return False
+    return True
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [name for name in PARTS if name not in NOT_DECLARED])
+def test_what_is_declared_separable_is(name):
+    config = config_with(**PARTS[name])
+    assert step.in_one_pass(config)
+    assert is_unchanged(config, 0)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", NOT_DECLARED)
+def test_what_is_not_declared_couples_microbatches(name):
+    config = config_with(**PARTS[name])
+    assert not step.in_one_pass(config)
+    assert not all(is_unchanged(config, seed) for seed in range(3))
+
+
+def plain(logp, old_logp, rollout_logp, advantage, mask):
+    return -advantage * logp, mask
+
+
+@separable
+def declared(logp, old_logp, rollout_logp, advantage, mask):
+    return -advantage * logp, mask
+
+
+def test_a_user_s_function_is_separable_only_if_it_says_so():
+    assert not is_separable(plain) and is_separable(declared)
+    assert is_separable(functools.partial(declared))
+    assert not is_separable(functools.partial(declared, mask=plain))
+    assert not step.in_one_pass(config_with(surrogate=plain))
+    assert step.in_one_pass(config_with(surrogate=declared))
+
+
+def test_one_microbatch_needs_no_declaration():
+    config = config_with(surrogate=plain)
+    alone = dataclasses.replace(config.algorithm, microbatches=1)
+    assert step.in_one_pass(dataclasses.replace(config, algorithm=alone))
