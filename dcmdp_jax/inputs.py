@@ -11,7 +11,7 @@ from typing import IO, NamedTuple
 
 import jax
 
-from dcmdp_jax import data, seeds, sharding, step, sync
+from dcmdp_jax import data, seeds, sharding, sync
 from dcmdp_jax import tokenizer as tokenizers
 from dcmdp_jax.config import Config, ModelConfig
 from dcmdp_jax.distributed import processes
