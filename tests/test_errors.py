@@ -27,7 +27,7 @@ def test_a_user_s_function_that_the_project_calls_is_named_by_its_line(tmp_path)
     file = tmp_path / "mine.py"
     file.write_text("import json\n\n\ndef optimizer(algorithm):\n    return json.loads('{')\n")
     algorithm = types.SimpleNamespace(optimizer=run_file(str(file), "experiment")["optimizer"])
-    error = caught(lambda: optimizers.of(algorithm))
+    error = caught(lambda: optimizers.from_config(algorithm))
     assert errors.user_message(error).startswith(
         f"{file}, line 5: JSONDecodeError: Expecting property name"
     )
@@ -56,7 +56,7 @@ def test_a_library_s_line_is_not_the_user_s_wherever_it_is_installed(tmp_path, f
         "    return fail()\n"
     )
     algorithm = types.SimpleNamespace(optimizer=run_file(str(mine), "experiment")["optimizer"])
-    line = errors.user_code_line(caught(lambda: optimizers.of(algorithm)))
+    line = errors.user_code_line(caught(lambda: optimizers.from_config(algorithm)))
     assert line == (f"{mine}, line 4" if of_library else f"{library}, line 2")
 
 
