@@ -1,11 +1,11 @@
 """What each loss costs, in units of reading its inputs once: `python -m benchmarks.losses`.
 
 For [512, 8192] arrays, every loss is reduced to a scalar and differentiated by `logp`. `read` sums
-the same inputs, each once. Printed are milliseconds, and the ratios to `read` of time and of bytes,
-XLA's count of what its kernels touch. On CPU the time is that of the process, of all its threads,
-so that other programs disturb it less. XLA counts the body of a loop once, so the passes of m2po's
-search show in its time alone. At m2po's default threshold none of these tokens is dropped and there
-is no search; at 0.003 there is.
+the same inputs, each once. It prints milliseconds, and the ratios to `read` of time and of bytes as
+XLA counts them. On a CPU the time is that of all threads of the process, so that other programs
+disturb it less. XLA counts the body of a loop once, so the passes of m2po's search show only in its
+time. At m2po's default threshold none of these tokens is dropped and there is no search; at 0.003
+there is.
 
 `--topology v5e:2x2` compiles for a TPU that need not be there (`pip install libtpu`) and prints
 bytes only.
@@ -116,7 +116,8 @@ def main() -> None:
         repeats = options.repeats
     place = options.topology or jax.devices()[0].device_kind
     print(
-        f"{options.rows} x {options.columns} on {place}, jax {jax.__version__}; x is the ratio to read"
+        f"{options.rows} x {options.columns} on {place}, jax {jax.__version__}; "
+        "x is the ratio to read"
     )
     print(f"{'':36}{'time':>6}{'':18}{'time':>9}{'':6}{'bytes':>9}")
     print(
@@ -147,7 +148,10 @@ def keep_pages() -> None:
 def inputs(rows: int, columns: int) -> dict[str, jax.Array]:
     rng = np.random.default_rng(0)
     logp = -rng.exponential(0.5, (rows, columns)).astype(np.float32)
-    near = lambda: logp + rng.normal(0.0, 0.05, logp.shape).astype(np.float32)
+
+    def near() -> np.ndarray:
+        return logp + rng.normal(0.0, 0.05, logp.shape).astype(np.float32)
+
     mask = np.arange(columns) < rng.integers(columns // 4, columns + 1, (rows, 1))
     advantage = np.repeat(rng.normal(size=(rows, 1)), columns, axis=1).astype(np.float32)
     return jax.device_put(dict(zip(NAMES, (logp, near(), near(), near(), advantage, mask))))

@@ -51,12 +51,14 @@ def main() -> None:
 
 
 def compare(tasks: list[str], rounds: int, cpu: str, only: str | None = None) -> None:
-    """Prints a line for each workload of `tasks`, or for the one named, or how to where PEERS is
-    not set.
+    """Prints a line for each workload of `tasks`, or for the one named.
+
+    If PEERS is not set, it prints how to set it.
     """
     if not os.environ.get("PEERS"):
         print(
-            "peers    set PEERS to the folder of the peer harness (ab.py) to print the ratios to other engines"
+            "peers    set PEERS to the folder of the peer harness (ab.py) to print the ratios to "
+            "other engines"
         )
         return
     folder = pathlib.Path(os.environ["PEERS"]).resolve()
@@ -68,7 +70,7 @@ def compare(tasks: list[str], rounds: int, cpu: str, only: str | None = None) ->
 
 
 def measured(folder: pathlib.Path, workload: str, task: str, rounds: int, cpu: str) -> list[dict]:
-    """What `ab.py` reports of each peer and, last, of this package."""
+    """Returns what `ab.py` reports of each peer and, last, of this package."""
     script = pathlib.Path(__file__).with_name("run_ours.py").resolve()
     with tempfile.TemporaryDirectory() as scratch:
         out = pathlib.Path(scratch, "out.json")
@@ -94,16 +96,20 @@ def measured(folder: pathlib.Path, workload: str, task: str, rounds: int, cpu: s
         )
         if run.returncode or not out.exists():
             raise SystemExit(
-                f"ab.py ended with status {run.returncode}; its workers' messages are in {folder / 'logs'}"
+                f"ab.py ended with status {run.returncode}; its workers' messages are in "
+                f"{folder / 'logs'}"
             )
         return json.loads(out.read_text())
 
 
 def line(workload: str, task: str, results: list[dict]) -> str:
-    """`results` as `measured` returns them, in one line; a peer without figures is named as such."""
+    """Returns `results` of `measured` in one line; a peer without figures is named as such."""
     seconds = {r["label"]: r["cpu_median_s"] for r in results if "cpu_median_s" in r}
     if "ours" not in seconds:
-        return f"peers    {workload} {task}: ours gave no result; logs/ab_ours.err of the harness says why"
+        return (
+            f"peers    {workload} {task}: ours gave no result; logs/ab_ours.err of the harness "
+            "has the reason"
+        )
     others = {label: s for label, s in seconds.items() if label != "ours"}
     failed = [peer for peer in PEERS[task] if peer not in others]
     digest = next(r for r in results if r["label"] == "ours").get("digest", {})
