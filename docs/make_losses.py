@@ -115,6 +115,33 @@ The multiplier is updated after it was applied, from sums over the batch:
 '0.637'
 
 ```
+
+## In an experiment
+
+A configuration takes functions, and any optax transformation:
+
+```python
+>>> import optax
+>>> from dcmdp_jax import optimizers
+>>> from dcmdp_jax.config import AlgorithmConfig
+>>> from dcmdp_jax.losses import kl
+>>> def muon(config):
+...     return optax.contrib.muon(optimizers.learning_rate(config))
+>>> def stay_near(logp, ref_logp, mask):  # ref_logp: under the run's starting weights
+...     return 0.01 * kl.k3(logp, ref_logp, mask)
+>>> stay_near.separable = True
+>>> algorithm = AlgorithmConfig(
+...     advantage=advantages.grpo, surrogate=tis, reduce=reduce.token_mean, microbatches=4,
+...     reference_penalty=stay_near, optimizer=muon,
+... )
+
+```
+
+`separable = True` declares that what the function gives a completion does not depend on the
+log-probs of others; the functions of this page declare it themselves. With one update a batch, a
+loss made of such functions alone is scored and differentiated in one pass over each microbatch.
+For any other loss the batch is scored first, and the gradient is the same whatever the number of
+microbatches.
 """
 
 
