@@ -120,7 +120,7 @@ def test_one_line_a_sample(whole):
             and line["tokens"] == len(line["text"]) < 12
         )
     assert [figures[name]["samples"] for name in ("aime24", "minerva")] == [3, 2]
-    assert figures["aime24"]["truncated"].mean == pytest.approx(
+    assert figures["aime24"]["truncated"].value == pytest.approx(
         np.mean([not line["stopped"] for line in lines])
     )
 
@@ -356,15 +356,15 @@ def test_a_rigged_sampler_gives_the_closed_forms(options, tmp_path, monkeypatch)
     counts = [sum(line["right"] for line in texts if line["problem"] == i) for i in range(5)]
     whole = [[answer for answer in right[i][:i] if "." not in answer] for i in range(5)]
     assert counts == [len(answers) for answers in whole] == [0, 1, 1, 2, 4]
-    assert figures["avg@4"].mean == pytest.approx(8 / 20)
+    assert figures["avg@4"].value == pytest.approx(8 / 20)
     # the cut sample of problems 1 to 4 is right
-    assert figures["completed@4"].mean == pytest.approx((8 - 4) / 20)
-    assert figures["pass@1"].mean == pytest.approx(8 / 20)
-    assert figures["pass@2"].mean == pytest.approx((0 + 1 / 2 + 1 / 2 + 5 / 6 + 1) / 5)
-    assert figures["pass@4"].mean == pytest.approx(4 / 5)
-    assert figures["majority@4"].mean == pytest.approx((0 + 1 / 4 + 1 / 4 + 1 + 1) / 5)
-    assert figures["truncated"].mean == figures["truncated"].low == 1 / 4
-    assert figures["answered"].mean == 1
+    assert figures["completed@4"].value == pytest.approx((8 - 4) / 20)
+    assert figures["pass@1"].value == pytest.approx(8 / 20)
+    assert figures["pass@2"].value == pytest.approx((0 + 1 / 2 + 1 / 2 + 5 / 6 + 1) / 5)
+    assert figures["pass@4"].value == pytest.approx(4 / 5)
+    assert figures["majority@4"].value == pytest.approx((0 + 1 / 4 + 1 / 4 + 1 + 1) / 5)
+    assert figures["truncated"].value == figures["truncated"].low == 1 / 4
+    assert figures["answered"].value == 1
 
 
 def test_a_comparison_that_is_given_up_is_told(options, tmp_path, monkeypatch):
@@ -382,7 +382,7 @@ def test_a_comparison_that_is_given_up_is_told(options, tmp_path, monkeypatch):
     figures = evaluate(
         dataclasses.replace(options, sets=("aime24",), k=(2,)), tmp_path, say=said.append
     )
-    assert figures["aime24"]["avg@2"].mean == 0 and said[-1].startswith(
+    assert figures["aime24"]["avg@2"].value == 0 and said[-1].startswith(
         "5 comparisons took longer than 2 s"
     )
 
