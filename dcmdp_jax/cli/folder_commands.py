@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 
 from dcmdp_jax.cli import fields
-from dcmdp_jax.config import Precision
+from dcmdp_jax.config import Compute, ModelSource, Precision
 from dcmdp_jax.records import Sampling
 
 
@@ -62,9 +62,8 @@ def evaluate_command(args: argparse.Namespace, options: list[str]) -> Callable[[
     instruction = math_benchmarks.INSTRUCTION if args.instruction is None else args.instruction
     evaluation = math_benchmarks.prepare(
         math_benchmarks.Options(
-            folder=args.model,
+            model=ModelSource(args.model, args.tokenizer, compute=Compute(bfloat16=args.bfloat16)),
             data_dir=args.data_dir,
-            tokenizer=args.tokenizer,
             sets=tuple(args.sets.split(",")),
             k=tuple(map(int, k)),
             limit=args.limit,
@@ -73,7 +72,6 @@ def evaluate_command(args: argparse.Namespace, options: list[str]) -> Callable[[
             precision=Precision(
                 weights=args.weights, activations=args.activations, cache=args.cache
             ),
-            bfloat16=args.bfloat16,
             tensor=args.tensor,
             slots=args.slots,
             seed=args.seed,

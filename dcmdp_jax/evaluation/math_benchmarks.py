@@ -1,8 +1,7 @@
-"""`dcmdp eval`: a model folder on the six mathematical evaluation sets, sampled by the engine.
+"""`dcmdp eval`: a model folder on six sets of mathematical problems, sampled by the engine.
 
-The work folder holds a JSONL file a set, one line a sample, written as completions end;
-`options.json`; and `summary.json` with the figures of `scores.summary`. Held-out evaluation during
-training is `evaluate.py`.
+The work folder holds a file of samples for each set, `options.json`, and `summary.json` with the
+figures of `scores.summary`. Held-out evaluation during training is `held_out.py`.
 """
 
 from __future__ import annotations
@@ -14,35 +13,35 @@ import json
 import pathlib
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dcmdp_jax import data, files, lock, rewards, sharding, sync
+from dcmdp_jax import data, files, lock, sharding, sync
 from dcmdp_jax import tokenizer as tokenizers
 from dcmdp_jax.answers import judge
-from dcmdp_jax.config import Compute, MeshConfig, Precision
-from dcmdp_jax.evaluation import scores
+from dcmdp_jax.config import MeshConfig, ModelSource, Precision
+from dcmdp_jax.evaluation import eval_set
+from dcmdp_jax.evaluation.eval_set import EvalSet, Key
 from dcmdp_jax.models import decoder, weights
-from dcmdp_jax.records import Example, Prompts, Sampling, Weights
+from dcmdp_jax.records import Example, Prompts, Sampling
 from dcmdp_jax.rollout import jetstream
-from dcmdp_jax.rollout.generate import SlotEngine, completion_keys, rollout
+from dcmdp_jax.rollout.generate import completion_keys, rollout
 from dcmdp_jax.run_record import differences
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
-POSITIONS = 1 << 26  # of completions that one rollout has room for on the host
-EVERY = 30.0  # seconds between two lines of progress
+MAX_POSITIONS = 1 << 26  # of the completions of one rollout, which are in host memory together
+SECONDS_BETWEEN_LINES = 30.0
 SUMMARY = "summary.json"
-JUDGED = {"answer", "right", "stopped", "tokens"}  # what the figures are made of
-
-Key = tuple[int, int]  # a problem's place in its set, from 0, and the sample's number
 
 
 class Benchmark(NamedTuple):
-    files: tuple[str, ...]  # names in the data folder, the first that is there is read
+    """A set of problems as it is published."""
+
+    files: tuple[str, ...]  # names that it has in a data folder
     samples: int  # the paper's k
 
 
@@ -58,19 +57,18 @@ BENCHMARKS = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is asked, and how it is answered; the names are the command line's."""
+    """What an evaluation samples, and how; messages name the options of the command line."""
 
-    folder: str  # a Hugging Face folder
+    model: ModelSource  # its folder, its tokenizer, and if it computes in bfloat16
     data_dir: str
-    tokenizer: str = ""  # folder or file; empty: the model's folder
     sets: tuple[str, ...] = tuple(BENCHMARKS)
-    # samples a problem: one number for all sets, or one for each; none: the paper's
-    k: tuple[int, ...] = ()
-    limit: int = 0  # problems of a set, the first ones; 0: all
+    k: tuple[
+        int, ...
+    ] = ()  # samples of a problem: one number, or one for each set; (): the paper's
+    limit: int = 0  # only so many problems of each set, from its first on; 0: all
     max_tokens: int = 32_768
     sampling: Sampling = Sampling(0.7)
     precision: Precision = Precision()
-    bfloat16: bool = False  # compute in bfloat16
     tensor: int = 1  # devices over which the weights are split
     slots: int = 32
     seed: int = 0
@@ -79,18 +77,9 @@ class Options:
     instruction: str = INSTRUCTION
 
 
-class EvalSet(NamedTuple):
-    """One set, ready to be asked."""
-
-    name: str
-    prompts: Prompts
-    samples: int  # k
-    file: pathlib.Path  # of its samples
-
-
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What `prepare` has found to be in order."""
+    """An evaluation whose inputs and work folder `prepare` has checked."""
 
     options: Options
     workdir: pathlib.Path
@@ -100,80 +89,128 @@ class Evaluation:
     lock: IO[str]  # on the work folder, until `run` ends
 
 
+# (prompts, *, samples, key, should_stop, on_completion): calls on_completion(number, ids, stopped)
+# for each completion
+Sample = Callable[..., Any]
+
+
 def prepare(options: Options, workdir: pathlib.Path) -> Evaluation:
-    """Reads and checks everything but the weights, and makes the work folder or finds it to belong
+    """Reads and checks everything but the weights; makes the work folder, or checks that it belongs
     to this evaluation.
 
-    Raises ValueError, in one sentence, on whatever cannot work; nothing is compiled before.
+    Raises ValueError, in one sentence, on bad input, before anything is compiled.
     """
     _check(options)
-    folder = options.folder
-    shape = weights.read_config(folder)
-    sync.check(shape, options.precision, _mesh(options))
+    folder = options.model.folder
+    model_config = weights.read_config(folder)
+    sync.check(model_config, options.precision, _mesh(options))
     weights.check(folder)
-    tokenizer = tokenizers.load(options.tokenizer or folder, folder)
-    tokenizers.check_vocab_size(tokenizer, shape.vocab_size)
-    room = shape.max_position - options.max_tokens
+    tokenizer = tokenizers.load(options.model.tokenizer or folder, folder)
+    tokenizers.check_vocab_size(tokenizer, model_config.vocab_size)
     sets = tuple(
-        _ask(name, k, options, tokenizer, room, workdir)
-        for name, k in zip(options.sets, _samples(options))
+        _load_set(name, samples, options, tokenizer, model_config.max_position, workdir)
+        for name, samples in zip(options.sets, _samples_per_problem(options))
     )
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir {workdir} is a file; name a folder")
     record = _record(options, sets, tokenizer)
     path = workdir / "options.json"
     if path.is_file():
-        before = _read(path)
+        before = _read_object(path)
         if not isinstance(before.get("sets"), dict):
             raise ValueError(f"{path} is no record of an evaluation; give another --workdir")
-        _same(before, record, workdir)
+        _check_same(before, record, workdir)
         record = {**record, "sets": {**before["sets"], **record["sets"]}}
     elif stray := [item.file for item in sets if item.file.exists()]:
         raise ValueError(
             f"{stray[0]} is there but {path} is not; give another --workdir, or move the file away"
         )
     for item in sets:
-        _kept(item)  # so that a strange line is named now
-    _read(workdir / SUMMARY)  # and a damaged summary
-    held = lock.take(workdir)
+        item.read()  # raises on a damaged file before anything is sampled
+    _read_object(workdir / SUMMARY)
+    folder_lock = lock.take(workdir)
     files.write_atomic(path, json.dumps(record, indent=2) + "\n")
     longest = max(int(item.prompts.lengths.max()) for item in sets)
-    return Evaluation(options, workdir, tokenizer, sets, longest + options.max_tokens, held)
+    max_length = longest + options.max_tokens
+    return Evaluation(options, workdir, tokenizer, sets, max_length, folder_lock)
+
+
+def start_engine(evaluation: Evaluation) -> Sample:
+    """Loads the weights into an engine on the evaluation's devices, and returns what samples from
+    it.
+    """
+    options = evaluation.options
+    mesh = _mesh(options)
+    model_config = weights.read_config(options.model.folder)
+    model_config = dataclasses.replace(model_config, compute=options.model.compute)
+    shapes = jax.eval_shape(functools.partial(decoder.init, config=model_config), jax.random.key(0))
+    shardings = sharding.param_shardings(
+        decoder.logical_axes(model_config), mesh, sharding.DECODE, shapes
+    )
+    _, params = weights.load(
+        options.model.folder, jnp.bfloat16 if options.model.compute.bfloat16 else jnp.float32, shardings=shardings
+    )
+    engine = jetstream.Engine(
+        model_config,
+        slots=options.slots,
+        max_length=evaluation.max_length,
+        precision=options.precision,
+        stop_ids=evaluation.tokenizer.eos_ids,
+        mesh=mesh,
+    )
+    engine_weights = sync.converter(model_config, options.precision, mesh)(params, 0)
+
+    def sample(prompts, *, samples, key, should_stop, on_completion):
+        rollout(
+            engine,
+            engine_weights,
+            prompts,
+            samples=samples,
+            key=key,
+            max_tokens=options.max_tokens,
+            sampling=options.sampling,
+            asked=should_stop,
+            ended=on_completion,
+        )
+
+    return sample
 
 
 def run(
     evaluation: Evaluation,
-    asked: Callable[[], bool] = lambda: False,
-    say: Callable[[str], None] = lambda line: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    log: Callable[[str], None] = lambda line: None,
+    *,
+    start: Callable[[Evaluation], Sample] = start_engine,
+    max_positions: int = MAX_POSITIONS,
 ) -> dict[str, dict]:
     """Samples what the work folder lacks and returns the figures of each set, which `summary.json`
     then holds.
 
     A sample depends on the weights, the seed, its set, its problem's place in the set and its own
-    number: not on slots, on order or on what was there before. Raises `Interrupted` where `asked()`
-    says so, with every ended sample written.
+    number: not on slots, on order or on what was there before. `start` is called only if a sample
+    is missing. Raises `Interrupted` if `should_stop()`, with every finished sample written.
     """
-    # the weights are read where there is something to sample
-    started = functools.cache(lambda: _start(evaluation))
+    started = functools.cache(lambda: start(evaluation))
     figures = {}
     library = judge.library()
-    given_up = library.given_up
+    given_up_before = library.given_up
     with evaluation.lock:
         for item in evaluation.sets:
-            lines = _fill(evaluation, item, started, asked, say)
-            figures[item.name] = _figures(item, lines)
-    if count := library.given_up - given_up:
-        say(
+            samples = _complete(evaluation, item, started, should_stop, log, max_positions)
+            figures[item.name] = item.figures(samples)
+    if count := library.given_up - given_up_before:
+        log(
             f"{count} comparisons took longer than {library.seconds:g} s, or too much memory, and "
             "count as wrong"
         )
     path = evaluation.workdir / SUMMARY
-    files.write_atomic(path, json.dumps({**_read(path), **figures}, indent=2) + "\n")
+    files.write_atomic(path, json.dumps({**_read_object(path), **figures}, indent=2) + "\n")
     return figures
 
 
 def _check(options: Options) -> None:
-    """Refuses what can be refused from the options alone."""
+    """Raises ValueError on options that cannot work, whatever the files hold."""
     for name in options.sets:
         if name not in BENCHMARKS:
             raise ValueError(
@@ -201,32 +238,36 @@ def _check(options: Options) -> None:
         )
     if not pathlib.Path(options.data_dir).is_dir():
         raise ValueError(
-            f"--data-dir {options.data_dir} is no folder; name the one that holds the sets' .jsonl files"
+            f"--data-dir {options.data_dir} is no folder; name the one that holds the sets' .jsonl "
+            "files"
         )
 
 
-def _samples(options: Options) -> tuple[int, ...]:
+def _samples_per_problem(options: Options) -> tuple[int, ...]:
     if not options.k:
         return tuple(BENCHMARKS[name].samples for name in options.sets)
     return options.k if len(options.k) > 1 else options.k * len(options.sets)
 
 
-def _ask(
+def _load_set(
     name: str,
-    k: int,
+    samples: int,
     options: Options,
     tokenizer: tokenizers.Tokenizer,
-    room: int,
+    max_position: int,
     workdir: pathlib.Path,
 ) -> EvalSet:
-    """A set, read and tokenized. Raises ValueError where its file is missing, or a prompt has more
-    than `room` tokens.
+    """Reads and tokenizes a set.
+
+    Raises ValueError if its file is missing, or if a prompt and a completion of `max_tokens` have
+    more than `max_position` tokens.
     """
     paths = [pathlib.Path(options.data_dir) / file for file in BENCHMARKS[name].files]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise ValueError(
-            f"set {name} is not in {options.data_dir}: looked for {' and '.join(path.name for path in paths)}; "
+            f"set {name} is not in {options.data_dir}: looked for "
+            f"{' and '.join(path.name for path in paths)}; "
             "put the file there, or leave the set out of --sets"
         )
     problems = data.read(path)[: options.limit or None]
@@ -238,13 +279,13 @@ def _ask(
         instruction=options.instruction,
     )
     longest = int(prompts.lengths.max())
-    if longest > room:
+    if longest + options.max_tokens > max_position:
         raise ValueError(
-            f"problem {int(prompts.lengths.argmax()) + 1} of {path} has {longest} tokens, which with "
-            f"--max-tokens {options.max_tokens} are more than the model's {room + options.max_tokens} "
+            f"problem {int(prompts.lengths.argmax()) + 1} of {path} has {longest} tokens, which "
+            f"with --max-tokens {options.max_tokens} are more than the model's {max_position} "
             "positions; lower --max-tokens"
         )
-    return EvalSet(name, prompts, k, workdir / f"{name}.jsonl")
+    return EvalSet(name, prompts, samples, workdir / f"{name}.jsonl")
 
 
 def _mesh(options: Options) -> jax.sharding.Mesh:
@@ -254,53 +295,49 @@ def _mesh(options: Options) -> jax.sharding.Mesh:
 def _record(
     options: Options, sets: Sequence[EvalSet], tokenizer: tokenizers.Tokenizer
 ) -> dict[str, Any]:
-    """What a work folder is made with, all that its samples depend on, by the names of the options."""
-    given = {
-        name: getattr(options, name)
-        for name in ("max_tokens", "bfloat16", "seed", "chat", "enable_thinking", "instruction")
-    }
-    asked = {
-        item.name: {
-            "k": item.samples,
-            "limit": len(item.prompts.lengths),
-            "data_dir": _digest(item.prompts.examples),
-        }
-        for item in sets
-    }
+    """Returns all that the samples of a work folder depend on, by the names of the options."""
+    names = ("max_tokens", "seed", "chat", "enable_thinking", "instruction")
     return {
-        **given,
+        **{name: getattr(options, name) for name in names},
+        "bfloat16": options.model.compute.bfloat16,
         **options.sampling._asdict(),
         **dataclasses.asdict(options.precision),
         "tokenizer": [tokenizer.vocab_size, *tokenizer.eos_ids],
-        "model": _fingerprint(pathlib.Path(options.folder)),
-        "sets": asked,
+        "model": _fingerprint(pathlib.Path(options.model.folder)),
+        "sets": {
+            item.name: {
+                "k": item.samples,
+                "limit": len(item.prompts.lengths),
+                "data_dir": _digest(item.prompts.examples),
+            }
+            for item in sets
+        },
     }
 
 
 def _digest(problems: Sequence[Example]) -> str:
-    texts = [(problem.prompt, problem.answer, problem.source) for problem in problems]
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]
 
 
 def _fingerprint(folder: pathlib.Path) -> str:
-    """Of a model's weights: 64 places of each file, so that another checkpoint of the same shape is
-    told apart.
+    """Returns a hash of a model's weights, from 64 KiB at 64 places of each file: it differs
+    between checkpoints of the same shape.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
-        found.update(f"{path.name} {size}".encode())
+        digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
             for i in range(64):
                 file.seek(size * i // 64)
-                found.update(file.read(1 << 16))
-    return found.hexdigest()[:16]
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()[:16]
 
 
-def _same(before: dict, now: dict, workdir: pathlib.Path) -> None:
-    """Raises ValueError, with the names of the options, where a work folder was made otherwise.
+def _check_same(before: dict, now: dict, workdir: pathlib.Path) -> None:
+    """Raises ValueError, with the names of the options, if a work folder was made with others.
 
-    An option that is not known today is left out where it was not set.
+    An option of another version counts only if it was set.
     """
     before = {name: value for name, value in before.items() if value or name in now}
     if unknown := before.keys() - now.keys():
@@ -308,205 +345,110 @@ def _same(before: dict, now: dict, workdir: pathlib.Path) -> None:
             f"{workdir} was made with {', '.join(sorted(unknown))}, which is not "
             "known here; give another --workdir"
         )
-    both = before["sets"].keys() & now["sets"].keys()
+    common = before["sets"].keys() & now["sets"].keys()
     before, now = (
-        {**record, "sets": {name: record["sets"][name] for name in both}}
+        {**record, "sets": {name: record["sets"][name] for name in common}}
         for record in (before, now)
     )
     changed = []
     for name, (old, new) in differences(before, now).items():
-        *of_set, option = name.removeprefix("sets.").split(".")
-        changed.append(
-            f"--{option.replace('_', '-')} ({', '.join([repr(old), f'now {new!r}', *of_set])})"
-        )
+        *set_name, option = name.removeprefix("sets.").split(".")
+        values = ", ".join([repr(old), f"now {new!r}", *set_name])
+        changed.append(f"--{option.replace('_', '-')} ({values})")
     if changed:
         raise ValueError(
-            f"{workdir} was made with another {', '.join(changed)}; give another --workdir, or the options "
-            "it was started with"
+            f"{workdir} was made with another {', '.join(changed)}; give another --workdir, or the "
+            "options it was started with"
         )
 
 
-def _start(evaluation: Evaluation) -> tuple[SlotEngine, Weights]:
-    """The engine and its weights, on their devices."""
-    options, mesh = evaluation.options, _mesh(evaluation.options)
-    shape = weights.read_config(options.folder)
-    model = dataclasses.replace(shape, compute=Compute(bfloat16=options.bfloat16))
-    shapes = jax.eval_shape(functools.partial(decoder.init, config=model), jax.random.key(0))
-    places = sharding.param_shardings(decoder.logical_axes(model), mesh, sharding.DECODE, shapes)
-    _, params = weights.load(
-        options.folder, jnp.bfloat16 if options.bfloat16 else jnp.float32, shardings=places
-    )
-    engine = jetstream.Engine(
-        model,
-        slots=options.slots,
-        max_length=evaluation.max_length,
-        precision=options.precision,
-        stop_ids=evaluation.tokenizer.eos_ids,
-        mesh=mesh,
-    )
-    return engine, sync.converter(model, options.precision, mesh)(params, 0)
-
-
-def _kept(item: EvalSet) -> dict[Key, dict]:
-    """The samples that a set's file holds, by problem and number; what stands after the last
-    newline was cut short.
-
-    Raises ValueError on a line that is none of them.
-    """
-    found = {}
-    wanted = _wanted(item)
-    lines = item.file.read_bytes().split(b"\n")[:-1] if item.file.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            sample = files.parse_json(line, str(item.file))
-            key = sample["problem"], sample["sample"]
-            strange = sample["set"] != item.name or key in found or key not in wanted
-            strange = strange or not sample.keys() >= JUDGED
-        except (ValueError, KeyError, TypeError):
-            strange = True
-        if strange:
-            raise ValueError(
-                f"line {number} of {item.file} is no sample of this evaluation, or one that is there already; "
-                "take it out, or give another --workdir"
-            )
-        found[key] = sample
-    return found
-
-
-def _wanted(item: EvalSet) -> dict[Key, None]:
-    """Every key of a set, in order."""
-    return dict.fromkeys(
-        (i, j) for i in range(len(item.prompts.lengths)) for j in range(item.samples)
-    )
-
-
-def _fill(
+def _complete(
     evaluation: Evaluation,
     item: EvalSet,
-    started: Callable[[], tuple[SlotEngine, Weights]],
-    asked: Callable[[], bool],
-    say: Callable[[str], None],
+    started: Callable[[], Sample],
+    should_stop: Callable[[], bool],
+    log: Callable[[str], None],
+    max_positions: int,
 ) -> list[dict]:
-    """All samples of a set in order, of which those that its file lacks are sampled, judged and
-    written.
-    """
-    options = evaluation.options
-    kept = _kept(item)
-    wanted = _wanted(item)
-    spoke = time.monotonic()
-    turns = _turns(
-        [key for key in wanted if key not in kept], item.samples, POSITIONS // options.max_tokens
-    )
-    files.write_atomic(item.file, _text(kept.values()))  # without a line that was cut short
+    """Samples, judges and writes what the file of a set lacks; returns all its samples in order."""
+    samples = item.read()
+    keys = item.keys()
+    missing = [key for key in keys if key not in samples]
+    last_line = time.monotonic()
+    item.write(samples.values())  # without a line that was cut short
     with item.file.open("a", encoding="utf-8") as file:
-        for keys, samples in turns:
+        for batch in _batches(
+            missing, item.samples, max_positions // evaluation.options.max_tokens
+        ):
 
-            def ended(number: int, ids: np.ndarray, stopped: bool, keys=keys) -> None:
-                nonlocal spoke
+            def on_completion(number: int, ids: np.ndarray, stopped: bool, batch=batch) -> None:
+                nonlocal last_line
+                key = batch.keys[number]
                 text = evaluation.tokenizer.decode(ids.tolist())
-                kept[keys[number]] = sample = _judged(item, keys[number], text, len(ids), stopped)
-                file.write(_text([sample]))
+                samples[key] = item.judge(key, text, len(ids), stopped)
+                file.write(eval_set.to_lines([samples[key]]))
                 file.flush()
-                if time.monotonic() - spoke > EVERY:
-                    spoke = time.monotonic()
-                    right = sum(sample["right"] for sample in kept.values())
-                    say(f"{item.name}: {len(kept)} of {len(wanted)} samples, {right} right")
+                if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+                    last_line = time.monotonic()
+                    right = sum(sample["right"] for sample in samples.values())
+                    log(f"{item.name}: {len(samples)} of {len(keys)} samples, {right} right")
 
-            engine, policy = started()
-            rows = [problem for problem, _ in keys[::samples]]
-            prompts = Prompts(
-                item.prompts.tokens[rows],
-                item.prompts.lengths[rows],
-                tuple(item.prompts.examples[problem] for problem in rows),
+            problems = [problem for problem, _ in batch.keys[:: batch.samples]]
+            sample = started()
+            sample(
+                Prompts(
+                    item.prompts.tokens[problems],
+                    item.prompts.lengths[problems],
+                    tuple(item.prompts.examples[problem] for problem in problems),
+                ),
+                samples=batch.samples,
+                key=_sample_keys(evaluation.options.seed, item, batch.keys),
+                should_stop=should_stop,
+                on_completion=on_completion,
             )
-            rollout(
-                engine,
-                policy,
-                prompts,
-                samples=samples,
-                key=_sample_keys(options.seed, item, keys),
-                max_tokens=options.max_tokens,
-                sampling=options.sampling,
-                asked=asked,
-                ended=ended,
-            )
-    ordered = [kept[key] for key in wanted]
-    files.write_atomic(item.file, _text(ordered))
+    ordered = [samples[key] for key in keys]
+    item.write(ordered)
     return ordered
 
 
-def _turns(missing: list[Key], samples: int, most: int) -> list[tuple[list[Key], int]]:
-    """Parts of at most `most` completions (one problem's at the least), with the samples of a
-    problem that stand together: all where none has been made, so that they share a prefill, else
-    one.
+class _Batch(NamedTuple):
+    """Completions that one rollout samples."""
+
+    keys: list[Key]
+    samples: int  # of each problem, next to each other
+
+
+def _batches(missing: list[Key], samples: int, size: int) -> list[_Batch]:
+    """Splits the missing samples into batches of at most `size`, or of one problem.
+
+    The samples of a problem that has none yet stay together, so that they share a prefill.
     """
-    of = {}
+    by_problem: dict[int, list[Key]] = {}
     for key in missing:
-        of.setdefault(key[0], []).append(key)
-    fresh = [key for keys in of.values() if len(keys) == samples for key in keys]
-    begun = [key for keys in of.values() if len(keys) < samples for key in keys]
-    size = max(most // samples, 1) * samples
+        by_problem.setdefault(key[0], []).append(key)
+    untouched = [key for keys in by_problem.values() if len(keys) == samples for key in keys]
+    partial = [key for keys in by_problem.values() if len(keys) < samples for key in keys]
+    size = max(size // samples, 1) * samples
     return [
-        (keys[i : i + size], each)
-        for keys, each in ((begun, 1), (fresh, samples))
+        _Batch(keys[i : i + size], together)
+        for keys, together in ((partial, 1), (untouched, samples))
         for i in range(0, len(keys), size)
     ]
 
 
 def _sample_keys(seed: int, item: EvalSet, keys: list[Key]) -> np.ndarray:
-    """A random key for each (problem, sample), [N, 2] uint32, whatever else is sampled."""
-    of_set = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(item.name.encode())))
-    of = {
-        i: completion_keys(jax.random.fold_in(of_set, i), item.samples)
-        for i in dict.fromkeys(i for i, _ in keys)
+    """Returns a random key for each (problem, sample), [N, 2] uint32, whatever else is sampled."""
+    name = np.uint32(zlib.crc32(item.name.encode()))
+    set_key = jax.random.fold_in(jax.random.key(seed), name)
+    problem_keys = {
+        problem: completion_keys(jax.random.fold_in(set_key, problem), item.samples)
+        for problem in dict.fromkeys(problem for problem, _ in keys)
     }
-    return np.stack([of[i][j] for i, j in keys])
+    return np.stack([problem_keys[problem][i] for problem, i in keys])
 
 
-def _judged(item: EvalSet, key: Key, text: str, tokens: int, stopped: bool) -> dict:
-    """The sample that a file holds.
-
-    A completion that was cut off is judged by what it states, as is usual for avg@k; training gives
-    its verifier an empty text instead (`rewards.score`).
-    """
-    example = item.prompts.examples[key[0]]
-    return {
-        "set": item.name,
-        "problem": key[0],
-        "sample": key[1],
-        "gold": example.answer,
-        "answer": rewards.final_answer(text),
-        "right": rewards.math_answer(example, text) == 1.0,
-        "stopped": stopped,
-        "tokens": tokens,
-        "text": text,
-    }
-
-
-def _figures(item: EvalSet, lines: list[dict]) -> dict[str, Any]:
-    """`scores.summary` of a set's samples, all of them in order."""
-    shape = len(item.prompts.lengths), item.samples
-    names = ("right", "stopped", "tokens")
-    right, stopped, tokens = (
-        np.array([line[name] for line in lines]).reshape(shape) for name in names
-    )
-    answers = [
-        [line["answer"] for line in lines[i : i + shape[1]]] for i in range(0, len(lines), shape[1])
-    ]
-    vote = np.stack([scores.votes(row, good, judge.equal) for row, good in zip(answers, right)])
-    return {
-        "problems": shape[0],
-        "samples": shape[1],
-        **scores.summary(scores.Samples(right, stopped, tokens, vote)),
-    }
-
-
-def _text(lines: Iterable[dict]) -> str:
-    return "".join(json.dumps(line) + "\n" for line in lines)
-
-
-def _read(path: pathlib.Path) -> dict:
-    """The object that a file of the work folder holds; none where it is not there."""
+def _read_object(path: pathlib.Path) -> dict:
+    """Returns the JSON object in a file of the work folder; {} if the file does not exist."""
     try:
         return files.read_json_object(path) if path.is_file() else {}
     except ValueError as error:
