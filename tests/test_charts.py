@@ -76,11 +76,11 @@ def test_a_band_runs_along_its_upper_edge_and_back_along_the_lower():
     series = line_chart.Series(
         "x", "#123456", [(0, 2.0), (1, 3.0)], band=[(0, 1.0, 4.0), (1, 2.0, 5.0)]
     )
-    assert 'd="M0.0 4.0L1.0 5.0L1.0 2.0L0.0 1.0Z" fill="#123456"' in line_chart._spread(
+    assert 'd="M0.0 4.0L1.0 5.0L1.0 2.0L0.0 1.0Z" fill="#123456"' in line_chart._band(
         series, lambda x: x, lambda y: y
     )
     assert line_chart.value_ticks(line_chart.Panel("t", "u", [series]))[-1] >= 5.0
-    assert line_chart._spread(series._replace(band=[]), lambda x: x, lambda y: y) == ""
+    assert line_chart._band(series._replace(band=[]), lambda x: x, lambda y: y) == ""
 
 
 def test_names_stand_in_place_of_steps():

@@ -1,4 +1,4 @@
-"""Several runs on one page: grouped by configuration, compared by hand-made figures."""
+"""Several runs on one page: grouped by configuration, compared by figures made by hand."""
 
 import copy
 import json
@@ -7,18 +7,12 @@ import statistics
 import pytest
 
 from dcmdp_jax import cli, intervals
-from dcmdp_jax.report import comparison
-from support.pages import (
-    CONFIG,
-    GAPS,
-    ROWS,
-    SOURCES,
-    Page,
-    make_run,
-)
+from dcmdp_jax.report import comparison, run_groups
+from support.pages import CONFIG, GAPS, ROWS, SOURCES, Page, make_run
 
 
-def run(folder, seed, weights, end, steps=4):
+def make_arm(folder, seed, weights, end, steps=4):
+    """Writes a run of an engine with these weights that ends at this held-out reward."""
     config = copy.deepcopy(CONFIG) | {"seed": seed, "name": f"{weights}-{seed}"}
     config["rollout"]["precision"]["weights"] = weights
     rows = [dict(row) for row in ROWS[:steps]]
@@ -28,109 +22,168 @@ def run(folder, seed, weights, end, steps=4):
 
 @pytest.fixture
 def folders(tmp_path):
+    """Two configurations with two seeds each."""
     return [
-        run(tmp_path / "a", 0, "int4", 0.4),
-        run(tmp_path / "b", 1, "int4", 0.5),
-        run(tmp_path / "c", 0, "float32", 0.7),
-        run(tmp_path / "d", 1, "float32", 0.78),
+        make_arm(tmp_path / "a", 0, "int4", 0.4),
+        make_arm(tmp_path / "b", 1, "int4", 0.5),
+        make_arm(tmp_path / "c", 0, "float32", 0.7),
+        make_arm(tmp_path / "d", 1, "float32", 0.78),
     ]
 
 
-def load(folders):
-    return comparison.group_runs(
-        [
-            comparison.Run(
-                f, f.name, json.loads((f / "config.json").read_text()), comparison.metrics.read(f)
-            )
-            for f in folders
-        ]
-    )
+def group(folders):
+    _, runs = run_groups.load(folders)
+    return run_groups.group_runs(runs)
+
+
+def panel_of(groups, title):
+    return next(panel for panel in comparison.panels(groups) if panel.title == title)
+
+
+# Groups
 
 
 def test_seeds_make_one_configuration_named_by_what_differs(folders):
-    groups = load(folders)
-    assert [(group.label, [run.name for run in group.runs]) for group in groups] == [
-        ("weights int4", ["a", "b"]),
-        ("weights float32", ["c", "d"]),
-    ]
-    assert len({group.color for group in groups}) == 2
+    groups = [(group.label, [run.name for run in group.runs]) for group in group(folders)]
+    assert groups == [("weights int4", ["a", "b"]), ("weights float32", ["c", "d"])]
+
+
+def test_configurations_have_colours_of_their_own(folders):
+    assert len({group.color for group in group(folders)}) == 2
 
 
 def test_siblings_may_start_from_models_of_their_own(folders):
     for folder in folders[:2]:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"model": {"folder": folder.name}}))
-    assert [len(group.runs) for group in load(folders[:2])] == [2]
+    assert [len(group.runs) for group in group(folders[:2])] == [2]
+
+
+# The verdict
+
+
+def test_the_verdict_begins_with_the_first_configuration(folders):
+    first = comparison.verdict(group(folders))[0]
+    assert first.startswith("weights int4 ends at a held-out reward of 0.450 [")
 
 
 def test_the_verdict_pairs_seeds(folders):
-    said = comparison.verdict(load(folders))
     low, high = intervals.mean([0.3, 0.28])[1:]
-    assert (
-        f"weights float32 against it: engine +0.290 [{low:+.3f}, {high:+.3f}], higher;" in said[1]
-    )
-    assert said[0].startswith("weights int4 ends at a held-out reward of 0.450 [")
+    expected = f"weights float32 against it: engine +0.290 [{low:+.3f}, {high:+.3f}], higher;"
+    assert expected in comparison.verdict(group(folders))[1]
 
 
-def test_single_runs_are_compared_over_prompts_and_the_page_says_so(folders):
-    groups = load([folders[0], folders[2]])
-    gap = intervals.difference(intervals.wilson(0.7, 512), intervals.wilson(0.4, 512))
-    assert comparison.difference_from(groups[1], groups[0], "reward_eval_infer") == gap
-    assert "counts held-out prompts and not seeds" in comparison.verdict(groups)[2]
+def test_single_runs_are_compared_over_prompts(folders):
+    first, second = group([folders[0], folders[2]])
+    expected = intervals.difference(intervals.wilson(0.7, 512), intervals.wilson(0.4, 512))
+    assert comparison.difference_from(second, first, "reward_eval_infer") == expected
 
 
-def test_curves_are_means_in_a_band_as_far_as_every_seed_goes(folders, tmp_path):
-    groups = load([*folders[:2], run(tmp_path / "e", 2, "int4", 0.9, steps=3)])
-    panel = next(panel for panel in comparison.panels(groups) if panel.title == "Mean delta")
-    assert [step for step, _ in panel.series[0].points] == [1, 2, 3] and panel.tolerance == 0.01
-    assert panel.series[0].points[0][1] == pytest.approx(statistics.fmean([0.03] * 3))
-    panel = next(
-        panel
-        for panel in comparison.panels(load(folders))
-        if panel.title == "Held-out reward, engine"
-    )
-    assert panel.series[0].points[-1] == (4, pytest.approx(0.45)) and panel.series[0].band[-1] == (
-        4,
-        0.4,
-        0.5,
-    )
+def test_the_verdict_says_that_an_interval_is_over_prompts(folders):
+    sentences = comparison.verdict(group([folders[0], folders[2]]))
+    assert "counts held-out prompts and not seeds" in sentences[2]
 
 
-def test_the_page_stands_alone_and_shows_all_parts(folders, tmp_path, capsys):
+def test_the_verdict_says_that_several_comparisons_find_more_by_chance(folders, tmp_path):
+    third = [make_arm(tmp_path / name, i, "int8", 0.6) for i, name in enumerate("ef")]
+    sentences = comparison.verdict(group([*folders, *third]))
+    assert "that one of 2 shows a difference by chance" in sentences[-1]
+
+
+def test_the_verdict_says_that_runs_end_at_different_steps(folders, tmp_path):
+    short = make_arm(tmp_path / "e", 2, "int4", 0.9, steps=3)
+    sentences = comparison.verdict(group([*folders, short]))
+    assert "The runs end at different steps, 3 to 4" in sentences[-1]
+
+
+# Curves
+
+
+def test_a_curve_ends_where_the_first_of_its_seeds_ends(folders, tmp_path):
+    short = make_arm(tmp_path / "e", 2, "int4", 0.9, steps=3)
+    curve = panel_of(group([*folders[:2], short]), "Mean delta").series[0]
+    assert [step for step, _ in curve.points] == [1, 2, 3]
+
+
+def test_a_curve_is_the_mean_over_seeds(folders):
+    curve = panel_of(group(folders), "Mean delta").series[0]
+    assert curve.points[0][1] == pytest.approx(statistics.fmean([0.03, 0.03]))
+
+
+def test_a_common_tolerance_is_drawn(folders):
+    assert panel_of(group(folders), "Mean delta").tolerance == 0.01
+
+
+def test_a_band_reaches_from_the_lowest_seed_to_the_highest(folders):
+    curve = panel_of(group(folders), "Held-out reward, engine").series[0]
+    assert curve.points[-1] == (4, pytest.approx(0.45))
+    assert curve.band[-1] == (4, 0.4, 0.5)
+
+
+# The page
+
+
+@pytest.fixture
+def shown(folders, tmp_path):
+    """The page of four runs, of which the first has gaps and a diagnosis, as text."""
     (folders[0] / "gaps.jsonl").write_text(json.dumps(GAPS) + "\n")
     (folders[0] / "diagnose.json").write_text(json.dumps(SOURCES))
+    assert comparison.write(folders) == tmp_path / "report.html"
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_command_prints_where_the_page_is(folders, tmp_path, capsys):
     assert cli.main(["report", *map(str, folders)]) == 0
-    path = tmp_path / "report.html"
-    assert capsys.readouterr().out.strip() == str(path)
-    text = path.read_text(encoding="utf-8")
-    seen = Page(text)
-    assert (
-        not {tag for tag, _ in seen.tags} & {"script", "link", "img", "iframe", "object"}
-        and "http" not in text
-    )
-    assert (
-        seen.count("svg") == 8 + 1
-        and "rollout.precision.weights" in seen.text
-        and "1␣+␣<b>" in seen.text
-    )
-    assert "Discrepancy by source" in seen.text and "0.02 ± 0.001" in seen.text
-    for folder in folders:
-        assert f"{folder.name} Held-out reward" in seen.text
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
 
 
-def test_one_run_shows_its_gaps_too(folders):
+def test_the_page_needs_no_other_file(shown):
+    tags = {tag for tag, _ in Page(shown).tags}
+    assert not tags & {"script", "link", "img", "iframe", "object"} and "http" not in shown
+
+
+def test_the_page_has_a_chart_for_each_quantity_and_one_for_positions(shown):
+    assert Page(shown).count("svg") == 8 + 1
+
+
+@pytest.mark.parametrize(
+    "part", ["rollout.precision.weights", "1␣+␣<b>", "Discrepancy by source", "0.02 ± 0.001"]
+)
+def test_the_page_shows_settings_tokens_and_sources(shown, part):
+    assert part in Page(shown).text
+
+
+@pytest.mark.parametrize("name", "abcd")
+def test_the_page_has_the_verdict_of_each_run(shown, name):
+    assert f"{name} Held-out reward" in Page(shown).text
+
+
+@pytest.mark.parametrize("part", ["Worst tokens of step 4", "0–7"])
+def test_the_page_of_one_run_shows_its_gaps_too(folders, part):
     (folders[0] / "gaps.jsonl").write_text(json.dumps(GAPS) + "\n")
     assert cli.main(["report", str(folders[0])]) == 0
-    seen = Page((folders[0] / "report.html").read_text(encoding="utf-8"))
-    assert "Worst tokens of step 4" in seen.text and "0–7" in seen.text and seen.count("mark") == 1
+    page = Page((folders[0] / "report.html").read_text(encoding="utf-8"))
+    assert part in page.text and page.count("mark") == 1
 
 
-def test_what_cannot_be_compared_is_named(folders, tmp_path, capsys):
-    empty = make_run(tmp_path / "empty", [])
-    for runs, words in (
-        ([folders[0], folders[0]], "given twice"),
-        ([folders[0], empty], "has not finished a step"),
-        ([*folders[:2], "--output", folders[0] / "report.html"], "a run's own page"),
-    ):
-        assert cli.main(["report", *map(str, runs)]) == 2
-        assert words in capsys.readouterr().err
+# Refusals
+
+
+def test_a_run_that_is_given_twice_is_named(folders):
+    with pytest.raises(ValueError, match="a is given twice; give each run once"):
+        comparison.write([folders[0], folders[0]])
+
+
+def test_a_run_without_a_step_is_named(folders, tmp_path):
+    with pytest.raises(ValueError, match="empty has not finished a step; leave it out"):
+        comparison.write([folders[0], make_run(tmp_path / "empty", [])])
+
+
+def test_a_runs_own_page_is_not_overwritten(folders):
+    with pytest.raises(ValueError, match="is a run's own page; give another --output"):
+        comparison.write(folders[:2], folders[0] / "report.html")
+
+
+def test_the_command_refuses_in_one_sentence(folders, capsys):
+    assert cli.main(["report", str(folders[0]), str(folders[0])]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -14,7 +14,7 @@ import pytest
 
 from dcmdp_jax import cli, metrics
 from dcmdp_jax.experiment import load_experiment
-from dcmdp_jax.report import comparison, run_page
+from dcmdp_jax.report import comparison, run_data, run_page
 from dcmdp_jax.tools import diagnose
 from support.pages import CONFIG, GAPS, ROWS, SOURCES, make_run
 
@@ -349,7 +349,7 @@ def test_nan_and_infinity_spelt_in_the_file_have_a_page(tmp_path):
     assert not re.search(r"\b(nan|inf)\b", re.sub(r"<pre>.*</pre>", "", page, flags=re.S))
 
 
-@pytest.mark.parametrize("names", run_page.NUMBERS, ids=".".join)
+@pytest.mark.parametrize("names", run_data.NUMBERS, ids=".".join)
 @pytest.mark.parametrize("wrong", [*WRONG.values(), -3], ids=[*WRONG, "negative"])
 def test_a_setting_that_is_no_number_is_named(tmp_path, capsys, names, wrong):
     config = with_value(CONFIG, names, wrong)

@@ -1,29 +1,35 @@
-"""Horizontal bars as an SVG that stands alone."""
+"""Horizontal bars as an SVG file that needs no other."""
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
-from dcmdp_jax.report.line_chart import INSIDE, NEUTRAL, round_step
+from dcmdp_jax.report.line_chart import GRID, INSIDE, NEUTRAL, Scale, round_step
 
+# in the SVG's own units
 WIDTH = 720
-LEFT = 270
-RIGHT = 80  # of the picture, of its labels, of the numbers behind the longest bar
+LEFT = 270  # of the labels
+RIGHT = 80  # of the number behind the longest bar
+TOP = 26
+INK = "#1e293b"
 
 
 class Bar(NamedTuple):
+    """One bar, of a value >= 0."""
+
     label: str
     note: str  # in small print under the label
     value: float
     error: float  # half the length of the whisker
     color: str
-    ring: float | None = None  # a second value, as a ring
+    ring: float | None = None  # a second value, drawn as a ring
 
 
 class Chart(NamedTuple):
+    """Bars on one scale."""
+
     title: str
     bars: list[Bar]
     floor: float  # drawn as a line, the region below it shaded
@@ -31,95 +37,99 @@ class Chart(NamedTuple):
 
 
 def draw(charts: list[Chart], legend: tuple[str, ...]) -> str:
-    """The charts, values >= 0, one under the other, and below them the lines of `legend`."""
+    """Returns the charts, one under the other, and below them the lines of `legend`, as SVG."""
     drawn = []
-    top = 4
+    top = 4.0
     for chart in charts:
         body, height = _chart(chart)
         drawn.append(f'<g transform="translate(0,{top})">{body}</g>')
         top += height
-    drawn += [
-        f'<text x="8" y="{top + 14 * i + 10:.0f}" font-size="11">{html.escape(line)}</text>'
-        for i, line in enumerate(legend)
-    ]
+    for line in legend:
+        drawn.append(f'<text x="8" y="{top + 10:.0f}" font-size="11">{html.escape(line)}</text>')
+        top += 14
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top + 14 * len(legend) + 6:.0f}" '
-        f'role="img" font-family="system-ui, sans-serif" font-size="12" fill="#475569">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top + 6:.0f}" role="img" '
+        'font-family="system-ui, sans-serif" font-size="12" fill="#475569">'
         f'<rect width="100%" height="100%" fill="#fff"/>{"".join(drawn)}</svg>'
     )
 
 
 def _chart(chart: Chart) -> tuple[str, float]:
-    """One chart as SVG, and its height."""
+    """Returns one chart as SVG, and its height."""
     ticks = _ticks(chart)
     low = ticks[0]
     high = ticks[-1]
-    span = WIDTH - LEFT - RIGHT
 
     def x(value: float) -> float:
-        if not chart.logarithmic:
-            return LEFT + span * value / high
-        return LEFT + span * math.log(max(value, low) / low) / math.log(high / low)
+        share = value / high
+        if chart.logarithmic:
+            share = math.log(max(value, low) / low) / math.log(high / low)
+        return LEFT + (WIDTH - LEFT - RIGHT) * share
 
-    top = 30.0
+    bottom = 30.0
     rows = []
     for bar in chart.bars:
         height = 34 if bar.note else 20
-        rows.append(_bar(bar, top + height / 2, x))
-        top += height
+        rows.append(_bar(bar, bottom + height / 2, x))
+        bottom += height
+    title = (
+        f'<text x="8" y="14" font-size="14" font-weight="600" fill="{INK}">'
+        f"{html.escape(chart.title)}</text>"
+    )
     grid = [
-        f'<path d="M{x(v):.1f} 26V{top:.1f}" stroke="#e2e8f0"/>'
-        f'<text x="{x(v):.1f}" y="{top + 16:.1f}" text-anchor="middle">{v:g}</text>'
-        for v in ticks
+        f'<path d="M{x(tick):.1f} {TOP}V{bottom:.1f}" stroke="{GRID}"/>'
+        f'<text x="{x(tick):.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{tick:g}</text>'
+        for tick in ticks
     ]
     edge = x(chart.floor)
     floor = (
-        f'<rect x="{LEFT}" y="26" width="{edge - LEFT:.1f}" height="{top - 26:.1f}" fill="{INSIDE}" '
-        f'fill-opacity="0.12"/><path d="M{edge:.1f} 26V{top:.1f}" stroke="{INSIDE}" stroke-width="1.6" '
-        f'stroke-dasharray="6 4"/>'
+        f'<rect x="{LEFT}" y="{TOP}" width="{edge - LEFT:.1f}" height="{bottom - TOP:.1f}" '
+        f'fill="{INSIDE}" fill-opacity="0.12"/>'
+        f'<path d="M{edge:.1f} {TOP}V{bottom:.1f}" stroke="{INSIDE}" stroke-width="1.6" '
+        'stroke-dasharray="6 4"/>'
     )
-    title = f'<text x="8" y="14" font-size="14" font-weight="600" fill="#1e293b">{html.escape(chart.title)}</text>'
-    return title + "".join(grid) + floor + "".join(rows), top + 32
+    return title + "".join(grid) + floor + "".join(rows), bottom + 32
 
 
-def _bar(bar: Bar, middle: float, x: Callable[[float], float]) -> str:
+def _bar(bar: Bar, middle: float, x: Scale) -> str:
     end = x(bar.value)
     low = x(max(bar.value - bar.error, 0))
     high = x(bar.value + bar.error)
-    furthest = max(end, high, 0 if bar.ring is None else x(bar.ring))
-
-    def label(text: str, y: float, style: str) -> str:
-        return (
-            f'<text x="{LEFT - 8}" y="{y:.1f}" text-anchor="end" {style}>{html.escape(text)}</text>'
-            if text
-            else ""
-        )
-
+    furthest = max(end, high)
     marks = [
-        label(bar.label, middle + (-3 if bar.note else 4), 'fill="#1e293b"'),
-        label(bar.note, middle + 10, 'font-size="10"'),
-        f'<rect x="{LEFT}" y="{middle - 6:.1f}" width="{end - LEFT:.1f}" height="12" fill="{bar.color}"/>',
-        f'<path d="M{low:.1f} {middle:.1f}H{high:.1f}" stroke="#1e293b"/>',
+        _label(bar.label, middle + (-3 if bar.note else 4), f'fill="{INK}"'),
+        _label(bar.note, middle + 10, 'font-size="10"'),
+        f'<rect x="{LEFT}" y="{middle - 6:.1f}" width="{end - LEFT:.1f}" height="12" '
+        f'fill="{bar.color}"/>',
+        f'<path d="M{low:.1f} {middle:.1f}H{high:.1f}" stroke="{INK}"/>',
     ]
     if bar.ring is not None:
+        furthest = max(furthest, x(bar.ring))
         marks.append(
-            f'<circle cx="{x(bar.ring):.1f}" cy="{middle:.1f}" r="4.5" fill="#fff" stroke="{NEUTRAL}" '
-            f'stroke-width="1.8"/>'
+            f'<circle cx="{x(bar.ring):.1f}" cy="{middle:.1f}" r="4.5" fill="#fff" '
+            f'stroke="{NEUTRAL}" stroke-width="1.8"/>'
         )
-    return (
-        "".join(marks) + f'<text x="{furthest + 8:.1f}" y="{middle + 4:.1f}">{bar.value:.2g}</text>'
-    )
+    marks.append(f'<text x="{furthest + 8:.1f}" y="{middle + 4:.1f}">{bar.value:.2g}</text>')
+    return "".join(marks)
+
+
+def _label(text: str, y: float, style: str) -> str:
+    if not text:
+        return ""
+    escaped = html.escape(text)
+    return f'<text x="{LEFT - 8}" y="{y:.1f}" text-anchor="end" {style}>{escaped}</text>'
 
 
 def _ticks(chart: Chart) -> list[float]:
-    """Powers of ten that enclose what is drawn, or round numbers from zero on."""
-    values = [
-        value for bar in chart.bars for value in (bar.value, bar.value + bar.error, bar.ring)
-    ] + [chart.floor]
-    seen = [value for value in values if value] or [1.0]
+    """Returns powers of ten that enclose what is drawn, or round numbers from zero on."""
+    values = [chart.floor]
+    for bar in chart.bars:
+        values += [bar.value, bar.value + bar.error, bar.ring or 0.0]
+    positive = [value for value in values if value] or [1.0]
     if not chart.logarithmic:
-        step = round_step(max(seen) / 5)
-        return [float(f"{k * step:.10g}") for k in range(math.ceil(round(max(seen) / step, 6)) + 1)]
-    low = math.floor(math.log10(min(seen)))
-    high = math.ceil(math.log10(max(seen)))
+        step = round_step(max(positive) / 5)
+        count = math.ceil(round(max(positive) / step, 6))
+        return [float(f"{k * step:.10g}") for k in range(count + 1)]
+    low = math.floor(math.log10(min(positive)))
+    high = math.ceil(math.log10(max(positive)))
     return [10.0**power for power in range(low, max(high, low + 1) + 1)]

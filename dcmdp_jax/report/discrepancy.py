@@ -1,8 +1,7 @@
-"""Where a run's trainer and engine disagree, as parts of its page: by position, by source, at the
-worst tokens.
+"""Parts of a page: where trainer and engine disagree, by position, by source, at the worst tokens.
 
-Each part shows a file of the run's folder, where it is there: `gaps.jsonl` of training,
-`parity.json` of `dcmdp parity`, `diagnose.json` of `dcmdp diagnose`.
+Each part shows a file of the run's folder: `gaps.jsonl` of training, `parity.json` of `dcmdp
+parity`, `diagnose.json` of `dcmdp diagnose`.
 """
 
 from __future__ import annotations
@@ -12,11 +11,12 @@ import os
 import pathlib
 from typing import Any
 
-from dcmdp_jax import files, metrics
+from dcmdp_jax import files, metrics, quantities
 from dcmdp_jax.report import tables
 from dcmdp_jax.report.line_chart import ENGINE, FAINT, NEUTRAL, Panel, Series, chart
 
-TITLE = "Discrepancy by position in the completion"
+# the fields of `parity.json` and `diagnose.json` that are shown
+PARITY = {"weights": files.STRING, "positions": files.OBJECT}
 GAP = {
     "tokens": files.INTEGER,
     "delta": files.NUMBER_OR_NULL,
@@ -25,11 +25,16 @@ GAP = {
     "k3": files.NUMBER_OR_NULL,
 }
 DIAGNOSIS = {"weights": files.STRING, "noise_floor": files.NUMBER_OR_NULL, "sources": files.LIST}
+SOURCE = {"source": files.STRING, "setting": files.STRING}
 ALONE = {"delta": files.NUMBER_OR_NULL, "std_error": files.NUMBER_OR_NULL}
+LEFT_OUT = {"delta": files.NUMBER_OR_NULL}
 
 
 def sections(workdir: str | os.PathLike) -> str:
-    """All parts that the folder has something for, as HTML. Raises ValueError on a damaged file."""
+    """Returns all parts whose file the folder has, as HTML.
+
+    Raises ValueError if a file is damaged.
+    """
     rows = metrics.read_gaps(workdir)
     parts = [
         _positions(rows),
@@ -41,43 +46,41 @@ def sections(workdir: str | os.PathLike) -> str:
 
 
 def position_panel(curves: list[tuple[str, str, list[dict[str, Any]]]]) -> str:
-    """Mean delta by bucket of positions, one curve for each (label, colour, `positions` of
+    """Draws mean delta by bucket of positions, a curve for each (label, colour, `positions` of
     `gaps.record`).
     """
-    ends = sorted(
-        {(bucket["from"], bucket["to"]) for _, _, buckets in curves for bucket in buckets}
-    )
-    if not ends:
+    buckets = {(bucket["from"], bucket["to"]) for _, _, positions in curves for bucket in positions}
+    if not buckets:
         return ""
-    series = [
-        Series(
-            label,
-            color,
-            [(ends.index((bucket["from"], bucket["to"])), bucket["delta"]) for bucket in buckets],
-            marked=True,
-        )
-        for label, color, buckets in curves
-    ]
-    names = tuple(f"{start}–{end - 1}" for start, end in ends)
+    order = sorted(buckets)
+    series = []
+    for label, color, positions in curves:
+        points = [
+            (order.index((bucket["from"], bucket["to"])), bucket["delta"]) for bucket in positions
+        ]
+        series.append(Series(label, color, points, marked=True))
     return chart(
         Panel(
-            TITLE,
-            "mean |π_train − π_infer|",
+            "Discrepancy by position in the completion",
+            quantities.get("delta_mean").unit,
             series,
-            names=names,
+            names=tuple(f"{start}–{end - 1}" for start, end in order),
             axis="tokens before it in the completion",
         )
     )
 
 
 def _positions(rows: list[dict[str, Any]]) -> str:
+    """Draws the first and the last row of `gaps.jsonl`."""
     if not rows:
         return ""
-    ends = [(NEUTRAL, rows[-1])] if len(rows) == 1 else [(FAINT, rows[0]), (NEUTRAL, rows[-1])]
-    drawn = position_panel(
-        [(f"step {row['step']}", color, row["positions"]) for color, row in ends]
+    shown = [(NEUTRAL, rows[-1])]
+    if len(rows) > 1:
+        shown.insert(0, (FAINT, rows[0]))
+    panel = position_panel(
+        [(f"step {row['step']}", color, row["positions"]) for color, row in shown]
     )
-    return f'<div class="charts section">{drawn}</div>' if drawn else ""
+    return f'<div class="charts section">{panel}</div>' if panel else ""
 
 
 def _parity_table(record: dict[str, Any] | None) -> str:
@@ -154,35 +157,34 @@ def _token_in_context(token: dict[str, Any]) -> tables.Cell:
 
 
 def read_diagnosis(workdir: str | os.PathLike) -> dict[str, Any] | None:
-    """`diagnose.json` of the run, or None. Raises ValueError where it is damaged."""
-    found = _read(workdir, "diagnose.json")
-    place = str(pathlib.Path(workdir) / "diagnose.json")
-    if found is None:
+    """Returns the run's `diagnose.json`; None if there is none.
+
+    Raises ValueError if it is damaged.
+    """
+    record = _read(workdir, "diagnose.json")
+    if record is None:
         return None
-    files.check_fields(found, DIAGNOSIS, place)
-    for effect in found["sources"]:
-        files.check_fields(
-            effect, {"source": files.STRING, "setting": files.STRING}, f"{place}: a source"
-        )
-        inside = f"{place}: source {effect['source']!r:.60}:"
-        files.check_fields(effect.get("alone"), ALONE, f"{inside} 'alone'")
+    place = str(pathlib.Path(workdir) / "diagnose.json")
+    files.check_fields(record, DIAGNOSIS, place)
+    for effect in record["sources"]:
+        files.check_fields(effect, SOURCE, f"{place}: a source")
+        source = f"{place}: source {effect['source']!r:.60}:"
+        files.check_fields(effect.get("alone"), ALONE, f"{source} 'alone'")
         if effect.get("left_out") is not None:
-            files.check_fields(
-                effect["left_out"], {"delta": files.NUMBER_OR_NULL}, f"{inside} 'left_out'"
-            )
-    return found
+            files.check_fields(effect["left_out"], LEFT_OUT, f"{source} 'left_out'")
+    return record
 
 
 def _read_parity(workdir: str | os.PathLike) -> dict[str, Any] | None:
-    """`parity.json`, as `read_diagnosis` reads the other."""
-    found = _read(workdir, "parity.json")
-    place = str(pathlib.Path(workdir) / "parity.json")
-    if found is None:
+    """Returns the run's `parity.json`, as `read_diagnosis` does the other."""
+    record = _read(workdir, "parity.json")
+    if record is None:
         return None
-    files.check_fields(found, {"weights": files.STRING, "positions": files.OBJECT}, place)
-    for name, gap in found["positions"].items():
+    place = str(pathlib.Path(workdir) / "parity.json")
+    files.check_fields(record, PARITY, place)
+    for name, gap in record["positions"].items():
         files.check_fields(gap, GAP, f"{place}: position {name!r:.60}")
-    return found
+    return record
 
 
 def _read(workdir: str | os.PathLike, name: str) -> dict[str, Any] | None:
@@ -196,6 +198,7 @@ def _read(workdir: str | os.PathLike, name: str) -> dict[str, Any] | None:
 
 
 def _visible(text: str) -> str:
+    """Returns a token's text, escaped, with signs for its blanks."""
     return html.escape(text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣"))
 
 

@@ -25,7 +25,7 @@ from dcmdp_jax.config import Config, ModelConfig, Precision, RolloutConfig
 from dcmdp_jax.inputs import Inputs
 from dcmdp_jax.models.quantized import Quantized
 from dcmdp_jax.records import Rollout, Weights
-from dcmdp_jax.report import bar_chart, line_chart, run_page, tables
+from dcmdp_jax.report import bar_chart, html_page, line_chart, tables
 from dcmdp_jax.rollout.replay import replay
 from dcmdp_jax.run_record import to_json
 from dcmdp_jax.seeds import Stream
@@ -541,7 +541,7 @@ def write(found: Attribution, config: Config, workdir: pathlib.Path) -> pathlib.
         f'<figure class="scroll">{picture}</figure>{_page_table(found)}{said}'
     )
     path = workdir / "diagnose.html"
-    page = run_page.page(f"{config.name}: blame", body, to_json(config))
+    page = html_page.page(f"{config.name}: blame", body, to_json(config))
     files.write_atomic(path, page)
     return path
 

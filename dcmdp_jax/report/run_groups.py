@@ -1,0 +1,129 @@
+"""Runs by configuration: runs that differ in the seed alone are one group."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from dcmdp_jax.report import run_data
+from dcmdp_jax.run_record import differences
+
+# of the groups, in order; then from the first one on again
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#7c3aed", "#475569")
+# settings that may differ within a group
+NOT_COMPARED = ("seed", "name", "checkpoint", "tensorboard", "wandb")
+MAX_SETTINGS_IN_LABEL = 3
+
+
+class Run(NamedTuple):
+    """A run, as read from its folder."""
+
+    folder: pathlib.Path
+    name: str  # the folder, relative to the one that holds all the runs
+    config: run_data.Config
+    rows: run_data.Rows
+
+
+class Group(NamedTuple):
+    """Runs of one configuration."""
+
+    label: str
+    color: str
+    runs: list[Run]
+
+
+def load(folders: Sequence[pathlib.Path]) -> tuple[pathlib.Path, list[Run]]:
+    """Returns the folder that holds all the runs, and the runs.
+
+    Raises ValueError if a folder is not a run's, is given twice, or has no step.
+    """
+    absolute = [folder.resolve() for folder in folders]
+    for folder in folders:
+        if absolute.count(folder.resolve()) > 1:
+            raise ValueError(f"{folder} is given twice; give each run once")
+    base = pathlib.Path(os.path.commonpath([folder.parent for folder in absolute]))
+    runs = []
+    for folder in folders:
+        config, rows = run_data.load(folder)
+        if not rows:
+            raise ValueError(f"{folder} has not finished a step; leave it out")
+        runs.append(Run(folder, str(folder.resolve().relative_to(base)), config, rows))
+    return base, runs
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Groups runs by configuration, in the order given.
+
+    A label gives the settings in which the groups differ if they are few, or else names folders.
+    """
+    groups: list[list[Run]] = []
+    for run in runs:
+        for group in groups:
+            if _differ_in_seed_alone(group[0], run):
+                group.append(run)
+                break
+        else:
+            groups.append([run])
+    names = differing_settings([group[0] for group in groups])
+    values = [[setting_of(group[0], name) for name in names] for group in groups]
+    simple = not any(isinstance(value, (dict, list)) for row in values for value in row)
+    if names and len(names) <= MAX_SETTINGS_IN_LABEL and simple:
+        labels = [
+            ", ".join(f"{name.split('.')[-1]} {short(value)}" for name, value in zip(names, row))
+            for row in values
+        ]
+    else:
+        labels = [_folders(group) for group in groups]
+    return [
+        Group(label, COLORS[i % len(COLORS)], group)
+        for i, (label, group) in enumerate(zip(labels, groups))
+    ]
+
+
+def _differ_in_seed_alone(left: Run, right: Run) -> bool:
+    """True if the seed alone differs; of runs in one folder also a starting model of their own, and
+    a tolerance that each has measured.
+    """
+    different = differences(_compared(left.config), _compared(right.config)).keys()
+    if not different:
+        return True
+    siblings = left.folder.resolve().parent == right.folder.resolve().parent
+    if not siblings or left.config.get("seed") == right.config.get("seed"):
+        return False
+    own = {"model.folder"}
+    if all((run.folder / "calibration.json").is_file() for run in (left, right)):
+        own.add("constraint.tolerance")
+    return different <= own
+
+
+def _folders(runs: Sequence[Run]) -> str:
+    """Returns the runs' common folder if they have one, else the folder of each."""
+    parents = {str(pathlib.PurePath(run.name).parent) for run in runs}
+    if len(runs) > 1 and len(parents) == 1 and parents != {"."}:
+        return parents.pop()
+    return ", ".join(run.name for run in runs)
+
+
+def differing_settings(runs: Sequence[Run]) -> list[str]:
+    """Returns the dotted names of the settings in which a run differs from the first one."""
+    first = _compared(runs[0].config)
+    return sorted({name for run in runs[1:] for name in differences(first, _compared(run.config))})
+
+
+def _compared(config: run_data.Config) -> run_data.Config:
+    return {name: value for name, value in config.items() if name not in NOT_COMPARED}
+
+
+def setting_of(run: Run, name: str) -> Any:
+    """Returns a setting by its dotted name; None if the configuration lacks it."""
+    return run_data.setting(run.config, *name.split("."))
+
+
+def short(value: Any) -> str:
+    """Returns a function's own name; anything else as JSON."""
+    if isinstance(value, str):
+        return value.rsplit(".", 1)[-1] if value.startswith("dcmdp_jax.") else value
+    return "–" if value is None else json.dumps(value, ensure_ascii=False)
