@@ -24,7 +24,7 @@ BOOLEAN = Kind("true or false", (bool,))
 STRING = Kind("a string", (str,))
 LIST = Kind("a list", (list,))
 OBJECT = Kind("an object", (dict,))
-INTEGER = Kind("a whole number", (int,))
+INTEGER = Kind("an integer", (int,))
 NUMBER = Kind("a finite number", (int, float))
 NUMBER_OR_NULL = Kind("a finite number or null", (int, float, type(None)))
 MAX_INTEGER = 2**53  # integers up to here are exact as floats
@@ -35,11 +35,13 @@ def write_atomic(path: pathlib.Path, text: str) -> None:
 
     A character that UTF-8 cannot hold becomes "?".
     """
-    with _temporary(path) as temporary:
-        with temporary.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+    with (
+        _temporary(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="replace") as file,
+    ):
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

@@ -1,18 +1,14 @@
-"""What a run writes down: one JSON object a step, and a line to look at.
+"""The metrics of a run: a JSON object for each step in its folder, and progress on stderr.
 
-`metrics.jsonl` holds one row per constrained step, in order: `step` (1..N), `reward` (mean over the
-batch), `delta_mean` and `multiplier` (lambda, as used in the step), `entropy` (nats per token),
-`seconds` (wall time of the step), what `measurements.measure` knows of the batch (`tokens`,
-`truncated`, `completed_rewarded`, `reward_spread`, `reward/SOURCE`), `skipped` (updates of the run so far that were left out), `saturated` (steps
-in a row with lambda at its bound and delta above the tolerance), further scalars of the step, and
-on steps with an evaluation `reward_eval_infer` (the engine's policy) and `reward_eval_train` (the
-trainer's).
+`metrics.jsonl` holds one row per constrained step, in order. Its keys are the step's metrics
+and those of `measurements`; the ones that people look at are in `quantities`. Others that are read back:
+`step` (1..N), `seconds` (wall time of the step), `tokens` (sampled), `multiplier_next` (lambda
+after the step), `skipped` (updates of the run so far that were left out) and `saturated` (steps in
+a row with lambda at its bound and delta above the tolerance).
 
-JSON has no NaN: a value that is not finite is `null`, and `non_finite` in the same row tells which
-    it was
-(`{"loss": null, "non_finite": {"loss": "nan"}}`). `gaps.jsonl` holds one row per step with an
-evaluation: `step`, and
-`positions` and `worst` as `gaps.record` makes them. Process 0 alone writes.
+JSON has no NaN: a value that is not finite is `null`, and `non_finite` in the same row says what it
+was (`{"loss": null, "non_finite": {"loss": "nan"}}`). `gaps.jsonl` holds one row per step with an
+evaluation: `step`, and `positions` and `worst` as `gaps.record` makes them. Process 0 alone writes.
 """
 
 from __future__ import annotations
@@ -36,6 +32,7 @@ from dcmdp_jax.config import Config
 
 FILE = "metrics.jsonl"
 GAPS = "gaps.jsonl"
+# the fields of a row of `gaps.jsonl`
 POSITION = {
     "from": files.INTEGER,
     "to": files.INTEGER,
@@ -53,16 +50,16 @@ WORST = {
     "pi_infer": files.NUMBER,
     "reward": files.NUMBER,
 }
-# where stderr is no terminal, so that the logs of batch jobs stay short
+# if stderr is not a terminal, so that the logs of batch jobs stay short
 SECONDS_BETWEEN_LINES = 10.0
 
 
 class Log:
-    """A run's rows in `workdir/metrics.jsonl`, its progress on stderr, and TensorBoard or Weights &
-    Biases when asked.
+    """Writes a run's rows to `workdir/metrics.jsonl`, its progress to stderr, and the values to
+    TensorBoard or Weights & Biases if the configuration says so.
 
-    Opening drops the rows from `first_step` on (`truncate`): a resumed run's file equals an
-    uninterrupted one's. A logger that fails is a warning, and is left out from there on.
+    Opening drops the rows from `first_step` on (`truncate`), so that a resumed run's file equals an
+    uninterrupted one's. If a logger fails, a warning is printed and the run goes on without it.
     """
 
     def __init__(self, workdir: str | os.PathLike, config: Config, *, first_step: int = 1):
@@ -78,7 +75,7 @@ class Log:
         if config.wandb:
             self._begin("Weights & Biases", lambda: _WeightsAndBiases(workdir, config.name))
         truncate(workdir, first_step - 1)
-        self._file = open(workdir / FILE, "a", encoding="utf-8")
+        self._file = open(workdir / FILE, "a", encoding="utf-8")  # noqa: SIM115: until `close`
         self._gaps = workdir / GAPS
         self._latest: dict[str, Any] = {}  # keeps the last evaluation on show between evaluations
         self._progress = Progress(config, first_step)
@@ -92,8 +89,9 @@ class Log:
             self._progress.tolerance = self._progress.view.tolerance = tolerance
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Adds the row of `step`. Raises ValueError on a value that is not one number, Python's or
-        an array of one.
+        """Adds the row of `step`.
+
+        Raises ValueError on a value that is neither a Python number nor an array of one number.
         """
         if not self._writes:
             return
@@ -108,14 +106,16 @@ class Log:
         self._progress.show(step, self._latest)
 
     def write_gaps(self, step: int, record: Mapping[str, Any]) -> None:
-        """Adds the row of `step` to `gaps.jsonl`; call it before `write`, so that a row there has
-        its row here.
+        """Adds the row of `step` to `gaps.jsonl`.
+
+        Call it before `write`, so that a step with a row in `metrics.jsonl` has its row here.
         """
         if self._writes:
             with open(self._gaps, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": int(step), **record}, allow_nan=False) + "\n")
 
     def close(self) -> None:
+        """Closes the files and the loggers."""
         if not self._writes:
             return
         self._file.close()
@@ -143,8 +143,8 @@ class Log:
 
 
 class Progress:
-    """A block of lines on a terminal (`terminal.View`), else a line at the first step, the last,
-    and each ten seconds.
+    """A run's progress: a block of lines on a terminal (`terminal.View`), else a line at the first
+    step, at the last, and every ten seconds.
     """
 
     def __init__(self, config: Config, first_step: int):
@@ -157,23 +157,28 @@ class Progress:
         self._printed = -math.inf
 
     def show(self, step: int, values: Mapping[str, Any]) -> None:
+        """Shows the values of a step, if it is time for a line."""
         if terminal.can_redraw():
             self.view.show(step, values)
         elif step == self._total or time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
-            said = status(values, self.tolerance, self.view.floor)
-            print(f"{self._name}: step {step}/{self._total}  {said}", file=sys.stderr, flush=True)
+            line = status(values, self.tolerance, self.view.floor)
+            print(f"{self._name}: step {step}/{self._total}  {line}", file=sys.stderr, flush=True)
             self._printed = time.monotonic()
 
 
 def floor_lower_bound(row: Mapping[str, Any]) -> float | None:
-    """What the floor of delta at a run's starting weights is no less than; None if not known.
+    """Returns a lower bound of the floor, mean delta at a run's starting weights, from the row of
+    its first step: the mean less three standard errors. None if the row lacks it.
 
-    From the row of the first step, the mean less three standard errors: the trainer scores at the
-    weights that sampled, so that the gap is the engine's alone.
+    In the first step the trainer scores at the weights that sampled, so that the gap is the
+    engine's alone.
     """
-    mean, spread, tokens = (row.get(name) for name in ("delta_mean", "prob_diff_std", "tokens"))
-    known = mean is not None and spread is not None and tokens and math.isfinite(mean)
-    return mean - 3 * spread / math.sqrt(tokens) if known and row.get("step") == 1 else None
+    mean = row.get("delta_mean")
+    deviation = row.get("prob_diff_std")
+    tokens = row.get("tokens")
+    if row.get("step") != 1 or mean is None or deviation is None or not tokens:
+        return None
+    return mean - 3 * deviation / math.sqrt(tokens) if math.isfinite(mean) else None
 
 
 def status(values: Mapping[str, Any], tolerance: float, floor: float | None = None) -> str:
@@ -190,10 +195,10 @@ def status(values: Mapping[str, Any], tolerance: float, floor: float | None = No
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of a run, oldest first; values that were not finite are None. A torn last line is
-    left out.
+    """Returns the rows of a run, oldest first; a value that was not finite is None. A torn last
+    line is left out.
 
-    Raises ValueError where there is no file, a line before the last is no row, or a value is no
+    Raises ValueError if there is no file, a line before the last is not a row, or a value is not a
     number.
     """
     path = pathlib.Path(workdir) / FILE
@@ -210,9 +215,9 @@ def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def read_gaps(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of `gaps.jsonl`, as `read` reads those of a run; none where there is no file.
+    """Returns the rows of `gaps.jsonl`; none if there is no file. A torn last line is left out.
 
-    Raises ValueError where a line before the last is no row, or one is not as `gaps.record` makes
+    Raises ValueError if a line before the last is not a row, or a row is not as `gaps.record` makes
     it.
     """
     path = pathlib.Path(workdir) / GAPS
@@ -230,11 +235,10 @@ def read_gaps(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def truncate(workdir: str | os.PathLike, step: int) -> None:
-    """Drops the rows after `step`, and a torn last line, from both files; the rows that stay keep
-    their bytes.
+    """Drops the rows after `step`, and a torn last line, from both files; the other rows keep their
+    bytes.
 
-    A file is replaced in one piece: a crash leaves the old one or the new one. No file, nothing to
-        drop.
+    A file is replaced in one piece: a crash leaves the old one or the new one.
     """
     if jax.process_index() != 0:
         return
@@ -244,27 +248,26 @@ def truncate(workdir: str | os.PathLike, step: int) -> None:
 
 
 def _truncate(path: pathlib.Path, step: int) -> None:
-    kept = "".join(line + "\n" for line, row in _lines(path) if row["step"] <= step)
-    files.write_atomic(path, kept)
+    lines = [line for line, row in _lines(path) if row["step"] <= step]
+    files.write_atomic(path, "".join(line + "\n" for line in lines))
 
 
 def _lines(path: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
-    """Each line with the row it holds. The last line may be torn by a killed process: then it is
-    left out.
-    """
+    """Returns each line with its row. The last line is left out if a killed process has torn it."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    lines = lines[:-1] if lines[-1] == "" else lines
-    found = []
+    if lines[-1] == "":
+        lines.pop()
+    rows = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict) and files.matches(row.get("step"), files.INTEGER):
-            found.append((line, row))
+            rows.append((line, row))
         elif number < len(lines):
             raise ValueError(f"{path}: line {number} is not a row with a step; remove the line")
-    return found
+    return rows
 
 
 def _number(key: str, value: Any) -> bool | int | float:
@@ -272,7 +275,8 @@ def _number(key: str, value: Any) -> bool | int | float:
         value = value.item()
     if not isinstance(value, (bool, int, float)):
         raise ValueError(
-            f"metric {key!r} must be one number, not {type(value).__name__}; write one name per number"
+            f"metric {key!r} must be one number, not {type(value).__name__}; "
+            "write one name per number"
         )
     return value
 
@@ -286,15 +290,13 @@ def _row(step: int, values: Mapping[str, bool | int | float]) -> dict[str, Any]:
 
 
 def check_loggers(config: Config) -> None:
-    """Raises ImportError where `config.tensorboard` or `config.wandb` asks for what cannot be
-    imported.
-    """
-    wanted = {
+    """Raises ImportError if a logger of the configuration cannot be imported."""
+    loggers = {
         "tensorboardX": (config.tensorboard, "tensorboard=True", "pip install 'dcmdp-jax[report]'"),
         "wandb": (config.wandb, "wandb=True", "pip install wandb"),
     }
-    for module, (asked, option, remedy) in wanted.items():
-        if not asked:
+    for module, (enabled, option, remedy) in loggers.items():
+        if not enabled:
             continue
         try:
             importlib.import_module(module)
@@ -302,30 +304,32 @@ def check_loggers(config: Config) -> None:
             raise ImportError(f"{option} needs {module}; {remedy}") from error
         except Exception as error:  # a broken installation fails in ways of its own
             raise ImportError(
-                f"{option} needs {module}, which fails to import ({errors.type_and_message(error)}); {remedy}"
+                f"{option} needs {module}, which fails to import "
+                f"({errors.type_and_message(error)}); {remedy}"
             ) from error
 
 
 def set_aside(workdir: pathlib.Path) -> None:
-    """Renames the rows of a run that has lost its checkpoints, and says so; it starts anew."""
+    """Renames the files of a run that has lost its checkpoints and starts anew, and prints their
+    new names.
+    """
     if jax.process_index() != 0:
         return
     for path in (workdir / FILE, workdir / GAPS):
         if path.is_file() and path.stat().st_size:
-            number = next(
-                i for i in itertools.count(1) if not path.with_name(f"{path.name}.{i}").exists()
-            )
-            aside = path.with_name(f"{path.name}.{number}")
-            path.rename(aside)
+            names = (path.with_name(f"{path.name}.{i}") for i in itertools.count(1))
+            new_path = next(name for name in names if not name.exists())
+            path.rename(new_path)
             print(
-                f"{workdir} holds no checkpoint and starts anew; its old rows are kept in {aside}",
+                f"{workdir} holds no checkpoint and starts anew; its old rows are now {new_path}",
                 file=sys.stderr,
             )
 
 
 def _warn(name: str, error: Exception) -> None:
     print(
-        f"{name} failed ({errors.type_and_message(error)}); the run goes on without it, and {FILE} holds every row",
+        f"{name} failed ({errors.type_and_message(error)}); the run goes on without it, and {FILE} "
+        "holds every row",
         file=sys.stderr,
         flush=True,
     )

@@ -13,55 +13,56 @@ from typing import Any, TextIO
 from dcmdp_jax import quantities
 
 
-class _Outliving:
-    """A stream that ends nothing where its reader is gone or its disk is full.
-
-    What is written is lost from there on.
+class _LossyStream:
+    """A stream that raises nothing if its reader is gone or its disk is full; what is written from
+    then on is lost.
     """
 
     def __init__(self, stream: TextIO):
         self._stream = stream
 
     def write(self, text: str) -> int:
+        """Writes the text and returns its length, as `TextIO.write` does."""
         try:
             return self._stream.write(text)
         except OSError:
-            return self._lost(len(text))
+            self._discard()
+            return len(text)
 
     def flush(self) -> None:
+        """Flushes the stream."""
         try:
             self._stream.flush()
         except OSError:
-            self._lost(0)
+            self._discard()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def _lost(self, size: int) -> int:
+    def _discard(self) -> None:
+        """Redirects the stream, with what is still in its buffer, to nowhere."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        # what is still in the stream's buffer goes there, too
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
-        return size
 
 
 def ignore_broken_streams() -> None:
-    """From here on a closed stdout or stderr, or one on a full disk, ends nothing."""
+    """Lets the process go on if stdout or stderr is closed, or is on a full disk."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if not isinstance(stream, _Outliving):
-            setattr(sys, name, _Outliving(stream))
+        if not isinstance(stream, _LossyStream):
+            setattr(sys, name, _LossyStream(stream))
 
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-CURVE = 30  # columns of a sparkline, where the terminal is wide enough
+CURVE = 30  # columns of a sparkline, if the terminal is wide enough
 SHORTEST_CURVE = 6
 LABEL = 21  # columns of a row before its sparkline, and the blanks behind it
 
 
 class View:
-    """Draws on stderr; the block is left standing when the run ends. Lines that others print go
-    under it, whole.
+    """A block of lines on stderr, which stays when the run ends. Lines that others print stand
+    below it.
     """
 
     def __init__(
@@ -71,26 +72,26 @@ class View:
         self._total = total
         self.tolerance = tolerance
         self._bound = multiplier_max
-        self._before = first_step - 1
-        self._started = None  # steps of earlier processes; when the first step was seen
-        self.floor: float | None = None  # see `metrics.floor`
+        self._before = first_step - 1  # steps of earlier processes
+        self._started = None  # when this process began its first step
+        self.floor: float | None = None  # see `metrics.floor_lower_bound`
         self._rewards: list[float] = []
         self._deltas: list[float] = []
         self._height = 0
         self._width = 0
 
     def show(self, step: int, values: Mapping[str, Any]) -> None:
+        """Draws the block with the values of a step over that of the step before."""
         self._started = self._started or time.monotonic() - values.get("seconds", 0)
         self._rewards.append(values.get("reward", math.nan))
         self._deltas.append(values.get("delta_mean", math.nan))
         # the last column would wrap on some terminals
         width = max(shutil.get_terminal_size().columns - 1, 20)
         lines = [line[:width] for line in self.lines(step, values, width)]
-        if width == self._width:  # what is said no more is wiped out
-            lines += [""] * (self._height - len(lines))
-        # Up to the block's first line, then down over it. Where the width changed the old lines may
-        # have been wrapped anew,
-        # and their place is not known: a new block begins below.
+        if width == self._width:
+            lines += [""] * (self._height - len(lines))  # erases lines that are no longer needed
+        # Up to the block's first line, then down over it. If the width changed, the terminal may
+        # have wrapped the old lines anew and their place is not known: a new block begins below.
         up = f"\x1b[{self._height}A" if self._height and width == self._width else ""
         sys.stderr.write(f"\r{up}" + "".join(f"\x1b[2K{_colored(line)}\n" for line in lines))
         sys.stderr.flush()
@@ -159,44 +160,44 @@ class View:
 
 
 def warnings(values: Mapping[str, Any], tolerance: float, floor: float | None) -> list[str]:
-    """What of a step's values asks for attention; `floor` as `metrics.floor` gives it."""
-    said = []
+    """Returns what a reader of a step's values must know; `floor`: `metrics.floor_lower_bound`."""
+    alarms = []
     if skipped := values.get("skipped", 0):
-        said.append(f"{skipped} updates skipped, whose loss or gradient was not finite")
+        alarms.append(f"{skipped} updates skipped, whose loss or gradient was not finite")
     if saturated := values.get("saturated", 0):
-        said.append(
+        alarms.append(
             f"lambda at its bound and delta above the tolerance, {saturated} steps in a row"
         )
     if floor is not None and tolerance < floor:
-        said.append(
+        alarms.append(
             f"the tolerance {tolerance:g} is under the floor {floor:.2g}, delta of the "
             "weights that the run began with"
         )
     if values.get("truncated") == 1:
-        said.append("all completions cut off at rollout.max_tokens")
-    return said
+        alarms.append("all completions cut off at rollout.max_tokens")
+    return alarms
 
 
 def can_redraw() -> bool:
-    """Whether stderr is a terminal that can move its cursor."""
+    """True if stderr is a terminal that can move its cursor."""
     return sys.stderr.isatty() and os.environ.get("TERM", "") != "dumb"
 
 
 def sparkline(values: list[float], width: int) -> str:
-    """The values as `width` blocks at most, from their least to their largest; means where there
-    are more, dots for gaps.
+    """Returns the values as at most `width` blocks, scaled from the least to the largest; means if
+    there are more values, dots for gaps.
     """
     if width < SHORTEST_CURVE or not values:
         return ""
     count = min(width, len(values))
-    parts = [
-        values[len(values) * i // count : len(values) * (i + 1) // count] for i in range(count)
-    ]
-    parts = [[value for value in part if math.isfinite(value)] for part in parts]
-    means = [sum(part) / len(part) if part else math.nan for part in parts]
-    seen = [value for value in means if math.isfinite(value)]
-    low = min(seen, default=0.0)
-    span = max(seen, default=0.0) - min(seen, default=0.0)
+    means = []
+    for i in range(count):
+        part = values[len(values) * i // count : len(values) * (i + 1) // count]
+        part = [value for value in part if math.isfinite(value)]
+        means.append(sum(part) / len(part) if part else math.nan)
+    finite = [value for value in means if math.isfinite(value)]
+    low = min(finite, default=0.0)
+    span = max(finite, default=0.0) - low
     return "".join(
         "·" if math.isnan(value) else BLOCKS[round((value - low) / span * 7) if span else 3]
         for value in means
@@ -208,7 +209,7 @@ def _row(name: str, value: str, curve: str, note: str) -> str:
 
 
 def _colored(line: str) -> str:
-    """What asks for attention in colour, unless NO_COLOR is set (https://no-color.org)."""
+    """Colours what a reader must know, unless NO_COLOR is set (https://no-color.org)."""
     if os.environ.get("NO_COLOR"):
         return line
     for word, code in (

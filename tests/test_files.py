@@ -98,7 +98,7 @@ def test_kinds(value, kind, expected):
     [
         ([1], r"place is \[1\], not an object; correct or remove it"),
         ({}, "place lacks 'n'; correct or remove it"),
-        ({"n": "3"}, "place has 'n' = '3', not a whole number; correct or remove it"),
+        ({"n": "3"}, "place has 'n' = '3', not an integer; correct or remove it"),
     ],
 )
 def test_a_record_of_another_form_is_named(record, message):

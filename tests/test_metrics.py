@@ -336,4 +336,4 @@ def test_rows_without_a_checkpoint_are_kept_aside(tmp_path, capsys):
     assert (tmp_path / "metrics.jsonl.1").read_bytes() == before
     assert len((tmp_path / "metrics.jsonl.2").read_text().splitlines()) == 1
     assert not (tmp_path / "metrics.jsonl").exists() and not (tmp_path / "metrics.jsonl.3").exists()
-    assert f"its old rows are kept in {tmp_path / 'metrics.jsonl.1'}" in capsys.readouterr().err
+    assert f"its old rows are now {tmp_path / 'metrics.jsonl.1'}" in capsys.readouterr().err

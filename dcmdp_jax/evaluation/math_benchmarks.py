@@ -148,7 +148,9 @@ def start_engine(evaluation: Evaluation) -> Sample:
         decoder.logical_axes(model_config), mesh, sharding.DECODE, shapes
     )
     _, params = weights.load(
-        options.model.folder, jnp.bfloat16 if options.model.compute.bfloat16 else jnp.float32, shardings=shardings
+        options.model.folder,
+        jnp.bfloat16 if options.model.compute.bfloat16 else jnp.float32,
+        shardings=shardings,
     )
     engine = jetstream.Engine(
         model_config,
