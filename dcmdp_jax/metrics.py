@@ -75,7 +75,7 @@ class Log:
         if config.wandb:
             self._begin("Weights & Biases", lambda: _WeightsAndBiases(workdir, config.name))
         truncate(workdir, first_step - 1)
-        self._file = open(workdir / FILE, "a", encoding="utf-8")  # noqa: SIM115: until `close`
+        self._file = open(workdir / FILE, "a", encoding="utf-8")  # noqa: SIM115 (until `close`)
         self._gaps = workdir / GAPS
         self._latest: dict[str, Any] = {}  # keeps the last evaluation on show between evaluations
         self._progress = Progress(config, first_step)
