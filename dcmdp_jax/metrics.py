@@ -1,10 +1,10 @@
 """The metrics of a run: a JSON object for each step in its folder, and progress on stderr.
 
-`metrics.jsonl` holds one row per constrained step, in order. Its keys are the step's metrics
-and those of `measurements`; the ones that people look at are in `quantities`. Others that are read back:
-`step` (1..N), `seconds` (wall time of the step), `tokens` (sampled), `multiplier_next` (lambda
-after the step), `skipped` (updates of the run so far that were left out) and `saturated` (steps in
-a row with lambda at its bound and delta above the tolerance).
+`metrics.jsonl` holds one row per constrained step, in order. Its keys are the step's metrics and
+those of `measurements`; the ones that people look at are in `quantities`. Others that are read
+back: `step` (1..N), `seconds` (wall time of the step), `tokens` (sampled), `multiplier_next`
+(lambda after the step), `skipped` (updates of the run so far that were left out) and `saturated`
+(steps in a row with lambda at its bound and delta above the tolerance).
 
 JSON has no NaN: a value that is not finite is `null`, and `non_finite` in the same row says what it
 was (`{"loss": null, "non_finite": {"loss": "nan"}}`). `gaps.jsonl` holds one row per step with an

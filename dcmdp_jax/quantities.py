@@ -6,7 +6,7 @@ list. A metric that is not here is in `metrics.jsonl`, and on no page.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 
@@ -28,6 +28,8 @@ HELD_OUT_TRAINER = "reward_eval_train"
 HELD_OUT = ((HELD_OUT_ENGINE, "engine"), (HELD_OUT_TRAINER, "trainer"))  # with whose policy it is
 
 _REWARD = ("mean reward", "{:.3f}", max)
+_SHARE = ("share of completions", "{:.1%}", max)
+_SPREAD = ("standard deviation", "{:.3f}")
 _GAP = "mean |π_train − π_infer|"
 _STALENESS = "mean |log π_now − log π_sampled|, nats"
 QUANTITIES = (
@@ -42,28 +44,23 @@ QUANTITIES = (
     ),
     Quantity("entropy", "entropy", "Entropy", "nats per token", "{:.3f}"),
     Quantity("k3", "k3", "KL(engine ‖ trainer)", "k3 estimate, nats per token", "{:.3g}", min),
-    Quantity("truncated", "cut off", "Completions cut off by the limit", "share", "{:.1%}", min),
-    Quantity(
-        "completed_rewarded",
-        "completed",
-        "Completed and rewarded",
-        "share of completions",
-        "{:.1%}",
-        max,
-        headline=False,
-    ),
-    Quantity(
-        "reward_spread",
-        "spread",
-        "Reward spread within prompts",
-        "standard deviation, mean over prompts",
-        "{:.3f}",
-        headline=False,
-    ),
+    Quantity("truncated", "cut off", "Cut off by the limit", "share of completions", "{:.1%}", min),
+    Quantity("completed_rewarded", "completed", "Completed and rewarded", *_SHARE, headline=False),
+    Quantity("reward_spread", "spread", "Reward spread in prompts", *_SPREAD, headline=False),
     Quantity("response_length", "length", "Response length", "tokens", "{:.4g}", headline=False),
     Quantity("grad_norm", "gradient", "Gradient norm", "before clipping", "{:.3g}", headline=False),
     Quantity("gap_staleness", "staleness", "Staleness", _STALENESS, "{:.3g}", min, headline=False),
 )
+
+
+def of_rows(rows: Iterable[Mapping[str, Any]]) -> list[Quantity]:
+    """Returns the list, and the training reward of each source of problems that rows name."""
+    sources = sorted({key for row in rows for key in row if key.startswith("reward/")})
+    by_source = []
+    for key in sources:
+        source = key.removeprefix("reward/")
+        by_source.append(Quantity(key, source, f"Training reward, {source}", *_REWARD))
+    return [*QUANTITIES, *by_source]
 
 
 def get(key: str) -> Quantity:

@@ -49,6 +49,23 @@ def test_it_has_a_column_in_the_table_of_a_study(bananas):
     assert row["bananas"] == 2.0
 
 
+@pytest.fixture
+def two_sources():
+    return [row | {"reward/gsm8k": 0.5, "reward/<b>": 0.25} for row in ROWS]
+
+
+def test_the_reward_of_each_source_is_on_the_page_of_a_run(two_sources, tmp_path):
+    path = run_page.write(make_run(tmp_path, two_sources))
+    text = Page(path.read_text(encoding="utf-8")).text
+    assert text.count("Training reward, gsm8k") == text.count("Training reward, <b>") == 2
+
+
+def test_the_reward_of_each_source_is_on_the_page_that_compares_runs(two_sources, tmp_path):
+    folders = [make_run(tmp_path / "a", two_sources), make_run(tmp_path / "b", ROWS)]
+    text = Page(comparison.write(folders).read_text(encoding="utf-8")).text
+    assert "Training reward, gsm8k" in text
+
+
 def test_keys_are_unique():
     keys = [quantity.key for quantity in quantities.QUANTITIES]
     assert len(set(keys)) == len(keys)

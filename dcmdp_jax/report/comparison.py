@@ -46,7 +46,8 @@ def panels(groups: Sequence[Group]) -> list[Panel]:
     tolerances = {run_data.tolerance_of(run.config) for group in groups for run in group.runs}
     common_tolerance = tolerances.pop() if len(tolerances) == 1 else None
     charts = []
-    for quantity in quantities.QUANTITIES:
+    rows = [row for group in groups for run in group.runs for row in run.rows]
+    for quantity in quantities.of_rows(rows):
         curves = [curve for group in groups if (curve := _curve(group, quantity))]
         limit = common_tolerance if quantity.key == "delta_mean" else None
         if curves:

@@ -57,7 +57,7 @@ def panels(config: Config, rows: Rows) -> list[Panel]:
     A curve or a chart without a finite value is left out.
     """
     charts = [Panel("Reward", "mean reward", _reward_curves(rows))]
-    for quantity in quantities.QUANTITIES:
+    for quantity in quantities.of_rows(rows):
         if quantity.key in ("reward", quantities.HELD_OUT_ENGINE, quantities.HELD_OUT_TRAINER):
             continue
         curve = Series(quantity.name, NEUTRAL, points_of(rows, quantity.key))
@@ -122,7 +122,7 @@ def _table(rows: Rows) -> str:
     """Returns the first, best and last value of each quantity, with the steps they belong to, as
     HTML."""
     lines = []
-    for quantity in quantities.QUANTITIES:
+    for quantity in quantities.of_rows(rows):
         points = finite(points_of(rows, quantity.key))
         if not points:
             continue
