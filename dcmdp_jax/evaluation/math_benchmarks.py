@@ -318,7 +318,9 @@ def _record(
 
 
 def _digest(problems: Sequence[Example]) -> str:
-    return hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]
+    """Returns a hash of all that a sample of these problems depends on."""
+    texts = [[problem.prompt, problem.answer, problem.source] for problem in problems]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 def _fingerprint(folder: pathlib.Path) -> str:
