@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcmdp_jax import constraint, losses, metrics
+from dcmdp_jax import constraint, files, losses, metrics
 from dcmdp_jax.config import (
     AlgorithmConfig,
     Config,
@@ -50,30 +50,33 @@ def fill(workdir, steps, first_step=1):
             log.write(step, values(step))
 
 
-def test_rows_hold_what_was_written(tmp_path):
+@pytest.fixture
+def written(tmp_path):
+    """The row of a step whose values are Python's, NumPy's and JAX's, read before the log closes: a
+    killed run keeps its rows.
+    """
+    more = {"loss": jnp.float32(0.25), "skipped": jnp.int32(3), "k3": jnp.bfloat16(1.5)}
     with metrics.Log(tmp_path / "new", make_config()) as log:
-        log.write(
-            1,
-            values(1)
-            | {"loss": jnp.float32(0.25), "skipped": jnp.int32(3), "k3": jnp.bfloat16(1.5)},
-        )
-        # before the file is closed: a killed run keeps its rows
-        seen = metrics.read(tmp_path / "new")
-    assert seen == [
-        {
-            "step": 1,
-            **values(1),
-            "reward": float(np.float32(1 / 7)),
-            "loss": 0.25,
-            "skipped": 3,
-            "k3": 1.5,
-        }
-    ]
-    assert next(iter(seen[0])) == "step"
-    assert [type(seen[0][key]) for key in ("tokens", "skipped", "seconds")] == [int, int, float]
+        log.write(1, values(1) | more)
+        (row,) = metrics.read(tmp_path / "new")
+    return row
 
 
-def test_values_that_are_not_finite_stay_valid_json_and_readable(tmp_path):
+def test_a_row_holds_what_was_written(written):
+    more = {"reward": float(np.float32(1 / 7)), "loss": 0.25, "skipped": 3, "k3": 1.5}
+    assert written == {"step": 1, **values(1), **more}
+
+
+def test_a_row_begins_with_its_step(written):
+    assert next(iter(written)) == "step"
+
+
+def test_integers_stay_integers(written):
+    types = [type(written[key]) for key in ("tokens", "skipped", "seconds")]
+    assert types == [int, int, float]
+
+
+def test_values_that_are_not_finite_are_null_and_named(tmp_path):
     with metrics.Log(tmp_path, make_config()) as log:
         log.write(
             1, {"reward": 1.0, "loss": math.nan, "grad_norm": np.float32(np.inf), "low": -math.inf}
@@ -91,19 +94,21 @@ def test_values_that_are_not_finite_stay_valid_json_and_readable(tmp_path):
         "low": None,
         "non_finite": {"loss": "nan", "grad_norm": "inf", "low": "-inf"},
     }
-    assert all(
-        math.isnan(float(text)) or math.isinf(float(text)) for text in row["non_finite"].values()
-    )
 
 
 @pytest.mark.parametrize("bad", [{"reward": np.zeros(3)}, {"reward": "high"}, {"reward": None}])
 def test_a_value_that_is_not_one_number_is_refused_by_name(tmp_path, bad):
-    with metrics.Log(tmp_path, make_config()) as log:
-        with pytest.raises(ValueError, match="'reward' must be one number"):
-            log.write(1, bad)
-        with pytest.raises(ValueError, match="'step' and 'non_finite'"):
-            log.write(1, {"step": 1})
+    message = "'reward' must be one number"
+    with metrics.Log(tmp_path, make_config()) as log, pytest.raises(ValueError, match=message):
+        log.write(1, bad)
     assert metrics.read(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["step", "non_finite"])
+def test_a_name_that_the_log_uses_itself_is_refused(tmp_path, name):
+    message = "'step' and 'non_finite'"
+    with metrics.Log(tmp_path, make_config()) as log, pytest.raises(ValueError, match=message):
+        log.write(1, {name: 1})
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 8, "rew', '{"step": 8', "{", "\0\0\0\0", "\u00e9"])
@@ -131,33 +136,42 @@ def test_every_cut_of_the_file_reads_as_its_whole_lines(tmp_path):
         assert metrics.read(tmp_path) == rows[: sum(cut >= end for end in ends)], cut
 
 
-def test_truncate_keeps_the_file_it_would_replace_until_the_new_one_is_whole(tmp_path, monkeypatch):
+def test_truncating_leaves_the_rows_up_to_the_step(tmp_path):
+    fill(tmp_path, range(1, 5))
+    before = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    metrics.truncate(tmp_path, 2)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(before[:2])
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_truncating_keeps_the_old_file_if_it_crashes(tmp_path, monkeypatch):
     fill(tmp_path, range(1, 5))
     before = (tmp_path / "metrics.jsonl").read_bytes()
 
     def crash(*_):
         raise OSError("power cut")
 
-    monkeypatch.setattr(metrics.os, "replace", crash)
+    monkeypatch.setattr(files.os, "replace", crash)
     with pytest.raises(OSError, match="power cut"):
         metrics.truncate(tmp_path, 2)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
-    monkeypatch.undo()
-    metrics.truncate(tmp_path, 2)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(
-        before.splitlines(keepends=True)[:2]
-    )
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_missing_and_damaged_files_are_named(tmp_path):
+def test_truncating_no_file_is_nothing(tmp_path):
     metrics.truncate(tmp_path, 3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"metrics\.jsonl does not exist"):
         metrics.read(tmp_path)
-    for line in ("half a row", "[1]", '{"reward": 1}', '{"step": "two"}'):
-        (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
-        with pytest.raises(ValueError, match="line 2 is not a row"):
-            metrics.read(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["half a row", "[1]", '{"reward": 1}', '{"step": "two"}'])
+def test_a_damaged_line_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+    with pytest.raises(ValueError, match="line 2 is not a row"):
+        metrics.read(tmp_path)
 
 
 def test_only_process_0_writes(tmp_path, monkeypatch, capsys):
@@ -193,19 +207,30 @@ def test_status_lines_are_few_and_say_what_matters(tmp_path, monkeypatch, capsys
     ]
 
 
-def test_the_floor_is_known_from_the_first_step_and_kept_by_a_resumed_run(tmp_path, capsys):
-    """Mean 0.05, deviation 0.1, 100 tokens: three standard errors below is 0.02, over c = 0.01."""
-    first = values(1) | {"delta_mean": 0.05, "prob_diff_std": 0.1, "tokens": 100}
-    assert metrics.floor_lower_bound({"step": 1, **first}) == pytest.approx(0.02)
-    for lacking in ({"step": 2}, {"delta_mean": None}, {"tokens": 0}):
-        assert metrics.floor_lower_bound({"step": 1, **first} | lacking) is None
-    said = "warning: the tolerance 0.01 is under the floor 0.02"
+FIRST = values(1) | {"delta_mean": 0.05, "prob_diff_std": 0.1, "tokens": 100}
+
+
+def test_the_floor_is_at_least_three_standard_errors_below_the_first_delta():
+    """0.05 - 3 * 0.1 / sqrt(100)."""
+    assert metrics.floor_lower_bound({"step": 1, **FIRST}) == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("lacking", [{"step": 2}, {"delta_mean": None}, {"tokens": 0}], ids=str)
+def test_without_a_measured_first_step_the_floor_is_unknown(lacking):
+    assert metrics.floor_lower_bound({"step": 1, **FIRST} | lacking) is None
+
+
+def test_a_tolerance_under_the_floor_is_a_warning_also_in_a_resumed_run(tmp_path, capsys):
     for step in (1, 2):
         with metrics.Log(tmp_path, make_config(), first_step=step) as log:
-            log.write(step, first if step == 1 else values(2))
-        assert said in capsys.readouterr().err
-    with metrics.Log(tmp_path / "other", make_config()) as log:
-        log.write(1, first | {"prob_diff_std": 0.15})
+            log.write(step, FIRST if step == 1 else values(2))
+        warning = "warning: the tolerance 0.01 is under the floor 0.02"
+        assert warning in capsys.readouterr().err
+
+
+def test_a_tolerance_over_the_floor_is_no_warning(tmp_path, capsys):
+    with metrics.Log(tmp_path, make_config()) as log:
+        log.write(1, FIRST | {"prob_diff_std": 0.15})
     assert "warning" not in capsys.readouterr().err
 
 
@@ -321,19 +346,24 @@ def test_a_logger_that_fails_is_one_warning_and_every_row_is_written(
     assert [row["step"] for row in metrics.read(tmp_path)] == [1, 2, 3]
     warned = [line for line in capsys.readouterr().err.splitlines() if "failed" in line]
     assert warned == [
-        "Weights & Biases failed (ConnectionError: unreachable for a while); the run goes on without it, and "
-        "metrics.jsonl holds every row"
+        "Weights & Biases failed (ConnectionError: unreachable for a while); "
+        "the run goes on without it, and metrics.jsonl holds every row"
     ]
 
 
-def test_rows_without_a_checkpoint_are_kept_aside(tmp_path, capsys):
+def test_rows_without_a_checkpoint_are_set_aside(tmp_path, capsys):
     fill(tmp_path, (1, 2))
     before = (tmp_path / "metrics.jsonl").read_bytes()
     metrics.set_aside(tmp_path)
-    fill(tmp_path, (1,))
-    metrics.set_aside(tmp_path)
-    metrics.set_aside(tmp_path)
     assert (tmp_path / "metrics.jsonl.1").read_bytes() == before
-    assert len((tmp_path / "metrics.jsonl.2").read_text().splitlines()) == 1
-    assert not (tmp_path / "metrics.jsonl").exists() and not (tmp_path / "metrics.jsonl.3").exists()
+    assert not (tmp_path / "metrics.jsonl").exists()
     assert f"its old rows are now {tmp_path / 'metrics.jsonl.1'}" in capsys.readouterr().err
+
+
+def test_rows_that_were_set_aside_stay(tmp_path):
+    for steps in ((1, 2), (1,)):
+        fill(tmp_path, steps)
+        metrics.set_aside(tmp_path)
+    metrics.set_aside(tmp_path)
+    counts = {path.name: len(path.read_text().splitlines()) for path in tmp_path.iterdir()}
+    assert counts == {"metrics.jsonl.1": 2, "metrics.jsonl.2": 1}

@@ -54,24 +54,35 @@ def view(**changes):
     )
 
 
-def test_the_block_is_redrawn_in_place(screen, capsys):
-    block = view()
+@pytest.fixture
+def block(screen, capsys):
+    """What three steps leave on the screen; lambda reaches its bound in the second."""
+    shown = view()
     for step in range(1, 4):
-        block.show(
-            step,
-            VALUES
-            | {"reward": step / 4, "delta_mean": 0.03 - 0.01 * step, "multiplier": 0.1 * step},
-        )
-    lines = screen(capsys.readouterr().err)
-    assert len(lines) == 5 and lines[-1] == ""
-    assert lines[0].startswith("trial  step 3/10") and lines[0].endswith("2,000 tokens/s")
-    assert re.fullmatch(
-        r"reward   0\.750 +▁▅█  held-out engine 0\.250  held-out trainer 0\.375", lines[1]
-    )
-    assert (
-        lines[2].endswith("█▅▁  within 0.01")
-        and lines[3] == "lambda   0.3 (at its bound)  entropy 0.500"
-    )
+        changes = {"reward": step / 4, "delta_mean": 0.03 - 0.01 * step, "multiplier": 0.1 * step}
+        shown.show(step, VALUES | changes)
+    return screen(capsys.readouterr().err)
+
+
+def test_the_block_is_redrawn_in_place(block):
+    assert len(block) == 5 and block[-1] == ""
+
+
+def test_the_block_begins_with_the_step_and_the_speed(block):
+    assert block[0].startswith("trial  step 3/10") and block[0].endswith("2,000 tokens/s")
+
+
+def test_the_reward_has_a_curve_and_the_held_out_rewards(block):
+    held_out = r"held-out engine 0\.250  held-out trainer 0\.375"
+    assert re.fullmatch(rf"reward   0\.750 +▁▅█  {held_out}", block[1])
+
+
+def test_delta_has_a_curve_and_its_place_against_the_tolerance(block):
+    assert block[2].endswith("█▅▁  within 0.01")
+
+
+def test_the_other_quantities_share_a_line(block):
+    assert block[3] == "lambda   0.3 (at its bound)  entropy 0.500"
 
 
 @pytest.mark.parametrize(
