@@ -1,10 +1,10 @@
-r"""Writes docs/answers.md: rewards of right and wrong completions, and our judge beside math-verify.
+r"""Writes docs/answers.md: rewards of right and wrong completions, our judge beside math-verify.
 
     python -m docs.make_answers SETS_FOLDER [GSM8K_FILE] [--reports FOLDER] [--tests FOLDER]
 
 SETS_FOLDER holds the six evaluation sets' JSONL files and GSM8K_FILE more problems. `--reports` are
-JSONL files of labelled pairs, one {"gold": ..., "answer": ..., "equal": true} per line; `--tests` are
-math-verify's own, the tests/ of a clone of github.com/huggingface/Math-Verify. Needs math-verify
+JSONL files of labelled pairs, one {"gold": ..., "answer": ..., "equal": true} per line; `--tests`
+are those of math-verify, the tests/ of a clone of github.com/huggingface/Math-Verify. Needs it
 (`pip install 'dcmdp-jax[answers]'`). The other pairs and the spellings are those of
 tests/support/answers_table.py and tests/support/spellings.py.
 """
@@ -42,8 +42,8 @@ Each gold answer of GSM8K's test set and of the six evaluation sets is written i
 graded by `rewards.math_answer` with its problem, as in training and in `dcmdp eval`. They differ in
 a completion that the length limit cut off: `dcmdp eval` grades what it states, as is usual for
 avg@k; training gives its verifier an empty text. A way is left out where it makes no sense: a
-number under 1,000 has no thousands mark. `tests/support/spellings.py` says what each way is. Counts are
-right ones of those tried.
+number under 1,000 has no thousands mark. `tests/support/spellings.py` says what each way is. Counts
+are right ones of those tried.
 
 """
 NEIGHBOURS = r"""

@@ -104,7 +104,7 @@ def _try_to_bind(host: str, port: int) -> None:
 
 
 def serve(
-    model: str,
+    folder: str,
     options: Options = Options(),
     *,
     tokenizer_path: str = "",
@@ -116,7 +116,7 @@ def serve(
     """Serves a Hugging Face folder until SIGTERM or SIGINT.
 
     Args:
-      model: the folder.
+      folder: a Hugging Face model folder.
       tokenizer_path: file or folder of the tokenizer; empty: the model's folder.
       tokens_only: uses no tokenizer; texts are refused, and completions end at max_tokens only.
       precision: of the engine.
@@ -134,16 +134,18 @@ def serve(
     _check_range("steps", options.steps, 1)
     _check_range("grace", options.grace, 0, MAX_GRACE_SECONDS)
     _check_range("seed", seed, 0, 2**32 - 1)
-    shape = weights.read_config(model)
-    max_prompt, max_length = _lengths(options.max_prompt, options.max_length, shape.max_position)
-    tokenizer = None if tokens_only else tokenizers.load(tokenizer_path or model, model)
+    model_config = weights.read_config(folder)
+    max_prompt, max_length = _lengths(
+        options.max_prompt, options.max_length, model_config.max_position
+    )
+    tokenizer = None if tokens_only else tokenizers.load(tokenizer_path or folder, folder)
     if tokenizer is not None:
-        tokenizers.check_vocab_size(tokenizer, shape.vocab_size)
+        tokenizers.check_vocab_size(tokenizer, model_config.vocab_size)
     mesh = sharding.single_device_mesh()
-    sync.check(shape, precision, mesh)
+    sync.check(model_config, precision, mesh)
 
     def load() -> OrchestratorDriver:
-        config, params = weights.load(model)
+        config, params = weights.load(folder)
         engine = Engine(
             config,
             slots=options.slots,
@@ -164,7 +166,7 @@ def serve(
         running = load()
         add_service(Orchestrator(running, tokenizer, max_prompt), server)
         await server.start()
-        print(f"serving {model} on {options.host}:{port}", flush=True)
+        print(f"serving {folder} on {options.host}:{port}", flush=True)
         status = await _until_stopped(server, running, options.grace)
         if status:
             os._exit(status)  # a thread inside XLA delays or aborts the interpreter's own exit

@@ -89,20 +89,20 @@ def texts(
                 f"prompt {number} of {len(prompts)} is not valid Unicode text; correct it"
             )
     mesh = sharding.single_device_mesh()
-    shape = weights.read_config(folder)
+    model_config = weights.read_config(folder)
     tokenizer = tokenizers.load(tokenizer_path or folder, folder)
-    tokenizers.check_vocab_size(tokenizer, shape.vocab_size)
+    tokenizers.check_vocab_size(tokenizer, model_config.vocab_size)
     tokenized = data.tokenize([Example(prompt, "") for prompt in prompts], tokenizer, chat=chat)
     if not tokenized.lengths.all():
         empty = int(tokenized.lengths.argmin()) + 1
         raise ValueError(f"prompt {empty} of {len(prompts)} is empty; leave it out")
     longest = int(tokenized.lengths.max())
-    sync.check(shape, precision, mesh)
+    sync.check(model_config, precision, mesh)
     weights.check(folder)
-    if longest + max_tokens > shape.max_position:
+    if longest + max_tokens > model_config.max_position:
         raise ValueError(
             f"the longest prompt and --max-tokens take {longest + max_tokens} positions, more than "
-            f"the model's {shape.max_position}"
+            f"the model's {model_config.max_position}"
         )
 
     def chunks() -> Iterator[list[Completion]]:
