@@ -159,8 +159,8 @@ def _caveats(groups: Sequence[Group]) -> list[str]:
         )
     if len(groups) > 2:
         sentences.append(
-            "Each interval is of one comparison; that one of "
-            f"{len(groups) - 1} shows a difference by chance is likelier than 5 %."
+            f"Each interval is for one comparison: of {len(groups) - 1}, at least one shows a "
+            "difference by chance with a probability of more than 5 %."
         )
     last_steps = {run.rows[-1]["step"] for group in groups for run in group.runs}
     if len(last_steps) > 1:

@@ -144,8 +144,9 @@ def worst_tokens_table(row: dict[str, Any]) -> str:
     header = ["token in its completion", "position", "π train", "π infer", "delta", "reward"]
     return (
         f'<h2 class="section">Worst tokens of step {row["step"]:d}</h2>'
-        '<p class="note">The largest gap of each of the completions that have the largest ones; '
-        "␣ is a space, ↵ a new line, #7 a token without text.</p>" + tables.html_table(header, rows)
+        '<p class="note">The token with the largest gap of each completion, for the completions '
+        "with the largest gaps; ␣ is a space, ↵ a new line, #7 a token without text.</p>"
+        + tables.html_table(header, rows)
     )
 
 
