@@ -24,7 +24,7 @@ MAX_FLOAT = 3e38  # and other numbers as float32
 
 @dataclass(frozen=True)
 class Linear:
-    """Linear context extension of RoPE (arXiv 2306.15595): every frequency is divided by `factor`."""
+    """Linear context extension of RoPE (arXiv 2306.15595): divides every frequency by `factor`."""
 
     factor: float
 

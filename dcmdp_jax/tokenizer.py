@@ -115,14 +115,17 @@ class HuggingFaceTokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
+        """Returns the ids of `text`, nothing added."""
         # `encode` would keep the interpreter's lock, for seconds if the text is long
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of `ids`, special tokens written out."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     @functools.cached_property
     def max_token_chars(self) -> int:
+        """The most characters that a token stands for."""
         return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
 
     def render_chat(
@@ -132,6 +135,7 @@ class HuggingFaceTokenizer:
         enable_thinking: bool,
         add_generation_prompt: bool = True,
     ) -> str:
+        """Returns a conversation as text. Raises ValueError if there is no chat template."""
         if self._template is None:
             raise ValueError(
                 f"{self.folder} has no chat template (chat_template.jinja, or chat_template in "
@@ -153,6 +157,7 @@ class HuggingFaceTokenizer:
         add_generation_prompt: bool = True,
         special_tokens_in_text: bool = False,
     ) -> list[int]:
+        """Returns the ids of `render_chat`'s text; see `Tokenizer.encode_chat`."""
         cut = _unused_character(messages)
         if not special_tokens_in_text:
             messages = [self._cut_up(message, cut) for message in messages]
@@ -276,17 +281,21 @@ class SentencePieceTokenizer:
         self.pad_id = max(self._processor.pad_id(), 0)
 
     def encode(self, text: str) -> list[int]:
+        """Returns the ids of `text`, nothing added."""
         return self._processor.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of `ids`, special tokens written out."""
         # the model may have more ids than the tokenizer
         return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
 
     @functools.cached_property
     def max_token_chars(self) -> int:
+        """The most characters that a token stands for."""
         return max(len(self._processor.id_to_piece(i)) for i in range(self.vocab_size))
 
     def render_chat(self, messages: Sequence[Mapping], **settings: bool) -> NoReturn:
+        """Raises ValueError: there is no chat template."""
         raise ValueError(
             f"{self.file} is a SentencePiece model and has no chat template; set data.chat=False"
         )
@@ -314,6 +323,7 @@ class CharacterTokenizer:
         self._characters = dict(enumerate(alphabet, start=2))
 
     def encode(self, text: str) -> list[int]:
+        """Returns the ids of `text`. Raises ValueError on a character outside the alphabet."""
         try:
             return [self._ids[character] for character in text]
         except KeyError as missing:
@@ -323,9 +333,11 @@ class CharacterTokenizer:
             ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of `ids`; an id without a character becomes U+FFFD."""
         return "".join(self._characters.get(int(i), "\ufffd") for i in ids)
 
     def render_chat(self, messages: Sequence[Mapping], **settings: bool) -> NoReturn:
+        """Raises ValueError: there is no chat template."""
         raise ValueError("a character tokenizer has no chat template; set data.chat=False")
 
     encode_chat = render_chat

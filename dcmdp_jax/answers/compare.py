@@ -23,7 +23,7 @@ from fractions import Fraction
 from dcmdp_jax.answers import units, values
 from dcmdp_jax.answers.cursor import Node
 from dcmdp_jax.answers.domains import MIRRORED, describes, domain
-from dcmdp_jax.answers.names import is_curve, named_value, expand
+from dcmdp_jax.answers.names import expand, is_curve, named_value
 from dcmdp_jax.answers.read import read
 from dcmdp_jax.answers.tokens import plain
 from dcmdp_jax.answers.work import Unreadable, Work

@@ -231,9 +231,9 @@ class Expressions(Cursor):
     def with_unit(self, value: Node, dollars: bool) -> Node:
         """Reads what may follow a value: a percent sign, a word such as `million`, and a unit."""
         if self.take("%") or self.take_word("percent"):
-            if self.kind() in ("word", "name") and self.peek() not in CONJUNCTIONS:
-                if units.read(self.unit_words()) is None:
-                    raise Unreadable("words after a percentage")
+            worded = self.kind() in ("word", "name") and self.peek() not in CONJUNCTIONS
+            if worded and units.read(self.unit_words()) is None:
+                raise Unreadable("words after a percentage")
             return "percent", value
         if self.kind() in ("word", "name") and (
             times := _NUMBER_WORDS.get(self.peek().removesuffix("s"))

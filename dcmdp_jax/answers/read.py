@@ -26,8 +26,8 @@ from collections.abc import Sequence
 
 from dcmdp_jax.answers.cursor import Node, bounded_depth
 from dcmdp_jax.answers.expressions import (
-    FUNCTIONS,
     CONJUNCTIONS,
+    FUNCTIONS,
     MODULO,
     RELATIONS,
     SHAPES,

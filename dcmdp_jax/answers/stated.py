@@ -177,12 +177,10 @@ def _last(statements: Iterable[_Statement]) -> _Statement | None:
 
 def _after_reasoning(text: str) -> str:
     """Returns the text after the reasoning."""
-    last = None
-    for last in _THINK.finditer(text):
-        pass
-    if last is None:
+    marks = list(_THINK.finditer(text))
+    if not marks:
         return text
-    return text[last.end() :] if last[1] else ""
+    return text[marks[-1].end() :] if marks[-1][1] else ""
 
 
 def _boxes(text: str) -> Iterator[_Statement]:
