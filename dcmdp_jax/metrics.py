@@ -20,15 +20,14 @@ import math
 import os
 import pathlib
 import sys
-import time
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
-from dcmdp_jax import errors, files, quantities, terminal
-from dcmdp_jax.config import Config
+from dcmdp_jax import errors, files, terminal
+from dcmdp_jax.config import Calibrated, Config
 
 FILE = "metrics.jsonl"
 GAPS = "gaps.jsonl"
@@ -50,8 +49,6 @@ WORST = {
     "pi_infer": files.NUMBER,
     "reward": files.NUMBER,
 }
-# if stderr is not a terminal, so that the logs of batch jobs stay short
-SECONDS_BETWEEN_LINES = 10.0
 
 
 class Log:
@@ -78,15 +75,22 @@ class Log:
         self._file = open(workdir / FILE, "a", encoding="utf-8")  # noqa: SIM115 (until `close`)
         self._gaps = workdir / GAPS
         self._latest: dict[str, Any] = {}  # keeps the last evaluation on show between evaluations
-        self._progress = Progress(config, first_step)
+        tolerance = config.constraint.tolerance
+        self._view = terminal.View(
+            config.name,
+            first_step,
+            config.steps,
+            None if isinstance(tolerance, Calibrated) else tolerance,
+            config.constraint.multiplier_max,
+        )
         if first_step > 1:
             rows = [row for _, row in _lines(workdir / FILE)]
-            self._progress.view.floor = floor_lower_bound(rows[0]) if rows else None
+            self._view.floor = floor_lower_bound(rows[0]) if rows else None
 
     def set_tolerance(self, tolerance: float) -> None:
         """Shows delta beside this tolerance, once a run has measured it."""
         if self._writes:
-            self._progress.tolerance = self._progress.view.tolerance = tolerance
+            self._view.tolerance = tolerance
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Adds the row of `step`.
@@ -102,8 +106,8 @@ class Log:
         self._each(lambda logger: logger.write(step, values))
         self._latest |= values
         if step == 1:
-            self._progress.view.floor = floor_lower_bound({"step": step, **values})
-        self._progress.show(step, self._latest)
+            self._view.floor = floor_lower_bound({"step": step, **values})
+        self._view.show(step, self._latest)
 
     def write_gaps(self, step: int, record: Mapping[str, Any]) -> None:
         """Adds the row of `step` to `gaps.jsonl`.
@@ -142,30 +146,6 @@ class Log:
         self.close()
 
 
-class Progress:
-    """A run's progress: a block of lines on a terminal (`terminal.View`), else a line at the first
-    step, at the last, and every ten seconds.
-    """
-
-    def __init__(self, config: Config, first_step: int):
-        self._name = config.name
-        self._total = config.steps
-        self.tolerance = config.constraint.tolerance
-        self.view = terminal.View(
-            self._name, first_step, self._total, self.tolerance, config.constraint.multiplier_max
-        )
-        self._printed = -math.inf
-
-    def show(self, step: int, values: Mapping[str, Any]) -> None:
-        """Shows the values of a step, if it is time for a line."""
-        if terminal.can_redraw():
-            self.view.show(step, values)
-        elif step == self._total or time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
-            line = status(values, self.tolerance, self.view.floor)
-            print(f"{self._name}: step {step}/{self._total}  {line}", file=sys.stderr, flush=True)
-            self._printed = time.monotonic()
-
-
 def floor_lower_bound(row: Mapping[str, Any]) -> float | None:
     """Returns a lower bound of the floor, mean delta at a run's starting weights, from the row of
     its first step: the mean less three standard errors. None if the row lacks it.
@@ -179,19 +159,6 @@ def floor_lower_bound(row: Mapping[str, Any]) -> float | None:
     if row.get("step") != 1 or mean is None or deviation is None or not tokens:
         return None
     return mean - 3 * deviation / math.sqrt(tokens) if math.isfinite(mean) else None
-
-
-def status(values: Mapping[str, Any], tolerance: float, floor: float | None = None) -> str:
-    """Returns the headline quantities of `values` in one line, with speed and warnings."""
-    parts = []
-    for quantity in quantities.headline():
-        if quantity.key in values:
-            limit = f" (tolerance {tolerance:g})" if quantity.key == "delta_mean" else ""
-            parts.append(f"{quantity.name} {quantity.format.format(values[quantity.key])}{limit}")
-    if values.get("seconds", 0) > 0 and "tokens" in values:
-        parts.append(f"{values['tokens'] / values['seconds']:,.0f} tokens/s")
-    parts += [f"warning: {alarm}" for alarm in terminal.warnings(values, tolerance, floor)]
-    return "  ".join(parts)
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:

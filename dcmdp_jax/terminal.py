@@ -1,4 +1,4 @@
-"""A run on a terminal: a block of lines, redrawn in place with each step."""
+"""A run's progress on stderr: a block of lines that is redrawn in place, or a line now and then."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ def ignore_broken_streams() -> None:
             setattr(sys, name, _LossyStream(stream))
 
 
+SECONDS_BETWEEN_LINES = 10.0  # so that the logs of batch jobs stay short
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE = 30  # columns of a sparkline, if the terminal is wide enough
 SHORTEST_CURVE = 6
@@ -61,12 +62,17 @@ LABEL = 21  # columns of a row before its sparkline, and the blanks behind it
 
 
 class View:
-    """A block of lines on stderr, which stays when the run ends. Lines that others print stand
-    below it.
+    """A run's progress: a block of lines on a terminal, which stays when the run ends; else a line
+    at the first step, at the last, and every ten seconds.
     """
 
     def __init__(
-        self, name: str, first_step: int, total: int, tolerance: float, multiplier_max: float
+        self,
+        name: str,
+        first_step: int,
+        total: int,
+        tolerance: float | None,  # None: set before the first step is shown
+        multiplier_max: float | None,
     ):
         self._name = name
         self._total = total
@@ -79,8 +85,20 @@ class View:
         self._deltas: list[float] = []
         self._height = 0
         self._width = 0
+        self._last_line = -math.inf  # when it was printed
 
     def show(self, step: int, values: Mapping[str, Any]) -> None:
+        """Shows the values of a step: draws the block, or prints a line if one is due."""
+        if can_redraw():
+            self.draw(step, values)
+            return
+        now = time.monotonic()
+        if step == self._total or now - self._last_line >= SECONDS_BETWEEN_LINES:
+            line = status(values, self.tolerance, self.floor)
+            print(f"{self._name}: step {step}/{self._total}  {line}", file=sys.stderr, flush=True)
+            self._last_line = now
+
+    def draw(self, step: int, values: Mapping[str, Any]) -> None:
         """Draws the block with the values of a step over that of the step before."""
         self._started = self._started or time.monotonic() - values.get("seconds", 0)
         self._rewards.append(values.get("reward", math.nan))
@@ -157,6 +175,19 @@ class View:
         # the run clips in float32
         reached = multiplier >= self._bound * (1 - 1e-6)
         return " (at its bound)" if reached else f" of {self._bound:g}"
+
+
+def status(values: Mapping[str, Any], tolerance: float, floor: float | None = None) -> str:
+    """Returns the headline quantities of `values` in one line, with speed and warnings."""
+    parts = []
+    for quantity in quantities.headline():
+        if quantity.key in values:
+            limit = f" (tolerance {tolerance:g})" if quantity.key == "delta_mean" else ""
+            parts.append(f"{quantity.name} {quantity.format.format(values[quantity.key])}{limit}")
+    if values.get("seconds", 0) > 0 and "tokens" in values:
+        parts.append(f"{values['tokens'] / values['seconds']:,.0f} tokens/s")
+    parts += [f"warning: {alarm}" for alarm in warnings(values, tolerance, floor)]
+    return "  ".join(parts)
 
 
 def warnings(values: Mapping[str, Any], tolerance: float, floor: float | None) -> list[str]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcmdp_jax import constraint, files, losses, metrics
+from dcmdp_jax import constraint, files, losses, metrics, terminal
 from dcmdp_jax.config import (
     AlgorithmConfig,
     Config,
@@ -188,7 +188,7 @@ def test_only_process_0_writes(tmp_path, monkeypatch, capsys):
 
 def test_status_lines_are_few_and_say_what_matters(tmp_path, monkeypatch, capsys):
     clock = iter(range(1000))
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
     with metrics.Log(tmp_path, make_config(steps=40)) as log:
         for step in range(1, 41):
             held_out = {"reward_eval_infer": 0.25, "reward_eval_train": 0.375} if step == 1 else {}

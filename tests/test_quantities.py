@@ -2,7 +2,7 @@
 
 import pytest
 
-from dcmdp_jax import metrics, quantities, terminal
+from dcmdp_jax import quantities, terminal
 from dcmdp_jax.quantities import Quantity
 from dcmdp_jax.report import comparison, run_page
 from dcmdp_jax.tools import study
@@ -24,7 +24,7 @@ def test_it_is_on_the_terminal(bananas):
 
 
 def test_it_is_in_the_line_of_a_batch_job(bananas):
-    assert "  ripe 8.0 b  " in metrics.status(bananas[-1], 0.01)
+    assert "  ripe 8.0 b  " in terminal.status(bananas[-1], 0.01)
 
 
 def test_it_has_a_curve_and_a_row_on_the_page_of_a_run(bananas, tmp_path):

@@ -60,7 +60,7 @@ def block(screen, capsys):
     shown = view()
     for step in range(1, 4):
         changes = {"reward": step / 4, "delta_mean": 0.03 - 0.01 * step, "multiplier": 0.1 * step}
-        shown.show(step, VALUES | changes)
+        shown.draw(step, VALUES | changes)
     return screen(capsys.readouterr().err)
 
 
@@ -117,9 +117,9 @@ def test_what_asks_for_attention_is_said(values, floor, says):
 
 def test_a_warning_that_holds_no_more_is_wiped_out(screen, capsys):
     block = view()
-    block.show(1, VALUES | {"saturated": 3, "skipped": 2})
-    block.show(2, VALUES | {"skipped": 2})
-    block.show(3, VALUES)
+    block.draw(1, VALUES | {"saturated": 3, "skipped": 2})
+    block.draw(2, VALUES | {"skipped": 2})
+    block.draw(3, VALUES)
     lines = screen(capsys.readouterr().err)
     assert lines[0].startswith("trial  step 3/10") and not any("warning" in line for line in lines)
 
@@ -131,9 +131,9 @@ def test_delta_that_was_not_measured_is_neither_within_nor_above():
 
 def test_a_new_width_begins_a_new_block(screen, capsys, monkeypatch):
     block = view()
-    block.show(1, VALUES)
+    block.draw(1, VALUES)
     monkeypatch.setattr(terminal.shutil, "get_terminal_size", lambda: os.terminal_size((60, 24)))
-    block.show(2, VALUES)
+    block.draw(2, VALUES)
     lines = screen(capsys.readouterr().err)
     assert lines[0].startswith("trial  step 1/10")
     assert lines[4].startswith("trial  step 2/10")
@@ -153,7 +153,7 @@ def test_no_line_is_wider_than_the_terminal(columns, monkeypatch, capsys):
     monkeypatch.setenv("NO_COLOR", "1")
     block = view(name="a-long-name-of-an-experiment", total=10000)
     for step in range(1, 300):
-        block.show(step, VALUES)
+        block.draw(step, VALUES)
     shown = re.sub(r"\x1b\[\d+[AK]|\r", "", capsys.readouterr().err).split("\n")
     assert max(map(len, shown)) <= max(columns - 1, 20)
 
@@ -162,8 +162,8 @@ def test_the_time_left_counts_this_process_alone(monkeypatch, capsys):
     clock = iter((100.0, 100.0, 104.0, 104.0))
     monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
     block = view(first_step=5)  # steps 5 and 6 took 2 s and 4 s, four are left
-    block.show(5, VALUES)
-    block.show(6, VALUES)
+    block.draw(5, VALUES)
+    block.draw(6, VALUES)
     assert re.findall(r"(\S+) left", capsys.readouterr().err) == ["0:10", "0:12"]
 
 
@@ -195,8 +195,8 @@ def test_only_a_terminal_that_moves_its_cursor_gets_the_block(tty, term, fits, m
 
 def test_colour_stops_at_no_color(monkeypatch, capsys):
     monkeypatch.delenv("NO_COLOR", raising=False)
-    view().show(1, VALUES)
+    view().draw(1, VALUES)
     assert "\x1b[31mABOVE\x1b[0m" in capsys.readouterr().err
     monkeypatch.setenv("NO_COLOR", "1")
-    view().show(1, VALUES)
+    view().draw(1, VALUES)
     assert "\x1b[31m" not in capsys.readouterr().err
