@@ -155,7 +155,6 @@ def completions() -> Scored:
         "tokens": tokens,
         "lengths": np.full(COUNT, NEW, np.int32),
         "rollout_logp": np.full((COUNT, NEW), -8.3, np.float32),
-        "kept": np.ones((COUNT, NEW), np.float32),
         "sampling": Sampling(),
     }
     return Scored(Rollout(**made), rng.normal(size=COUNT).astype(np.float32))

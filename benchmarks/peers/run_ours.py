@@ -222,7 +222,6 @@ def packed(ctx: Any) -> Batch:
         "prompts": as_prompts(given["prompt"]),
         "tokens": given["completion"],
         "rollout_logp": given["old_logps"],
-        "kept": np.ones_like(given["old_logps"]),
         "lengths": given["mask"].sum(axis=1).astype(np.int32),
     }
     scored = Scored(Rollout(**made), given["advantages"])
