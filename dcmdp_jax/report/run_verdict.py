@@ -68,7 +68,8 @@ def _rewards(config: Config, rows: Rows) -> list[str]:
             step, value = points[0]
             sentences.append(f"{subject} was {value:.3f} at step {step}.")
         elif points:
-            (first, start), (last, end) = points[0], points[-1]
+            first, start = points[0]
+            last, end = points[-1]
             change = "rose from" if end > start else "fell from"
             if abs(end - start) <= noise:
                 change = "stayed within sampling noise, from"
