@@ -171,16 +171,17 @@ def gradients(
     config: Config,
     model: ModelConfig,
 ) -> tuple[jax.Array, Any]:
-    """Returns the loss of a minibatch and its gradient by `params`, whatever A is.
+    """Returns the loss of a minibatch and its gradient by `params`; neither depends on A.
 
-    Each microbatch is backpropagated beside the log-probs of the others. Those are the old ones
-    if that makes no difference: because the weights have not moved yet, or because the loss is
-    separable. Otherwise the minibatch is scored first.
+    The loss is a function of all log-probs of the minibatch, and each microbatch is backpropagated
+    in its turn. The log-probs of the others are then the old ones if that makes no difference:
+    because the weights have not moved yet, or because the loss is separable. Otherwise the
+    minibatch is scored first.
     """
     logp = minibatch.old_logp
     if len(logp) > 1 and not (updates_once(config) or is_separable_loss(config)):
-        policy = _policy_params(params, frozen, config)
-        logp, _ = _score_minibatch(policy, minibatch.batch, config, model)
+        decoder_params = _policy_params(params, frozen, config)
+        logp, _ = _score_minibatch(decoder_params, minibatch.batch, config, model)
     loss = partial(loss_of, minibatch=minibatch, multiplier=multiplier, config=config)
     grads, logp, _ = backpropagate(params, frozen, minibatch.batch, logp, loss, config, model)
     return loss(logp), grads
@@ -212,8 +213,8 @@ def backpropagate(
 
     def microbatch_gradient(i: jax.Array | int, micro: Batch) -> tuple[Any, tuple]:
         def logp_of(params: Any) -> tuple[jax.Array, jax.Array | None]:
-            policy = _policy_params(params, frozen, config)
-            return _score(policy, micro, config, model, entropy=entropy)
+            decoder_params = _policy_params(params, frozen, config)
+            return _score(decoder_params, micro, config, model, entropy=entropy)
 
         logp, pullback, entropies = jax.vjp(logp_of, params, has_aux=True)
         slope = jax.grad(loss)(others.at[i].set(logp))
@@ -236,10 +237,12 @@ def backpropagate(
 def apply_update(
     updated: Updated, loss: jax.Array, grads: Any, config: Config
 ) -> tuple[Updated, jax.Array]:
-    """Makes one update by the optimizer, of the gradient clipped to `grad_clip`.
+    """Makes one update by the optimizer, from the gradient clipped to the norm `grad_clip`.
 
     If the loss or the gradient is not finite, nothing changes but the count of skipped updates.
-    Returns the gradient's norm too.
+
+    Returns:
+        What the update changes, and the norm of the gradient before it was clipped.
     """
     algorithm = config.algorithm
     norm = optax.tree.norm(grads)
@@ -295,11 +298,13 @@ def next_state(state: TrainState, updated: Updated, dual: constraint.DualState) 
 def in_one_pass(config: Config) -> bool:
     """True if one forward pass can both score a batch and update from it.
 
-    There must be a single update, from the weights that sampled, and a loss whose microbatches
-    need not know of each other: because there is only one, or because it is declared separable.
+    The batch must make a single update, from the weights that sampled it. It must be a single
+    microbatch, or loss and shaping must be declared separable over microbatches.
     """
+    shaping = config.constraint.shaping
+    is_separable_shaping = shaping is None or is_separable(shaping)
     return updates_once(config) and (
-        config.algorithm.microbatches == 1 or is_separable_loss(config)
+        config.algorithm.microbatches == 1 or (is_separable_loss(config) and is_separable_shaping)
     )
 
 
@@ -310,11 +315,10 @@ def updates_once(config: Config) -> bool:
 
 
 def is_separable_loss(config: Config) -> bool:
-    """True if all functions that make the loss are declared separable over microbatches."""
+    """True if all functions of which `loss_of` is made are declared separable over microbatches."""
     parts = (
         config.algorithm.surrogate,
         config.algorithm.reference_penalty,
-        config.constraint.shaping,
         config.constraint.penalty,
     )
     return all(is_separable(part) for part in parts if part is not None)
