@@ -271,13 +271,17 @@ def test_minibatches_and_epochs_take_several_updates():
     assert state.step == 1
 
 
-def test_non_finite_updates_are_skipped_and_counted():
-    before, state, metrics = run(
-        make_config(minibatches=2), make_scored(reward=[np.inf] + [0.0] * (B * G - 1))
-    )
+INFINITE_REWARD = [np.inf] + [0.0] * (B * G - 1)
+
+
+def test_updates_that_are_not_finite_are_counted():
+    _, state, metrics = run(make_config(minibatches=2), make_scored(reward=INFINITE_REWARD))
     assert metrics["skipped"] >= 1 and np.isfinite(metrics["multiplier_next"])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state)))
-    before, state, _ = run(make_config(), make_scored(reward=[np.inf] + [0.0] * (B * G - 1)))
+
+
+def test_an_update_that_is_not_finite_leaves_the_parameters():
+    before, state, _ = run(make_config(), make_scored(reward=INFINITE_REWARD))
     jax.tree.map(np.testing.assert_array_equal, state.params, before)
 
 
@@ -303,14 +307,16 @@ def test_a_weight_that_is_not_finite_makes_no_update_and_no_measurement(microbat
     assert state.dual.multiplier == np.float32(0.1)
 
 
-def test_nothing_to_learn_changes_nothing():
-    """Equal rewards and no multiplier: no gradient. No completion tokens: the dual rests too."""
+def test_equal_rewards_without_a_multiplier_change_nothing():
     config = make_config()
     config = dataclasses.replace(
         config, constraint=dataclasses.replace(config.constraint, multiplier_init=0.0)
     )
     before, state, _ = run(config, make_scored(reward=np.ones(B * G)))
     jax.tree.map(np.testing.assert_array_equal, state.params, before)
+
+
+def test_completions_without_tokens_change_nothing_and_measure_nothing():
     scored = make_scored()
     empty = scored._replace(rollout=scored.rollout._replace(lengths=np.zeros(B * G, np.int32)))
     before, state, metrics = run(make_config(), empty)
