@@ -204,12 +204,12 @@ def test_a_number_that_is_none_is_named_with_its_file(tmp_path, capsys, name, pa
     (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     for runs in ([folder], [folder, other])[: 1 if name == "parity.json" else 2]:
         assert cli.main(["report", *map(str, runs)]) == 2
-        said = capsys.readouterr().err
+        message = capsys.readouterr().err
         place = f"{folder / name}: line 2" if name.endswith("l") else str(folder / name)
         assert (
-            said.startswith(f"dcmdp: {place}")
-            and said.count("\n") == 1
-            and len(said) < len(place) + 250
+            message.startswith(f"dcmdp: {place}")
+            and message.count("\n") == 1
+            and len(message) < len(place) + 250
         )
     assert not list(tmp_path.rglob("report.html"))
 
@@ -244,8 +244,8 @@ def test_a_file_that_is_no_object_is_one_sentence(tmp_path, capsys, name, conten
     folder = make(tmp_path, PLAIN)
     (folder / name).write_bytes(content)
     assert cli.main(["report", str(folder)]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"dcmdp: {folder / name} ") and said.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"dcmdp: {folder / name} ") and message.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["gaps.jsonl", "diagnose.json", "parity.json"])
@@ -286,10 +286,10 @@ def test_a_metric_that_is_no_number_is_named_with_its_line(tmp_path, capsys, key
     other = make_run(tmp_path / "b", ROWS)
     for runs in ([folder], [other, folder]):
         assert cli.main(["report", *map(str, runs)]) == 2
-        said = capsys.readouterr().err
+        message = capsys.readouterr().err
         assert (
-            said.startswith(f"dcmdp: {folder / metrics.FILE}: line 2 has '{key}' = ")
-            and said.count("\n") == 1
+            message.startswith(f"dcmdp: {folder / metrics.FILE}: line 2 has '{key}' = ")
+            and message.count("\n") == 1
         )
 
 
