@@ -34,7 +34,7 @@ from dcmdp_jax.experiment import load_experiment
 from dcmdp_jax.inputs import read_inputs
 from dcmdp_jax.seeds import Stream
 
-SHAPE = config.ModelConfig(
+ARCHITECTURE = config.ModelConfig(
     vocab_size=18,
     hidden_size=96,
     intermediate_size=256,
@@ -56,7 +56,7 @@ def main() -> None:
     written = load_experiment(str(QUICKSTART))
     run = dataclasses.replace(
         written,
-        model=config.ModelSource(shape=SHAPE),
+        model=config.ModelSource(architecture=ARCHITECTURE),
         steps=2 * args.repeats,
         warmup=config.WarmupConfig(),
         eval=config.EvalConfig(every=0),

@@ -142,6 +142,34 @@ def test_a_comparison_that_takes_too_long_is_ended_and_the_next_is_answered(pool
 FAKE = "import os, sys, time; print('ready', flush=True)\nfor line in sys.stdin: {}"
 
 
+@pytest.fixture
+def fake(pool, tmp_path):
+    """Makes a pool of one process that does `act` when it is asked; returns it and its starts."""
+
+    def make(act):
+        log = tmp_path / "starts"
+        program = f"open({str(log)!r}, 'a').write('started ')\n" + FAKE.format(act)
+        processes = pool([sys.executable, "-c", program], seconds=0.5, processes=1, slack=0.5)
+        return processes, lambda: len(log.read_text().split())
+
+    return make
+
+
+def test_a_reply_is_the_verdict(fake):
+    processes, _ = fake("print('true', flush=True)")
+    assert processes.equal("1", "1")
+    assert processes.given_up == 0
+
+
+@pytest.mark.parametrize(
+    "act", ["time.sleep(600)", "sys.exit(3)", "print('maybe', flush=True)", "os.abort()"]
+)
+def test_a_process_that_hangs_or_dies_gives_no_verdict(act, fake):
+    processes, _ = fake(act)
+    assert not processes.equal("1", "1")
+    assert processes.given_up == 1
+
+
 @pytest.mark.parametrize(
     "act, times",
     [
@@ -149,23 +177,14 @@ FAKE = "import os, sys, time; print('ready', flush=True)\nfor line in sys.stdin:
         ("sys.exit(3)", 2),
         ("print('maybe', flush=True)", 2),
         ("os.abort()", 2),
-        ("print('true', flush=True)", 0),
+        ("print('true', flush=True)", 1),
     ],
 )
-def test_a_process_that_hangs_or_dies_gives_no_verdict(act, times, pool, monkeypatch):
-    """One that dies is asked once more: it may have been ended while it was idle."""
-    monkeypatch.setattr(judge, "SLACK", 0.0)
-    starts = []
-    start = worker.Worker._start
-
-    def counted(process):
-        starts.append(1)
-        start(process)
-
-    monkeypatch.setattr(worker.Worker, "_start", counted)
-    processes = pool([sys.executable, "-c", FAKE.format(act)], seconds=0.5, processes=1)
-    assert processes.equal("1", "1") is (times == 0)
-    assert processes.given_up == (times > 0) and len(starts) == max(times, 1)
+def test_a_process_that_dies_is_asked_once_more(act, times, fake):
+    """It may have been ended while it was idle; one that hangs is not asked again."""
+    processes, starts = fake(act)
+    processes.equal("1", "1")
+    assert starts() == times
 
 
 def test_a_process_that_is_killed_while_it_is_idle_is_asked_again(pool):
@@ -186,13 +205,23 @@ def test_an_interrupted_question_leaves_no_reply_for_the_next(pool, monkeypatch)
     assert not processes.equal(*CALCULUS[1][:2])
 
 
-def test_a_process_has_a_memory_limit_and_a_session_of_its_own(pool):
+@pytest.fixture
+def process_id(pool):
+    """Of the one process of a pool that was needed."""
     processes = pool()
     assert processes.equal(*CALCULUS[0][:2])
-    (pid,) = started(processes)  # the other one has not been needed
-    limits = pathlib.Path(f"/proc/{pid}/limits").read_text()
+    (pid,) = started(processes)
+    return pid
+
+
+def test_a_process_has_a_memory_limit(process_id):
+    limits = pathlib.Path(f"/proc/{process_id}/limits").read_text()
     assert f"Max address space         {2 << 30}" in limits
-    assert os.getpgid(pid) != os.getpgrp()  # Ctrl-C is not for it
+
+
+def test_a_process_has_a_session_of_its_own(process_id):
+    """Ctrl-C at the terminal is not for it."""
+    assert os.getpgid(process_id) != os.getpgrp()
 
 
 def test_threads_share_the_processes(pool):
@@ -207,13 +236,23 @@ def test_threads_share_the_processes(pool):
     assert len(started(processes)) == judge.PROCESSES and processes.given_up == 0
 
 
-def test_an_absent_library_is_told_once_and_its_answers_are_different(pool, capfd):
-    processes = pool([sys.executable, "-S", *judge.COMMAND[1:]])
-    assert not any(processes.equal(gold, answer) for gold, answer, _ in CALCULUS)
-    said = capfd.readouterr().err
-    assert said.count("\n") == 1 and "No module named 'math_verify'" in said
-    assert "pip install 'dcmdp-jax[answers]'" in said
-    assert processes.given_up == 0 and not started(processes)
+@pytest.fixture
+def absent(pool):
+    """A pool whose processes have no math-verify."""
+    return pool([sys.executable, "-S", *judge.COMMAND[1:]])
+
+
+def test_without_the_library_answers_that_need_it_are_different(absent):
+    assert not any(absent.equal(gold, answer) for gold, answer, _ in CALCULUS)
+    assert absent.given_up == 0 and not started(absent)
+
+
+def test_an_absent_library_is_reported_once(absent, capfd):
+    for gold, answer, _ in CALCULUS:
+        absent.equal(gold, answer)
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and "No module named 'math_verify'" in err
+    assert "pip install 'dcmdp-jax[answers]'" in err
 
 
 PARENT = """

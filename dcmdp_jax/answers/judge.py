@@ -50,12 +50,17 @@ def _library(pid: int) -> Pool:
 class Pool:
     """Processes of `command`, which is given `seconds`; each compares one pair at a time.
 
+    A process that exceeds its limit by more than `slack` seconds is ended.
     `given_up` counts the comparisons that took longer than `seconds` or that ended two processes;
     they count as different. Results are cached.
     """
 
     def __init__(
-        self, command: Sequence[str] = COMMAND, seconds: float = SECONDS, processes: int = PROCESSES
+        self,
+        command: Sequence[str] = COMMAND,
+        seconds: float = SECONDS,
+        processes: int = PROCESSES,
+        slack: float = SLACK,
     ):
         self.seconds = seconds
         self.given_up = 0
@@ -64,7 +69,7 @@ class Pool:
         self._lock = threading.Lock()
         self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()
         for _ in range(processes):
-            self._idle.put(Worker([*command, str(seconds)], seconds + SLACK))
+            self._idle.put(Worker([*command, str(seconds)], seconds + slack))
 
     def _compared(self, gold: str, answer: str) -> bool:
         """Returns the verdict of a process; False if it gives none, or math-verify is missing."""
