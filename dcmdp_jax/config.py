@@ -219,22 +219,21 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class Precision:
-    """Number formats of the engine. An empty string is the trainer's own format."""
+    """Number formats of the engine, by their names in `models.quantized.FORMATS`.
 
-    # attention and FFN projections, experts included: float32, bfloat16, int8, int4, float8_e4m3fn,
-    # float8_e5m2 or nf4
-    weights: str = "float32"
+    An empty string is the trainer's own format.
+    """
+
+    weights: str = "float32"  # attention and FFN projections, experts included
     # weights that share a scale; 0: those of an output channel, -1: all of the tensor,
     # n: n consecutive inputs of an output channel
     group: int = 0
-    activations: str = ""  # inputs of the projections: int8 or float8_e4m3fn, one scale per token
-    # keys and values: float32, bfloat16, or int8 or float8_e4m3fn with one scale per position and
-    # head
-    cache: str = ""
-    embed: str = ""  # formats of `weights`, one scale per vocabulary entry
+    activations: str = ""  # inputs of the projections, one scale per token
+    cache: str = ""  # keys and values, one scale per position and head
+    embed: str = ""  # one scale per vocabulary entry
     head: str = ""  # as `embed`
-    router: str = ""  # float32 or bfloat16
-    norms: str = ""  # float32 or bfloat16
+    router: str = ""  # not scaled
+    norms: str = ""  # not scaled
     experts_per_token: int = 0  # chosen by the engine's router; 0: as many as the trainer's
 
 

@@ -22,33 +22,33 @@ from dcmdp_jax.models.kernels import tiles
 
 
 class Format(NamedTuple):
-    """A number format of the engine, and what it may hold."""
+    """A number format of the engine.
+
+    `uses` are fields of `config.Precision`; what holds for weights also holds for embedding and
+    head, and what holds for norms for the router.
+    """
 
     bits: int
-    largest: float | None  # values are scaled to lie within it; None: cast without a scale
-    weights: bool  # projections, experts, embedding and head
-    activations: bool  # what enters a projection
-    cache: bool  # keys and values
-    norms: bool  # norms and router
+    largest: float | None  # numbers are scaled to lie within it; None: cast without a scale
+    uses: tuple[str, ...]
 
 
 # XLA stores 4 bits in half a byte on accelerators and in a byte on CPUs.
 FORMATS = {
-    #                       bits largest weights activations cache  norms
-    "float32": Format(32, None, True, False, True, True),
-    "bfloat16": Format(16, None, True, False, True, True),
-    "int8": Format(8, 127.0, True, True, True, False),
-    "int4": Format(4, 7.0, True, False, False, False),
-    "float8_e4m3fn": Format(8, 448.0, True, True, True, False),
-    "float8_e5m2": Format(8, 57344.0, True, False, False, False),
-    "nf4": Format(4, 1.0, True, False, False, False),
+    "float32": Format(32, None, ("weights", "cache", "norms")),
+    "bfloat16": Format(16, None, ("weights", "cache", "norms")),
+    "int8": Format(8, 127.0, ("weights", "activations", "cache")),
+    "int4": Format(4, 7.0, ("weights",)),
+    "float8_e4m3fn": Format(8, 448.0, ("weights", "activations", "cache")),
+    "float8_e5m2": Format(8, 57344.0, ("weights",)),
+    "nf4": Format(4, 1.0, ("weights",)),
 }
 SCALED = tuple(name for name, form in FORMATS.items() if form.largest is not None)
 
 
 def formats(use: str) -> tuple[str, ...]:
-    """Returns the names of the formats that `use`, a field of `Format`, allows."""
-    return tuple(name for name, form in FORMATS.items() if getattr(form, use))
+    """Returns the names of the formats with that use."""
+    return tuple(name for name, form in FORMATS.items() if use in form.uses)
 
 
 def _normal_float() -> tuple[float, ...]:
