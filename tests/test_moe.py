@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from dcmdp_jax.models import layers, moe, quantized, sizes
+from dcmdp_jax.models.kernels import swiglu
+from dcmdp_jax.models.kernels.experts import expert_outputs
 from support.accelerators import accelerator_programs
 
 pytestmark = pytest.mark.full
@@ -78,7 +80,7 @@ def test_values_and_gradients_equal_the_dense_form(k, norm):
 @pytest.mark.parametrize("shards", [0, 1])
 def test_the_program_of_accelerators_equals_that_of_cpus(shards):
     """`ragged_dot`, with gate and up as stored (1) or not; values and gradients."""
-    weights = moe.Experts(
+    weights = swiglu.Experts(
         *(random_experts(CONFIG)[name] for name in ("gate_proj", "up_proj", "down_proj"))
     )
     x = jax.random.normal(jax.random.key(1), (9, CONFIG.hidden_size))
@@ -87,7 +89,7 @@ def test_the_program_of_accelerators_equals_that_of_cpus(shards):
 
     def run():
         def loss(x, weights):
-            return jnp.sum(direction * moe.expert_outputs(x, experts, weights, shards=shards))
+            return jnp.sum(direction * expert_outputs(x, experts, weights, shards=shards))
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, weights)
 

@@ -13,7 +13,7 @@ import pytest
 from dcmdp_jax import optimizers, sharding
 from dcmdp_jax.config import MeshConfig, ModelConfig
 from dcmdp_jax.models import decoder, moe
-from dcmdp_jax.models.kernels import dispatch, scoring
+from dcmdp_jax.models.kernels import dispatch, scoring, swiglu
 from support.random_params import random_params
 from support.steps import assert_close, make_config, make_scored, run
 
@@ -154,7 +154,7 @@ def test_no_token_is_dropped_if_all_go_to_one_device():
     keys = jax.random.split(jax.random.key(0), 5)
     shapes = (8, 16, 12), (8, 16, 12), (8, 12, 16)
     matrices = (jax.random.normal(k, s) for k, s in zip(keys[:3], shapes, strict=True))
-    weights = moe.Experts(*matrices)
+    weights = swiglu.Experts(*matrices)
     x = jax.random.normal(keys[3], (8, 24, 16))
     gates = jax.random.uniform(keys[4], (8, 24, 2))
     experts = jnp.full((8, 24, 2), 3)

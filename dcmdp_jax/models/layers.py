@@ -18,10 +18,10 @@ from dcmdp_jax import sharding
 from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models import moe, quantized
 from dcmdp_jax.models.kernels import dispatch, swiglu
-from dcmdp_jax.models.moe import parameter
 from dcmdp_jax.models.quantized import project
 from dcmdp_jax.models.rope import rotate
 
+NORMAL = nn.initializers.normal(0.02)
 # (q [B, KV, G, S, h], k, v [B, KV, S, h]) -> (out [B, KV, G, S, h], anything the caller needs)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
@@ -29,6 +29,11 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 def compute_dtype(config: ModelConfig):
     """Returns the dtype of activations and matrix products."""
     return jnp.bfloat16 if config.compute.bfloat16 else jnp.float32
+
+
+def parameter(module: nn.Module, name: str, shape: tuple, axes: tuple, init=NORMAL):
+    """Declares a parameter: its shape, the logical name of each axis, and its initializer."""
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, module.param_dtype)
 
 
 # Recomputed in the backward pass, which is cheaper than saving its intermediates.
@@ -146,7 +151,7 @@ class MoE(nn.Module):
         gate_proj = parameter(self, "gate_proj", (e, d, f), ("experts", "expert_embed", "mlp"))
         up_proj = parameter(self, "up_proj", (e, d, f), ("experts", "expert_embed", "mlp"))
         down_proj = parameter(self, "down_proj", (e, f, d), ("experts", "mlp", "expert_embed"))
-        weights = moe.Experts(gate_proj, up_proj, down_proj)
+        weights = swiglu.Experts(gate_proj, up_proj, down_proj)
         gates, experts = moe.route(x, router, c, replayed)
         self.sow("routing", "experts", experts.reshape(-1, experts.shape[-1]))
         if sharding.current_mesh() is not None and not self.is_initializing():

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 
 from dcmdp_jax import sharding
 from dcmdp_jax.models.kernels import tiles
-from dcmdp_jax.models.moe import Experts, expert_outputs
+from dcmdp_jax.models.kernels.experts import expert_outputs
+from dcmdp_jax.models.kernels.swiglu import Experts
 
 SLACK = 1.25  # room for an unequal load before a second round is needed
 
