@@ -59,6 +59,7 @@ def test_overrides_leave_the_other_fields(quickstart):
         ("algorithm.row_length", "10", "shorter than one prompt and completion"),
         ("constraint.multiplier_init", "2", "0 <= multiplier_init <= multiplier_max"),
         ("model.architecture.num_kv_heads", "3", "num_heads=4 is not a multiple of num_kv_heads=3"),
+        ("model.architecture.compute.remat", "true", "set model.compute instead"),
     ],
 )
 def test_bad_overrides_are_refused_in_one_sentence(quickstart, name, value, message):
