@@ -147,24 +147,32 @@ def test_adamw_is_what_an_experiment_gets():
     assert adam._fields == ("count", "mu", "nu")
 
 
-OPTIMIZERS = [optimizers.adamw, optimizers.sgd, scheduled_adam, adafactor, muon]
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_moments_lie_as_their_parameters_do(optimizer):
-    """Vectors aside, of which adafactor has some that a parameter's shape fits by chance."""
+def placed(optimizer, name):
+    """The shardings in an optimizer's state of the tree `name`, those of the parameters, and the
+    replicated one.
+    """
     config = make_config(optimizer=optimizer)
     mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
-    shapes = step.abstract_state(config, MODEL, mesh)
-    places = step.params_shardings(MODEL, mesh)
-    by_shape = {}
-    for shape, place in zip(jax.tree.leaves(shapes.params), jax.tree.leaves(places), strict=True):
-        by_shape.setdefault(shape.shape, []).append(place)
-    for leaf in jax.tree.leaves(shapes.opt_state):
-        if leaf.ndim > 1 and leaf.shape in by_shape:
-            assert leaf.sharding in by_shape[leaf.shape]
-        elif leaf.ndim < 1:
-            assert leaf.sharding == sharding.replicated(mesh)
+    state = step.abstract_state(config, MODEL, mesh).opt_state
+    tree = jax.tree.map(lambda leaf: leaf.sharding, optax.tree.get(state, name))
+    return tree, step.params_shardings(MODEL, mesh), sharding.replicated(mesh)
+
+
+@pytest.mark.parametrize(
+    "optimizer, name",
+    [(optimizers.adamw, "mu"), (optimizers.adamw, "nu"), (optimizers.sgd, "trace")]
+    + [(scheduled_adam, "mu")],
+)
+def test_moments_lie_as_their_parameters_do(optimizer, name):
+    moments, params, _ = placed(optimizer, name)
+    assert moments == params
+
+
+@pytest.mark.parametrize("name", ["v_row", "v_col"])
+def test_what_is_not_shaped_like_its_parameter_is_replicated(name):
+    """A row of a stacked matrix may have the shape of a stacked norm, but not its path."""
+    factors, _, replicated = placed(adafactor, name)
+    assert all(place == replicated for place in jax.tree.leaves(factors))
 
 
 @pytest.mark.parametrize("optimizer", [scheduled_adam, adafactor, muon])
