@@ -39,10 +39,9 @@ def test_a_folder_appears_when_its_block_ends(tmp_path):
 
 
 def test_a_folder_whose_block_raises_does_not_appear(tmp_path):
-    with pytest.raises(KeyError):
-        with files.atomic_folder(tmp_path / "new") as folder:
-            (folder / "a").touch()
-            raise KeyError
+    with pytest.raises(KeyError), files.atomic_folder(tmp_path / "new") as folder:
+        (folder / "a").touch()
+        raise KeyError
     assert not list(tmp_path.iterdir())
 
 

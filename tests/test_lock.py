@@ -33,8 +33,8 @@ def test_a_folder_in_use_is_refused_with_its_process_and_is_free_after_sigkill(t
     with pytest.raises(ValueError) as error:
         lock.take(tmp_path / "run")
     assert str(error.value) == (
-        f"{tmp_path / 'run'} is in use by process {holder.pid} on {socket.gethostname()}; wait until it "
-        "ends, or choose another --workdir"
+        f"{tmp_path / 'run'} is in use by process {holder.pid} on {socket.gethostname()}; "
+        "wait until it ends, or choose another --workdir"
     )
     holder.send_signal(signal.SIGKILL)
     holder.wait()
@@ -52,9 +52,9 @@ def test_a_refused_process_does_not_take_the_lock_away(tmp_path, holder):
 
 
 def test_a_process_takes_a_folder_once_until_it_lets_it_go(tmp_path):
-    with lock.take(tmp_path / "run"):
-        with pytest.raises(ValueError, match="is in use by another run of this process"):
-            lock.take(tmp_path / "other" / ".." / "run")
+    in_use = pytest.raises(ValueError, match="is in use by another run of this process")
+    with lock.take(tmp_path / "run"), in_use:
+        lock.take(tmp_path / "other" / ".." / "run")
     lock.take(tmp_path / "run").close()
     lock.take(tmp_path / "run")  # nobody keeps it
     lock.take(tmp_path / "run").close()

@@ -7,6 +7,14 @@ from fractions import Fraction
 
 from dcmdp_jax.answers import units
 from dcmdp_jax.answers.cursor import Cursor, Node, bounded_depth
+from dcmdp_jax.answers.nodes import (
+    divide,
+    in_radians,
+    is_part_of,
+    mixed_number,
+    multiply,
+    with_sign,
+)
 from dcmdp_jax.answers.tokens import number
 from dcmdp_jax.answers.work import Unreadable, Work
 
@@ -195,9 +203,9 @@ class Expressions(Cursor):
     @bounded_depth
     def sum(self) -> Node:
         """Reads terms joined by signs."""
-        parts = [_signed(self.take("+", "-", r"\pm", r"\mp"), self.term())]
+        parts = [with_sign(self.take("+", "-", r"\pm", r"\mp"), self.term())]
         while self.peek(1) != r"\{" and (sign := self.take("+", "-", r"\pm", r"\mp")):
-            parts.append(_signed(sign, self.term()))
+            parts.append(with_sign(sign, self.term()))
         return parts[0] if len(parts) == 1 else ("add", *parts)
 
     def term(self) -> Node:
@@ -212,19 +220,19 @@ class Expressions(Cursor):
         while True:
             integer = self.kind(-1) == "num" and (value[-1] if value[0] == "mul" else value)
             if self.take("*"):
-                value = _times(value, self.factor())
+                value = multiply(value, self.factor())
             elif self.take("/"):
                 self.count_division()
-                value = _over(value, self.factor())
+                value = divide(value, self.factor())
             elif self.starts_factor():
                 if self.kind() == "num" and self.kind(-1) == "num":
                     raise Unreadable("two numbers beside each other")
                 mixed = self.peek() == r"\frac"
                 factor = self.factor()
-                if mixed and integer and (part := _mixed(integer, factor)):
+                if mixed and integer and (part := mixed_number(integer, factor)):
                     value = (*value[:-1], part) if value[0] == "mul" else part
                 else:
-                    value = _times(value, factor)
+                    value = multiply(value, factor)
             else:
                 return value
 
@@ -240,7 +248,7 @@ class Expressions(Cursor):
         ):
             self.position += 1
             many = "num", Fraction(times)
-            value = ("num", value[1] * times) if value[0] == "num" else _times(value, many)
+            value = ("num", value[1] * times) if value[0] == "num" else multiply(value, many)
         worded = self.kind() in ("word", "name") and self.peek() not in CONJUNCTIONS
         if worded or self.peek() == r"\frac":
             value = self.quantity(value, dollars)
@@ -258,7 +266,7 @@ class Expressions(Cursor):
     def factor(self) -> Node:
         """Reads a factor with its signs and exponent."""
         if sign := self.take("+", "-"):
-            return _signed(sign, self.factor())
+            return with_sign(sign, self.factor())
         return self.postfix(self.primary())
 
     def starts_factor(self) -> bool:
@@ -322,7 +330,7 @@ class Expressions(Cursor):
     def exponent(self) -> Node:
         """Reads what follows `^`."""
         if sign := self.take("+", "-"):
-            return _signed(sign, self.exponent())
+            return with_sign(sign, self.exponent())
         if self.peek() == "{":
             return self.braced()
         return self.postfix(self.primary())
@@ -461,7 +469,7 @@ class Expressions(Cursor):
         """Reads the arguments of a LaTeX command whose name was taken."""
         if name == r"\frac":
             self.count_division()
-            return _over(self.braced(), self.braced())
+            return divide(self.braced(), self.braced())
         if name == r"\binom":
             return "binom", self.braced(), self.braced()
         if name in (r"\sqrt", r"\surd"):
@@ -547,10 +555,10 @@ class Expressions(Cursor):
         else:
             value = self.postfix(self.primary())
             while self.starts_factor() and self.peek().lstrip("\\") not in FUNCTIONS[:-1]:
-                value = _times(value, self.postfix(self.primary()))
+                value = multiply(value, self.postfix(self.primary()))
         if angle and self.take_word("degrees"):
             value = "quantity", value, units.read("degrees")
-        return _radians(value) if angle else value
+        return in_radians(value) if angle else value
 
     def matrix(self) -> Node:
         r"""Reads a matrix or a determinant, whose `\begin` was taken."""
@@ -574,58 +582,3 @@ class Expressions(Cursor):
         self.divisions += 1
         if self.divisions > MAX_DIVISIONS:
             raise Unreadable("too many divisions")
-
-
-def _mixed(integer: Node, fraction: Node) -> Node | None:
-    """Returns the mixed number of an integer and a fraction, or None if they make none."""
-    if integer[0] != "num" or integer[1].denominator > 1 or fraction[0] != "div":
-        return None
-    top, bottom = fraction[1:]
-    if not top[0] == bottom[0] == "num" or not 0 < top[1] < bottom[1]:
-        return None
-    part = top[1] / bottom[1]
-    return "num", integer[1] - part if integer[1] < 0 else integer[1] + part
-
-
-def is_part_of(smaller: Node, larger: Node) -> bool:
-    """Returns True if both are quantities of one kind, and the first has the smaller unit."""
-    if not smaller[0] == larger[0] == "quantity" or not smaller[2].known:
-        return False
-    return smaller[2].powers == larger[2].powers and smaller[2].factor < larger[2].factor
-
-
-def _signed(sign: str, value: Node) -> Node:
-    """Returns a value with a sign, which may be empty."""
-    if sign == "-":
-        if value[0] == "matrix":
-            return _times(("num", Fraction(-1)), value)
-        if value[0] in ("percent", "quantity"):
-            return value[0], _signed(sign, value[1]), *value[2:]
-        return ("num", -value[1]) if value[0] == "num" else ("neg", value)
-    return {r"\pm": ("pm", value), r"\mp": ("mp", value)}.get(sign, value)
-
-
-def _times(product: Node, factor: Node) -> Node:
-    """Returns a product; the cells of a matrix are multiplied one by one."""
-    for matrix, scale in ((factor, product), (product, factor)):
-        if matrix[0] == "matrix" and scale[0] not in ("matrix", "group", "set"):
-            return "matrix", *(tuple(_times(scale, cell) for cell in row) for row in matrix[1:])
-    return (*product, factor) if product[0] == "mul" else ("mul", product, factor)
-
-
-def _over(value: Node, divisor: Node) -> Node:
-    """Returns a quotient; the cells of a matrix are divided one by one."""
-    if value[0] == "matrix":
-        return "matrix", *(tuple(("div", cell, divisor) for cell in row) for row in value[1:])
-    return "div", value, divisor
-
-
-def _radians(node: Node) -> Node:
-    """Returns an angle in radians."""
-    if node[0] == "quantity" and node[2].powers == (("degree", 1),):
-        if node[2].pi:
-            return node[1]
-        return "div", ("mul", node[1], ("var", r"\pi")), ("num", Fraction(180))
-    if node[0] in ("add", "neg", "mul", "div"):
-        return node[0], *map(_radians, node[1:])
-    return node

@@ -32,8 +32,8 @@ from dcmdp_jax.answers.expressions import (
     RELATIONS,
     SHAPES,
     Expressions,
-    is_part_of,
 )
+from dcmdp_jax.answers.nodes import is_part_of
 from dcmdp_jax.answers.work import Unreadable, Work
 
 _DEFINED = re.compile(r"(\\?[A-Za-z]+(?:_\w|_\{\w+\})?'*(?:\^\{-1\})?)\(([\w\\,|;]+)\)")
