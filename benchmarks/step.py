@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from benchmarks.inference import SHAPES, SMALL, make_prompts, measure
-from dcmdp_jax import constraint, data, sharding, step
+from dcmdp_jax import constraint, packing, sharding, step
 from dcmdp_jax.config import (
     AlgorithmConfig,
     Compute,
@@ -107,7 +107,7 @@ class Task:
         config = experiment(model, microbatches)
         mesh = sharding.single_device_mesh()
         self.batch = jax.device_put(
-            data.pack(
+            packing.pack(
                 completions(), minibatches=1, microbatches=microbatches, row_length=row_length
             )
         )

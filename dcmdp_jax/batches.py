@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dcmdp_jax import data, measurements, rewards, seeds, sharding, step
+from dcmdp_jax import measurements, packing, rewards, seeds, sharding, step
 from dcmdp_jax.config import Config, RolloutConfig
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.inputs import Inputs
@@ -91,7 +91,7 @@ class Batches:
         sources = [example.source for example in scored.rollout.prompts.examples]
         if processes.num_engines(config.rollout) > 1:
             scored, sources = _gather(scored), measurements.gather_sources(sources)
-        packed = data.pack(
+        packed = packing.pack(
             scored,
             minibatches=config.algorithm.minibatches,
             microbatches=config.algorithm.microbatches,

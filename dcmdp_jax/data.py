@@ -1,4 +1,4 @@
-"""Problems from files and generated tasks as token batches, and completions packed into rows."""
+"""Problems from files and generated tasks, as batches of tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import grain
 import numpy as np
 
 from dcmdp_jax import files, seeds
-from dcmdp_jax.records import Batch, Columns, Example, Prompts, Rollout, Scored
+from dcmdp_jax.records import Columns, Example, Prompts
 from dcmdp_jax.rewards import final_answer
 from dcmdp_jax.seeds import Stream
 from dcmdp_jax.tasks import Task
@@ -185,149 +185,6 @@ def supervised_batch(
         tokenizer.pad_id,
     )
     return SupervisedBatch(tokens, (column >= starts) & (column < stops))
-
-
-def full_vocab_logp(rollout: Rollout) -> np.ndarray:
-    """Returns the engine's log-probs [N, T] under softmax(logits / temperature), as the trainer
-    scores: over the full vocabulary instead of the support sampled from.
-
-    Formula: rollout_logp + log support_mass. Equal to rollout_logp past the length, and if the
-    support is the full vocabulary.
-    """
-    if rollout.support_mass is None:
-        return rollout.rollout_logp
-    mask = np.arange(rollout.tokens.shape[1]) < rollout.lengths[:, None]
-    log_mass = np.log(np.where(mask, rollout.support_mass, 1))
-    return rollout.rollout_logp + log_mass.astype(np.float32)
-
-
-def pack(
-    scored: Scored,
-    *,
-    minibatches: int,
-    microbatches: int,
-    row_length: int,
-    row_divisor: int = 1,
-    pad_id: int = 0,
-    seed: int | tuple[int, ...] = 0,
-) -> Batch:
-    """Packs the completions, in random order, into M x A microbatches of R rows of S tokens.
-
-    Each microbatch gets n completions; a segment is a prompt and its completion, and rows are
-    filled by first-fit decreasing. R is the same in every microbatch: `row_divisor` times a power
-    of two, or the number of rows that n completions can need at most if that is less, so that few
-    shapes are compiled. Recorded experts lie on the tokens that they were chosen for, which are the
-    tokens before those of the completion: the prompt's last to the completion's last but one.
-    Log-probs are those of `full_vocab_logp`. Raises ValueError if the completions do not divide
-    into M x A parts, if a row is too short, or if a prompt is empty.
-    """
-    rollout = scored.rollout
-    parts = minibatches * microbatches
-    count, width = rollout.tokens.shape
-    if count % parts:
-        raise ValueError(
-            f"{count} completions do not divide into algorithm.minibatches * "
-            f"algorithm.microbatches = {parts} parts"
-        )
-    order = packing_order(count, seed)
-    group = order // (count // len(rollout.prompts.lengths))
-    prompt_lengths = rollout.prompts.lengths[group]
-    completion_lengths = rollout.lengths[order]
-    lengths = prompt_lengths + completion_lengths
-    if prompt_lengths.min() < 1:
-        raise ValueError("a prompt is empty; the first completion token has nothing to follow")
-    if lengths.max() > row_length:
-        raise ValueError(
-            f"a prompt and its completion have {lengths.max()} tokens, more than "
-            f"algorithm.row_length={row_length}"
-        )
-    rows, start, segment = _place(lengths.reshape(parts, -1), row_length, row_divisor)
-
-    # for each token of all segments: its segment, and its offset in the segment
-    owner = np.repeat(np.arange(count), lengths)
-    offset = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
-    source = np.concatenate([rollout.prompts.tokens[group], rollout.tokens[order]], axis=1)
-    column = np.where(
-        offset < prompt_lengths[owner],
-        offset,
-        offset - prompt_lengths[owner] + rollout.prompts.tokens.shape[1],
-    )
-
-    def scatter(values: np.ndarray, fill: int) -> np.ndarray:
-        flat = np.full(parts * rows * row_length, fill, np.int32)
-        flat[start[owner] + offset] = values
-        return flat.reshape(minibatches, microbatches, rows, row_length)
-
-    def place_experts(recorded: np.ndarray) -> np.ndarray:
-        flat = np.full((parts * rows * row_length, *recorded.shape[2:]), -1, np.int16)
-        flat[((start + prompt_lengths - 1)[:, None] + np.arange(width))[mask]] = recorded[order][
-            mask
-        ]
-        return flat.reshape(minibatches, microbatches, rows, row_length, *recorded.shape[2:])
-
-    def deal(values: np.ndarray) -> np.ndarray:
-        return values.reshape(minibatches, microbatches, count // parts, *values.shape[1:])
-
-    mask = np.arange(width) < completion_lengths[:, None]
-    predicts = (start % (rows * row_length) + prompt_lengths - 1)[:, None] + np.arange(width)
-    return Batch(
-        tokens=scatter(source[owner, column], pad_id),
-        positions=scatter(offset, 0),
-        segment_ids=scatter(segment[owner], 0),
-        index=deal(np.where(mask, predicts, 0).astype(np.int32)),
-        completions=deal(rollout.tokens[order]),
-        mask=deal(mask),
-        rollout_logp=deal(full_vocab_logp(rollout)[order]),
-        reward=deal(scored.reward[order]),
-        group=deal(group.astype(np.int32)),
-        experts=None if rollout.experts is None else place_experts(rollout.experts),
-    )
-
-
-def packing_order(count: int, seed: int | tuple[int, ...]) -> np.ndarray:
-    """Returns [count] int: the number of each completion, in the order in which `pack` deals them
-    to minibatches and microbatches.
-    """
-    return np.random.default_rng(seed).permutation(count)
-
-
-def _place(
-    lengths: np.ndarray, row_length: int, row_divisor: int
-) -> tuple[int, np.ndarray, np.ndarray]:
-    """Returns the rows R per microbatch, and flat starts and segment ids [M*A*n] of the segments.
-
-    `lengths` is [M*A, n]; a start counts over the rows of all microbatches.
-    """
-    parts, size = lengths.shape
-    row, column, segment = (
-        np.stack(part) for part in zip(*(_first_fit(part, row_length) for part in lengths))
-    )
-    rows = _bucket(int(row.max()) + 1, size, row_divisor)
-    start = (np.arange(parts)[:, None] * rows + row) * row_length + column
-    return rows, start.reshape(-1), segment.reshape(-1)
-
-
-def _first_fit(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns row, column and segment id (from 1) of each segment, by first-fit decreasing."""
-    row, column, segment = (np.zeros(len(lengths), np.int64) for _ in range(3))
-    used = np.zeros(len(lengths), np.int64)
-    segments = np.zeros(len(lengths), np.int64)
-    for i in np.argsort(-lengths, kind="stable"):
-        r = np.argmax(used + lengths[i] <= row_length)
-        row[i], column[i], segment[i] = r, used[r], segments[r] + 1
-        used[r] += lengths[i]
-        segments[r] += 1
-    return row, column, segment
-
-
-def _bucket(rows: int, size: int, divisor: int) -> int:
-    """Returns the number of rows to compile for: the next bucket, at most one row for each of
-    `size` completions.
-    """
-    bucket = divisor
-    while bucket < rows:
-        bucket *= 2
-    return min(bucket, -(-size // divisor) * divisor)
 
 
 def _pad(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcmdp_jax import data, sharding, sync
+from dcmdp_jax import packing, sharding, sync
 from dcmdp_jax.config import MeshConfig, Precision
 from dcmdp_jax.models import decoder, layers, rope
 from dcmdp_jax.models.kernels import attention, scoring
@@ -177,7 +177,7 @@ def test_a_trainer_that_replays_the_experts_is_the_engine(model, precision, atol
         max_tokens=T,
         sampling=Sampling(0.8),
     )
-    packed = data.pack(
+    packed = packing.pack(
         Scored(out, np.zeros(len(out.tokens))),
         minibatches=1,
         microbatches=1,

@@ -22,7 +22,7 @@ ORDER = [
     ["sharding", "experiment", "losses", "rewards", "tokenizer", "intervals"],
     ["run_record", "constraint", "optimizers", "distributed"],
     ["models"],
-    ["data", "rollout.sampling", "gaps", "measurements", "terminal"],
+    ["data", "packing", "rollout.sampling", "gaps", "measurements", "terminal"],
     ["rollout.decode"],
     ["rollout.generate", "step", "sync", "checkpoint", "metrics"],
     ["rollout.jetstream"],

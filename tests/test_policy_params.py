@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import support.adapters
-from dcmdp_jax import constraint, data, sharding, step
+from dcmdp_jax import constraint, packing, sharding, step
 from dcmdp_jax.config import MeshConfig
 from dcmdp_jax.losses import kl
 from support.steps import (
@@ -50,7 +50,7 @@ def test_the_gradient_is_the_chain_rule_s():
     """d loss / d up = down^T (d loss / d embed): by the norm of one update of all parameters."""
     config = adapted()
     state = fresh_state(config, MODEL, ONE)
-    batch = data.pack(make_scored(), minibatches=1, microbatches=1, row_length=24)
+    batch = packing.pack(make_scored(), minibatches=1, microbatches=1, row_length=24)
     batch = jax.device_put(batch, step.batch_shardings(config, ONE))
 
     def grads(params, frozen, config):
@@ -114,7 +114,7 @@ def shifted_reference(config, shift=0.3):
 
 def updated(config, state):
     algorithm = config.algorithm
-    batch = data.pack(
+    batch = packing.pack(
         make_scored(),
         minibatches=algorithm.minibatches,
         microbatches=algorithm.microbatches,

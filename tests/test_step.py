@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from dcmdp_jax import constraint, data, sharding, step
+from dcmdp_jax import constraint, packing, sharding, step
 from dcmdp_jax.losses import advantages, corrections, rejection
 from dcmdp_jax.models import decoder
 from support.steps import (
@@ -158,7 +158,7 @@ def test_a_batch_is_scored_first_only_if_the_loss_is_not_separable(surrogate, pa
     monkeypatch.setattr(step, "score", lambda *args: made.append(args) or score(*args))
     config = make_config(surrogate=surrogate, microbatches=4)
     mesh = ONE
-    batch = data.pack(make_scored(), minibatches=1, microbatches=4, row_length=24)
+    batch = packing.pack(make_scored(), minibatches=1, microbatches=4, row_length=24)
     step.compile(config, MODEL, mesh).lower(fresh_state(config, MODEL, mesh), batch)
     assert len(made) == passes
 
@@ -233,7 +233,7 @@ def test_accumulation_is_exact_where_microbatches_weigh_against_each_other(surro
 def test_one_pass_computes_what_the_plain_step_does(microbatches):
     config = make_config(microbatches=microbatches)
     assert step.in_one_pass(config)
-    batch = data.pack(make_scored(), minibatches=1, microbatches=microbatches, row_length=24)
+    batch = packing.pack(make_scored(), minibatches=1, microbatches=microbatches, row_length=24)
     results = [
         jax.jit(functools.partial(form, config=config, model=MODEL))(
             fresh_state(config, MODEL, ONE), batch
@@ -247,7 +247,7 @@ def test_one_pass_computes_what_the_plain_step_does(microbatches):
 def test_params_and_multiplier_change_in_one_program_without_the_host():
     config = make_config(minibatches=2, microbatches=2)
     mesh = sharding.single_device_mesh()
-    batch = data.pack(make_scored(), minibatches=2, microbatches=2, row_length=24)
+    batch = packing.pack(make_scored(), minibatches=2, microbatches=2, row_length=24)
     batch = jax.device_put(batch, step.batch_shardings(config, mesh))
     state = fresh_state(config, MODEL, mesh)
     before = jax.tree.map(jnp.copy, state)  # a NumPy view would keep the buffers from being donated

@@ -44,7 +44,7 @@ import jaxlib
 import numpy as np
 from safetensors.numpy import save_file
 
-from dcmdp_jax import constraint, data, sharding, step, sync
+from dcmdp_jax import constraint, packing, sharding, step, sync
 from dcmdp_jax.config import (
     AlgorithmConfig,
     Config,
@@ -226,7 +226,7 @@ def packed(ctx: Any) -> Batch:
     }
     scored = Scored(Rollout(**made), given["advantages"])
     positions = given["prompt"].size + int(made["lengths"].sum())
-    return data.pack(scored, minibatches=1, microbatches=1, row_length=-(-positions // 8) * 8)
+    return packing.pack(scored, minibatches=1, microbatches=1, row_length=-(-positions // 8) * 8)
 
 
 def experiment(ctx: Any) -> Config:

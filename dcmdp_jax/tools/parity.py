@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dcmdp_jax import checkpoint, constraint, data, files, seeds, sharding, step, sync
+from dcmdp_jax import checkpoint, constraint, files, packing, seeds, sharding, step, sync
 from dcmdp_jax.batches import make_engine, sampling
 from dcmdp_jax.config import Calibrated, Config, ModelConfig, Precision
 from dcmdp_jax.inputs import Inputs
@@ -150,7 +150,7 @@ def scorer(config: Config, inputs: Inputs) -> Score:
         )
         # rewards tell which completion went where
         numbered = Scored(sampled, np.arange(count, dtype=np.float32))
-        batch = data.pack(
+        batch = packing.pack(
             numbered,
             minibatches=minibatches,
             microbatches=microbatches,
@@ -227,7 +227,7 @@ def measure(
         seed = seeds.seed(config.seed, stream, number)
         sampled = sample(engine, served, config, inputs, seed)
         old.append(score(policy.params, sampled, seed))
-        reported.append(data.full_vocab_logp(sampled))
+        reported.append(packing.full_vocab_logp(sampled))
         mask.append(token_mask(sampled))
         asked = np.repeat(sampled.prompts.lengths, config.rollout.samples)
         position.append(asked[:, None] + 1 + np.arange(sampled.tokens.shape[1]))

@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 
-from dcmdp_jax import constraint, data, sharding, step
+from dcmdp_jax import constraint, packing, sharding, step
 from dcmdp_jax.config import (
     AlgorithmConfig,
     Compute,
@@ -104,7 +104,7 @@ def run(config, scored, mesh=None, row_length=2 * (P + T), params=None):
     mesh = mesh or ONE
     model = config.model.architecture
     algorithm = config.algorithm
-    batch = data.pack(
+    batch = packing.pack(
         scored,
         minibatches=algorithm.minibatches,
         microbatches=algorithm.microbatches,
