@@ -146,7 +146,7 @@ def diagnose_command(args: argparse.Namespace, options: list[str]) -> Callable[[
     config, workdir = fields.load(args, options)
     from dcmdp_jax.inputs import read_inputs
     from dcmdp_jax.report import tables
-    from dcmdp_jax.tools import diagnose, parity
+    from dcmdp_jax.tools import diagnose, diagnose_page, parity
 
     diagnose.check(config)
     inputs = read_inputs(config, args.devices)
@@ -156,11 +156,11 @@ def diagnose_command(args: argparse.Namespace, options: list[str]) -> Callable[[
     def job() -> int:
         attribution = diagnose.diagnose(config, inputs, params, older, probe=args.all)
         print(attribution.origin)
-        print(tables.aligned_text(diagnose.table(attribution), left=2))
-        print(diagnose.verdict(attribution))
-        for note in diagnose.notes(attribution):
+        print(tables.aligned_text(diagnose_page.table(attribution), left=2))
+        print(diagnose_page.verdict(attribution))
+        for note in diagnose_page.notes(attribution):
             print(note)
-        print(f"wrote {diagnose.write(attribution, config, workdir)}")
+        print(f"wrote {diagnose_page.write(attribution, config, workdir)}")
         return 0
 
     return job

@@ -1,15 +1,14 @@
-"""Blame: which property of the engine moves its log-probs away from the trainer's, and by how much.
+"""Attributes the gap between engine and trainer to the properties of the engine, by ablation.
 
-The configured engine samples one rollout. Every engine that differs from the trainer in one
-property alone, and every one that lacks one property of the configured engine, then decodes the
-same tokens (`rollout.replay`): all figures are paired.
+The configured engine samples one rollout. Then every engine that differs from the trainer in one
+property alone, and every one that lacks one property of the configured engine, decodes the same
+tokens again (`rollout.replay`), so that all figures are paired.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import html
 import math
 import pathlib
 import sys
@@ -19,19 +18,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dcmdp_jax import checkpoint, constraint, files, seeds, sharding, step, sync
-from dcmdp_jax.batches import make_engine, sampling
+from dcmdp_jax import checkpoint, constraint, seeds, sharding, step, sync
 from dcmdp_jax.config import Config, ModelConfig, Precision, RolloutConfig
 from dcmdp_jax.inputs import Inputs
 from dcmdp_jax.models.quantized import Quantized
 from dcmdp_jax.records import Rollout, Weights
-from dcmdp_jax.report import bar_chart, html_page, line_chart, tables
+from dcmdp_jax.rollout import jetstream
 from dcmdp_jax.rollout.replay import replay
-from dcmdp_jax.run_record import to_json
 from dcmdp_jax.seeds import Stream
 from dcmdp_jax.tools import parity
 
-PROPERTIES = {  # name: the fields of `Precision` that make it
+PROPERTIES = {  # name: the fields of `Precision` that set it
     "weights": ("weights", "group"),
     "activations": ("activations",),
     "KV cache": ("cache",),
@@ -41,7 +38,7 @@ PROPERTIES = {  # name: the fields of `Precision` that make it
     "router": ("router",),
     "experts per token": ("experts_per_token",),
 }
-ROUTING = ("router", "experts per token")  # of mixtures of experts alone
+ROUTING = ("router", "experts per token")  # properties of mixtures of experts alone
 EXACT = Precision()
 PROBES = Precision(
     weights="int8",
@@ -52,11 +49,10 @@ PROBES = Precision(
     norms="bfloat16",
     router="bfloat16",
 )
-AGREEMENT = 1e-5  # nats between what the engine reported and its replay
 
 
 class Difference(NamedTuple):
-    """Two sets of log-probs of the same tokens; see `parity.Gap`."""
+    """Two sets of log-probs of the same tokens; the figures of `parity.GapStatistics`."""
 
     delta: float
     std_error: float  # of delta, over prompts
@@ -66,46 +62,44 @@ class Difference(NamedTuple):
     clipped: float
 
 
-class Effect(NamedTuple):
-    """One source of discrepancy."""
+class Source(NamedTuple):
+    """One source of the gap."""
 
-    source: str
+    name: str
     setting: str
-    alone: Difference  # trainer against an exact engine with this one property
-    # trainer against the configured engine without it; None where it is no part of that
+    alone: Difference  # trainer against an engine that is exact but for this source
+    # Trainer against the configured engine with this source made exact; None if it has it exact.
     left_out: Difference | None = None
 
 
 class Attribution(NamedTuple):
     """Where the gap comes from, on the tokens of one rollout."""
 
-    origin: str
+    origin: str  # of the weights
     tokens: int
-    everything: Difference  # trainer against the engine as configured
-    effects: tuple[Effect, ...]  # largest first
-    noise: tuple[Effect, ...]  # trainer and exact engine against themselves and each other
+    total: Difference  # trainer against the engine as configured
+    sources: tuple[Source, ...]  # largest first
+    noise: tuple[Source, ...]  # comparisons whose difference is round-off alone
     layer_setting: str
-    layers: tuple[
-        Difference, ...
-    ]  # trainer against an exact engine with the weights of one layer rounded
-    agreement: float  # largest |what the engine reported - its replay|, nats
+    layers: tuple[Difference, ...]  # trainer against an engine with one layer's weights rounded
+    replay_error: float  # largest |log-prob that was reported - that of the replay|, nats
 
 
-class Case(NamedTuple):
-    """What engines are judged on."""
+class _Sampled(NamedTuple):
+    """The rollout that all engines replay, and the trainer's scoring of it."""
 
     config: Config
     inputs: Inputs
-    policy: parity.TrainerWeights
-    sampled: Rollout
+    weights: parity.TrainerWeights
+    rollout: Rollout
     score: parity.Score
-    trainer: np.ndarray  # [N, T], the trainer's log-probs
+    trainer_logp: np.ndarray  # [N, T]
 
 
 def diagnose(
     config: Config,
     inputs: Inputs,
-    policy: parity.TrainerWeights,
+    weights: parity.TrainerWeights,
     other: parity.TrainerWeights | None = None,
     *,
     probe: bool = False,
@@ -113,262 +107,73 @@ def diagnose(
     """Attributes the gap between the trainer and the engine that `config` describes.
 
     Args:
-      policy: the weights; they must fit `inputs.model_config`.
+      weights: must fit `inputs.model_config`.
       other: the weights of another step, for staleness; None leaves it out.
-      probe: judge properties that the configured engine has exact as well, each set as in `PROBES`.
+      probe: also measures properties that the configured engine has exact, set as in `PROBES`.
 
-    Raises ValueError where a batch has one prompt (standard errors are over prompts) or a log-prob
-    is not finite.
+    Raises ValueError if `check` does, or if a log-prob is not finite.
     """
     check(config)
-    case = _case(config, inputs, policy)
+    sampled = _sample(config, inputs, weights)
     precision = config.rollout.precision
-    rounded = PROBES if precision.weights == EXACT.weights else precision
-    exact, noise, layers = _exact(case, rounded if rounded is precision or probe else EXACT)
-    support = np.log(np.where(parity.token_mask(case.sampled), case.sampled.support_mass, 1))
-    replayed = functools.cache(lambda one: exact if one == EXACT else _replay(case, one))
-    effects = list(_effects(case, replayed, support, probe))
+    has_rounded_weights = precision.weights != EXACT.weights
+    rounded = precision if has_rounded_weights else PROBES
+    exact, noise, layers = _exact_engine(
+        sampled, rounded if has_rounded_weights or probe else EXACT
+    )
+
+    @functools.cache
+    def replayed(other_precision: Precision) -> np.ndarray:
+        return exact if other_precision == EXACT else _replay(sampled, other_precision)
+
+    log_mass = _log_support_mass(sampled.rollout)
+    sources = list(_sources(sampled, replayed, log_mass, probe))
     if other:
-        effects.append(_staleness(case, other))
-    whole = replayed(precision) - support
-    effects.sort(key=lambda effect: -effect.alone.delta)
-    agreement = float(np.max(np.abs(whole - case.sampled.rollout_logp)))
+        sources.append(_staleness(sampled, other))
+    sources.sort(key=lambda source: -source.alone.delta)
+    configured = replayed(precision) - log_mass
     return Attribution(
-        policy.origin,
-        int(case.sampled.lengths.sum()),
-        _against(case, whole),
-        tuple(effects),
-        noise,
-        _setting(rounded, "weights"),
-        layers,
-        agreement,
+        origin=weights.origin,
+        tokens=int(sampled.rollout.lengths.sum()),
+        total=_against_trainer(sampled, configured),
+        sources=tuple(sources),
+        noise=noise,
+        layer_setting=_setting(rounded, "weights"),
+        layers=layers,
+        replay_error=float(np.max(np.abs(configured - sampled.rollout.rollout_logp))),
     )
 
 
 def check(config: Config) -> None:
-    """Raises ValueError where standard errors over prompts cannot be, or a wrong router would be
-    hidden.
+    """Raises ValueError if the configuration does not allow an attribution.
+
+    It needs the library's own sampler, a router of the trainer's own, and two prompts for a
+    standard error.
     """
+    if not parity.has_own_sampler(config):
+        name = getattr(config.rollout.sampler, "__name__", repr(config.rollout.sampler))
+        raise ValueError(
+            "diagnose switches the properties of the library's own engine (rollout.precision.*), "
+            f"and rollout.sampler={name} is another one; measure its gap with dcmdp parity, or "
+            "leave rollout.sampler out"
+        )
     if config.algorithm.replay_routing:
         raise ValueError(
-            "algorithm.replay_routing gives the trainer the engine's experts, which hides what a router does; "
-            "diagnose with --algorithm.replay_routing no"
+            "algorithm.replay_routing gives the trainer the engine's experts, which hides what a "
+            "router does; diagnose with --algorithm.replay_routing no"
         )
     if config.data.prompts_per_step < 2:
         raise ValueError("data.prompts_per_step=1 gives no standard error; set 2 or more")
 
 
-def _case(config: Config, inputs: Inputs, policy: parity.TrainerWeights) -> Case:
-    served = sync.converter(inputs.model_config, config.rollout.precision, inputs.decode_mesh)(
-        policy.params, policy.version
-    )
-    seed = seeds.seed(config.seed, Stream.PARITY, policy.version)
-    sampled = parity.sample(make_engine(config, inputs), served, config, inputs, seed)
-    score = parity.scorer(config, inputs)
-    trainer = score(policy.params, sampled, (config.seed, 0))
-    if not np.isfinite(trainer).all():
-        raise ValueError(
-            "the trainer gives log-probs that are not finite; its weights are damaged or overflow"
-        )
-    return Case(config, inputs, policy, sampled, score, trainer)
-
-
-def _effects(
-    case: Case, replayed: Callable[[Precision], np.ndarray], support: np.ndarray, probe: bool
-) -> Iterator[Effect]:
-    """Precision and support. The support's part of a log-prob is -log(kept), whatever else differs."""
-    precision = case.config.rollout.precision
-    for name, setting, alone, without in properties(precision, case.inputs.model_config, probe):
-        yield Effect(
-            name,
-            setting,
-            _against(case, replayed(alone)),
-            _against(case, replayed(without) - support) if without else None,
-        )
-    if support.any():
-        yield Effect(
-            "support",
-            _support(case.config.rollout),
-            _against(case, replayed(EXACT) - support),
-            _against(case, replayed(precision)),
-        )
-
-
-def _staleness(case: Case, other: parity.TrainerWeights) -> Effect:
-    """The newer weights' trainer against an exact engine that holds the older ones."""
-    older, newer = sorted((case.policy, other), key=lambda one: one.version)
-    trainer = case.score(newer.params, case.sampled, (case.config.seed, 0))
-    return Effect(
-        "staleness",
-        f"weights of step {older.version} against step {newer.version}",
-        measure(trainer, _replay(case._replace(policy=older), EXACT), case.sampled),
-    )
-
-
-def _exact(
-    case: Case, rounded: Precision
-) -> tuple[np.ndarray, tuple[Effect, ...], tuple[Difference, ...]]:
-    """What needs the exact engine: its log-probs, the noise, and single layers rounded as `rounded`
-    has them.
-    """
-    engine = _engine(case, EXACT)
-    weights = _weights(case, EXACT)
-    exact = _finite(replay(engine, weights, case.sampled), EXACT)
-    layers = (
-        ()
-        if rounded == EXACT
-        else tuple(
-            _against(case, replay(engine, mixed, case.sampled))
-            for mixed in _layers(case, weights, rounded)
-        )
-    )
-    return exact, _noise(case, weights, exact), layers
-
-
-def _noise(case: Case, weights: Weights, exact: np.ndarray) -> tuple[Effect, ...]:
-    """What would be zero were it not for the order of sums."""
-    config = case.config
-    shards = sharding.num_batch_shards(case.inputs.decode_mesh)
-    again = case.score(case.policy.params, case.sampled, (config.seed, 1), split=2)
-    slots = max(config.rollout.slots // (2 * shards), 1) * shards
-    fewer = _engine(case._replace(config=_with(config, slots=slots)), EXACT)
-    order = np.random.default_rng(config.seed).permutation(len(exact))
-    return (
-        Effect("trainer", "against itself, packed otherwise", _against(case, again)),
-        Effect(
-            "batch composition",
-            f"exact engine, {slots} slots against {config.rollout.slots}",
-            measure(exact, replay(fewer, weights, case.sampled, order), case.sampled),
-        ),
-        Effect("exact engine", "against the trainer", _against(case, exact)),
-    )
-
-
-def _layers(case: Case, exact: Weights, rounded: Precision) -> Iterator[Weights]:
-    """The exact weights with layer 0, 1, ... rounded and multiplied out again, so that all run the
-    same program.
-    """
-    coarse = _weights(case, _take(rounded, PROPERTIES["weights"], EXACT)).params["stacks"]
-
-    def multiplied_out(held: Any, like: jax.Array) -> jax.Array:
-        return (held.dequantize() if isinstance(held, Quantized) else held).astype(like.dtype)
-
-    layers = exact.params["stacks"]
-    for i, layer in enumerate(layers):
-        held = jax.tree.map(
-            multiplied_out, coarse[i], layer, is_leaf=lambda x: isinstance(x, Quantized)
-        )
-        yield exact._replace(
-            params=exact.params | {"stacks": [*layers[:i], held, *layers[i + 1 :]]}
-        )
-
-
-def _replay(case: Case, precision: Precision) -> np.ndarray:
-    """Log-probs [N, T] of the sampled tokens by the engine with `precision`, over the whole
-    vocabulary.
-    """
-    print(f"decoding the tokens again with {_named(precision)}", file=sys.stderr, flush=True)
-    return _finite(
-        replay(_engine(case, precision), _weights(case, precision), case.sampled), precision
-    )
-
-
-def _finite(logp: np.ndarray, precision: Precision) -> np.ndarray:
-    if not np.isfinite(logp).all():
-        raise ValueError(
-            f"{_named(precision)} gives log-probs that are not finite; choose another precision"
-        )
-    return logp
-
-
-def _named(precision: Precision) -> str:
-    fields = dataclasses.asdict(precision).items()
-    own = [f"{name} {value}" for name, value in fields if value != getattr(EXACT, name)]
-    return f"an engine with {', '.join(own)}" if own else "an exact engine"
-
-
-def _engine(case: Case, precision: Precision) -> Any:
-    return make_engine(_with(case.config, precision=precision), case.inputs)
-
-
-def _weights(case: Case, precision: Precision) -> Weights:
-    return sync.converter(case.inputs.model_config, precision, case.inputs.decode_mesh)(
-        case.policy.params, case.policy.version
-    )
-
-
-def _with(config: Config, **rollout: Any) -> Config:
-    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, **rollout))
-
-
-def properties(
-    configured: Precision, model: ModelConfig, probe: bool
-) -> Iterator[tuple[str, str, Precision, Precision | None]]:
-    """Of each property: name, setting, the engine that has it alone, the configured one without it
-    (if it has it).
-    """
-    probes = dataclasses.replace(PROBES, experts_per_token=max(model.experts_per_token - 1, 0))
-    for name, fields in PROPERTIES.items():
-        if name in ROUTING and not model.num_experts:
-            continue
-        alone = _take(configured, fields, EXACT)
-        tried = _take(probes, fields, EXACT)
-        if alone != EXACT:
-            yield name, _setting(configured, name), alone, _take(EXACT, fields, configured)
-        elif probe and tried != EXACT:
-            yield name, f"{_setting(tried, name)}, a probe", tried, None
-
-
-def _take(source: Precision, fields: tuple[str, ...], rest: Precision) -> Precision:
-    """`rest` with `fields` of `source`."""
-    return dataclasses.replace(rest, **{field: getattr(source, field) for field in fields})
-
-
-def _setting(precision: Precision, name: str) -> str:
-    value = str(getattr(precision, PROPERTIES[name][0]))
-    if name != "weights" or value in ("float32", "bfloat16"):
-        return value
-    shared = {0: "channel", -1: "tensor"}.get(precision.group, f"{precision.group} inputs")
-    return f"{value}, a scale per {shared}"
-
-
-def _support(rollout: RolloutConfig) -> str:
-    fields = (
-        (name, getattr(rollout, name), full)
-        for name, full in (("top_k", 0), ("top_p", 1), ("min_p", 0))
-    )
-    return ", ".join(f"{name} {value:g}" for name, value, full in fields if value != full)
-
-
-def _against(case: Case, engine: np.ndarray) -> Difference:
-    return measure(case.trainer, engine, case.sampled)
-
-
-def measure(trainer: np.ndarray, engine: np.ndarray, sampled: Rollout) -> Difference:
-    """The figures of two sets of log-probs [N, T] on the sampled tokens."""
-    mask = parity.token_mask(sampled)
-    delta = np.asarray(constraint.delta(trainer, engine, mask))
-    sums, counts = (x.reshape(len(sampled.prompts.lengths), -1).sum(axis=1) for x in (delta, mask))
-    spread = constraint.calibrate_tolerance(sums, counts)
-    figures = parity.gap_statistics(trainer, engine, mask)
-    return Difference(
-        figures.delta,
-        float(spread.std_error),
-        figures.logp_diff_mean,
-        figures.logp_diff_max,
-        figures.k3,
-        figures.clipped,
-    )
-
-
 def other_version(
-    config: Config, inputs: Inputs, workdir: pathlib.Path, policy: parity.TrainerWeights
+    config: Config, inputs: Inputs, workdir: pathlib.Path, weights: parity.TrainerWeights
 ) -> parity.TrainerWeights | None:
-    """What `policy`, `parity.load`'s, can be compared with, if there is any.
+    """Returns the weights of `workdir` that `parity.load`'s `weights` are compared with, or None.
 
-    The newest weights, where a run samples from stale ones; else those of the checkpoint before.
+    These are the newest ones if a run samples from stale ones, else those of the checkpoint before.
     """
-    before = math.inf if config.rollout.staleness else policy.version
+    before = math.inf if config.rollout.staleness else weights.version
     if not any(number < before for number in checkpoint.steps(workdir)):
         return None
     like = step.abstract_state(config, inputs.model_config, inputs.mesh)
@@ -379,189 +184,232 @@ def other_version(
     )
 
 
-def floor(found: Attribution) -> float:
-    """The largest mean delta of what ought to be equal."""
-    return max(effect.alone.delta for effect in found.noise)
+def properties(
+    configured: Precision, model: ModelConfig, probe: bool
+) -> Iterator[tuple[str, str, Precision, Precision | None]]:
+    """Yields of each property its name, its setting, and the precision that has it alone.
 
-
-def verdict(found: Attribution) -> str:
-    """Who is to blame, in sentences."""
-    whole = found.everything.delta
-    noise = floor(found)
-    said = (
-        f"Mean delta is {whole:.2g} over {found.tokens:,} tokens; the noise floor is {noise:.1g}."
-    )
-    if whole <= 2 * noise:
-        return f"{said} The engine is exact but for it."
-    first = next((effect for effect in found.effects if effect.left_out), None)
-    if first is None:
-        return f"{said} No property of the engine that can be switched explains it."
-    return (
-        f"{said} The largest source is {first.source} ({first.setting}): alone it gives {first.alone.delta:.2g} "
-        f"({first.alone.delta / whole:.0%}), and with it exact {first.left_out.delta:.2g} is left."
-    )
-
-
-def table(found: Attribution) -> list[tuple[str, ...]]:
-    """The figures as rows of text, the first one the head."""
-
-    def line(
-        name: str,
-        setting: str,
-        gap: Difference,
-        left_out: Difference | None = None,
-        part: bool = False,
-    ) -> tuple[str, ...]:
-        share = (
-            f"{gap.delta / found.everything.delta:.1%}" if part and found.everything.delta else ""
-        )
-        without = f"{left_out.delta:.1e}" if left_out else ""
-        return (
-            name,
-            setting,
-            f"{gap.delta:.1e} ± {gap.std_error:.0e}",
-            share,
-            without,
-            f"{gap.logp_diff_mean:.1e}",
-            f"{gap.logp_diff_max:.1e}",
-            f"{gap.clipped:.2%}",
-        )
-
-    rows = [
-        (
-            "source",
-            "setting",
-            "delta alone",
-            "share",
-            "delta without",
-            "mean |dlogp|",
-            "max |dlogp|",
-            "clipped",
-        ),
-        line("everything", "as configured", found.everything, part=True),
-    ]
-    rows += [line(*effect, part=bool(effect.left_out)) for effect in found.effects]
-    rows += [
-        line(f"weights of layer {i}", found.layer_setting, gap)
-        for i, gap in enumerate(found.layers)
-    ]
-    return rows + [line(*effect) for effect in found.noise]
-
-
-def notes(found: Attribution) -> list[str]:
-    """What is not judged, and how far the replay is to be trusted."""
-    judged = {effect.source for effect in found.effects}
-    said = [
-        f"The replay repeats what the engine reported to within {found.agreement:.1g} nats"
-        + ("." if found.agreement <= AGREEMENT else ": smaller differences are not to be trusted.")
-    ]
-    if "staleness" in judged:
-        said.append(
-            "Staleness is beside everything: delta is measured at the weights that sampled."
-        )
-    else:
-        said.append("Staleness is left out: there is no older checkpoint.")
-    if "support" not in judged:
-        said.append(
-            "The support is left out: every token can be drawn (top_k 0, top_p 1, min_p 0)."
-        )
-    else:
-        said.append(
-            "The support is a part of everything here alone: a run and parity measure "
-            "delta before the cut."
-        )
-    return said
-
-
-def chart(found: Attribution) -> str:
-    """The mean deltas as one SVG: by source, on a logarithmic scale, and by layer."""
-
-    def bar(effect: Effect, color: str) -> bar_chart.Bar:
-        gap = effect.alone
-        left_out = effect.left_out
-        ring = left_out.delta if left_out else None
-        return bar_chart.Bar(effect.source, effect.setting, gap.delta, gap.std_error, color, ring)
-
-    rows = [
-        bar(Effect("everything", "as configured", found.everything), line_chart.NEUTRAL),
-        *(
-            bar(effect, line_chart.ENGINE if effect.left_out else line_chart.TRAINER)
-            for effect in found.effects
-        ),
-        *(bar(effect, line_chart.FAINT) for effect in found.noise),
-    ]
-    drawn = [
-        bar_chart.Chart("Mean delta of each source alone (logarithmic)", rows, floor(found), True)
-    ]
-    if found.layers:
-        layers = [
-            bar_chart.Bar(f"layer {i}", "", g.delta, g.std_error, line_chart.ENGINE)
-            for i, g in enumerate(found.layers)
-        ]
-        title = f"Mean delta with the weights of one layer alone: {found.layer_setting}"
-        drawn.append(bar_chart.Chart(title, layers, floor(found), False))
-    return bar_chart.draw(drawn, LEGEND)
-
-
-def _page_table(found: Attribution) -> str:
-    """`table` as HTML, with the setting below its source so that the table is not too wide."""
-    header, *rows = table(found)
-    return tables.html_table(
-        [header[0], *header[2:]],
-        [
-            [tables.with_note(source, setting, below=True), *cells]
-            for source, setting, *cells in rows
-        ],
-    )
-
-
-def write(found: Attribution, config: Config, workdir: pathlib.Path) -> pathlib.Path:
-    """Writes diagnose.json, diagnose.svg (the picture) and diagnose.html into `workdir`; returns
-    the page's path.
+    And the configured precision without it, or None for a probe.
     """
-    record = {
-        "weights": found.origin,
-        "precision": dataclasses.asdict(config.rollout.precision),
-        "sampling": sampling(config.rollout)._asdict(),
-        "tokens": found.tokens,
-        "noise_floor": floor(found),
-        "everything": found.everything._asdict(),
-        "sources": [_record(effect) for effect in found.effects],
-        "noise": [_record(effect) for effect in found.noise],
-        "layers": {"setting": found.layer_setting, "gaps": [gap._asdict() for gap in found.layers]},
-        "replay_agreement": found.agreement,
-        "notes": notes(found),
-    }
-    files.write_json(workdir / "diagnose.json", record)
-    picture = chart(found)
-    files.write_atomic(workdir / "diagnose.svg", picture)
-    said = "".join(f"<p>{html.escape(note)}</p>" for note in [METHOD, *notes(found)])
-    body = (
-        f'<p class="summary">{html.escape(found.origin)}</p><p class="verdict">{html.escape(verdict(found))}</p>'
-        f'<figure class="scroll">{picture}</figure>{_page_table(found)}{said}'
+    probes = dataclasses.replace(PROBES, experts_per_token=max(model.experts_per_token - 1, 0))
+    for name, fields in PROPERTIES.items():
+        if name in ROUTING and not model.num_experts:
+            continue
+        alone = _with_fields(EXACT, fields, configured)
+        probed = _with_fields(EXACT, fields, probes)
+        if alone != EXACT:
+            yield name, _setting(configured, name), alone, _with_fields(configured, fields, EXACT)
+        elif probe and probed != EXACT:
+            yield name, f"{_setting(probed, name)}, a probe", probed, None
+
+
+def difference(trainer_logp: np.ndarray, engine_logp: np.ndarray, rollout: Rollout) -> Difference:
+    """Returns the figures of two sets of log-probs [N, T] on the sampled tokens."""
+    mask = parity.token_mask(rollout)
+    delta = np.asarray(constraint.delta(trainer_logp, engine_logp, mask))
+    prompts = len(rollout.prompts.lengths)
+    sums = delta.reshape(prompts, -1).sum(axis=1)
+    counts = mask.reshape(prompts, -1).sum(axis=1)
+    gap = parity.gap_statistics(trainer_logp, engine_logp, mask)
+    return Difference(
+        delta=gap.delta,
+        std_error=float(constraint.calibrate_tolerance(sums, counts).std_error),
+        logp_diff_mean=gap.logp_diff_mean,
+        logp_diff_max=gap.logp_diff_max,
+        k3=gap.k3,
+        clipped=gap.clipped,
     )
-    path = workdir / "diagnose.html"
-    page = html_page.page(f"{config.name}: blame", body, to_json(config))
-    files.write_atomic(path, page)
-    return path
 
 
-LEGEND = (
-    "Orange: part of the engine. Blue: probes and staleness, which are not. Whisker: ± a standard error.",
-    "Ring: the configured engine without that source. Shaded: the noise floor.",
-)
-METHOD = (
-    "Delta is |π_train − π_infer| of a sampled token. Alone: the trainer against an engine that has this property and "
-    "is exact otherwise; without: against the configured engine with this property made exact. All decode the same "
-    "tokens, so the figures are paired; effects interact, and their shares need not add up. ± is a standard error over "
-    f"prompts. Clipped: tokens whose probability ratio lies outside 1 ± {parity.CLIP} before anything is learnt."
-)
+def noise_floor(attribution: Attribution) -> float:
+    """Returns the largest mean delta of comparisons that differ by round-off alone."""
+    return max(source.alone.delta for source in attribution.noise)
 
 
-def _record(effect: Effect) -> dict[str, Any]:
-    return {
-        "source": effect.source,
-        "setting": effect.setting,
-        "alone": effect.alone._asdict(),
-        "left_out": effect.left_out._asdict() if effect.left_out else None,
-    }
+def _sample(config: Config, inputs: Inputs, weights: parity.TrainerWeights) -> _Sampled:
+    """Samples the rollout and scores it with the trainer."""
+    sampler = jetstream.sampler(config, inputs.model_config, inputs.tokenizer, inputs.decode_mesh)
+    sampler.update_weights(weights.params, weights.version)
+    if weights.position is not None:
+        inputs.prompts.set_state(weights.position)
+    seed = seeds.seed(config.seed, Stream.PARITY, weights.version)
+    rollout = parity.sample(sampler, config, inputs, seed)
+    score = parity.scorer(config, inputs)
+    trainer_logp = score(weights.params, rollout, seed)
+    if not np.isfinite(trainer_logp).all():
+        raise ValueError(
+            "the trainer gives log-probs that are not finite; its weights are damaged or overflow"
+        )
+    return _Sampled(config, inputs, weights, rollout, score, trainer_logp)
+
+
+def _log_support_mass(rollout: Rollout) -> np.ndarray:
+    """Returns [N, T] the log of the probability that top-k, top-p and min-p leave; 0 past the
+    length.
+    """
+    if rollout.support_mass is None:
+        return np.zeros_like(rollout.rollout_logp)
+    return np.log(np.where(parity.token_mask(rollout), rollout.support_mass, 1))
+
+
+def _sources(
+    sampled: _Sampled,
+    replayed: Callable[[Precision], np.ndarray],
+    log_mass: np.ndarray,
+    probe: bool,
+) -> Iterator[Source]:
+    """Yields the properties of the precision, and the support.
+
+    The support's part of a log-prob is -log of its mass, whatever else differs.
+    """
+    precision = sampled.config.rollout.precision
+    model = sampled.inputs.model_config
+    for name, setting, alone, without in properties(precision, model, probe):
+        left = _against_trainer(sampled, replayed(without) - log_mass) if without else None
+        yield Source(name, setting, _against_trainer(sampled, replayed(alone)), left)
+    if log_mass.any():
+        yield Source(
+            "support",
+            _support(sampled.config.rollout),
+            _against_trainer(sampled, replayed(EXACT) - log_mass),
+            _against_trainer(sampled, replayed(precision)),
+        )
+
+
+def _staleness(sampled: _Sampled, other: parity.TrainerWeights) -> Source:
+    """Compares the trainer with the newer weights and an exact engine with the older ones."""
+    older, newer = sorted((sampled.weights, other), key=lambda weights: weights.version)
+    trainer_logp = sampled.score(newer.params, sampled.rollout, sampled.config.seed)
+    engine_logp = _replay(sampled._replace(weights=older), EXACT)
+    return Source(
+        "staleness",
+        f"weights of step {older.version} against step {newer.version}",
+        difference(trainer_logp, engine_logp, sampled.rollout),
+    )
+
+
+def _exact_engine(
+    sampled: _Sampled, rounded: Precision
+) -> tuple[np.ndarray, tuple[Source, ...], tuple[Difference, ...]]:
+    """Returns the exact engine's log-probs, the noise, and the gaps of single rounded layers.
+
+    Layers are rounded as `rounded` has the weights, and left out if it is exact.
+    """
+    sampler = _sampler(sampled, EXACT)
+    exact = _checked(replay(sampler.engine, sampler.weights, sampled.rollout), EXACT)
+    layers = []
+    if rounded != EXACT:
+        for weights in _with_one_layer_rounded(sampled, sampler.weights, rounded):
+            engine_logp = replay(sampler.engine, weights, sampled.rollout)
+            layers.append(_against_trainer(sampled, engine_logp))
+    return exact, _noise(sampled, sampler.weights, exact), tuple(layers)
+
+
+def _noise(sampled: _Sampled, weights: Weights, exact: np.ndarray) -> tuple[Source, ...]:
+    """Returns comparisons that would be zero if the order of sums did not matter."""
+    config = sampled.config
+    rollout = sampled.rollout
+    repacked = sampled.score(sampled.weights.params, rollout, config.seed + 1, split=2)
+    shards = sharding.num_batch_shards(sampled.inputs.decode_mesh)
+    slots = max(config.rollout.slots // (2 * shards), 1) * shards
+    fewer = _sampler(sampled._replace(config=_with_rollout(config, slots=slots)), EXACT)
+    order = np.random.default_rng(config.seed).permutation(len(exact))
+    shuffled = replay(fewer.engine, weights, rollout, order)
+    return (
+        Source("trainer", "against itself, packed otherwise", _against_trainer(sampled, repacked)),
+        Source(
+            "batch composition",
+            f"exact engine, {slots} slots against {config.rollout.slots}",
+            difference(exact, shuffled, rollout),
+        ),
+        Source("exact engine", "against the trainer", _against_trainer(sampled, exact)),
+    )
+
+
+def _with_one_layer_rounded(
+    sampled: _Sampled, exact: Weights, rounded: Precision
+) -> Iterator[Weights]:
+    """Yields the exact weights with layer 0, 1, ... rounded, and dequantized again so that all run
+    the same program.
+    """
+    precision = _with_fields(EXACT, PROPERTIES["weights"], rounded)
+    convert = sync.converter(sampled.inputs.model_config, precision, sampled.inputs.decode_mesh)
+    coarse = convert(sampled.weights.params, sampled.weights.version).params["stacks"]
+
+    def dequantize(weight: Any, like: jax.Array) -> jax.Array:
+        weight = weight.dequantize() if isinstance(weight, Quantized) else weight
+        return weight.astype(like.dtype)
+
+    layers = exact.params["stacks"]
+    for i, layer in enumerate(layers):
+        replaced = jax.tree.map(
+            dequantize, coarse[i], layer, is_leaf=lambda x: isinstance(x, Quantized)
+        )
+        stacks = [*layers[:i], replaced, *layers[i + 1 :]]
+        yield exact._replace(params=exact.params | {"stacks": stacks})
+
+
+def _replay(sampled: _Sampled, precision: Precision) -> np.ndarray:
+    """Returns log-probs [N, T] of the sampled tokens by an engine with `precision`, over the whole
+    vocabulary.
+    """
+    print(f"decoding the tokens again with {_describe(precision)}", file=sys.stderr, flush=True)
+    sampler = _sampler(sampled, precision)
+    return _checked(replay(sampler.engine, sampler.weights, sampled.rollout), precision)
+
+
+def _checked(logp: np.ndarray, precision: Precision) -> np.ndarray:
+    """Returns `logp`. Raises ValueError if it is not finite."""
+    if not np.isfinite(logp).all():
+        raise ValueError(
+            f"{_describe(precision)} gives log-probs that are not finite; choose another precision"
+        )
+    return logp
+
+
+def _sampler(sampled: _Sampled, precision: Precision) -> jetstream.JetStreamSampler:
+    """Returns the library's sampler with `precision` and the sampled weights."""
+    config = _with_rollout(sampled.config, precision=precision)
+    inputs = sampled.inputs
+    sampler = jetstream.sampler(config, inputs.model_config, inputs.tokenizer, inputs.decode_mesh)
+    sampler.update_weights(sampled.weights.params, sampled.weights.version)
+    return sampler
+
+
+def _against_trainer(sampled: _Sampled, engine_logp: np.ndarray) -> Difference:
+    return difference(sampled.trainer_logp, engine_logp, sampled.rollout)
+
+
+def _with_rollout(config: Config, **changes: Any) -> Config:
+    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, **changes))
+
+
+def _with_fields(precision: Precision, fields: tuple[str, ...], source: Precision) -> Precision:
+    """Returns `precision` with `fields` from `source`."""
+    return dataclasses.replace(precision, **{field: getattr(source, field) for field in fields})
+
+
+def _describe(precision: Precision) -> str:
+    """Returns an engine's precision in words."""
+    fields = dataclasses.asdict(precision).items()
+    rounded = [f"{name} {value}" for name, value in fields if value != getattr(EXACT, name)]
+    return f"an engine with {', '.join(rounded)}" if rounded else "an exact engine"
+
+
+def _setting(precision: Precision, name: str) -> str:
+    """Returns the setting of property `name` in words."""
+    value = str(getattr(precision, PROPERTIES[name][0]))
+    if name != "weights" or value in ("float32", "bfloat16"):
+        return value
+    shared_by = {0: "channel", -1: "tensor"}.get(precision.group, f"{precision.group} inputs")
+    return f"{value}, a scale per {shared_by}"
+
+
+def _support(rollout: RolloutConfig) -> str:
+    """Returns the settings that cut the support in words."""
+    settings = []
+    for name, full in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
+        value = getattr(rollout, name)
+        if value != full:
+            settings.append(f"{name} {value:g}")
+    return ", ".join(settings)

@@ -1,5 +1,7 @@
-"""The parity gate: what the engine reports for the tokens it samples, against what the trainer
-computes for them.
+"""Compares the log-probs that a sampler reports for its tokens with those of the trainer.
+
+What `dcmdp parity` runs: the gap between them by position, a limit that an exact engine must keep,
+and the tolerance that the gap calls for. It works with any `RolloutConfig.sampler`.
 """
 
 from __future__ import annotations
@@ -14,48 +16,49 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dcmdp_jax import checkpoint, constraint, files, packing, seeds, sharding, step, sync
-from dcmdp_jax.batches import make_engine, sampling
+from dcmdp_jax import checkpoint, constraint, files, packing, seeds, sharding, step
+from dcmdp_jax.batches import make_sampler, sampling
 from dcmdp_jax.config import Calibrated, Config, ModelConfig, Precision
 from dcmdp_jax.inputs import Inputs
 from dcmdp_jax.losses import diagnostics
 from dcmdp_jax.losses.tails import POSITION_EDGES
 from dcmdp_jax.models.kernels import scoring
-from dcmdp_jax.records import Rollout, Scored, Weights
+from dcmdp_jax.records import Rollout, Sampler, Scored
 from dcmdp_jax.report import tables
-from dcmdp_jax.rollout.generate import rollout
-from dcmdp_jax.rollout.jetstream import Engine
+from dcmdp_jax.rollout import jetstream
 from dcmdp_jax.seeds import Stream
 from dcmdp_jax.starting import starting_weights, unwarmed_weights
 
 CLIP = 0.2
-EXACT = 1e-5  # nats between trainer and an engine that rounds nothing
+EXACT = 1e-5  # nats between the trainer and an engine that rounds nothing
 
 # (params, rollout, seed of the packing, split=1) -> log-probs [N, T]
 Score = Callable[..., np.ndarray]
 
 
 class TrainerWeights(NamedTuple):
-    """The trainer's weights that an engine is given."""
+    """Parameters of the trainer that a sampler is given."""
 
     params: Any
     version: int  # constrained steps behind them
-    origin: str  # where they come from, for people
+    origin: str  # where they come from, in words
+    position: Any = None  # in the prompts, of the batch that follows them; None: where these are
 
 
 class GapStatistics(NamedTuple):
-    """Trainer against engine on a set of tokens. D = trainer's log-prob - engine's; delta = |gap in
-    probability|.
+    """Trainer against sampler on a set of tokens.
+
+    D is the trainer's log-prob minus the sampler's, delta the absolute difference of the
+    probabilities.
     """
 
     tokens: int
     logp_diff_mean: float  # mean |D|, nats
     logp_diff_max: float  # largest |D|
     prob_diff_max: float  # largest delta
-    # mean(e^D - 1 - D), nats: estimates KL(engine || trainer) on the engine's own samples
+    # Mean of e^D - 1 - D, nats: estimates KL(sampler || trainer) on the sampler's own tokens.
     k3: float
-    # share of tokens with e^D outside [0.8, 1.2], which a clip of 0.2 cuts before anything is
-    # learnt
+    # Share of tokens with e^D outside [0.8, 1.2], which a clip of 0.2 cuts before any update.
     clipped: float
     delta: float  # mean delta
 
@@ -63,95 +66,84 @@ class GapStatistics(NamedTuple):
 class Parity(NamedTuple):
     """Gaps by position, and the tolerance that they call for."""
 
-    origin: str
-    gaps: dict[str, GapStatistics]  # by bucket that has tokens; "all" last
-    dropped: int  # tokens whose engine log-prob is not finite; they are in no gap
+    origin: str  # of the weights
+    gaps: dict[str, GapStatistics]  # of each bucket that has tokens; "all" last
+    dropped: int  # tokens whose reported log-prob is not finite; no gap includes them
     calibration: constraint.Calibration
 
 
 def load(config: Config, inputs: Inputs, workdir: pathlib.Path) -> TrainerWeights:
-    """What the next batch is sampled from: the newest whole checkpoint in `workdir`, else the
-    model's folder, else noise.
+    """Returns the weights that the next batch would be sampled with.
 
-    The prompts go on from where that checkpoint left them.
+    They are those of the newest complete checkpoint in `workdir`, else of the model's folder, else
+    random.
     """
     if checkpoint.steps(workdir):
-        state, position = checkpoint.read(
-            workdir, step.abstract_state(config, inputs.model_config, inputs.mesh)
-        )
-        inputs.prompts.set_state(position)
+        like = step.abstract_state(config, inputs.model_config, inputs.mesh)
+        state, position = checkpoint.read(workdir, like)
         params, version = step.sampled_from(state, config)
-        return TrainerWeights(
-            params,
-            int(version),
-            f"checkpoint {int(state.step)} of {workdir}"
-            + (f", weights of step {int(version)}" if state.stale else ""),
-        )
+        origin = f"checkpoint {int(state.step)} of {workdir}"
+        if state.stale:
+            origin += f", weights of step {int(version)}"
+        return TrainerWeights(params, int(version), origin, position)
     origin = config.model.folder or (
-        "random weights: a flat policy shows little of a gap; train, or give --model.folder DIR"
+        "random weights, which are close to a uniform distribution and show little of a gap; "
+        "train, or give --model.folder DIR"
     )
     return TrainerWeights(unwarmed_weights(config, inputs), 0, origin)
 
 
 def starting(config: Config, inputs: Inputs) -> TrainerWeights:
-    """What a run's first batch is sampled from, warmed up as the run warms up; nothing is left on
-    disk.
+    """Returns the weights that a run's first batch is sampled with, warmed up as in the run.
+
+    Leaves nothing on disk.
     """
     with tempfile.TemporaryDirectory() as folder:
         params = starting_weights(config, inputs, pathlib.Path(folder), lambda: False)
     origin = config.model.folder or "random weights"
-    return TrainerWeights(
-        params,
-        0,
-        f"{origin}, after {config.warmup.steps} steps of warm-up"
-        if config.warmup.steps
-        else origin,
-    )
+    if config.warmup.steps:
+        origin += f", after {config.warmup.steps} steps of warm-up"
+    return TrainerWeights(params, 0, origin)
 
 
-def sample(engine: Engine, policy: Weights, config: Config, inputs: Inputs, seed: int) -> Rollout:
-    """Returns the completions of the next prompts, drawn with `seed`."""
-    return rollout(
-        engine,
-        policy,
+def sample(sampler: Sampler, config: Config, inputs: Inputs, seed: int) -> Rollout:
+    """Returns completions of the next prompts, drawn as a run draws them."""
+    return sampler.sample(
         next(inputs.prompts),
         samples=config.rollout.samples,
-        key=jax.random.key(seed),
         max_tokens=config.rollout.max_tokens,
         sampling=sampling(config.rollout),
         stop_strings=config.rollout.stop_strings,
-        decode=inputs.tokenizer.decode,
+        seed=seed,
+        offset=0,
+        should_stop=lambda: False,
     )
 
 
 def scorer(config: Config, inputs: Inputs) -> Score:
-    """The trainer's scoring: packed as a step packs, on the training mesh, at the rollout's
-    temperature.
+    """Returns the trainer's scoring of a rollout.
 
-    With `split` the passes hold that many times fewer completions, where their number allows.
+    Completions are packed as in a step, on the training mesh, and scored at the rollout's
+    temperature. With `split` a pass scores that many times fewer completions, if their number is a
+    multiple.
     """
     rows = sharding.batch_sharding(inputs.mesh, 0)
-    whole = sharding.replicated(inputs.mesh)
+    replicated = sharding.replicated(inputs.mesh)
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
-    packed = jax.jit(
-        partial(_packed, model=inputs.model_config, temperature=config.rollout.temperature),
-        in_shardings=(None, rows, rows, rows, whole, rows),
-        out_shardings=whole,
+    packed_logp = jax.jit(
+        partial(_packed_logp, model=inputs.model_config, temperature=config.rollout.temperature),
+        in_shardings=(None, rows, rows, rows, replicated, rows),
+        out_shardings=replicated,
     )
 
-    def score(params: Any, sampled: Rollout, seed: Any, split: int = 1) -> np.ndarray:
-        count = len(sampled.tokens)
+    def score(params: Any, rollout: Rollout, seed: int, split: int = 1) -> np.ndarray:
+        count = len(rollout.tokens)
         minibatches = config.algorithm.minibatches
-        microbatches = config.algorithm.microbatches * split
-        microbatches = (
-            microbatches
-            if count % (minibatches * microbatches) == 0
-            else config.algorithm.microbatches
-        )
-        # rewards tell which completion went where
-        numbered = Scored(sampled, np.arange(count, dtype=np.float32))
+        microbatches = config.algorithm.microbatches
+        if count % (minibatches * microbatches * split) == 0:
+            microbatches *= split
         batch = packing.pack(
-            numbered,
+            Scored(rollout, np.zeros(count, np.float32)),
             minibatches=minibatches,
             microbatches=microbatches,
             row_length=config.algorithm.row_length or longest,
@@ -159,12 +151,11 @@ def scorer(config: Config, inputs: Inputs) -> Score:
             row_divisor=sharding.num_batch_shards(inputs.mesh),
             seed=seed,
         )
-        micros = (
-            jax.tree.map(lambda x: x[i, j], batch) for i, j in np.ndindex(batch.mask.shape[:2])
-        )
-        logp = np.concatenate(
-            [
-                packed(
+        packed = []
+        for i, j in np.ndindex(minibatches, microbatches):
+            micro = jax.tree.map(lambda x, i=i, j=j: x[i, j], batch)
+            packed.append(
+                packed_logp(
                     params,
                     micro.tokens,
                     micro.positions,
@@ -172,19 +163,17 @@ def scorer(config: Config, inputs: Inputs) -> Score:
                     micro.index,
                     micro.experts,
                 )
-                for micro in micros
-            ]
-        )
-        out = np.zeros_like(sampled.rollout_logp)
-        out[batch.reward.reshape(-1).astype(np.int32)] = np.where(
-            batch.mask.reshape(logp.shape), logp, 0
-        )
-        return out
+            )
+        logp = np.concatenate(packed)
+        by_completion = np.zeros_like(rollout.rollout_logp)
+        order = packing.packing_order(count, seed)
+        by_completion[order] = np.where(batch.mask.reshape(logp.shape), logp, 0)
+        return by_completion
 
     return score
 
 
-def _packed(
+def _packed_logp(
     params,
     tokens,
     positions,
@@ -203,134 +192,151 @@ def _packed(
 def measure(
     config: Config,
     inputs: Inputs,
-    policy: TrainerWeights,
+    weights: TrainerWeights,
     batches: int,
     *,
     stream: Stream = Stream.PARITY,
     slack: float = 0.2,
 ) -> Parity:
-    """Samples `batches` rollout batches at fixed weights and scores their tokens with the trainer.
+    """Samples rollout batches with fixed weights and scores their tokens with the trainer.
 
-    `policy` must fit `inputs.model_config`; `batches` >= 2, for the spread between batches is the floor's
-    standard error. Batch i is drawn with seed i of `stream`.
+    Args:
+      weights: must fit `inputs.model_config`.
+      batches: how many, 2 or more: the floor's standard error comes from their differences.
+      stream: batch i is drawn with seed i of it.
+      slack: of the suggested tolerance.
     """
-    engine = make_engine(config, inputs)
+    sampler = make_sampler(config, inputs)
+    sampler.update_weights(weights.params, weights.version)
     score = scorer(config, inputs)
-    served = sync.converter(inputs.model_config, config.rollout.precision, inputs.decode_mesh)(
-        policy.params, policy.version
-    )
-    old = []
-    reported = []
+    if weights.position is not None:
+        inputs.prompts.set_state(weights.position)
+    old_logp = []
+    rollout_logp = []
     mask = []
     position = []
     for number in range(batches):
         seed = seeds.seed(config.seed, stream, number)
-        sampled = sample(engine, served, config, inputs, seed)
-        old.append(score(policy.params, sampled, seed))
-        reported.append(packing.full_vocab_logp(sampled))
-        mask.append(token_mask(sampled))
-        asked = np.repeat(sampled.prompts.lengths, config.rollout.samples)
-        position.append(asked[:, None] + 1 + np.arange(sampled.tokens.shape[1]))
-    sums, counts = zip(*(map(float, constraint.measure(*one)) for one in zip(old, reported, mask)))
-    old, reported, mask, position = map(np.concatenate, (old, reported, mask, position))
+        rollout = sample(sampler, config, inputs, seed)
+        old_logp.append(score(weights.params, rollout, seed))
+        rollout_logp.append(packing.full_vocab_logp(rollout))
+        mask.append(token_mask(rollout))
+        prompt_lengths = np.repeat(rollout.prompts.lengths, config.rollout.samples)
+        position.append(prompt_lengths[:, None] + 1 + np.arange(rollout.tokens.shape[1]))
+    sums = []
+    counts = []
+    for batch in zip(old_logp, rollout_logp, mask):
+        delta_sum, count = constraint.measure(*batch)
+        sums.append(float(delta_sum))
+        counts.append(float(count))
+    mask = np.concatenate(mask)
+    rollout_logp = np.concatenate(rollout_logp)
     return Parity(
-        policy.origin,
-        by_position(old, reported, mask, position),
-        int(np.sum(mask & ~np.isfinite(reported))),
+        weights.origin,
+        by_position(np.concatenate(old_logp), rollout_logp, mask, np.concatenate(position)),
+        int(np.sum(mask & ~np.isfinite(rollout_logp))),
         constraint.calibrate_tolerance(np.array(sums), np.array(counts), slack=slack),
     )
 
 
-def token_mask(sampled: Rollout) -> np.ndarray:
-    """[N, T] bool, the tokens that were sampled."""
-    return np.arange(sampled.tokens.shape[1]) < sampled.lengths[:, None]
+def token_mask(rollout: Rollout) -> np.ndarray:
+    """Returns [N, T] bool, true for the tokens that were sampled."""
+    return np.arange(rollout.tokens.shape[1]) < rollout.lengths[:, None]
 
 
 def by_position(
     old_logp: np.ndarray, rollout_logp: np.ndarray, mask: np.ndarray, position: np.ndarray
 ) -> dict[str, GapStatistics]:
-    """Gaps of the tokens of each bucket that has any, and of all; `position` counts from 1. Arrays
-    [N, T].
+    """Returns the gaps of the buckets that have tokens, and of all tokens.
+
+    Arrays are [N, T]; `position`, prompt included, counts from 1.
     """
-    edges = (0, *POSITION_EDGES, np.inf)
     names = [f"<= {edge}" for edge in POSITION_EDGES] + [f"> {POSITION_EDGES[-1]}"]
-    inside = {
-        name: mask & (position > low) & (position <= high)
-        for name, low, high in zip(names, edges, edges[1:])
-    }
-    return {
-        name: gap_statistics(old_logp, rollout_logp, part)
-        for name, part in (inside | {"all": mask}).items()
-        if part.any() or name == "all"
-    }
+    bucket = np.searchsorted(POSITION_EDGES, position)
+    gaps = {}
+    for number, name in enumerate(names):
+        inside = mask & (bucket == number)
+        if inside.any():
+            gaps[name] = gap_statistics(old_logp, rollout_logp, inside)
+    gaps["all"] = gap_statistics(old_logp, rollout_logp, mask)
+    return gaps
 
 
 def gap_statistics(
     old_logp: np.ndarray, rollout_logp: np.ndarray, mask: np.ndarray
 ) -> GapStatistics:
-    """The figures of the tokens in `mask`, [N, T] each."""
-    values = {name: float(value) for name, value in _figures(old_logp, rollout_logp, mask).items()}
-    named = (
-        "logp_diff_mean",
-        "logp_diff_max",
-        "prob_diff_max",
-        "k3",
-        "ratio_out",
-        "prob_diff_mean",
+    """Returns the figures of the tokens in `mask`; arrays are [N, T]."""
+    values = {name: float(value) for name, value in _metrics(old_logp, rollout_logp, mask).items()}
+    return GapStatistics(
+        tokens=int(np.sum(mask)),
+        logp_diff_mean=values["logp_diff_mean"],
+        logp_diff_max=values["logp_diff_max"],
+        prob_diff_max=values["prob_diff_max"],
+        k3=values["k3"],
+        clipped=values["ratio_out"],
+        delta=values["prob_diff_mean"],
     )
-    return GapStatistics(int(np.sum(mask)), *(values[name] for name in named))
 
 
 @jax.jit
-def _figures(old_logp, rollout_logp, mask) -> dict[str, jax.Array]:
+def _metrics(old_logp, rollout_logp, mask) -> dict[str, jax.Array]:
     return diagnostics.prob_diff(old_logp, rollout_logp, mask) | diagnostics.log_ratio(
         old_logp, rollout_logp, mask, low=1 - CLIP, high=1 + CLIP
     )
 
 
+def has_own_sampler(config: Config) -> bool:
+    """Returns True if the run samples with the library's own sampler, which `rollout.precision`
+    describes.
+    """
+    return config.rollout.sampler in (None, jetstream.sampler)
+
+
 def default_limit(config: Config, inputs: Inputs) -> float | None:
-    """The bound on |D| where nothing but round-off in float32 tells the engine from the trainer;
-    None elsewhere.
+    """Returns the bound on |D| if engine and trainer can differ by float32 round-off alone, or
+    None.
     """
-    return (
-        EXACT
-        if config.rollout.precision == Precision() and not inputs.model_config.compute.bfloat16
-        else None
+    exact = (
+        has_own_sampler(config)
+        and config.rollout.precision == Precision()
+        and not inputs.model_config.compute.bfloat16
     )
+    return EXACT if exact else None
 
 
-def failure(found: Parity, limit: float | None) -> str:
-    """The sentence that the gate refuses with; empty where it passes. `limit` bounds |D| in nats,
-    None: no bound.
+def failure(parity: Parity, limit: float | None) -> str:
+    """Returns why the parity check fails, or "" if it passes.
+
+    `limit` bounds |D| in nats; None: no bound.
     """
-    worst = found.gaps["all"].logp_diff_max
-    if found.dropped:
-        return f"the engine reported no finite log-prob for {found.dropped} tokens"
-    if limit is not None and not worst <= limit:  # so that NaN fails
-        return f"the largest |log-prob difference| of {worst:.3g} exceeds the limit of {limit:g}"
+    largest = parity.gaps["all"].logp_diff_max
+    if parity.dropped:
+        return f"the engine reported no finite log-prob for {parity.dropped} tokens"
+    if limit is not None and not largest <= limit:  # NaN fails
+        return f"the largest |log-prob difference| of {largest:.3g} exceeds the limit of {limit:g}"
     return ""
 
 
-def verdict(found: Parity, tolerance: float | Calibrated) -> str:
-    """The floor in a sentence, and whether `tolerance` can be met."""
-    floor, error, wanted, batches = map(float, found.calibration)
-    said = (
-        f"Mean delta at fixed weights, the floor, is {floor:.3g} ± {error:.1g} (standard error over {batches:.0f} "
-        f"batches); the suggested tolerance is {wanted:.3g}. "
+def verdict(parity: Parity, tolerance: float | Calibrated) -> str:
+    """Returns sentences about the floor, and whether `tolerance` can be met."""
+    floor, error, suggested, batches = map(float, parity.calibration)
+    measured = (
+        f"Mean delta at fixed weights, the floor, is {floor:.3g} ± {error:.1g} (standard error "
+        f"over {batches:.0f} batches); the suggested tolerance is {suggested:.3g}."
     )
     if isinstance(tolerance, Calibrated):
-        return said + "The experiment measures its tolerance at its start."
+        return f"{measured} The experiment measures its tolerance at its start."
     if tolerance < floor:
         return (
-            said
-            + f"The experiment's tolerance of {tolerance:g} lies under the floor: no multiplier can meet it."
+            f"{measured} The experiment's tolerance of {tolerance:g} lies under the floor: no "
+            "multiplier can meet it."
         )
-    return said + f"The experiment's tolerance of {tolerance:g} lies above the floor."
+    return f"{measured} The experiment's tolerance of {tolerance:g} lies above the floor."
 
 
-def table(found: Parity) -> str:
-    """The gaps as text, a line a bucket."""
-    head = (
+def table(parity: Parity) -> str:
+    """Returns the gaps as text, a line for each bucket."""
+    header = (
         "position",
         "tokens",
         "mean |dlogp|",
@@ -340,41 +346,48 @@ def table(found: Parity) -> str:
         "clipped",
         "mean delta",
     )
-    lines = [
+    rows = [
         (
             name,
             f"{gap.tokens:,}",
-            *(f"{x:.2e}" for x in gap[1:5]),
+            f"{gap.logp_diff_mean:.2e}",
+            f"{gap.logp_diff_max:.2e}",
+            f"{gap.prob_diff_max:.2e}",
+            f"{gap.k3:.2e}",
             f"{gap.clipped:.3%}",
             f"{gap.delta:.2e}",
         )
-        for name, gap in found.gaps.items()
+        for name, gap in parity.gaps.items()
     ]
-    return tables.aligned_text([head, *lines])
+    return tables.aligned_text([header, *rows])
 
 
 def write(
-    found: Parity, config: Config, limit: float | None, workdir: pathlib.Path
+    parity: Parity, config: Config, limit: float | None, workdir: pathlib.Path
 ) -> pathlib.Path:
-    """Writes `parity.json` into `workdir` and returns its path; numbers that are not finite are
-    null.
+    """Writes `parity.json` into `workdir` and returns its path.
+
+    Numbers that are not finite are null, and so is the precision of a sampler that is not the
+    library's own.
     """
-    floor, error, wanted, batches = map(float, found.calibration)
-    own = config.constraint.tolerance
-    own = None if isinstance(own, Calibrated) else own
+    floor, error, suggested, batches = map(float, parity.calibration)
+    tolerance = config.constraint.tolerance
+    if isinstance(tolerance, Calibrated):
+        tolerance = None
+    precision = dataclasses.asdict(config.rollout.precision) if has_own_sampler(config) else None
     record = {
-        "weights": found.origin,
-        "precision": dataclasses.asdict(config.rollout.precision),
+        "weights": parity.origin,
+        "precision": precision,
         "sampling": sampling(config.rollout)._asdict(),
         "batches": batches,
-        "positions": {name: g._asdict() for name, g in found.gaps.items()},
-        "dropped": found.dropped,
+        "positions": {name: gap._asdict() for name, gap in parity.gaps.items()},
+        "dropped": parity.dropped,
         "floor": floor,
         "floor_std_error": error,
-        "suggested_tolerance": wanted,
-        "tolerance": own,
-        "tolerance_under_floor": own is not None and own < floor,
+        "suggested_tolerance": suggested,
+        "tolerance": tolerance,
+        "tolerance_under_floor": tolerance is not None and tolerance < floor,
         "max_error": limit,
-        "passed": not failure(found, limit),
+        "passed": not failure(parity, limit),
     }
     return files.write_json(workdir / "parity.json", record)

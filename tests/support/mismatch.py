@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
-from dcmdp_jax import seeds, step, sync
-from dcmdp_jax.batches import make_engine
+from dcmdp_jax import seeds, step
+from dcmdp_jax.batches import make_sampler
 from dcmdp_jax.checkpoint import Checkpoints
 from dcmdp_jax.inputs import read_inputs
 from dcmdp_jax.models import decoder
@@ -19,27 +19,25 @@ EXPERTS = {
     "model.architecture.experts_per_token": 2,
     "model.architecture.expert_size": 16,
 }
-
-
 OPTIONS = {"model.architecture.num_layers": 2, "rollout.temperature": 0.8, "warmup.steps": 0}
 
 
 def tiny(**changes):
-    """Returns the tiny quickstart with two layers and no warm-up."""
+    """Returns the quickstart, smaller: an int4 engine."""
     return training.tiny(**OPTIONS | changes)
 
 
 def sharp(model):
-    """Returns weights far from uniform, so that a wrong log-prob shows."""
+    """Returns weights far from a uniform distribution, so that a wrong log-prob shows."""
     return parity.TrainerWeights(random_params(model, 0.3, norms=1.0), 3, "random")
 
 
-def sampled(run, inputs, policy):
-    served = sync.converter(inputs.model_config, run.rollout.precision, inputs.decode_mesh)(
-        policy.params, policy.version
-    )
-    seed = seeds.seed(run.seed, Stream.PARITY, policy.version)
-    return parity.sample(make_engine(run, inputs), served, run, inputs, seed)
+def sampled(run, inputs, weights):
+    """Returns the rollout that `diagnose` samples."""
+    sampler = make_sampler(run, inputs)
+    sampler.update_weights(weights.params, weights.version)
+    seed = seeds.seed(run.seed, Stream.PARITY, weights.version)
+    return parity.sample(sampler, run, inputs, seed)
 
 
 def command(name, workdir, *words, **changes):
@@ -54,8 +52,9 @@ def command(name, workdir, *words, **changes):
 
 
 def make_run(workdir, run, steps):
-    """Checkpoints as a run leaves them: parameters are the step's number, stale ones the last but
-    one's.
+    """Writes checkpoints as a run does; returns the prompts of the batch after them.
+
+    All parameters are the step's number, the stale ones the number before.
     """
     inputs = read_inputs(run, training.ONE_DEVICE)
     state = jax.jit(
