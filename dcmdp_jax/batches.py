@@ -158,13 +158,6 @@ def make_sampler(config: Config, inputs: Inputs) -> Sampler:
     return make(config, inputs.model_config, inputs.tokenizer, inputs.decode_mesh)
 
 
-def make_engine(config: Config, inputs: Inputs) -> jetstream.Engine:
-    """Returns the engine of the library's own sampler."""
-    return jetstream.sampler(
-        config, inputs.model_config, inputs.tokenizer, inputs.decode_mesh
-    ).engine
-
-
 def sampling(config: RolloutConfig) -> Sampling:
     """Returns how a run's tokens are drawn."""
     return Sampling(config.temperature, config.top_k, config.top_p, config.min_p)

@@ -9,7 +9,7 @@ Each entry: the fault, the target of its figure, the tests that hold it.
  3. SIGTERM in every phase, a hanging verifier among them. Target: saved n of N, no step lost; <=
     30 s to the end. Held by this file.
  4. Learning rate 0: sampler against trainer, by length. Target: worst difference of a log-prob <=
-    1e-5, mean <= 1e-6. Held by test_parity: an_exact_engine_passes_the_gate; test_rollout:
+    1e-5, mean <= 1e-6. Held by test_parity: an_exact_engine_is_within_1e_5_nats; test_rollout:
     the_gate_holds_in_every_length_bucket.
  5. Weights that are one step old. Target: the gate fires at k = 1, is silent at k = 0. Held by
     this file.
@@ -24,7 +24,7 @@ Each entry: the fault, the target of its figure, the tests that hold it.
     a_damaged_file_is_fallen_back_from_or_is_no_harm; safetensors: test_weights:
     missing_and_damaged_files_are_refused, test_gsm8k: a_damaged_shard_is_refused.
  8. Other processes, other mesh. Target: data equal, losses to 1e-5. Held by test_processes:
-    two_processes_stopped_by_one_go_on_as_one,
+    a_run_of_two_processes_that_is_stopped_goes_on_as_one,
     a_killed_process_ends_the_others_and_is_resumed_exactly.
  9. Hostile answers. Target: exploits 0; <= 1 s an answer; the trainer lives. Held by
     test_answers_cost: hostile_answers_cost_little; test_answers_judge:
@@ -38,11 +38,11 @@ Each entry: the fault, the target of its figure, the tests that hold it.
     bad_input_is_one_sentence_and_leaves_nothing; test_config:
     bad_overrides_are_refused_in_one_sentence.
 12. Weight sync interrupted. Target: version not advanced, old weights serve. Held by test_driver:
-    weights_that_do_not_arrive_leave_the_old_ones_serving, damaged_weights_leave_nothing_behind.
+    an_interrupted_exchange_leaves_the_old_weights, damaged_weights_leave_nothing_in_the_cache.
 13. Server: long text, full queue, clients that leave. Target: refused; slot freed; process alive.
-    There is no key: it listens to its own machine alone. Held by test_server:
-    what_cannot_be_answered_is_refused, a_full_server_refuses_and_recovers,
-    a_connection_that_closes_frees_its_slot, it_listens_to_this_machine_alone.
+    There is no key: it listens to its own machine alone. Held by test_service:
+    an_impossible_request_is_refused, a_full_server_refuses_and_recovers,
+    a_connection_that_closes_frees_its_slot, the_default_host_is_reachable_from_this_machine_alone.
 14. Pickled weights. Target: refused in a sentence. Held by test_weights:
     missing_and_damaged_files_are_refused.
 15. Top-k, top-p: which log-prob is stored. Target: rollout_logp + log kept = the trainer's. Held
@@ -51,7 +51,7 @@ Each entry: the fault, the target of its figure, the tests that hold it.
     file; of an evaluation: test_scores.
 17. Memory planned against measured. Target: <= 10 %. Not held here: it needs a device.
 18. A process that is absent. Target: named, <= 120 s. Held by test_rendezvous:
-    the_missing_are_named_by_all, a_wrong_port_or_host_is_named.
+    every_process_names_those_that_are_missing, a_missing_process_0_is_named.
 19. No room on the disk. Target: a sentence; the last checkpoint whole, resumed bit-equal. Held by
     this file.
 20. The same seed twice. Target: metrics and parameters bit-equal. Held by this file.

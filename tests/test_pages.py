@@ -15,7 +15,7 @@ import pytest
 from dcmdp_jax import cli, metrics
 from dcmdp_jax.experiment import load_experiment
 from dcmdp_jax.report import comparison, run_data, run_page
-from dcmdp_jax.tools import diagnose
+from dcmdp_jax.tools import diagnose, diagnose_page
 from support.pages import CONFIG, GAPS, ROWS, SOURCES, make_run
 
 QUICKSTART = pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py"
@@ -138,13 +138,13 @@ def test_nor_has_the_page_of_a_diagnosis(tmp_path, word):
     gap = diagnose.Difference(0.1, 0.01, 0.2, 0.3, 0.01, 0.1)
     found = []
     for text in (PLAIN, word):
-        effects = tuple(
-            diagnose.Effect(f"{name}{text}", text, gap, gap) for name in ("weights", "head")
+        sources = tuple(
+            diagnose.Source(f"{name}{text}", text, gap, gap) for name in ("weights", "head")
         )
-        blame = diagnose.Attribution(text, 9, gap, effects, effects, text, (gap, gap), 1e-6)
+        attribution = diagnose.Attribution(text, 9, gap, sources, sources, text, (gap, gap), 1e-6)
         folder = tmp_path / str(len(found))
         object.__setattr__(config, "name", text)
-        page = diagnose.write(blame, config, folder)
+        page = diagnose_page.write(attribution, config, folder)
         picture = (folder / "diagnose.svg").read_text(encoding="utf-8")
         found.append((elements(page), Elements(picture).found))
         if not re.search(r"[\0\x1b]", text):  # which no XML may hold

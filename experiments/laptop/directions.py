@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from chain import GRPO, INT4, with_engine
 
-from dcmdp_jax import rewards, seeds, sync
-from dcmdp_jax.batches import make_engine
+from dcmdp_jax import rewards, seeds
+from dcmdp_jax.batches import make_sampler
 from dcmdp_jax.config import ModelSource, Precision
 from dcmdp_jax.inputs import read_inputs
 from dcmdp_jax.losses import advantages
@@ -111,10 +111,10 @@ def draw(config, inputs, params, number):
     """Returns batch `number` of the configuration's engine: sequences [N, S], a mask of the sampled
     tokens among their last T [N, T], and advantages [N, 1].
     """
-    engine = make_engine(config, inputs)
-    policy = sync.converter(inputs.model_config, config.rollout.precision, inputs.decode_mesh)
+    sampler = make_sampler(config, inputs)
+    sampler.update_weights(params, 0)
     seed = seeds.seed(config.seed, Stream.PARITY, number)
-    rollout = parity.sample(engine, policy(params, 0), config, inputs, seed)
+    rollout = parity.sample(sampler, config, inputs, seed)
     scored = rewards.score(rollout, inputs.tokenizer.decode, config.data.reward_function())
     count = len(scored.reward)
     # All prompts of the task have one length.

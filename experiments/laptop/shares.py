@@ -18,8 +18,8 @@ import numpy as np
 import room
 import room_harmed
 
-from dcmdp_jax import checkpoint, constraint, seeds, sync
-from dcmdp_jax.batches import make_engine
+from dcmdp_jax import checkpoint, constraint, seeds
+from dcmdp_jax.batches import make_sampler
 from dcmdp_jax.config import ModelSource, Precision, WarmupConfig
 from dcmdp_jax.inputs import read_inputs
 from dcmdp_jax.seeds import Stream
@@ -70,17 +70,19 @@ def measure_run(arm, folder):
         data=dataclasses.replace(arm.data, prompts_per_step=PROMPTS),
     )
     inputs = read_inputs(start)
-    engine = make_engine(start, inputs)
+    engine = make_sampler(start, inputs)
+    exact_rollout = dataclasses.replace(start.rollout, precision=Precision())
+    exact_engine = make_sampler(dataclasses.replace(start, rollout=exact_rollout), inputs)
     score = parity.scorer(start, inputs)
-    to_engine = sync.converter(inputs.model_config, start.rollout.precision, inputs.decode_mesh)
-    to_exact = sync.converter(inputs.model_config, Precision(), inputs.decode_mesh)
     like = abstract_state(start, inputs.model_config, inputs.mesh)
     for step in checkpoint.steps(folder):
         params = checkpoint.read(folder, like, before=step + 1)[0].params
         seed = seeds.seed(start.seed, Stream.PARITY, step)
-        sampled = parity.sample(engine, to_engine(params, step), start, inputs, seed)
-        exact = parity.sample(engine, to_exact(params, step), start, inputs, seed)
-        old = score(params, sampled, (0, step))
+        engine.update_weights(params, step)
+        exact_engine.update_weights(params, step)
+        sampled = parity.sample(engine, start, inputs, seed)
+        exact = parity.sample(exact_engine, start, inputs, seed)
+        old = score(params, sampled, seed)
         gap = np.asarray(constraint.delta(old, sampled.rollout_logp, parity.token_mask(sampled)))
         computed, distorted = kinds(sampled, arm.data.task, inputs.tokenizer)
         yield {
