@@ -259,7 +259,7 @@ def test_differences_are_their_definitions():
 def test_a_single_prompt_is_refused(tmp_path, capsys):
     words = command("diagnose", tmp_path, **SMALL | {"data.prompts_per_step": 1})
     assert dcmdp(words) == 2
-    message = "dcmdp: data.prompts_per_step=1 gives no standard error; set 2 or more\n"
+    message = "dcmdp: --data.prompts_per_step=1 gives no standard error; set 2 or more\n"
     assert capsys.readouterr().err == message
 
 
