@@ -171,8 +171,9 @@ def quantized(params, *, precision, model):
 
 
 def directions(params, frozen, batch, model, round_off, seed):
-    """Yields (name, kind, direction, cosine with the straight-through gradient). Steps descend along
-    the direction, which has the norm of the parameters.
+    """Yields (name, kind, direction, cosine with the straight-through gradient).
+
+    Steps descend along the direction, which has the norm of the parameters.
     """
 
     def sampled_logp(p, b):
