@@ -149,6 +149,15 @@ def test_offloaded_moments_take_no_memory_of_the_chips():
 
 
 @pytest.mark.slow
+def test_the_programs_of_another_sampler_are_left_out():
+    config = configure()
+    rollout = dataclasses.replace(config.rollout, sampler=lambda *arguments: None)
+    config = dataclasses.replace(config, rollout=rollout)
+    programs = plan.programs(config, MODEL, plan.slice_devices("v5e:2x2"))
+    assert [program.name for program in programs] == ["train step", "scoring pass"]
+
+
+@pytest.mark.slow
 def test_decoding_copies_no_experts():
     """A device has 192 columns of each expert, which do not fill the vectors of 128."""
     model = dataclasses.replace(MOE, hidden_size=2048, num_experts=32, expert_size=768)

@@ -31,6 +31,7 @@ from dcmdp_jax.records import Batch
 from dcmdp_jax.rollout import generate
 from dcmdp_jax.rollout.jetstream import Engine
 from dcmdp_jax.tools import cost_model
+from dcmdp_jax.tools.parity import has_own_sampler
 
 GIB = 2**30
 
@@ -127,7 +128,8 @@ def slice_devices(name: str, slices: int = 1) -> list[Any]:
 def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator[Program]:
     """Yields the programs that a run compiles on `devices`, each at its greatest lengths.
 
-    Raises ValueError if the run cannot be laid out on them.
+    Those of a sampler that is not the library's own are left out, and the weight sync to it. Raises
+    ValueError if the run cannot be laid out on the devices.
     """
     if isinstance(config.constraint.tolerance, Calibrated):
         config = with_tolerance(config, 1.0)  # the programs do not depend on the number
@@ -158,6 +160,8 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
         sizes - sharding.local_bytes(params),
         f"{row_length}algorithm.microbatches, mesh.sequence or mesh.tensor",
     )
+    if not has_own_sampler(config):
+        return
     shared = set(decode_mesh.devices.flat) <= set(mesh.devices.flat)
     yield from _engine(config, model, decode_mesh, engines, sizes if shared else 0)
     own = decode_mesh if shared else sharding.process_block(mesh, 0)
