@@ -90,7 +90,8 @@ class Batches:
             return None
         sources = [example.source for example in scored.rollout.prompts.examples]
         if processes.num_engines(config.rollout) > 1:
-            scored, sources = _gather(scored), measurements.gather_sources(sources)
+            scored = _gather(scored)
+            sources = measurements.gather_sources(sources)
         packed = packing.pack(
             scored,
             minibatches=config.algorithm.minibatches,
