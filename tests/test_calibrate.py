@@ -56,29 +56,49 @@ def used(workdir):
     return json.loads((workdir / "config.json").read_text())["constraint"]["tolerance"]
 
 
-def test_a_run_measures_what_parity_measures_and_else_is_the_run_with_that_number(tmp_path, capsys):
-    """The floor of an int4 engine from the trainer's scoring by `parity`; metrics and parameters
-    bit for bit.
-    """
-    measured = train(tiny(), tmp_path / "a")
-    found = record(tmp_path / "a")
+@pytest.fixture(scope="module")
+def four_steps(tmp_path_factory):
+    """The folder of a run of four steps that measured its tolerance, and its last state."""
+    workdir = tmp_path_factory.mktemp("measured")
+    return workdir, train(tiny(), workdir)
+
+
+def test_a_run_measures_what_parity_measures(four_steps):
+    """The floor of an int4 engine, by the scoring of `parity`."""
+    calibration = record(four_steps[0])
     inputs = read_inputs(tiny(), ONE_DEVICE)
-    seen = parity.measure(
+    measured = parity.measure(
         tiny(), inputs, parity.starting(tiny(), inputs), 3, stream=Stream.CALIBRATION, slack=0.5
     )
-    assert (
-        found["floor"] == pytest.approx(seen.gaps["all"].delta, rel=1e-5) and found["floor"] > 1e-4
-    )
-    assert found["floor_std_error"] == pytest.approx(float(seen.calibration.std_error), rel=1e-3)
-    level = found["floor"]
-    error = found["floor_std_error"]
-    assert found["tolerance"] == pytest.approx(max(1.5 * level, level + 3 * error), rel=1e-3)
-    assert used(tmp_path / "a") == found["tolerance"]
-    assert f"tolerance       {found['tolerance']:g} ± " in capsys.readouterr().out
-    given = train(tiny(found["tolerance"]), tmp_path / "b")
-    assert rows(tmp_path / "a") == rows(tmp_path / "b") and len(rows(tmp_path / "a")) == 4
-    jax.tree.map(np.testing.assert_array_equal, measured, given)
-    assert not (tmp_path / "b" / calibrate.FILE).exists()
+    assert calibration["floor"] == pytest.approx(measured.gaps["all"].delta, rel=1e-5)
+    std_error = float(measured.calibration.std_error)
+    assert calibration["floor_std_error"] == pytest.approx(std_error, rel=1e-3)
+
+
+def test_a_rounded_engine_has_a_floor(four_steps):
+    """Far above that of an exact one, which is below 1e-6."""
+    assert record(four_steps[0])["floor"] > 2e-5
+
+
+def test_the_tolerance_is_a_margin_above_the_floor(four_steps):
+    calibration = record(four_steps[0])
+    floor = calibration["floor"]
+    error = calibration["floor_std_error"]
+    expected = max(1.5 * floor, floor + 3 * error)
+    assert calibration["tolerance"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_run_uses_the_tolerance_that_it_measured(four_steps):
+    assert used(four_steps[0]) == record(four_steps[0])["tolerance"]
+
+
+def test_a_run_that_measured_is_else_the_run_that_was_given_the_number(four_steps, tmp_path):
+    """Metrics and state bit for bit: calibration draws from a stream of its own."""
+    workdir, state = four_steps
+    given = train(tiny(record(workdir)["tolerance"]), tmp_path)
+    assert rows(workdir) == rows(tmp_path) and len(rows(workdir)) == 4
+    jax.tree.map(np.testing.assert_array_equal, state, given)
+    assert not (tmp_path / calibrate.FILE).exists()
 
 
 def test_an_exact_engine_has_no_floor(tmp_path):
@@ -86,23 +106,39 @@ def test_an_exact_engine_has_no_floor(tmp_path):
     assert 0 < record(tmp_path)["floor"] < 1e-6
 
 
-def test_a_resumed_run_keeps_the_number(tmp_path, monkeypatch):
-    """Not measured again, though the weights have changed; and equal to a run in one piece."""
-    train(tiny(steps=2), tmp_path / "parts")
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """The folder of a run of two steps that went on for two more, and must not measure again."""
+    workdir = tmp_path_factory.mktemp("resumed")
+    train(tiny(steps=2), workdir)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate, "measure_floor", None)
-        train(tiny(), tmp_path / "parts")
-    train(tiny(), tmp_path / "whole")
-    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
-    assert record(tmp_path / "parts") == record(tmp_path / "whole") and used(
-        tmp_path / "parts"
-    ) == used(tmp_path / "whole")
-    with pytest.raises(
-        ValueError, match="calibrated with slack=0.5 and batches=3, not 0.2 and 3; choose another"
-    ):
-        train(tiny(Calibrated(slack=0.2, batches=3)), tmp_path / "parts")
-    with pytest.raises(ValueError, match=r"constraint\.tolerance=.*, not 0\.01"):
-        train(tiny(0.01), tmp_path / "parts")
+        train(tiny(), workdir)
+    return workdir
+
+
+def test_a_resumed_run_keeps_the_number(four_steps, resumed):
+    assert record(resumed) == record(four_steps[0])
+    assert used(resumed) == used(four_steps[0])
+
+
+def test_a_resumed_run_equals_one_in_one_piece(four_steps, resumed):
+    assert rows(resumed) == rows(four_steps[0])
+
+
+@pytest.mark.parametrize(
+    "tolerance, message",
+    [
+        (
+            Calibrated(slack=0.2, batches=3),
+            "calibrated with slack=0.5 and batches=3, not 0.2 and 3; choose another",
+        ),
+        (0.01, r"constraint\.tolerance=.*, not 0\.01"),
+    ],
+)
+def test_a_resumed_run_refuses_another_tolerance(resumed, tolerance, message):
+    with pytest.raises(ValueError, match=message):
+        train(tiny(tolerance), resumed)
 
 
 def interrupted(*args, **options):
@@ -169,17 +205,30 @@ def test_one_batch_is_refused(calibrated, capsys):
 
 
 def test_a_measured_tolerance_is_set_by_field(experiment):
-    run = load_experiment(experiment)
-    assert override(run, {"constraint.tolerance.slack": "0.1"}).constraint.tolerance == Calibrated(
-        0.1, 3
-    )
-    assert override(run, {"constraint.tolerance": "0.1"}).constraint.tolerance == 0.1
+    run = override(load_experiment(experiment), {"constraint.tolerance.slack": "0.1"})
+    assert run.constraint.tolerance == Calibrated(0.1, 3)
+
+
+def test_a_number_replaces_a_measured_tolerance(experiment):
+    run = override(load_experiment(experiment), {"constraint.tolerance": "0.1"})
+    assert run.constraint.tolerance == 0.1
+
+
+def test_a_number_and_a_field_of_the_measurement_exclude_each_other(experiment):
+    both = {"constraint.tolerance.slack": "0.1", "constraint.tolerance": "0.1"}
     with pytest.raises(ValueError, match="--constraint.tolerance.slack exclude each other"):
-        override(run, {"constraint.tolerance.slack": "0.1", "constraint.tolerance": "0.1"})
-    for bad in (Calibrated(slack=-0.1), Calibrated(batches=1)):
-        with pytest.raises(ValueError, match="needs slack >= 0 and batches >= 2"):
-            with_tolerance(run, bad)
-    assert to_json(run)["constraint"]["tolerance"] == {"slack": 0.5, "batches": 3}
+        override(load_experiment(experiment), both)
+
+
+@pytest.mark.parametrize("bad", [Calibrated(slack=-0.1), Calibrated(batches=1)])
+def test_settings_that_measure_nothing_are_refused(experiment, bad):
+    with pytest.raises(ValueError, match="needs slack >= 0 and batches >= 2"):
+        with_tolerance(load_experiment(experiment), bad)
+
+
+def test_the_record_holds_the_settings(experiment):
+    record = to_json(load_experiment(experiment))
+    assert record["constraint"]["tolerance"] == {"slack": 0.5, "batches": 3}
 
 
 @pytest.mark.parametrize("slack", [0.0, 0.5])
