@@ -61,16 +61,17 @@ def test_the_problems_of_a_file_come_shuffled(problems):
 
 @pytest.mark.slow
 def test_a_killed_process_resumes_bit_equal(tmp_path, problems):
-    """SIGKILL two steps past a checkpoint."""
-    changes = {"data.path": problems, "steps": 12}
-    environment = child_environment()
-    subprocess.run([*CHILD, *command(tmp_path / "whole", **changes)], check=True, env=environment)
-    process = subprocess.Popen([*CHILD, *command(tmp_path / "parts", **changes)], env=environment)
+    """SIGKILL at least two steps past the first checkpoint after the start."""
+    words = command(tmp_path / "parts", steps=10_000, **{"data.path": problems})
+    process = subprocess.Popen([*CHILD, *words], env=child_environment())
     await_rows(tmp_path / "parts", 7, process)
     process.kill()
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    subprocess.run([*CHILD, *command(tmp_path / "parts", **changes)], check=True, env=environment)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts", tiny(**changes))
+    assert process.wait() == -signal.SIGKILL
+    steps = len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) + 2
+    run = tiny(steps=steps, **{"data.path": problems})
+    train(run, tmp_path / "parts")
+    train(run, tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", run)
 
 
 @pytest.fixture
@@ -111,11 +112,13 @@ def test_an_interrupted_run_goes_on_bit_for_bit_with_its_own_options(interrupted
 
 def test_interruption_in_the_warm_up_says_so(tmp_path, capsys, monkeypatch):
     supervised = data.supervised_batch
-    monkeypatch.setattr(
-        data,
-        "supervised_batch",
-        lambda *args: os.kill(os.getpid(), signal.SIGINT) or supervised(*args),
-    )
+
+    def signalled(*args):
+        monkeypatch.setattr(data, "supervised_batch", supervised)
+        os.kill(os.getpid(), signal.SIGINT)
+        return supervised(*args)
+
+    monkeypatch.setattr(data, "supervised_batch", signalled)
     assert dcmdp(command(tmp_path, steps=1, **{"warmup.steps": 60})) == 130
     assert "stopped in the warm-up, at step 50 of 60; it starts anew" in capsys.readouterr().out
 
