@@ -21,6 +21,7 @@ from support.training import (
     child_environment,
     command,
     dcmdp,
+    in_child,
     rows,
     saved,
     tiny,
@@ -68,10 +69,10 @@ def test_a_killed_process_resumes_bit_equal(tmp_path, problems):
     process.kill()
     assert process.wait() == -signal.SIGKILL
     steps = len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) + 2
-    run = tiny(steps=steps, **{"data.path": problems})
-    train(run, tmp_path / "parts")
-    train(run, tmp_path / "whole")
-    assert_same_run(tmp_path / "whole", tmp_path / "parts", run)
+    changes = {"steps": steps, "data.path": problems}
+    in_child(command(tmp_path / "parts", **changes))
+    in_child(command(tmp_path / "whole", **changes))
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", tiny(**changes))
 
 
 @pytest.fixture
@@ -244,6 +245,6 @@ def test_a_second_ctrl_c_costs_nothing(tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err and "shutdown" not in err
     steps = len(rows(tmp_path / "run")) + 2
-    train(tiny(steps=steps), tmp_path / "run")
-    train(tiny(steps=steps), tmp_path / "whole")
+    in_child(command(tmp_path / "run", steps=steps))
+    in_child(command(tmp_path / "whole", steps=steps))
     assert_same_run(tmp_path / "run", tmp_path / "whole", tiny(steps=steps))

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import subprocess
 import sys
 import time
 
@@ -105,6 +106,14 @@ def child_environment():
     """Children have one device, and see the package that this process sees."""
     path = os.pathsep.join(filter(None, sys.path))
     return os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+
+
+def in_child(words):
+    """Runs the command line in a process of its own.
+
+    Its programs round otherwise than those of this process, which are compiled with other flags.
+    """
+    subprocess.run([*CHILD, *words], env=child_environment(), check=True)
 
 
 def await_rows(workdir, count, process):
