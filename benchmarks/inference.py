@@ -35,11 +35,12 @@ import numpy as np
 
 from benchmarks.peers.compare import compare
 from dcmdp_jax import sharding, sync
+from dcmdp_jax.buckets import power_of_two
 from dcmdp_jax.config import ModelConfig, Precision
 from dcmdp_jax.models import decoder, sizes
 from dcmdp_jax.records import Example, Prompts, Sampling
 from dcmdp_jax.rollout import decode, sampling
-from dcmdp_jax.rollout.generate import bucket, rollout
+from dcmdp_jax.rollout.generate import rollout
 from dcmdp_jax.rollout.jetstream import Engine
 
 SMALL = ModelConfig(
@@ -306,7 +307,7 @@ def decoded(engine: Engine, policy, state) -> None:
     left = int(state.limit.max())
     for made in range(0, left, engine.steps):
         state, result = engine.generate(
-            policy, state, window=bucket(length + made + engine.steps, engine.max_length)
+            policy, state, window=power_of_two(length + made + engine.steps, engine.max_length)
         )
     jax.block_until_ready(result.data)
 

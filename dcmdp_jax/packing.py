@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from dcmdp_jax.buckets import power_of_two
 from dcmdp_jax.records import Batch, Rollout, Scored
 
 
@@ -121,7 +122,9 @@ def _place(
     row, column, segment = (
         np.stack(part) for part in zip(*(_first_fit(part, row_length) for part in lengths))
     )
-    rows = _bucket(int(row.max()) + 1, size, row_divisor)
+    needed = int(row.max()) + 1
+    most = -(-size // row_divisor)
+    rows = row_divisor * power_of_two(-(-needed // row_divisor), most)
     start = (np.arange(parts)[:, None] * rows + row) * row_length + column
     return rows, start.reshape(-1), segment.reshape(-1)
 
@@ -137,13 +140,3 @@ def _first_fit(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.nda
         used[r] += lengths[i]
         segments[r] += 1
     return row, column, segment
-
-
-def _bucket(rows: int, size: int, divisor: int) -> int:
-    """Returns the number of rows to compile for: the next bucket, at most one row for each of
-    `size` completions.
-    """
-    bucket = divisor
-    while bucket < rows:
-        bucket *= 2
-    return min(bucket, -(-size // divisor) * divisor)

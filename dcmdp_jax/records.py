@@ -206,13 +206,13 @@ class Batch(NamedTuple):
     """Completions packed into rows for the model, with the map back to [n, T] for the mathematics.
 
     `rollout_logp` is of the distribution that the trainer scores: softmax(logits / temperature)
-    over the whole vocabulary, a rollout's `rollout_logp` + log `support_mass`. Where a support was cut,
-    engine and trainer are thus compared before the cut, which both would make alike: a gap, and
-    every ratio of the two, is of numerics and age alone.
+    over the whole vocabulary, a rollout's `rollout_logp` + log `support_mass`. Where the support
+    was cut, sampler and trainer are thus compared before the cut, which both would make alike:
+    their difference, and every ratio of the two, comes from numerics and staleness alone.
 
-    Rows hold prompt + completion segments. `index[i, t]` is the flat position r*S + s, within its
-    microbatch, of the token whose next-token distribution predicts completion token t: the model's
-    outputs at `index` are the completion's.
+    A row holds segments, each a prompt and its completion. `index[i, t]` is the flat position
+    r*S + s, within its microbatch, of the token whose next-token distribution predicts completion
+    token t: the model's outputs at `index` are the completion's.
     """
 
     tokens: np.ndarray  # [M, A, R, S] int32

@@ -16,7 +16,7 @@ FILES = {
 # Each may import from the package only what stands in an earlier line, or its own line where it is
 # a folder.
 ORDER = [
-    ["errors", "files", "quantities", "seeds", "worker", "records"],
+    ["buckets", "errors", "files", "quantities", "seeds", "worker", "records"],
     ["stopping", "lock", "tasks", "chat_template", "chat_renderer", "answers"],
     ["config"],
     ["sharding", "experiment", "losses", "rewards", "tokenizer", "intervals"],

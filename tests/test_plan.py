@@ -206,7 +206,7 @@ def test_topologies_without_devices_are_refused(name, slices):
 @pytest.mark.parametrize(
     "words, named",
     [
-        (["--rollout.precision.weights", "int5"], "precision.weights='int5' is not one of"),
+        (["--rollout.precision.weights", "int5"], "rollout.precision.weights='int5' is not one of"),
         (["--json", "nowhere/plan.json"], "nowhere/plan.json: its folder does not exist"),
     ],
 )

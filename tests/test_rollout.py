@@ -151,8 +151,6 @@ def test_prompts_are_prefilled_by_length_bucket(monkeypatch):
     """Lengths of one power of two share a call, and a call holds a bounded number of positions."""
     engine = make_engine(DENSE)
     calls = []
-    monkeypatch.setattr("dcmdp_jax.rollout.generate.SMALLEST_BUCKET", 2)
-    monkeypatch.setattr("dcmdp_jax.rollout.generate.PREFILL_TOKENS", 16)
     prefill = engine.prefill
     monkeypatch.setattr(
         engine, "prefill", lambda **kw: calls.append(kw["padded_tokens"].shape) or prefill(**kw)
@@ -166,6 +164,8 @@ def test_prompts_are_prefilled_by_length_bucket(monkeypatch):
         key=jax.random.key(1),
         max_tokens=T,
         sampling=Sampling(0.8),
+        smallest_bucket=2,
+        prefill_tokens=16,
     )
     np.testing.assert_array_equal(out.tokens, sample(DENSE).tokens)
     assert all(rows * positions <= 16 for rows, positions in calls)

@@ -130,11 +130,14 @@ def test_the_state_holds_the_last_parameters_oldest_first(four_steps):
         ({"rollout.devices": 4}, "rollout.devices=4 are more than the 3 there are"),
         ({"rollout.mesh.tensor": 4}, "rollout.mesh.data=1"),
         ({"rollout.staleness": -1}, "rollout.staleness=-1 must not be negative"),
-        ({"rollout.precision.weights": "int3"}, "precision.weights='int3' is not one of float32"),
+        (
+            {"rollout.precision.weights": "int3"},
+            "rollout.precision.weights='int3' is not one of float32",
+        ),
         ({"rollout.precision.cache": "int4"}, "the cache cannot hold 'int4'"),
         (
             {"rollout.precision.experts_per_token": 3},
-            "precision.experts_per_token=3 must lie in 1..0",
+            "rollout.precision.experts_per_token=3 must lie in 1..0",
         ),
     ],
 )

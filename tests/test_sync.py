@@ -1,6 +1,4 @@
-"""Weight sync: the same values in the decode layout, no buffer shared, each part in the precision
-asked for.
-"""
+"""Weight sync: the same values in the engine's layout, no buffer shared, each part in its format."""
 
 import dataclasses
 
@@ -31,9 +29,9 @@ def synced(model, precision, params=None, mesh=None, version=0):
 
 
 def leaves(params) -> dict:
-    """Path -> leaf, a `Quantized` one whole."""
-    found = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, Quantized))
-    return {jax.tree_util.keystr(path): leaf for path, leaf in found}
+    """Path -> leaf; a `Quantized` one is one leaf."""
+    pairs = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, Quantized))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in pairs}
 
 
 def nbytes(model, precision) -> int:
@@ -167,36 +165,38 @@ def test_bytes(model, group, per_matrix):
     assert exact - nbytes(model, Precision(weights="bfloat16", group=group)) == 2 * numbers
 
 
-def test_a_quantized_head_takes_the_place_of_a_tied_one():
+@pytest.mark.parametrize(
+    "precision",
+    [Precision(head="int8"), Precision(head="int8", embed="int8"), Precision(embed="int8")],
+    ids=["head", "both", "embedding"],
+)
+def test_tied_embedding_and_head_are_quantized_independently(precision):
     table = random_params(DENSE)["embed"]
     x = jax.random.normal(jax.random.key(0), (5, DENSE.hidden_size))
-    for precision in (
-        Precision(head="int8"),
-        Precision(head="int8", embed="int8"),
-        Precision(embed="int8"),
-    ):
-        params = synced(DENSE, precision).params
-        assert ("head" in params) == (precision.embed != precision.head)
-        held = quantize(table, "int8", (-1,)).dequantize() if precision.head else table
-        np.testing.assert_allclose(decoder.head(params, x, DENSE), x @ held.T, atol=1e-4)
-        assert isinstance(params["embed"], Quantized) == bool(precision.embed)
+    params = synced(DENSE, precision).params
+    assert ("head" in params) == (precision.embed != precision.head)
+    assert isinstance(params["embed"], Quantized) == bool(precision.embed)
+    head = quantize(table, "int8", (-1,)).dequantize() if precision.head else table
+    np.testing.assert_allclose(decoder.head(params, x, DENSE), x @ head.T, atol=1e-4)
 
 
-def test_what_does_not_exist_is_refused():
-    for field, value in (
-        ("weights", "float16"),
-        ("activations", "int4"),
-        ("embed", "fp8"),
-        ("head", "q4"),
-        ("router", "int8"),
-        ("norms", "int8"),
-    ):
-        with pytest.raises(ValueError, match=rf"precision\.{field}='{value}' is not one of"):
-            sync.converter(DENSE, Precision(**{field: value}), sharding.single_device_mesh())
-    with pytest.raises(ValueError, match="precision.group=-2"):
-        sync.converter(DENSE, Precision(weights="int8", group=-2), sharding.single_device_mesh())
-    with pytest.raises(ValueError, match="groups of 48 do not divide"):
-        sync.converter(DENSE, Precision(weights="int8", group=48), sharding.single_device_mesh())
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"weights": "float16"}, "precision.weights='float16' is not one of"),
+        ({"activations": "int4"}, "precision.activations='int4' is not one of"),
+        ({"embed": "fp8"}, "precision.embed='fp8' is not one of"),
+        ({"head": "q4"}, "precision.head='q4' is not one of"),
+        ({"router": "int8"}, "precision.router='int8' is not one of"),
+        ({"norms": "int8"}, "precision.norms='int8' is not one of"),
+        ({"weights": "int8", "group": -2}, "precision.group=-2 must be"),
+        ({"weights": "int8", "group": 48}, "groups of 48 do not divide"),
+    ],
+    ids=str,
+)
+def test_a_precision_that_cannot_work_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        sync.converter(DENSE, Precision(**fields), sharding.single_device_mesh())
 
 
 @MODELS

@@ -1,1 +1,1 @@
-"""The inference path: pure decoding functions, the slot loop, and the JetStream engine around them."""
+"""The inference path: pure decoding functions, the slot loop, the engine and the sampler."""

@@ -7,6 +7,7 @@ prefix serves any number of samples.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models import cache as kv
 from dcmdp_jax.models import decoder
 from dcmdp_jax.records import Sampling, Weights
-from dcmdp_jax.rollout import sampling
+from dcmdp_jax.rollout.sampling import Drawn, sample
 
 
 class Prefix(NamedTuple):
@@ -35,7 +36,7 @@ class DecodeState(NamedTuple):
     length: jax.Array  # [B] int32, the position `token` will be written to
     token: jax.Array  # [B] int32, fed next
     generated: jax.Array  # [B] int32, tokens sampled
-    limit: jax.Array  # [B] int32, tokens to sample at most
+    limit: jax.Array  # [B] int32, most tokens to sample
     active: jax.Array  # [B] bool
     key: jax.Array  # [B, 2] uint32, the request's
     sampling: Sampling  # [B] each
@@ -44,7 +45,7 @@ class DecodeState(NamedTuple):
 class Step(NamedTuple):
     """What one decode step samples."""
 
-    drawn: sampling.Drawn  # [B] each
+    drawn: Drawn  # [B] each
     # [B, sparse layers, k] int32: the experts that made the distribution; [B, 0, 0] unless recorded
     experts: jax.Array
     valid: jax.Array  # [B] bool
@@ -53,7 +54,7 @@ class Step(NamedTuple):
 class Tokens(NamedTuple):
     """What K decode steps sampled, on the device or, as NumPy arrays, on the host."""
 
-    drawn: sampling.Drawn  # [B, K] each
+    drawn: Drawn  # [B, K] each
     experts: Any  # [B, K, sparse layers, k] int32; [B, K, 0, 0] unless recorded
     valid: Any  # [B, K] bool: the slot was active
     generated: Any  # [B] int32, tokens sampled so far in the slot's sequence
@@ -62,7 +63,7 @@ class Tokens(NamedTuple):
 
 
 def init_state(config: ModelConfig, slots: int, length: int, cache: str) -> DecodeState:
-    """Empty slots with room for `length` positions each; `cache` as in `config.Precision`."""
+    """Returns empty slots of `length` positions each; `cache` is as in `config.Precision`."""
     zero = jnp.zeros((slots,), jnp.int32)
     one = jnp.ones((slots,), jnp.float32)
     return DecodeState(
@@ -85,7 +86,7 @@ def prefill(
     config: ModelConfig,
     expert_shards: int = 0,
 ) -> Prefix:
-    """Caches prompts `tokens` [rows, P], padded on the right, of true `lengths` [rows] >= 1.
+    """Caches prompts `tokens` [rows, P], padded on the right, of `lengths` [rows] >= 1.
 
     `expert_shards` as in `decoder.prefill`.
     """
@@ -101,17 +102,20 @@ def insert(
     rows: jax.Array,
     keys: jax.Array,
     limit: jax.Array,
-    how: Sampling,
+    sampling: Sampling,
     *,
     positions: int,
 ) -> DecodeState:
-    """Starts sequence g in slot `slots[g]` from prompt `rows[g]`, to end after `limit[g]` tokens or
-    with the slot's `positions`.
+    """Starts g sequences: number i in slot `slots[i]`, from prompt `rows[i]` of `prefix`.
+
+    A sequence ends after `limit[i]` tokens, or when it fills the slot's `positions`.
 
     Args:
-      slots: [g] int32, different; a number past the last slot is dropped.
-      rows: [g] int32; keys: [g, 2] uint32, the requests' own.
-      limit: [g] int32; how: fields [g].
+      slots: [g] int32, all different; a number past the last slot is dropped.
+      rows: [g] int32.
+      keys: [g, 2] uint32, one per request.
+      limit: [g] int32.
+      sampling: fields [g].
     """
 
     def put(old, new):
@@ -126,12 +130,12 @@ def insert(
         limit=put(state.limit, jnp.minimum(limit, positions - length)),
         active=put(state.active, True),
         key=put(state.key, keys),
-        sampling=jax.tree.map(put, state.sampling, how),
+        sampling=jax.tree.map(put, state.sampling, sampling),
     )
 
 
 def evict(state: DecodeState, slots: jax.Array) -> DecodeState:
-    """Ends the sequences in `slots` [g] at once; a number past the last slot is dropped."""
+    """Ends the sequences in `slots` [g]; a number past the last slot is dropped."""
     return state._replace(active=state.active.at[slots].set(False, mode="drop"))
 
 
@@ -146,54 +150,59 @@ def generate(
     window: int,
     record_experts: bool,
     expert_shards: int = 0,
-    apart: bool = False,
+    copy_window: bool = False,
 ) -> tuple[DecodeState, Tokens]:
     """Samples up to `steps` tokens in every active slot.
 
-    Leaves early when at least `leave_at` slots are idle (so that they can be refilled) or none is
-    active. `window` is a
-    static bound on the live lengths: attention reads that much of the cache and no more. With
-        `apart` the steps work in a
-    copy of the window: the same numbers, for more memory.
+    Args:
+      leave_at: [] int32. The loop ends early when this many slots are idle, so that they can be
+        refilled, or when all are.
+      stop_ids: tokens that end a sequence.
+      window: a bound on the lengths of all sequences after the last step; attention reads that many
+        positions of the cache.
+      record_experts: return the experts of each token.
+      copy_window: decode in a copy of the first `window` positions of the cache: the same numbers,
+        faster on a CPU, for more memory.
     """
     slots = state.token.shape[0]
+    cache = state.cache
+    if copy_window:
+        state = state._replace(cache=kv.prefix(cache, window))
+    step_once = partial(
+        _decode_step,
+        weights.params,
+        config=config,
+        stop_ids=stop_ids,
+        window=window,
+        record_experts=record_experts,
+        expert_shards=expert_shards,
+    )
 
-    def running(carry):
+    def goes_on(carry):
         step, state, _ = carry
         idle = slots - jnp.sum(state.active)
         return (step < steps) & (idle < jnp.maximum(leave_at, 1)) | (step == 0)
 
-    def step_at(carry):
+    def body(carry):
         step, state, out = carry
-        state, new = _decode_step(
-            weights.params, state, config, stop_ids, window, record_experts, expert_shards
-        )
-        return (
-            step + 1,
-            state,
-            jax.tree.map(lambda columns, column: columns.at[:, step].set(column), out, new),
-        )
+        state, new = step_once(state)
+        out = jax.tree.map(lambda columns, column: columns.at[:, step].set(column), out, new)
+        return step + 1, state, out
 
-    whole = state.cache
-    if apart:
-        state = state._replace(cache=kv.prefix(whole, window))
-    _, shapes = jax.eval_shape(
-        lambda: _decode_step(
-            weights.params, state, config, stop_ids, window, record_experts, expert_shards
-        )
-    )
+    _, shapes = jax.eval_shape(step_once, state)
     empty = jax.tree.map(
         lambda column: jnp.zeros((slots, steps, *column.shape[1:]), column.dtype), shapes
     )
-    _, state, out = jax.lax.while_loop(running, step_at, (0, state, empty))
-    if apart:
-        state = state._replace(cache=kv.restore_prefix(whole, state.cache))
+    _, state, out = jax.lax.while_loop(goes_on, body, (0, state, empty))
+    if copy_window:
+        state = state._replace(cache=kv.restore_prefix(cache, state.cache))
     return state, Tokens(*out, state.generated, state.active, weights.version)
 
 
 def _decode_step(
     params: Any,
     state: DecodeState,
+    *,
     config: ModelConfig,
     stop_ids: tuple[int, ...],
     window: int,
@@ -212,12 +221,10 @@ def _decode_step(
     )
     request = jax.random.wrap_key_data(state.key, impl="threefry2x32")
     key = jax.random.key_data(jax.vmap(jax.random.fold_in)(request, state.generated))
-    drawn = sampling.sample(decoder.head(params, hidden, config), key, state.sampling)
+    drawn = sample(decoder.head(params, hidden, config), key, state.sampling)
     valid = state.active
     generated = state.generated + valid
-    stopped = (
-        jnp.isin(drawn.token, jnp.array(stop_ids, jnp.int32)) if stop_ids else jnp.zeros_like(valid)
-    )
+    stopped = jnp.isin(drawn.token, jnp.array(stop_ids, jnp.int32))
     state = state._replace(
         cache=cache,
         length=state.length + valid,
@@ -225,4 +232,6 @@ def _decode_step(
         generated=generated,
         active=valid & ~stopped & (generated < state.limit),
     )
-    return state, Step(drawn, experts if record_experts else experts[:, :0, :0], valid)
+    if not record_experts:
+        experts = experts[:, :0, :0]
+    return state, Step(drawn, experts, valid)

@@ -4,34 +4,64 @@ generate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
+from dcmdp_jax.buckets import power_of_two
 from dcmdp_jax.records import NotFinite, Prompts, Rollout, Sampling, Weights
+from dcmdp_jax.rollout.decode import DecodeState, Prefix, Tokens
 from dcmdp_jax.stopping import Interrupted
 
-MIN_FREE = 2  # idle slots worth stopping for, while completions wait
-PREFILL_TOKENS = 4096  # positions of one prefill, so that its activations are bounded
+MIN_FREE = 2  # idle slots worth leaving a dispatch for, while completions wait
+PREFILL_TOKENS = 4096  # positions of one prefill at most, which bounds its activations
 SMALLEST_BUCKET = 16  # prompt lengths are padded to powers of two from here on
 
 
 class SlotEngine(Protocol):
-    """What the loop asks of an engine (see `rollout.jetstream.Engine`)."""
+    """What the loop needs of an engine; `rollout.jetstream.Engine` is one."""
 
-    slots: int
-    steps: int
-    max_length: int
+    slots: int  # sequences decoded together
+    steps: int  # tokens per dispatch
+    max_length: int  # positions of a slot
     stop_ids: tuple[int, ...]
 
-    def prefill(self, *, params, padded_tokens, true_length): ...
-    def bulk_insert(self, prefix, decode_state, slots, rows, keys, limit, sampling): ...
-    def evict(self, decode_state, slots): ...
-    def generate(self, params, decode_state, *, leave_at, window): ...
-    def read(self, result): ...
-    def init_decode_state(self): ...
+    def init_decode_state(self) -> DecodeState:
+        """Returns empty slots."""
+        ...
+
+    def prefill(self, *, params: Weights, padded_tokens: Any, true_length: Any) -> Prefix:
+        """Caches prompts, [rows, P] padded on the right, of [rows] lengths."""
+        ...
+
+    def bulk_insert(
+        self,
+        prefix: Prefix,
+        decode_state: DecodeState,
+        slots: Any,
+        rows: Any,
+        keys: Any,
+        limit: Any,
+        sampling: Sampling,
+    ) -> DecodeState:
+        """Starts sequences in `slots` from `rows` of the prefix; see `decode.insert`."""
+        ...
+
+    def evict(self, decode_state: DecodeState, slots: Any) -> DecodeState:
+        """Ends the sequences in `slots`."""
+        ...
+
+    def generate(
+        self, params: Weights, decode_state: DecodeState, *, leave_at: int, window: int
+    ) -> tuple[DecodeState, Any]:
+        """Samples up to `steps` tokens in every active slot; see `decode.generate`."""
+        ...
+
+    def read(self, result: Any) -> Tokens:
+        """Returns on the host what `generate` sampled."""
+        ...
 
 
 def rollout(
@@ -42,99 +72,112 @@ def rollout(
     samples: int,
     key: jax.Array | np.ndarray,
     max_tokens: int | np.ndarray,
-    first: int = 0,
     sampling: Sampling = Sampling(),
     stop_strings: tuple[str, ...] = (),
     decode: Callable[[Any], str] | None = None,
-    asked: Callable[[], bool] = lambda: False,
-    ended: Callable[[int, np.ndarray, bool], None] = lambda number, text, stopped: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_end: Callable[[int, np.ndarray, bool], None] = lambda index, text_ids, stopped: None,
+    prefill_tokens: int = PREFILL_TOKENS,
+    smallest_bucket: int = SMALLEST_BUCKET,
 ) -> Rollout:
     """Samples `samples` completions of every prompt.
 
-    Each completion has a key of its own, folded with the token's number at each token, so that its
-    tokens depend on the weights, its prompt and `key` alone, up to round-off: not on slots,
-    neighbours or the order of refilling. A prompt is prefilled once, together with others of its
-    length bucket.
+    Each completion has a key of its own, which is folded with the token's number at each token.
+    Its tokens thus depend on the weights, its prompt and its key alone, up to round-off: not on
+    slots, neighbours or the order of refilling. A prompt is prefilled once, together with others of
+    its length bucket.
 
     Args:
-      key: of all completions, or `completion_keys` of each, [N, 2].
-      max_tokens: a bound for all, or one for each of the N completions.
-      first: the number of the first completion in a larger batch, of which these prompts are a
-          part; keys go by it.
-      stop_strings: texts that end a completion, found by `decode` (token ids to text) after each
-          dispatch. The token that
-        completes one is the completion's last.
-      asked: polled between dispatches.
-      ended: called with each completion's number, the ids of its text and whether it stopped, as
-          soon as it has ended.
+      key: one key for all completions, or `completion_keys` of each, [N, 2].
+      max_tokens: one bound, or one for each of the N completions.
+      stop_strings: texts that end a completion. They are searched for after each dispatch in what
+        `decode` makes of its token ids; the token that completes one is the completion's last.
+      should_stop: polled between dispatches.
+      on_end: called with a completion's index, the ids of its text and whether it stopped, as soon
+        as it has ended.
+      prefill_tokens, smallest_bucket: positions of one prefill at most, and the smallest length
+        that prompts are padded to.
 
-    Raises ValueError where a prompt leaves the engine no room for `max_tokens`, and where a weight
-    or a log-prob is not finite; `Interrupted` where `asked()` says so.
+    Raises ValueError if a prompt leaves the engine no room for `max_tokens` or a log-prob is not
+    finite; `NotFinite` if a weight is not; `Interrupted` if `should_stop()`.
     """
     if stop_strings and (decode is None or not all(stop_strings)):
         raise ValueError("rollout: stop_strings need `decode`, and none may be empty")
     count = len(prompts.lengths) * samples
     limits = np.broadcast_to(np.asarray(max_tokens, np.int32), (count,))
-    if limits.min() < 1:
-        raise ValueError(
-            f"rollout: max_tokens holds {limits.min()}; every completion gets at least one token"
-        )
-    longest = int((np.repeat(prompts.lengths, samples) + limits).max())
-    if longest > engine.max_length:
-        raise ValueError(
-            f"a prompt and its new tokens take up to {longest} positions and do not fit the engine's "
-            f"{engine.max_length}"
-        )
+    _check_limits(engine, np.repeat(prompts.lengths, samples), limits)
+    check_finite(weights)
+    keys = key if isinstance(key, np.ndarray) else completion_keys(key, count)
+    out = _Completions(prompts, count, int(limits.max()), sampling)
+    waiting = _Waiting(engine, weights, prompts, samples, prefill_tokens, smallest_bucket)
+    owner = np.full(engine.slots, -1)  # the completion that a slot holds, -1: none
+    state = engine.init_decode_state()
+    while waiting.remaining or (owner >= 0).any():
+        if should_stop():
+            raise Interrupted("stopped in a rollout")
+
+        # fill the free slots
+        for prefix, rows, ids in waiting.take(int((owner < 0).sum())):
+            free = np.flatnonzero(owner < 0)[: len(ids)]
+            owner[free] = ids
+            columns = _pad_starts(engine.slots, free, rows, keys[ids], limits[ids])
+            state = engine.bulk_insert(prefix, state, *columns, sampling)
+
+        # decode up to K tokens in each
+        running = owner[owner >= 0]
+        longest = int((prompts.lengths[running // samples] + out.lengths[running]).max())
+        leave_at = engine.slots
+        if waiting.remaining:
+            leave_at = min(engine.slots - len(running) + MIN_FREE, engine.slots)
+        window = power_of_two(longest + engine.steps, engine.max_length)
+        state, result = engine.generate(weights, state, leave_at=leave_at, window=window)
+        tokens = engine.read(result)
+        out.append(owner, tokens)
+
+        # take the completions that have ended out of their slots
+        has_ended = (owner >= 0) & ~tokens.active
+        out.end(owner[has_ended], engine.stop_ids)
+        if stop_strings:
+            new = tokens.valid.sum(axis=1)
+            cut = [
+                slot
+                for slot in np.flatnonzero(owner >= 0)
+                if out.cut_at_stop_string(owner[slot], int(new[slot]), stop_strings, decode)
+            ]
+            state = engine.evict(state, cut)
+            has_ended[cut] = True
+        for i in owner[has_ended]:
+            on_end(int(i), out.tokens[i, : out.text_lengths[i]], bool(out.stopped[i]))
+        owner[has_ended] = -1
+    return out.to_rollout()
+
+
+def check_finite(weights: Weights) -> None:
+    """Raises NotFinite if a parameter that `weights` were made from is NaN or infinite."""
     if not np.asarray(weights.finite):
         raise NotFinite(
             "the engine is given weights that hold NaN or an infinite number; take a "
             "checkpoint or a model folder from before, and a smaller learning rate"
         )
-    out = _Completions(prompts, count, int(limits.max()), sampling)
-    keys = key if isinstance(key, np.ndarray) else completion_keys(key, first + count)[first:]
-    waiting = _Waiting(engine, weights, prompts, samples)
-    owner = np.full(engine.slots, -1)  # the completion a slot holds
-    state = engine.init_decode_state()
-    while waiting.remaining or (owner >= 0).any():
-        if asked():
-            raise Interrupted("stopped in a rollout")
-        for prefix, rows, ids in waiting.take(int((owner < 0).sum())):
-            free = np.flatnonzero(owner < 0)[: len(ids)]
-            owner[free] = ids
-            state = engine.bulk_insert(
-                prefix, state, *_padded(engine.slots, free, rows, keys[ids], limits[ids]), sampling
-            )
-        held = owner[owner >= 0]
-        live = int((prompts.lengths[held // samples] + out.lengths[held]).max())
-        leave_at = (
-            min(engine.slots - len(held) + MIN_FREE, engine.slots)
-            if waiting.remaining
-            else engine.slots
+
+
+def _check_limits(engine: SlotEngine, prompt_lengths: np.ndarray, limits: np.ndarray) -> None:
+    if limits.min() < 1:
+        raise ValueError(
+            f"rollout: max_tokens holds {limits.min()}; every completion gets at least one token"
         )
-        state, result = engine.generate(
-            weights, state, leave_at=leave_at, window=bucket(live + engine.steps, engine.max_length)
+    longest = int((prompt_lengths + limits).max())
+    if longest > engine.max_length:
+        raise ValueError(
+            f"a prompt and its new tokens take up to {longest} positions and do not fit the "
+            f"engine's {engine.max_length}"
         )
-        read = engine.read(result)
-        out.add(owner, read)
-        idle = (owner >= 0) & ~read.active
-        out.end(owner[idle], engine.stop_ids)
-        if stop_strings:
-            found = [
-                slot
-                for slot in np.flatnonzero(owner >= 0)
-                if out.cut(owner[slot], int(read.valid[slot].sum()), stop_strings, decode)
-            ]
-            state = engine.evict(state, found)
-            idle[found] = True
-        for i in owner[idle]:
-            ended(int(i), out.tokens[i, : out.text_lengths[i]], bool(out.stopped[i]))
-        owner[idle] = -1
-    return out.record()
 
 
 def completion_keys(key: jax.Array, count: int) -> np.ndarray:
-    """A key for each of `count` completions, [count, 2] uint32; the first ones do not depend on
-    `count`.
+    """Returns a key for each of `count` completions, [count, 2] uint32.
+
+    The first ones do not depend on `count`.
     """
     return np.asarray(jax.random.bits(key, (count, 2), "uint32"))
 
@@ -143,139 +186,148 @@ class _Completions:
     """Completions as they grow."""
 
     def __init__(self, prompts: Prompts, count: int, max_tokens: int, sampling: Sampling):
+        shape = (count, max_tokens)
         self.prompts = prompts
         self.sampling = sampling
-        shape = (count, max_tokens)
         self.tokens = np.zeros(shape, np.int32)
         self.version = np.zeros(shape, np.int32)
         self.rollout_logp = np.zeros(shape, np.float32)
         self.support_mass = np.zeros(shape, np.float32)
-        self.lengths, self.text_lengths, self.stopped = (
-            np.zeros((count,), dtype) for dtype in (np.int32, np.int32, bool)
-        )
-        self.experts = None
+        self.experts: np.ndarray | None = None
+        self.lengths = np.zeros(count, np.int32)
+        self.text_lengths = np.zeros(count, np.int32)
+        self.stopped = np.zeros(count, bool)
 
-    def add(self, owner: np.ndarray, read: Any) -> None:
-        """Appends each held slot's valid tokens to its completion."""
-        valid = read.valid & (owner >= 0)[:, None]
+    def append(self, owner: np.ndarray, new: Tokens) -> None:
+        """Appends each slot's valid tokens to the completion that owns the slot."""
+        occupied = owner >= 0
+        valid = new.valid & occupied[:, None]
         slot, column = np.nonzero(valid)
         place = owner[slot], self.lengths[owner[slot]] + column
-        self.tokens[place] = read.drawn.token[slot, column]
-        self.rollout_logp[place] = read.drawn.rollout_logp[slot, column]
-        self.support_mass[place] = read.drawn.support_mass[slot, column]
-        self.version[place] = read.version
-        if read.experts.size:
+        self.tokens[place] = new.drawn.token[slot, column]
+        self.rollout_logp[place] = new.drawn.rollout_logp[slot, column]
+        self.support_mass[place] = new.drawn.support_mass[slot, column]
+        self.version[place] = new.version
+        if new.experts.size:
             if self.experts is None:
-                self.experts = np.full((*self.tokens.shape, *read.experts.shape[2:]), -1, np.int32)
-            self.experts[place] = read.experts[slot, column]
-        held = owner >= 0
-        self.lengths[owner[held]] += valid[held].sum(axis=1, dtype=np.int32)
-        self.text_lengths[owner[held]] = self.lengths[owner[held]]
+                self.experts = np.full((*self.tokens.shape, *new.experts.shape[2:]), -1, np.int32)
+            self.experts[place] = new.experts[slot, column]
+        self.lengths[owner[occupied]] += valid[occupied].sum(axis=1, dtype=np.int32)
+        self.text_lengths[owner[occupied]] = self.lengths[owner[occupied]]
 
-    def end(self, ids: np.ndarray, stop_ids: tuple[int, ...]) -> None:
-        """Completions `ids` have got their last token."""
+    def end(self, ids: np.ndarray, stop_ids: Sequence[int]) -> None:
+        """Sets `stopped` of completions `ids`, which have got their last token."""
         self.stopped[ids] = np.isin(self.tokens[ids, self.lengths[ids] - 1], stop_ids)
         self.text_lengths[ids] -= self.stopped[ids]
 
-    def cut(
+    def cut_at_stop_string(
         self, i: int, new: int, stop_strings: tuple[str, ...], decode: Callable[[Any], str]
     ) -> bool:
-        """Ends completion i at the first of its `new` last tokens whose text completes a stop
-        string, if one does.
+        """Ends completion i at the first of its `new` last tokens that completes a stop string.
+
+        Returns True if there is one.
         """
-        length = self.text_lengths[i]  # a stop token is no text
+        length = self.text_lengths[i]  # without a stop token
         # a token may be one byte of a character's four
-        first = max(length - new - 4 * max(map(len, stop_strings)), 0)
-        if not any(stop in decode(self.tokens[i, first:length]) for stop in stop_strings):
+        start = max(length - new - 4 * max(map(len, stop_strings)), 0)
+
+        def contains_stop_string(end: int) -> bool:
+            text = decode(self.tokens[i, start:end])
+            return any(stop_string in text for stop_string in stop_strings)
+
+        if not contains_stop_string(length):
             return False
-        end = next(
-            end
-            for end in range(length - new + 1, length + 1)
-            if any(stop in decode(self.tokens[i, first:end]) for stop in stop_strings)
-        )
+        end = next(n for n in range(length - new + 1, length + 1) if contains_stop_string(n))
         for array in (self.tokens, self.version, self.rollout_logp, self.support_mass):
             array[i, end:] = 0
         if self.experts is not None:
             self.experts[i, end:] = -1
-        self.lengths[i] = self.text_lengths[i] = end
+        self.lengths[i] = end
+        self.text_lengths[i] = end
         self.stopped[i] = True
         return True
 
-    def record(self) -> Rollout:
+    def to_rollout(self) -> Rollout:
         return Rollout(
             prompts=self.prompts,
             tokens=self.tokens,
             lengths=self.lengths,
             text_lengths=self.text_lengths,
             rollout_logp=self.rollout_logp,
-            support_mass=self.support_mass,
             stopped=self.stopped,
             version=self.version,
             sampling=self.sampling,
+            support_mass=self.support_mass,
             experts=self.experts,
         )
 
 
 class _Waiting:
-    """Completions that have no slot yet, long prompts first; prompts of one length bucket are
-    prefilled together, each once.
+    """Completions that have no slot yet, those of long prompts first.
+
+    Prompts of one length bucket are prefilled together, each once.
     """
 
-    def __init__(self, engine: SlotEngine, weights: Weights, prompts: Prompts, samples: int):
+    def __init__(
+        self,
+        engine: SlotEngine,
+        weights: Weights,
+        prompts: Prompts,
+        samples: int,
+        prefill_tokens: int,
+        smallest_bucket: int,
+    ):
         self.engine = engine
         self.weights = weights
         self.prompts = prompts
         self.samples = samples
+        self.prefill_tokens = prefill_tokens
+        width = prompts.tokens.shape[1]
         self.buckets = np.array(
-            [bucket(max(int(n), SMALLEST_BUCKET), prompts.tokens.shape[1]) for n in prompts.lengths]
+            [power_of_two(max(int(n), smallest_bucket), width) for n in prompts.lengths]
         )
-        self.order = np.argsort(-self.buckets, kind="stable")
-        self.started = 0
-        self.prefilled = 0
-        self.prefix = None
+        self.order = np.argsort(-self.buckets, kind="stable")  # of prompts
+        self.started = 0  # completions that have had a slot
+        self.prefilled = 0  # prompts, in `order`
+        self.prefix: Prefix | None = None  # the last prompts that were prefilled
+        self.prefix_start = 0  # place in `order` of the prefix's first prompt
 
     @property
     def remaining(self) -> int:
         return len(self.prompts.lengths) * self.samples - self.started
 
-    def take(self, free: int) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
-        """Up to `free` completions as (prefix, rows of it, completion ids)."""
+    def take(self, free: int) -> Iterator[tuple[Prefix, np.ndarray, np.ndarray]]:
+        """Yields up to `free` completions as (prefix, rows of it, completion ids)."""
         while free and self.remaining:
             if self.started == self.prefilled * self.samples:
                 self._prefill()
-            turn = np.arange(self.started, min(self.started + free, self.prefilled * self.samples))
-            self.started = self.started + len(turn)
-            free = free - len(turn)
-            place = turn // self.samples
-            yield (
-                self.prefix,
-                place - self.first,
-                self.order[place] * self.samples + turn % self.samples,
-            )
+            end = min(self.started + free, self.prefilled * self.samples)
+            places = np.arange(self.started, end)
+            self.started = end
+            free -= len(places)
+            prompt = places // self.samples  # in `order`
+            ids = self.order[prompt] * self.samples + places % self.samples
+            yield self.prefix, prompt - self.prefix_start, ids
 
     def _prefill(self) -> None:
-        self.first = self.prefilled
         width = self.buckets[self.order[self.prefilled]]
-        rows = self.order[self.first : self.first + max(PREFILL_TOKENS // width, 1)]
+        most = max(self.prefill_tokens // width, 1)
+        rows = self.order[self.prefilled : self.prefilled + most]
         rows = rows[self.buckets[rows] == width]
-        spare = bucket(len(rows), 1 << 30) - len(rows)
+        padding = power_of_two(len(rows), 1 << 30) - len(rows)
         self.prefix = self.engine.prefill(
             params=self.weights,
-            padded_tokens=np.pad(self.prompts.tokens[rows, :width], ((0, spare), (0, 0))),
-            true_length=np.pad(self.prompts.lengths[rows], (0, spare), constant_values=1),
+            padded_tokens=np.pad(self.prompts.tokens[rows, :width], ((0, padding), (0, 0))),
+            true_length=np.pad(self.prompts.lengths[rows], (0, padding), constant_values=1),
         )
+        self.prefix_start = self.prefilled
         self.prefilled += len(rows)
 
 
-def _padded(slots: int, free: np.ndarray, *columns: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Starts in slot number `slots`, which is dropped, fill up to a power of two, so that few sizes
-    are compiled.
+def _pad_starts(slots: int, free: np.ndarray, *columns: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Pads to a power of two with starts in slot number `slots`, which is dropped, so that few
+    sizes are compiled.
     """
-    spare = bucket(len(free), slots) - len(free)
-    rest = (np.pad(column, [(0, spare)] + [(0, 0)] * (column.ndim - 1)) for column in columns)
-    return np.pad(free, (0, spare), constant_values=slots), *rest
-
-
-def bucket(size: int, most: int) -> int:
-    """The power of two at or over `size`, `most` at the most."""
-    return min(1 << (size - 1).bit_length(), most)
+    padding = power_of_two(len(free), slots) - len(free)
+    padded = (np.pad(column, [(0, padding)] + [(0, 0)] * (column.ndim - 1)) for column in columns)
+    return np.pad(free, (0, padding), constant_values=slots), *padded

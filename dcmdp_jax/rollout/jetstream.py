@@ -23,7 +23,7 @@ import numpy as np
 from dcmdp_jax import sharding, sync
 from dcmdp_jax.config import Config, ModelConfig, Precision
 from dcmdp_jax.distributed import processes
-from dcmdp_jax.records import NotFinite, Prompts, Rollout, Sampling, Weights
+from dcmdp_jax.records import Prompts, Rollout, Sampling, Weights
 from dcmdp_jax.rollout import decode, generate
 from dcmdp_jax.rollout.sampling import Drawn
 from dcmdp_jax.tokenizer import Tokenizer
@@ -31,25 +31,25 @@ from dcmdp_jax.tokenizer import Tokenizer
 
 @contextlib.contextmanager
 def stand_ins() -> Iterator[None]:
-    """Empty modules in the place of what google-jetstream imports and this project does not use,
-    while it is imported.
+    """Puts empty modules in the place of what google-jetstream imports and this project does not
+    use.
 
-    Raises ImportError where google-jetstream is not installed.
+    Raises ImportError if google-jetstream is not installed.
     """
     try:
         importlib.metadata.version("google-jetstream")
     except importlib.metadata.PackageNotFoundError:
         raise ImportError(
-            "sampling needs google-jetstream 0.2.2 (`pip install --no-deps google-jetstream==0.2.2`); "
+            "sampling needs google-jetstream 0.2.2 "
+            "(`pip install --no-deps google-jetstream==0.2.2`); "
             "the package called `jetstream` is an unrelated one"
         ) from None
     names = {
         name: types.ModuleType(name)
         for name in ("seqio", "seqio.vocabularies", "tiktoken", "tiktoken.load")
     }
-    names["seqio.vocabularies"].Vocabulary = names["seqio.vocabularies"].SentencePieceVocabulary = (
-        object
-    )
+    names["seqio.vocabularies"].Vocabulary = object
+    names["seqio.vocabularies"].SentencePieceVocabulary = object
     names["tiktoken.load"].load_tiktoken_bpe = None
     before = {name: sys.modules.get(name) for name in names}
     sys.modules.update(names)
@@ -100,8 +100,12 @@ class JetStreamSampler:
         record_experts: bool = False,
         one_engine: bool = False,
     ):
-        """Args: as of `Engine`; with `one_engine` all processes decode together over `mesh`, which
-        spans them, and all must call `sample` and `update_weights` alike.
+        """Makes an engine without weights.
+
+        Args:
+          slots, max_length, steps, precision, record_experts: see `Engine`.
+          one_engine: all processes decode in lockstep over `mesh`, which spans their devices, and
+            all call `sample` and `update_weights` with the same arguments.
         """
         self.engine = Engine(
             model,
@@ -126,11 +130,7 @@ class JetStreamSampler:
         """
         self.weights = None
         weights = self._to_engine(params, version)
-        if not np.asarray(weights.finite):
-            raise NotFinite(
-                "the engine is given weights that hold NaN or an infinite number; take a "
-                "checkpoint or a model folder from before, and a smaller learning rate"
-            )
+        generate.check_finite(weights)
         self.weights = weights
 
     def release_weights(self) -> None:
@@ -149,7 +149,7 @@ class JetStreamSampler:
         offset: int = 0,
         should_stop: Callable[[], bool] = lambda: False,
         numbers: np.ndarray | None = None,
-        on_end: Callable[[int, np.ndarray, bool], None] | None = None,
+        on_end: Callable[[int, np.ndarray, bool], None] = lambda index, text_ids, stopped: None,
     ) -> Rollout:
         """Samples `samples` completions of every prompt; see `records.Sampler`.
 
@@ -188,19 +188,18 @@ class JetStreamSampler:
                 sampling=sampling,
                 stop_strings=stop_strings,
                 decode=self._tokenizer.decode,
-                asked=stop,
-                ended=on_end or (lambda number, text, stopped: None),
+                should_stop=stop,
+                on_end=on_end,
             )
 
 
 class Engine(engine_api.Engine):
-    """Continuous-batching decoder behind `prefill`, `insert`, `generate`.
+    """Continuous-batching decoder behind JetStream's `prefill`, `insert` and `generate`.
 
     `prefill` takes one prompt, as in JetStream, or several; `bulk_insert` starts several slots from
     one prefix; `evict` ends sequences. Decode states are donated: use the returned one. `params`
-    are `records.Weights`, as `sync` makes them. `generate` returns `ResultTokens` whose data holds
-    K token columns, K validity columns and the generated length, and past what JetStream reads,
-    what `read` takes apart: the slot's state, the weights' version, K log-probs as float32 bits.
+    are `records.Weights`, as `sync.converter` makes them. `generate` returns `ResultTokens`, which
+    `read` turns into `decode.Tokens`.
     """
 
     def __init__(
@@ -218,15 +217,18 @@ class Engine(engine_api.Engine):
         mesh: jax.sharding.Mesh | None = None,
         load: Callable[[], Weights] | None = None,
     ):
-        """Args:
-        slots: sequences decoded together.
-        max_length: positions of a slot, prompt and completion together.
-        stop_ids: token ids that end a sequence; the stop token is part of it.
-        steps: K, tokens per dispatch.
-        precision: the cache's dtype and the router's top-k; the weights' is `sync`'s affair.
-        record_experts: return the experts that each sampled token's distribution came from.
-        max_tokens, sampling: of sequences started by `insert`; `bulk_insert` names its own.
-        load: makes the weights that `load_params` returns.
+        """Compiles nothing until it is used.
+
+        Args:
+          slots: sequences decoded together.
+          max_length: positions of a slot, prompt and completion together.
+          stop_ids: token ids that end a sequence; the stop token is part of it.
+          steps: K, tokens per dispatch.
+          precision: the cache's format and the router's top-k. The formats of the weights are those
+            of the weights that are passed in.
+          record_experts: return the experts that each sampled token's distribution came from.
+          max_tokens, sampling: of sequences started by `insert`; `bulk_insert` takes its own.
+          load: returns the weights for `load_params`.
         """
         self.slots = slots
         self.max_length = max_length
@@ -248,45 +250,45 @@ class Engine(engine_api.Engine):
         )
         self._experts = (sparse, config.experts_per_token if sparse else 0)
         empty = partial(decode.init_state, config, slots, max_length, precision.cache)
-        place = sharding.decode_state_shardings(jax.eval_shape(empty), self._mesh)
-        self._init = jax.jit(empty, out_shardings=place)
+        shardings = sharding.decode_state_shardings(jax.eval_shape(empty), self._mesh)
+        self._init = jax.jit(empty, out_shardings=shardings)
         self.expert_shards = self._mesh.shape["tensor"]
         self._prefill = jax.jit(
             partial(decode.prefill, config=config, expert_shards=self.expert_shards)
         )
         self._insert = jax.jit(
-            partial(decode.insert, positions=max_length), donate_argnums=0, out_shardings=place
+            partial(decode.insert, positions=max_length), donate_argnums=0, out_shardings=shardings
         )
-        self._evict = jax.jit(decode.evict, donate_argnums=0, out_shardings=place)
-        # A CPU cuts the window out of the cache at every step; from four steps on, copying it there
-        # and back costs less.
-        apart = steps >= 4 and self._mesh.devices.flat[0].platform == "cpu"
-        generate = partial(
+        self._evict = jax.jit(decode.evict, donate_argnums=0, out_shardings=shardings)
+        # A CPU slices the window out of the cache at every step. From four steps on, copying it
+        # once and back costs less.
+        copy_window = steps >= 4 and self._mesh.devices.flat[0].platform == "cpu"
+        generate_tokens = partial(
             decode.generate,
             config=config,
             stop_ids=stop_ids,
             steps=steps,
             record_experts=record_experts,
             expert_shards=self.expert_shards,
-            apart=apart,
+            copy_window=copy_window,
         )
         self._generate = jax.jit(
-            partial(_packed, generate),
+            partial(_generate_packed, generate_tokens),
             donate_argnums=1,
             static_argnames="window",
-            out_shardings=(place, sharding.replicated(self._mesh)),
+            out_shardings=(shardings, sharding.replicated(self._mesh)),
         )
 
     def state_shapes(self) -> decode.DecodeState:
-        """Shapes and places of the decode state."""
+        """Returns shapes and shardings of the decode state."""
         shapes = jax.eval_shape(self._init)
         return sharding.abstract_arrays(shapes, sharding.decode_state_shardings(shapes, self._mesh))
 
     def lower(
         self, weights: Any, prompts: int, width: int
     ) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
-        """Prefill of `prompts` of `width` tokens, and one dispatch over the whole cache, from the
-        weights' shapes alone.
+        """Lowers a prefill of `prompts` prompts of `width` tokens, and a dispatch over the full
+        cache; `weights` may be shapes alone.
         """
         tokens, lengths, leave_at = (
             jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((prompts, width), (prompts,), ())
@@ -299,7 +301,7 @@ class Engine(engine_api.Engine):
     def prefill(
         self, *, params: Weights, existing_prefix: Any = None, padded_tokens: Any, true_length: Any
     ) -> decode.Prefix:
-        """Caches prompts: `padded_tokens` [P] with an int, or [rows, P] with [rows] true lengths."""
+        """Caches prompts `padded_tokens`, [P] or [rows, P], of `true_length`, an int or [rows]."""
         if existing_prefix is not None:
             raise NotImplementedError("prefixes cannot be extended; prefill the whole prompt")
         tokens = np.atleast_2d(np.asarray(padded_tokens, np.int32))
@@ -314,9 +316,7 @@ class Engine(engine_api.Engine):
     def insert(
         self, prefix: decode.Prefix, decode_state: decode.DecodeState, slot: int
     ) -> decode.DecodeState:
-        """Starts the first prompt of `prefix` in `slot`, with the engine's limits and a key of its
-        own.
-        """
+        """Starts the first prompt of `prefix` in `slot`, with the engine's limits and a new key."""
         self._requests += 1
         key = np.array([0, self._requests], np.uint32)
         return self.bulk_insert(
@@ -333,8 +333,9 @@ class Engine(engine_api.Engine):
         limit: Any,
         sampling: Sampling,
     ) -> decode.DecodeState:
-        """Starts g = `len(slots)` sequences; `limit` and the fields of `sampling` are one number or
-        [g]. See `decode.insert`.
+        """Starts g = `len(slots)` sequences; see `decode.insert`.
+
+        `limit` and the fields of `sampling` are one number or [g].
         """
         slots = np.asarray(slots, np.int32)
 
@@ -358,8 +359,8 @@ class Engine(engine_api.Engine):
         )
 
     def evict(self, decode_state: decode.DecodeState, slots: Any) -> decode.DecodeState:
-        """Ends the sequences in `slots` at once."""
-        # one size to compile; past the last slot nothing happens
+        """Ends the sequences in `slots`."""
+        # padded to one size, with a number past the last slot, which is dropped
         padded = np.full(self.slots, self.slots, np.int32)
         padded[: len(slots)] = slots
         return self._evict(decode_state, padded)
@@ -372,8 +373,9 @@ class Engine(engine_api.Engine):
         leave_at: int | None = None,
         window: int | None = None,
     ) -> tuple[decode.DecodeState, Any]:
-        """Up to `steps` tokens in every active slot; returns once `leave_at` slots are idle
-        (default: all).
+        """Samples up to `steps` tokens in every active slot; see `decode.generate`.
+
+        Returns early once `leave_at` slots are idle (default: all).
         """
         leave_at = self.slots if leave_at is None else leave_at
         state, data = self._generate(
@@ -393,7 +395,7 @@ class Engine(engine_api.Engine):
 
         Raises ValueError if a log-prob is not finite.
         """
-        tokens = _unpacked(np.asarray(result.data), self.steps, self._experts)
+        tokens = _unpack(np.asarray(result.data), self.steps, self._experts)
         if not np.isfinite(tokens.drawn.rollout_logp[tokens.valid]).all():
             raise ValueError(
                 "the engine sampled a token whose log-prob is not finite: its logits "
@@ -403,9 +405,11 @@ class Engine(engine_api.Engine):
         return tokens
 
     def init_decode_state(self, *args, **kwargs) -> decode.DecodeState:
+        """Returns empty slots."""
         return self._init()
 
     def load_params(self, *args, **kwargs) -> Weights:
+        """Returns what `load` returns. Raises ValueError if the engine was given none."""
         if self._load is None:
             raise ValueError(
                 "this engine was given no `load`; pass weights to prefill and generate"
@@ -413,35 +417,42 @@ class Engine(engine_api.Engine):
         return self._load()
 
     def get_prefix_destination_sharding(self) -> Any:
+        """Returns the sharding of a prefix: every device holds all of it."""
         return sharding.replicated(self._mesh)
 
     def get_tokenizer(self) -> Any:
+        """Raises NotImplementedError: the engine handles token ids only."""
         raise NotImplementedError(
-            "tokens go in and come out; text is the caller's (dcmdp_jax.tokenizer)"
+            "the engine takes and returns token ids; make text with dcmdp_jax.tokenizer"
         )
 
     @property
     def max_concurrent_decodes(self) -> int:
+        """The number of slots."""
         return self.slots
 
     @property
     def samples_per_slot(self) -> int:
+        """One sequence per slot."""
         return 1
 
     @property
     def max_prefill_length(self) -> int:
+        """The longest prompt: one position is left for a new token."""
         return self.max_length - 1
 
     @property
     def mesh(self) -> jax.sharding.Mesh:
+        """The devices of the engine."""
         return self._mesh
 
     @property
     def colocated_cpus(self) -> None:
+        """None: the engine uses no host devices of its own."""
         return None
 
 
-def _packed(
+def _generate_packed(
     generate: Callable,
     weights: Weights,
     state: decode.DecodeState,
@@ -449,9 +460,9 @@ def _packed(
     *,
     window: int,
 ) -> tuple[decode.DecodeState, jax.Array]:
-    """`decode.generate` with its tokens as one [slots, columns] int32 array: one copy to the host.
+    """Returns what `generate` does, its tokens as one int32 array [slots, columns].
 
-    The first 2 K + 1 columns are those that JetStream reads.
+    One array is one copy to the host. JetStream reads the first 2 K + 1 columns.
     """
     state, tokens = generate(weights, state, leave_at, window=window)
     slots = tokens.active.shape[0]
@@ -464,13 +475,16 @@ def _packed(
         jax.lax.bitcast_convert_type(tokens.drawn.rollout_logp, jnp.int32),
         jax.lax.bitcast_convert_type(tokens.drawn.support_mass, jnp.int32),
     ]
-    if tokens.experts.size:  # gathering nothing is no collective that processes agree on
+    if tokens.experts.size:  # an empty array would be gathered by some processes and not others
         columns.append(tokens.experts.reshape(slots, -1))
     return state, jnp.concatenate(columns, axis=1)
 
 
-def _unpacked(data: np.ndarray, k: int, experts: tuple[int, int]) -> decode.Tokens:
-    """The tokens that `_packed` put into `data`; `experts` is (sparse layers, experts a token)."""
+def _unpack(data: np.ndarray, k: int, experts: tuple[int, int]) -> decode.Tokens:
+    """Returns the tokens that `_generate_packed` put into `data`.
+
+    `experts` is (sparse layers, experts per token).
+    """
     token, valid, generated, active, version, logp, mass, chosen = np.split(
         data, np.cumsum([k, k, 1, 1, 1, k, k]), axis=1
     )

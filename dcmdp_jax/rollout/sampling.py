@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from dcmdp_jax.records import Sampling
 
-BLOCK = 128  # tokens that share a first draw
+BLOCK = 128  # tokens that are one entry in the first race
 
 
 class Drawn(NamedTuple):
@@ -22,48 +22,47 @@ class Drawn(NamedTuple):
     support_mass: jax.Array
 
 
-def sample(logits: jax.Array, key: jax.Array, how: Sampling) -> Drawn:
+def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> Drawn:
     """Draws a token of each row.
 
-    Formula: z = logits / temperature; p = softmax(z) over the support of `how`; the token is the
-        winner of an exponential
-    race, argmin_v E_v / p_v with E_v ~ Exp(1), run first over blocks of 128 tokens and then within
-    the winning block: both
-    races are exact, so the token has law p, and only V / 128 + 128 numbers are drawn. Temperature 0
-    takes the argmax and
-    reports plain softmax log-probs. Where logits hold NaN or +inf the token means nothing, and its
-    log-prob is NaN.
+    Formula: z = logits / temperature; p = softmax(z) over the support of `sampling`; the token is
+    the winner of an exponential race, argmin_v E_v / p_v with E_v ~ Exp(1), run first over blocks
+    of 128 tokens and then within the winning block. Both races are exact, so the token has law p,
+    and only V / 128 + 128 numbers are drawn. Temperature 0 takes the argmax and reports plain
+    softmax log-probs. If a row's logits hold NaN or +inf, its token means nothing and its log-prob
+    is NaN.
 
-    A race is decided by the order of E / p, so that round-off in p moves a token only in a near
-    tie. (Inverting a cumulative sum moves every boundary.)
+    A race is decided by the order of E / p, so that round-off in p changes a token only in a near
+    tie. (Inverting a cumulative sum would move every boundary.)
 
     Args:
       logits: [B, V] float32.
       key: [B, 2] uint32, one per row and token: the draw depends on the key and the row's logits
-          alone.
-      how: fields [B]; temperature >= 0, 0 <= top_k, 0 < top_p <= 1, 0 <= min_p < 1.
+        alone.
+      sampling: fields [B]; temperature >= 0, 0 <= top_k, 0 < top_p <= 1, 0 <= min_p < 1.
     """
-    greedy = how.temperature <= 0
-    scale = jnp.where(greedy, 1.0, 1.0 / how.temperature)
+    greedy = sampling.temperature <= 0
+    scale = jnp.where(greedy, 1.0, 1.0 / sampling.temperature)
     blocks = _blocks(logits)
-    likeliest = jnp.max(blocks, axis=-1)
-    top = jnp.max(likeliest, axis=-1)
+    block_max = jnp.max(blocks, axis=-1)
+    top = jnp.max(block_max, axis=-1)
+    cuts = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
     lowest = jax.lax.cond(
-        jnp.any(~greedy & ((how.top_k > 0) | (how.top_p < 1) | (how.min_p > 0))),
-        lambda: _lowest(logits, top, scale, how, greedy),
+        jnp.any(~greedy & cuts),
+        lambda: _lowest_logit(logits, top, scale, sampling, greedy),
         lambda: jnp.full_like(top, -jnp.inf),
     )
 
-    # the largest is taken off first, or a log-prob near 0 carries the rounding of a large logit
+    # the largest is subtracted first, or a log-prob near 0 carries the rounding of a large logit
     def tempered(x):
         column = (..., *[None] * (x.ndim - 1))
         z = (x - top[column]) * scale[column]
-        return jnp.where(x < lowest[column], -jnp.inf, z)  # so that NaN stays
+        return jnp.where(x < lowest[column], -jnp.inf, z)  # keeps NaN
 
     mass = jnp.sum(jnp.exp(tempered(blocks)), axis=-1)
     support = jnp.sum(mass, axis=-1)
     race = jnp.log(mass) - jnp.log(_exponential(key, mass.shape[1]))
-    block = jnp.argmax(jnp.where(greedy[:, None], likeliest, race), axis=-1)
+    block = jnp.argmax(jnp.where(greedy[:, None], block_max, race), axis=-1)
     within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     race = tempered(within) - jnp.log(_exponential(key ^ jnp.uint32(0x5BD1E995), BLOCK))
     place = jnp.argmax(jnp.where(greedy[:, None], within, race), axis=-1)
@@ -77,47 +76,58 @@ def sample(logits: jax.Array, key: jax.Array, how: Sampling) -> Drawn:
     return Drawn(token, chosen * scale - jnp.log(support), support_mass)
 
 
+def log_prob(logits: jax.Array, token: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Returns the log-prob of `token` [B] under softmax(logits / temperature), logits [B, V].
+
+    The terms are summed block by block as `sample` sums them, so that both round alike.
+    """
+    z = (logits - jnp.max(logits, axis=-1, keepdims=True)) * (1.0 / temperature)
+    mass = jnp.sum(jnp.exp(_blocks(z)), axis=-1)
+    chosen = jnp.take_along_axis(z, token[:, None], axis=-1)[:, 0]
+    return chosen - jnp.log(jnp.sum(mass, axis=-1))
+
+
 def _blocks(z: jax.Array) -> jax.Array:
-    """[B, V] -> [B, V / BLOCK, BLOCK], the last block filled with -inf."""
-    spare = -z.shape[-1] % BLOCK
-    return jnp.pad(z, ((0, 0), (0, spare)), constant_values=-jnp.inf).reshape(z.shape[0], -1, BLOCK)
+    """[B, V] -> [B, V / BLOCK, BLOCK], the last block padded with -inf."""
+    padding = -z.shape[-1] % BLOCK
+    padded = jnp.pad(z, ((0, 0), (0, padding)), constant_values=-jnp.inf)
+    return padded.reshape(z.shape[0], -1, BLOCK)
 
 
 def _total_mass(logits: jax.Array, top: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.sum(jnp.exp((logits - top[:, None]) * scale[:, None]), axis=-1)
 
 
-def _lowest(
-    logits: jax.Array, top: jax.Array, scale: jax.Array, how: Sampling, greedy: jax.Array
+def _lowest_logit(
+    logits: jax.Array, top: jax.Array, scale: jax.Array, sampling: Sampling, greedy: jax.Array
 ) -> jax.Array:
-    """The smallest logit of each row's support; -inf where the row keeps everything."""
+    """Returns the smallest logit [B] of each row's support; -inf for a row that is not cut."""
     distance = top[:, None] - logits
     size = logits.shape[-1]
-    k = jnp.where(how.top_k > 0, jnp.minimum(how.top_k, size), size)
-    by_k = _reach(lambda inside: jnp.sum(inside, axis=-1), distance, k)
+    k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, size), size)
+    by_k = _smallest_reaching(lambda inside: jnp.sum(inside, axis=-1), distance, k)
     probability = jnp.where(distance <= by_k[:, None], jnp.exp(-distance * scale[:, None]), 0)
-    by_p = _reach(
+    by_p = _smallest_reaching(
         lambda inside: jnp.sum(jnp.where(inside, probability, 0), axis=-1),
         distance,
-        how.top_p * jnp.sum(probability, axis=-1),
+        sampling.top_p * jnp.sum(probability, axis=-1),
     )
-    by_min = -jnp.log(how.min_p) / scale
+    by_min = -jnp.log(sampling.min_p) / scale
     nearest = jnp.minimum(
-        jnp.where(k < size, by_k, jnp.inf), jnp.where(how.top_p < 1, by_p, jnp.inf)
+        jnp.where(k < size, by_k, jnp.inf), jnp.where(sampling.top_p < 1, by_p, jnp.inf)
     )
-    nearest = jnp.minimum(nearest, jnp.where(how.min_p > 0, by_min, jnp.inf))
-    # the kept tokens are named by a logit, so that comparing again leaves out none that tie with
-    # the last
+    nearest = jnp.minimum(nearest, jnp.where(sampling.min_p > 0, by_min, jnp.inf))
+    # The support is given by a logit, so that comparing with it leaves out no token that ties with
+    # the last.
     last = jnp.min(jnp.where(distance <= nearest[:, None], logits, jnp.inf), axis=-1)
     return jnp.where(greedy | jnp.isposinf(nearest), -jnp.inf, last)
 
 
-def _reach(measure, distance: jax.Array, goal: jax.Array) -> jax.Array:
-    """The smallest d [B] with measure(distance <= d) >= goal, found bit by bit: floats >= 0 are
-    ordered as their bits are.
+def _smallest_reaching(measure, distance: jax.Array, goal: jax.Array) -> jax.Array:
+    """Returns the smallest d [B] with measure(distance <= d) >= goal.
 
-    Costs 31 passes and no sort, which over a vocabulary of 151,936 takes several times as long on a
-    CPU.
+    Bisects over the bits of d: floats >= 0 are ordered as their bits are. This costs 31 passes; a
+    sort of 151,936 tokens takes several times as long on a CPU.
     """
 
     def halve(_, bounds):
@@ -134,12 +144,12 @@ def _reach(measure, distance: jax.Array, goal: jax.Array) -> jax.Array:
 
 
 def _exponential(key: jax.Array, size: int) -> jax.Array:
-    """[B, size] unit exponentials from [B, 2] uint32 keys by a counter-based hash, two rounds of
-    MurmurHash3's finalizer.
+    """Returns [B, size] unit exponentials from [B, 2] uint32 keys by a counter-based hash: two
+    rounds of MurmurHash3's finalizer.
 
     The keys come from `jax.random`, so streams of different tokens are as independent as Threefry
-    makes them. E = -log1p(-u), u in steps of 2^-32 where it is small: the smallest, which win the
-    race, keep their relative precision.
+    makes them. E = -log1p(-u), with u in steps of 2^-32 where it is small: the smallest E, which
+    win the race, keep their relative precision.
     """
     counter = jnp.arange(size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
     bits = _mix(_mix(counter[None] ^ key[:, :1]) + key[:, 1:])

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from dcmdp_jax.buckets import power_of_two
 from dcmdp_jax.records import Sampling, Weights
-from dcmdp_jax.rollout.generate import MIN_FREE, SMALLEST_BUCKET, bucket
+from dcmdp_jax.rollout.generate import MIN_FREE, SMALLEST_BUCKET
 
 FAILED_ROUNDS = 3  # rounds in a row whose failure makes a driver unhealthy
 
@@ -251,7 +252,7 @@ class Driver:
     def _prefill(self, slot: int, request: Request) -> None:
         length = len(request.tokens)
         tokens = np.zeros(
-            (1, bucket(max(length, SMALLEST_BUCKET), self.engine.max_length)), np.int32
+            (1, power_of_two(max(length, SMALLEST_BUCKET), self.engine.max_length)), np.int32
         )
         tokens[0, :length] = request.tokens
         prefix = self.engine.prefill(
@@ -271,7 +272,7 @@ class Driver:
             self._weights,
             self._state,
             leave_at=min(slots - self.running + MIN_FREE, slots) if self._waiting else slots,
-            window=bucket(
+            window=power_of_two(
                 max(longest + self.engine.steps, SMALLEST_BUCKET), self.engine.max_length
             ),
         )

@@ -197,7 +197,7 @@ def _engine(
         record_experts=config.algorithm.replay_routing,
         mesh=mesh,
     )
-    weights = sync.abstract(model, rollout.precision, mesh)
+    weights = sync.abstract_weights(model, rollout.precision, mesh)
     at_once = max(min(generate.PREFILL_TOKENS // data.max_prompt_tokens, prompts), 1)
     prefill, decode = engine.lower(weights, at_once, data.max_prompt_tokens)
     cache = sharding.local_bytes(engine.state_shapes())
