@@ -129,8 +129,8 @@ def _check_formats(precision: Precision) -> None:
             )
     if precision.group < -1:
         raise ValueError(
-            f"rollout.precision.group={precision.group} must be -1 (one scale per weight), 0 (one per output "
-            "channel) or positive"
+            f"rollout.precision.group={precision.group} must be -1 (one scale per weight), 0 (one "
+            "per output channel) or positive"
         )
 
 

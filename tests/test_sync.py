@@ -1,4 +1,4 @@
-"""Weight sync: the same values in the engine's layout, no buffer shared, each part in its format."""
+"""Weight sync: the same values in the engine's layout, no shared buffer, each part's format."""
 
 import dataclasses
 
