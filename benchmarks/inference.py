@@ -1,25 +1,24 @@
 """The engine against what bounds it, and against itself: `python -m benchmarks.inference`.
 
-Prints, each pair interleaved in one run and in process CPU seconds where the device is a CPU (wall
-    seconds elsewhere):
-  loop      a rollout of equal lengths through the JetStream engine, against one compiled prefill
-  and while_loop that does
-            nothing else
+The programs of a part alternate in one run. Seconds are the process's CPU seconds where the device
+is a CPU, and wall seconds elsewhere.
+
+  loop      a rollout of equal lengths through the engine, against one compiled prefill and
+            while_loop that does nothing else
   slots     occupancy of the slots, tokens over decode steps x slots, on long-tailed lengths, beside
-  that of static batches
+            that of static batches
   prefix    prefill and start of 8 samples of one 512-token prompt, against 1
   sampler   a draw and its log-prob from 16 rows of 151,936 logits, against `jax.random.categorical`
-  and log_softmax
-  weights   a decode dispatch by the weights' dtype: time against float32, and bytes
+            and log_softmax
+  weights   a decode dispatch by the weights' format: seconds against float32, and bytes
   peers     other engines beside this one, as `benchmarks.peers.compare` prints them where PEERS
-  names the harness
+            names the harness
   roof      tokens a second against the least time in which the parameters and the live cache can be
-  read (needs --bandwidth)
+            read (needs --bandwidth)
 
     python -m benchmarks.inference
     taskset -c 0 python -m benchmarks.inference loop slots prefix weights
-    python -m benchmarks.inference roof --shape 0.6B --batch 64 256 --bandwidth 3350       # GB/s,
-    of an H100
+    python -m benchmarks.inference roof --shape 0.6B --batch 64 256 --bandwidth 3350  # an H100's
 """
 
 from __future__ import annotations
@@ -125,14 +124,14 @@ def loop(repeats: int) -> None:
         repeats,
     )
     print(
-        f"loop     engine {ours * 1e3:.0f} ms, one compiled loop {bare * 1e3:.0f} ms: {ours / bare:.2f}x "
-        f"({count * new / ours:.0f} tokens/s)"
+        f"loop     engine {ours * 1e3:.0f} ms, one compiled loop {bare * 1e3:.0f} ms: "
+        f"{ours / bare:.2f}x ({count * new / ours:.0f} tokens/s)"
     )
 
 
 def slots(repeats: int) -> None:
-    """Requests on 16 slots, lengths log-normal, median 23, at most 128; no request's length is
-    known before it ends.
+    """Requests on 16 slots, lengths log-normal, median 23, at most 128; the loop does not know a
+    length before it is reached.
     """
     del repeats
     policy = make_weights(SMALL)
@@ -159,13 +158,14 @@ def slots(repeats: int) -> None:
         static = int(limits.reshape(-1, 16).max(axis=1).sum())
         bound = fifo(limits, 16)
         print(
-            f"slots    {count} requests: {tokens / (16 * sum(steps)):.0%} of 16 slots occupied over {sum(steps)} steps; at best "
-            f"{tokens / (16 * bound):.0%} in this order; in static batches {tokens / (16 * static):.0%}"
+            f"slots    {count} requests: {tokens / (16 * sum(steps)):.0%} of 16 slots occupied "
+            f"over {sum(steps)} steps; at best {tokens / (16 * bound):.0%} in this order; "
+            f"in static batches {tokens / (16 * static):.0%}"
         )
 
 
 def fifo(limits: np.ndarray, slots: int) -> int:
-    """Steps of the schedule that refills every slot the moment it is idle."""
+    """Returns the steps of the schedule that refills every slot the moment it is idle."""
     busy = np.zeros(slots, int)
     for length in limits:
         busy[busy.argmin()] += length
@@ -197,7 +197,8 @@ def prefix(repeats: int) -> None:
 
     one, eight = measure([partial(start, 1), partial(start, 8)], repeats)
     print(
-        f"prefix   8 samples of one 512-token prompt {eight * 1e3:.1f} ms, 1 sample {one * 1e3:.1f} ms: {eight / one:.2f}x"
+        f"prefix   8 samples of one 512-token prompt {eight * 1e3:.1f} ms, "
+        f"1 sample {one * 1e3:.1f} ms: {eight / one:.2f}x"
     )
 
 
@@ -226,14 +227,15 @@ def sampler(repeats: int) -> None:
         repeats,
     )
     print(
-        f"sampler  16 x {size}: {ours * 1e3:.1f} ms, jax.random.categorical {library * 1e3:.1f} ms: {library / ours:.0f}x; "
+        f"sampler  16 x {size}: {ours * 1e3:.1f} ms, "
+        f"jax.random.categorical {library * 1e3:.1f} ms: {library / ours:.0f}x; "
         f"with top-k 50 and top-p 0.9 {nucleus * 1e3:.1f} ms"
     )
 
 
 def weights(repeats: int) -> None:
-    """64 decode steps of 16 slots; the projections alone change their dtype. Bytes as they are
-    packed on accelerators.
+    """64 decode steps of 16 slots; only the projections change their format. Bytes are those of an
+    accelerator, which packs two 4-bit numbers into one.
     """
     names = ("float32", "bfloat16", "int8", "int4", "float8_e4m3fn", "float8_e5m2", "nf4")
     policies = [make_weights(SMALL, Precision(weights=name)) for name in names]
@@ -252,8 +254,8 @@ def weights(repeats: int) -> None:
     ]
     for name, seconds, size in zip(names, times, sizes_of):
         print(
-            f"weights  {name:14} {seconds * 1e3:6.0f} ms {seconds / times[0]:.2f}x, layers {size / 1e6:6.2f} MB "
-            f"{size / sizes_of[0]:.2f}x"
+            f"weights  {name:14} {seconds * 1e3:6.0f} ms {seconds / times[0]:.2f}x, "
+            f"layers {size / 1e6:6.2f} MB {size / sizes_of[0]:.2f}x"
         )
 
 
@@ -275,17 +277,18 @@ def roof(shape: ModelConfig, batch: int, bandwidth: float | None, repeats: int) 
     start = partial(started, engine, policy, batch, 512, 128)
     seconds = measure([partial(decoded, engine, policy)], repeats, start)[0] / 128
     looked_up = 0 if shape.tie_word_embeddings else policy.params["embed"].nbytes
-    held = sum(x.nbytes for x in jax.tree.leaves(policy.params)) - looked_up
+    read = sum(x.nbytes for x in jax.tree.leaves(policy.params)) - looked_up
     live = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * 2 * batch * 576
-    least = (held + live) / (bandwidth * 1e9)
+    least = (read + live) / (bandwidth * 1e9)
     print(
-        f"roof     batch {batch}: {seconds * 1e3:.2f} ms a step, {batch / seconds:.0f} tokens/s; {held / 1e9:.2f} GB of "
-        f"parameters and {live / 1e9:.2f} GB of cache take {least * 1e3:.2f} ms: {least / seconds:.0%} of the roof"
+        f"roof     batch {batch}: {seconds * 1e3:.2f} ms a step, {batch / seconds:.0f} tokens/s; "
+        f"{read / 1e9:.2f} GB of parameters and {live / 1e9:.2f} GB of cache take "
+        f"{least * 1e3:.2f} ms: {least / seconds:.0%} of the roof"
     )
 
 
 def started(engine: Engine, policy, count: int, prompt: int, new: int):
-    """A state in which `count` sequences have `new` tokens to make."""
+    """Returns a state in which `count` sequences have `new` tokens to make."""
     prompts = make_prompts(np.full(1, prompt))
     first = engine.prefill(params=policy, padded_tokens=prompts.tokens, true_length=prompts.lengths)
     return jax.block_until_ready(
@@ -302,7 +305,7 @@ def started(engine: Engine, policy, count: int, prompt: int, new: int):
 
 
 def decoded(engine: Engine, policy, state) -> None:
-    """Decodes all that `state` has to make."""
+    """Decodes until every sequence of `state` has reached its limit."""
     length = int(state.length.max()) + 1
     left = int(state.limit.max())
     for made in range(0, left, engine.steps):
@@ -331,8 +334,9 @@ def make_engine(shape: ModelConfig, slots: int, max_length: int) -> Engine:
 
 
 def measure(programs: list[Callable], repeats: int, prepare: Callable | None = None) -> np.ndarray:
-    """Median seconds of each, one of each a round, after a round that compiles; what `prepare`
-    makes is not timed.
+    """Returns the median seconds of each program over `repeats` rounds, after one that compiles.
+
+    Each round runs every program once, with what `prepare` returns, which is not timed.
     """
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     seconds = np.zeros((repeats + 1, len(programs)))

@@ -1,12 +1,10 @@
 """Is the shorter of the two stages hidden? `taskset -c 0,1 python -m benchmarks.overlap`
 
-Two simulated CPU devices: one trains, one samples weights a step old. Prints the wall seconds
-    (medians, interleaved) of an
-update alone, of a rollout with its rewards and packing alone, and of both in the order of the
-training loop. The devices share the
-cores, and XLA lets a stage that is alone use more than one; so both are also held against what the
-CPU seconds of the two
-stages take on all cores, below which nothing can be hidden.
+Two simulated CPU devices: one trains, one samples with weights that are a step old. Prints the wall
+seconds (medians of alternating runs) of an update alone, of a rollout with its rewards and packing
+alone, and of both in the order of the training loop. The devices share the cores, and XLA lets a
+stage that is alone use more than one. So both together are also compared with what the CPU seconds
+of the two stages take on all cores, which is the least that they can take.
 """
 
 from __future__ import annotations
@@ -69,9 +67,10 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     least = max(sum(cpu[:2]) / cores, update, sample)
     print(
-        f"update alone {update:.3f} s ({cpu[0]:.3f} CPU s), rollout alone {sample:.3f} s ({cpu[1]:.3f}), both {both:.3f} s "
-        f"({cpu[2]:.3f}): {both / (update + sample):.2f} of the sum, {both / least:.2f} of the {least:.3f} s that {cores} cores "
-        "need for it"
+        f"update alone {update:.3f} s ({cpu[0]:.3f} CPU s), "
+        f"rollout alone {sample:.3f} s ({cpu[1]:.3f}), both {both:.3f} s ({cpu[2]:.3f}): "
+        f"{both / (update + sample):.2f} of the sum, {both / least:.2f} of the {least:.3f} s that "
+        f"{cores} cores need for it"
     )
 
 

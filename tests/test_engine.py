@@ -1,6 +1,4 @@
-"""The engine is the forward pass: what it samples and the log-probs it reports, through JetStream's
-own interface.
-"""
+"""The engine agrees with the forward pass: what it samples, and the log-probs that it reports."""
 
 import dataclasses
 import logging
@@ -94,11 +92,10 @@ def test_greedy_decoding_is_the_argmax_of_the_forward_pass(model, steps):
     assert len(set(out.lengths)) > 3 and (logp.argmax(-1) == out.tokens)[sampled].mean() > 0.999
 
 
-def test_recorded_experts_are_the_routers_and_the_engine_may_use_fewer():
-    """Ids of every layer for every token; the trainer's router picks the same from the same
-    weights.
-    """
-    out = rollout(
+@pytest.fixture(scope="module")
+def recorded():
+    """A rollout of MOE with the experts of every token."""
+    return rollout(
         make_engine(MOE, record_experts=True),
         make_weights(MOE),
         make_prompts(),
@@ -107,7 +104,17 @@ def test_recorded_experts_are_the_routers_and_the_engine_may_use_fewer():
         max_tokens=T,
         sampling=Sampling(0.8),
     )
-    np.testing.assert_array_equal(out.tokens, sample(MOE).tokens)
+
+
+def test_recording_experts_does_not_change_what_is_sampled(recorded):
+    np.testing.assert_array_equal(recorded.tokens, sample(MOE).tokens)
+
+
+def test_recorded_experts_are_those_of_the_trainers_router(recorded):
+    """Ids of every layer for every token; the trainer's router picks the same from the same
+    weights.
+    """
+    out = recorded
     assert out.experts.shape == (*out.tokens.shape, MOE.num_layers, MOE.experts_per_token)
     for i in range(3):
         prompt = out.prompts.tokens[0, : out.prompts.lengths[0]]
@@ -120,6 +127,9 @@ def test_recorded_experts_are_the_routers_and_the_engine_may_use_fewer():
                 np.sort(out.experts[i, :n, layer]), np.sort(chosen[layer])
             )
         assert (out.experts[i, n:] == -1).all()
+
+
+def test_the_engine_may_use_fewer_experts():
     fewer = rollout(
         make_engine(MOE, record_experts=True, precision=Precision(experts_per_token=1)),
         make_weights(MOE),
@@ -234,9 +244,12 @@ def test_samples_do_not_depend_on_slots_or_dispatches(model):
     assert (sample(model, key=2).tokens != reference.tokens).any()
 
 
-def test_samples_of_one_prompt_differ_and_a_prompt_alone_samples_the_same():
+def test_samples_of_one_prompt_differ():
+    assert len({tuple(row) for row in sample(DENSE).tokens[:G]}) == G
+
+
+def test_a_prompt_alone_samples_what_it_does_in_a_batch():
     out = sample(DENSE)
-    assert len({tuple(row) for row in out.tokens[:G]}) == G
     prompts = make_prompts()
     first = Prompts(prompts.tokens[:1], prompts.lengths[:1], prompts.examples[:1])
     keys = np.asarray(jax.random.bits(jax.random.key(1), (len(out.lengths), 2), "uint32"))
@@ -254,19 +267,26 @@ def test_samples_of_one_prompt_differ_and_a_prompt_alone_samples_the_same():
     assert tokens == out.tokens[2, : out.lengths[2]].tolist()
 
 
-def test_stopping_and_limits():
+def test_a_completion_ends_with_a_stop_token_or_at_its_limit():
     out = sample(DENSE)
+    assert out.stopped.any() and not out.stopped.all()
     for tokens, n, stopped in zip(out.tokens, out.lengths, out.stopped):
         assert stopped == (tokens[n - 1] in STOP)
-        assert not set(tokens[: n - 1]) & set(STOP) and not tokens[n:].any()
+        assert not set(tokens[: n - 1]) & set(STOP)
         assert stopped or n == T
-    assert out.stopped.any() and not out.stopped.all()
-    assert (out.tokens[np.arange(T) < out.lengths[:, None]] == 0).any(), (
-        "token id 0 is an ordinary token"
-    )
 
 
-def test_a_prompt_is_prefilled_once_and_insert_is_in_place(monkeypatch):
+def test_past_its_length_a_completion_is_zero():
+    out = sample(DENSE)
+    assert not out.tokens[np.arange(T) >= out.lengths[:, None]].any()
+
+
+def test_token_id_0_is_an_ordinary_token():
+    out = sample(DENSE)
+    assert (out.tokens[np.arange(T) < out.lengths[:, None]] == 0).any()
+
+
+def test_a_prompt_is_prefilled_once(monkeypatch):
     engine = make_engine(DENSE, slots=4)
     prompts = make_prompts()
     weights = make_weights(DENSE)
@@ -279,20 +299,36 @@ def test_a_prompt_is_prefilled_once_and_insert_is_in_place(monkeypatch):
     assert sorted(n for part in rows for n in part if n > 1) == sorted(
         n for n in prompts.lengths if n > 1
     )
+
+
+def test_insert_donates_the_decode_state():
+    engine = make_engine(DENSE, slots=4)
+    tokens = make_prompts().tokens[0]
+    prefix = engine.prefill(params=make_weights(DENSE), padded_tokens=tokens, true_length=1)
     state = engine.init_decode_state()
-    engine.insert(prefill(params=weights, padded_tokens=prompts.tokens[0], true_length=1), state, 2)
-    assert state.cache.keys[0].is_deleted(), "the decode state is donated"
+    engine.insert(prefix, state, 2)
+    assert state.cache.keys[0].is_deleted()
+
+
+def greedy_engine():
+    return make_engine(DENSE, slots=2, sampling=Sampling(0.0), max_tokens=6, load=dict)
 
 
 def test_it_is_a_jetstream_engine():
-    """The abstract interface alone, one prompt and one slot at a time, gives the argmax path."""
-    engine = make_engine(DENSE, slots=2, sampling=Sampling(0.0), max_tokens=6, load=dict)
-    assert isinstance(engine, jetstream.engine_api.Engine) and engine.load_params() == {}
-    assert (engine.max_concurrent_decodes, engine.samples_per_slot, engine.max_prefill_length) == (
-        2,
-        1,
-        P + T - 1,
-    )
+    assert isinstance(greedy_engine(), jetstream.engine_api.Engine)
+
+
+def test_jetstreams_properties():
+    engine = greedy_engine()
+    assert engine.load_params() == {}
+    assert engine.max_concurrent_decodes == 2
+    assert engine.samples_per_slot == 1
+    assert engine.max_prefill_length == P + T - 1
+
+
+def test_jetstreams_interface_alone_gives_the_argmax_path():
+    """One prompt and one slot at a time."""
+    engine = greedy_engine()
     weights = make_weights(DENSE)
     prompts = make_prompts()
     state = engine.init_decode_state()
@@ -308,18 +344,28 @@ def test_it_is_a_jetstream_engine():
     assert data[-1].lengths[0] == len(tokens) and not data[0].valid.dtype.kind == "f"
 
 
-def test_bad_prompts_are_refused():
-    engine = make_engine(DENSE)
-    prompts = make_prompts()
+def test_a_prompt_without_tokens_is_refused():
     with pytest.raises(ValueError, match="must lie in 1"):
-        engine.prefill(params=None, padded_tokens=prompts.tokens[0], true_length=0)
+        make_engine(DENSE).prefill(
+            params=None, padded_tokens=make_prompts().tokens[0], true_length=0
+        )
+
+
+def test_a_completion_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="up to 30 positions and do not fit the engine's 29"):
-        rollout(engine, None, prompts, samples=1, key=jax.random.key(0), max_tokens=T + 1)
+        rollout(
+            make_engine(DENSE),
+            None,
+            make_prompts(),
+            samples=1,
+            key=jax.random.key(0),
+            max_tokens=T + 1,
+        )
 
 
 @MODELS
 def test_a_sharded_engine_samples_the_same(model):
-    """Slots over four devices, heads, ffn and vocabulary over two (dense), experts over two (MoE)."""
+    """Slots over four devices; heads, FFN and vocabulary, or experts, over two."""
     model = dataclasses.replace(model, vocab_size=38)
     axes = MeshConfig(expert=2) if model.num_experts else MeshConfig(tensor=2)
     outs = []

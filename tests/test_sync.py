@@ -1,6 +1,7 @@
 """Weight sync: the same values in the engine's layout, no shared buffer, each part's format."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +132,7 @@ def test_values_of_every_part(model):
             want = quantize(exact[path], "int4", (-1,) if model.tie_word_embeddings else (-2,))
         else:
             want = exact[path] if "bias" in path else exact[path].astype(jnp.bfloat16)
-        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, err_msg=path), leaf, want)
+        jax.tree.map(partial(np.testing.assert_array_equal, err_msg=path), leaf, want)
 
 
 @MODELS
