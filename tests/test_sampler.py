@@ -6,6 +6,7 @@ import pytest
 
 from dcmdp_jax import sharding, tokenizer
 from dcmdp_jax.records import NotFinite, Prompts, Sampling
+from dcmdp_jax.rollout.generate import completion_keys
 from dcmdp_jax.rollout.jetstream import JetStreamSampler
 from dcmdp_jax.stopping import Interrupted
 from support.engines import DENSE, G, P, T, make_params, make_prompts
@@ -36,13 +37,14 @@ def test_a_part_of_a_batch_samples_what_the_batch_does(sampler):
     np.testing.assert_array_equal(sample(sampler, part, offset=4 * G).tokens, whole.tokens[4 * G :])
 
 
-def test_completions_by_their_numbers_are_those_of_the_batch(sampler):
+def test_completions_with_keys_of_their_own_are_those_of_the_batch(sampler):
     prompts = make_prompts()
     whole = sample(sampler, prompts)
     rows = np.array([5, 2])
     chosen = Prompts(prompts.tokens[rows], prompts.lengths[rows], ())
     numbers = rows * G + 1
-    part = sample(sampler, chosen, samples=1, numbers=numbers)
+    keys = completion_keys(jax.random.key(5), len(whole.tokens))[numbers]
+    part = sample(sampler, chosen, samples=1, keys=keys)
     np.testing.assert_array_equal(part.tokens, whole.tokens[numbers])
 
 

@@ -28,8 +28,8 @@ from dcmdp_jax.evaluation import eval_set
 from dcmdp_jax.evaluation.eval_set import EvalSet, Key
 from dcmdp_jax.models import decoder, weights
 from dcmdp_jax.records import Example, Prompts, Sampling
-from dcmdp_jax.rollout import jetstream
-from dcmdp_jax.rollout.generate import completion_keys, rollout
+from dcmdp_jax.rollout.generate import completion_keys
+from dcmdp_jax.rollout.jetstream import JetStreamSampler
 from dcmdp_jax.run_record import differences
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -152,27 +152,25 @@ def start_engine(evaluation: Evaluation) -> Sample:
         jnp.bfloat16 if options.model.compute.bfloat16 else jnp.float32,
         shardings=shardings,
     )
-    engine = jetstream.Engine(
+    sampler = JetStreamSampler(
         model_config,
+        evaluation.tokenizer,
+        mesh,
         slots=options.slots,
         max_length=evaluation.max_length,
         precision=options.precision,
-        stop_ids=evaluation.tokenizer.eos_ids,
-        mesh=mesh,
     )
-    engine_weights = sync.converter(model_config, options.precision, mesh)(params, 0)
+    sampler.update_weights(params, 0)
 
     def sample(prompts, *, samples, key, should_stop, on_completion):
-        rollout(
-            engine,
-            engine_weights,
+        sampler.sample(
             prompts,
             samples=samples,
-            key=key,
             max_tokens=options.max_tokens,
             sampling=options.sampling,
-            asked=should_stop,
-            ended=on_completion,
+            keys=key,
+            should_stop=should_stop,
+            on_end=on_completion,
         )
 
     return sample

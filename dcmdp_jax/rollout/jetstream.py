@@ -145,18 +145,17 @@ class JetStreamSampler:
         max_tokens: int | np.ndarray,
         sampling: Sampling,
         stop_strings: tuple[str, ...] = (),
-        seed: int,
+        seed: int = 0,
         offset: int = 0,
+        keys: np.ndarray | None = None,
         should_stop: Callable[[], bool] = lambda: False,
-        numbers: np.ndarray | None = None,
         on_end: Callable[[int, np.ndarray, bool], None] = lambda index, text_ids, stopped: None,
     ) -> Rollout:
         """Samples `samples` completions of every prompt; see `records.Sampler`.
 
         Args:
           max_tokens: one bound, or [N].
-          numbers: [N], instead of `offset`: the numbers of the completions, which their random
-            streams depend on.
+          keys: [N, 2] uint32, a random key for each completion, instead of `seed` and `offset`.
           on_end: called with a completion's index, the ids of its text, and whether it stopped, as
             soon as it has ended.
 
@@ -175,15 +174,15 @@ class JetStreamSampler:
 
         # made there, the random keys do not wait for a device that trains
         with jax.default_device(self.engine.mesh.local_devices[0]):
-            if numbers is None:
-                numbers = offset + np.arange(len(prompts.lengths) * samples)
-            keys = generate.completion_keys(jax.random.key(seed), int(numbers.max()) + 1)
+            if keys is None:
+                end = offset + len(prompts.lengths) * samples
+                keys = generate.completion_keys(jax.random.key(seed), end)[offset:]
             return generate.rollout(
                 self.engine,
                 self.weights,
                 prompts,
                 samples=samples,
-                key=keys[numbers],
+                key=keys,
                 max_tokens=max_tokens,
                 sampling=sampling,
                 stop_strings=stop_strings,
