@@ -52,10 +52,11 @@ def test_the_gradient_is_the_chain_rule_s():
     state = fresh_state(config, MODEL, ONE)
     batch = packing.pack(make_scored(), minibatches=1, microbatches=1, row_length=24)
     batch = jax.device_put(batch, step.batch_shardings(config, ONE))
+    base = make_params()
 
     def grads(params, frozen, config):
         advantage = step.group_advantage(batch, config)
-        old_logp, _ = step.score(make_params(), batch, config, MODEL)
+        old_logp, _ = step.score(base, batch, config, MODEL)
         minibatch = jax.tree.map(
             lambda x: x[0],
             step.Minibatch(batch, old_logp, None, jnp.broadcast_to(advantage, batch.mask.shape)),
@@ -63,7 +64,7 @@ def test_the_gradient_is_the_chain_rule_s():
         return step.gradients(params, frozen, minibatch, jnp.float32(0.1), config, MODEL)[1]
 
     of_adapters = jax.jit(functools.partial(grads, config=config))(state.params, state.frozen)
-    of_all = jax.jit(functools.partial(grads, config=make_config()))(make_params(), ())
+    of_all = jax.jit(functools.partial(grads, config=make_config()))(base, ())
     np.testing.assert_allclose(
         of_adapters["up"], state.params["down"].T @ of_all["embed"], atol=2e-6
     )
