@@ -18,8 +18,11 @@ Data
     prompt          the tokens that a completion follows
     completion      the tokens that were sampled after a prompt, the stop token included
     rollout         the completions of a batch of prompts, with their log-probs
-    reward          what the verifier gives a completion, [N]
-    advantage       what the loss weighs log-probs with, [N] or [N, T]
+    group           the completions of one prompt; their rewards are compared
+    verifier        the function that gives a completion its reward
+    reward          the verifier's number for a completion, [N]
+    advantage       the weight of a completion, or of a token, in the loss: [N] or [N, T]
+    row, segment    a packed row of tokens, and a prompt with its completion within it
     mask            1 for the completion tokens that are trained
 
 Log-probs of the sampled tokens, in nats
@@ -102,8 +105,8 @@ class Sampling(NamedTuple):
     """How a token is drawn: from softmax(logits / temperature) over a support, renormalised.
 
     The support holds the `top_k` likeliest tokens, of those the fewest whose mass reaches `top_p`,
-    and of those the ones at least `min_p` times as likely as the likeliest; tokens tied with the
-    last kept one are kept. Scalars or one per request.
+    and of those the ones at least `min_p` times as likely as the likeliest. Tokens that tie with
+    the last one belong to it too. Fields are scalars, or arrays with one value per request.
     """
 
     temperature: Any = 1.0  # 0 takes the likeliest token
@@ -206,7 +209,7 @@ class Batch(NamedTuple):
     """Completions packed into rows for the model, with the map back to [n, T] for the mathematics.
 
     `rollout_logp` is of the distribution that the trainer scores: softmax(logits / temperature)
-    over the whole vocabulary, a rollout's `rollout_logp` + log `support_mass`. Where the support
+    over the full vocabulary, a rollout's `rollout_logp` + log `support_mass`. Where the support
     was cut, sampler and trainer are thus compared before the cut, which both would make alike:
     their difference, and every ratio of the two, comes from numerics and staleness alone.
 
@@ -221,7 +224,7 @@ class Batch(NamedTuple):
     index: np.ndarray  # [M, A, n, T] int32; 0 where masked
     completions: np.ndarray  # [M, A, n, T] int32
     mask: np.ndarray  # [M, A, n, T] bool, completion tokens that are trained
-    rollout_logp: np.ndarray  # [M, A, n, T] float32, over the whole vocabulary
+    rollout_logp: np.ndarray  # [M, A, n, T] float32, over the full vocabulary
     reward: np.ndarray  # [M, A, n] float32
     group: np.ndarray  # [M, A, n] int32, 0..B-1: the prompt a completion answers
     # [M, A, R, S, sparse layers, k] int16 that each token takes; -1: its router's choice

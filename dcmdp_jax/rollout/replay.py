@@ -24,7 +24,7 @@ def replay(
 ) -> np.ndarray:
     """Returns the log-prob of every sampled token under softmax(logits / temperature).
 
-    [N, T] float32, nats, 0 past the length; the softmax runs over the whole vocabulary. Completions
+    [N, T] float32, nats, 0 past the length; the softmax runs over the full vocabulary. Completions
     go through the engine's own prefill, insert and decode step, token by token, with the sampled
     token fed where the engine would feed the one it draws. The engine and weights that sampled
     give `rollout_logp + log(support_mass)`, up to round-off.
