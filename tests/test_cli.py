@@ -37,6 +37,7 @@ def test_words_that_are_no_overrides_are_refused(words, message):
         ("--steps takes", ["--steps", "x"], "--steps takes"),
         ("warmup.steps=1 and steps=2", ["--steps", "2"], "warmup.steps=1 and --steps=2"),
         ("set rollout.mesh.data", ["--rollout.mesh", "2"], "set rollout.mesh.data"),
+        ("wandb=True needs wandb", ["--wandb", "yes"], "--wandb=True needs wandb"),
         ("leave data.path.", ["--data.path", "x"], "leave --data.path."),
     ],
 )

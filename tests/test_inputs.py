@@ -29,7 +29,7 @@ from support.training import QUICKSTART, command, dcmdp
         ({"eval.every": 1, "eval.prompts": 0}, "eval.prompts=0 must be at least 1"),
         (
             {"data.max_prompt_tokens": 5},
-            "a prompt has 6 tokens, more than data.max_prompt_tokens=5",
+            "a prompt has 6 tokens, more than --data.max_prompt_tokens=5",
         ),
         ({"checkpoint.keep": 0}, "checkpoint.keep=0 must be at least 1"),
         ({"seed": -1}, "seed=-1 must not be negative"),
@@ -45,7 +45,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, changes,
 def test_an_absent_logger_is_refused_before_there_is_a_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert dcmdp(command(tmp_path / "run", wandb="yes")) == 2
-    assert capsys.readouterr().err == "dcmdp: wandb=True needs wandb; pip install wandb\n"
+    assert capsys.readouterr().err == "dcmdp: --wandb=True needs wandb; pip install wandb\n"
     assert not (tmp_path / "run").exists()
 
 

@@ -54,7 +54,8 @@ def as_typed(message: str, args: argparse.Namespace, options: list[str]) -> str:
     """Returns `message` with each field that the command line set written as it was typed there.
 
     That is `--rollout.slots` for a field that is set by its dotted name, and `--weights` for one
-    that has an option of the command.
+    that has an option of the command. A name without a dot, which may be any word, is meant where
+    a value follows it.
     """
     words = [word[2:].partition("=")[0] for word in options if word.startswith("--")]
     names = {word.replace("-", "_"): f"--{word}" for word in words}
@@ -62,7 +63,8 @@ def as_typed(message: str, args: argparse.Namespace, options: list[str]) -> str:
         if hasattr(args, option):
             names[f"rollout.precision.{option}"] = f"--{option}"
     for field, option in names.items():
-        message = re.sub(rf"(?<![\w.-]){re.escape(field)}(?![\w.]*\w)", option, message)
+        end = r"(?![\w.]*\w)" if "." in field else "(?==)"
+        message = re.sub(rf"(?<![\w.-]){re.escape(field)}{end}", option, message)
     return message
 
 
