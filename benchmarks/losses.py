@@ -121,7 +121,8 @@ def main() -> None:
     )
     print(f"{'':36}{'time':>6}{'':18}{'time':>9}{'':6}{'bytes':>9}")
     print(
-        f"{'loss':36}{'read':>6}{'forward':>10}{'+back':>8}{'forward':>9}{'+back':>6}{'forward':>9}{'+back':>6}"
+        f"{'loss':36}{'read':>6}{'forward':>10}{'+back':>8}"
+        f"{'forward':>9}{'+back':>6}{'forward':>9}{'+back':>6}"
     )
     costly = []
     for name, (names, function) in LOSSES.items():

@@ -208,7 +208,10 @@ def test_support_mass():
     """Against sets drawn by hand; renormalising by it undoes the bias of the ratio."""
     p = np.float32([[[0.5, 0.25, 0.15, 0.1]]])
     mask = np.ones((1, 1), bool)
-    mass = lambda **options: diagnostics.support_mass(np.log(p), mask, **options)[0, 0]  # noqa: E731
+
+    def mass(**options):
+        return diagnostics.support_mass(np.log(p), mask, **options)[0, 0]
+
     np.testing.assert_allclose(mass(), 1.0, rtol=1e-6)
     np.testing.assert_allclose(mass(top_k=2), 0.75, rtol=1e-6)
     np.testing.assert_allclose(mass(top_p=0.6), 0.75, rtol=1e-6)

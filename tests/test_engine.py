@@ -341,7 +341,7 @@ def test_jetstreams_interface_alone_gives_the_argmax_path():
     tokens = np.concatenate([d.tokens[d.valid > 0] for d in data])
     reference = sample(DENSE, temperature=0.0).tokens[G]
     np.testing.assert_array_equal(tokens, reference[: len(tokens)])
-    assert data[-1].lengths[0] == len(tokens) and not data[0].valid.dtype.kind == "f"
+    assert data[-1].lengths[0] == len(tokens) and data[0].valid.dtype.kind != "f"
 
 
 def test_a_prompt_without_tokens_is_refused():

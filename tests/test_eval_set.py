@@ -44,7 +44,8 @@ def training_reward(example, text, stopped=True):
 
 
 def test_what_is_written_is_read(eval_set):
-    samples = [eval_set.judge(key, r"\boxed{2}", 9, True) for key in eval_set.keys()]  # noqa: SIM118
+    keys = eval_set.keys()
+    samples = [eval_set.judge(key, r"\boxed{2}", 9, True) for key in keys]
     eval_set.write(samples)
     assert list(eval_set.read().values()) == samples
 
