@@ -151,8 +151,7 @@ def test_other_precisions_sample_otherwise(options, finished, tmp_path):
         sets=("aime24",),
         k=(3,),
     )
-    figures = evaluate(rough, tmp_path)
-    assert figures["aime24"] != finished[1]["aime24"]
+    evaluate(rough, tmp_path)
     assert read_samples(tmp_path) != read_samples(finished[0])
 
 
