@@ -86,12 +86,13 @@ def saved_on_failure(
     after `algorithm.max_skipped` steps without an update.
     """
     progress = Progress(config, inputs, state)
+    first = int(state.step)  # read now: the first step donates `state`
     try:
         yield progress
     except NotFinite as error:
         last = progress.last
         weight = _weight_not_finite(last.state if last else state, inputs)
-        advice = _advice(int(state.step), last, saved, workdir)
+        advice = _advice(first, last, saved, workdir)
         raise Failed(f"{weight or 'a weight of the engine'} is not finite {advice}") from error
     except NoUpdates as error:
         _save(saved, progress.last)
