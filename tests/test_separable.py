@@ -219,7 +219,7 @@ def test_what_is_declared_separable_is(name):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", NOT_DECLARED)
+@pytest.mark.parametrize("name", sorted(NOT_DECLARED))
 def test_what_is_not_declared_couples_microbatches(name):
     config = config_with(**PARTS[name])
     assert not step.in_one_pass(config)
