@@ -9,6 +9,7 @@ time is linear in the text, of which the last `TAIL` characters are read.
 
 from __future__ import annotations
 
+import collections
 import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -177,10 +178,11 @@ def _last(statements: Iterable[_Statement]) -> _Statement | None:
 
 def _after_reasoning(text: str) -> str:
     """Returns the text after the reasoning."""
-    marks = list(_THINK.finditer(text))
-    if not marks:
+    last = collections.deque(_THINK.finditer(text), maxlen=1)  # a text may hold 10^5 marks
+    if not last:
         return text
-    return text[marks[-1].end() :] if marks[-1][1] else ""
+    (mark,) = last
+    return text[mark.end() :] if mark[1] else ""
 
 
 def _boxes(text: str) -> Iterator[_Statement]:
