@@ -91,7 +91,7 @@ def seconds(run: config.Config, repeats: int) -> list[list[tuple[float, float]]]
         return batches.collect(Stream.ROLLOUT, 0).packed
 
     def sample_while_training():
-        batches.sync_ahead(state)
+        batches.before_update(state)
         return train_once(), sample()
 
     found = []

@@ -22,17 +22,16 @@ class Collected(NamedTuple):
 
     packed: Batch  # laid out over the training mesh
     metrics: dict[str, float]  # `measurements.measure` of it
-    position: Any  # of the prompts, behind this batch
+    prompt_state: Any  # of the prompt iterator after this batch; checkpoints save it
 
 
 class Batches:
     """An iterator over the batches of the steps that are left; owns the sampler and its weights.
 
-    With `rollout.staleness` >= 1 it looks ahead: `sync` samples the next batch while the update
-    that was dispatched before it is running, with weights that `sync_ahead` has copied before that
-    update could donate them. Without, each batch is sampled when it is asked for, with the weights
-    of the last `sync`. Iteration ends after `config.steps` steps, or where any process was asked to
-    stop.
+    With staleness, `before_update` copies the weights of the next batch, which the update donates,
+    and `after_update` samples that batch while the update runs. Without, `after_update` copies the
+    updated weights, and each batch is sampled when the iterator is advanced. Iteration ends after
+    `config.steps` steps, or where any process was asked to stop.
     """
 
     def __init__(
@@ -57,19 +56,24 @@ class Batches:
             yield batch
             batch = self._next if self._looks_ahead else self._collect_next()
 
-    def sync_ahead(self, state: TrainState) -> None:
-        """To be called before an update of `state`: copies the weights that the next batch is
-        sampled with, where rollouts are stale.
+    def before_update(self, state: TrainState) -> None:
+        """To be called before each update, with the state that it donates.
+
+        With staleness it gives the sampler the weights of the next batch; otherwise it does
+        nothing.
         """
         if self._looks_ahead:
-            # what the update will make of `stale` and `step`
+            # The sampler must see the state as after this update, of which only `stale` and `step`
+            # are right here.
             self._update_weights(
                 state._replace(stale=(*state.stale, state.params)[1:], step=state.step + 1)
             )
 
-    def sync(self, state: TrainState) -> None:
-        """To be called with the updated `state`: gives the sampler its weights, or samples the next
-        batch while the update is running, where rollouts are stale.
+    def after_update(self, state: TrainState) -> None:
+        """To be called once each update is dispatched, with the updated state.
+
+        With staleness it samples the next batch while the update runs; otherwise it gives the
+        sampler the updated weights.
         """
         if self._looks_ahead:
             self._next = self._collect_next()

@@ -40,7 +40,7 @@ def run(
     it come again in the first steps. Raises `stopping.Interrupted` where the run is asked to stop.
     """
     options = config.constraint.tolerance
-    position = inputs.prompts.get_state()
+    prompt_state = inputs.prompts.get_state()
     processes.log0(f"measuring the floor of delta over {options.batches} batches")
     packed = []
     for number in range(options.batches):
@@ -52,7 +52,7 @@ def run(
     calibration = measure_floor(
         config, inputs.model_config, inputs.mesh, params, packed, options.slack
     )
-    inputs.prompts.set_state(position)
+    inputs.prompts.set_state(prompt_state)
     processes.log0(describe(calibration, options.slack))
     config = with_tolerance(config, rounded_tolerance(calibration))
     if jax.process_index() == 0:

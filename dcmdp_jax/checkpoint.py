@@ -45,8 +45,8 @@ class Checkpoints:
         """The step of the newest checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, position: Any) -> None:
-        """Saves a state and the position of the prompts; nothing where its step is saved already.
+    def save(self, state: TrainState, prompt_state: Any) -> None:
+        """Saves a state and that of the prompt iterator; nothing where its step is saved already.
 
         A checksum of each leaf is saved with it. Returns once the state may be donated; the disk is
         written while training goes on, and `close` waits for it. Raises OSError where this
@@ -55,7 +55,7 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest:
             return
-        rest = {"data": position, "checksums": checksums(state)}
+        rest = {"data": prompt_state, "checksums": checksums(state)}
         rest |= {"checksum": _text_checksum(rest)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), rest=ocp.args.JsonSave(rest))
         with self._full_disk_as_os_error():
@@ -75,8 +75,8 @@ class Checkpoints:
             ) from error
 
     def restore(self, like: TrainState) -> tuple[TrainState, Any] | None:
-        """Returns (state, position of the prompts) of the newest intact checkpoint, or None where
-        there are no checkpoints.
+        """Returns (state, state of the prompt iterator) of the newest intact checkpoint, or None
+        where there are no checkpoints.
 
         Newer checkpoints that are damaged are named on stderr and renamed to N.damaged, so that
         their steps can be saved again. Raises NoReadableCheckpoint, with no file changed, where all
@@ -117,8 +117,8 @@ def _is_not_saving_error(record: logging.LogRecord) -> bool:
 def read(
     workdir: pathlib.Path, like: TrainState, before: float = math.inf
 ) -> tuple[TrainState, Any]:
-    """Returns (state, position of the prompts) of the newest intact checkpoint whose step is less
-    than `before`; the run may be going on.
+    """Returns (state, state of the prompt iterator) of the newest intact checkpoint whose step is
+    less than `before`; the run may be going on.
 
     No file is changed; damaged checkpoints are named on stderr. The optimizer's state is not read:
     `opt_state` is None. Raises NoReadableCheckpoint where there is no such checkpoint, or none fits
@@ -132,8 +132,8 @@ def read(
         like, restore_args=ocp.checkpoint_utils.construct_restore_args(like)
     )
     folder = epath.Path((workdir / "checkpoints").absolute())
-    (state, position), _ = _newest_intact(folder, numbers, ocp.PyTreeCheckpointHandler(), args)
-    return state, position
+    (state, prompt_state), _ = _newest_intact(folder, numbers, ocp.PyTreeCheckpointHandler(), args)
+    return state, prompt_state
 
 
 def steps(workdir: pathlib.Path) -> list[int]:

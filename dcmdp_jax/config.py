@@ -375,7 +375,7 @@ class Config:
 # Smallest and largest value of a number. Numbers that are not listed have a rule of their own in
 # `_validate`, in ModelConfig or in the task.
 _RANGES: dict[str, tuple[float, float]] = {
-    "steps": (1, 2**30 - 1),  # later numbers are those of the batches that calibrate
+    "steps": (1, 2**30 - 1),  # the state counts them in int32
     "seed": (0, 2**32 - 1),
     "data.prompts_per_step": (1, 2**20),
     "data.max_prompt_tokens": (1, 2**24),

@@ -60,8 +60,8 @@ def learning_rate(config: AlgorithmConfig) -> optax.Schedule:
     return rate
 
 
-def matched(tree: Any, like: Any, values: Any, default: Any) -> Any:
-    """Returns `tree` with a value in the place of each array.
+def map_param_like(tree: Any, like: Any, values: Any, default: Any) -> Any:
+    """Returns `tree` with each array replaced by a value, that of the parameter it belongs to.
 
     If an array has the shape of one of `like`, and its path in the tree ends with the other's path,
     the value is that array's entry of `values`; otherwise it is `default`. The path
@@ -82,7 +82,7 @@ def matched(tree: Any, like: Any, values: Any, default: Any) -> Any:
 
 def moments_to(memory: jax.memory.Space, opt_state: OptState, params: Any) -> OptState:
     """Moves the arrays of an optimizer's state that are shaped like parameters."""
-    is_moment = matched(opt_state, params, jax.tree.map(lambda _: True, params), False)
+    is_moment = map_param_like(opt_state, params, jax.tree.map(lambda _: True, params), False)
     return jax.tree.map(
         lambda x, moves: jax.device_put(x, memory) if moves else x, opt_state, is_moment
     )

@@ -81,9 +81,9 @@ def saved_on_failure(
 ) -> Iterator[Progress]:
     """A block that takes steps from `state` on and notes each in `Progress.last`.
 
-    What fails after a step leaves that step saved, with its row; but a step that leaves a weight
-    that is not finite is not saved. Raises `stopping.Failed` for weights that are not finite, and
-    after `algorithm.max_skipped` steps without an update.
+    If the body raises, the last step and its metrics row are saved, unless its weights are not
+    finite. Raises `stopping.Failed` for weights that are not finite, and after
+    `algorithm.max_skipped` steps without an update.
     """
     progress = Progress(config, inputs, state)
     first = int(state.step)  # read now: the first step donates `state`
@@ -107,7 +107,7 @@ def saved_on_failure(
 
 
 def _save(saved: checkpoint.Checkpoints, last: StepTaken) -> None:
-    saved.save(last.state, last.batch.position)
+    saved.save(last.state, last.batch.prompt_state)
     saved.close()
 
 

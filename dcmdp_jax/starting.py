@@ -25,8 +25,8 @@ def restore(saved: checkpoint.Checkpoints, config: Config, inputs: Inputs) -> Tr
     restored = saved.restore(step.abstract_state(config, inputs.model_config, inputs.mesh))
     if restored is None:
         return None
-    state, position = restored
-    inputs.prompts.set_state(position)
+    state, prompt_state = restored
+    inputs.prompts.set_state(prompt_state)
     return state
 
 

@@ -171,12 +171,12 @@ def gradients(
     config: Config,
     model: ModelConfig,
 ) -> tuple[jax.Array, Any]:
-    """Returns the loss of a minibatch and its gradient by `params`; neither depends on A.
+    """Returns the loss of a minibatch and its gradient with respect to `params`; the same for any
+    number of microbatches.
 
-    The loss is a function of all log-probs of the minibatch, and each microbatch is backpropagated
-    in its turn. The log-probs of the others are then the old ones if that makes no difference:
-    because the weights have not moved yet, or because the loss is separable. Otherwise the
-    minibatch is scored first.
+    The loss is a function of all log-probs of the minibatch, and microbatches are backpropagated
+    one after the other. For the other microbatches `old_logp` stands in where it is equal (no
+    update yet) or cannot matter (separable loss). Elsewhere the minibatch is scored first.
     """
     logp = minibatch.old_logp
     if len(logp) > 1 and not (updates_once(config) or is_separable_loss(config)):
@@ -191,7 +191,7 @@ def backpropagate(
     params: Any,
     frozen: Any,
     batch: Batch,
-    others: jax.Array,
+    logp_of_others: jax.Array,
     loss: Callable[[jax.Array], jax.Array],
     config: Config,
     model: ModelConfig,
@@ -202,13 +202,13 @@ def backpropagate(
 
     Args:
         batch: [A, ...].
-        others: [A, n, T], the log-probs that `loss` sees of the microbatches other than the one
-            that is backpropagated.
+        logp_of_others: [A, n, T], the log-probs that `loss` sees of the microbatches other than
+            the one that is backpropagated.
         loss: a function of the minibatch's log-probs [A, n, T].
         entropy: whether to return entropies.
 
     Returns:
-        The gradient by `params`, and the log-probs and entropies [A, n, T].
+        The gradient with respect to `params`, and the log-probs and entropies [A, n, T].
     """
 
     def microbatch_gradient(i: jax.Array | int, micro: Batch) -> tuple[Any, tuple]:
@@ -217,7 +217,7 @@ def backpropagate(
             return _score(decoder_params, micro, config, model, entropy=entropy)
 
         logp, pullback, entropies = jax.vjp(logp_of, params, has_aux=True)
-        slope = jax.grad(loss)(others.at[i].set(logp))
+        slope = jax.grad(loss)(logp_of_others.at[i].set(logp))
         return pullback(slope[i])[0], (logp, entropies)
 
     def accumulate(total: Any, numbered: tuple) -> tuple[Any, tuple]:
@@ -226,11 +226,11 @@ def backpropagate(
         grads, scores = jax.lax.optimization_barrier(microbatch_gradient(*numbered))
         return jax.tree.map(jnp.add, total, grads), scores
 
-    if len(others) == 1:  # no sum, and no memory for one
+    if len(logp_of_others) == 1:  # no sum, and no memory for one
         grads, scores = microbatch_gradient(0, jax.tree.map(lambda x: x[0], batch))
         return grads, *jax.tree.map(lambda x: x[None], scores)
     zero = jax.tree.map(jnp.zeros_like, params)
-    grads, scores = jax.lax.scan(accumulate, zero, (jnp.arange(len(others)), batch))
+    grads, scores = jax.lax.scan(accumulate, zero, (jnp.arange(len(logp_of_others)), batch))
     return grads, *scores
 
 
@@ -330,13 +330,13 @@ def one_pass_step(
     """`constrained_step` for a single update at the weights that sampled: old_logp is logp.
 
     The batch is not scored first. While a microbatch is backpropagated, the log-probs of the
-    others stand at 0; `in_one_pass` says when that makes no difference.
+    others are set to 0, which is allowed because `in_one_pass` holds.
     """
     multiplier = state.dual.multiplier
     advantage = group_advantage(batch, config)
     ref_logp = score_reference(state, batch, config, model)
     loss = partial(
-        fresh_loss,
+        on_policy_loss,
         batch=batch,
         ref_logp=ref_logp,
         advantage=advantage,
@@ -344,9 +344,9 @@ def one_pass_step(
         config=config,
     )
     only = jax.tree.map(lambda x: x[0], batch)
-    others = jnp.zeros_like(only.rollout_logp)
+    logp_of_others = jnp.zeros_like(only.rollout_logp)
     grads, logp, entropy = backpropagate(
-        state.params, state.frozen, only, others, loss, config, model, entropy=True
+        state.params, state.frozen, only, logp_of_others, loss, config, model, entropy=True
     )
     updated = Updated(state.params, state.opt_state, state.skipped)
     value = loss(logp)
@@ -361,7 +361,7 @@ def one_pass_step(
     return next_state(state, updated, dual), metrics | dual_metrics
 
 
-def fresh_loss(
+def on_policy_loss(
     logp: jax.Array,
     batch: Batch,
     ref_logp: jax.Array | None,
@@ -483,7 +483,7 @@ def state_shardings(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh)
     shapes = _state_shapes(config, model)
     replicated = sharding.replicated(mesh)
     like_decoder = partial(
-        optimizers.matched,
+        optimizers.map_param_like,
         like=_params_shapes(model),
         values=params_shardings(model, mesh),
         default=replicated,
@@ -492,7 +492,7 @@ def state_shardings(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh)
     moments = sharding.on_host(params) if config.algorithm.offload else params
     return jax.tree.map(lambda _: replicated, shapes)._replace(
         params=params,
-        opt_state=optimizers.matched(shapes.opt_state, shapes.params, moments, replicated),
+        opt_state=optimizers.map_param_like(shapes.opt_state, shapes.params, moments, replicated),
         stale=(params,) * config.rollout.staleness,
         frozen=like_decoder(shapes.frozen),
         reference=like_decoder(shapes.reference),

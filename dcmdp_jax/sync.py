@@ -6,8 +6,8 @@ the parameters are decides between three compiled conversions:
     the parameters are on            are converted                        and then copied
     the engine's devices             into the engine's layout             no more
     other devices of this process    where they are                       to the engine's devices
-    devices of several processes     into a full copy on each process's   to the engine's devices,
-                                     own devices                          where those are others
+    devices of several processes     into one full copy per process       to the engine's devices,
+                                                                          if those are others
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def _params_shardings(shapes: Any, config: ModelConfig, mesh: Mesh) -> Any:
         return Quantized(
             sharding.param_shardings(names, mesh, sharding.DECODE, shape.values),
             sharding.param_shardings(scale_names, mesh, sharding.DECODE, shape.scale),
-            shape.activations,
+            shape.input_format,
         )
 
     return jax.tree.map(leaf, logical, shapes, is_leaf=lambda x: isinstance(x, tuple))

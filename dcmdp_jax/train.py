@@ -95,36 +95,36 @@ def _loop(
     """Returns the state after the last step, or the one that the run was asked to stop after; it is
     saved.
     """
-    position = inputs.prompts.get_state()
+    prompt_state = inputs.prompts.get_state()
     with recovery.saved_on_failure(config, inputs, workdir, saved, log, state) as progress:
         batches = Batches(config, inputs, state, should_stop)
         held_out = HeldOut(config, inputs, batches.sampler, should_stop)
         if isinstance(config.constraint.tolerance, Calibrated):
             config = calibrate.run(config, inputs, workdir, state, batches)
             log.set_tolerance(config.constraint.tolerance)
-        saved.save(state, position)
+        saved.save(state, prompt_state)
         update = step.compile(config, inputs.model_config, inputs.mesh)
         if int(state.step) < config.steps:
             processes.log0("compiling with the first step")
         started = time.perf_counter()
         for batch in batches:  # prompts -> rollout -> rewards
-            batches.sync_ahead(state)
+            batches.before_update(state)
             state, values = update(state, batch.packed)  # advantages -> ... -> params and dual
             progress.last = recovery.StepTaken(state, values, batch, started)
-            batches.sync(state)  # weight sync back to the sampler
+            batches.after_update(state)  # weight sync back to the sampler
 
             row = progress.last.row()
             number = int(state.step)
-            position = batch.position
+            prompt_state = batch.prompt_state
             if _is_due(number, config.eval.every, config.steps, first=True):
                 log.write_gaps(number, _gaps(values, config, inputs))
                 row |= held_out.measure(state)
             log.write(number, row)
             progress.check_updates(row)
             if _is_due(number, config.checkpoint.every, config.steps):
-                saved.save(state, position)
+                saved.save(state, prompt_state)
             started = time.perf_counter()
-    saved.save(state, position)
+    saved.save(state, prompt_state)
     return state
 
 

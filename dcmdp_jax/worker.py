@@ -1,5 +1,5 @@
-"""A process that answers lines, for programs and libraries that may hang, use too much memory or
-crash.
+"""A subprocess that answers requests, one line each, for code that may hang, crash or use too much
+memory.
 
 The process sets its own limits and has no state that its end would lose: it is killed whenever it
 does not answer, and the next question starts another.

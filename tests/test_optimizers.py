@@ -208,7 +208,7 @@ def test_a_leaf_is_matched_by_shape_and_by_the_end_of_its_path():
         {"mu": params, "other": {"w": np.zeros((2, 3))}},
         {"a": {"w": np.zeros(2)}},
     )
-    found = optimizers.matched(state, params, {"a": {"w": "A"}, "b": {"w": "B"}}, "none")
+    found = optimizers.map_param_like(state, params, {"a": {"w": "A"}, "b": {"w": "B"}}, "none")
     assert found == (
         "none",
         {"mu": {"a": {"w": "A"}, "b": {"w": "B"}}, "other": {"w": "none"}},

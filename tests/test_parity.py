@@ -340,7 +340,7 @@ def test_loading_leaves_the_prompts_where_they_are(stale_run):
 
 def test_prompts_go_on_after_those_of_the_checkpoint(stale_run):
     run, inputs, workdir, following = stale_run
-    inputs.prompts.set_state(parity.load(run, inputs, workdir).position)
+    inputs.prompts.set_state(parity.load(run, inputs, workdir).prompt_state)
     np.testing.assert_array_equal(next(inputs.prompts).tokens, following.tokens)
 
 

@@ -236,7 +236,7 @@ def test_activations_are_rounded_a_token_at_a_time(
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-4)
     assert np.abs(got - np.tensordot(x, few.dequantize(), contract)).max() > 1e-3
     np.testing.assert_allclose(
-        quantized.round_activations(x, few), rounded_rows(np.asarray(x), activations), rtol=1e-6
+        quantized.round_input(x, few), rounded_rows(np.asarray(x), activations), rtol=1e-6
     )
 
 

@@ -184,11 +184,11 @@ def made_up(seed):
 
 
 def slope_of(config):
-    """The slope [A, n, T] of `step.fresh_loss` by the log-probs."""
+    """The slope [A, n, T] of `step.on_policy_loss` with respect to the log-probs."""
 
     def slope(logp, batch, ref_logp):
         advantage = step.group_advantage(batch, config)
-        return jax.grad(step.fresh_loss)(logp, batch, ref_logp, advantage, 0.3, config)
+        return jax.grad(step.on_policy_loss)(logp, batch, ref_logp, advantage, 0.3, config)
 
     return jax.jit(slope)
 

@@ -144,12 +144,12 @@ def attend(
 
     def by_blocks(*args):
         # The barrier keeps the keys the left operand, which takes half the time or less on a CPU.
-        slot = functools.partial(_attend, window=window, hold=jax.lax.optimization_barrier)
+        slot = functools.partial(_attend, window=window, barrier=jax.lax.optimization_barrier)
         if together >= slots:
             return jax.vmap(slot)(*args)
         return jax.lax.map(lambda slot_args: slot(*slot_args), args, batch_size=together)
 
-    at_once = jax.vmap(functools.partial(_attend, window=window, hold=lambda scores: scores))
+    at_once = jax.vmap(functools.partial(_attend, window=window, barrier=lambda scores: scores))
     return jax.lax.platform_dependent(q, keys, values, lengths, cpu=by_blocks, default=at_once)
 
 
@@ -160,12 +160,14 @@ def _attend(
     length: jax.Array,
     *,
     window: int,
-    hold: Callable[[jax.Array], jax.Array],
+    barrier: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
     """One slot: q [KV, G, h], keys, values [KV, S, h] -> [KV, G, h]."""
     (k, k_scale), (v, v_scale) = (_numbers(layer, window) for layer in (keys, values))
     scores = (
-        hold(einsum("kth,kgh->ktg", k, q, q.dtype)).swapaxes(1, 2) * k_scale * q.shape[-1] ** -0.5
+        barrier(einsum("kth,kgh->ktg", k, q, q.dtype)).swapaxes(1, 2)
+        * k_scale
+        * q.shape[-1] ** -0.5
     )
     scores = jnp.where(jnp.arange(window) <= length, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1) * v_scale

@@ -23,9 +23,9 @@ def route(
         gates = top-k of p, divided by their sum if norm_topk_prob
 
     `replayed` [..., j] replaces the top k of a token unless its first entry is -1 (arXiv
-    2510.11370): the choice is given, gates and gradients are those of p. j may differ from k; a
-    gate without an expert is 0. x [..., D], router [D, E] -> gates [..., k] float32, experts
-    [..., k] int32; with `replayed`, max(j, k) of them.
+    2510.11370). Only the choice is replayed; gates are still computed from p and differentiated. If
+    fewer than max(j, k) experts are used, the rest have gate 0. x [..., D], router [D, E] -> gates
+    [..., k] float32, experts [..., k] int32; with `replayed`, max(j, k) of them.
     """
     probs = jax.nn.softmax(einsum("...d,de->...e", x, router, jnp.float32), axis=-1)
     if replayed is None:

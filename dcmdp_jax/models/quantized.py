@@ -72,13 +72,12 @@ class Quantized:
 
     values: the array's shape; a dtype of `FORMATS`, or uint4 for nf4 (indices into `NF4`).
     scale: float32, the same rank; an axis of n values has 1 scale, n, or n / group.
-    activations: the format, with one scale per row, to which a product rounds what it multiplies
-        with this weight; "": none.
+    input_format: format that a product's input is rounded to (one scale per token); "": none.
     """
 
     values: jax.Array
     scale: jax.Array
-    activations: str = dataclasses.field(default="", metadata={"static": True})
+    input_format: str = dataclasses.field(default="", metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -95,7 +94,7 @@ class Quantized:
 
 
 def quantize(
-    w: jax.Array, dtype, contract_axes: tuple[int, ...], group: int = 0, activations: str = ""
+    w: jax.Array, dtype, contract_axes: tuple[int, ...], group: int = 0, input_format: str = ""
 ) -> Quantized:
     """Rounds `w` to a format of `SCALED`.
 
@@ -103,8 +102,8 @@ def quantize(
         values = w / scale, rounded to the nearest
 
     Args:
-      contract_axes: negative, in order: the axes that a matrix product contracts. Axes before the
-        first of them count matrices.
+      contract_axes: contracted axes as ascending negative numbers; axes before the first are batch
+        axes.
       group: 0 one scale per output channel; -1 one per matrix; n > 0 one per n consecutive inputs
         of an output channel.
 
@@ -131,7 +130,7 @@ def quantize(
         values = jnp.searchsorted(between, values, method="compare_all").astype(jnp.uint4)
     else:
         values = (jnp.round(values) if name.startswith("int") else values).astype(name)
-    return Quantized(values.reshape(shape), scale.reshape(scales), activations)
+    return Quantized(values.reshape(shape), scale.reshape(scales), input_format)
 
 
 def _scale_shape(
@@ -189,11 +188,11 @@ def einsum(spec: str, x: jax.Array, y: jax.Array, dtype) -> jax.Array:
     )
 
 
-def round_activations(x: jax.Array, w: jax.Array | Quantized) -> jax.Array:
+def round_input(x: jax.Array, w: jax.Array | Quantized) -> jax.Array:
     """Returns `x` [..., I] rounded as a product with `w` does, in its own dtype."""
-    if not isinstance(w, Quantized) or not w.activations:
+    if not isinstance(w, Quantized) or not w.input_format:
         return x
-    return quantize(x, w.activations, (-1,)).dequantize().astype(x.dtype)
+    return quantize(x, w.input_format, (-1,)).dequantize().astype(x.dtype)
 
 
 def product(x: jax.Array, w: jax.Array | Quantized, dtype, contract: int = 1) -> jax.Array:
@@ -211,8 +210,8 @@ def product(x: jax.Array, w: jax.Array | Quantized, dtype, contract: int = 1) ->
     rows = x.shape[:-contract]
     channels = w.shape[contract:]
     scale = 1.0
-    if w.activations:
-        rounded = quantize(x, w.activations, tuple(range(-contract, 0)))
+    if w.input_format:
+        rounded = quantize(x, w.input_format, tuple(range(-contract, 0)))
         x = rounded.values
         scale = rounded.scale.reshape(rows + (1,) * len(channels))
 

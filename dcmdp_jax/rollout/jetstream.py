@@ -172,7 +172,7 @@ class JetStreamSampler:
         def stop() -> bool:
             return processes.any_process(should_stop()) if self._one_engine else should_stop()
 
-        # made there, the random keys do not wait for a device that trains
+        # make the keys on a sampling device, so that they do not queue behind the training step
         with jax.default_device(self.engine.mesh.local_devices[0]):
             if keys is None:
                 end = offset + len(prompts.lengths) * samples

@@ -230,8 +230,8 @@ def _sample(config: Config, inputs: Inputs, weights: parity.TrainerWeights) -> _
     """Samples the rollout and scores it with the trainer."""
     sampler = jetstream.sampler(config, inputs.model_config, inputs.tokenizer, inputs.decode_mesh)
     sampler.update_weights(weights.params, weights.version)
-    if weights.position is not None:
-        inputs.prompts.set_state(weights.position)
+    if weights.prompt_state is not None:
+        inputs.prompts.set_state(weights.prompt_state)
     seed = seeds.seed(config.seed, Stream.PARITY, weights.version)
     rollout = parity.sample(sampler, config, inputs, seed)
     score = parity.scorer(config, inputs)

@@ -42,7 +42,7 @@ class TrainerWeights(NamedTuple):
     params: Any
     version: int  # constrained steps behind them
     origin: str  # where they come from, in words
-    position: Any = None  # in the prompts, of the batch that follows them; None: where these are
+    prompt_state: Any = None  # iterator state before their next batch; None: the present one
 
 
 class GapStatistics(NamedTuple):
@@ -80,12 +80,12 @@ def load(config: Config, inputs: Inputs, workdir: pathlib.Path) -> TrainerWeight
     """
     if checkpoint.steps(workdir):
         like = step.abstract_state(config, inputs.model_config, inputs.mesh)
-        state, position = checkpoint.read(workdir, like)
+        state, prompt_state = checkpoint.read(workdir, like)
         params, version = step.sampled_from(state, config)
         origin = f"checkpoint {int(state.step)} of {workdir}"
         if state.stale:
             origin += f", weights of step {int(version)}"
-        return TrainerWeights(params, int(version), origin, position)
+        return TrainerWeights(params, int(version), origin, prompt_state)
     origin = config.model.folder or (
         "random weights, which are close to a uniform distribution and show little of a gap; "
         "train, or give --model.folder DIR"
@@ -209,8 +209,8 @@ def measure(
     sampler = make_sampler(config, inputs)
     sampler.update_weights(weights.params, weights.version)
     score = scorer(config, inputs)
-    if weights.position is not None:
-        inputs.prompts.set_state(weights.position)
+    if weights.prompt_state is not None:
+        inputs.prompts.set_state(weights.prompt_state)
     old_logp = []
     rollout_logp = []
     mask = []

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dcmdp_jax.models.kernels import tiles
 from dcmdp_jax.models.kernels.swiglu import Experts, tiled
-from dcmdp_jax.models.quantized import Quantized, precision, round_activations
+from dcmdp_jax.models.quantized import Quantized, precision, round_input
 
 LANES = 128  # numbers in an accelerator's vector
 # x [n, D] by w [E, F, D], contracting the last axis of both
@@ -59,7 +59,7 @@ def _by_ragged_dot(x: jax.Array, experts: jax.Array, weights: Experts, shards: i
     sizes = jnp.bincount(expert_of, length=count).astype(jnp.int32)
 
     def product(rows, w, transposed=False):
-        rows = round_activations(rows, w).astype(x.dtype)
+        rows = round_input(rows, w).astype(x.dtype)
         w = (w.dequantize() if isinstance(w, Quantized) else w).astype(x.dtype)
         options = {"precision": precision(x.dtype), "preferred_element_type": jnp.float32}
         if transposed:

@@ -103,8 +103,8 @@ def token_logp(
         # filling the processor's vectors
         width = min(-(-vocabulary // parts // 128) * 128, vocabulary)
         largest = max(min(max_logits // (rows * width), columns), 1)
-        # A tile of all positions would be computed before the loops over tiles, though no loop
-        # takes it.
+        # XLA hoists a tile as long as the row out of the loop even if no iteration uses it; leave
+        # that size out.
         sizes = tuple(size for size in sizes if size <= largest and size < columns) or (largest,)
         return Tiling(
             sizes,

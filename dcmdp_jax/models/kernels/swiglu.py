@@ -20,7 +20,7 @@ from dcmdp_jax.models.quantized import (
     einsum,
     expert_matrix,
     project,
-    round_activations,
+    round_input,
 )
 
 
@@ -183,10 +183,10 @@ tiled.defvjp(_tiled_forward, _tiled_backward)
 
 def _forward(x: jax.Array, weights: Experts, e: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns expert e's output [n, D] for rows [n, D], and its gate and up, [n, F]."""
-    x = round_activations(x, weights.gate)
+    x = round_input(x, weights.gate)
     gate = _product("nd,df->nf", x, expert_matrix(weights.gate, e, x.dtype))
     up = _product("nd,df->nf", x, expert_matrix(weights.up, e, x.dtype))
-    inner = round_activations(nn.silu(gate) * up, weights.down)
+    inner = round_input(nn.silu(gate) * up, weights.down)
     return _product("nf,fd->nd", inner, expert_matrix(weights.down, e, x.dtype)), gate, up
 
 
