@@ -188,6 +188,7 @@ def tokens() -> tuple[np.ndarray, np.ndarray]:
     return np.where(mask, rng.standard_normal((8, 5)), np.nan).astype(np.float32), mask
 
 
+@pytest.mark.full
 def test_float32_stays_float32_where_float64_is_enabled():
     (reward, group), (x, mask) = rewards(), tokens()
 

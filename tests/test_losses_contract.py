@@ -127,6 +127,7 @@ def test_types(name):
         assert np.all(np.isfinite(leaf))
 
 
+@pytest.mark.full
 @every
 def test_mask_is_drop(name):
     """Padding and holes that hold NaN, infinities and 1e4 are as if they were not there, in value

@@ -359,6 +359,7 @@ def m2po_by_sorting(square: np.ndarray, threshold: float) -> np.ndarray:
     return square <= values[fits[-1] if fits.size else 0]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("threshold", [1e-9, 1e-3, 0.02, 0.04, 0.3, 10.0])
 @pytest.mark.parametrize("seed", range(4))
 def test_m2po_is_the_greedy_prefix(seed, threshold):
@@ -447,6 +448,7 @@ def test_batch_normalize_and_blend():
     np.testing.assert_allclose(half, np.where(x["mask"], 0.5 + 0.5 * weights, 0), rtol=1e-6)
 
 
+@pytest.mark.full
 def test_float32_stays_float32_where_float64_is_enabled():
     x = batch()
     rejections = (

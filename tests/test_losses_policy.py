@@ -333,6 +333,7 @@ def test_padding_and_empty_masks(loss):
     assert value == 0 and np.all(np.asarray(gradient) == 0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "loss", LOSSES, ids=lambda f: getattr(f, "__name__", None) or f.func.__name__
 )
