@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from dcmdp_jax.config import AlgorithmConfig
+from dcmdp_jax.models import decoder
 
 OptState = Any
 
@@ -49,8 +50,47 @@ def sgd(config: AlgorithmConfig) -> optax.GradientTransformation:
     )
 
 
+def muon(config: AlgorithmConfig) -> optax.GradientTransformation:
+    """Muon (optax's) for projections and experts, AdamW for all other parameters.
+
+    m <- beta1 m + g,    w <- w - rate (0.2 sqrt(max(inputs, outputs)) U V^T + weight_decay w)
+
+    U V^T is the orthogonal factor of the matrix that `muon_dimensions` makes of m, with Nesterov's
+    look-ahead. The scale gives an update AdamW's typical size (arXiv 2502.16982), so rates that
+    suit AdamW suit it.
+    """
+    return optax.contrib.muon(
+        learning_rate(config),
+        beta=config.beta1,
+        weight_decay=config.weight_decay,
+        adam_b1=config.beta1,
+        adam_b2=config.beta2,
+        adam_weight_decay=config.weight_decay,
+        muon_weight_dimension_numbers=muon_dimensions,
+        consistent_rms=0.2,
+    )
+
+
+def muon_dimensions(params: Any) -> Any:
+    """Returns the tree of `params` with Muon's matrix for each projection or expert, else None.
+
+    Its rows are the axes that the decoder contracts and its columns the axes that this makes. Axes
+    before them (layers, experts) count matrices. A tree of adapters has no such parameter: all of
+    it is AdamW's.
+    """
+
+    def dimensions(path: tuple, _: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        rows = decoder.CONTRACTED.get(getattr(path[-1], "key", None))
+        if rows is None:
+            return None
+        columns = tuple(axis for axis in range(min(rows), 0) if axis not in rows)
+        return optax.contrib.MuonDimensionNumbers(rows, columns)
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
 def learning_rate(config: AlgorithmConfig) -> optax.Schedule:
-    """Returns the schedule of `adamw` and `sgd`: a linear rise over the first `lr_warmup_steps`
+    """Returns the schedule of the optimizers here: a linear rise over the first `lr_warmup_steps`
     updates, then constant.
     """
 

@@ -82,6 +82,7 @@ Pure functions: arrays in, arrays out. This page is made from the docstrings by
 - "Trains as" names the field of the configuration by which `dcmdp train` takes a function, with its
   options by `functools.partial`; "built in" is part of every step. Policy losses, corrections and
   rejections get there inside `corrections.decoupled` or `bypass`.
+- Advantages are made in `losses.advantages`, and shaped by the discrepancy in `constraint`.
 
 ## Three algorithms on your own log-probs
 
@@ -118,21 +119,21 @@ The multiplier is updated after it was applied, from sums over the batch:
 
 ## In an experiment
 
-A configuration takes functions, and any optax transformation:
+A configuration takes functions, yours too ([extending.md](extending.md)), and any optax
+transformation. `optimizers.muon` tells optax's Muon which matrices the decoder's projections
+multiply by. Without that, optax applies Muon to all arrays of two axes, which here are the
+embedding, the head and the stacked norms.
 
 ```python
->>> import optax
 >>> from dcmdp_jax import optimizers
 >>> from dcmdp_jax.config import AlgorithmConfig
 >>> from dcmdp_jax.losses import kl
->>> def muon(config):
-...     return optax.contrib.muon(optimizers.learning_rate(config))
 >>> def stay_near(logp, ref_logp, mask):  # ref_logp: under the run's starting weights
 ...     return 0.01 * kl.k3(logp, ref_logp, mask)
 >>> stay_near.separable = True
 >>> algorithm = AlgorithmConfig(
 ...     advantage=advantages.grpo, surrogate=tis, reduce=reduce.token_mean, microbatches=4,
-...     reference_penalty=stay_near, optimizer=muon,
+...     reference_penalty=stay_near, optimizer=optimizers.muon,
 ... )
 
 ```

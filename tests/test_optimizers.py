@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optax import contrib
 
 from dcmdp_jax import optimizers, sharding, step
 from dcmdp_jax.config import MeshConfig
-from support.steps import MODEL, assert_close, make_config, make_scored, run
+from dcmdp_jax.models import decoder
+from support.steps import MODEL, MOE, assert_close, make_config, make_params, make_scored, run
 
 pytestmark = pytest.mark.full
 
@@ -41,10 +41,6 @@ def scheduled_adam(a):
 def adafactor(a):
     # factors matrices as small as those of the test's model
     return optax.adafactor(a.learning_rate, min_dim_size_to_factor=8)
-
-
-def muon(a):
-    return contrib.muon(a.learning_rate)
 
 
 PLAIN = make_config().algorithm
@@ -88,7 +84,9 @@ def test_updates_are_those_of_optax(optimizer, reference, clip):
     assert updated.skipped == 1
 
 
-@pytest.mark.parametrize("optimizer", [optimizers.adamw, optimizers.sgd, adafactor, muon])
+@pytest.mark.parametrize(
+    "optimizer", [optimizers.adamw, optimizers.sgd, adafactor, optimizers.muon]
+)
 @pytest.mark.parametrize("loss, gradient", [(np.nan, 1.0), (0.0, np.inf), (0.0, np.nan)])
 def test_an_update_that_is_not_finite_changes_nothing(optimizer, loss, gradient):
     algorithm = dataclasses.replace(PLAIN, optimizer=optimizer)
@@ -147,6 +145,52 @@ def test_adamw_is_what_an_experiment_gets():
     assert adam._fields == ("count", "mu", "nu")
 
 
+def muon_state(params):
+    """Muon's own part of the optimizer's state, without AdamW's."""
+    state = optimizers.muon(PLAIN).init(params)
+    return state.inner_states["muon"].inner_state[0].mu
+
+
+@pytest.mark.parametrize("model", [MODEL, MOE], ids=["dense", "moe"])
+def test_muon_takes_the_projections_and_experts_alone(model):
+    params = make_params(model)
+    axes = decoder.contracting_axes(model)
+    contracted = jax.tree.map(lambda w, a: a is not None, params, axes)
+    moments = jax.tree.map(
+        lambda m: not isinstance(m, optax.MaskedNode),
+        muon_state(params),
+        is_leaf=lambda m: isinstance(m, optax.MaskedNode),
+    )
+    assert moments == contracted
+
+
+@pytest.mark.parametrize(
+    "name, shape, rows, columns",
+    [
+        ("q_proj", (2, 16, 2, 8), 16, 16),
+        ("k_proj", (2, 16, 1, 8), 16, 8),
+        ("o_proj", (2, 2, 8, 24), 16, 24),
+        ("gate_proj", (2, 16, 32), 16, 32),
+        ("down_proj", (2, 4, 32, 16), 32, 16),
+    ],
+)
+def test_muon_orthogonalizes_the_matrix_that_a_projection_multiplies_by(name, shape, rows, columns):
+    """Each layer's, each expert's: its singular values become about 1, times the scale."""
+    params = {name: jnp.zeros(shape)}
+    algorithm = dataclasses.replace(PLAIN, learning_rate=1.0)
+    optimizer = optimizers.muon(algorithm)
+    updates, _ = optimizer.update(random_grads(0, params), optimizer.init(params), params)
+    matrices = updates[name].reshape(-1, rows, columns)
+    values = np.linalg.svd(matrices, compute_uv=False) / (0.2 * max(rows, columns) ** 0.5)
+    assert len(matrices) == np.prod(shape) // (rows * columns)
+    assert values.min() > 0.4 and values.max() < 1.3
+
+
+def test_muon_leaves_adapters_to_adamw():
+    adapters = {"q_proj": {"down": jnp.zeros((4, 2)), "up": jnp.zeros((2, 4))}}
+    assert not jax.tree.leaves(muon_state(adapters))
+
+
 def placed(optimizer, name):
     """The shardings in an optimizer's state of the tree `name`, those of the parameters, and the
     replicated one.
@@ -175,7 +219,7 @@ def test_what_is_not_shaped_like_its_parameter_is_replicated(name):
     assert all(place == replicated for place in jax.tree.leaves(factors))
 
 
-@pytest.mark.parametrize("optimizer", [scheduled_adam, adafactor, muon])
+@pytest.mark.parametrize("optimizer", [scheduled_adam, adafactor, optimizers.muon])
 def test_sharded_is_unsharded(optimizer):
     config = make_config(optimizer=optimizer, microbatches=2)
     scored = make_scored()
