@@ -11,7 +11,7 @@ from dcmdp_jax import measurements, packing, rewards, seeds, sharding, step
 from dcmdp_jax.config import Config, RolloutConfig
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.inputs import Inputs
-from dcmdp_jax.records import Batch, Rollout, Sampler, Sampling, Scored, TrainState
+from dcmdp_jax.records import Batch, Sampler, Sampling, Scored, TrainState
 from dcmdp_jax.rollout import jetstream
 from dcmdp_jax.seeds import Stream
 from dcmdp_jax.stopping import Interrupted
@@ -89,7 +89,7 @@ class Batches:
         """
         config = self._config
         seed = seeds.seed(config.seed, stream, number)
-        scored = self._score(self._sample(seed))
+        scored = self._sample_and_score(seed)
         if processes.any_process(scored is None):
             return None
         sources = [example.source for example in scored.rollout.prompts.examples]
@@ -114,39 +114,31 @@ class Batches:
 
     def _collect_next(self) -> Collected | None:
         """The batch of the next step; None after the last."""
-        if self._number == self._config.steps:
+        if self._number >= self._config.steps:
             return None
         self._number += 1
         return self.collect(Stream.ROLLOUT, self._number - 1)
 
-    def _sample(self, seed: int) -> Rollout | None:
-        """This process's part of a batch; None where it was asked to stop."""
+    def _sample_and_score(self, seed: int) -> Scored | None:
+        """Returns this process's part of a batch; None where it was asked to stop."""
         config = self._config
         share = processes.share(config.data.prompts_per_step, processes.num_engines(config.rollout))
-        try:
-            return self.sampler.sample(
-                next(self._inputs.prompts),
-                samples=config.rollout.samples,
-                max_tokens=config.rollout.max_tokens,
-                sampling=sampling(config.rollout),
-                stop_strings=config.rollout.stop_strings,
-                seed=seed,
-                offset=share.start * config.rollout.samples,
-                should_stop=self._should_stop,
-            )
-        except Interrupted:
-            return None
-
-    def _score(self, rollout: Rollout | None) -> Scored | None:
-        """The rollout with its rewards; None where there is none, or the verifier was left."""
-        with processes.raise_on_all():  # where one process's verifier fails, all raise here
-            if rollout is None:
-                return None
+        with processes.raise_on_all():  # a sampler or verifier that fails on one process ends all
             try:
+                rollout = self.sampler.sample(
+                    next(self._inputs.prompts),
+                    samples=config.rollout.samples,
+                    max_tokens=config.rollout.max_tokens,
+                    sampling=sampling(config.rollout),
+                    stop_strings=config.rollout.stop_strings,
+                    seed=seed,
+                    offset=share.start * config.rollout.samples,
+                    should_stop=self._should_stop,
+                )
                 return rewards.score(
                     rollout,
                     self._inputs.tokenizer.decode,
-                    self._config.data.reward_function(),
+                    config.data.reward_function(),
                     self._should_stop,
                 )
             except Interrupted:

@@ -218,6 +218,12 @@ def test_a_finished_run_stays_finished(finished):
     assert rows(finished) == before
 
 
+def test_a_finished_run_with_fewer_steps_takes_none(finished):
+    before = rows(finished)
+    assert dcmdp(command(finished, steps=1)) == 0
+    assert rows(finished) == before
+
+
 def test_a_finished_run_can_go_on(finished, capsys):
     before = rows(finished)
     assert dcmdp(["train", QUICKSTART, "--workdir", str(finished), "--steps", "3"]) == 0

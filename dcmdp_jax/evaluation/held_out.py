@@ -96,22 +96,20 @@ def pass_rate(
     share = processes.share(count, engines)
     # shares of one size, the last ones padded
     reward = np.full(-(-count // engines), np.nan, np.float32)
-    rollout = None
-    if share.stop > share.start:
-        rollout = sampler.sample(
-            Prompts(prompts.tokens[share], prompts.lengths[share], prompts.examples[share]),
-            samples=1,
-            max_tokens=config.rollout.max_tokens,
-            sampling=Sampling(config.eval.temperature),
-            stop_strings=config.rollout.stop_strings,
-            seed=seed,
-            offset=share.start,
-            should_stop=lambda: False,
-        )
     interrupted = False
-    with processes.raise_on_all():  # where one process's verifier fails, all raise here
+    with processes.raise_on_all():  # a sampler or verifier that fails on one process ends all
         try:
-            if rollout is not None:
+            if share.stop > share.start:
+                rollout = sampler.sample(
+                    Prompts(prompts.tokens[share], prompts.lengths[share], prompts.examples[share]),
+                    samples=1,
+                    max_tokens=config.rollout.max_tokens,
+                    sampling=Sampling(config.eval.temperature),
+                    stop_strings=config.rollout.stop_strings,
+                    seed=seed,
+                    offset=share.start,
+                    should_stop=lambda: False,
+                )
                 scored = rewards.score(
                     rollout, tokenizer.decode, config.data.reward_function(), should_stop
                 )
