@@ -1,4 +1,4 @@
-"""The README: short, with an example that runs and links that lead somewhere."""
+"""The README: short, with an example that runs. All pages: links, files and options that exist."""
 
 import pathlib
 import re
@@ -6,6 +6,9 @@ import subprocess
 import sys
 
 import pytest
+
+from dcmdp_jax.config import scalar_fields
+from dcmdp_jax.experiment import load_experiment
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,6 +36,20 @@ def test_links_lead_to_files(page):
     targets = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
     local = [target for target in targets if not target.startswith("http")]
     assert not [target for target in local if not (page.parent / target).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page):
+    names = set(re.findall(r"`([\w.]+/[\w./]+\.(?:py|yaml|sh))`", page.read_text("utf-8")))
+    roots = (ROOT, ROOT / "dcmdp_jax")
+    assert not [name for name in names if not any((root / name).exists() for root in roots)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_that_a_page_names_exist(page):
+    fields = scalar_fields(load_experiment(str(ROOT / "experiments" / "gsm8k.py")))
+    options = set(re.findall(r"--([a-z_]+\.[a-z_.]*[a-z_])", page.read_text("utf-8")))
+    assert not options - set(fields)
 
 
 def test_the_walk_names_files_of_the_package():
