@@ -323,7 +323,7 @@ class _WeightsAndBiases:
 
         identity = workdir / "wandb_id"  # a resumed run continues the same W&B run
         if not identity.exists():
-            identity.write_text(uuid.uuid4().hex, encoding="utf-8")
+            files.write_atomic(identity, uuid.uuid4().hex)
         self._run = wandb.init(
             project="dcmdp_jax",
             name=name,

@@ -6,6 +6,7 @@ list. A metric that is not here is in `metrics.jsonl`, and on no page.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -54,13 +55,29 @@ QUANTITIES = (
 
 
 def of_rows(rows: Iterable[Mapping[str, Any]]) -> list[Quantity]:
-    """Returns the list, and the training reward of each source of problems that rows name."""
+    """Returns the list, and the training reward of each source of problems that rows name.
+
+    The only source of all problems is left out: its reward is the training reward.
+    """
+    rows = list(rows)
     sources = sorted({key for row in rows for key in row if key.startswith("reward/")})
+    if len(sources) == 1 and all(_is_training_reward(row, sources[0]) for row in rows):
+        sources = []
     by_source = []
     for key in sources:
         source = key.removeprefix("reward/")
         by_source.append(Quantity(key, source, f"Training reward, {source}", *_REWARD))
     return [*QUANTITIES, *by_source]
+
+
+def _is_training_reward(row: Mapping[str, Any], key: str) -> bool:
+    """True if `row` has the same value under `key` as under "reward", up to round-off, or lacks one
+    of them.
+    """
+    values = (row.get(key), row.get("reward"))
+    if not all(isinstance(value, (int, float)) for value in values):
+        return True
+    return math.isclose(*values, rel_tol=1e-5, abs_tol=1e-6)
 
 
 def get(key: str) -> Quantity:

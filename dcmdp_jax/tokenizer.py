@@ -379,7 +379,7 @@ def save(tokenizer: Tokenizer, folder: str | pathlib.Path) -> None:
     """
     folder = pathlib.Path(folder)
     if isinstance(tokenizer, CharacterTokenizer):
-        (folder / "characters.json").write_text(json.dumps({"alphabet": tokenizer.alphabet}))
+        files.write_json(folder / "characters.json", {"alphabet": tokenizer.alphabet})
     elif isinstance(tokenizer, SentencePieceTokenizer):
         shutil.copyfile(tokenizer.file, folder / "tokenizer.model")
     else:
@@ -387,7 +387,7 @@ def save(tokenizer: Tokenizer, folder: str | pathlib.Path) -> None:
             if (tokenizer.folder / name).is_file():
                 shutil.copyfile(tokenizer.folder / name, folder / name)
     generation_config = {**tokenizer.generation_config, **special_token_ids(tokenizer)}
-    (folder / _GENERATION_CONFIG).write_text(json.dumps(generation_config, indent=2) + "\n")
+    files.write_json(folder / _GENERATION_CONFIG, generation_config)
 
 
 def special_token_ids(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -113,19 +113,38 @@ def test_plain_sgd_is_optax_sgd():
     np.testing.assert_allclose(updated.params["a"], expected["a"], rtol=1e-6)
 
 
-def test_the_gradient_is_clipped_by_its_norm():
-    """SGD from rest: the step is the rate times the clipped gradient, whose norm was 50."""
+def clipped_update(optimizer, clip):
+    """One update from parameters of 0 with a gradient whose norm is 50."""
+    algorithm = dataclasses.replace(PLAIN, optimizer=optimizer, grad_clip=clip)
     grads = {"a": jnp.array([30.0, 40.0])}
-    params = {"a": jnp.array([1.0, -2.0])}
+    return applied(start(algorithm, {"a": jnp.zeros(2)}), grads, algorithm)
+
+
+def test_the_gradient_is_clipped_by_its_norm():
+    """SGD from 0: the step is the rate times the clipped gradient, whose norm was 50."""
 
     def moved(clip):
-        algorithm = dataclasses.replace(PLAIN, optimizer=optimizers.sgd, grad_clip=clip)
-        after = applied(start(algorithm, params), grads, algorithm)
-        return (params["a"] - after.params["a"]) / algorithm.learning_rate
+        return -clipped_update(optimizers.sgd, clip).params["a"] / PLAIN.learning_rate
 
-    np.testing.assert_allclose(moved(1.0), [0.6, 0.8], rtol=1e-4)
-    np.testing.assert_allclose(moved(1e9), [30, 40], rtol=1e-4)
-    np.testing.assert_array_equal(moved(0.0), moved(1e9))
+    np.testing.assert_allclose(moved(1.0), [0.6, 0.8], rtol=1e-6)
+    np.testing.assert_allclose(moved(1e9), [30, 40], rtol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer, moment", [(optimizers.adamw, "mu"), (optimizers.sgd, "trace")])
+def test_moments_are_those_of_the_clipped_gradient(optimizer, moment):
+    clipped, plain = (
+        optax.tree.get(clipped_update(optimizer, clip).opt_state, moment) for clip in (1.0, 1e9)
+    )
+    np.testing.assert_allclose(plain["a"], 50 * clipped["a"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", [optimizers.adamw, optimizers.sgd])
+def test_a_clip_of_0_is_no_clip(optimizer):
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        clipped_update(optimizer, 0.0),
+        clipped_update(optimizer, 1e9),
+    )
 
 
 def test_a_step_of_sgd_follows_the_gradient_s_norm():

@@ -66,6 +66,17 @@ def test_the_reward_of_each_source_is_on_the_page_that_compares_runs(two_sources
     assert "Training reward, gsm8k" in text
 
 
+def test_the_reward_of_the_only_source_is_left_out():
+    """Rows average in float32 and float64."""
+    rows = [row | {"reward/gsm8k": row["reward"] * (1 + 1e-7)} for row in ROWS]
+    assert quantities.of_rows(rows) == list(quantities.QUANTITIES)
+
+
+def test_the_only_source_with_a_name_is_shown_beside_problems_without_one():
+    rows = [row | {"reward/gsm8k": 0.5} for row in ROWS]
+    assert [quantity.key for quantity in quantities.of_rows(rows)][-1] == "reward/gsm8k"
+
+
 def test_keys_are_unique():
     keys = [quantity.key for quantity in quantities.QUANTITIES]
     assert len(set(keys)) == len(keys)

@@ -76,11 +76,9 @@ def test_weights_that_are_not_finite_are_named_before_the_first_step(tmp_path, m
     assert not checkpoint.steps(tmp_path)
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
-def test_a_step_that_leaves_a_weight_that_is_not_finite_is_not_saved(
-    tmp_path, monkeypatch, staleness
-):
-    """The last checkpoint stays the newest, also where the last step overflows."""
+@pytest.fixture
+def overflow_after_step_2(monkeypatch):
+    """The engine's weights are not finite from version 2 on."""
     converter = sync.converter
 
     def overflowing(*arguments):
@@ -91,12 +89,36 @@ def test_a_step_that_leaves_a_weight_that_is_not_finite_is_not_saved(
         return to_engine
 
     monkeypatch.setattr(sync, "converter", overflowing)
+
+
+@pytest.mark.usefixtures("overflow_after_step_2")
+@pytest.mark.parametrize(
+    "staleness, every, saved, logged",
+    [(0, 3, [0], 1), (1, 3, [0], 2), (0, 1, [0, 1], 1)],
+)
+def test_a_step_that_leaves_a_weight_that_is_not_finite_is_not_saved(
+    tmp_path, staleness, every, saved, logged
+):
+    """The last checkpoint stays the newest, also where the last step overflows."""
     steps = 2 + 2 * staleness
-    run = tiny(steps=steps, **{"checkpoint.every": 3, "rollout.staleness": staleness})
+    run = tiny(steps=steps, **{"checkpoint.every": every, "rollout.staleness": staleness})
     message = "^a weight of the engine is not finite after step 2, which is not saved"
     with pytest.raises(Failed, match=message):
         train(run, tmp_path)
-    assert checkpoint.steps(tmp_path) == [0]
+    assert checkpoint.steps(tmp_path) == saved
+    assert len(rows(tmp_path)) == logged
+
+
+@pytest.mark.usefixtures("overflow_after_step_2")
+def test_a_checkpoint_whose_weights_turn_out_not_finite_is_named(tmp_path):
+    """With staleness, the engine sees the weights of a step when the next step begins."""
+    run = tiny(steps=4, **{"checkpoint.every": 1, "rollout.staleness": 1})
+    with pytest.raises(Failed) as failure:
+        train(run, tmp_path)
+    assert str(failure.value) == (
+        f"a weight of the engine is not finite in checkpoint 2 of {tmp_path}; remove the "
+        "checkpoint, to go on from the one before with a smaller algorithm.learning_rate"
+    )
 
 
 # ------------------------------------------------------------ verifiers

@@ -37,6 +37,23 @@ def test_a_part_of_a_batch_samples_what_the_batch_does(sampler):
     np.testing.assert_array_equal(sample(sampler, part, offset=4 * G).tokens, whole.tokens[4 * G :])
 
 
+def test_a_completion_s_key_depends_on_its_number_alone():
+    key = jax.random.key(5)
+    keys = completion_keys(key, 10)
+    np.testing.assert_array_equal(completion_keys(key, 3, offset=7), keys[7:])
+    assert len({tuple(row) for row in keys.tolist()}) == 10
+
+
+def test_keys_of_another_offset_compile_nothing(caplog):
+    key = jax.random.key(5)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        completion_keys(key, 11, offset=3)
+        assert "Compiling" in caplog.text
+        caplog.clear()
+        completion_keys(key, 11, offset=14)
+        assert "Compiling" not in caplog.text
+
+
 def test_completions_with_keys_of_their_own_are_those_of_the_batch(sampler):
     prompts = make_prompts()
     whole = sample(sampler, prompts)

@@ -21,6 +21,12 @@ def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_sample(n):
         np.testing.assert_allclose(scores.pass_at(right, k), enumerated, atol=1e-12)
 
 
+@pytest.mark.parametrize("k", [0, 5])
+def test_pass_at_k_of_none_or_of_more_samples_than_there_are_is_refused(k):
+    with pytest.raises(ValueError, match=f"pass@{k} cannot be estimated from 4 samples"):
+        scores.pass_at(np.ones((1, 4), bool), k)
+
+
 @pytest.mark.parametrize(
     "vote, right, expected",
     [

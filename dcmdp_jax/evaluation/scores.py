@@ -55,8 +55,12 @@ def pass_at(right: np.ndarray, k: int) -> np.ndarray:
     Formula: 1 - C(samples - c, k) / C(samples, k), c right ones of `right` [n, samples]; in whole
     numbers, so it is exact for any k. Paper: Chen et al., arXiv 2107.03374. Under autodiff and in
     float32: `losses.advantages.pass_at_k`.
+
+    Raises ValueError unless k is in 1..samples.
     """
     samples = right.shape[1]
+    if not 1 <= k <= samples:
+        raise ValueError(f"pass@{k} cannot be estimated from {samples} samples")
     subsets = math.comb(samples, k)
     return np.array([1 - math.comb(samples - int(c), k) / subsets for c in right.sum(axis=1)])
 

@@ -35,7 +35,7 @@ def bar(share: float, color: str) -> Cell:
 def html_table(header: Sequence[str | Cell], rows: Iterable[Sequence[str | Cell]]) -> str:
     """Returns a table that scrolls sideways where the page is narrow; a `str` is escaped.
 
-    The first column is aligned left, the others right (`run_page.STYLE`).
+    The first column is aligned left, the others right (`html_page.STYLE`).
     """
     head = "".join(_element("th", cell) for cell in header)
     body = "".join(f"<tr>{''.join(_element('td', cell) for cell in row)}</tr>" for row in rows)

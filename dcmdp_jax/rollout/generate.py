@@ -174,12 +174,18 @@ def _check_limits(engine: SlotEngine, prompt_lengths: np.ndarray, limits: np.nda
         )
 
 
-def completion_keys(key: jax.Array, count: int) -> np.ndarray:
-    """Returns a key for each of `count` completions, [count, 2] uint32.
+def completion_keys(key: jax.Array, count: int, offset: int = 0) -> np.ndarray:
+    """Returns a key for each of the completions `offset` to `offset + count - 1`, [count, 2] uint32.
 
-    The first ones do not depend on `count`.
+    The key of completion i depends on `key` and i alone. One program makes the keys of every
+    offset.
     """
-    return np.asarray(jax.random.bits(key, (count, 2), "uint32"))
+    return np.asarray(_fold_in_each(key, np.arange(offset, offset + count).astype(np.uint32)))
+
+
+@jax.jit
+def _fold_in_each(key: jax.Array, numbers: jax.Array) -> jax.Array:
+    return jax.random.key_data(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers))
 
 
 class _Completions:

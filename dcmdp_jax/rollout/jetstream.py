@@ -175,8 +175,8 @@ class JetStreamSampler:
         # make the keys on a sampling device, so that they do not queue behind the training step
         with jax.default_device(self.engine.mesh.local_devices[0]):
             if keys is None:
-                end = offset + len(prompts.lengths) * samples
-                keys = generate.completion_keys(jax.random.key(seed), end)[offset:]
+                count = len(prompts.lengths) * samples
+                keys = generate.completion_keys(jax.random.key(seed), count, offset)
             return generate.rollout(
                 self.engine,
                 self.weights,

@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import math
 import multiprocessing
@@ -29,7 +30,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
-from dcmdp_jax import quantities
+from dcmdp_jax import files, quantities
 from dcmdp_jax.config import Config, WarmupConfig
 from dcmdp_jax.experiment import run_file
 from dcmdp_jax.run_record import differences, read_record, to_json, upgrade_record
@@ -201,14 +202,15 @@ def write_table(file: str, root: pathlib.Path) -> pathlib.Path:
         if finished(study, run)
         for row in evaluations(_rows(run), study.arms[run.arm].eval.prompts)
     ]
+    keys = [quantity.key for quantity in quantities.QUANTITIES]
+    columns = ["study", "arm", "seed", "step", "prompts", *keys, "seconds"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _cell(value) for name, value in row.items()})
     path = root / "table.csv"
-    with path.open("w", newline="") as out:
-        keys = [quantity.key for quantity in quantities.QUANTITIES]
-        columns = ["study", "arm", "seed", "step", "prompts", *keys, "seconds"]
-        writer = csv.DictWriter(out, columns, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({name: _cell(value) for name, value in row.items()})
+    files.write_atomic(path, text.getvalue())
     return path
 
 
