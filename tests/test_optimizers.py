@@ -231,6 +231,23 @@ def test_moments_lie_as_their_parameters_do(optimizer, name):
     assert moments == params
 
 
+def test_muon_s_moments_lie_as_their_projections_do():
+    config = make_config(optimizer=optimizers.muon)
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    state = step.abstract_state(config, MODEL, mesh).opt_state
+    moments = state.inner_states["muon"].inner_state[0].mu
+    layers = zip(moments["stacks"], step.params_shardings(MODEL, mesh)["stacks"], strict=True)
+    for of_layer, params in layers:
+        places = {name: m.sharding for name, m in projections(of_layer).items()}
+        assert places == {name: p for name, p in projections(params).items() if name in places}
+        assert len(places) == len(decoder.CONTRACTED)
+
+
+def projections(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path[-1].key: leaf for path, leaf in leaves if hasattr(path[-1], "key")}
+
+
 @pytest.mark.parametrize("name", ["v_row", "v_col"])
 def test_what_is_not_shaped_like_its_parameter_is_replicated(name):
     """A row of a stacked matrix may have the shape of a stacked norm, but not its path."""

@@ -1,4 +1,4 @@
-"""Another sampler than the library's: forty lines in an experiment file train, resume, evaluate."""
+"""A sampler in an experiment file, `experiments/own_sampler.py`: it trains, resumes, is evaluated."""
 
 import dataclasses
 import pathlib
@@ -6,9 +6,13 @@ import pathlib
 import numpy as np
 import pytest
 
+from dcmdp_jax import starting
+from dcmdp_jax.batches import make_sampler, sampling
 from dcmdp_jax.experiment import load_experiment, override
+from dcmdp_jax.inputs import read_inputs
+from dcmdp_jax.records import Prompts
 from dcmdp_jax.run_folder import claim
-from support.training import assert_same_run, options, rows, train
+from support.training import ONE_DEVICE, assert_same_run, options, rows, train
 
 pytestmark = pytest.mark.full
 
@@ -21,7 +25,7 @@ def even(example, text):
 
 
 def run_of(steps):
-    changes = options(**{"steps": steps, "eval.every": 2, "rollout.precision.weights": "float32"})
+    changes = options(**{"steps": steps, "eval.every": 2})
     run = override(load_experiment(str(EXPERIMENT)), changes)
     return dataclasses.replace(run, data=dataclasses.replace(run.data, verifier=even))
 
@@ -66,12 +70,6 @@ def test_both_policies_are_evaluated_on_held_out_problems(four_steps):
 def test_completions_differ_from_each_other_and_depend_on_their_number():
     """As the loop needs it of any sampler: completion i is drawn by `seed` and `offset + i`."""
     run = run_of(1)
-    from dcmdp_jax import starting
-    from dcmdp_jax.batches import make_sampler, sampling
-    from dcmdp_jax.inputs import read_inputs
-    from dcmdp_jax.records import Prompts
-    from support.training import ONE_DEVICE
-
     inputs = read_inputs(run, ONE_DEVICE)
     sampler = make_sampler(run, inputs)
     sampler.update_weights(starting.unwarmed_weights(run, inputs), 0)
