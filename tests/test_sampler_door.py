@@ -1,4 +1,4 @@
-"""A sampler in an experiment file, `experiments/own_sampler.py`: it trains, resumes, is evaluated."""
+"""The sampler of experiments/own_sampler.py: a run trains, resumes and is evaluated with it."""
 
 import dataclasses
 import pathlib
