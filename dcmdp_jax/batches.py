@@ -11,8 +11,7 @@ from dcmdp_jax import measurements, packing, rewards, seeds, sharding, step
 from dcmdp_jax.config import Config, RolloutConfig
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.inputs import Inputs
-from dcmdp_jax.records import Batch, Sampler, Sampling, Scored, TrainState
-from dcmdp_jax.rollout import jetstream
+from dcmdp_jax.records import Batch, Rollout, Sampler, Sampling, Scored, TrainState
 from dcmdp_jax.seeds import Stream
 from dcmdp_jax.stopping import Interrupted
 
@@ -135,6 +134,9 @@ class Batches:
                     offset=share.start * config.rollout.samples,
                     should_stop=self._should_stop,
                 )
+                check_rollout(rollout, config)
+                if not config.algorithm.replay_routing:
+                    rollout = rollout._replace(experts=None)  # a batch then has no field for them
                 return rewards.score(
                     rollout,
                     self._inputs.tokenizer.decode,
@@ -151,13 +153,36 @@ class Batches:
 
 def make_sampler(config: Config, inputs: Inputs) -> Sampler:
     """Returns what this process samples with."""
-    make = config.rollout.sampler or jetstream.sampler
+    make = config.rollout.sampler
+    if make is None:
+        # only the default sampler needs google-jetstream
+        from dcmdp_jax.rollout import jetstream
+
+        make = jetstream.sampler
     return make(config, inputs.model_config, inputs.tokenizer, inputs.decode_mesh)
 
 
 def sampling(config: RolloutConfig) -> Sampling:
     """Returns how a run's tokens are drawn."""
     return Sampling(config.temperature, config.top_k, config.top_p, config.min_p)
+
+
+def check_rollout(rollout: Rollout, config: Config) -> None:
+    """Raises ValueError if a sampler has left out what this configuration needs of a rollout."""
+    options = config.rollout
+    is_cut = {"top_k": options.top_k > 0, "top_p": options.top_p < 1, "min_p": options.min_p > 0}
+    cuts = [name for name, cut in is_cut.items() if cut]
+    if cuts and rollout.support_mass is None:
+        raise ValueError(
+            f"rollout.{cuts[0]}={getattr(options, cuts[0])} cuts the support that tokens are drawn "
+            "from, and the sampler reports no support_mass, without which delta would count the "
+            "cut as a gap; report Rollout.support_mass, ones if nothing is cut"
+        )
+    if config.algorithm.replay_routing and rollout.experts is None:
+        raise ValueError(
+            "algorithm.replay_routing replays the experts that the sampler chose, and the sampler "
+            "reports none; report Rollout.experts, or set --algorithm.replay_routing no"
+        )
 
 
 def _gather(scored: Scored) -> Scored:

@@ -261,7 +261,8 @@ class RolloutConfig:
     # one engine spanning all processes (they decode in lockstep) instead of one per process; `mesh`
     # then covers all sampling devices
     one_engine: bool = False
-    # (config, model, tokenizer, mesh) -> records.Sampler; None: rollout.jetstream.sampler
+    # (config, model, tokenizer, mesh) -> records.Sampler; None: rollout.jetstream.sampler, which
+    # alone reads slots, tokens_per_dispatch and precision
     sampler: Callable | None = None
 
 
@@ -334,7 +335,10 @@ class WarmupConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation on held-out problems, by the engine as it is and by an exact one."""
+    """Evaluation on held-out problems, by the engine as it is and by an exact one.
+
+    With `rollout.sampler` set, by that sampler alone.
+    """
 
     every: int = 20  # steps; 0: never
     prompts: int = 512

@@ -78,11 +78,12 @@ def check(
         )
     shapes = jax.eval_shape(partial(decoder.init, config=model), jax.random.key(0))
     sharding.param_shardings(decoder.logical_axes(model), mesh, sharding.TRAIN, shapes)
-    sync.check(model, config.rollout.precision, decode_mesh)
-    for name, size, shards in (
-        ("rollout.slots", config.rollout.slots, engines * sharding.num_batch_shards(decode_mesh)),
-        ("warmup.batch_size", config.warmup.batch_size, sharding.num_batch_shards(mesh)),
-    ):
+    split = [("warmup.batch_size", config.warmup.batch_size, sharding.num_batch_shards(mesh))]
+    if config.rollout.sampler is None:
+        sync.check(model, config.rollout.precision, decode_mesh)
+        shards = engines * sharding.num_batch_shards(decode_mesh)
+        split.append(("rollout.slots", config.rollout.slots, shards))
+    for name, size, shards in split:
         if size % shards:
             raise ValueError(f"{name}={size} does not divide over the mesh's {shards} batch shards")
     if config.data.prompts_per_step % engines:

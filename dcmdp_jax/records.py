@@ -154,6 +154,11 @@ class Sampler(Protocol):
 
     `RolloutConfig.sampler` makes one. Where several processes train, each makes its own, and all
     call in the same order.
+
+    A sampler that cannot seed each completion, such as a server that takes no seed per request,
+    may ignore `seed` and `offset`. Such a run trains and resumes as any other, because the loss
+    depends on the reported tokens and log-probs alone; but neither a resumed nor a second run
+    equals the first bit for bit, and every evaluation draws its held-out completions anew.
     """
 
     def sample(

@@ -2,17 +2,32 @@
 
 import dataclasses
 import pathlib
+import subprocess
+import sys
 
+import jax
 import numpy as np
 import pytest
 
 from dcmdp_jax import starting
-from dcmdp_jax.batches import make_sampler, sampling
+from dcmdp_jax.batches import check_rollout, make_sampler, sampling
 from dcmdp_jax.experiment import load_experiment, override
 from dcmdp_jax.inputs import read_inputs
 from dcmdp_jax.records import Prompts
 from dcmdp_jax.run_folder import claim
-from support.training import ONE_DEVICE, assert_same_run, options, rows, train
+from support.rollouts import make_rollout
+from support.training import (
+    MAIN,
+    ONE_DEVICE,
+    assert_same_run,
+    child_environment,
+    dcmdp,
+    options,
+    rows,
+    tiny,
+    train,
+    words,
+)
 
 pytestmark = pytest.mark.full
 
@@ -59,12 +74,40 @@ def test_it_resumes_bit_for_bit(four_steps, tmp_path):
     assert_same_run(four_steps[0], tmp_path, run_of(4))
 
 
-def test_both_policies_are_evaluated_on_held_out_problems(four_steps):
-    """By two samplers, of which the library's own draws from the trainer's parameters."""
+def test_its_policy_is_evaluated_on_held_out_problems(four_steps):
     evaluated = [row for row in rows(four_steps[0]) if "reward_eval_infer" in row]
     assert [row["step"] for row in evaluated] == [1, 2, 4]
-    for row in evaluated:
-        assert 0 <= row["reward_eval_infer"] <= 1 and 0 <= row["reward_eval_train"] <= 1
+    assert all(0 <= row["reward_eval_infer"] <= 1 for row in evaluated)
+
+
+def test_no_engine_is_made_to_evaluate_the_trainers_policy(four_steps):
+    assert not any("reward_eval_train" in row for row in rows(four_steps[0]))
+
+
+def test_it_trains_without_google_jetstream(tmp_path):
+    hide = "import sys; sys.modules['jetstream'] = None; "
+    changes = words(**{"steps": 1, "eval.every": 1, "warmup.steps": 0})
+    command = ["train", str(EXPERIMENT), "--workdir", str(tmp_path), *changes]
+    subprocess.run(
+        [sys.executable, "-c", hide + MAIN, *command], env=child_environment(), check=True
+    )
+    (row,) = rows(tmp_path)
+    assert row["delta_mean"] < 1e-5 and "reward_eval_infer" in row
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rollout.slots": 7}, {"rollout.precision.weights": "int3"}],
+    ids=["slots", "precision"],
+)
+def test_properties_of_an_engine_that_is_not_there_are_not_checked(changes):
+    changes = {"mesh.fsdp": "0"} | {name: str(value) for name, value in changes.items()}
+    run = override(run_of(1), changes)
+    default = dataclasses.replace(run, rollout=dataclasses.replace(run.rollout, sampler=None))
+    two_devices = jax.devices()[:2]
+    with pytest.raises(ValueError, match="rollout.(slots=7|precision.weights='int3')"):
+        read_inputs(default, two_devices)
+    read_inputs(run, two_devices)
 
 
 def test_completions_differ_from_each_other_and_depend_on_their_number():
@@ -88,6 +131,40 @@ def test_completions_differ_from_each_other_and_depend_on_their_number():
         sampler.sample(part, offset=4, **arguments).tokens, batch.tokens[4:]
     )
     assert len({tuple(row) for row in batch.tokens.tolist()}) > 4
+
+
+def rollout_of(**reported):
+    """A rollout of one token, with what a sampler may leave out."""
+    prompts = Prompts(np.ones((1, 1), np.int32), np.ones(1, np.int32), ())
+    return make_rollout(prompts, [[1]], [1], [[0.0]], [False])._replace(**reported)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("rollout.top_k", 5), ("rollout.top_p", 0.9), ("rollout.min_p", 0.1)]
+)
+def test_a_cut_support_must_be_reported(name, value):
+    run = tiny(**{name: value})
+    message = f"^{name}={value} cuts the support .* reports no support_mass"
+    with pytest.raises(ValueError, match=message):
+        check_rollout(rollout_of(), run)
+    check_rollout(rollout_of(support_mass=np.ones((1, 1), np.float32)), run)
+
+
+def test_a_support_that_is_not_cut_need_not_be_reported():
+    check_rollout(rollout_of(), tiny())
+
+
+def test_experts_that_are_replayed_must_be_reported():
+    run = tiny(**{"algorithm.replay_routing": True})
+    with pytest.raises(ValueError, match="^algorithm.replay_routing .* reports none"):
+        check_rollout(rollout_of(), run)
+    check_rollout(rollout_of(experts=np.zeros((1, 1, 1, 1), np.int32)), run)
+
+
+def test_a_run_with_an_unreported_cut_ends_with_the_sentence(tmp_path, capsys):
+    command = ["train", str(EXPERIMENT), "--workdir", str(tmp_path)]
+    assert dcmdp([*command, *words(**{"rollout.top_p": 0.5, "warmup.steps": 0})]) == 1
+    assert "dcmdp: rollout.top_p=0.5 cuts the support" in capsys.readouterr().err
 
 
 def test_a_run_cannot_go_on_with_another_sampler(four_steps):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -12,14 +13,17 @@ from dcmdp_jax.config import Config, Precision
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.inputs import Inputs
 from dcmdp_jax.records import Prompts, Sampler, Sampling, TrainState
-from dcmdp_jax.rollout import jetstream
 from dcmdp_jax.seeds import Stream
 from dcmdp_jax.stopping import Interrupted
 from dcmdp_jax.tokenizer import Tokenizer
 
 
 class HeldOut:
-    """Measures both policies on `inputs.held_out`."""
+    """Measures both policies on `inputs.held_out`.
+
+    The trainer's policy is sampled from by an engine that rounds nothing, in the place of the run's
+    own engine. A run that replaces the engine (`rollout.sampler`) has its sampler measured alone.
+    """
 
     def __init__(
         self, config: Config, inputs: Inputs, sampler: Sampler, should_stop: Callable[[], bool]
@@ -28,15 +32,16 @@ class HeldOut:
         self._inputs = inputs
         self._sampler = sampler
         self._should_stop = should_stop
-        # the library's own sampler with nothing rounded: it draws from the trainer's policy
-        rollout = dataclasses.replace(config.rollout, precision=Precision(), sampler=None)
+        # an engine with nothing rounded draws from the trainer's policy
+        rollout = dataclasses.replace(config.rollout, precision=Precision())
         self._is_exact = config.rollout == rollout and not config.rollout.staleness
         self._exact_config = dataclasses.replace(config, rollout=rollout)
-        self._exact: jetstream.JetStreamSampler | None = None
+        self._exact: Any = None  # a JetStreamSampler, made at its first use
 
     def measure(self, state: TrainState) -> dict[str, float]:
         """Returns `reward_eval_infer`, the pass rate of the run's sampler with its present weights,
-        and `reward_eval_train`, that of the parameters of `state`.
+        and `reward_eval_train`, that of the parameters of `state`; the latter only if
+        `rollout.sampler` is None.
 
         Returns nothing where there are no held-out problems, or the run was asked to stop. All
         processes must call.
@@ -44,18 +49,23 @@ class HeldOut:
         if self._inputs.held_out is None:
             return {}
         infer = self._pass_rate(self._sampler)
-        train = infer
-        if infer is not None and not self._is_exact:
-            train = self._trainer_pass_rate(state)
-        if train is None:
+        measured = {"reward_eval_infer": infer}
+        if infer is not None and self._config.rollout.sampler is None:
+            measured["reward_eval_train"] = (
+                infer if self._is_exact else self._trainer_pass_rate(state)
+            )
+        if None in measured.values():
             processes.log0(
                 f"stopped in the evaluation of step {int(state.step)}, which is left out"
             )
             return {}
-        return {"reward_eval_infer": infer, "reward_eval_train": train}
+        return measured
 
     def _trainer_pass_rate(self, state: TrainState) -> float | None:
         if self._exact is None:
+            # only the default sampler needs google-jetstream
+            from dcmdp_jax.rollout import jetstream
+
             inputs = self._inputs
             self._exact = jetstream.sampler(
                 self._exact_config, inputs.model_config, inputs.tokenizer, inputs.decode_mesh

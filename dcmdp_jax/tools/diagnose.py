@@ -150,7 +150,7 @@ def check(config: Config) -> None:
     It needs the library's own sampler, a router of the trainer's own, and two prompts for a
     standard error.
     """
-    if not parity.has_own_sampler(config):
+    if config.rollout.sampler is not None:
         name = getattr(config.rollout.sampler, "__name__", repr(config.rollout.sampler))
         raise ValueError(
             "diagnose switches the properties of the library's own engine (rollout.precision.*), "

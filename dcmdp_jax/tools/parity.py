@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from dcmdp_jax import checkpoint, constraint, files, packing, seeds, sharding, step
-from dcmdp_jax.batches import make_sampler, sampling
+from dcmdp_jax.batches import check_rollout, make_sampler, sampling
 from dcmdp_jax.config import Calibrated, Config, ModelConfig, Precision
 from dcmdp_jax.inputs import Inputs
 from dcmdp_jax.losses import diagnostics
@@ -25,7 +25,6 @@ from dcmdp_jax.losses.tails import POSITION_EDGES
 from dcmdp_jax.models.kernels import scoring
 from dcmdp_jax.records import Rollout, Sampler, Scored
 from dcmdp_jax.report import tables
-from dcmdp_jax.rollout import jetstream
 from dcmdp_jax.seeds import Stream
 from dcmdp_jax.starting import starting_weights, unwarmed_weights
 
@@ -108,7 +107,7 @@ def starting(config: Config, inputs: Inputs) -> TrainerWeights:
 
 def sample(sampler: Sampler, config: Config, inputs: Inputs, seed: int) -> Rollout:
     """Returns completions of the next prompts, drawn as a run draws them."""
-    return sampler.sample(
+    rollout = sampler.sample(
         next(inputs.prompts),
         samples=config.rollout.samples,
         max_tokens=config.rollout.max_tokens,
@@ -118,6 +117,8 @@ def sample(sampler: Sampler, config: Config, inputs: Inputs, seed: int) -> Rollo
         offset=0,
         should_stop=lambda: False,
     )
+    check_rollout(rollout, config)
+    return rollout
 
 
 def scorer(config: Config, inputs: Inputs) -> Score:
@@ -285,19 +286,12 @@ def _metrics(old_logp, rollout_logp, mask) -> dict[str, jax.Array]:
     )
 
 
-def has_own_sampler(config: Config) -> bool:
-    """Returns True if the run samples with the library's own sampler, which `rollout.precision`
-    describes.
-    """
-    return config.rollout.sampler in (None, jetstream.sampler)
-
-
 def default_limit(config: Config, inputs: Inputs) -> float | None:
     """Returns the bound on |D| if engine and trainer can differ by float32 round-off alone, or
     None.
     """
     exact = (
-        has_own_sampler(config)
+        config.rollout.sampler is None
         and config.rollout.precision == Precision()
         and not inputs.model_config.compute.bfloat16
     )
@@ -374,7 +368,9 @@ def write(
     tolerance = config.constraint.tolerance
     if isinstance(tolerance, Calibrated):
         tolerance = None
-    precision = dataclasses.asdict(config.rollout.precision) if has_own_sampler(config) else None
+    precision = (
+        dataclasses.asdict(config.rollout.precision) if config.rollout.sampler is None else None
+    )
     record = {
         "weights": parity.origin,
         "precision": precision,

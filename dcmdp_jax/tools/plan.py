@@ -31,7 +31,6 @@ from dcmdp_jax.records import Batch
 from dcmdp_jax.rollout import generate
 from dcmdp_jax.rollout.jetstream import Engine
 from dcmdp_jax.tools import cost_model
-from dcmdp_jax.tools.parity import has_own_sampler
 
 GIB = 2**30
 
@@ -160,7 +159,7 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
         sizes - sharding.local_bytes(params),
         f"{row_length}algorithm.microbatches, mesh.sequence or mesh.tensor",
     )
-    if not has_own_sampler(config):
+    if config.rollout.sampler is not None:
         return
     shared = set(decode_mesh.devices.flat) <= set(mesh.devices.flat)
     yield from _engine(config, model, decode_mesh, engines, sizes if shared else 0)
