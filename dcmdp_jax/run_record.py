@@ -65,8 +65,8 @@ def apply_record(config: Config, record: dict) -> Config:
 def upgrade_record(record: dict, config: Any) -> dict:
     """Returns a record of another version in the form that `to_json(config)` has today.
 
-    Fields that the record lacks get their defaults. Fields that `config` lacks are dropped if they are
-    empty, zero or false, and stay otherwise.
+    Fields that the record lacks get their defaults. Fields that `config` lacks are dropped if they
+    are empty, zero or false, and stay otherwise.
     """
     fields = {item.name: item for item in dataclasses.fields(config)}
     upgraded = {name: value for name, value in record.items() if name in fields or _is_set(value)}
