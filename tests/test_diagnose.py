@@ -11,6 +11,7 @@ import pytest
 from dcmdp_jax.batches import make_sampler
 from dcmdp_jax.config import Precision
 from dcmdp_jax.inputs import read_inputs
+from dcmdp_jax.rollout.jetstream import JetStreamSampler
 from dcmdp_jax.rollout.replay import replay
 from dcmdp_jax.run_record import to_json
 from dcmdp_jax.tools import diagnose, diagnose_page, parity
@@ -112,6 +113,19 @@ def test_noise_is_round_off():
         "batch composition",
         "exact engine",
     ]
+
+
+def test_weights_are_converted_for_the_rollout_and_for_the_exact_engine_alone(monkeypatch):
+    converted = []
+    update_weights = JetStreamSampler.update_weights
+
+    def counted(*args):
+        converted.append(args)
+        update_weights(*args)
+
+    monkeypatch.setattr(JetStreamSampler, "update_weights", counted)
+    diagnose.diagnose(*prepare(FLOAT))
+    assert len(converted) == 2
 
 
 def test_all_sampled_tokens_are_counted():

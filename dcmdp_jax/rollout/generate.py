@@ -175,10 +175,10 @@ def _check_limits(engine: SlotEngine, prompt_lengths: np.ndarray, limits: np.nda
 
 
 def completion_keys(key: jax.Array, count: int, offset: int = 0) -> np.ndarray:
-    """Returns a key for each of completions `offset` to `offset + count - 1`, [count, 2] uint32.
+    """Returns a key for each of `count` completions from number `offset` on, [count, 2] uint32.
 
-    The key of completion i depends on `key` and i alone. One program makes the keys of every
-    offset.
+    The key of completion i depends on `key` and i alone. For a `count`, one program makes the keys
+    of every `offset`.
     """
     return np.asarray(_fold_in_each(key, np.arange(offset, offset + count).astype(np.uint32)))
 

@@ -312,7 +312,7 @@ def _noise(sampled: _Sampled, weights: Weights, exact: np.ndarray) -> tuple[Sour
     repacked = sampled.score(sampled.weights.params, rollout, config.seed + 1, split=2)
     shards = sharding.num_batch_shards(sampled.inputs.decode_mesh)
     slots = max(config.rollout.slots // (2 * shards), 1) * shards
-    fewer = _sampler(sampled._replace(config=_with_rollout(config, slots=slots)), EXACT)
+    fewer = _empty_sampler(sampled._replace(config=_with_rollout(config, slots=slots)), EXACT)
     order = np.random.default_rng(config.seed).permutation(len(exact))
     shuffled = replay(fewer.engine, weights, rollout, order)
     return (
@@ -367,11 +367,16 @@ def _checked(logp: np.ndarray, precision: Precision) -> np.ndarray:
     return logp
 
 
-def _sampler(sampled: _Sampled, precision: Precision) -> jetstream.JetStreamSampler:
-    """Returns the library's sampler with `precision` and the sampled weights."""
+def _empty_sampler(sampled: _Sampled, precision: Precision) -> jetstream.JetStreamSampler:
+    """Returns the library's sampler with `precision`, without weights."""
     config = _with_rollout(sampled.config, precision=precision)
     inputs = sampled.inputs
-    sampler = jetstream.sampler(config, inputs.model_config, inputs.tokenizer, inputs.decode_mesh)
+    return jetstream.sampler(config, inputs.model_config, inputs.tokenizer, inputs.decode_mesh)
+
+
+def _sampler(sampled: _Sampled, precision: Precision) -> jetstream.JetStreamSampler:
+    """Returns the library's sampler with `precision` and the sampled weights."""
+    sampler = _empty_sampler(sampled, precision)
     sampler.update_weights(sampled.weights.params, sampled.weights.version)
     return sampler
 
