@@ -53,3 +53,8 @@ def test_fields_are_listed(capsys):
     assert dcmdp(["train", QUICKSTART, "--fields", "--constraint.tolerance", "0.5"]) == 0
     out = capsys.readouterr().out
     assert "--constraint.tolerance 0.5  (float)" in out and "--data.task.operations 5  (int)" in out
+
+
+def test_fields_that_are_refused_are_not_listed(capsys):
+    assert dcmdp(["train", QUICKSTART, "--fields"]) == 0
+    assert "model.architecture.compute" not in capsys.readouterr().out

@@ -20,7 +20,7 @@ def load(args: argparse.Namespace, options: list[str]) -> tuple[Config, pathlib.
     config = load_experiment(args.experiment)
     changes = overrides(options)
     workdir = pathlib.Path(args.workdir or f"runs/{config.name}")
-    if any((workdir / "checkpoints").glob("[0-9]*")):
+    if _has_checkpoint(workdir):
         in_file = run_record.to_json(config)
         config = run_record.apply_record(config, run_record.read_record(workdir))
         recorded = [
@@ -33,6 +33,14 @@ def load(args: argparse.Namespace, options: list[str]) -> tuple[Config, pathlib.
         if recorded:
             print(f"{workdir} goes on with its own {', '.join(recorded)}", file=sys.stderr)
     return override(config, changes), workdir
+
+
+def _has_checkpoint(workdir: pathlib.Path) -> bool:
+    if not workdir.is_dir():
+        return False
+    from dcmdp_jax import checkpoint  # imports JAX, which a new run's options need not wait for
+
+    return bool(checkpoint.steps(workdir))
 
 
 def overrides(options: list[str]) -> dict[str, str]:

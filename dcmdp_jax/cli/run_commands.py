@@ -76,6 +76,8 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
 
 def _print_fields(config: Config) -> int:
     for name, kind in scalar_fields(config).items():
+        if name.startswith("model.architecture.compute."):
+            continue  # refused when set; those of `model.compute` are read
         value = functools.reduce(getattr, name.split("."), config)
         print(f"--{name} {value!r}  ({kind.__name__})")
     return 0

@@ -18,7 +18,6 @@ import math
 import multiprocessing
 import os
 import pathlib
-import shutil
 import signal
 import statistics
 import sys
@@ -286,17 +285,17 @@ def _start_folder(study: Study, run: Run) -> pathlib.Path:
 
 
 def _warm_up(run: Run) -> None:
-    """Makes a run's start folder; it appears when it is complete."""
+    """Makes a run's start folder, which appears when it is complete, and a log beside it."""
     study = load(run.file)
     folder = _start_folder(study, run)
-    new = folder.with_name(f"{folder.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     from dcmdp_jax import export
 
-    with _redirect_output(new / "run.log"):
+    with (
+        _redirect_output(folder.with_name(f"{folder.name}.log")),
+        files.atomic_folder(folder) as new,
+    ):
         export.warm_start(_arm_config(study, run), new, study.alter)
-    new.replace(folder)
 
 
 def _train(run: Run) -> None:
