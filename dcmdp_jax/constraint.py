@@ -61,7 +61,7 @@ def delta(old_logp: Array, rollout_logp: Array, mask: Array) -> Array:
     Default: none
     Paper: DCMDP, arXiv 2606.08779
 
-    The product form neither cancels nor overflows. Its derivative by a is e^a where a >= b, else
+    The product form neither cancels nor overflows. Its derivative in a is e^a where a >= b, else
     -e^a; every shaping detaches it.
     """
     gap = signed_delta(old_logp, rollout_logp, mask)

@@ -42,7 +42,7 @@ Parameters
     trained, scored the parameters that the optimizer changes, and those that the model is run with;
                     `step.policy_params` makes the second from the first
     weights         the engine's converted copy of `params`, in its own precision and layout
-    version         the number of constrained steps behind `params` or `weights`
+    version         the number of constrained steps that led to `params` or `weights`
     staleness       the number of constrained steps by which the sampler's version is older
 
 Sampling
@@ -119,7 +119,7 @@ class Weights(NamedTuple):
     """An engine's copy of the parameters, in its own precision and layout."""
 
     params: Any
-    version: Any  # [] int32, constrained steps behind them
+    version: Any  # [] int32, constrained steps that led to them
     finite: Any = True  # [] bool: no parameter is NaN or infinite
 
 
@@ -196,7 +196,7 @@ class Sampler(Protocol):
 
         Args:
           params: the decoder's parameters as the trainer has them, on the training devices.
-          version: the number of constrained steps behind them.
+          version: the number of constrained steps that led to them.
 
         Raises NotFinite if a parameter is NaN or infinite.
         """

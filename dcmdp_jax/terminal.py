@@ -58,7 +58,7 @@ SECONDS_BETWEEN_LINES = 10.0  # so that the logs of batch jobs stay short
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE = 30  # columns of a sparkline, if the terminal is wide enough
 SHORTEST_CURVE = 6
-LABEL = 21  # columns of a row before its sparkline, and the blanks behind it
+LABEL = 21  # columns of a row before its sparkline, and the blanks after it
 
 
 class View:

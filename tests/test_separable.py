@@ -1,8 +1,9 @@
 """Separability over microbatches is declared: the oracle that every declaration is held to.
 
-A loss is separable if the slope by the log-probs of one microbatch stays what it is, bit for bit,
-wherever the log-probs of the others stand. Every part of a loss that the library offers is put into
-a configuration and tried on made-up batches: what is declared must pass, what is not must fail.
+A loss is separable if its gradient with respect to the log-probs of one microbatch is the same, bit
+for bit, whatever the log-probs of the others are. Every part of a loss that the library offers is
+put into a configuration and tried on made-up batches: what is declared must pass, what is not must
+fail.
 """
 
 import dataclasses
@@ -183,29 +184,29 @@ def made_up(seed):
     return batch, logp[0], np.float32(logp + rng.normal(0, 0.3, size))
 
 
-def slope_of(config):
-    """The slope [A, n, T] of `step.on_policy_loss` with respect to the log-probs."""
+def gradient_of(config):
+    """The gradient [A, n, T] of `step.on_policy_loss` with respect to the log-probs."""
 
-    def slope(logp, batch, ref_logp):
+    def gradient(logp, batch, ref_logp):
         advantage = step.group_advantage(batch, config)
         return jax.grad(step.on_policy_loss)(logp, batch, ref_logp, advantage, 0.3, config)
 
-    return jax.jit(slope)
+    return jax.jit(gradient)
 
 
 def is_unchanged(config, seed):
-    """Whether no microbatch's slope changes when the log-probs of the others do."""
-    slope = slope_of(config)
+    """Whether no microbatch's gradient changes when the log-probs of the others do."""
+    gradient = gradient_of(config)
     batch, logp, ref_logp = made_up(seed)
-    expected = np.asarray(slope(logp, batch, ref_logp))
+    expected = np.asarray(gradient(logp, batch, ref_logp))
     assert np.isfinite(expected).all() and expected.any(), "there is something to see"
     rng = np.random.default_rng(seed)
     far = np.float32(-rng.exponential(2.0, logp.shape))
     for others in (np.zeros_like(logp), logp + np.float32(0.05) * far, logp + far):
         for i in range(A):
-            stood = others.copy()
-            stood[i] = logp[i]
-            if not np.array_equal(np.asarray(slope(stood, batch, ref_logp))[i], expected[i]):
+            changed = others.copy()
+            changed[i] = logp[i]
+            if not np.array_equal(np.asarray(gradient(changed, batch, ref_logp))[i], expected[i]):
                 return False
     return True
 

@@ -39,7 +39,7 @@ class TrainerWeights(NamedTuple):
     """Parameters of the trainer that a sampler is given."""
 
     params: Any
-    version: int  # constrained steps behind them
+    version: int  # constrained steps that led to them
     origin: str  # where they come from, in words
     prompt_state: Any = None  # iterator state before their next batch; None: the present one
 

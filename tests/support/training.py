@@ -86,7 +86,7 @@ def dcmdp(words, devices=ONE_DEVICE):
 
 
 def saved(workdir, run, devices=ONE_DEVICE):
-    """Everything in the newest checkpoint, as NumPy, and the position of the prompts."""
+    """Everything in the newest checkpoint, as NumPy, and the state of the prompt iterator."""
     inputs = read_inputs(run, devices)
     checkpoints = Checkpoints(workdir, 2)
     state = starting.restore(checkpoints, run, inputs)

@@ -87,7 +87,8 @@ def token_logp(
         needed. Rows are scored up to the largest number of wanted positions in a row. A CPU scores
         all rows as one.
       entropy: whether to compute it.
-      max_logits: logits that exist at a time, at most (but one position of each row).
+      max_logits: largest number of logits in memory at a time, except that a tile has at least one
+        position of each row.
       cpu_tokens, cpu_words: sizes of the tiles on a CPU.
 
     Returns:
