@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from dcmdp_jax import constraint, packing, sharding, step
-from dcmdp_jax.losses import advantages, corrections, rejection
+from dcmdp_jax.losses import advantages, corrections, kl, rejection
 from dcmdp_jax.models import decoder
 from support.steps import (
     CLIPPED,
@@ -229,15 +229,36 @@ def test_accumulation_is_exact_where_microbatches_weigh_against_each_other(surro
     assert_close(state.params, expected.params)
 
 
-@pytest.mark.parametrize("microbatches", [1, 4])
-def test_one_pass_computes_what_the_plain_step_does(microbatches):
-    config = make_config(microbatches=microbatches)
+def penalised(config):
+    constrained = dataclasses.replace(
+        config.constraint, shaping=None, penalty=constraint.penalty, multiplier_init=0.3
+    )
+    return dataclasses.replace(config, constraint=constrained)
+
+
+IN_ONE_PASS = {
+    "dense": make_config(),
+    "dense, 4 microbatches": make_config(microbatches=4),
+    "moe": make_config(MOE, microbatches=4),
+    "correction": make_config(
+        surrogate=corrections.decoupled(CLIPPED, corrections.tis(1.1)), microbatches=4
+    ),
+    "penalty": penalised(make_config(microbatches=4)),
+    "reference penalty": make_config(reference_penalty=kl.k3, microbatches=4),
+}
+
+
+@pytest.mark.parametrize("config", IN_ONE_PASS.values(), ids=IN_ONE_PASS)
+def test_one_pass_computes_what_the_plain_step_does(config):
     assert step.in_one_pass(config)
+    model = config.model.architecture
+    microbatches = config.algorithm.microbatches
     batch = packing.pack(make_scored(), minibatches=1, microbatches=microbatches, row_length=24)
+    state = fresh_state(config, model, ONE)
+    # weights other than those that are trained, so that the reference penalty is not 0
+    state = state._replace(reference=jax.tree.map(lambda w: 1.1 * w, state.reference))
     results = [
-        jax.jit(functools.partial(form, config=config, model=MODEL))(
-            fresh_state(config, MODEL, ONE), batch
-        )
+        jax.jit(functools.partial(form, config=config, model=model))(state, batch)
         for form in (step.constrained_step, step.one_pass_step)
     ]
     assert_close(*(state for state, _ in results), 1e-6)

@@ -30,20 +30,16 @@ def command(workdir, steps):
     return ["train", EXPERIMENT, "--workdir", str(workdir), *WORDS, "--steps", str(steps)]
 
 
-@pytest.fixture
-def two_devices(monkeypatch):
-    devices = jax.devices()[:2]
-    monkeypatch.setattr(jax, "devices", lambda *args: devices)
+def dcmdp(words):
+    """The status of the command line with these words, on two devices."""
+    return cli.main(words, jax.devices()[:2])
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """Returns the folder of a run of four steps on two devices."""
     folder = tmp_path_factory.mktemp("walk") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        devices = jax.devices()[:2]
-        patch.setattr(jax, "devices", lambda *args: devices)
-        assert cli.main(command(folder, steps=4)) == 0
+    assert dcmdp(command(folder, steps=4)) == 0
     return folder
 
 
@@ -70,10 +66,10 @@ def test_a_run_learns_from_a_float32_engine_without_a_gap(workdir):
     assert all(row["grad_norm"] > 1e-3 for row in rows)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(workdir, tmp_path, two_devices):
+def test_a_resumed_run_equals_an_uninterrupted_one(workdir, tmp_path):
     """Metrics, parameters, optimizer, multiplier and the position in the data, bit for bit."""
-    assert cli.main(command(tmp_path / "resumed", steps=2)) == 0
-    assert cli.main(command(tmp_path / "resumed", steps=4)) == 0
+    assert dcmdp(command(tmp_path / "resumed", steps=2)) == 0
+    assert dcmdp(command(tmp_path / "resumed", steps=4)) == 0
     config = override(load_experiment(EXPERIMENT), OPTIONS)
     training.assert_same_run(workdir, tmp_path / "resumed", config)
 
@@ -104,15 +100,15 @@ def test_a_run_leaves_a_well_formed_page(workdir):
     assert page.count("svg") > 0
 
 
-def test_a_run_becomes_a_folder_that_generates(workdir, tmp_path, two_devices, capsys):
+def test_a_run_becomes_a_folder_that_generates(workdir, tmp_path, capsys):
     folder = str(tmp_path / "model")
-    assert cli.main(["convert", EXPERIMENT, folder, "--workdir", str(workdir)]) == 0
+    assert dcmdp(["convert", EXPERIMENT, folder, "--workdir", str(workdir)]) == 0
     capsys.readouterr()
-    assert cli.main(["generate", folder, "1+2=", "--max-tokens", "8"]) == 0
+    assert dcmdp(["generate", folder, "1+2=", "--max-tokens", "8"]) == 0
     assert capsys.readouterr().out
 
 
 def test_a_misspelt_option_is_refused_in_one_sentence(tmp_path, capsys):
-    assert cli.main([*command(tmp_path / "run", steps=4), "--stepz", "1"]) == 2
+    assert dcmdp([*command(tmp_path / "run", steps=4), "--stepz", "1"]) == 2
     assert "did you mean --steps" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
