@@ -168,8 +168,14 @@ def sampling(config: RolloutConfig) -> Sampling:
 
 
 def check_rollout(rollout: Rollout, config: Config) -> None:
-    """Raises ValueError if a sampler has left out what this configuration needs of a rollout."""
+    """Raises ValueError if a sampler's rollout is not as this configuration needs it."""
     options = config.rollout
+    width = rollout.tokens.shape[1]
+    if width != options.max_tokens:
+        raise ValueError(
+            f"the sampler reports completions of {width} columns; pad them to "
+            f"rollout.max_tokens={options.max_tokens}, so that all batches have one shape"
+        )
     is_cut = {"top_k": options.top_k > 0, "top_p": options.top_p < 1, "min_p": options.min_p > 0}
     cuts = [name for name, cut in is_cut.items() if cut]
     if cuts and rollout.support_mass is None:

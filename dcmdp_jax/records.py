@@ -176,7 +176,7 @@ class Sampler(Protocol):
         """Returns `samples` completions of each prompt, drawn with the weights of the last update.
 
         Args:
-          max_tokens: the longest completion.
+          max_tokens: the longest completion, and T, the width of the arrays of every rollout.
           stop_strings: texts that end a completion, beside the tokenizer's stop tokens.
           seed: 0 <= seed < 2**32. Completion i is drawn from a random stream that depends on `seed`
             and `offset + i` alone.

@@ -19,6 +19,7 @@ from support.rollouts import make_rollout
 from support.training import (
     MAIN,
     ONE_DEVICE,
+    TINY,
     assert_same_run,
     child_environment,
     dcmdp,
@@ -133,10 +134,17 @@ def test_completions_differ_from_each_other_and_depend_on_their_number():
     assert len({tuple(row) for row in batch.tokens.tolist()}) > 4
 
 
-def rollout_of(**reported):
+def rollout_of(width=int(TINY["rollout.max_tokens"]), **reported):
     """A rollout of one token, with what a sampler may leave out."""
     prompts = Prompts(np.ones((1, 1), np.int32), np.ones(1, np.int32), ())
-    return make_rollout(prompts, [[1]], [1], [[0.0]], [False])._replace(**reported)
+    tokens = np.ones((1, width), np.int32)
+    logp = np.zeros((1, width), np.float32)
+    return make_rollout(prompts, tokens, [1], logp, [False])._replace(**reported)
+
+
+def test_completions_are_padded_to_the_longest_that_may_be():
+    with pytest.raises(ValueError, match="^the sampler reports completions of 19 columns; pad"):
+        check_rollout(rollout_of(width=19), tiny())
 
 
 @pytest.mark.parametrize(
