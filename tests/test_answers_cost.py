@@ -163,6 +163,7 @@ def events(function):
     return count
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("hostile", HOSTILE, ids=lambda text: ascii(text[:20]))
 def test_hostile_answers_cost_little(hostile, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -153,6 +153,7 @@ def test_any_text_is_read_without_error(text):
     assert rewards.math_answer(Example("", "1"), text + r" \boxed{1}") == 1.0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_gsm8k_solutions_earn_the_reward(data_root, split):
     every = 5 if split == "train" else 1
@@ -164,6 +165,7 @@ def test_gsm8k_solutions_earn_the_reward(data_root, split):
         assert rewards.math_answer(example, f"so {example.answer}") == 0.0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", SETS)
 def test_evaluation_sets_accept_their_own_answers(data_root, name):
     for example in data.read(data_root / "math_eval" / f"{name}.jsonl"):
@@ -187,6 +189,7 @@ def test_distinct_gold_answers_stay_distinct(data_root):
         assert not any(rewards.math_answer(example, rf"\boxed{{{other}}}") for other in others)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("file", ["gsm8k/test", *(f"math_eval/{name}" for name in SETS)])
 def test_golds_as_a_model_writes_them_and_their_neighbours(data_root, file):
     """The table of docs/answers.md, on every seventh problem of a set with many."""

@@ -26,6 +26,7 @@ def centred(logits, log_q, actions, advantage, mask, k, weight):
     )
 
 
+@pytest.mark.full
 @golden.every_file
 @pytest.mark.parametrize("k", [3, 6])
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -50,6 +51,7 @@ def test_golden(file, name, k):
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_full_head_has_zero_mean_under_the_sampler(name):
     """With head = vocabulary and constant advantage, the expected gradient over y ~ q is zero: that
@@ -73,6 +75,7 @@ def test_full_head_has_zero_mean_under_the_sampler(name):
     assert np.abs(jax.grad(expected)(logits, 2)).max() > 1e-3
 
 
+@pytest.mark.full
 def test_head_replaces_the_tail_by_the_trainers():
     """The centre of a short head is the full expectation under q on the head and tail * p outside
     it.

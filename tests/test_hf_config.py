@@ -33,6 +33,7 @@ LLAMA3 = {
 PLAIN = {"rope_type": "default", "rope_theta": 1e6}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -172,6 +173,7 @@ def test_configs_that_do_not_fit_are_refused(changes, message, folder):
         weights.load(folder)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

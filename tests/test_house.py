@@ -10,6 +10,7 @@ TEXTS = {
     for folder in FOLDERS
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
+TREES = {path: ast.parse(text) for path, text in TEXTS.items()}
 
 
 def test_no_file_has_more_than_600_lines():
@@ -27,8 +28,8 @@ def test_no_line_has_more_than_100_columns():
     assert long == []
 
 
-def imported_modules(text):
-    for node in ast.walk(ast.parse(text)):
+def imported_modules(tree):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -38,8 +39,8 @@ def imported_modules(text):
 def test_no_test_module_imports_another():
     importers = [
         str(path)
-        for path, text in TEXTS.items()
-        if any(module.startswith("test_") for module in imported_modules(text))
+        for path, tree in TREES.items()
+        if any(module.startswith("test_") for module in imported_modules(tree))
     ]
     assert importers == []
 
@@ -57,8 +58,8 @@ def packs_values(assignment):
 def test_fewer_than_1_percent_of_assignments_pack_values():
     assignments = [
         (path, node)
-        for path, text in TEXTS.items()
-        for node in ast.walk(ast.parse(text))
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
         if isinstance(node, ast.Assign)
     ]
     packed = [f"{path}:{node.lineno}" for path, node in assignments if packs_values(node)]

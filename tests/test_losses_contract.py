@@ -119,6 +119,7 @@ def test_every_public_function_has_a_case():
     assert public == set(TABLE)
 
 
+@pytest.mark.full
 @every
 def test_types(name):
     """float32, bool or int32 out; every float finite."""

@@ -195,6 +195,7 @@ def test_every_entry_is_compared_or_listed(name, case):
     assert set(t) == set(golden.THRESHOLDS), "a threshold that no entry reads"
 
 
+@pytest.mark.full
 @golden.every_case
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_value_and_gradient(name, case, entry):
