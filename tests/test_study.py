@@ -133,7 +133,7 @@ def test_the_other_arms_are_in_the_table(finished_study):
     assert rows[0]["reward_eval_train"] == rows[0]["reward_eval_infer"], (
         "an exact engine's policy is the trainer's"
     )
-    assert float(rows[0]["delta"]) < 1e-6 < float(rows[2]["delta"])
+    assert float(rows[0]["delta_mean"]) < 1e-6 < float(rows[2]["delta_mean"])
 
 
 @pytest.mark.slow
