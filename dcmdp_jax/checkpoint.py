@@ -39,6 +39,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
         logging.getLogger("absl").addFilter(_is_not_saving_error)
+        sys.unraisablehook = _tell_unraisable
 
     @property
     def latest(self) -> int | None:
@@ -107,6 +108,17 @@ class Checkpoints:
                 self._manager.wait_until_finished()
         finally:
             self._manager.close()
+
+
+_PREVIOUS_HOOK = sys.unraisablehook
+
+
+def _tell_unraisable(unraisable: Any) -> None:
+    """Prints an exception that nobody can catch, but for the one that follows a failed write:
+    Orbax closes its event loop then, which the callbacks of the other writes find closed.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _PREVIOUS_HOOK(unraisable)
 
 
 def _is_not_saving_error(record: logging.LogRecord) -> bool:
