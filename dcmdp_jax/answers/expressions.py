@@ -21,25 +21,8 @@ from dcmdp_jax.answers.work import Unreadable, Work
 MAX_DIVISIONS = 40  # quotients in an answer
 FACTOR_COST = 20  # operations to read a number, a name or a bracket
 
-FUNCTIONS = (
-    "arcsin",
-    "arccos",
-    "arctan",
-    "sinh",
-    "cosh",
-    "tanh",
-    "sqrt",
-    "sin",
-    "cos",
-    "tan",
-    "cot",
-    "sec",
-    "csc",
-    "exp",
-    "log",
-    "ln",
-    "lg",
-    "pi",
+FUNCTIONS = tuple(
+    "arcsin arccos arctan sinh cosh tanh sqrt sin cos tan cot sec csc exp log ln lg pi".split()
 )
 _OF_ANGLES = {"sin", "cos", "tan", "cot", "sec", "csc"}
 _INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan"}
@@ -48,48 +31,11 @@ _FENCES = {r"\lfloor": (r"\rfloor", "floor"), r"\lceil": (r"\rceil", "ceil"), "|
 _MATRICES = {"pmatrix", "bmatrix", "matrix", "Bmatrix", "smallmatrix", "array", "vmatrix"}
 _LETTERS = {
     rf"\{name}"
-    for name in [
-        "alpha",
-        "beta",
-        "gamma",
-        "delta",
-        "epsilon",
-        "zeta",
-        "eta",
-        "theta",
-        "iota",
-        "kappa",
-        "lambda",
-        "mu",
-        "nu",
-        "xi",
-        "pi",
-        "rho",
-        "sigma",
-        "varsigma",
-        "tau",
-        "upsilon",
-        "phi",
-        "chi",
-        "psi",
-        "omega",
-        "Gamma",
-        "Delta",
-        "Theta",
-        "Lambda",
-        "Xi",
-        "Pi",
-        "Sigma",
-        "Upsilon",
-        "Phi",
-        "Psi",
-        "Omega",
-        "ell",
-        "hbar",
-        "infty",
-        "prime",
-        "partial",
-    ]
+    for name in """
+        alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma
+        varsigma tau upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi
+        Omega ell hbar infty prime partial
+    """.split()
 }
 _MARKED = {
     r"\overline",

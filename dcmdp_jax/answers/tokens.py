@@ -27,32 +27,11 @@ class Token(NamedTuple):
     spaced: bool  # a space precedes it
 
 
-_SPACES = (
-    "quad",
-    "qquad",
-    "enspace",
-    "thinspace",
-    "medspace",
-    "thickspace",
-    "negthinspace",
-    "strut",
-    "mathstrut",
-    "displaystyle",
-    "textstyle",
-    "scriptstyle",
-    "limits",
-    "nolimits",
-    "nonumber",
-    "middle",
-    "tiny",
-    "small",
-    "normalsize",
-    "large",
-    "Large",
-    "LARGE",
-    "huge",
-    "Huge",
-)
+_SPACES = """
+    quad qquad enspace thinspace medspace thickspace negthinspace strut mathstrut displaystyle
+    textstyle scriptstyle limits nolimits nonumber middle tiny small normalsize large Large LARGE
+    huge Huge
+""".split()
 _LEXEME = re.compile(
     r"(?P<space>(?:[\s~$]|\\\Z|\\[,;:>!/ ()\[\]]|"
     rf"\\(?:{'|'.join(_SPACES)}|[bB]igg?[lrm]?)(?![A-Za-z]))+)"

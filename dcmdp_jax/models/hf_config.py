@@ -50,33 +50,13 @@ FAMILIES = {
 # transformers 5 uses this if rope_scaling is given beside rope_parameters, without a theta
 THETA = 10_000.0
 
-READ = [
-    "architectures",
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "attention_bias",
-    "max_position_embeddings",
-    "rope_theta",
-    "rope_parameters",
-    "rope_scaling",
-    "original_max_position_embeddings",
-    "layer_types",
-    "num_experts",
-    "num_local_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "norm_topk_prob",
-    "decoder_sparse_step",
-    "mlp_only_layers",
-]
+READ = """
+    architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers
+    num_attention_heads num_key_value_heads head_dim rms_norm_eps tie_word_embeddings attention_bias
+    max_position_embeddings rope_theta rope_parameters rope_scaling original_max_position_embeddings
+    layer_types num_experts num_local_experts num_experts_per_tok moe_intermediate_size
+    norm_topk_prob decoder_sparse_step mlp_only_layers
+""".split()
 # Settings that would change the model and that the decoder does not have, each with the value that
 # has no effect.
 ONE_VALUE = {
@@ -95,67 +75,18 @@ ONE_VALUE = {
 }
 # Names that contain one of `WORDS` and still change nothing in a forward pass of this model; the
 # sliding window is unused without use_sliding_window.
-HARMLESS = [
-    "sliding_window",
-    "max_window_layers",
-    "router_aux_loss_coef",
-    "output_router_logits",
-    "output_attentions",
-    "output_hidden_states",
-    "initializer_range",
-    "attn_implementation",
-    "_attn_implementation",
-    "_attn_implementation_autoset",
-    "_attn_implementation_internal",
-    "experts_implementation",
-    "_experts_implementation",
-    "_experts_implementation_internal",
-    "tie_last_hidden_states",
-    "cross_attention_hidden_size",
-    "torch_dtype",
-    "dtype",
-    "transformers_version",
-]
-WORDS = [
-    "rope",
-    "rotary",
-    "alibi",
-    "position",
-    "attention",
-    "attn",
-    "causal",
-    "window",
-    "chunk",
-    "sink",
-    "norm",
-    "bias",
-    "scal",
-    "multiplier",
-    "softcap",
-    "logit",
-    "expert",
-    "moe",
-    "router",
-    "routed",
-    "topk",
-    "group",
-    "scoring",
-    "layer",
-    "mlp",
-    "head",
-    "hidden",
-    "emb",
-    "activation",
-    "quant",
-    "dropout",
-    "sparse",
-    "linear",
-    "mamba",
-    "nextn",
-    "mtp",
-    "lora",
-    "residual",
-]
+HARMLESS = """
+    sliding_window max_window_layers router_aux_loss_coef output_router_logits output_attentions
+    output_hidden_states initializer_range attn_implementation _attn_implementation
+    _attn_implementation_autoset _attn_implementation_internal experts_implementation
+    _experts_implementation _experts_implementation_internal tie_last_hidden_states
+    cross_attention_hidden_size torch_dtype dtype transformers_version
+""".split()
+WORDS = """
+    rope rotary alibi position attention attn causal window chunk sink norm bias scal multiplier
+    softcap logit expert moe router routed topk group scoring layer mlp head hidden emb activation
+    quant dropout sparse linear mamba nextn mtp lora residual
+""".split()
 
 # What each kind of `rope_scaling` may set, beside rope_theta.
 ROPE_SETTINGS = {
