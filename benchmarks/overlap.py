@@ -26,10 +26,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from dcmdp_jax import config, starting, step
+from dcmdp_jax import compiled_step, config
 from dcmdp_jax.batches import Batches
 from dcmdp_jax.experiment import load_experiment
-from dcmdp_jax.inputs import read_inputs
+from dcmdp_jax.run import starting
+from dcmdp_jax.run.inputs import read_inputs
 from dcmdp_jax.seeds import Stream
 
 ARCHITECTURE = config.ModelConfig(
@@ -78,7 +79,7 @@ def seconds(run: config.Config, repeats: int) -> list[list[tuple[float, float]]]
     """[repeats, 3, 2]: update, rollout, both; wall and CPU seconds."""
     inputs = read_inputs(run)
     state = starting.first_state(run, inputs, pathlib.Path(), lambda: False)
-    update = step.compile(run, inputs.model_config, inputs.mesh)
+    update = compiled_step.compile(run, inputs.model_config, inputs.mesh)
     batches = Batches(run, inputs, state, lambda: False)
     packed = batches.collect(Stream.ROLLOUT, 0).packed
 

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from benchmarks.inference import SHAPES, SMALL, make_prompts, measure
-from dcmdp_jax import constraint, packing, sharding, step
+from dcmdp_jax import compiled_step, constraint, sharding, train_state
 from dcmdp_jax.config import (
     AlgorithmConfig,
     Compute,
@@ -38,6 +38,7 @@ from dcmdp_jax.losses import corrections, policy, reduce
 from dcmdp_jax.models import decoder
 from dcmdp_jax.models.kernels import scoring
 from dcmdp_jax.records import Rollout, Sampling, Scored, TrainState
+from dcmdp_jax.tokens import packing
 
 COUNT = 16
 PROMPT = 64
@@ -113,12 +114,12 @@ class Task:
         )
         params = jax.jit(partial(decoder.init, config=model))(jax.random.key(0))
         start = jax.jit(
-            partial(step.init_state, config),
-            out_shardings=step.state_shardings(config, model, mesh),
+            partial(train_state.init, config),
+            out_shardings=train_state.shardings(config, model, mesh),
         )
         self.state: TrainState = start(params)
-        compiled_step = step.compile(config, model, mesh, plain=plain)
-        self.compiled = compiled_step.lower(self.state, self.batch).compile()
+        update = compiled_step.compile(config, model, mesh, plain=plain)
+        self.compiled = update.lower(self.state, self.batch).compile()
         memory = self.compiled.memory_analysis()
         self.held = memory.argument_size_in_bytes, memory.temp_size_in_bytes
         self.logp = jax.jit(

@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dcmdp_jax import measurements, packing, rewards, seeds, sharding, step
+from dcmdp_jax import rewards, seeds, sharding, train_state
 from dcmdp_jax.config import Config, RolloutConfig
 from dcmdp_jax.distributed import processes
-from dcmdp_jax.inputs import Inputs
+from dcmdp_jax.monitoring import measurements
 from dcmdp_jax.records import Batch, Rollout, Sampler, Sampling, Scored, TrainState
+from dcmdp_jax.run.inputs import Inputs
+from dcmdp_jax.run.stopping import Interrupted
 from dcmdp_jax.seeds import Stream
-from dcmdp_jax.stopping import Interrupted
+from dcmdp_jax.tokens import packing
 
 
 class Collected(NamedTuple):
@@ -106,7 +108,7 @@ class Batches:
             seed=seed,
         )
         return Collected(
-            processes.make_global(packed, step.batch_shardings(config, self._inputs.mesh)),
+            processes.make_global(packed, train_state.batch_shardings(config, self._inputs.mesh)),
             measurements.measure(scored, sources),
             self._inputs.prompts.get_state(),
         )
@@ -147,7 +149,7 @@ class Batches:
                 return None
 
     def _update_weights(self, state: TrainState) -> None:
-        params, version = step.sampled_from(state, self._config)
+        params, version = train_state.sampled_from(state, self._config)
         self.sampler.update_weights(params, int(version))
 
 

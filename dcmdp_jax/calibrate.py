@@ -15,16 +15,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from dcmdp_jax import checkpoint, constraint, files, run_folder, sharding, step
+from dcmdp_jax import constraint, files, sharding, step, train_state
 from dcmdp_jax.batches import Batches
 from dcmdp_jax.config import Calibrated, Config, ModelConfig, with_tolerance
 from dcmdp_jax.constraint import Calibration
 from dcmdp_jax.distributed import processes
-from dcmdp_jax.inputs import Inputs
 from dcmdp_jax.records import Batch, TrainState
-from dcmdp_jax.run_record import RECORD_FILE
+from dcmdp_jax.run import checkpoint
+from dcmdp_jax.run import folder as run_folder
+from dcmdp_jax.run.inputs import Inputs
+from dcmdp_jax.run.record import RECORD_FILE
+from dcmdp_jax.run.stopping import Interrupted
 from dcmdp_jax.seeds import Stream
-from dcmdp_jax.stopping import Interrupted
 
 FILE = "calibration.json"
 RECORDED = {"slack": files.NUMBER, "batches": files.INTEGER, "tolerance": files.NUMBER}
@@ -48,7 +50,7 @@ def run(
         if batch is None:
             raise Interrupted("stopped in the calibration of the tolerance; it starts anew")
         packed.append(batch.packed)
-    params, _ = step.sampled_from(state, config)
+    params, _ = train_state.sampled_from(state, config)
     calibration = measure_floor(
         config, inputs.model_config, inputs.mesh, params, packed, options.slack
     )
@@ -76,8 +78,8 @@ def measure_floor(
     measure = jax.jit(
         sharding.with_mesh(mesh, partial(_measure, config=config, model=model)),
         in_shardings=(
-            step.params_shardings(model, mesh),
-            step.batch_shardings(config, mesh),
+            train_state.params_shardings(model, mesh),
+            train_state.batch_shardings(config, mesh),
         ),
         out_shardings=sharding.replicated(mesh),
     )

@@ -19,7 +19,7 @@ from dcmdp_jax.records import Columns, Example, Prompts
 from dcmdp_jax.rewards import final_answer
 from dcmdp_jax.seeds import Stream
 from dcmdp_jax.tasks import Task
-from dcmdp_jax.tokenizer import Tokenizer
+from dcmdp_jax.tokens.tokenizer import Tokenizer
 
 _LAYOUTS = (
     "GSM8K {question, answer with ####}",

@@ -40,7 +40,7 @@ The constraint
 Parameters
     params          a tree of the trainer's parameters
     trained, scored the parameters that the optimizer changes, and those that the model is run with;
-                    `step.policy_params` makes the second from the first
+                    `train_state.policy_params` makes the second from the first
     weights         the engine's converted copy of `params`, in its own precision and layout
     version         the number of constrained steps that led to `params` or `weights`
     staleness       the number of constrained steps by which the sampler's version is older
@@ -239,7 +239,7 @@ class Batch(NamedTuple):
 class TrainState(NamedTuple):
     """Everything a step changes and a checkpoint holds.
 
-    `step.policy_params` turns it into the decoder's parameters.
+    `train_state.policy_params` turns it into the decoder's parameters.
     """
 
     params: Any  # what is trained: the decoder's parameters, or what `ModelSource.trainable` made

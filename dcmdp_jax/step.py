@@ -1,8 +1,7 @@
-"""The compiled step: TrainState x Batch -> TrainState, metrics.
+"""One step of training: TrainState x Batch -> TrainState, metrics.
 
 Score, shape, loss, gradients, update, dual: `constrained_step` is the definition, and parameters
-and multiplier change in one program. `one_pass_step` below it computes the same with one forward
-pass less, for the configurations that `in_one_pass` accepts.
+and multiplier change in one program, which `compiled_step` makes.
 
 Sizes are those of `records`: M minibatches of A microbatches of n completions of T tokens.
 """
@@ -17,14 +16,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dcmdp_jax import constraint, gaps, optimizers, seeds, sharding
+from dcmdp_jax import constraint, optimizers, train_state
 from dcmdp_jax.config import Config, ModelConfig
 from dcmdp_jax.losses import diagnostics, reduce
 from dcmdp_jax.losses._separable import is_separable
-from dcmdp_jax.models import decoder
 from dcmdp_jax.models.kernels import scoring
+from dcmdp_jax.monitoring import gaps
 from dcmdp_jax.records import Batch, TrainState
-from dcmdp_jax.seeds import Stream
 
 Metrics = dict[str, jax.Array | gaps.Gaps]  # scalars, and under "gaps" a summary of the gaps
 
@@ -46,20 +44,6 @@ class Minibatch(NamedTuple):
     advantage: jax.Array  # [A, n, T], shaped
 
 
-def compile(
-    config: Config, model: ModelConfig, mesh: jax.sharding.Mesh, *, plain: bool = False
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns the jitted step, in the plain form if `plain`; its state argument is donated."""
-    state = state_shardings(config, model, mesh)
-    form = one_pass_step if in_one_pass(config) and not plain else constrained_step
-    return jax.jit(
-        sharding.with_mesh(mesh, partial(form, config=config, model=model)),
-        in_shardings=(state, batch_shardings(config, mesh)),
-        out_shardings=(state, sharding.replicated(mesh)),
-        donate_argnums=0,
-    )
-
-
 def constrained_step(
     state: TrainState, batch: Batch, *, config: Config, model: ModelConfig
 ) -> tuple[TrainState, Metrics]:
@@ -71,7 +55,7 @@ def constrained_step(
     multiplier = state.dual.multiplier
 
     # Score: log-probs at the weights that sampled the batch, and the reference's.
-    old_logp, entropy = score(sampled_from(state, config)[0], batch, config, model)
+    old_logp, entropy = score(train_state.sampled_from(state, config)[0], batch, config, model)
     ref_logp = score_reference(state, batch, config, model)
 
     # Shape: A' = A - lambda delta, or whatever `constraint.shaping` makes of it.
@@ -180,8 +164,8 @@ def gradients(
     """
     logp = minibatch.old_logp
     if len(logp) > 1 and not (updates_once(config) or is_separable_loss(config)):
-        decoder_params = _policy_params(params, frozen, config)
-        logp, _ = _score_minibatch(decoder_params, minibatch.batch, config, model)
+        decoder = train_state.decoder_params(params, frozen, config)
+        logp, _ = _score_minibatch(decoder, minibatch.batch, config, model)
     loss = partial(loss_of, minibatch=minibatch, multiplier=multiplier, config=config)
     grads, logp, _ = backpropagate(params, frozen, minibatch.batch, logp, loss, config, model)
     return loss(logp), grads
@@ -213,8 +197,8 @@ def backpropagate(
 
     def microbatch_gradient(i: jax.Array | int, micro: Batch) -> tuple[Any, tuple]:
         def logp_of(params: Any) -> tuple[jax.Array, jax.Array | None]:
-            decoder_params = _policy_params(params, frozen, config)
-            return _score(decoder_params, micro, config, model, entropy=entropy)
+            decoder = train_state.decoder_params(params, frozen, config)
+            return _score(decoder, micro, config, model, entropy=entropy)
 
         logp, pullback, entropies = jax.vjp(logp_of, params, has_aux=True)
         slope = jax.grad(loss)(logp_of_others.at[i].set(logp))
@@ -232,6 +216,22 @@ def backpropagate(
     zero = jax.tree.map(jnp.zeros_like, params)
     grads, scores = jax.lax.scan(accumulate, zero, (jnp.arange(len(logp_of_others)), batch))
     return grads, *scores
+
+
+def updates_once(config: Config) -> bool:
+    """True if a batch makes a single update, at the weights that sampled it."""
+    algorithm = config.algorithm
+    return algorithm.epochs * algorithm.minibatches == 1 and not config.rollout.staleness
+
+
+def is_separable_loss(config: Config) -> bool:
+    """True if all functions of which `loss_of` is made are declared separable over microbatches."""
+    parts = (
+        config.algorithm.surrogate,
+        config.algorithm.reference_penalty,
+        config.constraint.penalty,
+    )
+    return all(is_separable(part) for part in parts if part is not None)
 
 
 def apply_update(
@@ -271,7 +271,7 @@ def update_dual(
 ) -> tuple[constraint.DualState, Metrics]:
     """Returns the controller's next state, and what it measured and did."""
     total, count = constraint.measure(_flat(old_logp), _flat(batch.rollout_logp), _flat(batch.mask))
-    new = controller(config).update(dual, total, count, config.constraint.tolerance)
+    new = train_state.controller(config).update(dual, total, count, config.constraint.tolerance)
     return new, {
         "delta_mean": jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan),
         "multiplier": dual.multiplier,
@@ -290,96 +290,6 @@ def next_state(state: TrainState, updated: Updated, dual: constraint.DualState) 
         skipped=updated.skipped,
         stale=(*state.stale, state.params)[1:],
     )
-
-
-# ---- the one-pass form --------------------------------------------------------------------------
-
-
-def in_one_pass(config: Config) -> bool:
-    """True if one forward pass can both score a batch and update from it.
-
-    The batch must make a single update, from the weights that sampled it. It must be a single
-    microbatch, or loss and shaping must be declared separable over microbatches.
-    """
-    shaping = config.constraint.shaping
-    is_separable_shaping = shaping is None or is_separable(shaping)
-    return updates_once(config) and (
-        config.algorithm.microbatches == 1 or (is_separable_loss(config) and is_separable_shaping)
-    )
-
-
-def updates_once(config: Config) -> bool:
-    """True if a batch makes a single update, at the weights that sampled it."""
-    algorithm = config.algorithm
-    return algorithm.epochs * algorithm.minibatches == 1 and not config.rollout.staleness
-
-
-def is_separable_loss(config: Config) -> bool:
-    """True if all functions of which `loss_of` is made are declared separable over microbatches."""
-    parts = (
-        config.algorithm.surrogate,
-        config.algorithm.reference_penalty,
-        config.constraint.penalty,
-    )
-    return all(is_separable(part) for part in parts if part is not None)
-
-
-def one_pass_step(
-    state: TrainState, batch: Batch, *, config: Config, model: ModelConfig
-) -> tuple[TrainState, Metrics]:
-    """`constrained_step` for a single update at the weights that sampled: old_logp is logp.
-
-    The batch is not scored first. While a microbatch is backpropagated, the log-probs of the
-    others are set to 0, which is allowed because `in_one_pass` holds.
-    """
-    multiplier = state.dual.multiplier
-    advantage = group_advantage(batch, config)
-    ref_logp = score_reference(state, batch, config, model)
-    loss = partial(
-        on_policy_loss,
-        batch=batch,
-        ref_logp=ref_logp,
-        advantage=advantage,
-        multiplier=multiplier,
-        config=config,
-    )
-    only = jax.tree.map(lambda x: x[0], batch)
-    logp_of_others = jnp.zeros_like(only.rollout_logp)
-    grads, logp, entropy = backpropagate(
-        state.params, state.frozen, only, logp_of_others, loss, config, model, entropy=True
-    )
-    updated = Updated(state.params, state.opt_state, state.skipped)
-    value = loss(logp)
-    updated, norm = apply_update(updated, value, grads, config)
-
-    old_logp = logp[None]
-    entropy = entropy[None]
-    shaped = shape(advantage, old_logp, batch, multiplier, config)
-    dual, dual_metrics = update_dual(state.dual, old_logp, batch, config)
-    metrics = batch_metrics(batch, advantage, shaped, old_logp, entropy)
-    metrics |= update_metrics(value, norm, updated.skipped)
-    return next_state(state, updated, dual), metrics | dual_metrics
-
-
-def on_policy_loss(
-    logp: jax.Array,
-    batch: Batch,
-    ref_logp: jax.Array | None,
-    advantage: jax.Array,
-    multiplier: jax.Array,
-    config: Config,
-) -> jax.Array:
-    """Returns the loss of the only minibatch of a batch [1, A, ...] as a function of its log-probs
-    [A, n, T], which are the old ones too.
-    """
-    old_logp = jax.lax.stop_gradient(logp)[None]
-    shaped = shape(advantage, old_logp, batch, multiplier, config)
-    fields = batch, old_logp, ref_logp, shaped
-    minibatch = Minibatch(*jax.tree.map(lambda x: x[0], fields))
-    return loss_of(logp, minibatch, multiplier, config)
-
-
-# ---- metrics ------------------------------------------------------------------------------------
 
 
 def batch_metrics(
@@ -413,131 +323,10 @@ def staleness_metrics(
     """The gap divided into age and numerics, if the batch comes from stale weights."""
     if not state.stale:
         return {}
-    logp, _ = score(policy_params(state, config), batch, config, model)
+    logp, _ = score(train_state.policy_params(state, config), batch, config, model)
     return diagnostics.staleness(
         _flat(logp), _flat(old_logp), _flat(batch.rollout_logp), _flat(batch.mask)
     )
-
-
-# ---- the state ----------------------------------------------------------------------------------
-
-
-def init_state(config: Config, params: Any) -> TrainState:
-    """Returns the state at step 0 of a run that starts from the decoder's `params`."""
-    frozen, trained = (), params
-    if config.model.trainable:
-        key = jax.random.key(seeds.seed(config.seed, Stream.TRAINABLE))
-        trained = config.model.trainable(params, key)
-        frozen = params
-    return TrainState(
-        params=trained,
-        opt_state=optimizers.from_config(config.algorithm).init(trained),
-        dual=controller(config).init(),
-        step=jnp.int32(0),
-        skipped=jnp.int32(0),
-        stale=tuple(_copy(trained) for _ in range(config.rollout.staleness)),
-        frozen=frozen,
-        reference=_copy(params) if config.algorithm.reference_penalty else (),
-    )
-
-
-def controller(config: Config) -> constraint.Controller:
-    """Returns the controller that updates the multiplier."""
-    c = config.constraint
-    return c.dual(
-        dual_lr=c.dual_lr, multiplier_init=c.multiplier_init, multiplier_max=c.multiplier_max
-    )
-
-
-def policy_params(state: TrainState, config: Config) -> Any:
-    """Returns the decoder's parameters: what is scored, synced to the sampler and exported."""
-    return _policy_params(state.params, state.frozen, config)
-
-
-def sampled_from(state: TrainState, config: Config) -> tuple[Any, jax.Array]:
-    """Returns the decoder's parameters that the next batch is sampled from, `rollout.staleness`
-    steps old, and their version.
-    """
-    oldest = (*state.stale, state.params)[0]
-    version = jnp.maximum(state.step - len(state.stale), 0)
-    return _policy_params(oldest, state.frozen, config), version
-
-
-def params_shardings(model: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
-    """Returns the layout of the decoder's parameters on the mesh that trains."""
-    axes = decoder.logical_axes(model)
-    return sharding.param_shardings(axes, mesh, sharding.TRAIN, _params_shapes(model))
-
-
-def abstract_params(model: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
-    """Returns shapes and shardings of the decoder's parameters on the mesh that trains."""
-    return sharding.abstract_arrays(_params_shapes(model), params_shardings(model, mesh))
-
-
-def state_shardings(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> TrainState:
-    """Returns the layout of a `TrainState`.
-
-    What is shaped like a parameter of the decoder lies as that parameter does; the rest is
-    replicated.
-    """
-    shapes = _state_shapes(config, model)
-    replicated = sharding.replicated(mesh)
-    like_decoder = partial(
-        optimizers.map_param_like,
-        like=_params_shapes(model),
-        values=params_shardings(model, mesh),
-        default=replicated,
-    )
-    params = like_decoder(shapes.params)
-    moments = sharding.on_host(params) if config.algorithm.offload else params
-    return jax.tree.map(lambda _: replicated, shapes)._replace(
-        params=params,
-        opt_state=optimizers.map_param_like(shapes.opt_state, shapes.params, moments, replicated),
-        stale=(params,) * config.rollout.staleness,
-        frozen=like_decoder(shapes.frozen),
-        reference=like_decoder(shapes.reference),
-    )
-
-
-def abstract_state(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> TrainState:
-    """Returns shapes and shardings of a run's state, for reading checkpoints and for plans."""
-    return sharding.abstract_arrays(
-        _state_shapes(config, model), state_shardings(config, model, mesh)
-    )
-
-
-def batch_shardings(config: Config, mesh: jax.sharding.Mesh) -> Batch:
-    """Returns the layout of a `Batch`: packed rows over the batch axes and their positions over
-    `sequence`; arrays of completions replicated.
-    """
-    rows = sharding.batch_shardings(mesh)
-    replicated = sharding.replicated(mesh)
-    return Batch(
-        tokens=rows,
-        positions=rows,
-        segment_ids=rows,
-        index=replicated,
-        completions=replicated,
-        mask=replicated,
-        rollout_logp=replicated,
-        reward=replicated,
-        group=replicated,
-        experts=rows if config.algorithm.replay_routing else None,
-    )
-
-
-def _params_shapes(model: ModelConfig) -> Any:
-    return jax.eval_shape(lambda: decoder.init(jax.random.key(0), model))
-
-
-def _state_shapes(config: Config, model: ModelConfig) -> TrainState:
-    return jax.eval_shape(partial(init_state, config), _params_shapes(model))
-
-
-def _policy_params(trained: Any, frozen: Any, config: Config) -> Any:
-    if config.model.policy_params is None:
-        return trained
-    return jax.jit(config.model.policy_params)(trained, frozen)
 
 
 def _score_minibatch(
@@ -561,10 +350,6 @@ def _score(
         entropy=entropy,
         experts=micro.experts,
     )
-
-
-def _copy(tree: Any) -> Any:
-    return jax.tree.map(jnp.copy, tree)
 
 
 def _flat(x: jax.Array) -> jax.Array:

@@ -10,15 +10,18 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from dcmdp_jax import calibrate, checkpoint, gaps, metrics, recovery, run_folder, starting, step
+from dcmdp_jax import calibrate, compiled_step, step
 from dcmdp_jax.batches import Batches
 from dcmdp_jax.config import Calibrated, Config
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.evaluation.held_out import HeldOut
-from dcmdp_jax.inputs import Inputs, read_inputs
+from dcmdp_jax.monitoring import gaps, metrics
 from dcmdp_jax.records import TrainState
-from dcmdp_jax.run_record import to_json
-from dcmdp_jax.stopping import Interrupted, requests
+from dcmdp_jax.run import checkpoint, recovery, starting
+from dcmdp_jax.run import folder as run_folder
+from dcmdp_jax.run.inputs import Inputs, read_inputs
+from dcmdp_jax.run.record import to_json
+from dcmdp_jax.run.stopping import Interrupted, requests
 
 
 def train(
@@ -103,7 +106,7 @@ def _loop(
             config = calibrate.run(config, inputs, workdir, state, batches)
             log.set_tolerance(config.constraint.tolerance)
         saved.save(state, prompt_state)
-        update = step.compile(config, inputs.model_config, inputs.mesh)
+        update = compiled_step.compile(config, inputs.model_config, inputs.mesh)
         if int(state.step) < config.steps:
             processes.log0("compiling with the first step")
         started = time.perf_counter()

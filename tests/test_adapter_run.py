@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax.export import export
 from dcmdp_jax.losses import kl
 from dcmdp_jax.models import weights
+from dcmdp_jax.run.export import export
 from support.adapters import adapted
 from support.training import assert_same_run, rows, saved, tiny, train
 

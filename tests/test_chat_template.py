@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from dcmdp_jax.chat_template import ChatTemplate
+from dcmdp_jax.tokens.chat_template import ChatTemplate
 
 pytest.importorskip("jinja2")
 USER = {"role": "user", "content": "What is 2+2?"}

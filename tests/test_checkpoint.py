@@ -11,9 +11,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dcmdp_jax import checkpoint, sharding
+from dcmdp_jax import sharding
 from dcmdp_jax.config import MeshConfig
 from dcmdp_jax.records import TrainState
+from dcmdp_jax.run import checkpoint
 
 PLACE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 

@@ -6,7 +6,8 @@ import statistics
 
 import pytest
 
-from dcmdp_jax import cli, intervals
+from dcmdp_jax import cli
+from dcmdp_jax.evaluation import intervals
 from dcmdp_jax.report import comparison, run_groups
 from support.pages import CONFIG, GAPS, ROWS, SOURCES, Page, make_run
 

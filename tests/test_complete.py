@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import cli, tokenizer
+from dcmdp_jax import cli
 from dcmdp_jax.models import weights
 from dcmdp_jax.records import Sampling
+from dcmdp_jax.tokens import tokenizer
 from dcmdp_jax.tools import complete
 from support.engines import DENSE, make_params
 

@@ -10,7 +10,7 @@ import pytest
 from dcmdp_jax import cli, train
 from dcmdp_jax.config import scalar_fields
 from dcmdp_jax.experiment import load_experiment, override, replace_fields
-from dcmdp_jax.run_record import to_json
+from dcmdp_jax.run.record import to_json
 
 QUICKSTART = pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py"
 

@@ -11,7 +11,7 @@ import pytest
 from dcmdp_jax import data
 from dcmdp_jax.records import Example
 from dcmdp_jax.tasks import Chain
-from dcmdp_jax.tokenizer import CharacterTokenizer, HuggingFaceTokenizer
+from dcmdp_jax.tokens.tokenizer import CharacterTokenizer, HuggingFaceTokenizer
 
 SHARED = pathlib.Path(__file__).parents[1].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")

@@ -10,10 +10,10 @@ import pytest
 
 from dcmdp_jax.batches import make_sampler
 from dcmdp_jax.config import Precision
-from dcmdp_jax.inputs import read_inputs
 from dcmdp_jax.rollout.jetstream import JetStreamSampler
 from dcmdp_jax.rollout.replay import replay
-from dcmdp_jax.run_record import to_json
+from dcmdp_jax.run.inputs import read_inputs
+from dcmdp_jax.run.record import to_json
 from dcmdp_jax.tools import diagnose, diagnose_page, parity
 from support.mismatch import EXPERTS, FLOAT, command, make_run, sampled, sharp, tiny
 from support.training import ONE_DEVICE, QUICKSTART, dcmdp

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcmdp_jax import packing, sharding, sync
+from dcmdp_jax import sharding, sync
 from dcmdp_jax.config import MeshConfig, Precision
 from dcmdp_jax.models import decoder, layers, rope
 from dcmdp_jax.models.kernels import attention, scoring
 from dcmdp_jax.records import Example, Prompts, Sampling, Scored
 from dcmdp_jax.rollout import jetstream
 from dcmdp_jax.rollout.generate import rollout
+from dcmdp_jax.tokens import packing
 from support.engines import (
     DENSE,
     MOE,

@@ -7,7 +7,7 @@ import pytest
 
 from dcmdp_jax import config, errors, optimizers
 from dcmdp_jax.experiment import override, run_file
-from dcmdp_jax.run_record import read_record
+from dcmdp_jax.run.record import read_record
 
 
 def caught(function):

@@ -9,7 +9,7 @@ import pytest
 from nbclient import NotebookClient
 
 from dcmdp_jax.experiment import load_experiment
-from dcmdp_jax.run_record import differences, to_json
+from dcmdp_jax.run.record import differences, to_json
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXPERIMENTS = sorted(

@@ -68,10 +68,11 @@ import time
 
 import pytest
 
-from dcmdp_jax import checkpoint, rewards, step, sync
+from dcmdp_jax import rewards, sync, train_state
 from dcmdp_jax.answers import judge
-from dcmdp_jax.inputs import read_inputs
 from dcmdp_jax.records import Example
+from dcmdp_jax.run import checkpoint
+from dcmdp_jax.run.inputs import read_inputs
 from support.training import (
     CHILD,
     MAIN,
@@ -256,7 +257,7 @@ def test_5_an_engine_whose_weights_are_one_step_old_does_not_pass_the_gate(
     assert dcmdp(gate) == 0 and worst_gap(workdir) <= 1e-5
     run = tiny(steps=2, **exact)
     inputs = read_inputs(run, ONE_DEVICE)
-    like = step.abstract_state(run, inputs.model_config, inputs.mesh)
+    like = train_state.abstract(run, inputs.model_config, inputs.mesh)
     older, _ = checkpoint.read(workdir, like, before=2)
     converter = sync.converter
     monkeypatch.setattr(

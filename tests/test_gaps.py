@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import gaps
+from dcmdp_jax.monitoring import gaps
 
 N = 12
 T = 41

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from dcmdp_jax import intervals
+from dcmdp_jax.evaluation import intervals
 
 
 @pytest.mark.parametrize("right, count", [(0, 10), (3, 10), (10, 10), (301, 512), (512, 512)])

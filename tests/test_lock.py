@@ -10,10 +10,10 @@ import sys
 
 import pytest
 
-from dcmdp_jax import lock
+from dcmdp_jax.run import lock
 
 HOLD = (
-    "import pathlib, sys, time\nfrom dcmdp_jax import lock\n"
+    "import pathlib, sys, time\nfrom dcmdp_jax.run import lock\n"
     "held = lock.take(pathlib.Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(120)\n"
 )
 

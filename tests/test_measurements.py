@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dcmdp_jax import measurements
+from dcmdp_jax.monitoring import measurements
 from dcmdp_jax.records import Prompts, Rollout, Sampling, Scored
 
 LENGTHS = [3, 5, 2, 5]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcmdp_jax import constraint, files, losses, metrics, terminal
+from dcmdp_jax import constraint, files, losses
 from dcmdp_jax.config import (
     AlgorithmConfig,
     Config,
@@ -22,6 +22,7 @@ from dcmdp_jax.config import (
     ModelSource,
     RolloutConfig,
 )
+from dcmdp_jax.monitoring import metrics, terminal
 
 
 def make_config(steps=10, **fields):

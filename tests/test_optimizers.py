@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from dcmdp_jax import optimizers, sharding, step
+from dcmdp_jax import optimizers, sharding, step, train_state
 from dcmdp_jax.config import MeshConfig
 from dcmdp_jax.models import decoder
 from support.steps import MODEL, MOE, assert_close, make_config, make_params, make_scored, run
@@ -216,9 +216,9 @@ def placed(optimizer, name):
     """
     config = make_config(optimizer=optimizer)
     mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
-    state = step.abstract_state(config, MODEL, mesh).opt_state
+    state = train_state.abstract(config, MODEL, mesh).opt_state
     tree = jax.tree.map(lambda leaf: leaf.sharding, optax.tree.get(state, name))
-    return tree, step.params_shardings(MODEL, mesh), sharding.replicated(mesh)
+    return tree, train_state.params_shardings(MODEL, mesh), sharding.replicated(mesh)
 
 
 @pytest.mark.parametrize(
@@ -234,9 +234,11 @@ def test_moments_lie_as_their_parameters_do(optimizer, name):
 def test_muon_s_moments_lie_as_their_projections_do():
     config = make_config(optimizer=optimizers.muon)
     mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
-    state = step.abstract_state(config, MODEL, mesh).opt_state
+    state = train_state.abstract(config, MODEL, mesh).opt_state
     moments = state.inner_states["muon"].inner_state[0].mu
-    layers = zip(moments["stacks"], step.params_shardings(MODEL, mesh)["stacks"], strict=True)
+    layers = zip(
+        moments["stacks"], train_state.params_shardings(MODEL, mesh)["stacks"], strict=True
+    )
     for of_layer, params in layers:
         places = {name: m.sharding for name, m in projections(of_layer).items()}
         assert places == {name: p for name, p in projections(params).items() if name in places}

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import step
+from dcmdp_jax import train_state
 from dcmdp_jax.experiment import load_experiment, override
 from dcmdp_jax.models import decoder
 from support.steps import MODEL, MOE, make_params
@@ -33,13 +33,15 @@ def workdir(experiment, tmp_path_factory):
 @pytest.mark.parametrize("model", [MODEL, MOE], ids=["dense", "moe"])
 def test_at_first_the_decoder_s_parameters_are_the_starting_ones(experiment, model):
     params = make_params(model)
-    state = step.init_state(experiment, params)
-    jax.tree.map(np.testing.assert_array_equal, step.policy_params(state, experiment), params)
+    state = train_state.init(experiment, params)
+    jax.tree.map(
+        np.testing.assert_array_equal, train_state.policy_params(state, experiment), params
+    )
 
 
 @pytest.mark.parametrize("model", [MODEL, MOE], ids=["dense", "moe"])
 def test_every_projection_has_an_adapter(experiment, model):
-    adapters = step.init_state(experiment, make_params(model)).params
+    adapters = train_state.init(experiment, make_params(model)).params
     assert len(adapters) == len(jax.tree.leaves(decoder.contracting_axes(model), is_leaf=is_axes))
 
 

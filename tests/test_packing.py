@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcmdp_jax.packing import pack
 from dcmdp_jax.records import Example, Prompts, Scored
+from dcmdp_jax.tokens.packing import pack
 from support.rollouts import make_rollout
 
 

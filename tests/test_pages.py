@@ -12,8 +12,9 @@ import xml.etree.ElementTree
 
 import pytest
 
-from dcmdp_jax import cli, metrics
+from dcmdp_jax import cli
 from dcmdp_jax.experiment import load_experiment
+from dcmdp_jax.monitoring import metrics
 from dcmdp_jax.report import comparison, run_data, run_page
 from dcmdp_jax.tools import diagnose, diagnose_page
 from support.pages import CONFIG, GAPS, ROWS, SOURCES, make_run

@@ -8,11 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import checkpoint, tokenizer
 from dcmdp_jax.config import Precision
-from dcmdp_jax.inputs import read_inputs
 from dcmdp_jax.models import decoder, weights
 from dcmdp_jax.records import Rollout
+from dcmdp_jax.run import checkpoint
+from dcmdp_jax.run.inputs import read_inputs
+from dcmdp_jax.tokens import tokenizer
 from dcmdp_jax.tools import parity
 from support.mismatch import (
     EXPERTS,

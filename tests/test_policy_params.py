@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import support.adapters
-from dcmdp_jax import constraint, packing, sharding, step
+from dcmdp_jax import compiled_step, constraint, sharding, step, train_state
 from dcmdp_jax.config import MeshConfig
 from dcmdp_jax.losses import kl
+from dcmdp_jax.tokens import packing
 from support.steps import (
     MODEL,
     ONE,
@@ -40,7 +41,7 @@ def test_only_the_adapters_are_trained():
 def test_the_decoder_s_parameters_are_the_sum():
     config = adapted()
     before, state, _ = run(config, make_scored())
-    policy = step.policy_params(state, config)
+    policy = train_state.policy_params(state, config)
     expected = before["embed"] + state.params["down"] @ state.params["up"]
     np.testing.assert_allclose(policy["embed"], expected, atol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, policy | {"embed": 0}, dict(before) | {"embed": 0})
@@ -51,7 +52,7 @@ def test_the_gradient_is_the_chain_rule_s():
     config = adapted()
     state = fresh_state(config, MODEL, ONE)
     batch = packing.pack(make_scored(), minibatches=1, microbatches=1, row_length=24)
-    batch = jax.device_put(batch, step.batch_shardings(config, ONE))
+    batch = jax.device_put(batch, train_state.batch_shardings(config, ONE))
     base = make_params()
 
     def grads(params, frozen, config):
@@ -75,7 +76,7 @@ def test_adapters_are_sampled_from_after_the_updates_that_staleness_allows():
     config = adapted()
     config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, staleness=1))
     before, state, metrics = run(config, make_scored())
-    params, version = step.sampled_from(state, config)
+    params, version = train_state.sampled_from(state, config)
     jax.tree.map(np.testing.assert_array_equal, params, before)
     assert version == 0 and state.step == 1 and np.isfinite(metrics["loss"])
 
@@ -122,8 +123,8 @@ def updated(config, state):
         row_length=24,
         seed=1,
     )
-    batch = jax.device_put(batch, step.batch_shardings(config, ONE))
-    return batch, *step.compile(config, MODEL, ONE)(state, batch)
+    batch = jax.device_put(batch, train_state.batch_shardings(config, ONE))
+    return batch, *compiled_step.compile(config, MODEL, ONE)(state, batch)
 
 
 def test_the_reference_is_the_starting_parameters():

@@ -15,9 +15,10 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import calibrate, checkpoint, cli, sharding, step
+from dcmdp_jax import calibrate, cli, sharding, train_state
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.experiment import load_experiment
+from dcmdp_jax.run import checkpoint
 
 pytestmark = pytest.mark.full
 
@@ -104,7 +105,7 @@ def await_rows(workdir, count, processes):
 def saved(workdir):
     """Returns the newest checkpoint as NumPy, with the position in the data."""
     experiment = load_experiment(EXPERIMENT)
-    like = step.abstract_state(
+    like = train_state.abstract(
         experiment, experiment.model.architecture, sharding.single_device_mesh()
     )
     state, position = checkpoint.read(workdir, like)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from dcmdp_jax import quantities, terminal
-from dcmdp_jax.quantities import Quantity
+from dcmdp_jax.monitoring import quantities, terminal
+from dcmdp_jax.monitoring.quantities import Quantity
 from dcmdp_jax.report import comparison, run_page
 from dcmdp_jax.tools import study
 from support.pages import CONFIG, ROWS, Page, make_run

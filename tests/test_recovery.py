@@ -9,8 +9,9 @@ import time
 import numpy as np
 import pytest
 
-from dcmdp_jax import checkpoint, starting, sync, tasks
-from dcmdp_jax.stopping import Failed
+from dcmdp_jax import sync, tasks
+from dcmdp_jax.run import checkpoint, starting
+from dcmdp_jax.run.stopping import Failed
 from support.training import QUICKSTART, assert_same_run, command, dcmdp, rows, tiny, train
 
 pytestmark = pytest.mark.full

@@ -4,12 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import sharding, sync, tokenizer
+from dcmdp_jax import sharding, sync
 from dcmdp_jax.config import Precision
 from dcmdp_jax.models import decoder
 from dcmdp_jax.records import NotFinite, Sampling
 from dcmdp_jax.rollout import jetstream
 from dcmdp_jax.rollout.generate import rollout
+from dcmdp_jax.tokens import tokenizer
 from dcmdp_jax.tools import parity
 from support.engines import (
     DENSE,

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from dcmdp_jax import run_folder
+from dcmdp_jax.run import folder as run_folder
 from support.training import (
     CHILD,
     await_rows,

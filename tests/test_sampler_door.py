@@ -9,12 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import starting
 from dcmdp_jax.batches import check_rollout, make_sampler, sampling
 from dcmdp_jax.experiment import load_experiment, override
-from dcmdp_jax.inputs import read_inputs
 from dcmdp_jax.records import Prompts
-from dcmdp_jax.run_folder import claim
+from dcmdp_jax.run import starting
+from dcmdp_jax.run.folder import claim
+from dcmdp_jax.run.inputs import read_inputs
 from support.rollouts import make_rollout
 from support.training import (
     MAIN,

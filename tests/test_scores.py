@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dcmdp_jax.evaluation import scores
-from dcmdp_jax.intervals import Interval
+from dcmdp_jax.evaluation.intervals import Interval
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import constraint, step
+from dcmdp_jax import compiled_step, constraint, step
 from dcmdp_jax.config import (
     AlgorithmConfig,
     Config,
@@ -185,11 +185,11 @@ def made_up(seed):
 
 
 def gradient_of(config):
-    """The gradient [A, n, T] of `step.on_policy_loss` with respect to the log-probs."""
+    """The gradient [A, n, T] of `compiled_step.on_policy_loss` with respect to the log-probs."""
 
     def gradient(logp, batch, ref_logp):
         advantage = step.group_advantage(batch, config)
-        return jax.grad(step.on_policy_loss)(logp, batch, ref_logp, advantage, 0.3, config)
+        return jax.grad(compiled_step.on_policy_loss)(logp, batch, ref_logp, advantage, 0.3, config)
 
     return jax.jit(gradient)
 
@@ -215,7 +215,7 @@ def is_unchanged(config, seed):
 @pytest.mark.parametrize("name", [name for name in PARTS if name not in NOT_DECLARED])
 def test_what_is_declared_separable_is(name):
     config = config_with(**PARTS[name])
-    assert step.in_one_pass(config)
+    assert compiled_step.in_one_pass(config)
     assert is_unchanged(config, 0)
 
 
@@ -223,7 +223,7 @@ def test_what_is_declared_separable_is(name):
 @pytest.mark.parametrize("name", sorted(NOT_DECLARED))
 def test_what_is_not_declared_couples_microbatches(name):
     config = config_with(**PARTS[name])
-    assert not step.in_one_pass(config)
+    assert not compiled_step.in_one_pass(config)
     assert not all(is_unchanged(config, seed) for seed in range(3))
 
 
@@ -240,11 +240,11 @@ def test_a_user_s_function_is_separable_only_if_it_says_so():
     assert not is_separable(plain) and is_separable(declared)
     assert is_separable(functools.partial(declared))
     assert not is_separable(functools.partial(declared, mask=plain))
-    assert not step.in_one_pass(config_with(surrogate=plain))
-    assert step.in_one_pass(config_with(surrogate=declared))
+    assert not compiled_step.in_one_pass(config_with(surrogate=plain))
+    assert compiled_step.in_one_pass(config_with(surrogate=declared))
 
 
 def test_one_microbatch_needs_no_declaration():
     config = config_with(surrogate=plain)
     alone = dataclasses.replace(config.algorithm, microbatches=1)
-    assert step.in_one_pass(dataclasses.replace(config, algorithm=alone))
+    assert compiled_step.in_one_pass(dataclasses.replace(config, algorithm=alone))

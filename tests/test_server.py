@@ -12,9 +12,10 @@ import grpc
 import pytest
 from jetstream.core.proto import jetstream_pb2_grpc
 
-from dcmdp_jax import cli, tokenizer
+from dcmdp_jax import cli
 from dcmdp_jax.models import weights
 from dcmdp_jax.serving import server
+from dcmdp_jax.tokens import tokenizer
 from support.serving import (
     MODEL,
     NEW,

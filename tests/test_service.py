@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from jetstream.core.proto import jetstream_pb2, jetstream_pb2_grpc
 
-from dcmdp_jax import tokenizer
 from dcmdp_jax.serving import server, service
+from dcmdp_jax.tokens import tokenizer
 from support.serving import (
     GREEDY,
     NEW,

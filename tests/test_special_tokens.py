@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from dcmdp_jax import tokenizer as tokenizers
+from dcmdp_jax.tokens import tokenizer as tokenizers
 
 QWEN3 = pathlib.Path(__file__).parents[1].parent / "shared" / "data" / "qwen3_tokenizer"
 needs_qwen3 = pytest.mark.skipif(not QWEN3.is_dir(), reason="needs ../shared/data/qwen3_tokenizer")

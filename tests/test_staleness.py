@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import metrics, starting, step
+from dcmdp_jax import compiled_step, train_state
 from dcmdp_jax import train as loop
 from dcmdp_jax.batches import Batches
-from dcmdp_jax.inputs import read_inputs
+from dcmdp_jax.monitoring import metrics
 from dcmdp_jax.rollout.jetstream import JetStreamSampler
+from dcmdp_jax.run import starting
+from dcmdp_jax.run.inputs import read_inputs
 from dcmdp_jax.seeds import Stream
 from support.training import assert_same_run, rows, saved, tiny, train
 
@@ -94,10 +96,10 @@ def test_a_loop_that_waits_for_each_update_gets_the_same(four_steps, tmp_path):
     run = run_of(4)
     inputs = read_inputs(run, DEVICES)
     state = starting.first_state(run, inputs, tmp_path, lambda: False)
-    update = step.compile(run, inputs.model_config, inputs.mesh)
+    update = compiled_step.compile(run, inputs.model_config, inputs.mesh)
     batches = Batches(run, inputs, state, lambda: False)
     for row in rows(four_steps[0]):
-        params, version = step.sampled_from(state, run)
+        params, version = train_state.sampled_from(state, run)
         batches.sampler.update_weights(params, int(version))
         batch = batches.collect(Stream.ROLLOUT, int(state.step))
         state, values = jax.block_until_ready(update(state, batch.packed))
@@ -112,7 +114,7 @@ def test_training_and_sampling_share_no_device():
 
 def test_the_state_holds_the_last_parameters_oldest_first(four_steps):
     state, _ = saved(four_steps[0], run_of(4), DEVICES)
-    params, version = step.sampled_from(state, run_of(4))
+    params, version = train_state.sampled_from(state, run_of(4))
     assert len(state.stale) == 2 and int(version) == 2 and params is state.stale[0]
     distance = [
         sum(

@@ -11,9 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from dcmdp_jax import constraint, packing, sharding, step
+from dcmdp_jax import compiled_step, constraint, sharding, step, train_state
 from dcmdp_jax.losses import advantages, corrections, kl, rejection
 from dcmdp_jax.models import decoder
+from dcmdp_jax.tokens import packing
 from support.steps import (
     CLIPPED,
     MODEL,
@@ -159,7 +160,7 @@ def test_a_batch_is_scored_first_only_if_the_loss_is_not_separable(surrogate, pa
     config = make_config(surrogate=surrogate, microbatches=4)
     mesh = ONE
     batch = packing.pack(make_scored(), minibatches=1, microbatches=4, row_length=24)
-    step.compile(config, MODEL, mesh).lower(fresh_state(config, MODEL, mesh), batch)
+    compiled_step.compile(config, MODEL, mesh).lower(fresh_state(config, MODEL, mesh), batch)
     assert len(made) == passes
 
 
@@ -175,9 +176,11 @@ def test_tokens_without_a_log_prob_of_the_sampler_do_not_stop_microbatches():
 
 
 def test_several_updates_and_stale_rollouts_are_scored_first():
-    assert not any(map(step.in_one_pass, (make_config(minibatches=2), make_config(epochs=2))))
+    assert not any(
+        map(compiled_step.in_one_pass, (make_config(minibatches=2), make_config(epochs=2)))
+    )
     stale = make_config(microbatches=4)
-    assert not step.in_one_pass(
+    assert not compiled_step.in_one_pass(
         dataclasses.replace(stale, rollout=dataclasses.replace(stale.rollout, staleness=1))
     )
 
@@ -250,7 +253,7 @@ IN_ONE_PASS = {
 
 @pytest.mark.parametrize("config", IN_ONE_PASS.values(), ids=IN_ONE_PASS)
 def test_one_pass_computes_what_the_plain_step_does(config):
-    assert step.in_one_pass(config)
+    assert compiled_step.in_one_pass(config)
     model = config.model.architecture
     microbatches = config.algorithm.microbatches
     batch = packing.pack(make_scored(), minibatches=1, microbatches=microbatches, row_length=24)
@@ -259,7 +262,7 @@ def test_one_pass_computes_what_the_plain_step_does(config):
     state = state._replace(reference=jax.tree.map(lambda w: 1.1 * w, state.reference))
     results = [
         jax.jit(functools.partial(form, config=config, model=model))(state, batch)
-        for form in (step.constrained_step, step.one_pass_step)
+        for form in (step.constrained_step, compiled_step.one_pass_step)
     ]
     assert_close(*(state for state, _ in results), 1e-6)
     assert_close(*(metrics for _, metrics in results), 1e-5)
@@ -269,10 +272,10 @@ def test_params_and_multiplier_change_in_one_program_without_the_host():
     config = make_config(minibatches=2, microbatches=2)
     mesh = sharding.single_device_mesh()
     batch = packing.pack(make_scored(), minibatches=2, microbatches=2, row_length=24)
-    batch = jax.device_put(batch, step.batch_shardings(config, mesh))
+    batch = jax.device_put(batch, train_state.batch_shardings(config, mesh))
     state = fresh_state(config, MODEL, mesh)
     before = jax.tree.map(jnp.copy, state)  # a NumPy view would keep the buffers from being donated
-    compiled = step.compile(config, MODEL, mesh).lower(state, batch).compile()
+    compiled = compiled_step.compile(config, MODEL, mesh).lower(state, batch).compile()
     assert len(compiled.runtime_executable().hlo_modules()) == 1
     for word in ("callback", "infeed", "outfeed", "send", "recv"):
         assert f"{word}(" not in compiled.as_text() and f'target="{word}' not in compiled.as_text()

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from dcmdp_jax import tokenizer
 from dcmdp_jax.serving.streamed_text import StreamedText
+from dcmdp_jax.tokens import tokenizer
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dcmdp_jax import terminal
+from dcmdp_jax.monitoring import terminal
 
 VALUES = {
     "reward": 0.5,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dcmdp_jax import tokenizer as tokenizers
+from dcmdp_jax.tokens import tokenizer as tokenizers
 
 USER = {"role": "user", "content": "What is 2+2?"}
 

@@ -8,9 +8,10 @@ import subprocess
 import numpy as np
 import pytest
 
-from dcmdp_jax import data, metrics
-from dcmdp_jax.inputs import read_inputs
+from dcmdp_jax import data
+from dcmdp_jax.monitoring import metrics
 from dcmdp_jax.rollout.jetstream import JetStreamSampler
+from dcmdp_jax.run.inputs import read_inputs
 from support.mismatch import EXPERTS
 from support.training import (
     CHILD,

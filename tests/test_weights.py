@@ -10,9 +10,10 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from dcmdp_jax import sharding, tokenizer
+from dcmdp_jax import sharding
 from dcmdp_jax.config import MeshConfig
 from dcmdp_jax.models import decoder, quantized, sizes, weights
+from dcmdp_jax.tokens import tokenizer
 from support.folders import edit
 from support.random_params import random_params
 

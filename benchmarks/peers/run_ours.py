@@ -44,7 +44,7 @@ import jaxlib
 import numpy as np
 from safetensors.numpy import save_file
 
-from dcmdp_jax import constraint, packing, sharding, step, sync
+from dcmdp_jax import compiled_step, constraint, sharding, step, sync, train_state
 from dcmdp_jax.config import (
     AlgorithmConfig,
     Config,
@@ -61,6 +61,7 @@ from dcmdp_jax.models.kernels import scoring
 from dcmdp_jax.records import Batch, Example, Prompts, Rollout, Sampling, Scored
 from dcmdp_jax.rollout.generate import rollout
 from dcmdp_jax.rollout.jetstream import Engine
+from dcmdp_jax.tokens import packing
 
 
 class Score:
@@ -95,9 +96,9 @@ class Update:
         model_config, params = model(ctx)
         self.batch = jax.device_put(packed(ctx))
         config = experiment(ctx)
-        self.state = jax.jit(partial(step.init_state, config), donate_argnums=0)(params)
+        self.state = jax.jit(partial(train_state.init, config), donate_argnums=0)(params)
         if ctx.variant == "step":
-            self.update = step.compile(config, model_config, sharding.single_device_mesh())
+            self.update = compiled_step.compile(config, model_config, sharding.single_device_mesh())
         else:
             self.update = jax.jit(
                 partial(update, config=config, model_config=model_config), donate_argnums=0

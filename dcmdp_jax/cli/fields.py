@@ -7,9 +7,9 @@ import pathlib
 import re
 import sys
 
-from dcmdp_jax import run_record
 from dcmdp_jax.config import Config
 from dcmdp_jax.experiment import load_experiment, override
+from dcmdp_jax.run import record as run_record
 
 
 def load(args: argparse.Namespace, options: list[str]) -> tuple[Config, pathlib.Path]:
@@ -38,7 +38,7 @@ def load(args: argparse.Namespace, options: list[str]) -> tuple[Config, pathlib.
 def _has_checkpoint(workdir: pathlib.Path) -> bool:
     if not workdir.is_dir():
         return False
-    from dcmdp_jax import checkpoint  # imports JAX, which a new run's options need not wait for
+    from dcmdp_jax.run import checkpoint  # imports JAX, which a new run's options need not wait for
 
     return bool(checkpoint.steps(workdir))
 

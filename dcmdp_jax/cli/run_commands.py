@@ -15,10 +15,11 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from dcmdp_jax import errors, terminal
+from dcmdp_jax import errors
 from dcmdp_jax.cli import fields
 from dcmdp_jax.config import Config, scalar_fields
 from dcmdp_jax.experiment import load_experiment, override
+from dcmdp_jax.monitoring import terminal
 
 
 def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
@@ -36,10 +37,10 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
     import jax
 
     from dcmdp_jax import train
-    from dcmdp_jax.checkpoint import NoReadableCheckpoint
     from dcmdp_jax.distributed import processes
     from dcmdp_jax.report import run_page
-    from dcmdp_jax.stopping import Failed, Interrupted
+    from dcmdp_jax.run.checkpoint import NoReadableCheckpoint
+    from dcmdp_jax.run.stopping import Failed, Interrupted
 
     if args.coordinator or args.distributed:
         processes.start(workdir, args.coordinator, args.processes, args.process, args.wait)
@@ -88,7 +89,7 @@ def parity_command(args: argparse.Namespace, options: list[str]) -> Callable[[],
     if args.batches < 2:
         raise ValueError(f"--batches {args.batches} gives no standard error; take 2 or more")
     config, workdir = fields.load(args, options)
-    from dcmdp_jax.inputs import read_inputs
+    from dcmdp_jax.run.inputs import read_inputs
     from dcmdp_jax.tools import parity
 
     inputs = read_inputs(config, args.devices)
@@ -114,8 +115,9 @@ def parity_command(args: argparse.Namespace, options: list[str]) -> Callable[[],
 def calibrate_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
     """`dcmdp calibrate`: prints the floor of delta and the tolerance to use."""
     config, workdir = fields.load(args, options)
-    from dcmdp_jax import calibrate, checkpoint
-    from dcmdp_jax.inputs import read_inputs
+    from dcmdp_jax import calibrate
+    from dcmdp_jax.run import checkpoint
+    from dcmdp_jax.run.inputs import read_inputs
     from dcmdp_jax.seeds import Stream
     from dcmdp_jax.tools import parity
 
@@ -146,8 +148,8 @@ def calibrate_command(args: argparse.Namespace, options: list[str]) -> Callable[
 def diagnose_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
     """`dcmdp diagnose`: attributes the gap to properties of the engine."""
     config, workdir = fields.load(args, options)
-    from dcmdp_jax.inputs import read_inputs
     from dcmdp_jax.report import tables
+    from dcmdp_jax.run.inputs import read_inputs
     from dcmdp_jax.tools import diagnose, diagnose_page, parity
 
     diagnose.check(config)
@@ -185,8 +187,8 @@ def plan_command(args: argparse.Namespace, options: list[str]) -> Callable[[], i
     """`dcmdp plan`: compiles an experiment for a TPU slice and prints what it needs."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs: a TPU of this machine stays free
     config = override(load_experiment(args.experiment), fields.overrides(options))
-    from dcmdp_jax.inputs import read_model
     from dcmdp_jax.report import tables
+    from dcmdp_jax.run.inputs import read_model
     from dcmdp_jax.tools import plan
 
     if args.json and not pathlib.Path(args.json).absolute().parent.is_dir():
@@ -206,7 +208,7 @@ def convert_command(args: argparse.Namespace, options: list[str]) -> Callable[[]
     """`dcmdp convert`: writes a run's newest checkpoint as a Hugging Face folder."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed, and the host has the most memory
     config, workdir = fields.load(args, options)
-    from dcmdp_jax.export import export
+    from dcmdp_jax.run.export import export
 
     print(f"wrote step {export(config, workdir, args.output)} to {args.output}")
     return _done

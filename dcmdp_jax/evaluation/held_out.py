@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from dcmdp_jax import rewards, seeds, step
+from dcmdp_jax import rewards, seeds, train_state
 from dcmdp_jax.config import Config, Precision
 from dcmdp_jax.distributed import processes
-from dcmdp_jax.inputs import Inputs
 from dcmdp_jax.records import Prompts, Sampler, Sampling, TrainState
+from dcmdp_jax.run.inputs import Inputs
+from dcmdp_jax.run.stopping import Interrupted
 from dcmdp_jax.seeds import Stream
-from dcmdp_jax.stopping import Interrupted
-from dcmdp_jax.tokenizer import Tokenizer
+from dcmdp_jax.tokens.tokenizer import Tokenizer
 
 
 class HeldOut:
@@ -70,7 +70,7 @@ class HeldOut:
             self._exact = jetstream.sampler(
                 self._exact_config, inputs.model_config, inputs.tokenizer, inputs.decode_mesh
             )
-        params = step.policy_params(state, self._config)
+        params = train_state.policy_params(state, self._config)
         self._exact.update_weights(params, int(state.step))
         rate = self._pass_rate(self._exact)
         self._exact.release_weights()

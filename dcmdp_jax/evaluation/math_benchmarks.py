@@ -20,8 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dcmdp_jax import data, files, lock, sharding, sync
-from dcmdp_jax import tokenizer as tokenizers
+from dcmdp_jax import data, files, sharding, sync
 from dcmdp_jax.answers import judge
 from dcmdp_jax.config import MeshConfig, ModelSource, Precision
 from dcmdp_jax.evaluation import eval_set
@@ -30,7 +29,9 @@ from dcmdp_jax.models import decoder, weights
 from dcmdp_jax.records import Example, Prompts, Sampling
 from dcmdp_jax.rollout.generate import completion_keys
 from dcmdp_jax.rollout.jetstream import JetStreamSampler
-from dcmdp_jax.run_record import differences
+from dcmdp_jax.run import lock
+from dcmdp_jax.run.record import differences
+from dcmdp_jax.tokens import tokenizer as tokenizers
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
 MAX_POSITIONS = 1 << 26  # of the completions of one rollout, which are in host memory together

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dcmdp_jax.intervals import Interval, bootstrap, bootstrap_rate
+from dcmdp_jax.evaluation.intervals import Interval, bootstrap, bootstrap_rate
 
 
 class Samples(NamedTuple):

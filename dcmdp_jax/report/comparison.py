@@ -14,7 +14,9 @@ import pathlib
 import statistics
 from collections.abc import Sequence
 
-from dcmdp_jax import files, intervals, metrics, quantities
+from dcmdp_jax import files
+from dcmdp_jax.evaluation import intervals
+from dcmdp_jax.monitoring import metrics, quantities
 from dcmdp_jax.report import discrepancy, html_page, run_data, run_groups, run_verdict, tables
 from dcmdp_jax.report.line_chart import Panel, Series, chart, finite
 from dcmdp_jax.report.run_data import counted

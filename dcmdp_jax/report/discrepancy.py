@@ -11,7 +11,8 @@ import os
 import pathlib
 from typing import Any
 
-from dcmdp_jax import files, metrics, quantities
+from dcmdp_jax import files
+from dcmdp_jax.monitoring import metrics, quantities
 from dcmdp_jax.report import tables
 from dcmdp_jax.report.line_chart import ENGINE, FAINT, NEUTRAL, Panel, Series, chart
 

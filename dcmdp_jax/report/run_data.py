@@ -9,9 +9,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from dcmdp_jax import files, metrics
+from dcmdp_jax import files
+from dcmdp_jax.monitoring import metrics
 from dcmdp_jax.report.line_chart import finite
-from dcmdp_jax.run_record import RECORD_FILE, read_record
+from dcmdp_jax.run.record import RECORD_FILE, read_record
 
 Config = dict[str, Any]  # as in config.json
 Rows = list[dict[str, Any]]  # as in metrics.jsonl

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dcmdp_jax.report import run_data
-from dcmdp_jax.run_record import differences
+from dcmdp_jax.run.record import differences
 
 # of the groups, in order; then from the first one on again
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#7c3aed", "#475569")

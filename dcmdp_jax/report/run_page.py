@@ -13,7 +13,8 @@ import os
 import pathlib
 import statistics
 
-from dcmdp_jax import files, quantities
+from dcmdp_jax import files
+from dcmdp_jax.monitoring import quantities
 from dcmdp_jax.report import discrepancy, tables
 from dcmdp_jax.report.html_page import page
 from dcmdp_jax.report.line_chart import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 
-from dcmdp_jax import metrics, quantities
+from dcmdp_jax.monitoring import metrics, quantities
 from dcmdp_jax.report.line_chart import finite
 from dcmdp_jax.report.run_data import (
     Config,

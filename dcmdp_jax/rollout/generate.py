@@ -13,7 +13,7 @@ import numpy as np
 from dcmdp_jax.buckets import power_of_two
 from dcmdp_jax.records import NotFinite, Prompts, Rollout, Sampling, Weights
 from dcmdp_jax.rollout.decode import DecodeState, Prefix, Tokens
-from dcmdp_jax.stopping import Interrupted
+from dcmdp_jax.run.stopping import Interrupted
 
 MIN_FREE = 2  # idle slots worth leaving a dispatch for, while completions wait
 PREFILL_TOKENS = 4096  # positions of one prefill at most, which bounds its activations

@@ -26,7 +26,7 @@ from dcmdp_jax.distributed import processes
 from dcmdp_jax.records import Prompts, Rollout, Sampling, Weights
 from dcmdp_jax.rollout import decode, generate
 from dcmdp_jax.rollout.sampling import Drawn
-from dcmdp_jax.tokenizer import Tokenizer
+from dcmdp_jax.tokens.tokenizer import Tokenizer
 
 
 @contextlib.contextmanager
@@ -422,7 +422,7 @@ class Engine(engine_api.Engine):
     def get_tokenizer(self) -> Any:
         """Raises NotImplementedError: the engine handles token ids only."""
         raise NotImplementedError(
-            "the engine takes and returns token ids; make text with dcmdp_jax.tokenizer"
+            "the engine takes and returns token ids; make text with dcmdp_jax.tokens.tokenizer"
         )
 
     @property

@@ -16,12 +16,12 @@ from typing import NamedTuple
 import grpc
 
 from dcmdp_jax import sharding, sync
-from dcmdp_jax import tokenizer as tokenizers
 from dcmdp_jax.config import Precision
 from dcmdp_jax.models import weights
 from dcmdp_jax.records import Sampling
 from dcmdp_jax.rollout.jetstream import Engine
 from dcmdp_jax.serving.service import Orchestrator, OrchestratorDriver, add_service
+from dcmdp_jax.tokens import tokenizer as tokenizers
 
 MAX_REQUEST_BYTES = 1 << 20
 # RPCs beside those that decode or wait: health checks, and requests that will be refused.

@@ -29,10 +29,10 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from dcmdp_jax import tokenizer as tokenizers
 from dcmdp_jax.rollout.jetstream import stand_ins
 from dcmdp_jax.serving import driver
 from dcmdp_jax.serving.streamed_text import StreamedText
+from dcmdp_jax.tokens import tokenizer as tokenizers
 
 
 @contextmanager

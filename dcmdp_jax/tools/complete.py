@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from dcmdp_jax import data, files, sharding, sync
-from dcmdp_jax import tokenizer as tokenizers
 from dcmdp_jax.config import Precision
 from dcmdp_jax.models import weights
 from dcmdp_jax.records import Example, Prompts, Sampling
 from dcmdp_jax.rollout.jetstream import JetStreamSampler
+from dcmdp_jax.tokens import tokenizer as tokenizers
 
 CHUNK = 64  # prompts that are sampled, and written, together
 SLOTS = 32  # sequences decoded together, at most

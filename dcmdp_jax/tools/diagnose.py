@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dcmdp_jax import checkpoint, constraint, seeds, sharding, step, sync
+from dcmdp_jax import constraint, seeds, sharding, sync, train_state
 from dcmdp_jax.config import Config, ModelConfig, Precision, RolloutConfig
-from dcmdp_jax.inputs import Inputs
 from dcmdp_jax.models.quantized import Quantized
 from dcmdp_jax.records import Rollout, Weights
 from dcmdp_jax.rollout import jetstream
 from dcmdp_jax.rollout.replay import replay
+from dcmdp_jax.run import checkpoint
+from dcmdp_jax.run.inputs import Inputs
 from dcmdp_jax.seeds import Stream
 from dcmdp_jax.tools import parity
 
@@ -176,11 +177,11 @@ def other_version(
     before = math.inf if config.rollout.staleness else weights.version
     if not any(number < before for number in checkpoint.steps(workdir)):
         return None
-    like = step.abstract_state(config, inputs.model_config, inputs.mesh)
+    like = train_state.abstract(config, inputs.model_config, inputs.mesh)
     state, _ = checkpoint.read(workdir, like, before)
     number = int(state.step)
     return parity.TrainerWeights(
-        step.policy_params(state, config), number, f"checkpoint {number} of {workdir}"
+        train_state.policy_params(state, config), number, f"checkpoint {number} of {workdir}"
     )
 
 

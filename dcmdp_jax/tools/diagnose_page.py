@@ -11,7 +11,7 @@ from dcmdp_jax import files
 from dcmdp_jax.batches import sampling
 from dcmdp_jax.config import Config
 from dcmdp_jax.report import bar_chart, html_page, line_chart, tables
-from dcmdp_jax.run_record import to_json
+from dcmdp_jax.run.record import to_json
 from dcmdp_jax.tools import parity
 from dcmdp_jax.tools.diagnose import Attribution, Difference, Source, noise_floor
 

@@ -16,17 +16,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dcmdp_jax import checkpoint, constraint, files, packing, seeds, sharding, step
+from dcmdp_jax import constraint, files, seeds, sharding, train_state
 from dcmdp_jax.batches import check_rollout, make_sampler, sampling
 from dcmdp_jax.config import Calibrated, Config, ModelConfig, Precision
-from dcmdp_jax.inputs import Inputs
 from dcmdp_jax.losses import diagnostics
 from dcmdp_jax.losses.tails import POSITION_EDGES
 from dcmdp_jax.models.kernels import scoring
 from dcmdp_jax.records import Rollout, Sampler, Scored
 from dcmdp_jax.report import tables
+from dcmdp_jax.run import checkpoint
+from dcmdp_jax.run.inputs import Inputs
+from dcmdp_jax.run.starting import starting_weights, unwarmed_weights
 from dcmdp_jax.seeds import Stream
-from dcmdp_jax.starting import starting_weights, unwarmed_weights
+from dcmdp_jax.tokens import packing
 
 CLIP = 0.2
 EXACT = 1e-5  # nats between the trainer and an engine that rounds nothing
@@ -78,9 +80,9 @@ def load(config: Config, inputs: Inputs, workdir: pathlib.Path) -> TrainerWeight
     random.
     """
     if checkpoint.steps(workdir):
-        like = step.abstract_state(config, inputs.model_config, inputs.mesh)
+        like = train_state.abstract(config, inputs.model_config, inputs.mesh)
         state, prompt_state = checkpoint.read(workdir, like)
-        params, version = step.sampled_from(state, config)
+        params, version = train_state.sampled_from(state, config)
         origin = f"checkpoint {int(state.step)} of {workdir}"
         if state.stale:
             origin += f", weights of step {int(version)}"

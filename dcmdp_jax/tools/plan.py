@@ -22,14 +22,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax import files, sharding, step, sync
-from dcmdp_jax import tokenizer as tokenizers
+from dcmdp_jax import compiled_step, files, sharding, step, sync, train_state
 from dcmdp_jax.config import Calibrated, Config, ModelConfig, with_tolerance
-from dcmdp_jax.inputs import check as check_inputs
-from dcmdp_jax.inputs import read_problems, read_tokenizer
 from dcmdp_jax.records import Batch
 from dcmdp_jax.rollout import generate
 from dcmdp_jax.rollout.jetstream import Engine
+from dcmdp_jax.run.inputs import check as check_inputs
+from dcmdp_jax.run.inputs import read_problems, read_tokenizer
+from dcmdp_jax.tokens import tokenizer as tokenizers
 from dcmdp_jax.tools import cost_model
 
 GIB = 2**30
@@ -135,7 +135,7 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
     mesh, decode_mesh = sharding.meshes(config, devices, process=0)
     engines = 1 if config.rollout.one_engine else len({device.process_index for device in devices})
     check_inputs(config, model, mesh, decode_mesh, engines)
-    state = step.abstract_state(config, model, mesh)
+    state = train_state.abstract(config, model, mesh)
     batch = abstract_batch(config, model, mesh)
     sizes = sharding.local_bytes(state)
     parts = config.algorithm.minibatches * config.algorithm.microbatches
@@ -143,13 +143,13 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
     row_length = "algorithm.row_length, " if config.algorithm.row_length else ""
     yield Program(
         "train step",
-        step.compile(config, model, mesh).lower(state, batch),
-        cost_model.update(model, rows, length, config, mesh, step.in_one_pass(config)),
+        compiled_step.compile(config, model, mesh).lower(state, batch),
+        cost_model.update(model, rows, length, config, mesh, compiled_step.in_one_pass(config)),
         1,
         0,
         f"{row_length}algorithm.microbatches, model.compute.remat, mesh.sequence or mesh.tensor",
     )
-    params = step.abstract_params(model, mesh)
+    params = train_state.abstract_params(model, mesh)
     score = jax.jit(sharding.with_mesh(mesh, partial(step.score, config=config, model=model)))
     yield Program(
         "scoring pass",
@@ -251,7 +251,7 @@ def abstract_batch(config: Config, model: ModelConfig, mesh: Any) -> Batch:
         shape = (a.minibatches, a.microbatches, *sizes.get(name, (count, width)))
         return jax.ShapeDtypeStruct(shape, dtypes.get(name, jnp.int32), sharding=of_leaf)
 
-    shardings = step.batch_shardings(config, mesh)._asdict()
+    shardings = train_state.batch_shardings(config, mesh)._asdict()
     return Batch(**{name: leaf(name, of_leaf) for name, of_leaf in shardings.items() if of_leaf})
 
 

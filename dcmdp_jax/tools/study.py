@@ -29,11 +29,12 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
-from dcmdp_jax import files, quantities
+from dcmdp_jax import files
 from dcmdp_jax.config import Config, WarmupConfig
 from dcmdp_jax.experiment import run_file
-from dcmdp_jax.run_record import differences, read_record, to_json, upgrade_record
-from dcmdp_jax.stopping import Interrupted
+from dcmdp_jax.monitoring import quantities
+from dcmdp_jax.run.record import differences, read_record, to_json, upgrade_record
+from dcmdp_jax.run.stopping import Interrupted
 
 _stop: Any = None  # in a worker: the event with which its parent stops it
 
@@ -239,7 +240,7 @@ def evaluations(rows: list[dict[str, Any]], prompts: int) -> Iterator[dict[str, 
 
 def _rows(run: Run) -> list[dict[str, Any]]:
     """Returns the metrics of a run's steps."""
-    from dcmdp_jax import metrics
+    from dcmdp_jax.monitoring import metrics
 
     return metrics.read(run.folder) if (run.folder / metrics.FILE).is_file() else []
 
@@ -289,7 +290,7 @@ def _warm_up(run: Run) -> None:
     study = load(run.file)
     folder = _start_folder(study, run)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    from dcmdp_jax import export
+    from dcmdp_jax.run import export
 
     with (
         _redirect_output(folder.with_name(f"{folder.name}.log")),

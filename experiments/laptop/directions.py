@@ -27,10 +27,10 @@ from chain import GRPO, INT4, with_engine
 from dcmdp_jax import rewards, seeds
 from dcmdp_jax.batches import make_sampler
 from dcmdp_jax.config import ModelSource, Precision
-from dcmdp_jax.inputs import read_inputs
 from dcmdp_jax.losses import advantages
 from dcmdp_jax.models import decoder
 from dcmdp_jax.models.quantized import quantize
+from dcmdp_jax.run.inputs import read_inputs
 from dcmdp_jax.seeds import Stream
 from dcmdp_jax.tools import parity, study
 

@@ -11,7 +11,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402
 from tables import last, read  # noqa: E402
 
-from dcmdp_jax import intervals  # noqa: E402
+from dcmdp_jax.evaluation import intervals  # noqa: E402
 
 ENGINE = "#d55e00"
 TRAINER = "#0072b2"

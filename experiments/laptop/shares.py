@@ -18,12 +18,12 @@ import numpy as np
 import room
 import room_harmed
 
-from dcmdp_jax import checkpoint, constraint, seeds
+from dcmdp_jax import constraint, seeds, train_state
 from dcmdp_jax.batches import make_sampler
 from dcmdp_jax.config import ModelSource, Precision, WarmupConfig
-from dcmdp_jax.inputs import read_inputs
+from dcmdp_jax.run import checkpoint
+from dcmdp_jax.run.inputs import read_inputs
 from dcmdp_jax.seeds import Stream
-from dcmdp_jax.step import abstract_state
 from dcmdp_jax.tools import parity
 
 COLUMNS = (
@@ -74,7 +74,7 @@ def measure_run(arm, folder):
     exact_rollout = dataclasses.replace(start.rollout, precision=Precision())
     exact_engine = make_sampler(dataclasses.replace(start, rollout=exact_rollout), inputs)
     score = parity.scorer(start, inputs)
-    like = abstract_state(start, inputs.model_config, inputs.mesh)
+    like = train_state.abstract(start, inputs.model_config, inputs.mesh)
     for step in checkpoint.steps(folder):
         params = checkpoint.read(folder, like, before=step + 1)[0].params
         seed = seeds.seed(start.seed, Stream.PARITY, step)

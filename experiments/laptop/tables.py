@@ -14,7 +14,7 @@ import re
 import statistics
 from collections import defaultdict
 
-from dcmdp_jax import intervals
+from dcmdp_jax.evaluation import intervals
 
 NOISE = 0.06  # of the difference of two rates over 512 samples: 1.96 sqrt(2 / 4 / 512)
 HEAD = (

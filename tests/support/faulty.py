@@ -9,10 +9,12 @@ import pathlib
 import sys
 import time
 
-from dcmdp_jax import checkpoint, cli, metrics, rewards, step, sync, warmup
+from dcmdp_jax import cli, rewards, step, sync
 from dcmdp_jax.evaluation import held_out
+from dcmdp_jax.monitoring import metrics
 from dcmdp_jax.report import run_page
 from dcmdp_jax.rollout.jetstream import JetStreamSampler
+from dcmdp_jax.run import checkpoint, warmup
 
 # Where a phase is entered; of `update` and `sync` what these functions make is what is called.
 ENTRIES = {

@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 
-from dcmdp_jax import seeds, step
+from dcmdp_jax import seeds, train_state
 from dcmdp_jax.batches import make_sampler
-from dcmdp_jax.checkpoint import Checkpoints
-from dcmdp_jax.inputs import read_inputs
 from dcmdp_jax.models import decoder
+from dcmdp_jax.run.checkpoint import Checkpoints
+from dcmdp_jax.run.inputs import read_inputs
 from dcmdp_jax.seeds import Stream
 from dcmdp_jax.tools import parity
 from support import training
@@ -58,7 +58,7 @@ def make_run(workdir, run, steps):
     """
     inputs = read_inputs(run, training.ONE_DEVICE)
     state = jax.jit(
-        lambda: step.init_state(run, decoder.init(jax.random.key(0), inputs.model_config))
+        lambda: train_state.init(run, decoder.init(jax.random.key(0), inputs.model_config))
     )()
     saved = Checkpoints(workdir, run.checkpoint.keep)
     for number in steps:

@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 
-from dcmdp_jax import constraint, packing, sharding, step
+from dcmdp_jax import compiled_step, constraint, sharding, train_state
 from dcmdp_jax.config import (
     AlgorithmConfig,
     Compute,
@@ -19,6 +19,7 @@ from dcmdp_jax.config import (
 )
 from dcmdp_jax.losses import advantages, corrections, policy, reduce
 from dcmdp_jax.records import Example, Prompts, Scored
+from dcmdp_jax.tokens import packing
 from support.random_params import random_params
 from support.rollouts import make_rollout
 
@@ -90,13 +91,13 @@ def make_scored(seed=0, reward=None):
 
 def fresh_state(config, model, mesh, params=None):
     make = jax.jit(
-        functools.partial(step.init_state, config),
-        out_shardings=step.state_shardings(config, model, mesh),
+        functools.partial(train_state.init, config),
+        out_shardings=train_state.shardings(config, model, mesh),
     )
     return make(jax.tree.map(np.array, make_params(model) if params is None else params))
 
 
-compiled_step = functools.cache(step.compile)
+cached_step = functools.cache(compiled_step.compile)
 
 
 def run(config, scored, mesh=None, row_length=2 * (P + T), params=None):
@@ -114,8 +115,8 @@ def run(config, scored, mesh=None, row_length=2 * (P + T), params=None):
     )
     params = make_params(model) if params is None else params
     state = fresh_state(config, model, mesh, params)
-    state, metrics = compiled_step(config, model, mesh)(
-        state, jax.device_put(batch, step.batch_shardings(config, mesh))
+    state, metrics = cached_step(config, model, mesh)(
+        state, jax.device_put(batch, train_state.batch_shardings(config, mesh))
     )
     return (
         params,

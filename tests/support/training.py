@@ -11,11 +11,12 @@ import time
 import jax
 import numpy as np
 
-from dcmdp_jax import cli, starting
+from dcmdp_jax import cli
 from dcmdp_jax import train as loop
-from dcmdp_jax.checkpoint import Checkpoints
 from dcmdp_jax.experiment import load_experiment, override
-from dcmdp_jax.inputs import read_inputs
+from dcmdp_jax.run import starting
+from dcmdp_jax.run.checkpoint import Checkpoints
+from dcmdp_jax.run.inputs import read_inputs
 
 MAIN = "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"
 CHILD = (sys.executable, "-c", MAIN)  # the command line in a process of its own

@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 
-from dcmdp_jax import checkpoint, seeds, step, warmup
+from dcmdp_jax import seeds, train_state
 from dcmdp_jax.config import Config
-from dcmdp_jax.inputs import Inputs
 from dcmdp_jax.models import decoder, weights
 from dcmdp_jax.records import TrainState
+from dcmdp_jax.run import checkpoint, warmup
+from dcmdp_jax.run.inputs import Inputs
 from dcmdp_jax.seeds import Stream
 
 
@@ -22,7 +23,7 @@ def restore(saved: checkpoint.Checkpoints, config: Config, inputs: Inputs) -> Tr
 
     `inputs.prompts` go on from where that checkpoint left them.
     """
-    restored = saved.restore(step.abstract_state(config, inputs.model_config, inputs.mesh))
+    restored = saved.restore(train_state.abstract(config, inputs.model_config, inputs.mesh))
     if restored is None:
         return None
     state, prompt_state = restored
@@ -35,8 +36,8 @@ def first_state(
 ) -> TrainState:
     """Returns the state before the first step: starting weights, a new optimizer and a new dual."""
     params = starting_weights(config, inputs, workdir, should_stop)
-    shardings = step.state_shardings(config, inputs.model_config, inputs.mesh)
-    init = jax.jit(partial(step.init_state, config), out_shardings=shardings, donate_argnums=0)
+    shardings = train_state.shardings(config, inputs.model_config, inputs.mesh)
+    init = jax.jit(partial(train_state.init, config), out_shardings=shardings, donate_argnums=0)
     return init(params)
 
 
@@ -58,7 +59,7 @@ def starting_weights(
 
 def unwarmed_weights(config: Config, inputs: Inputs) -> Any:
     """Returns the parameters of the model folder, or random ones, on the training mesh."""
-    shardings = step.params_shardings(inputs.model_config, inputs.mesh)
+    shardings = train_state.params_shardings(inputs.model_config, inputs.mesh)
     if config.model.folder:
         _, params = weights.load(config.model.folder, shardings=shardings)
         return params

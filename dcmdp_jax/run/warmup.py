@@ -22,8 +22,8 @@ from dcmdp_jax.config import Config, ModelConfig, WarmupConfig
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.models import decoder
 from dcmdp_jax.models.kernels import scoring
-from dcmdp_jax.stopping import Interrupted
-from dcmdp_jax.tokenizer import Tokenizer
+from dcmdp_jax.run.stopping import Interrupted
+from dcmdp_jax.tokens.tokenizer import Tokenizer
 
 STEPS_PER_DISPATCH = 50
 

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any, NoReturn, Protocol
 
 from dcmdp_jax import files
-from dcmdp_jax.chat_template import ChatTemplate
+from dcmdp_jax.tokens.chat_template import ChatTemplate
 
 # the stop tokens of Qwen3's generation config, used if no file names one
 _QWEN3_STOPS = ("<|im_end|>", "<|endoftext|>")

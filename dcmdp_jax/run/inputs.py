@@ -12,13 +12,13 @@ from typing import IO, NamedTuple
 import jax
 
 from dcmdp_jax import data, seeds, sharding, sync
-from dcmdp_jax import tokenizer as tokenizers
 from dcmdp_jax.config import Config, ModelConfig
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.models import decoder, weights
 from dcmdp_jax.records import Prompts
 from dcmdp_jax.seeds import Stream
-from dcmdp_jax.tokenizer import Tokenizer
+from dcmdp_jax.tokens import tokenizer as tokenizers
+from dcmdp_jax.tokens.tokenizer import Tokenizer
 
 
 class Inputs(NamedTuple):

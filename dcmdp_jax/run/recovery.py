@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax import checkpoint, metrics, sharding, step
+from dcmdp_jax import sharding, step
 from dcmdp_jax.batches import Collected
 from dcmdp_jax.config import Config
 from dcmdp_jax.distributed import processes
-from dcmdp_jax.inputs import Inputs
+from dcmdp_jax.monitoring import metrics
 from dcmdp_jax.records import NotFinite, TrainState
-from dcmdp_jax.stopping import Failed
+from dcmdp_jax.run import checkpoint
+from dcmdp_jax.run.inputs import Inputs
+from dcmdp_jax.run.stopping import Failed
 
 NOT_IN_ROW = ("gaps", "logp_finite")  # metrics of a step that no row holds
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from dcmdp_jax import quantities
+from dcmdp_jax.monitoring import quantities
 
 
 class _LossyStream:

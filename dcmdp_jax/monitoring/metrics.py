@@ -26,8 +26,9 @@ from typing import Any
 
 import jax
 
-from dcmdp_jax import errors, files, terminal
+from dcmdp_jax import errors, files
 from dcmdp_jax.config import Calibrated, Config
+from dcmdp_jax.monitoring import terminal
 
 FILE = "metrics.jsonl"
 GAPS = "gaps.jsonl"

@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 
-from dcmdp_jax import checkpoint, sharding, starting, step
-from dcmdp_jax import tokenizer as tokenizers
+from dcmdp_jax import sharding, train_state
 from dcmdp_jax.config import Config, MeshConfig
-from dcmdp_jax.inputs import read_inputs, read_model, read_tokenizer
 from dcmdp_jax.models import weights
+from dcmdp_jax.run import checkpoint, starting
+from dcmdp_jax.run.inputs import read_inputs, read_model, read_tokenizer
+from dcmdp_jax.tokens import tokenizer as tokenizers
 
 
 def export(config: Config, workdir: pathlib.Path, folder: str) -> int:
@@ -22,9 +23,9 @@ def export(config: Config, workdir: pathlib.Path, folder: str) -> int:
     """
     model = read_model(config)
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
-    state, _ = checkpoint.read(workdir, step.abstract_state(config, model, mesh))
+    state, _ = checkpoint.read(workdir, train_state.abstract(config, model, mesh))
     tokenizer = read_tokenizer(config)
-    params = step.policy_params(state, config)
+    params = train_state.policy_params(state, config)
     weights.save(folder, model, params, token_ids=tokenizers.special_token_ids(tokenizer))
     tokenizers.save(tokenizer, folder)
     return int(state.step)

@@ -8,10 +8,12 @@ from typing import IO
 
 import jax
 
-from dcmdp_jax import checkpoint, files, lock, metrics
+from dcmdp_jax import files
 from dcmdp_jax.config import Config
 from dcmdp_jax.distributed import processes
-from dcmdp_jax.run_record import (
+from dcmdp_jax.monitoring import metrics
+from dcmdp_jax.run import checkpoint, lock
+from dcmdp_jax.run.record import (
     RECORD_FILE,
     differences,
     lacks_field,

@@ -1,0 +1,94 @@
+"""The compiled step: `step.constrained_step`, or the same with one forward pass less."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from dcmdp_jax import sharding, step, train_state
+from dcmdp_jax.config import Config, ModelConfig
+from dcmdp_jax.losses._separable import is_separable
+from dcmdp_jax.records import Batch, TrainState
+
+
+def compile(
+    config: Config, model: ModelConfig, mesh: jax.sharding.Mesh, *, plain: bool = False
+) -> Callable[[TrainState, Batch], tuple[TrainState, step.Metrics]]:
+    """Returns the jitted step, in the plain form if `plain`; its state argument is donated."""
+    state = train_state.shardings(config, model, mesh)
+    form = one_pass_step if in_one_pass(config) and not plain else step.constrained_step
+    return jax.jit(
+        sharding.with_mesh(mesh, partial(form, config=config, model=model)),
+        in_shardings=(state, train_state.batch_shardings(config, mesh)),
+        out_shardings=(state, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def in_one_pass(config: Config) -> bool:
+    """True if one forward pass can both score a batch and update from it.
+
+    The batch must make a single update, from the weights that sampled it. It must be a single
+    microbatch, or loss and shaping must be declared separable over microbatches.
+    """
+    shaping = config.constraint.shaping
+    separable = step.is_separable_loss(config) and (shaping is None or is_separable(shaping))
+    return step.updates_once(config) and (config.algorithm.microbatches == 1 or separable)
+
+
+def one_pass_step(
+    state: TrainState, batch: Batch, *, config: Config, model: ModelConfig
+) -> tuple[TrainState, step.Metrics]:
+    """`step.constrained_step` for a single update at the weights that sampled: old_logp is logp.
+
+    The batch is not scored first. While a microbatch is backpropagated, the log-probs of the
+    others are set to 0, which is allowed because `in_one_pass` holds.
+    """
+    multiplier = state.dual.multiplier
+    advantage = step.group_advantage(batch, config)
+    ref_logp = step.score_reference(state, batch, config, model)
+    loss = partial(
+        on_policy_loss,
+        batch=batch,
+        ref_logp=ref_logp,
+        advantage=advantage,
+        multiplier=multiplier,
+        config=config,
+    )
+    only = jax.tree.map(lambda x: x[0], batch)
+    logp_of_others = jnp.zeros_like(only.rollout_logp)
+    grads, logp, entropy = step.backpropagate(
+        state.params, state.frozen, only, logp_of_others, loss, config, model, entropy=True
+    )
+    updated = step.Updated(state.params, state.opt_state, state.skipped)
+    value = loss(logp)
+    updated, norm = step.apply_update(updated, value, grads, config)
+
+    old_logp = logp[None]
+    entropy = entropy[None]
+    shaped = step.shape(advantage, old_logp, batch, multiplier, config)
+    dual, dual_metrics = step.update_dual(state.dual, old_logp, batch, config)
+    metrics = step.batch_metrics(batch, advantage, shaped, old_logp, entropy)
+    metrics |= step.update_metrics(value, norm, updated.skipped)
+    return step.next_state(state, updated, dual), metrics | dual_metrics
+
+
+def on_policy_loss(
+    logp: jax.Array,
+    batch: Batch,
+    ref_logp: jax.Array | None,
+    advantage: jax.Array,
+    multiplier: jax.Array,
+    config: Config,
+) -> jax.Array:
+    """Returns the loss of the only minibatch of a batch [1, A, ...] as a function of its log-probs
+    [A, n, T], which are the old ones too.
+    """
+    old_logp = jax.lax.stop_gradient(logp)[None]
+    shaped = step.shape(advantage, old_logp, batch, multiplier, config)
+    fields = batch, old_logp, ref_logp, shaped
+    minibatch = step.Minibatch(*jax.tree.map(lambda x: x[0], fields))
+    return step.loss_of(logp, minibatch, multiplier, config)

@@ -1,0 +1,1 @@
+"""What is measured, written and shown while a run trains."""

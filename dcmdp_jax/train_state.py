@@ -1,0 +1,136 @@
+"""The state that is trained: its start, its layout over devices, and the policy it stands for."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dcmdp_jax import constraint, optimizers, seeds, sharding
+from dcmdp_jax.config import Config, ModelConfig
+from dcmdp_jax.models import decoder
+from dcmdp_jax.records import Batch, TrainState
+from dcmdp_jax.seeds import Stream
+
+
+def init(config: Config, params: Any) -> TrainState:
+    """Returns the state at step 0 of a run that starts from the decoder's `params`."""
+    frozen, trained = (), params
+    if config.model.trainable:
+        key = jax.random.key(seeds.seed(config.seed, Stream.TRAINABLE))
+        trained = config.model.trainable(params, key)
+        frozen = params
+    return TrainState(
+        params=trained,
+        opt_state=optimizers.from_config(config.algorithm).init(trained),
+        dual=controller(config).init(),
+        step=jnp.int32(0),
+        skipped=jnp.int32(0),
+        stale=tuple(_copy(trained) for _ in range(config.rollout.staleness)),
+        frozen=frozen,
+        reference=_copy(params) if config.algorithm.reference_penalty else (),
+    )
+
+
+def controller(config: Config) -> constraint.Controller:
+    """Returns the controller that updates the multiplier."""
+    c = config.constraint
+    return c.dual(
+        dual_lr=c.dual_lr, multiplier_init=c.multiplier_init, multiplier_max=c.multiplier_max
+    )
+
+
+def policy_params(state: TrainState, config: Config) -> Any:
+    """Returns the decoder's parameters: what is scored, synced to the sampler and exported."""
+    return decoder_params(state.params, state.frozen, config)
+
+
+def decoder_params(trained: Any, frozen: Any, config: Config) -> Any:
+    """Returns the decoder's parameters that trained and frozen ones stand for."""
+    if config.model.policy_params is None:
+        return trained
+    return jax.jit(config.model.policy_params)(trained, frozen)
+
+
+def sampled_from(state: TrainState, config: Config) -> tuple[Any, jax.Array]:
+    """Returns the decoder's parameters that the next batch is sampled from, `rollout.staleness`
+    steps old, and their version.
+    """
+    oldest = (*state.stale, state.params)[0]
+    version = jnp.maximum(state.step - len(state.stale), 0)
+    return decoder_params(oldest, state.frozen, config), version
+
+
+def params_shardings(model: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
+    """Returns the layout of the decoder's parameters on the mesh that trains."""
+    axes = decoder.logical_axes(model)
+    return sharding.param_shardings(axes, mesh, sharding.TRAIN, _params_shapes(model))
+
+
+def abstract_params(model: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
+    """Returns shapes and shardings of the decoder's parameters on the mesh that trains."""
+    return sharding.abstract_arrays(_params_shapes(model), params_shardings(model, mesh))
+
+
+def shardings(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> TrainState:
+    """Returns the layout of a `TrainState`.
+
+    What is shaped like a parameter of the decoder lies as that parameter does; the rest is
+    replicated.
+    """
+    shapes = _state_shapes(config, model)
+    replicated = sharding.replicated(mesh)
+    like_decoder = partial(
+        optimizers.map_param_like,
+        like=_params_shapes(model),
+        values=params_shardings(model, mesh),
+        default=replicated,
+    )
+    params = like_decoder(shapes.params)
+    moments = sharding.on_host(params) if config.algorithm.offload else params
+    return jax.tree.map(lambda _: replicated, shapes)._replace(
+        params=params,
+        opt_state=optimizers.map_param_like(shapes.opt_state, shapes.params, moments, replicated),
+        stale=(params,) * config.rollout.staleness,
+        frozen=like_decoder(shapes.frozen),
+        reference=like_decoder(shapes.reference),
+    )
+
+
+def abstract(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> TrainState:
+    """Returns shapes and shardings of a run's state, for reading checkpoints and for plans."""
+    return sharding.abstract_arrays(_state_shapes(config, model), shardings(config, model, mesh))
+
+
+def batch_shardings(config: Config, mesh: jax.sharding.Mesh) -> Batch:
+    """Returns the layout of a `Batch`: packed rows over the batch axes and their positions over
+    `sequence`; arrays of completions replicated.
+    """
+    rows = sharding.batch_shardings(mesh)
+    replicated = sharding.replicated(mesh)
+    return Batch(
+        tokens=rows,
+        positions=rows,
+        segment_ids=rows,
+        index=replicated,
+        completions=replicated,
+        mask=replicated,
+        rollout_logp=replicated,
+        reward=replicated,
+        group=replicated,
+        experts=rows if config.algorithm.replay_routing else None,
+    )
+
+
+def _params_shapes(model: ModelConfig) -> Any:
+    return jax.eval_shape(lambda: decoder.init(jax.random.key(0), model))
+
+
+def _state_shapes(config: Config, model: ModelConfig) -> TrainState:
+    return jax.eval_shape(partial(init, config), _params_shapes(model))
+
+
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
