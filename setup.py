@@ -26,6 +26,7 @@ ANSWERS = ["math-verify==0.9.0", "antlr4-python3-runtime==4.13.2"]
 REPORT = ["tensorboardX", "matplotlib"]
 TEST = [
     "pytest",
+    "pytest-timeout",
     "pytest-xdist",
     "hypothesis",
     "nbclient",

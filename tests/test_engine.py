@@ -16,7 +16,7 @@ from dcmdp_jax.models import decoder, layers, rope
 from dcmdp_jax.models.kernels import attention, scoring
 from dcmdp_jax.records import Example, Prompts, Sampling, Scored
 from dcmdp_jax.rollout import jetstream
-from dcmdp_jax.rollout.generate import rollout
+from dcmdp_jax.rollout.generate import completion_keys, rollout
 from dcmdp_jax.tokens import packing
 from support.engines import (
     DENSE,
@@ -253,7 +253,7 @@ def test_a_prompt_alone_samples_what_it_does_in_a_batch():
     out = sample(DENSE)
     prompts = make_prompts()
     first = Prompts(prompts.tokens[:1], prompts.lengths[:1], prompts.examples[:1])
-    keys = np.asarray(jax.random.bits(jax.random.key(1), (len(out.lengths), 2), "uint32"))
+    keys = completion_keys(jax.random.key(1), len(out.lengths))
     engine = make_engine(DENSE, slots=1)
     weights = make_weights(DENSE)
     prefix = engine.prefill(params=weights, padded_tokens=first.tokens, true_length=first.lengths)
@@ -261,7 +261,7 @@ def test_a_prompt_alone_samples_what_it_does_in_a_batch():
         prefix, engine.init_decode_state(), [0], [0], keys[2:3], T, Sampling(0.8)
     )
     tokens = []
-    while len(tokens) < out.lengths[2]:
+    for _ in range(T):  # dispatches, of at least one token while the completion lasts
         state, result = engine.generate(weights, state)
         read = engine.read(result)
         tokens += read.drawn.token[0, read.valid[0]].tolist()
