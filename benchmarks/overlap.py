@@ -79,7 +79,7 @@ def seconds(run: config.Config, repeats: int) -> list[list[tuple[float, float]]]
     """[repeats, 3, 2]: update, rollout, both; wall and CPU seconds."""
     inputs = read_inputs(run)
     state = starting.first_state(run, inputs, pathlib.Path(), lambda: False)
-    update = compiled_step.compile(run, inputs.model_config, inputs.mesh)
+    update = compiled_step.compile_step(run, inputs.model_config, inputs.mesh)
     batches = Batches(run, inputs, state, lambda: False)
     packed = batches.collect(Stream.ROLLOUT, 0).packed
 

@@ -35,8 +35,7 @@ from dcmdp_jax.config import (
     RolloutConfig,
 )
 from dcmdp_jax.losses import corrections, policy, reduce
-from dcmdp_jax.models import decoder
-from dcmdp_jax.models.kernels import scoring
+from dcmdp_jax.models import decoder, scoring
 from dcmdp_jax.records import Rollout, Sampling, Scored, TrainState
 from dcmdp_jax.tokens import packing
 
@@ -118,7 +117,7 @@ class Task:
             out_shardings=train_state.shardings(config, model, mesh),
         )
         self.state: TrainState = start(params)
-        update = compiled_step.compile(config, model, mesh, plain=plain)
+        update = compiled_step.compile_step(config, model, mesh, plain=plain)
         self.compiled = update.lower(self.state, self.batch).compile()
         memory = self.compiled.memory_analysis()
         self.held = memory.argument_size_in_bytes, memory.temp_size_in_bytes

@@ -14,7 +14,7 @@ from dcmdp_jax.losses._separable import is_separable
 from dcmdp_jax.records import Batch, TrainState
 
 
-def compile(
+def compile_step(
     config: Config, model: ModelConfig, mesh: jax.sharding.Mesh, *, plain: bool = False
 ) -> Callable[[TrainState, Batch], tuple[TrainState, step.Metrics]]:
     """Returns the jitted step, in the plain form if `plain`; its state argument is donated."""
@@ -63,17 +63,17 @@ def one_pass_step(
     grads, logp, entropy = step.backpropagate(
         state.params, state.frozen, only, logp_of_others, loss, config, model, entropy=True
     )
-    updated = step.Updated(state.params, state.opt_state, state.skipped)
+    learner = step.Learner(state.params, state.opt_state, state.skipped)
     value = loss(logp)
-    updated, norm = step.apply_update(updated, value, grads, config)
+    learner, norm = step.apply_update(learner, value, grads, config)
 
     old_logp = logp[None]
     entropy = entropy[None]
-    shaped = step.shape(advantage, old_logp, batch, multiplier, config)
+    shaped = step.shaped_advantage(advantage, old_logp, batch, multiplier, config)
     dual, dual_metrics = step.update_dual(state.dual, old_logp, batch, config)
     metrics = step.batch_metrics(batch, advantage, shaped, old_logp, entropy)
-    metrics |= step.update_metrics(value, norm, updated.skipped)
-    return step.next_state(state, updated, dual), metrics | dual_metrics
+    metrics |= step.update_metrics(value, norm, learner.skipped)
+    return step.next_state(state, learner, dual), metrics | dual_metrics
 
 
 def on_policy_loss(
@@ -88,7 +88,7 @@ def on_policy_loss(
     [A, n, T], which are the old ones too.
     """
     old_logp = jax.lax.stop_gradient(logp)[None]
-    shaped = step.shape(advantage, old_logp, batch, multiplier, config)
+    shaped = step.shaped_advantage(advantage, old_logp, batch, multiplier, config)
     fields = batch, old_logp, ref_logp, shaped
     minibatch = step.Minibatch(*jax.tree.map(lambda x: x[0], fields))
     return step.loss_of(logp, minibatch, multiplier, config)

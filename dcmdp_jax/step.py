@@ -20,14 +20,14 @@ from dcmdp_jax import constraint, optimizers, train_state
 from dcmdp_jax.config import Config, ModelConfig
 from dcmdp_jax.losses import diagnostics, reduce
 from dcmdp_jax.losses._separable import is_separable
-from dcmdp_jax.models.kernels import scoring
+from dcmdp_jax.models import scoring
 from dcmdp_jax.monitoring import gaps
 from dcmdp_jax.records import Batch, TrainState
 
 Metrics = dict[str, jax.Array | gaps.Gaps]  # scalars, and under "gaps" a summary of the gaps
 
 
-class Updated(NamedTuple):
+class Learner(NamedTuple):
     """What an update changes; fields as in `TrainState`."""
 
     params: Any
@@ -60,27 +60,27 @@ def constrained_step(
 
     # Shape: A' = A - lambda delta, or whatever `constraint.shaping` makes of it.
     advantage = group_advantage(batch, config)
-    shaped = shape(advantage, old_logp, batch, multiplier, config)
+    shaped = shaped_advantage(advantage, old_logp, batch, multiplier, config)
 
     # Loss, gradients, update.
-    def update(updated: Updated, minibatch: Minibatch) -> tuple[Updated, tuple]:
-        loss, grads = gradients(updated.params, state.frozen, minibatch, multiplier, config, model)
-        updated, norm = apply_update(updated, loss, grads, config)
-        return updated, (loss, norm)
+    def update(learner: Learner, minibatch: Minibatch) -> tuple[Learner, tuple]:
+        loss, grads = gradients(learner.params, state.frozen, minibatch, multiplier, config, model)
+        learner, norm = apply_update(learner, loss, grads, config)
+        return learner, (loss, norm)
 
-    def epoch(updated: Updated, _: None) -> tuple[Updated, tuple]:
-        return jax.lax.scan(update, updated, Minibatch(batch, old_logp, ref_logp, shaped))
+    def epoch(learner: Learner, _: None) -> tuple[Learner, tuple]:
+        return jax.lax.scan(update, learner, Minibatch(batch, old_logp, ref_logp, shaped))
 
-    updated = Updated(state.params, state.opt_state, state.skipped)
-    updated, (loss, norm) = jax.lax.scan(epoch, updated, None, config.algorithm.epochs)
+    learner = Learner(state.params, state.opt_state, state.skipped)
+    learner, (loss, norm) = jax.lax.scan(epoch, learner, None, config.algorithm.epochs)
 
     # Dual: one update, from the mean gap of all trained tokens before any rejection.
     dual, dual_metrics = update_dual(state.dual, old_logp, batch, config)
 
     metrics = batch_metrics(batch, advantage, shaped, old_logp, entropy)
-    metrics |= update_metrics(loss, norm, updated.skipped)
+    metrics |= update_metrics(loss, norm, learner.skipped)
     metrics |= staleness_metrics(state, old_logp, batch, config, model)
-    return next_state(state, updated, dual), metrics | dual_metrics
+    return next_state(state, learner, dual), metrics | dual_metrics
 
 
 def score(
@@ -107,7 +107,7 @@ def group_advantage(batch: Batch, config: Config) -> jax.Array:
     return advantage.reshape(*batch.reward.shape, 1)
 
 
-def shape(
+def shaped_advantage(
     advantage: jax.Array, old_logp: jax.Array, batch: Batch, multiplier: jax.Array, config: Config
 ) -> jax.Array:
     """Returns the shaped advantage of each token, [M, A, n, T]."""
@@ -201,8 +201,8 @@ def backpropagate(
             return _score(decoder, micro, config, model, entropy=entropy)
 
         logp, pullback, entropies = jax.vjp(logp_of, params, has_aux=True)
-        slope = jax.grad(loss)(logp_of_others.at[i].set(logp))
-        return pullback(slope[i])[0], (logp, entropies)
+        dlogp = jax.grad(loss)(logp_of_others.at[i].set(logp))
+        return pullback(dlogp[i])[0], (logp, entropies)
 
     def accumulate(total: Any, numbered: tuple) -> tuple[Any, tuple]:
         # Without the barrier the sum over devices would move out of the loop, which would then
@@ -235,8 +235,8 @@ def is_separable_loss(config: Config) -> bool:
 
 
 def apply_update(
-    updated: Updated, loss: jax.Array, grads: Any, config: Config
-) -> tuple[Updated, jax.Array]:
+    learner: Learner, loss: jax.Array, grads: Any, config: Config
+) -> tuple[Learner, jax.Array]:
     """Makes one update by the optimizer, from the gradient clipped to the norm `grad_clip`.
 
     If the loss or the gradient is not finite, nothing changes but the count of skipped updates.
@@ -255,15 +255,15 @@ def apply_update(
         updates, opt_state = optimizer.update(clipped, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    opt_state = updated.opt_state
+    opt_state = learner.opt_state
     if algorithm.offload:
-        opt_state = optimizers.moments_to(jax.memory.Space.Device, opt_state, updated.params)
+        opt_state = optimizers.moments_to(jax.memory.Space.Device, opt_state, learner.params)
     params, opt_state = jax.lax.cond(
-        finite, update, lambda *unchanged: unchanged, updated.params, opt_state
+        finite, update, lambda *unchanged: unchanged, learner.params, opt_state
     )
     if algorithm.offload:
         opt_state = optimizers.moments_to(jax.memory.Space.Host, opt_state, params)
-    return Updated(params, opt_state, updated.skipped + ~finite), norm
+    return Learner(params, opt_state, learner.skipped + ~finite), norm
 
 
 def update_dual(
@@ -280,14 +280,14 @@ def update_dual(
     }
 
 
-def next_state(state: TrainState, updated: Updated, dual: constraint.DualState) -> TrainState:
+def next_state(state: TrainState, learner: Learner, dual: constraint.DualState) -> TrainState:
     """Returns the state after a step; the parameters before it become the newest stale ones."""
     return state._replace(
-        params=updated.params,
-        opt_state=updated.opt_state,
+        params=learner.params,
+        opt_state=learner.opt_state,
         dual=dual,
         step=state.step + 1,
-        skipped=updated.skipped,
+        skipped=learner.skipped,
         stale=(*state.stale, state.params)[1:],
     )
 

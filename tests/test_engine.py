@@ -12,8 +12,8 @@ import pytest
 
 from dcmdp_jax import sharding, sync
 from dcmdp_jax.config import MeshConfig, Precision
-from dcmdp_jax.models import decoder, layers, rope
-from dcmdp_jax.models.kernels import attention, scoring
+from dcmdp_jax.models import decoder, layers, rope, scoring
+from dcmdp_jax.models.kernels import attention
 from dcmdp_jax.records import Example, Prompts, Sampling, Scored
 from dcmdp_jax.rollout import jetstream
 from dcmdp_jax.rollout.generate import completion_keys, rollout

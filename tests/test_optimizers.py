@@ -48,7 +48,7 @@ PARAMS = {"a": jnp.array([1.0, -2.0, 3.0]), "b": jnp.array([[0.5]])}
 
 
 def start(algorithm, params=PARAMS):
-    return step.Updated(params, optimizers.from_config(algorithm).init(params), jnp.int32(0))
+    return step.Learner(params, optimizers.from_config(algorithm).init(params), jnp.int32(0))
 
 
 def applied(updated, grads, algorithm, loss=0.0):

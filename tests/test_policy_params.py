@@ -124,7 +124,7 @@ def updated(config, state):
         seed=1,
     )
     batch = jax.device_put(batch, train_state.batch_shardings(config, ONE))
-    return batch, *compiled_step.compile(config, MODEL, ONE)(state, batch)
+    return batch, *compiled_step.compile_step(config, MODEL, ONE)(state, batch)
 
 
 def test_the_reference_is_the_starting_parameters():

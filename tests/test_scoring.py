@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dcmdp_jax.config import Compute
-from dcmdp_jax.models import decoder, sizes
-from dcmdp_jax.models.kernels import scoring, tiles
+from dcmdp_jax.models import decoder, scoring, sizes
+from dcmdp_jax.models.kernels import head, tiles
 from support.accelerators import accelerator_programs
 from support.random_params import random_params
 
@@ -50,7 +50,7 @@ def plain(params, hidden, targets, wanted, config, temperature):
 
 
 def with_entropy(*args, **sizes_of_tiles):
-    return scoring.token_logp(*args, entropy=True, **sizes_of_tiles)
+    return head.token_logp(*args, entropy=True, **sizes_of_tiles)
 
 
 def assert_close(got, want):
@@ -107,7 +107,7 @@ def test_nan_in_hidden_states_reaches_the_log_probs():
     params = random_params(sizes.TINY, 0.3, norms=1.0)
     hidden, targets, wanted, _ = case(sizes.TINY)
     hidden = hidden.at[0].set(jnp.nan)
-    logp, _ = scoring.token_logp(params, hidden, targets, wanted, sizes.TINY, 1.0)
+    logp, _ = head.token_logp(params, hidden, targets, wanted, sizes.TINY, 1.0)
     np.testing.assert_array_equal(np.isnan(logp), wanted & (jnp.arange(ROWS) == 0)[:, None])
 
 
@@ -146,9 +146,7 @@ def test_a_long_batch_has_no_array_of_all_its_logits(programs):
     hidden = jax.ShapeDtypeStruct((2, 2048, config.hidden_size), jnp.float32)
     targets = jax.ShapeDtypeStruct((2, 2048), jnp.int32)
     wanted = jax.ShapeDtypeStruct((2, 2048), bool)
-    grad = jax.grad(
-        lambda p, h, t, w: jnp.sum(scoring.token_logp(p, h, t, w, config, 1.0)[0]), (0, 1)
-    )
+    grad = jax.grad(lambda p, h, t, w: jnp.sum(head.token_logp(p, h, t, w, config, 1.0)[0]), (0, 1))
     with programs():
         jaxpr = jax.make_jaxpr(grad)(params, hidden, targets, wanted)
     assert 1 < largest_array(jaxpr.jaxpr, params["embed"].shape) <= tiles.LOGITS

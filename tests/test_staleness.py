@@ -96,7 +96,7 @@ def test_a_loop_that_waits_for_each_update_gets_the_same(four_steps, tmp_path):
     run = run_of(4)
     inputs = read_inputs(run, DEVICES)
     state = starting.first_state(run, inputs, tmp_path, lambda: False)
-    update = compiled_step.compile(run, inputs.model_config, inputs.mesh)
+    update = compiled_step.compile_step(run, inputs.model_config, inputs.mesh)
     batches = Batches(run, inputs, state, lambda: False)
     for row in rows(four_steps[0]):
         params, version = train_state.sampled_from(state, run)

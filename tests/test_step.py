@@ -160,7 +160,7 @@ def test_a_batch_is_scored_first_only_if_the_loss_is_not_separable(surrogate, pa
     config = make_config(surrogate=surrogate, microbatches=4)
     mesh = ONE
     batch = packing.pack(make_scored(), minibatches=1, microbatches=4, row_length=24)
-    compiled_step.compile(config, MODEL, mesh).lower(fresh_state(config, MODEL, mesh), batch)
+    compiled_step.compile_step(config, MODEL, mesh).lower(fresh_state(config, MODEL, mesh), batch)
     assert len(made) == passes
 
 
@@ -275,7 +275,7 @@ def test_params_and_multiplier_change_in_one_program_without_the_host():
     batch = jax.device_put(batch, train_state.batch_shardings(config, mesh))
     state = fresh_state(config, MODEL, mesh)
     before = jax.tree.map(jnp.copy, state)  # a NumPy view would keep the buffers from being donated
-    compiled = compiled_step.compile(config, MODEL, mesh).lower(state, batch).compile()
+    compiled = compiled_step.compile_step(config, MODEL, mesh).lower(state, batch).compile()
     assert len(compiled.runtime_executable().hlo_modules()) == 1
     for word in ("callback", "infeed", "outfeed", "send", "recv"):
         assert f"{word}(" not in compiled.as_text() and f'target="{word}' not in compiled.as_text()

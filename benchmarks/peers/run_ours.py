@@ -56,8 +56,7 @@ from dcmdp_jax.config import (
     RolloutConfig,
 )
 from dcmdp_jax.losses import corrections, policy, reduce
-from dcmdp_jax.models import weights
-from dcmdp_jax.models.kernels import scoring
+from dcmdp_jax.models import scoring, weights
 from dcmdp_jax.records import Batch, Example, Prompts, Rollout, Sampling, Scored
 from dcmdp_jax.rollout.generate import rollout
 from dcmdp_jax.rollout.jetstream import Engine
@@ -98,7 +97,9 @@ class Update:
         config = experiment(ctx)
         self.state = jax.jit(partial(train_state.init, config), donate_argnums=0)(params)
         if ctx.variant == "step":
-            self.update = compiled_step.compile(config, model_config, sharding.single_device_mesh())
+            self.update = compiled_step.compile_step(
+                config, model_config, sharding.single_device_mesh()
+            )
         else:
             self.update = jax.jit(
                 partial(update, config=config, model_config=model_config), donate_argnums=0
@@ -124,7 +125,7 @@ def update(
     loss, grads = step.gradients(
         state.params, state.frozen, minibatch, state.dual.multiplier, config, model_config
     )
-    before = step.Updated(state.params, state.opt_state, state.skipped)
+    before = step.Learner(state.params, state.opt_state, state.skipped)
     after, norm = step.apply_update(before, loss, grads, config)
     return state._replace(**after._asdict()), {"loss": loss, "grad_norm": norm}
 

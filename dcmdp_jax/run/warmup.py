@@ -21,7 +21,7 @@ from dcmdp_jax import data, sharding
 from dcmdp_jax.config import Config, ModelConfig, WarmupConfig
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.models import decoder
-from dcmdp_jax.models.kernels import scoring
+from dcmdp_jax.models.kernels import head
 from dcmdp_jax.run.stopping import Interrupted
 from dcmdp_jax.tokens.tokenizer import Tokenizer
 
@@ -120,5 +120,5 @@ def _loss(params: Any, batch: data.SupervisedBatch, model: ModelConfig) -> jax.A
     """Mean negative log-likelihood of the solutions' tokens."""
     hidden = decoder.hidden(params, batch.tokens[:, :-1], model)
     mask = batch.mask[:, 1:]
-    logp, _ = scoring.token_logp(params, hidden, batch.tokens[:, 1:], mask, model, 1.0)
+    logp, _ = head.token_logp(params, hidden, batch.tokens[:, 1:], mask, model, 1.0)
     return -jnp.sum(logp) / jnp.maximum(jnp.sum(mask), 1)

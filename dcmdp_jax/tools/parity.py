@@ -21,7 +21,7 @@ from dcmdp_jax.batches import check_rollout, make_sampler, sampling
 from dcmdp_jax.config import Calibrated, Config, ModelConfig, Precision
 from dcmdp_jax.losses import diagnostics
 from dcmdp_jax.losses.tails import POSITION_EDGES
-from dcmdp_jax.models.kernels import scoring
+from dcmdp_jax.models import scoring
 from dcmdp_jax.records import Rollout, Sampler, Scored
 from dcmdp_jax.report import tables
 from dcmdp_jax.run import checkpoint

@@ -143,7 +143,7 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
     row_length = "algorithm.row_length, " if config.algorithm.row_length else ""
     yield Program(
         "train step",
-        compiled_step.compile(config, model, mesh).lower(state, batch),
+        compiled_step.compile_step(config, model, mesh).lower(state, batch),
         cost_model.update(model, rows, length, config, mesh, compiled_step.in_one_pass(config)),
         1,
         0,

@@ -97,7 +97,7 @@ def fresh_state(config, model, mesh, params=None):
     return make(jax.tree.map(np.array, make_params(model) if params is None else params))
 
 
-cached_step = functools.cache(compiled_step.compile)
+cached_step = functools.cache(compiled_step.compile_step)
 
 
 def run(config, scored, mesh=None, row_length=2 * (P + T), params=None):
