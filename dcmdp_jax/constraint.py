@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dcmdp_jax.losses import _check
+from dcmdp_jax.losses import _arguments, _numerics
 from dcmdp_jax.losses._separable import separable
 
 Array = jax.Array
@@ -37,11 +37,11 @@ Numbers = float | tuple[float, ...]  # a setting of one constraint, or of each o
 
 
 def _measured(old_logp: Array, rollout_logp: Array, mask: Array) -> Array:
-    _check.tokens(old_logp=old_logp, rollout_logp=rollout_logp)
-    return _check.measured(rollout_logp, _check.mask(mask, rollout_logp))
+    _arguments.tokens(old_logp=old_logp, rollout_logp=rollout_logp)
+    return _numerics.measured(rollout_logp, _arguments.mask(mask, rollout_logp))
 
 
-_gap = jax.custom_jvp(_check.probability_gap)
+_gap = jax.custom_jvp(_numerics.probability_gap)
 
 
 @_gap.defjvp
@@ -93,9 +93,9 @@ def measure(old_logp: Array, rollout_logp: Array, mask: Array) -> tuple[Array, A
 
 def _shaped(advantage: Array, cost: Array, multiplier: Number, mask: Array) -> Array:
     """Returns A - multiplier * cost on the mask, 0 elsewhere, without gradient."""
-    advantage = _check.advantage(advantage, cost)
+    advantage = _arguments.advantage(advantage, cost)
     return jax.lax.stop_gradient(
-        _check.select(_check.mask(mask, cost), advantage - multiplier * cost)
+        _numerics.select(_arguments.mask(mask, cost), advantage - multiplier * cost)
     )
 
 
@@ -159,7 +159,7 @@ def shape_centred(
     """
     total, count = measure(old_logp, rollout_logp, mask)
     gap = delta(old_logp, rollout_logp, mask)
-    centred = _check.select(
+    centred = _numerics.select(
         _measured(old_logp, rollout_logp, mask), gap - total / jnp.maximum(count, 1.0)
     )
     return _shaped(advantage, centred, multiplier, mask)
@@ -246,7 +246,7 @@ def penalty(logp: Array, rollout_logp: Array, mask: Array, multiplier: Number) -
     Paper: a variant; arXiv 2606.08779 detaches delta. Meaningful only when the sampler is stale or
         frozen
     """
-    _check.tokens(logp=logp, rollout_logp=rollout_logp)
+    _arguments.tokens(logp=logp, rollout_logp=rollout_logp)
     return multiplier * delta(logp, jax.lax.stop_gradient(rollout_logp), mask)
 
 

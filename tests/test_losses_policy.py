@@ -37,14 +37,16 @@ def check(loss, formula, rtol=2e-5, **batch_options) -> None:
     np.testing.assert_allclose(value, expected, rtol=rtol, atol=1e-6)
 
 
-@pytest.mark.parametrize("dual_clip, delta", [(None, None), (3.0, None), (None, 1.5), (1.6, 2.0)])
-def test_clipped_is_the_pessimistic_surrogate(dual_clip, delta):
+@pytest.mark.parametrize(
+    "dual_clip, ratio_max", [(None, None), (3.0, None), (None, 1.5), (1.6, 2.0)]
+)
+def test_clipped_is_the_pessimistic_surrogate(dual_clip, ratio_max):
     def formula(logp, old_logp, a):
         r = np.exp(logp - old_logp)
-        loss = np.maximum(-np.minimum(r, delta or np.inf) * a, -np.clip(r, 0.8, 1.28) * a)
+        loss = np.maximum(-np.minimum(r, ratio_max or np.inf) * a, -np.clip(r, 0.8, 1.28) * a)
         return np.where(a < 0, np.minimum(loss, -(dual_clip or np.inf) * a), loss)
 
-    options = dict(clip_low=0.2, clip_high=0.28, dual_clip=dual_clip, delta=delta)
+    options = dict(clip_low=0.2, clip_high=0.28, dual_clip=dual_clip, ratio_max=ratio_max)
     check(functools.partial(policy.clipped, **options), formula, spread=0.8)
 
 
@@ -81,7 +83,7 @@ def test_dppo_tv():
         return -a * np.minimum(np.exp(logp - old_logp), 1.5) * logp * keep
 
     check(
-        functools.partial(policy.dppo_tv, delta_low=0.05, delta_high=0.1, ratio_max=1.5),
+        functools.partial(policy.dppo_tv, tv_low=0.05, tv_high=0.1, ratio_max=1.5),
         formula,
         spread=0.8,
     )
@@ -94,7 +96,7 @@ def test_dppo_kl():
         kl = q * np.log(q / p) + (1 - q) * np.log((1 - q + 1e-8) / (1 - p + 1e-8))
         return -a * np.minimum(p / q, 20) * logp * ((kl <= 0.02) | (a * (p - q) <= 0))
 
-    check(functools.partial(policy.dppo_kl, delta=0.02), formula, spread=0.8)
+    check(functools.partial(policy.dppo_kl, kl_max=0.02), formula, spread=0.8)
 
 
 def test_prime_tv():
@@ -103,7 +105,7 @@ def test_prime_tv():
         keep = np.where(a > 0, gap <= 0.1, gap >= -0.1)
         return -a * np.exp(logp - rollout_logp) * keep + 1e-3 * (logp - rollout_logp) ** 2
 
-    check(functools.partial(policy.prime_tv, delta_low=0.1, delta_high=0.1), formula, spread=0.8)
+    check(functools.partial(policy.prime_tv, tv_low=0.1, tv_high=0.1), formula, spread=0.8)
 
 
 def test_spo_and_drpo():
@@ -373,7 +375,7 @@ def test_arguments_are_named_in_errors():
         (dict(clip_low=1.2), "clip_low must be between 0 and 1"),
         (dict(clip_high=-0.1), "clip_high must be at least 0"),
         (dict(dual_clip=0.9), "dual_clip must be above 1"),
-        (dict(delta=1.1), "delta must be above 1 [+] clip_high"),
+        (dict(ratio_max=1.1), "ratio_max must be above 1 [+] clip_high"),
     ],
 )
 def test_clipped_bounds(options, message):

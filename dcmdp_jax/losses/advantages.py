@@ -13,9 +13,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax.losses import _check, reduce
+from dcmdp_jax.losses import _arguments, _numerics, reduce
 
-Array = _check.Array
+Array = jax.Array
 
 
 def grpo(
@@ -30,7 +30,7 @@ def grpo(
     """
     if ddof not in (0, 1):
         raise ValueError(f"ddof must be 0 or 1, not {ddof}")
-    reward, group = _arguments(reward, group, num_groups)
+    reward, group = _checked(reward, group, num_groups)
     centred, count = _centred(reward, group, num_groups)
     variance = _sum(jnp.square(centred), group, num_groups) / jnp.maximum(count - ddof, 1)
     return centred / (_root(variance) + epsilon)[group]
@@ -46,7 +46,7 @@ def dr_grpo(reward: Array, group: Array, *, num_groups: int) -> Array:
 
     The paper's loss goes with it: `reduce.constant`.
     """
-    reward, group = _arguments(reward, group, num_groups)
+    reward, group = _checked(reward, group, num_groups)
     return _centred(reward, group, num_groups)[0]
 
 
@@ -58,7 +58,7 @@ def rloo(reward: Array, group: Array, *, num_groups: int) -> Array:
     Default: none
     Paper: RLOO, arXiv 2402.14740
     """
-    reward, group = _arguments(reward, group, num_groups)
+    reward, group = _checked(reward, group, num_groups)
     centred, count = _centred(reward, group, num_groups)
     return centred * (count / jnp.maximum(count - 1, 1))[group]
 
@@ -74,7 +74,7 @@ def gpg(reward: Array, group: Array, *, num_groups: int) -> Array:
     The scale is a count over the batch given: under gradient accumulation compute advantages on the
     whole batch.
     """
-    reward, group = _arguments(reward, group, num_groups)
+    reward, group = _checked(reward, group, num_groups)
     useful = _spread(reward, group, num_groups)[group] > 0
     completions = jnp.sum(group < num_groups, dtype=jnp.float32)
     scale = completions / jnp.maximum(jnp.sum(useful, dtype=jnp.float32), 1)
@@ -93,7 +93,7 @@ def pass_at_k_advantage(
 
     A tie at the top has no lead: 0 for the whole group.
     """
-    reward, group = _arguments(reward, group, num_groups)
+    reward, group = _checked(reward, group, num_groups)
     centred, count = _centred(reward, group, num_groups)
     variance = _sum(jnp.square(centred), group, num_groups) / jnp.maximum(count - 1, 1)
     best = _max(reward, group, num_groups)
@@ -124,8 +124,8 @@ def pass_at_k(correct: Array, group: Array, *, num_groups: int, k: int) -> Array
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
-    (correct,) = _check.tokens(correct=correct)
-    group = _check.groups(group, correct, num_groups)
+    (correct,) = _arguments.tokens(correct=correct)
+    group = _arguments.groups(group, correct, num_groups)
     count = _count(group, num_groups)[:num_groups, None]
     wrong = _sum((correct <= 0).astype(jnp.float32), group, num_groups)[:num_groups, None]
     draw = jnp.arange(k)
@@ -149,10 +149,10 @@ def reinforce_pp(reward: Array, mask: Array, *, gamma: float = 1.0, epsilon: flo
     """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must be between 0 and 1, not {gamma}")
-    (reward,) = _check.tokens(reward=reward)
-    mask = _check.mask(mask, reward)
+    (reward,) = _arguments.tokens(reward=reward)
+    mask = _arguments.mask(mask, reward)
     decay = jnp.where(mask, gamma, 1.0)
-    steps = (decay, _check.select(mask, reward))
+    steps = (decay, _numerics.select(mask, reward))
     _, returns = jax.lax.associative_scan(_discount, steps, reverse=True, axis=reward.ndim - 1)
     return whiten(returns, mask, epsilon=epsilon)
 
@@ -183,9 +183,9 @@ def whiten(advantage: Array, mask: Array, *, epsilon: float = 1e-8) -> Array:
     DC shaping goes after this, not before: whitening removes the mean shift and rescales the
     multiplier.
     """
-    (advantage,) = _check.tokens(advantage=advantage)
-    mask = _check.mask(mask, advantage)
-    centred = _check.select(mask, advantage - reduce.token_mean(advantage, mask))
+    (advantage,) = _arguments.tokens(advantage=advantage)
+    mask = _arguments.mask(mask, advantage)
+    centred = _numerics.select(mask, advantage - reduce.token_mean(advantage, mask))
     variance = jnp.sum(jnp.square(centred)) / jnp.maximum(jnp.sum(mask) - 1, 1)
     return centred * jax.lax.rsqrt(variance + epsilon)
 
@@ -202,7 +202,7 @@ def dynamic_sampling_mask(reward: Array, group: Array, *, num_groups: int) -> Ar
     Returns bool `[N]`. Under DC shaping a dropped group would still have been pulled by -lambda
     delta.
     """
-    reward, group = _arguments(reward, group, num_groups)
+    reward, group = _checked(reward, group, num_groups)
     return _spread(reward, group, num_groups)[group] > 0
 
 
@@ -242,7 +242,7 @@ def overlong_mask(mask: Array, truncated: Array) -> Array:
             f"truncated has shape {truncated.shape}; it must be {mask.shape[:-1]}, "
             "one per completion"
         )
-    return _check.mask(mask, mask) & ~jnp.asarray(truncated, bool)[..., None]
+    return _arguments.mask(mask, mask) & ~jnp.asarray(truncated, bool)[..., None]
 
 
 def length_reward(correct: Array, length: Array, group: Array, *, num_groups: int) -> Array:
@@ -255,8 +255,8 @@ def length_reward(correct: Array, length: Array, group: Array, *, num_groups: in
     Default: none
     Paper: Kimi k1.5, arXiv 2501.12599
     """
-    (correct,) = _check.tokens(correct=correct)
-    group = _check.groups(group, correct, num_groups)
+    (correct,) = _arguments.tokens(correct=correct)
+    group = _arguments.groups(group, correct, num_groups)
     length = _lengths(length)
     longest = _max(length, group, num_groups)
     shortest = -_max(-length, group, num_groups)
@@ -267,9 +267,9 @@ def length_reward(correct: Array, length: Array, group: Array, *, num_groups: in
     )
 
 
-def _arguments(reward: Array, group: Array, num_groups: int) -> tuple[Array, Array]:
-    (reward,) = _check.tokens(reward=reward)
-    group = _check.groups(group, reward, num_groups)
+def _checked(reward: Array, group: Array, num_groups: int) -> tuple[Array, Array]:
+    (reward,) = _arguments.tokens(reward=reward)
+    group = _arguments.groups(group, reward, num_groups)
     return jnp.where(group < num_groups, reward, 0.0), group
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax.losses import _check
+from dcmdp_jax.losses import _arguments, _numerics
 
 Array = jax.Array
 stop = jax.lax.stop_gradient
@@ -81,27 +81,27 @@ def score_centering(
     such as `truncated` or `masked`. Tokens whose `rollout_logp` is not finite are dropped. Log
     ratios are clipped to +-20. Raises TypeError or ValueError for other dtypes and shapes.
     """
-    logp, rollout_logp = _check.tokens(logp=logp, rollout_logp=rollout_logp)
-    head_logp, head_rollout_logp = _check.tokens(
+    logp, rollout_logp = _arguments.tokens(logp=logp, rollout_logp=rollout_logp)
+    head_logp, head_rollout_logp = _arguments.tokens(
         head_logp=head_logp, head_rollout_logp=head_rollout_logp
     )
     if head_logp.shape[:-1] != logp.shape:
         raise ValueError(f"head_logp has shape {head_logp.shape}; it must be {logp.shape} + (k,)")
-    advantage = _check.advantage(advantage, logp)
-    valid = _check.measured(rollout_logp, _check.mask(mask, logp))
-    head = _check.measured(head_rollout_logp, valid[..., None])
+    advantage = _arguments.advantage(advantage, logp)
+    valid = _numerics.measured(rollout_logp, _arguments.mask(mask, logp))
+    head = _numerics.measured(head_rollout_logp, valid[..., None])
 
-    trainer = _check.select(head, head_logp)
-    p = _check.select(head, jnp.exp(trainer))
-    q = _check.select(head, jnp.exp(_check.select(head, head_rollout_logp)))
+    trainer = _numerics.select(head, head_logp)
+    p = _numerics.select(head, jnp.exp(trainer))
+    q = _numerics.select(head, jnp.exp(_numerics.select(head, head_rollout_logp)))
     tail = _missing(q) / _missing(p)
     alpha = tail * weight(1.0 / tail)
-    head_weight = weight(jnp.exp(_check.log_ratio(head_logp, head_rollout_logp, head)))
+    head_weight = weight(jnp.exp(_numerics.log_ratio(head_logp, head_rollout_logp, head)))
     centre = jnp.sum(stop(q * head_weight - alpha * p) * trainer, axis=-1)
-    own = stop(weight(jnp.exp(_check.log_ratio(logp, rollout_logp, valid)))) * _check.select(
+    own = stop(weight(jnp.exp(_numerics.log_ratio(logp, rollout_logp, valid)))) * _numerics.select(
         valid, logp
     )
-    return _check.select(valid, -stop(advantage) * (own - centre))
+    return _numerics.select(valid, -stop(advantage) * (own - centre))
 
 
 def _missing(probability: Array) -> Array:

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax.losses import _check, reduce
+from dcmdp_jax.losses import _arguments, _numerics, reduce
 from dcmdp_jax.losses._separable import is_separable
 from dcmdp_jax.losses.operators import (
     clip,
@@ -40,7 +40,7 @@ from dcmdp_jax.losses.operators import (
     zero_outside,
 )
 
-Array = _check.Array
+Array = jax.Array
 stop = jax.lax.stop_gradient
 Loss = Callable[[Array, Array, Array, Array], Array]
 Rejection = Callable[[Array, Array, Array], Array]
@@ -92,13 +92,13 @@ class Correction:
         """Returns the weight, float32 `[..., T]`, and True for tokens that are not dropped, bool
         `[..., T]`; 0 and False outside the mask.
         """
-        old_logp, rollout_logp = _check.tokens(old_logp=old_logp, rollout_logp=rollout_logp)
-        mask = _check.mask(mask, old_logp)
-        measured = _check.measured(rollout_logp, mask)
-        difference = _check.difference(old_logp, rollout_logp, measured)
+        old_logp, rollout_logp = _arguments.tokens(old_logp=old_logp, rollout_logp=rollout_logp)
+        mask = _arguments.mask(mask, old_logp)
+        measured = _numerics.measured(rollout_logp, mask)
+        difference = _numerics.difference(old_logp, rollout_logp, measured)
         weight, keep = self.operator(jnp.exp(self.level(difference, measured)), self.low, self.high)
         keep = mask & keep
-        return stop(_check.select(keep, weight)), keep
+        return stop(_numerics.select(keep, weight)), keep
 
     @property
     def separable(self) -> bool:
@@ -226,10 +226,10 @@ def batch_normalize(weights: Array, mask: Array, *, mean: Array | None = None) -
     Take it after truncation. `mean` is the global one under data parallelism or accumulation; for
     weights of the whole completion verl takes `reduce.sequence_mean_token_mean(weights, mask)`.
     """
-    (weights,) = _check.tokens(weights=weights)
-    mask = _check.mask(mask, weights)
+    (weights,) = _arguments.tokens(weights=weights)
+    mask = _arguments.mask(mask, weights)
     mean = reduce.token_mean(weights, mask) if mean is None else mean
-    return stop(_check.select(mask, weights / jnp.where(mean > 1e-8, mean, 1.0)))
+    return stop(_numerics.select(mask, weights / jnp.where(mean > 1e-8, mean, 1.0)))
 
 
 def blend(weights: Array, mask: Array, *, alpha: Array | float) -> Array:
@@ -242,8 +242,8 @@ def blend(weights: Array, mask: Array, *, alpha: Array | float) -> Array:
 
     `alpha` may be a traced scalar, of the effective sample size for example.
     """
-    (weights,) = _check.tokens(weights=weights)
-    return stop(_check.select(_check.mask(mask, weights), (1 - alpha) + alpha * weights))
+    (weights,) = _arguments.tokens(weights=weights)
+    return stop(_numerics.select(_arguments.mask(mask, weights), (1 - alpha) + alpha * weights))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,16 +259,16 @@ class Decoupled:
         self, logp: Array, old_logp: Array, rollout_logp: Array, advantage: Array, mask: Array
     ) -> tuple[Array, Array]:
         """Returns the loss and the mask to reduce it with, both `[..., T]`."""
-        _check.tokens(logp=logp, old_logp=old_logp, rollout_logp=rollout_logp)
+        _arguments.tokens(logp=logp, old_logp=old_logp, rollout_logp=rollout_logp)
         loss = self.loss(logp, old_logp, advantage, mask)
-        denominator = _check.mask(mask, loss)
+        denominator = _arguments.mask(mask, loss)
         keep = denominator
         if self.correction is not None:
             weight, keep = self.correction.weights(old_logp, rollout_logp, mask)
             loss = loss * weight
             denominator = self.correction.denominator(denominator, keep)
         rejected = _keep_all(self.rejections, old_logp, rollout_logp, mask, keep)
-        return _check.select(rejected, loss), self.denominator(denominator, rejected)
+        return _numerics.select(rejected, loss), self.denominator(denominator, rejected)
 
     @property
     def separable(self) -> bool:
@@ -294,14 +294,14 @@ class Bypass:
         self, logp: Array, old_logp: Array, rollout_logp: Array, advantage: Array, mask: Array
     ) -> tuple[Array, Array]:
         """Returns the loss and the mask to reduce it with, both `[..., T]`."""
-        logp, _, rollout_logp = _check.tokens(
+        logp, _, rollout_logp = _arguments.tokens(
             logp=logp, old_logp=old_logp, rollout_logp=rollout_logp
         )
-        mask = _check.mask(mask, rollout_logp)
-        measured = _check.measured(rollout_logp, mask)
+        mask = _arguments.mask(mask, rollout_logp)
+        measured = _numerics.measured(rollout_logp, mask)
         loss = self.loss(logp, rollout_logp, advantage, measured)
         keep = _keep_all(self.rejections, stop(logp), rollout_logp, mask, measured)
-        return _check.select(keep, loss), self.denominator(mask, keep)
+        return _numerics.select(keep, loss), self.denominator(mask, keep)
 
     @property
     def separable(self) -> bool:

@@ -12,9 +12,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax.losses import _check, _search
+from dcmdp_jax.losses import _arguments, _numerics, _search
 
-Array = _check.Array
+Array = jax.Array
 stop = jax.lax.stop_gradient
 
 
@@ -45,17 +45,18 @@ def clip_cov(
     key, a new one for each step.
     """
     _check_fraction(fraction)
-    _check.clip_bounds(clip_low, clip_high)
-    logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
-    ratio = _check.ratio(logp, old_logp)
-    loss = _check.pessimistic(ratio, advantage, clip_low, clip_high)
-    count = jnp.maximum(jnp.sum(_check.row_count(mask).astype(jnp.int32)), 1)
+    _arguments.clip_bounds(clip_low, clip_high)
+    logp, old_logp, advantage, mask = _arguments.policy_loss(logp, old_logp, advantage, mask)
+    ratio = _numerics.ratio(logp, old_logp)
+    clipped = _numerics.bound(ratio, 1 - clip_low, 1 + clip_high)
+    loss = jnp.maximum(-ratio * advantage, -clipped * advantage)
+    count = jnp.maximum(jnp.sum(_numerics.row_count(mask).astype(jnp.int32)), 1)
     cov = _covariance(logp, advantage, count)
     stopped = jnp.where(
         advantage > 0, ratio > 1 + clip_high, (advantage < 0) & (ratio < 1 - clip_low)
     )
     candidate = mask & ~stopped & (cov > cov_low) & (cov < cov_high)
-    candidates = jnp.maximum(jnp.sum(_check.row_count(candidate)), 1)
+    candidates = jnp.maximum(jnp.sum(_numerics.row_count(candidate)), 1)
     drawn = candidate & (_uniform(key, mask.shape) < jnp.maximum(fraction * count, 1) / candidates)
     return jnp.where(drawn, 0.0, loss)
 
@@ -81,14 +82,14 @@ def kl_cov(
     Tokens whose covariance ties across the boundary are left out.
     """
     _check_fraction(fraction)
-    logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
-    log_ratio = _check.clamped(logp - old_logp)
-    count = jnp.maximum(jnp.sum(_check.row_count(mask).astype(jnp.int32)), 1)
+    logp, old_logp, advantage, mask = _arguments.policy_loss(logp, old_logp, advantage, mask)
+    log_ratio = _numerics.clamped(logp - old_logp)
+    count = jnp.maximum(jnp.sum(_numerics.row_count(mask).astype(jnp.int32)), 1)
     cov = jnp.where(mask, _covariance(logp, advantage, count), -jnp.inf)
     highest = _search.highest(cov, min(cov.size, int(fraction * cov.size) + 2))
     bound = highest[jnp.maximum(jnp.floor(fraction * count), 1).astype(jnp.int32)]
     chosen = mask & (cov > bound)
-    return -advantage * jnp.exp(log_ratio) + _check.select(chosen, penalty * jnp.abs(log_ratio))
+    return -advantage * jnp.exp(log_ratio) + _numerics.select(chosen, penalty * jnp.abs(log_ratio))
 
 
 def _covariance(logp: Array, advantage: Array, count: Array) -> Array:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax.losses import _check, reduce
+from dcmdp_jax.losses import _arguments, _numerics, reduce
 
 Array = jax.Array
 Metrics = dict[str, Array]
@@ -62,8 +62,8 @@ def dropped(rollout_logp: Array, mask: Array) -> Metrics:
     Default: none
     Paper: none; vLLM reports NaN for tokens of probability one
     """
-    (rollout_logp,) = _check.tokens(rollout_logp=rollout_logp)
-    mask = _check.mask(mask, rollout_logp)
+    (rollout_logp,) = _arguments.tokens(rollout_logp=rollout_logp)
+    mask = _arguments.mask(mask, rollout_logp)
     count = jnp.sum(mask & ~jnp.isfinite(rollout_logp), dtype=jnp.float32)
     return {"dropped_tokens": count, "dropped_share": count / jnp.maximum(jnp.sum(mask), 1)}
 
@@ -80,7 +80,7 @@ def prob_diff(old_logp: Array, rollout_logp: Array, mask: Array) -> Metrics:
     old, rollout, valid = _measured(old_logp, rollout_logp, mask)
     gap = _gap(old, rollout, valid)
     mean = reduce.token_mean(gap, valid)
-    squares = jnp.sum(_check.select(valid, jnp.square(gap - mean)))
+    squares = jnp.sum(_numerics.select(valid, jnp.square(gap - mean)))
     return {
         "prob_diff_mean": mean,
         "prob_diff_max": jnp.max(gap, initial=0.0),
@@ -110,7 +110,7 @@ def log_ratio(
     raw = old - rollout
     diff = jnp.clip(raw, -20.0, 20.0)
     mix = jnp.logaddexp(old, rollout) - math.log(2.0)
-    js = 0.5 * (_check.exp_excess(old - mix) + _check.exp_excess(rollout - mix))
+    js = 0.5 * (_numerics.exp_excess(old - mix) + _numerics.exp_excess(rollout - mix))
     m2 = reduce.token_mean(jnp.square(diff), valid)
     outside = (diff < math.log(low)) | (diff > math.log(high))
     return {
@@ -118,7 +118,7 @@ def log_ratio(
         "logp_diff_max": jnp.max(jnp.abs(raw), initial=0.0),
         "k1": reduce.token_mean(-raw, valid),
         "k2": 0.5 * m2,
-        "k3": reduce.token_mean(_check.exp_excess(diff), valid),
+        "k3": reduce.token_mean(_numerics.exp_excess(diff), valid),
         "m2": m2,
         "js": reduce.token_mean(js, valid),
         "mult_prob_error": reduce.token_mean(jnp.exp(jnp.abs(diff)), valid),
@@ -139,8 +139,8 @@ def perplexity(old_logp: Array, rollout_logp: Array, mask: Array) -> Metrics:
     Empty completions are left out of every mean; verl counts them with perplexity 1.
     """
     old, rollout, valid = _measured(old_logp, rollout_logp, mask)
-    train = _check.row_mean(old, valid)
-    sampler = _check.row_mean(rollout, valid)
+    train = _numerics.row_mean(old, valid)
+    sampler = _numerics.row_mean(rollout, valid)
     rows = jnp.any(valid, axis=-1, keepdims=True)
     diff = sampler - train
     return {
@@ -200,9 +200,9 @@ def weight(weight: Array, mask: Array, *, low: float = 0.5, high: float = 2.0) -
     Default: low 0.5, high 2.0
     Paper: verl rollout_is_*, slime mis_*
     """
-    (weight,) = _check.tokens(weight=weight)
-    mask = _check.mask(mask, weight)
-    weight = _check.select(mask, jax.lax.stop_gradient(weight))
+    (weight,) = _arguments.tokens(weight=weight)
+    mask = _arguments.mask(mask, weight)
+    weight = _numerics.select(mask, jax.lax.stop_gradient(weight))
     mean = reduce.token_mean(weight, mask)
     return {
         "weight_mean": mean,
@@ -224,8 +224,8 @@ def rejected(keep: Array, mask: Array) -> Metrics:
     Default: none
     Paper: verl rollout_rs_*, prime-rl is_masked
     """
-    mask = _check.mask(mask, mask)
-    keep = _check.mask(keep, mask) & mask
+    mask = _arguments.mask(mask, mask)
+    keep = _arguments.mask(keep, mask) & mask
     rows = jnp.any(mask, axis=-1)
     gone = jnp.any(mask, axis=-1) & ~jnp.any(keep, axis=-1)
     return {
@@ -251,10 +251,10 @@ def clip_fraction(
     Default: clip_low 0.2, clip_high 0.2
     Paper: PPO, arXiv 1707.06347
     """
-    logp, old_logp = jax.lax.stop_gradient(_check.tokens(logp=logp, old_logp=old_logp))
-    advantage = _check.advantage(advantage, logp)
-    mask = _check.mask(mask, logp)
-    ratio = jnp.exp(_check.log_ratio(logp, old_logp, mask))
+    logp, old_logp = jax.lax.stop_gradient(_arguments.tokens(logp=logp, old_logp=old_logp))
+    advantage = _arguments.advantage(advantage, logp)
+    mask = _arguments.mask(mask, logp)
+    ratio = jnp.exp(_numerics.log_ratio(logp, old_logp, mask))
     low = (advantage < 0) & (ratio < 1.0 - clip_low)
     high = (advantage > 0) & (ratio > 1.0 + clip_high)
     return {
@@ -273,7 +273,7 @@ def advantage_skew(old_logp: Array, rollout_logp: Array, advantage: Array, mask:
     Paper: none; the skew of C(r) = -(r - 1) A is described in arXiv 2605.14220
     """
     diff, valid = _clipped(old_logp, rollout_logp, mask)
-    advantage = jax.lax.stop_gradient(_check.advantage(advantage, diff))
+    advantage = jax.lax.stop_gradient(_arguments.advantage(advantage, diff))
     return reduce.token_mean(jnp.sign(advantage) * diff, valid)
 
 
@@ -285,9 +285,9 @@ def sign_flip(advantage: Array, shaped: Array, mask: Array) -> Metrics:
     Default: none
     Paper: none; groups of equal rewards have A = 0 and are moved by -lambda delta alone
     """
-    (shaped,) = _check.tokens(shaped=shaped)
-    advantage = _check.advantage(advantage, shaped)
-    mask = _check.mask(mask, shaped)
+    (shaped,) = _arguments.tokens(shaped=shaped)
+    advantage = _arguments.advantage(advantage, shaped)
+    mask = _arguments.mask(mask, shaped)
     flipped = jnp.sign(advantage) * jnp.sign(shaped) < 0
     return {
         "sign_flip": reduce.token_mean(flipped.astype(jnp.float32), mask),
@@ -306,9 +306,9 @@ def staleness(logp: Array, old_logp: Array, rollout_logp: Array, mask: Array) ->
     Default: none
     Paper: none
     """
-    logp, _ = _check.tokens(logp=logp, old_logp=old_logp)
+    logp, _ = _arguments.tokens(logp=logp, old_logp=old_logp)
     old, rollout, valid = _measured(old_logp, rollout_logp, mask)
-    current = _check.select(valid, jax.lax.stop_gradient(logp))
+    current = _numerics.select(valid, jax.lax.stop_gradient(logp))
     return {
         "gap_numerics": reduce.token_mean(jnp.abs(old - rollout), valid),
         "gap_staleness": reduce.token_mean(jnp.abs(current - old), valid),
@@ -355,9 +355,9 @@ def support_mass(logits: Array, mask: Array, *, top_k: int = 0, top_p: float = 1
     The sampler draws from p / S: its log-prob is logp - log S, and a trainer that uses all of V
     sees rho = S.
     """
-    (logits,) = _check.tokens(logits=logits)
-    mask = _check.mask(mask, logits[..., 0])
-    p = jax.nn.softmax(_check.select(mask[..., None], jax.lax.stop_gradient(logits)), axis=-1)
+    (logits,) = _arguments.tokens(logits=logits)
+    mask = _arguments.mask(mask, logits[..., 0])
+    p = jax.nn.softmax(_numerics.select(mask[..., None], jax.lax.stop_gradient(logits)), axis=-1)
     p = jnp.flip(jnp.sort(p, axis=-1), axis=-1)
     p = jnp.where(jnp.arange(p.shape[-1]) < (top_k or p.shape[-1]), p, 0.0)
     mass = jnp.sum(p, axis=-1, keepdims=True)
@@ -368,10 +368,10 @@ def support_mass(logits: Array, mask: Array, *, top_k: int = 0, top_p: float = 1
 def _measured(old_logp: Array, rollout_logp: Array, mask: Array) -> tuple[Array, Array, Array]:
     """Both log-probs with 0 where the token is not measured, and where it is."""
     old_logp, rollout_logp = jax.lax.stop_gradient(
-        _check.tokens(old_logp=old_logp, rollout_logp=rollout_logp)
+        _arguments.tokens(old_logp=old_logp, rollout_logp=rollout_logp)
     )
-    valid = _check.measured(rollout_logp, _check.mask(mask, rollout_logp))
-    return _check.select(valid, old_logp), _check.select(valid, rollout_logp), valid
+    valid = _numerics.measured(rollout_logp, _arguments.mask(mask, rollout_logp))
+    return _numerics.select(valid, old_logp), _numerics.select(valid, rollout_logp), valid
 
 
 def _clipped(old_logp: Array, rollout_logp: Array, mask: Array) -> tuple[Array, Array]:
@@ -382,12 +382,12 @@ def _clipped(old_logp: Array, rollout_logp: Array, mask: Array) -> tuple[Array, 
 def _sequence(old_logp: Array, rollout_logp: Array, mask: Array) -> tuple[Array, Array]:
     """Log ratio of each completion, `[N, 1]`, clamped after the sum, and which have one."""
     old, rollout, valid = _measured(old_logp, rollout_logp, mask)
-    total = _check.row_sum(old - rollout, valid)
-    return _check.clamped(total), jnp.any(valid, axis=-1, keepdims=True)
+    total = _numerics.row_sum(old - rollout, valid)
+    return _numerics.clamped(total), jnp.any(valid, axis=-1, keepdims=True)
 
 
 def _gap(old: Array, rollout: Array, valid: Array) -> Array:
-    return jnp.abs(_check.probability_gap(old, rollout, valid))
+    return jnp.abs(_numerics.probability_gap(old, rollout, valid))
 
 
 def _ess(weight: Array, mask: Array) -> Array:
@@ -402,7 +402,7 @@ def _extreme(pick: Callable, x: Array, mask: Array, fill: float) -> Array:
 
 def _correlation(x: Array, y: Array, mask: Array) -> Array:
     """Pearson correlation over the mask; 0 where a variance is 0."""
-    x = _check.select(mask, x - reduce.token_mean(x, mask))
-    y = _check.select(mask, y - reduce.token_mean(y, mask))
+    x = _numerics.select(mask, x - reduce.token_mean(x, mask))
+    y = _numerics.select(mask, y - reduce.token_mean(y, mask))
     scale = jnp.sqrt(jnp.sum(x * x)) * jnp.sqrt(jnp.sum(y * y))
     return jnp.clip(jnp.sum(x * y) / jnp.where(scale > 0, scale, 1.0), -1.0, 1.0)

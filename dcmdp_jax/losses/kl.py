@@ -13,10 +13,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax.losses import _check
+from dcmdp_jax.losses import _arguments, _numerics
 from dcmdp_jax.losses._separable import separable
 
-Array = _check.Array
+Array = jax.Array
 stop = jax.lax.stop_gradient
 
 
@@ -55,7 +55,7 @@ def k3(logp: Array, ref_logp: Array, mask: Array, *, value_max: float | None = N
     """
     x = _log_ratio(logp, ref_logp, mask)
     inside = jnp.clip(x, -20.0, 20.0)
-    value = _check.exp_excess(inside) + (inside - x)
+    value = _numerics.exp_excess(inside) + (inside - x)
     return value if value_max is None else jnp.minimum(value, value_max)
 
 
@@ -87,11 +87,11 @@ def unbiased(
 
     The gradient runs through the ratio as well. `old_logp` is that of the policy that sampled.
     """
-    logp, old_logp, ref_logp = _check.tokens(logp=logp, old_logp=old_logp, ref_logp=ref_logp)
-    ratio = jnp.exp(_check.log_ratio(logp, old_logp, _check.mask(mask, logp)))
+    logp, old_logp, ref_logp = _arguments.tokens(logp=logp, old_logp=old_logp, ref_logp=ref_logp)
+    ratio = jnp.exp(_numerics.log_ratio(logp, old_logp, _arguments.mask(mask, logp)))
     return ratio * k3(logp, ref_logp, mask, value_max=value_max)
 
 
 def _log_ratio(logp: Array, ref_logp: Array, mask: Array) -> Array:
-    logp, ref_logp = _check.tokens(logp=logp, ref_logp=ref_logp)
-    return _check.difference(ref_logp, logp, _check.mask(mask, logp))
+    logp, ref_logp = _arguments.tokens(logp=logp, ref_logp=ref_logp)
+    return _numerics.difference(ref_logp, logp, _arguments.mask(mask, logp))

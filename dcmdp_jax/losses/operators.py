@@ -10,12 +10,13 @@ pi_rollout. Arrays here are already checked.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
-from dcmdp_jax.losses import _check
+from dcmdp_jax.losses import _numerics
 from dcmdp_jax.losses._separable import separable
 
-Array = _check.Array
+Array = jax.Array
 
 
 @separable
@@ -27,7 +28,7 @@ def token(difference: Array, mask: Array) -> Array:
     Default: the level of TIS, MIS and IcePop
     Paper: Yao et al. 2025, fengyao.notion.site/off-policy-rl
     """
-    return _check.clamped(_check.select(mask, difference))
+    return _numerics.clamped(_numerics.select(mask, difference))
 
 
 @separable
@@ -42,7 +43,7 @@ def sequence(difference: Array, mask: Array) -> Array:
 
     "sequence" in verl, TRL, slime and SkyRL; it grows with length.
     """
-    return _check.clamped(_check.row_sum(difference, mask))
+    return _numerics.clamped(_numerics.row_sum(difference, mask))
 
 
 @separable
@@ -56,7 +57,7 @@ def geometric(difference: Array, mask: Array) -> Array:
 
     "sequence" in ms-swift and AReaL.
     """
-    return _check.row_mean(_check.clamped(difference), mask)
+    return _numerics.row_mean(_numerics.clamped(difference), mask)
 
 
 @separable
@@ -105,7 +106,7 @@ def zero_outside(ratio: Array, low: float | None, high: float | None) -> tuple[A
     Default: the operator of IcePop
     Paper: IcePop, arXiv 2510.18855
     """
-    return _check.select(_inside(ratio, low, high), ratio), jnp.ones_like(ratio, bool)
+    return _numerics.select(_inside(ratio, low, high), ratio), jnp.ones_like(ratio, bool)
 
 
 @separable

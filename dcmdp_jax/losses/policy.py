@@ -20,10 +20,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax.losses import _check
+from dcmdp_jax.losses import _arguments, _numerics
 from dcmdp_jax.losses._separable import separable
 
-Array = _check.Array
+Array = jax.Array
 stop = jax.lax.stop_gradient
 
 
@@ -37,29 +37,36 @@ def clipped(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
-    delta: float | None = None,
+    ratio_max: float | None = None,
 ) -> Array:
     """The clipped surrogate of PPO, GRPO and DAPO, with dual clip.
 
     Formula: L = max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A), r = exp(logp - old_logp)
     Needs: logp, old_logp, advantage, mask
     Default: clip_low 0.2, clip_high 0.2 (DAPO 0.28; DC-GRPO 0.24 on both sides); dual_clip and
-        delta off
+        ratio_max off
     Paper: PPO, arXiv 1707.06347; clip-higher, arXiv 2503.14476; dual clip, arXiv 1912.09729
 
     Dual clip bounds the loss of a negative advantage: where A < 0, L = min(L, -dual_clip A). verl
-    has it on (3.0). `delta` bounds the ratio of the unclipped branch, min(r, delta), as TRL's
-    option of that name.
+    has it on (3.0). `ratio_max` bounds the ratio of the unclipped branch, min(r, ratio_max); TRL
+    calls it delta.
     """
-    _check.clip_bounds(clip_low, clip_high)
+    _arguments.clip_bounds(clip_low, clip_high)
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip must be above 1, not {dual_clip}")
-    if delta is not None and not delta > 1 + clip_high:
-        raise ValueError(f"delta must be above 1 + clip_high = {1 + clip_high}, not {delta}")
-    logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
-    ratio = _check.ratio(logp, old_logp)
-    ratio_max = min(math.inf if bound is None else bound for bound in (dual_clip, delta))
-    return _check.pessimistic(ratio, advantage, clip_low, clip_high, ratio_max)
+    if ratio_max is not None and not ratio_max > 1 + clip_high:
+        raise ValueError(
+            f"ratio_max must be above 1 + clip_high = {1 + clip_high}, not {ratio_max}"
+        )
+    logp, old_logp, advantage, mask = _arguments.policy_loss(logp, old_logp, advantage, mask)
+    ratio = _numerics.ratio(logp, old_logp)
+    clipped = _numerics.bound(ratio, 1 - clip_low, 1 + clip_high)
+    if ratio_max is not None:
+        ratio = jnp.minimum(ratio, ratio_max)
+    loss = jnp.maximum(-ratio * advantage, -clipped * advantage)
+    if dual_clip is not None:
+        loss = jnp.where(advantage < 0, jnp.minimum(loss, -dual_clip * advantage), loss)
+    return loss
 
 
 @separable
@@ -71,7 +78,7 @@ def reinforce(logp: Array, old_logp: Array, advantage: Array, mask: Array) -> Ar
     Default: none
     Paper: Williams 1992, doi 10.1007/BF00992696
     """
-    logp, _, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
+    logp, _, advantage, mask = _arguments.policy_loss(logp, old_logp, advantage, mask)
     return -advantage * logp
 
 
@@ -89,7 +96,7 @@ def gpg(
 
     `advantages.gpg` has the same factor: take it there or here, not in both.
     """
-    logp, _, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
+    logp, _, advantage, mask = _arguments.policy_loss(logp, old_logp, advantage, mask)
     return -alpha * advantage * logp
 
 
@@ -117,8 +124,8 @@ def cispo(
     """
     if low is not None and not 0 <= low <= high:
         raise ValueError(f"low must be between 0 and high = {high}, not {low}")
-    logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
-    ratio = _check.ratio(logp, old_logp)
+    logp, old_logp, advantage, mask = _arguments.policy_loss(logp, old_logp, advantage, mask)
+    ratio = _numerics.ratio(logp, old_logp)
     return -stop(jnp.clip(ratio, low, high) * advantage) * logp
 
 
@@ -144,8 +151,8 @@ def sapo(
     """
     if not (positive_temperature > 0 and negative_temperature > 0):
         raise ValueError("positive_temperature and negative_temperature must be above zero")
-    logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
-    ratio = _check.ratio(logp, old_logp)
+    logp, old_logp, advantage, mask = _arguments.policy_loss(logp, old_logp, advantage, mask)
+    ratio = _numerics.ratio(logp, old_logp)
     tau = jnp.where(advantage > 0, positive_temperature, negative_temperature)
     return -advantage * jax.nn.sigmoid(tau * (ratio - 1)) * 4 / tau
 
@@ -157,23 +164,23 @@ def dppo_tv(
     advantage: Array,
     mask: Array,
     *,
-    delta_low: float = 0.2,
-    delta_high: float = 0.2,
+    tv_low: float = 0.2,
+    tv_high: float = 0.2,
     ratio_max: float = 20.0,
 ) -> Array:
     """Divergence PPO with the binary total variation: tokens that left the trust region outward are
     dropped.
 
-    Formula: L = -A sg(min(r, ratio_max)) logp 1[A > 0 ? p - p_old <= delta_high : p - p_old >=
-        -delta_low]
+    Formula: L = -A sg(min(r, ratio_max)) logp 1[A > 0 ? p - p_old <= tv_high : p - p_old >=
+        -tv_low]
     Needs: logp, old_logp, advantage, mask
-    Default: delta_low 0.2, delta_high 0.2, ratio_max 20.0 (verl names 20; its default is
+    Default: tv_low 0.2, tv_high 0.2, ratio_max 20.0 (verl names 20; its default is
         3.0)
     Paper: DPPO, arXiv 2602.04879
     """
-    logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
+    logp, old_logp, advantage, mask = _arguments.policy_loss(logp, old_logp, advantage, mask)
     gap = jnp.exp(stop(logp)) - jnp.exp(old_logp)
-    keep = jnp.where(advantage > 0, gap <= delta_high, gap >= -delta_low)
+    keep = jnp.where(advantage > 0, gap <= tv_high, gap >= -tv_low)
     return _truncated_score(logp, old_logp, advantage, keep, ratio_max)
 
 
@@ -184,23 +191,23 @@ def dppo_kl(
     advantage: Array,
     mask: Array,
     *,
-    delta: float = 0.05,
+    kl_max: float = 0.05,
     ratio_max: float = 20.0,
 ) -> Array:
     """Divergence PPO with the binary KL: tokens outside the trust region count only on their way
     back in.
 
-    Formula: L = -A sg(min(r, ratio_max)) logp 1[KL <= delta or A (p - p_old) <= 0]
+    Formula: L = -A sg(min(r, ratio_max)) logp 1[KL <= kl_max or A (p - p_old) <= 0]
     Needs: logp, old_logp, advantage, mask
-    Default: delta 0.05, ratio_max 20.0
+    Default: kl_max 0.05, ratio_max 20.0
     Paper: DPPO, arXiv 2602.04879
 
     KL = q log(q / p) + (1 - q) log((1 - q + 1e-8) / (1 - p + 1e-8)), q = p_old, in nats.
     """
-    logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
+    logp, old_logp, advantage, mask = _arguments.policy_loss(logp, old_logp, advantage, mask)
     change = stop(logp) - old_logp
     inward = jnp.where(advantage > 0, change <= 0, change >= 0)
-    keep = (_check.binary_kl(old_logp, stop(logp)) <= delta) | inward
+    keep = (_numerics.binary_kl(old_logp, stop(logp)) <= kl_max) | inward
     return _truncated_score(logp, old_logp, advantage, keep, ratio_max)
 
 
@@ -211,26 +218,26 @@ def prime_tv(
     advantage: Array,
     mask: Array,
     *,
-    delta_low: float = 0.2,
-    delta_high: float = 0.2,
+    tv_low: float = 0.2,
+    tv_high: float = 0.2,
     penalty: float = 1e-3,
 ) -> Array:
     """Binary total-variation masking against the sampler, with a quadratic pull on the log ratio.
 
-    Formula: L = -A e 1[A > 0 ? p - p_rollout <= delta_high : p - p_rollout >= -delta_low] + penalty
+    Formula: L = -A e 1[A > 0 ? p - p_rollout <= tv_high : p - p_rollout >= -tv_low] + penalty
         (log e)^2
     Needs: logp, rollout_logp (through `corrections.bypass`), advantage, mask
-    Default: delta_low 0.2, delta_high 0.2, penalty 1e-3
+    Default: tv_low 0.2, tv_high 0.2, penalty 1e-3
     Paper: prime-rl's default loss, after DPPO, arXiv 2602.04879
 
     e = exp(logp - rollout_logp), differentiated.
     """
-    logp, rollout_logp, advantage, mask = _check.rollout_arguments(
+    logp, rollout_logp, advantage, mask = _arguments.rollout_policy_loss(
         logp, rollout_logp, advantage, mask
     )
-    log_ratio = _check.clamped(logp - rollout_logp)
+    log_ratio = _numerics.clamped(logp - rollout_logp)
     gap = jnp.exp(stop(logp)) - jnp.exp(rollout_logp)
-    keep = jnp.where(advantage > 0, gap <= delta_high, gap >= -delta_low)
+    keep = jnp.where(advantage > 0, gap <= tv_high, gap >= -tv_low)
     ratio = jnp.exp(jnp.where(keep, log_ratio, -jnp.inf))
     return -advantage * ratio + penalty * jnp.square(log_ratio)
 
@@ -246,7 +253,7 @@ def spo(
     Default: epsilon 0.2
     Paper: SPO, arXiv 2401.16025
     """
-    logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
+    logp, old_logp, advantage, mask = _arguments.policy_loss(logp, old_logp, advantage, mask)
     return _quadratic(logp, old_logp, advantage, 1.0, epsilon)
 
 
@@ -265,7 +272,7 @@ def drpo(
     The gradient's weight on a token is 1 - sign(A (e - 1)) |p - p_rollout| / epsilon. `spo` is this
     with weight 1.
     """
-    logp, rollout_logp, advantage, mask = _check.rollout_arguments(
+    logp, rollout_logp, advantage, mask = _arguments.rollout_policy_loss(
         logp, rollout_logp, advantage, mask
     )
     return _quadratic(logp, rollout_logp, advantage, jnp.exp(stop(rollout_logp)), epsilon)
@@ -282,8 +289,8 @@ def dro(logp: Array, old_logp: Array, advantage: Array, mask: Array, *, beta: fl
     """
     if not beta > 0:
         raise ValueError(f"beta must be above zero, not {beta}")
-    logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
-    return -advantage * logp + 0.5 * beta * jnp.square(_check.clamped(logp - old_logp))
+    logp, old_logp, advantage, mask = _arguments.policy_loss(logp, old_logp, advantage, mask)
+    return -advantage * logp + 0.5 * beta * jnp.square(_numerics.clamped(logp - old_logp))
 
 
 @separable
@@ -304,8 +311,8 @@ def topr(
     Default: low 0.0, high 1.0
     Paper: TOPR, arXiv 2503.14286, with the ratio per token
     """
-    logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
-    ratio = _check.ratio(logp, old_logp)
+    logp, old_logp, advantage, mask = _arguments.policy_loss(logp, old_logp, advantage, mask)
+    ratio = _numerics.ratio(logp, old_logp)
     weight = jnp.where(advantage > 0, 1.0, jnp.clip(ratio, low, high))
     return -stop(weight * advantage) * logp
 
@@ -313,7 +320,7 @@ def topr(
 def _truncated_score(
     logp: Array, old_logp: Array, advantage: Array, keep: Array, ratio_max: float
 ) -> Array:
-    log_weight = jnp.minimum(_check.clamped(logp - old_logp), math.log(ratio_max))
+    log_weight = jnp.minimum(_numerics.clamped(logp - old_logp), math.log(ratio_max))
     # exp last: XLA then stores the weight and not its parts
     weight = jnp.exp(jnp.where(keep, log_weight, -jnp.inf))
     return -stop(weight) * advantage * logp
@@ -324,5 +331,5 @@ def _quadratic(
 ) -> Array:
     if not epsilon > 0:
         raise ValueError(f"epsilon must be above zero, not {epsilon}")
-    ratio = _check.ratio(logp, old_logp)
+    ratio = _numerics.ratio(logp, old_logp)
     return -advantage * ratio + jnp.abs(advantage) * weight * jnp.square(ratio - 1) / (2 * epsilon)

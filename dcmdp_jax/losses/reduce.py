@@ -8,11 +8,12 @@ the result and its gradient are 0. Values of `x` outside the mask are not read.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
-from dcmdp_jax.losses import _check
+from dcmdp_jax.losses import _arguments, _numerics
 
-Array = _check.Array
+Array = jax.Array
 
 
 def token_mean(x: Array, mask: Array, *, count: Array | int | None = None) -> Array:
@@ -31,7 +32,7 @@ def token_mean(x: Array, mask: Array, *, count: Array | int | None = None) -> Ar
     Raises:
         TypeError, ValueError: an argument has another dtype or shape.
     """
-    x, mask = _arguments(x, mask)
+    x, mask = _checked(x, mask)
     return _ratio(jnp.sum(x), _tokens(mask) if count is None else count)
 
 
@@ -45,7 +46,7 @@ def token_sum(x: Array, mask: Array) -> Array:
 
     Args and errors: as in `token_mean`.
     """
-    return jnp.sum(_arguments(x, mask)[0])
+    return jnp.sum(_checked(x, mask)[0])
 
 
 def sequence_mean_token_mean(x: Array, mask: Array, *, count: Array | int | None = None) -> Array:
@@ -62,8 +63,8 @@ def sequence_mean_token_mean(x: Array, mask: Array, *, count: Array | int | None
         x, mask: as in `token_mean`.
         count: non-empty completions in the global batch, where this call sees a part of it.
     """
-    x, mask = _arguments(x, mask)
-    return _ratio(jnp.sum(_check.row_mean(x, mask)), _rows(mask) if count is None else count)
+    x, mask = _checked(x, mask)
+    return _ratio(jnp.sum(_numerics.row_mean(x, mask)), _rows(mask) if count is None else count)
 
 
 def sequence_mean_token_sum(x: Array, mask: Array, *, count: Array | int | None = None) -> Array:
@@ -77,7 +78,7 @@ def sequence_mean_token_sum(x: Array, mask: Array, *, count: Array | int | None 
     Args: as in `sequence_mean_token_mean`. With the GSPO loss this is LUSPO's length weighting
         (arXiv 2602.05261).
     """
-    x, mask = _arguments(x, mask)
+    x, mask = _checked(x, mask)
     return _ratio(jnp.sum(x), _rows(mask) if count is None else count)
 
 
@@ -101,17 +102,17 @@ def constant(x: Array, mask: Array, *, normalizer: Array | float) -> Array:
     """
     if isinstance(normalizer, (int, float)) and not normalizer > 0:
         raise ValueError(f"normalizer must be above zero, not {normalizer}")
-    return jnp.sum(_arguments(x, mask)[0]) / normalizer
+    return jnp.sum(_checked(x, mask)[0]) / normalizer
 
 
-def _arguments(x: Array, mask: Array) -> tuple[Array, Array]:
-    (x,) = _check.tokens(x=x)
-    mask = _check.mask(mask, x)
-    return _check.select(mask, x), mask
+def _checked(x: Array, mask: Array) -> tuple[Array, Array]:
+    (x,) = _arguments.tokens(x=x)
+    mask = _arguments.mask(mask, x)
+    return _numerics.select(mask, x), mask
 
 
 def _tokens(mask: Array) -> Array:
-    return jnp.sum(_check.row_count(mask).astype(jnp.int32))
+    return jnp.sum(_numerics.row_count(mask).astype(jnp.int32))
 
 
 def _rows(mask: Array) -> Array:

@@ -17,10 +17,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax.losses import _check, _search
+from dcmdp_jax.losses import _arguments, _numerics, _search
 from dcmdp_jax.losses._separable import separable
 
-Array = _check.Array
+Array = jax.Array
 Level = Callable[[Array, Array], Array]
 stop = jax.lax.stop_gradient
 
@@ -34,7 +34,7 @@ def each_token(measure: Array, mask: Array) -> Array:
     Default: the level of k1, k2, k3
     Paper: verl (token_k*)
     """
-    return _check.select(mask, measure)
+    return _numerics.select(mask, measure)
 
 
 @separable
@@ -46,7 +46,7 @@ def sequence_sum(measure: Array, mask: Array) -> Array:
     Default: none
     Paper: verl (seq_sum_k*)
     """
-    return _check.row_sum(measure, mask)
+    return _numerics.row_sum(measure, mask)
 
 
 @separable
@@ -58,7 +58,7 @@ def sequence_mean(measure: Array, mask: Array) -> Array:
     Default: none
     Paper: verl (seq_mean_k*)
     """
-    return _check.row_mean(measure, mask)
+    return _numerics.row_mean(measure, mask)
 
 
 @separable
@@ -96,11 +96,11 @@ def k1(
     """
     if not 0 <= low <= high:
         raise ValueError(f"bounds must satisfy 0 <= low <= high, not low = {low}, high = {high}")
-    old_logp, rollout_logp, mask = _arguments(old_logp, rollout_logp, mask)
-    measured = _check.measured(rollout_logp, mask)
-    difference = _check.difference(old_logp, rollout_logp, measured)
-    each = difference if level is sequence_sum else _check.clamped(difference)
-    ratio = jnp.exp(_check.clamped(level(each, measured)))
+    old_logp, rollout_logp, mask = _detached(old_logp, rollout_logp, mask)
+    measured = _numerics.measured(rollout_logp, mask)
+    difference = _numerics.difference(old_logp, rollout_logp, measured)
+    each = difference if level is sequence_sum else _numerics.clamped(difference)
+    ratio = jnp.exp(_numerics.clamped(level(each, measured)))
     return mask & (ratio >= low) & (ratio <= high)
 
 
@@ -136,7 +136,7 @@ def k3(
     Paper: verl (rollout rejection)
     """
     difference, measured, mask = _difference(old_logp, rollout_logp, mask)
-    return mask & (level(_check.exp_excess(difference), measured) <= high)
+    return mask & (level(_numerics.exp_excess(difference), measured) <= high)
 
 
 @separable
@@ -179,12 +179,12 @@ def kpop(old_logp: Array, rollout_logp: Array, mask: Array, *, threshold: float 
     KL2(q || p) = q log(q / p) + (1 - q) log((1 - q + 1e-8) / (1 - p + 1e-8)): this token or
     another.
     """
-    old_logp, rollout_logp, mask = _arguments(old_logp, rollout_logp, mask)
-    measured = _check.measured(rollout_logp, mask)
-    old_logp = _check.select(measured, old_logp)
-    rollout_logp = _check.select(measured, rollout_logp)
-    forward = _check.binary_kl(old_logp, rollout_logp)
-    backward = _check.binary_kl(rollout_logp, old_logp)
+    old_logp, rollout_logp, mask = _detached(old_logp, rollout_logp, mask)
+    measured = _numerics.measured(rollout_logp, mask)
+    old_logp = _numerics.select(measured, old_logp)
+    rollout_logp = _numerics.select(measured, rollout_logp)
+    forward = _numerics.binary_kl(old_logp, rollout_logp)
+    backward = _numerics.binary_kl(rollout_logp, old_logp)
     return mask & (jnp.maximum(forward, backward) <= threshold)
 
 
@@ -197,8 +197,8 @@ def ipo(old_logp: Array, rollout_logp: Array, mask: Array, *, threshold: float =
     Default: threshold 0.1
     Paper: prime-rl (IPO)
     """
-    old_logp, rollout_logp, mask = _arguments(old_logp, rollout_logp, mask)
-    gap = _check.probability_gap(old_logp, rollout_logp, _check.measured(rollout_logp, mask))
+    old_logp, rollout_logp, mask = _detached(old_logp, rollout_logp, mask)
+    gap = _numerics.probability_gap(old_logp, rollout_logp, _numerics.measured(rollout_logp, mask))
     return mask & (jnp.abs(gap) <= threshold)
 
 
@@ -218,7 +218,7 @@ def m2po(old_logp: Array, rollout_logp: Array, mask: Array, *, threshold: float 
     if not threshold > 0:
         raise ValueError(f"threshold must be above zero, not {threshold}")
     difference, measured, mask = _difference(old_logp, rollout_logp, mask)
-    excess = _check.select(measured, jnp.square(difference) - threshold)
+    excess = _numerics.select(measured, jnp.square(difference) - threshold)
 
     def least() -> Array:
         return jnp.min(jnp.where(measured, excess, jnp.inf))
@@ -245,19 +245,19 @@ def opsm(
     It reads the current policy, so it multiplies the loss of a surrogate: `jnp.where(keep, loss,
     0)`.
     """
-    _check.tokens(logp=logp, rollout_logp=rollout_logp)
+    _arguments.tokens(logp=logp, rollout_logp=rollout_logp)
     difference, measured, mask = _difference(logp, rollout_logp, mask)
-    advantage = _check.advantage(advantage, difference)
+    advantage = _arguments.advantage(advantage, difference)
     return mask & ((advantage >= 0) | (sequence_mean(-difference, measured) <= threshold))
 
 
-def _arguments(old_logp: Array, rollout_logp: Array, mask: Array) -> tuple[Array, Array, Array]:
-    old_logp, rollout_logp = _check.tokens(old_logp=old_logp, rollout_logp=rollout_logp)
-    return stop(old_logp), stop(rollout_logp), _check.mask(mask, old_logp)
+def _detached(old_logp: Array, rollout_logp: Array, mask: Array) -> tuple[Array, Array, Array]:
+    old_logp, rollout_logp = _arguments.tokens(old_logp=old_logp, rollout_logp=rollout_logp)
+    return stop(old_logp), stop(rollout_logp), _arguments.mask(mask, old_logp)
 
 
 def _difference(old_logp: Array, rollout_logp: Array, mask: Array) -> tuple[Array, Array, Array]:
     """D, the tokens where it was measured, and the mask."""
-    old_logp, rollout_logp, mask = _arguments(old_logp, rollout_logp, mask)
-    measured = _check.measured(rollout_logp, mask)
-    return _check.log_ratio(old_logp, rollout_logp, measured), measured, mask
+    old_logp, rollout_logp, mask = _detached(old_logp, rollout_logp, mask)
+    measured = _numerics.measured(rollout_logp, mask)
+    return _numerics.log_ratio(old_logp, rollout_logp, measured), measured, mask

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax.losses import _check
+from dcmdp_jax.losses import _arguments, _numerics
 
 Array = jax.Array
 
@@ -37,7 +37,7 @@ def replay_ids(logits: Array, recorded_ids: Array) -> Array:
     Default: none
     Paper: R3 (rollout routing replay), arXiv 2510.11370
     """
-    logits, recorded_ids = _arguments(logits, recorded_ids)
+    logits, recorded_ids = _checked(logits, recorded_ids)
     own = jax.lax.top_k(logits, recorded_ids.shape[-1])[1]
     return jnp.where(_recorded(logits, recorded_ids), recorded_ids, own)
 
@@ -52,7 +52,7 @@ def replay_weights(logits: Array, ids: Array, *, normalize: bool = True) -> Arra
     Default: normalize True (norm_topk_prob of Qwen3-MoE)
     Paper: R3, arXiv 2510.11370
     """
-    logits, ids = _arguments(logits, ids)
+    logits, ids = _checked(logits, ids)
     scores = logits if normalize else jax.nn.log_softmax(logits, axis=-1)
     chosen = jnp.take_along_axis(scores, ids, axis=-1)
     return jax.nn.softmax(chosen, axis=-1) if normalize else jnp.exp(chosen)
@@ -67,10 +67,10 @@ def flips(logits: Array, recorded_ids: Array, mask: Array) -> Flips:
     Paper: R3, arXiv 2510.11370, which finds 10 % per router and 94 % of tokens in at least one
         layer
     """
-    logits, recorded_ids = _arguments(logits, recorded_ids)
-    mask = jnp.broadcast_to(_check.mask(mask, logits[0, ..., 0]), logits.shape[:-1])
+    logits, recorded_ids = _checked(logits, recorded_ids)
+    mask = jnp.broadcast_to(_arguments.mask(mask, logits[0, ..., 0]), logits.shape[:-1])
     recorded = mask & _recorded(logits, recorded_ids)[..., 0]
-    own = jax.lax.top_k(_check.select(mask[..., None], logits), recorded_ids.shape[-1])[1]
+    own = jax.lax.top_k(_numerics.select(mask[..., None], logits), recorded_ids.shape[-1])[1]
     differs = recorded & jnp.any(jnp.sort(own, axis=-1) != jnp.sort(recorded_ids, axis=-1), axis=-1)
     complete = jnp.all(recorded, axis=0)
     tokens = tuple(range(1, mask.ndim))
@@ -81,8 +81,8 @@ def flips(logits: Array, recorded_ids: Array, mask: Array) -> Flips:
     )
 
 
-def _arguments(logits: Array, ids: Array) -> tuple[Array, Array]:
-    (logits,) = _check.tokens(logits=logits)
+def _checked(logits: Array, ids: Array) -> tuple[Array, Array]:
+    (logits,) = _arguments.tokens(logits=logits)
     if getattr(ids, "dtype", None) != jnp.int32:
         raise TypeError("expert ids must be an int32 array; cast them with .astype('int32')")
     if ids.shape[:-1] != logits.shape[:-1] or ids.shape[-1] > logits.shape[-1]:

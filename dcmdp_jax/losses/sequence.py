@@ -13,11 +13,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax.losses import _check
+from dcmdp_jax.losses import _arguments, _numerics
 from dcmdp_jax.losses._separable import separable
 
-Array = _check.Array
+Array = jax.Array
 stop = jax.lax.stop_gradient
+_LOG_RATIO_MAX = 10.0  # nats
 
 
 @separable
@@ -41,12 +42,14 @@ def gspo(
 
     Reduced by `reduce.sequence_mean_token_sum` it is LUSPO (arXiv 2602.05261).
     """
-    _check.clip_bounds(clip_low, clip_high)
-    logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
-    log_ratio = _check.row_mean(_check.clamped(logp - old_logp), mask)
+    _arguments.clip_bounds(clip_low, clip_high)
+    logp, old_logp, advantage, mask = _arguments.policy_loss(logp, old_logp, advantage, mask)
+    log_ratio = _numerics.row_mean(_numerics.clamped(logp - old_logp), mask)
     ratio = jnp.exp(jnp.minimum(log_ratio, _LOG_RATIO_MAX))
-    loss = _check.pessimistic(ratio, _check.row_mean(advantage, mask), clip_low, clip_high)
-    return _check.select(mask, jnp.broadcast_to(loss, mask.shape))
+    clipped = _numerics.bound(ratio, 1 - clip_low, 1 + clip_high)
+    advantage = _numerics.row_mean(advantage, mask)
+    loss = jnp.maximum(-ratio * advantage, -clipped * advantage)
+    return _numerics.select(mask, jnp.broadcast_to(loss, mask.shape))
 
 
 @separable
@@ -69,11 +72,13 @@ def gspo_token(
     Equal to `gspo` in value and gradient where the advantage is constant over the completion. This
     is the form verl, TRL and Tunix run under the name GSPO.
     """
-    _check.clip_bounds(clip_low, clip_high)
-    logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
-    log_ratio = stop(_check.row_mean(_check.clamped(logp - old_logp), mask)) + logp - stop(logp)
+    _arguments.clip_bounds(clip_low, clip_high)
+    logp, old_logp, advantage, mask = _arguments.policy_loss(logp, old_logp, advantage, mask)
+    log_ratio = stop(_numerics.row_mean(_numerics.clamped(logp - old_logp), mask))
+    log_ratio += logp - stop(logp)  # 0, with the gradient of the token
     ratio = jnp.exp(jnp.minimum(log_ratio, _LOG_RATIO_MAX))
-    return _check.pessimistic(ratio, advantage, clip_low, clip_high)
+    clipped = _numerics.bound(ratio, 1 - clip_low, 1 + clip_high)
+    return jnp.maximum(-ratio * advantage, -clipped * advantage)
 
 
 @separable
@@ -98,12 +103,12 @@ def gmpo(
     """
     if not (clip_low >= 0 and clip_high >= 0):
         raise ValueError("clip_low and clip_high must be at least 0, in nats")
-    logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
+    logp, old_logp, advantage, mask = _arguments.policy_loss(logp, old_logp, advantage, mask)
     sign = jnp.sign(advantage)
-    log_ratio = _check.clamped(logp - old_logp)
+    log_ratio = _numerics.clamped(logp - old_logp)
     clipped = sign * jnp.minimum(sign * log_ratio, sign * jnp.clip(log_ratio, -clip_low, clip_high))
-    loss = -_check.row_mean(advantage, mask) * jnp.exp(_check.row_mean(clipped, mask))
-    return _check.select(mask, jnp.broadcast_to(loss, mask.shape))
+    loss = -_numerics.row_mean(advantage, mask) * jnp.exp(_numerics.row_mean(clipped, mask))
+    return _numerics.select(mask, jnp.broadcast_to(loss, mask.shape))
 
 
 @separable
@@ -126,12 +131,9 @@ def vespo(
 
     TRL folds the train/rollout factor into log w; here it stays with `corrections`.
     """
-    logp, old_logp, advantage, mask = _check.arguments(logp, old_logp, advantage, mask)
-    log_weight = jnp.clip(_check.row_sum(logp - old_logp, mask), math.log(1e-8), 20.0)
+    logp, old_logp, advantage, mask = _arguments.policy_loss(logp, old_logp, advantage, mask)
+    log_weight = jnp.clip(_numerics.row_sum(logp - old_logp, mask), math.log(1e-8), 20.0)
     power = jnp.where(advantage >= 0, positive[0], negative[0])
     decay = jnp.where(advantage >= 0, positive[1], negative[1])
     gate = jnp.exp(decay + power * log_weight - decay * jnp.exp(log_weight))
     return -stop(gate * advantage) * logp
-
-
-_LOG_RATIO_MAX = 10.0

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax.losses import _check
+from dcmdp_jax.losses import _arguments, _numerics
 
 Array = jax.Array
 Metrics = dict[str, Array]
@@ -42,8 +42,8 @@ def quantiles(value: Array, mask: Array, *, levels: tuple[float, ...] = LEVELS) 
     Default: levels 0.5, 0.9, 0.99, 0.999
     Paper: none
     """
-    (value,) = _check.tokens(value=value)
-    mask = _check.mask(mask, value)
+    (value,) = _arguments.tokens(value=value)
+    mask = _arguments.mask(mask, value)
     ordered = jnp.sort(jnp.where(mask, jax.lax.stop_gradient(value), jnp.inf).reshape(-1))
     count = jnp.sum(mask)
     last = jnp.maximum(count - 1, 0)
@@ -74,7 +74,7 @@ def quantiles_by_bucket(
     Default: levels 0.5, 0.9, 0.99, 0.999
     Paper: none
     """
-    mask = _check.mask(mask, value)
+    mask = _arguments.mask(mask, value)
     return jax.lax.map(
         lambda b: quantiles(value, mask & (bucket == b), levels=levels), jnp.arange(num_buckets)
     )
@@ -89,7 +89,7 @@ def position_bucket(mask: Array, *, edges: tuple[int, ...] = POSITION_EDGES) -> 
     Default: edges 64, 256, 1024, 4096 tokens
     Paper: none
     """
-    mask = _check.mask(mask, mask)
+    mask = _arguments.mask(mask, mask)
     before = jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - mask
     return jnp.sum(before[..., None] >= jnp.asarray(edges, jnp.int32), axis=-1, dtype=jnp.int32)
 
@@ -105,8 +105,8 @@ def probability_bucket(
     Default: edges 0.1, 0.5, 0.9, 0.99
     Paper: none
     """
-    (rollout_logp,) = _check.tokens(rollout_logp=rollout_logp)
-    valid = _check.measured(rollout_logp, _check.mask(mask, rollout_logp))
+    (rollout_logp,) = _arguments.tokens(rollout_logp=rollout_logp)
+    valid = _numerics.measured(rollout_logp, _arguments.mask(mask, rollout_logp))
     bounds = jnp.log(jnp.asarray(edges, jnp.float32))
     return jnp.sum(
         jnp.where(valid, rollout_logp, -jnp.inf)[..., None] >= bounds, axis=-1, dtype=jnp.int32
@@ -140,12 +140,12 @@ def top_share(value: Array, mask: Array, *, fraction: float = 0.01) -> Array:
     Default: fraction 0.01
     Paper: none
     """
-    (value,) = _check.tokens(value=value)
-    mask = _check.mask(mask, value)
-    ordered = jnp.sort(_check.select(mask, jax.lax.stop_gradient(value)).reshape(-1))
+    (value,) = _arguments.tokens(value=value)
+    mask = _arguments.mask(mask, value)
+    ordered = jnp.sort(_numerics.select(mask, jax.lax.stop_gradient(value)).reshape(-1))
     largest = jnp.arange(ordered.size) >= ordered.size - jnp.ceil(fraction * jnp.sum(mask))
     total = jnp.sum(ordered)
-    return jnp.sum(_check.select(largest, ordered)) / jnp.where(total > 0, total, 1.0)
+    return jnp.sum(_numerics.select(largest, ordered)) / jnp.where(total > 0, total, 1.0)
 
 
 def worst_tokens(old_logp: Array, rollout_logp: Array, mask: Array, *, k: int = 16) -> WorstTokens:
@@ -168,8 +168,8 @@ def _measured(
 ) -> tuple[Array, Array, Array, Array]:
     """Both log-probs and delta, 0 where the token is not measured, and where it is."""
     old_logp, rollout_logp = jax.lax.stop_gradient(
-        _check.tokens(old_logp=old_logp, rollout_logp=rollout_logp)
+        _arguments.tokens(old_logp=old_logp, rollout_logp=rollout_logp)
     )
-    valid = _check.measured(rollout_logp, _check.mask(mask, rollout_logp))
-    gap = jnp.abs(_check.probability_gap(old_logp, rollout_logp, valid))
-    return _check.select(valid, old_logp), _check.select(valid, rollout_logp), gap, valid
+    valid = _numerics.measured(rollout_logp, _arguments.mask(mask, rollout_logp))
+    gap = jnp.abs(_numerics.probability_gap(old_logp, rollout_logp, valid))
+    return _numerics.select(valid, old_logp), _numerics.select(valid, rollout_logp), gap, valid

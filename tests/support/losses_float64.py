@@ -94,9 +94,11 @@ REDUCERS = {
 # Of (log-probs, behaviour log-probs, advantage, mask), 0 at padding where arrays come in.
 
 
-def ppo(cur, old, adv, m, low=0.2, high=0.28, dual=None, delta=None):
+def ppo(cur, old, adv, m, low=0.2, high=0.28, dual=None, ratio_max=None):
     r = np.exp(clamp(cur - old))
-    loss = most(-adv * (r if delta is None else least(r, delta)), -adv * clip(r, 1 - low, 1 + high))
+    loss = most(
+        -adv * (r if ratio_max is None else least(r, ratio_max)), -adv * clip(r, 1 - low, 1 + high)
+    )
     return loss if dual is None else np.where(adv < 0, least(loss, -dual * adv), loss)
 
 
@@ -298,7 +300,7 @@ def losses(x, t):
     table |= {
         "grpo_clip0.24": plain(ppo, low=0.24, high=0.24),
         "ppo_dual_c3": plain(ppo, high=0.2, dual=3.0),
-        "ppo_delta1.5": plain(ppo, delta=1.5),
+        "ppo_delta1.5": plain(ppo, ratio_max=1.5),
         "ppo_bypass": bypass(ppo),
         "gspo": plain(gspo_token, row_token_mean),
         "gspo_seq_form": plain(gspo, row_token_mean),
