@@ -3,9 +3,7 @@
 For [512, 8192] arrays, every loss is reduced to a scalar and differentiated by `logp`. `read` sums
 the same inputs, each once. It prints milliseconds, and the ratios to `read` of time and of bytes as
 XLA counts them. On a CPU the time is that of all threads of the process, so that other programs
-disturb it less. XLA counts the body of a loop once, so the passes of m2po's search show only in its
-time. At m2po's default threshold none of these tokens is dropped and there is no search; at 0.003
-there is.
+disturb it less.
 
 `--topology v5e:2x2` compiles for a TPU that need not be there (`pip install libtpu`) and prints
 bytes only.
@@ -90,10 +88,6 @@ LOSSES: dict[str, tuple[tuple[str, ...], Callable]] = {
     "rejection.veto + clipped": (MISMATCH, corrected(rejections=(rejection.veto,))),
     "rejection.kpop + clipped": (MISMATCH, corrected(rejections=(rejection.kpop,))),
     "rejection.m2po + clipped": (MISMATCH, corrected(rejections=(rejection.m2po,))),
-    "rejection.m2po(0.003) + clipped": (
-        MISMATCH,
-        corrected(rejections=(functools.partial(rejection.m2po, threshold=0.003),)),
-    ),
     "corrections.bypass + clipped": (MISMATCH, corrections.bypass(policy.clipped)),
 }
 

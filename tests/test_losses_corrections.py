@@ -386,9 +386,7 @@ def spread_of(kind: str, rng: np.random.Generator, shape: tuple[int, int]) -> np
 @pytest.mark.parametrize("share", [0.01, 0.9, 0.999])
 @pytest.mark.parametrize("kind", ["normal", "heavy", "later", "ties"])
 def test_m2po_of_a_large_batch(kind, share):
-    """More tokens than are ever sorted; the threshold is a share of the mean square, so that some
-    are dropped.
-    """
+    """The threshold is a share of the mean square, so that some are dropped."""
     shape = (128, 512)
     rng = np.random.default_rng(5)
     rollout_logp = -rng.integers(1, 99, shape).astype(np.float32)

@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax.losses import _arguments, _numerics, _search
+from dcmdp_jax.losses import _arguments, _numerics
 
 Array = jax.Array
 stop = jax.lax.stop_gradient
@@ -78,7 +78,6 @@ def kl_cov(
     Default: fraction 2e-4, penalty 1.0
     Paper: KL-Cov, arXiv 2505.22617
 
-    Sizes are static, and the batch is not sorted: few blocks of 64 tokens can hold the highest.
     Tokens whose covariance ties across the boundary are left out.
     """
     _check_fraction(fraction)
@@ -86,7 +85,7 @@ def kl_cov(
     log_ratio = _numerics.clamped(logp - old_logp)
     count = jnp.maximum(jnp.sum(_numerics.row_count(mask).astype(jnp.int32)), 1)
     cov = jnp.where(mask, _covariance(logp, advantage, count), -jnp.inf)
-    highest = _search.highest(cov, min(cov.size, int(fraction * cov.size) + 2))
+    highest, _ = jax.lax.top_k(cov.reshape(-1), min(cov.size, int(fraction * cov.size) + 2))
     bound = highest[jnp.maximum(jnp.floor(fraction * count), 1).astype(jnp.int32)]
     chosen = mask & (cov > bound)
     return -advantage * jnp.exp(log_ratio) + _numerics.select(chosen, penalty * jnp.abs(log_ratio))
