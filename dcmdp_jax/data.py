@@ -166,7 +166,7 @@ def supervised_batch(
     S is the longest row of the batch. Equal arguments give equal batches.
 
     Args:
-      seed: `Config.seed`; problems and solutions are drawn from streams of their own.
+        seed: `Config.seed`; problems and solutions are drawn from streams of their own.
     """
     rng = np.random.default_rng(seeds.seed(seed, Stream.WARMUP_SOLUTIONS, step))
     problem_seed = seeds.seed(seed, Stream.WARMUP_PROBLEMS, step)

@@ -176,14 +176,14 @@ class Sampler(Protocol):
         """Returns `samples` completions of each prompt, drawn with the weights of the last update.
 
         Args:
-          max_tokens: the longest completion, and T, the width of the arrays of every rollout.
-          stop_strings: texts that end a completion, beside the tokenizer's stop tokens.
-          seed: 0 <= seed < 2**32. Completion i is drawn from a random stream that depends on `seed`
-            and `offset + i` alone.
-          offset: the number of the first completion in a larger batch that these prompts are a part
-            of.
-          should_stop: polled while sampling; where several processes share an engine, it may differ
-            between them.
+            max_tokens: the longest completion, and T, the width of the arrays of every rollout.
+            stop_strings: texts that end a completion, beside the tokenizer's stop tokens.
+            seed: 0 <= seed < 2**32. Completion i is drawn from a random stream that depends on
+                `seed` and `offset + i` alone.
+            offset: the number of the first completion in a larger batch that these prompts are a
+                part of.
+            should_stop: polled while sampling; where several processes share an engine, it may
+                differ between them.
 
         Raises `stopping.Interrupted` if `should_stop()`.
         """
@@ -195,8 +195,8 @@ class Sampler(Protocol):
         Converts and copies: the next training step may donate the buffers of `params`.
 
         Args:
-          params: the decoder's parameters as the trainer has them, on the training devices.
-          version: the number of constrained steps that led to them.
+            params: the decoder's parameters as the trainer has them, on the training devices.
+            version: the number of constrained steps that led to them.
 
         Raises NotFinite if a parameter is NaN or infinite.
         """

@@ -25,8 +25,8 @@ def seed(config_seed: int, stream: Stream, number: int = 0) -> int:
     """Returns seed `number` of a stream, in 0..2^32-1; seeds of different streams are independent.
 
     Args:
-      config_seed: `Config.seed`, in 0..2^32-1.
-      number: which batch, step or set of the stream, from 0.
+        config_seed: `Config.seed`, in 0..2^32-1.
+        number: which batch, step or set of the stream, from 0.
     """
     sequence = np.random.SeedSequence(config_seed, spawn_key=(stream, number))
     return int(sequence.generate_state(1, np.uint32)[0])

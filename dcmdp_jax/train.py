@@ -30,7 +30,7 @@ def train(
     """Runs or resumes the experiment in `workdir`; returns the final state.
 
     Args:
-      devices: those of all processes that the run may use; None: all there are.
+        devices: those of all processes that the run may use; None: all there are.
 
     Raises ValueError on input that cannot work, before compilation. On SIGINT or SIGTERM it saves
     at the next safe point and raises `stopping.Interrupted`; the same call resumes. Raises

@@ -17,8 +17,8 @@ def main(arguments: list[str] | None = None, devices: Sequence[Any] | None = Non
     may show a traceback.
 
     Args:
-      arguments: the command and its options; None: those of the process.
-      devices: the JAX devices that a run may use; None: all there are.
+        arguments: the command and its options; None: those of the process.
+        devices: the JAX devices that a run may use; None: all there are.
     """
     args, options = parser.make().parse_known_args(arguments)
     args.devices = devices

@@ -49,13 +49,13 @@ def start(
     Call it before the first use of a device.
 
     Args:
-      workdir: a folder that all processes share; it holds the run's secret until all are connected
-          (see `rendezvous`).
-      coordinator: HOST:PORT of process 0. If empty, address and numbers are detected from the TPU
-          pod, Slurm, Open MPI or Kubernetes job.
-      processes: number of processes.
-      process: number of this process, from 0.
-      limit: seconds to wait for the others.
+        workdir: a folder that all processes share; it holds the run's secret until all are
+            connected (see `rendezvous`).
+        coordinator: HOST:PORT of process 0. If empty, address and numbers are detected from the TPU
+            pod, Slurm, Open MPI or Kubernetes job.
+        processes: number of processes.
+        process: number of this process, from 0.
+        limit: seconds to wait for the others.
 
     Raises ValueError that names the missing process, host, port or secret.
     """

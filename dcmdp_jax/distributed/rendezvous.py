@@ -155,11 +155,11 @@ def join(
     """Connects this process to the others and returns once all are connected.
 
     Args:
-      address: HOST:PORT of process 0.
-      processes: number of processes.
-      process: number of this process, from 0.
-      limit: seconds to wait.
-      folder: a folder that all processes share, for the secret if the environment holds none.
+        address: HOST:PORT of process 0.
+        processes: number of processes.
+        process: number of this process, from 0.
+        limit: seconds to wait.
+        folder: a folder that all processes share, for the secret if the environment holds none.
 
     Raises ValueError that names what is missing: the other processes, process 0's host or port, or
     the secret.

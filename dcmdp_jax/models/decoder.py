@@ -144,12 +144,12 @@ def hidden(
     A token attends to itself and to the tokens before it in its segment.
 
     Args:
-      positions: [B, S]; None counts from 0 in each row.
-      segment_ids: [B, S], a run of equal ids is a segment; None: every row is one. Padding is a
-        segment of its own (0).
-      embedded: [B, S, D], the tokens' rows of the embedding, if the caller has looked them up.
-      experts: [B, S, sparse layers, j], the experts that tokens are sent to; -1 leaves the choice
-        to the router (see `moe.route`).
+        positions: [B, S]; None counts from 0 in each row.
+        segment_ids: [B, S], a run of equal ids is a segment; None: every row is one. Padding is a
+            segment of its own (0).
+        embedded: [B, S, D], the tokens' rows of the embedding, if the caller has looked them up.
+        experts: [B, S, sparse layers, j], the experts that tokens are sent to; -1 leaves the choice
+            to the router (see `moe.route`).
 
     Raises ValueError for `unstack`ed parameters.
     """
@@ -276,14 +276,14 @@ def decode(
     attends to positions 0..lengths[b].
 
     Args:
-      window: static; attention reads the first `window` positions, so every live slot needs
-        lengths[b] < window.
-      live: [B] bool; results of other slots are meaningless. None: all are live.
-      expert_shards: as for `prefill`.
+        window: static; attention reads the first `window` positions, so every live slot needs
+            lengths[b] < window.
+        live: [B] bool; results of other slots are meaningless. None: all are live.
+        expert_shards: as for `prefill`.
 
     Returns:
-      x [B, D] after the final norm, the cache, and the router's choice in each of the sparse layers
-      [B, sparse layers, k] int32.
+        x [B, D] after the final norm, the cache, and the router's choice in each of the sparse
+        layers [B, sparse layers, k] int32.
 
     Takes `unstack`ed parameters and raises ValueError for stacked ones.
     """

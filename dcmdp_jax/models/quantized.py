@@ -102,10 +102,10 @@ def quantize(
         values = w / scale, rounded to the nearest
 
     Args:
-      contract_axes: contracted axes as ascending negative numbers; axes before the first are batch
-        axes.
-      group: 0 one scale per output channel; -1 one per matrix; n > 0 one per n consecutive inputs
-        of an output channel.
+        contract_axes: contracted axes as ascending negative numbers; axes before the first are
+            batch axes.
+        group: 0 one scale per output channel; -1 one per matrix; n > 0 one per n consecutive inputs
+            of an output channel.
 
     Numbers that are all zero get scale 1. One that is not finite makes all that share its scale
     NaN. Raises ValueError for another dtype, or a group that does not divide the inputs.

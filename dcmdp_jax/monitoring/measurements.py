@@ -24,8 +24,8 @@ def measure(scored: Scored, sources: Sequence[str]) -> dict[str, float]:
     - `reward/SOURCE`: mean reward of the prompts of each source that has a name.
 
     Args:
-      sources: [B], where each prompt comes from (`Example.source`); completion i answers prompt
-        i // (N / B).
+        sources: [B], where each prompt comes from (`Example.source`); completion i answers prompt i
+            // (N / B).
     """
     rollout = scored.rollout
     reward = scored.reward.reshape(len(sources), -1)

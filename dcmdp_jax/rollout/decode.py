@@ -111,11 +111,11 @@ def insert(
     A sequence ends after `limit[i]` tokens, or when it fills the slot's `positions`.
 
     Args:
-      slots: [g] int32, all different; a number past the last slot is dropped.
-      rows: [g] int32.
-      keys: [g, 2] uint32, one per request.
-      limit: [g] int32.
-      sampling: fields [g].
+        slots: [g] int32, all different; a number past the last slot is dropped.
+        rows: [g] int32.
+        keys: [g, 2] uint32, one per request.
+        limit: [g] int32.
+        sampling: fields [g].
     """
 
     def put(old, new):
@@ -155,14 +155,14 @@ def generate(
     """Samples up to `steps` tokens in every active slot.
 
     Args:
-      leave_at: [] int32. The loop ends early when this many slots are idle, so that they can be
-        refilled, or when all are.
-      stop_ids: tokens that end a sequence.
-      window: a bound on the lengths of all sequences after the last step; attention reads that many
-        positions of the cache.
-      record_experts: return the experts of each token.
-      copy_window: decode in a copy of the first `window` positions of the cache: the same numbers,
-        faster on a CPU, for more memory.
+        leave_at: [] int32. The loop ends early when this many slots are idle, so that they can be
+            refilled, or when all are.
+        stop_ids: tokens that end a sequence.
+        window: a bound on the lengths of all sequences after the last step; attention reads that
+            many positions of the cache.
+        record_experts: return the experts of each token.
+        copy_window: decode in a copy of the first `window` positions of the cache: the same
+            numbers, faster on a CPU, for more memory.
     """
     slots = state.token.shape[0]
     cache = state.cache

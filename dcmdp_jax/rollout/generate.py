@@ -88,15 +88,15 @@ def rollout(
     its length bucket.
 
     Args:
-      key: one key for all completions, or `completion_keys` of each, [N, 2].
-      max_tokens: one bound, or one for each of the N completions.
-      stop_strings: texts that end a completion. They are searched for after each dispatch in what
-        `decode` makes of its token ids; the token that completes one is the completion's last.
-      should_stop: polled between dispatches.
-      on_end: called with a completion's index, the ids of its text and whether it stopped, as soon
-        as it has ended.
-      prefill_tokens, smallest_bucket: positions of one prefill at most, and the smallest length
-        that prompts are padded to.
+        key: one key for all completions, or `completion_keys` of each, [N, 2].
+        max_tokens: one bound, or one for each of the N completions.
+        stop_strings: texts that end a completion. They are searched for after each dispatch in what
+            `decode` makes of its token ids; the token that completes one is the completion's last.
+        should_stop: polled between dispatches.
+        on_end: called with a completion's index, the ids of its text and whether it stopped, as
+            soon as it has ended.
+        prefill_tokens, smallest_bucket: positions of one prefill at most, and the smallest length
+            that prompts are padded to.
 
     Raises ValueError if a prompt leaves the engine no room for `max_tokens` or a log-prob is not
     finite; `NotFinite` if a weight is not; `Interrupted` if `should_stop()`.

@@ -103,9 +103,9 @@ class JetStreamSampler:
         """Makes an engine without weights.
 
         Args:
-          slots, max_length, steps, precision, record_experts: see `Engine`.
-          one_engine: all processes decode in lockstep over `mesh`, which spans their devices, and
-            all call `sample` and `update_weights` with the same arguments.
+            slots, max_length, steps, precision, record_experts: see `Engine`.
+            one_engine: all processes decode in lockstep over `mesh`, which spans their devices, and
+                all call `sample` and `update_weights` with the same arguments.
         """
         self.engine = Engine(
             model,
@@ -154,10 +154,10 @@ class JetStreamSampler:
         """Samples `samples` completions of every prompt; see `records.Sampler`.
 
         Args:
-          max_tokens: one bound, or [N].
-          keys: [N, 2] uint32, a random key for each completion, instead of `seed` and `offset`.
-          on_end: called with a completion's index, the ids of its text, and whether it stopped, as
-            soon as it has ended.
+            max_tokens: one bound, or [N].
+            keys: [N, 2] uint32, a random key for each completion, instead of `seed` and `offset`.
+            on_end: called with a completion's index, the ids of its text, and whether it stopped,
+                as soon as it has ended.
 
         Raises ValueError if a prompt and its new tokens do not fit the engine, or if a log-prob is
         not finite.
@@ -219,15 +219,15 @@ class Engine(engine_api.Engine):
         """Compiles nothing until it is used.
 
         Args:
-          slots: sequences decoded together.
-          max_length: positions of a slot, prompt and completion together.
-          stop_ids: token ids that end a sequence; the stop token is part of it.
-          steps: K, tokens per dispatch.
-          precision: the cache's format and the router's top-k. The formats of the weights are those
-            of the weights that are passed in.
-          record_experts: return the experts that each sampled token's distribution came from.
-          max_tokens, sampling: of sequences started by `insert`; `bulk_insert` takes its own.
-          load: returns the weights for `load_params`.
+            slots: sequences decoded together.
+            max_length: positions of a slot, prompt and completion together.
+            stop_ids: token ids that end a sequence; the stop token is part of it.
+            steps: K, tokens per dispatch.
+            precision: the cache's format and the router's top-k. The formats of the weights are
+                those of the weights that are passed in.
+            record_experts: return the experts that each sampled token's distribution came from.
+            max_tokens, sampling: of sequences started by `insert`; `bulk_insert` takes its own.
+            load: returns the weights for `load_params`.
         """
         self.slots = slots
         self.max_length = max_length

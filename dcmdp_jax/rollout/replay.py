@@ -30,8 +30,8 @@ def replay(
     give `rollout_logp + log(support_mass)`, up to round-off.
 
     Args:
-      order: [N] int32, a permutation (default: 0, 1, ...): the order in which completions take the
-        engine's slots.
+        order: [N] int32, a permutation (default: 0, 1, ...): the order in which completions take
+            the engine's slots.
     """
     count, width = rollout.tokens.shape
     order = np.arange(count) if order is None else order

@@ -36,10 +36,10 @@ def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> Drawn:
     tie. (Inverting a cumulative sum would move every boundary.)
 
     Args:
-      logits: [B, V] float32.
-      key: [B, 2] uint32, one per row and token: the draw depends on the key and the row's logits
-        alone.
-      sampling: fields [B]; temperature >= 0, 0 <= top_k, 0 < top_p <= 1, 0 <= min_p < 1.
+        logits: [B, V] float32.
+        key: [B, 2] uint32, one per row and token: the draw depends on the key and the row's logits
+            alone.
+        sampling: fields [B]; temperature >= 0, 0 <= top_k, 0 < top_p <= 1, 0 <= min_p < 1.
     """
     greedy = sampling.temperature <= 0
     scale = jnp.where(greedy, 1.0, 1.0 / sampling.temperature)

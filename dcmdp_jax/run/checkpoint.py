@@ -84,7 +84,7 @@ class Checkpoints:
         are damaged or none fits the model.
 
         Args:
-          like: shapes with the shardings that the state is to have.
+            like: shapes with the shardings that the state is to have.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         if not steps:

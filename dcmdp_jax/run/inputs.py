@@ -37,7 +37,7 @@ def read_inputs(config: Config, devices: Sequence[jax.Device] | None = None) -> 
     """Reads and checks model shape, tokenizer and problems, and lays the meshes over `devices`.
 
     Args:
-      devices: those of all processes that the run may use; None: all there are.
+        devices: those of all processes that the run may use; None: all there are.
 
     Raises ValueError, in one sentence, on whatever cannot work.
     """

@@ -41,8 +41,8 @@ def requests(
     ignored under nohup.
 
     Args:
-      on_request: called at the first signal.
-      at_once: a second SIGINT ends the process instead, which is as safe as SIGKILL.
+        on_request: called at the first signal.
+        at_once: a second SIGINT ends the process instead, which is as safe as SIGKILL.
     """
     received = []  # by the thread: every signal
     handled = []  # by the main thread: later, and signals that come together once
@@ -156,7 +156,7 @@ def interruptible(
     does nothing.
 
     Args:
-      on_slow: called once, with the number of the first call that takes more than `slow_seconds`.
+        on_slow: called once, with the number of the first call that takes more than `slow_seconds`.
     """
     calls = UserCalls()
     done = threading.Event()

@@ -116,12 +116,12 @@ def serve(
     """Serves a Hugging Face folder until SIGTERM or SIGINT.
 
     Args:
-      folder: a Hugging Face model folder.
-      tokenizer_path: file or folder of the tokenizer; empty: the model's folder.
-      tokens_only: uses no tokenizer; texts are refused, and completions end at max_tokens only.
-      precision: of the engine.
-      sampling: how the tokens of every request are drawn.
-      seed: request number n has the key (seed, n).
+        folder: a Hugging Face model folder.
+        tokenizer_path: file or folder of the tokenizer; empty: the model's folder.
+        tokens_only: uses no tokenizer; texts are refused, and completions end at max_tokens only.
+        precision: of the engine.
+        sampling: how the tokens of every request are drawn.
+        seed: request number n has the key (seed, n).
 
     Returns the exit status: 0 if all accepted requests ended, 1 if `options.grace` or a second
     signal cut some off.

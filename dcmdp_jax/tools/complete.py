@@ -66,17 +66,17 @@ def texts(
     """Returns an iterator over the completions of `chunk_size` prompts at a time.
 
     Args:
-      folder: a Hugging Face model folder.
-      prompts: texts.
-      tokenizer_path: file or folder of the tokenizer; empty: the model's folder.
-      precision: of the engine.
-      max_tokens: the longest completion.
-      samples: completions of each prompt.
-      sampling: how tokens are drawn; a temperature of 0 is greedy.
-      stop_strings: texts that end a completion.
-      seed: completion j of prompt i depends on `seed`, i and j alone, not on `start`.
-      chat: whether each prompt is put into the model's chat template as a user's message.
-      start: number of the first prompt to complete.
+        folder: a Hugging Face model folder.
+        prompts: texts.
+        tokenizer_path: file or folder of the tokenizer; empty: the model's folder.
+        precision: of the engine.
+        max_tokens: the longest completion.
+        samples: completions of each prompt.
+        sampling: how tokens are drawn; a temperature of 0 is greedy.
+        stop_strings: texts that end a completion.
+        seed: completion j of prompt i depends on `seed`, i and j alone, not on `start`.
+        chat: whether each prompt is put into the model's chat template as a user's message.
+        start: number of the first prompt to complete.
 
     Raises ValueError, at the call, if the arguments do not fit. Weights are read with the first
     chunk.

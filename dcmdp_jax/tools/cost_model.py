@@ -70,9 +70,9 @@ def forward(
     """Returns the FLOPs of one pass: of the layers' products, of attention, and of the head.
 
     Args:
-      tokens: tokens that pass through the layers.
-      context: positions that each attends to.
-      scored: tokens that pass through the head.
+        tokens: tokens that pass through the layers.
+        context: positions that each attends to.
+        scored: tokens that pass through the head.
     """
     w = parameters(model)
     attention = 4 * model.num_layers * model.num_heads * model.head_dim * context

@@ -108,9 +108,9 @@ def diagnose(
     """Attributes the gap between the trainer and the engine that `config` describes.
 
     Args:
-      weights: must fit `inputs.model_config`.
-      other: the weights of another step, for staleness; None leaves it out.
-      probe: also measures properties that the configured engine has exact, set as in `PROBES`.
+        weights: must fit `inputs.model_config`.
+        other: the weights of another step, for staleness; None leaves it out.
+        probe: also measures properties that the configured engine has exact, set as in `PROBES`.
 
     Raises ValueError if `check` does, or if a log-prob is not finite.
     """

@@ -204,10 +204,10 @@ def measure(
     """Samples rollout batches with fixed weights and scores their tokens with the trainer.
 
     Args:
-      weights: must fit `inputs.model_config`.
-      batches: how many, 2 or more: the floor's standard error comes from their differences.
-      stream: batch i is drawn with seed i of it.
-      slack: of the suggested tolerance.
+        weights: must fit `inputs.model_config`.
+        batches: how many, 2 or more: the floor's standard error comes from their differences.
+        stream: batch i is drawn with seed i of it.
+        slack: of the suggested tolerance.
     """
     sampler = make_sampler(config, inputs)
     sampler.update_weights(weights.params, weights.version)

@@ -129,8 +129,8 @@ def run_all(
     A run that fails leaves its traceback in its `run.log`; the others go on.
 
     Args:
-      workers: runs at a time, each on a core of its own; 0: as many as there are cores.
-      report: receives lines about the progress.
+        workers: runs at a time, each on a core of its own; 0: as many as there are cores.
+        report: receives lines about the progress.
 
     Returns a message for each failure.
     """

@@ -82,17 +82,17 @@ def token_logp(
     sum_v softmax(z)_v z_v.
 
     Args:
-      hidden: [R, S, D]; targets: [R, S] int32; wanted: [R, S] bool, the positions whose values are
-        needed. Rows are scored up to the largest number of wanted positions in a row. A CPU scores
-        all rows as one.
-      entropy: whether to compute it.
-      max_logits: largest number of logits in memory at a time, except that a tile has at least one
-        position of each row.
-      cpu_tokens, cpu_words: sizes of the tiles on a CPU.
+        hidden: [R, S, D]; targets: [R, S] int32; wanted: [R, S] bool, the positions whose values
+            are needed. Rows are scored up to the largest number of wanted positions in a row. A CPU
+            scores all rows as one.
+        entropy: whether to compute it.
+        max_logits: largest number of logits in memory at a time, except that a tile has at least
+            one position of each row.
+        cpu_tokens, cpu_words: sizes of the tiles on a CPU.
 
     Returns:
-      logp [R, S], entropy [R, S] or None; 0 at positions that are not wanted. The entropy has no
-      gradient. The backward pass recomputes the logits.
+        logp [R, S], entropy [R, S] or None; 0 at positions that are not wanted. The entropy has no
+        gradient. The backward pass recomputes the logits.
     """
     weight = params["embed"] if config.tie_word_embeddings else params["head"]
     rows, columns = targets.shape
