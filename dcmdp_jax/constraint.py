@@ -58,7 +58,6 @@ def delta(old_logp: Array, rollout_logp: Array, mask: Array) -> Array:
     Formula: |e^a - e^b| = e^max(a,b) * -expm1(-|a - b|), a = old_logp, b = rollout_logp; 0 where
         not measured
     Needs: old_logp, rollout_logp, mask
-    Default: none
     Paper: DCMDP, arXiv 2606.08779
 
     The product form neither cancels nor overflows. Its derivative in a is e^a where a >= b, else
@@ -73,7 +72,6 @@ def signed_delta(old_logp: Array, rollout_logp: Array, mask: Array) -> Array:
 
     Formula: e^a - e^b, a = old_logp, b = rollout_logp; 0 where not measured
     Needs: old_logp, rollout_logp, mask
-    Default: none
     Paper: a variant; arXiv 2606.08779 uses the absolute gap
     """
     return _gap(old_logp, rollout_logp, _measured(old_logp, rollout_logp, mask))
@@ -84,7 +82,6 @@ def measure(old_logp: Array, rollout_logp: Array, mask: Array) -> tuple[Array, A
 
     Formula: (sum delta, number of measured tokens)
     Needs: old_logp, rollout_logp, mask (before any rejection: rejecting would hide the violation)
-    Default: none
     Paper: DCMDP, arXiv 2606.08779
     """
     count = jnp.sum(_measured(old_logp, rollout_logp, mask), dtype=jnp.float32)
@@ -112,7 +109,6 @@ def shape_advantage(
 
     Formula: A - lambda * delta
     Needs: advantage, old_logp, rollout_logp, multiplier, mask
-    Default: none
     Paper: DCMDP, arXiv 2606.08779
 
     All shapings have this signature; only `shape_hinge` reads `tolerance`. `diagnostics.sign_flip`
@@ -135,7 +131,6 @@ def shape_signed(
 
     Formula: A - lambda * (e^old_logp - e^rollout_logp)
     Needs: advantage, old_logp, rollout_logp, multiplier, mask
-    Default: none
     Paper: a variant, not in arXiv 2606.08779; meaningful only when the sampler is stale or frozen
     """
     return _shaped(advantage, signed_delta(old_logp, rollout_logp, mask), multiplier, mask)
@@ -154,7 +149,6 @@ def shape_centred(
 
     Formula: A - lambda * (delta - mean delta), mean over the measured tokens of the batch
     Needs: advantage, old_logp, rollout_logp, multiplier, mask
-    Default: none
     Paper: a variant, not in arXiv 2606.08779
     """
     total, count = measure(old_logp, rollout_logp, mask)
@@ -179,7 +173,6 @@ def shape_hinge(
 
     Formula: A - lambda * max(delta - c, 0)
     Needs: advantage, old_logp, rollout_logp, multiplier, tolerance, mask
-    Default: none
     Paper: a variant, not in arXiv 2606.08779
     """
     return _shaped(
@@ -204,7 +197,6 @@ def shape_cost_to_go(
 
     Formula: A_t - lambda * sum_{u >= t} delta_u
     Needs: advantage, old_logp, rollout_logp, multiplier, mask
-    Default: none
     Paper: a variant; the cost-to-go of a constrained MDP, where arXiv 2606.08779 charges the
         immediate cost alone
 
@@ -227,7 +219,6 @@ def shape_normalised(
 
     Formula: (A - lambda * delta) / (1 + lambda)
     Needs: advantage, old_logp, rollout_logp, multiplier, mask
-    Default: none
     Paper: Stooke et al. 2020, arXiv 2007.03964 (PID Lagrangian)
     """
     return shape_advantage(advantage, old_logp, rollout_logp, multiplier, tolerance, mask) / (
@@ -242,7 +233,6 @@ def penalty(logp: Array, rollout_logp: Array, mask: Array, multiplier: Number) -
 
     Formula: lambda * |e^logp - sg(e^rollout_logp)|
     Needs: logp (differentiated), rollout_logp, mask, multiplier
-    Default: none
     Paper: a variant; arXiv 2606.08779 detaches delta. Meaningful only when the sampler is stale or
         frozen
     """
@@ -483,7 +473,7 @@ def with_ema(controller: Controller, decay: float = 0.9) -> Controller:
         k-th update
     Needs: controller
     Default: decay 0.9
-    Paper: none; standard bias correction of Adam, arXiv 1412.6980
+    Paper: the bias correction of Adam, arXiv 1412.6980
     """
     if not (0.0 <= decay < 1.0):
         raise ValueError(f"decay must be in [0, 1), got {decay}")
@@ -506,7 +496,7 @@ def with_deadband(controller: Controller, fraction: float = 0.05) -> Controller:
     Formula: the controller sees c where |mean delta - c| <= fraction * c, else mean delta
     Needs: controller
     Default: fraction 0.05
-    Paper: none; standard deadband of process control
+    Paper: the deadband of process control
     """
     if not fraction >= 0:
         raise ValueError(f"fraction must be >= 0, got {fraction}")
@@ -538,7 +528,7 @@ def calibrate_tolerance(delta_sums: Array, counts: Array, *, slack: float = 0.2)
         std_error^2 = K/(K-1) sum_k (n_k / n)^2 (mean_k - floor)^2
     Needs: delta_sums [K], counts [K]: `measure` of K >= 2 batches (4 or more advised)
     Default: slack 0.2
-    Paper: none; arXiv 2606.08779 gives c = 0.0037 and 0.0050 for its own hardware and models
+    Paper: arXiv 2606.08779 gives c = 0.0037 and 0.0050 for its own hardware and models
 
     Empty and non-finite batches are left out; std_error is 0 where one remains. Raises ValueError
     for other shapes.

@@ -1,8 +1,9 @@
 """Writes docs/losses.md from the docstrings of `losses` and `constraint`: `python -m
 docs.make_losses`.
 
-Every public function states `Formula:`, `Needs:`, `Default:` and `Paper:`; a line indented under
-one of these continues it. A function that leaves one out stops the script. The column of the field
+Every public function states `Formula:` and `Needs:`, and `Default:` and `Paper:` if it has them; a
+line indented under one of these continues it. A function without a formula, or that does not say
+what it needs, stops the script. The column of the field
 that takes a function in `dcmdp train` is made from the function's module and signature.
 """
 
@@ -19,6 +20,7 @@ import dcmdp_jax.losses
 
 PAGE = pathlib.Path(__file__).with_name("losses.md")
 FIELDS = ("Formula", "Needs", "Default", "Paper")
+REQUIRED = ("Formula", "Needs")
 
 # (module, leading parameters of a function) -> the field of the configuration that takes it.
 SURROGATE = "algorithm.surrogate"
@@ -175,9 +177,9 @@ def fields(name: str, function) -> dict[str, str]:
     stated = {"Summary": text.split("\n\n")[0].replace("\n", " ")}
     for field in FIELDS:
         found = re.search(rf"^{field}: (.+(?:\n[ \t]+.+)*)", text, re.MULTILINE)
-        if not found:
+        if not found and field in REQUIRED:
             raise ValueError(f"{name} has no line `{field}:` in its docstring; write one")
-        stated[field] = re.sub(r"\s*\n\s*", " ", found[1])
+        stated[field] = re.sub(r"\s*\n\s*", " ", found[1]) if found else ""
     return stated
 
 

@@ -63,17 +63,30 @@ def test_what_trains_only_by_import(maker):
     }
 
 
-def test_a_docstring_without_a_field_is_refused(maker):
+def test_a_docstring_that_does_not_say_what_it_needs_is_refused(maker):
     def lacking():
         """Something.
 
         Formula: x
-        Needs: x
-        Default: none
+        Paper: y
         """
 
-    with pytest.raises(ValueError, match="some.lacking has no line `Paper:`"):
+    with pytest.raises(ValueError, match="some.lacking has no line `Needs:`"):
         maker.fields("some.lacking", lacking)
+
+
+def test_a_field_left_out_is_an_empty_cell(maker):
+    def brief():
+        """Something.
+
+        Formula: x
+        Needs: y
+        """
+
+    stated = maker.fields("some.brief", brief)
+    assert stated == {"Summary": "Something.", "Formula": "x", "Needs": "y"} | dict.fromkeys(
+        ("Default", "Paper"), ""
+    )
 
 
 def test_the_page_runs():

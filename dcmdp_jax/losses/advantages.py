@@ -41,7 +41,6 @@ def dr_grpo(reward: Array, group: Array, *, num_groups: int) -> Array:
 
     Formula: A = R - mean_g
     Needs: reward, group, num_groups
-    Default: none
     Paper: Dr. GRPO, arXiv 2503.20783
 
     The paper's loss goes with it: `reduce.constant`.
@@ -55,7 +54,6 @@ def rloo(reward: Array, group: Array, *, num_groups: int) -> Array:
 
     Formula: A = n_g / (n_g - 1) (R - mean_g)
     Needs: reward, group, num_groups
-    Default: none
     Paper: RLOO, arXiv 2402.14740
     """
     reward, group = _checked(reward, group, num_groups)
@@ -68,7 +66,6 @@ def gpg(reward: Array, group: Array, *, num_groups: int) -> Array:
 
     Formula: A = N / #{n: group has unequal rewards} (R - mean_g)
     Needs: reward, group, num_groups
-    Default: none
     Paper: GPG, arXiv 2504.02546
 
     The scale is a count over the batch given: under gradient accumulation compute advantages on the
@@ -109,7 +106,6 @@ def pass_at_k(correct: Array, group: Array, *, num_groups: int, k: int) -> Array
 
     Formula: pass@k = 1 - C(n_g - c_g, k) / C(n_g, k), c_g = #{correct > 0}
     Needs: correct, group, num_groups, k
-    Default: none
     Paper: Chen et al., arXiv 2107.03374
 
     Args:
@@ -196,7 +192,6 @@ def dynamic_sampling_mask(reward: Array, group: Array, *, num_groups: int) -> Ar
 
     Formula: keep = max_g R > min_g R
     Needs: reward, group, num_groups
-    Default: none
     Paper: DAPO, arXiv 2503.14476
 
     Returns bool `[N]`. Under DC shaping a dropped group would still have been pulled by -lambda
@@ -232,7 +227,6 @@ def overlong_mask(mask: Array, truncated: Array) -> Array:
 
     Formula: m_nt = mask_nt and not truncated_n
     Needs: mask [N, T], truncated bool [N]
-    Default: none
     Paper: DAPO (overlong filtering), arXiv 2503.14476
 
     Returns bool `[N, T]`. Whatever count the reducer takes is then of the remaining completions.
@@ -252,7 +246,6 @@ def length_reward(correct: Array, length: Array, group: Array, *, num_groups: in
     Formula: s if correct else min(0, s), s = 1/2 - (length - min_g) / (max_g - min_g); 0 where
         max_g = min_g
     Needs: correct, length int32 [N], group, num_groups
-    Default: none
     Paper: Kimi k1.5, arXiv 2501.12599
     """
     (correct,) = _arguments.tokens(correct=correct)

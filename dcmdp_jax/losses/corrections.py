@@ -237,7 +237,7 @@ def blend(weights: Array, mask: Array, *, alpha: Array | float) -> Array:
 
     Formula: (1 - alpha) + alpha w_t
     Needs: weights [..., T], mask, alpha
-    Default: none; alpha 0 is no correction, 1 all of it
+    Default: alpha must be given; 0 is no correction, 1 all of it
     Paper: AIS, arXiv 2605.13907, names such a mixture; how it sets alpha is not known
 
     `alpha` may be a traced scalar, of the effective sample size for example.

@@ -59,8 +59,8 @@ def dropped(rollout_logp: Array, mask: Array) -> Metrics:
 
     Formula: #{m, rollout_logp not finite}, and its share of #{m}
     Needs: rollout_logp, mask
-    Default: none
-    Paper: none; vLLM reports NaN for tokens of probability one
+
+    vLLM reports NaN for tokens of probability one.
     """
     (rollout_logp,) = _arguments.tokens(rollout_logp=rollout_logp)
     mask = _arguments.mask(mask, rollout_logp)
@@ -74,7 +74,6 @@ def prob_diff(old_logp: Array, rollout_logp: Array, mask: Array) -> Metrics:
 
     Formula: mean, max, std (ddof 1) of delta; Pearson correlation of e^old_logp and e^rollout_logp
     Needs: old_logp, rollout_logp, mask
-    Default: none
     Paper: verl rollout_probs_diff_*, Tunix prob_diff_*; DCMDP, arXiv 2606.08779, for the mean
     """
     old, rollout, valid = _measured(old_logp, rollout_logp, mask)
@@ -133,7 +132,6 @@ def perplexity(old_logp: Array, rollout_logp: Array, mask: Array) -> Metrics:
         mean_t old_logp;
         log_ppl_diff_abs, _max, _min of d_n; ppl_ratio = mean_n exp(d_n)
     Needs: old_logp, rollout_logp, mask
-    Default: none
     Paper: verl, slime, ms-swift
 
     Empty completions are left out of every mean; verl counts them with perplexity 1.
@@ -159,7 +157,6 @@ def chi2(old_logp: Array, rollout_logp: Array, mask: Array) -> Metrics:
 
     Formula: chi2_token = mean(rho^2) - 1; chi2_sequence = mean_n exp(2 clip(sum_t D, -20, 20)) - 1
     Needs: old_logp, rollout_logp, mask
-    Default: none
     Paper: verl, slime; ms-swift takes the geometric mean for the sequence
 
     The estimate of a sample may be negative.
@@ -221,7 +218,6 @@ def rejected(keep: Array, mask: Array) -> Metrics:
     Formula: tokens: #{m and not keep} / #{m}; sequences: rows with no token kept, of rows with one
         in the mask
     Needs: keep [N, T], mask
-    Default: none
     Paper: verl rollout_rs_*, prime-rl is_masked
     """
     mask = _arguments.mask(mask, mask)
@@ -269,8 +265,7 @@ def advantage_skew(old_logp: Array, rollout_logp: Array, advantage: Array, mask:
 
     Formula: mean(sign(A) D)
     Needs: old_logp, rollout_logp, advantage, mask
-    Default: none
-    Paper: none; the skew of C(r) = -(r - 1) A is described in arXiv 2605.14220
+    Paper: arXiv 2605.14220 describes the skew of C(r) = -(r - 1) A
     """
     diff, valid = _clipped(old_logp, rollout_logp, mask)
     advantage = jax.lax.stop_gradient(_arguments.advantage(advantage, diff))
@@ -282,8 +277,8 @@ def sign_flip(advantage: Array, shaped: Array, mask: Array) -> Metrics:
 
     Formula: sign_flip: share of tokens with A A' < 0; zero_moved: share with A = 0 and A' != 0
     Needs: advantage, shaped (as `constraint.shape_advantage` returns), mask
-    Default: none
-    Paper: none; groups of equal rewards have A = 0 and are moved by -lambda delta alone
+
+    Groups of equal rewards have A = 0 and are moved by -lambda delta alone.
     """
     (shaped,) = _arguments.tokens(shaped=shaped)
     advantage = _arguments.advantage(advantage, shaped)
@@ -303,8 +298,6 @@ def staleness(logp: Array, old_logp: Array, rollout_logp: Array, mask: Array) ->
 
     Formula: mean|old_logp - rollout_logp|, mean|logp - old_logp|, mean|logp - rollout_logp|
     Needs: logp, old_logp, rollout_logp, mask
-    Default: none
-    Paper: none
     """
     logp, _ = _arguments.tokens(logp=logp, old_logp=old_logp)
     old, rollout, valid = _measured(old_logp, rollout_logp, mask)
@@ -323,8 +316,6 @@ def shift(old_logp: Array, rollout_logp: Array, mask: Array) -> Metrics:
     Formula: Pearson correlation of old_logp[t + lag] and rollout_logp[t], lag -1, 0, 1; lag with
         the greatest
     Needs: old_logp, rollout_logp, mask
-    Default: none
-    Paper: none
 
     A token without a measured neighbour at that lag is left out.
     """
@@ -350,7 +341,6 @@ def support_mass(logits: Array, mask: Array, *, top_k: int = 0, top_p: float = 1
         their mass
     Needs: logits [N, T, V] after the temperature, mask
     Default: top_k 0 and top_p 1.0, both off
-    Paper: none
 
     The sampler draws from p / S: its log-prob is logp - log S, and a trainer that uses all of V
     sees rho = S.

@@ -26,7 +26,6 @@ def k1(logp: Array, ref_logp: Array, mask: Array) -> Array:
 
     Formula: k1 = -x = logp - ref_logp
     Needs: logp, ref_logp, mask
-    Default: none
     Paper: Schulman 2020, joschu.net/blog/kl-approx.html
     """
     return -_log_ratio(logp, ref_logp, mask)
@@ -38,7 +37,6 @@ def k2(logp: Array, ref_logp: Array, mask: Array) -> Array:
 
     Formula: k2 = x^2 / 2
     Needs: logp, ref_logp, mask
-    Default: none
     Paper: Schulman 2020, joschu.net/blog/kl-approx.html
     """
     return 0.5 * jnp.square(_log_ratio(logp, ref_logp, mask))

@@ -38,7 +38,6 @@ def sequence(difference: Array, mask: Array) -> Array:
 
     Formula: R_t = exp(clip(sum_s D_s, -20, 20))
     Needs: D [..., T], mask
-    Default: none
     Paper: Liu et al. 2025, richardli.xyz/rl-collapse
 
     "sequence" in verl, TRL, slime and SkyRL; it grows with length.
@@ -52,7 +51,6 @@ def geometric(difference: Array, mask: Array) -> Array:
 
     Formula: R_t = exp(mean_s clip(D_s, -20, 20))
     Needs: D [..., T], mask
-    Default: none
     Paper: Liu et al. 2025, richardli.xyz/rl-collapse; GSPO, arXiv 2507.18071
 
     "sequence" in ms-swift and AReaL.
@@ -78,7 +76,6 @@ def clip(ratio: Array, low: float | None, high: float | None) -> tuple[Array, Ar
 
     Formula: w_t = min(max(R_t, low), high)
     Needs: R, low, high
-    Default: none
     Paper: slime, OpenRLHF
     """
     return jnp.clip(ratio, low, high), jnp.ones_like(ratio, bool)
@@ -116,7 +113,6 @@ def reject(ratio: Array, low: float | None, high: float | None) -> tuple[Array, 
 
     Formula: w_t = 1, keep_t = low <= R_t <= high
     Needs: R, low or high
-    Default: none
     Paper: Liu et al. 2025, richardli.xyz/rl-collapse
     """
     return jnp.ones_like(ratio), _inside(ratio, low, high)
@@ -139,7 +135,6 @@ def surviving(mask: Array, keep: Array) -> Array:
 
     Formula: denominator = m keep
     Needs: mask, keep
-    Default: none
     Paper: verl with decoupled rejection
     """
     return mask & keep

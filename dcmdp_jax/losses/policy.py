@@ -75,7 +75,6 @@ def reinforce(logp: Array, old_logp: Array, advantage: Array, mask: Array) -> Ar
 
     Formula: L = -A logp
     Needs: logp, advantage, mask (old_logp is not read; it is there for the common signature)
-    Default: none
     Paper: Williams 1992, doi 10.1007/BF00992696
     """
     logp, _, advantage, mask = _arguments.policy_loss(logp, old_logp, advantage, mask)
@@ -284,7 +283,7 @@ def dro(logp: Array, old_logp: Array, advantage: Array, mask: Array, *, beta: fl
 
     Formula: L = -(A logp - beta / 2 (logp - old_logp)^2)
     Needs: logp, old_logp, advantage, mask, beta
-    Default: none; beta must be above zero
+    Default: beta must be given, above zero
     Paper: DRO, arXiv 2405.19107, in the token form of verl
     """
     if not beta > 0:

@@ -41,8 +41,6 @@ def token_sum(x: Array, mask: Array) -> Array:
 
     Formula: sum_nt m x
     Needs: x [..., T], mask
-    Default: none
-    Paper: none
 
     Args and errors: as in `token_mean`.
     """
@@ -87,7 +85,7 @@ def constant(x: Array, mask: Array, *, normalizer: Array | float) -> Array:
 
     Formula: sum_nt m x / normalizer
     Needs: x [..., T], mask, normalizer
-    Default: none; Dr. GRPO takes N x T_max
+    Default: normalizer must be given; Dr. GRPO takes N x T_max
     Paper: Dr. GRPO, arXiv 2503.20783
 
     TRL divides by N x T_max with N counting empty rows; verl's seq-mean-token-sum-norm by non-empty

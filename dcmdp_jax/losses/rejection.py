@@ -43,7 +43,6 @@ def sequence_sum(measure: Array, mask: Array) -> Array:
 
     Formula: z = sum_s k_s
     Needs: k [..., T], mask
-    Default: none
     Paper: verl (seq_sum_k*)
     """
     return _numerics.row_sum(measure, mask)
@@ -55,7 +54,6 @@ def sequence_mean(measure: Array, mask: Array) -> Array:
 
     Formula: z = mean_s k_s
     Needs: k [..., T], mask
-    Default: none
     Paper: verl (seq_mean_k*)
     """
     return _numerics.row_mean(measure, mask)
@@ -67,7 +65,6 @@ def sequence_max(measure: Array, mask: Array) -> Array:
 
     Formula: z = max_s k_s
     Needs: k [..., T], mask
-    Default: none
     Paper: verl (seq_max_k*)
     """
     worst = jnp.max(jnp.where(mask, measure, -jnp.inf), axis=-1, keepdims=True)
@@ -145,7 +142,6 @@ def trust_region(old_logp: Array, rollout_logp: Array, mask: Array, *, threshold
 
     Formula: keep = max_s (exp(D_s) - 1 - D_s) <= threshold
     Needs: old_logp, rollout_logp, mask, threshold
-    Default: none
     Paper: TRM, arXiv 2512.23075, with the sampled-token estimate of each token's KL
     """
     return k3(old_logp, rollout_logp, mask, high=threshold, level=sequence_max)

@@ -34,7 +34,6 @@ def replay_ids(logits: Array, recorded_ids: Array) -> Array:
 
     Formula: ids = recorded if all recorded in [0, E) else top_k(logits)
     Needs: logits [..., E], recorded_ids int32 [..., k]
-    Default: none
     Paper: R3 (rollout routing replay), arXiv 2510.11370
     """
     logits, recorded_ids = _checked(logits, recorded_ids)
@@ -63,7 +62,6 @@ def flips(logits: Array, recorded_ids: Array, mask: Array) -> Flips:
 
     Formula: mean over recorded tokens of 1[set(top_k(logits)) != set(recorded)]
     Needs: logits [L, N, T, E], recorded_ids int32 [L, N, T, k], mask [N, T]
-    Default: none
     Paper: R3, arXiv 2510.11370, which finds 10 % per router and 94 % of tokens in at least one
         layer
     """

@@ -40,7 +40,6 @@ def quantiles(value: Array, mask: Array, *, levels: tuple[float, ...] = LEVELS) 
     Formula: numpy.quantile(value[mask], levels)
     Needs: value [N, T], mask
     Default: levels 0.5, 0.9, 0.99, 0.999
-    Paper: none
     """
     (value,) = _arguments.tokens(value=value)
     mask = _arguments.mask(mask, value)
@@ -72,7 +71,6 @@ def quantiles_by_bucket(
     Needs: value [N, T], bucket int32 [N, T] from position_bucket or probability_bucket, mask,
         num_buckets
     Default: levels 0.5, 0.9, 0.99, 0.999
-    Paper: none
     """
     mask = _arguments.mask(mask, value)
     return jax.lax.map(
@@ -87,7 +85,6 @@ def position_bucket(mask: Array, *, edges: tuple[int, ...] = POSITION_EDGES) -> 
     Formula: #{edges <= #{u < t: m_u}}, in 0..len(edges)
     Needs: mask
     Default: edges 64, 256, 1024, 4096 tokens
-    Paper: none
     """
     mask = _arguments.mask(mask, mask)
     before = jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - mask
@@ -103,7 +100,6 @@ def probability_bucket(
     Formula: #{edges <= e^rollout_logp}, in 0..len(edges)
     Needs: rollout_logp, mask
     Default: edges 0.1, 0.5, 0.9, 0.99
-    Paper: none
     """
     (rollout_logp,) = _arguments.tokens(rollout_logp=rollout_logp)
     valid = _numerics.measured(rollout_logp, _arguments.mask(mask, rollout_logp))
@@ -120,8 +116,6 @@ def summary(old_logp: Array, rollout_logp: Array, mask: Array) -> Metrics:
     Formula: p50, p90, p99, p99.9 of |D| and of delta; sum of the largest 1 % of delta over the sum
         of all
     Needs: old_logp, rollout_logp, mask
-    Default: none
-    Paper: none
     """
     old, rollout, gap, valid = _measured(old_logp, rollout_logp, mask)
     diff = jnp.abs(old - rollout)
@@ -138,7 +132,6 @@ def top_share(value: Array, mask: Array, *, fraction: float = 0.01) -> Array:
     Formula: sum of the ceil(fraction #{m}) largest / sum of all; 0 where the sum is 0
     Needs: value >= 0 [N, T], mask
     Default: fraction 0.01
-    Paper: none
     """
     (value,) = _arguments.tokens(value=value)
     mask = _arguments.mask(mask, value)
@@ -154,7 +147,6 @@ def worst_tokens(old_logp: Array, rollout_logp: Array, mask: Array, *, k: int = 
     Formula: top_k over n of max_t(delta_nt)
     Needs: old_logp, rollout_logp, mask, all [N, T]
     Default: k 16; K = min(k, N)
-    Paper: none
     """
     old, rollout, gap, valid = _measured(old_logp, rollout_logp, mask)
     gap = jnp.where(valid, gap, -1.0)
