@@ -1,0 +1,422 @@
+"""What the log-probs that an engine reports are log-probs of, decided by testing hypotheses.
+
+A *reading* is one explanation of the reported numbers: which distribution they are of (temperature
+and support), after which prompt, of which token, in which unit. The trainer's log-probs under each
+reading are compared with the reported numbers; `judge` names the reading that explains them.
+
+The rule. d(reading) is the mean over tokens of |reported - trainer's|, in nats, each token counted
+with at most 4, so that single placeholders decide nothing. Tokens whose reported value is a
+placeholder (-1000 or less, or a least value that three tokens or more share) are left out. Readings
+are tried in the order of how many mistakes they take; one replaces the best so far if
+    1. its d is at most 2/3 of the other's on the tokens that both have, and
+    2. the mean of the differences between the two is over 4 of its standard errors, and
+    3. the best so far is above 1e-4 nats, which float32 round-off explains.
+The verdict is then
+    - "as stated" if no reading replaced the stated one and its d is at most 0.2 nats (bfloat16
+      engines show about 0.03, int8 and float8 up to 0.2), unless placeholders or rounding make more
+      of the gap than the rest;
+    - the name of the reading that is left, if its d is at most 0.2 nats;
+    - "other prompt" if the mean |difference| of each completion's first 4 tokens is over three
+      times that of the tokens from the 17th on: what is sampled itself makes up for the prompt;
+    - "other weights" if half of the tokens differ by more than 0.1 nats;
+    - "cannot tell" for the rest, and for fewer than 32 tokens.
+Weights that are a few updates old differ as little as kernels do: "as stated" does not exclude
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dcmdp_jax.config import ModelConfig
+from dcmdp_jax.models import decoder
+from dcmdp_jax.records import Sampling
+from dcmdp_jax.rollout import log_prob_readings
+from dcmdp_jax.rollout import sampling as draw
+from dcmdp_jax.rollout.log_prob_readings import Distribution, Prompt, Reading
+
+# (prompt ids, completion ids) -> [T, V] float32, the logits that predict each completion token
+Logits = Callable[[Sequence[int], Sequence[int]], np.ndarray]
+
+MARGIN = 2 / 3  # a better reading has at most this share of the other's d
+STANDARD_ERRORS = 4.0
+ROUND_OFF = 1e-4  # nats that float32 arithmetic explains
+NUMERICAL = 0.2  # nats that an engine's number formats explain
+CAP = 4.0  # nats that one token counts at most
+BROAD = 0.1  # nats; other weights move half of the tokens by more
+PLACEHOLDER = -1000.0  # no log-prob of a sampled token is as low
+LEAST_TOKENS = 32
+FIRST = 4  # tokens of a completion that another prompt shows in
+LATER = 16  # tokens after which it shows less
+DECAY = 3.0
+ROWS = 32  # positions whose log-probs are computed together
+TEMPERATURES = np.geomspace(0.2, 4.0, 24)  # where a fitted one is searched
+
+
+class Tried(NamedTuple):
+    """A reading, and how far the trainer is from the reported numbers under it."""
+
+    reading: Reading
+    error: float  # d, nats
+
+
+class Verdict(NamedTuple):
+    """What `judge` found."""
+
+    name: str  # "as stated", "other weights", or the faults of the reading that is left
+    sentence: str  # what is wrong, with the figures
+    remedy: str
+    tokens: int  # that the decision rests on
+    stated: Tried
+    best: Tried  # the reading that is left; the stated one if none replaced it
+    tried: tuple[Tried, ...]  # all readings, least d first
+
+
+def judge(
+    prompts: Sequence[Sequence[int]],
+    tokens: Sequence[Sequence[int]],
+    logprobs: Sequence[Sequence[float]],
+    logits: Logits,
+    *,
+    sampling: Sampling = Sampling(),
+    reported: Sampling | None = None,
+    bos_id: int | None = None,
+    other_prompts: Mapping[str, Prompt] | None = None,
+    other_samplings: Mapping[str, Sampling] | None = None,
+) -> Verdict:
+    """Returns the reading that explains the reported numbers, by the rule of this file.
+
+    A few hundred tokens are enough; the cost is a forward pass of the completions for the recorded
+    prompts, two if a temperature is fitted, and one for each other prompt.
+
+    Args:
+      prompts: N prompts as recorded, token ids, none empty.
+      tokens: N completions, the sampled token ids.
+      logprobs: the number reported for each of these tokens, as long as `tokens`; NaN where there
+        is none.
+      logits: the model's, before any temperature; `decoder_logits` makes it from parameters.
+      sampling: how the tokens are said to have been drawn. Scalars.
+      reported: the distribution that the numbers are said to be of: `Sampling()` for raw log-probs;
+        None: that of `sampling`, which is what `records.Rollout` holds.
+      bos_id: the tokenizer's BOS token, if it has one: with it, prompts with a BOS more or less are
+        tried.
+      other_prompts: prompts to try, by what is wrong if the engine had them, such as {"the chat
+        template": wrap}.
+      other_samplings: distributions to try, by where they come from, such as {"the model's
+        generation_config.json": Sampling(0.6, 20, 0.95)}.
+
+    Raises ValueError if the lengths do not fit, or no number is finite.
+    """
+    values = _values(prompts, tokens, logprobs)
+    reported = log_prob_readings.plain(sampling if reported is None else reported)
+    sampling = log_prob_readings.plain(sampling)
+    lengths = [len(row) for row in tokens]
+    place = np.concatenate([np.arange(length) for length in lengths])
+    clipped = _placeholders(values)
+    known = np.where(clipped, np.nan, values)
+    errors: list[tuple[Reading, np.ndarray]] = []
+
+    def compare(fault, prompt, wanted):
+        rows = [prompt(list(row)) for row in prompts]
+        if fault and rows == [list(row) for row in prompts]:
+            return
+        for distribution, logp in zip(wanted, _score(rows, tokens, logits, wanted), strict=True):
+            for reading in log_prob_readings.readings(distribution, fault, prompt, known):
+                trainer = _shifted(logp, lengths, reading.shift)
+                errors.append((reading, np.minimum(np.abs(reading.nats(known) - trainer), CAP)))
+
+    distributions = log_prob_readings.distributions(sampling, reported, other_samplings or {})
+    compare(None, _recorded, distributions + log_prob_readings.temperatures(TEMPERATURES, reported))
+    closest = min(errors, key=lambda item: _mean(item[1]))[0]
+    if closest.mistakes > 1 and closest.sampling.temperature in TEMPERATURES:
+        step = TEMPERATURES[1] / TEMPERATURES[0]
+        finer = closest.sampling.temperature * np.geomspace(1 / step, step, 29)
+        compare(None, _recorded, log_prob_readings.temperatures(finer, reported))
+    for fault, prompt in log_prob_readings.prompts(bos_id, other_prompts or {}):
+        compare(fault, prompt, distributions[:3])
+    return _decide(errors, values, clipped, place)
+
+
+def decoder_logits(params: Any, model: ModelConfig) -> Logits:
+    """Returns the decoder's logits as `judge` takes them.
+
+    Sequences are padded to powers of two, so that few shapes are compiled.
+    """
+
+    @jax.jit
+    def forward(params, row, first):
+        positions = jnp.arange(row.shape[1])[None]
+        hidden = decoder.hidden(params, row, model, positions=positions)
+        wanted = jnp.minimum(first + jnp.arange(row.shape[1]), row.shape[1] - 1)
+        return hidden[0, wanted]
+
+    head = jax.jit(lambda params, x: decoder.head(params, x[None], model)[0].astype(jnp.float32))
+
+    def logits(prompt: Sequence[int], completion: Sequence[int]) -> np.ndarray:
+        length = len(prompt) + len(completion)
+        row = np.zeros((1, max(16, 1 << (length - 1).bit_length())), np.int32)
+        row[0, :length] = [*prompt, *completion]
+        hidden = forward(params, row, len(prompt) - 1)
+        padded = min(len(hidden), max(16, 1 << (len(completion) - 1).bit_length()))
+        return np.asarray(head(params, hidden[:padded]))[: len(completion)]
+
+    return logits
+
+
+# Comparing
+
+
+def _score(
+    prompts: list[list[int]],
+    tokens: Sequence[Sequence[int]],
+    logits: Logits,
+    distributions: list[Distribution],
+) -> np.ndarray:
+    """Returns the trainer's log-probs [distributions, tokens]; NaN after an empty prompt."""
+    samplings = Sampling(*np.float32([d.sampling for d in distributions]).T)
+    columns = []
+    for prompt, completion in zip(prompts, tokens, strict=True):
+        if not len(completion):
+            continue
+        if not prompt:
+            columns.append(np.full((len(distributions), len(completion)), np.nan))
+            continue
+        rows = logits(prompt, completion)
+        for start in range(0, len(rows), ROWS):
+            part = rows[start : start + ROWS]
+            ids = np.asarray(completion[start : start + ROWS], np.int32)
+            padding = ROWS - len(part)
+            logp = _log_probs(
+                np.pad(part, ((0, padding), (0, 0))), np.pad(ids, (0, padding)), samplings
+            )
+            columns.append(np.asarray(logp, np.float64)[:, : len(part)])
+    return np.concatenate(columns, axis=1)
+
+
+@jax.jit
+def _log_probs(logits: jax.Array, token: jax.Array, samplings: Sampling) -> jax.Array:
+    """Log-probs of `token` [R] in the distributions of `samplings` (fields [H]) -> [H, R]."""
+    key = jnp.zeros((len(logits), 2), jnp.uint32)
+
+    def one(sampling):
+        each = Sampling(*(jnp.full(len(logits), value) for value in sampling))
+        cut = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
+        mass = jax.lax.cond(
+            cut,
+            lambda: draw.sample(logits, key, each).support_mass,
+            lambda: jnp.ones(len(logits)),
+        )
+        return draw.log_prob(logits, token, sampling.temperature) - jnp.log(mass)
+
+    return jax.lax.map(one, samplings)
+
+
+def _shifted(logp: np.ndarray, lengths: list[int], shift: int) -> np.ndarray:
+    """Returns, at token t of each completion, the log-prob of token t + shift, or NaN."""
+    if not shift:
+        return logp
+    out = np.full_like(logp, np.nan)
+    start = 0
+    for length in lengths:
+        row = logp[start : start + length]
+        if shift > 0:
+            out[start : start + length - shift] = row[shift:]
+        else:
+            out[start - shift : start + length] = row[:shift]
+        start += length
+    return out
+
+
+def _decide(
+    errors: list[tuple[Reading, np.ndarray]],
+    values: np.ndarray,
+    clipped: np.ndarray,
+    place: np.ndarray,
+) -> Verdict:
+    stated, stated_error = errors[0]
+    best, best_error = errors[0]
+    for mistakes in range(1, 1 + max(reading.mistakes for reading, _ in errors)):
+        level = [item for item in errors if item[0].mistakes == mistakes]
+        rival, rival_error = min(level, key=lambda item: _mean(item[1]), default=(best, best_error))
+        if _replaces(rival_error, best_error):
+            best, best_error = rival, rival_error
+    tried = sorted((Tried(reading, _mean(error)) for reading, error in errors), key=_error)
+    count = int(np.isfinite(stated_error).sum())
+    first = Tried(stated, _mean(stated_error))
+    last = Tried(best, _mean(best_error))
+    name, sentence, remedy = _sentence(first, last, stated_error, values, clipped, place)
+    return Verdict(name, sentence, remedy, count, first, last, tuple(tried))
+
+
+def _replaces(rival: np.ndarray, best: np.ndarray) -> bool:
+    """Whether a reading with these errors replaces the best so far: the rule's 1 to 3."""
+    both = np.isfinite(rival) & np.isfinite(best)
+    if both.sum() < LEAST_TOKENS or best[both].mean() <= ROUND_OFF:
+        return False
+    gain = best[both] - rival[both]
+    standard_error = gain.std(ddof=1) / np.sqrt(both.sum())
+    return (
+        rival[both].mean() <= MARGIN * best[both].mean()
+        and gain.mean() > STANDARD_ERRORS * standard_error
+    )
+
+
+def _sentence(
+    stated: Tried,
+    best: Tried,
+    error: np.ndarray,
+    values: np.ndarray,
+    clipped: np.ndarray,
+    place: np.ndarray,
+) -> tuple[str, str, str]:
+    """Returns name, sentence and remedy of the verdict; `error` [tokens] is of what is stated."""
+    finite = np.isfinite(error)
+    figures = f"mean |difference| {stated.error:.2g} nats"
+    if finite.sum() < LEAST_TOKENS and not clipped.sum() >= LEAST_TOKENS:
+        return (
+            "cannot tell",
+            f"{finite.sum()} tokens with a log-prob are too few to tell; {LEAST_TOKENS} are needed",
+            "record more completions",
+        )
+    if best.reading.faults:
+        sentence = "; and ".join(fault.sentence for fault in best.reading.faults)
+        remedy = "; and ".join(fault.remedy for fault in best.reading.faults)
+        if best.error <= NUMERICAL:
+            figures = f"{figures} as stated, {best.error:.2g} when read so"
+            return best.reading.name, f"{sentence} ({figures})", remedy
+    elif best.error <= NUMERICAL:
+        return _as_stated(stated, values, clipped, finite)
+    early = error[finite & (place < FIRST)]
+    late = error[finite & (place >= LATER)]
+    if len(late) >= LEAST_TOKENS and len(early) and early.mean() > DECAY * late.mean():
+        return (
+            "other prompt",
+            f"the engine had another prompt: the first {FIRST} tokens differ by {early.mean():.2g} "
+            f"nats, those after {LATER} by {late.mean():.2g}",
+            "compare the ids that the engine received with the recorded prompt: chat template, "
+            "system message, truncation",
+        )
+    broad = np.mean(error[finite] > BROAD)
+    nearest = (
+        f"; the nearest reading, {best.reading.name}, leaves {best.error:.2g}"
+        if best.reading.faults
+        else ""
+    )
+    if broad >= 0.5:
+        return (
+            "other weights",
+            f"the engine has other weights than the model's folder, or a prompt of which nothing "
+            f"is recorded: {broad:.0%} of the tokens differ by more than {BROAD:g} nats ({figures}"
+            f"{nearest})",
+            "load the folder that the engine loads, check that the last weight update reached it "
+            "(and that its prefix cache was cleared), and compare the prompts",
+        )
+    return (
+        "cannot tell",
+        f"the gap is too large for number formats, and no reading explains it ({figures}; "
+        f"{broad:.0%} of the tokens differ by more than {BROAD:g} nats{nearest})",
+        "look at the worst tokens; a coarse quantization (int4) of the engine looks so, too",
+    )
+
+
+def _as_stated(
+    stated: Tried, values: np.ndarray, clipped: np.ndarray, finite: np.ndarray
+) -> tuple[str, str, str]:
+    """Returns the verdict on numbers that are read rightly: placeholders, rounding, or neither."""
+    figures = f"mean |difference| {stated.error:.2g} nats"
+    if clipped.any():
+        least = values[clipped].min()
+        return (
+            "clipped values",
+            f"{clipped.sum()} of {len(values)} reported log-probs are a floor or a "
+            f"placeholder ({least:g}); the others are as stated ({figures})",
+            "leave these tokens out of the ratio and of delta (NaN in their place), or have the "
+            "engine report the sampled token's log-prob whatever its rank",
+        )
+    step, name = _grid(values[finite])
+    if stated.error > ROUND_OFF and step / 4 > stated.error / 2:
+        return (
+            "rounded values",
+            f"the reported log-probs are rounded to {name}: most of the gap ({figures})",
+            "record them in float32 with all their digits",
+        )
+    sizes = ((ROUND_OFF, "float32 round-off"), (0.05, "bfloat16"), (NUMERICAL, "int8 or float8"))
+    size = next(text for bound, text in sizes if stated.error <= bound)
+    return (
+        "as stated",
+        f"as stated: the gap is numerical, of the size of {size} ({figures})",
+        "nothing to mend in what is reported; weights that are a few updates old look the same",
+    )
+
+
+def _grid(values: np.ndarray) -> tuple[float, str]:
+    """Returns the mean step of the grid that all values lie on, and its name; 0 if none."""
+    if len(np.unique(values)) < 8:
+        return 0.0, ""
+    for digits in (0, 1, 2, 3):
+        if np.all(np.abs(values * 10**digits - np.round(values * 10**digits)) < 1e-4):
+            return 10.0**-digits, f"{digits} decimal places"
+    if np.all(values == values.astype(np.float16)):
+        return float(np.mean(np.spacing(np.abs(values).astype(np.float16)))), "float16"
+    if np.all(values == values.astype(jnp.bfloat16)):
+        exponent = np.floor(np.log2(np.maximum(np.abs(values), 1e-30)))
+        return float(np.mean(2.0 ** (exponent - 7))), "bfloat16"
+    return 0.0, ""
+
+
+def _placeholders(values: np.ndarray) -> np.ndarray:
+    """Returns which values [tokens] are placeholders: -1000 or less, or a least value that three
+    tokens share and that is not rounding's.
+    """
+    found = values <= PLACEHOLDER
+    others = values[np.isfinite(values) & ~found]
+    if len(others) and others.min() < 0 and not _grid(others)[0]:
+        least = values == others.min()
+        if least.sum() >= 3:
+            found |= least
+    return found
+
+
+def _values(
+    prompts: Sequence[Sequence[int]],
+    tokens: Sequence[Sequence[int]],
+    logprobs: Sequence[Sequence[float]],
+) -> np.ndarray:
+    """Returns the reported numbers in one row, float64. Raises ValueError if they do not fit."""
+    if not len(prompts) == len(tokens) == len(logprobs):
+        raise ValueError(
+            f"{len(prompts)} prompts, {len(tokens)} completions and {len(logprobs)} lists of "
+            "log-probs do not belong together; give one of each per completion"
+        )
+    for number, rows in enumerate(zip(prompts, tokens, logprobs)):
+        if not len(rows[0]):
+            raise ValueError(f"prompt {number} is empty; give at least one token before each")
+        if len(rows[1]) != len(rows[2]):
+            raise ValueError(
+                f"completion {number} has {len(rows[1])} tokens and {len(rows[2])} log-probs; give "
+                "one for each token"
+            )
+    values = [np.asarray(row, np.float64) for row in logprobs]
+    values = np.concatenate(values) if values else np.zeros(0)
+    if not np.isfinite(values).any():
+        raise ValueError("no reported log-prob is finite; have the engine report them")
+    return values
+
+
+def _recorded(ids: list[int]) -> list[int]:
+    return ids
+
+
+def _mean(error: np.ndarray) -> float:
+    """Mean over the tokens that have an error; infinite if there is none."""
+    finite = error[np.isfinite(error)]
+    return float(finite.mean()) if len(finite) else np.inf
+
+
+def _error(tried: Tried) -> float:
+    return tried.error
