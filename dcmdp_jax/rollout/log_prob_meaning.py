@@ -40,8 +40,10 @@ from dcmdp_jax.rollout import log_prob_readings
 from dcmdp_jax.rollout import sampling as draw
 from dcmdp_jax.rollout.log_prob_readings import Distribution, Prompt, Reading
 
-# (prompt ids, completion ids) -> [T, V] float32, the logits that predict each completion token
-Logits = Callable[[Sequence[int], Sequence[int]], np.ndarray]
+Ids = Sequence[Sequence[int]]
+# (prompts, completions, fields [H]) -> [H, tokens] float, the model's log-prob of every completion
+# token, one completion after the other, in each of H distributions; no prompt is empty
+Score = Callable[[Ids, Ids, Sampling], np.ndarray]
 
 MARGIN = 2 / 3  # a better reading has at most this share of the other's d
 STANDARD_ERRORS = 4.0
@@ -78,10 +80,10 @@ class Verdict(NamedTuple):
 
 
 def judge(
-    prompts: Sequence[Sequence[int]],
-    tokens: Sequence[Sequence[int]],
+    prompts: Ids,
+    tokens: Ids,
     logprobs: Sequence[Sequence[float]],
-    logits: Logits,
+    score: Score,
     *,
     sampling: Sampling = Sampling(),
     reported: Sampling | None = None,
@@ -99,7 +101,7 @@ def judge(
       tokens: N completions, the sampled token ids.
       logprobs: the number reported for each of these tokens, as long as `tokens`; NaN where there
         is none.
-      logits: the model's, before any temperature; `decoder_logits` makes it from parameters.
+      score: the model's log-probs; `scorer` makes it from parameters.
       sampling: how the tokens are said to have been drawn. Scalars.
       reported: the distribution that the numbers are said to be of: `Sampling()` for raw log-probs;
         None: that of `sampling`, which is what `records.Rollout` holds.
@@ -125,7 +127,7 @@ def judge(
         rows = [prompt(list(row)) for row in prompts]
         if fault and rows == [list(row) for row in prompts]:
             return
-        for distribution, logp in zip(wanted, _score(rows, tokens, logits, wanted), strict=True):
+        for distribution, logp in zip(wanted, _trainer(rows, tokens, score, wanted), strict=True):
             for reading in log_prob_readings.readings(distribution, fault, prompt, known):
                 trainer = _shifted(logp, lengths, reading.shift)
                 errors.append((reading, np.minimum(np.abs(reading.nats(known) - trainer), CAP)))
@@ -142,65 +144,54 @@ def judge(
     return _decide(errors, values, clipped, place)
 
 
-def decoder_logits(params: Any, model: ModelConfig) -> Logits:
-    """Returns the decoder's logits as `judge` takes them.
+def scorer(params: Any, model: ModelConfig, batch_tokens: int = 4096) -> Score:
+    """Returns the decoder's log-probs as `judge` takes them.
 
-    Sequences are padded to powers of two, so that few shapes are compiled.
+    Sequences of a like length are scored together, `batch_tokens` positions at a time or one
+    sequence, and logits are held for `ROWS` positions: memory does not grow with their number.
+    Lengths are padded to powers of two, so that few shapes are compiled.
     """
+    hidden = jax.jit(lambda params, rows: decoder.hidden(params, rows, model))
 
     @jax.jit
-    def forward(params, row, first):
-        positions = jnp.arange(row.shape[1])[None]
-        hidden = decoder.hidden(params, row, model, positions=positions)
-        wanted = jnp.minimum(first + jnp.arange(row.shape[1]), row.shape[1] - 1)
-        return hidden[0, wanted]
+    def block(params, hidden, ids, samplings):
+        return log_probs(decoder.head(params, hidden, model), ids, samplings)
 
-    head = jax.jit(lambda params, x: decoder.head(params, x[None], model)[0].astype(jnp.float32))
+    def score(prompts: Ids, tokens: Ids, samplings: Sampling) -> np.ndarray:
+        lengths = [len(row) for row in tokens]
+        ends = np.cumsum([0, *lengths])
+        out = np.zeros((len(samplings.temperature), ends[-1]))
+        sizes = [len(p) + len(t) for p, t in zip(prompts, tokens, strict=True)]
+        widths = [max(16, 1 << (size - 1).bit_length()) for size in sizes]
+        for width in sorted(set(widths)):
+            members = [i for i, w in enumerate(widths) if w == width and lengths[i]]
+            count = max(1, batch_tokens // width)
+            for start in range(0, len(members), count):
+                group = members[start : start + count]
+                rows = np.zeros((count, width), np.int32)
+                for row, i in zip(rows, group):
+                    row[: sizes[i]] = [*prompts[i], *tokens[i]]
+                x = hidden(params, rows)
+                row = np.repeat(np.arange(len(group)), [lengths[i] for i in group])
+                column = np.concatenate([len(prompts[i]) + np.arange(lengths[i]) for i in group])
+                place = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in group])
+                for first in range(0, len(row), ROWS):
+                    r = np.resize(row[first : first + ROWS], ROWS)
+                    c = np.resize(column[first : first + ROWS], ROWS)
+                    part = block(params, x[r, c - 1], rows[r, c], samplings)
+                    at = place[first : first + ROWS]
+                    out[:, at] = part[:, : len(at)]
+        return out
 
-    def logits(prompt: Sequence[int], completion: Sequence[int]) -> np.ndarray:
-        length = len(prompt) + len(completion)
-        row = np.zeros((1, max(16, 1 << (length - 1).bit_length())), np.int32)
-        row[0, :length] = [*prompt, *completion]
-        hidden = forward(params, row, len(prompt) - 1)
-        padded = min(len(hidden), max(16, 1 << (len(completion) - 1).bit_length()))
-        return np.asarray(head(params, hidden[:padded]))[: len(completion)]
-
-    return logits
-
-
-# Comparing
-
-
-def _score(
-    prompts: list[list[int]],
-    tokens: Sequence[Sequence[int]],
-    logits: Logits,
-    distributions: list[Distribution],
-) -> np.ndarray:
-    """Returns the trainer's log-probs [distributions, tokens]; NaN after an empty prompt."""
-    samplings = Sampling(*np.float32([d.sampling for d in distributions]).T)
-    columns = []
-    for prompt, completion in zip(prompts, tokens, strict=True):
-        if not len(completion):
-            continue
-        if not prompt:
-            columns.append(np.full((len(distributions), len(completion)), np.nan))
-            continue
-        rows = logits(prompt, completion)
-        for start in range(0, len(rows), ROWS):
-            part = rows[start : start + ROWS]
-            ids = np.asarray(completion[start : start + ROWS], np.int32)
-            padding = ROWS - len(part)
-            logp = _log_probs(
-                np.pad(part, ((0, padding), (0, 0))), np.pad(ids, (0, padding)), samplings
-            )
-            columns.append(np.asarray(logp, np.float64)[:, : len(part)])
-    return np.concatenate(columns, axis=1)
+    return score
 
 
-@jax.jit
-def _log_probs(logits: jax.Array, token: jax.Array, samplings: Sampling) -> jax.Array:
-    """Log-probs of `token` [R] in the distributions of `samplings` (fields [H]) -> [H, R]."""
+def log_probs(logits: jax.Array, ids: jax.Array, samplings: Sampling) -> jax.Array:
+    """Returns the log-probs of `ids` [R] in H distributions, `samplings` with fields [H] -> [H, R].
+
+    Args:
+      logits: [R, V] float32.
+    """
     key = jnp.zeros((len(logits), 2), jnp.uint32)
 
     def one(sampling):
@@ -211,9 +202,26 @@ def _log_probs(logits: jax.Array, token: jax.Array, samplings: Sampling) -> jax.
             lambda: draw.sample(logits, key, each).support_mass,
             lambda: jnp.ones(len(logits)),
         )
-        return draw.log_prob(logits, token, sampling.temperature) - jnp.log(mass)
+        return draw.log_prob(logits, ids, sampling.temperature) - jnp.log(mass)
 
     return jax.lax.map(one, samplings)
+
+
+def fields(samplings: Sequence[Sampling]) -> Sampling:
+    """Returns H distributions as one, with fields [H] float32."""
+    return Sampling(*np.array(samplings, np.float32).T)
+
+
+# Comparing
+
+
+def _trainer(prompts: Ids, tokens: Ids, score: Score, wanted: list[Distribution]) -> np.ndarray:
+    """Returns the trainer's log-probs [distributions, tokens]; NaN after an empty prompt."""
+    logp = score(
+        [prompt or [0] for prompt in prompts], tokens, fields([d.sampling for d in wanted])
+    )
+    known = np.repeat([bool(prompt) for prompt in prompts], [len(row) for row in tokens])
+    return np.where(known, logp, np.nan)
 
 
 def _shifted(logp: np.ndarray, lengths: list[int], shift: int) -> np.ndarray:
@@ -274,7 +282,7 @@ def _sentence(
     clipped: np.ndarray,
     place: np.ndarray,
 ) -> tuple[str, str, str]:
-    """Returns name, sentence and remedy of the verdict; `error` [tokens] is of what is stated."""
+    """Returns name, sentence and remedy of the verdict; `error` [tokens] is the stated one's."""
     finite = np.isfinite(error)
     figures = f"mean |difference| {stated.error:.2g} nats"
     if finite.sum() < LEAST_TOKENS and not clipped.sum() >= LEAST_TOKENS:
@@ -382,11 +390,7 @@ def _placeholders(values: np.ndarray) -> np.ndarray:
     return found
 
 
-def _values(
-    prompts: Sequence[Sequence[int]],
-    tokens: Sequence[Sequence[int]],
-    logprobs: Sequence[Sequence[float]],
-) -> np.ndarray:
+def _values(prompts: Ids, tokens: Ids, logprobs: Sequence[Sequence[float]]) -> np.ndarray:
     """Returns the reported numbers in one row, float64. Raises ValueError if they do not fit."""
     if not len(prompts) == len(tokens) == len(logprobs):
         raise ValueError(
