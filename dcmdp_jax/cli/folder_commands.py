@@ -1,4 +1,4 @@
-"""Commands on a model folder: generate, eval, serve.
+"""Commands on a model folder: generate, eval, serve, doctor.
 
 Each checks its options and returns a job that gives the exit status. Imports that need JAX stand in
 the commands, so that bad options are refused at once.
@@ -126,18 +126,76 @@ def serve_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
     return lambda: status
 
 
+def doctor_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
+    """`dcmdp doctor`: tells what is wrong between an engine and the model of a folder."""
+    fields.refuse(options)
+    if bool(args.file) == bool(args.server):
+        raise ValueError("give a file of recorded completions or --server URL, one of the two")
+    if args.limit < 1:
+        raise ValueError(f"--limit {args.limit} must be at least 1")
+    output = pathlib.Path(args.output)
+    if output.is_dir() or not output.parent.is_dir():
+        raise ValueError(f"--output {output} names no file in a folder that exists; give another")
+    from dcmdp_jax.tools import doctor, doctor_page, rollout_records
+
+    vocab_size, max_position = doctor.check(args.model, args.tokenizer)
+    found = rollout_records.read(pathlib.Path(args.file), args.limit, vocab_size, max_position)
+    sampling = _stated_sampling(args, found.sampling)
+    settings = {
+        "model": args.model,
+        "completions": args.file,
+        "sampling": ", ".join(f"{name} {value:g}" for name, value in sampling._asdict().items()),
+        "log-probs": "said to be raw" if args.raw else "said to be of that distribution",
+        "trainer": "bfloat16" if args.bfloat16 else "float32",
+    }
+
+    def log(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    def job() -> int:
+        if found.more:
+            log(f"{args.file} goes on; the first {args.limit} completions are read (--limit)")
+        model = doctor.load(args.model, args.tokenizer, bfloat16=args.bfloat16)
+        reported = Sampling() if args.raw else sampling
+        diagnosis = doctor.examine(model, found.records, sampling, reported, log)
+        print(doctor_page.text(diagnosis))
+        print(f"\nwrote {doctor_page.write(diagnosis, settings, output)}")
+        return 0 if diagnosis.verdict.name == "as stated" else 1
+
+    return job
+
+
+def _stated_sampling(args: argparse.Namespace, in_file: dict[str, float]) -> Sampling:
+    """Returns the settings of a file and of the options, which must not contradict each other."""
+    for name, value in in_file.items():
+        given = getattr(args, name)
+        if given not in (None, value):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {given:g} differs from the {name} of {value:g} that "
+                f"{args.file} states; leave the option out"
+            )
+    given = {name: getattr(args, name) for name in Sampling._fields}
+    given = {name: value for name, value in given.items() if value is not None}
+    return _in_range(Sampling()._replace(**(in_file | given)))
+
+
 def _sampling(args: argparse.Namespace) -> Sampling:
     """Returns the sampling options. Raises ValueError on one that is out of its range."""
-    if not (args.temperature == 0 or 1e-6 <= args.temperature <= 1e6):
-        raise ValueError(f"--temperature {args.temperature:g} must be 0 or lie in 1e-6..1e6")
-    if not 0 <= args.top_k < 2**31 or not 0 < args.top_p <= 1 or not 0 <= args.min_p < 1:
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed {args.seed} must lie in 0..4294967295")
+    return _in_range(Sampling(args.temperature, args.top_k, args.top_p, args.min_p))
+
+
+def _in_range(sampling: Sampling) -> Sampling:
+    temperature, top_k, top_p, min_p = sampling
+    if not (temperature == 0 or 1e-6 <= temperature <= 1e6):
+        raise ValueError(f"--temperature {temperature:g} must be 0 or lie in 1e-6..1e6")
+    if not 0 <= top_k < 2**31 or not 0 < top_p <= 1 or not 0 <= min_p < 1:
         raise ValueError(
             "--top-k must not be negative (nor past 31 bits), --top-p lies in (0, 1] "
             "and --min-p in [0, 1)"
         )
-    if not 0 <= args.seed < 2**32:
-        raise ValueError(f"--seed {args.seed} must lie in 0..4294967295")
-    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
+    return sampling
 
 
 def _done() -> int:

@@ -62,6 +62,17 @@ def make() -> argparse.ArgumentParser:
             "to the log-probs of the same tokens. Fields are set as for train.",
         )
     )
+    _doctor(
+        add(
+            "doctor",
+            folder_commands.doctor_command,
+            "tell what is wrong between an engine and a trainer",
+            "Scores completions that an engine sampled with the model of a folder, says what their "
+            "log-probs are log-probs of, and how large the gap is. The completions are those of a "
+            "file, which another trainer may have written, or of a running server. Ends with "
+            "status 1 if something is to be mended.",
+        )
+    )
     _study(
         add(
             "study",
@@ -291,6 +302,45 @@ def _generate(parser: argparse.ArgumentParser) -> None:
         help="ends a completion; may be repeated",
     )
     parser.add_argument("--chat", action="store_true", help="wrap prompts in the chat template")
+
+
+def _doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "file",
+        nargs="?",
+        help="recorded completions, as JSON lines or Parquet: {prompt_ids, token_ids, logprobs}, a "
+        "token export of prime-rl, or samples of slime",
+    )
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="the Hugging Face folder that is trained"
+    )
+    parser.add_argument("--server", metavar="URL", help="sample from this server, not from a file")
+    _tokenizer(parser)
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        help="how the tokens were drawn (default: as the file says, else 1; 0.7 with --server, so "
+        "that a temperature that is not applied shows)",
+    )
+    parser.add_argument("--top-k", type=int, help="likewise (default: 0, all)")
+    parser.add_argument("--top-p", type=float, help="likewise (default: 1)")
+    parser.add_argument("--min-p", type=float, help="likewise (default: 0)")
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="the log-probs are said to be raw, without temperature and cut",
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="completions that are read, the first ones (default: %(default)s)",
+    )
+    parser.add_argument("--bfloat16", action="store_true", help="load and compute in bfloat16")
+    parser.add_argument(
+        "--output", default="doctor.html", metavar="FILE", help="page (default: %(default)s)"
+    )
 
 
 def _eval(parser: argparse.ArgumentParser) -> None:

@@ -133,7 +133,7 @@ def worst_tokens_table(row: dict[str, Any]) -> str:
         return ""
     rows = [
         [
-            _token_in_context(token),
+            token_in_context(token),
             f"{token['position']:d}",
             f"{token['pi_train']:.3f}",
             f"{token['pi_infer']:.3f}",
@@ -151,7 +151,8 @@ def worst_tokens_table(row: dict[str, Any]) -> str:
     )
 
 
-def _token_in_context(token: dict[str, Any]) -> tables.Cell:
+def token_in_context(token: dict[str, Any]) -> tables.Cell:
+    """Returns a token of `gaps.record`, marked, between the texts before and after it."""
     text = _visible(token["text"]) or f"#{token['token']:d}"
     before = _visible(token["before"])
     after = _visible(token["after"])

@@ -57,7 +57,8 @@ FIRST = 4  # tokens of a completion that another prompt shows in
 LATER = 16  # tokens after which it shows less
 DECAY = 3.0
 ROWS = 32  # positions whose log-probs are computed together
-TEMPERATURES = np.geomspace(0.2, 4.0, 24)  # where a fitted one is searched
+HEAD = 1024  # likeliest tokens in which the end of a support is looked for first
+TEMPERATURES = np.geomspace(0.25, 4.0, 17)  # where a fitted one is searched
 
 
 class Tried(NamedTuple):
@@ -119,7 +120,7 @@ def judge(
     sampling = log_prob_readings.plain(sampling)
     lengths = [len(row) for row in tokens]
     place = np.concatenate([np.arange(length) for length in lengths])
-    clipped = _placeholders(values)
+    clipped = placeholders(values)
     known = np.where(clipped, np.nan, values)
     errors: list[tuple[Reading, np.ndarray]] = []
 
@@ -129,18 +130,22 @@ def judge(
             return
         for distribution, logp in zip(wanted, _trainer(rows, tokens, score, wanted), strict=True):
             for reading in log_prob_readings.readings(distribution, fault, prompt, known):
-                trainer = _shifted(logp, lengths, reading.shift)
+                trainer = np.concatenate([shifted(part, reading.shift) for part in logp])
                 errors.append((reading, np.minimum(np.abs(reading.nats(known) - trainer), CAP)))
 
     distributions = log_prob_readings.distributions(sampling, reported, other_samplings or {})
-    compare(None, _recorded, distributions + log_prob_readings.temperatures(TEMPERATURES, reported))
+    compare(None, _recorded, distributions)
+    if _mean(errors[0][1]) <= ROUND_OFF:  # there is nothing to explain
+        return _decide(errors, values, clipped, place)
+    others = log_prob_readings.cuts(reported)
+    compare(None, _recorded, others + log_prob_readings.temperatures(TEMPERATURES, reported))
     closest = min(errors, key=lambda item: _mean(item[1]))[0]
-    if closest.mistakes > 1 and closest.sampling.temperature in TEMPERATURES:
+    if closest.sampling.temperature in TEMPERATURES:
         step = TEMPERATURES[1] / TEMPERATURES[0]
-        finer = closest.sampling.temperature * np.geomspace(1 / step, step, 29)
+        finer = closest.sampling.temperature * np.geomspace(1 / step, step, 25)
         compare(None, _recorded, log_prob_readings.temperatures(finer, reported))
     for fault, prompt in log_prob_readings.prompts(bos_id, other_prompts or {}):
-        compare(fault, prompt, distributions[:3])
+        compare(fault, prompt, distributions[:2])
     return _decide(errors, values, clipped, place)
 
 
@@ -192,19 +197,55 @@ def log_probs(logits: jax.Array, ids: jax.Array, samplings: Sampling) -> jax.Arr
     Args:
       logits: [R, V] float32.
     """
-    key = jnp.zeros((len(logits), 2), jnp.uint32)
+    is_cut = (samplings.top_k > 0) | (samplings.top_p < 1) | (samplings.min_p > 0)
+    size = min(HEAD, logits.shape[1])
+    head = jax.lax.cond(
+        jnp.any(is_cut),
+        lambda: jax.lax.top_k(logits, size)[0],
+        lambda: jnp.zeros((len(logits), size)),
+    )
 
-    def one(sampling):
-        each = Sampling(*(jnp.full(len(logits), value) for value in sampling))
-        cut = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
+    def one(arguments):
+        sampling, cut = arguments
+        logp = draw.log_prob(logits, ids, sampling.temperature)
         mass = jax.lax.cond(
-            cut,
-            lambda: draw.sample(logits, key, each).support_mass,
-            lambda: jnp.ones(len(logits)),
+            cut, lambda: _support_mass(logits, head, sampling), lambda: jnp.ones(len(logits))
         )
-        return draw.log_prob(logits, ids, sampling.temperature) - jnp.log(mass)
+        return logp - jnp.log(mass)
 
-    return jax.lax.map(one, samplings)
+    return jax.lax.map(one, (samplings, is_cut))
+
+
+def _support_mass(logits: jax.Array, head: jax.Array, sampling: Sampling) -> jax.Array:
+    """Returns the mass of the support, as `sampling.sample` does, from the likeliest tokens' logits
+    `head`, sorted, if it ends among them: it is many times faster.
+    """
+    z = (head - head[:, :1]) / sampling.temperature
+    total = jnp.sum(jnp.exp((logits - head[:, :1]) / sampling.temperature), axis=1)
+    p = jnp.exp(z) / total[:, None]
+    number = jnp.arange(head.shape[1])
+    last = jnp.clip(sampling.top_k.astype(jnp.int32), 1, head.shape[1]) - 1
+    by_k = jnp.where(sampling.top_k > 0, jnp.take(head, last, axis=1), -jnp.inf)
+    p_k = jnp.where(head >= by_k[:, None], p, 0)
+    goal = sampling.top_p * jnp.where(sampling.top_k > 0, jnp.sum(p_k, axis=1), 1)
+    short = jnp.sum(jnp.cumsum(p_k, axis=1) < goal[:, None], axis=1)
+    nucleus = jnp.take_along_axis(head, jnp.minimum(short, number[-1])[:, None], axis=1)[:, 0]
+    by_p = jnp.where(sampling.top_p < 1, nucleus, -jnp.inf)
+    by_min = jnp.where(
+        sampling.min_p > 0, head[:, 0] + sampling.temperature * jnp.log(sampling.min_p), -jnp.inf
+    )
+    lowest = jnp.maximum(jnp.maximum(by_k, by_p), by_min)
+    complete = head.shape[1] == logits.shape[1]
+
+    def slowly():
+        each = Sampling(*(jnp.full(len(logits), value) for value in sampling))
+        return draw.sample(logits, jnp.zeros((len(logits), 2), jnp.uint32), each).support_mass
+
+    return jax.lax.cond(
+        complete | jnp.all(lowest > head[:, -1]),
+        lambda: jnp.sum(jnp.where(head >= lowest[:, None], p, 0), axis=1),
+        slowly,
+    )
 
 
 def fields(samplings: Sequence[Sampling]) -> Sampling:
@@ -215,28 +256,23 @@ def fields(samplings: Sequence[Sampling]) -> Sampling:
 # Comparing
 
 
-def _trainer(prompts: Ids, tokens: Ids, score: Score, wanted: list[Distribution]) -> np.ndarray:
-    """Returns the trainer's log-probs [distributions, tokens]; NaN after an empty prompt."""
+def _trainer(prompts: Ids, tokens: Ids, score: Score, wanted: list[Distribution]) -> list:
+    """Returns the trainer's log-probs, for each distribution those of every completion; NaN after
+    an empty prompt.
+    """
     logp = score(
         [prompt or [0] for prompt in prompts], tokens, fields([d.sampling for d in wanted])
     )
     known = np.repeat([bool(prompt) for prompt in prompts], [len(row) for row in tokens])
-    return np.where(known, logp, np.nan)
+    ends = np.cumsum([len(row) for row in tokens])[:-1]
+    return [np.split(row, ends) for row in np.where(known, logp, np.nan)]
 
 
-def _shifted(logp: np.ndarray, lengths: list[int], shift: int) -> np.ndarray:
-    """Returns, at token t of each completion, the log-prob of token t + shift, or NaN."""
-    if not shift:
-        return logp
-    out = np.full_like(logp, np.nan)
-    start = 0
-    for length in lengths:
-        row = logp[start : start + length]
-        if shift > 0:
-            out[start : start + length - shift] = row[shift:]
-        else:
-            out[start - shift : start + length] = row[:shift]
-        start += length
+def shifted(logp: np.ndarray, shift: int) -> np.ndarray:
+    """Returns, at token t of a completion, the log-prob of token t + shift; NaN past its ends."""
+    out = np.full(len(logp), np.nan)
+    kept = max(len(logp) - abs(shift), 0)
+    out[max(-shift, 0) :][:kept] = logp[max(shift, 0) :][:kept]
     return out
 
 
@@ -377,7 +413,7 @@ def _grid(values: np.ndarray) -> tuple[float, str]:
     return 0.0, ""
 
 
-def _placeholders(values: np.ndarray) -> np.ndarray:
+def placeholders(values: np.ndarray) -> np.ndarray:
     """Returns which values [tokens] are placeholders: -1000 or less, or a least value that three
     tokens share and that is not rounding's.
     """

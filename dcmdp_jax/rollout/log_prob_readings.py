@@ -138,18 +138,29 @@ def distributions(
                 other,
             )
         )
-    if reported == uncut:
-        cuts = [uncut._replace(top_p=p) for p in (0.8, 0.9, 0.95)]
-        cuts += [uncut._replace(top_k=k) for k in (20, 40, 50)] + [uncut._replace(min_p=0.05)]
-        for cut in cuts:
-            fault = Fault(
+    return found
+
+
+def cuts(reported: Sampling) -> list[Distribution]:
+    """Returns supports that an engine may have cut though none is stated."""
+    uncut = Sampling(reported.temperature)
+    if reported != uncut:
+        return []
+    tried = [uncut._replace(top_p=p) for p in (0.8, 0.9, 0.95)]
+    tried += [uncut._replace(top_k=k) for k in (20, 40, 50)] + [uncut._replace(min_p=0.05)]
+    return [
+        Distribution(
+            Fault(
                 "support cut",
                 "the reported log-probs are renormalised over a cut support, about"
                 f"{cut_text(cut)[1:]}, and none is stated",
                 "send top_p 1, top_k 0 (or -1) and min_p 0 with every request, or state the cut",
-            )
-            add(Distribution(fault, cut, 2))
-    return found
+            ),
+            cut,
+            2,
+        )
+        for cut in tried
+    ]
 
 
 def temperatures(temperatures: np.ndarray, reported: Sampling) -> list[Distribution]:
