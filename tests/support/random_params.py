@@ -11,12 +11,16 @@ from dcmdp_jax.models import decoder
 
 
 def random_params(
-    config: ModelConfig, scale: float = 1.0, dtype=jnp.float32, norms: float | None = None
+    config: ModelConfig,
+    scale: float = 1.0,
+    dtype=jnp.float32,
+    norms: float | None = None,
+    seed: int = 0,
 ) -> dict:
     """Returns normal numbers times `scale`. If `norms` is set, the scales of norms are that number
     plus a tenth of a normal one.
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
 
     def fill(path, shape):
         values = rng.normal(size=shape.shape)
