@@ -12,12 +12,13 @@ are tried in the order of how many mistakes they take; one replaces the best so 
     2. the mean of the differences between the two is over 4 of its standard errors, and
     3. the best so far is above 1e-4 nats, which float32 round-off explains.
 The verdict is then
+    - "other prompt" if no reading is left that leaves at most 0.2 nats, or only the stated one, and
+      the first 4 tokens of completions differ by over 0.4 nats in the mean, which is more than 4
+      times what those from the 17th on do: what is sampled makes up for the prompt;
     - "as stated" if no reading replaced the stated one and its d is at most 0.2 nats (bfloat16
       engines show about 0.03, int8 and float8 up to 0.2), unless placeholders or rounding make more
       of the gap than the rest;
     - the name of the reading that is left, if its d is at most 0.2 nats;
-    - "other prompt" if the mean |difference| of each completion's first 4 tokens is over three
-      times that of the tokens from the 17th on: what is sampled itself makes up for the prompt;
     - "other weights" if half of the tokens differ by more than 0.1 nats;
     - "cannot tell" for the rest, and for fewer than 32 tokens.
 Weights that are a few updates old differ as little as kernels do: "as stated" does not exclude
@@ -55,7 +56,8 @@ PLACEHOLDER = -1000.0  # no log-prob of a sampled token is as low
 LEAST_TOKENS = 32
 FIRST = 4  # tokens of a completion that another prompt shows in
 LATER = 16  # tokens after which it shows less
-DECAY = 3.0
+EARLY = 0.4  # nats
+DECAY = 4.0
 ROWS = 32  # positions whose log-probs are computed together
 HEAD = 1024  # likeliest tokens in which the end of a support is looked for first
 TEMPERATURES = np.geomspace(0.25, 4.0, 17)  # where a fitted one is searched
@@ -139,11 +141,14 @@ def judge(
         return _decide(errors, values, clipped, place)
     others = log_prob_readings.cuts(reported)
     compare(None, _recorded, others + log_prob_readings.temperatures(TEMPERATURES, reported))
-    closest = min(errors, key=lambda item: _mean(item[1]))[0]
-    if closest.sampling.temperature in TEMPERATURES:
-        step = TEMPERATURES[1] / TEMPERATURES[0]
-        finer = closest.sampling.temperature * np.geomspace(1 / step, step, 25)
+    step = TEMPERATURES[1] / TEMPERATURES[0]
+    for _ in range(2):
+        closest = min(errors, key=lambda item: _mean(item[1]))[0]
+        if not log_prob_readings.is_fitted(closest):
+            break
+        finer = closest.sampling.temperature * np.geomspace(1 / step, step, 17)
         compare(None, _recorded, log_prob_readings.temperatures(finer, reported))
+        step = finer[1] / finer[0]
     for fault, prompt in log_prob_readings.prompts(bos_id, other_prompts or {}):
         compare(fault, prompt, distributions[:2])
     return _decide(errors, values, clipped, place)
@@ -242,7 +247,7 @@ def _support_mass(logits: jax.Array, head: jax.Array, sampling: Sampling) -> jax
         return draw.sample(logits, jnp.zeros((len(logits), 2), jnp.uint32), each).support_mass
 
     return jax.lax.cond(
-        complete | jnp.all(lowest > head[:, -1]),
+        complete | ((sampling.top_k <= head.shape[1]) & jnp.all(lowest > head[:, -1])),
         lambda: jnp.sum(jnp.where(head >= lowest[:, None], p, 0), axis=1),
         slowly,
     )
@@ -333,11 +338,10 @@ def _sentence(
         if best.error <= NUMERICAL:
             figures = f"{figures} as stated, {best.error:.2g} when read so"
             return best.reading.name, f"{sentence} ({figures})", remedy
-    elif best.error <= NUMERICAL:
-        return _as_stated(stated, values, clipped, finite)
     early = error[finite & (place < FIRST)]
     late = error[finite & (place >= LATER)]
-    if len(late) >= LEAST_TOKENS and len(early) and early.mean() > DECAY * late.mean():
+    enough = min(len(early), len(late)) >= LEAST_TOKENS
+    if enough and early.mean() > max(EARLY, DECAY * late.mean()):
         return (
             "other prompt",
             f"the engine had another prompt: the first {FIRST} tokens differ by {early.mean():.2g} "
@@ -345,6 +349,8 @@ def _sentence(
             "compare the ids that the engine received with the recorded prompt: chat template, "
             "system message, truncation",
         )
+    if best.error <= NUMERICAL:
+        return _as_stated(stated, values, clipped, finite)
     broad = np.mean(error[finite] > BROAD)
     nearest = (
         f"; the nearest reading, {best.reading.name}, leaves {best.error:.2g}"
@@ -405,11 +411,10 @@ def _grid(values: np.ndarray) -> tuple[float, str]:
     for digits in (0, 1, 2, 3):
         if np.all(np.abs(values * 10**digits - np.round(values * 10**digits)) < 1e-4):
             return 10.0**-digits, f"{digits} decimal places"
-    if np.all(values == values.astype(np.float16)):
-        return float(np.mean(np.spacing(np.abs(values).astype(np.float16)))), "float16"
-    if np.all(values == values.astype(jnp.bfloat16)):
-        exponent = np.floor(np.log2(np.maximum(np.abs(values), 1e-30)))
-        return float(np.mean(2.0 ** (exponent - 7))), "bfloat16"
+    exponent = np.floor(np.log2(np.maximum(np.abs(values), 1e-6)))
+    for name, dtype, bits in (("bfloat16", jnp.bfloat16, 7), ("float16", np.float16, 10)):
+        if np.all(values == values.astype(dtype).astype(np.float64)):
+            return float(np.mean(2.0 ** (exponent - bits))), name
     return 0.0, ""
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from dcmdp_jax.records import Sampling
 
+FITTED = "another temperature"
 Prompt = Callable[[list[int]], list[int]]  # the recorded ids -> those that the engine may have had
 
 
@@ -168,7 +169,7 @@ def temperatures(temperatures: np.ndarray, reported: Sampling) -> list[Distribut
     return [
         Distribution(
             Fault(
-                "another temperature",
+                FITTED,
                 f"the reported log-probs are of temperature {temperature:.2f}, not "
                 f"{reported.temperature:g}{cut_text(reported)}",
                 "send the temperature with every request, or state the one that the engine used",
