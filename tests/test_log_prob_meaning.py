@@ -9,9 +9,12 @@ import pytest
 
 from dcmdp_jax.records import Sampling
 from dcmdp_jax.rollout import log_prob_meaning as meaning
+from dcmdp_jax.rollout import sampling as draw
 from dcmdp_jax.rollout.log_prob_meaning import fields, judge
 from support.engines import DENSE, G, make_params, sample
 from support.random_params import random_params
+
+pytestmark = pytest.mark.full
 
 BOS = 36  # of no completion here
 NOISE = 0.06  # nats, for this flat model: a mean delta as of bfloat16 kernels, 5e-3
@@ -281,13 +284,11 @@ def test_what_does_not_fit_is_refused(change, message):
 )
 def test_the_support_is_that_of_the_sampler(sampling, monkeypatch):
     """Where its end is looked for among the likeliest tokens, and where it lies past them."""
-    from dcmdp_jax.rollout.sampling import sample as draw
-
     rng = np.random.default_rng(3)
     logits = jnp.asarray(2 * rng.normal(size=(16, 500)), jnp.float32)
     each = Sampling(*(jnp.full(16, value) for value in sampling))
     ids = jnp.argmax(logits, axis=1)
-    mass = draw(logits, jnp.zeros((16, 2), jnp.uint32), each).support_mass
+    mass = draw.sample(logits, jnp.zeros((16, 2), jnp.uint32), each).support_mass
     full = jax.nn.log_softmax(logits / 0.7)[jnp.arange(16), ids]
     for head in (4, 64, 1024):
         monkeypatch.setattr(meaning, "HEAD", head)

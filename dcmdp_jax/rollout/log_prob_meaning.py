@@ -11,14 +11,14 @@ are tried in the order of how many mistakes they take; one replaces the best so 
     1. its d is at most 2/3 of the other's on the tokens that both have, and
     2. the mean of the differences between the two is over 4 of its standard errors, and
     3. the best so far is above 1e-4 nats, which float32 round-off explains.
-The verdict is then
-    - "other prompt" if no reading is left that leaves at most 0.2 nats, or only the stated one, and
-      the first 4 tokens of completions differ by over 0.4 nats in the mean, which is more than 4
-      times what those from the 17th on do: what is sampled makes up for the prompt;
-    - "as stated" if no reading replaced the stated one and its d is at most 0.2 nats (bfloat16
-      engines show about 0.03, int8 and float8 up to 0.2), unless placeholders or rounding make more
-      of the gap than the rest;
-    - the name of the reading that is left, if its d is at most 0.2 nats;
+The verdict is then the first of these that holds:
+    - the name of the reading that replaced the stated one, if its d is at most 0.2 nats;
+    - "other prompt" if the first 4 tokens of completions differ by over 0.4 nats in the mean, and
+      by over 4 times as much as those from the 17th on: what is sampled makes up for the prompt;
+    - "clipped values" or "rounded values" if d is at most 0.2 nats, and there are placeholders, or
+      a rounding that all values share makes half of d;
+    - "as stated" if d is at most 0.2 nats: bfloat16 engines show about 0.03, int8 and float8 ones
+      up to 0.2;
     - "other weights" if half of the tokens differ by more than 0.1 nats;
     - "cannot tell" for the rest, and for fewer than 32 tokens.
 Weights that are a few updates old differ as little as kernels do: "as stated" does not exclude

@@ -181,6 +181,11 @@ def temperatures(temperatures: np.ndarray, reported: Sampling) -> list[Distribut
     ]
 
 
+def is_fitted(reading: Reading) -> bool:
+    """Whether its temperature is one of `temperatures`."""
+    return any(fault.name == FITTED for fault in reading.faults)
+
+
 def prompts(bos_id: int | None, others: Mapping[str, Prompt]) -> Iterator[tuple[Fault, Prompt]]:
     """Returns prompts that the engine may have had, beside the recorded one."""
     if bos_id is not None:

@@ -1,0 +1,204 @@
+"""`dcmdp doctor`: verdict, figures and page of files with and without a mistake."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dcmdp_jax import cli
+from dcmdp_jax.models import weights
+from dcmdp_jax.records import Sampling
+from dcmdp_jax.rollout import log_prob_meaning
+from dcmdp_jax.tokens import tokenizer
+from dcmdp_jax.tools import doctor, rollout_records
+from dcmdp_jax.tools.rollout_records import Record
+from support.engines import DENSE, G, make_params, sample
+from support.pages import Page
+
+pytestmark = pytest.mark.full
+
+TOKENIZER = tokenizer.CharacterTokenizer("".join(chr(ord("A") + i) for i in range(35)))
+SETTINGS = Sampling(0.7)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model's folder, with its tokenizer."""
+    path = tmp_path_factory.mktemp("model") / "hf"
+    weights.save(path, DENSE, make_params(DENSE))
+    tokenizer.save(TOKENIZER, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return doctor.load(folder)
+
+
+@pytest.fixture(scope="module")
+def records():
+    """What an int8 engine sampled at temperature 0.7."""
+    out = sample(DENSE, "int8", temperature=0.7)
+    return [
+        Record(
+            out.prompts.tokens[i // G, : out.prompts.lengths[i // G]].tolist(),
+            row[:n].tolist(),
+            logp[:n].tolist(),
+            None,
+        )
+        for i, (row, logp, n) in enumerate(zip(out.tokens, out.rollout_logp, out.lengths))
+    ]
+
+
+def reported(records, sampling):
+    """The records with the log-probs of another distribution, as an exact engine reports them."""
+    score = log_prob_meaning.scorer(make_params(DENSE), DENSE)
+    tokens = [record.tokens for record in records]
+    (flat,) = score([r.prompt for r in records], tokens, log_prob_meaning.fields([sampling]))
+    rows = np.split(flat, np.cumsum([len(row) for row in tokens])[:-1])
+    return [r._replace(logp=row.tolist()) for r, row in zip(records, rows, strict=True)]
+
+
+@pytest.fixture
+def run(folder, tmp_path, capsys):
+    """Runs the command on records and returns its status, output, and page."""
+
+    def command(records, *options, sampling=None):
+        file = tmp_path / "rollouts.jsonl"
+        rollout_records.write(file, records, sampling or {})
+        page = tmp_path / "doctor.html"
+        words = ["doctor", str(file), "--model", folder, "--output", str(page), *options]
+        status = cli.main(words)
+        return status, capsys.readouterr(), page.read_text() if page.exists() else ""
+
+    return command
+
+
+def test_figures_of_a_gap_by_their_definitions(model, records):
+    figures = doctor.examine(model, records, SETTINGS, SETTINGS).stated
+    train = np.concatenate([r.logp for r in reported(records, SETTINGS)])
+    engine = np.concatenate([r.logp for r in records])
+    delta = np.abs(np.exp(train) - np.exp(engine))
+    everything = figures.by_position["all"]
+    assert everything.tokens == len(train)
+    assert everything.delta == pytest.approx(delta.mean(), rel=1e-3)
+    assert everything.logp_diff_mean == pytest.approx(np.abs(train - engine).mean(), rel=1e-3)
+    assert float(figures.calibration.floor) == pytest.approx(delta.mean(), rel=1e-3)
+    unlikely = np.exp(engine) < 0.1
+    assert figures.by_probability["< 0.1"].tokens == unlikely.sum()
+    assert figures.by_probability["< 0.1"].delta == pytest.approx(delta[unlikely].mean(), rel=1e-3)
+    worst = figures.gaps["worst"][0]
+    assert worst["delta"] == pytest.approx(delta.max(), rel=1e-3)
+
+
+def test_corrections_are_shares_of_tokens_and_completions(model, records):
+    """The first token of each completion has the ratio e, above all bounds but IcePop's."""
+    exact = reported(records, SETTINGS)
+    changed = [r._replace(logp=[r.logp[0] - 1.0, *r.logp[1:]]) for r in exact]
+    figures = doctor.examine(model, changed, SETTINGS, SETTINGS).stated
+    share = len(changed) / sum(len(r.tokens) for r in changed)
+    tis, mis, icepop, sequence, geometric = figures.corrected
+    assert tis == mis == pytest.approx(share)
+    assert icepop == 0.0
+    assert sequence == 0.0
+    assert geometric == 1.0
+
+
+def test_a_numerical_gap_ends_with_status_0(run, records):
+    status, output, page = run(records, sampling={"temperature": 0.7})
+    assert status == 0
+    assert output.out.startswith("Verdict: as stated\n")
+    assert "calls for a tolerance of" in output.out
+    assert "once that is mended" not in output.out
+    assert "Verdict: as stated" in Page(page).text
+
+
+def test_a_mistake_ends_with_status_1_and_shows_the_gap_without_it(run, records):
+    status, output, page = run(reported(records, Sampling()), "--temperature", "0.7")
+    assert status == 1
+    assert output.out.startswith("Verdict: raw log-probs\n")
+    assert "Remedy: have the engine report processed log-probs" in output.out
+    (total,) = (line.split() for line in output.out.splitlines() if line.startswith("all "))
+    assert float(total[2]) < 1e-6
+    text = Page(page).text
+    assert "once mended" in text
+    assert "raw log-probs" in text
+
+
+def test_numbers_that_are_said_to_be_raw_are_compared_with_raw_ones(run, records):
+    status, output, _ = run(reported(records, Sampling()), "--temperature", "0.7", "--raw")
+    assert status == 0
+    assert output.out.startswith("Verdict: as stated\n")
+
+
+def test_placeholders_are_left_out_once_named(model, records):
+    exact = reported(records, SETTINGS)
+    clipped = [r._replace(logp=[-9999.0, *r.logp[1:]]) for r in exact]
+    found = doctor.examine(model, clipped, SETTINGS, SETTINGS)
+    assert found.verdict.name == "clipped values"
+    assert found.stated.by_position["all"].logp_diff_max > 9000
+    assert found.read.by_position["all"].logp_diff_max < 1e-4
+    assert found.read.dropped == len(clipped)
+
+
+def test_the_trainer_of_the_file_is_compared_too(model, records):
+    """Its log-probs are 0.25 nats from the model's, so that one knows which of the two is off."""
+    exact = reported(records, SETTINGS)
+    theirs = [r._replace(trainer_logp=[x - 0.25 for x in r.logp]) for r in exact]
+    found = doctor.examine(model, theirs, SETTINGS, SETTINGS).recorded_trainer
+    assert found.engine == pytest.approx(0.25)
+    assert found.model == pytest.approx(0.25, abs=1e-4)
+
+
+def test_a_folder_without_a_tokenizer_shows_ids(records, tmp_path):
+    weights.save(tmp_path / "hf", DENSE, make_params(DENSE))
+    model = doctor.load(str(tmp_path / "hf"))
+    assert model.tokenizer is None
+    worst = doctor.examine(model, records, SETTINGS, SETTINGS).stated.gaps["worst"][0]
+    assert worst["text"] == str(worst["token"])
+
+
+def test_the_models_own_settings_are_tried(records, tmp_path):
+    """A server takes them from generation_config.json where a request names none."""
+    weights.save(tmp_path / "hf", DENSE, make_params(DENSE))
+    settings = {"temperature": 0.6, "top_k": 5, "top_p": 0.95}
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(settings))
+    model = doctor.load(str(tmp_path / "hf"))
+    changed = reported(records, Sampling(0.6, 5, 0.95))
+    verdict = doctor.examine(model, changed, Sampling(), Sampling()).verdict
+    assert verdict.name == "other sampling settings"
+    assert "generation_config.json" in verdict.sentence
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ((), "give a file of recorded completions or --server URL, one of the two"),
+        (("x.jsonl", "--limit", "0"), "--limit 0 must be at least 1"),
+        (("x.jsonl", "--output", "none/doctor.html"), "--output none/doctor.html names no file"),
+        (("x.jsonl",), "file of recorded completions x.jsonl does not exist"),
+    ],
+)
+def test_bad_options_are_refused(folder, options, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["doctor", *options, "--model", folder]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_option_that_contradicts_the_file_is_refused(run, records):
+    status, output, _ = run(records, "--temperature", "1", sampling={"temperature": 0.7})
+    assert status == 2
+    assert "--temperature 1 differs from the temperature of 0.7" in output.err
+
+
+def test_a_family_that_is_not_supported_is_refused_before_the_file_is_read(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    assert cli.main(["doctor", "none.jsonl", "--model", str(tmp_path)]) == 2
+    assert "GPT2LMHeadModel" in capsys.readouterr().err
+
+
+def test_a_file_that_goes_on_is_said_to(run, records):
+    status, output, _ = run(records, "--limit", "5", sampling={"temperature": 0.7})
+    assert status == 0
+    assert "goes on; the first 5 completions are read (--limit)" in output.err
+    assert "over 5 completions" in output.out
