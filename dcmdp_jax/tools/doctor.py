@@ -8,6 +8,7 @@ numbers and, if they are to be read otherwise, once read so.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -211,16 +212,21 @@ def _other_prompts(tokenizer: Tokenizer | None) -> dict[str, Prompt]:
     if tokenizer is None:
         return {}
 
-    def in_template(thinking: bool) -> Prompt:
+    def by_text(encode: Callable[[str], list[int]]) -> Prompt:
         def prompt(ids: list[int]) -> list[int]:
-            message = {"role": "user", "content": tokenizer.decode(ids)}
-            return tokenizer.encode_chat([message], enable_thinking=thinking)
+            try:
+                return encode(tokenizer.decode(ids))
+            except ValueError:  # a text that it cannot encode is no way that the prompt went
+                return ids
 
         return prompt
 
-    found = {"its text was tokenized again": lambda ids: tokenizer.encode(tokenizer.decode(ids))}
+    def in_template(text: str, *, thinking: bool = True) -> list[int]:
+        return tokenizer.encode_chat([{"role": "user", "content": text}], enable_thinking=thinking)
+
+    found = {"its text was tokenized again": by_text(tokenizer.encode)}
     try:
-        tokenizer.encode_chat([{"role": "user", "content": "1"}], enable_thinking=True)
+        in_template("1")
     except ValueError:
         return found  # there is no chat template
     no_thinking = tokenizer.encode("<think>\n\n</think>\n\n")
@@ -230,8 +236,9 @@ def _other_prompts(tokenizer: Tokenizer | None) -> dict[str, Prompt]:
             return ids[: -len(no_thinking)]
         return [*ids, *no_thinking]
 
-    found["it was put into the chat template"] = in_template(True)
-    found["it was put into the chat template, thinking off"] = in_template(False)
+    off = functools.partial(in_template, thinking=False)
+    found["it was put into the chat template"] = by_text(in_template)
+    found["it was put into the chat template, thinking off"] = by_text(off)
     found["thinking is on in one and off in the other (enable_thinking)"] = thinking_toggled
     return found
 
