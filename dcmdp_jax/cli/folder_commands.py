@@ -129,8 +129,6 @@ def serve_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
 def doctor_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
     """`dcmdp doctor`: tells what is wrong between an engine and the model of a folder."""
     fields.refuse(options)
-    if bool(args.file) == bool(args.server):
-        raise ValueError("give a file of recorded completions or --server URL, one of the two")
     if args.limit < 1:
         raise ValueError(f"--limit {args.limit} must be at least 1")
     output = pathlib.Path(args.output)

@@ -68,9 +68,8 @@ def make() -> argparse.ArgumentParser:
             folder_commands.doctor_command,
             "tell what is wrong between an engine and a trainer",
             "Scores completions that an engine sampled with the model of a folder, says what their "
-            "log-probs are log-probs of, and how large the gap is. The completions are those of a "
-            "file, which another trainer may have written, or of a running server. Ends with "
-            "status 1 if something is to be mended.",
+            "log-probs are log-probs of, and how large the gap is. Another trainer may have "
+            "written the file. Ends with status 1 if something is to be mended.",
         )
     )
     _study(
@@ -307,20 +306,17 @@ def _generate(parser: argparse.ArgumentParser) -> None:
 def _doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file",
-        nargs="?",
         help="recorded completions, as JSON lines or Parquet: {prompt_ids, token_ids, logprobs}, a "
         "token export of prime-rl, or samples of slime",
     )
     parser.add_argument(
         "--model", required=True, metavar="DIR", help="the Hugging Face folder that is trained"
     )
-    parser.add_argument("--server", metavar="URL", help="sample from this server, not from a file")
     _tokenizer(parser)
     parser.add_argument(
         "--temperature",
         type=float,
-        help="how the tokens were drawn (default: as the file says, else 1; 0.7 with --server, so "
-        "that a temperature that is not applied shows)",
+        help="how the tokens were drawn (default: as the file says, else 1)",
     )
     parser.add_argument("--top-k", type=int, help="likewise (default: 0, all)")
     parser.add_argument("--top-p", type=float, help="likewise (default: 1)")
