@@ -64,8 +64,8 @@ class Batches:
         nothing.
         """
         if self._looks_ahead:
-            # The sampler must see the state as after this update, of which only `stale` and `step`
-            # are right here.
+            # Only `stale` and `step` of this state are updated yet; the sampler reads no other
+            # field.
             self._update_weights(
                 state._replace(stale=(*state.stale, state.params)[1:], step=state.step + 1)
             )

@@ -84,15 +84,16 @@ class Compute:
 class ModelConfig:
     """A decoder of the Qwen3 family and its relatives: sizes and switches.
 
-    Names follow Hugging Face. `num_experts == 0` is the dense model.
+    Hugging Face's names, shortened; the comments hold those that differ. `num_experts == 0` is the
+    dense model.
     """
 
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
+    num_layers: int  # num_hidden_layers
+    num_heads: int  # num_attention_heads
+    num_kv_heads: int  # num_key_value_heads
     head_dim: int
     rope_theta: float = 1_000_000.0
     rope_scaling: Linear | Llama3 | Yarn | None = None
@@ -101,10 +102,10 @@ class ModelConfig:
     qkv_bias: bool = False  # biases of the query, key and value projections
     o_bias: bool = False  # bias of attention's output projection
     tie_word_embeddings: bool = False  # the head is the embedding, transposed
-    max_position: int = 40_960
+    max_position: int = 40_960  # max_position_embeddings
     num_experts: int = 0
-    experts_per_token: int = 0
-    expert_size: int = 0
+    experts_per_token: int = 0  # num_experts_per_tok
+    expert_size: int = 0  # moe_intermediate_size
     norm_topk_prob: bool = True
     decoder_sparse_step: int = 1
     mlp_only_layers: tuple[int, ...] = ()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
 import math
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -37,6 +38,18 @@ class SupervisedBatch(NamedTuple):
 
     tokens: np.ndarray  # [B, S] int32, padded on the right
     mask: np.ndarray  # [B, S] bool, True on completion tokens, stop token included
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptFormat:
+    """How the ids of a prompt are made from a problem."""
+
+    chat: bool = False  # wrapped in the tokenizer's chat template
+    enable_thinking: bool = False  # passed to the chat template
+    # follows each user message, or the plain prompt, on a line of its own
+    instruction: str = ""
+    # special tokens written in a message are ids, not text; in a plain prompt they always are
+    special_tokens_in_text: bool = False
 
 
 def read(path: str | pathlib.Path) -> list[Example]:
@@ -75,24 +88,15 @@ def read(path: str | pathlib.Path) -> list[Example]:
 def tokenize(
     examples: Sequence[Example],
     tokenizer: Tokenizer,
+    prompt_format: PromptFormat = PromptFormat(),
     *,
     max_prompt_tokens: int = 0,
-    chat: bool = False,
-    enable_thinking: bool = False,
-    instruction: str = "",
-    special_tokens_in_text: bool = False,
 ) -> Prompts:
     """Returns one batch of prompts, padded on the right to `max_prompt_tokens`, or the longest (0).
 
-    With `chat` the prompt is wrapped in the tokenizer's chat template; `instruction` follows each
-    user message (or the plain prompt) on a line of its own. A special token written in a message is
-    text unless `special_tokens_in_text`; in a plain prompt it becomes its id. Raises ValueError on
-    a prompt longer than `max_prompt_tokens`: prompts are never truncated.
+    Raises ValueError on a prompt longer than `max_prompt_tokens`: prompts are never truncated.
     """
-    ids = [
-        _encode(example, tokenizer, chat, enable_thinking, instruction, special_tokens_in_text)
-        for example in examples
-    ]
+    ids = [_encode(example, tokenizer, prompt_format) for example in examples]
     lengths = np.array([len(row) for row in ids], np.int32)
     max_prompt_tokens = max_prompt_tokens or int(lengths.max())
     if lengths.max() > max_prompt_tokens:
@@ -106,15 +110,12 @@ def tokenize(
 def prompt_batches(
     source: Sequence[Example] | Task,
     tokenizer: Tokenizer,
+    prompt_format: PromptFormat = PromptFormat(),
     *,
     batch_size: int,
     max_prompt_tokens: int,
     seed: int,
     shuffle: bool = True,
-    chat: bool = False,
-    enable_thinking: bool = False,
-    instruction: str = "",
-    special_tokens_in_text: bool = False,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator[Prompts]:
@@ -132,14 +133,8 @@ def prompt_batches(
         raise ValueError(
             f"data.prompts_per_step={batch_size} does not divide over {process_count} processes"
         )
-    wrap = {
-        "chat": chat,
-        "enable_thinking": enable_thinking,
-        "instruction": instruction,
-        "special_tokens_in_text": special_tokens_in_text,
-    }
     if isinstance(source, Sequence):
-        problems = _fitting(source, tokenizer, max_prompt_tokens, wrap)
+        problems = _fitting(source, tokenizer, prompt_format, max_prompt_tokens)
         order = grain.MapDataset.range(len(problems)).seed(seed)
         order = (order.shuffle() if shuffle else order).repeat(_ENDLESS // len(problems))
         problem = problems.__getitem__
@@ -150,9 +145,8 @@ def prompt_batches(
 
     def load(indices: np.ndarray) -> Prompts:
         own = indices[process_index * local : (process_index + 1) * local].tolist()
-        return tokenize(
-            [problem(i) for i in own], tokenizer, max_prompt_tokens=max_prompt_tokens, **wrap
-        )
+        examples = [problem(i) for i in own]
+        return tokenize(examples, tokenizer, prompt_format, max_prompt_tokens=max_prompt_tokens)
 
     batches = order.batch(batch_size).map(load)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
@@ -195,17 +189,10 @@ def _pad(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> np.ndarray:
     return padded
 
 
-def _encode(
-    example: Example,
-    tokenizer: Tokenizer,
-    chat: bool,
-    enable_thinking: bool,
-    instruction: str,
-    special_tokens_in_text: bool,
-) -> list[int]:
-    """Returns the ids of one prompt; see `tokenize`."""
-    tail = f"\n{instruction}" if instruction else ""
-    if not chat:
+def _encode(example: Example, tokenizer: Tokenizer, prompt_format: PromptFormat) -> list[int]:
+    """Returns the ids of one prompt."""
+    tail = f"\n{prompt_format.instruction}" if prompt_format.instruction else ""
+    if not prompt_format.chat:
         if not isinstance(example.prompt, str):
             raise ValueError(
                 f"the prompts of {example.source!r} are chat messages; set data.chat=True"
@@ -218,18 +205,23 @@ def _encode(
         {**m, "content": m["content"] + tail} if m["role"] == "user" else m for m in messages
     ]
     return tokenizer.encode_chat(
-        messages, enable_thinking=enable_thinking, special_tokens_in_text=special_tokens_in_text
+        messages,
+        enable_thinking=prompt_format.enable_thinking,
+        special_tokens_in_text=prompt_format.special_tokens_in_text,
     )
 
 
 def _fitting(
-    examples: Sequence[Example], tokenizer: Tokenizer, max_prompt_tokens: int, wrap: Mapping
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    prompt_format: PromptFormat,
+    max_prompt_tokens: int,
 ) -> list[Example]:
     """Returns the problems of at most `max_prompt_tokens` tokens; the log counts the others."""
     fitting = [
         example
         for example in examples
-        if len(_encode(example, tokenizer, **wrap)) <= max_prompt_tokens
+        if len(_encode(example, tokenizer, prompt_format)) <= max_prompt_tokens
     ]
     if not fitting:
         raise ValueError(

@@ -163,10 +163,8 @@ def test_chat_wraps_each_prompt(chat_folder, enable_thinking):
     batch = data.tokenize(
         examples,
         tokenizer,
+        data.PromptFormat(chat=True, enable_thinking=enable_thinking, instruction="Box it."),
         max_prompt_tokens=96,
-        chat=True,
-        enable_thinking=enable_thinking,
-        instruction="Box it.",
     )
     asked = [
         [{"role": "user", "content": "1+1?\nBox it."}],
@@ -191,14 +189,14 @@ def test_special_tokens_of_a_problem_are_text_in_a_message_alone(
     batch = data.tokenize(
         [Example("a<|im_end|>b", "2")],
         qwen3,
-        chat=chat,
-        special_tokens_in_text=special_tokens_in_text,
+        data.PromptFormat(chat=chat, special_tokens_in_text=special_tokens_in_text),
     )
     assert (batch.tokens == 151_645).sum() == closed
 
 
 def test_plain_prompts():
-    batch = data.tokenize([Example("ab", "c")], LETTERS, max_prompt_tokens=8, instruction="yz")
+    asked = data.PromptFormat(instruction="yz")
+    batch = data.tokenize([Example("ab", "c")], LETTERS, asked, max_prompt_tokens=8)
     assert LETTERS.decode(batch.tokens[0, : batch.lengths[0]]) == "ab\nyz"
     with pytest.raises(ValueError, match="set data.chat=True"):
         data.tokenize([Example(MESSAGES, "c", "set")], LETTERS, max_prompt_tokens=8)

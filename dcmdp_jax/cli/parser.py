@@ -7,6 +7,9 @@ from collections.abc import Callable
 
 from dcmdp_jax.cli import folder_commands, run_commands
 
+# (name, what runs it, a line of help, what --help says first) -> its parser
+Add = Callable[..., argparse.ArgumentParser]
+
 
 def make() -> argparse.ArgumentParser:
     """Returns the parser of `dcmdp`; what it parses holds the `command` to call."""
@@ -24,114 +27,18 @@ def make() -> argparse.ArgumentParser:
         added.set_defaults(command=command)
         return added
 
-    _train(
-        add(
-            "train",
-            run_commands.train_command,
-            "run or resume an experiment",
-            "Runs CONFIG of an experiment file, or resumes it if --workdir holds an unfinished "
-            "run. Any scalar field can be set by its dotted name, e.g. "
-            "--constraint.tolerance 0.01 --steps 50.",
-        )
-    )
-    _parity(
-        add(
-            "parity",
-            run_commands.parity_command,
-            "compare the engine's log-probs with the trainer's",
-            "Samples with an experiment's engine, scores with its trainer, and prints the gap by "
-            "position and the tolerance that it suggests. Fields are set as for train.",
-        )
-    )
-    _calibrate(
-        add(
-            "calibrate",
-            run_commands.calibrate_command,
-            "measure the tolerance that an experiment needs",
-            "Samples at fixed weights, those of the run's newest checkpoint or else those that it "
-            "starts from, warm-up included, and prints the floor of delta and the tolerance to "
-            "use. Fields are set as for train.",
-        )
-    )
-    _diagnose(
-        add(
-            "diagnose",
-            run_commands.diagnose_command,
-            "attribute the gap to properties of the engine",
-            "Switches one property of an experiment's engine at a time and prints what each does "
-            "to the log-probs of the same tokens. Fields are set as for train.",
-        )
-    )
-    _doctor(
-        add(
-            "doctor",
-            folder_commands.doctor_command,
-            "tell what is wrong between an engine and a trainer",
-            "Scores completions that an engine sampled with the model of a folder, says what their "
-            "log-probs are log-probs of, and how large the gap is. Another trainer may have "
-            "written the file. Ends with status 1 if something is to be mended.",
-        )
-    )
-    _study(
-        add(
-            "study",
-            run_commands.study_command,
-            "run the arms of a study, several seeds each",
-            "Runs every arm of a study with every seed, as many at a time as there are cores, and "
-            "writes one table. After an interruption the same command continues.",
-        )
-    )
-    _plan(
-        add(
-            "plan",
-            run_commands.plan_command,
-            "compile an experiment for a TPU slice that is not there",
-            "Compiles every program of an experiment for a TPU topology with libtpu, no TPU "
-            "needed, and prints memory per chip, FLOPs, bytes over the links and the least time a "
-            "step can take. Fields are set as for train.",
-        )
-    )
-    _generate(
-        add(
-            "generate",
-            folder_commands.generate_command,
-            "sample completions of prompts from a model folder",
-        )
-    )
-    _eval(
-        add(
-            "eval",
-            folder_commands.evaluate_command,
-            "evaluate a model folder on sets of mathematical problems",
-            "Samples k answers to each problem of the sets, compares them with the right ones and "
-            "prints avg@k, pass@k, majority@k and lengths, with 95 % intervals over problems. If "
-            "--workdir holds samples already, it adds the missing ones.",
-        )
-    )
-    _serve(
-        add(
-            "serve",
-            folder_commands.serve_command,
-            "answer JetStream's gRPC clients from a model folder",
-        )
-    )
-    _convert(
-        add(
-            "convert",
-            run_commands.convert_command,
-            "write a run's newest checkpoint as a Hugging Face folder",
-        )
-    )
-    _report(
-        add(
-            "report",
-            run_commands.report_command,
-            "write one page about one run or several",
-            "For one run, writes report.html into its folder; for several, one page that compares "
-            "them. Runs that differ in the seed alone are shown as one configuration; the others "
-            "are compared with the first run given.",
-        )
-    )
+    _train(add)
+    _parity(add)
+    _calibrate(add)
+    _diagnose(add)
+    _doctor(add)
+    _study(add)
+    _plan(add)
+    _generate(add)
+    _eval(add)
+    _serve(add)
+    _convert(add)
+    _report(add)
     return parser
 
 
@@ -143,7 +50,15 @@ def _experiment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", help="folder of the run (default: runs/NAME)")
 
 
-def _train(parser: argparse.ArgumentParser) -> None:
+def _train(add: Add) -> None:
+    parser = add(
+        "train",
+        run_commands.train_command,
+        "run or resume an experiment",
+        "Runs CONFIG of an experiment file, or resumes it if --workdir holds an unfinished "
+        "run. Any scalar field can be set by its dotted name, e.g. "
+        "--constraint.tolerance 0.01 --steps 50.",
+    )
     _experiment(parser)
     parser.add_argument(
         "--distributed",
@@ -184,7 +99,14 @@ def _train(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _parity(parser: argparse.ArgumentParser) -> None:
+def _parity(add: Add) -> None:
+    parser = add(
+        "parity",
+        run_commands.parity_command,
+        "compare the engine's log-probs with the trainer's",
+        "Samples with an experiment's engine, scores with its trainer, and prints the gap by "
+        "position and the tolerance that it suggests. Fields are set as for train.",
+    )
     _experiment(parser)
     parser.add_argument("--batches", type=int, default=4, help="rollout batches to sample")
     parser.add_argument(
@@ -195,7 +117,15 @@ def _parity(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _calibrate(parser: argparse.ArgumentParser) -> None:
+def _calibrate(add: Add) -> None:
+    parser = add(
+        "calibrate",
+        run_commands.calibrate_command,
+        "measure the tolerance that an experiment needs",
+        "Samples at fixed weights, those of the run's newest checkpoint or else those that it "
+        "starts from, warm-up included, and prints the floor of delta and the tolerance to "
+        "use. Fields are set as for train.",
+    )
     _experiment(parser)
     parser.add_argument(
         "--batches",
@@ -209,14 +139,28 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _diagnose(parser: argparse.ArgumentParser) -> None:
+def _diagnose(add: Add) -> None:
+    parser = add(
+        "diagnose",
+        run_commands.diagnose_command,
+        "attribute the gap to properties of the engine",
+        "Switches one property of an experiment's engine at a time and prints what each does "
+        "to the log-probs of the same tokens. Fields are set as for train.",
+    )
     _experiment(parser)
     parser.add_argument(
         "--all", action="store_true", help="also try properties in which the engine is exact"
     )
 
 
-def _study(parser: argparse.ArgumentParser) -> None:
+def _study(add: Add) -> None:
+    parser = add(
+        "study",
+        run_commands.study_command,
+        "run the arms of a study, several seeds each",
+        "Runs every arm of a study with every seed, as many at a time as there are cores, and "
+        "writes one table. After an interruption the same command continues.",
+    )
     parser.add_argument("study", help="a Python file with STUDY = Study(...)")
     parser.add_argument(
         "--workdir", help="folder of the runs (default: runs/FOLDER/NAME, as the file is named)"
@@ -226,7 +170,15 @@ def _study(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _plan(parser: argparse.ArgumentParser) -> None:
+def _plan(add: Add) -> None:
+    parser = add(
+        "plan",
+        run_commands.plan_command,
+        "compile an experiment for a TPU slice that is not there",
+        "Compiles every program of an experiment for a TPU topology with libtpu, no TPU "
+        "needed, and prints memory per chip, FLOPs, bytes over the links and the least time a "
+        "step can take. Fields are set as for train.",
+    )
     parser.add_argument("experiment", help="a Python file with CONFIG = Config(...)")
     parser.add_argument(
         "--topology",
@@ -240,13 +192,26 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
 
 
-def _convert(parser: argparse.ArgumentParser) -> None:
+def _convert(add: Add) -> None:
+    parser = add(
+        "convert",
+        run_commands.convert_command,
+        "write a run's newest checkpoint as a Hugging Face folder",
+    )
     parser.add_argument("experiment", help="the run's experiment file")
     parser.add_argument("output", help="folder to write")
     parser.add_argument("--workdir", help="folder of the run (default: runs/NAME)")
 
 
-def _report(parser: argparse.ArgumentParser) -> None:
+def _report(add: Add) -> None:
+    parser = add(
+        "report",
+        run_commands.report_command,
+        "write one page about one run or several",
+        "For one run, writes report.html into its folder; for several, one page that compares "
+        "them. Runs that differ in the seed alone are shown as one configuration; the others "
+        "are compared with the first run given.",
+    )
     parser.add_argument("workdirs", nargs="+", metavar="RUN", help="a run's folder")
     parser.add_argument(
         "--output",
@@ -278,7 +243,12 @@ def _sampling(parser: argparse.ArgumentParser, temperature: float = 1.0) -> None
     parser.add_argument("--seed", type=int, default=0)
 
 
-def _generate(parser: argparse.ArgumentParser) -> None:
+def _generate(add: Add) -> None:
+    parser = add(
+        "generate",
+        folder_commands.generate_command,
+        "sample completions of prompts from a model folder",
+    )
     parser.add_argument("model", help="a Hugging Face folder with its tokenizer")
     parser.add_argument("prompts", nargs="*", help="prompt texts")
     parser.add_argument(
@@ -303,7 +273,15 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="wrap prompts in the chat template")
 
 
-def _doctor(parser: argparse.ArgumentParser) -> None:
+def _doctor(add: Add) -> None:
+    parser = add(
+        "doctor",
+        folder_commands.doctor_command,
+        "tell what is wrong between an engine and a trainer",
+        "Scores completions that an engine sampled with the model of a folder, says what their "
+        "log-probs are log-probs of, and how large the gap is. Another trainer may have "
+        "written the file. Ends with status 1 if something is to be mended.",
+    )
     parser.add_argument(
         "file",
         help="recorded completions, as JSON lines or Parquet: {prompt_ids, token_ids, logprobs}, a "
@@ -339,7 +317,15 @@ def _doctor(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _eval(parser: argparse.ArgumentParser) -> None:
+def _eval(add: Add) -> None:
+    parser = add(
+        "eval",
+        folder_commands.evaluate_command,
+        "evaluate a model folder on sets of mathematical problems",
+        "Samples k answers to each problem of the sets, compares them with the right ones and "
+        "prints avg@k, pass@k, majority@k and lengths, with 95 % intervals over problems. If "
+        "--workdir holds samples already, it adds the missing ones.",
+    )
     parser.add_argument(
         "--model", required=True, metavar="DIR", help="a Hugging Face folder with its tokenizer"
     )
@@ -392,7 +378,12 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     _sampling(parser, temperature=0.7)
 
 
-def _serve(parser: argparse.ArgumentParser) -> None:
+def _serve(add: Add) -> None:
+    parser = add(
+        "serve",
+        folder_commands.serve_command,
+        "answer JetStream's gRPC clients from a model folder",
+    )
     parser.add_argument("model", help="a Hugging Face folder with its tokenizer")
     _tokenizer(parser)
     parser.add_argument(

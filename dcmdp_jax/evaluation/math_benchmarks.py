@@ -272,13 +272,8 @@ def _load_set(
             "put the file there, or leave the set out of --sets"
         )
     problems = data.read(path)[: options.limit or None]
-    prompts = data.tokenize(
-        problems,
-        tokenizer,
-        chat=options.chat,
-        enable_thinking=options.enable_thinking,
-        instruction=options.instruction,
-    )
+    prompt_format = data.PromptFormat(options.chat, options.enable_thinking, options.instruction)
+    prompts = data.tokenize(problems, tokenizer, prompt_format)
     longest = int(prompts.lengths.max())
     if longest + options.max_tokens > max_position:
         raise ValueError(

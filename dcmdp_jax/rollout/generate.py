@@ -135,17 +135,9 @@ def rollout(
         out.append(owner, tokens)
 
         # take the completions that have ended out of their slots
-        has_ended = (owner >= 0) & ~tokens.active
-        out.end(owner[has_ended], engine.stop_ids)
-        if stop_strings:
-            new = tokens.valid.sum(axis=1)
-            cut = [
-                slot
-                for slot in np.flatnonzero(owner >= 0)
-                if out.cut_at_stop_string(owner[slot], int(new[slot]), stop_strings, decode)
-            ]
+        has_ended, cut = out.end(owner, tokens, engine.stop_ids, stop_strings, decode)
+        if cut:
             state = engine.evict(state, cut)
-            has_ended[cut] = True
         for i in owner[has_ended]:
             on_end(int(i), out.tokens[i, : out.text_lengths[i]], bool(out.stopped[i]))
         owner[has_ended] = -1
@@ -221,12 +213,35 @@ class _Completions:
         self.lengths[owner[occupied]] += valid[occupied].sum(axis=1, dtype=np.int32)
         self.text_lengths[owner[occupied]] = self.lengths[owner[occupied]]
 
-    def end(self, ids: np.ndarray, stop_ids: Sequence[int]) -> None:
-        """Sets `stopped` of completions `ids`, which have got their last token."""
+    def end(
+        self,
+        owner: np.ndarray,
+        new: Tokens,
+        stop_ids: Sequence[int],
+        stop_strings: tuple[str, ...],
+        decode: Callable[[Any], str] | None,
+    ) -> tuple[np.ndarray, list[int]]:
+        """Ends the completions whose last token is among `new`, which `append` has appended.
+
+        Returns whether each slot's completion has ended, [slots], and the slots of those that a
+        stop string ended: the engine does not know, and is to evict them.
+        """
+        has_ended = (owner >= 0) & ~new.active
+        ids = owner[has_ended]
         self.stopped[ids] = np.isin(self.tokens[ids, self.lengths[ids] - 1], stop_ids)
         self.text_lengths[ids] -= self.stopped[ids]
+        if not stop_strings:
+            return has_ended, []
+        count = new.valid.sum(axis=1)
+        cut = [
+            slot
+            for slot in np.flatnonzero(owner >= 0)
+            if self._cut_at_stop_string(owner[slot], int(count[slot]), stop_strings, decode)
+        ]
+        has_ended[cut] = True
+        return has_ended, cut
 
-    def cut_at_stop_string(
+    def _cut_at_stop_string(
         self, i: int, new: int, stop_strings: tuple[str, ...], decode: Callable[[Any], str]
     ) -> bool:
         """Ends completion i at the first of its `new` last tokens that completes a stop string.

@@ -234,6 +234,7 @@ class Engine(engine_api.Engine):
         self.stop_ids = stop_ids
         self.steps = steps
         self._mesh = mesh if mesh is not None else sharding.single_device_mesh()
+        self.expert_shards = self._mesh.shape["tensor"]
         self.config = config = dataclasses.replace(
             config,
             experts_per_token=precision.experts_per_token or config.experts_per_token,
@@ -248,25 +249,30 @@ class Engine(engine_api.Engine):
             else 0
         )
         self._experts = (sparse, config.experts_per_token if sparse else 0)
-        empty = partial(decode.init_state, config, slots, max_length, precision.cache)
+        self._jit(precision.cache, record_experts)
+
+    def _jit(self, cache: str, record_experts: bool) -> None:
+        """Makes the functions that are compiled when they are first called."""
+        empty = partial(decode.init_state, self.config, self.slots, self.max_length, cache)
         shardings = sharding.decode_state_shardings(jax.eval_shape(empty), self._mesh)
         self._init = jax.jit(empty, out_shardings=shardings)
-        self.expert_shards = self._mesh.shape["tensor"]
         self._prefill = jax.jit(
-            partial(decode.prefill, config=config, expert_shards=self.expert_shards)
+            partial(decode.prefill, config=self.config, expert_shards=self.expert_shards)
         )
         self._insert = jax.jit(
-            partial(decode.insert, positions=max_length), donate_argnums=0, out_shardings=shardings
+            partial(decode.insert, positions=self.max_length),
+            donate_argnums=0,
+            out_shardings=shardings,
         )
         self._evict = jax.jit(decode.evict, donate_argnums=0, out_shardings=shardings)
         # A CPU slices the window out of the cache at every step. From four steps on, copying it
         # once and back costs less.
-        copy_window = steps >= 4 and self._mesh.devices.flat[0].platform == "cpu"
+        copy_window = self.steps >= 4 and self._mesh.devices.flat[0].platform == "cpu"
         generate_tokens = partial(
             decode.generate,
-            config=config,
-            stop_ids=stop_ids,
-            steps=steps,
+            config=self.config,
+            stop_ids=self.stop_ids,
+            steps=self.steps,
             record_experts=record_experts,
             expert_shards=self.expert_shards,
             copy_window=copy_window,

@@ -107,34 +107,40 @@ def read_problems(
     Raises ValueError where one cannot be read or does not fit.
     """
     task = config.data.task
-    encoding = {
-        "max_prompt_tokens": config.data.max_prompt_tokens,
-        "chat": config.data.chat,
-        "enable_thinking": config.data.enable_thinking,
-        "instruction": config.data.instruction,
-        "special_tokens_in_text": config.data.special_tokens_in_text,
-    }
+    prompt_format = data.PromptFormat(
+        chat=config.data.chat,
+        enable_thinking=config.data.enable_thinking,
+        instruction=config.data.instruction,
+        special_tokens_in_text=config.data.special_tokens_in_text,
+    )
+    tokenize = partial(
+        data.tokenize,
+        tokenizer=tokenizer,
+        prompt_format=prompt_format,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+    )
     seed = seeds.seed(config.seed, Stream.PROMPTS)
     prompts = data.prompt_batches(
         data.read(config.data.path) if config.data.path else task,
         tokenizer,
+        prompt_format,
         batch_size=config.data.prompts_per_step,
+        max_prompt_tokens=config.data.max_prompt_tokens,
         seed=seed,
         shuffle=config.data.shuffle,
         process_index=jax.process_index() % engines,
         process_count=engines,
-        **encoding,
     )
     if not config.data.path:  # a prompt that is too long is refused before any work
-        data.tokenize([task.example(0, seed)], tokenizer, **encoding)
+        tokenize([task.example(0, seed)])
     if not config.eval.every:
         return prompts, None
     if config.data.eval_path:
         problems = data.read(config.data.eval_path)[: config.eval.prompts]
-        return prompts, data.tokenize(problems, tokenizer, **encoding)
+        return prompts, tokenize(problems)
     if config.data.path or task is None:
         return prompts, None
-    return prompts, data.tokenize(task.held_out(config.eval.prompts), tokenizer, **encoding)
+    return prompts, tokenize(task.held_out(config.eval.prompts))
 
 
 def read_model(config: Config) -> ModelConfig:

@@ -8,6 +8,8 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from dcmdp_jax import data, files, sharding, sync
 from dcmdp_jax.config import Precision
 from dcmdp_jax.models import weights
@@ -81,29 +83,18 @@ def texts(
     Raises ValueError, at the call, if the arguments do not fit. Weights are read with the first
     chunk.
     """
-    for number, prompt in enumerate(prompts, start=1):
-        if any(
-            "\ud800" <= c <= "\udfff" for c in prompt
-        ):  # surrogates, from bytes that are not UTF-8
-            raise ValueError(
-                f"prompt {number} of {len(prompts)} is not valid Unicode text; correct it"
-            )
+    _check_text(prompts)
     mesh = sharding.single_device_mesh()
     model_config = weights.read_config(folder)
     tokenizer = tokenizers.load(tokenizer_path or folder, folder)
     tokenizers.check_vocab_size(tokenizer, model_config.vocab_size)
-    tokenized = data.tokenize([Example(prompt, "") for prompt in prompts], tokenizer, chat=chat)
-    if not tokenized.lengths.all():
-        empty = int(tokenized.lengths.argmin()) + 1
-        raise ValueError(f"prompt {empty} of {len(prompts)} is empty; leave it out")
-    longest = int(tokenized.lengths.max())
+    tokenized = data.tokenize(
+        [Example(prompt, "") for prompt in prompts], tokenizer, data.PromptFormat(chat=chat)
+    )
+    max_length = int(tokenized.lengths.max()) + max_tokens
+    _check_lengths(tokenized.lengths, max_length, model_config.max_position)
     sync.check(model_config, precision, mesh)
     weights.check(folder)
-    if longest + max_tokens > model_config.max_position:
-        raise ValueError(
-            f"the longest prompt and --max-tokens take {longest + max_tokens} positions, more than "
-            f"the model's {model_config.max_position}"
-        )
 
     def chunks() -> Iterator[list[Completion]]:
         model, params = weights.load(folder)
@@ -112,7 +103,7 @@ def texts(
             tokenizer,
             mesh,
             slots=min(len(prompts) * samples, SLOTS),
-            max_length=longest + max_tokens,
+            max_length=max_length,
             precision=precision,
         )
         sampler.update_weights(params, 0)
@@ -138,6 +129,27 @@ def texts(
             ]
 
     return chunks()
+
+
+def _check_text(prompts: Sequence[str]) -> None:
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:  # the shell was given bytes that are not UTF-8
+            raise ValueError(
+                f"prompt {number} of {len(prompts)} is not valid Unicode text; correct it"
+            ) from None
+
+
+def _check_lengths(lengths: np.ndarray, max_length: int, max_position: int) -> None:
+    if not lengths.all():
+        empty = int(lengths.argmin()) + 1
+        raise ValueError(f"prompt {empty} of {len(lengths)} is empty; leave it out")
+    if max_length > max_position:
+        raise ValueError(
+            f"the longest prompt and --max-tokens take {max_length} positions, more than the "
+            f"model's {max_position}"
+        )
 
 
 def to_file(
