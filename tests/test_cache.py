@@ -151,8 +151,8 @@ def assert_attention_equals_numpy(dtype, **tiles):
 @pytest.mark.parametrize("slots_at_a_time", [1, 3, 8])
 @pytest.mark.parametrize("dtype", cache.DTYPES)
 def test_attention_to_blocks_of_slots_equals_numpy(dtype, slots_at_a_time):
-    numbers_per_slot = SHAPE[1] * WINDOW * SHAPE[3]
-    assert_attention_equals_numpy(dtype, cpu_numbers=slots_at_a_time * numbers_per_slot)
+    elements_per_slot = SHAPE[1] * WINDOW * SHAPE[3]
+    assert_attention_equals_numpy(dtype, cpu_elements=slots_at_a_time * elements_per_slot)
 
 
 @pytest.mark.parametrize("dtype", cache.DTYPES)

@@ -63,25 +63,25 @@ def assert_equals_plain(config, given, **sizes_of_tiles):
     assert_close(got, run(plain, params, config, given))
 
 
-WORDS_500 = {
+VOCAB_500 = {
     "tied": dataclasses.replace(sizes.TINY, vocab_size=500),
     "untied": dataclasses.replace(sizes.TINY_MOE, vocab_size=500),
 }
 
 
-@pytest.mark.parametrize("head", WORDS_500)
+@pytest.mark.parametrize("head", VOCAB_500)
 @pytest.mark.parametrize(
-    ("tokens", "words"),
-    [((1,), 500), ((5,), 500), ((8, 4, 1), 200), ((512,), 200)],  # parts of 200 words overlap
+    ("tokens", "vocab"),
+    [((1,), 500), ((5,), 500), ((8, 4, 1), 200), ((512,), 200)],  # blocks of 200 overlap
 )
-def test_tiles_equal_the_logits_at_once(head, tokens, words):
-    config = WORDS_500[head]
-    assert_equals_plain(config, case(config), cpu_tokens=tokens, cpu_words=words)
+def test_tiles_equal_the_logits_at_once(head, tokens, vocab):
+    config = VOCAB_500[head]
+    assert_equals_plain(config, case(config), cpu_tokens=tokens, cpu_vocab=vocab)
 
 
-@pytest.mark.parametrize("head", WORDS_500)
+@pytest.mark.parametrize("head", VOCAB_500)
 def test_the_program_of_accelerators_equals_the_logits_at_once(head):
-    config = WORDS_500[head]
+    config = VOCAB_500[head]
     with accelerator_programs():
         assert_equals_plain(config, case(config), max_logits=2 * ROWS * config.vocab_size)
 

@@ -129,18 +129,18 @@ def attend(
     lengths: jax.Array,
     *,
     window: int,
-    cpu_numbers: int = tiles.CACHE_NUMBERS,
+    cpu_elements: int = tiles.CACHE_ELEMENTS,
 ) -> jax.Array:
     """Attention of one token per slot to positions 0..lengths[b]: `softmax(q k^T / sqrt(h)) v`,
     softmax in float32.
 
     q [B, KV, G, h], keys, values [B, KV, S, h], lengths [B] < `window` -> [B, KV, G, h]. Positions
     from `window` (static) on are not read. Scales of quantized keys and values are applied to the
-    scores and the weights. A CPU reads at most `cpu_numbers` numbers of keys at a time.
+    scores and the weights. A CPU reads at most `cpu_elements` elements of keys at a time.
     """
     slots = q.shape[0]
     per_slot = q.shape[1] * window * q.shape[3]
-    together = max(cpu_numbers // per_slot, 1)
+    together = max(cpu_elements // per_slot, 1)
 
     def by_blocks(*args):
         # The barrier keeps the keys the left operand, which takes half the time or less on a CPU.
@@ -163,7 +163,7 @@ def _attend(
     barrier: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
     """One slot: q [KV, G, h], keys, values [KV, S, h] -> [KV, G, h]."""
-    (k, k_scale), (v, v_scale) = (_numbers(layer, window) for layer in (keys, values))
+    (k, k_scale), (v, v_scale) = (_stored(layer, window) for layer in (keys, values))
     scores = (
         barrier(einsum("kth,kgh->ktg", k, q, q.dtype)).swapaxes(1, 2)
         * k_scale
@@ -174,8 +174,8 @@ def _attend(
     return einsum("kgt,kth->kgh", weights, v, q.dtype).astype(q.dtype)
 
 
-def _numbers(layer: CacheLayer, window: int) -> tuple[jax.Array, jax.Array | float]:
-    """Returns the stored numbers [KV, window, h] and their scale [KV, 1, window]."""
+def _stored(layer: CacheLayer, window: int) -> tuple[jax.Array, jax.Array | float]:
+    """Returns the stored elements [KV, window, h] and their scale [KV, 1, window]."""
     if isinstance(layer, Quantized):
         return layer.values[:, :window], layer.scale[:, None, :window, 0]
     return layer[:, :window], 1.0

@@ -29,7 +29,7 @@ class Format(NamedTuple):
     """
 
     bits: int
-    largest: float | None  # numbers are scaled to lie within it; None: cast without a scale
+    largest: float | None  # elements are scaled to lie within it; None: cast without a scale
     uses: tuple[str, ...]
 
 
@@ -90,7 +90,7 @@ class Quantized:
         for axis, (few, size) in enumerate(zip(scale.shape, self.shape)):
             if 1 < few < size:
                 scale = jnp.repeat(scale, size // few, axis)
-        return _numbers(self.values, jnp.float32) * scale
+        return _elements(self.values, jnp.float32) * scale
 
 
 def quantize(
@@ -98,7 +98,7 @@ def quantize(
 ) -> Quantized:
     """Rounds `w` to a format of `SCALED`.
 
-        scale = max |w| over the numbers that share it / largest value of `dtype`
+        scale = max |w| over the elements that share it / largest value of `dtype`
         values = w / scale, rounded to the nearest
 
     Args:
@@ -107,7 +107,7 @@ def quantize(
         group: 0 one scale per output channel; -1 one per matrix; n > 0 one per n consecutive inputs
             of an output channel.
 
-    Numbers that are all zero get scale 1. One that is not finite makes all that share its scale
+    Elements that are all zero get scale 1. One that is not finite makes all that share its scale
     NaN. Raises ValueError for another dtype, or a group that does not divide the inputs.
     """
     name = dtype if dtype == "nf4" else jnp.dtype(dtype).name
@@ -155,8 +155,8 @@ def _scale_shape(
     return tuple(scales)
 
 
-def _numbers(values: jax.Array, dtype) -> jax.Array:
-    """Returns stored values, before scaling, in `dtype`."""
+def _elements(values: jax.Array, dtype) -> jax.Array:
+    """Returns stored elements, before scaling, in `dtype`."""
     if values.dtype != jnp.uint4:
         return values.astype(dtype)
     codes = values.astype(jnp.uint8)
@@ -245,7 +245,7 @@ def unembed(x: jax.Array, table: jax.Array | Quantized, dtype) -> jax.Array:
         table,
         cpu=functools.partial(_table_first, dtype=dtype),
         default=lambda x, t: (
-            einsum("nd,vd->nv", x, _numbers(t.values, dtype), dtype) * t.scale[:, 0]
+            einsum("nd,vd->nv", x, _elements(t.values, dtype), dtype) * t.scale[:, 0]
         ),
     )
     return y.reshape(*x.shape[:-1], -1)
@@ -276,7 +276,7 @@ def _scaled(x: jax.Array, w: Quantized, dtype, contract: int = 1) -> jax.Array:
     if x.dtype == jnp.int8 and w.values.dtype in (jnp.int8, jnp.int4):
         y = _dot(x, w.values.astype(jnp.int8), contract, jnp.int32).astype(jnp.float32)
     else:
-        y = _dot(x.astype(dtype), _numbers(w.values, dtype), contract)
+        y = _dot(x.astype(dtype), _elements(w.values, dtype), contract)
     return y * w.scale.reshape(w.scale.shape[contract:])
 
 
@@ -330,7 +330,7 @@ def _table_first(x: jax.Array, table: Quantized, dtype) -> jax.Array:
 
     def block(i, y):
         part = jax.tree.map(lambda a: _block(a, i, height, 0), table)
-        logits = einsum("vd,nd->vn", _numbers(part.values, dtype), x, dtype) * part.scale
+        logits = einsum("vd,nd->vn", _elements(part.values, dtype), x, dtype) * part.scale
         return jax.lax.dynamic_update_slice_in_dim(y, logits, i * height, 0)
 
     return jax.lax.fori_loop(

@@ -121,7 +121,7 @@ def _all_finite(block: np.ndarray) -> bool:
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
-    """Returns True if two blocks have the same numbers, whatever their dtypes."""
+    """Returns True if two blocks have the same values, whatever their dtypes."""
     if a.dtype != b.dtype:
         a = a.astype(np.float64)
         b = b.astype(np.float64)

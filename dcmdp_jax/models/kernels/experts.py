@@ -13,7 +13,7 @@ from dcmdp_jax.models.kernels import tiles
 from dcmdp_jax.models.kernels.swiglu import Experts, tiled
 from dcmdp_jax.models.quantized import Quantized, precision, round_input
 
-LANES = 128  # numbers in an accelerator's vector
+LANES = 128  # elements in an accelerator's vector
 # x [n, D] by w [E, F, D], contracting the last axis of both
 LAST_BY_LAST = jax.lax.RaggedDotDimensionNumbers(
     (((1,), (2,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=(0,)
@@ -30,8 +30,8 @@ def expert_outputs(
     """Returns `down_e(silu(gate_e x) * up_e x)` for each of a token's experts e: x [N, D], experts
     [N, k] -> [N, k, D].
 
-    Assignments are sorted by expert. Accelerators multiply them by `ragged_dot`. On a CPU that is
-    ten times slower than the products it stands for: there each expert's rows are cut into tiles,
+    Assignments are sorted by expert. Accelerators multiply them by `ragged_dot`. `ragged_dot` is
+    ten times slower than plain products on a CPU, so there each expert's rows are cut into tiles,
     and tokens that are not `live` ([N] bool, None: all are) cost nothing and get zeros. `shards` is
     the number of devices over which XLA splits F, 0 if the caller does not know.
     """

@@ -2,8 +2,8 @@
 positions.
 
 R rows, S positions, D model, V vocabulary. Logits are computed in tiles [R, c, v]: c positions of
-each row and v words at a time. The wanted positions of each row are moved to its front, so that
-full tiles come first: C >= S, a multiple of c.
+each row, and a block of v tokens of the vocabulary. The wanted positions of each row are moved to
+its front, so that full tiles come first: C >= S, a multiple of c.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ LOW = -1e30  # below every logit; finite, so that it may be subtracted from itse
 class Tiling(NamedTuple):
     """How logits are computed."""
 
-    sizes: tuple[int, ...]  # of c; smaller ones cover the rest, each divides the one before
-    width: int  # v
+    # tile lengths c, descending; each divides the one before; smaller tiles cover the remainder
+    sizes: tuple[int, ...]
+    width: int  # v, of a block of the vocabulary
     vocabulary: int  # V, or this device's part of it
     tied: bool  # the weight is [V, D], not [D, V]
     dtype: Any  # of the operands of products
@@ -74,7 +75,7 @@ def token_logp(
     entropy: bool = False,
     max_logits: int = tiles.LOGITS,
     cpu_tokens: tuple[int, ...] = tiles.HEAD_CPU_TOKENS,
-    cpu_words: int = tiles.HEAD_CPU_WORDS,
+    cpu_vocab: int = tiles.HEAD_CPU_VOCAB,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Log-prob of `targets` and entropy under softmax(head(hidden) / temperature), float32 nats.
 
@@ -88,7 +89,7 @@ def token_logp(
         entropy: whether to compute it.
         max_logits: largest number of logits in memory at a time, except that a tile has at least
             one position of each row.
-        cpu_tokens, cpu_words: sizes of the tiles on a CPU.
+        cpu_tokens, cpu_vocab: sizes of the tiles on a CPU.
 
     Returns:
         logp [R, S], entropy [R, S] or None; 0 at positions that are not wanted. The entropy has no
@@ -98,10 +99,10 @@ def token_logp(
     rows, columns = targets.shape
     mesh = sharding.current_mesh()
 
-    def tiling(rows, columns, vocabulary, max_words=tiles.HEAD_WORDS, sizes=()):
-        parts = -(-vocabulary // max_words)
+    def tiling(rows, columns, vocabulary, max_vocab=tiles.HEAD_VOCAB, sizes=()):
+        blocks = -(-vocabulary // max_vocab)
         # filling the processor's vectors
-        width = min(-(-vocabulary // parts // 128) * 128, vocabulary)
+        width = min(-(-vocabulary // blocks // 128) * 128, vocabulary)
         largest = max(min(max_logits // (rows * width), columns), 1)
         # XLA hoists a tile as long as the row out of the loop even if no iteration uses it; leave
         # that size out.
@@ -118,7 +119,7 @@ def token_logp(
         )
 
     def as_one_row(hidden, weight, targets, wanted):
-        flat = tiling(1, rows * columns, config.vocab_size, cpu_words, cpu_tokens)
+        flat = tiling(1, rows * columns, config.vocab_size, cpu_vocab, cpu_tokens)
         hidden, targets, wanted = (
             x.reshape(1, rows * columns, *x.shape[2:]) for x in (hidden, targets, wanted)
         )
@@ -174,16 +175,16 @@ def _values(
 ) -> tuple:
     """Returns logp, entropy if `tiling.entropy`, and the compacted log-sum-exp.
 
-    The softmax is made by a running maximum and sum over parts of the vocabulary.
+    The softmax is made by a running maximum and sum over blocks of the vocabulary.
     """
     compacted = _compact(tiling, hidden, targets, wanted)
 
-    def part(i, sums):
-        w = _words(tiling, weight, i)
+    def block(i, sums):
+        w = _vocab_block(tiling, weight, i)
 
         def tile(span, sums):
             top, total, moment, target_logit = (span.of(x) for x in sums)
-            z, in_part, place = _logits(tiling, compacted, w, i, span)
+            z, in_block, place = _logits(tiling, compacted, w, i, span)
             new_top = jnp.maximum(top, jnp.max(z, axis=-1))
             shrink = jnp.exp(top - new_top)
             p = jnp.exp(z - new_top[..., None])
@@ -192,14 +193,14 @@ def _values(
                 moment = shrink * (moment + (top - new_top) * total) + added
             total = shrink * total + jnp.sum(p, axis=-1)
             at_target = jnp.take_along_axis(z, place[..., None], axis=-1)[..., 0]
-            target_logit = jnp.where(in_part, at_target, target_logit)
+            target_logit = jnp.where(in_block, at_target, target_logit)
             new = (new_top, total, moment, target_logit)
             return tuple(span.write(x, y) for x, y in zip(sums, new, strict=True))
 
         return _for_each_tile(tiling, compacted, tile, sums)
 
     zero = jnp.zeros(compacted.targets.shape, jnp.float32)
-    sums = _for_each_part(tiling, part, (zero + LOW, zero, zero, zero))
+    sums = _for_each_block(tiling, block, (zero + LOW, zero, zero, zero))
     top, total, moment, target_logit = sums
     if tiling.sharded:
         highest = jax.lax.pmax(top, "tensor")
@@ -236,15 +237,15 @@ def _gradients(
     log_total = jnp.pad(log_total, ((0, 0), (0, places - log_total.shape[1])))
     axis = 0 if tiling.tied else 1
 
-    def part(i, grads):
+    def block(i, grads):
         d_hidden, d_weight = grads
-        w = _words(tiling, weight, i)
-        before = _cut_words(tiling, d_weight, i)
+        w = _vocab_block(tiling, weight, i)
+        before = _vocab_slice(tiling, d_weight, i)
 
         def tile(span, grads):
             d_hidden, d_w = grads
-            z, in_part, place = _logits(tiling, compacted, w, i, span)
-            is_target = in_part[..., None] & (jnp.arange(tiling.width) == place[..., None])
+            z, in_block, place = _logits(tiling, compacted, w, i, span)
+            is_target = in_block[..., None] & (jnp.arange(tiling.width) == place[..., None])
             p = jnp.exp(z - span.of(log_total)[..., None])
             dz = span.of(slope)[..., None] * (is_target - p)
             x = span.of(compacted.hidden)
@@ -261,11 +262,11 @@ def _gradients(
         if tiling.sharded:
             own = sharding.reduce_scatter(d_w.astype(tiling.dtype), 1 - axis)
             d_w = before + own.astype(jnp.float32)
-        first = _first_word(tiling, i)
+        first = _block_start(tiling, i)
         return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_weight, d_w, first, axis)
 
     zero = jnp.zeros(compacted.hidden.shape, jnp.float32), jnp.zeros(weight.shape, jnp.float32)
-    d_hidden, d_weight = _for_each_part(tiling, part, zero)
+    d_hidden, d_weight = _for_each_block(tiling, block, zero)
     if tiling.sharded:
         d_hidden = jax.lax.psum(d_hidden, "tensor")
     return _take(d_hidden, compacted.rank).astype(hidden.dtype), d_weight.astype(weight.dtype)
@@ -291,26 +292,26 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
 def _logits(
     tiling: Tiling, compacted: Compacted, w: jax.Array, i: jax.Array, span: Span
 ) -> tuple[jax.Array, ...]:
-    """Returns z [R, c, v] of a tile over part i of the vocabulary, and of each target [R, c],
-    whether it is in that part, and its place there.
+    """Returns z [R, c, v] of a tile over block i of the vocabulary, and of each target [R, c],
+    whether it is in that block, and its place there.
     """
     x = span.of(compacted.hidden)
     z = einsum("rcd,vd->rcv" if tiling.tied else "rcd,dv->rcv", x, w, tiling.dtype)
-    first = _first_word(tiling, i)
+    first = _block_start(tiling, i)
     first_new = i * tiling.width
     targets = span.of(compacted.targets)
     if tiling.sharded:
         targets = targets - jax.lax.axis_index("tensor") * tiling.vocabulary
-    if tiling.vocabulary % tiling.width:  # the last part begins with words of the previous one
+    if tiling.vocabulary % tiling.width:  # the last block overlaps the one before
         z = jnp.where(first + jnp.arange(tiling.width) >= first_new, z, LOW)
-    in_part = (targets >= first_new) & (targets < first_new + tiling.width)
-    return z / tiling.temperature, in_part, jnp.clip(targets - first, 0, tiling.width - 1)
+    in_block = (targets >= first_new) & (targets < first_new + tiling.width)
+    return z / tiling.temperature, in_block, jnp.clip(targets - first, 0, tiling.width - 1)
 
 
-def _for_each_part(tiling: Tiling, part: Callable, start: Any) -> Any:
-    """Carries `start` through `part(i, carry)` for every part of the vocabulary."""
-    parts = -(-tiling.vocabulary // tiling.width)
-    return part(0, start) if parts == 1 else jax.lax.fori_loop(0, parts, part, start)
+def _for_each_block(tiling: Tiling, block: Callable, start: Any) -> Any:
+    """Carries `start` through `block(i, carry)` for every block of the vocabulary."""
+    blocks = -(-tiling.vocabulary // tiling.width)
+    return block(0, start) if blocks == 1 else jax.lax.fori_loop(0, blocks, block, start)
 
 
 def _for_each_tile(tiling: Tiling, compacted: Compacted, tile: Callable, carry: Any) -> Any:
@@ -333,19 +334,20 @@ def _for_each_tile(tiling: Tiling, compacted: Compacted, tile: Callable, carry: 
     return carry
 
 
-def _first_word(tiling: Tiling, i: jax.Array) -> jax.Array:
-    """Returns the word that part i begins with; the last part ends with the vocabulary."""
+def _block_start(tiling: Tiling, i: jax.Array) -> jax.Array:
+    """Returns the token that block i begins with; the last block ends with the vocabulary."""
     return jnp.minimum(i * tiling.width, tiling.vocabulary - tiling.width)
 
 
-def _words(tiling: Tiling, weight: jax.Array, i: jax.Array) -> jax.Array:
-    """Returns part i of the vocabulary, gathered along D: [v, D] or [D, v]."""
-    part = _cut_words(tiling, weight, i)
+def _vocab_block(tiling: Tiling, weight: jax.Array, i: jax.Array) -> jax.Array:
+    """Returns block i of the head, gathered along D: [v, D] or [D, v]."""
+    block = _vocab_slice(tiling, weight, i)
     if tiling.sharded:
-        return sharding.all_gather(part.astype(tiling.dtype), 1 if tiling.tied else 0)
-    return part
+        return sharding.all_gather(block.astype(tiling.dtype), 1 if tiling.tied else 0)
+    return block
 
 
-def _cut_words(tiling: Tiling, weight: jax.Array, i: jax.Array) -> jax.Array:
+def _vocab_slice(tiling: Tiling, weight: jax.Array, i: jax.Array) -> jax.Array:
+    """Returns block i of the head, or of this device's part of it along D."""
     axis = 0 if tiling.tied else 1
-    return jax.lax.dynamic_slice_in_dim(weight, _first_word(tiling, i), tiling.width, axis)
+    return jax.lax.dynamic_slice_in_dim(weight, _block_start(tiling, i), tiling.width, axis)
