@@ -30,9 +30,9 @@ class Batches:
     """An iterator over the batches of the steps that are left; owns the sampler and its weights.
 
     With staleness, `before_update` copies the weights of the next batch, which the update donates,
-    and `after_update` samples that batch while the update runs. Without, `after_update` copies the
-    updated weights, and each batch is sampled when the iterator is advanced. Iteration ends after
-    `config.steps` steps, or where any process was asked to stop.
+    and `after_update` samples that batch while the update runs. Without staleness, `after_update`
+    copies the updated weights, and each batch is sampled when the iterator is advanced. Iteration
+    ends after `config.steps` steps, or where any process was asked to stop.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Batches:
         self._config = config
         self._inputs = inputs
         self._should_stop = should_stop
-        self._number = int(state.step)  # steps before that of the next batch
+        self._number = int(state.step)  # of the step that the next batch is for
         self._looks_ahead = config.rollout.staleness > 0
         self._next: Collected | None = None
         self._update_weights(state)
@@ -138,7 +138,9 @@ class Batches:
                 )
                 check_rollout(rollout, config)
                 if not config.algorithm.replay_routing:
-                    rollout = rollout._replace(experts=None)  # a batch then has no field for them
+                    rollout = rollout._replace(
+                        experts=None
+                    )  # the batch is then packed without them
                 return rewards.score(
                     rollout,
                     self._inputs.tokenizer.decode,

@@ -1,8 +1,8 @@
 """A subprocess that answers requests, one line each, for code that may hang, crash or use too much
 memory.
 
-The process sets its own limits and has no state that its end would lose: it is killed whenever it
-does not answer, and the next question starts another.
+The process sets its own limits and keeps no state, so that it can be killed whenever it does not
+answer; the next question starts another.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Worker:
     """Runs `command` at the first question, and again after its end; for one thread at a time.
 
     The command writes the line `ready`, or a line that says why it is not ready, and then one line
-    for each line that it reads. It ends when its input does, and so with the process that asks,
-    however that ends.
+    for each line that it reads. It ends when its stdin closes, and therefore when the process that
+    asks ends, for whatever reason.
     """
 
     def __init__(self, command: Sequence[str], seconds: float):
@@ -58,7 +58,7 @@ class Worker:
             answer = self._line(self._seconds)
         except BrokenPipeError:
             answer = b""
-        except BaseException:  # also one from a signal: the next question must not get this answer
+        except BaseException:  # signals too: the next question must not get this answer
             self.end()
             raise
         if not answer.endswith(b"\n"):
@@ -86,7 +86,7 @@ class Worker:
         )
         self._owner = os.getpid()
         self._finalizer = weakref.finalize(self, _killed, process)
-        self._finalizer.atexit = False  # its input ends then, and it with that
+        self._finalizer.atexit = False  # at exit its stdin closes, which ends it
         self._process = process
         first_line = self._line(_START)
         if not first_line.endswith(b"\n"):
@@ -114,8 +114,8 @@ class Worker:
 
 
 def _killed(process: subprocess.Popen) -> int:
-    """Ends a process and returns its exit status. In a fork, which does not own it, closes its
-    pipes only.
+    """Ends a process and returns its exit status; in a fork, whose child it is not, only closes
+    this end of its pipes.
     """
     process.kill()
     process.wait()

@@ -90,7 +90,7 @@ def _train(add: Add) -> None:
         type=float,
         default=120,
         metavar="SECONDS",
-        help="for the other processes to call (default: %(default)s)",
+        help="how long to wait for the other processes (default: %(default)s)",
     )
     parser.add_argument(
         "--fields",
@@ -216,7 +216,7 @@ def _report(add: Add) -> None:
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help="for several runs (default: report.html in the folder that holds them)",
+        help="page about several runs (default: report.html in the folder that holds them)",
     )
 
 
@@ -333,13 +333,13 @@ def _eval(add: Add) -> None:
         "--data-dir",
         required=True,
         metavar="DIR",
-        help="holds SET.jsonl for each set; minerva_math and olympiadbench are read, too",
+        help="folder with SET.jsonl for each set, or minerva_math.jsonl and olympiadbench.jsonl",
     )
     parser.add_argument(
         "--workdir",
         required=True,
         metavar="OUT",
-        help="for samples and summary.json; made if missing",
+        help="folder of samples and summary.json; made if missing",
     )
     parser.add_argument(
         "--sets",
@@ -395,17 +395,20 @@ def _serve(add: Add) -> None:
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help="another address opens the server to the network, unprotected",
+        help="address to listen on; another than the default opens the server to the network, "
+        "unprotected",
     )
     parser.add_argument("--port", type=int, default=9000, help="0 takes a free one")
     parser.add_argument("--slots", type=int, default=8, help="sequences decoded together")
     parser.add_argument("--queue", type=int, default=64, help="requests that may wait for a slot")
-    parser.add_argument("--max-prompt", type=int, help="tokens (default: half of --max-length)")
+    parser.add_argument(
+        "--max-prompt", type=int, help="most tokens of a prompt (default: half of --max-length)"
+    )
     parser.add_argument(
         "--max-length",
         type=int,
-        help="tokens of a prompt and its completion (default: 2048, or as many as the model has "
-        "positions)",
+        help="most tokens of a prompt and its completion (default: 2048, or as many as the model "
+        "has positions)",
     )
     parser.add_argument(
         "--steps", type=int, default=8, help="tokens decoded, and streamed, at a time"
@@ -415,7 +418,7 @@ def _serve(add: Add) -> None:
         type=float,
         default=10,
         metavar="SECONDS",
-        help="after SIGTERM, for accepted requests to end, even if their clients do not read; the "
-        "rest is then cut off (default: %(default)s)",
+        help="time that accepted requests get after SIGTERM, even if their clients do not read; "
+        "the rest is then cut off (default: %(default)s)",
     )
     _sampling(parser)

@@ -143,7 +143,8 @@ def attend(
     together = max(cpu_elements // per_slot, 1)
 
     def by_blocks(*args):
-        # The barrier keeps the keys the left operand, which takes half the time or less on a CPU.
+        # The barrier keeps the keys the left operand of the product, which then takes half the
+        # time or less on a CPU.
         slot = functools.partial(_attend, window=window, barrier=jax.lax.optimization_barrier)
         if together >= slots:
             return jax.vmap(slot)(*args)

@@ -161,8 +161,8 @@ def generate(
         window: a bound on the lengths of all sequences after the last step; attention reads that
             many positions of the cache.
         record_experts: return the experts of each token.
-        copy_window: decode in a copy of the first `window` positions of the cache: the same
-            numbers, faster on a CPU, for more memory.
+        copy_window: decode in a copy of the first `window` positions of the cache. Results are
+            equal; it is faster on a CPU and takes more memory.
     """
     slots = state.token.shape[0]
     cache = state.cache

@@ -15,9 +15,9 @@ from dcmdp_jax.records import NotFinite, Prompts, Rollout, Sampling, Weights
 from dcmdp_jax.rollout.decode import DecodeState, Prefix, Tokens
 from dcmdp_jax.run.stopping import Interrupted
 
-MIN_FREE = 2  # idle slots worth leaving a dispatch for, while completions wait
-PREFILL_TOKENS = 4096  # positions of one prefill at most, which bounds its activations
-SMALLEST_BUCKET = 16  # prompt lengths are padded to powers of two from here on
+MIN_FREE = 2  # a dispatch ends once so many slots have become idle, if completions wait
+PREFILL_TOKENS = 4096  # most positions of one prefill; they determine the size of its activations
+SMALLEST_BUCKET = 16  # prompts are padded to powers of two of at least this length
 
 
 class SlotEngine(Protocol):
@@ -249,7 +249,7 @@ class _Completions:
         Returns True if there is one.
         """
         length = self.text_lengths[i]  # without a stop token
-        # a token may be one byte of a character's four
+        # a character may be four tokens, of a byte each
         start = max(length - new - 4 * max(map(len, stop_strings)), 0)
 
         def contains_stop_string(end: int) -> bool:

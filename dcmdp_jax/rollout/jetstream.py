@@ -125,7 +125,7 @@ class JetStreamSampler:
     def update_weights(self, params: Any, version: int) -> None:
         """Converts `params` to the engine's weights; see `records.Sampler`.
 
-        The weights from before are freed first. Raises NotFinite if a parameter is not finite; the
+        The previous weights are freed first. Raises NotFinite if a parameter is not finite; the
         sampler then has no weights.
         """
         self.weights = None

@@ -101,7 +101,7 @@ def token_logp(
 
     def tiling(rows, columns, vocabulary, max_vocab=tiles.HEAD_VOCAB, sizes=()):
         blocks = -(-vocabulary // max_vocab)
-        # filling the processor's vectors
+        # multiples of 128 fill the processor's vectors
         width = min(-(-vocabulary // blocks // 128) * 128, vocabulary)
         largest = max(min(max_logits // (rows * width), columns), 1)
         # XLA hoists a tile as long as the row out of the loop even if no iteration uses it; leave
@@ -228,7 +228,7 @@ def _gradients(
     cotangent: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the gradients of hidden and weight: d logp / d z = onehot(target) - softmax(z), from
-    recomputed logits. The weight's adds up in place.
+    recomputed logits. The weight's gradient is accumulated in place.
     """
     compacted = _compact(tiling, hidden, targets, wanted)
     places = compacted.source.shape[1]
