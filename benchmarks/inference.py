@@ -34,13 +34,13 @@ import numpy as np
 
 from benchmarks.peers.compare import compare
 from dcmdp_jax import sharding, sync
-from dcmdp_jax.buckets import power_of_two
 from dcmdp_jax.config import ModelConfig, Precision
 from dcmdp_jax.models import decoder, sizes
 from dcmdp_jax.records import Example, Prompts, Sampling
 from dcmdp_jax.rollout import decode, sampling
 from dcmdp_jax.rollout.generate import rollout
 from dcmdp_jax.rollout.jetstream import Engine
+from dcmdp_jax.tokens.packing import power_of_two
 
 SMALL = ModelConfig(
     vocab_size=4096,

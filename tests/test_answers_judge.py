@@ -10,8 +10,7 @@ import time
 
 import pytest
 
-from dcmdp_jax import worker
-from dcmdp_jax.answers import compare, judge
+from dcmdp_jax.answers import compare, judge, worker
 
 CALCULUS = [
     (r"\int_0^1 3x^2\,dx", "1", True),

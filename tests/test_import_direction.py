@@ -16,7 +16,7 @@ FILES = {
 # Each may import from the package only what stands in an earlier line, or its own line where it is
 # a folder.
 ORDER = [
-    ["buckets", "errors", "files", "seeds", "worker", "records", "monitoring.quantities"],
+    ["errors", "files", "seeds", "records", "monitoring.quantities"],
     ["run.stopping", "run.lock", "tasks", "answers"],
     ["tokens.chat_template", "tokens.chat_renderer"],
     ["config"],

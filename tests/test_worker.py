@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from dcmdp_jax import worker
+from dcmdp_jax.answers import worker
 
 READY = "import os, signal, sys, time\nprint('ready', flush=True)\n"
 ECHO = READY + "for line in sys.stdin: print(line.strip()[::-1], flush=True)"
@@ -88,7 +88,7 @@ def test_a_process_that_was_killed_while_it_was_idle_is_started_again(echo):
 
 FORKS = f"""
 import os, sys
-from dcmdp_jax import worker
+from dcmdp_jax.answers import worker
 echo = worker.Worker([sys.executable, "-c", {ECHO!r}], 30.0)
 print(echo.ask(b"one"), flush=True)
 parents = echo._process.pid

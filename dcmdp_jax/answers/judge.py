@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from dcmdp_jax.answers.compare import Verdict, compare
 from dcmdp_jax.answers.tokens import LONGEST
-from dcmdp_jax.worker import NotReady, ProcessEnded, Worker
+from dcmdp_jax.answers.worker import NotReady, ProcessEnded, Worker
 
 SECONDS = 2.0  # of one comparison
 SLACK = 5.0  # seconds that a process may exceed its own limit by

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from dcmdp_jax.buckets import power_of_two
 from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models import decoder
 from dcmdp_jax.models.cache import Cache
@@ -17,6 +16,7 @@ from dcmdp_jax.rollout.decode import DecodeState
 from dcmdp_jax.rollout.generate import PREFILL_TOKENS
 from dcmdp_jax.rollout.jetstream import Engine
 from dcmdp_jax.rollout.sampling import log_prob
+from dcmdp_jax.tokens.packing import power_of_two
 
 
 def replay(

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from dcmdp_jax.buckets import power_of_two
 from dcmdp_jax.records import Sampling, Weights
 from dcmdp_jax.rollout.generate import MIN_FREE, SMALLEST_BUCKET
+from dcmdp_jax.tokens.packing import power_of_two
 
 FAILED_ROUNDS = 3  # rounds in a row whose failure makes a driver unhealthy
 

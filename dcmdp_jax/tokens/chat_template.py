@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dcmdp_jax.worker import NotReady, ProcessEnded, Worker
+from dcmdp_jax.answers.worker import NotReady, ProcessEnded, Worker
 
 _SECONDS = 1.0  # of processor time for one conversation
 _TIMEOUT = 60.0  # seconds after which a process that does not answer is ended

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from dcmdp_jax.buckets import power_of_two
 from dcmdp_jax.records import Batch, Rollout, Scored
 
 
@@ -109,6 +108,14 @@ def full_vocab_logp(rollout: Rollout) -> np.ndarray:
     mask = np.arange(rollout.tokens.shape[1]) < rollout.lengths[:, None]
     log_mass = np.log(np.where(mask, rollout.support_mass, 1))
     return rollout.rollout_logp + log_mass.astype(np.float32)
+
+
+def power_of_two(size: int, largest: int) -> int:
+    """Returns the smallest power of two that is at least `size`, or `largest` if that is less.
+
+    Arrays are padded to such sizes, so that few shapes are compiled.
+    """
+    return min(1 << (size - 1).bit_length(), largest)
 
 
 def _place(
