@@ -138,9 +138,8 @@ class Batches:
                 )
                 check_rollout(rollout, config)
                 if not config.algorithm.replay_routing:
-                    rollout = rollout._replace(
-                        experts=None
-                    )  # the batch is then packed without them
+                    # the batch is then packed without them
+                    rollout = rollout._replace(experts=None)
                 return rewards.score(
                     rollout,
                     self._inputs.tokenizer.decode,
