@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from dcmdp_jax import sharding
 from dcmdp_jax.config import ModelConfig, Precision
 from dcmdp_jax.distributed import processes
-from dcmdp_jax.models import cache, decoder
+from dcmdp_jax.models import cache, decoder, inference
 from dcmdp_jax.models.quantized import SCALED, Quantized, formats, quantize
 from dcmdp_jax.records import Weights
 
@@ -137,7 +137,9 @@ def _check_formats(precision: Precision) -> None:
 def _convert(params: Any, version: Any, *, config: ModelConfig, precision: Precision) -> Weights:
     params, version = jax.tree.map(jnp.copy, (params, version))
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(w)) for w in jax.tree.leaves(params)]))
-    return Weights(decoder.unstack(_in_formats(params, config, precision), config), version, finite)
+    return Weights(
+        inference.unstack(_in_formats(params, config, precision), config), version, finite
+    )
 
 
 def _weights_shapes(config: ModelConfig, precision: Precision) -> Weights:
@@ -200,12 +202,9 @@ def _in_format(w: jax.Array, name: str, contracted: tuple[int, ...]) -> jax.Arra
 
 def _params_shardings(shapes: Any, config: ModelConfig, mesh: Mesh) -> Any:
     logical = decoder.logical_axes(config)
-    layers = [
-        stack for stack, (_, n) in zip(logical["stacks"], decoder.stacks(config)) for _ in range(n)
+    logical["stacks"] = [
+        decoder.layer_axes(config, config.is_sparse(i)) for i in range(config.num_layers)
     ]
-    logical["stacks"] = jax.tree.map(
-        lambda names: names[1:], layers, is_leaf=lambda x: isinstance(x, tuple)
-    )
     if "head" in shapes and "head" not in logical:
         logical["head"] = logical["embed"]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dcmdp_jax.config import Compute, Yarn
-from dcmdp_jax.models import cache, decoder, quantized, sizes
+from dcmdp_jax.models import cache, decoder, inference, quantized, sizes
 from dcmdp_jax.models.kernels import attention
 from dcmdp_jax.models.quantized import Quantized
 from support.accelerators import accelerator_programs
@@ -28,8 +28,8 @@ CONFIGS = {
 }
 FEW_BITS = ("int8", "float8_e4m3fn")
 
-prefill = jax.jit(decoder.prefill, static_argnames="config")
-decode = jax.jit(decoder.decode, static_argnames=("config", "window"), donate_argnames="cache")
+prefill = jax.jit(inference.prefill, static_argnames="config")
+decode = jax.jit(inference.decode, static_argnames=("config", "window"), donate_argnames="cache")
 insert = jax.jit(cache.insert, donate_argnames="cache")
 
 
@@ -52,7 +52,7 @@ def test_decode_equals_all_positions_at_once(name, precision):
         params = jax.tree.map(
             lambda w, a: quantized.quantize(w, precision, a) if a else w, params, axes
         )
-    flat = decoder.unstack(params, config)
+    flat = inference.unstack(params, config)
     tokens = np.asarray(jax.random.randint(jax.random.key(1), (5, WINDOW), 0, config.vocab_size))
     want = all_at_once(params, tokens, config)
     state = cache.init(config, SLOTS, LENGTH)
@@ -78,12 +78,12 @@ def test_decode_equals_all_positions_at_once(name, precision):
 def one_step():
     """(dtype, window) -> hidden states and caches before and after one step at position 7."""
     config = CONFIGS["dense"]
-    flat = decoder.unstack(random_params(config, 0.15), config)
+    flat = inference.unstack(random_params(config, 0.15), config)
     tokens = jax.random.randint(jax.random.key(1), (SLOTS, 8), 0, config.vocab_size)
     keys, values = prefill(flat, tokens, config)
     slots = jnp.arange(SLOTS)
     lengths = jnp.full(SLOTS, 7)
-    step = jax.jit(decoder.decode, static_argnames=("config", "window"))
+    step = jax.jit(inference.decode, static_argnames=("config", "window"))
 
     def run(dtype, window):
         before = insert(cache.init(config, SLOTS, LENGTH, dtype), keys, values, slots, slots)
@@ -253,7 +253,7 @@ def test_write_drops_positions_outside_the_cache(dtype):
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_insert_and_decode_work_in_place(dtype):
     config = sizes.TINY
-    flat = decoder.unstack(random_params(config, 0.15), config)
+    flat = inference.unstack(random_params(config, 0.15), config)
     state = cache.init(config, SLOTS, LENGTH, dtype)
     before = sorted(x.unsafe_buffer_pointer() for x in jax.tree.leaves(state))
     keys, values = prefill(flat, jnp.zeros((1, 4), jnp.int32), config)

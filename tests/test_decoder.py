@@ -13,7 +13,7 @@ import safetensors
 
 from dcmdp_jax import sharding
 from dcmdp_jax.config import Compute, MeshConfig
-from dcmdp_jax.models import decoder, layers, rope, sizes, weights
+from dcmdp_jax.models import decoder, inference, layers, rope, sizes, weights
 from dcmdp_jax.models.kernels import attention
 
 torch = pytest.importorskip("torch")
@@ -55,7 +55,7 @@ def layer_outputs(params, x, config, sparse) -> dict:
     def attend(q, k, v):
         return attention.attention(q, k, v, index[:, None] >= index), None
 
-    (y, _), caught = layers.Layer(config, sparse).apply(
+    (y, _, _), caught = layers.Layer(config, sparse).apply(
         {"params": params},
         x,
         *rope.rotary(index[None], config),
@@ -71,21 +71,20 @@ def layer_outputs(params, x, config, sparse) -> dict:
     return outputs | {
         ".self_attn": caught["attention"]["__call__"][0][0],
         ".post_attention_layernorm": caught["post_attention_norm"]["__call__"][0],
-        ".mlp": caught["moe" if sparse else "mlp"]["__call__"][0],
+        ".mlp": caught["moe"]["__call__"][0][0] if sparse else caught["mlp"]["__call__"][0],
         "": y,
     }
 
 
 def module_outputs(params, tokens, config) -> dict:
     """Returns every module's output, by its name in transformers, in order of execution."""
-    ends = {"params": {name: leaf for name, leaf in params.items() if name != "stacks"}}
-    x = layers.Ends(config).apply(ends, tokens, method="embed")
+    x = decoder.embed(params, tokens, config)
     seen = {"model.embed_tokens": x}
-    for i, tree in enumerate(decoder.unstack(params, config)["stacks"]):
+    for i, tree in enumerate(inference.unstack(params, config)["stacks"]):
         outputs = layer_outputs(tree, x, config, config.is_sparse(i))
         seen |= {f"model.layers.{i}{name}": output for name, output in outputs.items()}
         x = outputs[""]
-    seen["model.norm"] = layers.Ends(config).apply(ends, x, method="norm")
+    seen["model.norm"] = decoder.final_norm(params, x, config)
     seen["lm_head"] = decoder.head(params, seen["model.norm"], config)
     return seen
 
@@ -267,7 +266,7 @@ def test_projections_have_contracting_axes(tree):
 
 def test_unstacked_parameters_are_the_same_numbers(tree):
     config, params = tree
-    flat = jax.eval_shape(lambda p: decoder.unstack(p, config), params)
+    flat = jax.eval_shape(lambda p: inference.unstack(p, config), params)
     assert len(flat["stacks"]) == config.num_layers
     count = sum(x.size for x in jax.tree.leaves(flat))
     assert count == sum(x.size for x in jax.tree.leaves(params))
@@ -312,10 +311,10 @@ def test_published_parameter_counts(config, billions):
 def test_prefill_refuses_stacked_parameters(loaded):
     config, params = loaded("dense")
     with pytest.raises(ValueError, match="unstack"):
-        decoder.prefill(params, jnp.zeros((1, 4), jnp.int32), config)
+        inference.prefill(params, jnp.zeros((1, 4), jnp.int32), config)
 
 
 def test_hidden_refuses_unstacked_parameters(loaded):
     config, params = loaded("dense")
     with pytest.raises(ValueError, match="stacked"):
-        decoder.hidden(decoder.unstack(params, config), jnp.zeros((1, 4), jnp.int32), config)
+        decoder.hidden(inference.unstack(params, config), jnp.zeros((1, 4), jnp.int32), config)

@@ -12,7 +12,7 @@ import pytest
 
 from dcmdp_jax import sharding, sync
 from dcmdp_jax.config import MeshConfig, Precision
-from dcmdp_jax.models import decoder, layers, rope, scoring
+from dcmdp_jax.models import decoder, inference, layers, rope, scoring
 from dcmdp_jax.models.kernels import attention
 from dcmdp_jax.records import Example, Prompts, Sampling, Scored
 from dcmdp_jax.rollout import jetstream
@@ -217,21 +217,20 @@ def test_a_trainer_that_replays_the_experts_is_the_engine(model, precision, atol
 
 def routed(row):
     """[layers, S, k]: the router's choice in the forward pass of one row of MOE, layer by layer."""
-    params = decoder.unstack(make_params(MOE), MOE)
+    params = inference.unstack(make_params(MOE), MOE)
     cos, sin = rope.rotary(np.arange(row.shape[1])[None], MOE)
     x = params["embed"][row]
     chosen = []
     causal = np.tri(row.shape[1], dtype=bool)
     for tree in params["stacks"]:
-        (x, _), kept = layers.Layer(MOE, True).apply(
+        x, _, experts = layers.Layer(MOE, True).apply(
             {"params": tree},
             x,
             cos,
             sin,
             lambda q, k, v: (attention.attention(q, k, v, causal), None),
-            mutable=["routing"],
         )
-        chosen.append(jax.tree.leaves(kept)[0])
+        chosen.append(experts[0])
     return np.stack(chosen)
 
 

@@ -37,7 +37,7 @@ def random_experts(config, seed=0) -> dict:
 
 @functools.partial(jax.jit, static_argnames="config")
 def apply(params, x, config):
-    return layers.MoE(config).apply({"params": params}, x)
+    return layers.MoE(config).apply({"params": params}, x)[0]
 
 
 def dense(params, x, config):
@@ -168,9 +168,10 @@ def test_replayed_experts_replace_the_choice_of_the_router(j, norm):
     direction = jax.random.normal(jax.random.key(2), x.shape)
 
     def replayed(params, x):
-        return layers.MoE(config).apply(
+        y, _ = layers.MoE(config).apply(
             {"params": params}, x, replayed=jnp.where(free, -1, given).astype(jnp.int16)
         )
+        return y
 
     def restricted(params, x):
         probs = jax.nn.softmax(x @ params["router"], axis=-1)
@@ -220,7 +221,7 @@ def test_tokens_that_are_not_live_change_nothing_for_the_others():
     config = dataclasses.replace(CONFIG, experts_per_token=3)
     params = random_experts(config)
     x = jax.random.normal(jax.random.key(1), (40, 1, config.hidden_size))
-    some = jax.jit(lambda x, live: layers.MoE(config).apply({"params": params}, x, live))
+    some = jax.jit(lambda x, live: layers.MoE(config).apply({"params": params}, x, live)[0])
     for count in (0, 1, 7, 40):
         live = np.isin(np.arange(40), np.random.default_rng(count).permutation(40)[:count])
         poisoned = jnp.where(live[:, None, None], x, jnp.nan)

@@ -12,7 +12,7 @@ import pytest
 
 from dcmdp_jax import cli, sharding
 from dcmdp_jax.config import Compute, MeshConfig, ModelConfig, Precision
-from dcmdp_jax.models import decoder
+from dcmdp_jax.models import decoder, inference
 from dcmdp_jax.tools import cost_model, plan
 from support.steps import make_config
 
@@ -175,12 +175,14 @@ def test_flops_of_a_pass_are_the_compilers():
     """Against XLA's count of prefill and head; prefill has no causal half, and ends with the last
     layer's keys and values.
     """
-    params = jax.eval_shape(lambda: decoder.unstack(decoder.init(jax.random.key(0), MODEL), MODEL))
+    params = jax.eval_shape(
+        lambda: inference.unstack(decoder.init(jax.random.key(0), MODEL), MODEL)
+    )
     tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
     last = jax.ShapeDtypeStruct((1, 512, 128), jnp.bfloat16)
 
     def scored(params, tokens, last):
-        return decoder.prefill(params, tokens, MODEL), decoder.head(params, last, MODEL)
+        return inference.prefill(params, tokens, MODEL), decoder.head(params, last, MODEL)
 
     d = MODEL.hidden_size
     f = MODEL.intermediate_size

@@ -10,7 +10,7 @@ import pytest
 
 from dcmdp_jax import sharding, sync
 from dcmdp_jax.config import MeshConfig, Precision
-from dcmdp_jax.models import decoder, sizes
+from dcmdp_jax.models import decoder, inference, sizes
 from dcmdp_jax.models.quantized import SCALED, Quantized, quantize
 from support.random_params import random_params
 
@@ -44,7 +44,9 @@ def test_the_default_changes_nothing_but_the_layout(model):
     weights = synced(model, Precision(), version=7)
     assert weights.version == 7 and weights.version.dtype == jnp.int32
     jax.tree.map(
-        np.testing.assert_array_equal, weights.params, decoder.unstack(random_params(model), model)
+        np.testing.assert_array_equal,
+        weights.params,
+        inference.unstack(random_params(model), model),
     )
 
 

@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from dcmdp_jax import sharding
 from dcmdp_jax.config import MeshConfig
-from dcmdp_jax.models import decoder, quantized, sizes, weights
+from dcmdp_jax.models import decoder, inference, quantized, sizes, weights
 from dcmdp_jax.tokens import tokenizer
 from support.folders import edit
 from support.random_params import random_params
@@ -431,7 +431,7 @@ def test_save_refuses_a_folder_that_is_not_empty(folder):
 
 def test_save_refuses_parameters_of_another_form(tmp_path):
     config = CONFIGS["dense"]
-    flat = decoder.unstack(random_params(config), config)
+    flat = inference.unstack(random_params(config), config)
     with pytest.raises(ValueError, match="do not fit this model config"):
         weights.save(tmp_path / "new", config, flat)
 

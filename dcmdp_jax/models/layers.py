@@ -1,7 +1,10 @@
-"""The pieces of the decoder: norms, attention, SwiGLU, experts, and the layer made of them.
+"""A layer of the decoder and its parts: attention, SwiGLU, mixture of experts, RMS norm.
 
-The switches of `ModelConfig` decide which parameters a piece has. B rows, S positions, D model, H
-q-heads, KV kv-heads, G = H / KV, h head size, F feed-forward, V vocabulary.
+    x = x + attention(norm(x))
+    x = x + feed_forward(norm(x))
+
+The switches of `ModelConfig` decide which parameters a part has. B rows, S positions, D model, H
+q-heads, KV kv-heads, G = H / KV, h head size, F feed-forward, E experts, k experts a token.
 """
 
 from __future__ import annotations
@@ -16,57 +19,84 @@ import jax.numpy as jnp
 
 from dcmdp_jax import sharding
 from dcmdp_jax.config import ModelConfig
-from dcmdp_jax.models import moe, quantized
+from dcmdp_jax.models import moe
 from dcmdp_jax.models.kernels import dispatch, swiglu
 from dcmdp_jax.models.quantized import project
 from dcmdp_jax.models.rope import rotate
 
-NORMAL = nn.initializers.normal(0.02)
-# (q [B, KV, G, S, h], k, v [B, KV, S, h]) -> (out [B, KV, G, S, h], anything the caller needs)
+# (q [B, KV, G, S, h], k, v [B, KV, S, h]) -> (out [B, KV, G, S, h], anything the caller keeps)
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
-def compute_dtype(config: ModelConfig):
-    """Returns the dtype of activations and matrix products."""
-    return jnp.bfloat16 if config.compute.bfloat16 else jnp.float32
+class Layer(nn.Module):
+    """Pre-norm decoder layer, dense or sparse.
 
-
-def parameter(module: nn.Module, name: str, shape: tuple, axes: tuple, init=NORMAL):
-    """Declares a parameter: its shape, the logical name of each axis, and its initializer."""
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, module.param_dtype)
-
-
-# Recomputed in the backward pass, which is cheaper than saving its intermediates.
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32 (arXiv 1910.07467)."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    return (y * scale.astype(jnp.float32)).astype(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    """`rms_norm` with its learned scale; `axis` is the logical name of the normalized axis."""
+    `attend` computes the attention of queries, keys and values. Training masks whole rows with it;
+    decoding reads and writes a cache, which is what it keeps.
+    """
 
     config: ModelConfig
-    axis: str = "embed"
+    sparse: bool
     param_dtype: Any = jnp.float32
+    expert_shards: int = 0  # as in `moe.mixture`
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., n] -> [..., n]."""
-        scale = parameter(self, "scale", x.shape[-1:], (self.axis,), nn.initializers.ones)
-        return rms_norm(x, scale, self.config.rms_norm_eps)
+    def __call__(
+        self,
+        x: jax.Array,
+        cos: jax.Array,
+        sin: jax.Array,
+        attend: Attend,
+        live: jax.Array | None = None,
+        replayed: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any, jax.Array | None]:
+        """x [B, S, D] -> [B, S, D], what `attend` keeps, and a sparse layer's experts [B, S, k].
+
+        `live` and `replayed` as for `MoE`.
+        """
+        c = self.config
+        dtype = self.param_dtype
+        y = RMSNorm(c, param_dtype=dtype, name="input_norm")(x)
+        y, kept = Attention(c, dtype, name="attention")(y, cos, sin, attend)
+        x = x + y
+        y = RMSNorm(c, param_dtype=dtype, name="post_attention_norm")(x)
+        if not self.sparse:
+            return x + MLP(c, dtype, name="mlp")(y), kept, None
+        y, experts = MoE(c, dtype, self.expert_shards, name="moe")(y, live, replayed)
+        return x + y, kept, experts
 
 
 class Attention(nn.Module):
-    """Grouped-query attention. The caller's `attend` supplies the mask and the cache."""
+    """Grouped-query attention."""
 
     config: ModelConfig
     param_dtype: Any = jnp.float32
 
-    def _bias(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], dtype) -> jax.Array:
-        return parameter(self, f"{name}_bias", shape, axes, nn.initializers.zeros).astype(dtype)
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend
+    ) -> tuple[jax.Array, Any]:
+        """x [B, S, D] -> [B, S, D], and what `attend` keeps."""
+        c = self.config
+        rows, length, _ = x.shape
+        q_BxSxHxh = self._heads(x, "q", c.num_heads, "q_heads")
+        k_BxSxKVxh = self._heads(x, "k", c.num_kv_heads, "kv_heads")
+        v_BxSxKVxh = self._heads(x, "v", c.num_kv_heads, "kv_heads")
+        if c.qk_norm:
+            q_BxSxHxh = RMSNorm(c, "head_dim", self.param_dtype, name="q_norm")(q_BxSxHxh)
+            k_BxSxKVxh = RMSNorm(c, "head_dim", self.param_dtype, name="k_norm")(k_BxSxKVxh)
+        q = rotate(q_BxSxHxh, cos, sin).reshape(rows, length, c.num_kv_heads, -1, c.head_dim)
+        k = rotate(k_BxSxKVxh, cos, sin)
+        out_BxKVxGxSxh, kept = attend(
+            q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v_BxSxKVxh.swapaxes(1, 2)
+        )
+        out = out_BxKVxGxSxh.transpose(0, 3, 1, 2, 4).reshape(rows, length, c.num_heads, c.head_dim)
+        shape = (c.num_heads, c.head_dim, c.hidden_size)
+        o_proj = parameter(self, "o_proj", shape, ("q_heads", "head_dim", "embed"))
+        y = project(out, o_proj, contract=2)
+        if c.o_bias:
+            y = y + self._bias("o", (c.hidden_size,), ("embed",), x.dtype)
+        return y, kept
 
     def _heads(self, x: jax.Array, name: str, heads: int, axis: str) -> jax.Array:
         """Projects [B, S, D] to [B, S, heads, h]."""
@@ -79,31 +109,8 @@ class Attention(nn.Module):
             y = y + self._bias(name, (heads, c.head_dim), (axis, "head_dim"), x.dtype)
         return y
 
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend
-    ) -> tuple[jax.Array, Any]:
-        """x [B, S, D] -> [B, S, D], and what `attend` returns beside its output."""
-        c = self.config
-        rows, length, _ = x.shape
-        q_BxSxHxh = self._heads(x, "q", c.num_heads, "q_heads")
-        k_BxSxKVxh = self._heads(x, "k", c.num_kv_heads, "kv_heads")
-        v_BxSxKVxh = self._heads(x, "v", c.num_kv_heads, "kv_heads")
-        if c.qk_norm:
-            q_BxSxHxh = RMSNorm(c, "head_dim", self.param_dtype, name="q_norm")(q_BxSxHxh)
-            k_BxSxKVxh = RMSNorm(c, "head_dim", self.param_dtype, name="k_norm")(k_BxSxKVxh)
-        q = rotate(q_BxSxHxh, cos, sin).reshape(rows, length, c.num_kv_heads, -1, c.head_dim)
-        k = rotate(k_BxSxKVxh, cos, sin)
-        out_BxKVxGxSxh, extra = attend(
-            q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v_BxSxKVxh.swapaxes(1, 2)
-        )
-        out = out_BxKVxGxSxh.transpose(0, 3, 1, 2, 4).reshape(rows, length, c.num_heads, c.head_dim)
-        shape = (c.num_heads, c.head_dim, c.hidden_size)
-        w = parameter(self, "o_proj", shape, ("q_heads", "head_dim", "embed"))
-        y = project(out, w, contract=2)
-        if c.o_bias:
-            y = y + self._bias("o", (c.hidden_size,), ("embed",), x.dtype)
-        return y, extra
+    def _bias(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], dtype) -> jax.Array:
+        return parameter(self, f"{name}_bias", shape, axes, nn.initializers.zeros).astype(dtype)
 
 
 class MLP(nn.Module):
@@ -126,9 +133,6 @@ class MLP(nn.Module):
 class MoE(nn.Module):
     """A router (see `moe.route`) and a mixture of SwiGLU experts (see `moe.mixture`; over several
     devices, `dispatch.mixture`).
-
-    Experts are `gate_proj`, `up_proj` [E, D, F] and `down_proj` [E, F, D]; `router` is [D, E].
-    `expert_shards` is the `shards` of `moe.mixture`.
     """
 
     config: ModelConfig
@@ -138,9 +142,9 @@ class MoE(nn.Module):
     @nn.compact
     def __call__(
         self, x: jax.Array, live: jax.Array | None = None, replayed: jax.Array | None = None
-    ) -> jax.Array:
-        """x [B, S, D] -> [B, S, D]; live [B] as in `moe.mixture`, replayed [B, S, j] as in
-        `moe.route`.
+    ) -> tuple[jax.Array, jax.Array]:
+        """x [B, S, D] -> [B, S, D], and its experts [B, S, k]; live [B, S] as in `moe.mixture`,
+        replayed [B, S, j] as in `moe.route`.
         """
         c = self.config
         e = c.num_experts
@@ -153,81 +157,45 @@ class MoE(nn.Module):
         down_proj = parameter(self, "down_proj", (e, f, d), ("experts", "mlp", "expert_embed"))
         weights = swiglu.Experts(gate_proj, up_proj, down_proj)
         gates, experts = moe.route(x, router, c, replayed)
-        self.sow("routing", "experts", experts.reshape(-1, experts.shape[-1]))
         if sharding.current_mesh() is not None and not self.is_initializing():
-            return dispatch.mixture(x, gates, experts, weights)
-        tokens, gates, experts = (a.reshape(-1, a.shape[-1]) for a in (x, gates, experts))
-        live = None if live is None else jnp.repeat(live, x.shape[1])
-        out = moe.mixture(tokens, gates, experts, weights, live, self.expert_shards)
-        return out.reshape(x.shape)
+            return dispatch.mixture(x, gates, experts, weights), experts
+        return moe.mixture(x, gates, experts, weights, live, self.expert_shards), experts
 
 
-class Layer(nn.Module):
-    """Pre-norm decoder layer: `x + attention(norm x)`, then `x + feed_forward(norm x)`."""
+class RMSNorm(nn.Module):
+    """`rms_norm` with its learned scale; `axis` is the logical name of the normalized axis."""
 
     config: ModelConfig
-    sparse: bool
+    axis: str = "embed"
     param_dtype: Any = jnp.float32
-    expert_shards: int = 0
 
     @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        cos: jax.Array,
-        sin: jax.Array,
-        attend: Attend,
-        live: jax.Array | None = None,
-        replayed: jax.Array | None = None,
-    ) -> tuple[jax.Array, Any]:
-        """x [B, S, D] -> [B, S, D], and what `attend` returns beside its output; live and replayed
-        as for `MoE`.
-        """
-        c = self.config
-        dtype = self.param_dtype
-        y = RMSNorm(c, param_dtype=dtype, name="input_norm")(x)
-        y, extra = Attention(c, dtype, name="attention")(y, cos, sin, attend)
-        x = x + y
-        y = RMSNorm(c, param_dtype=dtype, name="post_attention_norm")(x)
-        if self.sparse:
-            y = MoE(c, dtype, self.expert_shards, name="moe")(y, live, replayed)
-        else:
-            y = MLP(c, dtype, name="mlp")(y)
-        return x + y, extra
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., n] -> [..., n]."""
+        scale = parameter(self, "scale", x.shape[-1:], (self.axis,), nn.initializers.ones)
+        return rms_norm(x, scale, self.config.rms_norm_eps)
 
 
-class Ends(nn.Module):
-    """The parts outside the layers: embedding, final norm, and the head unless it is tied to the
-    embedding.
+# Recomputed in the backward pass, which is cheaper than saving its intermediates.
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32 (arXiv 1910.07467)."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
-    An engine may have a tied head in another format than the embedding: a second table [V, D].
-    """
 
-    config: ModelConfig
-    param_dtype: Any = jnp.float32
+def compute_dtype(config: ModelConfig):
+    """Returns the dtype of activations and matrix products."""
+    return jnp.bfloat16 if config.compute.bfloat16 else jnp.float32
 
-    def setup(self):
-        """Declares the parameters."""
-        v = self.config.vocab_size
-        d = self.config.hidden_size
-        self.table = parameter(self, "embed", (v, d), ("vocab", "embed"))
-        self.scale = parameter(self, "final_norm", (d,), ("embed",), nn.initializers.ones)
-        if not self.config.tie_word_embeddings:
-            self.kernel = parameter(self, "head", (d, v), ("embed", "vocab"))
-        elif self.has_variable("params", "head"):
-            self.head_table = parameter(self, "head", (v, d), ("vocab", "embed"))
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        """tokens [...] int32 -> [..., D]."""
-        return quantized.embed(self.table, tokens, compute_dtype(self.config))
-
-    def norm(self, x: jax.Array) -> jax.Array:
-        """x [..., D] -> [..., D]."""
-        return rms_norm(x, self.scale, self.config.rms_norm_eps)
-
-    def head(self, x: jax.Array) -> jax.Array:
-        """x [..., D] -> logits [..., V] float32."""
-        if self.config.tie_word_embeddings:
-            table = self.head_table if self.has_variable("params", "head") else self.table
-            return quantized.unembed(x, table, compute_dtype(self.config))
-        return quantized.product(x, self.kernel, compute_dtype(self.config))
+def parameter(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    init: Callable = nn.initializers.normal(0.02),
+) -> jax.Array:
+    """Declares a parameter: its shape, the logical name of each axis, and its initializer."""
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, module.param_dtype)

@@ -1,4 +1,5 @@
-"""The sparse feed-forward of Qwen3-MoE: a softmax router, and experts that drop no token.
+"""The sparse feed-forward of Qwen3-MoE: `route`, a softmax router, then `mixture`, a sum of experts
+that drops no token.
 
 N tokens, D model, E experts of size F, k experts a token.
 """
@@ -57,12 +58,14 @@ def mixture(
     live: jax.Array | None = None,
     shards: int = 0,
 ) -> jax.Array:
-    """`sum over k of gates_k * down_e(silu(gate_e x) * up_e x)`, e = experts_k: x [N, D], gates,
-    experts [N, k] -> [N, D].
+    """`sum over k of gates_k * down_e(silu(gate_e x) * up_e x)`, e = experts_k: x [..., D], gates,
+    experts [..., k] -> [..., D].
 
-    `live` ([N] bool, None: all are) and `shards` are those of `expert_outputs`. Results of tokens
+    `live` ([...] bool, None: all are) and `shards` are those of `expert_outputs`. Results of tokens
     that are not live are meaningless.
     """
+    tokens, gates, experts = (a.reshape(-1, a.shape[-1]) for a in (x, gates, experts))
+    live = None if live is None else live.reshape(-1)
+    rows_NxKxD = expert_outputs(tokens, experts, weights, live, shards).astype(jnp.float32)
     # Summed in the order of k, which does not depend on the other tokens.
-    rows_NxKxD = expert_outputs(x, experts, weights, live, shards).astype(jnp.float32)
-    return jnp.sum(rows_NxKxD * gates[..., None], axis=1).astype(x.dtype)
+    return jnp.sum(rows_NxKxD * gates[..., None], axis=1).astype(x.dtype).reshape(x.shape)

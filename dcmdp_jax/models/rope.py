@@ -11,6 +11,19 @@ import numpy as np
 from dcmdp_jax.config import Linear, Llama3, ModelConfig, Yarn
 
 
+def rotary(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """Returns cos and sin of the pairs' angles: positions [B, S] -> two [B, S, 1, h/2], float32."""
+    freqs, factor = frequencies(config)
+    angles = positions[..., None, None].astype(jnp.float32) * freqs
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the pairs (x_i, x_{i + h/2}) by their angles: [B, S, heads, h]."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
 def frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     """Returns each rotary pair's angular frequency [h/2], float32 radians per position, and the
     factor by which cos and sin are multiplied.
@@ -62,16 +75,3 @@ def _yarn_attention_factor(scaling: Yarn) -> float:
     if scaling.attention_factor is not None:
         return scaling.attention_factor
     return 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
-
-
-def rotary(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """Returns cos and sin of the pairs' angles: positions [B, S] -> two [B, S, 1, h/2], float32."""
-    freqs, factor = frequencies(config)
-    angles = positions[..., None, None].astype(jnp.float32) * freqs
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs (x_i, x_{i + h/2}) by their angles: [B, S, heads, h]."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

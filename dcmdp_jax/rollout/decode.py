@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models import cache as kv
-from dcmdp_jax.models import decoder
+from dcmdp_jax.models import decoder, inference
 from dcmdp_jax.records import Sampling, Weights
 from dcmdp_jax.rollout.sampling import Drawn, sample
 
@@ -88,9 +88,9 @@ def prefill(
 ) -> Prefix:
     """Caches prompts `tokens` [rows, P], padded on the right, of `lengths` [rows] >= 1.
 
-    `expert_shards` as in `decoder.prefill`.
+    `expert_shards` as in `inference.prefill`.
     """
-    keys, values = decoder.prefill(params, tokens, config, expert_shards=expert_shards)
+    keys, values = inference.prefill(params, tokens, config, expert_shards=expert_shards)
     last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
     return Prefix(keys, values, last, lengths)
 
@@ -209,7 +209,7 @@ def _decode_step(
     record_experts: bool,
     expert_shards: int,
 ) -> tuple[DecodeState, Step]:
-    hidden, cache, experts = decoder.decode(
+    hidden, cache, experts = inference.decode(
         params,
         state.token,
         state.cache,

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from dcmdp_jax.config import ModelConfig
-from dcmdp_jax.models import decoder
+from dcmdp_jax.models import decoder, inference
 from dcmdp_jax.models.cache import Cache
 from dcmdp_jax.records import Rollout, Weights
 from dcmdp_jax.rollout.decode import DecodeState
@@ -128,7 +128,7 @@ def _feed(
 
     def step(carry: tuple[Cache, jax.Array, jax.Array], token: jax.Array):
         cache, length, fed = carry
-        hidden, cache, _ = decoder.decode(
+        hidden, cache, _ = inference.decode(
             params, fed, cache, length, config, window=window, expert_shards=expert_shards
         )
         logits = decoder.head(params, hidden, config)
