@@ -346,8 +346,19 @@ def test_transformers_reads_the_rotary_positions_that_are_written(settings, tmp_
 @pytest.mark.parametrize("switches", [{"qk_norm": False}, {"qkv_bias": False}, {"o_bias": False}])
 def test_models_of_no_family_are_not_written(switches, tmp_path):
     config = dataclasses.replace(DENSE, **switches)
-    with pytest.raises(ValueError, match="Qwen3ForCausalLM needs qk_norm, and qkv_bias and o_bias"):
+    (name, value), *_ = switches.items()
+    with pytest.raises(ValueError, match=f"neither Qwen3ForCausalLM nor .* has .*{name}={value}"):
         hf_config.write(tmp_path / "config.json", config, "bfloat16", {})
+
+
+def test_a_family_of_one_row_is_written_and_read_back(monkeypatch, tmp_path):
+    bias = {"qk_norm": False, "qkv_bias": True, "o_bias": False}
+    family = hf_config.Family("qwen2", sparse=False, head_dim=None, switches=lambda raw: bias)
+    monkeypatch.setitem(hf_config.FAMILIES, "Qwen2ForCausalLM", family)
+    config = dataclasses.replace(DENSE, **bias)
+    hf_config.write(tmp_path / "config.json", config, "bfloat16", {})
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "qwen2"
+    assert weights.read_config(tmp_path) == config
 
 
 @pytest.mark.parametrize(

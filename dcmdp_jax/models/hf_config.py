@@ -1,9 +1,9 @@
 """Hugging Face's `config.json`, to and from `ModelConfig`.
 
-`FAMILIES` lists the architectures that are read. A key is read, or must have the one value that the
-decoder has, or is known to change nothing. Any other key is refused if its name suggests that it
-changes the model's mathematics, unless it is switched off; the rest are ignored. If a file gives a
-setting twice, both must agree.
+`FAMILIES` lists the architectures that are read and written. A key is read, or must have the one
+value that the decoder has, or is known to change nothing. Any other key is refused if its name
+suggests that it changes the model's mathematics, unless it is switched off; the rest are ignored.
+If a file gives a setting twice, both must agree.
 """
 
 from __future__ import annotations
@@ -40,12 +40,10 @@ def _qwen3_switches(raw: dict) -> dict:
     return {"qk_norm": True, "qkv_bias": bias, "o_bias": bias}
 
 
-DENSE = "Qwen3ForCausalLM"
-SPARSE = "Qwen3MoeForCausalLM"
 # transformers' defaults of head_dim differ between the two
 FAMILIES = {
-    DENSE: Family("qwen3", sparse=False, head_dim=128, switches=_qwen3_switches),
-    SPARSE: Family("qwen3_moe", sparse=True, head_dim=None, switches=_qwen3_switches),
+    "Qwen3ForCausalLM": Family("qwen3", False, head_dim=128, switches=_qwen3_switches),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", True, head_dim=None, switches=_qwen3_switches),
 }
 # transformers 5 uses this if rope_scaling is given beside rope_parameters, without a theta
 THETA = 10_000.0
@@ -155,7 +153,7 @@ def _parse(raw: dict) -> ModelConfig:
         tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
         max_position=_positive_int(raw, "max_position_embeddings"),
         **family.switches(raw),
-        **(_experts(raw, layers) if family.sparse else _no_experts(raw, names[0])),
+        **(_experts(raw, layers) if family.sparse else _no_experts(raw)),
     )
 
 
@@ -189,11 +187,13 @@ def _check_layer_types(kinds: Any, layers: int) -> None:
             )
 
 
-def _no_experts(raw: dict, architecture: str) -> dict:
+def _no_experts(raw: dict) -> dict:
     for name in ("num_experts", "num_local_experts"):
         if raw.get(name) not in (0, None):
+            having = " and ".join(name for name, family in FAMILIES.items() if family.sparse)
             raise ValueError(
-                f"{name}={raw[name]!r} is not supported by {architecture}; experts are {SPARSE}'s"
+                f"{name}={raw[name]!r} is not supported by {raw['architectures'][0]}; experts are "
+                f"{having}'s"
             )
     return {}
 
@@ -394,14 +394,7 @@ def write(path: pathlib.Path, config: ModelConfig, dtype: str, token_ids: dict[s
     `token_ids` holds `eos_token_id` and its like, as the tokenizer names them. Raises ValueError if
     no architecture of `FAMILIES` has the config's switches.
     """
-    architecture = SPARSE if config.num_experts else DENSE
-    if not config.qk_norm or config.qkv_bias != config.o_bias:
-        raise ValueError(
-            f"save: {architecture} needs qk_norm, and qkv_bias and o_bias alike; this model has "
-            f"qk_norm={config.qk_norm}, qkv_bias={config.qkv_bias}, o_bias={config.o_bias}"
-        )
     raw = {
-        "architectures": [architecture],
         "attention_bias": config.qkv_bias,
         "attention_dropout": 0.0,
         "head_dim": config.head_dim,
@@ -410,7 +403,6 @@ def write(path: pathlib.Path, config: ModelConfig, dtype: str, token_ids: dict[s
         "initializer_range": 0.02,
         "intermediate_size": config.intermediate_size,
         "max_position_embeddings": config.max_position,
-        "model_type": FAMILIES[architecture].model_type,
         "num_attention_heads": config.num_heads,
         "num_hidden_layers": config.num_layers,
         "num_key_value_heads": config.num_kv_heads,
@@ -434,7 +426,22 @@ def write(path: pathlib.Path, config: ModelConfig, dtype: str, token_ids: dict[s
             "output_router_logits": False,
             "router_aux_loss_coef": 0.001,
         }
+    architecture = _architecture(config, raw)
+    raw |= {"architectures": [architecture], "model_type": FAMILIES[architecture].model_type}
     path.write_text(json.dumps(raw | token_ids, indent=2, sort_keys=True) + "\n")
+
+
+def _architecture(config: ModelConfig, raw: dict) -> str:
+    """Returns the first of `FAMILIES` that reads the config's switches from what is written."""
+    switches = {name: getattr(config, name) for name in ("qk_norm", "qkv_bias", "o_bias")}
+    for name, family in FAMILIES.items():
+        if family.sparse == (config.num_experts > 0) and family.switches(raw) == switches:
+            return name
+    given = ", ".join(f"{name}={value}" for name, value in switches.items())
+    raise ValueError(
+        f"save: neither {' nor '.join(FAMILIES)} has {given}, num_experts={config.num_experts}; "
+        "choose switches that one of them has"
+    )
 
 
 def _rope_scaling(scaling: Linear | Llama3 | Yarn | None) -> dict | None:
