@@ -19,7 +19,6 @@ from dcmdp_jax.run.record import (
     lacks_field,
     read_record,
     to_json,
-    upgrade_record,
 )
 
 # What may differ between the two parts of a run that is resumed: its length, where it runs, and
@@ -83,14 +82,15 @@ def _check_is_same_run(workdir: pathlib.Path, config: Config) -> None:
     if not checkpoint.steps(workdir):
         return
     now = to_json(config)
-    before = upgrade_record(read_record(workdir), config)
+    before = read_record(workdir)
     for name, (old, new) in differences(before, now).items():
         if f"{name}.".startswith(tuple(f"{free}." for free in MAY_CHANGE)):
             continue
-        if lacks_field(name, now):
+        if lacks_field(name, before) or lacks_field(name, now):
             raise ValueError(
-                f"{workdir} holds a run of another version, with {name}={old}, which this one does "
-                f"not know; go on with that version, or take {name} out of {workdir / RECORD_FILE}"
+                f"{workdir} holds a run of another version or experiment: only one of its record "
+                f"and this configuration has {name}; go on with what began it, or choose another "
+                "--workdir"
             )
         is_scalar = not isinstance(old, dict) and not isinstance(new, dict)
         difference = f"{name}={old}, not {new}" if is_scalar else f"another {name}"

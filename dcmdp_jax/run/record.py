@@ -62,23 +62,6 @@ def apply_record(config: Config, record: dict) -> Config:
     )
 
 
-def upgrade_record(record: dict, config: Any) -> dict:
-    """Returns a record of another version in the form that `to_json(config)` has today.
-
-    Fields that the record lacks get their defaults. Fields that `config` lacks are dropped if they
-    are empty, zero or false, and stay otherwise.
-    """
-    fields = {item.name: item for item in dataclasses.fields(config)}
-    upgraded = {name: value for name, value in record.items() if name in fields or _is_set(value)}
-    for name, item in fields.items():
-        value = getattr(config, name)
-        if name not in record:
-            upgraded[name] = to_json(_default(item, value))
-        elif dataclasses.is_dataclass(value) and isinstance(record[name], dict):
-            upgraded[name] = upgrade_record(record[name], value)
-    return upgraded
-
-
 def lacks_field(name: str, record: Any) -> bool:
     """True if a record has no field of that dotted name."""
     for part in name.split("."):
@@ -104,17 +87,3 @@ def _lookup(record: Any, name: str) -> Any:
     for part in name.split("."):
         record = record.get(part) if isinstance(record, dict) else None
     return record
-
-
-def _default(item: dataclasses.Field, value: Any) -> Any:
-    """Returns a field's default, or `value` if it has none."""
-    if item.default is not dataclasses.MISSING:
-        return item.default
-    return value if item.default_factory is dataclasses.MISSING else item.default_factory()
-
-
-def _is_set(value: Any) -> bool:
-    """True if a recorded value, or one in it, is not empty, zero or false."""
-    if isinstance(value, dict):
-        return any(_is_set(item) for item in value.values())
-    return bool(value)
