@@ -39,7 +39,7 @@ ATTACKS = {
 }
 PARITY = {
     "weights": "checkpoint 4",
-    "positions": {
+    "context": {
         "all": {"tokens": 5, "delta": 0.1, "logp_diff_mean": 0.1, "logp_diff_max": 0.3, "k3": 0.01}
     },
 }
@@ -87,7 +87,7 @@ def files_of(word):
     parity = put(PARITY, word)
     return {
         "config.json": config,
-        "parity.json": parity | {"positions": {f"all{word}": parity["positions"]["all"]}},
+        "parity.json": parity | {"context": {f"all{word}": parity["context"]["all"]}},
         "diagnose.json": put(SOURCES, word),
         "gaps.jsonl": put(GAPS, word),
     }

@@ -178,7 +178,7 @@ def tokens():
 def test_figures_by_position_are_their_definitions(tokens):
     """In float64; a token without a finite log-prob counts, and is in no other figure."""
     old, engine, mask, position = tokens
-    gaps = parity.by_position(old.astype(np.float32), engine.astype(np.float32), mask, position)
+    gaps = parity.by_context(old.astype(np.float32), engine.astype(np.float32), mask, position)
     buckets = {
         "<= 64": position <= 64,
         "<= 256": (position > 64) & (position <= 256),
@@ -207,7 +207,7 @@ def test_figures_by_position_are_their_definitions(tokens):
 def test_buckets_without_tokens_are_left_out(tokens):
     old, engine, mask, position = tokens
     few = mask & (position <= 64)
-    gaps = parity.by_position(old.astype(np.float32), engine.astype(np.float32), few, position)
+    gaps = parity.by_context(old.astype(np.float32), engine.astype(np.float32), few, position)
     assert list(gaps) == ["<= 64", "all"]
 
 
@@ -280,7 +280,7 @@ def test_the_command_fails_above_the_limit(tmp_path, capsys, folder):
     assert record["passed"] is False and record["tolerance_under_floor"] is True
     assert record["weights"] == folder and record["precision"]["weights"] == "int4"
     assert record["sampling"]["temperature"] == 0.8
-    assert record["positions"]["all"]["logp_diff_max"] > 1e-2
+    assert record["context"]["all"]["logp_diff_max"] > 1e-2
     assert record["suggested_tolerance"] > record["floor"] > record["tolerance"] == 0.004
 
 
@@ -298,7 +298,7 @@ def test_the_command_passes_for_an_exact_engine(tmp_path, folder):
 def test_numbers_that_are_not_finite_are_null(tmp_path):
     parity.write(result(worst=np.nan), tiny(), None, tmp_path)
     assert (
-        json.loads((tmp_path / "parity.json").read_text())["positions"]["all"]["logp_diff_max"]
+        json.loads((tmp_path / "parity.json").read_text())["context"]["all"]["logp_diff_max"]
         is None
     )
 

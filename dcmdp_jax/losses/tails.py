@@ -17,7 +17,7 @@ from dcmdp_jax.losses import _arguments, _numerics
 Array = jax.Array
 Metrics = dict[str, Array]
 LEVELS = (0.5, 0.9, 0.99, 0.999)
-POSITION_EDGES = (64, 256, 1024, 4096)  # tokens
+POSITION_EDGES = tuple(8 * 2**k for k in range(14))  # 8, 16, ..., 65536 tokens
 
 
 class WorstTokens(NamedTuple):
@@ -84,7 +84,7 @@ def position_bucket(mask: Array, *, edges: tuple[int, ...] = POSITION_EDGES) -> 
 
     Formula: #{edges <= #{u < t: m_u}}, in 0..len(edges)
     Needs: mask
-    Default: edges 64, 256, 1024, 4096 tokens
+    Default: edges 8, 16, 32, ..., 65536 tokens
     """
     mask = _arguments.mask(mask, mask)
     before = jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - mask

@@ -20,7 +20,6 @@ from dcmdp_jax.losses import tails
 WORST = 8  # completions whose worst token is recorded
 BEFORE = 24  # tokens of context before it
 AFTER = 8  # and after it
-FIRST_EDGE = 8  # where the first bucket of positions ends; each next edge is twice as far
 
 
 class Gaps(NamedTuple):
@@ -67,8 +66,7 @@ def measure(
 
 def edges(length: int) -> list[int]:
     """Returns the edges of the buckets of positions: 0, 8, 16, 32, ..., `length`."""
-    doublings = math.ceil(math.log2(max(length, FIRST_EDGE) / FIRST_EDGE))
-    return [0, *(FIRST_EDGE * 2**k for k in range(doublings)), length]
+    return [0, *(edge for edge in tails.POSITION_EDGES if edge < length), length]
 
 
 def record(gaps: Gaps, length: int, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dcmdp_jax.report import tables
 from dcmdp_jax.report.line_chart import ENGINE, FAINT, NEUTRAL, Panel, Series, chart
 
 # the fields of `parity.json` and `diagnose.json` that are shown
-PARITY = {"weights": files.STRING, "positions": files.OBJECT}
+PARITY = {"weights": files.STRING, "context": files.OBJECT}
 GAP = {
     "tokens": files.INTEGER,
     "delta": files.NUMBER_OR_NULL,
@@ -85,16 +85,16 @@ def _positions(rows: list[dict[str, Any]]) -> str:
 
 
 def _parity_table(record: dict[str, Any] | None) -> str:
-    """`parity.json`: the discrepancy by position in the sequence, prompt included."""
+    """`parity.json`: the discrepancy by length of the context, prompt included."""
     if not record:
         return ""
-    title = f"Discrepancy by position, prompt included ({record['weights']})"
+    title = f"Discrepancy by length of context, prompt included ({record['weights']})"
     columns = ("delta", "logp_diff_mean", "logp_diff_max", "k3")
     return f'<h2 class="section">{html.escape(title)}</h2>' + tables.html_table(
-        ["position", "tokens", "mean delta", "mean |Δ log π|", "largest", "k3"],
+        ["context", "tokens", "mean delta", "mean |Δ log π|", "largest", "k3"],
         [
             [name, f"{gap['tokens']:,}", *(_number(gap[column]) for column in columns)]
-            for name, gap in record["positions"].items()
+            for name, gap in record["context"].items()
         ],
     )
 
@@ -185,8 +185,8 @@ def _read_parity(workdir: str | os.PathLike) -> dict[str, Any] | None:
         return None
     place = str(pathlib.Path(workdir) / "parity.json")
     files.check_fields(record, PARITY, place)
-    for name, gap in record["positions"].items():
-        files.check_fields(gap, GAP, f"{place}: position {name!r:.60}")
+    for name, gap in record["context"].items():
+        files.check_fields(gap, GAP, f"{place}: context {name!r:.60}")
     return record
 
 

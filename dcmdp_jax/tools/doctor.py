@@ -65,7 +65,7 @@ class Model(NamedTuple):
 class Figures(NamedTuple):
     """The gap under one reading."""
 
-    by_position: dict[str, GapStatistics]  # "all" last
+    by_context: dict[str, GapStatistics]  # "all" last
     by_probability: dict[str, GapStatistics]  # of the engine's probability of the token
     calibration: constraint.Calibration | None  # None of a single completion
     dropped: int  # tokens without a finite log-prob, in no figure
@@ -287,21 +287,21 @@ def _figures(
     rollout_logp = np.zeros(shape, np.float32)
     tokens = np.zeros(shape, np.int32)
     mask = np.zeros(shape, bool)
-    position = np.zeros(shape, np.int32)
+    context = np.zeros(shape, np.int32)
     for i, (record, logp) in enumerate(zip(records, trainer, strict=True)):
         length = len(record.tokens)
         mask[i, :length] = True
         tokens[i, :length] = record.tokens
         old_logp[i, :length] = np.nan_to_num(logp)
         rollout_logp[i, :length] = np.where(np.isnan(logp), np.nan, record.logp)
-        position[i] = len(record.prompt) + 1 + np.arange(shape[1])
+        context[i] = len(record.prompt) + 1 + np.arange(shape[1])
     reported = rollout_logp[mask]
     if leave_out:
         reported = np.where(log_prob_meaning.placeholders(reported), np.nan, reported)
     rollout_logp[mask] = reading.nats(reported)
     measured = mask & np.isfinite(rollout_logp)
     return Figures(
-        parity.by_position(old_logp, rollout_logp, mask, position),
+        parity.by_context(old_logp, rollout_logp, mask, context),
         _by_probability(old_logp, rollout_logp, measured),
         _calibration(old_logp, rollout_logp, mask),
         int(np.sum(mask & ~measured)),

@@ -72,7 +72,7 @@ def text(diagnosis: Diagnosis) -> str:
         "\n".join(verdict_lines(diagnosis)),
         "\n".join(gap_lines(diagnosis)),
         f"{title}, by position, prompt included\n"
-        + tables.aligned_text([("position", *HEADER), *_rows(figures.by_position)]),
+        + tables.aligned_text([("context", *HEADER), *_rows(figures.by_context)]),
         f"{title}, by the engine's probability of the token\n"
         + tables.aligned_text([("probability", *HEADER), *_rows(figures.by_probability)]),
         "What corrections would do\n"
@@ -102,7 +102,7 @@ def write(diagnosis: Diagnosis, settings: dict[str, Any], path: pathlib.Path) ->
             f'<div class="verdict">{verdict}</div>{notes}',
             f'<div class="charts section">{discrepancy.position_panel(curves)}</div>',
             _section(f"{title}, by position, prompt included"),
-            tables.html_table(["position", *HEADER], _rows(figures.by_position)),
+            tables.html_table(["context", *HEADER], _rows(figures.by_context)),
             _section(f"{title}, by the engine's probability of the token"),
             tables.html_table(["probability", *HEADER], _rows(figures.by_probability)),
             _section("What corrections would do"),

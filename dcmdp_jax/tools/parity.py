@@ -1,7 +1,7 @@
 """Compares the log-probs that a sampler reports for its tokens with those of the trainer.
 
-What `dcmdp parity` runs: the gap between them by position, a limit that an exact engine must keep,
-and the tolerance that the gap calls for. It works with any `RolloutConfig.sampler`.
+What `dcmdp parity` runs: the gap between them by length of context, a limit that an exact engine
+must keep, and the tolerance that the gap calls for. It works with any `RolloutConfig.sampler`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from dcmdp_jax import constraint, files, seeds, sharding, train_state
 from dcmdp_jax.batches import check_rollout, make_sampler, sampling
 from dcmdp_jax.config import Calibrated, Config, ModelConfig, Precision
 from dcmdp_jax.losses import diagnostics
-from dcmdp_jax.losses.tails import POSITION_EDGES
 from dcmdp_jax.models import scoring
 from dcmdp_jax.records import Rollout, Sampler, Scored
 from dcmdp_jax.report import tables
@@ -32,6 +31,7 @@ from dcmdp_jax.tokens import packing
 
 CLIP = 0.2
 EXACT = 1e-5  # nats between the trainer and an engine that rounds nothing
+CONTEXT_EDGES = (64, 256, 1024, 4096)  # tokens up to and with the one that is scored
 
 # (params, rollout, seed of the packing, split=1) -> log-probs [N, T]
 Score = Callable[..., np.ndarray]
@@ -65,7 +65,7 @@ class GapStatistics(NamedTuple):
 
 
 class Parity(NamedTuple):
-    """Gaps by position, and the tolerance that they call for."""
+    """Gaps by length of the context, and the tolerance that they call for."""
 
     origin: str  # of the weights
     gaps: dict[str, GapStatistics]  # of each bucket that has tokens; "all" last
@@ -217,7 +217,7 @@ def measure(
     old_logp = []
     rollout_logp = []
     mask = []
-    position = []
+    context = []
     for number in range(batches):
         seed = seeds.seed(config.seed, stream, number)
         rollout = sample(sampler, config, inputs, seed)
@@ -225,7 +225,7 @@ def measure(
         rollout_logp.append(packing.full_vocab_logp(rollout))
         mask.append(token_mask(rollout))
         prompt_lengths = np.repeat(rollout.prompts.lengths, config.rollout.samples)
-        position.append(prompt_lengths[:, None] + 1 + np.arange(rollout.tokens.shape[1]))
+        context.append(prompt_lengths[:, None] + 1 + np.arange(rollout.tokens.shape[1]))
     sums = []
     counts = []
     for batch in zip(old_logp, rollout_logp, mask):
@@ -236,7 +236,7 @@ def measure(
     rollout_logp = np.concatenate(rollout_logp)
     return Parity(
         weights.origin,
-        by_position(np.concatenate(old_logp), rollout_logp, mask, np.concatenate(position)),
+        by_context(np.concatenate(old_logp), rollout_logp, mask, np.concatenate(context)),
         int(np.sum(mask & ~np.isfinite(rollout_logp))),
         constraint.calibrate_tolerance(np.array(sums), np.array(counts), slack=slack),
     )
@@ -247,15 +247,15 @@ def token_mask(rollout: Rollout) -> np.ndarray:
     return np.arange(rollout.tokens.shape[1]) < rollout.lengths[:, None]
 
 
-def by_position(
-    old_logp: np.ndarray, rollout_logp: np.ndarray, mask: np.ndarray, position: np.ndarray
+def by_context(
+    old_logp: np.ndarray, rollout_logp: np.ndarray, mask: np.ndarray, context: np.ndarray
 ) -> dict[str, GapStatistics]:
     """Returns the gaps of the buckets that have tokens, and of all tokens.
 
-    Arrays are [N, T]; `position`, prompt included, counts from 1.
+    Arrays are [N, T]; `context` is the number of tokens up to and with this one, prompt included.
     """
-    names = [f"<= {edge}" for edge in POSITION_EDGES] + [f"> {POSITION_EDGES[-1]}"]
-    bucket = np.searchsorted(POSITION_EDGES, position)
+    names = [f"<= {edge}" for edge in CONTEXT_EDGES] + [f"> {CONTEXT_EDGES[-1]}"]
+    bucket = np.searchsorted(CONTEXT_EDGES, context)
     gaps = {}
     for number, name in enumerate(names):
         inside = mask & (bucket == number)
@@ -333,7 +333,7 @@ def verdict(parity: Parity, tolerance: float | Calibrated) -> str:
 def table(parity: Parity) -> str:
     """Returns the gaps as text, a line for each bucket."""
     header = (
-        "position",
+        "context",
         "tokens",
         "mean |dlogp|",
         "max |dlogp|",
@@ -378,7 +378,7 @@ def write(
         "precision": precision,
         "sampling": sampling(config.rollout)._asdict(),
         "batches": batches,
-        "positions": {name: gap._asdict() for name, gap in parity.gaps.items()},
+        "context": {name: gap._asdict() for name, gap in parity.gaps.items()},
         "dropped": parity.dropped,
         "floor": floor,
         "floor_std_error": error,
