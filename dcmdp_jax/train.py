@@ -125,8 +125,10 @@ def _loop(
             log.write(number, row)
             progress.check_updates(row)
             if _is_due(number, config.checkpoint.every, config.steps):
+                progress.check_weights()
                 saved.save(state, prompt_state)
             started = time.perf_counter()
+        progress.check_weights()
     saved.save(state, prompt_state)
     return state
 

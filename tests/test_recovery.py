@@ -1,12 +1,15 @@
 """A step that fails: what is saved, what is said, and that the run goes on bit for bit."""
 
+import dataclasses
 import functools
 import os
 import shutil
 import signal
 import time
 
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from dcmdp_jax import sync, tasks
@@ -110,9 +113,26 @@ def test_a_step_that_leaves_a_weight_that_is_not_finite_is_not_saved(
     assert len(rows(tmp_path)) == logged
 
 
+def test_weights_that_are_not_finite_are_not_saved_with_staleness(tmp_path):
+    """The sampler sees the weights of a step only when the next step begins."""
+
+    def overflowing(algorithm):  # in step 2
+        updates_of_one_step = algorithm.minibatches
+        return optax.scale_by_schedule(lambda n: jnp.where(n < updates_of_one_step, 1e-3, jnp.inf))
+
+    run = tiny(steps=4, **{"checkpoint.every": 1, "rollout.staleness": 1})
+    run = dataclasses.replace(
+        run, algorithm=dataclasses.replace(run.algorithm, optimizer=overflowing)
+    )
+    message = "^the weight .* is not finite after step 2, which is not saved"
+    with pytest.raises(Failed, match=message):
+        train(run, tmp_path)
+    assert checkpoint.steps(tmp_path) == [0, 1]
+
+
 @pytest.mark.usefixtures("overflow_after_step_2")
 def test_a_checkpoint_whose_weights_turn_out_not_finite_is_named(tmp_path):
-    """With staleness, the engine sees the weights of a step when the next step begins."""
+    """A sampler may hold what overflows alone: adapters, say."""
     run = tiny(steps=4, **{"checkpoint.every": 1, "rollout.staleness": 1})
     with pytest.raises(Failed) as failure:
         train(run, tmp_path)

@@ -54,6 +54,14 @@ class Progress:
         self._inputs = inputs
         self._skipped = int(state.skipped)
         self._idle = 0  # steps in a row that made no update
+        self._is_finite = jax.jit(_is_finite, out_shardings=sharding.replicated(inputs.mesh))
+
+    def check_weights(self) -> None:
+        """To be called before a state is saved. Raises NotFinite if the last step left a weight
+        that is not finite: with staleness, the sampler sees it a step later.
+        """
+        if self.last is not None and not self._is_finite(self.last.state.params):
+            raise NotFinite(_weight_not_finite(self.last.state, self._inputs))
 
     def check_updates(self, row: dict[str, Any]) -> None:
         """To be called with each step's row. Raises NoUpdates after `algorithm.max_skipped` steps
@@ -104,7 +112,7 @@ def saved_on_failure(
         ) from None
     except Exception as error:
         if progress.last is not None and processes.raised_on_all(error):
-            _rescue(saved, log, progress.last, workdir)
+            _rescue(saved, log, progress, workdir)
         raise
 
 
@@ -114,14 +122,16 @@ def _save(saved: checkpoint.Checkpoints, last: StepTaken) -> None:
 
 
 def _rescue(
-    saved: checkpoint.Checkpoints, log: metrics.Log, last: StepTaken, workdir: pathlib.Path
+    saved: checkpoint.Checkpoints, log: metrics.Log, progress: Progress, workdir: pathlib.Path
 ) -> None:
     """Writes the last step's row, where it is missing, and saves its state; errors are printed."""
+    last = progress.last
     number = int(last.state.step)
     if log.step < number:
         with processes.print_errors(f"the row of step {number} is not written"):
             log.write(number, last.row())
     with processes.print_errors(f"the state after step {number} is not saved"):
+        progress.check_weights()
         _save(saved, last)
         processes.log0(f"the state after step {number} is saved in {workdir}")
 
@@ -154,6 +164,10 @@ def _first_not_finite(last: StepTaken, row: dict[str, Any], inputs: Inputs) -> s
     if not last.metrics["logp_finite"]:
         return "a log-prob of the trainer"
     return "the gradient" if math.isfinite(row["loss"]) else "the loss"
+
+
+def _is_finite(params: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(w)) for w in jax.tree.leaves(params)]))
 
 
 def _weight_not_finite(state: TrainState, inputs: Inputs) -> str:
