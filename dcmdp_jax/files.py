@@ -55,6 +55,23 @@ def atomic_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         yield temporary
 
 
+def remove_unfinished(folder: pathlib.Path) -> None:
+    """Removes what `atomic_folder(folder)` left in processes of this host that were killed."""
+    for left in folder.parent.glob(f".{folder.name}.*"):
+        if left.suffix[1:].isdecimal() and not _is_running(int(left.suffix[1:])):
+            shutil.rmtree(left)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
+
+
 @contextlib.contextmanager
 def _temporary(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a path beside `path`, which what is written there replaces at the end."""

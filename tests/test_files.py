@@ -1,6 +1,8 @@
 """Files are written in one piece, and what is wrong in one that is read is named."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -43,6 +45,26 @@ def test_a_folder_whose_block_raises_does_not_appear(tmp_path):
         (folder / "a").touch()
         raise KeyError
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def ended_process():
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_the_folder_of_a_killed_process_is_removed(tmp_path, ended_process):
+    (tmp_path / f".new.{ended_process}" / "model").mkdir(parents=True)
+    files.remove_unfinished(tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_of_a_running_process_stays(tmp_path):
+    with files.atomic_folder(tmp_path / "new") as folder:
+        files.remove_unfinished(tmp_path / "new")
+        assert folder.is_dir()
 
 
 def test_json_holds_null_where_a_number_is_not_finite(tmp_path):

@@ -84,6 +84,16 @@ def test_a_measure_that_no_step_has_is_empty(two_evaluations):
     assert two_evaluations[1]["entropy"] == ""
 
 
+def test_the_line_of_a_run_has_its_last_evaluation(two_evaluations):
+    line = "held-out engine 0.500  held-out trainer 0.600  delta 0.3  4 s"
+    assert study.describe(two_evaluations[1]) == line
+
+
+def test_the_line_of_a_run_leaves_out_a_policy_that_was_not_evaluated(two_evaluations):
+    last = two_evaluations[1] | {"reward_eval_train": ""}
+    assert "nan" not in study.describe(last) and "trainer" not in study.describe(last)
+
+
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_shipped_studies_evaluate_the_last_step(path):
     for config in study.load(str(path)).arms.values():

@@ -14,7 +14,6 @@ import functools
 import hashlib
 import io
 import json
-import math
 import multiprocessing
 import os
 import pathlib
@@ -33,7 +32,7 @@ from dcmdp_jax import files
 from dcmdp_jax.config import Config, WarmupConfig
 from dcmdp_jax.experiment import run_file
 from dcmdp_jax.monitoring import quantities
-from dcmdp_jax.run.record import differences, read_record, to_json, upgrade_record
+from dcmdp_jax.run.record import differences, read_record, to_json
 from dcmdp_jax.run.stopping import Interrupted
 
 _stop: Any = None  # in a worker: the event with which its parent stops it
@@ -159,7 +158,8 @@ def run_all(
                 failures.append(f"{run.arm} s{run.seed}: {error}")
                 outcome = f"failed; see {run.folder / 'run.log'}"
             else:
-                outcome = _outcome(study, run)
+                *_, last = evaluations(_rows(run), study.arms[run.arm].eval.prompts)
+                outcome = describe(last)
             seconds_left = (time.perf_counter() - began) / done * (len(ready) - done)
             report(
                 f"{done}/{len(ready)}  {run.arm} s{run.seed}  {outcome}  "
@@ -180,7 +180,7 @@ def changed_settings(study: Study, run: Run) -> list[str]:
     from dcmdp_jax import calibrate
 
     started = _config_from_start(study, run)
-    record = upgrade_record(read_record(run.folder), started)
+    record = read_record(run.folder)
     own = {"model.folder"} | (
         {"constraint.tolerance"} if (run.folder / calibrate.FILE).is_file() else set()
     )
@@ -245,14 +245,13 @@ def _rows(run: Run) -> list[dict[str, Any]]:
     return metrics.read(run.folder) if (run.folder / metrics.FILE).is_file() else []
 
 
-def _outcome(study: Study, run: Run) -> str:
-    """Returns a line about the last evaluation; a measure that was not finite is nan."""
-    last = [*evaluations(_rows(run), study.arms[run.arm].eval.prompts)][-1]
+def describe(last: dict[str, Any]) -> str:
+    """Returns a line about a run's last evaluation, without the measures that it does not have."""
     figures = []
     for key in (quantities.HELD_OUT_ENGINE, quantities.HELD_OUT_TRAINER, "delta_mean"):
-        quantity = quantities.get(key)
-        value = math.nan if last[key] == "" else last[key]
-        figures.append(f"{quantity.name} {quantity.format.format(value)}")
+        if last[key] != "":
+            quantity = quantities.get(key)
+            figures.append(f"{quantity.name} {quantity.format.format(last[key])}")
     return "  ".join([*figures, f"{last['seconds']:.0f} s"])
 
 
@@ -290,6 +289,7 @@ def _warm_up(run: Run) -> None:
     study = load(run.file)
     folder = _start_folder(study, run)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    files.remove_unfinished(folder)
     from dcmdp_jax.run import export
 
     with (
