@@ -154,9 +154,9 @@ def process_block(mesh: Mesh, process: int) -> Mesh:
     return Mesh(block, mesh.axis_names)
 
 
-def single_device_mesh() -> Mesh:
-    """Returns the mesh of the default device."""
-    return make_mesh(MeshConfig(), jax.devices()[:1])
+def single_device_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns the mesh of the first of `devices` (None: of all)."""
+    return make_mesh(MeshConfig(), (jax.devices() if devices is None else devices)[:1])
 
 
 def num_batch_shards(mesh: Mesh) -> int:

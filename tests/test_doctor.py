@@ -79,7 +79,7 @@ def test_figures_of_a_gap_by_their_definitions(model, records):
     train = np.concatenate([r.logp for r in reported(records, SETTINGS)])
     engine = np.concatenate([r.logp for r in records])
     delta = np.abs(np.exp(train) - np.exp(engine))
-    everything = figures.by_position["all"]
+    everything = figures.by_context["all"]
     assert everything.tokens == len(train)
     assert everything.delta == pytest.approx(delta.mean(), rel=1e-3)
     assert everything.logp_diff_mean == pytest.approx(np.abs(train - engine).mean(), rel=1e-3)
@@ -136,8 +136,8 @@ def test_placeholders_are_left_out_once_named(model, records):
     clipped = [r._replace(logp=[-9999.0, *r.logp[1:]]) for r in exact]
     found = doctor.examine(model, clipped, SETTINGS, SETTINGS)
     assert found.verdict.name == "clipped values"
-    assert found.stated.by_position["all"].logp_diff_max > 9000
-    assert found.read.by_position["all"].logp_diff_max < 1e-4
+    assert found.stated.by_context["all"].logp_diff_max > 9000
+    assert found.read.by_context["all"].logp_diff_max < 1e-4
     assert found.read.dropped == len(clipped)
 
 

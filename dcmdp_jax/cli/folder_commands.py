@@ -35,6 +35,7 @@ def generate_command(args: argparse.Namespace, options: list[str]) -> Callable[[
         stop_strings=tuple(args.stop),
         seed=args.seed,
         chat=args.chat,
+        devices=args.devices,
     )
     prompts = args.prompts or complete.read_prompts(args.file)
     if args.output:
@@ -80,6 +81,7 @@ def evaluate_command(args: argparse.Namespace, options: list[str]) -> Callable[[
             instruction=instruction,
         ),
         pathlib.Path(args.workdir),
+        args.devices,
     )
 
     def log(line: str) -> None:
@@ -122,6 +124,7 @@ def serve_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
         precision=Precision(weights=args.weights),
         sampling=sampling,
         seed=args.seed,
+        devices=args.devices,
     )
     return lambda: status
 

@@ -88,6 +88,7 @@ class Evaluation:
     sets: tuple[EvalSet, ...]
     max_length: int  # positions of the longest prompt and its completion
     lock: IO[str]  # on the work folder, until `run` ends
+    mesh: jax.sharding.Mesh
 
 
 # (prompts, *, samples, key, should_stop, on_completion): calls on_completion(number, ids, stopped)
@@ -95,16 +96,19 @@ class Evaluation:
 Sample = Callable[..., Any]
 
 
-def prepare(options: Options, workdir: pathlib.Path) -> Evaluation:
+def prepare(
+    options: Options, workdir: pathlib.Path, devices: Sequence[jax.Device] | None = None
+) -> Evaluation:
     """Reads and checks everything but the weights; makes the work folder, or checks that it belongs
-    to this evaluation.
+    to this evaluation. `devices` are those that it may use (None: all there are).
 
     Raises ValueError, in one sentence, on bad input, before anything is compiled.
     """
     _check(options)
     folder = options.model.folder
     model_config = weights.read_config(folder)
-    sync.check(model_config, options.precision, _mesh(options))
+    mesh = _mesh(options, jax.devices() if devices is None else devices)
+    sync.check(model_config, options.precision, mesh)
     weights.check(folder)
     tokenizer = tokenizers.load(options.model.tokenizer or folder, folder)
     tokenizers.check_vocab_size(tokenizer, model_config.vocab_size)
@@ -133,7 +137,7 @@ def prepare(options: Options, workdir: pathlib.Path) -> Evaluation:
     files.write_atomic(path, json.dumps(record, indent=2) + "\n")
     longest = max(int(item.prompts.lengths.max()) for item in sets)
     max_length = longest + options.max_tokens
-    return Evaluation(options, workdir, tokenizer, sets, max_length, folder_lock)
+    return Evaluation(options, workdir, tokenizer, sets, max_length, folder_lock, mesh)
 
 
 def start_engine(evaluation: Evaluation) -> Sample:
@@ -141,7 +145,7 @@ def start_engine(evaluation: Evaluation) -> Sample:
     it.
     """
     options = evaluation.options
-    mesh = _mesh(options)
+    mesh = evaluation.mesh
     model_config = weights.read_config(options.model.folder)
     model_config = dataclasses.replace(model_config, compute=options.model.compute)
     shapes = jax.eval_shape(functools.partial(decoder.init, config=model_config), jax.random.key(0))
@@ -233,10 +237,6 @@ def _check(options: Options) -> None:
     ):
         if value < least:
             raise ValueError(f"--{name} {value} must be at least {least}")
-    if options.tensor > len(jax.devices()):
-        raise ValueError(
-            f"--tensor {options.tensor} are more devices than the {len(jax.devices())} there are"
-        )
     if not pathlib.Path(options.data_dir).is_dir():
         raise ValueError(
             f"--data-dir {options.data_dir} is no folder; name the one that holds the sets' .jsonl "
@@ -284,8 +284,12 @@ def _load_set(
     return EvalSet(name, prompts, samples, workdir / f"{name}.jsonl")
 
 
-def _mesh(options: Options) -> jax.sharding.Mesh:
-    return sharding.make_mesh(MeshConfig(tensor=options.tensor), jax.devices()[: options.tensor])
+def _mesh(options: Options, devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
+    if options.tensor > len(devices):
+        raise ValueError(
+            f"--tensor {options.tensor} are more devices than the {len(devices)} there are"
+        )
+    return sharding.make_mesh(MeshConfig(tensor=options.tensor), devices[: options.tensor])
 
 
 def _record(

@@ -11,9 +11,11 @@ import errno
 import os
 import signal
 import socket
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import grpc
+import jax
 
 from dcmdp_jax import sharding, sync
 from dcmdp_jax.config import Precision
@@ -112,6 +114,7 @@ def serve(
     precision: Precision = Precision(),
     sampling: Sampling = Sampling(),
     seed: int = 0,
+    devices: Sequence[jax.Device] | None = None,
 ) -> int:
     """Serves a Hugging Face folder until SIGTERM or SIGINT.
 
@@ -122,6 +125,7 @@ def serve(
         precision: of the engine.
         sampling: how the tokens of every request are drawn.
         seed: request number n has the key (seed, n).
+        devices: the first is used; None: of all there are.
 
     Returns the exit status: 0 if all accepted requests ended, 1 if `options.grace` or a second
     signal cut some off.
@@ -141,7 +145,7 @@ def serve(
     tokenizer = None if tokens_only else tokenizers.load(tokenizer_path or folder, folder)
     if tokenizer is not None:
         tokenizers.check_vocab_size(tokenizer, model_config.vocab_size)
-    mesh = sharding.single_device_mesh()
+    mesh = sharding.single_device_mesh(devices)
     sync.check(model_config, precision, mesh)
 
     def load() -> OrchestratorDriver:

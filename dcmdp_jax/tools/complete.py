@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from dcmdp_jax import data, files, sharding, sync
@@ -64,6 +65,7 @@ def texts(
     chat: bool = False,
     start: int = 0,
     chunk_size: int = CHUNK,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Iterator[list[Completion]]:
     """Returns an iterator over the completions of `chunk_size` prompts at a time.
 
@@ -79,12 +81,13 @@ def texts(
         seed: completion j of prompt i depends on `seed`, i and j alone, not on `start`.
         chat: whether each prompt is put into the model's chat template as a user's message.
         start: number of the first prompt to complete.
+        devices: the first is used; None: of all there are.
 
     Raises ValueError, at the call, if the arguments do not fit. Weights are read with the first
     chunk.
     """
     _check_text(prompts)
-    mesh = sharding.single_device_mesh()
+    mesh = sharding.single_device_mesh(devices)
     model_config = weights.read_config(folder)
     tokenizer = tokenizers.load(tokenizer_path or folder, folder)
     tokenizers.check_vocab_size(tokenizer, model_config.vocab_size)
@@ -159,6 +162,7 @@ def to_file(
     *,
     samples: int = 1,
     chunk_size: int = CHUNK,
+    devices: Sequence[jax.Device] | None = None,
     **options,
 ) -> int:
     """Writes a JSON line for each completion to `path`, or goes on where the file ends.
@@ -201,7 +205,13 @@ def to_file(
     if reusable < total:
         start = reusable // samples
         chunks = texts(
-            folder, prompts, samples=samples, start=start, chunk_size=chunk_size, **options
+            folder,
+            prompts,
+            samples=samples,
+            start=start,
+            chunk_size=chunk_size,
+            devices=devices,
+            **options,
         )
     reused = [header, *lines[1 : reusable + 1]]
     files.write_atomic(path, "".join(json.dumps(line) + "\n" for line in reused))

@@ -71,7 +71,7 @@ def text(diagnosis: Diagnosis) -> str:
     parts = [
         "\n".join(verdict_lines(diagnosis)),
         "\n".join(gap_lines(diagnosis)),
-        f"{title}, by position, prompt included\n"
+        f"{title}, by length of context, prompt included\n"
         + tables.aligned_text([("context", *HEADER), *_rows(figures.by_context)]),
         f"{title}, by the engine's probability of the token\n"
         + tables.aligned_text([("probability", *HEADER), *_rows(figures.by_probability)]),
@@ -101,7 +101,7 @@ def write(diagnosis: Diagnosis, settings: dict[str, Any], path: pathlib.Path) ->
             f'<p class="summary">{html.escape(" · ".join(map(str, settings.values())))}</p>'
             f'<div class="verdict">{verdict}</div>{notes}',
             f'<div class="charts section">{discrepancy.position_panel(curves)}</div>',
-            _section(f"{title}, by position, prompt included"),
+            _section(f"{title}, by length of context, prompt included"),
             tables.html_table(["context", *HEADER], _rows(figures.by_context)),
             _section(f"{title}, by the engine's probability of the token"),
             tables.html_table(["probability", *HEADER], _rows(figures.by_probability)),
