@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 
+import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import data
+from dcmdp_jax import data, train_state
 from dcmdp_jax.monitoring import metrics
 from dcmdp_jax.rollout.jetstream import JetStreamSampler
+from dcmdp_jax.run import checkpoint
 from dcmdp_jax.run.inputs import read_inputs
 from support.mismatch import EXPERTS
 from support.training import (
@@ -51,6 +53,19 @@ def test_resumed_equals_uninterrupted(tmp_path, problems):
     train(long, tmp_path / "parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts", long)
     assert [row["step"] for row in rows(tmp_path / "parts")] == list(range(1, 11))
+
+
+def test_every_step_has_a_gradient_and_moves_the_parameters(tmp_path):
+    """What tests that compare runs of this configuration need to say anything."""
+    run = tiny(steps=2, **{"checkpoint.every": 1})
+    train(run, tmp_path)
+    inputs = read_inputs(run, ONE_DEVICE)
+    like = train_state.abstract(run, inputs.model_config, inputs.mesh)
+    before, _ = checkpoint.read(tmp_path, like, before=2)
+    after, _ = checkpoint.read(tmp_path, like)
+    change = jax.tree.map(lambda a, b: np.abs(a - b).max(), before.params, after.params)
+    assert min(row["grad_norm"] for row in rows(tmp_path)) > 1e-2
+    assert min(jax.tree.leaves(change)) > 1e-4
 
 
 def test_the_problems_of_a_file_come_shuffled(problems):

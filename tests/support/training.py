@@ -34,8 +34,10 @@ TINY = {
     "rollout.slots": 8,
     "rollout.max_tokens": 20,
     "algorithm.minibatches": 2,
-    "warmup.steps": 2,
-    "warmup.batch_size": 4,
+    # enough for rewards that differ within a group, and so for gradients
+    "warmup.steps": 100,
+    "warmup.batch_size": 32,
+    "warmup.learning_rate": 0.03,
     "data.task.operations": 2,
     "data.max_prompt_tokens": 6,
     "checkpoint.every": 5,
