@@ -139,3 +139,9 @@ def test_weights_that_are_not_finite_complete_nothing(folder, tmp_path, monkeypa
 def test_a_prompt_that_is_not_unicode_is_refused_by_number(folder, capsys, prompt):
     assert cli.main(["generate", folder, "abc", prompt]) == 2
     assert "dcmdp: prompt 2 of 2 is not valid Unicode text" in capsys.readouterr().err
+
+
+def test_another_device_samples_the_same(folder, complete_file, tmp_path):
+    path = tmp_path / "complete.jsonl"
+    complete.to_file(path, folder, PROMPTS, devices=jax.devices()[1:2], **OPTIONS)
+    assert path.read_text() == complete_file
