@@ -223,6 +223,6 @@ def test_the_gate_holds_in_every_length_bucket(model):
     exact = np.take_along_axis(
         np.take_along_axis(logp, place[..., None] - 1, axis=1), out.tokens[..., None], axis=-1
     )[..., 0]
-    gaps = parity.by_position(exact, out.rollout_logp, np.ones_like(exact, bool), place + 1)
+    gaps = parity.by_context(exact, out.rollout_logp, np.ones_like(exact, bool), place + 1)
     assert list(gaps) == ["<= 64", "<= 256", "<= 1024", "<= 4096", "> 4096", "all"]
     assert all(gap.tokens and gap.logp_diff_max <= 1e-5 for gap in gaps.values()), gaps
