@@ -22,6 +22,7 @@ JETSTREAM = [
     "prometheus_client",
     "shortuuid",
 ]
+SERVER = ["httpx2>=2.0", "anyio>=4.10"]
 ANSWERS = ["math-verify==0.9.0", "antlr4-python3-runtime==4.13.2"]
 REPORT = ["tensorboardX", "matplotlib"]
 TEST = [
@@ -55,11 +56,12 @@ setup(
         "jetstream": JETSTREAM,  # resolves TensorFlow as well; requirements.txt does without
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
+        "server": SERVER,  # samples from vLLM, SGLang or llama.cpp
         "answers": ANSWERS,  # judges what our own reader of answers cannot read
         "report": REPORT,
-        "test": [*ANSWERS, *TEST],
+        "test": [*SERVER, *ANSWERS, *TEST],
         "lint": LINT,
-        "all": [*JETSTREAM, *ANSWERS, *REPORT, *TEST],
+        "all": [*JETSTREAM, *SERVER, *ANSWERS, *REPORT, *TEST],
     },
     entry_points={"console_scripts": ["dcmdp=dcmdp_jax.cli:main"]},
 )

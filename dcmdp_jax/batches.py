@@ -12,6 +12,7 @@ from dcmdp_jax.config import Config, RolloutConfig
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.monitoring import measurements
 from dcmdp_jax.records import Batch, Rollout, Sampler, Sampling, Scored, TrainState
+from dcmdp_jax.rollout import servers
 from dcmdp_jax.run.inputs import Inputs
 from dcmdp_jax.run.stopping import Interrupted
 from dcmdp_jax.seeds import Stream
@@ -157,7 +158,9 @@ class Batches:
 def make_sampler(config: Config, inputs: Inputs) -> Sampler:
     """Returns what this process samples with."""
     make = config.rollout.sampler
-    if make is None:
+    if config.rollout.server:
+        make = servers.sampler
+    elif make is None:
         # only the default sampler needs google-jetstream
         from dcmdp_jax.rollout import jetstream
 

@@ -262,9 +262,19 @@ class RolloutConfig:
     # one engine spanning all processes (they decode in lockstep) instead of one per process; `mesh`
     # then covers all sampling devices
     one_engine: bool = False
-    # (config, model, tokenizer, mesh) -> records.Sampler; None: rollout.jetstream.sampler, which
-    # alone reads slots, tokens_per_dispatch and precision
+    # Something else that samples; neither: rollout.jetstream.sampler, which alone reads slots,
+    # tokens_per_dispatch and precision.
+    # (config, model, tokenizer, mesh) -> records.Sampler
     sampler: Callable | None = None
+    server: str = ""  # http://HOST:PORT of a vLLM, SGLang or llama.cpp server
+    # where weights are written for the server, which sees it under the same path; empty: a
+    # temporary folder of this machine
+    weights_folder: str = ""
+
+    @property
+    def own_engine(self) -> bool:
+        """True if the library's own engine samples."""
+        return self.sampler is None and not self.server
 
 
 @dataclass(frozen=True)
@@ -338,7 +348,7 @@ class WarmupConfig:
 class EvalConfig:
     """Evaluation on held-out problems, by the engine as it is and by an exact one.
 
-    With `rollout.sampler` set, by that sampler alone.
+    With `rollout.sampler` or `rollout.server` set, by that sampler alone.
     """
 
     every: int = 20  # steps; 0: never
@@ -472,6 +482,16 @@ def _validate(config: Config) -> None:
         raise ValueError(
             "rollout.stop_strings holds an empty text, which would end every completion; leave it "
             "out"
+        )
+    if rollout.sampler is not None and rollout.server:
+        raise ValueError(
+            f"rollout.sampler and rollout.server={rollout.server!r} are both set, and one samples; "
+            "leave one of the two out"
+        )
+    if rollout.weights_folder and not rollout.server:
+        raise ValueError(
+            "rollout.weights_folder is for rollout.server, which is not set; set it, or leave "
+            "rollout.weights_folder out"
         )
     if not rollout.devices and rollout.mesh != MeshConfig():
         raise ValueError(

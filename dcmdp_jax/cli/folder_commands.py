@@ -23,12 +23,18 @@ def generate_command(args: argparse.Namespace, options: list[str]) -> Callable[[
         raise ValueError("--max-tokens and --samples must be at least 1")
     if bool(args.prompts) == bool(args.file):
         raise ValueError("give prompt texts or --file FILE, one of the two")
+    if args.server and args.weights != "float32":
+        raise ValueError(
+            f"--weights {args.weights} is a format of the library's own engine, and --server "
+            "samples; leave one of the two out"
+        )
     sampling = _sampling(args)
     from dcmdp_jax.tools import complete
 
     settings = dict(
         tokenizer_path=args.tokenizer,
         precision=Precision(weights=args.weights),
+        server=args.server,
         max_tokens=args.max_tokens,
         samples=args.samples,
         sampling=sampling,

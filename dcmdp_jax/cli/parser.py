@@ -260,6 +260,12 @@ def _generate(add: Add) -> None:
     )
     _tokenizer(parser)
     _weights(parser)
+    parser.add_argument(
+        "--server",
+        default="",
+        metavar="URL",
+        help="a vLLM, SGLang or llama.cpp server that samples, with the folder's weights",
+    )
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--samples", type=int, default=1)
     _sampling(parser)

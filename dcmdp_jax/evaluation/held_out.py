@@ -22,7 +22,8 @@ class HeldOut:
     """Measures both policies on `inputs.held_out`.
 
     The trainer's policy is sampled from by an engine that rounds nothing, in the place of the run's
-    own engine. A run that replaces the engine (`rollout.sampler`) has its sampler measured alone.
+    own engine. A run that replaces the engine (`rollout.sampler`, `rollout.server`) has its sampler
+    measured alone.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class HeldOut:
     def measure(self, state: TrainState) -> dict[str, float]:
         """Returns `reward_eval_infer`, the pass rate of the run's sampler with its present weights,
         and `reward_eval_train`, that of the parameters of `state`; the latter only if
-        `rollout.sampler` is None.
+        the library's own engine samples.
 
         Returns nothing where there are no held-out problems, or the run was asked to stop. All
         processes must call.
@@ -50,7 +51,7 @@ class HeldOut:
             return {}
         infer = self._pass_rate(self._sampler)
         measured = {"reward_eval_infer": infer}
-        if infer is not None and self._config.rollout.sampler is None:
+        if infer is not None and self._config.rollout.own_engine:
             measured["reward_eval_train"] = (
                 infer if self._is_exact else self._trainer_pass_rate(state)
             )

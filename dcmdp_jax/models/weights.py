@@ -400,8 +400,8 @@ def save(
     max_shard_bytes: int = 5_000_000_000,
     token_ids: dict[str, Any] | None = None,
 ) -> None:
-    """Writes `params` (the tree of `decoder.init`) as a Hugging Face folder that `load` and
-    transformers read.
+    """Writes `params` (the tree of `decoder.init`, of JAX or NumPy arrays) as a Hugging Face folder
+    that `load` and transformers read.
 
     `token_ids` are those that config.json names, as `tokenizer.special_token_ids` returns them. The
     folder gets config.json, safetensors of at most `max_shard_bytes` each (or one tensor, if
@@ -435,7 +435,7 @@ def _pair(config: ModelConfig, params: dict) -> list[tuple[Leaf, jax.Array]]:
         raise ValueError(
             "save: the parameters do not fit this model config; pass the tree of init or load"
         )
-    if not all(array.is_fully_addressable for array in arrays):
+    if any(isinstance(array, jax.Array) and not array.is_fully_addressable for array in arrays):
         raise ValueError("save: other hosts hold part of the parameters; gather them first")
     return list(zip(jax.tree.leaves(parameter_table(config)), arrays, strict=True))
 

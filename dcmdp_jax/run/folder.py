@@ -29,6 +29,8 @@ MAY_CHANGE = (
     "rollout.devices",
     "rollout.mesh",
     "rollout.slots",
+    "rollout.server",
+    "rollout.weights_folder",
     "algorithm.microbatches",
     "algorithm.max_skipped",
     "eval",

@@ -16,6 +16,7 @@ from dcmdp_jax.config import Config, ModelConfig
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.models import decoder, weights
 from dcmdp_jax.records import Prompts
+from dcmdp_jax.rollout import servers
 from dcmdp_jax.seeds import Stream
 from dcmdp_jax.tokens import tokenizer as tokenizers
 from dcmdp_jax.tokens.tokenizer import Tokenizer
@@ -47,6 +48,8 @@ def read_inputs(config: Config, devices: Sequence[jax.Device] | None = None) -> 
         weights.check(config.model.folder)
     engines = processes.num_engines(config.rollout)
     check(config, model, mesh, decode_mesh, engines)
+    if config.rollout.server:
+        servers.check(config)
     tokenizer = read_tokenizer(config)
     tokenizers.check_vocab_size(tokenizer, model.vocab_size)
     prompts, held_out = read_problems(config, tokenizer, engines)
@@ -79,7 +82,7 @@ def check(
     shapes = jax.eval_shape(partial(decoder.init, config=model), jax.random.key(0))
     sharding.param_shardings(decoder.logical_axes(model), mesh, sharding.TRAIN, shapes)
     split = [("warmup.batch_size", config.warmup.batch_size, sharding.num_batch_shards(mesh))]
-    if config.rollout.sampler is None:
+    if config.rollout.own_engine:
         sync.check(model, config.rollout.precision, decode_mesh)
         shards = engines * sharding.num_batch_shards(decode_mesh)
         split.append(("rollout.slots", config.rollout.slots, shards))

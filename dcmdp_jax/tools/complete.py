@@ -15,6 +15,7 @@ from dcmdp_jax import data, files, sharding, sync
 from dcmdp_jax.config import Precision
 from dcmdp_jax.models import weights
 from dcmdp_jax.records import Example, Prompts, Sampling
+from dcmdp_jax.rollout import server_sampler, servers
 from dcmdp_jax.rollout.jetstream import JetStreamSampler
 from dcmdp_jax.tokens import tokenizer as tokenizers
 
@@ -57,6 +58,7 @@ def texts(
     *,
     tokenizer_path: str = "",
     precision: Precision = Precision(),
+    server: str = "",
     max_tokens: int = 64,
     samples: int = 1,
     sampling: Sampling = Sampling(),
@@ -74,6 +76,8 @@ def texts(
         prompts: texts.
         tokenizer_path: file or folder of the tokenizer; empty: the model's folder.
         precision: of the engine.
+        server: address of a server that samples in the place of the engine, with the folder's
+            weights (see `servers.connect`).
         max_tokens: the longest completion.
         samples: completions of each prompt.
         sampling: how tokens are drawn; a temperature of 0 is greedy.
@@ -99,16 +103,23 @@ def texts(
     sync.check(model_config, precision, mesh)
     weights.check(folder)
 
+    connected = servers.connect(server) if server else None
+    if connected is not None:
+        server_sampler.check_support(sampling, f"{connected.client.name} at {server}")
+
     def chunks() -> Iterator[list[Completion]]:
         model, params = weights.load(folder)
-        sampler = JetStreamSampler(
-            model,
-            tokenizer,
-            mesh,
-            slots=min(len(prompts) * samples, SLOTS),
-            max_length=max_length,
-            precision=precision,
-        )
+        if connected is not None:
+            sampler = server_sampler.ServerSampler(model, tokenizer, connected)
+        else:
+            sampler = JetStreamSampler(
+                model,
+                tokenizer,
+                mesh,
+                slots=min(len(prompts) * samples, SLOTS),
+                max_length=max_length,
+                precision=precision,
+            )
         sampler.update_weights(params, 0)
         for first in range(start, len(prompts), chunk_size):
             chunk = Prompts(*(field[first : first + chunk_size] for field in tokenized))
@@ -120,6 +131,7 @@ def texts(
                 stop_strings=stop_strings,
                 seed=seed,
                 offset=first * samples,
+                should_stop=lambda: False,
             )
             yield [
                 Completion(

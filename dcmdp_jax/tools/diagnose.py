@@ -151,12 +151,14 @@ def check(config: Config) -> None:
     It needs the library's own sampler, a router of the trainer's own, and two prompts for a
     standard error.
     """
-    if config.rollout.sampler is not None:
-        name = getattr(config.rollout.sampler, "__name__", repr(config.rollout.sampler))
+    rollout = config.rollout
+    if not rollout.own_engine:
+        field = "rollout.server" if rollout.server else "rollout.sampler"
+        name = rollout.server or getattr(rollout.sampler, "__name__", repr(rollout.sampler))
         raise ValueError(
             "diagnose switches the properties of the library's own engine (rollout.precision.*), "
-            f"and rollout.sampler={name} is another one; measure its gap with dcmdp parity, or "
-            "leave rollout.sampler out"
+            f"and {field}={name} is another one; measure its gap with dcmdp parity, or leave "
+            f"{field} out"
         )
     if config.algorithm.replay_routing:
         raise ValueError(

@@ -1,7 +1,7 @@
 """Compares the log-probs that a sampler reports for its tokens with those of the trainer.
 
 What `dcmdp parity` runs: the gap between them by length of context, a limit that an exact engine
-must keep, and the tolerance that the gap calls for. It works with any `RolloutConfig.sampler`.
+must keep, and the tolerance that the gap calls for. It works with any sampler of a run.
 """
 
 from __future__ import annotations
@@ -293,7 +293,7 @@ def default_limit(config: Config, inputs: Inputs) -> float | None:
     None.
     """
     exact = (
-        config.rollout.sampler is None
+        config.rollout.own_engine
         and config.rollout.precision == Precision()
         and not inputs.model_config.compute.bfloat16
     )
@@ -370,9 +370,7 @@ def write(
     tolerance = config.constraint.tolerance
     if isinstance(tolerance, Calibrated):
         tolerance = None
-    precision = (
-        dataclasses.asdict(config.rollout.precision) if config.rollout.sampler is None else None
-    )
+    precision = dataclasses.asdict(config.rollout.precision) if config.rollout.own_engine else None
     record = {
         "weights": parity.origin,
         "precision": precision,

@@ -159,7 +159,7 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
         sizes - sharding.local_bytes(params),
         f"{row_length}algorithm.microbatches, mesh.sequence or mesh.tensor",
     )
-    if config.rollout.sampler is not None:
+    if not config.rollout.own_engine:
         return
     shared = set(decode_mesh.devices.flat) <= set(mesh.devices.flat)
     yield from _engine(config, model, decode_mesh, engines, sizes if shared else 0)

@@ -1,0 +1,131 @@
+"""vLLM, version 0.32 or newer, started with VLLM_SERVER_DEV_MODE=1; see docs/servers.md."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from dcmdp_jax.config import Config
+from dcmdp_jax.records import Sampler
+from dcmdp_jax.rollout import server_sampler
+from dcmdp_jax.rollout.http_client import BadReply, Client, ServerError
+from dcmdp_jax.rollout.server_sampler import Reply, Request
+
+
+def vllm(url: str, weights_folder: str = "", **client_options: Any) -> Callable[..., Sampler]:
+    """Returns a `RolloutConfig.sampler` that samples from the vLLM server at `url`.
+
+    Args:
+      weights_folder: see `server_sampler.ServerSampler`.
+      client_options: `connections`, `timeout` and `attempts` of `http_client.Client`.
+    """
+
+    def make(config: Config, model: Any, tokenizer: Any, mesh: Any) -> Sampler:
+        server = connect(url, **client_options)
+        return server_sampler.of_run(config, model, tokenizer, server, weights_folder)
+
+    return make
+
+
+def connect(url: str, **client_options: Any) -> Server:
+    """Returns the vLLM server at `url`. Raises ServerError if it is not there."""
+    return Server(Client(url, "vLLM", **client_options))
+
+
+class Server:
+    """A `server_sampler.Server`."""
+
+    path = "/v1/completions"
+    loads_weights = True
+
+    def __init__(self, client: Client):
+        """Asks the server for the name of its model."""
+        self.client = client
+        models = client.get("/v1/models", attempts=1)
+        try:
+            self._model = models["data"][0]["id"]
+        except (KeyError, IndexError, TypeError):
+            raise ServerError(f"vLLM at {client.url} names no model in /v1/models") from None
+        self.label()
+
+    def body(self, request: Request) -> dict:
+        """Returns the body of a request.
+
+        What is not said here would come from the model's generation_config.json.
+        """
+        sampling = request.sampling
+        return {
+            "model": self._model,
+            "prompt": request.prompt,
+            "max_tokens": request.max_tokens,
+            "temperature": float(sampling.temperature),
+            "top_k": int(sampling.top_k),
+            "top_p": float(sampling.top_p),
+            "min_p": float(sampling.min_p),
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "seed": request.seed,
+            "n": 1,
+            "logprobs": 0,  # those of the sampled tokens alone
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,  # a server without a tokenizer has no text
+            "ignore_eos": True,  # the tokenizer's stop tokens end a completion, and no others
+            "stop_token_ids": list(request.stop_ids),
+            "stop": list(request.stop_strings),
+            "skip_special_tokens": False,  # they are text in which stop strings are found
+        }
+
+    def read(self, reply: Any, request: Request) -> Reply:
+        """Returns the completion in a reply."""
+        try:
+            (choice,) = reply["choices"]
+            tokens = choice["token_ids"]
+            logp = choice["logprobs"]["token_logprobs"]
+            reason = choice["finish_reason"]
+            prompt = choice.get("prompt_token_ids")
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise BadReply("has not one choice with token_ids and logprobs") from None
+        if prompt is not None and prompt != request.prompt:
+            raise BadReply(f"is to another prompt, of {len(prompt)} tokens")
+        if reason not in ("stop", "length"):
+            raise BadReply(f"ends by {reason!r:.40}, not by a stop token, text or the length")
+        return Reply(tokens, logp, reason == "stop")
+
+    def load(self, folder: pathlib.Path, label: str, should_stop: Callable[[], bool]) -> None:
+        """Pauses the server, has it read the folder, names its weights, and resumes it."""
+        client = self.client
+        steps = (
+            ("/pause?mode=abort", None),
+            (
+                "/collective_rpc",
+                {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}},
+            ),
+            ("/reset_prefix_cache", None),
+            ("/update_weight_version", {"new_version": label}),
+        )
+        try:
+            for path, body in steps:
+                client.post(path, body, should_stop)
+        except BaseException:
+            client.post_once("/resume")
+            raise
+        client.post("/resume", None, should_stop)
+        if self.label(should_stop) != label:
+            raise ServerError(
+                f"vLLM at {client.url} does not have weights {label!r} after it was given them; "
+                "let no other run use it"
+            )
+
+    def label(self, should_stop: Callable[[], bool] = lambda: False) -> str | None:
+        """Returns the name that `load` gave the weights, or "default" after a start."""
+        try:
+            return self.client.get("/weight_info", should_stop)["weight_version"]
+        except ServerError as error:
+            if error.status != 404:
+                raise
+            raise ServerError(
+                f"vLLM at {self.client.url} takes no new weights; start version 0.32 or newer with "
+                "VLLM_SERVER_DEV_MODE=1 in its environment"
+            ) from None
