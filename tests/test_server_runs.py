@@ -99,7 +99,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(three_steps, tmp_path):
 def test_a_run_that_is_interrupted_while_it_samples_goes_on(three_steps, tmp_path):
     server, whole, _ = three_steps
     run = run_of(server, **{"steps": 3, "eval.every": 2})
-    third = len(server.asked) + 2 * REQUESTS + 2 * 8  # after two steps and two evaluations
+    third = len(server.asked) + 16 + 2 * REQUESTS + 2 * 8  # after a probe and two steps
 
     def interrupt(handler, number):
         os.kill(os.getpid(), signal.SIGINT)

@@ -68,10 +68,10 @@ class Client:
         """Sends nothing.
 
         Args:
-          name: of the server in messages.
-          connections: requests that are under way at once, at most.
-          timeout: seconds without a byte after which an attempt has failed.
-          attempts: of a request; with 10 the last is made two minutes after the first.
+            name: of the server in messages.
+            connections: requests that are under way at once, at most.
+            timeout: seconds without a byte after which an attempt has failed.
+            attempts: of a request; with 10 the last is made two minutes after the first.
 
         Raises ValueError if the library for HTTP is not installed or `url` is not one.
         """
@@ -119,9 +119,9 @@ class Client:
         request is repeated after 0.5, 1, 2, 4, ... seconds.
 
         Args:
-          read: called with the JSON value of a reply and the number of its call; raises BadReply
-            if it is not of the right form.
-          should_stop: polled; true cancels the requests that are under way.
+            read: called with the JSON value of a reply and the number of its call; raises BadReply
+                if it is not of the right form.
+            should_stop: polled; true cancels the requests that are under way.
 
         Raises ServerError, in one sentence, where a request fails for good; the others are then
         cancelled. Raises `Interrupted` if `should_stop()`.

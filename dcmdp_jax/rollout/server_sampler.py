@@ -23,6 +23,7 @@ from dcmdp_jax.config import Config, ModelConfig
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.models import weights
 from dcmdp_jax.records import NotFinite, Prompts, Rollout, Sampling
+from dcmdp_jax.rollout import server_probe
 from dcmdp_jax.rollout.http_client import BadReply, Call, Client, ServerError
 from dcmdp_jax.tokens import tokenizer as tokenizers
 from dcmdp_jax.tokens.tokenizer import Tokenizer
@@ -93,6 +94,7 @@ def of_run(
         tokenizer,
         server,
         weights_folder=weights_folder,
+        temperature=config.rollout.temperature,
         learns=config.algorithm.learning_rate != 0,
     )
 
@@ -138,15 +140,18 @@ class ServerSampler:
         server: Server,
         *,
         weights_folder: str = "",
+        temperature: float = 1.0,
         learns: bool = False,
     ):
         """Sends nothing; all processes must call.
 
         Args:
-          weights_folder: where weights are written for the server, which must see it under the same
-            path; one run may use it at a time. Empty: a temporary folder of this machine.
-          learns: whether the weights differ from one update to the next.
+            weights_folder: where weights are written for the server, which must see it under the
+                same path; one run may use it at a time. Empty: a temporary folder of this machine.
+            temperature: at which the meaning of the server's log-probs is checked.
+            learns: whether the weights differ from one update to the next.
         """
+        self._temperature = temperature
         self._learns = learns
         self._model = model
         self._tokenizer = tokenizer
@@ -186,7 +191,34 @@ class ServerSampler:
                 "file and go on, or sample from vLLM, SGLang or the library's own engine "
                 "(only where algorithm.learning_rate is 0 can it stay as it is)"
             )
+        if self._updates == 1:
+            self._check_meaning(params)
         self._version = version
+
+    def _check_meaning(self, params: Any) -> None:
+        """Raises ServerError unless the server's log-probs are those of the trainer's model at the
+        run's temperature, up to number formats.
+        """
+        prompts = server_probe.prompts(self._model.vocab_size, self._tokenizer.eos_ids)
+        sampling = Sampling(self._temperature)
+        requests = [
+            Request(prompt, server_probe.TOKENS, sampling, self._tokenizer.eos_ids, (), number)
+            for number, prompt in enumerate(prompts)
+        ]
+        with processes.raise_on_all():
+            replies = self._ask(requests, lambda: False)
+        verdict = server_probe.judge(
+            params,
+            self._model,
+            prompts,
+            [reply.tokens for reply in replies],
+            [reply.logp for reply in replies],
+            sampling,
+            tokenizers.special_token_ids(self._tokenizer).get("bos_token_id"),
+        )
+        if verdict.name not in ("as stated", "cannot tell"):
+            raise ServerError(f"{self._name}: {verdict.sentence}; {verdict.remedy}")
+        processes.log0(f"log-probs of {self._name}: {verdict.sentence}")
 
     def _load(self, params: Any) -> None:
         self._remove_folders()

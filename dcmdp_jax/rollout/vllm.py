@@ -17,8 +17,8 @@ def vllm(url: str, weights_folder: str = "", **client_options: Any) -> Callable[
     """Returns a `RolloutConfig.sampler` that samples from the vLLM server at `url`.
 
     Args:
-      weights_folder: see `server_sampler.ServerSampler`.
-      client_options: `connections`, `timeout` and `attempts` of `http_client.Client`.
+        weights_folder: see `server_sampler.ServerSampler`.
+        client_options: `connections`, `timeout` and `attempts` of `http_client.Client`.
     """
 
     def make(config: Config, model: Any, tokenizer: Any, mesh: Any) -> Sampler:
