@@ -72,7 +72,9 @@ def one_pass_step(
     shaped = step.shaped_advantage(advantage, old_logp, batch, multiplier, config)
     dual, dual_metrics = step.update_dual(state.dual, old_logp, batch, config)
     metrics = step.batch_metrics(batch, advantage, shaped, old_logp, entropy)
-    metrics |= step.update_metrics(value, norm, learner.skipped)
+    minibatch = _only(batch, old_logp, ref_logp, shaped)
+    metrics |= step.update_metrics(value, norm, logp, minibatch, config)
+    metrics["skipped"] = learner.skipped
     return step.next_state(state, learner, dual), metrics | dual_metrics
 
 
@@ -89,6 +91,10 @@ def on_policy_loss(
     """
     old_logp = jax.lax.stop_gradient(logp)[None]
     shaped = step.shaped_advantage(advantage, old_logp, batch, multiplier, config)
-    fields = batch, old_logp, ref_logp, shaped
-    minibatch = step.Minibatch(*jax.tree.map(lambda x: x[0], fields))
+    minibatch = _only(batch, old_logp, ref_logp, shaped)
     return step.loss_of(logp, minibatch, multiplier, config)
+
+
+def _only(*fields: Batch | jax.Array | None) -> step.Minibatch:
+    """Returns the only minibatch of a batch, from its fields [1, A, ...]."""
+    return step.Minibatch(*jax.tree.map(lambda x: x[0], fields))

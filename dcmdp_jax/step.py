@@ -18,7 +18,7 @@ import optax
 
 from dcmdp_jax import constraint, optimizers, train_state
 from dcmdp_jax.config import Config, ModelConfig
-from dcmdp_jax.losses import diagnostics, reduce
+from dcmdp_jax.losses import diagnostics, kl, reduce
 from dcmdp_jax.losses._separable import is_separable
 from dcmdp_jax.models import scoring
 from dcmdp_jax.monitoring import gaps
@@ -63,22 +63,24 @@ def constrained_step(
     shaped = shaped_advantage(advantage, old_logp, batch, multiplier, config)
 
     # Loss, gradients, update.
-    def update(learner: Learner, minibatch: Minibatch) -> tuple[Learner, tuple]:
-        loss, grads = gradients(learner.params, state.frozen, minibatch, multiplier, config, model)
+    def update(learner: Learner, minibatch: Minibatch) -> tuple[Learner, Metrics]:
+        loss, grads, logp = gradients(
+            learner.params, state.frozen, minibatch, multiplier, config, model
+        )
         learner, norm = apply_update(learner, loss, grads, config)
-        return learner, (loss, norm)
+        return learner, update_metrics(loss, norm, logp, minibatch, config)
 
-    def epoch(learner: Learner, _: None) -> tuple[Learner, tuple]:
+    def epoch(learner: Learner, _: None) -> tuple[Learner, Metrics]:
         return jax.lax.scan(update, learner, Minibatch(batch, old_logp, ref_logp, shaped))
 
     learner = Learner(state.params, state.opt_state, state.skipped)
-    learner, (loss, norm) = jax.lax.scan(epoch, learner, None, config.algorithm.epochs)
+    learner, updates = jax.lax.scan(epoch, learner, None, config.algorithm.epochs)
 
     # Dual: one update, from the mean gap of all trained tokens before any rejection.
     dual, dual_metrics = update_dual(state.dual, old_logp, batch, config)
 
     metrics = batch_metrics(batch, advantage, shaped, old_logp, entropy)
-    metrics |= update_metrics(loss, norm, learner.skipped)
+    metrics |= jax.tree.map(jnp.mean, updates) | {"skipped": learner.skipped}
     metrics |= staleness_metrics(state, old_logp, batch, config, model)
     return next_state(state, learner, dual), metrics | dual_metrics
 
@@ -129,14 +131,11 @@ def loss_of(
 ) -> jax.Array:
     """Returns the loss of a minibatch as a function of its log-probs [A, n, T]."""
     batch = minibatch.batch
+    loss = surrogate_loss(logp, minibatch, config)
     logp = _flat(logp)
     rollout_logp = _flat(batch.rollout_logp)
     mask = _flat(batch.mask)
     reduce_loss = config.algorithm.reduce
-    loss, denominator = config.algorithm.surrogate(
-        logp, _flat(minibatch.old_logp), rollout_logp, _flat(minibatch.advantage), mask
-    )
-    loss = reduce_loss(loss, denominator)
     # Penalties are of all trained tokens, those that the surrogate rejects too.
     if config.constraint.penalty:
         penalty = config.constraint.penalty(logp, rollout_logp, mask, multiplier)
@@ -147,6 +146,19 @@ def loss_of(
     return loss
 
 
+def surrogate_loss(logp: jax.Array, minibatch: Minibatch, config: Config) -> jax.Array:
+    """Returns the part of `loss_of` that has the advantages: the surrogate, reduced."""
+    batch = minibatch.batch
+    loss, denominator = config.algorithm.surrogate(
+        _flat(logp),
+        _flat(minibatch.old_logp),
+        _flat(batch.rollout_logp),
+        _flat(minibatch.advantage),
+        _flat(batch.mask),
+    )
+    return config.algorithm.reduce(loss, denominator)
+
+
 def gradients(
     params: Any,
     frozen: Any,
@@ -154,9 +166,9 @@ def gradients(
     multiplier: jax.Array,
     config: Config,
     model: ModelConfig,
-) -> tuple[jax.Array, Any]:
-    """Returns the loss of a minibatch and its gradient with respect to `params`; the same for any
-    number of microbatches.
+) -> tuple[jax.Array, Any, jax.Array]:
+    """Returns the loss of a minibatch, its gradient with respect to `params`, the same for any
+    number of microbatches, and the log-probs [A, n, T].
 
     The loss is a function of all log-probs of the minibatch, and microbatches are backpropagated
     one after the other. For the other microbatches `old_logp` stands in where it is equal (no
@@ -168,7 +180,7 @@ def gradients(
         logp, _ = _score_minibatch(decoder, minibatch.batch, config, model)
     loss = partial(loss_of, minibatch=minibatch, multiplier=multiplier, config=config)
     grads, logp, _ = backpropagate(params, frozen, minibatch.batch, logp, loss, config, model)
-    return loss(logp), grads
+    return loss(logp), grads, logp
 
 
 def backpropagate(
@@ -312,9 +324,24 @@ def batch_metrics(
     }
 
 
-def update_metrics(loss: jax.Array, norm: jax.Array, skipped: jax.Array) -> Metrics:
-    """Means over a step's updates, and the updates skipped so far."""
-    return {"loss": jnp.mean(loss), "grad_norm": jnp.mean(norm), "skipped": skipped}
+def update_metrics(
+    loss: jax.Array, norm: jax.Array, logp: jax.Array, minibatch: Minibatch, config: Config
+) -> Metrics:
+    """What is measured at each update, and averaged over a step's.
+
+    `clip_fraction` is the share of trained tokens that the surrogate gives no gradient although
+    they have an advantage: the clip stopped them, or a rejection dropped them. `approx_kl` is the
+    k3 estimate of KL(old || current). Before the first update at the weights that sampled it is 0.
+    """
+    mask = minibatch.batch.mask
+    slope = jax.grad(surrogate_loss)(logp, minibatch, config)
+    stopped = (slope == 0) & (minibatch.advantage != 0)
+    return {
+        "loss": loss,
+        "grad_norm": norm,
+        "clip_fraction": reduce.token_mean(stopped.astype(jnp.float32), mask),
+        "approx_kl": reduce.token_mean(kl.k3(minibatch.old_logp, logp, mask), mask),
+    }
 
 
 def staleness_metrics(

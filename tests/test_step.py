@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from dcmdp_jax import compiled_step, constraint, sharding, step, train_state
-from dcmdp_jax.losses import advantages, corrections, kl, rejection
+from dcmdp_jax.losses import advantages, corrections, diagnostics, kl, rejection
 from dcmdp_jax.models import decoder
 from dcmdp_jax.tokens import packing
 from support.steps import (
@@ -293,6 +293,68 @@ def test_minibatches_and_epochs_take_several_updates():
     _, state, _ = run(make_config(minibatches=4, epochs=2), make_scored())
     assert optax.tree_utils.tree_get(state.opt_state, "ScaleByAdamState").count == 8
     assert state.step == 1
+
+
+def clipped_share(logp, old_logp, scored, multiplier=0.1):
+    """By `diagnostics.clip_fraction` with the bounds of CLIPPED; and the mask."""
+    rollout = scored.rollout
+    mask = np.arange(T) < rollout.lengths[:, None]
+    old = np.asarray(row_logp(make_params(), MODEL, scored))
+    advantage = constraint.shape_advantage(
+        advantages.grpo(scored.reward, np.arange(B * G, dtype=np.int32) // G, num_groups=B)[
+            :, None
+        ],
+        old,
+        rollout.rollout_logp,
+        multiplier,
+        TOLERANCE,
+        mask,
+    )
+    shares = diagnostics.clip_fraction(
+        logp, old_logp, advantage, mask, clip_low=0.2, clip_high=0.24
+    )
+    return shares["clip_low"] + shares["clip_high"], mask
+
+
+def test_the_clip_fraction_and_kl_are_means_over_the_updates():
+    """The first of two updates is at the weights that sampled; the second is where one update
+    leads.
+    """
+    scored = make_scored()
+    params, once, first = run(make_config(), scored)
+    _, _, metrics = run(make_config(epochs=2), scored)
+    assert first["clip_fraction"] == 0 and first["approx_kl"] == 0
+    old, new = (row_logp(p, MODEL, scored) for p in (params, once.params))
+    share, mask = clipped_share(new, old, scored)
+    assert 0.05 < share < 0.95
+    np.testing.assert_allclose(metrics["clip_fraction"], share / 2, rtol=1e-5)
+    ratio = np.exp(np.float64(new - old))[mask]
+    expected = np.mean(ratio - 1 - np.log(ratio)) / 2
+    np.testing.assert_allclose(metrics["approx_kl"], expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_the_clip_fraction_is_the_surrogates(microbatches):
+    """Against the sampler, the clip stops tokens before any update; a penalty does not hide it."""
+    scored = make_scored()
+    config = make_config(
+        surrogate=corrections.bypass(CLIPPED), reference_penalty=kl.k3, microbatches=microbatches
+    )
+    old = row_logp(make_params(), MODEL, scored)
+    share, _ = clipped_share(old, scored.rollout.rollout_logp, scored)
+    assert 0.05 < share < 0.95
+    np.testing.assert_allclose(run(config, scored)[2]["clip_fraction"], share, rtol=1e-5)
+
+
+def test_rejected_tokens_count_as_clipped():
+    rejecting = corrections.decoupled(CLIPPED, rejections=(rejection.ipo,))
+    scored = make_scored()
+    old = row_logp(make_params(), MODEL, scored)
+    mask = np.arange(T) < scored.rollout.lengths[:, None]
+    kept = np.asarray(rejection.ipo(old, scored.rollout.rollout_logp, mask))[mask].mean()
+    assert 0 < kept < 1
+    share = run(make_config(surrogate=rejecting), scored)[2]["clip_fraction"]
+    np.testing.assert_allclose(share, 1 - kept, rtol=1e-5)
 
 
 INFINITE_REWARD = [np.inf] + [0.0] * (B * G - 1)

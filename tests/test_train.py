@@ -158,7 +158,7 @@ def test_each_step_has_a_row(three_steps):
 @pytest.mark.parametrize(
     "name",
     ["reward", "delta_mean", "multiplier", "entropy", "tokens", "k3", "grad_norm", "truncated"]
-    + ["completed_rewarded", "reward_spread", "reward/chain"],
+    + ["completed_rewarded", "reward_spread", "reward/chain", "clip_fraction", "approx_kl"],
 )
 def test_rows_hold_what_others_read(three_steps, name):
     assert all(name in row for row in rows(three_steps))

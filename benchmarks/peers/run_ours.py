@@ -122,7 +122,7 @@ def update(
         ref_logp=None,
         advantage=only.mask * only.reward[..., None],
     )
-    loss, grads = step.gradients(
+    loss, grads, _ = step.gradients(
         state.params, state.frozen, minibatch, state.dual.multiplier, config, model_config
     )
     before = step.Learner(state.params, state.opt_state, state.skipped)

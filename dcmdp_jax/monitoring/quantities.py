@@ -32,6 +32,7 @@ _REWARD = ("mean reward", "{:.3f}", max)
 _SHARE = ("share of completions", "{:.1%}", max)
 _SPREAD = ("standard deviation", "{:.3f}")
 _GAP = "mean |π_train − π_infer|"
+_STOPPED = "share of tokens that clip or rejection stops"
 _STALENESS = "mean |log π_now − log π_sampled|, nats"
 QUANTITIES = (
     Quantity("reward", "reward", "Training reward", *_REWARD),
@@ -50,6 +51,7 @@ QUANTITIES = (
     Quantity("reward_spread", "spread", "Reward spread in prompts", *_SPREAD, headline=False),
     Quantity("response_length", "length", "Response length", "tokens", "{:.4g}", headline=False),
     Quantity("grad_norm", "gradient", "Gradient norm", "before clipping", "{:.3g}", headline=False),
+    Quantity("clip_fraction", "clipped", "Clipped", _STOPPED, "{:.2%}", headline=False),
     Quantity("gap_staleness", "staleness", "Staleness", _STALENESS, "{:.3g}", min, headline=False),
 )
 
