@@ -173,6 +173,7 @@ def test_the_models_own_settings_are_tried(records, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
+        ((), "give a file of recorded completions or --server URL, one of the two"),
         (("x.jsonl", "--limit", "0"), "--limit 0 must be at least 1"),
         (("x.jsonl", "--output", "none/doctor.html"), "--output none/doctor.html names no file"),
         (("x.jsonl",), "file of recorded completions x.jsonl does not exist"),

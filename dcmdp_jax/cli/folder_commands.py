@@ -138,6 +138,8 @@ def serve_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
 def doctor_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
     """`dcmdp doctor`: tells what is wrong between an engine and the model of a folder."""
     fields.refuse(options)
+    if bool(args.file) == bool(args.server):
+        raise ValueError("give a file of recorded completions or --server URL, one of the two")
     if args.limit < 1:
         raise ValueError(f"--limit {args.limit} must be at least 1")
     output = pathlib.Path(args.output)
@@ -146,11 +148,21 @@ def doctor_command(args: argparse.Namespace, options: list[str]) -> Callable[[],
     from dcmdp_jax.tools import doctor, doctor_page, rollout_records
 
     vocab_size, max_position = doctor.check(args.model, args.tokenizer)
-    found = rollout_records.read(pathlib.Path(args.file), args.limit, vocab_size, max_position)
-    sampling = _stated_sampling(args, found.sampling)
+    if args.server:
+        from dcmdp_jax.tokens import tokenizer as tokenizers
+        from dcmdp_jax.tools import server_records
+
+        if args.temperature is None:
+            args.temperature = server_records.TEMPERATURE
+        sampling = _stated_sampling(args, {})
+        tokenizer = tokenizers.load(args.tokenizer or args.model, args.model)
+        found = server_records.sample(args.server, tokenizer, sampling, vocab_size, max_position)
+    else:
+        found = rollout_records.read(pathlib.Path(args.file), args.limit, vocab_size, max_position)
+        sampling = _stated_sampling(args, found.sampling)
     settings = {
         "model": args.model,
-        "completions": args.file,
+        "completions": args.server or args.file,
         "sampling": ", ".join(f"{name} {value:g}" for name, value in sampling._asdict().items()),
         "log-probs": "said to be raw" if args.raw else "said to be of that distribution",
         "trainer": "bfloat16" if args.bfloat16 else "float32",

@@ -290,17 +290,25 @@ def _doctor(add: Add) -> None:
     )
     parser.add_argument(
         "file",
+        nargs="?",
         help="recorded completions, as JSON lines or Parquet: {prompt_ids, token_ids, logprobs}, a "
         "token export of prime-rl, or samples of slime",
     )
     parser.add_argument(
         "--model", required=True, metavar="DIR", help="the Hugging Face folder that is trained"
     )
+    parser.add_argument(
+        "--server",
+        default="",
+        metavar="URL",
+        help="sample built-in prompts from a vLLM, SGLang or llama.cpp server, not from a file",
+    )
     _tokenizer(parser)
     parser.add_argument(
         "--temperature",
         type=float,
-        help="how the tokens were drawn (default: as the file says, else 1)",
+        help="how the tokens were drawn (default: as the file says, else 1; with --server, how "
+        "they are to be drawn, 0.7, at which a temperature that is not applied shows)",
     )
     parser.add_argument("--top-k", type=int, help="likewise (default: 0, all)")
     parser.add_argument("--top-p", type=float, help="likewise (default: 1)")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from dcmdp_jax import files
@@ -62,13 +62,21 @@ def read(path: pathlib.Path, limit: int, vocab_size: int, max_position: int) -> 
     if not path.is_file():
         what = "is a folder; name one file in it" if path.is_dir() else "does not exist"
         raise ValueError(f"file of recorded completions {path} {what}")
+    rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+    return parse(rows, limit, vocab_size, max_position, str(path))
+
+
+def parse(
+    rows: Iterable[tuple[str, Any]], limit: int, vocab_size: int, max_position: int, source: str
+) -> Records:
+    """Returns the first `limit` of the rows of `source`, given with their places; see `read`."""
     found: list[Record] = []
     sampling: dict[str, float] = {}
     positive = ""
     negative = False
     first = ""
     more = False
-    for place, row in _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path):
+    for place, row in rows:
         if len(found) == limit:
             more = True
             break
@@ -90,7 +98,7 @@ def read(path: pathlib.Path, limit: int, vocab_size: int, max_position: int) -> 
             positive = f"{place} has a log-prob of {highest:.6g}"
         negative = negative or any(x < 0 for x in record.logp)
     if not found:
-        raise ValueError(f"{path} holds no completion; {WANTED}")
+        raise ValueError(f"{source} holds no completion; {WANTED}")
     if positive and negative:
         raise ValueError(
             f"{positive}, above 0, and others are below; log-probs are at most 0: correct what "

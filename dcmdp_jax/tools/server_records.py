@@ -1,0 +1,66 @@
+"""Completions of built-in prompts, asked of a running server: a source of `dcmdp doctor`."""
+
+from __future__ import annotations
+
+from dcmdp_jax.records import Sampling
+from dcmdp_jax.rollout import servers
+from dcmdp_jax.rollout.http_client import Call
+from dcmdp_jax.rollout.server_sampler import Request, completion_seed
+from dcmdp_jax.tokens.tokenizer import Tokenizer
+from dcmdp_jax.tools import rollout_records
+from dcmdp_jax.tools.rollout_records import Records
+
+PROMPTS = (
+    "The capital of France is",
+    "Question: What is 17 + 25?\nAnswer:",
+    "def add(a, b):\n    return",
+    "Once upon a time there was a",
+    "Water boils at a temperature of",
+    "The three primary colours are",
+    "To solve 3x + 6 = 21, first",
+    "Dear Sir or Madam,\n",
+    "The opposite of hot is",
+    "1, 2, 3, 5, 8,",
+    "In 1969 the first people",
+    "A list of fruit:\n- apple\n-",
+    "She opened the door and",
+    "import numpy as np\n",
+    "The largest planet of the solar system is",
+    "Translate to German: good morning.",
+)
+SAMPLES = 8  # of each prompt
+MAX_TOKENS = 32
+TEMPERATURE = 0.7  # at 1, raw and processed log-probs are the same
+
+
+def sample(
+    url: str, tokenizer: Tokenizer, sampling: Sampling, vocab_size: int, max_position: int
+) -> Records:
+    """Returns what the vLLM, SGLang or llama.cpp server at `url` samples with its own weights.
+
+    Raises ServerError or ValueError, in one sentence, if it does not answer as it should.
+    """
+    server = servers.connect(url)
+    requests = [
+        Request(
+            tokenizer.encode(PROMPTS[i // SAMPLES]),
+            MAX_TOKENS,
+            sampling,
+            tuple(tokenizer.eos_ids),
+            (),
+            completion_seed(0, i),
+        )
+        for i in range(len(PROMPTS) * SAMPLES)
+    ]
+    replies = server.client.send(
+        [Call("POST", server.path, server.body(request)) for request in requests],
+        lambda reply, number: server.read(reply, requests[number]),
+    )
+    rows = (
+        (
+            f"reply {number} of {server.client.name} at {url}",
+            {"prompt_ids": request.prompt, "token_ids": reply.tokens, "logprobs": reply.logp},
+        )
+        for number, (request, reply) in enumerate(zip(requests, replies, strict=True), start=1)
+    )
+    return rollout_records.parse(rows, len(requests), vocab_size, max_position, url)

@@ -1,0 +1,60 @@
+"""`dcmdp doctor --server`: stand-ins of three servers, as they should be and with a mistake."""
+
+import pytest
+from support.servers import MODEL, TOKENIZER, LlamaCpp, Sglang, StandIn, Vllm, make_params
+
+from dcmdp_jax import cli
+from dcmdp_jax.models import weights
+from dcmdp_jax.tokens import tokenizer
+from dcmdp_jax.tools import server_records
+
+pytestmark = pytest.mark.full
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "hf"
+    weights.save(path, MODEL, make_params())
+    tokenizer.save(TOKENIZER, path)
+    return str(path)
+
+
+@pytest.fixture
+def run(folder, tmp_path, capsys, monkeypatch):
+    """Runs the command on a stand-in and returns its status and output."""
+    monkeypatch.setattr(server_records, "PROMPTS", ("one day", "a cat", "the"))
+
+    def command(kind, *options, **settings):
+        with StandIn(kind) as server:
+            for name, value in settings.items():
+                setattr(server, name, value)
+            words = ["doctor", "--server", server.url, "--model", folder, *options]
+            status = cli.main([*words, "--output", str(tmp_path / "doctor.html")])
+        return status, capsys.readouterr()
+
+    return command
+
+
+@pytest.mark.parametrize("kind", [Vllm, Sglang, LlamaCpp])
+def test_a_server_that_is_exact_is_as_stated(run, kind):
+    status, output = run(kind)
+    assert status == 0
+    assert "of the size of float32 round-off" in output.out
+
+
+def test_a_server_that_reports_raw_log_probs_is_named(run):
+    """It is asked at a temperature that shows this."""
+    status, output = run(Vllm, raw=True)
+    assert status == 1
+    assert output.out.startswith("Verdict: raw log-probs\n")
+
+
+def test_a_server_with_other_weights_is_named(run):
+    status, output = run(Sglang, params=make_params(1))
+    assert status == 1
+    assert output.out.startswith("Verdict: other weights\n")
+
+
+def test_a_server_that_is_not_there_is_refused(folder, capsys):
+    assert cli.main(["doctor", "--server", "http://127.0.0.1:9", "--model", folder]) == 2
+    assert "cannot be reached" in capsys.readouterr().err
