@@ -12,6 +12,7 @@ from dcmdp_jax.rollout import log_prob_meaning
 from dcmdp_jax.tokens import tokenizer
 from dcmdp_jax.tools import doctor, rollout_records
 from dcmdp_jax.tools.rollout_records import Record
+from support import own_data
 from support.engines import DENSE, G, make_params, sample
 from support.pages import Page
 
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.full
 
 TOKENIZER = tokenizer.CharacterTokenizer("".join(chr(ord("A") + i) for i in range(35)))
 SETTINGS = Sampling(0.7)
+QWEN = own_data.SHARED / "qwen3_tokenizer"
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,22 @@ def run(folder, tmp_path, capsys):
         return status, capsys.readouterr(), page.read_text() if page.exists() else ""
 
     return command
+
+
+@pytest.mark.skipif(not QWEN.is_dir(), reason="the Qwen3 tokenizer is not there")
+def test_prompts_that_an_engine_makes_of_the_text():
+    qwen = tokenizer.load(QWEN)
+    prompts = doctor.other_prompts(qwen)
+    split = [i for character in "What is 7 + 4?" for i in qwen.encode(character)]
+    assert prompts["its text was tokenized again"](split) == qwen.encode("What is 7 + 4?")
+    message = {"role": "user", "content": "What is 7 + 4?"}
+    wrapped = qwen.encode_chat([message], enable_thinking=True)
+    off = qwen.encode_chat([message], enable_thinking=False)
+    assert prompts["it was put into the chat template"](split) == wrapped
+    assert prompts["it was put into the chat template, thinking off"](split) == off
+    toggled = prompts["thinking is on in one and off in the other (enable_thinking)"]
+    assert toggled(wrapped) == off
+    assert toggled(off) == wrapped
 
 
 def test_figures_of_a_gap_by_their_definitions(model, records):

@@ -150,7 +150,7 @@ def examine(
         sampling=sampling,
         reported=reported,
         bos_id=_bos_id(settings, model.vocab_size),
-        other_prompts=_other_prompts(model.tokenizer),
+        other_prompts=other_prompts(model.tokenizer),
         other_samplings=_other_samplings(settings),
     )
     stated = verdict.stated.reading
@@ -207,7 +207,7 @@ def _other_samplings(settings: dict[str, Any]) -> dict[str, Sampling]:
     return {"the model's generation_config.json": Sampling(**named), **defaults}
 
 
-def _other_prompts(tokenizer: Tokenizer | None) -> dict[str, Prompt]:
+def other_prompts(tokenizer: Tokenizer | None) -> dict[str, Prompt]:
     """Returns prompts that an engine makes of the recorded one by way of its text."""
     if tokenizer is None:
         return {}
