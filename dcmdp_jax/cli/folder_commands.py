@@ -164,8 +164,8 @@ def doctor_command(args: argparse.Namespace, options: list[str]) -> Callable[[],
         "model": args.model,
         "completions": args.server or args.file,
         "sampling": ", ".join(f"{name} {value:g}" for name, value in sampling._asdict().items()),
-        "log-probs": "said to be raw" if args.raw else "said to be of that distribution",
-        "trainer": "bfloat16" if args.bfloat16 else "float32",
+        "stated log-probs": "raw log-probs" if args.raw else "log-probs of that distribution",
+        "trainer": "scored in bfloat16" if args.bfloat16 else "scored in float32",
     }
 
     def log(line: str) -> None:
