@@ -8,7 +8,8 @@ The rule. d(reading) is the mean over tokens of |reported - trainer's|, in nats,
 with at most 4, so that single placeholders decide nothing. Tokens whose reported value is a
 placeholder (-1000 or less, or a least value that three tokens or more share) are left out. Readings
 are tried in the order of how many mistakes they take; one replaces the best so far if
-    1. its d is at most 2/3 of the other's on the tokens that both have, and
+    1. its d is at most 2/3 of the other's on the tokens that both have (1/2 if its temperature is
+       fitted: weights that were trained on are sharper, which looks like one), and
     2. the mean of the differences between the two is over 4 of its standard errors, and
     3. the best so far is above 1e-4 nats, which float32 round-off explains.
 The verdict is then the first of these that holds:
@@ -47,6 +48,7 @@ Ids = Sequence[Sequence[int]]
 Score = Callable[[Ids, Ids, Sampling], np.ndarray]
 
 MARGIN = 2 / 3  # a better reading has at most this share of the other's d
+FITTED_MARGIN = 1 / 2  # likewise, where a temperature is fitted
 STANDARD_ERRORS = 4.0
 ROUND_OFF = 1e-4  # nats that float32 arithmetic explains
 NUMERICAL = 0.2  # nats that an engine's number formats explain
@@ -292,7 +294,8 @@ def _decide(
     for mistakes in range(1, 1 + max(reading.mistakes for reading, _ in errors)):
         level = [item for item in errors if item[0].mistakes == mistakes]
         rival, rival_error = min(level, key=lambda item: _mean(item[1]), default=(best, best_error))
-        if _replaces(rival_error, best_error):
+        margin = FITTED_MARGIN if log_prob_readings.is_fitted(rival) else MARGIN
+        if _replaces(rival_error, best_error, margin):
             best, best_error = rival, rival_error
     tried = sorted((Tried(reading, _mean(error)) for reading, error in errors), key=_error)
     count = int(np.isfinite(stated_error).sum())
@@ -302,7 +305,7 @@ def _decide(
     return Verdict(name, sentence, remedy, count, first, last, tuple(tried))
 
 
-def _replaces(rival: np.ndarray, best: np.ndarray) -> bool:
+def _replaces(rival: np.ndarray, best: np.ndarray, margin: float) -> bool:
     """Whether a reading with these errors replaces the best so far: the rule's 1 to 3."""
     both = np.isfinite(rival) & np.isfinite(best)
     if both.sum() < LEAST_TOKENS or best[both].mean() <= ROUND_OFF:
@@ -310,7 +313,7 @@ def _replaces(rival: np.ndarray, best: np.ndarray) -> bool:
     gain = best[both] - rival[both]
     standard_error = gain.std(ddof=1) / np.sqrt(both.sum())
     return (
-        rival[both].mean() <= MARGIN * best[both].mean()
+        rival[both].mean() <= margin * best[both].mean()
         and gain.mean() > STANDARD_ERRORS * standard_error
     )
 

@@ -258,8 +258,7 @@ _SHIFTS = (
         Fault(
             "shifted: next token",
             "the number beside each token is the log-prob of the token after it",
-            "shift the log-probs by one: a list of the prompt's and the completion's log-probs "
-            "begins one token later than the list of ids",
+            "the list of log-probs begins one entry too late: take it from one entry earlier",
         ),
         1,
     ),
@@ -267,8 +266,7 @@ _SHIFTS = (
         Fault(
             "shifted: previous token",
             "the number beside each token is the log-prob of the token before it",
-            "shift the log-probs by one: a list of the prompt's and the completion's log-probs "
-            "begins one token earlier than it was cut",
+            "the list of log-probs begins one entry too early: leave out its first entry",
         ),
         -1,
     ),
