@@ -1,12 +1,12 @@
 """`dcmdp doctor --server`: stand-ins of three servers, as they should be and with a mistake."""
 
 import pytest
-from support.servers import MODEL, TOKENIZER, LlamaCpp, Sglang, StandIn, Vllm, make_params
 
 from dcmdp_jax import cli
 from dcmdp_jax.models import weights
 from dcmdp_jax.tokens import tokenizer
 from dcmdp_jax.tools import server_records
+from support.servers import MODEL, TOKENIZER, LlamaCpp, Sglang, StandIn, Vllm, make_params
 
 pytestmark = pytest.mark.full
 
