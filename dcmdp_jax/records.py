@@ -232,8 +232,9 @@ class Batch(NamedTuple):
     rollout_logp: np.ndarray  # [M, A, n, T] float32, over the full vocabulary
     reward: np.ndarray  # [M, A, n] float32
     group: np.ndarray  # [M, A, n] int32, 0..B-1: the prompt a completion answers
-    # [M, A, R, S, sparse layers, k] int16 that each token takes; -1: its router's choice
-    experts: np.ndarray | None = None
+    # [M, A, R, S, sparse layers, k] int16, the recorded experts that each token takes again; -1:
+    # its router's choice
+    replayed: np.ndarray | None = None
 
 
 class TrainState(NamedTuple):

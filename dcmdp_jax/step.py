@@ -375,7 +375,7 @@ def _score(
         model,
         config.rollout.temperature,
         entropy=entropy,
-        experts=micro.experts,
+        replayed=micro.replayed,
     )
 
 

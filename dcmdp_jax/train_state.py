@@ -120,7 +120,7 @@ def batch_shardings(config: Config, mesh: jax.sharding.Mesh) -> Batch:
         rollout_logp=replicated,
         reward=replicated,
         group=replicated,
-        experts=rows if config.algorithm.replay_routing else None,
+        replayed=rows if config.algorithm.replay_routing else None,
     )
 
 

@@ -197,7 +197,7 @@ def test_a_trainer_that_replays_the_experts_is_the_engine(model, precision, atol
     batch = jax.tree.map(lambda x: x[0, 0], packed)
 
     @jax.jit
-    def error(experts):
+    def error(replayed):
         logp, _ = scoring.packed_logp(
             params,
             batch.tokens,
@@ -206,13 +206,13 @@ def test_a_trainer_that_replays_the_experts_is_the_engine(model, precision, atol
             batch.index,
             model,
             0.8,
-            experts=experts,
+            replayed=replayed,
         )
         return jnp.max(jnp.where(batch.mask, jnp.abs(logp - batch.rollout_logp), 0))
 
-    assert batch.mask.sum() > 50 and error(batch.experts) < 5e-6
+    assert batch.mask.sum() > 50 and error(batch.replayed) < 5e-6
     assert error(None) < 5e-6 if atol is None else error(None) > atol
-    assert abs(error(np.full_like(batch.experts, -1)) - error(None)) < 1e-6
+    assert abs(error(np.full_like(batch.replayed, -1)) - error(None)) < 1e-6
 
 
 def routed(row):

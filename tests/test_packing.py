@@ -178,12 +178,12 @@ def test_experts_go_to_the_tokens_that_they_were_chosen_for(packing):
     )
     batch = pack(scored._replace(rollout=scored.rollout._replace(experts=recorded)), **how)
     plain = pack(scored, **how)
-    assert plain.experts is None
+    assert plain.replayed is None
     for one, other in zip(batch[:-1], plain[:-1]):
         np.testing.assert_array_equal(one, other)
     owner = batch.completions[..., 0] // 1_000_000 - 1
     for at in np.ndindex(*batch.reward.shape[:2]):
-        left = batch.experts[at].reshape(-1, 3, 2).copy()
+        left = batch.replayed[at].reshape(-1, 3, 2).copy()
         for j, i in enumerate(owner[at]):
             index = batch.index[at][j][batch.mask[at][j]]
             np.testing.assert_array_equal(left[index], recorded[i, : scored.rollout.lengths[i]])

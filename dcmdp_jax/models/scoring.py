@@ -24,10 +24,10 @@ def packed_logp(
     temperature: float,
     *,
     entropy: bool = False,
-    experts: jax.Array | None = None,
+    replayed: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns log-prob and entropy [n, T] of completion tokens in packed rows [R, S]; `index` and
-    `experts` as in `records.Batch`.
+    `replayed` as in `records.Batch`.
 
     Values at masked places are meaningless.
     """
@@ -43,7 +43,7 @@ def packed_logp(
         positions=positions,
         segment_ids=segment_ids,
         embedded=embedded,
-        experts=experts,
+        experts=replayed,
     )
     # the last column predicts nothing and is not in `index`
     targets = jnp.roll(tokens, -1, axis=1)

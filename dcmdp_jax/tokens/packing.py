@@ -85,7 +85,7 @@ def pack(
         rollout_logp=deal(full_vocab_logp(rollout)[order]),
         reward=deal(scored.reward[order]),
         group=deal(group.astype(np.int32)),
-        experts=None if rollout.experts is None else place_experts(rollout.experts),
+        replayed=None if rollout.experts is None else place_experts(rollout.experts),
     )
 
 

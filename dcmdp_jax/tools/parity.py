@@ -164,7 +164,7 @@ def scorer(config: Config, inputs: Inputs) -> Score:
                     micro.positions,
                     micro.segment_ids,
                     micro.index,
-                    micro.experts,
+                    micro.replayed,
                 )
             )
         logp = np.concatenate(packed)
@@ -182,13 +182,13 @@ def _packed_logp(
     positions,
     segment_ids,
     index,
-    experts,
+    replayed,
     *,
     model: ModelConfig,
     temperature: float,
 ) -> jax.Array:
     return scoring.packed_logp(
-        params, tokens, positions, segment_ids, index, model, temperature, experts=experts
+        params, tokens, positions, segment_ids, index, model, temperature, replayed=replayed
     )[0]
 
 

@@ -233,7 +233,7 @@ def abstract_batch(config: Config, model: ModelConfig, mesh: Any) -> Batch:
     )
     routed = sum(model.is_sparse(layer) for layer in range(model.num_layers))
     sizes |= {
-        "experts": (
+        "replayed": (
             rows,
             length,
             routed,
@@ -244,7 +244,7 @@ def abstract_batch(config: Config, model: ModelConfig, mesh: Any) -> Batch:
         "mask": jnp.bool_,
         "rollout_logp": jnp.float32,
         "reward": jnp.float32,
-        "experts": jnp.int16,
+        "replayed": jnp.int16,
     }
 
     def leaf(name, of_leaf):
