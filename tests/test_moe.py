@@ -156,20 +156,20 @@ def test_zero_and_padding_rows_are_finite():
 @pytest.mark.parametrize(("j", "norm"), [(1, True), (2, False), (3, True), (4, True)])
 def test_replayed_experts_replace_the_choice_of_the_router(j, norm):
     """The router chooses three. Values and gradients equal the dense form's, restricted to the
-    given experts; the router's gradient also equals a finite difference.
+    replayed experts; the router's gradient also equals a finite difference.
     """
     config = dataclasses.replace(CONFIG, experts_per_token=3, norm_topk_prob=norm)
     params = random_experts(config)
     x = jax.random.normal(jax.random.key(1), (3, 4, config.hidden_size))
-    given = np.argsort(np.random.default_rng(0).random((3, 4, config.num_experts)), axis=-1)[
+    replayed = np.argsort(np.random.default_rng(0).random((3, 4, config.num_experts)), axis=-1)[
         ..., :j
     ].astype(np.int16)
     free = np.arange(12).reshape(3, 4, 1) % 3 == 0
     direction = jax.random.normal(jax.random.key(2), x.shape)
 
-    def replayed(params, x):
+    def replay(params, x):
         y, _ = layers.MoE(config).apply(
-            {"params": params}, x, replayed=jnp.where(free, -1, given).astype(jnp.int16)
+            {"params": params}, x, replayed=jnp.where(free, -1, replayed).astype(jnp.int16)
         )
         return y
 
@@ -177,7 +177,7 @@ def test_replayed_experts_replace_the_choice_of_the_router(j, norm):
         probs = jax.nn.softmax(x @ params["router"], axis=-1)
         own = probs >= jnp.sort(probs, axis=-1)[..., -3, None]
         gates = jnp.where(
-            jnp.where(free, own, jax.nn.one_hot(given, config.num_experts).any(-2)), probs, 0
+            jnp.where(free, own, jax.nn.one_hot(replayed, config.num_experts).any(-2)), probs, 0
         )
         gates = gates / gates.sum(-1, keepdims=True) if norm else gates
         gate, up = (
@@ -190,12 +190,12 @@ def test_replayed_experts_replace_the_choice_of_the_router(j, norm):
             jax.value_and_grad(lambda p, x: jnp.sum(f(p, x) * direction), argnums=(0, 1))
         )
 
-    (loss, got), (expected, want) = value(replayed)(params, x), value(restricted)(params, x)
+    (loss, got), (expected, want) = value(replay)(params, x), value(restricted)(params, x)
     assert abs(loss - expected) < 1e-4
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), got, want)
     along = jax.random.normal(jax.random.key(3), params["router"].shape)
     up, down = (
-        value(replayed)(params | {"router": params["router"] + e * along}, x)[0]
+        value(replay)(params | {"router": params["router"] + e * along}, x)[0]
         for e in (1e-2, -1e-2)
     )
     assert (up - down) / 2e-2 == pytest.approx(
@@ -216,16 +216,16 @@ def test_quantized_experts_equal_the_dequantized_ones(dtype):
     assert np.abs(apply(few, x, CONFIG) - apply(params, x, CONFIG)).max() > 1e-3
 
 
-def test_tokens_that_are_not_live_change_nothing_for_the_others():
+def test_tokens_that_are_not_active_change_nothing_for_the_others():
     """With tiles that are full, half full and empty."""
     config = dataclasses.replace(CONFIG, experts_per_token=3)
     params = random_experts(config)
     x = jax.random.normal(jax.random.key(1), (40, 1, config.hidden_size))
-    some = jax.jit(lambda x, live: layers.MoE(config).apply({"params": params}, x, live)[0])
+    some = jax.jit(lambda x, active: layers.MoE(config).apply({"params": params}, x, active)[0])
     for count in (0, 1, 7, 40):
-        live = np.isin(np.arange(40), np.random.default_rng(count).permutation(40)[:count])
-        poisoned = jnp.where(live[:, None, None], x, jnp.nan)
+        active = np.isin(np.arange(40), np.random.default_rng(count).permutation(40)[:count])
+        poisoned = jnp.where(active[:, None, None], x, jnp.nan)
         np.testing.assert_allclose(
-            some(poisoned, live)[live], dense(params, x, config)[live], atol=1e-5
+            some(poisoned, active)[active], dense(params, x, config)[active], atol=1e-5
         )
-        assert not np.asarray(some(x, live))[~live].any()
+        assert not np.asarray(some(x, active))[~active].any()

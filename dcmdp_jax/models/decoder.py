@@ -73,7 +73,7 @@ def hidden(
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     embedded: jax.Array | None = None,
-    experts: jax.Array | None = None,
+    replayed: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the residual stream after the final norm, in the compute dtype: tokens [B, S] int32
     -> [B, S, D].
@@ -85,8 +85,8 @@ def hidden(
         segment_ids: [B, S], a run of equal ids is a segment; None: every row is one. Padding is a
             segment of its own (0).
         embedded: [B, S, D], the tokens' rows of the embedding, if the caller has looked them up.
-        experts: [B, S, sparse layers, j], the experts that tokens are sent to; -1 leaves the choice
-            to the router (see `moe.route`).
+        replayed: [B, S, sparse layers, j], the experts that tokens are sent to; -1 leaves the
+            choice to the router (see `moe.route`).
 
     Raises ValueError for parameters from `inference.unstack`.
     """
@@ -102,22 +102,22 @@ def hidden(
     x = _embed_sharded(params, tokens, config) if embedded is None else embedded
     sparse_before = 0
     for stack, (sparse, n) in zip(params["stacks"], stacks(config), strict=True):
-        replayed = None
-        if sparse and experts is not None:
-            replayed = jnp.moveaxis(experts[:, :, sparse_before : sparse_before + n], 2, 0)
+        by_layer = None  # `replayed` of this stack
+        if sparse and replayed is not None:
+            by_layer = jnp.moveaxis(replayed[:, :, sparse_before : sparse_before + n], 2, 0)
             sparse_before += n
 
         def layer(x, scanned, sparse=sparse):
-            layer_params, replayed = scanned
+            layer_params, layer_replayed = scanned
             layer_params = _gather(layer_params, config, sparse)
             x, _, _ = Layer(config, sparse).apply(
-                {"params": layer_params}, x, cos, sin, attend, replayed=replayed
+                {"params": layer_params}, x, cos, sin, attend, replayed=layer_replayed
             )
             return sharding.constrain(x, "rows", "positions", None), None
 
         if config.compute.remat:
             layer = jax.checkpoint(layer, prevent_cse=False, policy=config.compute.remat_policy)
-        x, _ = jax.lax.scan(layer, x, (stack, replayed))
+        x, _ = jax.lax.scan(layer, x, (stack, by_layer))
     return final_norm(params, x, config)
 
 

@@ -65,7 +65,7 @@ def decode(
     config: ModelConfig,
     *,
     window: int,
-    live: jax.Array | None = None,
+    active: jax.Array | None = None,
     expert_shards: int = 0,
 ) -> tuple[jax.Array, Cache, jax.Array]:
     """Feeds one token to each slot: tokens [B], lengths [B] int32.
@@ -74,9 +74,9 @@ def decode(
     attends to positions 0..lengths[b].
 
     Args:
-        window: static; attention reads the first `window` positions, so every live slot needs
+        window: static; attention reads the first `window` positions, so every active slot needs
             lengths[b] < window.
-        live: [B] bool; results of other slots are meaningless. None: all are live.
+        active: [B] bool; results of other slots are meaningless. None: all are active.
         expert_shards: as for `prefill`.
 
     Returns:
@@ -93,7 +93,7 @@ def decode(
         out = kv_cache.attend(q[..., 0, :], keys, values, lengths, window=window)
         return out[..., None, :], (keys, values)
 
-    live = None if live is None else live[:, None]
+    active = None if active is None else active[:, None]
     x = decoder.embed(params, tokens[:, None], config)
     written = []
     chosen = []
@@ -101,7 +101,7 @@ def decode(
     for (layer, layer_params), keys, values in zip(layers, *cache, strict=True):
         with_cache = functools.partial(attend, keys=keys, values=values)
         x, keys_and_values, experts = layer.apply(
-            {"params": layer_params}, x, cos, sin, with_cache, live
+            {"params": layer_params}, x, cos, sin, with_cache, active
         )
         written.append(keys_and_values)
         if experts is not None:

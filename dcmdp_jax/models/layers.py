@@ -47,12 +47,12 @@ class Layer(nn.Module):
         cos: jax.Array,
         sin: jax.Array,
         attend: Attend,
-        live: jax.Array | None = None,
+        active: jax.Array | None = None,
         replayed: jax.Array | None = None,
     ) -> tuple[jax.Array, Any, jax.Array | None]:
         """x [B, S, D] -> [B, S, D], what `attend` keeps, and a sparse layer's experts [B, S, k].
 
-        `live` and `replayed` as for `MoE`.
+        `active` and `replayed` as for `MoE`.
         """
         c = self.config
         dtype = self.param_dtype
@@ -62,7 +62,7 @@ class Layer(nn.Module):
         y = RMSNorm(c, param_dtype=dtype, name="post_attention_norm")(x)
         if not self.sparse:
             return x + MLP(c, dtype, name="mlp")(y), kept, None
-        y, experts = MoE(c, dtype, self.expert_shards, name="moe")(y, live, replayed)
+        y, experts = MoE(c, dtype, self.expert_shards, name="moe")(y, active, replayed)
         return x + y, kept, experts
 
 
@@ -141,9 +141,9 @@ class MoE(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, live: jax.Array | None = None, replayed: jax.Array | None = None
+        self, x: jax.Array, active: jax.Array | None = None, replayed: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """x [B, S, D] -> [B, S, D], and its experts [B, S, k]; live [B, S] as in `moe.mixture`,
+        """x [B, S, D] -> [B, S, D], and its experts [B, S, k]; active [B, S] as in `moe.mixture`,
         replayed [B, S, j] as in `moe.route`.
         """
         c = self.config
@@ -159,7 +159,7 @@ class MoE(nn.Module):
         gates, experts = moe.route(x, router, c, replayed)
         if sharding.current_mesh() is not None and not self.is_initializing():
             return dispatch.mixture(x, gates, experts, weights), experts
-        return moe.mixture(x, gates, experts, weights, live, self.expert_shards), experts
+        return moe.mixture(x, gates, experts, weights, active, self.expert_shards), experts
 
 
 class RMSNorm(nn.Module):

@@ -43,10 +43,10 @@ def _replay(probs: jax.Array, replayed: jax.Array, k: int) -> tuple[jax.Array, j
     size = max(k, j)
     top = jax.lax.top_k(probs, size)[1]
     column = jnp.arange(size)
-    given = jnp.pad(replayed, [(0, 0)] * (replayed.ndim - 1) + [(0, size - j)])
-    not_given = replayed[..., :1] < 0
-    experts = jnp.where(not_given | (column >= j), top, given)
-    used = column < jnp.where(not_given, k, j)
+    is_replayed = replayed[..., :1] >= 0
+    padded = jnp.pad(replayed, [(0, 0)] * (replayed.ndim - 1) + [(0, size - j)])
+    experts = jnp.where(is_replayed & (column < j), padded, top)
+    used = column < jnp.where(is_replayed, j, k)
     return jnp.where(used, jnp.take_along_axis(probs, experts, axis=-1), 0), experts
 
 
@@ -55,17 +55,17 @@ def mixture(
     gates: jax.Array,
     experts: jax.Array,
     weights: Experts,
-    live: jax.Array | None = None,
+    active: jax.Array | None = None,
     shards: int = 0,
 ) -> jax.Array:
     """`sum over k of gates_k * down_e(silu(gate_e x) * up_e x)`, e = experts_k: x [..., D], gates,
     experts [..., k] -> [..., D].
 
-    `live` ([...] bool, None: all are) and `shards` are those of `expert_outputs`. Results of tokens
-    that are not live are meaningless.
+    `active` ([...] bool, None: all are) and `shards` are those of `expert_outputs`. Results of
+    tokens that are not active are meaningless.
     """
     tokens, gates, experts = (a.reshape(-1, a.shape[-1]) for a in (x, gates, experts))
-    live = None if live is None else live.reshape(-1)
-    rows_NxKxD = expert_outputs(tokens, experts, weights, live, shards).astype(jnp.float32)
+    active = None if active is None else active.reshape(-1)
+    rows_NxKxD = expert_outputs(tokens, experts, weights, active, shards).astype(jnp.float32)
     # Summed in the order of k, which does not depend on the other tokens.
     return jnp.sum(rows_NxKxD * gates[..., None], axis=1).astype(x.dtype).reshape(x.shape)

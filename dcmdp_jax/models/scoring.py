@@ -43,7 +43,7 @@ def packed_logp(
         positions=positions,
         segment_ids=segment_ids,
         embedded=embedded,
-        experts=replayed,
+        replayed=replayed,
     )
     # the last column predicts nothing and is not in `index`
     targets = jnp.roll(tokens, -1, axis=1)

@@ -216,7 +216,7 @@ def _decode_step(
         state.length,
         config,
         window=window,
-        live=state.active,
+        active=state.active,
         expert_shards=expert_shards,
     )
     request = jax.random.wrap_key_data(state.key, impl="threefry2x32")

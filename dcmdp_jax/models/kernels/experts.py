@@ -24,7 +24,7 @@ def expert_outputs(
     x: jax.Array,
     experts: jax.Array,
     weights: Experts,
-    live: jax.Array | None = None,
+    active: jax.Array | None = None,
     shards: int = 0,
 ) -> jax.Array:
     """Returns `down_e(silu(gate_e x) * up_e x)` for each of a token's experts e: x [N, D], experts
@@ -32,17 +32,17 @@ def expert_outputs(
 
     Assignments are sorted by expert. Accelerators multiply them by `ragged_dot`. `ragged_dot` is
     ten times slower than plain products on a CPU, so there each expert's rows are cut into tiles,
-    and tokens that are not `live` ([N] bool, None: all are) cost nothing and get zeros. `shards` is
-    the number of devices over which XLA splits F, 0 if the caller does not know.
+    and tokens that are not `active` ([N] bool, None: all are) cost nothing and get zeros. `shards`
+    is the number of devices over which XLA splits F, 0 if the caller does not know.
     """
-    live = jnp.ones(x.shape[:1], bool) if live is None else live
+    active = jnp.ones(x.shape[:1], bool) if active is None else active
     return jax.lax.platform_dependent(
         x,
         experts,
         weights,
-        live,
+        active,
         cpu=_by_tiles,
-        default=lambda x, experts, weights, live: _by_ragged_dot(x, experts, weights, shards),
+        default=lambda x, experts, weights, active: _by_ragged_dot(x, experts, weights, shards),
     )
 
 
@@ -77,13 +77,13 @@ def _by_ragged_dot(x: jax.Array, experts: jax.Array, weights: Experts, shards: i
     return rows[jnp.argsort(order)].reshape(*experts.shape, -1)
 
 
-def _by_tiles(x: jax.Array, experts: jax.Array, weights: Experts, live: jax.Array) -> jax.Array:
-    """`expert_outputs`; zero for tokens that are not live."""
+def _by_tiles(x: jax.Array, experts: jax.Array, weights: Experts, active: jax.Array) -> jax.Array:
+    """`expert_outputs`; zero for tokens that are not active."""
     count = jax.tree.leaves(weights.gate)[0].shape[0]
     assignments = experts.size
     tile = min(max(1 << (assignments // count).bit_length(), 4), tiles.EXPERT_ROWS)
-    # tokens that are not live go to expert `count`, which does not exist
-    flat = jnp.where(live[:, None], experts, count).reshape(-1)
+    # tokens that are not active go to expert `count`, which does not exist
+    flat = jnp.where(active[:, None], experts, count).reshape(-1)
     order = jnp.argsort(flat)
     sizes = jnp.bincount(flat, length=count)
     num_tiles = -(-sizes // tile)  # [E]
