@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from dcmdp_jax.config import Compute, Yarn
-from dcmdp_jax.models import cache, decoder, inference, quantized, sizes
+from dcmdp_jax.models import cache, decoder, inference, quantized
 from dcmdp_jax.models.kernels import attention
 from dcmdp_jax.models.quantized import Quantized
 from support.accelerators import accelerator_programs
 from support.random_params import random_params
+from support.tiny_models import TINY, TINY_MOE
 
 pytestmark = pytest.mark.full
 
@@ -23,8 +24,8 @@ WINDOW = 16
 SLOTS = 4
 LENGTH = 24
 CONFIGS = {
-    "dense": dataclasses.replace(sizes.TINY, qkv_bias=True, o_bias=True, rope_scaling=Yarn(4.0, 8)),
-    "moe": dataclasses.replace(sizes.TINY_MOE, num_layers=3, decoder_sparse_step=2),
+    "dense": dataclasses.replace(TINY, qkv_bias=True, o_bias=True, rope_scaling=Yarn(4.0, 8)),
+    "moe": dataclasses.replace(TINY_MOE, num_layers=3, decoder_sparse_step=2),
 }
 FEW_BITS = ("int8", "float8_e4m3fn")
 
@@ -204,24 +205,24 @@ def test_error_of_a_quantized_cache(dtype, share):
     ],
 )
 def test_bytes_of_each_format(dtype, per_head):
-    state = cache.init(sizes.TINY, SLOTS, LENGTH, dtype)
-    heads = 2 * sizes.TINY.num_layers * SLOTS * sizes.TINY.num_kv_heads * LENGTH
+    state = cache.init(TINY, SLOTS, LENGTH, dtype)
+    heads = 2 * TINY.num_layers * SLOTS * TINY.num_kv_heads * LENGTH
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) == heads * per_head
 
 
 def test_a_cache_has_the_compute_dtype_by_default():
-    config = dataclasses.replace(sizes.TINY, compute=Compute(bfloat16=True))
+    config = dataclasses.replace(TINY, compute=Compute(bfloat16=True))
     assert cache.init(config, 1, 1).keys[0].dtype == jnp.bfloat16
 
 
 def test_formats_that_a_cache_cannot_have_raise():
     with pytest.raises(ValueError, match="cannot hold 'int4'; choose one of float32, bfloat16"):
-        cache.init(sizes.TINY, 1, 1, "int4")
+        cache.init(TINY, 1, 1, "int4")
 
 
 @pytest.mark.parametrize("dtype", cache.DTYPES)
 def test_insert_copies_rows_into_slots_and_nothing_else(dtype):
-    config = sizes.TINY
+    config = TINY
     shape = (3, config.num_kv_heads, 5, config.head_dim)
     keys = tuple(normal(i, *shape) for i in range(config.num_layers))
     values = tuple(-k for k in keys)
@@ -234,7 +235,7 @@ def test_insert_copies_rows_into_slots_and_nothing_else(dtype):
 
 
 def test_a_prefix_longer_than_the_cache_raises():
-    config = sizes.TINY
+    config = TINY
     keys = (jnp.zeros((3, config.num_kv_heads, 5, config.head_dim)),) * config.num_layers
     with pytest.raises(ValueError, match="prefix of 5 positions does not fit a cache of 4"):
         cache.insert(cache.init(config, SLOTS, 4), keys, keys, jnp.array([0]), jnp.array([0]))
@@ -252,7 +253,7 @@ def test_write_drops_positions_outside_the_cache(dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_insert_and_decode_work_in_place(dtype):
-    config = sizes.TINY
+    config = TINY
     flat = inference.unstack(random_params(config, 0.15), config)
     state = cache.init(config, SLOTS, LENGTH, dtype)
     before = sorted(x.unsafe_buffer_pointer() for x in jax.tree.leaves(state))

@@ -20,6 +20,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from support import reference_hf  # noqa: E402
+from support.tiny_models import TINY, TINY_MOE  # noqa: E402
 
 pytestmark = pytest.mark.full
 
@@ -237,10 +238,10 @@ def test_a_token_sees_no_later_token(loaded):
 
 
 TREES = {
-    "dense": sizes.TINY,
-    "moe": sizes.TINY_MOE,
-    "mixed": dataclasses.replace(sizes.TINY_MOE, num_layers=4, decoder_sparse_step=2),
-    "no_qk_norm": dataclasses.replace(sizes.TINY, qk_norm=False, qkv_bias=True),
+    "dense": TINY,
+    "moe": TINY_MOE,
+    "mixed": dataclasses.replace(TINY_MOE, num_layers=4, decoder_sparse_step=2),
+    "no_qk_norm": dataclasses.replace(TINY, qk_norm=False, qkv_bias=True),
 }
 
 
@@ -280,9 +281,7 @@ def test_every_parameter_has_stored_tensors(tree):
 
 
 def test_initial_values():
-    params = jax.jit(decoder.init, static_argnums=(1, 2))(
-        jax.random.key(0), sizes.TINY_MOE, jnp.float32
-    )
+    params = jax.jit(decoder.init, static_argnums=(1, 2))(jax.random.key(0), TINY_MOE, jnp.float32)
     gate = params["stacks"][0]["moe"]["gate_proj"]
     assert np.std(gate) == pytest.approx(0.02, rel=0.05)
     assert not np.array_equal(gate[0], gate[1])

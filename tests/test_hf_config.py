@@ -10,9 +10,10 @@ from dcmdp_jax.config import Yarn
 from dcmdp_jax.models import hf_config, rope, sizes, weights
 from support.folders import edit
 from support.random_params import random_params
+from support.tiny_models import TINY, TINY_MOE
 
-DENSE = dataclasses.replace(sizes.TINY, qkv_bias=True, o_bias=True, num_layers=3)
-SPARSE = dataclasses.replace(sizes.TINY_MOE, num_layers=5, mlp_only_layers=(1,))
+DENSE = dataclasses.replace(TINY, qkv_bias=True, o_bias=True, num_layers=3)
+SPARSE = dataclasses.replace(TINY_MOE, num_layers=5, mlp_only_layers=(1,))
 
 
 @pytest.fixture

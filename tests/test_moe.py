@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcmdp_jax.models import layers, moe, quantized, sizes
+from dcmdp_jax.models import layers, moe, quantized
 from dcmdp_jax.models.kernels import swiglu
 from dcmdp_jax.models.kernels.experts import expert_outputs
 from support.accelerators import accelerator_programs
+from support.tiny_models import TINY_MOE
 
 pytestmark = pytest.mark.full
 
-CONFIG = dataclasses.replace(sizes.TINY_MOE, hidden_size=12, num_experts=5, expert_size=7)
+CONFIG = dataclasses.replace(TINY_MOE, hidden_size=12, num_experts=5, expert_size=7)
 
 
 def random_experts(config, seed=0) -> dict:

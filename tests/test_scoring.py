@@ -14,6 +14,7 @@ from dcmdp_jax.models import decoder, scoring, sizes
 from dcmdp_jax.models.kernels import head, tiles
 from support.accelerators import accelerator_programs
 from support.random_params import random_params
+from support.tiny_models import TINY, TINY_MOE
 
 pytestmark = pytest.mark.full
 
@@ -64,8 +65,8 @@ def assert_equals_plain(config, given, **sizes_of_tiles):
 
 
 VOCAB_500 = {
-    "tied": dataclasses.replace(sizes.TINY, vocab_size=500),
-    "untied": dataclasses.replace(sizes.TINY_MOE, vocab_size=500),
+    "tied": dataclasses.replace(TINY, vocab_size=500),
+    "untied": dataclasses.replace(TINY_MOE, vocab_size=500),
 }
 
 
@@ -88,31 +89,31 @@ def test_the_program_of_accelerators_equals_the_logits_at_once(head):
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_none_or_all_wanted(share):
-    assert_equals_plain(sizes.TINY, case(sizes.TINY, share))
+    assert_equals_plain(TINY, case(TINY, share))
 
 
 def test_positions_that_are_not_wanted_are_not_computed():
     """NaN at such positions reaches nothing outside the tiles of the wanted ones."""
-    params = random_params(sizes.TINY, 0.3, norms=1.0)
-    hidden, *others = case(sizes.TINY)
+    params = random_params(TINY, 0.3, norms=1.0)
+    hidden, *others = case(TINY)
     wanted = others[1][..., None]
     by_one = functools.partial(with_entropy, cpu_tokens=(1,))
     zeroed = jnp.where(wanted, hidden, 0)
-    clean = run(with_entropy, params, sizes.TINY, (zeroed, *others))
-    dirty = run(by_one, params, sizes.TINY, (jnp.where(wanted, hidden, jnp.nan), *others))
+    clean = run(with_entropy, params, TINY, (zeroed, *others))
+    dirty = run(by_one, params, TINY, (jnp.where(wanted, hidden, jnp.nan), *others))
     assert_close(dirty, clean)
 
 
 def test_nan_in_hidden_states_reaches_the_log_probs():
-    params = random_params(sizes.TINY, 0.3, norms=1.0)
-    hidden, targets, wanted, _ = case(sizes.TINY)
+    params = random_params(TINY, 0.3, norms=1.0)
+    hidden, targets, wanted, _ = case(TINY)
     hidden = hidden.at[0].set(jnp.nan)
-    logp, _ = head.token_logp(params, hidden, targets, wanted, sizes.TINY, 1.0)
+    logp, _ = head.token_logp(params, hidden, targets, wanted, TINY, 1.0)
     np.testing.assert_array_equal(np.isnan(logp), wanted & (jnp.arange(ROWS) == 0)[:, None])
 
 
 def test_bfloat16_rounds_operands_only():
-    config = dataclasses.replace(sizes.TINY, compute=Compute(bfloat16=True))
+    config = dataclasses.replace(TINY, compute=Compute(bfloat16=True))
     params = random_params(config, 0.3, norms=1.0)
     given = case(config)
     values, grads = run(with_entropy, params, config, given)
@@ -152,7 +153,7 @@ def test_a_long_batch_has_no_array_of_all_its_logits(programs):
     assert 1 < largest_array(jaxpr.jaxpr, params["embed"].shape) <= tiles.LOGITS
 
 
-TOKENS = np.random.default_rng(0).integers(0, sizes.TINY.vocab_size, (1, 12)).astype(np.int32)
+TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, (1, 12)).astype(np.int32)
 SEGMENT_IDS = np.array([[1] * 7 + [2] * 5], np.int32)
 POSITIONS = np.array([[*range(7), *range(5)]], np.int32)
 INDEX = np.array([[2, 3, 4, 5], [8, 9, 10, 0]], np.int32)
@@ -161,7 +162,7 @@ MASK = np.array([[1, 1, 1, 1], [1, 1, 1, 0]], bool)
 
 def packed_loss(params):
     """Scores the two segments in one row: (sum of the log-probs, log-probs)."""
-    logp, _ = scoring.packed_logp(params, TOKENS, POSITIONS, SEGMENT_IDS, INDEX, sizes.TINY, 0.7)
+    logp, _ = scoring.packed_logp(params, TOKENS, POSITIONS, SEGMENT_IDS, INDEX, TINY, 0.7)
     logp = jnp.where(MASK, logp, 0)
     return jnp.sum(logp), logp
 
@@ -170,7 +171,7 @@ def separate_loss(params):
     """The same of each segment in a row of its own."""
     parts = []
     for begin, end, first in ((0, 7, 2), (7, 12, 1)):
-        z = decoder.logits(params, TOKENS[:, begin:end], sizes.TINY)[0] / 0.7
+        z = decoder.logits(params, TOKENS[:, begin:end], TINY)[0] / 0.7
         places = jnp.arange(first, end - begin - 1), TOKENS[0, begin + first + 1 : end]
         parts.append(jax.nn.log_softmax(z)[places])
     logp = jnp.stack([parts[0], jnp.append(parts[1], 0)])
@@ -179,7 +180,7 @@ def separate_loss(params):
 
 @pytest.fixture(scope="module")
 def packed_and_separate():
-    params = random_params(sizes.TINY, 0.3, norms=1.0)
+    params = random_params(TINY, 0.3, norms=1.0)
     return [
         jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
         for loss in (packed_loss, separate_loss)

@@ -6,7 +6,8 @@ from jax.sharding import PartitionSpec as P
 
 from dcmdp_jax import sharding
 from dcmdp_jax.config import MeshConfig
-from dcmdp_jax.models import decoder, sizes
+from dcmdp_jax.models import decoder
+from support.tiny_models import TINY, TINY_MOE
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,7 @@ def test_two_axes_on_one_mesh_axis_raise():
         sharding.partition_spec(("mlp", "vocab"), sharding.TRAIN)
 
 
-@pytest.mark.parametrize("config", [sizes.TINY, sizes.TINY_MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("config", [TINY, TINY_MOE], ids=["dense", "moe"])
 @pytest.mark.parametrize("table", [sharding.TRAIN, sharding.DECODE], ids=["train", "decode"])
 def test_every_parameter_has_a_sharding(config, table):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
@@ -56,6 +57,6 @@ def test_fsdp_takes_the_devices_that_the_other_axes_leave():
 
 def test_sizes_must_divide():
     mesh = sharding.make_mesh(MeshConfig(tensor=8), jax.devices()[:8])
-    shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), sizes.TINY))
+    shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), TINY))
     with pytest.raises(ValueError, match=r"does not divide over mesh\.tensor=8"):
-        sharding.param_shardings(decoder.logical_axes(sizes.TINY), mesh, sharding.TRAIN, shapes)
+        sharding.param_shardings(decoder.logical_axes(TINY), mesh, sharding.TRAIN, shapes)

@@ -10,14 +10,15 @@ import pytest
 
 from dcmdp_jax import sharding, sync
 from dcmdp_jax.config import MeshConfig, Precision
-from dcmdp_jax.models import decoder, inference, sizes
+from dcmdp_jax.models import decoder, inference
 from dcmdp_jax.models.quantized import SCALED, Quantized, quantize
 from support.random_params import random_params
+from support.tiny_models import TINY, TINY_MOE
 
 pytestmark = pytest.mark.full
 
-DENSE = dataclasses.replace(sizes.TINY, qkv_bias=True, o_bias=True)  # tied embeddings
-MOE = sizes.TINY_MOE
+DENSE = dataclasses.replace(TINY, qkv_bias=True, o_bias=True)  # tied embeddings
+MOE = TINY_MOE
 MODELS = pytest.mark.parametrize("model", [DENSE, MOE], ids=["dense", "moe"])
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 

@@ -12,18 +12,17 @@ import safetensors.numpy
 
 from dcmdp_jax import sharding
 from dcmdp_jax.config import MeshConfig
-from dcmdp_jax.models import decoder, inference, quantized, sizes, weights
+from dcmdp_jax.models import decoder, inference, quantized, weights
 from dcmdp_jax.tokens import tokenizer
 from support.folders import edit
 from support.random_params import random_params
+from support.tiny_models import TINY, TINY_MOE
 
 pytestmark = pytest.mark.full
 
 CONFIGS = {
-    "dense": dataclasses.replace(sizes.TINY, qkv_bias=True, o_bias=True, num_layers=3),
-    "moe": dataclasses.replace(
-        sizes.TINY_MOE, num_layers=5, mlp_only_layers=(1,), decoder_sparse_step=1
-    ),
+    "dense": dataclasses.replace(TINY, qkv_bias=True, o_bias=True, num_layers=3),
+    "moe": dataclasses.replace(TINY_MOE, num_layers=5, mlp_only_layers=(1,), decoder_sparse_step=1),
 }
 
 

@@ -1,6 +1,4 @@
-"""The published Qwen3 models (arXiv 2505.09388, tables 1 and 2, and each model's config.json), and
-two tiny ones for tests.
-"""
+"""The published Qwen3 models (arXiv 2505.09388, tables 1 and 2, and each model's config.json)."""
 
 from __future__ import annotations
 
@@ -37,29 +35,4 @@ QWEN3_30B_A3B = _sparse(
 )
 QWEN3_235B_A22B = _sparse(
     hidden_size=4096, intermediate_size=12_288, expert_size=1536, num_layers=94, num_heads=64
-)
-
-TINY = ModelConfig(
-    vocab_size=256,
-    hidden_size=64,
-    intermediate_size=128,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    tie_word_embeddings=True,
-    max_position=512,
-)
-TINY_MOE = ModelConfig(
-    vocab_size=256,
-    hidden_size=64,
-    intermediate_size=128,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position=512,
-    num_experts=8,
-    experts_per_token=2,
-    expert_size=32,
 )
