@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dcmdp_jax.models import weights
 from dcmdp_jax.records import NotFinite, Prompts, Sampling
-from dcmdp_jax.rollout import llama_cpp, server_sampler, servers, sglang, vllm
+from dcmdp_jax.rollout import llama_cpp, server_probe, server_sampler, servers, sglang, vllm
 from dcmdp_jax.rollout.http_client import BadReply, ServerError
+from dcmdp_jax.tokens import tokenizer
+from dcmdp_jax.tools import complete
 from support.servers import (
     MODEL,
     POSITIONS,
@@ -394,3 +397,29 @@ def test_sampler_and_server_are_not_both_set():
     rollout = dataclasses.replace(tiny().rollout, sampler=vllm.vllm("http://a"), server="http://a")
     with pytest.raises(ValueError, match="are both set"):
         dataclasses.replace(tiny(), rollout=rollout)
+
+
+def test_completions_of_a_model_folder_are_sampled_by_a_server(tmp_path):
+    folder = str(tmp_path / "hf")
+    weights.save(folder, MODEL, make_params(1))
+    tokenizer.save(TOKENIZER, folder)
+    with StandIn(Vllm) as server:
+        (one, two), _ = complete.texts(
+            folder, ["abc", "de"], samples=2, max_tokens=6, server=server.url, chunk_size=1
+        )
+        assert len(server.loaded) == 1 and len(server.asked) == server_probe.COMPLETIONS + 4
+    for completion in (one, two):
+        ids = TOKENIZER.encode("abc" + completion.text) + [1] * completion.stopped
+        row = np.zeros((1, POSITIONS), np.int32)
+        row[0, : len(ids)] = ids
+        logp = np.asarray(jax.nn.log_softmax(logits_of(MODEL)(make_params(1), row)[0]))
+        expected = sum(logp[at - 1, ids[at]] for at in range(3, len(ids)))
+        assert completion.logp == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_cut_support_of_a_model_folder_is_refused(tmp_path):
+    folder = str(tmp_path / "hf")
+    weights.save(folder, MODEL, make_params())
+    tokenizer.save(TOKENIZER, folder)
+    with StandIn(Vllm) as server, pytest.raises(ValueError, match="top_p=0.5 cuts the support"):
+        complete.texts(folder, ["abc"], sampling=Sampling(1.0, 0, 0.5), server=server.url)
