@@ -403,7 +403,7 @@ def _as_stated(
     return (
         "as stated",
         f"as stated: the gap is numerical, of the size of {size} ({figures})",
-        "nothing to mend in what is reported; weights that are a few updates old look the same",
+        "none is needed; weights that are a few updates old look the same",
     )
 
 
