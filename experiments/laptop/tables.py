@@ -316,6 +316,24 @@ def estimates(folder: pathlib.Path) -> str:
     )
 
 
+def courses(folder: pathlib.Path, study: str) -> str:
+    """Each run of a study, a row for each of its evaluations."""
+    head = ("arm", "seed", "step", "engine's pass rate", "delta", "lambda", "entropy")
+    rows = [
+        (
+            arm,
+            str(seed),
+            f"{row['step']:.0f}",
+            f"{row['reward_eval_infer']:.2f}",
+            *(f"{row[name]:.2g}" for name in ("delta_mean", "multiplier", "entropy")),
+        )
+        for arm, runs in read(folder, study).items()
+        for seed, course in runs.items()
+        for row in course
+    ]
+    return markdown(head, rows)
+
+
 def every(folder: pathlib.Path) -> dict[str, str]:
     """All tables by name; a study that has left none is missing."""
     plans = {
@@ -341,6 +359,7 @@ def every(folder: pathlib.Path) -> dict[str, str]:
         "batch": lambda: against_harmed(folder, "batch"),
         "sgd": lambda: arms(read(folder, "sgd")),
         "long": lambda: arms(read(folder, "long")),
+        "real_engine": lambda: courses(folder, "real_engine"),
     }
     needs = {
         "arms at 3e-4": "main",

@@ -1,0 +1,139 @@
+"""The gap of engines against the float32 trainer, on one model and the same prompts:
+
+    python -m benchmarks.engines.gaps [FILE] [--model FOLDER] [--batches 8]
+
+prints a table and writes FILE, by default benchmarks/engines/gaps.csv. The model is that of FOLDER,
+by default that of experiments/laptop/real_engine.py after its warm-up. The library's own engine
+comes in several formats, then vLLM on the CPU (install_vllm.sh), a server for each of its formats.
+Every token that an engine samples is scored again by the trainer, as `dcmdp parity` does. A format
+that this vLLM does not serve has no figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import pathlib
+import tempfile
+from collections.abc import Iterator
+
+from benchmarks.engines import vllm_server
+from dcmdp_jax.config import Config, ModelSource, Precision, WarmupConfig
+from dcmdp_jax.run.inputs import Inputs, read_inputs
+from dcmdp_jax.tools import parity
+
+HERE = pathlib.Path(__file__).parent
+EXPERIMENT = HERE.parents[1] / "experiments" / "laptop" / "real_engine.py"
+
+OURS = {
+    "float32": Precision(),
+    "bfloat16 weights": Precision(weights="bfloat16"),
+    "bfloat16 weights, embedding, head, norms, cache": Precision(
+        **dict.fromkeys(("weights", "embed", "head", "norms", "cache"), "bfloat16")
+    ),
+    "int8 weights": Precision(weights="int8"),
+    "fp8 weights": Precision(weights="float8_e4m3fn"),
+    "fp8 weights, activations, cache": Precision(
+        **dict.fromkeys(("weights", "activations", "cache"), "float8_e4m3fn")
+    ),
+    "int4 weights": Precision(weights="int4"),
+}
+VLLM = {  # words of its command line
+    "float32": ("--dtype", "float32"),
+    "float16": ("--dtype", "float16"),
+    "bfloat16": ("--dtype", "bfloat16"),
+    "bfloat16, fp8 cache": ("--dtype", "bfloat16", "--kv-cache-dtype", "fp8_e4m3"),
+    # Online int8 touches experts alone, and online fp8 weights make 64 tokens a second here.
+}
+HEAD = (
+    "engine",
+    "format",
+    "tokens",
+    "mean delta",
+    "standard error",
+    "max delta",
+    "mean |dlogp|",
+    "max |dlogp|",
+    "outside a clip of 0.2",
+)
+
+
+def main() -> None:
+    vllm_server.stop_servers_on_sigterm()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=pathlib.Path, nargs="?", default=HERE / "gaps.csv")
+    parser.add_argument("--model", default="", help="a Hugging Face folder with a tokenizer")
+    parser.add_argument("--batches", type=int, default=8)
+    args = parser.parse_args()
+    config = vllm_server.config_of(EXPERIMENT)
+    if args.model:
+        source = ModelSource(folder=args.model)
+        config = dataclasses.replace(config, model=source, warmup=WarmupConfig())
+    inputs = read_inputs(config)
+    weights = parity.starting(config, inputs)
+    weights = weights._replace(prompt_state=inputs.prompts.get_state())
+    with args.file.open("w") as out:
+        table = csv.writer(out, lineterminator="\n")
+        table.writerow(HEAD)
+        print(*HEAD, sep=" | ")
+        for row in rows(config, inputs, weights, args.batches):
+            table.writerow(row)
+            out.flush()
+            print(*row, sep=" | ", flush=True)
+
+
+def rows(
+    config: Config, inputs: Inputs, weights: parity.TrainerWeights, batches: int
+) -> Iterator[tuple[str, ...]]:
+    """Yields the table's rows."""
+    for name, precision in OURS.items():
+        sampled = with_rollout(config, precision=precision)
+        found = parity.measure(sampled, inputs, weights, batches)
+        yield "this library", name, *figures(found)
+    for name, words in VLLM.items():
+        yield "vLLM", name, *served(config, inputs, weights, batches, words)
+
+
+def with_rollout(config: Config, **changes) -> Config:
+    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, **changes))
+
+
+def served(
+    config: Config,
+    inputs: Inputs,
+    weights: parity.TrainerWeights,
+    batches: int,
+    words: tuple[str, ...],
+) -> tuple[str, ...]:
+    """Returns the figures of vLLM started with `words`; empty ones if it does not start."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = vllm_server.random_model(config, pathlib.Path(scratch))
+        log = pathlib.Path(scratch, "vllm.log")
+        try:
+            server = vllm_server.Server(folder, words, log=log)
+        except RuntimeError as error:
+            print(error, flush=True)
+            return ("",) * (len(HEAD) - 2)
+        with server:
+            sampled = with_rollout(config, server=server.url)
+            return figures(parity.measure(sampled, inputs, weights, batches))
+
+
+def figures(found: parity.Parity) -> tuple[str, ...]:
+    gap = found.gaps["all"]
+    return (
+        str(gap.tokens),
+        f"{gap.delta:.2e}",
+        f"{float(found.calibration.std_error):.0e}",
+        f"{gap.prob_diff_max:.2g}",
+        f"{gap.logp_diff_mean:.2e}",
+        f"{gap.logp_diff_max:.2g}",
+        f"{gap.clipped:.2%}",
+    )
+
+
+if __name__ == "__main__":
+    main()
