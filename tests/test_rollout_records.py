@@ -26,6 +26,10 @@ def test_own_layout(tmp_path):
     assert not found.more
 
 
+def test_a_top_k_of_minus_1_is_all_tokens(tmp_path):
+    assert read(tmp_path, OWN | {"top_k": -1}).sampling == {"top_k": 0.0}
+
+
 def test_own_layout_as_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

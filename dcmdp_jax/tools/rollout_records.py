@@ -240,6 +240,8 @@ def _setting(row: dict, name: str, place: str) -> float:
     value = row[name]
     if not files.matches(value, files.NUMBER):
         raise ValueError(f"{place}: {name} is {value!r:.40}, not a finite number; correct it")
+    if name == "top_k" and value == -1:  # "all" for vLLM, SGLang and TRL
+        return 0.0
     return float(value)
 
 
