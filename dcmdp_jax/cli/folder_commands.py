@@ -71,7 +71,7 @@ def evaluate_command(args: argparse.Namespace, options: list[str]) -> Callable[[
         math_benchmarks.Options(
             model=ModelSource(args.model, args.tokenizer, compute=Compute(bfloat16=args.bfloat16)),
             data_dir=args.data_dir,
-            sets=tuple(args.sets.split(",")),
+            sets=tuple(math_benchmarks.BENCHMARKS if args.sets is None else args.sets.split(",")),
             k=tuple(map(int, k)),
             limit=args.limit,
             max_tokens=args.max_tokens,

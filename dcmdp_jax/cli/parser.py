@@ -357,8 +357,7 @@ def _eval(add: Add) -> None:
     )
     parser.add_argument(
         "--sets",
-        default="aime24,aime25,amc23,math500,minerva,olympiad",
-        help="(default: %(default)s)",
+        help="names, separated by commas (default: all)",
     )
     parser.add_argument(
         "--k",
