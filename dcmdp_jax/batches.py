@@ -14,8 +14,8 @@ from dcmdp_jax.monitoring import measurements
 from dcmdp_jax.records import Batch, Rollout, Sampler, Sampling, Scored, TrainState
 from dcmdp_jax.rollout import servers
 from dcmdp_jax.run.inputs import Inputs
-from dcmdp_jax.run.stopping import Interrupted
 from dcmdp_jax.seeds import Stream
+from dcmdp_jax.stopping import Interrupted
 from dcmdp_jax.tokens import packing
 
 

@@ -25,8 +25,8 @@ from dcmdp_jax.run import checkpoint
 from dcmdp_jax.run import folder as run_folder
 from dcmdp_jax.run.inputs import Inputs
 from dcmdp_jax.run.record import RECORD_FILE
-from dcmdp_jax.run.stopping import Interrupted
 from dcmdp_jax.seeds import Stream
+from dcmdp_jax.stopping import Interrupted
 
 FILE = "calibration.json"
 RECORDED = {"slack": files.NUMBER, "batches": files.INTEGER, "tolerance": files.NUMBER}

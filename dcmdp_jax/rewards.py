@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from dcmdp_jax import errors
+from dcmdp_jax import errors, stopping
 from dcmdp_jax.answers import compare, judge
 from dcmdp_jax.answers.computed import is_computed, is_number
 from dcmdp_jax.answers.copied import is_copied
 from dcmdp_jax.answers.stated import final_answer
 from dcmdp_jax.records import Example, Rollout, Scored
-from dcmdp_jax.run import stopping
 
 _SHORT = 60  # characters of a prompt in a message
 

@@ -21,7 +21,7 @@ from dcmdp_jax.run import checkpoint, recovery, starting
 from dcmdp_jax.run import folder as run_folder
 from dcmdp_jax.run.inputs import Inputs, read_inputs
 from dcmdp_jax.run.record import to_json
-from dcmdp_jax.run.stopping import Interrupted, requests
+from dcmdp_jax.stopping import Interrupted, requests
 
 
 def train(

@@ -21,7 +21,7 @@ from quickstart import CONFIG as QUICKSTART
 from dcmdp_jax.config import Precision
 from dcmdp_jax.models import decoder
 from dcmdp_jax.records import NotFinite, Rollout
-from dcmdp_jax.run.stopping import Interrupted
+from dcmdp_jax.stopping import Interrupted
 
 
 class PlainSampler:

@@ -15,8 +15,8 @@ from dcmdp_jax.experiment import load_experiment, override
 from dcmdp_jax.rollout.jetstream import JetStreamSampler
 from dcmdp_jax.run.inputs import read_inputs
 from dcmdp_jax.run.record import to_json
-from dcmdp_jax.run.stopping import Interrupted
 from dcmdp_jax.seeds import Stream
+from dcmdp_jax.stopping import Interrupted
 from dcmdp_jax.tools import parity
 from support import training
 from support.training import ONE_DEVICE, QUICKSTART, dcmdp, rows, train

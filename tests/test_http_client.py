@@ -10,7 +10,7 @@ import pytest
 
 from dcmdp_jax.rollout import http_client
 from dcmdp_jax.rollout.http_client import BadReply, Call, Client, ServerError
-from dcmdp_jax.run.stopping import Interrupted
+from dcmdp_jax.stopping import Interrupted
 from support.servers import StandIn, closed, cut_reply, half_json, held, once, send, status
 
 

@@ -17,7 +17,7 @@ FILES = {
 # a folder.
 ORDER = [
     ["errors", "files", "seeds", "records", "monitoring.quantities"],
-    ["run.stopping", "run.lock", "tasks", "answers"],
+    ["stopping", "run.lock", "tasks", "answers"],
     ["tokens.chat_template", "tokens.chat_renderer"],
     ["config"],
     ["sharding", "experiment", "losses", "rewards", "tokens.tokenizer", "evaluation.intervals"],

@@ -15,7 +15,7 @@ from dcmdp_jax.config import Compute, ModelConfig, ModelSource, Precision
 from dcmdp_jax.evaluation import math_benchmarks
 from dcmdp_jax.models import weights
 from dcmdp_jax.records import Sampling
-from dcmdp_jax.run.stopping import Interrupted
+from dcmdp_jax.stopping import Interrupted
 from dcmdp_jax.tokens import tokenizer
 from support import own_data
 from support.random_params import random_params

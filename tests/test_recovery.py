@@ -14,7 +14,7 @@ import pytest
 
 from dcmdp_jax import sync, tasks
 from dcmdp_jax.run import checkpoint, starting
-from dcmdp_jax.run.stopping import Failed
+from dcmdp_jax.stopping import Failed
 from support.training import QUICKSTART, assert_same_run, command, dcmdp, rows, tiny, train
 
 pytestmark = pytest.mark.full

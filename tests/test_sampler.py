@@ -8,7 +8,7 @@ from dcmdp_jax import sharding
 from dcmdp_jax.records import NotFinite, Prompts, Sampling
 from dcmdp_jax.rollout.generate import completion_keys
 from dcmdp_jax.rollout.jetstream import JetStreamSampler
-from dcmdp_jax.run.stopping import Interrupted
+from dcmdp_jax.stopping import Interrupted
 from dcmdp_jax.tokens import tokenizer
 from support.engines import DENSE, G, P, T, make_params, make_prompts
 

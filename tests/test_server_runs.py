@@ -11,7 +11,7 @@ import pytest
 
 from dcmdp_jax.run.inputs import read_inputs
 from dcmdp_jax.run.starting import unwarmed_weights
-from dcmdp_jax.run.stopping import Interrupted
+from dcmdp_jax.stopping import Interrupted
 from support.random_params import random_params
 from support.servers import LlamaCpp, Sglang, StandIn, Vllm, once, status
 from support.training import (

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from dcmdp_jax.run import stopping
+from dcmdp_jax import stopping
 
 SLEEP = "import time; time.sleep(60)"
 
@@ -61,7 +61,7 @@ def test_a_hangup_stays_ignored_under_nohup():
 def test_a_second_interrupt_ends_a_process_that_is_busy_outside_of_python():
     """The child computes a power, which takes minutes and runs no handler."""
     code = (
-        "from dcmdp_jax.run import stopping\nimport numpy as np\n"
+        "from dcmdp_jax import stopping\nimport numpy as np\n"
         "with stopping.requests(at_once=True):\n"
         "    print('in', flush=True)\n"
         "    x = np.random.default_rng(0).normal(size=(6000, 6000))\n"

@@ -64,7 +64,7 @@ def evaluate_command(args: argparse.Namespace, options: list[str]) -> Callable[[
         raise ValueError(f"--k {args.k} must be integers with commas between them")
     from dcmdp_jax.evaluation import math_benchmarks, scores
     from dcmdp_jax.report import tables
-    from dcmdp_jax.run.stopping import Interrupted, requests
+    from dcmdp_jax.stopping import Interrupted, requests
 
     instruction = math_benchmarks.INSTRUCTION if args.instruction is None else args.instruction
     evaluation = math_benchmarks.prepare(

@@ -40,7 +40,7 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
     from dcmdp_jax.distributed import processes
     from dcmdp_jax.report import run_page
     from dcmdp_jax.run.checkpoint import NoReadableCheckpoint
-    from dcmdp_jax.run.stopping import Failed, Interrupted
+    from dcmdp_jax.stopping import Failed, Interrupted
 
     if args.coordinator or args.distributed:
         processes.start(workdir, args.coordinator, args.processes, args.process, args.wait)

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from dcmdp_jax import errors, sharding
 from dcmdp_jax.config import MeshConfig, RolloutConfig
 from dcmdp_jax.distributed import rendezvous
-from dcmdp_jax.run.stopping import Failed, Interrupted
+from dcmdp_jax.stopping import Failed, Interrupted
 
 # Wait after a failed collective: the peers usually report the lost process within this time.
 PEER_REPORT_SECONDS = 5.0

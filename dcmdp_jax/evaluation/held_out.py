@@ -13,8 +13,8 @@ from dcmdp_jax.config import Config, Precision
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.records import Prompts, Sampler, Sampling, TrainState
 from dcmdp_jax.run.inputs import Inputs
-from dcmdp_jax.run.stopping import Interrupted
 from dcmdp_jax.seeds import Stream
+from dcmdp_jax.stopping import Interrupted
 from dcmdp_jax.tokens.tokenizer import Tokenizer
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from dcmdp_jax.records import NotFinite, Prompts, Rollout, Sampling, Weights
 from dcmdp_jax.rollout.decode import DecodeState, Prefix, Tokens
-from dcmdp_jax.run.stopping import Interrupted
+from dcmdp_jax.stopping import Interrupted
 from dcmdp_jax.tokens.packing import power_of_two
 
 MIN_FREE = 2  # a dispatch ends once so many slots have become idle, if completions wait

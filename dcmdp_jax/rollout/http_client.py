@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from dcmdp_jax.run.stopping import Interrupted
+from dcmdp_jax.stopping import Interrupted
 
 POLL_SECONDS = 0.1  # between two looks at `should_stop`
 FIRST_WAIT = 0.5  # seconds before the second attempt; doubled at each further one

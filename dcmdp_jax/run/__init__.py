@@ -1,1 +1,1 @@
-"""A run on disk: its inputs, warm-up, folder, lock, checkpoints, stopping, resuming, export."""
+"""A run on disk: its inputs, warm-up, folder, lock, checkpoints, resuming, export."""

@@ -21,7 +21,7 @@ from dcmdp_jax.monitoring import metrics
 from dcmdp_jax.records import NotFinite, TrainState
 from dcmdp_jax.run import checkpoint
 from dcmdp_jax.run.inputs import Inputs
-from dcmdp_jax.run.stopping import Failed
+from dcmdp_jax.stopping import Failed
 
 NOT_IN_ROW = ("gaps", "logp_finite")  # metrics of a step that no row holds
 

@@ -22,7 +22,7 @@ from dcmdp_jax.config import Config, ModelConfig, WarmupConfig
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.models import decoder
 from dcmdp_jax.models.kernels import head
-from dcmdp_jax.run.stopping import Interrupted
+from dcmdp_jax.stopping import Interrupted
 from dcmdp_jax.tokens.tokenizer import Tokenizer
 
 STEPS_PER_DISPATCH = 50

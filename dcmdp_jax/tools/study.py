@@ -33,7 +33,7 @@ from dcmdp_jax.config import Config, WarmupConfig
 from dcmdp_jax.experiment import run_file
 from dcmdp_jax.monitoring import quantities
 from dcmdp_jax.run.record import differences, read_record, to_json
-from dcmdp_jax.run.stopping import Interrupted
+from dcmdp_jax.stopping import Interrupted
 
 _stop: Any = None  # in a worker: the event with which its parent stops it
 
