@@ -194,14 +194,24 @@ def test_a_process_that_is_killed_while_it_is_idle_is_asked_again(pool):
     assert processes.given_up == 0
 
 
-def test_an_interrupted_question_leaves_no_reply_for_the_next(pool, monkeypatch):
-    processes = pool(processes=1)
-    assert processes.equal(*CALCULUS[0][:2])
-    with monkeypatch.context() as patched:
-        patched.setattr(worker.Worker, "_line", lambda *asked: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(KeyboardInterrupt):
-            processes.equal(*CALCULUS[2][:2])
-    assert not processes.equal(*CALCULUS[1][:2])
+INTERRUPTS = """
+import json, os, signal, sys
+print('ready', flush=True)
+for line in sys.stdin:
+    gold, answer = json.loads(line)
+    if answer == 'interrupt':
+        os.kill(os.getppid(), signal.SIGINT)
+    print('false' if answer == 'wrong' else 'true', flush=True)
+"""
+
+
+def test_an_interrupted_question_leaves_no_reply_for_the_next(pool):
+    """Ctrl-C comes while the process that asks waits, just before a reply."""
+    processes = pool([sys.executable, "-c", INTERRUPTS], processes=1)
+    assert processes.equal("1", "right")
+    with pytest.raises(KeyboardInterrupt):
+        processes.equal("1", "interrupt")
+    assert not processes.equal("1", "wrong")
 
 
 @pytest.fixture

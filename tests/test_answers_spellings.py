@@ -1,5 +1,9 @@
 """Spellings of one value, published answers and their neighbours, and hostile text."""
 
+import contextlib
+import functools
+import os
+import tempfile
 import time
 from fractions import Fraction
 
@@ -147,28 +151,54 @@ def test_numbers_are_exact(value, places):
         assert rewards.math_answer(Example("", str(gold + 1)), f"#### {answer}") == 0.0
 
 
-@given(st.text(max_size=200) | st.text("0123456789.,/\\frac{}boxed()^$ %+-e#\n", max_size=200))
-def test_any_text_is_read_without_error(text):
+TEXTS = st.text(max_size=200) | st.text("0123456789.,/\\frac{}boxed()^$ %+-e#\n", max_size=200)
+
+
+@given(TEXTS)
+def test_any_text_without_the_answer_earns_nothing(text):
     assert rewards.math_answer(Example("", "impossible"), text) == 0.0
+
+
+@given(TEXTS)
+def test_a_boxed_answer_is_found_after_any_text(text):
     assert rewards.math_answer(Example("", "1"), text + r" \boxed{1}") == 1.0
 
 
+@pytest.fixture(scope="module", params=["train", "test"])
+def gsm8k(request, data_root):
+    """Problems of a split, and their answers, which are numbers all."""
+    every = 5 if request.param == "train" else 1
+    examples = data.read(data_root / "gsm8k" / f"{request.param}.jsonl")[::every]
+    return [(example, Fraction(example.answer.replace(",", ""))) for example in examples]
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_gsm8k_solutions_earn_the_reward(data_root, split):
-    every = 5 if split == "train" else 1
-    for example in data.read(data_root / "gsm8k" / f"{split}.jsonl")[::every]:
-        value = Fraction(example.answer.replace(",", ""))  # every gold answer is a number
+def test_gsm8k_solutions_earn_the_reward(gsm8k):
+    for example, value in gsm8k:
         assert rewards.math_answer(example, f"so\n#### {example.answer}") == 1.0
         assert rewards.math_answer(example, rf"so \boxed{{\${float(value):,.2f}}}.") == 1.0
+
+
+@pytest.mark.full
+def test_gsm8k_solutions_that_are_one_too_many_earn_nothing(gsm8k):
+    for example, value in gsm8k:
         assert rewards.math_answer(example, f"so\n#### {value + 1}") == 0.0
+
+
+@pytest.mark.full
+def test_gsm8k_solutions_that_mark_no_answer_earn_nothing(gsm8k):
+    for example, _ in gsm8k:
         assert rewards.math_answer(example, f"so {example.answer}") == 0.0
 
 
+@pytest.fixture(scope="module", params=SETS)
+def evaluation_set(request, data_root):
+    return data.read(data_root / "math_eval" / f"{request.param}.jsonl")
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("name", SETS)
-def test_evaluation_sets_accept_their_own_answers(data_root, name):
-    for example in data.read(data_root / "math_eval" / f"{name}.jsonl"):
+def test_evaluation_sets_accept_their_own_answers(evaluation_set):
+    for example in evaluation_set:
         gold = example.answer
         for spelling in (
             gold,
@@ -178,7 +208,17 @@ def test_evaluation_sets_accept_their_own_answers(data_root, name):
             gold.replace(r"\frac", r"\dfrac"),
         ):
             assert rewards.math_answer(example, rf"Thus \boxed{{{spelling}}}") == 1.0, spelling
-        assert rewards.math_answer(example, rf"Thus \boxed{{{gold} + 1}}") == 0.0
+
+
+@pytest.mark.full
+def test_evaluation_sets_refuse_their_own_answers_plus_one(evaluation_set):
+    for example in evaluation_set:
+        assert rewards.math_answer(example, rf"Thus \boxed{{{example.answer} + 1}}") == 0.0
+
+
+@pytest.mark.full
+def test_evaluation_sets_refuse_an_empty_box(evaluation_set):
+    for example in evaluation_set:
         assert rewards.math_answer(example, r"Thus \boxed{}") == 0.0
 
 
@@ -189,19 +229,34 @@ def test_distinct_gold_answers_stay_distinct(data_root):
         assert not any(rewards.math_answer(example, rf"\boxed{{{other}}}") for other in others)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("file", ["gsm8k/test", *(f"math_eval/{name}" for name in SETS)])
-def test_golds_as_a_model_writes_them_and_their_neighbours(data_root, file):
-    """The table of docs/answers.md, on every seventh problem of a set with many."""
-    examples = data.read(data_root / f"{file}.jsonl")
+@pytest.fixture(scope="module", params=["gsm8k/test", *(f"math_eval/{name}" for name in SETS)])
+def graded(request, data_root):
+    """The table of docs/answers.md, on every seventh problem of a set with many: rows of what is
+    right and of what is wrong.
+    """
+    examples = data.read(data_root / f"{request.param}.jsonl")
     found = list(spellings.graded(examples[:: 7 if len(examples) > 100 else 1]))
     right, wrong = ([row for row in found if row[0] is kind] for kind in (True, False))
-    assert len(right) > 40 and len(wrong) > 40
+    return right, wrong
+
+
+@pytest.mark.full
+def test_golds_as_a_model_writes_them_are_right(graded):
+    right, _ = graded
+    assert len(right) > 40
     assert sum(not row[-1] for row in right) <= 0.005 * len(right)
+
+
+@pytest.mark.full
+def test_neighbours_of_golds_as_a_model_writes_them_are_wrong(graded):
+    _, wrong = graded
+    assert len(wrong) > 40
     assert not [row for row in wrong if not row[-1]]
 
 
-def test_golds_of_every_kind_as_a_model_writes_them_and_their_neighbours():
+@functools.cache
+def graded_of_every_kind():
+    """The same of made-up golds."""
     golds = (
         "31",
         "-4",
@@ -223,11 +278,18 @@ def test_golds_of_every_kind_as_a_model_writes_them_and_their_neighbours():
         "$31$",
         r"1 \pm \sqrt{2}",
     )
-    found = list(spellings.graded([Example("Find it.", gold) for gold in golds]))
+    return list(spellings.graded([Example("Find it.", gold) for gold in golds]))
+
+
+def test_golds_of_every_kind_as_a_model_writes_them_and_their_neighbours():
+    found = graded_of_every_kind()
     assert not [row for row in found if not row[-1]]
     assert len(found) > 300
+
+
+def test_golds_of_every_kind_are_written_in_every_spelling():
     names = {spell.__name__ for spell in spellings.SPELLINGS}
-    assert {name for _, name, *_ in found} == {"last", *names}
+    assert {name for _, name, *_ in graded_of_every_kind()} == {"last", *names}
 
 
 def test_an_empty_answer_is_never_right():
@@ -235,7 +297,7 @@ def test_an_empty_answer_is_never_right():
     assert rewards.math_answer(Example("", r"\!"), "#### $") == 0.0
 
 
-@pytest.mark.parametrize(
+hostile_texts = pytest.mark.parametrize(
     "hostile",
     [
         "__import__('os').system('touch HACKED')",
@@ -287,11 +349,32 @@ def test_an_empty_answer_is_never_right():
         r"\boxed{3}" + "a_{aaaaaaaa" * 18 + r"\boxed{2}",
     ],
 )
-def test_hostile_text_costs_nothing(hostile, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+
+
+@functools.cache
+def rewarded(hostile):
+    """Rewards of its places in a completion, seconds of the processor, and files that are left."""
     example = Example("", "1")
-    started = time.process_time()
-    for text in (hostile, rf"\boxed{{{hostile}}}", f"#### {hostile}", f"Answer: {hostile}"):
-        assert rewards.math_answer(example, text) == 0.0
-    assert time.process_time() - started < 0.5
-    assert not list(tmp_path.iterdir())
+    texts = (hostile, rf"\boxed{{{hostile}}}", f"#### {hostile}", f"Answer: {hostile}")
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        started = time.process_time()
+        found = [rewards.math_answer(example, text) for text in texts]
+        return found, time.process_time() - started, os.listdir()
+
+
+@hostile_texts
+def test_hostile_text_earns_nothing(hostile):
+    found, _, _ = rewarded(hostile)
+    assert found == [0.0] * 4
+
+
+@hostile_texts
+def test_hostile_text_takes_little_time(hostile):
+    _, seconds, _ = rewarded(hostile)
+    assert seconds < 0.5
+
+
+@hostile_texts
+def test_hostile_text_is_not_run(hostile):
+    _, _, files = rewarded(hostile)
+    assert not files

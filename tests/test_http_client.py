@@ -8,7 +8,6 @@ import threading
 
 import pytest
 
-from dcmdp_jax.rollout import http_client
 from dcmdp_jax.rollout.http_client import BadReply, Call, Client, ServerError
 from dcmdp_jax.stopping import Interrupted
 from support.servers import StandIn, closed, cut_reply, half_json, held, once, send, status
@@ -32,10 +31,9 @@ def server():
         yield server
 
 
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch):
-    monkeypatch.setattr(http_client, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(http_client, "LONGEST_WAIT", 0.05)
+def impatient(url, **options):
+    """A client that waits for little between two attempts."""
+    return Client(url, "echo", first_wait=0.01, longest_wait=0.05, **options)
 
 
 def number_of(reply, number):
@@ -45,7 +43,7 @@ def number_of(reply, number):
 
 
 def ask(server, count=8, **options):
-    client = Client(server.url, "echo", **({"timeout": 20} | options))
+    client = impatient(server.url, **({"timeout": 20} | options))
     return client.send([Call("POST", "/echo", {"number": i}) for i in range(count)], number_of)
 
 
@@ -128,11 +126,11 @@ def test_a_refused_connection_is_one_sentence():
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
         with pytest.raises(ServerError, match=f"^echo at {url} cannot be reached .*; start it"):
-            Client(url, "echo", attempts=2).get("/echo")
+            impatient(url, attempts=2).get("/echo")
 
 
 def test_a_server_that_comes_back_is_waited_for(server):
-    client = Client(server.url, "echo", attempts=200)
+    client = impatient(server.url, attempts=200)
     server.hang_up()
     threading.Timer(0.3, server.listen, (server.http.server_port,)).start()
     assert client.send([Call("POST", "/echo", {"number": 3})], number_of) == [3]
@@ -163,12 +161,10 @@ def test_an_interruption_cancels_what_is_under_way(server):
     assert ends.get(timeout=60) == b"" and len(server.asked) == 1
 
 
-def test_waiting_for_a_server_is_interrupted(server, monkeypatch):
-    monkeypatch.setattr(http_client, "FIRST_WAIT", 60.0)
-    monkeypatch.setattr(http_client, "LONGEST_WAIT", 60.0)
+def test_waiting_for_a_server_is_interrupted(server):
     server.faults.append(status(503))
     with pytest.raises(Interrupted):
-        Client(server.url).send(
+        Client(server.url, first_wait=60.0, longest_wait=60.0).send(
             [Call("POST", "/echo", {"number": 1})], should_stop=lambda: bool(server.asked)
         )
 

@@ -282,7 +282,8 @@ def test_what_does_not_fit_is_refused(change, message):
     ],
     ids=str,
 )
-def test_the_support_is_that_of_the_sampler(sampling, monkeypatch):
+@pytest.mark.parametrize("likeliest", [4, 64, 1024])
+def test_the_support_is_that_of_the_sampler(sampling, likeliest):
     """Where its end is looked for among the likeliest tokens, and where it lies past them."""
     rng = np.random.default_rng(3)
     logits = jnp.asarray(2 * rng.normal(size=(16, 500)), jnp.float32)
@@ -290,10 +291,8 @@ def test_the_support_is_that_of_the_sampler(sampling, monkeypatch):
     ids = jnp.argmax(logits, axis=1)
     mass = draw.sample(logits, jnp.zeros((16, 2), jnp.uint32), each).support_mass
     full = jax.nn.log_softmax(logits / 0.7)[jnp.arange(16), ids]
-    for head in (4, 64, 1024):
-        monkeypatch.setattr(meaning, "HEAD", head)
-        found = meaning.log_probs(logits, ids, fields([sampling]))[0]
-        np.testing.assert_allclose(found, full - jnp.log(mass), atol=2e-5)
+    found = meaning.log_probs(logits, ids, fields([sampling]), likeliest)[0]
+    np.testing.assert_allclose(found, full - jnp.log(mass), atol=2e-5)
 
 
 def test_sequences_of_all_lengths_are_scored_as_one_by_one():

@@ -3,12 +3,17 @@
 And what is of a wrong type is named with its file and line.
 """
 
+import contextlib
 import copy
+import functools
 import html.parser
+import io
 import json
 import pathlib
 import re
+import shutil
 import xml.etree.ElementTree
+from typing import NamedTuple
 
 import pytest
 
@@ -104,16 +109,22 @@ def elements(path):
     return Elements(path.read_text(encoding="utf-8")).found
 
 
-@pytest.mark.parametrize("word", ATTACKS.values(), ids=ATTACKS)
-def test_the_page_of_a_run_has_no_element_or_attribute_from_its_files(tmp_path, word):
-    clean, attacked = (
-        elements(run_page.write(make(tmp_path / name, text)))
-        for name, text in (("a", PLAIN), ("b", word))
-    )
-    assert attacked == clean and len(clean) > 200
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    """The elements of a run's page with plain words."""
+    return elements(run_page.write(make(tmp_path_factory.mktemp("clean") / "run", PLAIN)))
+
+
+def test_the_page_of_a_run_has_no_script_image_or_frame(clean):
+    assert len(clean) > 200
     assert {tag for tag, _ in (item for item in clean if isinstance(item, tuple))}.isdisjoint(
         {"script", "img", "iframe"}
     )
+
+
+@pytest.mark.parametrize("word", ATTACKS.values(), ids=ATTACKS)
+def test_the_page_of_a_run_has_no_element_or_attribute_from_its_files(tmp_path, word, clean):
+    assert elements(run_page.write(make(tmp_path / "run", word))) == clean
 
 
 @pytest.mark.parametrize("word", ATTACKS.values(), ids=ATTACKS)
@@ -133,24 +144,45 @@ def test_nor_has_the_page_that_compares_runs(tmp_path, word):
     assert found[0] == found[1] and len(found[0]) > 300
 
 
-@pytest.mark.parametrize("word", ATTACKS.values(), ids=ATTACKS)
-def test_nor_has_the_page_of_a_diagnosis(tmp_path, word):
+@pytest.fixture(scope="module")
+def diagnosis(tmp_path_factory):
+    """Writes the page and the picture of a diagnosis with a text in it, and returns their texts."""
     config = load_experiment(str(QUICKSTART))
     gap = diagnose.Difference(0.1, 0.01, 0.2, 0.3, 0.01, 0.1)
-    found = []
-    for text in (PLAIN, word):
+
+    @functools.cache
+    def write(text):
         sources = tuple(
             diagnose.Source(f"{name}{text}", text, gap, gap) for name in ("weights", "head")
         )
         attribution = diagnose.Attribution(text, 9, gap, sources, sources, text, (gap, gap), 1e-6)
-        folder = tmp_path / str(len(found))
         object.__setattr__(config, "name", text)
-        page = diagnose_page.write(attribution, config, folder)
-        picture = (folder / "diagnose.svg").read_text(encoding="utf-8")
-        found.append((elements(page), Elements(picture).found))
-        if not re.search(r"[\0\x1b]", text):  # which no XML may hold
-            xml.etree.ElementTree.fromstring(picture)
-    assert found[0] == found[1]
+        page = diagnose_page.write(attribution, config, tmp_path_factory.mktemp("diagnosis"))
+        picture = page.with_name("diagnose.svg")
+        return page.read_text(encoding="utf-8"), picture.read_text(encoding="utf-8")
+
+    return write
+
+
+@pytest.mark.parametrize("word", ATTACKS.values(), ids=ATTACKS)
+def test_nor_has_the_page_of_a_diagnosis(diagnosis, word):
+    page, _ = diagnosis(word)
+    assert Elements(page).found == Elements(diagnosis(PLAIN)[0]).found
+
+
+@pytest.mark.parametrize("word", ATTACKS.values(), ids=ATTACKS)
+def test_nor_has_the_picture_of_a_diagnosis(diagnosis, word):
+    _, picture = diagnosis(word)
+    assert Elements(picture).found == Elements(diagnosis(PLAIN)[1]).found
+
+
+@pytest.mark.parametrize(
+    "word", [PLAIN, *(word for word in ATTACKS.values() if not re.search(r"[\0\x1b]", word))]
+)
+def test_the_picture_of_a_diagnosis_is_xml(diagnosis, word):
+    """But for characters that no XML may hold."""
+    _, picture = diagnosis(word)
+    xml.etree.ElementTree.fromstring(picture)
 
 
 # Wrong types
@@ -191,28 +223,70 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
-@pytest.mark.parametrize(
+wrong_numbers = pytest.mark.parametrize("wrong", WRONG)
+every_number = pytest.mark.parametrize(
     "name, path", CASES, ids=[f"{name}-{'.'.join(map(str, path))}" for name, path in CASES]
 )
-def test_a_number_that_is_none_is_named_with_its_file(tmp_path, capsys, name, path, wrong):
-    """By both pages, but for parity.json, which the comparison does not show."""
-    folder = make(tmp_path / "a", PLAIN)
-    other = make(tmp_path / "b", PLAIN)
-    lines = [with_value(files_of(PLAIN)[name], path, wrong)]
-    if name.endswith("l"):
-        lines = [files_of(PLAIN)[name], *lines, files_of(PLAIN)[name]]
-    (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for runs in ([folder], [folder, other])[: 1 if name == "parity.json" else 2]:
-        assert cli.main(["report", *map(str, runs)]) == 2
-        message = capsys.readouterr().err
-        place = f"{folder / name}: line 2" if name.endswith("l") else str(folder / name)
-        assert (
-            message.startswith(f"dcmdp: {place}")
-            and message.count("\n") == 1
-            and len(message) < len(place) + 250
-        )
-    assert not list(tmp_path.rglob("report.html"))
+
+
+class Refused(NamedTuple):
+    """What `dcmdp report` says, one message for each of its two pages, and what it has written."""
+
+    file: pathlib.Path
+    statuses: list[int]
+    messages: list[str]
+    pages: list[pathlib.Path]
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    """Runs the command on a run with a wrong value in one of its files, alone and beside another;
+    parity.json alone, as the comparison does not show it.
+    """
+
+    @functools.cache
+    def report(name, path, wrong):
+        base = tmp_path_factory.mktemp("runs")
+        folder = make(base / "a", PLAIN)
+        other = make(base / "b", PLAIN)
+        lines = [with_value(files_of(PLAIN)[name], path, WRONG[wrong])]
+        if name.endswith("l"):
+            lines = [files_of(PLAIN)[name], *lines, files_of(PLAIN)[name]]
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        found = Refused(folder / name, [], [], [])
+        for runs in ([folder], [folder, other])[: 1 if name == "parity.json" else 2]:
+            with contextlib.redirect_stderr(io.StringIO()) as written:
+                found.statuses.append(cli.main(["report", *map(str, runs)]))
+            found.messages.append(written.getvalue())
+        found.pages.extend(base.rglob("report.html"))
+        shutil.rmtree(base)
+        return found
+
+    return report
+
+
+@wrong_numbers
+@every_number
+def test_a_number_that_is_none_is_named_with_its_file(refused, name, path, wrong):
+    found = refused(name, path, wrong)
+    place = f"{found.file}: line 2" if name.endswith("l") else str(found.file)
+    assert found.statuses == [2] * (1 if name == "parity.json" else 2)
+    assert all(message.startswith(f"dcmdp: {place}") for message in found.messages)
+
+
+@wrong_numbers
+@every_number
+def test_a_number_that_is_none_is_one_short_sentence(refused, name, path, wrong):
+    found = refused(name, path, wrong)
+    place = f"{found.file}: line 2" if name.endswith("l") else str(found.file)
+    for message in found.messages:
+        assert message.count("\n") == 1 and len(message) < len(place) + 250
+
+
+@wrong_numbers
+@every_number
+def test_a_number_that_is_none_is_on_no_page(refused, name, path, wrong):
+    assert not refused(name, path, wrong).pages
 
 
 TEXTS = [
@@ -350,18 +424,37 @@ def test_nan_and_infinity_spelt_in_the_file_have_a_page(tmp_path):
     assert not re.search(r"\b(nan|inf)\b", re.sub(r"<pre>.*</pre>", "", page, flags=re.S))
 
 
-@pytest.mark.parametrize("names", run_data.NUMBERS, ids=".".join)
-@pytest.mark.parametrize("wrong", [*WRONG.values(), -3], ids=[*WRONG, "negative"])
-def test_a_setting_that_is_no_number_is_named(tmp_path, capsys, names, wrong):
-    config = with_value(CONFIG, names, wrong)
-    folders = [make_run(tmp_path / name, ROWS, config) for name in "ab"]
-    for runs in ([folders[0]], folders):
-        if names == ("constraint", "tolerance") and wrong == WRONG["object"]:
-            # one that the run is still to measure
-            assert cli.main(["report", *map(str, runs)]) == 0
-            continue
+SETTINGS = [
+    pytest.param(names, value, id=f"{'.'.join(names)}-{kind}")
+    for names in run_data.NUMBERS
+    for kind, value in {**WRONG, "negative": -3}.items()
+    if (names, kind) != (("constraint", "tolerance"), "object")  # one that is still to be measured
+]
+
+
+@pytest.fixture
+def two_runs(tmp_path):
+    """Makes two runs with a setting."""
+
+    def make_both(names, value):
+        config = with_value(CONFIG, names, value)
+        return [make_run(tmp_path / name, ROWS, config) for name in "ab"]
+
+    return make_both
+
+
+@pytest.mark.parametrize("names, wrong", SETTINGS)
+def test_a_setting_that_is_no_number_is_named(two_runs, capsys, names, wrong):
+    folders = two_runs(names, wrong)
+    for runs in (folders[:1], folders):
         assert cli.main(["report", *map(str, runs)]) == 2
         assert f"{folders[0] / 'config.json'} has '{'.'.join(names)}' = " in capsys.readouterr().err
+
+
+def test_a_tolerance_that_is_still_to_be_measured_has_a_page(two_runs):
+    folders = two_runs(("constraint", "tolerance"), WRONG["object"])
+    for runs in (folders[:1], folders):
+        assert cli.main(["report", *map(str, runs)]) == 0
 
 
 def test_a_bucket_without_tokens_is_named(tmp_path):

@@ -187,7 +187,7 @@ def test_a_guess_a_part_or_a_heading_earns_nothing(gold, completion):
     assert rewards.math_answer(Example("How many?", gold), completion) == 0.0
 
 
-@pytest.mark.parametrize(
+copied = pytest.mark.parametrize(
     "problem, gold, copies, others",
     [
         (
@@ -231,13 +231,21 @@ def test_a_guess_a_part_or_a_heading_earns_nothing(gold, completion):
         ),
     ],
 )
+
+
+@copied
 def test_an_expression_of_the_problem_is_copied_in_whatever_spelling(problem, gold, copies, others):
     example = Example(problem, gold)
     assert not [copy for copy in copies if rewards.math_answer(example, rf"\boxed{{{copy}}}")]
+
+
+@copied
+def test_an_answer_in_another_spelling_is_no_copy_of_the_problem(problem, gold, copies, others):
+    example = Example(problem, gold)
     assert all(rewards.math_answer(example, rf"\boxed{{{other}}}") for other in others)
 
 
-@pytest.mark.parametrize(
+prompts = pytest.mark.parametrize(
     "prompt",
     [
         "Find p.",
@@ -248,10 +256,16 @@ def test_an_expression_of_the_problem_is_copied_in_whatever_spelling(problem, go
         [],
     ],
 )
+
+
+@prompts
 def test_a_prompt_may_be_a_string_a_chat_or_parts(prompt):
-    example = Example(prompt, "(p+1)^2")
-    assert rewards.math_answer(example, r"\boxed{p^2+2p+1}") == 1.0
-    assert rewards.math_answer(example, r"\boxed{p^2+2p}") == 0.0
+    assert rewards.math_answer(Example(prompt, "(p+1)^2"), r"\boxed{p^2+2p+1}") == 1.0
+
+
+@prompts
+def test_a_wrong_answer_to_a_string_a_chat_or_parts_earns_nothing(prompt):
+    assert rewards.math_answer(Example(prompt, "(p+1)^2"), r"\boxed{p^2+2p}") == 0.0
 
 
 def test_an_expression_is_copied_from_a_part_of_a_chat_too():
@@ -278,19 +292,24 @@ def test_what_has_nothing_to_compute_may_stand_in_the_problem(problem, gold, com
     assert rewards.math_answer(Example(problem, gold), completion) == 1.0
 
 
-def test_copying_the_problem_earns_nothing():
-    example = Example(r"Expand $\left(a+5\right)(b+2)$. It is a product.", "ab+2a+5b+10")
-    assert (
-        rewards.math_answer(example, r"\boxed{ab+2a+5b+10}")
-        == rewards.math_answer(example, r"\boxed{10+5b+ab+2a}")
-        == 1.0
-    )
-    assert (
-        rewards.math_answer(example, r"\boxed{(a+5)(b+2)}")
-        == rewards.math_answer(example, r"\boxed{\left(a+5\right)(b+2).}")
-        == 0.0
-    )
-    chat = example._replace(prompt=[{"role": "user", "content": example.prompt}])
+EXPAND = Example(r"Expand $\left(a+5\right)(b+2)$. It is a product.", "ab+2a+5b+10")
+
+
+@pytest.mark.parametrize("answer", ["ab+2a+5b+10", "10+5b+ab+2a"])
+def test_the_terms_of_an_answer_may_stand_in_any_order(answer):
+    assert rewards.math_answer(EXPAND, rf"\boxed{{{answer}}}") == 1.0
+
+
+@pytest.mark.parametrize("copy", ["(a+5)(b+2)", r"\left(a+5\right)(b+2)."])
+def test_copying_the_problem_earns_nothing(copy):
+    assert rewards.math_answer(EXPAND, rf"\boxed{{{copy}}}") == 0.0
+
+
+def test_copying_the_problem_of_a_chat_earns_nothing():
+    chat = EXPAND._replace(prompt=[{"role": "user", "content": EXPAND.prompt}])
     assert rewards.math_answer(chat, r"\boxed{(a+5)(b+2)}") == 0.0
+
+
+def test_a_number_of_the_problem_may_be_its_answer():
     number = Example("Which is larger, 0.5 or 0.25?", r"\frac{1}{2}")
     assert rewards.math_answer(number, r"\boxed{0.5}") == 1.0

@@ -2,6 +2,8 @@
 back.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,16 +22,32 @@ def own_ids(x, k):
 
 
 def test_own_ids_are_a_fixed_point():
-    """Replaying one's own choice gives the gate of ordinary routing, and no flips."""
+    x = logits()
+    np.testing.assert_array_equal(routing.replay_ids(x, own_ids(x, 2)), own_ids(x, 2))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_own_ids_have_the_gate_of_ordinary_routing(normalize):
     x = logits()
     ids = own_ids(x, 2)
-    np.testing.assert_array_equal(routing.replay_ids(x, ids), ids)
     p = np.exp(np.float64(x)) / np.exp(np.float64(x)).sum(-1, keepdims=True)
     top = np.take_along_axis(p, ids, -1)
-    np.testing.assert_allclose(
-        routing.replay_weights(x, ids), top / top.sum(-1, keepdims=True), rtol=1e-5
+    expected = top / top.sum(-1, keepdims=True) if normalize else top
+    found = routing.replay_weights(x, ids, normalize=normalize)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_the_gate_is_normalised_by_default():
+    x = logits()
+    ids = own_ids(x, 2)
+    np.testing.assert_array_equal(
+        routing.replay_weights(x, ids), routing.replay_weights(x, ids, normalize=True)
     )
-    np.testing.assert_allclose(routing.replay_weights(x, ids, normalize=False), top, rtol=1e-5)
+
+
+def test_own_ids_in_another_order_are_no_flips():
+    x = logits()
+    ids = own_ids(x, 2)
     result = routing.flips(x, ids[..., ::-1].copy(), np.ones((3, 5), bool))
     assert not np.any(result.per_layer) and result.any_layer == 0 and result.missing == 0
 
@@ -42,24 +60,48 @@ def test_missing_records_fall_back():
     np.testing.assert_array_equal(routing.replay_ids(x, recorded), expected)
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-def test_gradient_runs_through_the_gate(normalize):
-    """Finite differences; with normalisation, logits of other experts get no gradient."""
+GATED = np.int32([[0, 1], [2, 3], [7, 4], [5, 1]])
+
+
+def weighted(normalize):
+    """A function of logits that takes the two weights of a token in unequal parts."""
+
+    def of(x):
+        weights = routing.replay_weights(x, GATED, normalize=normalize)
+        return (weights * jnp.array([1.0, 3.0])).sum()
+
+    return of
+
+
+def gate_gradient(normalize):
+    """Of the logits of the chosen experts, and of those of the others."""
     x = logits(2, (4, 8))
-    ids = np.int32([[0, 1], [2, 3], [7, 4], [5, 1]])
-
-    def weighted(x):
-        return (routing.replay_weights(x, ids, normalize=normalize) * jnp.array([1.0, 3.0])).sum()
-
-    check_grads(weighted, (x,), order=1, modes=("rev",), eps=1e-2, rtol=1e-2)
-    gradient = np.asarray(jax.grad(weighted)(x))
+    gradient = np.asarray(jax.grad(weighted(normalize))(x))
     chosen = np.zeros_like(x, bool)
-    np.put_along_axis(chosen, ids, True, -1)
-    assert np.all(gradient[chosen] != 0)
-    assert np.all((gradient[~chosen] == 0) == normalize)
+    np.put_along_axis(chosen, GATED, True, -1)
+    return gradient[chosen], gradient[~chosen]
 
 
-def test_flips_by_hand():
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_gradient_of_the_gate_is_that_of_finite_differences(normalize):
+    x = logits(2, (4, 8))
+    check_grads(weighted(normalize), (x,), order=1, modes=("rev",), eps=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_logits_of_chosen_experts_have_a_gradient(normalize):
+    chosen, _ = gate_gradient(normalize)
+    assert np.all(chosen != 0)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_logits_of_other_experts_have_one_unless_the_gate_is_normalised(normalize):
+    _, others = gate_gradient(normalize)
+    assert np.all((others == 0) == normalize)
+
+
+@functools.cache
+def flipped():
     """Two layers, one row of four tokens: one flips in both, one in layer 1, one is unrecorded, one
     is padding.
     """
@@ -71,19 +113,39 @@ def test_flips_by_hand():
     ids[0, 0, 2] = -1
     ids[:, 0, 3] = -7
     x[:, 0, 3] = np.nan
-    result = routing.flips(x, ids, np.array([[1, 1, 1, 0]], bool))
-    np.testing.assert_allclose(result.per_layer, [1 / 2, 2 / 3], rtol=1e-6)
-    np.testing.assert_allclose(result.any_layer, 1.0)
-    np.testing.assert_allclose(result.missing, 1 / 6, rtol=1e-6)
-    nothing = routing.flips(x, ids, np.zeros((1, 4), bool))
+    return x, ids
+
+
+def flips_of_three():
+    return routing.flips(*flipped(), np.array([[1, 1, 1, 0]], bool))
+
+
+def test_the_flips_of_a_layer_are_a_share_of_its_records():
+    np.testing.assert_allclose(flips_of_three().per_layer, [1 / 2, 2 / 3], rtol=1e-6)
+
+
+def test_a_token_flips_if_it_does_in_any_layer():
+    np.testing.assert_allclose(flips_of_three().any_layer, 1.0)
+
+
+def test_missing_records_are_a_share_of_all():
+    np.testing.assert_allclose(flips_of_three().missing, 1 / 6, rtol=1e-6)
+
+
+def test_no_tokens_have_no_flips():
+    nothing = routing.flips(*flipped(), np.zeros((1, 4), bool))
     assert not np.any(nothing.per_layer) and nothing.any_layer == 0 and nothing.missing == 0
 
 
-def test_bad_ids_are_refused():
-    x = logits(4, (4, 8))
-    with pytest.raises(TypeError, match="int32"):
-        routing.replay_ids(x, np.zeros((4, 2), np.int64))
-    with pytest.raises(ValueError, match="expert ids have shape"):
-        routing.replay_ids(x, np.zeros((3, 2), np.int32))
-    with pytest.raises(ValueError, match="k <= E"):
-        routing.replay_ids(x, np.zeros((4, 9), np.int32))
+@pytest.mark.parametrize(
+    "ids, error, message",
+    [
+        (np.zeros((4, 2), np.int64), TypeError, "int32"),
+        (np.zeros((3, 2), np.int32), ValueError, "expert ids have shape"),
+        (np.zeros((4, 9), np.int32), ValueError, "k <= E"),
+    ],
+    ids=["type", "shape", "number"],
+)
+def test_bad_ids_are_refused(ids, error, message):
+    with pytest.raises(error, match=message):
+        routing.replay_ids(logits(4, (4, 8)), ids)

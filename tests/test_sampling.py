@@ -59,24 +59,48 @@ def logits_of(size):
     return (rng.normal(size=size) * (1.5 if size == 8 else 2.5)).astype(np.float32)
 
 
-@pytest.mark.parametrize("size", [8, 300])
-@pytest.mark.parametrize("how", SUPPORTS, ids=str)
-def test_chi_square_against_the_exact_distribution(how, size):
+DRAWS = 40_000
+
+
+@pytest.fixture(scope="module", params=[8, 300])
+def size(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=SUPPORTS, ids=str)
+def drawn(request, size):
+    """Many draws, the exact probabilities, and the exact mass of the support."""
     logits = logits_of(size)
-    draws = 40_000
-    out = draw(jnp.tile(logits, (draws, 1)), keys(draws), alike(draws, **how))
-    p, mass = exact(logits, **how)
-    counts = np.bincount(out.token, minlength=size)
-    assert not counts[p == 0].any(), "a token outside the support"
-    rare = (p > 0) & (p * draws < 5)
+    how = request.param
+    out = draw(jnp.tile(logits, (DRAWS, 1)), keys(DRAWS), alike(DRAWS, **how))
+    return out, *exact(logits, **how)
+
+
+def test_no_token_outside_the_support_is_drawn(drawn):
+    out, p, _ = drawn
+    assert not np.bincount(out.token, minlength=len(p))[p == 0].any()
+
+
+def test_chi_square_against_the_exact_distribution(drawn):
+    out, p, _ = drawn
+    counts = np.bincount(out.token, minlength=len(p))
+    rare = (p > 0) & (p * DRAWS < 5)
     observed = np.append(counts[~rare & (p > 0)], counts[rare].sum())
-    expected = draws * np.append(p[~rare & (p > 0)], p[rare].sum())
+    expected = DRAWS * np.append(p[~rare & (p > 0)], p[rare].sum())
     used = expected > 0
     freedom = used.sum() - 1
     # 99.9 %, Wilson and Hilferty
     bound = freedom * (1 - 2 / (9 * freedom) + 3.09 * np.sqrt(2 / (9 * freedom))) ** 3
     assert np.sum((observed - expected)[used] ** 2 / expected[used]) < bound
+
+
+def test_the_log_prob_of_a_draw_is_the_exact_one(drawn):
+    out, p, _ = drawn
     np.testing.assert_allclose(out.rollout_logp, np.log(p[out.token]), atol=2e-6)
+
+
+def test_the_mass_of_the_support_is_the_exact_one(drawn):
+    out, _, mass = drawn
     np.testing.assert_allclose(out.support_mass, mass, rtol=2e-6)
 
 
@@ -122,31 +146,60 @@ def test_chi_square_over_a_large_vocabulary():
         assert np.sum((counts - draws / bins) ** 2 / (draws / bins)) < 61.1
 
 
-def test_exponentials_have_their_moments_and_do_not_correlate_between_keys():
-    e = np.asarray(sampling._exponential(keys(64), 4096), np.float64)
-    assert e.min() > 0 and np.isfinite(e).all()
+@functools.cache
+def exponentials():
+    """Of 64 keys, a row each."""
+    return np.asarray(sampling._exponential(keys(64), 4096), np.float64)
+
+
+def test_exponentials_are_positive_and_finite():
+    assert exponentials().min() > 0 and np.isfinite(exponentials()).all()
+
+
+def test_exponentials_have_their_moments():
+    e = exponentials()
     assert abs(e.mean() - 1) < 4 / np.sqrt(e.size) and abs(e.var() - 1) < 4 * np.sqrt(8 / e.size)
-    correlation = np.corrcoef(e)[~np.eye(64, dtype=bool)]
+
+
+def test_exponentials_do_not_correlate_between_keys():
+    correlation = np.corrcoef(exponentials())[~np.eye(64, dtype=bool)]
     assert abs(correlation).max() < 6 / np.sqrt(4096)
 
 
-@pytest.mark.parametrize(
+any_support = pytest.mark.parametrize(
     "how", [{}, {"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 3}, {"min_p": 0.1}], ids=str
 )
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("size", [18, 300])
-def test_logits_that_are_not_finite_give_no_id_past_the_last_and_no_log_prob(size, bad, how):
-    logits = np.tile(logits_of(300)[:size], (32, 1))
-    logits[np.arange(32), np.arange(32) % size] = bad
-    out = draw(logits, keys(32), alike(32, **how))
-    assert (
-        (out.token >= 0).all()
-        and (out.token < size).all()
-        and not np.isfinite(out.rollout_logp).any()
-    )
-    assert np.isfinite(
-        draw(logits_of(300)[None, :size], keys(1), alike(1, **how)).rollout_logp
-    ).all()
+not_finite = pytest.mark.parametrize("bad", [np.nan, np.inf])
+few_or_several_blocks = pytest.mark.parametrize("vocabulary", [18, 300])
+
+
+def drawn_from_bad_logits(vocabulary, bad, how):
+    """One logit of a row is bad, in each row another."""
+    logits = np.tile(logits_of(300)[:vocabulary], (32, 1))
+    logits[np.arange(32), np.arange(32) % vocabulary] = bad
+    return draw(logits, keys(32), alike(32, **how))
+
+
+@any_support
+@not_finite
+@few_or_several_blocks
+def test_logits_that_are_not_finite_give_no_id_past_the_last(vocabulary, bad, how):
+    token = drawn_from_bad_logits(vocabulary, bad, how).token
+    assert (token >= 0).all() and (token < vocabulary).all()
+
+
+@any_support
+@not_finite
+@few_or_several_blocks
+def test_logits_that_are_not_finite_give_no_log_prob(vocabulary, bad, how):
+    assert not np.isfinite(drawn_from_bad_logits(vocabulary, bad, how).rollout_logp).any()
+
+
+@any_support
+@few_or_several_blocks
+def test_finite_logits_give_a_log_prob(vocabulary, how):
+    out = draw(logits_of(300)[None, :vocabulary], keys(1), alike(1, **how))
+    assert np.isfinite(out.rollout_logp).all()
 
 
 def test_a_row_does_not_see_its_neighbours():
@@ -160,10 +213,24 @@ def test_a_row_does_not_see_its_neighbours():
         np.testing.assert_array_equal(all_rows[order], some)
 
 
-def test_temperature_zero_is_greedy_with_the_plain_log_prob():
-    # with ties: the first wins, as in argmax
+@functools.cache
+def greedy():
+    """Logits with ties, and a draw at temperature zero."""
     logits = jnp.round(jax.random.normal(jax.random.key(2), (64, 300)) * 2)
-    out = sampling.sample(logits, keys(64), alike(64, temperature=0.0, top_k=1))
+    return logits, sampling.sample(logits, keys(64), alike(64, temperature=0.0, top_k=1))
+
+
+def test_temperature_zero_is_greedy():
+    """The first of tied tokens wins, as in argmax."""
+    logits, out = greedy()
     np.testing.assert_array_equal(out.token, jnp.argmax(logits, -1))
+
+
+def test_temperature_zero_has_the_plain_log_prob():
+    logits, out = greedy()
     np.testing.assert_allclose(out.rollout_logp, jnp.max(jax.nn.log_softmax(logits), -1), atol=1e-6)
+
+
+def test_temperature_zero_cuts_nothing_off():
+    _, out = greedy()
     np.testing.assert_array_equal(out.support_mass, 1.0)

@@ -113,8 +113,7 @@ def test_a_run_that_is_interrupted_while_it_samples_goes_on(three_steps, tmp_pat
     assert_same_run(whole, tmp_path, run)
 
 
-def test_passing_faults_and_a_restart_leave_the_run_as_it_is(three_steps, tmp_path, monkeypatch):
-    monkeypatch.setattr("dcmdp_jax.rollout.http_client.FIRST_WAIT", 0.01)
+def test_passing_faults_and_a_restart_leave_the_run_as_it_is(three_steps, tmp_path):
     server, whole, _ = three_steps
     run = run_of(server, **{"steps": 3, "eval.every": 2})
     start = len(server.asked)

@@ -189,7 +189,9 @@ def test_the_folder_holds_the_last_weights_alone(kind, tmp_path):
 def test_a_folder_that_the_server_does_not_see_is_named(kind, monkeypatch):
     with StandIn(KINDS[kind][0]) as server:
         sampler = make(kind, server)
-        monkeypatch.setattr(sampler, "_write", lambda params: None)
+        monkeypatch.setattr(
+            server, "load", lambda folder: StandIn.load(server, f"/its/own/disk{folder}")
+        )
         with pytest.raises(ServerError, match="dcmdp-weights-.* does not exist|no folder"):
             sampler.update_weights(make_params(1), 1)
         assert not server.paused

@@ -70,13 +70,25 @@ def test_a_process_that_dies_at_its_start_has_ended(program):
         of(program).ask(b"?")
 
 
-def test_an_interrupted_question_leaves_no_answer_for_the_next(echo, monkeypatch):
-    assert echo.ask(b"one") == b"eno\n"
-    with monkeypatch.context() as patched:
-        patched.setattr(echo, "_line", lambda seconds: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(KeyboardInterrupt):
-            echo.ask(b"two")
-    assert echo.ask(b"three") == b"eerht\n"
+INTERRUPTS = (
+    READY
+    + """
+for line in sys.stdin:
+    if line == 'two\\n':
+        os.kill(os.getppid(), signal.SIGINT)
+    print(line.strip()[::-1], flush=True)
+"""
+)
+
+
+def test_an_interrupted_question_leaves_no_answer_for_the_next():
+    """Ctrl-C comes while the process that asks waits, just before an answer."""
+    asked = of(INTERRUPTS)
+    assert asked.ask(b"one") == b"eno\n"
+    with pytest.raises(KeyboardInterrupt):
+        asked.ask(b"two")
+    assert asked.ask(b"three") == b"eerht\n"
+    asked.end()
 
 
 def test_a_process_that_was_killed_while_it_was_idle_is_started_again(echo):

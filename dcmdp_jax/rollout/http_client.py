@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 from dcmdp_jax.stopping import Interrupted
 
 POLL_SECONDS = 0.1  # between two looks at `should_stop`
-FIRST_WAIT = 0.5  # seconds before the second attempt; doubled at each further one
-LONGEST_WAIT = 30.0
 BAD_REPLIES = 2  # replies of the wrong form after which no other is asked for
 ERRORS = 3  # likewise, replies with an error of the server
 BUSY = (408, 425, 429, 502, 503, 504)  # statuses of a server that can answer later
@@ -64,6 +62,8 @@ class Client:
         connections: int = 64,
         timeout: float = 600.0,
         attempts: int = 10,
+        first_wait: float = 0.5,
+        longest_wait: float = 30.0,
     ):
         """Sends nothing.
 
@@ -72,6 +72,8 @@ class Client:
             connections: requests that are under way at once, at most.
             timeout: seconds without a byte after which an attempt has failed.
             attempts: of a request; with 10 the last is made two minutes after the first.
+            first_wait: seconds before the second attempt, doubled at each further one.
+            longest_wait: seconds between two attempts, at most.
 
         Raises ValueError if the library for HTTP is not installed or `url` is not one.
         """
@@ -85,6 +87,8 @@ class Client:
         self.connections = connections
         self.timeout = timeout
         self.attempts = attempts
+        self.first_wait = first_wait
+        self.longest_wait = longest_wait
 
     def get(
         self,
@@ -116,7 +120,8 @@ class Client:
         """Sends all of `calls`, and returns what `read` makes of their replies, in their order.
 
         Refused connections, time-outs, cut replies and errors of the server are waited out: a
-        request is repeated after 0.5, 1, 2, 4, ... seconds.
+        request is repeated after `first_wait` seconds, then after twice as long each time, at most
+        `longest_wait`.
 
         Args:
             read: called with the JSON value of a reply and the number of its call; raises BadReply
@@ -174,7 +179,7 @@ class Client:
                     raise ServerError(
                         f"{self.name} at {self.url} {failure}{tried}; {failure.remedy}"
                     ) from None
-            wait = min(FIRST_WAIT * 2 ** (number - 1), LONGEST_WAIT)
+            wait = min(self.first_wait * 2 ** (number - 1), self.longest_wait)
             waited += wait
             await self._anyio.sleep(wait)
         raise AssertionError("the last attempt returns or raises")

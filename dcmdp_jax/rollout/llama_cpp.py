@@ -20,7 +20,7 @@ def llama_cpp(url: str, **client_options: Any) -> Callable[..., Sampler]:
     """Returns a `RolloutConfig.sampler` that samples from the llama-server at `url`.
 
     Args:
-        client_options: `connections`, `timeout` and `attempts` of `http_client.Client`.
+        client_options: of `http_client.Client`, such as `connections` and `timeout`.
     """
 
     def make(config: Config, model: Any, tokenizer: Any, mesh: Any) -> Sampler:

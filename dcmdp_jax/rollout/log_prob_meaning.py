@@ -61,7 +61,6 @@ LATER = 16  # tokens after which it shows less
 EARLY = 0.4  # nats
 DECAY = 4.0
 ROWS = 32  # positions whose log-probs are computed together
-HEAD = 1024  # likeliest tokens in which the end of a support is looked for first
 TEMPERATURES = np.geomspace(0.25, 4.0, 17)  # where a fitted one is searched
 
 
@@ -198,14 +197,17 @@ def scorer(params: Any, model: ModelConfig, batch_tokens: int = 4096) -> Score:
     return score
 
 
-def log_probs(logits: jax.Array, ids: jax.Array, samplings: Sampling) -> jax.Array:
+def log_probs(
+    logits: jax.Array, ids: jax.Array, samplings: Sampling, likeliest: int = 1024
+) -> jax.Array:
     """Returns the log-probs of `ids` [R] in H distributions, `samplings` with fields [H] -> [H, R].
 
     Args:
       logits: [R, V] float32.
+      likeliest: tokens in which the end of a support is looked for first.
     """
     is_cut = (samplings.top_k > 0) | (samplings.top_p < 1) | (samplings.min_p > 0)
-    size = min(HEAD, logits.shape[1])
+    size = min(likeliest, logits.shape[1])
     head = jax.lax.cond(
         jnp.any(is_cut),
         lambda: jax.lax.top_k(logits, size)[0],

@@ -18,7 +18,7 @@ def sglang(url: str, weights_folder: str = "", **client_options: Any) -> Callabl
 
     Args:
         weights_folder: see `server_sampler.ServerSampler`.
-        client_options: `connections`, `timeout` and `attempts` of `http_client.Client`.
+        client_options: of `http_client.Client`, such as `connections` and `timeout`.
     """
 
     def make(config: Config, model: Any, tokenizer: Any, mesh: Any) -> Sampler:
