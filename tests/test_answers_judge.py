@@ -195,18 +195,19 @@ def test_a_process_that_is_killed_while_it_is_idle_is_asked_again(pool):
 
 
 INTERRUPTS = """
-import json, os, signal, sys
+import json, os, signal, sys, time
 print('ready', flush=True)
 for line in sys.stdin:
     gold, answer = json.loads(line)
     if answer == 'interrupt':
         os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(0.2)
     print('false' if answer == 'wrong' else 'true', flush=True)
 """
 
 
 def test_an_interrupted_question_leaves_no_reply_for_the_next(pool):
-    """Ctrl-C comes while the process that asks waits, just before a reply."""
+    """Ctrl-C comes while the process that asks waits, and the reply after it."""
     processes = pool([sys.executable, "-c", INTERRUPTS], processes=1)
     assert processes.equal("1", "right")
     with pytest.raises(KeyboardInterrupt):

@@ -76,13 +76,14 @@ INTERRUPTS = (
 for line in sys.stdin:
     if line == 'two\\n':
         os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(0.2)
     print(line.strip()[::-1], flush=True)
 """
 )
 
 
 def test_an_interrupted_question_leaves_no_answer_for_the_next():
-    """Ctrl-C comes while the process that asks waits, just before an answer."""
+    """Ctrl-C comes while the process that asks waits, and the answer after it."""
     asked = of(INTERRUPTS)
     assert asked.ask(b"one") == b"eno\n"
     with pytest.raises(KeyboardInterrupt):
