@@ -1,6 +1,8 @@
 """`dcmdp doctor`: verdict, figures and page of files with and without a mistake."""
 
+import csv
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from dcmdp_jax.models import weights
 from dcmdp_jax.records import Sampling
 from dcmdp_jax.rollout import log_prob_meaning
 from dcmdp_jax.tokens import tokenizer
-from dcmdp_jax.tools import doctor, rollout_records
+from dcmdp_jax.tools import doctor, doctor_page, rollout_records
 from dcmdp_jax.tools.rollout_records import Record
 from support import own_data
 from support.engines import DENSE, G, make_params, sample
@@ -20,6 +22,7 @@ pytestmark = pytest.mark.full
 
 TOKENIZER = tokenizer.CharacterTokenizer("".join(chr(ord("A") + i) for i in range(35)))
 SETTINGS = Sampling(0.7)
+REPOSITORY = pathlib.Path(__file__).parents[1]
 QWEN = own_data.SHARED / "qwen3_tokenizer"
 
 
@@ -141,6 +144,33 @@ def test_a_mistake_ends_with_status_1_and_shows_the_gap_without_it(run, records)
     text = Page(page).text
     assert "once mended" in text
     assert "raw log-probs" in text
+
+
+def test_a_reading_that_does_not_explain_the_gap_gives_no_tolerance(run, records):
+    """Raw log-probs are nearer than the stated ones, but 0.35 nats away."""
+    rng = np.random.default_rng(0)
+    off = [
+        r._replace(logp=(np.array(r.logp) - rng.uniform(0, 0.7, len(r.logp))).tolist())
+        for r in reported(records, Sampling())
+    ]
+    status, output, page = run(off, "--temperature", "0.3")
+    assert status == 1
+    assert output.out.startswith("Verdict: other weights\n")
+    assert "the nearest reading, " in output.out
+    for said in (output.out, Page(page).text):
+        assert "no tolerance is suggested for a gap that is not explained" in said
+        assert "calls for a tolerance" not in said and "mended" not in said
+
+
+def test_the_figures_beside_a_gap_are_those_of_the_recorded_table():
+    with (REPOSITORY / "benchmarks" / "engines" / "gaps.csv").open() as table:
+        delta = {
+            row["format"]: row["mean delta"].replace("e-0", "e-")
+            for row in csv.DictReader(table)
+            if row["engine"] == "vLLM"
+        }
+    said = f"mean delta of {delta['bfloat16']} in bfloat16 and of {delta['float32']} in float32"
+    assert said in doctor_page.COMPARE
 
 
 def test_numbers_that_are_said_to_be_raw_are_compared_with_raw_ones(run, records):

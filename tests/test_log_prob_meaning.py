@@ -184,6 +184,32 @@ def test_clipped_values_are_named(clip, noise):
     assert f"{low} of " in verdict.sentence
 
 
+@NOISES
+def test_equal_completions_of_a_prompt_have_no_floor(noise):
+    """A greedy engine gives one completion for all samples of a prompt, and the same log-probs."""
+    prompts, tokens, _ = drawn(0.7)
+    each = slice(0, 4 * G, G)
+    logp = log_probs(prompts[each], tokens[each], Sampling(), noise)
+    verdict = judge(prompts[each] * 8, tokens[each] * 8, logp * 8, score)
+    assert verdict.name == "as stated"
+
+
+@pytest.mark.parametrize("contexts, is_floor", [(2, False), (3, True)])
+def test_a_floor_is_shared_by_three_contexts(contexts, is_floor):
+    """The least value stands beside the last token of each, twice."""
+    tokens = [[5, 6 + i, 7] for i in range(contexts)] * 2
+    values = np.array([-0.1237 * (1 + i % 13) for i in range(3 * len(tokens))])
+    values[2::3] = -3.14159
+    found = meaning.placeholders([[1]] * len(tokens), tokens, values)
+    assert found.tolist() == [is_floor and i % 3 == 2 for i in range(len(values))]
+
+
+def test_a_least_value_that_round_off_explains_is_no_floor():
+    """Log-probs of an engine that is sure of every token: 0 or one float32 step below it."""
+    values = np.array([0.0, -1.1920929e-07] * 8)
+    assert not meaning.placeholders([[1]] * 8, [[i, i + 1] for i in range(8)], values).any()
+
+
 @pytest.mark.parametrize(
     "rounded, grid",
     [

@@ -95,10 +95,12 @@ def rows(workdir):
 
 
 def await_rows(workdir, count, processes):
+    deadline = time.monotonic() + 300
     while len(rows(workdir)) < count:
         assert all(process.poll() is None for process in processes), end(
             processes, [0] * len(processes)
         )
+        assert time.monotonic() < deadline, f"the run has not written {count} rows in 300 s"
         time.sleep(0.02)
 
 

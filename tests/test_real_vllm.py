@@ -149,20 +149,24 @@ def test_the_served_policy_is_evaluated_on_held_out_problems(ten_steps):
 
 def test_a_run_outlives_a_crash_of_the_server(float32, ten_steps, tmp_path):
     """It is killed after the third step, and started again with the weights of its folder."""
-    port = float32["server"].port
+    killed = float32["server"]
 
     def restart():
         log = tmp_path / "run" / "metrics.jsonl"
+        deadline = time.monotonic() + 300
         while not (log.exists() and len(log.read_text().splitlines()) >= 3):
+            assert time.monotonic() < deadline, "the run has not written 3 rows in 300 s"
             time.sleep(0.01)
-        float32["server"].stop()
-        float32["server"] = serve(float32["folder"], DENSE, "--dtype", "float32", port=port)
+        killed.stop()
+        float32["server"] = serve(float32["folder"], DENSE, "--dtype", "float32", port=killed.port)
 
     run = run_of(float32["server"].url, **{"steps": 10, "eval.every": 5})
-    crash = threading.Thread(target=restart)
+    crash = threading.Thread(target=restart, daemon=True)
     crash.start()
     train(run, tmp_path / "run")
-    crash.join()
+    crash.join(timeout=300)
+    assert not crash.is_alive(), "the server was not started again in 300 s"
+    assert float32["server"] is not killed, "the server was not killed, or not started again"
     found = rows(tmp_path / "run")
     assert [row["step"] for row in found] == list(range(1, 11))
     for row, undisturbed in zip(found, ten_steps, strict=True):

@@ -2,7 +2,13 @@
 
 import json
 import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 
 from dcmdp_jax.tools import rollout_records
@@ -69,6 +75,31 @@ def test_samples_of_slime(tmp_path):
     assert record.tokens == [3, 4]
     assert record.logp[0] == -0.5
     assert math.isnan(record.logp[1])
+
+
+def test_the_command_that_converts_samples_of_slime_keeps_all_that_is_read(tmp_path):
+    """That of the docs, with a stand-in for torch that returns two turns around a tool's answer."""
+    sample = {
+        "prompt": "a text",
+        "tokens": [1, 2, 3, 4, 5],
+        "response_length": 3,
+        "rollout_log_probs": [-0.5, 0.0, -1.5],
+        "loss_mask": [1, 0, 1],
+    }
+    (tmp_path / "torch.py").write_text(
+        f"def load(path, weights_only):\n    return {{'samples': [{sample}]}}\n"
+    )
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "doctor.md").read_text()
+    (command,) = re.findall(r"^    (python -c .*? > rollouts\.jsonl)$", page, re.M | re.S)
+    command = command.replace("\n    ", "\n").replace("python", sys.executable, 1)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    subprocess.run(["bash", "-c", command], check=True, cwd=tmp_path, env=environment)
+    path = tmp_path / "rollouts.jsonl"
+    (record,) = rollout_records.read(path, 10, vocab_size=10, max_position=8).records
+    assert record.tokens == [3, 4, 5]
+    np.testing.assert_array_equal(record.logp, [-0.5, math.nan, -1.5])
+    fields = re.search(r"for k in (\(.*?\))", command)[1]
+    assert fields in rollout_records.CONVERT
 
 
 def test_null_is_a_token_without_a_log_prob(tmp_path):

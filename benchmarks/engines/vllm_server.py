@@ -57,10 +57,16 @@ class Server:
           log: receives the server's output.
           seconds: how long to wait.
 
-        Raises RuntimeError if it ends, or is not ready in time.
+        Raises RuntimeError if another program listens on the port, or if the server ends or is not
+        ready in time.
         """
         if not PYTHON.exists():
             raise RuntimeError(MISSING)
+        if port and is_taken(port):
+            raise RuntimeError(
+                f"another program listens on port {port}, which requests would reach instead of "
+                "this vLLM; end it, or choose another port (--port)"
+            )
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         command = [
@@ -90,10 +96,13 @@ class Server:
 
     def _await(self, log: pathlib.Path, seconds: float) -> None:
         end = time.monotonic() + seconds
-        while not answers(self.url):
+        while True:
+            ready = answers(self.url)
             if self.process.poll() is not None:
                 tail = "\n".join(log.read_text().splitlines()[-20:])
                 raise RuntimeError(f"vLLM ended with status {self.process.returncode}:\n{tail}")
+            if ready:
+                return
             if time.monotonic() > end:
                 raise RuntimeError(f"vLLM is not ready after {seconds:.0f} s; its log is {log}")
             time.sleep(0.2)
@@ -128,6 +137,13 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def is_taken(port: int) -> bool:
+    """Returns True if a program of this machine listens on the port."""
+    with socket.socket() as connection:
+        connection.settimeout(5)
+        return connection.connect_ex(("127.0.0.1", port)) == 0
 
 
 def answers(url: str) -> bool:

@@ -6,7 +6,8 @@ reading are compared with the reported numbers; `judge` names the reading that e
 
 The rule. d(reading) is the mean over tokens of |reported - trainer's|, in nats, each token counted
 with at most 4, so that single placeholders decide nothing. Tokens whose reported value is a
-placeholder (-1000 or less, or a least value that three tokens or more share) are left out. Readings
+placeholder are left out: -1000 or less, or a least value under -1e-4 that tokens in three contexts
+or more share. (Equal completions of one prompt repeat their contexts, and their values.) Readings
 are tried in the order of how many mistakes they take; one replaces the best so far if
     1. its d is at most 2/3 of the other's on the tokens that both have (1/2 if its temperature is
        fitted: weights that were trained on are sharper, which looks like one), and
@@ -18,8 +19,7 @@ The verdict is then the first of these that holds:
       by over 4 times as much as those from the 17th on: what is sampled makes up for the prompt;
     - "clipped values" or "rounded values" if d is at most 0.2 nats, and there are placeholders, or
       a rounding that all values share makes half of d;
-    - "as stated" if d is at most 0.2 nats: bfloat16 engines show about 0.03, int8 and float8 ones
-      up to 0.2;
+    - "as stated" if d is at most 0.2 nats, a bound that leaves room for int8 and float8;
     - "other weights" if half of the tokens differ by more than 0.1 nats;
     - "cannot tell" for the rest, and for fewer than 32 tokens.
 Weights that are a few updates old differ as little as kernels do: "as stated" does not exclude
@@ -56,6 +56,7 @@ CAP = 4.0  # nats that one token counts at most
 BROAD = 0.1  # nats; other weights move half of the tokens by more
 PLACEHOLDER = -1000.0  # no log-prob of a sampled token is as low
 LEAST_TOKENS = 32
+LEAST_CONTEXTS = 3  # that share a floor
 FIRST = 4  # tokens of a completion that another prompt shows in
 LATER = 16  # tokens after which it shows less
 EARLY = 0.4  # nats
@@ -71,6 +72,9 @@ class Tried(NamedTuple):
     error: float  # d, nats
 
 
+UNEXPLAINED = ("other prompt", "other weights", "cannot tell")  # names of verdicts
+
+
 class Verdict(NamedTuple):
     """What `judge` found."""
 
@@ -81,6 +85,11 @@ class Verdict(NamedTuple):
     stated: Tried
     best: Tried  # the reading that is left; the stated one if none replaced it
     tried: tuple[Tried, ...]  # all readings, least d first
+
+    @property
+    def is_explained(self) -> bool:
+        """Whether `best` says what the numbers are; otherwise it is the nearest that was tried."""
+        return self.name not in UNEXPLAINED
 
 
 def judge(
@@ -123,7 +132,7 @@ def judge(
     sampling = log_prob_readings.plain(sampling)
     lengths = [len(row) for row in tokens]
     place = np.concatenate([np.arange(length) for length in lengths])
-    clipped = placeholders(values)
+    clipped = placeholders(prompts, tokens, values)
     known = np.where(clipped, np.nan, values)
     errors: list[tuple[Reading, np.ndarray]] = []
 
@@ -423,15 +432,21 @@ def _grid(values: np.ndarray) -> tuple[float, str]:
     return 0.0, ""
 
 
-def placeholders(values: np.ndarray) -> np.ndarray:
-    """Returns which values [tokens] are placeholders: -1000 or less, or a least value that three
-    tokens share and that is not rounding's.
+def placeholders(prompts: Ids, tokens: Ids, values: np.ndarray) -> np.ndarray:
+    """Returns which values [tokens] are placeholders: -1000 or less, or a least value that tokens
+    in three contexts share and that is not rounding's.
     """
     found = values <= PLACEHOLDER
     others = values[np.isfinite(values) & ~found]
-    if len(others) and others.min() < 0 and not _grid(others)[0]:
+    if len(others) and others.min() < -ROUND_OFF and not _grid(others)[0]:
         least = values == others.min()
-        if least.sum() >= 3:
+        ends = np.cumsum([len(row) for row in tokens])
+        contexts = set()
+        for at in np.flatnonzero(least):
+            row = int(np.searchsorted(ends, at, side="right"))
+            place = at - ends[row] + len(tokens[row])
+            contexts.add((*prompts[row], *tokens[row][: place + 1]))
+        if len(contexts) >= LEAST_CONTEXTS:
             found |= least
     return found
 

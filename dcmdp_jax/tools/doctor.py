@@ -86,7 +86,7 @@ class Diagnosis(NamedTuple):
     verdict: Verdict
     completions: int
     stated: Figures
-    read: Figures | None  # under the verdict's reading, if that is not the stated one
+    read: Figures | None  # once what the verdict names is mended; None if it names no reading
     recorded_trainer: RecordedTrainer | None  # None if the file has no trainer's log-probs
 
 
@@ -156,7 +156,8 @@ def examine(
     stated = verdict.stated.reading
     best = verdict.best.reading
     clipped = verdict.name == "clipped values"
-    readings = [stated, best] if best.faults or clipped else [stated]
+    mended = verdict.is_explained and (bool(best.faults) or clipped)
+    readings = [stated, best] if mended else [stated]
     trainer = _trainer_logp(model.score, records, readings, progress)
     figures = [
         _figures(model.tokenizer, records, reading, logp, leave_out=bool(i))
@@ -297,7 +298,10 @@ def _figures(
         context[i] = len(record.prompt) + 1 + np.arange(shape[1])
     reported = rollout_logp[mask]
     if leave_out:
-        reported = np.where(log_prob_meaning.placeholders(reported), np.nan, reported)
+        found = log_prob_meaning.placeholders(
+            [record.prompt for record in records], [record.tokens for record in records], reported
+        )
+        reported = np.where(found, np.nan, reported)
     rollout_logp[mask] = reading.nats(reported)
     measured = mask & np.isfinite(rollout_logp)
     return Figures(

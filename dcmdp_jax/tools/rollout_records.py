@@ -1,12 +1,13 @@
 """Files of recorded completions with the log-probs that an engine reported for their tokens.
 
-Four layouts are read, as JSON lines or as the rows of a Parquet file; none of them is a pickle.
+Three layouts are read, as JSON lines or as the rows of a Parquet file; none of them is a pickle.
     own        {"prompt_ids", "token_ids", "logprobs"}, and, if known, "trainer_logprobs" of the
                same tokens and "temperature", "top_k", "top_p", "min_p"
     prime-rl   a token export (`trainer.enable_token_export`), token_exports/step_N/rank_R.jsonl:
                {"token_ids", "loss_mask", "inference_logprobs", "trainer_logprobs"} of prompt and
                completion together
-    slime      the fields {"tokens", "response_length", "rollout_log_probs"} of its Sample
+    slime      the fields {"tokens", "response_length", "rollout_log_probs"} of its Sample, and its
+               "loss_mask": a token where that is 0 was not sampled, as a tool's
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin")
 CONVERT = (
     "it is a pickle, which can run code as it is read; write JSON lines where it was made: for "
     'slime, for s in torch.load(FILE, weights_only=False)["samples"]: print(json.dumps({k: s[k] '
-    'for k in ("tokens", "response_length", "rollout_log_probs")}))'
+    'for k in ("tokens", "response_length", "rollout_log_probs", "loss_mask")}))'
 )
 WANTED = (
     "record {prompt_ids, token_ids, logprobs} of each completion as JSON lines, see docs/doctor.md"

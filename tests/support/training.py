@@ -120,10 +120,12 @@ def in_child(words):
 
 
 def await_rows(workdir, count, process):
-    """Waits until a run in another process has written so many rows."""
+    """Waits until a run in another process has written so many rows, at most five minutes."""
     log = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 300
     while not (log.exists() and len(log.read_text().splitlines()) >= count):
         assert process.poll() is None, f"the run ended before it had written {count} rows"
+        assert time.monotonic() < deadline, f"the run has not written {count} rows in 300 s"
         time.sleep(0.01)
 
 
