@@ -64,16 +64,32 @@ def requests(
         if number == signal.SIGINT and is_second and not at_once:
             raise KeyboardInterrupt
 
+    def has_come() -> bool:
+        return bool(received or handled)
+
     signals = [number for number in SIGNALS if not _is_ignored_hangup(number)]
     previous = {number: signal.signal(number, handle) for number in signals}
     _previous_handlers.update(previous)
+    _open.append(has_come)
     try:
         with _receiving(lambda number: receive(number) if number in signals else None):
-            yield lambda: bool(received or handled)
+            yield has_come
     finally:
+        _open.remove(has_come)
         _previous_handlers.clear()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+_open: list[Callable[[], bool]] = []  # what the blocks of `requests` that have not ended yield
+
+
+def requested() -> bool:
+    """Returns True inside a block of `requests` once a signal has come.
+
+    For what is called without a `should_stop` and may take long.
+    """
+    return any(has_come() for has_come in _open)
 
 
 def _is_ignored_hangup(number: int) -> bool:

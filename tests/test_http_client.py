@@ -5,6 +5,7 @@ import queue
 import socket
 import sys
 import threading
+import types
 
 import pytest
 
@@ -77,7 +78,10 @@ LASTING = {
         2,
         "in another form than expected: its reply has no number",
     ),
-    "400": (status(400), 1, "answers POST /echo with status 400"),
+    "400": (status(400), 1, "answers POST /echo with status 400.*; look at its log"),
+    "404": (status(404), 1, "answers POST /echo with status 404.*; look at its log"),
+    "401": (status(401), 1, "it asks for a key; set DCMDP_SERVER_API_KEY in the environment"),
+    "301": (status(301), 1, "answers POST /echo with status 301.*; give another address"),
 }
 
 
@@ -100,9 +104,37 @@ def test_a_time_out_is_waited_out(server):
 def test_a_lasting_time_out_is_one_sentence(server):
     gate = threading.Event()
     server.faults.append(held(gate))
-    with pytest.raises(ServerError, match="does not answer POST /echo within 0.2 s"):
-        ask(server, count=1, timeout=0.2, attempts=2)
+    with pytest.raises(ServerError, match=r"does not answer POST /echo within 0.2 s \(2 attempts"):
+        ask(server, count=1, timeout=0.2)
+    assert len(server.asked) == 2
     gate.set()
+
+
+def test_the_time_of_all_attempts_is_told(server, monkeypatch):
+    clock = iter((100.0, 142.0))
+    fake = types.SimpleNamespace(monotonic=lambda: next(clock))
+    monkeypatch.setattr(http_client, "time", fake)
+    server.faults.append(status(500))
+    with pytest.raises(ServerError, match=r"\(3 attempts in 42 s\)"):
+        ask(server, count=1)
+
+
+def test_the_pauses_of_a_request_are_ten_minutes():
+    client = Client("http://a")
+    pauses = [
+        min(client.first_wait * 2**i, client.longest_wait) for i in range(client.attempts - 1)
+    ]
+    assert 590 < sum(pauses) < 610
+
+
+def test_a_long_wait_is_told_once(server, capsys):
+    server.faults.append(status(503))
+    with pytest.raises(ServerError):
+        ask(server, attempts=7)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(
+        f"waiting for echo at {server.url}, which answers POST /echo with status"
+    )
 
 
 def test_a_late_answer_is_not_taken(server):
@@ -178,10 +210,43 @@ def test_it_works_inside_a_running_event_loop(server):
     assert asyncio.run(cell()) == list(range(8))
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://a", ""])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "127.0.0.1:8000",
+        "ftp://a",
+        "",
+        "http://",
+        "http://127.0.0.1:80o0",
+        "http://127.0.0.1:99999",
+        "http://[::1",
+    ],
+)
 def test_an_address_that_is_none_is_refused(url):
-    with pytest.raises(ValueError, match="is no address of a server; give http://HOST:PORT"):
+    with pytest.raises(ValueError, match="is no address of a server.*; give http://HOST:PORT"):
         Client(url)
+
+
+def test_a_key_of_the_environment_is_sent(server, monkeypatch):
+    monkeypatch.setenv("DCMDP_SERVER_API_KEY", "abc\n")
+    keys = []
+    server.faults.append(lambda handler, number: keys.append(handler.headers["Authorization"]))
+    ask(server, count=1)
+    assert keys == ["Bearer abc"]
+
+
+def test_no_key_is_sent_unless_one_is_set(server, monkeypatch):
+    monkeypatch.delenv("DCMDP_SERVER_API_KEY", raising=False)
+    keys = []
+    server.faults.append(lambda handler, number: keys.append(handler.headers["Authorization"]))
+    ask(server, count=1)
+    assert keys == [None]
+
+
+def test_a_key_that_no_header_can_hold_is_refused(monkeypatch):
+    monkeypatch.setenv("DCMDP_SERVER_API_KEY", "a\nb")
+    with pytest.raises(ValueError, match="^DCMDP_SERVER_API_KEY holds characters"):
+        Client("http://127.0.0.1:1")
 
 
 def test_without_the_library_the_remedy_is_named(monkeypatch):

@@ -28,7 +28,7 @@ ORDER = [
     ["rollout.decode", "rollout.log_prob_meaning"],
     ["rollout.generate", "step", "sync", "run.checkpoint", "monitoring.metrics"],
     ["rollout.jetstream", "compiled_step", "rollout.http_client"],
-    ["rollout.server_probe"],
+    ["rollout.server_probe", "rollout.temporary_weights"],
     ["rollout.server_sampler"],
     ["rollout.vllm", "rollout.sglang", "rollout.llama_cpp"],
     ["rollout.servers"],

@@ -52,7 +52,9 @@ def test_other_weights_than_those_that_were_given_are_refused(monkeypatch):
     monkeypatch.setattr(StandIn, "load", lambda server, folder: None)
     with (
         StandIn(Vllm, params=make_params(1)) as server,
-        pytest.raises(ServerError, match="has other weights"),
+        pytest.raises(
+            ServerError, match="has other weights.*in 4 bits.*no option skips this check"
+        ),
     ):
         update(server)
 
@@ -70,16 +72,43 @@ def test_it_is_asked_once():
         sampler = vllm.vllm(server.url)(tiny(), MODEL, TOKENIZER, None)
         for version in range(3):
             sampler.update_weights(make_params(), version)
-        assert len(server.asked) == server_probe.COMPLETIONS
+        assert len(server.asked) == server_probe.COUNTS[0]
+
+
+def test_more_is_asked_for_where_there_are_too_few_tokens(monkeypatch):
+    monkeypatch.setattr(server_probe, "TOKENS", 1)
+    monkeypatch.setattr(StandIn, "load", lambda server, folder: None)
+    with StandIn(Vllm, params=make_params(1)) as server:
+        with pytest.raises(ServerError, match="has other weights"):
+            update(server)
+        assert len(server.asked) == sum(server_probe.COUNTS)
+
+
+def test_log_probs_that_the_server_does_not_know_leave_nothing_to_tell(monkeypatch, capsys):
+    """All but a few: the run goes on, and says so."""
+    complete = Vllm.complete
+
+    def forgetful(server, body):
+        reply = complete(server, body)
+        (choice,) = reply["choices"]
+        known = len(server.asked) % 16 == 1
+        logp = choice["logprobs"]["token_logprobs"]
+        choice["logprobs"]["token_logprobs"] = [logp[0] if known else None] + [None] * len(logp[1:])
+        return reply
+
+    monkeypatch.setattr(Vllm, "complete", forgetful)
+    with StandIn(Vllm) as server:
+        update(server)
+    assert "tokens with a log-prob are too few to tell" in capsys.readouterr().out
 
 
 def test_prompts_hold_no_stop_token():
-    prompts = server_probe.prompts(5, (1, 3))
+    prompts = server_probe.prompts(5, (1, 3), 16)
     assert {id for prompt in prompts for id in prompt} == {0, 2, 4}
 
 
 def test_log_probs_of_parameters_split_over_devices_are_the_same():
-    prompts = server_probe.prompts(MODEL.vocab_size, (1,))
+    prompts = server_probe.prompts(MODEL.vocab_size, (1,), 16)
     tokens = np.random.default_rng(0).integers(0, MODEL.vocab_size, (16, 12)).tolist()
     samplings = log_prob_meaning.fields([Sampling(), Sampling(0.7)])
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("tensor",))
@@ -95,7 +124,7 @@ def test_log_probs_of_parameters_split_over_devices_are_the_same():
 
 
 def test_log_probs_are_those_that_recorded_completions_are_judged_by():
-    prompts = server_probe.prompts(MODEL.vocab_size, (1,))
+    prompts = server_probe.prompts(MODEL.vocab_size, (1,), 16)
     tokens = np.random.default_rng(0).integers(0, MODEL.vocab_size, (16, 12)).tolist()
     tokens[3] = tokens[3][:2]
     samplings = log_prob_meaning.fields([Sampling(), Sampling(0.7)])

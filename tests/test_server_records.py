@@ -55,6 +55,31 @@ def test_a_server_with_other_weights_is_named(run):
     assert output.out.startswith("Verdict: other weights\n")
 
 
+def test_a_vllm_that_takes_no_weights_is_asked(run):
+    class Ordinary(Vllm):
+        """One that was started without VLLM_SERVER_DEV_MODE."""
+
+        def control(server, method, path, body):
+            known = path in ("/version", "/v1/models")
+            return Vllm.control(server, method, path, body) if known else (404, {})
+
+    assert run(Ordinary)[0] == 0
+
+
+def test_an_sglang_that_names_no_weights_is_asked(run):
+    class Old(Sglang):
+        def complete(server, body):
+            reply = Sglang.complete(server, body)
+            del reply["meta_info"]["weight_version"]
+            return reply
+
+        def control(server, method, path, body):
+            status, reply = Sglang.control(server, method, path, body)
+            return status, {key: reply[key] for key in reply if key != "weight_version"}
+
+    assert run(Old)[0] == 0
+
+
 def test_a_server_that_is_not_there_is_refused(folder, capsys):
     assert cli.main(["doctor", "--server", "http://127.0.0.1:9", "--model", folder]) == 2
     assert "cannot be reached" in capsys.readouterr().err

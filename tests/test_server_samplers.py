@@ -1,6 +1,9 @@
 """The samplers of vLLM, SGLang and llama.cpp, against stand-ins that answer from the decoder."""
 
 import dataclasses
+import os
+import signal
+import threading
 import time
 
 import jax
@@ -8,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dcmdp_jax import stopping
 from dcmdp_jax.models import weights
 from dcmdp_jax.records import NotFinite, Prompts, Sampling
 from dcmdp_jax.rollout import llama_cpp, server_probe, server_sampler, servers, sglang, vllm
@@ -192,7 +196,7 @@ def test_a_folder_that_the_server_does_not_see_is_named(kind, monkeypatch):
         monkeypatch.setattr(
             server, "load", lambda folder: StandIn.load(server, f"/its/own/disk{folder}")
         )
-        with pytest.raises(ServerError, match="dcmdp-weights-.* does not exist|no folder"):
+        with pytest.raises(ServerError, match="dcmdp-weights-.*(does not exist|weights_folder)"):
             sampler.update_weights(make_params(1), 1)
         assert not server.paused
         with pytest.raises(ValueError, match="has no weights"):
@@ -240,6 +244,96 @@ def test_a_server_that_always_restarts_ends_the_run(kind):
         server.faults.append(lambda handler, number: server.restart())
         with pytest.raises(ServerError, match="other weights than it was given 3 times"):
             sample(sampler)
+
+
+LAST = {"vllm": "/reset_prefix_cache", "sglang": "/continue_generation"}  # after a load
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_that_restarts_once_it_has_loaded_is_given_the_weights_again(kind):
+    class Restarting(KINDS[kind][0]):
+        def control(server, method, path, body):
+            if path == LAST[kind] and len(server.loaded) == 2:
+                server.restart()
+            return KINDS[kind][0].control(server, method, path, body)
+
+    with StandIn(Restarting) as server:
+        sampler = make(kind, server)
+        sampler.update_weights(make_params(1), 1)
+        assert len(server.loaded) == 3
+        rollout = sample(sampler)
+        np.testing.assert_allclose(rollout.rollout_logp, forward_logp(rollout, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_that_restarts_after_each_load_ends_the_run(kind):
+    class Restarting(KINDS[kind][0]):
+        def control(server, method, path, body):
+            if path == LAST[kind]:
+                server.restart()
+            return KINDS[kind][0].control(server, method, path, body)
+
+    with StandIn(Restarting) as server:
+        with pytest.raises(ServerError, match="was given weights 3 times, and had others each"):
+            make(kind, server)
+        assert not server.asked
+
+
+READS = {"vllm": "/collective_rpc", "sglang": "/update_weights_from_disk"}
+
+
+def hanging(kind, gate, at=lambda server: True):
+    """A kind of server that does not answer a load until `gate` is set."""
+
+    class Hanging(KINDS[kind][0]):
+        def control(server, method, path, body):
+            if path == READS[kind] and at(server):
+                gate.wait(60)
+            return KINDS[kind][0].control(server, method, path, body)
+
+    return Hanging
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_load_that_times_out_is_not_begun_again(kind):
+    gate = threading.Event()
+    with StandIn(hanging(kind, gate)) as server:
+        with pytest.raises(ServerError, match=f"does not answer POST {READS[kind]} within 3 s"):
+            make(kind, server, timeout=3.0)
+        assert server.paths.count(READS[kind]) == 1
+        gate.set()
+
+
+def interrupt(server):
+    os.kill(os.getpid(), signal.SIGINT)
+    return True
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_signal_ends_the_wait_for_a_load(kind, monkeypatch):
+    monkeypatch.setattr(server_sampler, "STOP_SECONDS", 0.0)
+    gate = threading.Event()
+    with StandIn(hanging(kind, gate, interrupt)) as server, stopping.requests():
+        with pytest.raises(stopping.Interrupted, match="while .* was given weights"):
+            make(kind, server)
+        gate.set()
+
+
+def test_a_signal_ends_the_wait_for_the_probe(monkeypatch):
+    monkeypatch.setattr(server_sampler, "STOP_SECONDS", 0.0)
+    gate = threading.Event()
+    with StandIn(Vllm) as server, stopping.requests():
+        server.faults.append(lambda handler, number: interrupt(server) and not gate.wait(60))
+        with pytest.raises(stopping.Interrupted, match="while .* was given weights"):
+            make("vllm", server, connections=1)
+        gate.set()
+
+
+def test_a_load_that_ends_soon_after_a_signal_is_not_given_up():
+    gate = threading.Event()
+    gate.set()
+    with StandIn(hanging("vllm", gate, interrupt)) as server, stopping.requests() as stop:
+        assert sample(make("vllm", server)).version == 0 and stop()
 
 
 def test_llama_cpp_takes_no_new_weights():
@@ -409,7 +503,7 @@ def test_completions_of_a_model_folder_are_sampled_by_a_server(tmp_path):
         (one, two), _ = complete.texts(
             folder, ["abc", "de"], samples=2, max_tokens=6, server=server.url, chunk_size=1
         )
-        assert len(server.loaded) == 1 and len(server.asked) == server_probe.COMPLETIONS + 4
+        assert len(server.loaded) == 1 and len(server.asked) == server_probe.COUNTS[0] + 4
     for completion in (one, two):
         ids = TOKENIZER.encode("abc" + completion.text) + [1] * completion.stopped
         row = np.zeros((1, POSITIONS), np.int32)

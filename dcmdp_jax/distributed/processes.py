@@ -150,7 +150,7 @@ def raise_on_all() -> Iterator[None]:
 
 def raised_on_all(error: Exception) -> bool:
     """Returns True if all processes raised `error` at the same place."""
-    return jax.process_count() == 1 or isinstance(error, Refused)
+    return jax.process_count() == 1 or isinstance(error, (Refused, Interrupted))
 
 
 @contextlib.contextmanager

@@ -100,7 +100,8 @@ def pass_rate(
     """Returns the mean reward of one completion per prompt.
 
     Each engine samples its share of the prompts; all processes must call, and get the mean over all
-    prompts. Returns None where a verifier did not return and any process was asked to stop.
+    prompts. Returns None where a verifier or a server did not return in time, and any process was
+    asked to stop.
     """
     count = len(prompts.lengths)
     engines = processes.num_engines(config.rollout)

@@ -20,17 +20,17 @@ from dcmdp_jax.records import Sampling
 from dcmdp_jax.rollout import log_prob_meaning
 from dcmdp_jax.rollout.log_prob_meaning import Ids, Score, Verdict
 
-COMPLETIONS = 16
+COUNTS = (16, 128)  # of completions: the second where the first have too few tokens to tell
 PROMPT = 8  # tokens
 TOKENS = 16  # of a completion at most
 BLOCK = 32  # positions whose logits are computed together
 
 
-def prompts(vocab_size: int, stop_ids: Sequence[int]) -> list[list[int]]:
-    """Returns the prompts: token ids that are no stop tokens."""
+def prompts(vocab_size: int, stop_ids: Sequence[int], count: int) -> list[list[int]]:
+    """Returns `count` prompts: token ids that are no stop tokens."""
     ids = np.setdiff1d(np.arange(vocab_size), stop_ids)
     rng = np.random.default_rng(0)
-    return rng.choice(ids, (COMPLETIONS, PROMPT)).tolist()
+    return rng.choice(ids, (count, PROMPT)).tolist()
 
 
 def judge(
@@ -45,14 +45,14 @@ def judge(
     """Returns what the log-probs `logp` of process 0's completions mean; all processes must call
     with the same prompts. See `log_prob_meaning.judge`.
     """
-    padded = np.zeros((COMPLETIONS, TOKENS), np.int32)
-    reported = np.zeros((COMPLETIONS, TOKENS))
+    padded = np.zeros((len(prompts), TOKENS), np.int32)
+    reported = np.zeros((len(prompts), TOKENS))
     lengths = np.array([len(row) for row in tokens], np.int32)
     for i, length in enumerate(lengths):
         padded[i, :length] = tokens[i]
         reported[i, :length] = np.array(logp[i], np.float64)  # None becomes NaN
     padded, reported, lengths = processes.gather((padded, reported, lengths))
-    first = range(COMPLETIONS)
+    first = range(len(prompts))
     return log_prob_meaning.judge(
         prompts,
         [padded[i, : lengths[i]].tolist() for i in first],

@@ -10,7 +10,7 @@ import pathlib
 import re
 import secrets
 import shutil
-import tempfile
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -18,17 +18,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dcmdp_jax import sharding
+from dcmdp_jax import sharding, stopping
 from dcmdp_jax.config import Config, ModelConfig
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.models import weights
 from dcmdp_jax.records import NotFinite, Prompts, Rollout, Sampling
-from dcmdp_jax.rollout import server_probe
+from dcmdp_jax.rollout import log_prob_meaning, server_probe, temporary_weights
 from dcmdp_jax.rollout.http_client import BadReply, Call, Client, ServerError
+from dcmdp_jax.stopping import Interrupted
 from dcmdp_jax.tokens import tokenizer as tokenizers
 from dcmdp_jax.tokens.tokenizer import Tokenizer
 
-RESTARTS = 3  # of a server during one batch, after which the run ends
+RESTARTS = 3  # of a server during one batch or update, after which the run ends
+STOP_SECONDS = 10.0  # after a request to stop, in which what has no `should_stop` may still end
 FOLDER = re.compile(r"\.?dcmdp-weights-[0-9a-f]{8}-\d+(\.\d+)?")  # of weights, written or half so
 
 
@@ -69,14 +71,18 @@ class Server(Protocol):
 
     def load(self, folder: pathlib.Path, label: str, should_stop: Callable[[], bool]) -> None:
         """Has the server sample with the weights in a Hugging Face folder, called `label`, from now
-        on. The server answers no request meanwhile.
+        on. The server answers no request meanwhile. A server that restarts meanwhile does not have
+        that label.
 
         Raises ServerError if it does not, and `Interrupted` if `should_stop()`.
         """
         ...
 
     def label(self, should_stop: Callable[[], bool]) -> str | None:
-        """Returns what the server calls its weights; None if it has no name for them."""
+        """Returns what the server calls its weights; None if they never change.
+
+        Raises ServerError if they can change and the server has no name for them.
+        """
         ...
 
 
@@ -87,8 +93,8 @@ def of_run(
     server: Server,
     weights_folder: str = "",
 ) -> ServerSampler:
-    """Returns the sampler of a run. Raises ValueError for what no server over HTTP does."""
-    check(config, f"{server.client.name} at {server.client.url}")
+    """Returns the sampler of a run. Raises as `check` does."""
+    check(config, server)
     return ServerSampler(
         model,
         tokenizer,
@@ -99,9 +105,12 @@ def of_run(
     )
 
 
-def check(config: Config, name: str) -> None:
-    """Raises ValueError for what no server over HTTP does."""
+def check(config: Config, server: Server) -> None:
+    """Raises ValueError if the run asks for something that a server over HTTP cannot do, or that
+    this server cannot.
+    """
     rollout = config.rollout
+    name = f"{server.client.name} at {server.client.url}"
     check_support(Sampling(rollout.temperature, rollout.top_k, rollout.top_p, rollout.min_p), name)
     if config.algorithm.replay_routing:
         raise ValueError(
@@ -113,6 +122,7 @@ def check(config: Config, name: str) -> None:
             "rollout.one_engine is one engine of all processes, and each process asks a server for "
             "its own completions; set --rollout.one_engine no"
         )
+    server.label(lambda: False)
 
 
 def check_support(sampling: Sampling, name: str) -> None:
@@ -147,7 +157,8 @@ class ServerSampler:
 
         Args:
             weights_folder: where weights are written for the server, which must see it under the
-                same path; one run may use it at a time. Empty: a temporary folder of this machine.
+                same path; one run may use it at a time. Empty: a temporary folder of this machine,
+                which a later run removes if this process is killed.
             temperature: at which the meaning of the server's log-probs is checked.
             learns: whether the weights differ from one update to the next.
         """
@@ -156,7 +167,7 @@ class ServerSampler:
         self._model = model
         self._tokenizer = tokenizer
         self._server = server
-        self._temporary = None if weights_folder else tempfile.TemporaryDirectory()
+        self._temporary = None if weights_folder else temporary_weights.make_folder()
         self._folder = pathlib.Path(weights_folder or self._temporary.name).absolute()
         own = np.array([secrets.randbits(32)], np.uint32)
         self._run = f"dcmdp-weights-{processes.gather(own)[0]:08x}"  # one name for all processes
@@ -170,7 +181,9 @@ class ServerSampler:
     def update_weights(self, params: Any, version: int) -> None:
         """Writes a Hugging Face folder and has the server load it; see `records.Sampler`.
 
-        Raises NotFinite if a parameter is not finite, ServerError if the server does not load it.
+        Raises NotFinite if a parameter is not finite; ServerError if the server does not load them,
+        or reports log-probs of something else; `Interrupted` where it takes over ten seconds after
+        the process was asked to stop.
         """
         if not _all_finite(params):
             raise NotFinite(
@@ -181,9 +194,7 @@ class ServerSampler:
         self._updates += 1
         if self._server.loads_weights:
             on_host = _on_host(params)
-            with processes.raise_on_all():
-                if jax.process_index() == 0:
-                    self._load(on_host)
+            self._on_all(lambda: self._load(on_host) if jax.process_index() == 0 else None)
         elif self._updates > 1 and self._learns:
             raise ServerError(
                 f"{self._name} takes no new weights while it runs, and a step has changed them; "
@@ -197,17 +208,31 @@ class ServerSampler:
 
     def _check_meaning(self, params: Any) -> None:
         """Raises ServerError unless the server's log-probs are those of the trainer's model at the
-        run's temperature, up to number formats.
+        run's temperature, up to number formats, or there is nothing to tell that from.
         """
-        prompts = server_probe.prompts(self._model.vocab_size, self._tokenizer.eos_ids)
+        for count in server_probe.COUNTS:
+            verdict = self._probe(params, count)
+            if verdict.tokens >= log_prob_meaning.LEAST_TOKENS:
+                break
+        if verdict.name == "other weights":
+            raise ServerError(
+                f"{self._name}: {verdict.sentence}; {verdict.remedy}; a server that computes in 4 "
+                "bits can look the same, and no option skips this check: serve at least 8 bits"
+            )
+        if verdict.name not in ("as stated", "cannot tell"):
+            raise ServerError(f"{self._name}: {verdict.sentence}; {verdict.remedy}")
+        processes.log0(f"log-probs of {self._name}: {verdict.sentence}")
+
+    def _probe(self, params: Any, count: int) -> log_prob_meaning.Verdict:
+        """Returns what the log-probs of `count` short completions mean; all processes must call."""
+        prompts = server_probe.prompts(self._model.vocab_size, self._tokenizer.eos_ids, count)
         sampling = Sampling(self._temperature)
         requests = [
             Request(prompt, server_probe.TOKENS, sampling, self._tokenizer.eos_ids, (), number)
             for number, prompt in enumerate(prompts)
         ]
-        with processes.raise_on_all():
-            replies = self._ask(requests, lambda: False)
-        verdict = server_probe.judge(
+        replies = self._on_all(lambda: self._sampled(requests, _requested()))
+        return server_probe.judge(
             params,
             self._model,
             prompts,
@@ -216,15 +241,42 @@ class ServerSampler:
             sampling,
             tokenizers.special_token_ids(self._tokenizer).get("bos_token_id"),
         )
-        if verdict.name not in ("as stated", "cannot tell"):
-            raise ServerError(f"{self._name}: {verdict.sentence}; {verdict.remedy}")
-        processes.log0(f"log-probs of {self._name}: {verdict.sentence}")
+
+    def _on_all(self, work: Callable[[], Any]) -> Any:
+        """Returns `work()`; all processes must call, and raise if it raises on one."""
+        result = None
+        interrupted = False
+        with processes.raise_on_all():
+            try:
+                result = work()
+            except Interrupted:
+                interrupted = True
+        if processes.any_process(interrupted):
+            raise Interrupted(f"stopped while {self._name} was given weights")
+        return result
 
     def _load(self, params: Any) -> None:
         self._remove_folders()
         self._write(params)
-        self._server.load(self._folder / self._label, self._label, lambda: False)
+        self._give(_requested())
         self._remove_folders(keep=self._label)
+
+    def _give(self, should_stop: Callable[[], bool]) -> None:
+        """Has the server load the written weights; again where it restarts meanwhile."""
+        for _ in range(RESTARTS):
+            self._server.load(self._folder / self._label, self._label, should_stop)
+            found = self._server.label(should_stop)
+            if found == self._label:
+                return
+            print(
+                f"{self._name} has weights {found!r} after it was given {self._label!r}, as after "
+                "a restart",
+                flush=True,
+            )
+        raise ServerError(
+            f"{self._name} was given weights {RESTARTS} times, and had others each time; look at "
+            "its log for restarts, and let no other run use it"
+        )
 
     def _write(self, params: Any) -> None:
         token_ids = tokenizers.special_token_ids(self._tokenizer)
@@ -252,7 +304,8 @@ class ServerSampler:
         """Asks the server for each completion; see `records.Sampler`.
 
         Where the server turns out to have other weights than those of the last update, as after a
-        restart, it is given them again and the whole batch is sampled anew.
+        restart, it is given them again and the whole batch is sampled anew. Raises `Interrupted`
+        ten seconds after the process was asked to stop, too, whatever `should_stop` returns.
         """
         if self._version is None:
             raise ValueError("the sampler has no weights; call update_weights first")
@@ -268,6 +321,12 @@ class ServerSampler:
             )
             for i in range(len(prompts.lengths) * samples)
         ]
+        requested = _requested()
+        replies = self._sampled(requests, lambda: should_stop() or requested())
+        return self._to_rollout(prompts, requests, replies)
+
+    def _sampled(self, requests: list[Request], should_stop: Callable[[], bool]) -> list[Reply]:
+        """Returns replies that all come from the weights of the last update."""
         for _ in range(RESTARTS):
             found = self._server.label(should_stop)
             if found in (None, self._label):
@@ -276,7 +335,7 @@ class ServerSampler:
                 labels.add(self._server.label(should_stop))
                 found = next(iter(labels - {None, self._label}), self._label)
                 if found == self._label:
-                    return self._to_rollout(prompts, requests, replies)
+                    return replies
             self._give_again(found, should_stop)
         raise ServerError(
             f"{self._name} had other weights than it was given {RESTARTS} times in one batch; look "
@@ -298,7 +357,7 @@ class ServerSampler:
             "it is given them again, and the batch is sampled anew",
             flush=True,
         )
-        self._server.load(self._folder / self._label, self._label, should_stop)
+        self._give(should_stop)
 
     def _ask(self, requests: list[Request], should_stop: Callable[[], bool]) -> list[Reply]:
         calls = [Call("POST", self._server.path, self._server.body(each)) for each in requests]
@@ -358,6 +417,22 @@ class ServerSampler:
                 "rollout.max_tokens, or set a smaller rollout.max_tokens"
             )
         return len(ids), None
+
+
+def _requested() -> Callable[[], bool]:
+    """Returns a `should_stop` for what has none: true STOP_SECONDS after the request to stop.
+
+    What would end anyway ends, so that a run stops at a step rather than before it.
+    """
+    since: float | None = None
+
+    def should_stop() -> bool:
+        nonlocal since
+        if since is None and (stopping.requested() or processes.stop_requested()):
+            since = time.monotonic()
+        return since is not None and time.monotonic() - since >= STOP_SECONDS
+
+    return should_stop
 
 
 def completion_seed(seed: int, number: int) -> int:

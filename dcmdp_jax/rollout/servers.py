@@ -14,9 +14,8 @@ SECONDS = 10.0  # for the first answer
 
 
 def check(config: Config) -> None:
-    """Raises ValueError where `rollout.server` does not answer, or cannot do what the run asks."""
-    client = connect(config.rollout.server).client
-    server_sampler.check(config, f"{client.name} at {client.url}")
+    """Raises ValueError if `rollout.server` does not answer, or cannot do what the run asks."""
+    server_sampler.check(config, connect(config.rollout.server))
 
 
 def sampler(config: Config, model: Any, tokenizer: Any, mesh: Any) -> Sampler:

@@ -40,9 +40,9 @@ class Server:
     loads_weights = True
 
     def __init__(self, client: Client):
-        """Asks the server what it calls its weights."""
+        """Asks the server for its model, to find out whether it is there."""
         self.client = client
-        self.label(attempts=1)
+        self._about(attempts=1)
 
     def body(self, request: Request) -> dict:
         """Returns the body of a request.
@@ -81,11 +81,10 @@ class Server:
             pairs = [(item[0], item[1]) for item in about["output_token_logprobs"]]
             reason = about["finish_reason"]["type"]
             prompt_tokens = about["prompt_tokens"]
-            label = about["weight_version"]
-        except (KeyError, IndexError, TypeError):
+            label = about.get("weight_version")  # None in versions that name no weights
+        except (KeyError, IndexError, TypeError, AttributeError):
             raise BadReply(
-                "has no meta_info with output_token_logprobs, finish_reason, prompt_tokens and "
-                "weight_version"
+                "has no meta_info with output_token_logprobs, finish_reason and prompt_tokens"
             ) from None
         if prompt_tokens != len(request.prompt):
             raise BadReply(
@@ -94,39 +93,35 @@ class Server:
         if reason not in ("stop", "length"):
             raise BadReply(f"ends by {reason!r:.40}, not by a stop token, text or the length")
         tokens = [token for _, token in pairs]
-        return Reply(tokens, [logp for logp, _ in pairs], reason == "stop", str(label))
+        label = None if label is None else str(label)
+        return Reply(tokens, [logp for logp, _ in pairs], reason == "stop", label)
 
     def load(self, folder: pathlib.Path, label: str, should_stop: Callable[[], bool]) -> None:
-        """Pauses the server, has it read the folder and name its weights, and continues it."""
+        """Pauses the server, has it read the folder and name its weights, and continues it.
+
+        One request reads and names, so that a restart never leaves the name with other weights.
+        """
         client = self.client
         try:
             client.post("/pause_generation", {"mode": "abort"}, should_stop)
-            reply = client.post(
+            client.post(
                 "/update_weights_from_disk",
                 {"model_path": str(folder), "weight_version": label, "flush_cache": True},
                 should_stop,
+                time_outs=1,
             )
-        except BaseException:
+        except BaseException as error:
             client.post_once("/continue_generation", {})
+            if isinstance(error, ServerError) and error.status == 400:
+                raise ServerError(
+                    f"{error}; give a rollout.weights_folder that it sees under the same path"
+                ) from None
             raise
         client.post("/continue_generation", {}, should_stop)
-        if not (isinstance(reply, dict) and reply.get("success")):
-            message = reply.get("message") if isinstance(reply, dict) else reply
-            raise ServerError(
-                f"SGLang at {client.url} does not load {folder} ({message!r:.200}); give a "
-                "weights_folder that it sees under the same path"
-            )
 
-    def label(
-        self, should_stop: Callable[[], bool] = lambda: False, attempts: int | None = None
-    ) -> str:
+    def label(self, should_stop: Callable[[], bool] = lambda: False) -> str:
         """Returns the name that `load` gave the weights, or "default" after a start."""
-        try:
-            about = self.client.get("/get_model_info", should_stop, attempts)
-        except ServerError as error:
-            if error.status != 404:
-                raise
-            about = self.client.get("/model_info", should_stop, attempts)  # its name since 2026
+        about = self._about(should_stop)
         if not isinstance(about, dict) or "weight_version" not in about:
             raise ServerError(
                 f"SGLang at {self.client.url} has no name for its weights, so that answers of old "
@@ -134,3 +129,13 @@ class Server:
                 "weight_version"
             )
         return str(about["weight_version"])
+
+    def _about(
+        self, should_stop: Callable[[], bool] = lambda: False, attempts: int | None = None
+    ) -> Any:
+        try:
+            return self.client.get("/get_model_info", should_stop, attempts)
+        except ServerError as error:
+            if error.status != 404:
+                raise
+        return self.client.get("/model_info", should_stop, attempts)  # its name since 2026

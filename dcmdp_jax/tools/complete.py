@@ -106,6 +106,7 @@ def texts(
     connected = servers.connect(server) if server else None
     if connected is not None:
         server_sampler.check_support(sampling, f"{connected.client.name} at {server}")
+        connected.label(lambda: False)  # raises where the server takes no weights
 
     def chunks() -> Iterator[list[Completion]]:
         model, params = weights.load(folder)

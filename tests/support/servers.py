@@ -79,7 +79,6 @@ class StandIn:
         self.asked = []  # bodies of requests for completions, as they came
         self.paths = []  # of all requests
         self.loaded = []  # folders, as they were loaded
-        self.paused = False
         self.most_at_once = 0
         self._at_once = 0
         self._lock = threading.Lock()
@@ -90,6 +89,7 @@ class StandIn:
         """Has again what it was started with."""
         self.params = self.started_with
         self.label = "default"
+        self.paused = False
 
     def __enter__(self):
         stand_in = self
