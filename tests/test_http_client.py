@@ -9,6 +9,7 @@ import types
 
 import pytest
 
+from dcmdp_jax.rollout import http_client
 from dcmdp_jax.rollout.http_client import BadReply, Call, Client, ServerError
 from dcmdp_jax.stopping import Interrupted
 from support.servers import StandIn, closed, cut_reply, half_json, held, once, send, status
