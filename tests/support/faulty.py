@@ -9,7 +9,7 @@ import pathlib
 import sys
 import time
 
-from dcmdp_jax import cli, rewards, step, sync
+from dcmdp_jax import cli, compiled_step, rewards, sync
 from dcmdp_jax.evaluation import held_out
 from dcmdp_jax.monitoring import metrics
 from dcmdp_jax.report import run_page
@@ -21,7 +21,7 @@ ENTRIES = {
     "warm-up": (warmup, "run"),
     "rollout": (JetStreamSampler, "sample"),
     "reward": (rewards, "score"),
-    "update": (step, "compile"),
+    "update": (compiled_step, "compile_step"),
     "sync": (sync, "converter"),
     "evaluation": (held_out, "pass_rate"),
     "log": (metrics.Log, "write"),
