@@ -272,7 +272,7 @@ def test_5_an_engine_whose_weights_are_one_step_old_does_not_pass_the_gate(
 def worst_gap(workdir: pathlib.Path) -> float:
     """The largest |log-prob difference| that `dcmdp parity` has written."""
     record = json.loads((workdir / "parity.json").read_text())
-    return record["positions"]["all"]["logp_diff_max"]
+    return record["context"]["all"]["logp_diff_max"]
 
 
 # ------------------------------------------------------------ 7: a damaged checkpoint
