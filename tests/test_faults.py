@@ -278,22 +278,21 @@ def worst_gap(workdir: pathlib.Path) -> float:
 # ------------------------------------------------------------ 7: a damaged checkpoint
 
 
-def largest(folder: pathlib.Path) -> pathlib.Path:
-    return max(
-        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
-    )
+def data_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files that hold arrays: a file alone may be one that the checkpoint does not refer to."""
+    return [path for path in folder.rglob("d/*") if path.is_file()]
 
 
 def flip(folder):
-    file = largest(folder)
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 0x10
-    file.write_bytes(data)
+    for file in data_files(folder):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 0x10
+        file.write_bytes(data)
 
 
 def cut(folder):
-    file = largest(folder)
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    for file in data_files(folder):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 def empty_metadata(folder):
@@ -302,7 +301,8 @@ def empty_metadata(folder):
 
 
 def without_data(folder):
-    largest(folder).unlink()
+    for file in data_files(folder):
+        file.unlink()
 
 
 def hollow(folder):
