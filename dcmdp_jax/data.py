@@ -9,7 +9,7 @@ import logging
 import math
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -69,7 +69,7 @@ def read(path: str | pathlib.Path) -> list[Example]:
         )
     if path.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"data file {path} is neither .jsonl nor .parquet")
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+    rows = files.rows(path)
     seen: dict[str, Example] = {}
     total = 0
     for location, row in rows:
@@ -236,30 +236,6 @@ def _fitting(
             max_prompt_tokens,
         )
     return fitting
-
-
-def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                location = f"{path} line {number}"
-                yield location, files.parse_json(line, location)
-
-
-def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError("pyarrow is not installed; pip install 'dcmdp-jax[train]'") from None
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path} row {number}", row
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a readable Parquet file: {error}") from None
 
 
 def _example(row: Any, source: str, location: str) -> Example:

@@ -121,6 +121,38 @@ def parse_json(text: str | bytes, place: str) -> Any:
         ) from None
 
 
+def rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    """Yields the place and the value of each row of a file: of a Parquet file, or of JSON lines.
+
+    Raises ValueError, with the place, on a row that cannot be read.
+    """
+    return _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+
+
+def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                place = f"{path} line {number}"
+                yield place, parse_json(line, place)
+
+
+def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError("pyarrow is not installed; pip install 'dcmdp-jax[train]'") from None
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=64):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path} row {number}", row
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a readable Parquet file: {error}") from None
+
+
 def read_json_object(path: pathlib.Path) -> dict:
     """Returns the JSON object in a file.
 

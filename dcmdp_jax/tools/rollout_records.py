@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from dcmdp_jax import files
@@ -63,7 +63,7 @@ def read(path: pathlib.Path, limit: int, vocab_size: int, max_position: int) -> 
     if not path.is_file():
         what = "is a folder; name one file in it" if path.is_dir() else "does not exist"
         raise ValueError(f"file of recorded completions {path} {what}")
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+    rows = files.rows(path)
     return parse(rows, limit, vocab_size, max_position, str(path))
 
 
@@ -244,30 +244,6 @@ def _setting(row: dict, name: str, place: str) -> float:
     if name == "top_k" and value == -1:  # "all" for vLLM, SGLang and TRL
         return 0.0
     return float(value)
-
-
-def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                place = f"{path}:{number}"
-                yield place, files.parse_json(line, place)
-
-
-def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError("pyarrow is not installed; pip install 'dcmdp-jax[train]'") from None
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=64):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path} row {number}", row
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a readable Parquet file: {error}") from None
 
 
 def write(path: pathlib.Path, records: list[Record], sampling: dict[str, float]) -> None:
