@@ -34,8 +34,9 @@ import numpy as np
 
 from benchmarks.peers.compare import compare
 from dcmdp_jax import sharding, sync
-from dcmdp_jax.config import ModelConfig, Precision
+from dcmdp_jax.config import Precision
 from dcmdp_jax.models import decoder, sizes
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Example, Prompts, Sampling
 from dcmdp_jax.rollout import decode, sampling
 from dcmdp_jax.rollout.generate import rollout

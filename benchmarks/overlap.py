@@ -29,11 +29,12 @@ import numpy as np
 from dcmdp_jax import compiled_step, config
 from dcmdp_jax.batches import Batches
 from dcmdp_jax.experiment import load_experiment
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.run import starting
 from dcmdp_jax.run.inputs import read_inputs
 from dcmdp_jax.seeds import Stream
 
-ARCHITECTURE = config.ModelConfig(
+ARCHITECTURE = ModelConfig(
     vocab_size=18,
     hidden_size=96,
     intermediate_size=256,

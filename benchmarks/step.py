@@ -26,16 +26,15 @@ from benchmarks.inference import SHAPES, SMALL, make_prompts, measure
 from dcmdp_jax import compiled_step, constraint, sharding, train_state
 from dcmdp_jax.config import (
     AlgorithmConfig,
-    Compute,
     Config,
     ConstraintConfig,
     DataConfig,
-    ModelConfig,
     ModelSource,
     RolloutConfig,
 )
 from dcmdp_jax.losses import corrections, policy, reduce
 from dcmdp_jax.models import decoder, scoring
+from dcmdp_jax.models.model_config import Compute, ModelConfig
 from dcmdp_jax.records import Rollout, Sampling, Scored, TrainState
 from dcmdp_jax.tokens import packing
 

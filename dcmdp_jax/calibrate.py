@@ -17,9 +17,10 @@ import numpy as np
 
 from dcmdp_jax import constraint, files, sharding, step, train_state
 from dcmdp_jax.batches import Batches
-from dcmdp_jax.config import Calibrated, Config, ModelConfig, with_tolerance
+from dcmdp_jax.config import Calibrated, Config, with_tolerance
 from dcmdp_jax.constraint import Calibration
 from dcmdp_jax.distributed import processes
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Batch, TrainState
 from dcmdp_jax.run import checkpoint
 from dcmdp_jax.run import folder as run_folder

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from dcmdp_jax import sharding, step, train_state
-from dcmdp_jax.config import Config, ModelConfig
+from dcmdp_jax.config import Config
 from dcmdp_jax.losses._separable import is_separable
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Batch, TrainState
 
 

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import optax
 
 from dcmdp_jax import constraint, optimizers, train_state
-from dcmdp_jax.config import Config, ModelConfig
+from dcmdp_jax.config import Config
 from dcmdp_jax.losses import diagnostics, kl, reduce
 from dcmdp_jax.losses._separable import is_separable
 from dcmdp_jax.models import scoring
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.monitoring import gaps
 from dcmdp_jax.records import Batch, TrainState
 

@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from dcmdp_jax import sharding
-from dcmdp_jax.config import ModelConfig, Precision
+from dcmdp_jax.config import Precision
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.models import cache, decoder, inference
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.models.quantized import SCALED, Quantized, formats, quantize
 from dcmdp_jax.records import Weights
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from dcmdp_jax import constraint, optimizers, seeds, sharding
-from dcmdp_jax.config import Config, ModelConfig
+from dcmdp_jax.config import Config
 from dcmdp_jax.models import decoder
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Batch, TrainState
 from dcmdp_jax.seeds import Stream
 

@@ -13,7 +13,6 @@ from functools import partial
 from dcmdp_jax import constraint, rewards
 from dcmdp_jax.config import (
     AlgorithmConfig,
-    Compute,
     Config,
     ConstraintConfig,
     DataConfig,
@@ -23,6 +22,7 @@ from dcmdp_jax.config import (
     RolloutConfig,
 )
 from dcmdp_jax.losses import advantages, corrections, policy, reduce
+from dcmdp_jax.models.model_config import Compute
 
 CONFIG = Config(
     name="gsm8k",

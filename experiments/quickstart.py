@@ -21,13 +21,13 @@ from dcmdp_jax.config import (
     ConstraintConfig,
     DataConfig,
     EvalConfig,
-    ModelConfig,
     ModelSource,
     Precision,
     RolloutConfig,
     WarmupConfig,
 )
 from dcmdp_jax.losses import advantages, corrections, policy, reduce
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.tasks import Chain
 
 CHAIN = Chain(operations=5, noise=(0.15, 0.20, 0.30))

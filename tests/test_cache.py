@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcmdp_jax.config import Compute, Yarn
 from dcmdp_jax.models import cache, decoder, inference, quantized
 from dcmdp_jax.models.kernels import attention
+from dcmdp_jax.models.model_config import Compute, Yarn
 from dcmdp_jax.models.quantized import Quantized
 from support.accelerators import accelerator_programs
 from support.random_params import random_params

@@ -12,9 +12,10 @@ import pytest
 import safetensors
 
 from dcmdp_jax import sharding
-from dcmdp_jax.config import Compute, MeshConfig
+from dcmdp_jax.config import MeshConfig
 from dcmdp_jax.models import decoder, inference, layers, rope, sizes, weights
 from dcmdp_jax.models.kernels import attention
+from dcmdp_jax.models.model_config import Compute
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from dcmdp_jax.config import Yarn
 from dcmdp_jax.models import hf_config, rope, sizes, weights
+from dcmdp_jax.models.model_config import Yarn
 from support.folders import edit
 from support.random_params import random_params
 from support.tiny_models import TINY, TINY_MOE

@@ -16,7 +16,8 @@ FILES = {
 # Each may import from the package only what stands in an earlier line, or its own line where it is
 # a folder.
 ORDER = [
-    ["errors", "files", "seeds", "records", "monitoring.quantities"],
+    ["errors", "files", "limits", "seeds", "records", "monitoring.quantities"],
+    ["models.model_config"],
     ["stopping", "run.lock", "tasks", "answers"],
     ["tokens.chat_template", "tokens.chat_renderer"],
     ["config"],

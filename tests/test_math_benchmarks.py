@@ -11,9 +11,10 @@ import pytest
 
 from dcmdp_jax import cli
 from dcmdp_jax.answers import judge
-from dcmdp_jax.config import Compute, ModelConfig, ModelSource, Precision
+from dcmdp_jax.config import ModelSource, Precision
 from dcmdp_jax.evaluation import math_benchmarks
 from dcmdp_jax.models import weights
+from dcmdp_jax.models.model_config import Compute, ModelConfig
 from dcmdp_jax.records import Sampling
 from dcmdp_jax.stopping import Interrupted
 from dcmdp_jax.tokens import tokenizer

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import pytest
 
 from dcmdp_jax import cli, sharding
-from dcmdp_jax.config import Compute, MeshConfig, ModelConfig, Precision
+from dcmdp_jax.config import MeshConfig, Precision
 from dcmdp_jax.models import decoder, inference
+from dcmdp_jax.models.model_config import Compute, ModelConfig
 from dcmdp_jax.tools import cost_model, plan
 from support.steps import make_config
 

@@ -13,8 +13,8 @@ import pytest
 
 from benchmarks.engines import vllm_server
 from dcmdp_jax.batches import make_sampler
-from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models import decoder, weights
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Sampling
 from dcmdp_jax.rollout import vllm
 from dcmdp_jax.rollout.http_client import Call, Client, ServerError

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcmdp_jax.config import Compute
 from dcmdp_jax.models import decoder, scoring, sizes
 from dcmdp_jax.models.kernels import head, tiles
+from dcmdp_jax.models.model_config import Compute
 from support.accelerators import accelerator_programs
 from support.random_params import random_params
 from support.tiny_models import TINY, TINY_MOE

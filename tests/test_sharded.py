@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from dcmdp_jax import optimizers, sharding
-from dcmdp_jax.config import MeshConfig, ModelConfig
+from dcmdp_jax.config import MeshConfig
 from dcmdp_jax.models import decoder, moe, scoring
 from dcmdp_jax.models.kernels import dispatch, swiglu
+from dcmdp_jax.models.model_config import ModelConfig
 from support.random_params import random_params
 from support.steps import assert_close, make_config, make_scored, run
 

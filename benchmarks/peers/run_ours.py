@@ -50,13 +50,13 @@ from dcmdp_jax.config import (
     Config,
     ConstraintConfig,
     DataConfig,
-    ModelConfig,
     ModelSource,
     Precision,
     RolloutConfig,
 )
 from dcmdp_jax.losses import corrections, policy, reduce
 from dcmdp_jax.models import scoring, weights
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Batch, Example, Prompts, Rollout, Sampling, Scored
 from dcmdp_jax.rollout.generate import rollout
 from dcmdp_jax.rollout.jetstream import Engine

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Callable
 
 from dcmdp_jax.cli import fields
-from dcmdp_jax.config import Compute, ModelSource, Precision
+from dcmdp_jax.config import ModelSource, Precision
+from dcmdp_jax.models.model_config import Compute
 from dcmdp_jax.records import Sampling
 
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models.kernels import tiles
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.models.quantized import SCALED, Quantized, einsum, formats, quantize
 
 DTYPES = formats("cache")

@@ -29,10 +29,10 @@ import jax
 import jax.numpy as jnp
 
 from dcmdp_jax import sharding
-from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models import quantized
 from dcmdp_jax.models.kernels import attention
 from dcmdp_jax.models.layers import Layer, compute_dtype, parameter, rms_norm
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.models.quantized import Quantized
 from dcmdp_jax.models.rope import rotary
 

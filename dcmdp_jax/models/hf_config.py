@@ -17,7 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 from dcmdp_jax import files
-from dcmdp_jax.config import MAX_FLOAT, Linear, Llama3, ModelConfig, Yarn
+from dcmdp_jax.limits import MAX_FLOAT
+from dcmdp_jax.models.model_config import Linear, Llama3, ModelConfig, Yarn
 
 REMEDY = "give a Hugging Face model folder, with config.json and safetensors"
 

@@ -12,12 +12,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models import cache as kv_cache
 from dcmdp_jax.models import decoder
 from dcmdp_jax.models.cache import Cache
 from dcmdp_jax.models.kernels import attention
 from dcmdp_jax.models.layers import Layer
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.models.rope import rotary
 
 

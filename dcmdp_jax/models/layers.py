@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from dcmdp_jax import sharding
-from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models import moe
 from dcmdp_jax.models.kernels import dispatch, swiglu
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.models.quantized import project
 from dcmdp_jax.models.rope import rotate
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models.kernels.experts import expert_outputs
 from dcmdp_jax.models.kernels.swiglu import Experts
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.models.quantized import einsum
 
 

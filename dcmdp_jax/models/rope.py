@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dcmdp_jax.config import Linear, Llama3, ModelConfig, Yarn
+from dcmdp_jax.models.model_config import Linear, Llama3, ModelConfig, Yarn
 
 
 def rotary(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:

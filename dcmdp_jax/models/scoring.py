@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from dcmdp_jax import sharding
-from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models import decoder
 from dcmdp_jax.models.kernels.head import token_logp
 from dcmdp_jax.models.layers import compute_dtype
+from dcmdp_jax.models.model_config import ModelConfig
 
 
 def packed_logp(

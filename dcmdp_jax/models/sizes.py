@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from dcmdp_jax.config import ModelConfig
+from dcmdp_jax.models.model_config import ModelConfig
 
 VOCABULARY = 151_936
 

@@ -20,9 +20,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.files import atomic_folder, read_json_object
 from dcmdp_jax.models import decoder, hf_config
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.models.quantized import Quantized
 
 FLOATS = ("F32", "BF16", "F16", "F64")

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models import cache as kv
 from dcmdp_jax.models import decoder, inference
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Sampling, Weights
 from dcmdp_jax.rollout.sampling import Drawn, sample
 

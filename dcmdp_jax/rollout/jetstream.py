@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dcmdp_jax import sharding, sync
-from dcmdp_jax.config import Config, ModelConfig, Precision
+from dcmdp_jax.config import Config, Precision
 from dcmdp_jax.distributed import processes
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Prompts, Rollout, Sampling, Weights
 from dcmdp_jax.rollout import decode, generate
 from dcmdp_jax.rollout.sampling import Drawn

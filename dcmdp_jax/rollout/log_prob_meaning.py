@@ -35,8 +35,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models import decoder
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Sampling
 from dcmdp_jax.rollout import log_prob_readings
 from dcmdp_jax.rollout import sampling as draw

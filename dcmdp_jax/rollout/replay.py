@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models import decoder, inference
 from dcmdp_jax.models.cache import Cache
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Rollout, Weights
 from dcmdp_jax.rollout.decode import DecodeState
 from dcmdp_jax.rollout.generate import PREFILL_TOKENS

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from dcmdp_jax import sharding
-from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.models import decoder
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Sampling
 from dcmdp_jax.rollout import log_prob_meaning
 from dcmdp_jax.rollout.log_prob_meaning import Ids, Score, Verdict

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dcmdp_jax import sharding, stopping
-from dcmdp_jax.config import Config, ModelConfig
+from dcmdp_jax.config import Config
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.models import weights
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import NotFinite, Prompts, Rollout, Sampling
 from dcmdp_jax.rollout import log_prob_meaning, server_probe, temporary_weights
 from dcmdp_jax.rollout.http_client import BadReply, Call, Client, ServerError

@@ -12,9 +12,10 @@ from typing import IO, NamedTuple
 import jax
 
 from dcmdp_jax import data, seeds, sharding, sync
-from dcmdp_jax.config import Config, ModelConfig
+from dcmdp_jax.config import Config
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.models import decoder, weights
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Prompts
 from dcmdp_jax.rollout import servers
 from dcmdp_jax.seeds import Stream

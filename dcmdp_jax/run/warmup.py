@@ -18,10 +18,11 @@ import numpy as np
 import optax
 
 from dcmdp_jax import data, sharding
-from dcmdp_jax.config import Config, ModelConfig, WarmupConfig
+from dcmdp_jax.config import Config, WarmupConfig
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.models import decoder
 from dcmdp_jax.models.kernels import head
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.stopping import Interrupted
 from dcmdp_jax.tokens.tokenizer import Tokenizer
 

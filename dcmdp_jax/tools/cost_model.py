@@ -13,7 +13,8 @@ import math
 from typing import Any, NamedTuple
 
 from dcmdp_jax import sharding
-from dcmdp_jax.config import Config, ModelConfig, Precision, RolloutConfig
+from dcmdp_jax.config import Config, Precision, RolloutConfig
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.models.quantized import FORMATS
 
 

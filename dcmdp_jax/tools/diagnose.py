@@ -19,7 +19,8 @@ import jax
 import numpy as np
 
 from dcmdp_jax import constraint, seeds, sharding, sync, train_state
-from dcmdp_jax.config import Config, ModelConfig, Precision, RolloutConfig
+from dcmdp_jax.config import Config, Precision, RolloutConfig
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.models.quantized import Quantized
 from dcmdp_jax.records import Rollout, Weights
 from dcmdp_jax.rollout import jetstream

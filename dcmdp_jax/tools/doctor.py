@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dcmdp_jax import constraint, files
-from dcmdp_jax.config import Compute
 from dcmdp_jax.losses import corrections, tails
 from dcmdp_jax.models import weights
+from dcmdp_jax.models.model_config import Compute
 from dcmdp_jax.monitoring import gaps
 from dcmdp_jax.records import Sampling
 from dcmdp_jax.rollout import log_prob_meaning

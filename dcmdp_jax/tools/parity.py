@@ -18,9 +18,10 @@ import numpy as np
 
 from dcmdp_jax import constraint, files, seeds, sharding, train_state
 from dcmdp_jax.batches import check_rollout, make_sampler, sampling
-from dcmdp_jax.config import Calibrated, Config, ModelConfig, Precision
+from dcmdp_jax.config import Calibrated, Config, Precision
 from dcmdp_jax.losses import diagnostics
 from dcmdp_jax.models import scoring
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Rollout, Sampler, Scored
 from dcmdp_jax.report import tables
 from dcmdp_jax.run import checkpoint

@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from dcmdp_jax import compiled_step, files, sharding, step, sync, train_state
-from dcmdp_jax.config import Calibrated, Config, ModelConfig, with_tolerance
+from dcmdp_jax.config import Calibrated, Config, with_tolerance
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Batch
 from dcmdp_jax.rollout import generate
 from dcmdp_jax.rollout.jetstream import Engine

@@ -22,7 +22,6 @@ from functools import partial
 from dcmdp_jax import constraint, rewards
 from dcmdp_jax.config import (
     AlgorithmConfig,
-    Compute,
     Config,
     ConstraintConfig,
     DataConfig,
@@ -34,6 +33,7 @@ from dcmdp_jax.config import (
 )
 from dcmdp_jax.losses import advantages, corrections, policy, reduce
 from dcmdp_jax.models import sizes
+from dcmdp_jax.models.model_config import Compute
 
 BF16 = Precision(weights="bfloat16", embed="bfloat16", head="bfloat16")
 # one scale an output channel, one a token

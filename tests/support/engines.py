@@ -6,8 +6,9 @@ import jax
 import numpy as np
 
 from dcmdp_jax import sharding, sync
-from dcmdp_jax.config import ModelConfig, Precision
+from dcmdp_jax.config import Precision
 from dcmdp_jax.models import decoder
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Example, Prompts, Sampling
 from dcmdp_jax.rollout import jetstream
 from dcmdp_jax.rollout.generate import rollout

@@ -20,13 +20,13 @@ from dcmdp_jax.config import (
     ConstraintConfig,
     DataConfig,
     EvalConfig,
-    ModelConfig,
     ModelSource,
     Precision,
     RolloutConfig,
     WarmupConfig,
 )
 from dcmdp_jax.losses import advantages, corrections, policy, reduce
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.tasks import Chain
 
 CHAIN = Chain(operations=2)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models import decoder
+from dcmdp_jax.models.model_config import ModelConfig
 
 
 def random_params(

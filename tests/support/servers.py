@@ -14,8 +14,8 @@ import threading
 import jax
 import numpy as np
 
-from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models import decoder, weights
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.tokens import tokenizer
 from support.random_params import random_params
 

@@ -14,8 +14,9 @@ import pytest
 from jetstream.core.proto import jetstream_pb2, jetstream_pb2_grpc
 
 from dcmdp_jax import sharding, sync
-from dcmdp_jax.config import ModelConfig, Precision
+from dcmdp_jax.config import Precision
 from dcmdp_jax.models import decoder
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Sampling
 from dcmdp_jax.rollout.jetstream import Engine
 from dcmdp_jax.tokens import tokenizer

@@ -9,15 +9,14 @@ import numpy as np
 from dcmdp_jax import compiled_step, constraint, sharding, train_state
 from dcmdp_jax.config import (
     AlgorithmConfig,
-    Compute,
     Config,
     ConstraintConfig,
     DataConfig,
-    ModelConfig,
     ModelSource,
     RolloutConfig,
 )
 from dcmdp_jax.losses import advantages, corrections, policy, reduce
+from dcmdp_jax.models.model_config import Compute, ModelConfig
 from dcmdp_jax.records import Example, Prompts, Scored
 from dcmdp_jax.tokens import packing
 from support.random_params import random_params

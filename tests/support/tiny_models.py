@@ -1,6 +1,6 @@
 """A dense model and a mixture of experts that compile and run fast."""
 
-from dcmdp_jax.config import ModelConfig
+from dcmdp_jax.models.model_config import ModelConfig
 
 TINY = ModelConfig(
     vocab_size=256,

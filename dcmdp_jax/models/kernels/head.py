@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from dcmdp_jax import sharding
-from dcmdp_jax.config import ModelConfig
 from dcmdp_jax.models.kernels import tiles
 from dcmdp_jax.models.layers import compute_dtype
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.models.quantized import einsum
 
 TOKENS = ("rows", "positions")  # logical axes of [R, S]
