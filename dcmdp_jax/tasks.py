@@ -14,18 +14,17 @@ HELD_OUT_SHARE = 64  # one problem in 64 is held out
 
 
 class Task(Protocol):
-    """A family of problems that are addressed by number."""
+    """A family of problems that are addressed by number.
 
-    alphabet: str  # characters of prompts and solutions
+    A task for a model that brings no tokenizer has an `alphabet` too, and one that is warmed up on
+    has a `solution`, as `Chain` has both.
+    """
 
     def example(self, index: int, seed: int) -> Example:
         """Returns training problem `index` of stream `seed`; it is the same every time."""
 
     def held_out(self, count: int) -> list[Example]:
         """Returns a fixed list of distinct problems that `example` never returns."""
-
-    def solution(self, example: Example, rng: np.random.Generator) -> str:
-        """Returns an expert's completion of a problem, without the stop token."""
 
     def reward(self, example: Example, text: str) -> float:
         """Returns 1.0 for a right completion, else 0.0."""

@@ -253,7 +253,7 @@ FOLDER = {
         ),
         ("--algorithm.microbatches 3", "completions do not divide into"),
         ("--rollout.precision.group 7", "group"),
-        ("--warmup.steps 3", "warmup needs data.task"),
+        ("--warmup.steps 3", "warmup learns the solutions of data.task"),
         ("--seed -1", "seed=-1 must not be negative"),
         ("--rollout.staleness 99", "rollout.staleness=99 must be at most 16"),
     ],

@@ -75,10 +75,10 @@ def check(
             "algorithm.replay_routing replays the choices of a router, and this model is dense; "
             "leave it out"
         )
-    if config.warmup.steps and config.data.task is None:
+    if config.warmup.steps and not hasattr(config.data.task, "solution"):
         raise ValueError(
-            "warmup needs data.task: only a generated task has solutions to learn from; set "
-            "--warmup.steps 0"
+            "warmup learns the solutions of data.task, and there are none; give the task a method "
+            "solution(example, rng), or set --warmup.steps 0"
         )
     shapes = jax.eval_shape(partial(decoder.init, config=model), jax.random.key(0))
     sharding.param_shardings(decoder.logical_axes(model), mesh, sharding.TRAIN, shapes)
@@ -166,6 +166,6 @@ def read_tokenizer(config: Config) -> Tokenizer:
     """
     if config.model.tokenizer or config.model.folder:
         return tokenizers.load(config.model.tokenizer or config.model.folder, config.model.folder)
-    if config.data.task is None:
+    if not hasattr(config.data.task, "alphabet"):
         raise ValueError("model.tokenizer names no tokenizer; give --model.tokenizer DIR")
     return tokenizers.CharacterTokenizer(config.data.task.alphabet)
