@@ -106,6 +106,7 @@ def _loop(
             config = calibrate.run(config, inputs, workdir, state, batches)
             log.set_tolerance(config.constraint.tolerance)
         saved.save(state, prompt_state)
+        saved.wait()  # what cannot be saved ends the run before its first step
         update = compiled_step.compile_step(config, inputs.model_config, inputs.mesh)
         if int(state.step) < config.steps:
             processes.log0("compiling with the first step")

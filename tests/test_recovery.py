@@ -1,6 +1,7 @@
 """A step that fails: what is saved, what is said, and that the run goes on bit for bit."""
 
 import dataclasses
+import errno
 import functools
 import os
 import shutil
@@ -18,6 +19,24 @@ from dcmdp_jax.stopping import Failed
 from support.training import QUICKSTART, assert_same_run, command, dcmdp, rows, tiny, train
 
 pytestmark = pytest.mark.full
+
+# ------------------------------------------------------------ the checkpoint of the start
+
+
+def test_a_folder_that_holds_no_checkpoint_is_named_before_the_first_step(tmp_path, monkeypatch):
+    """As plain gcsfuse does, the file system renames files and no folders."""
+    rename = os.rename
+
+    def refuse_folders(source, target):
+        if os.path.isdir(source):
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported", source, None, target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse_folders)
+    with pytest.raises(OSError, match="cannot rename a folder .*; mount a bucket .*--workdir"):
+        train(tiny(**{"warmup.steps": 0}), tmp_path)
+    assert not rows(tmp_path)
+
 
 # ------------------------------------------------------------ numbers that are not finite
 

@@ -59,14 +59,30 @@ class Checkpoints:
         rest = {"data": prompt_state, "checksums": checksums(state)}
         rest |= {"checksum": _text_checksum(rest)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), rest=ocp.args.JsonSave(rest))
-        with self._full_disk_as_os_error():
+        with self._failure_as_os_error():
             self._manager.save(step, args=args)
 
+    def wait(self) -> None:
+        """Waits until the last `save` is on the disk. Raises OSError where it cannot be written."""
+        with self._failure_as_os_error():
+            self._manager.wait_until_finished()
+
     @contextlib.contextmanager
-    def _full_disk_as_os_error(self) -> Iterator[None]:
-        """Raises OSError where TensorStore raises ValueError because it cannot write a file."""
+    def _failure_as_os_error(self) -> Iterator[None]:
+        """Raises OSError where TensorStore raises ValueError because it cannot write a file, and
+        names the remedy where a checkpoint cannot be given its name.
+        """
         try:
             yield
+        except OSError as error:
+            if error.filename2 is None:  # not of a rename
+                raise
+            raise OSError(
+                f"{self._manager.directory} is on a file system that cannot rename a folder "
+                f"({error.strerror}), and so no checkpoint can be finished; mount a bucket with a "
+                "hierarchical namespace, or by gcsfuse --rename-dir-limit 200000, or give another "
+                "--workdir"
+            ) from error
         except ValueError as error:
             if "os_error_code" not in str(error):
                 raise
@@ -104,8 +120,7 @@ class Checkpoints:
     def close(self) -> None:
         """Waits until everything is on the disk. Raises OSError where it cannot be written."""
         try:
-            with self._full_disk_as_os_error():
-                self._manager.wait_until_finished()
+            self.wait()
         finally:
             self._manager.close()
 
