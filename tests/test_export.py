@@ -5,37 +5,57 @@ import numpy as np
 import pytest
 
 from dcmdp_jax.models import weights
-from support.training import QUICKSTART, dcmdp, tiny, train
+from dcmdp_jax.run import starting
+from dcmdp_jax.run.checkpoint import Checkpoints
+from dcmdp_jax.run.folder import write_config
+from dcmdp_jax.run.inputs import read_inputs
+from support.training import QUICKSTART, dcmdp, in_child, tiny
 
 pytestmark = pytest.mark.full
+POD = {
+    "model.architecture.num_experts": 8,
+    "model.architecture.experts_per_token": 2,
+    "model.architecture.expert_size": 8,
+    "mesh.expert": 8,
+    "rollout.devices": -1,
+    "rollout.mesh.fsdp": 8,
+    "rollout.staleness": 1,
+    "warmup.steps": 0,
+}
 
 
 @pytest.fixture(scope="module")
-def one_step(tmp_path_factory):
-    """The folder of a run of one step, and its state."""
+def converted(tmp_path_factory):
+    """What a run on eight devices starts from, and the folder that a process with one device makes
+    of its checkpoint.
+    """
     workdir = tmp_path_factory.mktemp("run")
-    return workdir, train(tiny(steps=1), workdir)
+    run = tiny(**POD)
+    inputs = read_inputs(run)
+    write_config(workdir, run)
+    state = starting.first_state(run, inputs, workdir, lambda: False)
+    checkpoints = Checkpoints(workdir, keep=1)
+    checkpoints.save(state, inputs.prompts.get_state())
+    checkpoints.close()
+    folder = workdir / "out"
+    in_child(["convert", QUICKSTART, str(folder), "--workdir", str(workdir)])
+    return state, folder
 
 
-def convert(workdir, out, *words):
-    return dcmdp(["convert", QUICKSTART, str(out), "--workdir", str(workdir), *words])
-
-
-def test_the_folder_brings_its_characters_along(one_step, tmp_path, capsys):
-    assert convert(one_step[0], tmp_path / "out") == 0
-    assert dcmdp(["generate", str(tmp_path / "out"), "3+5*2=", "--max-tokens", "4"]) == 0
-    assert "3+5*2=\n  -> " in capsys.readouterr().out
-
-
-def test_a_run_is_converted_where_its_meshes_do_not_fit(one_step, tmp_path):
-    """On one device, with eight that train over experts and four that sample by tensor."""
-    workdir, state = one_step
-    meshes = "--mesh.expert 8 --mesh.fsdp 2 --rollout.devices -1 --rollout.mesh.tensor 4"
-    assert convert(workdir, tmp_path / "out", *meshes.split()) == 0
-    _, params = weights.load(str(tmp_path / "out"))
+def test_a_run_of_eight_devices_is_converted_on_one(converted):
+    state, folder = converted
+    assert len(state.params["embed"].sharding.device_set) == 8
+    _, params = weights.load(str(folder))
     jax.tree.map(np.testing.assert_array_equal, params, state.params)
 
 
+def test_the_folder_brings_its_characters_along(converted, capsys):
+    _, folder = converted
+    assert dcmdp(["generate", str(folder), "3+5*2=", "--max-tokens", "4"]) == 0
+    assert "3+5*2=\n  -> " in capsys.readouterr().out
+
+
 def test_without_a_checkpoint_there_is_nothing_to_convert(tmp_path, capsys):
-    assert convert(tmp_path / "none", tmp_path / "out") == 2
+    command = ["convert", QUICKSTART, str(tmp_path / "out"), "--workdir", str(tmp_path / "none")]
+    assert dcmdp(command) == 2
     assert "holds no checkpoints; give the run's --workdir" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import math
 import pathlib
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -142,16 +142,23 @@ def _is_not_saving_error(record: logging.LogRecord) -> bool:
 
 
 def read(
-    workdir: pathlib.Path, like: TrainState, before: float = math.inf
+    workdir: pathlib.Path,
+    like: TrainState,
+    before: float = math.inf,
+    unread: Sequence[str] = ("opt_state",),
 ) -> tuple[TrainState, Any]:
     """Returns (state, state of the prompt iterator) of the newest intact checkpoint whose step is
     less than `before`; the run may be going on.
 
-    No file is changed; damaged checkpoints are named on stderr. The optimizer's state is not read:
-    `opt_state` is None. Raises NoReadableCheckpoint where there is no such checkpoint, or none fits
-    the model.
+    No file is changed; damaged checkpoints are named on stderr. Raises NoReadableCheckpoint where
+    there is no such checkpoint, or none fits the model.
+
+    Args:
+        like: shapes with the shardings that the state is to have.
+        unread: fields of the state that are left on the disk; they are None.
     """
-    like = like._replace(opt_state=jax.tree.map(lambda _: ocp.PLACEHOLDER, like.opt_state))
+    left = {name: getattr(like, name) for name in unread}
+    like = like._replace(**jax.tree.map(lambda _: ocp.PLACEHOLDER, left))
     numbers = [step for step in reversed(steps(workdir)) if step < before]
     if not numbers:
         raise NoReadableCheckpoint(f"{workdir} holds no checkpoints; give the run's --workdir")
@@ -260,9 +267,12 @@ def _read(folder: epath.Path, reader: ocp.CheckpointHandler, args: Any) -> tuple
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
         raise ValueError(f"{type(error).__name__}: {_first_line(error)[:REASON]}") from error
-    if any(leaf is ocp.PLACEHOLDER for leaf in jax.tree.leaves(state.opt_state)):
-        state = state._replace(opt_state=None)
-    return state, rest
+    unread = {
+        name: None
+        for name, part in state._asdict().items()
+        if any(leaf is ocp.PLACEHOLDER for leaf in jax.tree.leaves(part))
+    }
+    return state._replace(**unread), rest
 
 
 def _first_line(error: Exception) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 
 from dcmdp_jax import sharding, train_state
-from dcmdp_jax.config import Config, MeshConfig
-from dcmdp_jax.models import weights
+from dcmdp_jax.config import Config
+from dcmdp_jax.models import decoder, weights
 from dcmdp_jax.run import checkpoint, starting
 from dcmdp_jax.run.inputs import read_inputs, read_model, read_tokenizer
 from dcmdp_jax.tokens import tokenizer as tokenizers
@@ -19,11 +20,15 @@ from dcmdp_jax.tokens import tokenizer as tokenizers
 def export(config: Config, workdir: pathlib.Path, folder: str) -> int:
     """Writes the newest readable checkpoint of `workdir` to `folder`; returns its step.
 
-    Raises ValueError where there is no checkpoint.
+    The host's memory takes the parameters, whatever devices and meshes the run has. Raises
+    ValueError where there is no checkpoint.
     """
     model = read_model(config)
-    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
-    state, _ = checkpoint.read(workdir, train_state.abstract(config, model, mesh))
+    params = jax.eval_shape(partial(decoder.init, config=model), jax.random.key(0))
+    shapes = jax.eval_shape(partial(train_state.init, config), params)
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    like = sharding.abstract_arrays(shapes, jax.tree.map(lambda _: host, shapes))
+    state, _ = checkpoint.read(workdir, like, unread=("opt_state", "stale", "reference"))
     tokenizer = read_tokenizer(config)
     params = train_state.policy_params(state, config)
     weights.save(folder, model, params, token_ids=tokenizers.special_token_ids(tokenizer))
