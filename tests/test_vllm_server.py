@@ -7,7 +7,9 @@ import socket
 
 import pytest
 
-from benchmarks.engines import vllm_server
+from benchmarks.engines import gaps, process, vllm_server
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -37,16 +39,20 @@ def test_a_server_that_ended_is_not_ready_though_its_port_answers(program, tmp_p
             return True
         return False
 
-    monkeypatch.setattr(vllm_server, "answers", answers)
+    monkeypatch.setattr(process, "answers", answers)
     with pytest.raises(RuntimeError, match="vLLM ended with status 3:"):
         vllm_server.Server(tmp_path, log=log, seconds=60)
 
 
+def recorded_gaps():
+    """Returns the rows of gaps.csv."""
+    with (REPOSITORY / "benchmarks" / "engines" / "gaps.csv").open() as table:
+        return [list(row.values()) for row in csv.DictReader(table)]
+
+
 def test_the_table_of_the_docs_is_the_recorded_one():
-    repository = pathlib.Path(__file__).parents[1]
-    with (repository / "benchmarks" / "engines" / "gaps.csv").open() as table:
-        recorded = [list(row.values()) for row in csv.DictReader(table)]
-    page = (repository / "docs" / "engine.md").read_text().split("\n## A real engine\n")[1]
+    recorded = recorded_gaps()
+    page = (REPOSITORY / "docs" / "engine.md").read_text().split("\n## A real engine\n")[1]
     lines = [line for line in page.split("\n## ")[0].splitlines() if line.startswith("| ")][1:]
     assert len(recorded) == len(lines) == 11
     for (engine, form, _, delta, error, *rest, clipped), line in zip(recorded, lines):
@@ -54,3 +60,8 @@ def test_the_table_of_the_docs_is_the_recorded_one():
         clipped = "0" if clipped == "0.00%" else clipped.replace("%", " %")
         cells = [engine, form, f"{delta} ± {error}", *rest, clipped]
         assert line == f"| {' | '.join(cells)} |"
+
+
+def test_the_table_of_the_readme_is_the_recorded_one():
+    deltas = {(engine, form): delta for engine, form, _, delta, *_ in recorded_gaps()}
+    assert gaps.summary(deltas) in (REPOSITORY / "README.md").read_text()

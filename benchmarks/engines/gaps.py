@@ -6,7 +6,7 @@ prints a table and writes FILE, by default benchmarks/engines/gaps.csv. The mode
 by default that of experiments/laptop/real_engine.py after its warm-up. The library's own engine
 comes in several formats, then vLLM on the CPU (install_vllm.sh), a server for each of its formats.
 Every token that an engine samples is scored again by the trainer, as `dcmdp parity` does. A format
-that this vLLM does not serve has no figures.
+that this vLLM does not serve has no figures. The README's table is printed last.
 """
 
 from __future__ import annotations
@@ -58,6 +58,19 @@ HEAD = (
     "outside a clip of 0.2",
 )
 
+COLUMNS = ("float32", "bfloat16", "int8", "fp8", "int4")  # of the README's table
+SUMMARY: dict[str, tuple[str, ...]] = {  # its rows: the engine, and the format in each column
+    "this library, weights": (
+        *("this library", "float32", "bfloat16 weights"),
+        *("int8 weights", "fp8 weights", "int4 weights"),
+    ),
+    "this library, cache too": (
+        *("this library", "", "bfloat16 weights, embedding, head, norms, cache"),
+        *("", "fp8 weights, activations, cache", ""),
+    ),
+    "vLLM (fp8: cache)": ("vLLM", "float32", "bfloat16", "", "bfloat16, fp8 cache", ""),
+}
+
 
 def main() -> None:
     vllm_server.stop_servers_on_sigterm()
@@ -79,10 +92,26 @@ def main() -> None:
         table = csv.writer(out, lineterminator="\n")
         table.writerow(HEAD)
         print(*HEAD, sep=" | ")
+        deltas = {}
         for row in rows(config, inputs, weights, args.batches):
             table.writerow(row)
             out.flush()
             print(*row, sep=" | ", flush=True)
+            deltas[row[:2]] = row[HEAD.index("mean delta")]
+    print(summary(deltas))
+
+
+def summary(deltas: dict[tuple[str, ...], str]) -> str:
+    """Returns the README's table, from the mean delta of each engine and format."""
+    lines = [("mean delta", *COLUMNS)]
+    for name, (engine, *formats) in SUMMARY.items():
+        lines.append((name, *(_cell(deltas.get((engine, form), "")) for form in formats)))
+    head, *body = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([head, "|" + "---|" * len(lines[0]), *body])
+
+
+def _cell(delta: str) -> str:
+    return f"{float(delta):.1e}".replace("e-0", "e-") if delta else ""
 
 
 def rows(

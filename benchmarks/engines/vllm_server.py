@@ -21,11 +21,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 
+from benchmarks.engines.process import ServerProcess, free_port
 from dcmdp_jax.config import Config, WarmupConfig
 from dcmdp_jax.experiment import run_file
 from dcmdp_jax.run.export import warm_start
@@ -36,8 +34,8 @@ PYTHON = ENVIRONMENT / "bin" / "python"
 MISSING = f"{ENVIRONMENT} holds no vLLM; install it: bash benchmarks/engines/install_vllm.sh"
 
 
-class Server:
-    """A server that is ready at `url` until `stop`, or the end of a `with` statement."""
+class Server(ServerProcess):
+    """A vLLM server that is ready at `url` until `stop`, or the end of a `with` statement."""
 
     def __init__(
         self,
@@ -67,57 +65,17 @@ class Server:
                 f"another program listens on port {port}, which requests would reach instead of "
                 "this vLLM; end it, or choose another port (--port)"
             )
-        self.port = port or free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        port = port or free_port()
         command = [
             *(str(PYTHON), "-m", "vllm.entrypoints.openai.api_server"),
             *("--model", str(pathlib.Path(folder).resolve()), "--served-model-name", "policy"),
-            *("--host", "127.0.0.1", "--port", str(self.port)),
+            *("--host", "127.0.0.1", "--port", str(port)),
             *("--max-model-len", "512", "--max-num-seqs", "128"),
             *("--logprobs-mode", "processed_logprobs", "--no-enable-prefix-caching"),
             *("--generation-config", "vllm", "--skip-tokenizer-init", "--enforce-eager"),
             *options,
         ]
-        with log.open("a") as out:
-            self.process = subprocess.Popen(
-                command,
-                env=environment(),
-                cwd=log.parent,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # so that `stop` reaches the engine's process too
-            )
-        try:
-            self._await(log, seconds)
-        except BaseException:
-            self.stop()
-            raise
-
-    def _await(self, log: pathlib.Path, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while True:
-            ready = answers(self.url)
-            if self.process.poll() is not None:
-                tail = "\n".join(log.read_text().splitlines()[-20:])
-                raise RuntimeError(f"vLLM ended with status {self.process.returncode}:\n{tail}")
-            if ready:
-                return
-            if time.monotonic() > end:
-                raise RuntimeError(f"vLLM is not ready after {seconds:.0f} s; its log is {log}")
-            time.sleep(0.2)
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Ends the server and its engine at once, as a crash would."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        super().__init__("vLLM", command, port, env=environment(), log=log, seconds=seconds)
 
 
 def environment() -> dict[str, str]:
@@ -133,26 +91,11 @@ def environment() -> dict[str, str]:
     }
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def is_taken(port: int) -> bool:
     """Returns True if a program of this machine listens on the port."""
     with socket.socket() as connection:
         connection.settimeout(5)
         return connection.connect_ex(("127.0.0.1", port)) == 0
-
-
-def answers(url: str) -> bool:
-    """Returns True if the server at `url` is ready."""
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as reply:
-            return reply.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def random_model(config: Config, folder: pathlib.Path) -> pathlib.Path:
