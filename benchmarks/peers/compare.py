@@ -1,8 +1,10 @@
 """This package beside its peers, interleaved: `PEERS=FOLDER python -m benchmarks.peers.compare [T1
 T2 T3 T4] [--workload W1]`.
 
-Prints CPU seconds of each, those of the quickest peer over ours, and how far the log-probs (T2: the
-loss) lie from the harness's float64. PEERS names the folder of the harness, see `run_ours.py`.
+Prints CPU seconds of each, those of the quickest peer over ours, and how far its log-probs (T2: its
+loss) lie from the harness's float64. PEERS names the folder of the harness, see `run_ours.py`;
+vLLM runs in the environment that `benchmarks/engines/install_vllm.sh` makes. What is not installed
+has no result.
 """
 
 from __future__ import annotations
@@ -15,11 +17,14 @@ import subprocess
 import sys
 import tempfile
 
+from benchmarks.engines import vllm_server
+
+VLLM = f"vllm={vllm_server.PYTHON}:run_vllm.py"  # its name, and what runs it
 PEERS = {
     "T1": ("tunix", "torch:plain"),
     "T2": ("tunix", "torch"),
-    "T3": ("tunix", "llama"),
-    "T4": ("torch:cb", "llama"),
+    "T3": ("tunix", "llama", VLLM),
+    "T4": ("torch:cb", "llama", VLLM),
 }
 WORKLOADS = {
     "T1": ("W1", "W2", "W3"),
@@ -92,6 +97,7 @@ def measured(folder: pathlib.Path, workload: str, task: str, rounds: int, cpu: s
                 f"ours={sys.executable}:{script}",
             ],
             cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": cpu},
             stdout=subprocess.DEVNULL,
         )
         if run.returncode or not out.exists():
@@ -111,16 +117,22 @@ def line(workload: str, task: str, results: list[dict]) -> str:
             "has the reason"
         )
     others = {label: s for label, s in seconds.items() if label != "ours"}
-    failed = [peer for peer in PEERS[task] if peer not in others]
-    digest = next(r for r in results if r["label"] == "ours").get("digest", {})
-    errors = [f"{name} {digest[name]:.1e}" for name in ERRORS if name in digest]
-    shown = (
-        [f"{label} {s:.3f} s" for label, s in seconds.items()]
-        + [f"{peer} no result" for peer in failed]
-        + errors
-    )
+    names = [peer.split("=")[0] for peer in PEERS[task]]
+    failed = [name for name in names if name not in others]
+    shown = [
+        f"{result['label']} {result['cpu_median_s']:.3f} s{error(result)}"
+        for result in results
+        if "cpu_median_s" in result
+    ] + [f"{name} no result" for name in failed]
     ratio = f"{min(others.values()) / seconds['ours']:.2f}x the quickest peer; " if others else ""
     return f"peers    {workload} {task}: {ratio}{', '.join(shown)}"
+
+
+def error(result: dict) -> str:
+    """Returns how far a peer's numbers lie from the harness's float64, in brackets."""
+    digest = result.get("digest", {})
+    found = [f"{digest[name]:.1e}" for name in ERRORS if name in digest]
+    return f" (within {found[0]})" if found else ""
 
 
 if __name__ == "__main__":
