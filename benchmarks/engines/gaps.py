@@ -4,9 +4,10 @@
 
 prints a table and writes FILE, by default benchmarks/engines/gaps.csv. The model is that of FOLDER,
 by default that of experiments/laptop/real_engine.py after its warm-up. The library's own engine
-comes in several formats, then vLLM on the CPU (install_vllm.sh), a server for each of its formats.
-Every token that an engine samples is scored again by the trainer, as `dcmdp parity` does. A format
-that this vLLM does not serve has no figures. The README's table is printed last.
+comes in several formats, then vLLM and llama.cpp on the CPU (install_vllm.sh,
+install_llama_cpp.sh), a server for each of their formats. Every token that an engine samples is
+scored again by the trainer, as `dcmdp parity` does. A format that is not served has no figures. The
+README's table is printed last.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import functools
 import pathlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from benchmarks.engines import vllm_server
+from benchmarks.engines import llama_cpp_server, vllm_server
+from benchmarks.engines.process import ServerProcess
 from dcmdp_jax.config import Config, ModelSource, Precision, WarmupConfig
+from dcmdp_jax.models import weights as model_files
 from dcmdp_jax.run.inputs import Inputs, read_inputs
+from dcmdp_jax.tokens import tokenizer as tokenizers
 from dcmdp_jax.tools import parity
 
 HERE = pathlib.Path(__file__).parent
@@ -45,6 +50,12 @@ VLLM = {  # words of its command line
     "bfloat16": ("--dtype", "bfloat16"),
     "bfloat16, fp8 cache": ("--dtype", "bfloat16", "--kv-cache-dtype", "fp8_e4m3"),
     # Online int8 touches experts alone, and online fp8 weights make 64 tokens a second here.
+}
+LLAMA_CPP = {  # words of serve_gguf.py's command line; llama.cpp's own cache is f16
+    "float32": ("--cache", "f32"),
+    "float32, f16 cache": ("--cache", "f16"),
+    "Q8_0 weights, f16 cache": ("--weights", "Q8_0", "--cache", "f16"),
+    "Q4_0 weights, f16 cache": ("--weights", "Q4_0", "--cache", "f16"),
 }
 HEAD = (
     "engine",
@@ -122,8 +133,16 @@ def rows(
         sampled = with_rollout(config, precision=precision)
         found = parity.measure(sampled, inputs, weights, batches)
         yield "this library", name, *figures(found)
-    for name, words in VLLM.items():
-        yield "vLLM", name, *served(config, inputs, weights, batches, words)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = pathlib.Path(scratch, "model")
+        token_ids = tokenizers.special_token_ids(inputs.tokenizer)
+        model_files.save(folder, inputs.model_config, weights.params, token_ids=token_ids)
+        for name, words in VLLM.items():
+            start = functools.partial(vllm_server.Server, folder, words)
+            yield "vLLM", name, *served(config, inputs, weights, batches, start)
+        for name, words in LLAMA_CPP.items():
+            start = functools.partial(llama_cpp_server.Server, folder, words)
+            yield "llama.cpp", name, *served(config, inputs, weights, batches, start)
 
 
 def with_rollout(config: Config, **changes) -> Config:
@@ -135,14 +154,14 @@ def served(
     inputs: Inputs,
     weights: parity.TrainerWeights,
     batches: int,
-    words: tuple[str, ...],
+    start: Callable[..., ServerProcess],
 ) -> tuple[str, ...]:
-    """Returns the figures of vLLM started with `words`; empty ones if it does not start."""
+    """Returns the figures of the server that `start(log=FILE)` starts; empty ones if it does not
+    start.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        folder = vllm_server.random_model(config, pathlib.Path(scratch))
-        log = pathlib.Path(scratch, "vllm.log")
         try:
-            server = vllm_server.Server(folder, words, log=log)
+            server = start(log=pathlib.Path(scratch, "server.log"))
         except RuntimeError as error:
             print(error, flush=True)
             return ("",) * (len(HEAD) - 2)
