@@ -9,7 +9,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt  # noqa: E402
-from tables import last, read  # noqa: E402
+from tables import last, read, tolerances  # noqa: E402
 
 from dcmdp_jax.evaluation import intervals  # noqa: E402
 
@@ -50,6 +50,7 @@ def write(folder: pathlib.Path, out: pathlib.Path) -> None:
         ("multiplier", draw_multiplier),
         ("tolerance", draw_tolerance),
         ("mismatch", draw_mismatch),
+        ("fp8_cache", draw_fp8_cache),
     ):
         figure = draw(folder)
         figure.savefig(out / f"{name}.svg", metadata={"Date": None})
@@ -177,6 +178,39 @@ def draw_mismatch(folder):
     axis.set_xscale("log")
     axis.set_xlabel("mean delta at the first step (none: 1e-8)")
     finish(axis, legend=False)
+    return figure
+
+
+def draw_fp8_cache(folder):
+    """Pass rate, delta and lambda with vLLM and its fp8 cache: each seed, and the means."""
+    arms = read(folder, "fp8_cache")
+    colors = {"exact": INK, "grpo": TRAINER, "dcgrpo": ENGINE}
+    names = {"exact": "no mismatch", "grpo": "GRPO", "dcgrpo": "DC-GRPO"}
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
+    for axis, measure, shown, title in zip(
+        axes,
+        ("reward_eval_infer", "delta_mean", "multiplier"),
+        (("exact", "grpo", "dcgrpo"), ("grpo", "dcgrpo"), ("dcgrpo",)),
+        ("held-out pass rate of the engine's policy", "delta", "lambda"),
+        strict=True,
+    ):
+        for arm in shown:
+            courses = [[row[measure] for row in rows] for rows in arms[arm].values()]
+            steps = [row["step"] for row in arms[arm][0]]
+            for course in courses:
+                axis.plot(steps, course, color=colors[arm], lw=0.8, alpha=0.45)
+            means = [statistics.fmean(values) for values in zip(*courses, strict=True)]
+            axis.plot(steps, means, color=colors[arm], lw=2, label=names[arm])
+        axis.set_xlabel("step")
+        axis.set_title(title, fontsize=10)
+    for number, tolerance in enumerate(tolerances(folder, "fp8_cache").values()):
+        label = None if number else "tolerance of a seed"
+        axes[1].axhline(tolerance, color=ENGINE, lw=0.8, ls="--", label=label, zorder=0)
+    axes[0].set_ylim(0, 1)
+    axes[1].set_ylim(bottom=0)
+    axes[2].set_ylim(bottom=0)
+    axes[0].legend(frameon=False, loc="lower right")
+    axes[1].legend(frameon=False, loc="lower left")
     return figure
 
 

@@ -334,6 +334,47 @@ def courses(folder: pathlib.Path, study: str) -> str:
     return markdown(head, rows)
 
 
+def served(folder: pathlib.Path, study: str) -> str:
+    """A study's arms through a server, where the trainer's policy is not evaluated."""
+    arms_ = read(folder, study)
+    place = HEAD.index("trainer")
+    rows = []
+    for name, runs in arms_.items():
+        cells = line(name, runs, arms_.get("grpo"))
+        first = statistics.fmean(course[0]["delta_mean"] for course in runs.values())
+        rows.append((*cells[:place], *cells[place + 1 :], f"{first:.2g}"))
+    return markdown((*HEAD[:place], *HEAD[place + 1 :], "delta at step 1"), rows)
+
+
+def tolerances(folder: pathlib.Path, study: str) -> dict[int, float]:
+    """The tolerance that each seed of a study's arm `dcgrpo` measured at its start."""
+    with (folder / "tolerances.csv").open() as lines:
+        return {
+            int(row["seed"]): float(row["tolerance"])
+            for row in csv.DictReader(lines)
+            if (row["study"], row["arm"]) == (study, "dcgrpo")
+        }
+
+
+def duals(folder: pathlib.Path, study: str) -> str:
+    """Delta over its tolerance, and lambda, at each evaluation of the arm `dcgrpo`."""
+    runs = read(folder, study)["dcgrpo"]
+    limits = tolerances(folder, study)
+    steps = [f"{row['step']:.0f}" for row in next(iter(runs.values()))]
+    head = ("seed", "tolerance", *(f"delta / tolerance, {steps[0]}", *steps[1:]))
+    head = (*head, *(f"lambda, {steps[0]}", *steps[1:]))
+    rows = [
+        (
+            str(seed),
+            f"{limits[seed]:.3g}",
+            *(f"{row['delta_mean'] / limits[seed]:.2f}" for row in course),
+            *(f"{row['multiplier']:.3f}" for row in course),
+        )
+        for seed, course in runs.items()
+    ]
+    return markdown(head, rows)
+
+
 def every(folder: pathlib.Path) -> dict[str, str]:
     """All tables by name; a study that has left none is missing."""
     plans = {
@@ -360,6 +401,8 @@ def every(folder: pathlib.Path) -> dict[str, str]:
         "sgd": lambda: arms(read(folder, "sgd")),
         "long": lambda: arms(read(folder, "long")),
         "real_engine": lambda: courses(folder, "real_engine"),
+        "fp8_cache": lambda: served(folder, "fp8_cache"),
+        "fp8_cache, dual": lambda: duals(folder, "fp8_cache"),
     }
     needs = {
         "arms at 3e-4": "main",
@@ -368,6 +411,7 @@ def every(folder: pathlib.Path) -> dict[str, str]:
         "room": "shares",
         "shares, harmed": "shares",
         "confirmed": "confirm",
+        "fp8_cache, dual": "tolerances",
         **{name: "directions" for name in plans if name.startswith(("int4, ", "fp8, "))},
     }
     return {
