@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax import sharding, step, train_state
+from dcmdp_jax import entropy_bonus, sharding, step, train_state
 from dcmdp_jax.config import Config
 from dcmdp_jax.losses._separable import is_separable
 from dcmdp_jax.models.model_config import ModelConfig
@@ -33,11 +33,16 @@ def in_one_pass(config: Config) -> bool:
     """True if one forward pass can both score a batch and update from it.
 
     The batch must make a single update, from the weights that sampled it. It must be a single
-    microbatch, or loss and shaping must be declared separable over microbatches.
+    microbatch, or loss and shaping must be declared separable over microbatches. Its rewards must
+    not depend on log-probs.
     """
     shaping = config.constraint.shaping
     separable = step.is_separable_loss(config) and (shaping is None or is_separable(shaping))
-    return step.updates_once(config) and (config.algorithm.microbatches == 1 or separable)
+    return (
+        step.updates_once(config)
+        and not config.algorithm.reference_in_reward
+        and (config.algorithm.microbatches == 1 or separable)
+    )
 
 
 def one_pass_step(
@@ -49,6 +54,7 @@ def one_pass_step(
     others are set to 0, which is allowed because `in_one_pass` holds.
     """
     multiplier = state.dual.multiplier
+    alpha = entropy_bonus.coefficient(config.algorithm, state.entropy_dual)
     advantage = step.group_advantage(batch, config)
     ref_logp = step.score_reference(state, batch, config, model)
     loss = partial(
@@ -62,11 +68,22 @@ def one_pass_step(
     only = jax.tree.map(lambda x: x[0], batch)
     logp_of_others = jnp.zeros_like(only.rollout_logp)
     grads, logp, entropy = step.backpropagate(
-        state.params, state.frozen, only, logp_of_others, loss, config, model, entropy=True
+        state.params,
+        state.frozen,
+        only,
+        logp_of_others,
+        loss,
+        config,
+        model,
+        entropy=True,
+        slope=entropy_bonus.slope(config.algorithm, alpha, only.mask),
     )
     learner = step.Learner(state.params, state.opt_state, state.skipped)
     value = loss(logp)
-    learner, norm = step.apply_update(learner, value, grads, config)
+    if alpha is not None:
+        value -= entropy_bonus.value(config.algorithm, alpha, entropy, only.mask)
+    scale = step.update_scale(state, logp[None], batch, config)
+    learner, norm = step.apply_update(learner, value, grads, config, scale)
 
     old_logp = logp[None]
     entropy = entropy[None]
@@ -76,7 +93,9 @@ def one_pass_step(
     minibatch = _only(batch, old_logp, ref_logp, shaped)
     metrics |= step.update_metrics(value, norm, logp, minibatch, config)
     metrics["skipped"] = learner.skipped
-    return step.next_state(state, learner, dual), metrics | dual_metrics
+    metrics |= step.option_metrics(batch, old_logp, ref_logp, alpha, scale)
+    new = step.next_state(state, learner, dual, batch, entropy, config)
+    return new, metrics | dual_metrics
 
 
 def on_policy_loss(

@@ -143,9 +143,24 @@ class AlgorithmConfig:
     # (logp, old_logp, rollout_logp, advantage, mask) -> loss [N, T], denominator mask [N, T]
     surrogate: Callable
     reduce: Callable  # (loss, mask) -> scalar, linear in the loss
-    # (logp, ref_logp, mask) -> [N, T], reduced over the mask and added to the loss: for example
-    # losses.kl.k3; ref_logp is scored with the run's starting weights. None: no reference
+    # (logp, ref_logp, mask) or (logp, old_logp, ref_logp, mask) -> [N, T], reduced over the mask
+    # and added to the loss: any of losses.kl. None: no reference policy
     reference_penalty: Callable | None = None
+    reference_coefficient: float = 1.0  # times the penalty
+    # the penalty's sum over a completion is taken from its reward before the advantage, without a
+    # gradient, and is not added to the loss
+    reference_in_reward: bool = False
+    reference_folder: str = ""  # the reference's weights; empty: those that the run starts with
+    # (what is trained of the reference, of the policy, steps taken) -> that of the reference after
+    # a step: reference.ema(0.99), reference.reset_every(100). None: the reference stays as it is
+    reference_update: Callable | None = None
+    # times the mean entropy of the policy, taken from the loss; with entropy_target where it starts
+    entropy_coefficient: float = 0.0
+    # nats per token: the coefficient rises by entropy_lr times what the entropy lacks, and falls
+    # where it is above; 0: the coefficient is constant
+    entropy_target: float = 0.0
+    entropy_lr: float = 0.01
+    entropy_coefficient_max: float = 0.1
     # (AlgorithmConfig) -> optax.GradientTransformation; None: optimizers.adamw
     optimizer: Callable | None = None
     minibatches: int = 1  # M optimizer updates per rollout batch and epoch
@@ -156,6 +171,12 @@ class AlgorithmConfig:
     replay_routing: bool = False
     learning_rate: float = 1e-6
     lr_warmup_steps: int = 0
+    # (updates made) -> factor of the learning rate: any optax schedule, such as
+    # optax.cosine_decay_schedule(1.0, 1000). None: 1
+    schedule: Callable | None = None
+    # (old_logp, rollout_logp, mask, steps taken) -> scalar that multiplies the step's updates, so
+    # that the learning rate follows what the batch shows. None: 1
+    update_scale: Callable | None = None
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.0
@@ -265,6 +286,11 @@ _RANGES: dict[str, tuple[float, float]] = {
     "algorithm.microbatches": (1, 2**20),
     "algorithm.epochs": (1, 2**20),
     "algorithm.row_length": (0, 2**24),
+    "algorithm.reference_coefficient": (0, limits.MAX_FLOAT),
+    "algorithm.entropy_coefficient": (0, limits.MAX_FLOAT),
+    "algorithm.entropy_target": (0, limits.MAX_FLOAT),
+    "algorithm.entropy_lr": (0, limits.MAX_FLOAT),
+    "algorithm.entropy_coefficient_max": (0, limits.MAX_FLOAT),
     "algorithm.learning_rate": (0, limits.MAX_FLOAT),
     "algorithm.lr_warmup_steps": (0, 2**30),
     "algorithm.weight_decay": (0, limits.MAX_FLOAT),
@@ -308,6 +334,12 @@ def _validate(config: Config) -> None:
     for name, value in (("beta1", algorithm.beta1), ("beta2", algorithm.beta2)):
         if not 0 <= value < 1:
             raise ValueError(f"algorithm.{name}={value} must lie in [0, 1)")
+    _check_regularisers(algorithm)
+    if algorithm.reference_folder and config.model.trainable:
+        raise ValueError(
+            "algorithm.reference_folder holds all parameters, and model.trainable trains others, "
+            "of which a reference is kept; leave one of the two out"
+        )
     completions = data.prompts_per_step * rollout.samples
     parts = algorithm.minibatches * algorithm.microbatches
     if completions % parts:
@@ -385,6 +417,28 @@ def _validate(config: Config) -> None:
     if not (data.path or data.task):
         raise ValueError(
             "data.path names no file and the experiment has no data.task; give --data.path FILE"
+        )
+
+
+def _check_regularisers(algorithm: AlgorithmConfig) -> None:
+    """Raises ValueError on options of a reference policy or an entropy bonus that are not read."""
+    options = {
+        "reference_coefficient": algorithm.reference_coefficient != 1.0,
+        "reference_in_reward": algorithm.reference_in_reward,
+        "reference_folder": algorithm.reference_folder,
+        "reference_update": algorithm.reference_update,
+    }
+    given = [name for name, is_set in options.items() if is_set]
+    if given and algorithm.reference_penalty is None:
+        raise ValueError(
+            f"algorithm.{given[0]} needs algorithm.reference_penalty, such as losses.kl.k3; set "
+            f"it, or leave algorithm.{given[0]} out"
+        )
+    start = algorithm.entropy_coefficient
+    if algorithm.entropy_target and start > algorithm.entropy_coefficient_max:
+        raise ValueError(
+            f"algorithm.entropy_coefficient={start}, where the coefficient starts, is more than "
+            f"algorithm.entropy_coefficient_max={algorithm.entropy_coefficient_max}"
         )
 
 

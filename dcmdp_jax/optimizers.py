@@ -7,6 +7,7 @@ them, and leaves out updates that are not finite.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +18,9 @@ from dcmdp_jax.config import AlgorithmConfig
 from dcmdp_jax.models import decoder
 
 OptState = Any
+Mask = Callable[[Any], Any]  # (params) -> the same tree of booleans
+# What `matrices` leaves out; a bias is named after its projection.
+NOT_MATRICES = ("embed", "head", "final_norm", "scale")
 
 
 def from_config(config: AlgorithmConfig) -> optax.GradientTransformation:
@@ -24,28 +28,35 @@ def from_config(config: AlgorithmConfig) -> optax.GradientTransformation:
     return (config.optimizer or adamw)(config)
 
 
-def adamw(config: AlgorithmConfig) -> optax.GradientTransformation:
+def adamw(config: AlgorithmConfig, *, mask: Mask | None = None) -> optax.GradientTransformation:
     """AdamW (arXiv 1711.05101).
 
     m <- beta1 m + (1 - beta1) g,    v <- beta2 v + (1 - beta2) g^2
     w <- w - rate (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + 1e-8) + weight_decay w)
+
+    Args:
+        mask: says which parameters decay, such as `matrices`; None: all of them.
     """
     return optax.adamw(
-        learning_rate(config), config.beta1, config.beta2, weight_decay=config.weight_decay
+        learning_rate(config),
+        config.beta1,
+        config.beta2,
+        weight_decay=config.weight_decay,
+        mask=mask,
     )
 
 
-def sgd(config: AlgorithmConfig) -> optax.GradientTransformation:
+def sgd(config: AlgorithmConfig, *, mask: Mask | None = None) -> optax.GradientTransformation:
     """Stochastic gradient descent with heavy-ball momentum.
 
     m <- beta1 m + g,    w <- w - rate (m + weight_decay w)
 
     There are no second moments, so an update is linear in the gradients. beta2 is not used. A rate
-    that suits AdamW is far too small here.
+    that suits AdamW is far too small here. `mask` as in `adamw`.
     """
     return optax.chain(
         optax.trace(config.beta1),
-        optax.add_decayed_weights(config.weight_decay),
+        optax.add_decayed_weights(config.weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
 
@@ -89,13 +100,28 @@ def muon_dimensions(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
+def matrices(params: Any) -> Any:
+    """Returns the tree of `params` with False for scales of norms, biases, embedding and head, and
+    True for the others: a mask of what decays.
+
+    For example `optimizer=functools.partial(optimizers.adamw, mask=optimizers.matrices)`.
+    """
+
+    def is_matrix(path: tuple, _: Any) -> bool:
+        names = [str(getattr(key, "key", "")) for key in path]
+        return not any(name in NOT_MATRICES or name.endswith("_bias") for name in names)
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
 def learning_rate(config: AlgorithmConfig) -> optax.Schedule:
     """Returns the schedule of the optimizers here: a linear rise over the first `lr_warmup_steps`
-    updates, then constant.
+    updates, then constant; times `schedule`, if the experiment has one.
     """
 
     def rate(count):
-        return config.learning_rate * jnp.minimum(1.0, (count + 1) / (config.lr_warmup_steps + 1))
+        rate = config.learning_rate * jnp.minimum(1.0, (count + 1) / (config.lr_warmup_steps + 1))
+        return rate * config.schedule(count) if config.schedule else rate
 
     return rate
 

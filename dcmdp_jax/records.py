@@ -29,7 +29,7 @@ Log-probs of the sampled tokens, in nats
     logp            the trainer's, differentiated
     old_logp        the trainer's with the parameters from before the update
     rollout_logp    the sampler's; in a `Rollout` of the distribution that was drawn from
-    ref_logp        the reference policy's: the run's starting parameters
+    ref_logp        the reference policy's: by default the run's starting parameters
     support mass    the probability of the tokens that top-k, top-p and min-p leave to draw from
 
 The constraint
@@ -250,4 +250,5 @@ class TrainState(NamedTuple):
     skipped: Any  # [] int32, updates left out because their loss or gradient was not finite
     stale: tuple[Any, ...]  # `params` of the last `rollout.staleness` steps, oldest first
     frozen: Any = ()  # the decoder's starting parameters, if `ModelSource.trainable` is set
-    reference: Any = ()  # the same, if `AlgorithmConfig.reference_penalty` is set
+    reference: Any = ()  # `params` of the reference policy, if there is a reference penalty
+    entropy_dual: Any = ()  # as `dual`, of the entropy bonus, if it has a target

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dcmdp_jax import constraint, optimizers, train_state
+from dcmdp_jax import constraint, entropy_bonus, optimizers, reference, train_state
 from dcmdp_jax.config import Config
 from dcmdp_jax.losses import diagnostics, kl, reduce
 from dcmdp_jax.losses._separable import is_separable
@@ -54,21 +54,25 @@ def constrained_step(
     left out and counted.
     """
     multiplier = state.dual.multiplier
+    alpha = entropy_bonus.coefficient(config.algorithm, state.entropy_dual)
 
     # Score: log-probs at the weights that sampled the batch, and the reference's.
     old_logp, entropy = score(train_state.sampled_from(state, config)[0], batch, config, model)
     ref_logp = score_reference(state, batch, config, model)
 
     # Shape: A' = A - lambda delta, or whatever `constraint.shaping` makes of it.
-    advantage = group_advantage(batch, config)
+    charged = charge_reference(batch, old_logp, ref_logp, config)
+    advantage = group_advantage(charged, config)
     shaped = shaped_advantage(advantage, old_logp, batch, multiplier, config)
 
     # Loss, gradients, update.
+    scale = update_scale(state, old_logp, batch, config)
+
     def update(learner: Learner, minibatch: Minibatch) -> tuple[Learner, Metrics]:
         loss, grads, logp = gradients(
-            learner.params, state.frozen, minibatch, multiplier, config, model
+            learner.params, state.frozen, minibatch, multiplier, config, model, alpha
         )
-        learner, norm = apply_update(learner, loss, grads, config)
+        learner, norm = apply_update(learner, loss, grads, config, scale)
         return learner, update_metrics(loss, norm, logp, minibatch, config)
 
     def epoch(learner: Learner, _: None) -> tuple[Learner, Metrics]:
@@ -82,8 +86,9 @@ def constrained_step(
 
     metrics = batch_metrics(batch, advantage, shaped, old_logp, entropy)
     metrics |= jax.tree.map(jnp.mean, updates) | {"skipped": learner.skipped}
+    metrics |= option_metrics(batch, old_logp, ref_logp, alpha, scale)
     metrics |= staleness_metrics(state, old_logp, batch, config, model)
-    return next_state(state, learner, dual), metrics | dual_metrics
+    return next_state(state, learner, dual, batch, entropy, config), metrics | dual_metrics
 
 
 def score(
@@ -99,7 +104,27 @@ def score_reference(
     """Returns the reference's log-probs [M, A, n, T]; None if there is no reference penalty."""
     if not config.algorithm.reference_penalty:
         return None
-    return score(state.reference, batch, config, model)[0]
+    params = train_state.decoder_params(state.reference, state.frozen, config)
+    return score(params, batch, config, model)[0]
+
+
+def charge_reference(
+    batch: Batch, old_logp: jax.Array, ref_logp: jax.Array | None, config: Config
+) -> Batch:
+    """Returns the batch with rewards less the reference penalty, summed over each completion, if
+    that is where it is charged.
+
+    Formula: R_i - sum_t penalty_it, before the group's mean is taken (as TRL's RLOO and verl's
+    `use_kl_in_reward` do).
+    """
+    if not config.algorithm.reference_in_reward:
+        return batch
+    old_logp = _flat(old_logp)
+    penalty = reference.penalty(
+        config.algorithm, old_logp, old_logp, _flat(ref_logp), _flat(batch.mask)
+    )
+    charge = jnp.sum(penalty, axis=-1).reshape(batch.reward.shape)
+    return batch._replace(reward=batch.reward - charge)
 
 
 def group_advantage(batch: Batch, config: Config) -> jax.Array:
@@ -141,9 +166,11 @@ def loss_of(
     if config.constraint.penalty:
         penalty = config.constraint.penalty(logp, rollout_logp, mask, multiplier)
         loss += reduce_loss(penalty, mask)
-    if config.algorithm.reference_penalty:
+    if config.algorithm.reference_penalty and not config.algorithm.reference_in_reward:
+        old_logp = _flat(minibatch.old_logp)
         ref_logp = _flat(minibatch.ref_logp)
-        loss += reduce_loss(config.algorithm.reference_penalty(logp, ref_logp, mask), mask)
+        penalty = reference.penalty(config.algorithm, logp, old_logp, ref_logp, mask)
+        loss += reduce_loss(penalty, mask)
     return loss
 
 
@@ -167,9 +194,12 @@ def gradients(
     multiplier: jax.Array,
     config: Config,
     model: ModelConfig,
+    alpha: jax.Array | None = None,
 ) -> tuple[jax.Array, Any, jax.Array]:
     """Returns the loss of a minibatch, its gradient with respect to `params`, the same for any
     number of microbatches, and the log-probs [A, n, T].
+
+    The loss is `loss_of`, less the entropy bonus if `alpha` is not None.
 
     The loss is a function of all log-probs of the minibatch, and microbatches are backpropagated
     one after the other. For the other microbatches `old_logp` stands in where it is equal (no
@@ -180,8 +210,14 @@ def gradients(
         decoder = train_state.decoder_params(params, frozen, config)
         logp, _ = _score_minibatch(decoder, minibatch.batch, config, model)
     loss = partial(loss_of, minibatch=minibatch, multiplier=multiplier, config=config)
-    grads, logp, _ = backpropagate(params, frozen, minibatch.batch, logp, loss, config, model)
-    return loss(logp), grads, logp
+    slope = entropy_bonus.slope(config.algorithm, alpha, minibatch.batch.mask)
+    grads, logp, entropy = backpropagate(
+        params, frozen, minibatch.batch, logp, loss, config, model, slope=slope
+    )
+    value = loss(logp)
+    if alpha is not None:
+        value -= entropy_bonus.value(config.algorithm, alpha, entropy, minibatch.batch.mask)
+    return value, grads, logp
 
 
 def backpropagate(
@@ -194,6 +230,7 @@ def backpropagate(
     model: ModelConfig,
     *,
     entropy: bool = False,
+    slope: jax.Array | None = None,
 ) -> tuple[Any, jax.Array, jax.Array | None]:
     """Sums the gradients of the A microbatches of one minibatch, with one forward pass over each.
 
@@ -202,20 +239,28 @@ def backpropagate(
         logp_of_others: [A, n, T], the log-probs that `loss` sees of the microbatches other than
             the one that is backpropagated.
         loss: a function of the minibatch's log-probs [A, n, T].
-        entropy: whether to return entropies.
+        entropy: whether to return entropies; they are with a `slope`.
+        slope: [A, n, T], the gradient with respect to the entropies; None: it is 0.
 
     Returns:
         The gradient with respect to `params`, and the log-probs and entropies [A, n, T].
     """
 
     def microbatch_gradient(i: jax.Array | int, micro: Batch) -> tuple[Any, tuple]:
-        def logp_of(params: Any) -> tuple[jax.Array, jax.Array | None]:
+        def scores_of(params: Any) -> tuple[jax.Array, jax.Array | None]:
             decoder = train_state.decoder_params(params, frozen, config)
-            return _score(decoder, micro, config, model, entropy=entropy)
+            with_slope = slope is not None
+            return _score(
+                decoder, micro, config, model, entropy=entropy or with_slope, slope=with_slope
+            )
 
-        logp, pullback, entropies = jax.vjp(logp_of, params, has_aux=True)
+        if slope is None:
+            logp, pullback, entropies = jax.vjp(scores_of, params, has_aux=True)
+            dlogp = jax.grad(loss)(logp_of_others.at[i].set(logp))
+            return pullback(dlogp[i])[0], (logp, entropies)
+        (logp, entropies), pullback = jax.vjp(scores_of, params)
         dlogp = jax.grad(loss)(logp_of_others.at[i].set(logp))
-        return pullback(dlogp[i])[0], (logp, entropies)
+        return pullback((dlogp[i], slope[i]))[0], (logp, entropies)
 
     def accumulate(total: Any, numbered: tuple) -> tuple[Any, tuple]:
         # Without the barrier the sum over devices would move out of the loop, which would then
@@ -247,10 +292,26 @@ def is_separable_loss(config: Config) -> bool:
     return all(is_separable(part) for part in parts if part is not None)
 
 
+def update_scale(
+    state: TrainState, old_logp: jax.Array, batch: Batch, config: Config
+) -> jax.Array | None:
+    """Returns what `algorithm.update_scale` makes of a batch; None if it is not set."""
+    if not config.algorithm.update_scale:
+        return None
+    return config.algorithm.update_scale(
+        _flat(old_logp), _flat(batch.rollout_logp), _flat(batch.mask), state.step
+    )
+
+
 def apply_update(
-    learner: Learner, loss: jax.Array, grads: Any, config: Config
+    learner: Learner,
+    loss: jax.Array,
+    grads: Any,
+    config: Config,
+    scale: jax.Array | None = None,
 ) -> tuple[Learner, jax.Array]:
-    """Makes one update by the optimizer, from the gradient clipped to the norm `grad_clip`.
+    """Makes one update by the optimizer, from the gradient clipped to the norm `grad_clip`; the
+    update is multiplied by `scale`, if there is one.
 
     If the loss or the gradient is not finite, nothing changes but the count of skipped updates.
 
@@ -266,6 +327,8 @@ def apply_update(
         clipped = jax.tree.map(lambda g: g * clip, grads)
         optimizer = optimizers.from_config(algorithm)
         updates, opt_state = optimizer.update(clipped, opt_state, params)
+        if scale is not None:
+            updates = jax.tree.map(lambda u: u * scale, updates)
         return optax.apply_updates(params, updates), opt_state
 
     opt_state = learner.opt_state
@@ -293,16 +356,30 @@ def update_dual(
     }
 
 
-def next_state(state: TrainState, learner: Learner, dual: constraint.DualState) -> TrainState:
+def next_state(
+    state: TrainState,
+    learner: Learner,
+    dual: constraint.DualState,
+    batch: Batch,
+    entropy: jax.Array,
+    config: Config,
+) -> TrainState:
     """Returns the state after a step; the parameters before it become the newest stale ones."""
-    return state._replace(
+    new = state._replace(
         params=learner.params,
         opt_state=learner.opt_state,
         dual=dual,
         step=state.step + 1,
         skipped=learner.skipped,
         stale=(*state.stale, state.params)[1:],
+        entropy_dual=entropy_bonus.update(
+            config.algorithm, state.entropy_dual, entropy, batch.mask
+        ),
     )
+    if config.algorithm.reference_update:
+        moved = config.algorithm.reference_update(state.reference, new.params, new.step)
+        new = new._replace(reference=moved)
+    return new
 
 
 def batch_metrics(
@@ -345,6 +422,27 @@ def update_metrics(
     }
 
 
+def option_metrics(
+    batch: Batch,
+    old_logp: jax.Array,
+    ref_logp: jax.Array | None,
+    alpha: jax.Array | None,
+    scale: jax.Array | None,
+) -> Metrics:
+    """Of a reference policy, an entropy bonus and an update scale, each if the run has one.
+
+    `ref_kl` is the k3 estimate of KL(policy || reference) before the step, a mean over tokens.
+    """
+    metrics = {}
+    if ref_logp is not None:
+        metrics["ref_kl"] = reduce.token_mean(kl.k3(old_logp, ref_logp, batch.mask), batch.mask)
+    if alpha is not None:
+        metrics["entropy_coefficient"] = alpha
+    if scale is not None:
+        metrics["update_scale"] = scale
+    return metrics
+
+
 def staleness_metrics(
     state: TrainState, old_logp: jax.Array, batch: Batch, config: Config, model: ModelConfig
 ) -> Metrics:
@@ -365,7 +463,13 @@ def _score_minibatch(
 
 
 def _score(
-    params: Any, micro: Batch, config: Config, model: ModelConfig, *, entropy: bool
+    params: Any,
+    micro: Batch,
+    config: Config,
+    model: ModelConfig,
+    *,
+    entropy: bool,
+    slope: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     return scoring.packed_logp(
         params,
@@ -376,6 +480,7 @@ def _score(
         model,
         config.rollout.temperature,
         entropy=entropy,
+        entropy_gradient=slope,
         replayed=micro.replayed,
     )
 

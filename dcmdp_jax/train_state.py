@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax import constraint, optimizers, seeds, sharding
+from dcmdp_jax import constraint, entropy_bonus, optimizers, seeds, sharding
 from dcmdp_jax.config import Config
 from dcmdp_jax.models import decoder
 from dcmdp_jax.models.model_config import ModelConfig
@@ -16,22 +16,29 @@ from dcmdp_jax.records import Batch, TrainState
 from dcmdp_jax.seeds import Stream
 
 
-def init(config: Config, params: Any) -> TrainState:
-    """Returns the state at step 0 of a run that starts from the decoder's `params`."""
+def init(config: Config, params: Any, reference: Any = None) -> TrainState:
+    """Returns the state at step 0 of a run that starts from the decoder's `params`.
+
+    Args:
+        reference: the reference policy's parameters; None: those that are trained, at their start.
+    """
+    algorithm = config.algorithm
     frozen, trained = (), params
     if config.model.trainable:
         key = jax.random.key(seeds.seed(config.seed, Stream.TRAINABLE))
         trained = config.model.trainable(params, key)
         frozen = params
+    kept = trained if reference is None else reference
     return TrainState(
         params=trained,
-        opt_state=optimizers.from_config(config.algorithm).init(trained),
+        opt_state=optimizers.from_config(algorithm).init(trained),
         dual=controller(config).init(),
         step=jnp.int32(0),
         skipped=jnp.int32(0),
         stale=tuple(_copy(trained) for _ in range(config.rollout.staleness)),
         frozen=frozen,
-        reference=_copy(params) if config.algorithm.reference_penalty else (),
+        reference=_copy(kept) if algorithm.reference_penalty else (),
+        entropy_dual=entropy_bonus.controller(algorithm).init() if algorithm.entropy_target else (),
     )
 
 
@@ -96,7 +103,7 @@ def shardings(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> Tr
         opt_state=optimizers.map_param_like(shapes.opt_state, shapes.params, moments, replicated),
         stale=(params,) * config.rollout.staleness,
         frozen=like_decoder(shapes.frozen),
-        reference=like_decoder(shapes.reference),
+        reference=params if config.algorithm.reference_penalty else (),
     )
 
 

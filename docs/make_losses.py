@@ -42,6 +42,7 @@ FIELDS_OF_CONFIG = {
     ("losses.rejection", "measure, mask"): SURROGATE + " (rejections)",
     ("losses.reduce", "x, mask"): "algorithm.reduce",
     ("losses.kl", "logp, ref_logp, mask"): "algorithm.reference_penalty",
+    ("losses.kl", "logp, old_logp, ref_logp, mask"): "algorithm.reference_penalty",
     (
         "constraint",
         "advantage, old_logp, rollout_logp, multiplier, tolerance, mask",
@@ -130,12 +131,9 @@ embedding, the head and the stacked norms.
 >>> from dcmdp_jax import optimizers
 >>> from dcmdp_jax.config import AlgorithmConfig
 >>> from dcmdp_jax.losses import kl
->>> def stay_near(logp, ref_logp, mask):  # ref_logp: under the run's starting weights
-...     return 0.01 * kl.k3(logp, ref_logp, mask)
->>> stay_near.separable = True
 >>> algorithm = AlgorithmConfig(
 ...     advantage=advantages.grpo, surrogate=tis, reduce=reduce.token_mean, microbatches=4,
-...     reference_penalty=stay_near, optimizer=optimizers.muon,
+...     reference_penalty=kl.k3, reference_coefficient=0.01, optimizer=optimizers.muon,
 ... )
 
 ```

@@ -1,11 +1,15 @@
-"""A run that trains adapters under a reference penalty: sampled, resumed and exported."""
+"""A run that trains adapters near a reference that follows it, with an entropy target: sampled,
+resumed and exported.
+"""
 
 import dataclasses
 
 import jax
 import numpy as np
+import optax
 import pytest
 
+from dcmdp_jax import reference
 from dcmdp_jax.losses import kl
 from dcmdp_jax.models import weights
 from dcmdp_jax.run.export import export
@@ -17,7 +21,13 @@ pytestmark = pytest.mark.full
 
 def run_of(steps, **changes):
     run = adapted(tiny(steps=steps, **changes))
-    algorithm = dataclasses.replace(run.algorithm, reference_penalty=kl.k3)
+    algorithm = dataclasses.replace(
+        run.algorithm,
+        reference_penalty=kl.k3,
+        reference_update=reference.ema(0.9),
+        entropy_target=0.5,
+        schedule=optax.cosine_decay_schedule(1.0, 10),
+    )
     return dataclasses.replace(run, algorithm=algorithm)
 
 

@@ -5,6 +5,7 @@ import functools
 import json
 import pathlib
 
+import optax
 import pytest
 
 from dcmdp_jax import cli, train
@@ -81,6 +82,10 @@ OFF_AT_0 = {  # where 0 means off, all, or none
     "rollout.mesh.fsdp",
     "mesh.fsdp",
     "algorithm.row_length",
+    "algorithm.entropy_coefficient",
+    "algorithm.entropy_target",
+    "algorithm.entropy_lr",
+    "algorithm.entropy_coefficient_max",
     "algorithm.learning_rate",
     "algorithm.lr_warmup_steps",
     "algorithm.beta1",
@@ -205,6 +210,21 @@ def test_a_record_names_the_type_of_a_task(record):
 
 def test_a_record_holds_what_a_function_is_made_of(record):
     assert "clip_high" in json.dumps(record["algorithm"]["surrogate"])
+
+
+def test_a_record_holds_the_numbers_of_an_optax_schedule():
+    made = to_json(optax.warmup_cosine_decay_schedule(0.0, 1.0, 10, 100))
+    assert made["boundaries"] == [10] and made["schedules"][1]["decay_steps"] == 90
+
+
+def test_a_record_has_no_address():
+    """It would differ in every process, and no run could be resumed."""
+    held = object()
+
+    def of_a_closure():
+        return held
+
+    assert "0x" not in json.dumps(to_json(of_a_closure))
 
 
 def test_the_verifier_is_the_task_s_own_unless_there_is_another(quickstart):

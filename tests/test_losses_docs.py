@@ -55,7 +55,6 @@ def test_what_trains_only_by_import(maker):
         "losses.corrections.batch_normalize",
         "losses.corrections.blend",
         "losses.covariance.clip_cov",
-        "losses.kl.unbiased",
         "losses.rejection.opsm",
         "losses.routing.flips",
         "losses.routing.replay_ids",

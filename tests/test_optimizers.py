@@ -1,6 +1,7 @@
 """Optimizers: the library's against optax's own, and any optax transformation in the step."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -162,6 +163,46 @@ def test_adamw_is_what_an_experiment_gets():
     assert PLAIN.optimizer is None
     adam = start(PLAIN).opt_state[0]
     assert adam._fields == ("count", "mu", "nu")
+
+
+def test_a_schedule_is_a_factor_of_the_learning_rate():
+    schedule = optax.cosine_decay_schedule(1.0, 10, alpha=0.1)
+    algorithm = dataclasses.replace(PLAIN, schedule=schedule, lr_warmup_steps=4)
+    rate = optimizers.learning_rate(algorithm)
+    expected = [0.01 * min(1, (i + 1) / 5) * schedule(i) for i in (0, 3, 7, 20)]
+    np.testing.assert_allclose([rate(i) for i in (0, 3, 7, 20)], expected, rtol=1e-6)
+
+
+def test_an_update_follows_the_schedule():
+    """Of plain gradient descent: the second update is at a fifth of the rate."""
+    falling = optax.piecewise_constant_schedule(1.0, {1: 0.2})
+    algorithm = dataclasses.replace(
+        PLAIN, optimizer=optimizers.sgd, schedule=falling, beta1=0.0, grad_clip=0.0
+    )
+    once = applied(start(algorithm), PARAMS, algorithm)
+    twice = applied(once, PARAMS, algorithm)
+    np.testing.assert_allclose(once.params["a"], (1 - 0.01) * PARAMS["a"], rtol=1e-6)
+    np.testing.assert_allclose(twice.params["a"], once.params["a"] - 0.002 * PARAMS["a"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", [optimizers.adamw, optimizers.sgd])
+def test_only_matrices_decay_under_their_mask(optimizer):
+    """By one update without a gradient."""
+    algorithm = dataclasses.replace(
+        PLAIN, optimizer=functools.partial(optimizer, mask=optimizers.matrices), weight_decay=0.5
+    )
+    model = dataclasses.replace(MOE, qkv_bias=True, o_bias=True)
+    params = jax.tree.map(jnp.ones_like, make_params(model))
+    after = applied(start(algorithm, params), jax.tree.map(jnp.zeros_like, params), algorithm)
+    decayed = {
+        jax.tree_util.keystr(path[-1:], simple=True)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(after.params)
+        if np.allclose(leaf, 1 - 0.01 * 0.5)
+    }
+    assert decayed == {*decoder.CONTRACTED, "router"}
+    kept = [leaf for leaf in jax.tree.leaves(after.params) if np.all(leaf == 1)]
+    # two norms of each layer and two of its heads, four biases; embedding, head and last norm
+    assert len(kept) == 4 + 4 + 3
 
 
 def muon_state(params):

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dcmdp_jax import cli, sharding
+from dcmdp_jax import cli, sharding, train_state
 from dcmdp_jax.config import MeshConfig, Precision
+from dcmdp_jax.losses import kl
 from dcmdp_jax.models import decoder, inference
 from dcmdp_jax.models.model_config import Compute, ModelConfig
 from dcmdp_jax.tools import cost_model, plan
@@ -170,6 +171,24 @@ def test_decoding_copies_no_experts():
     )
     padded = 32 * 2048 * 256 * 2  # bytes of one of a layer's two projections
     assert plan.compile_program(decode, plan.CHIPS["v5e"]).temporaries < padded / 2
+
+
+def test_a_reference_costs_a_copy_of_the_parameters_and_a_scoring_pass():
+    plain = configure()
+    near = dataclasses.replace(
+        plain, algorithm=dataclasses.replace(plain.algorithm, reference_penalty=kl.k3)
+    )
+    mesh = sharding.single_device_mesh()
+    bytes_of = [
+        sharding.local_bytes(train_state.abstract(config, MODEL, mesh)) for config in (plain, near)
+    ]
+    assert bytes_of[1] - bytes_of[0] == sharding.local_bytes(
+        train_state.abstract_params(MODEL, mesh)
+    )
+    before, after = (
+        cost_model.update(MODEL, 4, 128, config, mesh, one_pass=True) for config in (plain, near)
+    )
+    assert after == before + cost_model.scoring(MODEL, 4, 128, 2, plain, mesh)
 
 
 def test_flops_of_a_pass_are_the_compilers():

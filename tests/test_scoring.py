@@ -30,13 +30,14 @@ def case(config, wanted_share=0.6):
     return hidden, targets, wanted, jax.random.normal(keys[3], (ROWS, COLUMNS))
 
 
-def run(score, params, config, given):
+def run(score, params, config, given, entropy_weight=0.0):
     """Returns (logp, entropy), and a weighted sum's gradients by parameters and hidden states."""
     hidden, targets, wanted, weight = given
 
     def loss(params, hidden):
         logp, entropy = score(params, hidden, targets, wanted, config, 0.7)
-        return jnp.sum(jnp.where(wanted, weight * logp, 0)), (logp, entropy)
+        terms = weight * logp + entropy_weight * jnp.flip(weight) * entropy
+        return jnp.sum(jnp.where(wanted, terms, 0)), (logp, entropy)
 
     (_, values), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, hidden)
     return values, grads
@@ -58,10 +59,11 @@ def assert_close(got, want):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), got, want)
 
 
-def assert_equals_plain(config, given, **sizes_of_tiles):
+def assert_equals_plain(config, given, entropy_weight=0.0, **options):
     params = random_params(config, 0.3, norms=1.0)
-    got = run(functools.partial(with_entropy, **sizes_of_tiles), params, config, given)
-    assert_close(got, run(plain, params, config, given))
+    score = functools.partial(with_entropy, **options)
+    got = run(score, params, config, given, entropy_weight)
+    assert_close(got, run(plain, params, config, given, entropy_weight))
 
 
 VOCAB_500 = {
@@ -85,6 +87,23 @@ def test_the_program_of_accelerators_equals_the_logits_at_once(head):
     config = VOCAB_500[head]
     with accelerator_programs():
         assert_equals_plain(config, case(config), max_logits=2 * ROWS * config.vocab_size)
+
+
+@pytest.mark.parametrize("head", VOCAB_500)
+@pytest.mark.parametrize(
+    "programs", [contextlib.nullcontext, accelerator_programs], ids=["cpu", "accelerator"]
+)
+def test_the_entropy_has_a_gradient_where_it_is_asked_for(head, programs):
+    config = VOCAB_500[head]
+    with programs():
+        assert_equals_plain(
+            config,
+            case(config),
+            entropy_weight=0.5,
+            entropy_gradient=True,
+            cpu_tokens=(8, 4, 1),
+            cpu_vocab=200,
+        )
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

@@ -104,7 +104,7 @@ CORRECTIONS = {
     )
 }
 SHAPINGS = {name: f for name, f in functions(constraint).items() if ".shape_" in name}
-PENALTIES = {name: f for name, f in functions(kl).items() if f.func is not kl.unbiased}
+PENALTIES = functions(kl)
 
 CLIPPED = corrections.decoupled(policy.clipped)
 PARTS = (

@@ -95,8 +95,11 @@ def packed(rows=8, length=24, vocab=32, seed=0):
 
 
 def score(params, *batch, config):
-    logp, entropy = scoring.packed_logp(params, *batch, config, 0.9)
-    return jnp.sum(logp * jnp.cos(jnp.arange(logp.size)).reshape(logp.shape)), (logp, entropy)
+    logp, entropy = scoring.packed_logp(
+        params, *batch, config, 0.9, entropy=True, entropy_gradient=True
+    )
+    weight = jnp.arange(logp.size).reshape(logp.shape)
+    return jnp.sum(logp * jnp.cos(weight) + entropy * jnp.sin(weight)), (logp, entropy)
 
 
 @functools.cache

@@ -239,6 +239,11 @@ def penalised(config):
     return dataclasses.replace(config, constraint=constrained)
 
 
+def half(old_logp, rollout_logp, mask, step):
+    """A scale that depends on the batch and the step."""
+    return jnp.where(jnp.sum(mask) > 1, 0.5, 1.0) / (step + 1)
+
+
 IN_ONE_PASS = {
     "dense": make_config(),
     "dense, 4 microbatches": make_config(microbatches=4),
@@ -247,7 +252,10 @@ IN_ONE_PASS = {
         surrogate=corrections.decoupled(CLIPPED, corrections.tis(1.1)), microbatches=4
     ),
     "penalty": penalised(make_config(microbatches=4)),
-    "reference penalty": make_config(reference_penalty=kl.k3, microbatches=4),
+    "reference penalty": make_config(reference_penalty=kl.unbiased, microbatches=4),
+    "entropy bonus": make_config(
+        entropy_coefficient=0.01, entropy_target=5.0, update_scale=half, microbatches=4
+    ),
 }
 
 
@@ -266,6 +274,14 @@ def test_one_pass_computes_what_the_plain_step_does(config):
     ]
     assert_close(*(state for state, _ in results), 1e-6)
     assert_close(*(metrics for _, metrics in results), 1e-5)
+
+
+def test_an_update_is_scaled_as_if_the_learning_rate_were():
+    before, plain, _ = run(make_config(microbatches=4), make_scored())
+    _, scaled, metrics = run(make_config(microbatches=4, update_scale=half), make_scored())
+    expected = jax.tree.map(lambda b, a: b + 0.5 * (a - b), before, plain.params)
+    assert_close(scaled.params, expected, 1e-6)
+    assert metrics["update_scale"] == 0.5
 
 
 def test_params_and_multiplier_change_in_one_program_without_the_host():

@@ -72,6 +72,7 @@ def k3_k2_gradient(
     return stop(k3(logp, ref_logp, mask, value_max=value_max)) + gradient - stop(gradient)
 
 
+@separable
 def unbiased(
     logp: Array, old_logp: Array, ref_logp: Array, mask: Array, *, value_max: float | None = None
 ) -> Array:

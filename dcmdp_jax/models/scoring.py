@@ -24,10 +24,11 @@ def packed_logp(
     temperature: float,
     *,
     entropy: bool = False,
+    entropy_gradient: bool = False,
     replayed: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns log-prob and entropy [n, T] of completion tokens in packed rows [R, S]; `index` and
-    `replayed` as in `records.Batch`.
+    `replayed` as in `records.Batch`, `entropy` and `entropy_gradient` as in `token_logp`.
 
     Values at masked places are meaningless.
     """
@@ -48,7 +49,16 @@ def packed_logp(
     # the last column predicts nothing and is not in `index`
     targets = jnp.roll(tokens, -1, axis=1)
     wanted = jnp.zeros(tokens.size, bool).at[index].set(True).reshape(tokens.shape)
-    out = token_logp(params, hidden, targets, wanted, config, temperature, entropy=entropy)
+    out = token_logp(
+        params,
+        hidden,
+        targets,
+        wanted,
+        config,
+        temperature,
+        entropy=entropy,
+        entropy_gradient=entropy_gradient,
+    )
     return jax.tree.map(lambda x: x.reshape(-1)[index], out)
 
 

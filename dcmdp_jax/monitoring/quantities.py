@@ -32,6 +32,7 @@ _REWARD = ("mean reward", "{:.3f}", max)
 _SHARE = ("share of completions", "{:.1%}", max)
 _SPREAD = ("standard deviation", "{:.3f}")
 _GAP = "mean |π_train − π_infer|"
+_K3 = "k3 estimate, nats per token"
 _STOPPED = "share of tokens that clip or rejection stops"
 _STALENESS = "mean |log π_now − log π_sampled|, nats"
 QUANTITIES = (
@@ -45,7 +46,8 @@ QUANTITIES = (
         "multiplier", "lambda", "Lambda", "advantage per unit of delta", "{:.4g}", noisy=False
     ),
     Quantity("entropy", "entropy", "Entropy", "nats per token", "{:.3f}"),
-    Quantity("k3", "k3", "KL(engine ‖ trainer)", "k3 estimate, nats per token", "{:.3g}", min),
+    Quantity("k3", "k3", "KL(engine ‖ trainer)", _K3, "{:.3g}", min),
+    Quantity("ref_kl", "ref KL", "KL(policy ‖ reference)", _K3, "{:.3g}", headline=False),
     Quantity("truncated", "cut off", "Cut off by the limit", "share of completions", "{:.1%}", min),
     Quantity("completed_rewarded", "completed", "Completed and rewarded", *_SHARE, headline=False),
     Quantity("reward_spread", "spread", "Reward spread in prompts", *_SPREAD, headline=False),

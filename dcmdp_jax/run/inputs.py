@@ -47,6 +47,8 @@ def read_inputs(config: Config, devices: Sequence[jax.Device] | None = None) -> 
     model = read_model(config)
     if config.model.folder:
         weights.check(config.model.folder)
+    if config.algorithm.reference_folder:
+        check_reference(config.algorithm.reference_folder, model)
     engines = processes.num_engines(config.rollout)
     check(config, model, mesh, decode_mesh, engines)
     if config.rollout.server:
@@ -100,6 +102,22 @@ def check(
         raise ValueError(
             f"data.max_prompt_tokens + rollout.max_tokens = {positions} positions are more than "
             f"the model's {model.max_position}"
+        )
+
+
+def check_reference(folder: str, model: ModelConfig) -> None:
+    """Raises ValueError if a folder does not hold weights of the policy's architecture."""
+    weights.check(folder)
+    found = dataclasses.replace(weights.read_config(folder), compute=model.compute)
+    differing = [
+        field.name
+        for field in dataclasses.fields(model)
+        if getattr(found, field.name) != getattr(model, field.name)
+    ]
+    if differing:
+        raise ValueError(
+            f"algorithm.reference_folder={folder} holds a model of another architecture than the "
+            f"policy's (it differs in {', '.join(differing)}); give a folder of the same one"
         )
 
 

@@ -15,7 +15,11 @@ RECORD_FILE = "config.json"  # in the run's work folder
 
 
 def to_json(config: Any) -> Any:
-    """Returns a configuration as plain JSON values; functions become their qualified names."""
+    """Returns a configuration as plain JSON values.
+
+    Functions become their qualified names, those made by a function (an optax schedule, say) with
+    the values that they were made of.
+    """
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         foreign = type(config).__module__ != Config.__module__  # a task, say: its type matters too
         kind = {"type": type(config).__qualname__} if foreign else {}
@@ -31,8 +35,34 @@ def to_json(config: Any) -> Any:
             **{key: to_json(value) for key, value in config.keywords.items()},
         }
     if hasattr(config, "__qualname__"):
-        return f"{config.__module__}.{config.__qualname__}"
+        name = f"{config.__module__}.{config.__qualname__}"
+        made_of = _closure(config)
+        return {"function": name, **made_of} if made_of else name
     return config if isinstance(config, (int, float, bool, str, type(None))) else repr(config)
+
+
+def _closure(function: Any) -> dict[str, Any]:
+    """Returns the values of the enclosing call that a function reads, by name."""
+    cells = getattr(function, "__closure__", None)
+    if not cells:
+        return {}
+    values = {}
+    for name, cell in zip(function.__code__.co_freevars, cells, strict=True):
+        try:
+            value = cell.cell_contents
+        except ValueError:  # the enclosing call has not set it
+            continue
+        if value is not function:  # one that calls itself
+            values[name] = _without_address(value)
+    return values
+
+
+def _without_address(value: Any) -> Any:
+    """Returns the record of a value; its type's, if it has none but its address."""
+    has_record = hasattr(value, "__qualname__") or dataclasses.is_dataclass(value)
+    if has_record or type(value).__repr__ is not object.__repr__:
+        return to_json(value)
+    return to_json(type(value))
 
 
 def read_record(workdir: pathlib.Path) -> dict:

@@ -37,8 +37,18 @@ def first_state(
     """Returns the state before the first step: starting weights, a new optimizer and a new dual."""
     params = starting_weights(config, inputs, workdir, should_stop)
     shardings = train_state.shardings(config, inputs.model_config, inputs.mesh)
-    init = jax.jit(partial(train_state.init, config), out_shardings=shardings, donate_argnums=0)
-    return init(params)
+    init = partial(train_state.init, config)
+    reference = reference_weights(config, inputs)
+    return jax.jit(init, out_shardings=shardings, donate_argnums=(0, 1))(params, reference)
+
+
+def reference_weights(config: Config, inputs: Inputs) -> Any | None:
+    """Returns the parameters of the reference policy's folder; None where there is no folder."""
+    if not config.algorithm.reference_folder:
+        return None
+    shardings = train_state.params_shardings(inputs.model_config, inputs.mesh)
+    _, params = weights.load(config.algorithm.reference_folder, shardings=shardings)
+    return params
 
 
 def starting_weights(

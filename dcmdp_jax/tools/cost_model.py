@@ -86,7 +86,7 @@ def update(
     """Returns the work of a constrained step: scoring, forward, backward and optimizer.
 
     The scoring pass is left out if the update's own forward pass scores (`one_pass`); a stale
-    rollout needs a second one.
+    rollout needs a second one, and a reference policy one of its own.
     """
     algorithm = config.algorithm
     layers, attention, head = _batch(model, rows, length, config)
@@ -100,6 +100,7 @@ def update(
     updates = microbatch * (parts * algorithm.epochs)
     updates += moments * (algorithm.minibatches * algorithm.epochs)
     passes = (not one_pass) + (config.rollout.staleness > 0)
+    passes += algorithm.reference_penalty is not None
     return updates + scoring(model, rows, length, parts, config, mesh) * passes
 
 

@@ -36,6 +36,7 @@ class Tiling(NamedTuple):
     dtype: Any  # of the operands of products
     temperature: float
     entropy: bool
+    entropy_gradient: bool
     sharded: bool  # over the current mesh: rows, positions, and both axes of the weight
 
 
@@ -73,6 +74,7 @@ def token_logp(
     temperature: float,
     *,
     entropy: bool = False,
+    entropy_gradient: bool = False,
     max_logits: int = tiles.LOGITS,
     cpu_tokens: tuple[int, ...] = tiles.HEAD_CPU_TOKENS,
     cpu_vocab: int = tiles.HEAD_CPU_VOCAB,
@@ -87,13 +89,14 @@ def token_logp(
             are needed. Rows are scored up to the largest number of wanted positions in a row. A CPU
             scores all rows as one.
         entropy: whether to compute it.
+        entropy_gradient: whether it has one; the backward pass is that of logp alone otherwise.
         max_logits: largest number of logits in memory at a time, except that a tile has at least
             one position of each row.
         cpu_tokens, cpu_vocab: sizes of the tiles on a CPU.
 
     Returns:
-        logp [R, S], entropy [R, S] or None; 0 at positions that are not wanted. The entropy has no
-        gradient. The backward pass recomputes the logits.
+        logp [R, S], entropy [R, S] or None; 0 at positions that are not wanted. The backward pass
+        recomputes the logits.
     """
     weight = params["embed"] if config.tie_word_embeddings else params["head"]
     rows, columns = targets.shape
@@ -115,6 +118,7 @@ def token_logp(
             dtype=compute_dtype(config),
             temperature=temperature,
             entropy=entropy,
+            entropy_gradient=entropy_gradient,
             sharded=mesh is not None,
         )
 
@@ -156,15 +160,18 @@ def _forward(tiling: Tiling, *arguments: jax.Array) -> tuple:
     if tiling.sharded:
         f = sharding.shard_map(f, *_logical_axes(tiling), out=(TOKENS,) * (2 + tiling.entropy))
     *out, log_total = f(*arguments)
-    return out, (*arguments, log_total)
+    entropy = out[1:] if tiling.entropy_gradient else []
+    return out, (*arguments, log_total, *entropy)
 
 
 def _backward(tiling: Tiling, residuals: tuple, cotangents: list[jax.Array]) -> tuple:
     f = partial(_gradients, tiling)
+    slopes = cotangents if tiling.entropy_gradient else cotangents[:1]
     if tiling.sharded:
         axes = _logical_axes(tiling)
-        f = sharding.shard_map(f, *axes, TOKENS, TOKENS, out=axes[:2])
-    return *f(*residuals, cotangents[0]), None, None
+        of_tokens = [TOKENS] * (len(residuals) - len(axes) + len(slopes))
+        f = sharding.shard_map(f, *axes, *of_tokens, out=axes[:2])
+    return *f(*residuals, *slopes), None, None
 
 
 _score.defvjp(_forward, _backward)
@@ -225,15 +232,29 @@ def _gradients(
     targets: jax.Array,
     wanted: jax.Array,
     log_total: jax.Array,
-    cotangent: jax.Array,
+    *rest: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the gradients of hidden and weight: d logp / d z = onehot(target) - softmax(z), from
-    recomputed logits. The weight's gradient is accumulated in place.
+    """Returns the gradients of hidden and weight, from recomputed logits:
+
+    d logp / d z = onehot(target) - p and d entropy / d z = -p (log p + entropy), p = softmax(z).
+
+    The weight's gradient is accumulated in place. `rest` is the cotangent of logp, or the entropy
+    and the cotangents of logp and entropy.
     """
+    cotangent = rest[-1]
+    if tiling.entropy_gradient:
+        entropy, cotangent, entropy_cotangent = rest
     compacted = _compact(tiling, hidden, targets, wanted)
     places = compacted.source.shape[1]
     is_wanted = jnp.arange(places) < jnp.sum(wanted, axis=1)[:, None]
-    slope = jnp.where(is_wanted, _take(cotangent, compacted.source), 0) / tiling.temperature
+
+    def compact(x):
+        return jnp.where(is_wanted, _take(x, compacted.source), 0)
+
+    slope = compact(cotangent) / tiling.temperature
+    if tiling.entropy_gradient:
+        entropy = compact(entropy)
+        entropy_slope = compact(entropy_cotangent) / tiling.temperature
     log_total = jnp.pad(log_total, ((0, 0), (0, places - log_total.shape[1])))
     axis = 0 if tiling.tied else 1
 
@@ -246,8 +267,12 @@ def _gradients(
             d_hidden, d_w = grads
             z, in_block, place = _logits(tiling, compacted, w, i, span)
             is_target = in_block[..., None] & (jnp.arange(tiling.width) == place[..., None])
-            p = jnp.exp(z - span.of(log_total)[..., None])
+            log_p = z - span.of(log_total)[..., None]
+            p = jnp.exp(log_p)
             dz = span.of(slope)[..., None] * (is_target - p)
+            if tiling.entropy_gradient:
+                surprise = log_p + span.of(entropy)[..., None]
+                dz = dz - span.of(entropy_slope)[..., None] * p * surprise
             x = span.of(compacted.hidden)
             if tiling.tied:
                 d_w = d_w + einsum("rcv,rcd->vd", dz, x, tiling.dtype)
