@@ -102,8 +102,7 @@ class Batches:
             scored,
             minibatches=config.algorithm.minibatches,
             microbatches=config.algorithm.microbatches,
-            row_length=config.algorithm.row_length
-            or config.data.max_prompt_tokens + config.rollout.max_tokens,
+            row_length=config.row_length,
             row_divisor=sharding.num_batch_shards(self._inputs.mesh),
             pad_id=self._inputs.tokenizer.pad_id,
             seed=seed,

@@ -216,11 +216,15 @@ class ConstraintConfig:
 
 @dataclass(frozen=True)
 class WarmupConfig:
-    """Supervised learning of the task's own solutions before reinforcement learning."""
+    """Supervised learning before reinforcement learning: of the completions of a file, or of the
+    task's own solutions.
+    """
 
+    path: str = ""  # JSONL or Parquet of pairs or chat messages; empty: solutions of `data.task`
     steps: int = 0  # 0: no warm-up
-    batch_size: int = 128
-    learning_rate: float = 3e-3
+    batch_size: int = 128  # pairs of a step, over all processes
+    microbatches: int = 1  # gradients accumulated per step, if `path` is set
+    learning_rate: float = 1e-5
 
 
 @dataclass(frozen=True)
@@ -265,6 +269,11 @@ class Config:
     def __post_init__(self):
         _validate(self)
 
+    @property
+    def row_length(self) -> int:
+        """S of the packed rows."""
+        return self.algorithm.row_length or self.data.max_prompt_tokens + self.rollout.max_tokens
+
 
 # Smallest and largest value of a number. Numbers that are not listed have a rule of their own in
 # `_validate`, in ModelConfig or in the task.
@@ -298,6 +307,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "algorithm.max_skipped": (0, limits.MAX_INT),
     "warmup.steps": (0, 2**30),
     "warmup.batch_size": (1, 2**20),
+    "warmup.microbatches": (1, 2**20),
     "warmup.learning_rate": (0, limits.MAX_FLOAT),
     "eval.every": (0, 2**30),
     "eval.prompts": (0, 2**16),
@@ -403,6 +413,21 @@ def _validate(config: Config) -> None:
         raise ValueError(
             "constraint needs tolerance >= 0, dual_lr >= 0 and "
             "0 <= multiplier_init <= multiplier_max"
+        )
+    warmup = config.warmup
+    if warmup.path and not warmup.steps:
+        raise ValueError(
+            "warmup.path names a file, and warmup.steps=0 learns nothing of it; set warmup.steps"
+        )
+    if warmup.microbatches > 1 and not warmup.path:
+        raise ValueError(
+            "warmup.microbatches divides the pairs of warmup.path, which names no file; set it, or "
+            "leave warmup.microbatches out"
+        )
+    if warmup.batch_size % warmup.microbatches:
+        raise ValueError(
+            f"warmup.batch_size={warmup.batch_size} does not divide into "
+            f"warmup.microbatches={warmup.microbatches} parts"
         )
     if config.eval.every and config.eval.prompts < 1:
         raise ValueError(

@@ -9,7 +9,7 @@ import logging
 import math
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -63,16 +63,9 @@ def read(path: str | pathlib.Path) -> list[Example]:
     or empty file, bad JSON, and rows of another layout.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise ValueError(
-            f"data file {path} does not exist; give the path of a .jsonl or .parquet file"
-        )
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"data file {path} is neither .jsonl nor .parquet")
-    rows = files.rows(path)
     seen: dict[str, Example] = {}
     total = 0
-    for location, row in rows:
+    for location, row in rows(path):
         example = _example(row, path.stem, location)
         seen.setdefault(_key(example), example)
         total += 1
@@ -83,6 +76,20 @@ def read(path: str | pathlib.Path) -> list[Example]:
             "%s: %d of %d problems repeat another and are left out", path, total - len(seen), total
         )
     return list(seen.values())
+
+
+def rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    """Yields the place and the value of each row of a `.jsonl` or `.parquet` file.
+
+    Raises ValueError on a missing file, one of another kind, and a row that cannot be read.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"data file {path} does not exist; give the path of a .jsonl or .parquet file"
+        )
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"data file {path} is neither .jsonl nor .parquet")
+    yield from files.rows(path)
 
 
 def tokenize(
@@ -96,7 +103,7 @@ def tokenize(
 
     Raises ValueError on a prompt longer than `max_prompt_tokens`: prompts are never truncated.
     """
-    ids = [_encode(example, tokenizer, prompt_format) for example in examples]
+    ids = [encode(example, tokenizer, prompt_format) for example in examples]
     lengths = np.array([len(row) for row in ids], np.int32)
     max_prompt_tokens = max_prompt_tokens or int(lengths.max())
     if lengths.max() > max_prompt_tokens:
@@ -104,7 +111,7 @@ def tokenize(
             f"a prompt has {lengths.max()} tokens, more than "
             f"data.max_prompt_tokens={max_prompt_tokens}"
         )
-    return Prompts(_pad(ids, max_prompt_tokens, tokenizer.pad_id), lengths, tuple(examples))
+    return Prompts(pad(ids, max_prompt_tokens, tokenizer.pad_id), lengths, tuple(examples))
 
 
 def prompt_batches(
@@ -173,7 +180,7 @@ def supervised_batch(
     starts = np.array([len(ids) for ids in prompts])[:, None]
     stops = starts + np.array([len(ids) for ids in solutions])[:, None]
     column = np.arange(stops.max())
-    tokens = _pad(
+    tokens = pad(
         [prompt + solution for prompt, solution in zip(prompts, solutions)],
         stops.max(),
         tokenizer.pad_id,
@@ -181,7 +188,7 @@ def supervised_batch(
     return SupervisedBatch(tokens, (column >= starts) & (column < stops))
 
 
-def _pad(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> np.ndarray:
+def pad(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> np.ndarray:
     """Returns rows of ids as an array [B, width], padded on the right."""
     padded = np.full((len(rows), width), pad_id, np.int32)
     for line, row in zip(padded, rows):
@@ -189,26 +196,31 @@ def _pad(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> np.ndarray:
     return padded
 
 
-def _encode(example: Example, tokenizer: Tokenizer, prompt_format: PromptFormat) -> list[int]:
+def encode(example: Example, tokenizer: Tokenizer, prompt_format: PromptFormat) -> list[int]:
     """Returns the ids of one prompt."""
-    tail = f"\n{prompt_format.instruction}" if prompt_format.instruction else ""
     if not prompt_format.chat:
         if not isinstance(example.prompt, str):
             raise ValueError(
                 f"the prompts of {example.source!r} are chat messages; set data.chat=True"
             )
-        return tokenizer.encode(example.prompt + tail)
-    messages = example.prompt
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    messages = [
-        {**m, "content": m["content"] + tail} if m["role"] == "user" else m for m in messages
-    ]
+        return tokenizer.encode(example.prompt + _tail(prompt_format))
     return tokenizer.encode_chat(
-        messages,
+        chat_messages(example.prompt, prompt_format),
         enable_thinking=prompt_format.enable_thinking,
         special_tokens_in_text=prompt_format.special_tokens_in_text,
     )
+
+
+def chat_messages(prompt: str | list[dict], prompt_format: PromptFormat) -> list[dict]:
+    """Returns a prompt as chat messages, those of the user with the instruction."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    tail = _tail(prompt_format)
+    return [{**m, "content": m["content"] + tail} if m["role"] == "user" else m for m in messages]
+
+
+def _tail(prompt_format: PromptFormat) -> str:
+    """Returns what follows a plain prompt or a user's message."""
+    return f"\n{prompt_format.instruction}" if prompt_format.instruction else ""
 
 
 def _fitting(
@@ -221,7 +233,7 @@ def _fitting(
     fitting = [
         example
         for example in examples
-        if len(_encode(example, tokenizer, prompt_format)) <= max_prompt_tokens
+        if len(encode(example, tokenizer, prompt_format)) <= max_prompt_tokens
     ]
     if not fitting:
         raise ValueError(
@@ -263,7 +275,9 @@ def _example(row: Any, source: str, location: str) -> Example:
         name: value for name, value in row.items() if name not in (prompt_column, answer_column)
     }
     try:
-        example = Example(_prompt(row.get(prompt_column)), _answer(answer), source, Columns(others))
+        example = Example(
+            read_prompt(row.get(prompt_column)), _answer(answer), source, Columns(others)
+        )
         _key(example).encode()
     except UnicodeEncodeError:  # no tokenizer and no log could write it
         raise ValueError(
@@ -286,7 +300,7 @@ def _key(example: Example) -> str:
     return json.dumps((example.prompt, example.answer, example.source), ensure_ascii=False)
 
 
-def _prompt(prompt: Any) -> str | list[dict]:
+def read_prompt(prompt: Any) -> str | list[dict]:
     """Returns a prompt as a text, or as chat messages whose contents are texts.
 
     Raises ValueError on anything else.

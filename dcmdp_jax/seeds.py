@@ -19,6 +19,7 @@ class Stream(enum.IntEnum):
     HELD_OUT = 6  # completions of the held-out problems
     PARITY = 7  # batches that `dcmdp parity` and `dcmdp diagnose` sample
     TRAINABLE = 8  # what `ModelSource.trainable` draws
+    PAIRS = 9  # the order of the pairs that a warm-up learns, in epoch `number`
 
 
 def seed(config_seed: int, stream: Stream, number: int = 0) -> int:

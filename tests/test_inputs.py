@@ -33,6 +33,13 @@ from support.training import QUICKSTART, command, dcmdp
         ),
         ({"checkpoint.keep": 0}, "checkpoint.keep=0 must be at least 1"),
         ({"seed": -1}, "seed=-1 must not be negative"),
+        ({"warmup.path": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
+        ({"warmup.path": "x", "warmup.steps": 0}, "--warmup.steps=0 learns nothing of it"),
+        (
+            {"warmup.path": "x", "warmup.microbatches": 3},
+            "batch_size=32 does not divide into --warmup.microbatches=3 parts",
+        ),
+        ({"warmup.microbatches": 2}, "divides the pairs of warmup.path, which names no file"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, changes, message):

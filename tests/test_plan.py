@@ -3,6 +3,7 @@ TPU that is not attached.
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from dcmdp_jax import cli, sharding, train_state
-from dcmdp_jax.config import MeshConfig, Precision
+from dcmdp_jax.config import MeshConfig, Precision, WarmupConfig
 from dcmdp_jax.losses import kl
 from dcmdp_jax.models import decoder, inference
 from dcmdp_jax.models.model_config import Compute, ModelConfig
@@ -337,6 +338,18 @@ def test_decoding_reads_the_experts_that_are_chosen():
     experts = 4 * cost_model.parameters(MOE).experts
     expected = ((1 - 0.75**4) - 0.25) * experts
     assert bytes_of_weights(4) - bytes_of_weights(1) == pytest.approx(expected)
+
+
+def test_the_step_of_a_supervised_stage_is_planned():
+    """With the work of an update of as many completions, one to a row."""
+    config = configure()
+    stage = WarmupConfig(path="pairs.jsonl", steps=1, batch_size=8, microbatches=2)
+    config = dataclasses.replace(config, warmup=stage)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:4])
+    _, stage = itertools.islice(plan.programs(config, MODEL, jax.devices()[:4]), 2)
+    assert stage.name == "warm-up step"
+    assert stage.work.flops == cost_model.update(MODEL, 4, 128, config, mesh, True).flops
+    assert stage.calls == 0 and "warmup.microbatches" in stage.settings
 
 
 def test_links_follow_one_convention():

@@ -19,6 +19,7 @@ from dcmdp_jax import calibrate, cli, sharding, train_state
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.experiment import load_experiment
 from dcmdp_jax.run import checkpoint
+from support.training import write_pairs
 
 pytestmark = pytest.mark.full
 
@@ -125,9 +126,10 @@ def assert_same(one, two):
 
 def test_a_run_of_two_processes_that_is_stopped_goes_on_as_one(start, tmp_path):
     """SIGTERM reaches process 1 alone; both save the same step. One process of two devices goes on,
-    and equals a run of one process from its start.
+    and equals a run of one process from its start. The warm-up learns a file of pairs.
     """
-    both = start(tmp_path / "two", 2, 1, "--steps", 1000)
+    learns = "--warmup.path", write_pairs(tmp_path / "pairs.jsonl", 20)
+    both = start(tmp_path / "two", 2, 1, "--steps", 1000, *learns)
     await_rows(tmp_path / "two", 2, both)
     both[1].send_signal(signal.SIGTERM)
     first, second = end(both, [130, 130])
@@ -136,7 +138,7 @@ def test_a_run_of_two_processes_that_is_stopped_goes_on_as_one(start, tmp_path):
     assert "stopped after" not in second
     assert len(rows(tmp_path / "two")) == step >= 2
     end(start(tmp_path / "two", 1, 2, "--steps", step + 2), [0])
-    end(start(tmp_path / "one", 1, 2, "--steps", step + 2), [0])
+    end(start(tmp_path / "one", 1, 2, "--steps", step + 2, *learns), [0])
     assert_same(tmp_path / "one", tmp_path / "two")
 
 

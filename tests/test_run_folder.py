@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+from dcmdp_jax.run import checkpoint
 from dcmdp_jax.run import folder as run_folder
 from support.training import (
     CHILD,
@@ -38,6 +39,14 @@ def test_a_folder_without_a_checkpoint_is_free(tmp_path):
 def test_another_experiment_cannot_take_over_a_run(workdir):
     with pytest.raises(ValueError, match=r"constraint\.tolerance=0\.004, not 0\.5"):
         claim(workdir, tiny(**{"constraint.tolerance": 0.5}))
+
+
+def test_another_experiment_cannot_take_over_a_supervised_stage(tmp_path):
+    """It has a checkpoint, and the run none yet."""
+    (tmp_path / checkpoint.WARMUP / "checkpoints" / "10").mkdir(parents=True)
+    run_folder.write_config(tmp_path, tiny())
+    with pytest.raises(ValueError, match="seed=0, not 2"):
+        claim(tmp_path, tiny(seed=2))
 
 
 def test_a_refused_claim_leaves_the_folder_unlocked(workdir):

@@ -26,7 +26,8 @@ from dcmdp_jax.tools.study import Study
 
 def small(arm, verifier=None):
     data = dataclasses.replace(arm.data, prompts_per_step=4, verifier=verifier or arm.data.verifier)
-    return dataclasses.replace(arm, steps=2, data=data, warmup=WarmupConfig(steps=2, batch_size=8),
+    return dataclasses.replace(arm, steps=2, data=data,
+                               warmup=WarmupConfig(steps=2, batch_size=8, learning_rate=3e-3),
                                eval=EvalConfig(every=2, prompts=8))
 
 def broken(example, text):

@@ -40,7 +40,7 @@ def _has_checkpoint(workdir: pathlib.Path) -> bool:
         return False
     from dcmdp_jax.run import checkpoint  # imports JAX, which a new run's options need not wait for
 
-    return bool(checkpoint.steps(workdir))
+    return checkpoint.begun(workdir)
 
 
 def overrides(options: list[str]) -> dict[str, str]:

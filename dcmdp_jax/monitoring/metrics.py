@@ -212,10 +212,11 @@ def truncate(workdir: str | os.PathLike, step: int) -> None:
         return
     for path in (pathlib.Path(workdir) / FILE, pathlib.Path(workdir) / GAPS):
         if path.exists():
-            _truncate(path, step)
+            truncate_file(path, step)
 
 
-def _truncate(path: pathlib.Path, step: int) -> None:
+def truncate_file(path: pathlib.Path, step: int) -> None:
+    """Drops the rows after `step`, and a torn last line, from one file."""
     lines = [line for line, row in _lines(path) if row["step"] <= step]
     files.write_atomic(path, "".join(line + "\n" for line in lines))
 

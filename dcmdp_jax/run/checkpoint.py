@@ -21,6 +21,7 @@ from jax import lax
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.records import TrainState
 
+WARMUP = "warmup"  # in the run's work folder; holds the checkpoints of its supervised stage
 REASON = 200  # characters of an error of Orbax in a message
 
 
@@ -175,6 +176,11 @@ def steps(workdir: pathlib.Path) -> list[int]:
     return sorted(
         int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()
     )
+
+
+def begun(workdir: pathlib.Path) -> bool:
+    """True if a run, or its supervised stage, has a checkpoint in `workdir`."""
+    return bool(steps(workdir) or steps(workdir / WARMUP))
 
 
 def checksums(tree: Any) -> dict[str, str]:

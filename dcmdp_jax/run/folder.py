@@ -81,7 +81,7 @@ def write_config(workdir: pathlib.Path, config: Config) -> None:
 
 def _check_is_same_run(workdir: pathlib.Path, config: Config) -> None:
     """Raises ValueError where the run in `workdir` differs from `config` in what may not change."""
-    if not checkpoint.steps(workdir):
+    if not checkpoint.begun(workdir):
         return
     now = to_json(config)
     before = read_record(workdir)

@@ -12,12 +12,14 @@ from typing import IO, NamedTuple
 import jax
 
 from dcmdp_jax import data, seeds, sharding, sync
-from dcmdp_jax.config import Config
+from dcmdp_jax.config import Config, DataConfig
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.models import decoder, weights
 from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Prompts
 from dcmdp_jax.rollout import servers
+from dcmdp_jax.run import pairs
+from dcmdp_jax.run.pairs import Pair
 from dcmdp_jax.seeds import Stream
 from dcmdp_jax.tokens import tokenizer as tokenizers
 from dcmdp_jax.tokens.tokenizer import Tokenizer
@@ -32,6 +34,7 @@ class Inputs(NamedTuple):
     held_out: Prompts | None
     mesh: jax.sharding.Mesh  # that trains
     decode_mesh: jax.sharding.Mesh  # that samples
+    pairs: list[Pair] | None  # that a warm-up learns, if `warmup.path` is set
     lock: IO[str] | None = None  # on the work folder, held by process 0 until the run ends
 
 
@@ -58,7 +61,8 @@ def read_inputs(config: Config, devices: Sequence[jax.Device] | None = None) -> 
     prompts, held_out = read_problems(config, tokenizer, engines)
     if config.eval.every and held_out is None:
         processes.log0("no held-out evaluation: data.eval_path names no file")
-    return Inputs(model, tokenizer, prompts, held_out, mesh, decode_mesh)
+    learnt = read_pairs(config, model, tokenizer) if config.warmup.path else None
+    return Inputs(model, tokenizer, prompts, held_out, mesh, decode_mesh, learnt)
 
 
 def check(
@@ -77,14 +81,18 @@ def check(
             "algorithm.replay_routing replays the choices of a router, and this model is dense; "
             "leave it out"
         )
-    if config.warmup.steps and not hasattr(config.data.task, "solution"):
+    learns_task = config.warmup.steps and not config.warmup.path
+    if learns_task and not hasattr(config.data.task, "solution"):
         raise ValueError(
             "warmup learns the solutions of data.task, and there are none; give the task a method "
-            "solution(example, rng), or set --warmup.steps 0"
+            "solution(example, rng), set warmup.path to a file of pairs, or set --warmup.steps 0"
         )
     shapes = jax.eval_shape(partial(decoder.init, config=model), jax.random.key(0))
     sharding.param_shardings(decoder.logical_axes(model), mesh, sharding.TRAIN, shapes)
-    split = [("warmup.batch_size", config.warmup.batch_size, sharding.num_batch_shards(mesh))]
+    split = []
+    if learns_task:  # pairs of a file are packed into rows instead
+        shards = sharding.num_batch_shards(mesh)
+        split.append(("warmup.batch_size", config.warmup.batch_size, shards))
     if config.rollout.own_engine:
         sync.check(model, config.rollout.precision, decode_mesh)
         shards = engines * sharding.num_batch_shards(decode_mesh)
@@ -129,12 +137,7 @@ def read_problems(
     Raises ValueError where one cannot be read or does not fit.
     """
     task = config.data.task
-    prompt_format = data.PromptFormat(
-        chat=config.data.chat,
-        enable_thinking=config.data.enable_thinking,
-        instruction=config.data.instruction,
-        special_tokens_in_text=config.data.special_tokens_in_text,
-    )
+    prompt_format = read_format(config.data)
     tokenize = partial(
         data.tokenize,
         tokenizer=tokenizer,
@@ -163,6 +166,25 @@ def read_problems(
     if config.data.path or task is None:
         return prompts, None
     return prompts, tokenize(task.held_out(config.eval.prompts))
+
+
+def read_pairs(config: Config, model: ModelConfig, tokenizer: Tokenizer) -> list[Pair]:
+    """Returns the pairs of `warmup.path` that fit in a row.
+
+    Raises ValueError where one cannot be read.
+    """
+    longest = min(config.row_length, model.max_position)
+    return pairs.read(config.warmup.path, tokenizer, read_format(config.data), max_tokens=longest)
+
+
+def read_format(config: DataConfig) -> data.PromptFormat:
+    """Returns how prompts are made from problems."""
+    return data.PromptFormat(
+        chat=config.chat,
+        enable_thinking=config.enable_thinking,
+        instruction=config.instruction,
+        special_tokens_in_text=config.special_tokens_in_text,
+    )
 
 
 def read_model(config: Config) -> ModelConfig:

@@ -13,7 +13,7 @@ from dcmdp_jax import seeds, train_state
 from dcmdp_jax.config import Config
 from dcmdp_jax.models import decoder, weights
 from dcmdp_jax.records import TrainState
-from dcmdp_jax.run import checkpoint, warmup
+from dcmdp_jax.run import checkpoint, supervised, warmup
 from dcmdp_jax.run.inputs import Inputs
 from dcmdp_jax.seeds import Stream
 
@@ -54,17 +54,22 @@ def reference_weights(config: Config, inputs: Inputs) -> Any | None:
 def starting_weights(
     config: Config, inputs: Inputs, workdir: pathlib.Path, should_stop: Callable[[], bool]
 ) -> Any:
-    """Returns loaded or random parameters, warmed up; the warm-up's losses go to `workdir`.
+    """Returns loaded or random parameters, warmed up; the warm-up's losses go to `workdir`, and
+    where it learns a file its checkpoints.
 
     Raises `stopping.Interrupted` where `should_stop()`, the same on all processes, is true during
     the warm-up.
     """
-    params = unwarmed_weights(config, inputs)
+    load = partial(unwarmed_weights, config, inputs)
+    model = inputs.model_config
     if not config.warmup.steps:
-        return params
-    return warmup.run(
-        params, config, inputs.model_config, inputs.tokenizer, inputs.mesh, workdir, should_stop
-    )
+        return load()
+    if inputs.pairs is not None:
+        pad_id = inputs.tokenizer.pad_id
+        return supervised.run(
+            load, inputs.pairs, config, model, pad_id, inputs.mesh, workdir, should_stop
+        )
+    return warmup.run(load(), config, model, inputs.tokenizer, inputs.mesh, workdir, should_stop)
 
 
 def unwarmed_weights(config: Config, inputs: Inputs) -> Any:

@@ -18,11 +18,12 @@ import numpy as np
 import optax
 
 from dcmdp_jax import data, sharding
-from dcmdp_jax.config import Config, WarmupConfig
+from dcmdp_jax.config import Config
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.models import decoder
 from dcmdp_jax.models.kernels import head
 from dcmdp_jax.models.model_config import ModelConfig
+from dcmdp_jax.run import supervised
 from dcmdp_jax.stopping import Interrupted
 from dcmdp_jax.tokens.tokenizer import Tokenizer
 
@@ -44,7 +45,7 @@ def run(
     Losses go to `warmup.jsonl`. `params` are donated. Raises `Interrupted` where `should_stop()`,
     the same on all processes, is true between two dispatches: a warm-up is short and starts anew.
     """
-    optimizer = _optimizer(config.warmup)
+    optimizer = supervised.optimizer(config.warmup)
     opt_state = jax.jit(optimizer.init)(params)
     take_steps = jax.jit(
         partial(_take_steps, model=model, optimizer=optimizer),
@@ -74,13 +75,6 @@ def run(
                 log.flush()
             processes.log0(f"warm-up {steps[-1] + 1}/{config.warmup.steps}  loss {losses[-1]:.3f}")
     return params
-
-
-def _optimizer(config: WarmupConfig) -> optax.GradientTransformation:
-    rate = optax.schedules.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, min(20, config.steps // 2), config.steps
-    )
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0))
 
 
 def _stack(batches: list[data.SupervisedBatch], mesh: jax.sharding.Mesh) -> data.SupervisedBatch:

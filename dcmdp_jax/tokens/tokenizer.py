@@ -71,6 +71,19 @@ class Tokenizer(Protocol):
         Special tokens in a message are text, or ids with `special_tokens_in_text`.
         """
 
+    def encode_reply(
+        self,
+        messages: Sequence[Mapping],
+        *,
+        enable_thinking: bool,
+        special_tokens_in_text: bool = False,
+    ) -> tuple[list[int], list[int]]:
+        """Returns the ids of the prompt that the last message replies to, and those of the reply.
+
+        The prompt ends with the generation prompt, as that of a rollout does. The reply is the rest
+        of the conversation's text: the message, and what the template writes after it.
+        """
+
 
 class HuggingFaceTokenizer:
     """The tokenizer of a folder with `tokenizer.json`; `model_folder` is its model's.
@@ -165,6 +178,33 @@ class HuggingFaceTokenizer:
             messages, enable_thinking=enable_thinking, add_generation_prompt=add_generation_prompt
         )
         return self._encode_cut_up(text, cut)
+
+    def encode_reply(
+        self,
+        messages: Sequence[Mapping],
+        *,
+        enable_thinking: bool,
+        special_tokens_in_text: bool = False,
+    ) -> tuple[list[int], list[int]]:
+        """Returns the ids of a prompt and of the reply to it; see `Tokenizer.encode_reply`.
+
+        Raises ValueError if the template writes the reply otherwise than after the prompt.
+        """
+        cut = _unused_character(messages)
+        if not special_tokens_in_text:
+            messages = [self._cut_up(message, cut) for message in messages]
+        prompt = self.render_chat(messages[:-1], enable_thinking=enable_thinking)
+        text = self.render_chat(
+            messages, enable_thinking=enable_thinking, add_generation_prompt=False
+        )
+        if not text.startswith(prompt):
+            raise ValueError(
+                f"the chat template of {self.folder} does not write the reply after the prompt "
+                f"that asks for one, which ends in {prompt[-30:]!r}; set "
+                f"data.enable_thinking={not enable_thinking}, or mend the template or the reply"
+            )
+        reply = text[len(prompt) :]
+        return self._encode_cut_up(prompt, cut), self._encode_cut_up(reply, cut)
 
     def _cut_up(self, message: Mapping, cut: str) -> dict:
         """Returns `message` with the character `cut` after each character of a special token in it.
@@ -300,7 +340,7 @@ class SentencePieceTokenizer:
             f"{self.file} is a SentencePiece model and has no chat template; set data.chat=False"
         )
 
-    encode_chat = render_chat
+    encode_chat = encode_reply = render_chat
 
 
 class CharacterTokenizer:
@@ -340,7 +380,7 @@ class CharacterTokenizer:
         """Raises ValueError: there is no chat template."""
         raise ValueError("a character tokenizer has no chat template; set data.chat=False")
 
-    encode_chat = render_chat
+    encode_chat = encode_reply = render_chat
 
 
 def load(path: str | pathlib.Path, model_folder: str | pathlib.Path = "") -> Tokenizer:

@@ -10,6 +10,7 @@ Lengths are the longest: every prompt and completion at its limit.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -23,11 +24,12 @@ import jax
 import jax.numpy as jnp
 
 from dcmdp_jax import compiled_step, files, sharding, step, sync, train_state
-from dcmdp_jax.config import Calibrated, Config, with_tolerance
+from dcmdp_jax.config import AlgorithmConfig, Calibrated, Config, with_tolerance
 from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Batch
 from dcmdp_jax.rollout import generate
 from dcmdp_jax.rollout.jetstream import Engine
+from dcmdp_jax.run import supervised
 from dcmdp_jax.run.inputs import check as check_inputs
 from dcmdp_jax.run.inputs import read_problems, read_tokenizer
 from dcmdp_jax.tokens import tokenizer as tokenizers
@@ -150,6 +152,8 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
         0,
         f"{row_length}algorithm.microbatches, model.compute.remat, mesh.sequence or mesh.tensor",
     )
+    if config.warmup.path:
+        yield _supervised(config, model, mesh)
     params = train_state.abstract_params(model, mesh)
     score = jax.jit(sharding.with_mesh(mesh, partial(step.score, config=config, model=model)))
     yield Program(
@@ -175,6 +179,36 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
         1,
         sizes - sharding.local_bytes(params),
         "rollout.precision.weights, rollout.mesh.tensor",
+    )
+
+
+def _supervised(config: Config, model: ModelConfig, mesh: Any) -> Program:
+    """Returns the step of the supervised stage, in which no two pairs share a row."""
+    warmup = config.warmup
+    algorithm = config.algorithm
+    as_rollout = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, prompts_per_step=warmup.batch_size),
+        rollout=dataclasses.replace(config.rollout, samples=1, staleness=0),
+        algorithm=AlgorithmConfig(
+            algorithm.advantage,
+            algorithm.surrogate,
+            algorithm.reduce,
+            microbatches=warmup.microbatches,
+            row_length=algorithm.row_length,
+        ),
+    )
+    batch = abstract_batch(as_rollout, model, mesh)
+    (rows, length) = batch.tokens.shape[2:]
+    return Program(
+        "warm-up step",
+        supervised.compile_step(config, model, mesh).lower(
+            supervised.abstract(config, model, mesh), batch
+        ),
+        cost_model.update(model, rows, length, as_rollout, mesh, True),
+        0,
+        0,
+        "warmup.microbatches, model.compute.remat, mesh.sequence or mesh.tensor",
     )
 
 
@@ -227,7 +261,7 @@ def abstract_batch(config: Config, model: ModelConfig, mesh: Any) -> Batch:
     count = (
         config.data.prompts_per_step * config.rollout.samples // (a.minibatches * a.microbatches)
     )
-    length = a.row_length or config.data.max_prompt_tokens + width
+    length = config.row_length
     rows = -(-count // sharding.num_batch_shards(mesh)) * sharding.num_batch_shards(mesh)
     sizes = dict.fromkeys(("tokens", "positions", "segment_ids"), (rows, length)) | dict.fromkeys(
         ("reward", "group"), (count,)

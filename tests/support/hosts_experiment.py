@@ -77,7 +77,7 @@ CONFIG = Config(
         dual=constraint.projected_ascent,
         tolerance=Calibrated(batches=2),
     ),
-    warmup=WarmupConfig(steps=2, batch_size=8),
+    warmup=WarmupConfig(steps=2, batch_size=8, learning_rate=3e-3),
     eval=EvalConfig(every=3, prompts=7),
     checkpoint=CheckpointConfig(every=2),
     steps=4,

@@ -129,6 +129,16 @@ def await_rows(workdir, count, process):
         time.sleep(0.01)
 
 
+def write_pairs(path, count):
+    """Writes problems of the quickstart's task, with two operations, and how to solve them."""
+    task = dataclasses.replace(load_experiment(QUICKSTART).data.task, operations=2)
+    rng = np.random.default_rng(0)
+    examples = [task.example(i, 1) for i in range(count)]
+    pairs = [{"prompt": e.prompt, "completion": task.solution(e, rng)} for e in examples]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return str(path)
+
+
 def write_problems(path, count):
     """Writes problems of the quickstart's task, with two operations, as a data file."""
     task = dataclasses.replace(load_experiment(QUICKSTART).data.task, operations=2)
