@@ -9,24 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors
 
 from dcmdp_jax import sharding
 from dcmdp_jax.config import MeshConfig
-from dcmdp_jax.models import decoder, inference, layers, rope, sizes, weights
-from dcmdp_jax.models.kernels import attention
+from dcmdp_jax.models import decoder, inference, sizes, weights
 from dcmdp_jax.models.model_config import Compute
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from support import reference_hf  # noqa: E402
+from support.modules import LOGITS, TOLERANCE, assert_modules_match  # noqa: E402
 from support.tiny_models import TINY, TINY_MOE  # noqa: E402
 
 pytestmark = pytest.mark.full
-
-LOGITS = jax.jit(decoder.logits, static_argnames="config")
-TOLERANCE = 2e-5  # absolute, float32
 
 
 @functools.cache
@@ -47,88 +43,10 @@ def loaded(tmp_path_factory):
     return load
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sparse"))
-def layer_outputs(params, x, config, sparse) -> dict:
-    """Returns the outputs of the modules of one layer, by their names in transformers; the layer
-    itself is "".
-    """
-    index = jnp.arange(x.shape[1])
-
-    def attend(q, k, v):
-        return attention.attention(q, k, v, index[:, None] >= index), None
-
-    (y, _, _), caught = layers.Layer(config, sparse).apply(
-        {"params": params},
-        x,
-        *rope.rotary(index[None], config),
-        attend,
-        capture_intermediates=True,
-        mutable=["intermediates"],
-    )
-    caught = caught["intermediates"]
-    outputs = {".input_layernorm": caught["input_norm"]["__call__"][0]}
-    if config.qk_norm:
-        outputs[".self_attn.q_norm"] = caught["attention"]["q_norm"]["__call__"][0]
-        outputs[".self_attn.k_norm"] = caught["attention"]["k_norm"]["__call__"][0]
-    return outputs | {
-        ".self_attn": caught["attention"]["__call__"][0][0],
-        ".post_attention_layernorm": caught["post_attention_norm"]["__call__"][0],
-        ".mlp": caught["moe"]["__call__"][0][0] if sparse else caught["mlp"]["__call__"][0],
-        "": y,
-    }
-
-
-def module_outputs(params, tokens, config) -> dict:
-    """Returns every module's output, by its name in transformers, in order of execution."""
-    x = decoder.embed(params, tokens, config)
-    seen = {"model.embed_tokens": x}
-    for i, tree in enumerate(inference.unstack(params, config)["stacks"]):
-        outputs = layer_outputs(tree, x, config, config.is_sparse(i))
-        seen |= {f"model.layers.{i}{name}": output for name, output in outputs.items()}
-        x = outputs[""]
-    seen["model.norm"] = decoder.final_norm(params, x, config)
-    seen["lm_head"] = decoder.head(params, seen["model.norm"], config)
-    return seen
-
-
-def assert_modules_match(params, config, reference, tokens):
-    want = reference_hf.outputs(reference, tokens)
-    got = module_outputs(params, tokens, config)
-    # in order of execution: the first to differ is the one at fault
-    for name in sorted(got, key=list(want).index):
-        np.testing.assert_allclose(got[name], want[name], atol=TOLERANCE, rtol=0, err_msg=name)
-    np.testing.assert_allclose(
-        LOGITS(params, tokens, config), want["lm_head"], atol=TOLERANCE, rtol=0
-    )
-
-
 @pytest.mark.parametrize("case", reference_hf.CASES)
 def test_every_module_matches_transformers(case, loaded):
     config, params = loaded(case)
     assert_modules_match(params, config, model(case), reference_hf.tokens(case, 2, 40))
-
-
-@pytest.mark.parametrize(
-    ("family", "switches"),
-    [
-        ("qwen2", {"hidden_size": 32, "qkv_bias": True}),
-        ("llama", {}),
-        ("llama_bias", {"qkv_bias": True, "o_bias": True}),
-    ],
-)
-def test_every_module_matches_that_of_relatives(family, switches, loaded, tmp_path):
-    reference = reference_hf.make_relative(family)
-    reference.save_pretrained(tmp_path)
-    config = dataclasses.replace(loaded("dense")[0], qk_norm=False, **switches)
-    file = safetensors.safe_open(tmp_path / "model.safetensors", framework="np")
-    stored = dict.fromkeys(file.keys(), file)
-    shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), config))
-    params = jax.tree.map(
-        lambda leaf, shape: leaf.read(stored, tuple(slice(0, n) for n in shape.shape), np.float32),
-        weights.parameter_table(config),
-        shapes,
-    )
-    assert_modules_match(params, config, reference, reference_hf.tokens("dense", 2, 40))
 
 
 @pytest.mark.parametrize("as_segment", [False, True])
@@ -300,6 +218,9 @@ def test_initial_values():
         (sizes.QWEN3_32B, 32.762123264),
         (sizes.QWEN3_30B_A3B, 30.532122624),
         (sizes.QWEN3_235B_A22B, 235.093634560),
+        (sizes.QWEN2_5_0_5B, 0.494032768),
+        (sizes.LLAMA_3_2_1B, 1.235814400),
+        (sizes.SMOLLM2_135M, 0.134515008),
     ],
 )
 def test_published_parameter_counts(config, billions):

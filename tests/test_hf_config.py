@@ -39,8 +39,8 @@ PLAIN = {"rope_type": "default", "rope_theta": 1e6}
     ("changes", "message"),
     [
         (
-            {"architectures": ["LlamaForCausalLM"]},
-            "LlamaForCausalLM.*supported are Qwen3ForCausalLM",
+            {"architectures": ["GemmaForCausalLM"]},
+            "GemmaForCausalLM.*supported are Qwen3ForCausalLM",
         ),
         ({"architectures": "drop"}, "architectures"),
         ({"architectures": "Qwen3ForCausalLM"}, "architectures is 'Qwen3ForCausalLM'"),
@@ -344,7 +344,7 @@ def test_transformers_reads_the_rotary_positions_that_are_written(settings, tmp_
     assert factor == pytest.approx(rope.frequencies(config)[1])
 
 
-@pytest.mark.parametrize("switches", [{"qk_norm": False}, {"qkv_bias": False}, {"o_bias": False}])
+@pytest.mark.parametrize("switches", [{"qkv_bias": False}, {"o_bias": False}])
 def test_models_of_no_family_are_not_written(switches, tmp_path):
     config = dataclasses.replace(DENSE, **switches)
     (name, value), *_ = switches.items()
@@ -353,12 +353,12 @@ def test_models_of_no_family_are_not_written(switches, tmp_path):
 
 
 def test_a_family_of_one_row_is_written_and_read_back(monkeypatch, tmp_path):
-    bias = {"qk_norm": False, "qkv_bias": True, "o_bias": False}
-    family = hf_config.Family("qwen2", sparse=False, head_dim=None, switches=lambda raw: bias)
-    monkeypatch.setitem(hf_config.FAMILIES, "Qwen2ForCausalLM", family)
+    bias = {"qk_norm": False, "qkv_bias": False, "o_bias": True}
+    family = hf_config.Family("odd", sparse=False, head_dim=None, switches=lambda raw: bias)
+    monkeypatch.setitem(hf_config.FAMILIES, "OddForCausalLM", family)
     config = dataclasses.replace(DENSE, **bias)
     hf_config.write(tmp_path / "config.json", config, "bfloat16", {})
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "qwen2"
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "odd"
     assert weights.read_config(tmp_path) == config
 
 

@@ -1,4 +1,5 @@
-"""The decoder: Qwen3 (arXiv 2505.09388) and its relatives, dense and Mixture-of-Experts.
+"""The decoder: Qwen3 (arXiv 2505.09388), dense and Mixture-of-Experts, Qwen2 (arXiv 2407.10671),
+and Llama (arXiv 2407.21783), as which Mistral and SmolLM2 are computed.
 
     x = embed(tokens)
     for each layer:                        (`layers.py`)

@@ -34,6 +34,12 @@ class Family:
     sparse: bool  # has experts
     head_dim: int | None  # where config.json gives none; None: hidden_size / num_attention_heads
     switches: Callable[[dict], dict]  # config.json -> qk_norm, qkv_bias and o_bias
+    # settings that are no choice in this family, with the value that it has; they are not written
+    fixed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    rope_theta: float | None = None  # where config.json gives none; None: it must
+    # `sliding_window` where config.json gives none, in a family whose every layer then has it, with
+    # no switch; 0: only with use_sliding_window
+    window: int = 0
 
 
 def _qwen3_switches(raw: dict) -> dict:
@@ -41,13 +47,57 @@ def _qwen3_switches(raw: dict) -> dict:
     return {"qk_norm": True, "qkv_bias": bias, "o_bias": bias}
 
 
-# transformers' defaults of head_dim differ between the two
-FAMILIES = {
-    "Qwen3ForCausalLM": Family("qwen3", False, head_dim=128, switches=_qwen3_switches),
-    "Qwen3MoeForCausalLM": Family("qwen3_moe", True, head_dim=None, switches=_qwen3_switches),
-}
+def _llama_switches(raw: dict) -> dict:
+    bias = _flag(raw, "attention_bias")
+    return {"qk_norm": False, "qkv_bias": bias, "o_bias": bias}
+
+
+def _qwen2_switches(raw: dict) -> dict:
+    return {"qk_norm": False, "qkv_bias": True, "o_bias": False}
+
+
+def _mistral_switches(raw: dict) -> dict:
+    return {"qk_norm": False, "qkv_bias": False, "o_bias": False}
+
+
 # transformers 5 uses this if rope_scaling is given beside rope_parameters, without a theta
 THETA = 10_000.0
+_WITH_NORM = {"use_qk_norm": True, "qk_norm": True}
+_WITHOUT_NORM = {"use_qk_norm": False, "qk_norm": False}
+# the defaults, of head_dim and others, are those of transformers
+FAMILIES = {
+    "Qwen3ForCausalLM": Family(
+        "qwen3", False, 128, _qwen3_switches, {"qkv_bias": False, **_WITH_NORM}
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        "qwen3_moe", True, None, _qwen3_switches, {"qkv_bias": False, **_WITH_NORM}
+    ),
+    "Qwen2ForCausalLM": Family(
+        "qwen2",
+        False,
+        None,
+        _qwen2_switches,
+        {"attention_bias": True, "qkv_bias": True, **_WITHOUT_NORM},
+        rope_theta=THETA,
+    ),
+    "LlamaForCausalLM": Family(
+        "llama",
+        False,
+        None,
+        _llama_switches,
+        {"qkv_bias": False, "use_sliding_window": False, **_WITHOUT_NORM},
+        rope_theta=THETA,
+    ),
+    "MistralForCausalLM": Family(
+        "mistral",
+        False,
+        None,
+        _mistral_switches,
+        {"attention_bias": False, "qkv_bias": False, **_WITHOUT_NORM},
+        rope_theta=THETA,
+        window=4096,
+    ),
+}
 
 READ = """
     architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers
@@ -67,13 +117,11 @@ ONE_VALUE = {
     "text_config": None,
     "vision_config": None,
     "is_causal": True,
+    "mlp_bias": False,
     "shared_expert_intermediate_size": 0,
-    "qkv_bias": False,
-    "use_qk_norm": True,
-    "qk_norm": True,
 }
-# Names that contain one of `WORDS` and still change nothing in a forward pass of this model; the
-# sliding window is unused without use_sliding_window.
+# Names that contain one of `WORDS` and still change nothing in a forward pass of this model; see
+# `_check_window`.
 HARMLESS = """
     sliding_window max_window_layers router_aux_loss_coef output_router_logits output_attentions
     output_hidden_states initializer_range attn_implementation _attn_implementation
@@ -112,18 +160,21 @@ def read(folder: str | pathlib.Path) -> ModelConfig:
     """
     folder = pathlib.Path(folder)
     path = folder / "config.json"
+    if folder.suffix == ".gguf":
+        raise ValueError(f"{folder} is one file; convert it first: dcmdp convert {folder} FOLDER")
     if not folder.is_dir():
         raise ValueError(f"model folder {folder} does not exist; {REMEDY}")
     if not path.is_file():
         raise ValueError(f"model folder {folder} has no config.json; {REMEDY}")
     raw = files.read_json_object(path)
     try:
-        return _parse(raw)
+        return parse(raw)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _parse(raw: dict) -> ModelConfig:
+def parse(raw: dict) -> ModelConfig:
+    """Returns the config that the settings of a config.json define; raises ValueError as `read`."""
     names = raw.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or names[0] not in FAMILIES:
         raise ValueError(
@@ -134,12 +185,19 @@ def _parse(raw: dict) -> ModelConfig:
         raise ValueError(
             f"model_type is {raw['model_type']!r}, which is not that of architectures, {names[0]}"
         )
-    _check_others(raw)
+    _check_others(raw, family)
     layers = _positive_int(raw, "num_hidden_layers")
     _check_layer_types(raw.get("layer_types"), layers)
     heads = _positive_int(raw, "num_attention_heads")
     width = _positive_int(raw, "hidden_size")
-    theta, scaling = _rotary(raw)
+    if raw.get("head_dim") is None and family.head_dim is None and width % heads:
+        raise ValueError(
+            f"head_dim is not given, and hidden_size={width} is not a multiple of "
+            f"num_attention_heads={heads}, which would define it"
+        )
+    positions = _positive_int(raw, "max_position_embeddings")
+    _check_window(raw, family, positions)
+    theta, scaling = _rotary(raw, family)
     return ModelConfig(
         vocab_size=_positive_int(raw, "vocab_size"),
         hidden_size=width,
@@ -152,20 +210,21 @@ def _parse(raw: dict) -> ModelConfig:
         rope_scaling=scaling,
         rms_norm_eps=_positive_float(raw, "rms_norm_eps", 1e-6),
         tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
-        max_position=_positive_int(raw, "max_position_embeddings"),
+        max_position=positions,
         **family.switches(raw),
         **(_experts(raw, layers) if family.sparse else _no_experts(raw)),
     )
 
 
-def _check_others(raw: dict) -> None:
+def _check_others(raw: dict, family: Family) -> None:
     """Raises ValueError on a setting that is not read and may change the model."""
-    for name, value in ONE_VALUE.items():
+    one_value = ONE_VALUE | family.fixed
+    for name, value in one_value.items():
         if raw.get(name) not in (value, None):
             raise ValueError(
                 f"{name}={reprlib.repr(raw[name])} is not supported; only {value!r} is"
             )
-    for name in raw.keys() - {*READ, *ONE_VALUE, *HARMLESS}:
+    for name in raw.keys() - {*READ, *one_value, *HARMLESS}:
         off = raw[name] is None or raw[name] is False or raw[name] in ("", 0, [], {})
         if not off and any(word in name.lower() for word in WORDS):
             raise ValueError(
@@ -186,6 +245,20 @@ def _check_layer_types(kinds: Any, layers: int) -> None:
             raise ValueError(
                 f"layer_types has {kind!r}, which is not supported; only 'full_attention' is"
             )
+
+
+def _check_window(raw: dict, family: Family, positions: int) -> None:
+    """Raises ValueError if attention would end within the positions that the model has."""
+    if not family.window or ("sliding_window" in raw and raw["sliding_window"] is None):
+        return
+    window = _positive_int(raw, "sliding_window", family.window)
+    if window < positions:
+        given = "" if raw.get("sliding_window") else ", which is what leaving it out means,"
+        raise ValueError(
+            f"sliding_window={window}{given} is not supported; set max_position_embeddings to "
+            f"{window}, up to which it changes nothing, or sliding_window to null if the model has "
+            "none"
+        )
 
 
 def _no_experts(raw: dict) -> dict:
@@ -220,7 +293,7 @@ def _experts(raw: dict, layers: int) -> dict:
 # Rotary positions
 
 
-def _rotary(raw: dict) -> tuple[float, Linear | Llama3 | Yarn | None]:
+def _rotary(raw: dict, family: Family) -> tuple[float, Linear | Llama3 | Yarn | None]:
     """Returns theta and the scaling, of `rope_parameters` (transformers 5) or of `rope_theta` and
     `rope_scaling`.
 
@@ -233,7 +306,7 @@ def _rotary(raw: dict) -> tuple[float, Linear | Llama3 | Yarn | None]:
         raise ValueError(
             f"rope_scaling={old} and rope_parameters={new} disagree; keep one of the two"
         )
-    theta = _theta(raw, old, new)
+    theta = _theta(raw, old, new, family)
     rope = old or new
     kind = _kind(rope)
     if kind == "default":
@@ -297,13 +370,15 @@ def _described(rope: dict) -> dict:
     return {"": kind} | {name: rope[name] for name in ROPE_SETTINGS[kind] if name in rope}
 
 
-def _theta(raw: dict, old: dict, new: dict) -> float:
+def _theta(raw: dict, old: dict, new: dict, family: Family) -> float:
     given = {
         "rope_theta": raw.get("rope_theta"),
         "rope_scaling": old.get("rope_theta"),
         "rope_parameters": new.get("rope_theta"),
     }
-    theta = _positive_float({"rope_theta": _agreed(given, "rope_theta")}, "rope_theta")
+    theta = _positive_float(
+        {"rope_theta": _agreed(given, "rope_theta")}, "rope_theta", family.rope_theta
+    )
     if theta <= 1:
         raise ValueError(f"rope_theta={theta} must be more than 1")
     if old and given["rope_theta"] is None and given["rope_scaling"] is None and theta != THETA:
@@ -390,10 +465,11 @@ def _need(raw: dict, name: str, default: Any = None) -> Any:
 
 
 def write(path: pathlib.Path, config: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> None:
-    """Writes `config.json` as the published Qwen3 folders have it, for any transformers with Qwen3.
+    """Writes `config.json` as the family's published folders have it, for transformers 4.51 on.
 
-    `token_ids` holds `eos_token_id` and its like, as the tokenizer names them. Raises ValueError if
-    no architecture of `FAMILIES` has the config's switches.
+    A Mistral without windows equals a Llama and is written as one. `token_ids` holds `eos_token_id`
+    and its like, as the tokenizer names them. Raises ValueError if no architecture of `FAMILIES`
+    has the config's switches.
     """
     raw = {
         "attention_bias": config.qkv_bias,
@@ -428,7 +504,9 @@ def write(path: pathlib.Path, config: ModelConfig, dtype: str, token_ids: dict[s
             "router_aux_loss_coef": 0.001,
         }
     architecture = _architecture(config, raw)
-    raw |= {"architectures": [architecture], "model_type": FAMILIES[architecture].model_type}
+    family = FAMILIES[architecture]
+    raw = {name: value for name, value in raw.items() if name not in family.fixed}
+    raw |= {"architectures": [architecture], "model_type": family.model_type}
     path.write_text(json.dumps(raw | token_ids, indent=2, sort_keys=True) + "\n")
 
 

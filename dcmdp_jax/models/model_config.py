@@ -68,7 +68,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of the Qwen3 family and its relatives: sizes and switches.
+    """A decoder of one of the families Qwen3, Qwen2 and Llama: sizes and switches.
 
     Hugging Face's names, shortened; the comments hold those that differ. `num_experts == 0` is the
     dense model.

@@ -34,14 +34,15 @@ def frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     if isinstance(scaling, Linear):
         freqs = freqs / scaling.factor
     elif isinstance(scaling, Llama3):
-        freqs = _llama3(freqs, scaling)
+        freqs = llama3_frequencies(freqs, scaling)
     elif isinstance(scaling, Yarn):
         freqs = _yarn(freqs, scaling, config.rope_theta)
         factor = _yarn_attention_factor(scaling)
     return freqs.astype(np.float32), factor
 
 
-def _llama3(freqs: np.ndarray, scaling: Llama3) -> np.ndarray:
+def llama3_frequencies(freqs: np.ndarray, scaling: Llama3) -> np.ndarray:
+    """Returns the frequencies [h/2] as `Llama3` says."""
     rotations = scaling.original_max_position * freqs / (2 * math.pi)  # in the original context
     low = scaling.low_freq_factor
     high = scaling.high_freq_factor

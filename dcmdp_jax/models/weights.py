@@ -224,8 +224,9 @@ def check(folder: str | pathlib.Path) -> None:
     """
     folder = pathlib.Path(folder)
     config = read_config(folder)
-    files, tree = _checked(folder, config)
-    with _naming(folder):
+    files = _open(folder)
+    tree = check_stored(folder, files, config)
+    with naming(folder):
         tree["embed"].read(
             files,
             (slice(0, min(ROWS, config.vocab_size)), slice(0, config.hidden_size)),
@@ -248,13 +249,14 @@ def load(
     """
     folder = pathlib.Path(folder)
     config = read_config(folder)
-    files, table = _checked(folder, config)
+    files = _open(folder)
+    table = check_stored(folder, files, config)
     tree, treedef = jax.tree.flatten(table)
     shapes = treedef.flatten_up_to(
         jax.eval_shape(lambda: decoder.init(jax.random.key(0), config, dtype))
     )
     shardings = [None] * len(tree) if shardings is None else treedef.flatten_up_to(shardings)
-    with _naming(folder):
+    with naming(folder):
         arrays = [
             _read_array(leaf, shape, sharding, files)
             for leaf, shape, sharding in zip(tree, shapes, shardings, strict=True)
@@ -263,8 +265,8 @@ def load(
 
 
 @contextlib.contextmanager
-def _naming(folder: pathlib.Path) -> Iterator[None]:
-    """Puts the folder's name before the message of a ValueError."""
+def naming(folder: pathlib.Path) -> Iterator[None]:
+    """Puts the folder's or file's name before the message of a ValueError."""
     try:
         yield
     except ValueError as error:
@@ -350,9 +352,15 @@ def _no_weights(folder: pathlib.Path) -> str:
     return f"{folder} has neither model.safetensors nor {INDEX}"
 
 
-def _checked(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Any], dict]:
-    """Returns the open files and `parameter_table`, with names, shapes and dtypes checked."""
-    files = _open(folder)
+def check_stored(folder: pathlib.Path, files: dict[str, Any], config: ModelConfig) -> dict:
+    """Returns `parameter_table`.
+
+    Args:
+        folder: named in messages.
+        files: what holds each stored tensor, by the tensor's name.
+
+    Raises ValueError unless names, shapes and dtypes are those of the table.
+    """
     # counted before any is named: a damaged config.json may call for billions
     sparse = sum(config.is_sparse(layer) for layer in range(config.num_layers))
     if config.num_layers + sparse * config.num_experts > len(files):
@@ -386,7 +394,7 @@ def _checked(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Any],
         raise ValueError(
             f"{folder} has a tensor {min(extra)}, which its config.json has no place for"
         )
-    return files, tree
+    return tree
 
 
 # Out
@@ -411,8 +419,7 @@ def save(
     for parameters on other hosts.
     """
     folder = pathlib.Path(folder).absolute()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder; give a new one")
+    check_new(folder)
     pairs = _pair(config, params)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder) as building:
@@ -420,6 +427,12 @@ def save(
         hf_config.write(
             building / "config.json", config, str(params["embed"].dtype), token_ids or {}
         )
+
+
+def check_new(folder: pathlib.Path) -> None:
+    """Raises ValueError if `folder` exists and is not empty."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder; give a new one")
 
 
 def _pair(config: ModelConfig, params: dict) -> list[tuple[Leaf, jax.Array]]:

@@ -1,4 +1,4 @@
-"""Tiny random models of transformers, Qwen3 and its relatives, and the outputs of their modules."""
+"""Tiny random models of transformers, and the outputs of their modules."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -65,28 +67,54 @@ CASES = {
     | dict(num_hidden_layers=4, mlp_only_layers=[0, 3], tie_word_embeddings=True),
     "moe_yarn": MOE | dict(rope_scaling=YARN, num_key_value_heads=4, num_experts_per_tok=3),
 }
+# The other families: no head_dim, so that it is hidden_size / num_attention_heads.
+PLAIN = {name: value for name, value in DENSE.items() if name != "head_dim"}
+LLAMA = {
+    "llama": PLAIN | dict(rope_theta=5e5, rope_scaling=LLAMA3, num_key_value_heads=1),  # Llama 3
+    "llama_tied": PLAIN  # SmolLM2
+    | dict(num_attention_heads=3, num_key_value_heads=1, tie_word_embeddings=True, rope_theta=1e5),
+    "llama_groups_1": PLAIN | dict(num_key_value_heads=None, rope_theta=1e4),  # Llama 2
+    "llama_bias": PLAIN | dict(attention_bias=True),
+    "llama_head_dim": PLAIN | dict(hidden_size=20, head_dim=10),
+    "llama_eps": PLAIN | dict(rms_norm_eps=1e-2),
+    "llama_linear": PLAIN | dict(rope_scaling=LINEAR),
+    "llama_yarn": PLAIN | dict(rope_scaling=YARN),
+    "llama3_theta": PLAIN | dict(rope_scaling=LLAMA3 | dict(factor=32.0), rope_theta=1e2),
+}
+QWEN2 = {
+    "qwen2": PLAIN,
+    "qwen2_tied": PLAIN
+    | dict(num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2_groups_1": PLAIN | dict(num_key_value_heads=4),
+    "qwen2_groups_4": PLAIN | dict(num_key_value_heads=1, rope_theta=1e4),
+    "qwen2_head_dim": PLAIN | dict(hidden_size=20, head_dim=10),
+    "qwen2_eps": PLAIN | dict(rms_norm_eps=1e-2, rope_theta=5e3),
+    "qwen2_yarn": PLAIN | dict(rope_scaling=YARN),
+    "qwen2_linear": PLAIN | dict(rope_scaling=LINEAR),
+    "qwen2_window": PLAIN | dict(sliding_window=8, use_sliding_window=False),
+}
+MISTRAL = {
+    "mistral": PLAIN | dict(sliding_window=None),
+    "mistral_head_dim": PLAIN | dict(sliding_window=None, hidden_size=20, head_dim=10),  # Nemo
+    "mistral_window": PLAIN | dict(sliding_window=64),  # as long as there are positions
+}
+RELATIVES = LLAMA | QWEN2 | MISTRAL
 
 
 def make(case: str, seed: int = 0) -> torch.nn.Module:
-    """Returns the Qwen3 model of one case, see `randomize`."""
-    settings = CASES[case]
-    if "num_experts" in settings:
+    """Returns the model of one case, see `randomize`."""
+    settings = (CASES | RELATIVES)[case]
+    if case in LLAMA:
+        model = LlamaForCausalLM(LlamaConfig(**settings, attn_implementation="eager"))
+    elif case in QWEN2:
+        model = Qwen2ForCausalLM(Qwen2Config(**settings, attn_implementation="eager"))
+    elif case in MISTRAL:
+        model = MistralForCausalLM(MistralConfig(**settings, attn_implementation="eager"))
+    elif "num_experts" in settings:
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings, attn_implementation="eager"))
     else:
         model = Qwen3ForCausalLM(Qwen3Config(**settings, attn_implementation="eager"))
     return randomize(model, seed)
-
-
-def make_relative(family: str) -> torch.nn.Module:
-    """Returns a model of another family, of the sizes of `DENSE`: "qwen2" (biases of queries, keys
-    and values alone), "llama" (no bias) or "llama_bias" (all four); none normalizes its queries.
-    """
-    settings = dict(DENSE, attn_implementation="eager")
-    if family == "qwen2":
-        settings["hidden_size"] = settings["num_attention_heads"] * settings.pop("head_dim")
-        return randomize(Qwen2ForCausalLM(Qwen2Config(**settings)))
-    bias = family == "llama_bias"
-    return randomize(LlamaForCausalLM(LlamaConfig(**settings, attention_bias=bias)))
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -106,7 +134,7 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 def tokens(case: str, rows: int, length: int, seed: int = 0) -> np.ndarray:
     """Returns random token ids [rows, length] int32."""
     return np.random.default_rng(seed).integers(
-        0, CASES[case]["vocab_size"], (rows, length), dtype=np.int32
+        0, (CASES | RELATIVES)[case]["vocab_size"], (rows, length), dtype=np.int32
     )
 
 
