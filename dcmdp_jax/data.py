@@ -172,7 +172,7 @@ def supervised_batch(
     rng = np.random.default_rng(seeds.seed(seed, Stream.WARMUP_SOLUTIONS, step))
     problem_seed = seeds.seed(seed, Stream.WARMUP_PROBLEMS, step)
     examples = [task.example(i, problem_seed) for i in range(batch_size)]
-    prompts = [tokenizer.encode(example.prompt) for example in examples]
+    prompts = [tokenizer.encode_prompt(example.prompt) for example in examples]
     solutions = [
         tokenizer.encode(task.solution(example, rng)) + [tokenizer.eos_ids[0]]
         for example in examples
@@ -203,7 +203,7 @@ def encode(example: Example, tokenizer: Tokenizer, prompt_format: PromptFormat) 
             raise ValueError(
                 f"the prompts of {example.source!r} are chat messages; set data.chat=True"
             )
-        return tokenizer.encode(example.prompt + _tail(prompt_format))
+        return tokenizer.encode_prompt(example.prompt + _tail(prompt_format))
     return tokenizer.encode_chat(
         chat_messages(example.prompt, prompt_format),
         enable_thinking=prompt_format.enable_thinking,

@@ -54,6 +54,18 @@ def test_sentencepiece_ids(sentence_piece, pieces):
     assert (sentence_piece.eos_ids, sentence_piece.pad_id) == ((2,), 3)
 
 
+def test_a_sentencepiece_prompt_gets_bos_only_if_a_file_asks_for_it(
+    sentencepiece_folder, sentence_piece, tmp_path
+):
+    assert sentence_piece.encode_prompt("lazy") == sentence_piece.encode("lazy")
+    tokenizers.save(sentence_piece, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+    (tmp_path / "saved").mkdir()
+    tokenizers.save(tokenizers.load(tmp_path), tmp_path / "saved")
+    asks = tokenizers.load(tmp_path / "saved")
+    assert asks.encode_prompt("lazy") == [1, *sentence_piece.encode("lazy")]
+
+
 def test_no_sentencepiece_piece_is_longer_than_the_longest(sentence_piece, pieces):
     longest = max(len(pieces.id_to_piece(i)) for i in range(pieces.get_piece_size()))
     assert sentence_piece.max_token_chars == longest

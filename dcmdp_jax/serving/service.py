@@ -200,7 +200,8 @@ class Orchestrator(orchestrator.LLMOrchestrator):
             )
         # Long texts share one thread, so that short ones do not wait for them.
         pool = self._long_texts if len(text) > LONG_TEXT else None
-        return await asyncio.get_running_loop().run_in_executor(pool, self._tokenizer.encode, text)
+        encode = self._tokenizer.encode_prompt
+        return await asyncio.get_running_loop().run_in_executor(pool, encode, text)
 
     def _check_prompt(self, tokens: list[int], max_tokens: int) -> None:
         count = len(tokens)

@@ -1,7 +1,8 @@
 """Text to token ids and back: Hugging Face `tokenizer.json`, SentencePiece, or single characters,
 behind one protocol.
 
-Encoding adds nothing to a text (no BOS, no EOS), and special tokens written in it become their ids.
+Encoding adds nothing to a text (no BOS, no EOS; a plain prompt may get its BOS), and special tokens
+written in it become their ids.
 Chat messages are untrusted data: a special token written in a message is text, and only what the
 chat template writes becomes an id. Decoding keeps special tokens visible and drops ids that the
 tokenizer does not have.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import json
 import pathlib
 import re
@@ -42,6 +44,11 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, nothing added."""
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Returns the ids of a text that begins a sequence: `encode`, after the BOS token if the
+        tokenizer's files ask for it and the text does not begin with it.
+        """
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids`, special tokens written out."""
@@ -101,7 +108,7 @@ class HuggingFaceTokenizer:
         file = self.folder / "tokenizer.json"
         if not file.is_file():
             raise ValueError(f"{self.folder} holds no tokenizer.json")
-        self._tokenizer = _from_file(_import("tokenizers").Tokenizer.from_file, file)
+        self._tokenizer = _from_file(import_library("tokenizers").Tokenizer.from_file, file)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -113,6 +120,7 @@ class HuggingFaceTokenizer:
         self._special = {name: _content(self.folder, settings, name) for name in names}
         source = _chat_template(self.folder, settings)
         self._template = ChatTemplate(source, self.folder) if source else None
+        self._bos = self._first_ids(settings.get("add_bos_token"))
         added = self._tokenizer.get_added_tokens_decoder().values()
         special = [token.content for token in added if token.special]
         marks = [token.content for token in added if _is_mark(token.content)]
@@ -131,6 +139,10 @@ class HuggingFaceTokenizer:
         """Returns the ids of `text`, nothing added."""
         # `encode` would keep the interpreter's lock, for seconds if the text is long
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Returns the ids of a text that begins a sequence; see `Tokenizer.encode_prompt`."""
+        return _after_bos(self._bos, self.encode(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids`, special tokens written out."""
@@ -263,6 +275,17 @@ class HuggingFaceTokenizer:
                 )
         return ids
 
+    def _first_ids(self, add_bos: Any) -> list[int]:
+        """Returns the ids before a text: the BOS token or nothing if `add_bos_token` says so, else
+        what tokenizer.json itself adds.
+        """
+        if isinstance(add_bos, bool):
+            bos = self._vocabulary.get(self._special["bos_token"])
+            return [bos] if add_bos and bos is not None else []
+        encoding = self._tokenizer.encode("a", add_special_tokens=True)
+        own = itertools.takewhile(bool, encoding.special_tokens_mask)  # up to the text
+        return encoding.ids[: len(list(own))]
+
     def _stops(self, named: Mapping[int, pathlib.Path]) -> tuple[int, ...]:
         """Returns the stop ids, those named by files first. Raises ValueError if there are none."""
         eos = self._special["eos_token"]
@@ -308,7 +331,7 @@ class SentencePieceTokenizer:
         self.file = pathlib.Path(file)
         if not self.file.is_file():
             raise ValueError(f"SentencePiece model {self.file} does not exist")
-        read = _import("sentencepiece").SentencePieceProcessor
+        read = import_library("sentencepiece").SentencePieceProcessor
         self._processor = _from_file(lambda name: read(model_file=name), self.file)
         self.vocab_size = self._processor.vocab_size()
         named, self.generation_config = _declared(
@@ -319,10 +342,20 @@ class SentencePieceTokenizer:
         if not self.eos_ids:
             raise ValueError(f"{self.file} defines no end-of-sentence id; train it with eos_id set")
         self.pad_id = max(self._processor.pad_id(), 0)
+        settings = _read_json(self.file.parent / "tokenizer_config.json")
+        adds_bos = settings.get("add_bos_token") is True and self._processor.bos_id() >= 0
+        self._bos = [self._processor.bos_id()] if adds_bos else []
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, nothing added."""
         return self._processor.encode(text)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Returns the ids of a text that begins a sequence; see `Tokenizer.encode_prompt`.
+
+        The file asks for a BOS token if `add_bos_token` in a tokenizer_config.json beside it does.
+        """
+        return _after_bos(self._bos, self.encode(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids`, special tokens written out."""
@@ -371,6 +404,10 @@ class CharacterTokenizer:
                 f"character {missing} is not in the alphabet {self.alphabet!r}; "
                 "text of another kind needs its own --model.tokenizer"
             ) from None
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Returns the ids of `text`: there is no BOS token."""
+        return self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids`; an id without a character becomes U+FFFD."""
@@ -422,6 +459,9 @@ def save(tokenizer: Tokenizer, folder: str | pathlib.Path) -> None:
         files.write_json(folder / "characters.json", {"alphabet": tokenizer.alphabet})
     elif isinstance(tokenizer, SentencePieceTokenizer):
         shutil.copyfile(tokenizer.file, folder / "tokenizer.model")
+        settings = tokenizer.file.with_name("tokenizer_config.json")
+        if settings.is_file():
+            shutil.copyfile(settings, folder / settings.name)
     else:
         for name in _FILES:
             if (tokenizer.folder / name).is_file():
@@ -451,6 +491,10 @@ def check_vocab_size(tokenizer: Tokenizer, model_vocab_size: int) -> None:
 
 
 # Special tokens
+
+
+def _after_bos(bos: list[int], ids: list[int]) -> list[int]:
+    return ids if ids[: len(bos)] == bos else bos + ids
 
 
 def _is_mark(token: str) -> bool:
@@ -570,7 +614,7 @@ def _content(folder: pathlib.Path, settings: dict, name: str) -> str:
     return token or ""
 
 
-def _import(name: str) -> ModuleType:
+def import_library(name: str) -> ModuleType:
     """Returns a tokenizer library. Raises ValueError, with the remedy, if it is not installed."""
     try:
         return importlib.import_module(name)

@@ -43,7 +43,7 @@ def sample(
     server = servers.connect(url)
     requests = [
         Request(
-            tokenizer.encode(PROMPTS[i // SAMPLES]),
+            tokenizer.encode_prompt(PROMPTS[i // SAMPLES]),
             MAX_TOKENS,
             sampling,
             tuple(tokenizer.eos_ids),
