@@ -9,6 +9,8 @@ TRAIN = [
     "etils[epath]",
     "grain>=0.2.10",
     "tokenizers",
+    "gguf",
+    "huggingface_hub",
     "jinja2",
     "sentencepiece",
     "pyarrow",
@@ -43,7 +45,7 @@ LINT = ["ruff==0.17.6", "mypy==2.4.1"]
 setup(
     name="dcmdp-jax",
     version="0.1.0",
-    description="Discrepancy-constrained reinforcement learning of Qwen3 in JAX",
+    description="Discrepancy-constrained reinforcement learning of language models in JAX",
     long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -205,8 +205,16 @@ def plan_command(args: argparse.Namespace, options: list[str]) -> Callable[[], i
 
 
 def convert_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
-    """`dcmdp convert`: writes a run's newest checkpoint as a Hugging Face folder."""
+    """`dcmdp convert`: writes a run's newest checkpoint or a GGUF file as a Hugging Face folder."""
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed, and the host has the most memory
+    if args.experiment.endswith((".gguf", ".whl")):
+        fields.refuse(options)
+        from dcmdp_jax.tools import gguf_convert
+
+        print(gguf_convert.convert(args.experiment, args.output, args.tokenizer))
+        return _done
+    if args.tokenizer:
+        raise ValueError("--tokenizer is for a .gguf file; a run has its own, leave it out")
     config, workdir = fields.load(args, options)
     from dcmdp_jax.run.export import export
 
