@@ -10,7 +10,7 @@ import runpy
 import sys
 from typing import Any
 
-from dcmdp_jax import errors
+from dcmdp_jax import errors, hub
 from dcmdp_jax.config import Config, scalar_fields
 
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -66,6 +66,23 @@ def override(config: Config, changes: dict[str, str]) -> Config:
             raise ValueError(f"--{name} and --{part} exclude each other; set one")
     values = {name: _convert(name, text, types[name]) for name, text in changes.items()}
     return replace_fields(config, {tuple(name.split(".")): value for name, value in values.items()})
+
+
+def pin(config: Config) -> Config:
+    """Returns `config` with the names of the Hub at the commits that they stand for now, so that a
+    resumed run reads what it began with.
+    """
+    model = config.model
+    data = config.data
+    pinned = {
+        ("model", "folder"): hub.pinned_model(model.folder),
+        ("model", "tokenizer"): hub.pinned_model(model.tokenizer),
+        ("algorithm", "reference_folder"): hub.pinned_model(config.algorithm.reference_folder),
+        ("data", "path"): hub.pinned_data(data.path),
+        ("data", "eval_path"): hub.pinned_data(data.eval_path),
+        ("warmup", "path"): hub.pinned_data(config.warmup.path),
+    }
+    return replace_fields(config, pinned)
 
 
 def replace_fields(config: Any, changes: dict[tuple[str, ...], Any]) -> Any:

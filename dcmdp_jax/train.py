@@ -15,6 +15,7 @@ from dcmdp_jax.batches import Batches
 from dcmdp_jax.config import Calibrated, Config
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.evaluation.held_out import HeldOut
+from dcmdp_jax.experiment import pin
 from dcmdp_jax.monitoring import gaps, metrics
 from dcmdp_jax.records import TrainState
 from dcmdp_jax.run import checkpoint, recovery, starting
@@ -36,6 +37,7 @@ def train(
     at the next safe point and raises `stopping.Interrupted`; the same call resumes. Raises
     `stopping.Failed` where the run cannot go on as it is.
     """
+    config = pin(config)
     return run(config, workdir, prepare(config, workdir, devices))
 
 

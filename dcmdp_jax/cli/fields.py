@@ -8,14 +8,18 @@ import re
 import sys
 
 from dcmdp_jax.config import Config
-from dcmdp_jax.experiment import load_experiment, override
+from dcmdp_jax.experiment import load_experiment, override, pin
 from dcmdp_jax.run import record as run_record
+
+# what may be set without its dotted name
+SHORT = {"model": "model.folder", "data": "data.path"}
 
 
 def load(args: argparse.Namespace, options: list[str]) -> tuple[Config, pathlib.Path]:
     """Returns an experiment's configuration and its work folder.
 
     If the work folder holds a run, the scalar fields are those of its record; `options` come last.
+    Names of the Hub are at the commits that they stand for.
     """
     config = load_experiment(args.experiment)
     changes = overrides(options)
@@ -32,7 +36,7 @@ def load(args: argparse.Namespace, options: list[str]) -> tuple[Config, pathlib.
         ]
         if recorded:
             print(f"{workdir} goes on with its own {', '.join(recorded)}", file=sys.stderr)
-    return override(config, changes), workdir
+    return pin(override(config, changes)), workdir
 
 
 def _has_checkpoint(workdir: pathlib.Path) -> bool:
@@ -44,7 +48,10 @@ def _has_checkpoint(workdir: pathlib.Path) -> bool:
 
 
 def overrides(options: list[str]) -> dict[str, str]:
-    """Returns `--a.b 1 --c=2` as {"a.b": "1", "c": "2"}. Raises ValueError on other words."""
+    """Returns `--a.b 1 --c=2` as {"a.b": "1", "c": "2"}, with the names of `SHORT` in full.
+
+    Raises ValueError on other words.
+    """
     changes = {}
     words = iter(options)
     for word in words:
@@ -54,7 +61,8 @@ def overrides(options: list[str]) -> dict[str, str]:
         value = value if equals else next(words, None)
         if value is None:
             raise ValueError(f"--{name} needs a value")
-        changes[name.replace("-", "_")] = value
+        name = name.replace("-", "_")
+        changes[SHORT.get(name, name)] = value
     return changes
 
 

@@ -11,7 +11,7 @@ from typing import IO, NamedTuple
 
 import jax
 
-from dcmdp_jax import data, seeds, sharding, sync
+from dcmdp_jax import data, hub, seeds, sharding, sync
 from dcmdp_jax.config import Config, DataConfig
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.models import decoder, weights
@@ -49,9 +49,9 @@ def read_inputs(config: Config, devices: Sequence[jax.Device] | None = None) -> 
     mesh, decode_mesh = sharding.meshes(config, jax.devices() if devices is None else devices)
     model = read_model(config)
     if config.model.folder:
-        weights.check(config.model.folder)
+        weights.check(hub.model_folder(config.model.folder))
     if config.algorithm.reference_folder:
-        check_reference(config.algorithm.reference_folder, model)
+        check_reference(hub.model_folder(config.algorithm.reference_folder), model)
     engines = processes.num_engines(config.rollout)
     check(config, model, mesh, decode_mesh, engines)
     if config.rollout.server:
@@ -146,7 +146,7 @@ def read_problems(
     )
     seed = seeds.seed(config.seed, Stream.PROMPTS)
     prompts = data.prompt_batches(
-        data.read(config.data.path) if config.data.path else task,
+        data.read(hub.data_file(config.data.path)) if config.data.path else task,
         tokenizer,
         prompt_format,
         batch_size=config.data.prompts_per_step,
@@ -161,7 +161,7 @@ def read_problems(
     if not config.eval.every:
         return prompts, None
     if config.data.eval_path:
-        problems = data.read(config.data.eval_path)[: config.eval.prompts]
+        problems = data.read(hub.data_file(config.data.eval_path))[: config.eval.prompts]
         return prompts, tokenize(problems)
     if config.data.path or task is None:
         return prompts, None
@@ -174,7 +174,8 @@ def read_pairs(config: Config, model: ModelConfig, tokenizer: Tokenizer) -> list
     Raises ValueError where one cannot be read.
     """
     longest = min(config.row_length, model.max_position)
-    return pairs.read(config.warmup.path, tokenizer, read_format(config.data), max_tokens=longest)
+    file = hub.data_file(config.warmup.path)
+    return pairs.read(file, tokenizer, read_format(config.data), max_tokens=longest)
 
 
 def read_format(config: DataConfig) -> data.PromptFormat:
@@ -195,7 +196,8 @@ def read_model(config: Config) -> ModelConfig:
             "model.folder names no folder and the experiment has no model.architecture; give "
             "--model.folder DIR"
         )
-    model = weights.read_config(source.folder) if source.folder else source.architecture
+    folder = hub.settings_folder(source.folder)
+    model = weights.read_config(folder) if folder else source.architecture
     return dataclasses.replace(model, compute=source.compute)
 
 
@@ -205,7 +207,8 @@ def read_tokenizer(config: Config) -> Tokenizer:
     Raises ValueError where there is none.
     """
     if config.model.tokenizer or config.model.folder:
-        return tokenizers.load(config.model.tokenizer or config.model.folder, config.model.folder)
+        folder = hub.settings_folder(config.model.folder)
+        return tokenizers.load(hub.settings_folder(config.model.tokenizer) or folder, folder)
     if not hasattr(config.data.task, "alphabet"):
         raise ValueError("model.tokenizer names no tokenizer; give --model.tokenizer DIR")
     return tokenizers.CharacterTokenizer(config.data.task.alphabet)

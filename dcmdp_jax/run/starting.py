@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from dcmdp_jax import seeds, train_state
+from dcmdp_jax import hub, seeds, train_state
 from dcmdp_jax.config import Config
 from dcmdp_jax.models import decoder, weights
 from dcmdp_jax.records import TrainState
@@ -47,7 +47,8 @@ def reference_weights(config: Config, inputs: Inputs) -> Any | None:
     if not config.algorithm.reference_folder:
         return None
     shardings = train_state.params_shardings(inputs.model_config, inputs.mesh)
-    _, params = weights.load(config.algorithm.reference_folder, shardings=shardings)
+    folder = hub.model_folder(config.algorithm.reference_folder)
+    _, params = weights.load(folder, shardings=shardings)
     return params
 
 
@@ -76,7 +77,7 @@ def unwarmed_weights(config: Config, inputs: Inputs) -> Any:
     """Returns the parameters of the model folder, or random ones, on the training mesh."""
     shardings = train_state.params_shardings(inputs.model_config, inputs.mesh)
     if config.model.folder:
-        _, params = weights.load(config.model.folder, shardings=shardings)
+        _, params = weights.load(hub.model_folder(config.model.folder), shardings=shardings)
         return params
     init = jax.jit(partial(decoder.init, config=inputs.model_config), out_shardings=shardings)
     return init(jax.random.key(seeds.seed(config.seed, Stream.PARAMETERS)))

@@ -1,0 +1,191 @@
+"""Models and problems by their names on the Hugging Face Hub: `OWNER/NAME`, `OWNER/NAME@REVISION`.
+
+What is downloaded stays in the cache of `huggingface_hub` (HF_HOME), which serves it where there is
+no network. A path that exists is never taken for a name.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import re
+from types import ModuleType
+from typing import Any, NamedTuple
+
+_NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*?)(@(?P<revision>[\w./-]+))?(:(?P<path>[^:]+))?")
+_SETTINGS = ["*.json", "*.jinja", "tokenizer.model"]
+_WEIGHTS = ["*.safetensors"]
+_NOT_OURS = ["*/*", "consolidated*"]  # other formats of the same weights
+_DATA_SUFFIXES = (".jsonl", ".parquet")
+_SHOWN = 6  # files in a message
+
+
+class Name(NamedTuple):
+    """A name, split into its parts."""
+
+    repo: str
+    revision: str | None
+    path: str  # of problems: a file, or what its path begins with; "" if not given
+
+
+def _parse(text: str) -> Name | None:
+    """Returns the parts of a name, or None for a path."""
+    found = _NAME.fullmatch(text)
+    if found is None or pathlib.Path(text).exists():
+        return None
+    if found["repo"].endswith((".gguf", ".json", ".model", *_DATA_SUFFIXES)):  # a missing file
+        return None
+    return Name(found["repo"], found["revision"], found["path"] or "")
+
+
+# Models
+
+
+@functools.cache
+def model_folder(text: str) -> str:
+    """Returns the folder of a model: `text` itself, or the snapshot of the name that it is.
+
+    Raises ValueError, in one sentence, if it cannot be had.
+    """
+    return _snapshot(text, [*_SETTINGS, *_WEIGHTS])
+
+
+@functools.cache
+def settings_folder(text: str) -> str:
+    """As `model_folder`, of a folder that may be without its weights."""
+    return _snapshot(text, _SETTINGS)
+
+
+def _snapshot(text: str, wanted: list[str]) -> str:
+    name = _parse(text)
+    if name is None or name.path:
+        return text
+    return _ask(
+        text,
+        "model",
+        lambda hub: hub.snapshot_download(
+            name.repo, revision=name.revision, allow_patterns=wanted, ignore_patterns=_NOT_OURS
+        ),
+    )
+
+
+def pinned_model(text: str) -> str:
+    """Returns a model's name with the commit that it stands for now, or a path as it is."""
+    name = _parse(text)
+    if name is None or name.path:
+        return text
+    return f"{name.repo}@{pathlib.Path(settings_folder(text)).name}"
+
+
+def push(folder: str, text: str, private: bool) -> str:
+    """Uploads a folder as the model OWNER/NAME, made if there is none; returns the commit's URL."""
+    name = _NAME.fullmatch(text)
+    if name is None or name["revision"] or name["path"]:
+        raise ValueError(f"{text!r} is no name of a model; give OWNER/NAME")
+
+    def upload(hub: ModuleType) -> str:
+        api = hub.HfApi()
+        api.create_repo(text, private=private, exist_ok=True)
+        return api.upload_folder(repo_id=text, folder_path=folder).commit_url
+
+    return _ask(text, "model", upload)
+
+
+# Problems
+
+
+@functools.cache
+def data_file(text: str) -> str:
+    """Returns the file of problems: `text` itself, or that of the data set whose name it is.
+
+    OWNER/NAME is the data set's one file of training problems; OWNER/NAME:main/test the one whose
+    path begins so. Raises ValueError, in one sentence, if it cannot be had.
+    """
+    name = _parse(text)
+    if name is None:
+        return text
+    if not name.path.endswith(_DATA_SUFFIXES):
+        return data_file(pinned_data(text))
+    return _ask(
+        text,
+        "data set",
+        lambda hub: hub.hf_hub_download(
+            name.repo, name.path, revision=name.revision, repo_type="dataset"
+        ),
+    )
+
+
+def pinned_data(text: str) -> str:
+    """Returns a data set's name with commit and file, or a path as it is."""
+    name = _parse(text)
+    if name is None or (name.revision and name.path.endswith(_DATA_SUFFIXES)):
+        return text
+    info = _ask(
+        text,
+        "data set",
+        lambda hub: hub.HfApi().repo_info(name.repo, revision=name.revision, repo_type="dataset"),
+    )
+    found = [entry.rfilename for entry in info.siblings or []]
+    return f"{name.repo}@{info.sha}:{_choose(found, name)}"
+
+
+def _choose(found: list[str], name: Name) -> str:
+    """Returns the one file that the name means."""
+    readable = [path for path in found if path.endswith(_DATA_SUFFIXES)]
+    matching = [path for path in readable if path.startswith(name.path)]
+    if not name.path:
+        matching = [path for path in readable if "train" in path]
+        main = [path for path in matching if path.startswith(("main/", "default/", "data/"))]
+        matching = main or matching
+    if len(matching) == 1:
+        return matching[0]
+    shown = ", ".join(readable[:_SHOWN]) + (", ..." if len(readable) > _SHOWN else "")
+    if not readable:
+        raise ValueError(
+            f"the data set {name.repo} holds no .jsonl or .parquet file; convert it to one of them"
+        )
+    how_many = "no file" if not matching else f"{len(matching)} files"
+    raise ValueError(
+        f"{name.repo}{f':{name.path}' if name.path else ''} means {how_many} of the data set; name "
+        f"one as {name.repo}:PATH, of {shown}"
+    )
+
+
+# The library
+
+
+def _ask(text: str, kind: str, request: Any) -> Any:
+    """Returns what the library answers. Raises ValueError, with the remedy, if it does not."""
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError:
+        raise ValueError(
+            "huggingface_hub is not installed; pip install 'dcmdp-jax[train]'"
+        ) from None
+    try:
+        return request(huggingface_hub)
+    except errors.GatedRepoError:
+        what = "is gated; accept its terms on its page, and log in with `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        what = (
+            f"is neither a path here nor a {kind} of the Hub that you may see; correct it, or log "
+            "in with `hf auth login`"
+        )
+    except errors.RevisionNotFoundError:
+        what = "has no such revision; correct what follows the @"
+    except errors.EntryNotFoundError as error:
+        if not isinstance(error, errors.LocalEntryNotFoundError):
+            raise ValueError(f"{text} has no such file; correct what follows the :") from None
+        what = _unreachable(error)
+    except Exception as error:  # of the connection, of which the library raises many kinds
+        what = _unreachable(error)
+    raise ValueError(f"{text} {what}")
+
+
+def _unreachable(error: Exception) -> str:
+    cause = " ".join(str(error).split())[:200]
+    return (
+        "is neither a path here nor in the cache, and the Hub cannot be used "
+        f"({type(error).__name__}: {cause}); give a path, or download it where there is a network"
+    )
