@@ -16,13 +16,13 @@ FILES = {
 # Each may import from the package only what stands in an earlier line, or its own line where it is
 # a folder.
 ORDER = [
-    ["errors", "files", "limits", "seeds", "records", "monitoring.quantities"],
+    ["errors", "files", "hub", "limits", "seeds", "records", "monitoring.quantities"],
     ["models.model_config"],
     ["stopping", "run.lock", "tasks", "answers"],
     ["tokens.chat_template", "tokens.chat_renderer"],
     ["config"],
     ["sharding", "experiment", "losses", "rewards", "tokens.tokenizer", "evaluation.intervals"],
-    ["run.record", "constraint", "distributed", "reference"],
+    ["run.record", "constraint", "distributed", "reference", "tokens.gguf_tokenizer"],
     ["models"],
     ["optimizers", "data", "tokens.packing", "rollout.sampling", "rollout.log_prob_readings"],
     ["entropy_bonus", "monitoring.gaps", "monitoring.measurements", "monitoring.terminal"],
@@ -38,7 +38,8 @@ ORDER = [
     ["batches", "run.starting", "evaluation", "report"],
     ["calibrate", "run.recovery"],
     ["run.export", "train"],
-    ["serving", "tools"],
+    ["serving"],
+    ["tools"],
     ["cli"],
 ]
 FOLDERS = (
@@ -56,7 +57,9 @@ DOORS = {
     "jetstream": {"rollout.jetstream", "serving.service"},
     "grpc": {"serving.server", "serving.service"},
     "safetensors": {"models.weights"},
-    "tokenizers": {"tokens.tokenizer"},
+    "huggingface_hub": {"hub"},
+    "gguf": {"models.gguf_file"},
+    "tokenizers": {"tokens.tokenizer", "tokens.gguf_tokenizer"},
     "sentencepiece": {"tokens.tokenizer"},
     "jinja2": {"tokens.chat_renderer"},
     "orbax": {"run.checkpoint"},
@@ -104,7 +107,7 @@ def test_direction(module):
 
 @pytest.mark.parametrize("library", DOORS)
 def test_single_doors(library):
-    late = f'_import("{library}")'  # imported where it is first needed
+    late = f'import_library("{library}")'  # imported where it is first needed
     doors = {
         m
         for m, path in FILES.items()

@@ -1,4 +1,4 @@
-"""Commands on a model folder: generate, eval, serve, doctor.
+"""Commands on a model folder: generate, chat, eval, serve, doctor, push.
 
 Each checks its options and returns a job that gives the exit status. Imports that need JAX stand in
 the commands, so that bad options are refused at once.
@@ -11,9 +11,11 @@ import pathlib
 import sys
 from collections.abc import Callable
 
+from dcmdp_jax import hub
 from dcmdp_jax.cli import fields
 from dcmdp_jax.config import ModelSource, Precision
 from dcmdp_jax.models.model_config import Compute
+from dcmdp_jax.monitoring import terminal
 from dcmdp_jax.records import Sampling
 
 
@@ -45,14 +47,85 @@ def generate_command(args: argparse.Namespace, options: list[str]) -> Callable[[
         devices=args.devices,
     )
     prompts = args.prompts or complete.read_prompts(args.file)
+    model = hub.model_folder(args.model)
     if args.output:
-        added = complete.to_file(pathlib.Path(args.output), args.model, prompts, **settings)
+        added = complete.to_file(pathlib.Path(args.output), model, prompts, **settings)
         print(f"added {added} completions to {args.output}")
         return _done
-    for chunk in complete.texts(args.model, prompts, **settings):
+    for chunk in complete.texts(model, prompts, **settings):
         for completion in chunk:
             ending = "" if completion.stopped else " ..."
             print(f"{completion.prompt}\n  -> {completion.text}{ending}")
+    return _done
+
+
+def chat_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
+    """`dcmdp chat`: answers the lines of standard input."""
+    terminal.ignore_broken_streams()
+    if args.max_tokens < 1 or args.max_length < 2:
+        raise ValueError("--max-tokens must be at least 1 and --max-length at least 2")
+    sampling = _sampling(args)
+    is_run = args.model.endswith(".py")
+    if is_run:
+        if args.tokenizer:
+            raise ValueError("--tokenizer is for a model folder; a run has its own, leave it out")
+        args.experiment = args.model
+        config, workdir = fields.load(args, options)
+    else:
+        fields.refuse(options)
+        if args.workdir:
+            raise ValueError("--workdir is for a run; give its experiment file as the model")
+        if (pathlib.Path(args.model) / "checkpoints").is_dir():
+            raise ValueError(
+                f"{args.model} is the folder of a run; give its experiment file, with --workdir "
+                f"{args.model}"
+            )
+    from dcmdp_jax.models import weights
+    from dcmdp_jax.run import export, inputs
+    from dcmdp_jax.tokens import tokenizer as tokenizers
+    from dcmdp_jax.tools import chat
+
+    if is_run:
+        model, params, step = export.newest(config, workdir)
+        tokenizer = inputs.read_tokenizer(config)
+    else:
+        folder = hub.model_folder(args.model)
+        model = weights.read_config(folder)
+        tokenizer = tokenizers.load(args.tokenizer or folder, folder)
+        weights.check(folder)
+    conversation = chat.Chat(
+        model,
+        tokenizer,
+        precision=Precision(weights=args.weights),
+        max_length=args.max_length,
+        max_tokens=args.max_tokens,
+        sampling=sampling,
+        seed=args.seed,
+        system=args.system,
+        template=args.chat,
+        enable_thinking=args.enable_thinking,
+        devices=args.devices,
+    )
+
+    def job() -> int:
+        if is_run:
+            print(f"step {step} of {workdir}", file=sys.stderr)
+            conversation.load(params)
+        else:
+            conversation.load(weights.load(folder)[1])
+        chat.converse(conversation)
+        return 0
+
+    return job
+
+
+def push_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
+    """`dcmdp push`: uploads a model folder to the Hub."""
+    fields.refuse(options)
+    from dcmdp_jax.models import weights
+
+    weights.check(args.folder)
+    print(f"pushed {args.folder}: {hub.push(args.folder, args.name, args.private)}")
     return _done
 
 
@@ -70,7 +143,11 @@ def evaluate_command(args: argparse.Namespace, options: list[str]) -> Callable[[
     instruction = math_benchmarks.INSTRUCTION if args.instruction is None else args.instruction
     evaluation = math_benchmarks.prepare(
         math_benchmarks.Options(
-            model=ModelSource(args.model, args.tokenizer, compute=Compute(bfloat16=args.bfloat16)),
+            model=ModelSource(
+                hub.model_folder(args.model),
+                args.tokenizer,
+                compute=Compute(bfloat16=args.bfloat16),
+            ),
             data_dir=args.data_dir,
             sets=tuple(math_benchmarks.BENCHMARKS if args.sets is None else args.sets.split(",")),
             k=tuple(map(int, k)),
@@ -115,7 +192,7 @@ def serve_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
     from dcmdp_jax.serving import server
 
     status = server.serve(
-        args.model,
+        hub.model_folder(args.model),
         server.Options(
             host=args.host,
             port=args.port,
@@ -148,7 +225,8 @@ def doctor_command(args: argparse.Namespace, options: list[str]) -> Callable[[],
         raise ValueError(f"--output {output} names no file in a folder that exists; give another")
     from dcmdp_jax.tools import doctor, doctor_page, rollout_records
 
-    vocab_size, max_position = doctor.check(args.model, args.tokenizer)
+    folder = hub.model_folder(args.model)
+    vocab_size, max_position = doctor.check(folder, args.tokenizer)
     if args.server:
         from dcmdp_jax.tokens import tokenizer as tokenizers
         from dcmdp_jax.tools import server_records
@@ -156,7 +234,7 @@ def doctor_command(args: argparse.Namespace, options: list[str]) -> Callable[[],
         if args.temperature is None:
             args.temperature = server_records.TEMPERATURE
         sampling = _stated_sampling(args, {})
-        tokenizer = tokenizers.load(args.tokenizer or args.model, args.model)
+        tokenizer = tokenizers.load(args.tokenizer or folder, folder)
         found = server_records.sample(args.server, tokenizer, sampling, vocab_size, max_position)
     else:
         found = rollout_records.read(pathlib.Path(args.file), args.limit, vocab_size, max_position)
@@ -175,7 +253,7 @@ def doctor_command(args: argparse.Namespace, options: list[str]) -> Callable[[],
     def job() -> int:
         if found.more:
             log(f"{args.file} goes on; the first {args.limit} completions are read (--limit)")
-        model = doctor.load(args.model, args.tokenizer, bfloat16=args.bfloat16)
+        model = doctor.load(folder, args.tokenizer, bfloat16=args.bfloat16)
         reported = Sampling() if args.raw else sampling
         diagnosis = doctor.examine(model, found.records, sampling, reported, log)
         print(doctor_page.text(diagnosis))

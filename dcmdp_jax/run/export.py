@@ -12,6 +12,7 @@ import jax
 from dcmdp_jax import sharding, train_state
 from dcmdp_jax.config import Config
 from dcmdp_jax.models import decoder, weights
+from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.run import checkpoint, starting
 from dcmdp_jax.run.inputs import read_inputs, read_model, read_tokenizer
 from dcmdp_jax.tokens import tokenizer as tokenizers
@@ -19,6 +20,18 @@ from dcmdp_jax.tokens import tokenizer as tokenizers
 
 def export(config: Config, workdir: pathlib.Path, folder: str) -> int:
     """Writes the newest readable checkpoint of `workdir` to `folder`; returns its step.
+
+    Raises ValueError where there is no checkpoint.
+    """
+    model, params, step = newest(config, workdir)
+    tokenizer = read_tokenizer(config)
+    weights.save(folder, model, params, token_ids=tokenizers.special_token_ids(tokenizer))
+    tokenizers.save(tokenizer, folder)
+    return step
+
+
+def newest(config: Config, workdir: pathlib.Path) -> tuple[ModelConfig, Any, int]:
+    """Returns the model, the policy's parameters and the step of the newest readable checkpoint.
 
     The host's memory takes the parameters, whatever devices and meshes the run has. Raises
     ValueError where there is no checkpoint.
@@ -29,11 +42,7 @@ def export(config: Config, workdir: pathlib.Path, folder: str) -> int:
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     like = sharding.abstract_arrays(shapes, jax.tree.map(lambda _: host, shapes))
     state, _ = checkpoint.read(workdir, like, unread=("opt_state", "stale", "reference"))
-    tokenizer = read_tokenizer(config)
-    params = train_state.policy_params(state, config)
-    weights.save(folder, model, params, token_ids=tokenizers.special_token_ids(tokenizer))
-    tokenizers.save(tokenizer, folder)
-    return int(state.step)
+    return model, train_state.policy_params(state, config), int(state.step)
 
 
 def warm_start(config: Config, folder: pathlib.Path, alter: Callable[[Any], Any]) -> None:
