@@ -104,6 +104,7 @@ def test_piped_lines_are_answered_one_by_one(begin, folder, monkeypatch, capsys)
     assert capsys.readouterr().out == f"{first}\n{second}\n{first}\n"
 
 
+@pytest.mark.slow
 def test_a_run_is_talked_to_by_its_experiment(tmp_path, monkeypatch, capsys):
     """The same reply as from the folder that convert writes."""
     run = ["--workdir", str(tmp_path / "run")]
