@@ -22,11 +22,11 @@ from types import ModuleType
 from typing import Any, NoReturn, Protocol
 
 from dcmdp_jax import files
+from dcmdp_jax.tokens import folder_files
 from dcmdp_jax.tokens.chat_template import ChatTemplate
 
 # the stop tokens of Qwen3's generation config, used if no file names one
 _QWEN3_STOPS = ("<|im_end|>", "<|endoftext|>")
-_GENERATION_CONFIG = "generation_config.json"
 _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _REPLY = "sixty-six"  # in the conversation that shows how a template ends a message
 
@@ -115,10 +115,12 @@ class HuggingFaceTokenizer:
         if not self._vocabulary:
             raise ValueError(f"{file} holds no tokens; copy or download it again")
         self.vocab_size = max(self._vocabulary.values()) + 1
-        settings = _read_json(self.folder / "tokenizer_config.json")
+        settings = folder_files.read_json(self.folder / "tokenizer_config.json")
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        self._special = {name: _content(self.folder, settings, name) for name in names}
-        source = _chat_template(self.folder, settings)
+        self._special = {
+            name: folder_files.token_text(self.folder, settings, name) for name in names
+        }
+        source = folder_files.chat_template_source(self.folder, settings)
         self._template = ChatTemplate(source, self.folder) if source else None
         self._bos = self._first_ids(settings.get("add_bos_token"))
         added = self._tokenizer.get_added_tokens_decoder().values()
@@ -126,8 +128,8 @@ class HuggingFaceTokenizer:
         marks = [token.content for token in added if _is_mark(token.content)]
         self._special_tokens = re.compile(_any_of(special))
         self._all_marks = re.compile(_any_of({*special, *marks}))
-        named, self.generation_config = _declared(
-            _folders(self.folder, model_folder), self.vocab_size
+        named, self.generation_config = folder_files.declared_ids(
+            folder_files.model_and_own(self.folder, model_folder), self.vocab_size
         )
         self.eos_ids = self._stops(named)
         pad = self._vocabulary.get("<|endoftext|>", self.eos_ids[0])
@@ -300,7 +302,8 @@ class HuggingFaceTokenizer:
         stops = tuple(dict.fromkeys([*stops, *self._message_end()]))
         if not stops:
             raise ValueError(
-                f"{self.folder} names no stop token; put eos_token_id in its {_GENERATION_CONFIG}"
+                f"{self.folder} names no stop token; put eos_token_id in its "
+                f"{folder_files.GENERATION_CONFIG}"
             )
         return stops
 
@@ -334,15 +337,15 @@ class SentencePieceTokenizer:
         read = import_library("sentencepiece").SentencePieceProcessor
         self._processor = _from_file(lambda name: read(model_file=name), self.file)
         self.vocab_size = self._processor.vocab_size()
-        named, self.generation_config = _declared(
-            _folders(self.file.parent, model_folder), self.vocab_size
+        named, self.generation_config = folder_files.declared_ids(
+            folder_files.model_and_own(self.file.parent, model_folder), self.vocab_size
         )
         own = [self._processor.eos_id()] if self._processor.eos_id() >= 0 else []
         self.eos_ids = tuple(dict.fromkeys([*named, *own]))
         if not self.eos_ids:
             raise ValueError(f"{self.file} defines no end-of-sentence id; train it with eos_id set")
         self.pad_id = max(self._processor.pad_id(), 0)
-        settings = _read_json(self.file.parent / "tokenizer_config.json")
+        settings = folder_files.read_json(self.file.parent / "tokenizer_config.json")
         adds_bos = settings.get("add_bos_token") is True and self._processor.bos_id() >= 0
         self._bos = [self._processor.bos_id()] if adds_bos else []
 
@@ -439,7 +442,7 @@ def load(path: str | pathlib.Path, model_folder: str | pathlib.Path = "") -> Tok
     if (path / "tokenizer.model").is_file():
         return SentencePieceTokenizer(path / "tokenizer.model", model_folder)
     if (path / "characters.json").is_file():
-        alphabet = _read_json(path / "characters.json").get("alphabet")
+        alphabet = folder_files.read_json(path / "characters.json").get("alphabet")
         if not isinstance(alphabet, str):
             raise ValueError(f"{path / 'characters.json'} holds no alphabet; copy it again")
         return CharacterTokenizer(alphabet)
@@ -467,7 +470,7 @@ def save(tokenizer: Tokenizer, folder: str | pathlib.Path) -> None:
             if (tokenizer.folder / name).is_file():
                 shutil.copyfile(tokenizer.folder / name, folder / name)
     generation_config = {**tokenizer.generation_config, **special_token_ids(tokenizer)}
-    files.write_json(folder / _GENERATION_CONFIG, generation_config)
+    files.write_json(folder / folder_files.GENERATION_CONFIG, generation_config)
 
 
 def special_token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -515,75 +518,7 @@ def _unused_character(messages: Sequence[Mapping]) -> str:
     return next(chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
 
 
-# Files
-
-
-def _folders(own: pathlib.Path, model_folder: str | pathlib.Path) -> list[pathlib.Path]:
-    """Returns the model's folder, if there is one, and the tokenizer's."""
-    return list(dict.fromkeys([*([pathlib.Path(model_folder)] if model_folder else []), own]))
-
-
-def _declared(
-    folders: Sequence[pathlib.Path], vocab_size: int
-) -> tuple[dict[int, pathlib.Path], dict]:
-    """Returns the stop ids that files name, and the first generation config that is not empty.
-
-    Generation configs come first. Raises ValueError on ids that are no integers from 0 to the
-    vocabulary size, and on an empty list.
-    """
-    configs = {folder / "config.json": _read_json(folder / "config.json") for folder in folders}
-    generations = {
-        folder / _GENERATION_CONFIG: _read_json(folder / _GENERATION_CONFIG) for folder in folders
-    }
-    sizes = [config.get("vocab_size") for config in configs.values()]
-    room = max([vocab_size, *(size for size in sizes if type(size) is int)])
-    stops = {}
-    ids = {}
-    for file, config in {**generations, **configs}.items():
-        for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
-            if config.get(key) is None:
-                continue
-            values = config[key]
-            if not isinstance(values, list) or key != "eos_token_id":
-                values = [values]
-            if not values or not all(type(i) is int and 0 <= i < room for i in values):
-                raise ValueError(
-                    f"{file}: {key}={config[key]!r} is no token id from 0 to {room - 1}, "
-                    "or list of such; mend it, or take it out"
-                )
-            if key == "eos_token_id":
-                stops.update(dict.fromkeys(values, file))
-            else:
-                ids.setdefault(key, values[0])
-    generation = next((config for config in generations.values() if config), {})
-    generation = {key: value for key, value in generation.items() if value is not None}
-    return stops, {**generation, **ids}
-
-
-def _chat_template(folder: pathlib.Path, settings: dict) -> str | None:
-    """Returns the source of a folder's chat template, or None."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text: {error}") from None
-    source = settings.get("chat_template")
-    if isinstance(source, list):  # several named templates
-        if not all(
-            isinstance(item, dict) and {"name", "template"} <= item.keys() for item in source
-        ):
-            raise ValueError(
-                f"{folder / 'tokenizer_config.json'}: chat_template holds items without name and "
-                "template"
-            )
-        source = next((item["template"] for item in source if item["name"] == "default"), None)
-    if not isinstance(source, str | None):
-        raise ValueError(
-            f"{folder / 'tokenizer_config.json'}: chat_template is {files.describe(source)}, not a "
-            "string"
-        )
-    return source
+# Libraries
 
 
 def _from_file(read: Any, file: pathlib.Path) -> Any:
@@ -595,23 +530,6 @@ def _from_file(read: Any, file: pathlib.Path) -> Any:
         raise ValueError(
             f"{file} is no tokenizer that can be read ({message}); copy or download it again"
         ) from None
-
-
-def _read_json(file: pathlib.Path) -> dict:
-    """Returns the object of a JSON file; an empty one if there is no file."""
-    return files.read_json_object(file) if file.is_file() else {}
-
-
-def _content(folder: pathlib.Path, settings: dict, name: str) -> str:
-    """Returns a special token's text; Hugging Face writes it as a string or as a record."""
-    token = settings.get(name)
-    token = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(token, str | None):
-        raise ValueError(
-            f"{folder / 'tokenizer_config.json'}: {name} is {files.describe(token)}, not a token's "
-            "text"
-        )
-    return token or ""
 
 
 def import_library(name: str) -> ModuleType:
