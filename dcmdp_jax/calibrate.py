@@ -98,6 +98,7 @@ def _measure(
     params: Any, batch: Batch, *, config: Config, model: ModelConfig
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of delta over the tokens of a batch, and how many there are."""
+    batch = step.trained(batch, config)
     old_logp, _ = step.score(params, batch, config, model)
     flat = (x.reshape(-1, x.shape[-1]) for x in (old_logp, batch.rollout_logp, batch.mask))
     return constraint.measure(*flat)

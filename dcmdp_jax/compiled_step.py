@@ -55,6 +55,7 @@ def one_pass_step(
     """
     multiplier = state.dual.multiplier
     alpha = entropy_bonus.coefficient(config.algorithm, state.entropy_dual)
+    batch = step.trained(batch, config)
     advantage = step.group_advantage(batch, config)
     ref_logp = step.score_reference(state, batch, config, model)
     loss = partial(

@@ -17,7 +17,6 @@ from typing import Any
 
 from dcmdp_jax import limits
 from dcmdp_jax.models.model_config import Compute, ModelConfig
-from dcmdp_jax.records import Example
 from dcmdp_jax.tasks import Task
 
 
@@ -44,8 +43,9 @@ class ModelSource:
 class DataConfig:
     """The problems, and the reward of a completion."""
 
-    # None: the task's own; text is empty if the length limit cut the completion off
-    verifier: Callable[[Example, str], float] | None = None
+    # (example, text) -> reward, and `stopped` or `length` by name if it has such parameters (see
+    # rewards.score); None: the task's own
+    verifier: Callable[..., float] | None = None
     path: str = ""  # JSONL or Parquet; empty: `task`
     task: Task | None = None  # generated problems, e.g. `tasks.Chain()`
     eval_path: str = ""  # held-out problems; empty: those of `task`, if problems come from it
@@ -57,7 +57,7 @@ class DataConfig:
     instruction: str = ""  # follows each user message on a line of its own
     special_tokens_in_text: bool = False  # special tokens written in a message are ids, not text
 
-    def reward_function(self) -> Callable[[Example, str], float]:
+    def reward_function(self) -> Callable[..., float]:
         """Returns `verifier`, or the task's own reward if it is None."""
         return self.task.reward if self.verifier is None else self.verifier
 
@@ -143,6 +143,12 @@ class AlgorithmConfig:
     # (logp, old_logp, rollout_logp, advantage, mask) -> loss [N, T], denominator mask [N, T]
     surrogate: Callable
     reduce: Callable  # (loss, mask) -> scalar, linear in the loss
+    # (reward [N], length [N], truncated [N], group [N], *, num_groups) -> the reward [N] that
+    # advantages are made of, such as one with losses.advantages.overlong_penalty; None: as it is
+    reward_shaping: Callable | None = None
+    # (mask [N, T], reward [N], truncated [N], group [N], *, num_groups) -> the tokens of `mask`
+    # that are trained and measured, such as losses.advantages.overlong_mask(mask, truncated)
+    mask: Callable | None = None
     # (logp, ref_logp, mask) or (logp, old_logp, ref_logp, mask) -> [N, T], reduced over the mask
     # and added to the loss: any of losses.kl. None: no reference policy
     reference_penalty: Callable | None = None

@@ -228,9 +228,11 @@ class Batch(NamedTuple):
     segment_ids: np.ndarray  # [M, A, R, S] int32, 1.. in a row; 0 is padding
     index: np.ndarray  # [M, A, n, T] int32; 0 where masked
     completions: np.ndarray  # [M, A, n, T] int32
-    mask: np.ndarray  # [M, A, n, T] bool, completion tokens that are trained
+    mask: np.ndarray  # [M, A, n, T] bool, completion tokens; `step.trained` drops some of them
     rollout_logp: np.ndarray  # [M, A, n, T] float32, over the full vocabulary
     reward: np.ndarray  # [M, A, n] float32
+    length: np.ndarray  # [M, A, n] int32, tokens of a completion
+    truncated: np.ndarray  # [M, A, n] bool, cut off by the length limit
     group: np.ndarray  # [M, A, n] int32, 0..B-1: the prompt a completion answers
     # [M, A, R, S, sparse layers, k] int16, the recorded experts that each token takes again; -1:
     # its router's choice

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +19,7 @@ from dcmdp_jax.answers.stated import final_answer
 from dcmdp_jax.records import Example, Rollout, Scored
 
 _SHORT = 60  # characters of a prompt in a message
+_FACTS = ("stopped", "length")  # of a completion, which a verifier may take by name
 
 _CHOICE = re.compile(r"(?:\\text\w*\s*\{)?\(?[A-J]\)?\}?")
 # a choice with its text, as in (B) 12
@@ -61,21 +64,30 @@ def _words(prompt: Any) -> str:
 def score(
     rollout: Rollout,
     decode: Callable[[Sequence[int]], str],
-    verifier: Callable[[Example, str], float],
+    verifier: Callable[..., float],
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Scored:
     """Decodes each completion, without its stop token, and returns the rollout with the rewards.
 
-    A completion that the length limit cut off has not stated an answer: its reward is what the
-    verifier gives an empty text, which keeps the verifier's own scale. Raises ValueError, with the
-    prompt and the verifier, if that fails or returns no finite number, and `Interrupted` if it does
-    not return after `should_stop()` is true.
+    A verifier is called with the problem and the text. If it has a parameter `length`, that is the
+    number of the completion's tokens, stop token included; if it has one named `stopped`, that is
+    False where the length limit cut the completion off, and it judges what was written up to there.
+    For a verifier without `stopped` such a completion has not stated an answer: its reward is what
+    the verifier gives an empty text, which keeps the verifier's own scale.
+
+    Raises ValueError, with the prompt and the verifier, if that fails or returns no finite number,
+    and `Interrupted` if it does not return after `should_stop()` is true.
     """
     examples = rollout.prompts.examples
     samples = len(rollout.tokens) // len(examples)
+    wanted = _wanted_facts(verifier)
     texts = [
-        decode(ids[:length].tolist()) if stopped else ""
+        decode(ids[:length].tolist()) if stopped or "stopped" in wanted else ""
         for ids, length, stopped in zip(rollout.tokens, rollout.text_lengths, rollout.stopped)
+    ]
+    facts = [
+        {name: value for name, value in zip(_FACTS, values) if name in wanted}
+        for values in zip(rollout.stopped.tolist(), rollout.lengths.tolist())
     ]
     reward = np.zeros(len(texts), np.float32)
     with stopping.interruptible(
@@ -83,14 +95,26 @@ def score(
     ) as calls:
         for i, text in enumerate(texts):
             calls.begin(i)
-            reward[i] = _reward(verifier, examples[i // samples], text)
+            reward[i] = _reward(verifier, examples[i // samples], text, facts[i])
     return Scored(rollout, reward)
 
 
-def _reward(verifier: Callable[[Example, str], float], example: Example, text: str) -> np.float32:
+def _wanted_facts(verifier: Callable[..., float]) -> list[str]:
+    """Returns which of `_FACTS` are parameters of a verifier that a partial has not set."""
+    try:
+        parameters = inspect.signature(verifier).parameters
+    except (TypeError, ValueError):  # written in C
+        return []
+    options = verifier.keywords if isinstance(verifier, functools.partial) else {}
+    return [name for name in _FACTS if name in parameters and name not in options]
+
+
+def _reward(
+    verifier: Callable[..., float], example: Example, text: str, facts: dict[str, Any]
+) -> np.float32:
     """Returns the verifier's reward of a text. Raises ValueError if there is none."""
     try:
-        returned = verifier(example, text)
+        returned = verifier(example, text, **facts)
     except Exception as error:
         raise ValueError(
             f"the verifier {_name(verifier)} fails on a completion of the prompt "
@@ -109,7 +133,7 @@ def _reward(verifier: Callable[[Example, str], float], example: Example, text: s
     return reward
 
 
-def _slow(verifier: Callable[[Example, str], float], example: Example, number: int) -> None:
+def _slow(verifier: Callable[..., float], example: Example, number: int) -> None:
     """Prints that the verifier has been at a completion for a long time."""
     print(
         f"the verifier {_name(verifier)} has been at completion {number}, of the prompt "

@@ -55,6 +55,7 @@ def constrained_step(
     """
     multiplier = state.dual.multiplier
     alpha = entropy_bonus.coefficient(config.algorithm, state.entropy_dual)
+    batch = trained(batch, config)
 
     # Score: log-probs at the weights that sampled the batch, and the reference's.
     old_logp, entropy = score(train_state.sampled_from(state, config)[0], batch, config, model)
@@ -127,11 +128,34 @@ def charge_reference(
     return batch._replace(reward=batch.reward - charge)
 
 
+def trained(batch: Batch, config: Config) -> Batch:
+    """Returns the batch with the mask of the tokens that `algorithm.mask` leaves."""
+    if not config.algorithm.mask:
+        return batch
+    mask = config.algorithm.mask(
+        _flat(batch.mask),
+        batch.reward.reshape(-1),
+        batch.truncated.reshape(-1),
+        batch.group.reshape(-1),
+        num_groups=config.data.prompts_per_step,
+    )
+    return batch._replace(mask=mask.reshape(batch.mask.shape))
+
+
 def group_advantage(batch: Batch, config: Config) -> jax.Array:
     """Returns the advantage of each completion within its group, [M, A, n, 1]."""
-    advantage = config.algorithm.advantage(
-        batch.reward.reshape(-1), batch.group.reshape(-1), num_groups=config.data.prompts_per_step
-    )
+    reward = batch.reward.reshape(-1)
+    group = batch.group.reshape(-1)
+    num_groups = config.data.prompts_per_step
+    if config.algorithm.reward_shaping:
+        reward = config.algorithm.reward_shaping(
+            reward,
+            batch.length.reshape(-1),
+            batch.truncated.reshape(-1),
+            group,
+            num_groups=num_groups,
+        )
+    advantage = config.algorithm.advantage(reward, group, num_groups=num_groups)
     return advantage.reshape(*batch.reward.shape, 1)
 
 
@@ -394,7 +418,7 @@ def batch_metrics(
     return {
         "reward": jnp.mean(reward),
         "entropy": reduce.token_mean(entropy, mask),
-        "response_length": jnp.mean(jnp.sum(mask, axis=-1).astype(jnp.float32)),
+        "response_length": jnp.mean(batch.length.astype(jnp.float32)),
         "logp_finite": jnp.all(jnp.isfinite(old_logp) | ~mask),
         "gaps": gaps.measure(old_logp, rollout_logp, completions, mask, reward),
         **diagnostics.summary(old_logp, rollout_logp, advantage, mask),

@@ -127,6 +127,8 @@ def batch_shardings(config: Config, mesh: jax.sharding.Mesh) -> Batch:
         mask=replicated,
         rollout_logp=replicated,
         reward=replicated,
+        length=replicated,
+        truncated=replicated,
         group=replicated,
         replayed=rows if config.algorithm.replay_routing else None,
     )

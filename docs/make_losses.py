@@ -26,6 +26,9 @@ REQUIRED = ("Formula", "Needs")
 SURROGATE = "algorithm.surrogate"
 FIELDS_OF_CONFIG = {
     ("losses.advantages", "reward, group"): "algorithm.advantage",
+    ("losses.advantages", "length"): "algorithm.reward_shaping",
+    ("losses.advantages", "correct, length, group"): "algorithm.reward_shaping",
+    ("losses.advantages", "mask, truncated"): "algorithm.mask",
     ("losses.policy", "logp, old_logp, advantage, mask"): SURROGATE,
     ("losses.policy", "logp, rollout_logp, advantage, mask"): SURROGATE + " (bypass)",
     ("losses.sequence", "logp, old_logp, advantage, mask"): SURROGATE,
@@ -59,7 +62,7 @@ OTHERS = {
     "constraint.delta": BUILT_IN,
     "constraint.measure": BUILT_IN,
     "constraint.calibrate_tolerance": "constraint.tolerance (Calibrated)",
-    "losses.advantages.dynamic_sampling_mask": IMPORT_ONLY,  # returns a mask
+    "losses.advantages.dynamic_sampling_mask": "algorithm.mask",
     "losses.covariance.clip_cov": IMPORT_ONLY,  # needs a new key each step
     "losses.diagnostics.summary": BUILT_IN,
     "losses.diagnostics.sign_flip": BUILT_IN,

@@ -44,10 +44,6 @@ def test_what_trains_only_by_import(maker):
     }
     assert left_out == {
         "constraint.signed_delta",
-        "losses.advantages.dynamic_sampling_mask",
-        "losses.advantages.length_reward",
-        "losses.advantages.overlong_mask",
-        "losses.advantages.overlong_penalty",
         "losses.advantages.pass_at_k",
         "losses.advantages.reinforce_pp",
         "losses.advantages.reinforce_pp_baseline",

@@ -29,7 +29,7 @@ def completions(prompt_lengths, samples, lengths, seed=0):
     prompts = Prompts(
         prompt.astype(np.int32), asked, tuple(Example(str(i), "") for i in range(len(asked)))
     )
-    rollout = make_rollout(prompts, tokens, told, logp, np.zeros(count, bool))
+    rollout = make_rollout(prompts, tokens, told, logp, told % 2 == 0)
     assert count == len(asked) * samples
     return Scored(rollout, rng.random(count).astype(np.float32))
 
@@ -147,6 +147,7 @@ def test_unpacking_gives_the_completions_back(packing):
             np.testing.assert_array_equal(batch.completions[at][j], rollout.tokens[i])
             np.testing.assert_array_equal(batch.rollout_logp[at][j], rollout.rollout_logp[i])
             assert (batch.reward[at][j], batch.group[at][j]) == (scored.reward[i], i // samples)
+            assert (batch.length[at][j], batch.truncated[at][j]) == (length, not rollout.stopped[i])
     assert sorted(seen) == list(range(len(rollout.tokens)))
 
 

@@ -1,5 +1,6 @@
 """Rewards of a rollout: verifiers that are right, fail, or give no number."""
 
+import functools
 import re
 
 import numpy as np
@@ -57,6 +58,38 @@ def test_a_completion_that_is_cut_off_earns_nothing_by_math_answer(sampled):
     cut_off = sampled._replace(stopped=np.zeros(4, bool))
     reward = rewards.score(cut_off, lambda ids: "#### ab", rewards.math_answer).reward
     np.testing.assert_array_equal(reward, np.zeros(4))
+
+
+def test_a_verifier_that_asks_whether_a_completion_stopped_judges_what_was_cut_off_too(sampled):
+    asked = []
+
+    def judge(example, text, *, stopped):
+        asked.append((text, stopped))
+        return 0.0
+
+    rewards.score(sampled, decode, judge)
+    assert asked == [("ab", True), ("ab", False), ("cd", True), ("ab", True)]
+
+
+def test_a_verifier_that_asks_for_the_length_gets_it_with_the_stop_token(sampled):
+    def judge(example, text, length=0):
+        return length + 10 * len(text)
+
+    reward = rewards.score(sampled, decode, judge).reward
+    np.testing.assert_array_equal(reward, [23, 2, 23, 23])
+
+
+def test_an_option_that_a_partial_sets_is_the_verifiers_own(sampled):
+    def judge(example, text, length):
+        return float(length)
+
+    reward = rewards.score(sampled, decode, functools.partial(judge, length=7)).reward
+    np.testing.assert_array_equal(reward, [7, 7, 7, 7])
+
+
+def test_a_verifier_without_a_signature_gets_the_text_alone(sampled):
+    with pytest.raises(ValueError, match="the verifier max fails on a completion"):
+        rewards.score(sampled, decode, max)  # of a problem and a text
 
 
 def test_seven_wrong_completions_and_one_cut_off_teach_nothing():

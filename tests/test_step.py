@@ -244,6 +244,21 @@ def half(old_logp, rollout_logp, mask, step):
     return jnp.where(jnp.sum(mask) > 1, 0.5, 1.0) / (step + 1)
 
 
+def finished(mask, reward, truncated, group, *, num_groups):
+    return advantages.overlong_mask(mask, truncated)
+
+
+def unequal(mask, reward, truncated, group, *, num_groups):
+    keep = advantages.dynamic_sampling_mask(reward, group, num_groups=num_groups)
+    return mask & keep[:, None]
+
+
+def shorter_is_better(reward, length, truncated, group, *, num_groups):
+    soft_limit = advantages.overlong_penalty(length, max_length=T, cache=4)
+    brief = advantages.length_reward(reward, length, group, num_groups=num_groups)
+    return reward + soft_limit + brief - truncated
+
+
 IN_ONE_PASS = {
     "dense": make_config(),
     "dense, 4 microbatches": make_config(microbatches=4),
@@ -255,6 +270,9 @@ IN_ONE_PASS = {
     "reference penalty": make_config(reference_penalty=kl.unbiased, microbatches=4),
     "entropy bonus": make_config(
         entropy_coefficient=0.01, entropy_target=5.0, update_scale=half, microbatches=4
+    ),
+    "mask and reward shaping": make_config(
+        mask=finished, reward_shaping=shorter_is_better, microbatches=4
     ),
 }
 
@@ -466,3 +484,49 @@ def test_corrections_are_selectable_and_weigh_the_loss():
             make_config(surrogate=corrections.decoupled(CLIPPED, correction)), scored
         )
         np.testing.assert_allclose(metrics["loss"], -(weight * shaped)[mask].mean(), atol=2e-6)
+
+
+def emptied(scored, drop):
+    """The same completions, of which some have no tokens."""
+    lengths = np.where(drop, 0, scored.rollout.lengths).astype(np.int32)
+    return scored._replace(rollout=scored.rollout._replace(lengths=lengths))
+
+
+@pytest.mark.parametrize("parts", [{}, {"minibatches": 2, "microbatches": 2}], ids=str)
+def test_a_masked_completion_is_as_one_without_tokens(parts):
+    """Loss, delta and dual are of the others; its reward and its length are still measured."""
+    scored = make_scored()
+    drop = ~scored.rollout.stopped
+    assert 0 < drop.sum() < len(drop)
+    _, expected, dropped = run(make_config(**parts), emptied(scored, drop))
+    _, state, metrics = run(make_config(mask=finished, **parts), scored)
+    assert_close(state, expected)
+    assert metrics.pop("response_length") > dropped.pop("response_length")
+    assert_close(metrics, dropped)
+
+
+def test_groups_without_spread_can_be_left_out():
+    """Shaping by delta would move them, though their advantages are 0."""
+    reward = np.arange(B * G) % 2 * (np.arange(B * G) < 2 * G)
+    scored = make_scored(reward=reward)
+    _, expected, _ = run(make_config(), emptied(scored, np.repeat(np.arange(B), G) >= 2))
+    _, state, _ = run(make_config(mask=unequal), scored)
+    assert_close(state, expected)
+
+
+def test_advantages_are_made_of_the_shaped_reward():
+    """The soft limit, Kimi's length reward and a fine, written out; the metric has the verifier's
+    reward.
+    """
+    scored = make_scored()
+    length = scored.rollout.lengths.astype(float)
+    spans = length.reshape(B, G)
+    shortest = np.repeat(spans.min(1), G)
+    share = 0.5 - (length - shortest) / np.repeat(np.maximum(np.ptp(spans, 1), 1), G)
+    brief = np.where(scored.reward > 0, share, np.minimum(share, 0))
+    fines = np.clip((length - (T - 4)) / 4, 0, 1) + ~scored.rollout.stopped
+    by_hand = make_scored(reward=scored.reward + brief - fines)
+    _, expected, _ = run(make_config(), by_hand)
+    _, state, metrics = run(make_config(reward_shaping=shorter_is_better), scored)
+    assert_close(state, expected)
+    assert metrics["reward"] == scored.reward.mean()

@@ -84,6 +84,8 @@ def pack(
         mask=deal(mask),
         rollout_logp=deal(full_vocab_logp(rollout)[order]),
         reward=deal(scored.reward[order]),
+        length=deal(completion_lengths),
+        truncated=deal(~rollout.stopped[order]),
         group=deal(group.astype(np.int32)),
         replayed=None if rollout.experts is None else place_experts(rollout.experts),
     )

@@ -264,7 +264,7 @@ def abstract_batch(config: Config, model: ModelConfig, mesh: Any) -> Batch:
     length = config.row_length
     rows = -(-count // sharding.num_batch_shards(mesh)) * sharding.num_batch_shards(mesh)
     sizes = dict.fromkeys(("tokens", "positions", "segment_ids"), (rows, length)) | dict.fromkeys(
-        ("reward", "group"), (count,)
+        ("reward", "length", "truncated", "group"), (count,)
     )
     routed = sum(model.is_sparse(layer) for layer in range(model.num_layers))
     sizes |= {
@@ -277,6 +277,7 @@ def abstract_batch(config: Config, model: ModelConfig, mesh: Any) -> Batch:
     }
     dtypes = {
         "mask": jnp.bool_,
+        "truncated": jnp.bool_,
         "rollout_logp": jnp.float32,
         "reward": jnp.float32,
         "replayed": jnp.int16,
