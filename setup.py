@@ -8,6 +8,7 @@ TRAIN = [
     "orbax-checkpoint",
     "etils[epath]",
     "grain>=0.2.10",
+    "cloudpickle",
     "tokenizers",
     "gguf",
     "huggingface_hub",

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
+import jax
 
-from dcmdp_jax import rewards, seeds, sharding, train_state
+from dcmdp_jax import dynamic_sampling, rewards, seeds, sharding, train_state
 from dcmdp_jax.config import Config, RolloutConfig
 from dcmdp_jax.distributed import processes
+from dcmdp_jax.dynamic_sampling import Draw, has_spread
 from dcmdp_jax.monitoring import measurements
 from dcmdp_jax.records import Batch, Rollout, Sampler, Sampling, Scored, TrainState
 from dcmdp_jax.rollout import servers
@@ -91,15 +92,17 @@ class Batches:
         """
         config = self._config
         seed = seeds.seed(config.seed, stream, number)
-        scored = self._sample_and_score(seed)
-        if processes.any_process(scored is None):
+        batch = self._draw(seed)
+        if batch is None:
             return None
-        sources = [example.source for example in scored.rollout.prompts.examples]
-        if processes.num_engines(config.rollout) > 1:
-            scored = _gather(scored)
-            sources = measurements.gather_sources(sources)
+        metrics: dict[str, float] = {}
+        if stream is Stream.ROLLOUT and config.data.max_refills:
+            refilled = self._refill(batch, number)
+            if refilled is None:
+                return None
+            batch, metrics = refilled
         packed = packing.pack(
-            scored,
+            batch.scored,
             minibatches=config.algorithm.minibatches,
             microbatches=config.algorithm.microbatches,
             row_length=config.row_length,
@@ -109,9 +112,39 @@ class Batches:
         )
         return Collected(
             processes.make_global(packed, train_state.batch_shardings(config, self._inputs.mesh)),
-            measurements.measure(scored, sources),
+            measurements.measure(*batch) | metrics,
             self._inputs.prompts.get_state(),
         )
+
+    def _draw(self, seed: int) -> Draw | None:
+        """Samples and scores the next prompts of all processes; None where one is asked to stop."""
+        engines = processes.num_engines(self._config.rollout)
+        scored = self._sample_and_score(seed)
+        if processes.any_process(scored is None):
+            return None
+        sources = [example.source for example in scored.rollout.prompts.examples]
+        scored = dynamic_sampling.arrays_of(scored)
+        if engines > 1:
+            scored = processes.gather(scored)
+            sources = measurements.gather_sources(sources)
+        elif self._inputs.verifiers:
+            scored = _as_on_process_0(scored)
+        return Draw(scored, sources)
+
+    def _refill(self, batch: Draw, number: int) -> tuple[Draw, dict[str, float]] | None:
+        """Returns the batch of step `number` with further prompts in place of those without spread,
+        of at most `max_refills` draws, and its metrics; None where any process was asked to stop.
+        """
+        config = self._config
+        rounds = [dynamic_sampling.summary(batch)]
+        while len(rounds) <= config.data.max_refills and not has_spread(batch).all():
+            refill = number * seeds.REFILLS + len(rounds)
+            more = self._draw(seeds.seed(config.seed, Stream.REFILL, refill))
+            if more is None:
+                return None
+            rounds.append(dynamic_sampling.summary(more))
+            batch = dynamic_sampling.replace_groups(batch, more)
+        return batch, dynamic_sampling.measure(rounds, batch)
 
     def _collect_next(self) -> Collected | None:
         """The batch of the next step; None after the last."""
@@ -143,7 +176,7 @@ class Batches:
                 return rewards.score(
                     rollout,
                     self._inputs.tokenizer.decode,
-                    config.data.reward_function(),
+                    self._inputs.verifiers or config.data.reward_function(),
                     self._should_stop,
                 )
             except Interrupted:
@@ -196,15 +229,9 @@ def check_rollout(rollout: Rollout, config: Config) -> None:
         )
 
 
-def _gather(scored: Scored) -> Scored:
-    """The completions of all processes as one batch; their problems are left out."""
-    rollout = scored.rollout
-    version = np.broadcast_to(np.int32(rollout.version), rollout.tokens.shape)
-    prompts, arrays, reward = processes.gather(
-        (
-            rollout.prompts._replace(examples=()),
-            rollout._replace(prompts=(), sampling=(), version=version),
-            scored.reward,
-        )
-    )
-    return Scored(arrays._replace(prompts=prompts, sampling=rollout.sampling), reward)
+def _as_on_process_0(scored: Scored) -> Scored:
+    """The same completions with the rewards of process 0: elsewhere a call may have been slower."""
+    mine = (scored.reward, scored.failed)
+    of_all = processes.gather(jax.tree.map(lambda x: x[None], mine))
+    reward, failed = jax.tree.map(lambda x: x[0], of_all)
+    return scored._replace(reward=reward, failed=failed)

@@ -46,6 +46,13 @@ class DataConfig:
     # (example, text) -> reward, and `stopped` or `length` by name if it has such parameters (see
     # rewards.score); None: the task's own
     verifier: Callable[..., float] | None = None
+    # seconds that the verifier has for a completion, in processes of its own (see rewards.score);
+    # 0: it runs in the trainer's process, without a limit
+    verifier_timeout: float = 0.0
+    verifier_processes: int = 4  # in each process of the run, if there is a time limit
+    # Rounds in which prompts whose completions all earn the same are replaced by further prompts
+    # (DAPO's dynamic sampling). What is left after the last is trained on, with advantages of 0
+    max_refills: int = 0
     path: str = ""  # JSONL or Parquet; empty: `task`
     task: Task | None = None  # generated problems, e.g. `tasks.Chain()`
     eval_path: str = ""  # held-out problems; empty: those of `task`, if problems come from it
@@ -286,6 +293,9 @@ class Config:
 _RANGES: dict[str, tuple[float, float]] = {
     "steps": (1, 2**30 - 1),  # the state counts them in int32
     "seed": (0, 2**32 - 1),
+    "data.verifier_timeout": (0, 1e6),
+    "data.verifier_processes": (1, 2**10),
+    "data.max_refills": (0, 2**10 - 1),
     "data.prompts_per_step": (1, 2**20),
     "data.max_prompt_tokens": (1, 2**24),
     "rollout.samples": (1, 2**20),
@@ -362,6 +372,11 @@ def _validate(config: Config) -> None:
         raise ValueError(
             f"data.prompts_per_step * rollout.samples = {completions} completions do not divide "
             f"into algorithm.minibatches * algorithm.microbatches = {parts} parts"
+        )
+    if data.max_refills and rollout.samples < 2:
+        raise ValueError(
+            "data.max_refills replaces prompts whose completions all earn the same, and "
+            "rollout.samples=1 leaves no other; sample more, or leave it out"
         )
     row = data.max_prompt_tokens + rollout.max_tokens
     if algorithm.row_length and algorithm.row_length < row:

@@ -208,6 +208,8 @@ class Scored(NamedTuple):
 
     rollout: Rollout
     reward: np.ndarray  # [N] float32
+    # [N] bool, no answer of the verifier within `DataConfig.verifier_timeout`; None: no limit
+    failed: np.ndarray | None = None
 
 
 class Batch(NamedTuple):

@@ -17,6 +17,7 @@ from dcmdp_jax.answers.computed import is_computed, is_number
 from dcmdp_jax.answers.copied import is_copied
 from dcmdp_jax.answers.stated import final_answer
 from dcmdp_jax.records import Example, Rollout, Scored
+from dcmdp_jax.verifier_pool import Call, Failure, VerifierPool
 
 _SHORT = 60  # characters of a prompt in a message
 _FACTS = ("stopped", "length")  # of a completion, which a verifier may take by name
@@ -64,7 +65,7 @@ def _words(prompt: Any) -> str:
 def score(
     rollout: Rollout,
     decode: Callable[[Sequence[int]], str],
-    verifier: Callable[..., float],
+    verifier: Callable[..., float] | VerifierPool,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Scored:
     """Decodes each completion, without its stop token, and returns the rollout with the rewards.
@@ -76,11 +77,14 @@ def score(
     the verifier gives an empty text, which keeps the verifier's own scale.
 
     Raises ValueError, with the prompt and the verifier, if that fails or returns no finite number,
-    and `Interrupted` if it does not return after `should_stop()` is true.
+    and `Interrupted` if it does not return after `should_stop()` is true. In a pool a call that
+    fails, or does not end in time, costs only its completion: it earns what an empty text earns; if
+    that fails too, the lowest reward of its prompt's completions, or 0. It is then `failed`, and
+    the first such call is printed. A verifier that raises on every completion raises ValueError.
     """
     examples = rollout.prompts.examples
     samples = len(rollout.tokens) // len(examples)
-    wanted = _wanted_facts(verifier)
+    wanted = _wanted_facts(verifier.verifier if isinstance(verifier, VerifierPool) else verifier)
     texts = [
         decode(ids[:length].tolist()) if stopped or "stopped" in wanted else ""
         for ids, length, stopped in zip(rollout.tokens, rollout.text_lengths, rollout.stopped)
@@ -89,14 +93,66 @@ def score(
         {name: value for name, value in zip(_FACTS, values) if name in wanted}
         for values in zip(rollout.stopped.tolist(), rollout.lengths.tolist())
     ]
+    calls = [
+        Call(examples[i // samples], text, fact) for i, (text, fact) in enumerate(zip(texts, facts))
+    ]
+    if isinstance(verifier, VerifierPool):
+        return Scored(rollout, *_rewards_of_pool(verifier, calls, samples, should_stop))
     reward = np.zeros(len(texts), np.float32)
     with stopping.interruptible(
         should_stop, lambda i: _slow(verifier, examples[i // samples], i)
-    ) as calls:
-        for i, text in enumerate(texts):
-            calls.begin(i)
-            reward[i] = _reward(verifier, examples[i // samples], text, facts[i])
+    ) as watched:
+        for i, call in enumerate(calls):
+            watched.begin(i)
+            reward[i] = reward_of(verifier, *call)
     return Scored(rollout, reward)
+
+
+def _rewards_of_pool(
+    pool: VerifierPool, calls: Sequence[Call], samples: int, should_stop: Callable[[], bool]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rewards of all calls, `samples` to a prompt, and which of them failed."""
+    outcomes = pool.judge(calls, should_stop)
+    failed = np.array([isinstance(outcome, Failure) for outcome in outcomes])
+    reward = np.array(
+        [np.nan if isinstance(outcome, Failure) else outcome for outcome in outcomes], np.float32
+    )
+    if not failed.any():
+        return reward, failed
+    places = np.flatnonzero(failed).tolist()
+    if all(isinstance(outcome, Failure) and outcome.raised for outcome in outcomes):
+        raise ValueError(f"{outcomes[0].reason}; it raises on all {len(calls)} completions")
+    _report_failures(pool, outcomes[places[0]], calls[places[0]], len(places), len(calls))
+    nothing = [_without_text(calls[i]) for i in places]
+    for i, outcome in zip(places, pool.judge(nothing, should_stop)):
+        reward[i] = np.nan if isinstance(outcome, Failure) else outcome
+    groups = reward.reshape(-1, samples)
+    lowest = np.where(np.isnan(groups), np.inf, groups).min(axis=1, keepdims=True)
+    groups = np.where(np.isnan(groups), np.where(np.isinf(lowest), 0, lowest), groups)
+    return groups.reshape(-1).astype(np.float32), failed
+
+
+def _without_text(call: Call) -> Call:
+    """Returns the call for a completion that has stated nothing."""
+    facts = call.facts | {"stopped": False} if "stopped" in call.facts else call.facts
+    return call._replace(text="", facts=facts)
+
+
+def _report_failures(
+    pool: VerifierPool, failure: Failure, call: Call, count: int, total: int
+) -> None:
+    """Prints how many calls failed, and why the first of them did."""
+    reason = failure.reason
+    if not failure.raised:
+        reason = (
+            f"the verifier {_name(pool.verifier)} {reason} on a completion of the prompt "
+            f"{_short(call.example)}"
+        )
+    print(
+        f"{count} of {total} completions earn what an empty text earns: {reason}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _wanted_facts(verifier: Callable[..., float]) -> list[str]:
@@ -109,10 +165,16 @@ def _wanted_facts(verifier: Callable[..., float]) -> list[str]:
     return [name for name in _FACTS if name in parameters and name not in options]
 
 
-def _reward(
+def reward_of(
     verifier: Callable[..., float], example: Example, text: str, facts: dict[str, Any]
 ) -> np.float32:
-    """Returns the verifier's reward of a text. Raises ValueError if there is none."""
+    """Returns the verifier's reward of a text.
+
+    Raises ValueError, with the prompt and the verifier, if it fails or returns no finite number.
+
+    Args:
+        facts: what it takes by name, see `score`.
+    """
     try:
         returned = verifier(example, text, **facts)
     except Exception as error:
@@ -137,7 +199,7 @@ def _slow(verifier: Callable[..., float], example: Example, number: int) -> None
     """Prints that the verifier has been at a completion for a long time."""
     print(
         f"the verifier {_name(verifier)} has been at completion {number}, of the prompt "
-        f"{_short(example)}, for {stopping.SLOW_SECONDS:.0f} s",
+        f"{_short(example)}, for {stopping.SLOW_SECONDS:.0f} s; data.verifier_timeout limits that",
         file=sys.stderr,
         flush=True,
     )

@@ -20,6 +20,10 @@ class Stream(enum.IntEnum):
     PARITY = 7  # batches that `dcmdp parity` and `dcmdp diagnose` sample
     TRAINABLE = 8  # what `ModelSource.trainable` draws
     PAIRS = 9  # the order of the pairs that a warm-up learns, in epoch `number`
+    REFILL = 10  # completions of round r of constrained step n: `number` is n * REFILLS + r
+
+
+REFILLS = 1 << 10  # more than the rounds of a step
 
 
 def seed(config_seed: int, stream: Stream, number: int = 0) -> int:

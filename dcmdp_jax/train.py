@@ -53,6 +53,8 @@ def prepare(
         inputs = read_inputs(config, devices)
         config = calibrate.with_recorded_tolerance(config, workdir)
         metrics.check_loggers(config)
+        if inputs.verifiers:
+            inputs.verifiers.start()
     return inputs._replace(lock=run_folder.claim(workdir, config))
 
 

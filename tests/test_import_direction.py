@@ -20,13 +20,14 @@ ORDER = [
     ["models.model_config"],
     ["stopping", "run.lock", "tasks", "answers"],
     ["tokens.chat_template", "tokens.chat_renderer", "tokens.folder_files"],
-    ["config"],
+    ["config", "verifier_pool"],
     ["sharding", "experiment", "losses", "rewards", "tokens.tokenizer", "evaluation.intervals"],
     ["run.record", "constraint", "distributed", "reference", "tokens.gguf_tokenizer"],
+    ["verifier_process"],
     ["models"],
     ["optimizers", "data", "tokens.packing", "rollout.sampling", "rollout.log_prob_readings"],
     ["entropy_bonus", "monitoring.gaps", "monitoring.measurements", "monitoring.terminal"],
-    ["train_state", "run.pairs"],
+    ["train_state", "run.pairs", "dynamic_sampling"],
     ["rollout.decode", "rollout.log_prob_meaning"],
     ["rollout.generate", "step", "sync", "run.checkpoint", "monitoring.metrics"],
     ["rollout.jetstream", "compiled_step", "rollout.http_client", "run.supervised"],
@@ -64,6 +65,7 @@ DOORS = {
     "jinja2": {"tokens.chat_renderer"},
     "orbax": {"run.checkpoint"},
     "grain": {"data"},
+    "cloudpickle": {"verifier_pool"},
 }
 
 

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.full
 
 EXPERIMENT = str(pathlib.Path(__file__).parent / "support" / "hosts_experiment.py")
 MAIN = "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+REFILLS = ("--data.max_refills", 2)
 FLAGS = (
     "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true "
     "--xla_force_host_platform_device_count="
@@ -126,9 +127,10 @@ def assert_same(one, two):
 
 def test_a_run_of_two_processes_that_is_stopped_goes_on_as_one(start, tmp_path):
     """SIGTERM reaches process 1 alone; both save the same step. One process of two devices goes on,
-    and equals a run of one process from its start. The warm-up learns a file of pairs.
+    and equals a run of one process from its start. The warm-up learns a file of pairs, and prompts
+    without spread are replaced.
     """
-    learns = "--warmup.path", write_pairs(tmp_path / "pairs.jsonl", 20)
+    learns = "--warmup.path", write_pairs(tmp_path / "pairs.jsonl", 20), *REFILLS
     both = start(tmp_path / "two", 2, 1, "--steps", 1000, *learns)
     await_rows(tmp_path / "two", 2, both)
     both[1].send_signal(signal.SIGTERM)
@@ -140,6 +142,7 @@ def test_a_run_of_two_processes_that_is_stopped_goes_on_as_one(start, tmp_path):
     end(start(tmp_path / "two", 1, 2, "--steps", step + 2), [0])
     end(start(tmp_path / "one", 1, 2, "--steps", step + 2, *learns), [0])
     assert_same(tmp_path / "one", tmp_path / "two")
+    assert {0, 1} <= {row["refills"] for row in rows(tmp_path / "one")} <= {0, 1, 2}
 
 
 def test_processes_with_different_options_all_refuse(start, tmp_path):

@@ -104,6 +104,13 @@ def test_the_other_quantities_share_a_line(block):
                 "began with"
             ],
         ),
+        (
+            {"unfilled": 0.25, "refills": 3},
+            None,
+            ["25.0% of the prompts have no spread after 3 refills"],
+        ),
+        ({"verifier_failed": 1 / 64}, None, ["the verifier failed on 1.6% of the completions"]),
+        ({"unfilled": 0.0, "refills": 3, "verifier_failed": 0.0}, None, []),
         ({"truncated": 1.0}, None, ["all completions cut off at rollout.max_tokens"]),
     ],
 )

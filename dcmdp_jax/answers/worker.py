@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import subprocess
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import IO
 
 _START = 120.0  # seconds that a process has to import what it needs
 
@@ -33,13 +35,49 @@ class Worker:
 
     The command writes the line `ready`, or a line that says why it is not ready, and then one line
     for each line that it reads. It ends when its stdin closes, and therefore when the process that
-    asks ends, for whatever reason.
+    asks ends, for whatever reason. What it starts itself is ended with it.
     """
 
-    def __init__(self, command: Sequence[str], seconds: float):
+    def __init__(
+        self,
+        command: Sequence[str],
+        seconds: float,
+        *,
+        first_line: bytes = b"",
+        environment: Mapping[str, str] | None = None,
+        stderr: int | IO | None = subprocess.DEVNULL,
+    ):
+        """Starts nothing yet.
+
+        Args:
+            seconds: in which each line must be answered.
+            first_line: what the process reads before it is ready.
+            environment: of the process; None: this one's.
+            stderr: of the process, as `subprocess` takes it.
+        """
         self._command = command
         self._seconds = seconds
+        self._first_line = first_line
+        self._environment = environment
+        self._stderr = stderr
         self._process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        """Starts the process, if there is none. Raises ProcessEnded, TimeoutError and NotReady."""
+        try:
+            if self._process is None:
+                self._start()
+        except BrokenPipeError:
+            raise ProcessEnded(self.end()) from None
+        except BaseException:
+            self.end()
+            raise
+
+    def kill(self) -> None:
+        """Kills the process from another thread; a question that it is at raises ProcessEnded."""
+        process = self._process
+        if process is not None:
+            _kill(process, self._owner)
 
     def ask(self, question: bytes) -> bytes:
         """Returns the line that answers the line `question`.
@@ -72,7 +110,7 @@ class Worker:
         process = self._process
         self._process = None
         self._finalizer.detach()
-        return _killed(process)
+        return _killed(process, self._owner)
 
     def _start(self) -> None:
         """Starts the process and waits until it is ready."""
@@ -81,13 +119,17 @@ class Worker:
             self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._stderr,
+            env=self._environment,
             start_new_session=True,
         )
         self._owner = os.getpid()
-        self._finalizer = weakref.finalize(self, _killed, process)
+        self._finalizer = weakref.finalize(self, _killed, process, self._owner)
         self._finalizer.atexit = False  # at exit its stdin closes, which ends it
         self._process = process
+        if self._first_line:
+            process.stdin.write(self._first_line + b"\n")
+            process.stdin.flush()
         first_line = self._line(_START)
         if not first_line.endswith(b"\n"):
             raise BrokenPipeError
@@ -113,11 +155,18 @@ class Worker:
         return bytes(read)
 
 
-def _killed(process: subprocess.Popen) -> int:
+def _kill(process: subprocess.Popen, owner: int) -> None:
+    """Kills a process and what it has started, in its session; nothing in a fork of its owner."""
+    if os.getpid() == owner and process.returncode is None:  # its number is not another's yet
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _killed(process: subprocess.Popen, owner: int) -> int:
     """Ends a process and returns its exit status; in a fork, whose child it is not, only closes
     this end of its pipes.
     """
-    process.kill()
+    _kill(process, owner)
     process.wait()
     process.stdout.close()
     with contextlib.suppress(BrokenPipeError):  # part of a question was not written yet

@@ -16,6 +16,7 @@ from dcmdp_jax.run.inputs import Inputs
 from dcmdp_jax.seeds import Stream
 from dcmdp_jax.stopping import Interrupted
 from dcmdp_jax.tokens.tokenizer import Tokenizer
+from dcmdp_jax.verifier_pool import VerifierPool
 
 
 class HeldOut:
@@ -84,6 +85,7 @@ class HeldOut:
             self._inputs.held_out,
             config,
             self._inputs.tokenizer,
+            self._inputs.verifiers or config.data.reward_function(),
             seeds.seed(config.seed, Stream.HELD_OUT),
             self._should_stop,
         )
@@ -94,6 +96,7 @@ def pass_rate(
     prompts: Prompts,
     config: Config,
     tokenizer: Tokenizer,
+    verifier: Callable[..., float] | VerifierPool,
     seed: int,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> float | None:
@@ -122,9 +125,7 @@ def pass_rate(
                     offset=share.start,
                     should_stop=lambda: False,
                 )
-                scored = rewards.score(
-                    rollout, tokenizer.decode, config.data.reward_function(), should_stop
-                )
+                scored = rewards.score(rollout, tokenizer.decode, verifier, should_stop)
                 reward[: share.stop - share.start] = scored.reward
         except Interrupted:
             interrupted = True

@@ -21,6 +21,8 @@ def measure(scored: Scored, sources: Sequence[str]) -> dict[str, float]:
     - `reward_spread`: standard deviation of the reward among the completions of one prompt, mean
       over prompts; 0 where no prompt has both better and worse completions, and group-relative
       advantages are 0.
+    - `verifier_failed`: share of completions that the verifier gave no reward, if it has a time
+      limit.
     - `reward/SOURCE`: mean reward of the prompts of each source that has a name.
 
     Args:
@@ -35,6 +37,8 @@ def measure(scored: Scored, sources: Sequence[str]) -> dict[str, float]:
         "completed_rewarded": float(np.mean(rollout.stopped & (scored.reward > 0))),
         "reward_spread": float(np.mean(np.std(reward, axis=1))),
     }
+    if scored.failed is not None:
+        metrics["verifier_failed"] = float(np.mean(scored.failed))
     for source in sorted(set(sources) - {""}):
         rows = [i for i, name in enumerate(sources) if name == source]
         metrics[f"reward/{source}"] = float(np.mean(reward[rows]))

@@ -31,6 +31,9 @@ HELD_OUT = ((HELD_OUT_ENGINE, "engine"), (HELD_OUT_TRAINER, "trainer"))  # with 
 _REWARD = ("mean reward", "{:.3f}", max)
 _SHARE = ("share of completions", "{:.1%}", max)
 _SPREAD = ("standard deviation", "{:.3f}")
+_SAMPLED = ("share of the sampled prompts", "{:.1%}")
+_ROUNDS = ("rounds a step", "{:.3g}")
+_FAILED = ("share of completions", "{:.2%}", min)
 _GAP = "mean |π_train − π_infer|"
 _K3 = "k3 estimate, nats per token"
 _STOPPED = "share of tokens that clip or rejection stops"
@@ -49,8 +52,12 @@ QUANTITIES = (
     Quantity("k3", "k3", "KL(engine ‖ trainer)", _K3, "{:.3g}", min),
     Quantity("ref_kl", "ref KL", "KL(policy ‖ reference)", _K3, "{:.3g}", headline=False),
     Quantity("truncated", "cut off", "Cut off by the limit", "share of completions", "{:.1%}", min),
-    Quantity("completed_rewarded", "completed", "Completed and rewarded", *_SHARE, headline=False),
+    Quantity("completed_rewarded", "completed and rewarded", "Completed and rewarded", *_SHARE),
     Quantity("reward_spread", "spread", "Reward spread in prompts", *_SPREAD, headline=False),
+    Quantity("no_spread", "no spread", "Prompts without spread", *_SAMPLED, headline=False),
+    Quantity("refills", "refills", "Rounds of further prompts", *_ROUNDS, headline=False),
+    Quantity("reward_sampled", "sampled", "Reward before refills", *_REWARD, headline=False),
+    Quantity("verifier_failed", "failed", "Verifier gave no reward", *_FAILED, headline=False),
     Quantity("response_length", "length", "Response length", "tokens", "{:.4g}", headline=False),
     Quantity("grad_norm", "gradient", "Gradient norm", "before clipping", "{:.3g}", headline=False),
     Quantity("clip_fraction", "clipped", "Clipped", _STOPPED, "{:.2%}", headline=False),

@@ -204,6 +204,12 @@ def warnings(values: Mapping[str, Any], tolerance: float, floor: float | None) -
             f"the tolerance {tolerance:g} is under the floor {floor:.2g}, delta of the "
             "weights that the run began with"
         )
+    if unfilled := values.get("unfilled", 0):
+        alarms.append(
+            f"{unfilled:.1%} of the prompts have no spread after {values['refills']} refills"
+        )
+    if failed := values.get("verifier_failed", 0):
+        alarms.append(f"the verifier failed on {failed:.1%} of the completions")
     if values.get("truncated") == 1:
         alarms.append("all completions cut off at rollout.max_tokens")
     return alarms

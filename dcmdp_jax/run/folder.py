@@ -31,6 +31,8 @@ MAY_CHANGE = (
     "rollout.slots",
     "rollout.server",
     "rollout.weights_folder",
+    "data.verifier_timeout",
+    "data.verifier_processes",
     "algorithm.microbatches",
     "algorithm.max_skipped",
     "eval",

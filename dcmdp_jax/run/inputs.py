@@ -23,6 +23,7 @@ from dcmdp_jax.run.pairs import Pair
 from dcmdp_jax.seeds import Stream
 from dcmdp_jax.tokens import tokenizer as tokenizers
 from dcmdp_jax.tokens.tokenizer import Tokenizer
+from dcmdp_jax.verifier_pool import VerifierPool
 
 
 class Inputs(NamedTuple):
@@ -35,6 +36,7 @@ class Inputs(NamedTuple):
     mesh: jax.sharding.Mesh  # that trains
     decode_mesh: jax.sharding.Mesh  # that samples
     pairs: list[Pair] | None  # that a warm-up learns, if `warmup.path` is set
+    verifiers: VerifierPool | None  # if the verifier has a time limit
     lock: IO[str] | None = None  # on the work folder, held by process 0 until the run ends
 
 
@@ -62,7 +64,8 @@ def read_inputs(config: Config, devices: Sequence[jax.Device] | None = None) -> 
     if config.eval.every and held_out is None:
         processes.log0("no held-out evaluation: data.eval_path names no file")
     learnt = read_pairs(config, model, tokenizer) if config.warmup.path else None
-    return Inputs(model, tokenizer, prompts, held_out, mesh, decode_mesh, learnt)
+    verifiers = verifier_pool(config)
+    return Inputs(model, tokenizer, prompts, held_out, mesh, decode_mesh, learnt, verifiers)
 
 
 def check(
@@ -185,6 +188,19 @@ def read_format(config: DataConfig) -> data.PromptFormat:
         enable_thinking=config.enable_thinking,
         instruction=config.instruction,
         special_tokens_in_text=config.special_tokens_in_text,
+    )
+
+
+def verifier_pool(config: Config) -> VerifierPool | None:
+    """Returns the processes of the verifier, none started yet; None if it has no time limit.
+
+    Raises ValueError where the verifier cannot be sent to a process.
+    """
+    options = config.data
+    if not options.verifier_timeout:
+        return None
+    return VerifierPool(
+        options.reward_function(), options.verifier_timeout, options.verifier_processes
     )
 
 
