@@ -73,6 +73,8 @@ OFF_AT_0 = {  # where 0 means off, all, or none
     "model.architecture.num_experts",
     "model.architecture.experts_per_token",
     "model.architecture.expert_size",
+    "data.verifier_timeout",
+    "data.max_refills",
     "rollout.top_k",
     "rollout.min_p",
     "rollout.precision.group",
