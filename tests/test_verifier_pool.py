@@ -223,8 +223,10 @@ def test_a_verifier_that_raises_on_all_completions_is_broken(pool):
 
 
 def test_a_pool_tells_the_verifier_what_it_asks_for():
-    verifier = lambda example, text, stopped, length: len(text) + 10 * stopped + length  # noqa: E731
-    result = scored(VerifierPool(verifier, SECONDS, 1), "abc", "abcd", stopped=[True, False])
+    def judge(example, text, stopped, length):
+        return len(text) + 10 * stopped + length
+
+    result = scored(VerifierPool(judge, SECONDS, 1), "abc", "abcd", stopped=[True, False])
     np.testing.assert_array_equal(result.reward, [15, 6])
 
 
