@@ -184,6 +184,7 @@ class Batches:
 
     def _update_weights(self, state: TrainState) -> None:
         params, version = train_state.sampled_from(state, self._config)
+        params = train_state.for_sampler(params, self._config)
         self.sampler.update_weights(params, int(version))
 
 

@@ -79,7 +79,7 @@ def measure_floor(
     measure = jax.jit(
         sharding.with_mesh(mesh, partial(_measure, config=config, model=model)),
         in_shardings=(
-            train_state.params_shardings(model, mesh),
+            None,  # as `params` lie
             train_state.batch_shardings(config, mesh),
         ),
         out_shardings=sharding.replicated(mesh),

@@ -19,6 +19,30 @@ from dcmdp_jax import limits
 from dcmdp_jax.models.model_config import Compute, ModelConfig
 from dcmdp_jax.tasks import Task
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (LoRA, arXiv 2106.09685): they alone are trained, and the starting params
+    stay frozen.
+
+        W + alpha / rank * (down @ up)
+
+    W is a projection or an expert, down [inputs, rank] starts uniform within +-inputs^-0.5, and
+    up [rank, outputs] at 0.
+    """
+
+    rank: int = 0  # 0: no adapters, all parameters are trained
+    alpha: float = 32.0
+    targets: tuple[str, ...] = PROJECTIONS  # those that get adapters, experts included
+    folder: str = ""  # adapters to start from, in PEFT's format; empty: new ones
+    # Format of the frozen targets, of `models.quantized.FORMATS` (QLoRA, arXiv 2305.14314), and
+    # its weights that share a scale, as `Precision.group`. Unless it is float32, the other frozen
+    # projections, embedding and head are bfloat16.
+    base: str = "float32"
+    base_group: int = 0
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -28,7 +52,8 @@ class ModelSource:
     tokenizer: str = ""  # a folder or file; empty: the model's folder
     architecture: ModelConfig | None = None  # used if no folder is given
     compute: Compute = Compute()
-    # For training something else than all parameters, such as adapters; set both or neither.
+    lora: Lora = Lora()
+    # For training something else of your own; set both or neither.
     # (params, key) -> the tree that is trained; the starting params then stay frozen
     trainable: Callable | None = None
     # (trained, frozen) -> the decoder's params, which are scored, sampled from and exported
@@ -196,6 +221,9 @@ class AlgorithmConfig:
     grad_clip: float = 1.0  # largest global norm of the gradient; 0: no clipping
     max_skipped: int = 3  # stop the run after so many steps in a row without an update; 0: never
     offload: bool = False  # keep the optimizer's moments in host memory between updates
+    # the trainer's forward pass has the weights in the formats of rollout.precision too, with a
+    # straight-through gradient: delta is round-off
+    quantize_aware: bool = False
 
 
 @dataclass(frozen=True)
@@ -296,6 +324,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "data.verifier_timeout": (0, 1e6),
     "data.verifier_processes": (1, 2**10),
     "data.max_refills": (0, 2**10 - 1),
+    "model.lora.rank": (0, 2**16),
+    "model.lora.alpha": (1e-6, limits.MAX_FLOAT),
+    "model.lora.base_group": (-1, 2**24),
     "data.prompts_per_step": (1, 2**20),
     "data.max_prompt_tokens": (1, 2**24),
     "rollout.samples": (1, 2**20),
@@ -361,10 +392,10 @@ def _validate(config: Config) -> None:
         if not 0 <= value < 1:
             raise ValueError(f"algorithm.{name}={value} must lie in [0, 1)")
     _check_regularisers(algorithm)
-    if algorithm.reference_folder and config.model.trainable:
+    if algorithm.reference_folder and (config.model.trainable or config.model.lora.rank):
         raise ValueError(
-            "algorithm.reference_folder holds all parameters, and model.trainable trains others, "
-            "of which a reference is kept; leave one of the two out"
+            "algorithm.reference_folder holds all parameters, and model.trainable or model.lora "
+            "trains others, of which a reference is kept; leave one of the two out"
         )
     completions = data.prompts_per_step * rollout.samples
     parts = algorithm.minibatches * algorithm.microbatches
@@ -418,6 +449,8 @@ def _validate(config: Config) -> None:
             "model.trainable makes what is trained, and model.policy_params the decoder's "
             "parameters from it; set both or neither"
         )
+    _check_lora(config.model)
+    _check_quantize_aware(config)
     dual = config.constraint
     measured = dual.tolerance if isinstance(dual.tolerance, Calibrated) else None
     if measured and (measured.slack < 0 or measured.batches < 2):
@@ -486,6 +519,46 @@ def _check_regularisers(algorithm: AlgorithmConfig) -> None:
             f"algorithm.entropy_coefficient={start}, where the coefficient starts, is more than "
             f"algorithm.entropy_coefficient_max={algorithm.entropy_coefficient_max}"
         )
+
+
+def _check_lora(model: ModelSource) -> None:
+    lora = model.lora
+    if not lora.rank:
+        if lora.folder:
+            raise ValueError(
+                f"model.lora.folder={lora.folder} holds adapters, and model.lora.rank=0 trains "
+                "none; set model.lora.rank to their r"
+            )
+        return
+    if model.trainable is not None:
+        raise ValueError(
+            f"model.lora.rank={lora.rank} and model.trainable both say what is trained; leave one "
+            "of the two out"
+        )
+    unknown = [name for name in lora.targets if name not in PROJECTIONS]
+    if unknown or not lora.targets:
+        raise ValueError(
+            f"model.lora.targets={lora.targets} must be some of {', '.join(PROJECTIONS)}"
+        )
+
+
+def _check_quantize_aware(config: Config) -> None:
+    if not config.algorithm.quantize_aware:
+        return
+    rollout = config.rollout
+    if not rollout.own_engine:
+        name = "rollout.server" if rollout.server else "rollout.sampler"
+        raise ValueError(
+            "algorithm.quantize_aware rounds as the library's own engine does, by "
+            f"rollout.precision, which {name} does not read; leave one of the two out"
+        )
+    for name in ("activations", "cache", "experts_per_token"):
+        value = getattr(rollout.precision, name)
+        if value:
+            raise ValueError(
+                "algorithm.quantize_aware gives the trainer the engine's weights alone, and "
+                f"rollout.precision.{name}={value} is not of weights; leave one of the two out"
+            )
 
 
 def scalar_fields(config: Any, prefix: str = "") -> dict[str, type]:

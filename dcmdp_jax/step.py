@@ -20,7 +20,7 @@ from dcmdp_jax import constraint, entropy_bonus, optimizers, reference, train_st
 from dcmdp_jax.config import Config
 from dcmdp_jax.losses import diagnostics, kl, reduce
 from dcmdp_jax.losses._separable import is_separable
-from dcmdp_jax.models import scoring
+from dcmdp_jax.models import engine_formats, scoring
 from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.monitoring import gaps
 from dcmdp_jax.records import Batch, TrainState
@@ -479,6 +479,15 @@ def staleness_metrics(
     )
 
 
+def scored_params(params: Any, config: Config, model: ModelConfig) -> Any:
+    """Returns the decoder's parameters that the forward pass is run with: `params`, or those with
+    the engine's rounding and a straight-through gradient.
+    """
+    if not config.algorithm.quantize_aware:
+        return params
+    return engine_formats.straight_through(params, model, config.rollout.precision)
+
+
 def _score_minibatch(
     params: Any, minibatch: Batch, config: Config, model: ModelConfig
 ) -> tuple[jax.Array, jax.Array]:
@@ -496,7 +505,7 @@ def _score(
     slope: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     return scoring.packed_logp(
-        params,
+        scored_params(params, config, model),
         micro.tokens,
         micro.positions,
         micro.segment_ids,

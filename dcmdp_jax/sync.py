@@ -24,20 +24,9 @@ from jax.sharding import Mesh, NamedSharding
 from dcmdp_jax import sharding
 from dcmdp_jax.config import Precision
 from dcmdp_jax.distributed import processes
-from dcmdp_jax.models import cache, decoder, inference
+from dcmdp_jax.models import cache, decoder, engine_formats, inference
 from dcmdp_jax.models.model_config import ModelConfig
-from dcmdp_jax.models.quantized import SCALED, Quantized, formats, quantize
 from dcmdp_jax.records import Weights
-
-# the formats of each field of `Precision`; those of the cache are `cache.DTYPES`
-FORMATS = {
-    "weights": formats("weights"),
-    "activations": ("", *formats("activations")),
-    "embed": ("", *formats("weights")),
-    "head": ("", *formats("weights")),
-    "router": ("", *formats("norms")),
-    "norms": ("", *formats("norms")),
-}
 
 
 def check(config: ModelConfig, precision: Precision, mesh: Mesh) -> None:
@@ -45,7 +34,7 @@ def check(config: ModelConfig, precision: Precision, mesh: Mesh) -> None:
 
     Compiles nothing.
     """
-    _check_formats(precision)
+    engine_formats.check(precision)
     _weights_shardings(config, precision, mesh)
     jax.eval_shape(partial(cache.init, config, 1, 1, precision.cache))
     if precision.experts_per_token and not 0 < precision.experts_per_token <= config.num_experts:
@@ -67,10 +56,10 @@ def converter(
     with the arguments, which the next training step may donate. Where the parameters are on devices
     of several processes, all processes must call.
 
-    Raises ValueError for a format that is not in `FORMATS`, and for groups that do not divide the
-    inputs of a projection.
+    Raises ValueError for a format that is not in `engine_formats.FORMATS`, and for groups that do
+    not divide the inputs of a projection.
     """
-    _check_formats(precision)
+    engine_formats.check(precision)
     shardings = _weights_shardings(config, precision, mesh)
     convert = partial(_convert, config=config, precision=precision)
     into_layout = jax.jit(convert, out_shardings=shardings)
@@ -121,25 +110,15 @@ def abstract_weights(config: ModelConfig, precision: Precision, mesh: Mesh) -> W
     return sharding.abstract_arrays(_weights_shapes(config, precision), shardings)
 
 
-def _check_formats(precision: Precision) -> None:
-    for field, allowed in FORMATS.items():
-        if getattr(precision, field) not in allowed:
-            raise ValueError(
-                f"rollout.precision.{field}={getattr(precision, field)!r} is not one of "
-                f"{', '.join(name or repr(name) for name in allowed)}"
-            )
-    if precision.group < -1:
-        raise ValueError(
-            f"rollout.precision.group={precision.group} must be -1 (one scale per weight), 0 (one "
-            "per output channel) or positive"
-        )
-
-
 def _convert(params: Any, version: Any, *, config: ModelConfig, precision: Precision) -> Weights:
     params, version = jax.tree.map(jnp.copy, (params, version))
-    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(w)) for w in jax.tree.leaves(params)]))
+    finite = jnp.all(
+        jnp.stack([jnp.all(jnp.isfinite(w.astype(jnp.float32))) for w in jax.tree.leaves(params)])
+    )
     return Weights(
-        inference.unstack(_in_formats(params, config, precision), config), version, finite
+        inference.unstack(engine_formats.in_formats(params, config, precision), config),
+        version,
+        finite,
     )
 
 
@@ -158,49 +137,6 @@ def _weights_shardings(config: ModelConfig, precision: Precision, mesh: Mesh) ->
     return Weights(_params_shardings(params, config, mesh), replicated, replicated)
 
 
-def _in_formats(params: Any, config: ModelConfig, precision: Precision) -> Any:
-    """Stacked parameters with every leaf in its format."""
-
-    def leaf(path, w, contracted):
-        name = path[-1].key
-        if contracted:
-            return _projection(w, contracted, precision)
-        if name == "embed":
-            return _in_format(w, precision.embed, (-1,))
-        if name == "head":
-            return _in_format(w, precision.head, (-2,))
-        if name == "router":
-            return _in_format(w, precision.router, ())
-        is_norm = "norm" in jax.tree_util.keystr(path)
-        return _in_format(w, precision.norms, ()) if is_norm else w
-
-    out = jax.tree_util.tree_map_with_path(leaf, params, decoder.contracting_axes(config))
-    head = precision.head or "float32"
-    if config.tie_word_embeddings and head != (precision.embed or "float32"):
-        out["head"] = _in_format(params["embed"], precision.head, (-1,))
-    return out
-
-
-def _projection(
-    w: jax.Array, contracted: tuple[int, ...], precision: Precision
-) -> jax.Array | Quantized:
-    if precision.weights in SCALED:
-        return quantize(w, precision.weights, contracted, precision.group, precision.activations)
-    w = _in_format(w, precision.weights, contracted)
-    if not precision.activations:
-        return w
-    # exact weights whose products quantize what they take in: all scales are 1
-    outer = w.shape[: w.ndim + contracted[0]]
-    scale = jnp.ones((*outer, *(1,) * (w.ndim - len(outer))), jnp.float32)
-    return Quantized(w, scale, precision.activations)
-
-
-def _in_format(w: jax.Array, name: str, contracted: tuple[int, ...]) -> jax.Array | Quantized:
-    if name in ("", "float32"):
-        return w
-    return quantize(w, name, contracted) if name in SCALED else w.astype(name)
-
-
 def _params_shardings(shapes: Any, config: ModelConfig, mesh: Mesh) -> Any:
     logical = decoder.logical_axes(config)
     logical["stacks"] = [
@@ -208,20 +144,4 @@ def _params_shardings(shapes: Any, config: ModelConfig, mesh: Mesh) -> Any:
     ]
     if "head" in shapes and "head" not in logical:
         logical["head"] = logical["embed"]
-
-    def leaf(names, shape):
-        if not isinstance(shape, Quantized):
-            return sharding.param_shardings(names, mesh, sharding.DECODE, shape)
-        # An axis with fewer scales than values is not split: its groups need not divide over the
-        # devices.
-        scale_names = tuple(
-            name if scales == values else None
-            for name, scales, values in zip(names, shape.scale.shape, shape.shape)
-        )
-        return Quantized(
-            sharding.param_shardings(names, mesh, sharding.DECODE, shape.values),
-            sharding.param_shardings(scale_names, mesh, sharding.DECODE, shape.scale),
-            shape.input_format,
-        )
-
-    return jax.tree.map(leaf, logical, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    return engine_formats.shardings(logical, shapes, mesh, sharding.DECODE)

@@ -10,24 +10,21 @@ import jax.numpy as jnp
 
 from dcmdp_jax import constraint, entropy_bonus, optimizers, seeds, sharding
 from dcmdp_jax.config import Config
-from dcmdp_jax.models import decoder
+from dcmdp_jax.models import decoder, derived, engine_formats, lora
 from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Batch, TrainState
 from dcmdp_jax.seeds import Stream
 
 
-def init(config: Config, params: Any, reference: Any = None) -> TrainState:
+def init(config: Config, params: Any, reference: Any = None, adapters: Any = None) -> TrainState:
     """Returns the state at step 0 of a run that starts from the decoder's `params`.
 
     Args:
         reference: the reference policy's parameters; None: those that are trained, at their start.
+        adapters: those of `model.lora` to start from; None: new ones.
     """
     algorithm = config.algorithm
-    frozen, trained = (), params
-    if config.model.trainable:
-        key = jax.random.key(seeds.seed(config.seed, Stream.TRAINABLE))
-        trained = config.model.trainable(params, key)
-        frozen = params
+    trained, frozen = divide(config, params, adapters)
     kept = trained if reference is None else reference
     return TrainState(
         params=trained,
@@ -40,6 +37,18 @@ def init(config: Config, params: Any, reference: Any = None) -> TrainState:
         reference=_copy(kept) if algorithm.reference_penalty else (),
         entropy_dual=entropy_bonus.controller(algorithm).init() if algorithm.entropy_target else (),
     )
+
+
+def divide(config: Config, params: Any, adapters: Any = None) -> tuple[Any, Any]:
+    """Returns what is trained and what is frozen at the start; arguments as for `init`."""
+    source = config.model
+    key = jax.random.key(seeds.seed(config.seed, Stream.TRAINABLE))
+    if source.lora.rank:
+        trained = lora.init(params, key, source.lora) if adapters is None else adapters
+        return trained, lora.freeze(params, source.lora)
+    if source.trainable:
+        return source.trainable(params, key), params
+    return params, ()
 
 
 def controller(config: Config) -> constraint.Controller:
@@ -57,6 +66,8 @@ def policy_params(state: TrainState, config: Config) -> Any:
 
 def decoder_params(trained: Any, frozen: Any, config: Config) -> Any:
     """Returns the decoder's parameters that trained and frozen ones stand for."""
+    if config.model.lora.rank:
+        return lora.with_adapters(trained, frozen, config.model.lora)
     if config.model.policy_params is None:
         return trained
     return jax.jit(config.model.policy_params)(trained, frozen)
@@ -71,6 +82,15 @@ def sampled_from(state: TrainState, config: Config) -> tuple[Any, jax.Array]:
     return decoder_params(oldest, state.frozen, config), version
 
 
+def for_sampler(params: Any, config: Config) -> Any:
+    """Returns the decoder's parameters as the run's sampler takes them.
+
+    The library's own engine converts projections of `models.derived` a layer at a time; any other
+    sampler gets arrays.
+    """
+    return params if config.rollout.own_engine else derived.arrays(params)
+
+
 def params_shardings(model: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
     """Returns the layout of the decoder's parameters on the mesh that trains."""
     axes = decoder.logical_axes(model)
@@ -82,11 +102,18 @@ def abstract_params(model: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
     return sharding.abstract_arrays(_params_shapes(model), params_shardings(model, mesh))
 
 
+def abstract_policy_params(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
+    """Returns shapes and shardings of `policy_params` on the mesh that trains."""
+    if config.model.lora.rank:
+        return policy_params(abstract(config, model, mesh), config)
+    return abstract_params(model, mesh)
+
+
 def shardings(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> TrainState:
     """Returns the layout of a `TrainState`.
 
-    What is shaped like a parameter of the decoder lies as that parameter does; the rest is
-    replicated.
+    What is shaped like a parameter of the decoder lies as that parameter does, and adapters of
+    `model.lora` as the axes that they share with it; the rest is replicated.
     """
     shapes = _state_shapes(config, model)
     replicated = sharding.replicated(mesh)
@@ -97,12 +124,19 @@ def shardings(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> Tr
         default=replicated,
     )
     params = like_decoder(shapes.params)
+    frozen = like_decoder(shapes.frozen)
+    if config.model.lora.rank:
+        axes = lora.logical_axes(config.model.lora, model)
+        params = sharding.param_shardings(axes, mesh, sharding.TRAIN, shapes.params)
+        frozen = engine_formats.shardings(
+            decoder.logical_axes(model), shapes.frozen, mesh, sharding.TRAIN
+        )
     moments = sharding.on_host(params) if config.algorithm.offload else params
     return jax.tree.map(lambda _: replicated, shapes)._replace(
         params=params,
         opt_state=optimizers.map_param_like(shapes.opt_state, shapes.params, moments, replicated),
         stale=(params,) * config.rollout.staleness,
-        frozen=like_decoder(shapes.frozen),
+        frozen=frozen,
         reference=params if config.algorithm.reference_penalty else (),
     )
 

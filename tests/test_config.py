@@ -75,6 +75,8 @@ OFF_AT_0 = {  # where 0 means off, all, or none
     "model.architecture.expert_size",
     "data.verifier_timeout",
     "data.max_refills",
+    "model.lora.rank",
+    "model.lora.base_group",
     "rollout.top_k",
     "rollout.min_p",
     "rollout.precision.group",
@@ -119,7 +121,7 @@ def test_a_number_may_be_0_where_that_means_off(name, quickstart):
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_few_numbers_may_be_negative(name, quickstart):
-    below = ("rollout.devices", "rollout.precision.group")
+    below = ("rollout.devices", "rollout.precision.group", "model.lora.base_group")
     assert accepted(quickstart, name, "-1") == (name in below)
 
 

@@ -57,7 +57,7 @@ FOLDERS = (
 DOORS = {
     "jetstream": {"rollout.jetstream", "serving.service"},
     "grpc": {"serving.server", "serving.service"},
-    "safetensors": {"models.weights"},
+    "safetensors": {"models.peft", "models.weights"},
     "huggingface_hub": {"hub"},
     "gguf": {"models.gguf_file"},
     "tokenizers": {"tokens.tokenizer", "tokens.gguf_tokenizer"},

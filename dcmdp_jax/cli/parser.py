@@ -212,6 +212,11 @@ def _convert(add: Add) -> None:
     parser.add_argument(
         "--tokenizer", default="", help="of a .gguf file: folder or file (default: the file's own)"
     )
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write the run's LoRA adapters alone, in the format of peft",
+    )
 
 
 def _report(add: Add) -> None:

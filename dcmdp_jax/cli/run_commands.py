@@ -205,7 +205,9 @@ def plan_command(args: argparse.Namespace, options: list[str]) -> Callable[[], i
 
 
 def convert_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
-    """`dcmdp convert`: writes a run's newest checkpoint or a GGUF file as a Hugging Face folder."""
+    """`dcmdp convert`: writes a run's newest checkpoint, its adapters alone, or a GGUF file as a
+    folder in Hugging Face's format.
+    """
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed, and the host has the most memory
     if args.experiment.endswith((".gguf", ".whl")):
         fields.refuse(options)
@@ -216,9 +218,10 @@ def convert_command(args: argparse.Namespace, options: list[str]) -> Callable[[]
     if args.tokenizer:
         raise ValueError("--tokenizer is for a .gguf file; a run has its own, leave it out")
     config, workdir = fields.load(args, options)
-    from dcmdp_jax.run.export import export
+    from dcmdp_jax.run import export
 
-    print(f"wrote step {export(config, workdir, args.output)} to {args.output}")
+    write = export.export_adapters if args.adapter else export.export
+    print(f"wrote step {write(config, workdir, args.output)} to {args.output}")
     return _done
 
 

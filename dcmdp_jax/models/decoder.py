@@ -13,8 +13,9 @@ Every function is pure and takes both; the config is hashable and static under j
 
 Parameters are a plain tree, `{"embed" [V, D], "stacks": [...], "final_norm" [D], "head" [D, V]
 unless tied}`. Consecutive layers of one kind (dense or sparse) form a stack, whose leaves carry a
-leading layer axis and are scanned. Projections, embedding and head may be `Quantized`. An engine
-whose tied head has another precision than the embedding has both, `"head"` being [V, D].
+leading layer axis and are scanned. Projections, embedding and head may be `Quantized`; `hidden`
+also takes projections of `derived`. An engine whose tied head has another precision than the
+embedding has both, `"head"` being [V, D].
 
 B rows, S positions, D model, V vocabulary.
 """
@@ -30,7 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from dcmdp_jax import sharding
-from dcmdp_jax.models import quantized
+from dcmdp_jax.models import derived, quantized
 from dcmdp_jax.models.kernels import attention
 from dcmdp_jax.models.layers import Layer, compute_dtype, parameter, rms_norm
 from dcmdp_jax.models.model_config import ModelConfig
@@ -155,16 +156,17 @@ def _embed_sharded(params: dict, tokens: jax.Array, config: ModelConfig) -> jax.
 
 
 def _gather(layer_params: dict, config: ModelConfig, sparse: bool) -> dict:
-    """Returns a layer's parameters gathered from their shards, projections in the compute dtype."""
+    """Returns a layer's parameters gathered from their shards, projections in the compute dtype and
+    those of `derived` made.
+    """
 
     def cast(path, w):
+        w = derived.array(w)
         if path[-1].key in CONTRACTED and not isinstance(w, Quantized):
             return w.astype(compute_dtype(config))
         return w
 
-    in_dtype = jax.tree_util.tree_map_with_path(
-        cast, layer_params, is_leaf=lambda w: isinstance(w, Quantized)
-    )
+    in_dtype = jax.tree_util.tree_map_with_path(cast, layer_params, is_leaf=derived.is_weight)
     return sharding.gather_params(in_dtype, layer_axes(config, sparse))
 
 

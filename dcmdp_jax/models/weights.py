@@ -11,7 +11,7 @@ import itertools
 import json
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -235,12 +235,17 @@ def check(folder: str | pathlib.Path) -> None:
 
 
 def load(
-    folder: str | pathlib.Path, dtype=jnp.float32, *, shardings: Any = None
+    folder: str | pathlib.Path,
+    dtype=jnp.float32,
+    *,
+    shardings: Any = None,
+    convert: Callable[[tuple, jax.Array], Any] = lambda path, w: w,
 ) -> tuple[ModelConfig, dict]:
     """Returns the config and the parameters of a Hugging Face folder.
 
     `shardings` is a tree with the structure of `decoder.init`'s: only the slices for this host's
-    devices are read. None puts everything on the default device. Weights are cast to `dtype`.
+    devices are read. None puts everything on the default device. Weights are cast to `dtype`, and
+    each is replaced by `convert(path, weight)` before the next is read.
 
     Raises ValueError, before it reads any weight, for a missing folder, config.json, shard or
     tensor, an architecture or setting that is not supported, a tensor of the wrong shape or without
@@ -251,15 +256,15 @@ def load(
     config = read_config(folder)
     files = _open(folder)
     table = check_stored(folder, files, config)
-    tree, treedef = jax.tree.flatten(table)
+    paths, treedef = jax.tree_util.tree_flatten_with_path(table)
     shapes = treedef.flatten_up_to(
         jax.eval_shape(lambda: decoder.init(jax.random.key(0), config, dtype))
     )
-    shardings = [None] * len(tree) if shardings is None else treedef.flatten_up_to(shardings)
+    shardings = [None] * len(paths) if shardings is None else treedef.flatten_up_to(shardings)
     with naming(folder):
         arrays = [
-            _read_array(leaf, shape, sharding, files)
-            for leaf, shape, sharding in zip(tree, shapes, shardings, strict=True)
+            convert(path, _read_array(leaf, shape, sharding, files))
+            for (path, leaf), shape, sharding in zip(paths, shapes, shardings, strict=True)
         ]
     return config, treedef.unflatten(arrays)
 

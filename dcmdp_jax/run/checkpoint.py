@@ -22,6 +22,7 @@ from dcmdp_jax.distributed import processes
 from dcmdp_jax.records import TrainState
 
 WARMUP = "warmup"  # in the run's work folder; holds the checkpoints of its supervised stage
+FROZEN = "frozen"  # folder of the run's work folder
 REASON = 200  # characters of an error of Orbax in a message
 
 
@@ -32,6 +33,9 @@ class NoReadableCheckpoint(processes.Refused):
 class Checkpoints:
     """The checkpoints in `workdir/checkpoints`, one folder per step; the last `keep` stay.
 
+    What is frozen (`TrainState.frozen`) is written once, with the first checkpoint, to
+    `workdir/frozen`.
+
     A checkpoint is written atomically. Where there are several processes each writes its own
     shards, and all must call: the folder gets its name when the last process is done.
     """
@@ -39,6 +43,8 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+        self._frozen = epath.Path((workdir / FROZEN).absolute())
+        self._has_frozen = bool(self._manager.all_steps())
         logging.getLogger("absl").addFilter(_is_not_saving_error)
         sys.unraisablehook = _tell_unraisable
 
@@ -57,10 +63,13 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest:
             return
-        rest = {"data": prompt_state, "checksums": checksums(state)}
-        rest |= {"checksum": _text_checksum(rest)}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), rest=ocp.args.JsonSave(rest))
         with self._failure_as_os_error():
+            if jax.tree.leaves(state.frozen) and not self._has_frozen:
+                checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+                frozen = jax.tree.map(lambda w: w.astype(_stored_dtype(w)), state.frozen)
+                checkpointer.save(self._frozen, args=_with_checksums(frozen), force=True)
+                self._has_frozen = True
+            args = _with_checksums(state._replace(frozen=()), prompt_state)
             self._manager.save(step, args=args)
 
     def wait(self) -> None:
@@ -98,7 +107,7 @@ class Checkpoints:
 
         Newer checkpoints that are damaged are named on stderr and renamed to N.damaged, so that
         their steps can be saved again. Raises NoReadableCheckpoint, with no file changed, where all
-        are damaged or none fits the model.
+        are damaged or none fits the model, and where that holds for what is frozen.
 
         Args:
             like: shapes with the shardings that the state is to have.
@@ -107,8 +116,12 @@ class Checkpoints:
         if not steps:
             return None
         reader = ocp.StandardCheckpointHandler()
-        restored, damaged = _newest_intact(
-            self._manager.directory, steps, reader, ocp.args.StandardRestore(like)
+        frozen = _read_frozen(self._frozen, like.frozen)
+        (state, prompt_state), damaged = _newest_intact(
+            self._manager.directory,
+            steps,
+            reader,
+            ocp.args.StandardRestore(like._replace(frozen=())),
         )
         with processes.raise_on_all():
             if jax.process_index() == 0:
@@ -116,7 +129,7 @@ class Checkpoints:
                     _rename_damaged(self._manager.directory / str(step))
         if damaged:
             self._manager.reload()
-        return restored
+        return state._replace(frozen=frozen), prompt_state
 
     def close(self) -> None:
         """Waits until everything is on the disk. Raises OSError where it cannot be written."""
@@ -158,17 +171,22 @@ def read(
         like: shapes with the shardings that the state is to have.
         unread: fields of the state that are left on the disk; they are None.
     """
+    frozen_like = None if "frozen" in unread else like.frozen
     left = {name: getattr(like, name) for name in unread}
-    like = like._replace(**jax.tree.map(lambda _: ocp.PLACEHOLDER, left))
+    left = jax.tree.map(lambda _: ocp.PLACEHOLDER, left) | {"frozen": ()}
+    like = like._replace(**left)
     numbers = [step for step in reversed(steps(workdir)) if step < before]
     if not numbers:
         raise NoReadableCheckpoint(f"{workdir} holds no checkpoints; give the run's --workdir")
     args = ocp.args.PyTreeRestore(
         like, restore_args=ocp.checkpoint_utils.construct_restore_args(like)
     )
-    folder = epath.Path((workdir / "checkpoints").absolute())
-    (state, prompt_state), _ = _newest_intact(folder, numbers, ocp.PyTreeCheckpointHandler(), args)
-    return state, prompt_state
+    root = epath.Path(workdir.absolute())
+    frozen = _read_frozen(root / FROZEN, frozen_like)
+    (state, prompt_state), _ = _newest_intact(
+        root / "checkpoints", numbers, ocp.PyTreeCheckpointHandler(), args
+    )
+    return state._replace(frozen=frozen), prompt_state
 
 
 def steps(workdir: pathlib.Path) -> list[int]:
@@ -181,6 +199,42 @@ def steps(workdir: pathlib.Path) -> list[int]:
 def begun(workdir: pathlib.Path) -> bool:
     """True if a run, or its supervised stage, has a checkpoint in `workdir`."""
     return bool(steps(workdir) or steps(workdir / WARMUP))
+
+
+def _with_checksums(tree: Any, prompt_state: Any = None) -> ocp.args.Composite:
+    """What Orbax writes of a tree and the state of the prompt iterator."""
+    rest = {"data": prompt_state, "checksums": checksums(tree)}
+    rest |= {"checksum": _text_checksum(rest)}
+    return ocp.args.Composite(state=ocp.args.StandardSave(tree), rest=ocp.args.JsonSave(rest))
+
+
+def _read_frozen(folder: epath.Path, like: Any) -> Any:
+    """What `Checkpoints` wrote of `TrainState.frozen`; `like` itself where nothing is frozen.
+
+    Raises NoReadableCheckpoint where it cannot be read, or does not fit the model.
+    """
+    if not jax.tree.leaves(like):
+        return like
+    reader = ocp.StandardCheckpointHandler()
+    stored = jax.tree.map(
+        lambda w: jax.ShapeDtypeStruct(w.shape, _stored_dtype(w), sharding=w.sharding), like
+    )
+    try:
+        with processes.raise_on_all():
+            frozen, rest = _read(folder, reader, ocp.args.StandardRestore(stored))
+        with processes.raise_on_all():
+            _check(frozen, rest)
+    except ValueError as error:
+        raise NoReadableCheckpoint(
+            f"{folder}, the frozen weights of the run, does not fit this experiment's model, or is "
+            f"damaged; put a copy back, or begin anew in another --workdir ({error})"
+        ) from None
+    return jax.tree.map(lambda w, wanted: w.astype(wanted.dtype), frozen, like)
+
+
+def _stored_dtype(w: jax.Array) -> jnp.dtype:
+    """The dtype in which a frozen weight is written: TensorStore has none of 4 bits."""
+    return {"int4": jnp.dtype("int8"), "uint4": jnp.dtype("uint8")}.get(w.dtype.name, w.dtype)
 
 
 def checksums(tree: Any) -> dict[str, str]:
@@ -240,6 +294,12 @@ def _newest_intact(
         try:
             with processes.raise_on_all():
                 state, rest = _read(folder / str(step), reader, args)
+                unread = {
+                    name: None
+                    for name, part in state._asdict().items()
+                    if any(leaf is ocp.PLACEHOLDER for leaf in jax.tree.leaves(part))
+                }
+                state = state._replace(**unread)
             with processes.raise_on_all():
                 _check(state, rest)
         except ValueError as error:
@@ -259,13 +319,13 @@ def _newest_intact(
     )
 
 
-def _read(folder: epath.Path, reader: ocp.CheckpointHandler, args: Any) -> tuple[TrainState, dict]:
-    """A checkpoint's state and the rest, by Orbax's handlers: its manager would wait here for the
+def _read(folder: epath.Path, reader: ocp.CheckpointHandler, args: Any) -> tuple[Any, dict]:
+    """A checkpoint's tree and the rest, by Orbax's handlers: its manager would wait here for the
     other processes, for ever if one of them has raised.
     """
     try:
         rest = ocp.JsonCheckpointHandler().restore(folder / "rest", ocp.args.JsonRestore())
-        state = jax.block_until_ready(reader.restore(folder / "state", args=args))
+        tree = jax.block_until_ready(reader.restore(folder / "state", args=args))
     except MemoryError:
         raise
     # Orbax and TensorStore have no error of their own for files that are damaged
@@ -273,25 +333,20 @@ def _read(folder: epath.Path, reader: ocp.CheckpointHandler, args: Any) -> tuple
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
         raise ValueError(f"{type(error).__name__}: {_first_line(error)[:REASON]}") from error
-    unread = {
-        name: None
-        for name, part in state._asdict().items()
-        if any(leaf is ocp.PLACEHOLDER for leaf in jax.tree.leaves(part))
-    }
-    return state._replace(**unread), rest
+    return tree, rest
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0]
 
 
-def _check(state: TrainState, rest: Any) -> None:
+def _check(tree: Any, rest: Any) -> None:
     """Raises ValueError if a checkpoint holds anything else than what was saved."""
     if not isinstance(rest, dict) or rest.keys() != {"data", "checksums", "checksum"}:
         raise ValueError("its data position is not what was saved")
     if rest["checksum"] != _text_checksum({name: rest[name] for name in ("data", "checksums")}):
         raise ValueError("its data position is not what was saved")
-    for name, checksum in checksums(state).items():
+    for name, checksum in checksums(tree).items():
         if checksum != rest["checksums"].get(name):
             raise ValueError(f"{name} is not what was saved")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,8 +11,9 @@ import jax
 
 from dcmdp_jax import sharding, train_state
 from dcmdp_jax.config import Config
-from dcmdp_jax.models import decoder, weights
+from dcmdp_jax.models import decoder, derived, peft, weights
 from dcmdp_jax.models.model_config import ModelConfig
+from dcmdp_jax.records import TrainState
 from dcmdp_jax.run import checkpoint, starting
 from dcmdp_jax.run.inputs import read_inputs, read_model, read_tokenizer
 from dcmdp_jax.tokens import tokenizer as tokenizers
@@ -37,12 +38,45 @@ def newest(config: Config, workdir: pathlib.Path) -> tuple[ModelConfig, Any, int
     ValueError where there is no checkpoint.
     """
     model = read_model(config)
+    state = _read_to_host(config, model, workdir, unread=("opt_state", "stale", "reference"))
+    return model, derived.arrays(train_state.policy_params(state, config)), int(state.step)
+
+
+def export_adapters(config: Config, workdir: pathlib.Path, folder: str) -> int:
+    """Writes the adapters of the newest readable checkpoint of `workdir` to `folder`, in PEFT's
+    format; returns its step.
+
+    Raises ValueError where there is no checkpoint, and where no adapters are trained or they belong
+    to weights that are in no folder.
+    """
+    source = config.model
+    if not source.lora.rank:
+        raise ValueError(
+            f"the run in {workdir} trains all parameters, so that there is no adapter to write; "
+            "leave --adapter out"
+        )
+    if not source.folder or config.warmup.steps:
+        raise ValueError(
+            f"the adapters of the run in {workdir} belong to weights that are in no folder, since "
+            "they began random or were warmed up; leave --adapter out, to write the sum of both"
+        )
+    model = read_model(config)
+    unread = ("opt_state", "stale", "reference", "frozen")
+    state = _read_to_host(config, model, workdir, unread)
+    peft.save(folder, state.params, source.lora, model, source.folder)
+    return int(state.step)
+
+
+def _read_to_host(
+    config: Config, model: ModelConfig, workdir: pathlib.Path, unread: Sequence[str]
+) -> TrainState:
+    """Returns the state of the newest readable checkpoint, without the fields `unread`."""
     params = jax.eval_shape(partial(decoder.init, config=model), jax.random.key(0))
     shapes = jax.eval_shape(partial(train_state.init, config), params)
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     like = sharding.abstract_arrays(shapes, jax.tree.map(lambda _: host, shapes))
-    state, _ = checkpoint.read(workdir, like, unread=("opt_state", "stale", "reference"))
-    return model, train_state.policy_params(state, config), int(state.step)
+    state, _ = checkpoint.read(workdir, like, unread=unread)
+    return state
 
 
 def warm_start(config: Config, folder: pathlib.Path, alter: Callable[[Any], Any]) -> None:

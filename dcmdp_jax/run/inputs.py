@@ -14,7 +14,7 @@ import jax
 from dcmdp_jax import data, hub, seeds, sharding, sync
 from dcmdp_jax.config import Config, DataConfig
 from dcmdp_jax.distributed import processes
-from dcmdp_jax.models import decoder, weights
+from dcmdp_jax.models import decoder, lora, peft, weights
 from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Prompts
 from dcmdp_jax.rollout import servers
@@ -54,6 +54,8 @@ def read_inputs(config: Config, devices: Sequence[jax.Device] | None = None) -> 
         weights.check(hub.model_folder(config.model.folder))
     if config.algorithm.reference_folder:
         check_reference(hub.model_folder(config.algorithm.reference_folder), model)
+    if config.model.lora.folder:
+        peft.check(config.model.lora.folder, config.model.lora, model)
     engines = processes.num_engines(config.rollout)
     check(config, model, mesh, decode_mesh, engines)
     if config.rollout.server:
@@ -90,6 +92,8 @@ def check(
             "warmup learns the solutions of data.task, and there are none; give the task a method "
             "solution(example, rng), set warmup.path to a file of pairs, or set --warmup.steps 0"
         )
+    if config.model.lora.rank:
+        lora.check(config.model.lora, model)
     shapes = jax.eval_shape(partial(decoder.init, config=model), jax.random.key(0))
     sharding.param_shardings(decoder.logical_axes(model), mesh, sharding.TRAIN, shapes)
     split = []

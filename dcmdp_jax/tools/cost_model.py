@@ -12,8 +12,11 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import jax
+
 from dcmdp_jax import sharding
 from dcmdp_jax.config import Config, Precision, RolloutConfig
+from dcmdp_jax.models import lora
 from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.models.quantized import FORMATS
 
@@ -65,6 +68,13 @@ def parameters(model: ModelConfig) -> Weights:
     )
 
 
+def trained(model: ModelConfig, config: Config) -> int:
+    """Returns the number of parameters that the optimizer changes: all, or those of adapters."""
+    if not config.model.lora.rank:
+        return parameters(model).total
+    return sum(leaf.size for leaf in jax.tree.leaves(lora.abstract(config.model.lora, model)))
+
+
 def forward(
     model: ModelConfig, tokens: float, context: float, scored: float
 ) -> tuple[float, float, float]:
@@ -85,6 +95,9 @@ def update(
 ) -> Work:
     """Returns the work of a constrained step: scoring, forward, backward and optimizer.
 
+    Adapters save none of the backward pass, because the gradient of the complete weights is taken
+    on the way to theirs; the FLOPs of the sums are left out.
+
     The scoring pass is left out if the update's own forward pass scores (`one_pass`); a stale
     rollout needs a second one, and a reference policy one of its own.
     """
@@ -96,7 +109,7 @@ def update(
     parts = algorithm.minibatches * algorithm.microbatches
     link = _exchange(model, rows * length, mesh, 2 + recomputed, gradients=True)
     microbatch = Work(flops / mesh.size, 0, link)
-    moments = Work(0, 7 * 4 * parameters(model).total / (mesh.size / mesh.shape["data"]), 0)
+    moments = Work(0, 7 * 4 * trained(model, config) / (mesh.size / mesh.shape["data"]), 0)
     updates = microbatch * (parts * algorithm.epochs)
     updates += moments * (algorithm.minibatches * algorithm.epochs)
     passes = (not one_pass) + (config.rollout.staleness > 0)

@@ -166,6 +166,11 @@ def check(config: Config) -> None:
             "algorithm.replay_routing gives the trainer the engine's experts, which hides what a "
             "router does; diagnose with --algorithm.replay_routing no"
         )
+    if config.algorithm.quantize_aware:
+        raise ValueError(
+            "algorithm.quantize_aware gives the trainer the engine's weights, which hides what "
+            "their formats do; diagnose with --algorithm.quantize_aware no"
+        )
     if config.data.prompts_per_step < 2:
         raise ValueError("data.prompts_per_step=1 gives no standard error; set 2 or more")
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dcmdp_jax import constraint, files, seeds, sharding, train_state
+from dcmdp_jax import constraint, files, seeds, sharding, step, train_state
 from dcmdp_jax.batches import check_rollout, make_sampler, sampling
 from dcmdp_jax.config import Calibrated, Config, Precision
 from dcmdp_jax.losses import diagnostics
@@ -26,7 +26,7 @@ from dcmdp_jax.records import Rollout, Sampler, Scored
 from dcmdp_jax.report import tables
 from dcmdp_jax.run import checkpoint
 from dcmdp_jax.run.inputs import Inputs
-from dcmdp_jax.run.starting import starting_weights, unwarmed_weights
+from dcmdp_jax.run.starting import starting_policy, starting_weights, unwarmed_weights
 from dcmdp_jax.seeds import Stream
 from dcmdp_jax.tokens import packing
 
@@ -92,7 +92,8 @@ def load(config: Config, inputs: Inputs, workdir: pathlib.Path) -> TrainerWeight
         "random weights, which are close to a uniform distribution and show little of a gap; "
         "train, or give --model.folder DIR"
     )
-    return TrainerWeights(unwarmed_weights(config, inputs), 0, origin)
+    params = starting_policy(unwarmed_weights(config, inputs), config, inputs)
+    return TrainerWeights(params, 0, origin)
 
 
 def starting(config: Config, inputs: Inputs) -> TrainerWeights:
@@ -102,6 +103,7 @@ def starting(config: Config, inputs: Inputs) -> TrainerWeights:
     """
     with tempfile.TemporaryDirectory() as folder:
         params = starting_weights(config, inputs, pathlib.Path(folder), lambda: False)
+    params = starting_policy(params, config, inputs)
     origin = config.model.folder or "random weights"
     if config.warmup.steps:
         origin += f", after {config.warmup.steps} steps of warm-up"
@@ -135,7 +137,7 @@ def scorer(config: Config, inputs: Inputs) -> Score:
     replicated = sharding.replicated(inputs.mesh)
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
     packed_logp = jax.jit(
-        partial(_packed_logp, model=inputs.model_config, temperature=config.rollout.temperature),
+        partial(_packed_logp, config=config, model=inputs.model_config),
         in_shardings=(None, rows, rows, rows, replicated, rows),
         out_shardings=replicated,
     )
@@ -185,11 +187,18 @@ def _packed_logp(
     index,
     replayed,
     *,
+    config: Config,
     model: ModelConfig,
-    temperature: float,
 ) -> jax.Array:
     return scoring.packed_logp(
-        params, tokens, positions, segment_ids, index, model, temperature, replayed=replayed
+        step.scored_params(params, config, model),
+        tokens,
+        positions,
+        segment_ids,
+        index,
+        model,
+        config.rollout.temperature,
+        replayed=replayed,
     )[0]
 
 
@@ -211,7 +220,7 @@ def measure(
         slack: of the suggested tolerance.
     """
     sampler = make_sampler(config, inputs)
-    sampler.update_weights(weights.params, weights.version)
+    sampler.update_weights(train_state.for_sampler(weights.params, config), weights.version)
     score = scorer(config, inputs)
     if weights.prompt_state is not None:
         inputs.prompts.set_state(weights.prompt_state)

@@ -154,7 +154,7 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
     )
     if config.warmup.path:
         yield _supervised(config, model, mesh)
-    params = train_state.abstract_params(model, mesh)
+    params = train_state.abstract_policy_params(config, model, mesh)
     score = jax.jit(sharding.with_mesh(mesh, partial(step.score, config=config, model=model)))
     yield Program(
         "scoring pass",

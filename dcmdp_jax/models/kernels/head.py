@@ -98,7 +98,7 @@ def token_logp(
         logp [R, S], entropy [R, S] or None; 0 at positions that are not wanted. The backward pass
         recomputes the logits.
     """
-    weight = params["embed"] if config.tie_word_embeddings else params["head"]
+    weight = params.get("head", params["embed"]) if config.tie_word_embeddings else params["head"]
     rows, columns = targets.shape
     mesh = sharding.current_mesh()
 
