@@ -29,11 +29,15 @@ CASES = [
     case if case in QUICK else pytest.param(case, marks=pytest.mark.full)
     for case in reference_hf.RELATIVES
 ]
-# as the engine's tests have them, with the two families' switches
+# the model of the engine's tests with the two families' switches, and a vocabulary that divides
 LLAMA = dataclasses.replace(
-    engines.DENSE, qk_norm=False, tie_word_embeddings=True, rope_scaling=Llama3(8.0, 16)
+    engines.DENSE,
+    vocab_size=40,
+    qk_norm=False,
+    tie_word_embeddings=True,
+    rope_scaling=Llama3(8.0, 16),
 )
-QWEN2 = dataclasses.replace(engines.DENSE, qk_norm=False, qkv_bias=True)
+QWEN2 = dataclasses.replace(engines.DENSE, vocab_size=40, qk_norm=False, qkv_bias=True)
 FAMILIES = pytest.mark.parametrize("model", [LLAMA, QWEN2], ids=["llama", "qwen2"])
 
 
