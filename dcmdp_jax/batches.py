@@ -32,9 +32,10 @@ class Batches:
     """An iterator over the batches of the steps that are left; owns the sampler and its weights.
 
     With staleness, `before_update` copies the weights of the next batch, which the update donates,
-    and `after_update` samples that batch while the update runs. Without staleness, `after_update`
-    copies the updated weights, and each batch is sampled when the iterator is advanced. Iteration
-    ends after `config.steps` steps, or where any process was asked to stop.
+    and `after_update` samples that batch while the update runs. Without staleness, `before_update`
+    frees the sampler's weights, `after_update` copies the updated ones, and each batch is sampled
+    when the iterator is advanced. Iteration ends after `config.steps` steps, or where any process
+    was asked to stop.
     """
 
     def __init__(
@@ -62,8 +63,9 @@ class Batches:
     def before_update(self, state: TrainState) -> None:
         """To be called before each update, with the state that it donates.
 
-        With staleness it gives the sampler the weights of the next batch; otherwise it does
-        nothing.
+        With staleness it gives the sampler the weights of the next batch. Otherwise a sampler that
+        has `release_weights` frees its own, which nothing reads before `after_update`: they do not
+        lie beside the update.
         """
         if self._looks_ahead:
             # Only `stale` and `step` of this state are updated yet; the sampler reads no other
@@ -71,6 +73,8 @@ class Batches:
             self._update_weights(
                 state._replace(stale=(*state.stale, state.params)[1:], step=state.step + 1)
             )
+        elif hasattr(self.sampler, "release_weights"):
+            self.sampler.release_weights()
 
     def after_update(self, state: TrainState) -> None:
         """To be called once each update is dispatched, with the updated state.

@@ -159,6 +159,9 @@ class Sampler(Protocol):
     may ignore `seed` and `offset`. Such a run trains and resumes as any other, because the loss
     depends on the reported tokens and log-probs alone; but neither a resumed nor a second run
     equals the first bit for bit, and every evaluation draws its held-out completions anew.
+
+    A sampler may have a method `release_weights()`. It is called before an update, if the next
+    batch is sampled from what the update makes, so that its weights do not lie beside the update.
     """
 
     def sample(

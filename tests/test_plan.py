@@ -123,7 +123,7 @@ def test_a_program_that_the_compiler_refuses_for_its_memory_does_not_fit(message
     line, _ = plan.verdict(plan.Plan("v5e:2x2", 4, chip, 100, (compiled,)))
     excess = gibibytes - chip.memory / 2**30
     assert line == (
-        f"train step does not fit: {excess:.1f} GiB more than the {chip.memory / 2**30:.0f} of a "
+        f"train step does not fit: {excess:.1f} GiB more than the {chip.memory / 2**30:g} of a "
         "chip; change algorithm.microbatches"
     )
 
@@ -218,6 +218,10 @@ def test_flops_of_a_pass_are_the_compilers():
 def test_unknown_topologies_are_refused(name):
     with pytest.raises(ValueError, match=f"(?i)topology.*{name}"):
         plan.slice_devices(name)
+
+
+def test_a_v4_chip_is_one_device():
+    assert len(plan.slice_devices("v4:2x2x1")) == 4
 
 
 @pytest.mark.parametrize("name, slices", [("v5e:0x2", 1), ("v5e:2x2", 0)])

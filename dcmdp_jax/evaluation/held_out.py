@@ -34,10 +34,8 @@ class HeldOut:
         self._inputs = inputs
         self._sampler = sampler
         self._should_stop = should_stop
-        # an engine with nothing rounded draws from the trainer's policy
-        rollout = dataclasses.replace(config.rollout, precision=Precision())
-        self._is_exact = config.rollout == rollout and not config.rollout.staleness
-        self._exact_config = dataclasses.replace(config, rollout=rollout)
+        self._exact_config = exact(config)
+        self._is_exact = is_exact(config)
         self._exact: Any = None  # a JetStreamSampler, made at its first use
 
     def measure(self, state: TrainState) -> dict[str, float]:
@@ -72,8 +70,7 @@ class HeldOut:
             self._exact = jetstream.sampler(
                 self._exact_config, inputs.model_config, inputs.tokenizer, inputs.decode_mesh
             )
-        params = train_state.policy_params(state, self._config)
-        self._exact.update_weights(params, int(state.step))
+        self._exact.update_weights(train_state.policy_params(state, self._config), int(state.step))
         rate = self._pass_rate(self._exact)
         self._exact.release_weights()
         return rate
@@ -89,6 +86,18 @@ class HeldOut:
             seeds.seed(config.seed, Stream.HELD_OUT),
             self._should_stop,
         )
+
+
+def exact(config: Config) -> Config:
+    """Returns the configuration whose engine rounds nothing: it draws from the trainer's policy."""
+    return dataclasses.replace(
+        config, rollout=dataclasses.replace(config.rollout, precision=Precision())
+    )
+
+
+def is_exact(config: Config) -> bool:
+    """True if the run's own engine draws from the trainer's policy."""
+    return config.rollout == exact(config).rollout and not config.rollout.staleness
 
 
 def pass_rate(

@@ -258,7 +258,8 @@ class Engine(engine_api.Engine):
         shardings = sharding.decode_state_shardings(jax.eval_shape(empty), self._mesh)
         self._init = jax.jit(empty, out_shardings=shardings)
         self._prefill = jax.jit(
-            partial(decode.prefill, config=self.config, expert_shards=self.expert_shards)
+            partial(decode.prefill, config=self.config, expert_shards=self.expert_shards),
+            keep_unused=True,  # so that plans count the weights after the last keys and values
         )
         self._insert = jax.jit(
             partial(decode.insert, positions=self.max_length),

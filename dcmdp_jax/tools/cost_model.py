@@ -135,6 +135,12 @@ def prefill(model: ModelConfig, prompts: int, length: int, mesh: Any) -> Work:
     return Work((layers + attention) / mesh.size, held, _reduced(model, prompts * length, mesh))
 
 
+def cached(model: ModelConfig, positions: float, mesh: Any) -> float:
+    """Returns the bytes of the keys and values that a device holds of prefilled positions."""
+    size = 2 * model.num_layers * model.num_kv_heads * model.head_dim * _size(model)
+    return size * positions / mesh.shape["tensor"]
+
+
 def decode(model: ModelConfig, rollout: RolloutConfig, slots: int, length: int, mesh: Any) -> Work:
     """Returns the work of one dispatch: K tokens in every slot, at the mean length of a longest
     completion.

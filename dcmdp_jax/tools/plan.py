@@ -25,8 +25,9 @@ import jax.numpy as jnp
 
 from dcmdp_jax import compiled_step, files, sharding, step, sync, train_state
 from dcmdp_jax.config import AlgorithmConfig, Calibrated, Config, with_tolerance
+from dcmdp_jax.evaluation import held_out
 from dcmdp_jax.models.model_config import ModelConfig
-from dcmdp_jax.records import Batch
+from dcmdp_jax.records import Batch, Weights
 from dcmdp_jax.rollout import generate
 from dcmdp_jax.rollout.jetstream import Engine
 from dcmdp_jax.run import supervised
@@ -39,20 +40,22 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """One device. Figures from cloud.google.com/tpu/docs, the page of each version."""
+    """One device. Figures from cloud.google.com/tpu/docs, the page of each version; memory from
+    libtpu's compiler, which keeps some of a chip's for itself.
+    """
 
-    memory: float  # bytes
+    memory: float  # bytes that a program may use
     flops: float  # bfloat16 FLOP/s
     bandwidth: float  # bytes/s of memory
     link: float  # bytes/s of all of a chip's links together, in one direction
 
 
 CHIPS = {
-    "v4": Chip(32 * GIB, 275e12, 1.2e12, 270e9),
-    "v5e": Chip(16 * GIB, 197e12, 0.82e12, 200e9),
-    "v5p": Chip(95 * GIB, 459e12, 2.77e12, 600e9),
-    "v6e": Chip(32 * GIB, 918e12, 1.64e12, 400e9),
-    "tpu7x": Chip(96 * GIB, 1153e12, 3.69e12, 300e9),  # a device is half a chip
+    "v4": Chip(30.75 * GIB, 275e12, 1.2e12, 270e9),
+    "v5e": Chip(15.75 * GIB, 197e12, 0.82e12, 200e9),
+    "v5p": Chip(95.73 * GIB, 459e12, 2.77e12, 600e9),
+    "v6e": Chip(31.25 * GIB, 918e12, 1.64e12, 400e9),
+    "tpu7x": Chip(94.74 * GIB, 1153e12, 3.69e12, 300e9),  # a device is half a chip
 }
 
 
@@ -115,9 +118,11 @@ def slice_devices(name: str, slices: int = 1) -> list[Any]:
     }
     from jax.experimental import topologies
 
+    # else the two cores of a v4 chip are two devices, as they are on no machine
+    one_device = {"chip_config_name": "megacore"} if kind == "v4" else {}
     try:
         described = topologies.get_topology_desc(
-            topology_name=name, platform="tpu", num_slices=slices
+            topology_name=name, platform="tpu", num_slices=slices, **one_device
         )
     except (RuntimeError, ValueError, NotImplementedError) as error:
         hint = "" if importlib.util.find_spec("libtpu") else " (pip install libtpu)"
@@ -140,7 +145,21 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
     check_inputs(config, model, mesh, decode_mesh, engines)
     state = train_state.abstract(config, model, mesh)
     batch = abstract_batch(config, model, mesh)
-    sizes = sharding.local_bytes(state)
+    params = train_state.abstract_policy_params(config, model, mesh)
+    # What a training device holds between two steps, and beside the decoder's parameters: these are
+    # a part of the state, unless `policy_params` makes a copy.
+    idle = sharding.local_bytes((state, batch))
+    others = idle
+    if config.model.policy_params is None:
+        others -= sharding.local_bytes(params)
+    shared = set(decode_mesh.devices.flat) <= set(mesh.devices.flat)
+    engine = None
+    if config.rollout.own_engine:
+        prompts = config.data.prompts_per_step // engines
+        engine = _engine(config, model, decode_mesh, engines, prompts)
+    # Stale rollouts are sampled while the step runs. Others are over, and their weights are freed.
+    looks_ahead = engine is not None and shared and config.rollout.staleness > 0
+    sampling = engine.held if looks_ahead else 0
     parts = config.algorithm.minibatches * config.algorithm.microbatches
     (rows, length) = batch.tokens.shape[2:]
     row_length = "algorithm.row_length, " if config.algorithm.row_length else ""
@@ -149,37 +168,39 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
         compiled_step.compile_step(config, model, mesh).lower(state, batch),
         cost_model.update(model, rows, length, config, mesh, compiled_step.in_one_pass(config)),
         1,
-        0,
+        sampling,
         f"{row_length}algorithm.microbatches, model.compute.remat, mesh.sequence or mesh.tensor",
     )
     if config.warmup.path:
         yield _supervised(config, model, mesh)
-    params = train_state.abstract_policy_params(config, model, mesh)
     score = jax.jit(sharding.with_mesh(mesh, partial(step.score, config=config, model=model)))
     yield Program(
         "scoring pass",
         score.lower(params, batch),
         cost_model.scoring(model, rows, length, parts, config, mesh),
         0,
-        sizes - sharding.local_bytes(params),
+        others - sharding.local_bytes(batch) + sampling,
         f"{row_length}algorithm.microbatches, mesh.sequence or mesh.tensor",
     )
-    if not config.rollout.own_engine:
+    if engine is None:
         return
-    shared = set(decode_mesh.devices.flat) <= set(mesh.devices.flat)
-    yield from _engine(config, model, decode_mesh, engines, sizes if shared else 0)
-    own = decode_mesh if shared else sharding.process_block(mesh, 0)
-    version = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
-    yield Program(
-        "weight sync",
-        sync.converter_per_process(model, config.rollout.precision, mesh, own).lower(
-            params, version
-        ),
-        cost_model.sync(model, config.rollout.precision, own, mesh.size),
-        1,
-        sizes - sharding.local_bytes(params),
-        "rollout.precision.weights, rollout.mesh.tensor",
-    )
+    yield from _sampling(config, model, engine, idle if shared else 0)
+    yield _sync(config, model, params, mesh, decode_mesh, others)
+    if held_out.is_exact(config) or not _has_held_out(config):
+        return
+    # The engine that rounds nothing lies beside the run's own.
+    config = held_out.exact(config)
+    weights = engine.weights_held
+    exact = _engine(config, model, decode_mesh, engines, -(-config.eval.prompts // engines))
+    for program in (
+        *_sampling(config, model, exact, (idle if shared else 0) + weights),
+        _sync(config, model, params, mesh, decode_mesh, others + (weights if shared else 0)),
+    ):
+        yield program._replace(
+            name=f"evaluation: {program.name}",
+            calls=0,
+            settings="eval.every (0: no evaluation), rollout.slots, rollout.mesh.tensor",
+        )
 
 
 def _supervised(config: Config, model: ModelConfig, mesh: Any) -> Program:
@@ -212,45 +233,99 @@ def _supervised(config: Config, model: ModelConfig, mesh: Any) -> Program:
     )
 
 
-def _engine(
-    config: Config, model: ModelConfig, mesh: Any, engines: int, beside: int
-) -> Iterator[Program]:
-    """Yields prefill and decoding of one of the engines."""
+def _has_held_out(config: Config) -> bool:
+    """True if a run with these settings evaluates on held-out problems."""
+    generated = config.data.task is not None and not config.data.path
+    return config.eval.every > 0 and bool(config.data.eval_path or generated)
+
+
+class _Engine(NamedTuple):
+    """One of a run's engines, with the bytes that it holds on a device."""
+
+    engine: Engine
+    weights: Weights  # shapes
+    prompts: int  # of a rollout
+    at_once: int  # prompts of one prefill
+    cache: int
+    prefix: int  # the prompts of a prefill, cached, until the next rollout
+
+    @property
+    def weights_held(self) -> int:
+        return sharding.local_bytes(self.weights)
+
+    @property
+    def held(self) -> int:
+        """All that it holds while it samples."""
+        return self.weights_held + self.cache + self.prefix
+
+
+def _engine(config: Config, model: ModelConfig, mesh: Any, engines: int, prompts: int) -> _Engine:
     rollout = config.rollout
-    data = config.data
-    length = data.max_prompt_tokens + rollout.max_tokens
-    slots = rollout.slots // engines
-    prompts = data.prompts_per_step // engines
+    width = config.data.max_prompt_tokens
     engine = Engine(
         model,
-        slots=slots,
+        slots=rollout.slots // engines,
         steps=rollout.tokens_per_dispatch,
-        max_length=length,
+        max_length=width + rollout.max_tokens,
         stop_ids=(0,),
         precision=rollout.precision,
         record_experts=config.algorithm.replay_routing,
         mesh=mesh,
     )
-    weights = sync.abstract_weights(model, rollout.precision, mesh)
-    at_once = max(min(generate.PREFILL_TOKENS // data.max_prompt_tokens, prompts), 1)
-    prefill, decode = engine.lower(weights, at_once, data.max_prompt_tokens)
-    cache = sharding.local_bytes(engine.state_shapes())
+    at_once = max(min(generate.PREFILL_TOKENS // width, prompts), 1)
+    return _Engine(
+        engine,
+        sync.abstract_weights(model, rollout.precision, mesh),
+        prompts,
+        at_once,
+        sharding.local_bytes(engine.state_shapes()),
+        int(cost_model.cached(model, at_once * width, mesh)),
+    )
+
+
+def _sampling(
+    config: Config, model: ModelConfig, sampler: _Engine, beside: int
+) -> Iterator[Program]:
+    """Yields prefill and decoding of one of the engines."""
+    rollout = config.rollout
+    width = config.data.max_prompt_tokens
+    engine = sampler.engine
+    prefill, decode = engine.lower(sampler.weights, sampler.at_once, width)
     yield Program(
         "prefill",
         prefill,
-        cost_model.prefill(model, at_once, data.max_prompt_tokens, mesh),
-        prompts / at_once,
-        beside + cache,
+        cost_model.prefill(model, sampler.at_once, width, engine.mesh),
+        sampler.prompts / sampler.at_once,
+        # the prompts before these are cached until these are
+        beside + sampler.cache + (sampler.prefix if sampler.prompts > sampler.at_once else 0),
         "rollout.mesh.tensor, data.max_prompt_tokens",
     )
-    waves = -(-prompts * rollout.samples // slots)
+    waves = -(-sampler.prompts * rollout.samples // engine.slots)
     yield Program(
         f"decode, {rollout.tokens_per_dispatch} tokens",
         decode,
-        cost_model.decode(model, rollout, slots, length, mesh),
+        cost_model.decode(model, rollout, engine.slots, engine.max_length, engine.mesh),
         waves * rollout.max_tokens / rollout.tokens_per_dispatch,
-        beside,
+        beside + sampler.prefix,
         "rollout.slots, rollout.precision.cache, rollout.mesh.tensor",
+    )
+
+
+def _sync(
+    config: Config, model: ModelConfig, params: Any, mesh: Any, decode_mesh: Any, beside: int
+) -> Program:
+    """Returns the weight sync to the engine; its old weights are freed before."""
+    shared = set(decode_mesh.devices.flat) <= set(mesh.devices.flat)
+    own = decode_mesh if shared else sharding.process_block(mesh, 0)
+    version = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+    precision = config.rollout.precision
+    return Program(
+        "weight sync",
+        sync.converter_per_process(model, precision, mesh, own).lower(params, version),
+        cost_model.sync(model, precision, own, mesh.size),
+        1,
+        beside,
+        "rollout.precision.weights, rollout.mesh.tensor",
     )
 
 
@@ -312,7 +387,7 @@ def compile_program(program: Program, chip: Chip) -> Compiled:
     excess = ""
     if peak > chip.memory:
         gibibytes = (peak - chip.memory) / GIB
-        excess = f"{gibibytes:.1f} GiB more than the {chip.memory / GIB:.0f} of a chip"
+        excess = f"{gibibytes:.1f} GiB more than the {chip.memory / GIB:g} of a chip"
     return Compiled(program, arguments, temporaries, peak, time.process_time() - began, excess)
 
 
@@ -383,7 +458,7 @@ def table(plan: Plan) -> list[list[str]]:
         "arguments",
         "temporaries",
         "peak GiB",
-        f"of {plan.chip.memory / GIB:.0f}",
+        f"of {plan.chip.memory / GIB:g}",
         "TFLOP",
         "link GB",
         "calls",
