@@ -73,6 +73,15 @@ def test_other_weights_than_the_servers_are_refused(float32):
         measured(run_of(float32.url), sharp(seed=1))
 
 
+def test_another_folder_is_served_once_it_is_named(float32, tmp_path):
+    weights.save(tmp_path / "model", DENSE, sharp(seed=1), token_ids={"eos_token_id": 1})
+    before = llama_cpp_server.served_folder(float32.url)
+    float32.serve(tmp_path / "model")
+    gap = measured(run_of(float32.url), sharp(seed=1)).gaps["all"]
+    float32.serve(before)
+    assert gap.logp_diff_max < CLOSE
+
+
 def test_int8_weights_have_a_gap(tmp_path):
     with serve(tmp_path, "--weights", "Q8_0") as running:
         found = measured(run_of(running.url), sharp())

@@ -44,7 +44,7 @@ class ServerProcess:
                 command,
                 env=env,
                 cwd=log.parent,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # ends with this program
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # so that `stop` reaches the server's own processes too

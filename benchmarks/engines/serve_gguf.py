@@ -3,8 +3,9 @@ of install_llama_cpp.sh:
 
     runs/engines/llama_cpp/bin/python benchmarks/engines/serve_gguf.py FOLDER --port 8080
 
-It writes FOLDER/model-TYPE.gguf first. Token i has a text of its own in the place of the
-tokenizer's: requests and replies are token ids.
+It writes FOLDER/model-TYPE.gguf first. A line on its standard input names another folder, which it
+then serves in the place of the one before; it ends with its input. Token i has a text of its own in
+the place of the tokenizer's: requests and replies are token ids.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import signal
+import sys
 
 import gguf
 import numpy as np
@@ -108,8 +109,16 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--context", type=int, default=512, help="tokens of a slot")
     args = parser.parse_args()
+    serving = [start(args.folder, args)]
+    for line in sys.stdin:
+        serving.clear()  # a server ends where nothing refers to it, and its port is free
+        serving.append(start(pathlib.Path(line.rstrip("\n")), args))
+
+
+def start(folder: pathlib.Path, args: argparse.Namespace) -> xllamacpp.Server:
+    """Returns a server of the model in `folder`, which runs until it is deleted."""
     params = xllamacpp.CommonParams()
-    params.model.path = str(write(args.folder, args.weights))
+    params.model.path = str(write(folder, args.weights))
     params.port = args.port
     params.n_parallel = args.slots
     params.n_ctx = args.slots * args.context
@@ -118,7 +127,7 @@ def main() -> None:
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(params)
     print(f"llama.cpp is ready at {server.listening_address}", flush=True)
-    signal.pause()
+    return server
 
 
 if __name__ == "__main__":

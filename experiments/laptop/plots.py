@@ -50,7 +50,7 @@ def write(folder: pathlib.Path, out: pathlib.Path) -> None:
         ("multiplier", draw_multiplier),
         ("tolerance", draw_tolerance),
         ("mismatch", draw_mismatch),
-        ("fp8_cache", draw_fp8_cache),
+        ("llama_cpp_q4", draw_llama_cpp_q4),
     ):
         figure = draw(folder)
         figure.savefig(out / f"{name}.svg", metadata={"Date": None})
@@ -181,9 +181,9 @@ def draw_mismatch(folder):
     return figure
 
 
-def draw_fp8_cache(folder):
-    """Pass rate, delta and lambda with vLLM and its fp8 cache: each seed, and the means."""
-    arms = read(folder, "fp8_cache")
+def draw_llama_cpp_q4(folder):
+    """Pass rate, delta and lambda with llama.cpp in Q4_0: each seed, and the means."""
+    arms = read(folder, "llama_cpp_q4")
     colors = {"exact": INK, "grpo": TRAINER, "dcgrpo": ENGINE}
     names = {"exact": "no mismatch", "grpo": "GRPO", "dcgrpo": "DC-GRPO"}
     figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
@@ -203,7 +203,7 @@ def draw_fp8_cache(folder):
             axis.plot(steps, means, color=colors[arm], lw=2, label=names[arm])
         axis.set_xlabel("step")
         axis.set_title(title, fontsize=10)
-    for number, tolerance in enumerate(tolerances(folder, "fp8_cache").values()):
+    for number, tolerance in enumerate(tolerances(folder, "llama_cpp_q4").values()):
         label = None if number else "tolerance of a seed"
         axes[1].axhline(tolerance, color=ENGINE, lw=0.8, ls="--", label=label, zorder=0)
     axes[0].set_ylim(0, 1)

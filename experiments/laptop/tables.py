@@ -401,8 +401,8 @@ def every(folder: pathlib.Path) -> dict[str, str]:
         "sgd": lambda: arms(read(folder, "sgd")),
         "long": lambda: arms(read(folder, "long")),
         "real_engine": lambda: courses(folder, "real_engine"),
-        "fp8_cache": lambda: served(folder, "fp8_cache"),
-        "fp8_cache, dual": lambda: duals(folder, "fp8_cache"),
+        "llama_cpp_q4": lambda: served(folder, "llama_cpp_q4"),
+        "llama_cpp_q4, dual": lambda: duals(folder, "llama_cpp_q4"),
     }
     needs = {
         "arms at 3e-4": "main",
@@ -411,7 +411,7 @@ def every(folder: pathlib.Path) -> dict[str, str]:
         "room": "shares",
         "shares, harmed": "shares",
         "confirmed": "confirm",
-        "fp8_cache, dual": "tolerances",
+        "llama_cpp_q4, dual": "tolerances",
         **{name: "directions" for name in plans if name.startswith(("int4, ", "fp8, "))},
     }
     return {
