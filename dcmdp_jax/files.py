@@ -134,7 +134,11 @@ def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 place = f"{path} line {number}"
-                yield place, parse_json(line, place)
+                try:
+                    value = parse_json(line, place)
+                except ValueError as error:
+                    raise ValueError(f"{error}; write a JSON object on each line") from None
+                yield place, value
 
 
 def _parquet_rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:

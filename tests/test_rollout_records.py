@@ -121,7 +121,10 @@ def test_a_file_of_positive_numbers_is_read(tmp_path):
 @pytest.mark.parametrize(
     "rows, message",
     [
-        ([OWN, "{"], r"rollouts.jsonl line 2 is not valid JSON"),
+        (
+            [OWN, "{"],
+            r"rollouts.jsonl line 2 is not valid JSON: .*; write a JSON object on each line",
+        ),
         ([[1]], r" line 1 is a list, not an object; record {prompt_ids, token_ids, logprobs}"),
         ([{"step": 1}], r" line 1 has the fields step; record"),
         ([{"input": "1+1=", "output": "2", "score": 1.0}], "texts without token ids .* of verl"),
@@ -166,7 +169,7 @@ def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path, name):
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="does not exist; name another"):
         rollout_records.read(tmp_path / "none.jsonl", 1, 10, 8)
     with pytest.raises(ValueError, match="is a folder"):
         rollout_records.read(tmp_path, 1, 10, 8)

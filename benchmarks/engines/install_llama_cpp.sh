@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes a virtual environment with llama.cpp's server for CPUs (xllamacpp, 0.1 GB), a program of its
+# Makes a virtual environment with llama.cpp's server for CPUs (xllamacpp, 0.2 GB), a program of its
 # own that this package talks to over HTTP: `bash benchmarks/engines/install_llama_cpp.sh [FOLDER]`
 # (default runs/engines/llama_cpp).
 set -eu

@@ -61,7 +61,8 @@ def read(path: pathlib.Path, limit: int, vocab_size: int, max_position: int) -> 
     if path.suffix in PICKLES:
         raise ValueError(f"{path} is not read: {CONVERT}")
     if not path.is_file():
-        what = "is a folder; name one file in it" if path.is_dir() else "does not exist"
+        is_folder = path.is_dir()
+        what = "is a folder; name a file in it" if is_folder else "does not exist; name another"
         raise ValueError(f"file of recorded completions {path} {what}")
     rows = files.rows(path)
     return parse(rows, limit, vocab_size, max_position, str(path))
