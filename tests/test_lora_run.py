@@ -2,14 +2,19 @@
 
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 from dcmdp_jax import train_state
 from dcmdp_jax.models import weights
-from dcmdp_jax.run import checkpoint
-from dcmdp_jax.run.export import export
-from support.training import assert_same_run, rows, saved, tiny, train
+from dcmdp_jax.run import checkpoint, starting
+from dcmdp_jax.run.export import export, export_adapters
+from dcmdp_jax.run.inputs import read_inputs, read_tokenizer
+from dcmdp_jax.tokens import tokenizer as tokenizers
+from support import mismatch
+from support.random_params import random_params
+from support.training import ONE_DEVICE, assert_same_run, rows, saved, tiny, train
 
 pytestmark = pytest.mark.full
 
@@ -67,3 +72,26 @@ def test_the_export_is_the_sum(four_steps, tmp_path):
     got = exported["stacks"][0]["mlp"]["up_proj"]
     np.testing.assert_allclose(got, expected, atol=1e-6)
     assert np.abs(got - base).max() > 1e-4
+
+
+def test_adapters_are_converted_and_started_from(tmp_path):
+    """A folder of adapters on a folder's weights: what one run ends with, another begins with."""
+    plain = tiny(**{"warmup.steps": 0})
+    params = random_params(plain.model.architecture, 0.1)
+    weights.save(tmp_path / "base", plain.model.architecture, params)
+    tokenizers.save(read_tokenizer(plain), tmp_path / "base")
+    on_base = {"model.folder": tmp_path / "base", "warmup.steps": 0, **RANK}
+    mismatch.make_run(tmp_path / "run", tiny(**on_base), [3])
+    export_adapters(tiny(**on_base), tmp_path / "run", str(tmp_path / "adapter"))
+    run = tiny(**on_base, **{"model.lora.folder": tmp_path / "adapter"})
+    inputs = read_inputs(run, ONE_DEVICE)
+    state = starting.first_state(run, inputs, tmp_path, lambda: False)
+    jax.tree.map(lambda x: np.testing.assert_array_equal(x, np.full_like(x, 3)), state.params)
+    jax.tree.map(np.testing.assert_array_equal, state.frozen, params)
+
+
+def test_adapters_of_weights_that_are_in_no_folder_are_not_converted(four_steps, tmp_path):
+    with pytest.raises(ValueError, match="weights that are in no folder"):
+        export_adapters(tiny(steps=4, **RANK, **NF4), four_steps[0], str(tmp_path / "adapter"))
+    with pytest.raises(ValueError, match="no adapter to write"):
+        export_adapters(tiny(), four_steps[0], str(tmp_path / "adapter"))
