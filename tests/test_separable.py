@@ -33,6 +33,7 @@ from dcmdp_jax.losses import (
     reduce,
     rejection,
     sequence,
+    surrogates,
 )
 from dcmdp_jax.losses._separable import is_separable, separable
 from dcmdp_jax.records import Batch
@@ -47,6 +48,7 @@ OPTIONS = {
     policy.dro: {"beta": 0.3},
     covariance.clip_cov: {"key": jax.random.key(1), "fraction": 0.2, "cov_low": 0.01},
     covariance.kl_cov: {"fraction": 0.2},
+    sequence.tbpo: {"dual_clip": 1.05},
     rejection.k1: {"low": 0.9, "high": 1.1},
     rejection.k2: {"high": 0.005},
     rejection.k3: {"high": 0.005},
@@ -107,6 +109,19 @@ SHAPINGS = {name: f for name, f in functions(constraint).items() if ".shape_" in
 PENALTIES = functions(kl)
 
 CLIPPED = corrections.decoupled(policy.clipped)
+SURROGATES = {
+    "adaptive_clip": surrogates.adaptive_clip,
+    "log_linear": functools.partial(
+        surrogates.log_linear,
+        surrogate=corrections.decoupled(policy.clipped, corrections.tis(1.05)),
+        alpha=0.3,
+    ),
+    "log_linear of a loss that is not separable": functools.partial(
+        surrogates.log_linear,
+        surrogate=corrections.decoupled(functools.partial(covariance.kl_cov, fraction=0.2)),
+        alpha=0.3,
+    ),
+}
 PARTS = (
     {f"decoupled {name}": {"surrogate": corrections.decoupled(f)} for name, f in LOSSES.items()}
     | {f"bypass {name}": {"surrogate": corrections.bypass(f)} for name, f in LOSSES.items()}
@@ -132,6 +147,7 @@ PARTS = (
         name: {"surrogate": corrections.decoupled(policy.clipped, c)}
         for name, c in CORRECTIONS.items()
     }
+    | {name: {"surrogate": f} for name, f in SURROGATES.items()}
     | {name: {"shaping": f} for name, f in SHAPINGS.items()}
     | {"penalty": {"penalty": constraint.penalty}}
     | {name: {"reference_penalty": f} for name, f in PENALTIES.items()}
@@ -145,6 +161,7 @@ NOT_DECLARED = {
     "bypass, rejection.m2po",
     "surviving, decoupled",  # counts the tokens of the batch that survive
     "surviving, bypass",
+    "log_linear of a loss that is not separable",
     "constraint.shape_centred",  # subtracts the mean of the batch
 } | {name for name in CORRECTIONS if name.endswith("surviving")}
 

@@ -22,9 +22,11 @@ nats, `[N, T]` (any leading axes, the last one is tokens), of the same temperatu
 `advantages` turns rewards into advantages. `policy`, `sequence` and `covariance` hold the policy
 losses, all of `(logp, old_logp, advantage, mask)`; `kl` the divergences from a reference;
 `corrections` weights a loss by rho, from the levels, operators and denominators of `operators`, and
-`rejection` drops tokens by it; `centering` corrects the score function with the head of the
-sampler's distribution; `routing` replays experts; `reduce` turns a per-token loss into a scalar;
-`diagnostics` and `tails` measure the gap. The constraint on it is `dcmdp_jax.constraint`.
+`rejection` drops tokens by it; `surrogates` holds complete losses of trainer and sampler;
+`centering` corrects the score function with the head of the sampler's distribution; `routing`
+replays experts; `reduce` turns a per-token loss into a scalar; `step_size` says how far a batch
+lets an update go; `diagnostics` and `tails` measure the gap. The constraint on it is
+`dcmdp_jax.constraint`.
 
 Losses are unreduced, float32 `[N, T]`, and 0 outside the mask. Padding may hold anything: it
 reaches neither value nor gradient. Empty masks, empty completions, groups of one and batches in
@@ -51,5 +53,7 @@ from dcmdp_jax.losses import (
     rejection,
     routing,
     sequence,
+    step_size,
+    surrogates,
     tails,
 )

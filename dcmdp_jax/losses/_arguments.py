@@ -5,6 +5,8 @@ They run when a function is traced.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +18,11 @@ Array = jax.Array
 
 _HALF = (jnp.bfloat16, jnp.float16)
 _MASKS = (jnp.bool_, jnp.int32, jnp.float32)
+
+
+def takes(function: Callable, name: str) -> bool:
+    """True if a function has a parameter of that name."""
+    return name in inspect.signature(function).parameters
 
 
 def tokens(**arrays: Any) -> list[Array]:

@@ -131,6 +131,25 @@ def pass_at_k(correct: Array, group: Array, *, num_groups: int, k: int) -> Array
     return 1 - jnp.prod(missed, axis=-1)
 
 
+def at_last_token(reward: Array, mask: Array) -> Array:
+    """The reward of a completion on the last of its tokens, 0 on the others; `[N, T]`.
+
+    Formula: r_nt = R_n 1[t = max{u: m_nu}]
+    Needs: reward, mask [N, T]
+    Paper: Ouyang et al., arXiv 2203.02155
+
+    A completion without tokens has none to put it on.
+    """
+    (reward,) = _arguments.tokens(reward=reward)
+    if reward.shape != mask.shape[:-1]:
+        raise ValueError(
+            f"reward has shape {reward.shape}; it must be {mask.shape[:-1]}, one per completion"
+        )
+    mask = _arguments.mask(mask, mask)
+    later = jnp.flip(jnp.cumsum(jnp.flip(mask, axis=-1), axis=-1, dtype=jnp.int32), axis=-1)
+    return jnp.where(mask & (later == 1), reward[..., None], 0.0)
+
+
 def reinforce_pp(reward: Array, mask: Array, *, gamma: float = 1.0, epsilon: float = 1e-8) -> Array:
     """Discounted return of token rewards, whitened over all valid tokens of the batch.
 
@@ -141,7 +160,8 @@ def reinforce_pp(reward: Array, mask: Array, *, gamma: float = 1.0, epsilon: flo
     Paper: REINFORCE++, arXiv 2501.03262
 
     Tokens outside the mask are skipped: they add nothing and do not discount. A KL penalty, where
-    wanted, is part of the token reward. Mean and variance are of the batch given.
+    wanted, is part of the token reward; `at_last_token` makes one of a completion's. Mean and
+    variance are of the batch given.
     """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must be between 0 and 1, not {gamma}")

@@ -4,7 +4,8 @@ Samples y come from the sampler q, the gradient is of the trainer's p. E_q[f(p/q
 zero for q = p alone; otherwise a constant advantage already moves the policy. That expectation is
 known for the k tokens whose probability the sampler reports, and the tail is taken to be
 proportional to p. It applies to score-function losses only, and the reported probabilities must be
-of the distribution sampled from (same temperature, full-vocabulary mass).
+of the distribution sampled from (same temperature, full-vocabulary mass). `centred` is the
+surrogate for an experiment.
 
 Shapes: `logp`, `rollout_logp` `[..., T]` of the sampled tokens; `head_logp`, `head_rollout_logp`
 `[..., T, k]` of the sampler's k likeliest tokens, under trainer and sampler; float32 nats. A head
@@ -19,11 +20,13 @@ import jax
 import jax.numpy as jnp
 
 from dcmdp_jax.losses import _arguments, _numerics
+from dcmdp_jax.losses._separable import separable
 
 Array = jax.Array
 stop = jax.lax.stop_gradient
 
 
+@separable
 def unweighted(ratio: Array) -> Array:
     """Weight of plain REINFORCE.
 
@@ -35,6 +38,7 @@ def unweighted(ratio: Array) -> Array:
     return jnp.ones_like(ratio)
 
 
+@separable
 def truncated(ratio: Array, high: float = 2.0) -> Array:
     """Weight of truncated importance sampling; `functools.partial(truncated, high=...)` for another
     bound.
@@ -47,6 +51,7 @@ def truncated(ratio: Array, high: float = 2.0) -> Array:
     return jnp.minimum(ratio, high)
 
 
+@separable
 def masked(ratio: Array, low: float = 0.5, high: float = 2.0) -> Array:
     """Weight of masked importance sampling.
 
@@ -102,6 +107,35 @@ def score_centering(
         valid, logp
     )
     return _numerics.select(valid, -stop(advantage) * (own - centre))
+
+
+@separable
+def centred(
+    logp: Array,
+    old_logp: Array,
+    rollout_logp: Array,
+    advantage: Array,
+    mask: Array,
+    *,
+    top_logp: Array,
+    top_rollout_logp: Array,
+    weight: Callable[[Array], Array] = unweighted,
+) -> tuple[Array, Array]:
+    """`score_centering` as a surrogate: the loss, and the mask to reduce it with.
+
+    Formula: L = score_centering, denominator = m
+    Needs: logp, rollout_logp, advantage, mask; top_logp and top_rollout_logp [..., T, k], which a
+        run with rollout.top_logprobs = k passes
+    Default: weight unweighted
+    Paper: Marek & Ryabinin, arXiv 2609.20807
+
+    The head are the sampler's k likeliest tokens. old_logp is not read.
+    """
+    _arguments.tokens(logp=logp, old_logp=old_logp)
+    loss = score_centering(
+        logp, rollout_logp, top_logp, top_rollout_logp, advantage, mask, weight=weight
+    )
+    return loss, _arguments.mask(mask, loss)
 
 
 def _missing(probability: Array) -> Array:

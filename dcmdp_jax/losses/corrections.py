@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from dcmdp_jax.losses import _arguments, _numerics, reduce
-from dcmdp_jax.losses._separable import is_separable
+from dcmdp_jax.losses._separable import is_separable, separable
 from dcmdp_jax.losses.operators import (
     clip,
     geometric,
@@ -45,6 +45,7 @@ stop = jax.lax.stop_gradient
 Loss = Callable[[Array, Array, Array, Array], Array]
 Rejection = Callable[[Array, Array, Array], Array]
 Denominator = Callable[[Array, Array], Array]
+Reweight = Callable[[Array, Array], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +233,7 @@ def batch_normalize(weights: Array, mask: Array, *, mean: Array | None = None) -
     return stop(_numerics.select(mask, weights / jnp.where(mean > 1e-8, mean, 1.0)))
 
 
+@separable
 def blend(weights: Array, mask: Array, *, alpha: Array | float) -> Array:
     """Weights between none and all of a correction.
 
@@ -254,6 +256,7 @@ class Decoupled:
     correction: Correction | None
     rejections: tuple[Rejection, ...]
     denominator: Denominator
+    reweight: Reweight | None = None
 
     def __call__(
         self, logp: Array, old_logp: Array, rollout_logp: Array, advantage: Array, mask: Array
@@ -265,6 +268,8 @@ class Decoupled:
         keep = denominator
         if self.correction is not None:
             weight, keep = self.correction.weights(old_logp, rollout_logp, mask)
+            if self.reweight is not None:
+                weight = self.reweight(weight, mask)
             loss = loss * weight
             denominator = self.correction.denominator(denominator, keep)
         rejected = _keep_all(self.rejections, old_logp, rollout_logp, mask, keep)
@@ -274,12 +279,13 @@ class Decoupled:
     def separable(self) -> bool:
         """True if all parts are declared separable over microbatches."""
         parts: list[Any] = [self.loss, *self.rejections, self.denominator]
-        if self.correction is not None:
-            parts.append(self.correction)
+        parts += [part for part in (self.correction, self.reweight) if part is not None]
         return all(map(is_separable, parts))
 
     def __repr__(self) -> str:
-        return f"decoupled({_parts(self.loss, self.correction, self.rejections, self.denominator)})"
+        parts = _parts(self.loss, self.correction, self.rejections, self.denominator)
+        reweight = "" if self.reweight is None else f", reweight={_name(self.reweight)}"
+        return f"decoupled({parts}{reweight})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,6 +324,7 @@ def decoupled(
     *,
     rejections: tuple[Rejection, ...] = (),
     denominator: Denominator = original,
+    reweight: Reweight | None = None,
 ) -> Decoupled:
     """A surrogate with the policy ratio against the trainer's recomputation and the gap in a
     weight.
@@ -333,6 +340,8 @@ def decoupled(
         rejections: functions of `(old_logp, rollout_logp, mask)` that return which tokens to keep;
             all must agree.
         denominator: `original` or `surviving`, of the rejections; the correction has its own.
+        reweight: a function of the correction's `(weights, mask)` that returns the weights to take,
+            such as `batch_normalize` or `functools.partial(blend, alpha=0.5)`.
 
     Returns:
         A hashable function of `(logp, old_logp, rollout_logp, advantage, mask)` that returns the
@@ -340,10 +349,13 @@ def decoupled(
 
     Raises:
         TypeError: `correction` is not a Correction or None, or a rejection is one.
+        ValueError: `reweight` is given without a correction, whose weights it takes.
     """
     if not (correction is None or isinstance(correction, Correction)):
         raise TypeError(f"correction must be one Correction or None, not {correction!r}")
-    return Decoupled(_loss(loss), correction, _rejections(rejections), denominator)
+    if reweight is not None and correction is None:
+        raise ValueError("reweight takes the weights of a correction; give decoupled one")
+    return Decoupled(_loss(loss), correction, _rejections(rejections), denominator, reweight)
 
 
 def bypass(

@@ -24,7 +24,7 @@ def clip_cov(
     advantage: Array,
     mask: Array,
     *,
-    key: Array,
+    key: Array | None = None,
     fraction: float = 2e-4,
     cov_low: float = 1.0,
     cov_high: float = 5.0,
@@ -35,14 +35,16 @@ def clip_cov(
 
     Formula: L = max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A), 0 on the tokens drawn from
         cov_low < cov < cov_high
-    Needs: logp, old_logp, advantage, mask, key
-    Default: fraction 2e-4, cov_low 1.0, cov_high 5.0, clip_low 0.2, clip_high 0.2
+    Needs: logp, old_logp, advantage, mask
+    Default: key made from old_logp, fraction 2e-4, cov_low 1.0, cov_high 5.0, clip_low 0.2,
+        clip_high 0.2
     Paper: Clip-Cov, arXiv 2505.22617
 
     Tokens that the clip already stopped are not drawn. Each candidate is drawn by itself, with the
     chance that makes the expected number `fraction` of the valid tokens; verl draws exactly that
     number. The tokens drawn lose their gradient and stay in the denominator. `key` is a JAX random
-    key, a new one for each step.
+    key, a new one for each step; the one made from old_logp is another for every batch, and the
+    same where a run is repeated.
     """
     _check_fraction(fraction)
     _arguments.clip_bounds(clip_low, clip_high)
@@ -57,6 +59,7 @@ def clip_cov(
     )
     candidate = mask & ~stopped & (cov > cov_low) & (cov < cov_high)
     candidates = jnp.maximum(jnp.sum(_numerics.row_count(candidate)), 1)
+    key = _key(old_logp) if key is None else key
     drawn = candidate & (_uniform(key, mask.shape) < jnp.maximum(fraction * count, 1) / candidates)
     return jnp.where(drawn, 0.0, loss)
 
@@ -95,6 +98,11 @@ def _covariance(logp: Array, advantage: Array, count: Array) -> Array:
     """(A - mean A)(logp - mean logp) of arrays that are 0 at padding."""
     logp = stop(logp)
     return (advantage - jnp.sum(advantage) / count) * (logp - jnp.sum(logp) / count)
+
+
+def _key(logp: Array) -> Array:
+    """A random key of the bits of log-probs. Integers add alike in any order."""
+    return jax.random.key(jnp.sum(jax.lax.bitcast_convert_type(stop(logp), jnp.uint32)))
 
 
 def _check_fraction(fraction: float) -> None:

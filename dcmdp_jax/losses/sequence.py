@@ -82,6 +82,39 @@ def gspo_token(
 
 
 @separable
+def tbpo(
+    logp: Array,
+    old_logp: Array,
+    advantage: Array,
+    mask: Array,
+    *,
+    dual_clip: float,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
+) -> Array:
+    """Trust-band policy optimisation: GSPO with a second clip of completions of negative advantage,
+    whose ratio is thus kept in a band.
+
+    Formula: L = max(-s A, -clip(s, 1 - clip_low, 1 + clip_high) A), and min(L, -dual_clip A) where
+        A < 0; s and A as in `gspo`
+    Needs: logp, old_logp, advantage, mask
+    Default: clip_low 3e-4, clip_high 4e-4, those of `gspo`; dual_clip must be given, above 1
+    Paper: TBPO (QaRL), arXiv 2604.07853
+
+    A bad completion has a gradient while 1 - clip_low <= s <= dual_clip: above it the policy makes
+    the completion so much more often than the sampler that its loss would dominate the batch. The
+    paper's ratio is of the sequence; the length-normalised one is the choice made here.
+    """
+    if not dual_clip > 1:
+        raise ValueError(f"dual_clip must be above 1, not {dual_clip}")
+    loss = gspo(logp, old_logp, advantage, mask, clip_low=clip_low, clip_high=clip_high)
+    *_, advantage, mask = _arguments.policy_loss(logp, old_logp, advantage, mask)
+    advantage = _numerics.row_mean(advantage, mask)
+    bounded = jnp.where(advantage < 0, jnp.minimum(loss, -dual_clip * advantage), loss)
+    return _numerics.select(mask, bounded)
+
+
+@separable
 def gmpo(
     logp: Array,
     old_logp: Array,

@@ -25,6 +25,8 @@ from dcmdp_jax.losses import (
     rejection,
     routing,
     sequence,
+    step_size,
+    surrogates,
     tails,
 )
 
@@ -61,9 +63,15 @@ def loss(function, *, exact=True, old="old_logp", **options):
     return Case(lambda d: function(*losses_of(d, old=old), **options), **wrt)
 
 
-def pair(function, **options):
+def pair(function, empty=0.0, **options):
     """A detached function of (old_logp, rollout_logp, mask)."""
-    return Case(lambda d: function(d["old_logp"], d["rollout_logp"], d["mask"], **options))
+    return Case(
+        lambda d: function(d["old_logp"], d["rollout_logp"], d["mask"], **options), empty=empty
+    )
+
+
+def gap_of(d):
+    return d["old_logp"], d["rollout_logp"], d["advantage"], d["mask"]
 
 
 def weights(make):
@@ -133,6 +141,18 @@ def centred(d):
     )
 
 
+def centred_surrogate(d):
+    return centering.centred(
+        d["logp"],
+        d["old_logp"],
+        d["rollout_logp"],
+        d["advantage"],
+        d["mask"],
+        top_logp=d["head_logp"],
+        top_rollout_logp=d["head_rollout_logp"],
+    )
+
+
 TABLE = {
     "advantages.grpo": grouped(advantages.grpo),
     "advantages.dr_grpo": grouped(advantages.dr_grpo),
@@ -140,6 +160,9 @@ TABLE = {
     "advantages.gpg": grouped(advantages.gpg),
     "advantages.pass_at_k_advantage": grouped(advantages.pass_at_k_advantage),
     "advantages.pass_at_k": grouped(advantages.pass_at_k, k=2),
+    "advantages.at_last_token": Case(
+        lambda d: advantages.at_last_token(d["reward"], d["mask"]), ("reward",)
+    ),
     "advantages.reinforce_pp": Case(
         lambda d: advantages.reinforce_pp(d["token_reward"], d["mask"]), ("token_reward",)
     ),
@@ -180,6 +203,7 @@ TABLE = {
         elementwise=True,
     ),
     "centering.score_centering": Case(centred, surrogate=("logp", "head_logp")),
+    "centering.centred": Case(centred_surrogate, surrogate=("logp", "head_logp")),
     "constraint.delta": Case(
         lambda d: constraint.delta(d["old_logp"], d["rollout_logp"], d["mask"]),
         ("old_logp", "rollout_logp"),
@@ -352,7 +376,28 @@ TABLE = {
     "sequence.gspo": loss(sequence.gspo, clip_low=0.03, clip_high=0.03),
     "sequence.gspo_token": loss(sequence.gspo_token, exact=False, clip_low=0.03, clip_high=0.03),
     "sequence.gmpo": loss(sequence.gmpo, clip_low=0.1, clip_high=0.1),
+    "sequence.tbpo": loss(sequence.tbpo, clip_low=0.03, clip_high=0.03, dual_clip=1.05),
     "sequence.vespo": loss(sequence.vespo, exact=False),
+    "step_size.sqrt_ess": pair(step_size.sqrt_ess, empty=1.0),
+    "step_size.length_decay": pair(step_size.length_decay, empty=1.0, length=2.0),
+    "step_size.inference_gap": Case(lambda d: step_size.inference_gap(*gap_of(d))),
+    "step_size.accept": Case(lambda d: step_size.accept(*gap_of(d), tolerance=1e-3), empty=1.0),
+    "surrogates.adaptive_clip": surrogate(functools.partial(surrogates.adaptive_clip, high=1.1)),
+    "surrogates.log_linear_proximal": Case(
+        lambda d: surrogates.log_linear_proximal(d["logp"], d["rollout_logp"], d["mask"], alpha=0.3)
+    ),
+    "surrogates.log_linear": Case(
+        lambda d: surrogates.log_linear(
+            d["logp"],
+            d["old_logp"],
+            d["rollout_logp"],
+            d["advantage"],
+            d["mask"],
+            surrogate=corrections.decoupled(policy.clipped, corrections.tis(1.05)),
+            alpha=0.3,
+        ),
+        surrogate=("logp",),
+    ),
     "tails.quantiles": Case(lambda d: tails.quantiles(d["logp"], d["mask"])),
     "tails.quantiles_by_bucket": Case(
         lambda d: tails.quantiles_by_bucket(
