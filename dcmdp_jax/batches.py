@@ -177,6 +177,8 @@ class Batches:
                 if not config.algorithm.replay_routing:
                     # the batch is then packed without them
                     rollout = rollout._replace(experts=None)
+                if not config.rollout.top_logprobs:
+                    rollout = rollout._replace(top_tokens=None, top_logp=None)
                 return rewards.score(
                     rollout,
                     self._inputs.tokenizer.decode,
@@ -231,6 +233,14 @@ def check_rollout(rollout: Rollout, config: Config) -> None:
         raise ValueError(
             "algorithm.replay_routing replays the experts that the sampler chose, and the sampler "
             "reports none; report Rollout.experts, or set --algorithm.replay_routing no"
+        )
+    shape = (*rollout.tokens.shape, options.top_logprobs)
+    reported = [getattr(x, "shape", None) for x in (rollout.top_tokens, rollout.top_logp)]
+    if options.top_logprobs and reported != [shape, shape]:
+        raise ValueError(
+            f"rollout.top_logprobs={options.top_logprobs} asks for Rollout.top_tokens and top_logp "
+            f"of shape {shape}, and the sampler reports {reported[0]} and {reported[1]}; report "
+            "them, padded with -inf, or set --rollout.top_logprobs 0"
         )
 
 

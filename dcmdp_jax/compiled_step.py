@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax import entropy_bonus, sharding, step, train_state
+from dcmdp_jax import acceptance, entropy_bonus, sharding, step, train_state
 from dcmdp_jax.config import Config
 from dcmdp_jax.losses._separable import is_separable
 from dcmdp_jax.models.model_config import ModelConfig
@@ -58,17 +58,15 @@ def one_pass_step(
     batch = step.trained(batch, config)
     advantage = step.group_advantage(batch, config)
     ref_logp = step.score_reference(state, batch, config, model)
-    loss = partial(
-        on_policy_loss,
-        batch=batch,
-        ref_logp=ref_logp,
-        advantage=advantage,
-        multiplier=multiplier,
-        config=config,
-    )
+
+    def loss(scores: step.Scores) -> jax.Array:
+        return on_policy_loss(
+            scores.logp, batch, ref_logp, advantage, multiplier, config, scores.top_logp
+        )
+
     only = jax.tree.map(lambda x: x[0], batch)
     logp_of_others = jnp.zeros_like(only.rollout_logp)
-    grads, logp, entropy = step.backpropagate(
+    grads, scores, entropy = step.backpropagate(
         state.params,
         state.frozen,
         only,
@@ -80,23 +78,24 @@ def one_pass_step(
         slope=entropy_bonus.slope(config.algorithm, alpha, only.mask),
     )
     learner = step.Learner(state.params, state.opt_state, state.skipped)
-    value = loss(logp)
+    value = loss(scores)
     if alpha is not None:
         value -= entropy_bonus.value(config.algorithm, alpha, entropy, only.mask)
-    scale = step.update_scale(state, logp[None], batch, config)
+    scale = step.update_scale(state, scores.logp[None], batch, config)
     learner, norm = step.apply_update(learner, value, grads, config, scale)
 
-    old_logp = logp[None]
+    old_logp = scores.logp[None]
     entropy = entropy[None]
     shaped = step.shaped_advantage(advantage, old_logp, batch, multiplier, config)
     dual, dual_metrics = step.update_dual(state.dual, old_logp, batch, config)
     metrics = step.batch_metrics(batch, advantage, shaped, old_logp, entropy)
     minibatch = _only(batch, old_logp, ref_logp, shaped)
-    metrics |= step.update_metrics(value, norm, logp, minibatch, config)
+    metrics |= step.update_metrics(value, norm, scores, minibatch, config)
     metrics["skipped"] = learner.skipped
     metrics |= step.option_metrics(batch, old_logp, ref_logp, alpha, scale)
     new = step.next_state(state, learner, dual, batch, entropy, config)
-    return new, metrics | dual_metrics
+    new, accepted = acceptance.keep_or_undo(state, new, old_logp, batch, advantage, config)
+    return new, metrics | dual_metrics | accepted
 
 
 def on_policy_loss(
@@ -106,14 +105,15 @@ def on_policy_loss(
     advantage: jax.Array,
     multiplier: jax.Array,
     config: Config,
+    top_logp: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the loss of the only minibatch of a batch [1, A, ...] as a function of its log-probs
-    [A, n, T], which are the old ones too.
+    [A, n, T], which are the old ones too, and of `top_logp` as in `step.Scores`.
     """
     old_logp = jax.lax.stop_gradient(logp)[None]
     shaped = step.shaped_advantage(advantage, old_logp, batch, multiplier, config)
     minibatch = _only(batch, old_logp, ref_logp, shaped)
-    return step.loss_of(logp, minibatch, multiplier, config)
+    return step.loss_of(logp, minibatch, multiplier, config, top_logp)
 
 
 def _only(*fields: Batch | jax.Array | None) -> step.Minibatch:

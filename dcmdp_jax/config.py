@@ -141,6 +141,9 @@ class RolloutConfig:
     # texts that end a completion, in addition to the tokenizer's stop tokens
     stop_strings: tuple[str, ...] = ()
     precision: Precision = Precision()
+    # k, the likeliest tokens at each place whose log-probs the sampler reports, for a surrogate
+    # that takes them (losses.centering.centred); 0: none
+    top_logprobs: int = 0
     # the engine samples with the weights of so many constrained steps ago
     staleness: int = 0
     slots: int = 64  # sequences decoded together, over all processes
@@ -171,7 +174,9 @@ class RolloutConfig:
 class AlgorithmConfig:
     """From rewards to a gradient, and from the gradient to an update."""
 
-    advantage: Callable  # (reward [N], group [N], *, num_groups) -> [N]
+    # (reward [N], group [N], *, num_groups) -> [N]; given `mask` [N, T] if it has such a parameter,
+    # and then it may return [N, T]
+    advantage: Callable
     # (logp, old_logp, rollout_logp, advantage, mask) -> loss [N, T], denominator mask [N, T]
     surrogate: Callable
     reduce: Callable  # (loss, mask) -> scalar, linear in the loss
@@ -199,6 +204,10 @@ class AlgorithmConfig:
     entropy_target: float = 0.0
     entropy_lr: float = 0.01
     entropy_coefficient_max: float = 0.1
+    # (old_logp, rollout_logp, advantage, mask) -> bool [], of a batch that the weights after a step
+    # sampled, such as losses.step_size.accept: False undoes that step's updates, the optimizer's
+    # state included, and the batch makes none. None: they all stay
+    accept: Callable | None = None
     # (AlgorithmConfig) -> optax.GradientTransformation; None: optimizers.adamw
     optimizer: Callable | None = None
     minibatches: int = 1  # M optimizer updates per rollout batch and epoch
@@ -335,6 +344,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "rollout.tokens_per_dispatch": (1, 2**12),
     "rollout.temperature": (1e-6, 1e6),
     "rollout.top_k": (0, limits.MAX_INT),
+    "rollout.top_logprobs": (0, 1024),
     "rollout.precision.group": (-1, 2**24),
     "rollout.precision.experts_per_token": (0, 2**16),
     "rollout.staleness": (0, 16),  # each is a copy of the parameters

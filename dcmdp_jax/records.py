@@ -30,6 +30,8 @@ Log-probs of the sampled tokens, in nats
     old_logp        the trainer's with the parameters from before the update
     rollout_logp    the sampler's; in a `Rollout` of the distribution that was drawn from
     ref_logp        the reference policy's: by default the run's starting parameters
+    top_logp        of the sampler's k likeliest tokens at each place: the trainer's in a loss, the
+                    sampler's in a `Rollout` (`top_rollout_logp` in a `Batch`)
     support mass    the probability of the tokens that top-k, top-p and min-p leave to draw from
 
 The constraint
@@ -128,7 +130,8 @@ class Rollout(NamedTuple):
 
     Log-probs are of the distribution that was drawn from: tempered, and renormalised over its
     support. A sampler that cuts no support leaves `support_mass` None; one that does not report the
-    experts of its router leaves `experts` None.
+    experts of its router leaves `experts` None, and one that reports no tokens but the sampled
+    leaves `top_tokens` and `top_logp` None.
     """
 
     prompts: Prompts
@@ -143,6 +146,10 @@ class Rollout(NamedTuple):
     support_mass: np.ndarray | None = None
     # [N, T, sparse layers, k] int32 that made each token's distribution; -1 past the length
     experts: np.ndarray | None = None
+    # the sampler's k likeliest tokens at each place, [N, T, k] int32, and their log-probs under
+    # softmax(logits / temperature), float32; -inf for one that is not reported, and past the length
+    top_tokens: np.ndarray | None = None
+    top_logp: np.ndarray | None = None
 
 
 class NotFinite(ValueError):
@@ -242,6 +249,18 @@ class Batch(NamedTuple):
     # [M, A, R, S, sparse layers, k] int16, the recorded experts that each token takes again; -1:
     # its router's choice
     replayed: np.ndarray | None = None
+    # [M, A, n, T, k] int32 and float32: `top_tokens` and `top_logp` of the rollout, if a surrogate
+    # takes them
+    top_tokens: np.ndarray | None = None
+    top_rollout_logp: np.ndarray | None = None
+
+
+class Before(NamedTuple):
+    """What `AlgorithmConfig.accept` may bring back."""
+
+    params: Any  # as in `TrainState`, before the last step that made updates
+    opt_state: Any
+    pending: Any  # [] bool: those updates are not judged yet
 
 
 class TrainState(NamedTuple):
@@ -259,3 +278,4 @@ class TrainState(NamedTuple):
     frozen: Any = ()  # the decoder's starting parameters, if `ModelSource.trainable` is set
     reference: Any = ()  # `params` of the reference policy, if there is a reference penalty
     entropy_dual: Any = ()  # as `dual`, of the entropy bonus, if it has a target
+    before: Any = ()  # a `Before`, if `AlgorithmConfig.accept` is set

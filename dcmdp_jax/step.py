@@ -9,16 +9,15 @@ Sizes are those of `records`: M minibatches of A microbatches of n completions o
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from dcmdp_jax import constraint, entropy_bonus, optimizers, reference, train_state
+from dcmdp_jax import acceptance, constraint, entropy_bonus, optimizers, reference, train_state
 from dcmdp_jax.config import Config
-from dcmdp_jax.losses import diagnostics, kl, reduce
+from dcmdp_jax.losses import _arguments, diagnostics, kl, reduce
 from dcmdp_jax.losses._separable import is_separable
 from dcmdp_jax.models import engine_formats, scoring
 from dcmdp_jax.models.model_config import ModelConfig
@@ -26,6 +25,13 @@ from dcmdp_jax.monitoring import gaps
 from dcmdp_jax.records import Batch, TrainState
 
 Metrics = dict[str, jax.Array | gaps.Gaps]  # scalars, and under "gaps" a summary of the gaps
+
+
+class Scores(NamedTuple):
+    """The log-probs of which a loss is a function, and by which it is differentiated."""
+
+    logp: jax.Array  # [A, n, T]
+    top_logp: jax.Array | None = None  # [A, n, T, k], if `rollout.top_logprobs` is k
 
 
 class Learner(NamedTuple):
@@ -70,11 +76,11 @@ def constrained_step(
     scale = update_scale(state, old_logp, batch, config)
 
     def update(learner: Learner, minibatch: Minibatch) -> tuple[Learner, Metrics]:
-        loss, grads, logp = gradients(
+        loss, grads, scores = gradients(
             learner.params, state.frozen, minibatch, multiplier, config, model, alpha
         )
         learner, norm = apply_update(learner, loss, grads, config, scale)
-        return learner, update_metrics(loss, norm, logp, minibatch, config)
+        return learner, update_metrics(loss, norm, scores, minibatch, config)
 
     def epoch(learner: Learner, _: None) -> tuple[Learner, Metrics]:
         return jax.lax.scan(update, learner, Minibatch(batch, old_logp, ref_logp, shaped))
@@ -89,7 +95,9 @@ def constrained_step(
     metrics |= jax.tree.map(jnp.mean, updates) | {"skipped": learner.skipped}
     metrics |= option_metrics(batch, old_logp, ref_logp, alpha, scale)
     metrics |= staleness_metrics(state, old_logp, batch, config, model)
-    return next_state(state, learner, dual, batch, entropy, config), metrics | dual_metrics
+    new = next_state(state, learner, dual, batch, entropy, config)
+    new, accepted = acceptance.keep_or_undo(state, new, old_logp, batch, advantage, config)
+    return new, metrics | dual_metrics | accepted
 
 
 def score(
@@ -143,7 +151,9 @@ def trained(batch: Batch, config: Config) -> Batch:
 
 
 def group_advantage(batch: Batch, config: Config) -> jax.Array:
-    """Returns the advantage of each completion within its group, [M, A, n, 1]."""
+    """Returns the advantage of each completion within its group, [M, A, n, 1], or of each token,
+    [M, A, n, T], as `algorithm.advantage` returns it.
+    """
     reward = batch.reward.reshape(-1)
     group = batch.group.reshape(-1)
     num_groups = config.data.prompts_per_step
@@ -155,8 +165,10 @@ def group_advantage(batch: Batch, config: Config) -> jax.Array:
             group,
             num_groups=num_groups,
         )
-    advantage = config.algorithm.advantage(reward, group, num_groups=num_groups)
-    return advantage.reshape(*batch.reward.shape, 1)
+    function = config.algorithm.advantage
+    mask = {"mask": _flat(batch.mask)} if _arguments.takes(function, "mask") else {}
+    advantage = function(reward, group, num_groups=num_groups, **mask)
+    return advantage.reshape(*batch.reward.shape, -1)
 
 
 def shaped_advantage(
@@ -177,11 +189,15 @@ def shaped_advantage(
 
 
 def loss_of(
-    logp: jax.Array, minibatch: Minibatch, multiplier: jax.Array, config: Config
+    logp: jax.Array,
+    minibatch: Minibatch,
+    multiplier: jax.Array,
+    config: Config,
+    top_logp: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns the loss of a minibatch as a function of its log-probs [A, n, T]."""
+    """Returns the loss of a minibatch as a function of its log-probs; arrays as in `Scores`."""
     batch = minibatch.batch
-    loss = surrogate_loss(logp, minibatch, config)
+    loss = surrogate_loss(logp, minibatch, config, top_logp)
     logp = _flat(logp)
     rollout_logp = _flat(batch.rollout_logp)
     mask = _flat(batch.mask)
@@ -198,15 +214,23 @@ def loss_of(
     return loss
 
 
-def surrogate_loss(logp: jax.Array, minibatch: Minibatch, config: Config) -> jax.Array:
+def surrogate_loss(
+    logp: jax.Array, minibatch: Minibatch, config: Config, top_logp: jax.Array | None = None
+) -> jax.Array:
     """Returns the part of `loss_of` that has the advantages: the surrogate, reduced."""
     batch = minibatch.batch
+    top = {}
+    if top_logp is not None:
+        size = (-1, *top_logp.shape[-2:])
+        top["top_logp"] = top_logp.reshape(size)
+        top["top_rollout_logp"] = batch.top_rollout_logp.reshape(size)
     loss, denominator = config.algorithm.surrogate(
         _flat(logp),
         _flat(minibatch.old_logp),
         _flat(batch.rollout_logp),
         _flat(minibatch.advantage),
         _flat(batch.mask),
+        **top,
     )
     return config.algorithm.reduce(loss, denominator)
 
@@ -219,9 +243,9 @@ def gradients(
     config: Config,
     model: ModelConfig,
     alpha: jax.Array | None = None,
-) -> tuple[jax.Array, Any, jax.Array]:
+) -> tuple[jax.Array, Any, Scores]:
     """Returns the loss of a minibatch, its gradient with respect to `params`, the same for any
-    number of microbatches, and the log-probs [A, n, T].
+    number of microbatches, and the log-probs.
 
     The loss is `loss_of`, less the entropy bonus if `alpha` is not None.
 
@@ -233,15 +257,18 @@ def gradients(
     if len(logp) > 1 and not (updates_once(config) or is_separable_loss(config)):
         decoder = train_state.decoder_params(params, frozen, config)
         logp, _ = _score_minibatch(decoder, minibatch.batch, config, model)
-    loss = partial(loss_of, minibatch=minibatch, multiplier=multiplier, config=config)
+
+    def loss(scores: Scores) -> jax.Array:
+        return loss_of(scores.logp, minibatch, multiplier, config, scores.top_logp)
+
     slope = entropy_bonus.slope(config.algorithm, alpha, minibatch.batch.mask)
-    grads, logp, entropy = backpropagate(
+    grads, scores, entropy = backpropagate(
         params, frozen, minibatch.batch, logp, loss, config, model, slope=slope
     )
-    value = loss(logp)
+    value = loss(scores)
     if alpha is not None:
         value -= entropy_bonus.value(config.algorithm, alpha, entropy, minibatch.batch.mask)
-    return value, grads, logp
+    return value, grads, scores
 
 
 def backpropagate(
@@ -249,42 +276,46 @@ def backpropagate(
     frozen: Any,
     batch: Batch,
     logp_of_others: jax.Array,
-    loss: Callable[[jax.Array], jax.Array],
+    loss: Callable[[Scores], jax.Array],
     config: Config,
     model: ModelConfig,
     *,
     entropy: bool = False,
     slope: jax.Array | None = None,
-) -> tuple[Any, jax.Array, jax.Array | None]:
+) -> tuple[Any, Scores, jax.Array | None]:
     """Sums the gradients of the A microbatches of one minibatch, with one forward pass over each.
 
     Args:
         batch: [A, ...].
         logp_of_others: [A, n, T], the log-probs that `loss` sees of the microbatches other than
-            the one that is backpropagated.
-        loss: a function of the minibatch's log-probs [A, n, T].
+            the one that is backpropagated; their `top_logp` it sees as 0.
+        loss: a function of the minibatch's log-probs.
         entropy: whether to return entropies; they are with a `slope`.
         slope: [A, n, T], the gradient with respect to the entropies; None: it is 0.
 
     Returns:
-        The gradient with respect to `params`, and the log-probs and entropies [A, n, T].
+        The gradient with respect to `params`, the log-probs, and the entropies [A, n, T].
     """
+    top = batch.top_rollout_logp
+    of_others = Scores(logp_of_others, None if top is None else jnp.zeros_like(top))
 
     def microbatch_gradient(i: jax.Array | int, micro: Batch) -> tuple[Any, tuple]:
-        def scores_of(params: Any) -> tuple[jax.Array, jax.Array | None]:
+        def scores_of(params: Any) -> tuple[Scores, jax.Array | None]:
             decoder = train_state.decoder_params(params, frozen, config)
             with_slope = slope is not None
-            return _score(
+            return _score_all(
                 decoder, micro, config, model, entropy=entropy or with_slope, slope=with_slope
             )
 
+        def slopes_of(scores: Scores) -> Scores:
+            seen = jax.tree.map(lambda x, y: x.at[i].set(y), of_others, scores)
+            return jax.tree.map(lambda x: x[i], jax.grad(loss)(seen))
+
         if slope is None:
-            logp, pullback, entropies = jax.vjp(scores_of, params, has_aux=True)
-            dlogp = jax.grad(loss)(logp_of_others.at[i].set(logp))
-            return pullback(dlogp[i])[0], (logp, entropies)
-        (logp, entropies), pullback = jax.vjp(scores_of, params)
-        dlogp = jax.grad(loss)(logp_of_others.at[i].set(logp))
-        return pullback((dlogp[i], slope[i]))[0], (logp, entropies)
+            scores, pullback, entropies = jax.vjp(scores_of, params, has_aux=True)
+            return pullback(slopes_of(scores))[0], (scores, entropies)
+        (scores, entropies), pullback = jax.vjp(scores_of, params)
+        return pullback((slopes_of(scores), slope[i]))[0], (scores, entropies)
 
     def accumulate(total: Any, numbered: tuple) -> tuple[Any, tuple]:
         # Without the barrier the sum over devices would move out of the loop, which would then
@@ -427,7 +458,7 @@ def batch_metrics(
 
 
 def update_metrics(
-    loss: jax.Array, norm: jax.Array, logp: jax.Array, minibatch: Minibatch, config: Config
+    loss: jax.Array, norm: jax.Array, scores: Scores, minibatch: Minibatch, config: Config
 ) -> Metrics:
     """What is measured at each update, and averaged over a step's.
 
@@ -436,7 +467,8 @@ def update_metrics(
     k3 estimate of KL(old || current). Before the first update at the weights that sampled it is 0.
     """
     mask = minibatch.batch.mask
-    slope = jax.grad(surrogate_loss)(logp, minibatch, config)
+    logp = scores.logp
+    slope = jax.grad(surrogate_loss)(logp, minibatch, config, scores.top_logp)
     stopped = (slope == 0) & (minibatch.advantage != 0)
     return {
         "loss": loss,
@@ -516,6 +548,35 @@ def _score(
         entropy_gradient=slope,
         replayed=micro.replayed,
     )
+
+
+def _score_all(
+    params: Any,
+    micro: Batch,
+    config: Config,
+    model: ModelConfig,
+    *,
+    entropy: bool,
+    slope: bool = False,
+) -> tuple[Scores, jax.Array | None]:
+    """As `_score`, with the log-probs of the sampler's likeliest tokens if the batch has them."""
+    if micro.top_tokens is None:
+        logp, entropies = _score(params, micro, config, model, entropy=entropy, slope=slope)
+        return Scores(logp), entropies
+    logp, entropies, top_logp = scoring.packed_top_logp(
+        scored_params(params, config, model),
+        micro.tokens,
+        micro.positions,
+        micro.segment_ids,
+        micro.index,
+        micro.top_tokens,
+        model,
+        config.rollout.temperature,
+        entropy=entropy,
+        entropy_gradient=slope,
+        replayed=micro.replayed,
+    )
+    return Scores(logp, top_logp), entropies
 
 
 def _flat(x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from dcmdp_jax import constraint, entropy_bonus, optimizers, seeds, sharding
 from dcmdp_jax.config import Config
 from dcmdp_jax.models import decoder, derived, engine_formats, lora
 from dcmdp_jax.models.model_config import ModelConfig
-from dcmdp_jax.records import Batch, TrainState
+from dcmdp_jax.records import Batch, Before, TrainState
 from dcmdp_jax.seeds import Stream
 
 
@@ -26,9 +26,13 @@ def init(config: Config, params: Any, reference: Any = None, adapters: Any = Non
     algorithm = config.algorithm
     trained, frozen = divide(config, params, adapters)
     kept = trained if reference is None else reference
+    opt_state = optimizers.from_config(algorithm).init(trained)
+    before = ()
+    if algorithm.accept:
+        before = Before(_copy(trained), _copy(opt_state), jnp.bool_(False))
     return TrainState(
         params=trained,
-        opt_state=optimizers.from_config(algorithm).init(trained),
+        opt_state=opt_state,
         dual=controller(config).init(),
         step=jnp.int32(0),
         skipped=jnp.int32(0),
@@ -36,6 +40,7 @@ def init(config: Config, params: Any, reference: Any = None, adapters: Any = Non
         frozen=frozen,
         reference=_copy(kept) if algorithm.reference_penalty else (),
         entropy_dual=entropy_bonus.controller(algorithm).init() if algorithm.entropy_target else (),
+        before=before,
     )
 
 
@@ -132,12 +137,15 @@ def shardings(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> Tr
             decoder.logical_axes(model), shapes.frozen, mesh, sharding.TRAIN
         )
     moments = sharding.on_host(params) if config.algorithm.offload else params
+    opt_state = optimizers.map_param_like(shapes.opt_state, shapes.params, moments, replicated)
+    before = Before(params, opt_state, replicated) if config.algorithm.accept else ()
     return jax.tree.map(lambda _: replicated, shapes)._replace(
         params=params,
-        opt_state=optimizers.map_param_like(shapes.opt_state, shapes.params, moments, replicated),
+        opt_state=opt_state,
         stale=(params,) * config.rollout.staleness,
         frozen=frozen,
         reference=params if config.algorithm.reference_penalty else (),
+        before=before,
     )
 
 
@@ -152,6 +160,7 @@ def batch_shardings(config: Config, mesh: jax.sharding.Mesh) -> Batch:
     """
     rows = sharding.batch_shardings(mesh)
     replicated = sharding.replicated(mesh)
+    top = replicated if config.rollout.top_logprobs else None
     return Batch(
         tokens=rows,
         positions=rows,
@@ -165,6 +174,8 @@ def batch_shardings(config: Config, mesh: jax.sharding.Mesh) -> Batch:
         truncated=replicated,
         group=replicated,
         replayed=rows if config.algorithm.replay_routing else None,
+        top_tokens=top,
+        top_rollout_logp=top,
     )
 
 

@@ -17,7 +17,7 @@ from dcmdp_jax.models import cache as kv
 from dcmdp_jax.models import decoder, inference
 from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Sampling, Weights
-from dcmdp_jax.rollout.sampling import Drawn, sample
+from dcmdp_jax.rollout.sampling import Drawn, Top, sample, top
 
 
 class Prefix(NamedTuple):
@@ -49,6 +49,7 @@ class Step(NamedTuple):
     # [B, sparse layers, k] int32: the experts that made the distribution; [B, 0, 0] unless recorded
     experts: jax.Array
     valid: jax.Array  # [B] bool
+    top: Top | None  # [B, k] each, unless k is 0
 
 
 class Tokens(NamedTuple):
@@ -60,6 +61,7 @@ class Tokens(NamedTuple):
     generated: Any  # [B] int32, tokens sampled so far in the slot's sequence
     active: Any  # [B] bool: the slot's sequence goes on
     version: Any  # [] int32, of the weights
+    top: Top | None = None  # [B, K, k] each, unless k is 0
 
 
 def init_state(config: ModelConfig, slots: int, length: int, cache: str) -> DecodeState:
@@ -149,6 +151,7 @@ def generate(
     steps: int,
     window: int,
     record_experts: bool,
+    top_logprobs: int = 0,
     expert_shards: int = 0,
     copy_window: bool = False,
 ) -> tuple[DecodeState, Tokens]:
@@ -161,6 +164,7 @@ def generate(
         window: a bound on the lengths of all sequences after the last step; attention reads that
             many positions of the cache.
         record_experts: return the experts of each token.
+        top_logprobs: k, the likeliest tokens to return at each place.
         copy_window: decode in a copy of the first `window` positions of the cache. Results are
             equal; it is faster on a CPU and takes more memory.
     """
@@ -175,6 +179,7 @@ def generate(
         stop_ids=stop_ids,
         window=window,
         record_experts=record_experts,
+        top_logprobs=top_logprobs,
         expert_shards=expert_shards,
     )
 
@@ -196,7 +201,15 @@ def generate(
     _, state, out = jax.lax.while_loop(goes_on, body, (0, state, empty))
     if copy_window:
         state = state._replace(cache=kv.restore_prefix(cache, state.cache))
-    return state, Tokens(*out, state.generated, state.active, weights.version)
+    return state, Tokens(
+        out.drawn,
+        out.experts,
+        out.valid,
+        state.generated,
+        state.active,
+        weights.version,
+        out.top,
+    )
 
 
 def _decode_step(
@@ -207,6 +220,7 @@ def _decode_step(
     stop_ids: tuple[int, ...],
     window: int,
     record_experts: bool,
+    top_logprobs: int,
     expert_shards: int,
 ) -> tuple[DecodeState, Step]:
     hidden, cache, experts = inference.decode(
@@ -221,7 +235,9 @@ def _decode_step(
     )
     request = jax.random.wrap_key_data(state.key, impl="threefry2x32")
     key = jax.random.key_data(jax.vmap(jax.random.fold_in)(request, state.generated))
-    drawn = sample(decoder.head(params, hidden, config), key, state.sampling)
+    logits = decoder.head(params, hidden, config)
+    drawn = sample(logits, key, state.sampling)
+    likeliest = top(logits, state.sampling.temperature, top_logprobs) if top_logprobs else None
     valid = state.active
     generated = state.generated + valid
     stopped = jnp.isin(drawn.token, jnp.array(stop_ids, jnp.int32))
@@ -234,4 +250,4 @@ def _decode_step(
     )
     if not record_experts:
         experts = experts[:, :0, :0]
-    return state, Step(drawn, experts, valid)
+    return state, Step(drawn, experts, valid, likeliest)

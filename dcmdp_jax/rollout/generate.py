@@ -192,6 +192,8 @@ class _Completions:
         self.rollout_logp = np.zeros(shape, np.float32)
         self.support_mass = np.zeros(shape, np.float32)
         self.experts: np.ndarray | None = None
+        self.top_tokens: np.ndarray | None = None
+        self.top_logp: np.ndarray | None = None
         self.lengths = np.zeros(count, np.int32)
         self.text_lengths = np.zeros(count, np.int32)
         self.stopped = np.zeros(count, bool)
@@ -210,6 +212,13 @@ class _Completions:
             if self.experts is None:
                 self.experts = np.full((*self.tokens.shape, *new.experts.shape[2:]), -1, np.int32)
             self.experts[place] = new.experts[slot, column]
+        if new.top is not None:
+            if self.top_tokens is None:
+                shape = (*self.tokens.shape, new.top.token.shape[-1])
+                self.top_tokens = np.zeros(shape, np.int32)
+                self.top_logp = np.full(shape, -np.inf, np.float32)
+            self.top_tokens[place] = new.top.token[slot, column]
+            self.top_logp[place] = new.top.logp[slot, column]
         self.lengths[owner[occupied]] += valid[occupied].sum(axis=1, dtype=np.int32)
         self.text_lengths[owner[occupied]] = self.lengths[owner[occupied]]
 
@@ -263,6 +272,9 @@ class _Completions:
             array[i, end:] = 0
         if self.experts is not None:
             self.experts[i, end:] = -1
+        if self.top_tokens is not None:
+            self.top_tokens[i, end:] = 0
+            self.top_logp[i, end:] = -np.inf
         self.lengths[i] = end
         self.text_lengths[i] = end
         self.stopped[i] = True
@@ -280,6 +292,8 @@ class _Completions:
             sampling=self.sampling,
             support_mass=self.support_mass,
             experts=self.experts,
+            top_tokens=self.top_tokens,
+            top_logp=self.top_logp,
         )
 
 

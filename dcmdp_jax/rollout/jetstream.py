@@ -26,7 +26,7 @@ from dcmdp_jax.distributed import processes
 from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Prompts, Rollout, Sampling, Weights
 from dcmdp_jax.rollout import decode, generate
-from dcmdp_jax.rollout.sampling import Drawn
+from dcmdp_jax.rollout.sampling import Drawn, Top
 from dcmdp_jax.tokens.tokenizer import Tokenizer
 
 
@@ -81,6 +81,7 @@ def sampler(
         steps=config.rollout.tokens_per_dispatch,
         precision=config.rollout.precision,
         record_experts=config.algorithm.replay_routing,
+        top_logprobs=config.rollout.top_logprobs,
         one_engine=config.rollout.one_engine,
     )
 
@@ -99,12 +100,13 @@ class JetStreamSampler:
         steps: int = 16,
         precision: Precision = Precision(),
         record_experts: bool = False,
+        top_logprobs: int = 0,
         one_engine: bool = False,
     ):
         """Makes an engine without weights.
 
         Args:
-            slots, max_length, steps, precision, record_experts: see `Engine`.
+            slots, max_length, steps, precision, record_experts, top_logprobs: see `Engine`.
             one_engine: all processes decode in lockstep over `mesh`, which spans their devices, and
                 all call `sample` and `update_weights` with the same arguments.
         """
@@ -116,6 +118,7 @@ class JetStreamSampler:
             steps=steps,
             precision=precision,
             record_experts=record_experts,
+            top_logprobs=top_logprobs,
             mesh=mesh,
         )
         self.weights: Weights | None = None
@@ -212,6 +215,7 @@ class Engine(engine_api.Engine):
         steps: int = 16,
         precision: Precision = Precision(),
         record_experts: bool = False,
+        top_logprobs: int = 0,
         max_tokens: int | None = None,
         sampling: Sampling = Sampling(),
         mesh: jax.sharding.Mesh | None = None,
@@ -227,6 +231,7 @@ class Engine(engine_api.Engine):
             precision: the cache's format and the router's top-k. The formats of the weights are
                 those of the weights that are passed in.
             record_experts: return the experts that each sampled token's distribution came from.
+            top_logprobs: k, the likeliest tokens to return at each place, with their log-probs.
             max_tokens, sampling: of sequences started by `insert`; `bulk_insert` takes its own.
             load: returns the weights for `load_params`.
         """
@@ -250,6 +255,7 @@ class Engine(engine_api.Engine):
             else 0
         )
         self._experts = (sparse, config.experts_per_token if sparse else 0)
+        self._top_logprobs = top_logprobs
         self._jit(precision.cache, record_experts)
 
     def _jit(self, cache: str, record_experts: bool) -> None:
@@ -276,6 +282,7 @@ class Engine(engine_api.Engine):
             stop_ids=self.stop_ids,
             steps=self.steps,
             record_experts=record_experts,
+            top_logprobs=self._top_logprobs,
             expert_shards=self.expert_shards,
             copy_window=copy_window,
         )
@@ -402,7 +409,7 @@ class Engine(engine_api.Engine):
 
         Raises ValueError if a log-prob is not finite.
         """
-        tokens = _unpack(np.asarray(result.data), self.steps, self._experts)
+        tokens = _unpack(np.asarray(result.data), self.steps, self._experts, self._top_logprobs)
         if not np.isfinite(tokens.drawn.rollout_logp[tokens.valid]).all():
             raise ValueError(
                 "the engine sampled a token whose log-prob is not finite: its logits "
@@ -484,20 +491,28 @@ def _generate_packed(
     ]
     if tokens.experts.size:  # an empty array would be gathered by some processes and not others
         columns.append(tokens.experts.reshape(slots, -1))
+    if tokens.top is not None:
+        columns.append(tokens.top.token.reshape(slots, -1))
+        columns.append(jax.lax.bitcast_convert_type(tokens.top.logp, jnp.int32).reshape(slots, -1))
     return state, jnp.concatenate(columns, axis=1)
 
 
-def _unpack(data: np.ndarray, k: int, experts: tuple[int, int]) -> decode.Tokens:
+def _unpack(data: np.ndarray, k: int, experts: tuple[int, int], top: int) -> decode.Tokens:
     """Returns the tokens that `_generate_packed` put into `data`.
 
-    `experts` is (sparse layers, experts per token).
+    `experts` is (sparse layers, experts per token), and `top` the likeliest tokens of each place.
     """
-    token, valid, generated, active, version, logp, mass, chosen = np.split(
-        data, np.cumsum([k, k, 1, 1, 1, k, k]), axis=1
-    )
 
     def floats(bits: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(bits).view(np.float32)
+
+    sizes = [k, k, 1, 1, 1, k, k, k * experts[0] * experts[1], k * top]
+    token, valid, generated, active, version, logp, mass, chosen, top_token, top_logp = np.split(
+        data, np.cumsum(sizes), axis=1
+    )
+    likeliest = Top(
+        top_token.reshape(len(data), k, top), floats(top_logp).reshape(len(data), k, top)
+    )
 
     return decode.Tokens(
         Drawn(token, floats(logp), floats(mass)),
@@ -506,4 +521,5 @@ def _unpack(data: np.ndarray, k: int, experts: tuple[int, int]) -> decode.Tokens
         generated[:, 0],
         active[:, 0] > 0,
         version[0, 0],
+        likeliest if top else None,
     )

@@ -22,6 +22,13 @@ class Drawn(NamedTuple):
     support_mass: jax.Array
 
 
+class Top(NamedTuple):
+    """The k likeliest tokens of each row, [B, k]."""
+
+    token: jax.Array  # int32
+    logp: jax.Array  # float32, nats, under softmax(logits / temperature)
+
+
 def sample(logits: jax.Array, key: jax.Array, sampling: Sampling) -> Drawn:
     """Draws a token of each row.
 
@@ -85,6 +92,19 @@ def log_prob(logits: jax.Array, token: jax.Array, temperature: jax.Array) -> jax
     mass = jnp.sum(jnp.exp(_blocks(z)), axis=-1)
     chosen = jnp.take_along_axis(z, token[:, None], axis=-1)[:, 0]
     return chosen - jnp.log(jnp.sum(mass, axis=-1))
+
+
+def top(logits: jax.Array, temperature: jax.Array, k: int) -> Top:
+    """Returns the k likeliest tokens of logits [B, V], in descending order, at temperatures [B].
+
+    Temperature 0 counts as 1, as in `sample`. The terms are summed as `sample` sums them.
+    """
+    scale = jnp.where(temperature <= 0, 1.0, 1.0 / temperature)
+    highest, token = jax.lax.top_k(logits, k)
+    z = (logits - highest[:, :1]) * scale[:, None]
+    total = jnp.sum(jnp.sum(jnp.exp(_blocks(z)), axis=-1), axis=-1)
+    logp = (highest - highest[:, :1]) * scale[:, None] - jnp.log(total)[:, None]
+    return Top(token.astype(jnp.int32), logp)
 
 
 def _blocks(z: jax.Array) -> jax.Array:

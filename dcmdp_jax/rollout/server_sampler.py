@@ -118,6 +118,12 @@ def check(config: Config, server: Server) -> None:
             f"algorithm.replay_routing replays the experts that the sampler chose, and {name} is "
             "not asked for them; set --algorithm.replay_routing no"
         )
+    if rollout.top_logprobs:
+        raise ValueError(
+            f"rollout.top_logprobs={rollout.top_logprobs} asks for the likeliest tokens at each "
+            f"place, and {name} is asked for those that it samples alone; set "
+            "--rollout.top_logprobs 0, and a surrogate that does not take them"
+        )
     if rollout.one_engine:
         raise ValueError(
             "rollout.one_engine is one engine of all processes, and each process asks a server for "

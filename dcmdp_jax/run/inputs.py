@@ -14,6 +14,8 @@ import jax
 from dcmdp_jax import data, hub, seeds, sharding, sync
 from dcmdp_jax.config import Config, DataConfig
 from dcmdp_jax.distributed import processes
+from dcmdp_jax.losses import _arguments
+from dcmdp_jax.losses._separable import is_separable
 from dcmdp_jax.models import decoder, lora, peft, weights
 from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Prompts
@@ -85,6 +87,28 @@ def check(
         raise ValueError(
             "algorithm.replay_routing replays the choices of a router, and this model is dense; "
             "leave it out"
+        )
+    rollout = config.rollout
+    if config.algorithm.accept and (rollout.staleness or config.algorithm.offload):
+        raise ValueError(
+            "algorithm.accept judges a step by the next batch and keeps the state before it on the "
+            "devices; set rollout.staleness to 0 and algorithm.offload to no"
+        )
+    if rollout.top_logprobs and (rollout.top_k or rollout.top_p < 1 or rollout.min_p):
+        raise ValueError(
+            f"rollout.top_logprobs={rollout.top_logprobs} are compared over the full vocabulary, "
+            "and rollout.top_k, top_p or min_p cuts it; leave these at 0, 1 and 0"
+        )
+    takes_top = _arguments.takes(config.algorithm.surrogate, "top_logp")
+    if bool(config.rollout.top_logprobs) != takes_top:
+        raise ValueError(
+            "rollout.top_logprobs is for a surrogate that takes top_logp, such as "
+            "losses.centering.centred, and such a surrogate needs it; set both or neither"
+        )
+    if takes_top and not is_separable(config.algorithm.surrogate):
+        raise ValueError(
+            "the surrogate takes top_logp, and its microbatches are scored one at a time; let each "
+            "completion's loss depend on that completion alone, and set surrogate.separable = True"
         )
     learns_task = config.warmup.steps and not config.warmup.path
     if learns_task and not hasattr(config.data.task, "solution"):

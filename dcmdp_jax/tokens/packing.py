@@ -88,6 +88,8 @@ def pack(
         truncated=deal(~rollout.stopped[order]),
         group=deal(group.astype(np.int32)),
         replayed=None if rollout.experts is None else place_experts(rollout.experts),
+        top_tokens=None if rollout.top_tokens is None else deal(rollout.top_tokens[order]),
+        top_rollout_logp=None if rollout.top_logp is None else deal(rollout.top_logp[order]),
     )
 
 

@@ -270,6 +270,7 @@ def _engine(config: Config, model: ModelConfig, mesh: Any, engines: int, prompts
         stop_ids=(0,),
         precision=rollout.precision,
         record_experts=config.algorithm.replay_routing,
+        top_logprobs=config.rollout.top_logprobs,
         mesh=mesh,
     )
     at_once = max(min(generate.PREFILL_TOKENS // width, prompts), 1)
@@ -350,10 +351,14 @@ def abstract_batch(config: Config, model: ModelConfig, mesh: Any) -> Batch:
             config.rollout.precision.experts_per_token or model.experts_per_token,
         )
     }
+    sizes |= dict.fromkeys(
+        ("top_tokens", "top_rollout_logp"), (count, width, config.rollout.top_logprobs)
+    )
     dtypes = {
         "mask": jnp.bool_,
         "truncated": jnp.bool_,
         "rollout_logp": jnp.float32,
+        "top_rollout_logp": jnp.float32,
         "reward": jnp.float32,
         "replayed": jnp.int16,
     }

@@ -125,6 +125,14 @@ def run(config, scored, mesh=None, row_length=2 * (P + T), params=None):
 
 
 ONE = sharding.single_device_mesh()
+# A few tiny steps take no time; compiling them does.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def quick_step(config, state, batch):
+    """The compiled step on one device, for these shapes, by a compiler that optimizes little."""
+    step = compiled_step.compile_step(config, config.model.architecture, ONE)
+    return step.lower(state, batch).compile(compiler_options=QUICK)
 
 
 def assert_close(a, b, atol=2e-5):
