@@ -4,7 +4,8 @@ docs.make_losses`.
 Every public function states `Formula:` and `Needs:`, and `Default:` and `Paper:` if it has them; a
 line indented under one of these continues it. A function without a formula, or that does not say
 what it needs, stops the script. The column of the field
-that takes a function in `dcmdp train` is made from the function's module and signature.
+that takes a function in `dcmdp train` is made from the function's module and signature, or stated
+in `OTHERS`. It is empty for the functions of `MEASURES` alone.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ FIELDS = ("Formula", "Needs", "Default", "Paper")
 REQUIRED = ("Formula", "Needs")
 
 # (module, leading parameters of a function) -> the field of the configuration that takes it.
+ADVANTAGE = "algorithm.advantage"
 SURROGATE = "algorithm.surrogate"
+TOP = SURROGATE + ", rollout.top_logprobs"
 FIELDS_OF_CONFIG = {
-    ("losses.advantages", "reward, group"): "algorithm.advantage",
+    ("losses.advantages", "reward, group"): ADVANTAGE,
+    ("losses.advantages", "reward, group, mask"): ADVANTAGE,
     ("losses.advantages", "length"): "algorithm.reward_shaping",
     ("losses.advantages", "correct, length, group"): "algorithm.reward_shaping",
     ("losses.advantages", "mask, truncated"): "algorithm.mask",
@@ -38,6 +42,14 @@ FIELDS_OF_CONFIG = {
     ("losses.corrections", "high"): SURROGATE + " (correction)",
     ("losses.corrections", "low, high"): SURROGATE + " (correction)",
     ("losses.corrections", "low, high, denominator"): SURROGATE + " (correction)",
+    ("losses.corrections", "weights, mask"): SURROGATE + " (reweight)",
+    ("losses.surrogates", "logp, old_logp, rollout_logp, advantage, mask"): SURROGATE,
+    ("losses.centering", "ratio"): TOP + " (weight)",
+    ("losses.centering", "ratio, high"): TOP + " (weight)",
+    ("losses.centering", "ratio, low, high"): TOP + " (weight)",
+    ("losses.centering", "logp, old_logp, rollout_logp, advantage, mask"): TOP,
+    ("losses.step_size", "old_logp, rollout_logp, advantage, mask"): "algorithm.accept",
+    ("losses.step_size", "old_logp, rollout_logp, mask, steps"): "algorithm.update_scale",
     ("losses.operators", "difference, mask"): SURROGATE + " (correction)",
     ("losses.operators", "ratio, low, high"): SURROGATE + " (correction)",
     ("losses.operators", "mask, keep"): SURROGATE + " (denominator)",
@@ -55,19 +67,36 @@ FIELDS_OF_CONFIG = {
     ("constraint", "controller, decay"): "constraint.dual",
     ("constraint", "controller, fraction"): "constraint.dual",
 }
-IMPORT_ONLY = "by import only"
 BUILT_IN = "built in"
-# Functions that their signature alone would put elsewhere.
+# Functions that their signature alone would put elsewhere. "In one of your own" is a function of an
+# experiment that calls this one; the page has an example of each.
+IN_YOUR_OWN = " (in one of your own)"
 OTHERS = {
     "constraint.delta": BUILT_IN,
     "constraint.measure": BUILT_IN,
     "constraint.calibrate_tolerance": "constraint.tolerance (Calibrated)",
+    "constraint.signed_delta": "constraint.shaping (in shape_signed)",
+    "losses.advantages.at_last_token": ADVANTAGE + IN_YOUR_OWN,
     "losses.advantages.dynamic_sampling_mask": "algorithm.mask",
-    "losses.covariance.clip_cov": IMPORT_ONLY,  # needs a new key each step
+    "losses.advantages.reinforce_pp": ADVANTAGE + IN_YOUR_OWN,
+    "losses.advantages.whiten": ADVANTAGE + IN_YOUR_OWN,
+    "losses.centering.score_centering": TOP + " (in centred)",
     "losses.diagnostics.summary": BUILT_IN,
     "losses.diagnostics.sign_flip": BUILT_IN,
     "losses.diagnostics.staleness": BUILT_IN,
+    "losses.rejection.opsm": SURROGATE + IN_YOUR_OWN,
+    "losses.routing.replay_ids": "algorithm.replay_routing",
+    "losses.routing.replay_weights": "algorithm.replay_routing",
+    "losses.step_size.inference_gap": "algorithm.accept (in accept)",
+    "losses.surrogates.log_linear_proximal": SURROGATE + " (in log_linear)",
 }
+# Modules and functions that measure and change nothing.
+MEASURES = (
+    "losses.advantages.pass_at_k",
+    "losses.diagnostics",
+    "losses.routing.flips",
+    "losses.tails",
+)
 INTRODUCTION = """# Losses and the constraint
 
 Pure functions: arrays in, arrays out. This page is made from the docstrings by
@@ -85,9 +114,10 @@ Pure functions: arrays in, arrays out. This page is made from the docstrings by
 - Policy losses are called `(logp, old_logp, advantage, mask)` with options by name, surrogates
   `(logp, old_logp, rollout_logp, advantage, mask)`, shapings
   `(advantage, old_logp, rollout_logp, multiplier, tolerance, mask)`; "needs" lists what is read.
-- "Trains as" names the field of the configuration by which `dcmdp train` takes a function, with its
-  options by `functools.partial`; "built in" is part of every step. Policy losses, corrections and
-  rejections get there inside `corrections.decoupled` or `bypass`.
+- "Trains with" names the field of the configuration by which `dcmdp train` takes a function, with
+  its options by `functools.partial`; "built in" is part of every step, and what only measures has
+  none. Policy losses, corrections and rejections get there inside `corrections.decoupled` or
+  `bypass`.
 - Advantages are made in `losses.advantages`, and shaped by the discrepancy in `constraint`.
 
 ## Three algorithms on your own log-probs
@@ -141,6 +171,28 @@ embedding, the head and the stacked norms.
 
 ```
 
+An advantage that has a parameter `mask` is given it, `[N, T]`, and may return one value per token.
+What reads more than its field passes goes into a function of your own:
+
+```python
+>>> import jax.numpy as jnp
+>>> from dcmdp_jax.losses import rejection
+>>> def reinforce_pp(reward, group, mask, *, num_groups):
+...     return advantages.reinforce_pp(advantages.at_last_token(reward, mask), mask)
+>>> def whitened_rloo(reward, group, mask, *, num_groups):
+...     advantage = advantages.rloo(reward, group, num_groups=num_groups)[:, None]
+...     return advantages.whiten(jnp.broadcast_to(advantage, mask.shape), mask)
+>>> def with_opsm(logp, old_logp, rollout_logp, advantage, mask):
+...     loss, denominator = tis(logp, old_logp, rollout_logp, advantage, mask)
+...     keep = rejection.opsm(logp, rollout_logp, advantage, mask)
+...     return jnp.where(keep, loss, 0.0), denominator
+
+```
+
+Score centering takes the sampler's k likeliest tokens at each place, which the engine reports where
+`rollout.top_logprobs` is k, with `functools.partial(centering.centred, weight=centering.truncated)`
+for a surrogate. They take 8 k bytes per sampled token.
+
 `separable = True` declares that what the function gives a completion does not depend on the
 log-probs of others; the functions of this page declare it themselves. With one update a batch, a
 loss made of such functions alone is scored and differentiated in one pass over each microbatch.
@@ -184,13 +236,13 @@ def fields(name: str, function) -> dict[str, str]:
     return stated
 
 
-def trains_as(short: str, name: str, function) -> str:
-    """Returns the field of the configuration that takes a function, `BUILT_IN` or `IMPORT_ONLY`."""
+def trains_with(short: str, name: str, function) -> str:
+    """Returns the field of the configuration that takes a function, `BUILT_IN` or ""."""
     if f"{short}.{name}" in OTHERS:
         return OTHERS[f"{short}.{name}"]
     parameters = inspect.signature(function).parameters.values()
     leading = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    return FIELDS_OF_CONFIG.get((short, ", ".join(leading)), IMPORT_ONLY)
+    return FIELDS_OF_CONFIG.get((short, ", ".join(leading)), "")
 
 
 def table(module: ModuleType) -> str:
@@ -198,14 +250,14 @@ def table(module: ModuleType) -> str:
     short = module.__name__.removeprefix("dcmdp_jax.")
     rows = [f"## {short}", "", inspect.getdoc(module).split("\n\n")[0].replace("\n", " "), ""]
     rows += [
-        "| name | formula | needs | default | trains as | paper |",
+        "| name | formula | needs | default | trains with | paper |",
         "|---|---|---|---|---|---|",
     ]
     for name, function in functions(module).items():
         stated = fields(f"{short}.{name}", function)
         cells = [f"`{name}`: {stated['Summary']}", *(f"{stated[field]}" for field in FIELDS)]
         cells[1] = f"`{cells[1]}`"
-        cells.insert(-1, trains_as(short, name, function))
+        cells.insert(-1, trains_with(short, name, function))
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
 
