@@ -10,7 +10,6 @@ import pytest
 
 from dcmdp_jax import (
     compiled_step,
-    constraint,
     optimizers,
     reference,
     sharding,
@@ -21,6 +20,7 @@ from dcmdp_jax.config import MeshConfig
 from dcmdp_jax.losses import kl
 from dcmdp_jax.models import weights
 from dcmdp_jax.models.decoder import init
+from dcmdp_jax.records import Batch
 from dcmdp_jax.run import inputs, starting
 from dcmdp_jax.tokens import packing
 from support import adapters
@@ -30,8 +30,8 @@ from support.steps import (
     assert_close,
     fresh_state,
     make_config,
+    make_params,
     make_scored,
-    run,
 )
 from support.training import ONE_DEVICE, tiny
 
@@ -90,6 +90,91 @@ def with_reference(penalty=kl.k3, coefficient=0.5, **algorithm):
     return make_config(reference_penalty=penalty, reference_coefficient=coefficient, **algorithm)
 
 
+# of logp, old_logp and x = ref_logp - logp, in float64
+VALUES = {
+    kl.k1: lambda logp, old, x: -x,
+    kl.k2: lambda logp, old, x: x**2 / 2,
+    kl.k3: lambda logp, old, x: np.exp(x) - 1 - x,
+    kl.k3_k2_gradient: lambda logp, old, x: np.exp(x) - 1 - x,
+    kl.unbiased: lambda logp, old, x: np.exp(logp - old) * (np.exp(x) - 1 - x),
+}
+# and the derivatives of the sum over tokens by logp
+SLOPES = {
+    kl.k1: lambda logp, old, x: np.ones_like(x),
+    kl.k2: lambda logp, old, x: -x,
+    kl.k3: lambda logp, old, x: 1 - np.exp(x),
+    kl.k3_k2_gradient: lambda logp, old, x: -x,
+    kl.unbiased: lambda logp, old, x: np.exp(logp - old) * -x,
+}
+by_name = pytest.mark.parametrize("function", VALUES, ids=lambda function: function.__name__)
+
+
+def test_no_estimator_is_left_out():
+    members = inspect.getmembers(kl, inspect.isfunction)
+    estimators = {f for name, f in members if f.__module__ == kl.__name__ and name[0] != "_"}
+    assert estimators == set(VALUES) == set(SLOPES)
+
+
+def made_up():
+    """A minibatch [A, n, T] with the log-probs of its policy."""
+    shape = (2, 3, 4)
+    rng = np.random.default_rng(0)
+    logp, old, kept = (np.float32(-rng.exponential(1.0, shape)) for _ in range(3))
+    batch = Batch(**dict.fromkeys(Batch._fields))._replace(
+        mask=np.arange(4) < rng.integers(1, 5, (2, 3, 1)),
+        rollout_logp=old,
+        reward=rng.normal(size=(2, 3)).astype(np.float32),
+    )
+    return logp, step.Minibatch(batch, old, kept, np.zeros(shape, np.float32))
+
+
+def in_float64(of, function):
+    """`of[function]` of the made-up minibatch; 0 off the mask."""
+    logp, minibatch = made_up()
+    logp, old, kept = (np.float64(x) for x in (logp, *minibatch[1:3]))
+    return np.where(minibatch.batch.mask, of[function](logp, old, kept - logp), 0)
+
+
+@by_name
+def test_the_loss_has_the_mean_penalty_by_any_estimator(function):
+    """Value and gradient; the advantages are 0."""
+    logp, minibatch = made_up()
+    config = with_reference(function)
+    value, slope = jax.value_and_grad(step.loss_of)(
+        jnp.asarray(logp), minibatch, jnp.float32(0.0), config
+    )
+    weight = 0.5 / minibatch.batch.mask.sum()
+    np.testing.assert_allclose(value, weight * in_float64(VALUES, function).sum(), rtol=1e-5)
+    expected = weight * in_float64(SLOPES, function)
+    np.testing.assert_allclose(slope, expected, rtol=1e-5, atol=1e-6)
+
+
+@by_name
+def test_in_the_reward_it_is_summed_over_each_completion(function):
+    """Without a ratio: rewards are of the policy that sampled. The loss has no penalty then."""
+    logp, minibatch = made_up()
+    config = with_reference(function, reference_in_reward=True)
+    charged = step.charge_reference(minibatch.batch, logp, minibatch.ref_logp, config)
+    x = np.float64(minibatch.ref_logp) - np.float64(logp)
+    penalty = np.where(minibatch.batch.mask, VALUES[function](logp, logp, x), 0)
+    expected = minibatch.batch.reward - 0.5 * penalty.sum(-1)
+    np.testing.assert_allclose(charged.reward, expected, rtol=1e-5, atol=1e-6)
+    plain = step.loss_of(jnp.asarray(logp), minibatch, jnp.float32(0.0), make_config())
+    assert step.loss_of(jnp.asarray(logp), minibatch, jnp.float32(0.0), config) == plain
+
+
+def test_a_penalty_in_the_reward_needs_the_log_probs_first():
+    assert compiled_step.in_one_pass(with_reference())
+    assert not compiled_step.in_one_pass(with_reference(reference_in_reward=True))
+
+
+def test_the_mean_kl_in_the_metrics_is_by_k3():
+    logp, minibatch = made_up()
+    metrics = step.option_metrics(minibatch.batch, logp, minibatch.ref_logp, None, None)
+    expected = in_float64(VALUES, kl.k3).sum() / minibatch.batch.mask.sum()
+    np.testing.assert_allclose(metrics["ref_kl"], expected, rtol=1e-5)
+
+
 def shifted_reference(config, mesh=ONE):
     """A fresh state with a reference that differs from its parameters."""
     state = fresh_state(config, MODEL, mesh)
@@ -100,7 +185,8 @@ def shifted_reference(config, mesh=ONE):
     return state._replace(reference=jax.device_put(shifted, places))
 
 
-def packed(config, mesh=ONE):
+def updated(config, mesh=ONE, alter=lambda batch: batch):
+    """The state and the metrics of one step from a shifted reference."""
     algorithm = config.algorithm
     batch = packing.pack(
         make_scored(),
@@ -110,155 +196,83 @@ def packed(config, mesh=ONE):
         row_divisor=sharding.num_batch_shards(mesh),
         seed=1,
     )
-    return jax.device_put(batch, train_state.batch_shardings(config, mesh))
+    batch = jax.device_put(alter(batch), train_state.batch_shardings(config, mesh))
+    state = shifted_reference(config, mesh) if algorithm.reference_penalty else None
+    state = fresh_state(config, MODEL, mesh) if state is None else state
+    state, metrics = compiled_step.compile_step(config, MODEL, mesh)(state, batch)
+    return state, jax.device_get(metrics)
 
 
-def updated(config, state, mesh=ONE):
-    """One step: (state, metrics)."""
-    return compiled_step.compile_step(config, MODEL, mesh)(state, packed(config, mesh))
-
-
-VALUES = {
-    kl.k1: lambda x: -x,
-    kl.k2: lambda x: x**2 / 2,
-    kl.k3: lambda x: np.exp(x) - 1 - x,
-    kl.k3_k2_gradient: lambda x: np.exp(x) - 1 - x,
-    kl.unbiased: lambda x: np.exp(x) - 1 - x,  # the ratio is 1 before the first update
-}
-
-
-def penalties(function, state, batch):
-    """The penalty of each token at the starting weights, re-derived in float64; 0 off the mask."""
-    config = make_config()
-    score = jax.jit(lambda params: step.score(params, batch, config, MODEL)[0])
-    policy, kept = (np.asarray(score(p), np.float64) for p in (state.params, state.reference))
-    return np.where(batch.mask, VALUES[function](kept - policy), 0)
+# linear in the gradients, so that round-off stays small
+MOVING = {"optimizer": optimizers.sgd, "reference_update": reference.ema(0.5)}
 
 
 @pytest.fixture(scope="module")
-def without():
-    """A step of four microbatches without a reference: (state, metrics)."""
-    config = make_config(microbatches=4)
-    return updated(config, fresh_state(config, MODEL, ONE))
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("function", VALUES, ids=lambda function: function.__name__)
-def test_the_loss_has_the_penalty_by_any_estimator(function, without):
-    """Its value is the mean over tokens, and it changes the update."""
-    config = with_reference(function, microbatches=4)
-    state = shifted_reference(config)
-    expected = penalties(function, state, packed(config)).sum() / packed(config).mask.sum()
-    state, metrics = updated(config, state)
-    assert abs(expected) > 1e-3
-    np.testing.assert_allclose(metrics["loss"] - without[1]["loss"], 0.5 * expected, rtol=1e-4)
-    assert state.skipped == 0
-    assert np.abs(state.params["embed"] - without[0].params["embed"]).max() > 1e-4
-
-
-def test_no_estimator_is_left_out():
-    members = inspect.getmembers(kl, inspect.isfunction)
-    estimators = {f for name, f in members if f.__module__ == kl.__name__ and name[0] != "_"}
-    assert estimators == set(VALUES)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("function", [kl.k1, kl.unbiased], ids=["k1", "unbiased"])
-def test_in_the_reward_it_is_charged_before_the_advantage(function, without):
-    """The step is that of rewards less the penalties' sums; the reported reward stays."""
-    config = with_reference(function, 0.2, microbatches=4, reference_in_reward=True)
-    assert not compiled_step.in_one_pass(config)
-    state = shifted_reference(config)
-    batch = packed(config)
-    charge = 0.2 * penalties(function, state, batch).sum(-1)
-    plain = make_config(microbatches=4)
-    charged = batch._replace(reward=jnp.asarray(batch.reward - charge, jnp.float32))
-    expected, _ = compiled_step.compile_step(plain, MODEL, ONE)(
-        fresh_state(plain, MODEL, ONE), charged
-    )
-    state, metrics = updated(config, state)
-    assert_close(state.params, expected.params)
-    assert metrics["reward"] == without[1]["reward"]
-    assert np.abs(state.params["embed"] - without[0].params["embed"]).max() > 1e-4
-
-
-@pytest.mark.full
-def test_the_mean_kl_is_in_the_metrics_whatever_the_estimator():
-    config = with_reference(kl.k2)
-    state = shifted_reference(config)
-    batch = packed(config)
-    expected = penalties(kl.k3, state, batch).sum() / batch.mask.sum()
-    np.testing.assert_allclose(updated(config, state)[1]["ref_kl"], expected, rtol=1e-4)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("in_reward", [False, True], ids=["loss", "reward"])
-def test_microbatches_and_devices_change_nothing(in_reward):
-    """With an optimizer that is linear in the gradients, and a reference that moves."""
-    options = {
-        "optimizer": optimizers.sgd,
-        "reference_in_reward": in_reward,
-        "reference_update": reference.ema(0.5),
-    }
-    config = with_reference(kl.unbiased, **options)
-    one, metrics = updated(config, shifted_reference(config))
-    config = with_reference(kl.unbiased, microbatches=2, **options)
+def on_four_devices():
+    """A step on a mesh, in two microbatches, near a reference that moves."""
+    config = with_reference(kl.unbiased, 5.0, microbatches=2, **MOVING)
     mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
-    split, split_metrics = updated(config, shifted_reference(config, mesh), mesh)
-    assert_close((split.params, split.reference), (one.params, one.reference), 1e-5)
-    assert abs(metrics["ref_kl"] - split_metrics["ref_kl"]) < 1e-5
+    return updated(config, mesh)
 
 
 @pytest.mark.full
-def test_a_penalty_pulls_in_any_number_of_parts():
-    """Of several updates too."""
-    one_part = with_reference(kl.k2, 1.0, minibatches=2)
-    parts = with_reference(kl.k2, 1.0, minibatches=2, microbatches=2)
-    one, _ = updated(one_part, shifted_reference(one_part))
-    many, _ = updated(parts, shifted_reference(parts))
-    assert_close(many.params, one.params)
+def test_microbatches_and_devices_change_nothing(on_four_devices):
+    state, metrics = on_four_devices
+    one, expected = updated(with_reference(kl.unbiased, 5.0, **MOVING))
+    assert_close((state.params, state.reference), (one.params, one.reference), 1e-5)
+    assert abs(metrics["ref_kl"] - expected["ref_kl"]) < 1e-5
+    assert abs(metrics["loss"] - expected["loss"]) < 1e-5
 
 
 @pytest.mark.full
-def test_a_penalty_brings_the_policy_nearer_to_the_reference():
-    config = with_reference(kl.k2, 10.0)
-    state = shifted_reference(config)
-    reference_params = jax.tree.map(jnp.copy, state.reference)
-    start = jax.tree.map(jnp.copy, state.params)
-    batch = packed(config)
-    after, _ = updated(config, state)
-
-    def distance(params):
-        logp, _ = step.score(params, batch, config, MODEL)
-        ref_logp, _ = step.score(reference_params, batch, config, MODEL)
-        return constraint.measure(
-            *(x.reshape(-1, x.shape[-1]) for x in (logp, ref_logp, batch.mask))
-        )[0]
-
-    assert jax.jit(distance)(after.params) < 0.9 * jax.jit(distance)(start)
-
-
-@pytest.mark.full
-def test_the_reference_is_the_starting_parameters_and_stays():
-    before, state, _ = run(with_reference(), make_scored())
-    jax.tree.map(np.testing.assert_array_equal, state.reference, before)
-
-
-@pytest.mark.full
-def test_adapters_have_adapters_as_their_reference():
-    """It follows them, and needs no copy of the frozen parameters."""
-    config = adapters.adapted(with_reference(reference_update=reference.ema(0.75)))
-    start = fresh_state(config, MODEL, ONE).params
-    _, state, metrics = run(config, make_scored())
-    expected = jax.tree.map(lambda r, p: 0.75 * r + 0.25 * p, start, state.params)
+def test_the_reference_is_an_average_of_itself_and_the_policy(on_four_devices):
+    state, _ = on_four_devices
+    before = shifted_reference(with_reference(**MOVING)).reference
+    expected = jax.tree.map(lambda r, p: 0.5 * r + 0.5 * p, before, jax.device_get(state.params))
     assert_close(state.reference, expected, 1e-6)
-    assert np.abs(state.reference["up"]).max() > 1e-5
-    assert abs(metrics["ref_kl"]) < 1e-6, "both start at the frozen parameters"
+
+
+@pytest.mark.full
+def test_in_the_reward_it_is_charged_before_the_advantage():
+    """The step is that of a verifier that gave the rewards less the penalties' sums; the metrics
+    have its own.
+    """
+    charge = np.float32(0.3)
+
+    def constant(logp, ref_logp, mask):
+        return jnp.where(mask & (logp < -2.5), charge, 0.0)
+
+    config = with_reference(constant, 1.0, reference_in_reward=True, optimizer=optimizers.sgd)
+    state, metrics = updated(config)
+    plain = make_config(optimizer=optimizers.sgd)
+
+    def charged(batch):
+        score = jax.jit(lambda params: step.score(params, batch, plain, MODEL)[0])
+        count = jnp.sum(batch.mask & (score(make_params()) < -2.5), axis=-1)
+        return batch._replace(reward=np.asarray(batch.reward - charge * count))
+
+    expected, of_charged = updated(plain, alter=charged)
+    assert_close(state.params, expected.params, 1e-6)
+    assert metrics["reward"] == make_scored().reward.mean() != of_charged["reward"]
+
+
+def test_the_reference_is_a_copy_of_the_starting_parameters():
+    """The step donates both."""
+    state = train_state.init(with_reference(), make_params())
+    jax.tree.map(np.testing.assert_array_equal, state.reference, state.params)
+    assert state.reference["embed"] is not state.params["embed"]
 
 
 def test_without_a_penalty_no_reference_is_kept():
     state = jax.eval_shape(lambda: train_state.init(make_config(), init(jax.random.key(0), MODEL)))
     assert state.reference == ()
+
+
+def test_adapters_have_adapters_as_their_reference():
+    """The frozen parameters need no copy."""
+    config = adapters.adapted(with_reference())
+    state = jax.eval_shape(lambda: train_state.init(config, init(jax.random.key(0), MODEL)))
+    assert state.reference == state.params
 
 
 def test_a_folder_of_all_parameters_is_no_reference_of_adapters():
