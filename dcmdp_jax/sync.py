@@ -124,10 +124,17 @@ def _convert(params: Any, version: Any, *, config: ModelConfig, precision: Preci
 
 def _weights_shapes(config: ModelConfig, precision: Precision) -> Weights:
     params = jax.eval_shape(partial(decoder.init, config=config), jax.random.key(0))
-    return jax.eval_shape(
-        partial(_convert, config=config, precision=precision),
-        params,
+    stacked = jax.eval_shape(
+        partial(engine_formats.in_formats, config=config, precision=precision), params
+    )
+    layers = []
+    for stack, (_, n) in zip(stacked["stacks"], decoder.stacks(config), strict=True):
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stack)
+        layers += [one] * n
+    return Weights(
+        stacked | {"stacks": layers},
         jax.ShapeDtypeStruct((), jnp.int32),
+        jax.ShapeDtypeStruct((), jnp.bool_),
     )
 
 
@@ -139,9 +146,16 @@ def _weights_shardings(config: ModelConfig, precision: Precision, mesh: Mesh) ->
 
 def _params_shardings(shapes: Any, config: ModelConfig, mesh: Mesh) -> Any:
     logical = decoder.logical_axes(config)
-    logical["stacks"] = [
-        decoder.layer_axes(config, config.is_sparse(i)) for i in range(config.num_layers)
-    ]
+    del logical["stacks"]
     if "head" in shapes and "head" not in logical:
         logical["head"] = logical["embed"]
-    return engine_formats.shardings(logical, shapes, mesh, sharding.DECODE)
+
+    def lay_out(names, shapes):
+        return engine_formats.shardings(names, shapes, mesh, sharding.DECODE)
+
+    layers = []
+    for is_sparse, n in decoder.stacks(config):  # a stack's layers lie alike
+        axes = decoder.layer_axes(config, is_sparse)
+        layers += [lay_out(axes, shapes["stacks"][len(layers)])] * n
+    others = {name: shape for name, shape in shapes.items() if name != "stacks"}
+    return lay_out(logical, others) | {"stacks": layers}

@@ -22,7 +22,7 @@ if _FLAGS not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 # Tests train the same few models again and again. All processes of a session share what they have
 # compiled.
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 _CACHE = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="dcmdp-tests-")
@@ -32,10 +32,12 @@ import jax  # noqa: E402  (reads the environment as set above)
 
 from support import own_data  # noqa: E402
 
+LONGEST = ("test_faults.py", "test_train.py", "test_walk.py")
+
 
 def pytest_collection_modifyitems(items):
-    """Runs the walk first: it takes the longest of the first tier, so two workers end together."""
-    items.sort(key=lambda item: item.path.name != "test_walk.py")
+    """Runs the longest file of each tier first, so that two workers end together."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(autouse=True)

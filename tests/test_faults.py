@@ -150,8 +150,7 @@ STOPS = (
 def whole(tmp_path_factory):
     """The run that nothing happened to."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    done = run(command(workdir, **LONG))
-    assert done.returncode == 0, done.stderr
+    assert dcmdp(command(workdir, **LONG)) == 0
     return workdir
 
 
@@ -170,8 +169,7 @@ def test_2_a_run_killed_in_every_phase_is_resumed_and_loses_no_more_than_an_inte
         assert written - (saved_step(workdir) or 0) <= LONG["checkpoint.every"], (
             f"steps lost in {phase}"
         )
-    done = run(words)
-    assert done.returncode == 0, done.stderr
+    assert dcmdp(words) == 0
     assert_same_run(whole, workdir, tiny(**LONG))
     assert (workdir / "report.html").is_file()
 
@@ -191,8 +189,7 @@ def test_3_a_run_told_to_stop_in_any_phase_saves_every_step_within_30_s(whole, t
         assert (saved_step(workdir) or 0) == (len(rows(workdir)) if log.exists() else 0), (
             f"steps lost in {phase}"
         )
-    done = run(words)
-    assert done.returncode == 0, done.stderr
+    assert dcmdp(words) == 0
     assert_same_run(whole, workdir, tiny(**LONG))
 
 

@@ -24,7 +24,6 @@ from support.training import (
     child_environment,
     command,
     dcmdp,
-    in_child,
     rows,
     saved,
     tiny,
@@ -86,8 +85,8 @@ def test_a_killed_process_resumes_bit_equal(tmp_path, problems):
     assert process.wait() == -signal.SIGKILL
     steps = len((tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()) + 2
     changes = {"steps": steps, "data.path": problems}
-    in_child(command(tmp_path / "parts", **changes))
-    in_child(command(tmp_path / "whole", **changes))
+    train(tiny(**changes), tmp_path / "parts")
+    train(tiny(**changes), tmp_path / "whole")
     assert_same_run(tmp_path / "whole", tmp_path / "parts", tiny(**changes))
 
 
@@ -267,6 +266,6 @@ def test_a_second_ctrl_c_costs_nothing(tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err and "shutdown" not in err
     steps = len(rows(tmp_path / "run")) + 2
-    in_child(command(tmp_path / "run", steps=steps))
-    in_child(command(tmp_path / "whole", steps=steps))
+    train(tiny(steps=steps), tmp_path / "run")
+    train(tiny(steps=steps), tmp_path / "whole")
     assert_same_run(tmp_path / "run", tmp_path / "whole", tiny(steps=steps))

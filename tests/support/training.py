@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import subprocess
 import sys
 import time
 
@@ -106,17 +105,12 @@ def assert_same_run(one, two, run, devices=ONE_DEVICE):
 
 
 def child_environment():
-    """Children have one device, and see the package that this process sees."""
-    path = os.pathsep.join(filter(None, sys.path))
-    return os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
-
-
-def in_child(words):
-    """Runs the command line in a process of its own.
-
-    Its programs round otherwise than those of this process, which are compiled with other flags.
+    """Children have one device, and see the package that this process sees. Their programs are
+    those of `ONE_DEVICE` here, bit for bit, and come from the same cache.
     """
-    subprocess.run([*CHILD, *words], env=child_environment(), check=True)
+    path = os.pathsep.join(filter(None, sys.path))
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
 
 
 def await_rows(workdir, count, process):
