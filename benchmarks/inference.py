@@ -24,35 +24,23 @@ is a CPU, and wall seconds elsewhere.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.measure import SHAPES, SMALL, make_prompts, measure
 from benchmarks.peers.compare import compare
 from dcmdp_jax import sharding, sync
 from dcmdp_jax.config import Precision
-from dcmdp_jax.models import decoder, sizes
+from dcmdp_jax.models import decoder
 from dcmdp_jax.models.model_config import ModelConfig
-from dcmdp_jax.records import Example, Prompts, Sampling
+from dcmdp_jax.records import Sampling
 from dcmdp_jax.rollout import decode, sampling
 from dcmdp_jax.rollout.generate import rollout
 from dcmdp_jax.rollout.jetstream import Engine
 from dcmdp_jax.tokens.packing import power_of_two
-
-SMALL = ModelConfig(
-    vocab_size=4096,
-    hidden_size=256,
-    intermediate_size=768,
-    num_layers=4,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=32,
-)
-SHAPES = {"small": SMALL, "0.6B": sizes.QWEN3_0_6B, "8B": sizes.QWEN3_8B}
 
 
 def main() -> None:
@@ -316,15 +304,6 @@ def decoded(engine: Engine, policy, state) -> None:
     jax.block_until_ready(result.data)
 
 
-def make_prompts(lengths: np.ndarray) -> Prompts:
-    tokens = (
-        np.random.default_rng(0)
-        .integers(2, 4000, (len(lengths), int(lengths.max())))
-        .astype(np.int32)
-    )
-    return Prompts(tokens, lengths.astype(np.int32), (Example("", ""),) * len(lengths))
-
-
 def make_weights(shape: ModelConfig, precision: Precision = Precision()):
     params = jax.jit(partial(decoder.init, config=shape))(jax.random.key(0))
     return sync.converter(shape, precision, sharding.single_device_mesh())(params, 0)
@@ -332,22 +311,6 @@ def make_weights(shape: ModelConfig, precision: Precision = Precision()):
 
 def make_engine(shape: ModelConfig, slots: int, max_length: int) -> Engine:
     return Engine(shape, slots=slots, max_length=max_length, stop_ids=())
-
-
-def measure(programs: list[Callable], repeats: int, prepare: Callable | None = None) -> np.ndarray:
-    """Returns the median seconds of each program over `repeats` rounds, after one that compiles.
-
-    Each round runs every program once, with what `prepare` returns, which is not timed.
-    """
-    clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
-    seconds = np.zeros((repeats + 1, len(programs)))
-    for row in seconds:
-        for i, program in enumerate(programs):
-            given = () if prepare is None else (prepare(),)
-            start = clock()
-            program(*given)
-            row[i] = clock() - start
-    return np.median(seconds[1:], axis=0)
 
 
 if __name__ == "__main__":

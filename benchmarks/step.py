@@ -22,7 +22,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from benchmarks.inference import SHAPES, SMALL, make_prompts, measure
+from benchmarks.measure import SHAPES, SMALL, make_prompts, measure
 from dcmdp_jax import compiled_step, constraint, sharding, train_state
 from dcmdp_jax.config import (
     AlgorithmConfig,
@@ -102,24 +102,35 @@ def compare_forms(name: str, model: ModelConfig, repeats: int) -> None:
 class Task:
     """The completions packed, with a state of their own."""
 
-    def __init__(self, model: ModelConfig, row_length: int, microbatches: int, plain: bool = False):
-        config = experiment(model, microbatches)
+    def __init__(
+        self,
+        model: ModelConfig,
+        row_length: int,
+        microbatches: int,
+        plain: bool = False,
+        scored: Scored | None = None,
+    ):
+        """Compiles the step; `scored` is by default `completions()`."""
+        scored = completions() if scored is None else scored
+        count, new = scored.rollout.tokens.shape
+        config = experiment(model, microbatches, count, new)
         mesh = sharding.single_device_mesh()
         self.batch = jax.device_put(
-            packing.pack(
-                completions(), minibatches=1, microbatches=microbatches, row_length=row_length
-            )
+            packing.pack(scored, minibatches=1, microbatches=microbatches, row_length=row_length)
         )
         params = jax.jit(partial(decoder.init, config=model))(jax.random.key(0))
         start = jax.jit(
             partial(train_state.init, config),
             out_shardings=train_state.shardings(config, model, mesh),
+            donate_argnums=0,
         )
         self.state: TrainState = start(params)
         update = compiled_step.compile_step(config, model, mesh, plain=plain)
         self.compiled = update.lower(self.state, self.batch).compile()
         memory = self.compiled.memory_analysis()
         self.held = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+        results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        self.peak = sum(self.held) + results  # as `dcmdp plan` has it
         self.logp = jax.jit(
             lambda params, batch: jax.lax.map(
                 lambda micro: scoring.packed_logp(
@@ -146,28 +157,29 @@ class Task:
         self.state, _ = jax.block_until_ready(self.compiled(self.state, self.batch))
 
 
-def completions() -> Scored:
+def completions(count: int = COUNT, prompt: int = PROMPT, new: int = NEW) -> Scored:
     rng = np.random.default_rng(0)
-    tokens = rng.integers(2, 4000, (COUNT, NEW)).astype(np.int32)
+    tokens = rng.integers(2, 4000, (count, new)).astype(np.int32)
     made = dict.fromkeys(Rollout._fields) | {
-        "prompts": make_prompts(np.full(COUNT, PROMPT)),
+        "prompts": make_prompts(np.full(count, prompt)),
         "tokens": tokens,
-        "lengths": np.full(COUNT, NEW, np.int32),
-        "rollout_logp": np.full((COUNT, NEW), -8.3, np.float32),
+        "lengths": np.full(count, new, np.int32),
+        "stopped": np.ones(count, bool),
+        "rollout_logp": np.full((count, new), -8.3, np.float32),
         "sampling": Sampling(),
     }
-    return Scored(Rollout(**made), rng.normal(size=COUNT).astype(np.float32))
+    return Scored(Rollout(**made), rng.normal(size=count).astype(np.float32))
 
 
-def experiment(model: ModelConfig, microbatches: int) -> Config:
+def experiment(model: ModelConfig, microbatches: int, count: int, new: int) -> Config:
     return Config(
         name="step",
         model=ModelSource(
             architecture=dataclasses.replace(model, compute=Compute()), compute=model.compute
         ),
         steps=1,
-        data=DataConfig(path="-", verifier=lambda example, text: 0.0, prompts_per_step=COUNT),
-        rollout=RolloutConfig(samples=1, max_tokens=NEW),
+        data=DataConfig(path="-", verifier=lambda example, text: 0.0, prompts_per_step=count),
+        rollout=RolloutConfig(samples=1, max_tokens=new),
         algorithm=AlgorithmConfig(
             advantage=lambda reward, group, num_groups: reward,
             reduce=reduce.token_mean,
