@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import jax
-
 from dcmdp_jax import dynamic_sampling, rewards, seeds, sharding, train_state
 from dcmdp_jax.config import Config, RolloutConfig
 from dcmdp_jax.distributed import processes
@@ -132,7 +130,9 @@ class Batches:
             scored = processes.gather(scored)
             sources = measurements.gather_sources(sources)
         elif self._inputs.verifiers:
-            scored = _as_on_process_0(scored)
+            # on another process a call may have taken too long
+            reward, failed = processes.from_process_0((scored.reward, scored.failed))
+            scored = scored._replace(reward=reward, failed=failed)
         return Draw(scored, sources)
 
     def _refill(self, batch: Draw, number: int) -> tuple[Draw, dict[str, float]] | None:
@@ -242,11 +242,3 @@ def check_rollout(rollout: Rollout, config: Config) -> None:
             f"of shape {shape}, and the sampler reports {reported[0]} and {reported[1]}; report "
             "them, padded with -inf, or set --rollout.top_logprobs 0"
         )
-
-
-def _as_on_process_0(scored: Scored) -> Scored:
-    """The same completions with the rewards of process 0: elsewhere a call may have been slower."""
-    mine = (scored.reward, scored.failed)
-    of_all = processes.gather(jax.tree.map(lambda x: x[None], mine))
-    reward, failed = jax.tree.map(lambda x: x[0], of_all)
-    return scored._replace(reward=reward, failed=failed)

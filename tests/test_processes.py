@@ -203,6 +203,22 @@ def test_shares_are_contiguous_and_complete(monkeypatch, size):
     assert all(len(range(size)[share]) <= len(range(size)[shares[0]]) for share in shares)
 
 
+def test_the_arrays_of_process_0_are_those_of_all(monkeypatch):
+    """As process 1 sees it."""
+    first = np.arange(3), None, np.array([True, False])
+
+    def gather(mine):
+        return jax.tree.map(lambda a, b: np.concatenate([a[None], b]), first, mine)
+
+    monkeypatch.setattr(processes, "gather", gather)
+    mine = np.arange(3) + 7, None, np.array([False, False])
+    jax.tree.map(np.testing.assert_array_equal, processes.from_process_0(mine), first)
+
+
+def test_the_arrays_of_a_single_process_are_its_own():
+    np.testing.assert_array_equal(processes.from_process_0(np.arange(3)), np.arange(3))
+
+
 def test_the_share_of_a_single_engine_is_everything():
     assert processes.share(7, 1) == slice(0, 7)
 

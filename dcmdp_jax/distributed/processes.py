@@ -211,6 +211,15 @@ def gather(tree: Any) -> Any:
     return jax.tree.map(lambda x: np.array(x.addressable_data(0)), gathered)
 
 
+def from_process_0(tree: Any) -> Any:
+    """Returns process 0's NumPy arrays, on all processes.
+
+    The arrays must have the same shape on every process.
+    """
+    of_all = gather(jax.tree.map(lambda x: x[None], tree))
+    return jax.tree.map(lambda x: x[0], of_all)
+
+
 def _identity(tree: Any) -> Any:
     return tree
 
