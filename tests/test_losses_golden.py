@@ -195,6 +195,11 @@ def test_every_entry_is_compared_or_listed(name, case):
     assert set(t) == set(golden.THRESHOLDS), "a threshold that no entry reads"
 
 
+@pytest.mark.skipif("losses_2" not in golden.GIVEN, reason="no ../shared/golden/losses_2.json")
+def test_the_second_file_states_every_threshold():
+    assert set(golden.GIVEN["losses_2"]["thresholds"]) == set(golden.THRESHOLDS)
+
+
 @pytest.mark.full
 @golden.every_case
 @pytest.mark.parametrize("entry", ENTRIES)

@@ -109,6 +109,10 @@ SHAPINGS = {name: f for name, f in functions(constraint).items() if ".shape_" in
 PENALTIES = functions(kl)
 
 CLIPPED = corrections.decoupled(policy.clipped)
+REWEIGHTS = {
+    "batch_normalize": corrections.batch_normalize,
+    "blend": functools.partial(corrections.blend, alpha=0.5),
+}
 SURROGATES = {
     "adaptive_clip": surrogates.adaptive_clip,
     "log_linear": functools.partial(
@@ -148,6 +152,12 @@ PARTS = (
         for name, c in CORRECTIONS.items()
     }
     | {name: {"surrogate": f} for name, f in SURROGATES.items()}
+    | {
+        f"reweight {name}": {
+            "surrogate": corrections.decoupled(policy.clipped, corrections.tis(1.05), reweight=f)
+        }
+        for name, f in REWEIGHTS.items()
+    }
     | {name: {"shaping": f} for name, f in SHAPINGS.items()}
     | {"penalty": {"penalty": constraint.penalty}}
     | {name: {"reference_penalty": f} for name, f in PENALTIES.items()}
@@ -162,6 +172,7 @@ NOT_DECLARED = {
     "surviving, decoupled",  # counts the tokens of the batch that survive
     "surviving, bypass",
     "log_linear of a loss that is not separable",
+    "reweight batch_normalize",  # the mean weight of the batch
     "constraint.shape_centred",  # subtracts the mean of the batch
 } | {name for name in CORRECTIONS if name.endswith("surviving")}
 
