@@ -218,24 +218,28 @@ def test_a_verifier_that_hangs_is_left_and_its_batch_comes_again(tmp_path, monke
 EVERY_SECOND = {"steps": 4, "checkpoint.every": 2}
 
 
-@pytest.fixture
-def damaged(tmp_path):
-    """A run of four steps whose newest checkpoint is full of zeros."""
-    workdir = tmp_path / "damaged"
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of four steps."""
+    workdir = tmp_path_factory.mktemp("whole")
     train(tiny(**EVERY_SECOND), workdir)
+    return workdir
+
+
+@pytest.fixture
+def damaged(whole, tmp_path):
+    """The same run with its newest checkpoint full of zeros."""
+    workdir = shutil.copytree(whole, tmp_path / "damaged")
     for file in (workdir / "checkpoints" / "4" / "state").rglob("d/*"):
         file.write_bytes(bytes(file.stat().st_size))
     return workdir
 
 
-def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(
-    damaged, tmp_path, capsys
-):
+def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(damaged, whole, capsys):
     assert dcmdp(["train", QUICKSTART, "--workdir", str(damaged)]) == 0
     err = capsys.readouterr().err
     assert "checkpoint 4 in" in err and "going on from checkpoint 2" in err
-    train(tiny(**EVERY_SECOND), tmp_path / "whole")
-    assert_same_run(damaged, tmp_path / "whole", tiny(**EVERY_SECOND))
+    assert_same_run(damaged, whole, tiny(**EVERY_SECOND))
 
 
 def test_the_checkpoint_before_a_damaged_one_is_converted(damaged, tmp_path, capsys):
