@@ -97,7 +97,12 @@ def measured(folder: pathlib.Path, workload: str, task: str, rounds: int, cpu: s
                 f"ours={sys.executable}:{script}",
             ],
             cwd=folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": cpu},
+            env=os.environ
+            | {
+                "PEERS": str(folder),
+                "OMP_NUM_THREADS": "1",
+                "VLLM_CPU_OMP_THREADS_BIND": cpu,
+            },
             stdout=subprocess.DEVNULL,
         )
         if run.returncode or not out.exists():

@@ -235,6 +235,7 @@ def doctor_command(args: argparse.Namespace, options: list[str]) -> Callable[[],
             args.temperature = server_records.TEMPERATURE
         sampling = _stated_sampling(args, {})
         tokenizer = tokenizers.load(args.tokenizer or folder, folder)
+        print(f"asking {args.server} for completions", file=sys.stderr, flush=True)
         found = server_records.sample(args.server, tokenizer, sampling, vocab_size, max_position)
     else:
         found = rollout_records.read(pathlib.Path(args.file), args.limit, vocab_size, max_position)
