@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dcmdp_jax import constraint, files, sharding, step, train_state
+from dcmdp_jax import constraint, files, objective, sharding, train_state, trainer_scores
 from dcmdp_jax.batches import Batches
 from dcmdp_jax.config import Calibrated, Config, with_tolerance
 from dcmdp_jax.constraint import Calibration
@@ -98,8 +98,8 @@ def _measure(
     params: Any, batch: Batch, *, config: Config, model: ModelConfig
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of delta over the tokens of a batch, and how many there are."""
-    batch = step.trained(batch, config)
-    old_logp, _ = step.score(params, batch, config, model)
+    batch = objective.apply_mask(batch, config)
+    old_logp, _ = trainer_scores.score(params, batch, config, model)
     flat = (x.reshape(-1, x.shape[-1]) for x in (old_logp, batch.rollout_logp, batch.mask))
     return constraint.measure(*flat)
 

@@ -8,7 +8,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax import acceptance, entropy_bonus, sharding, step, train_state
+from dcmdp_jax import (
+    acceptance,
+    entropy_bonus,
+    objective,
+    sharding,
+    step,
+    step_metrics,
+    train_state,
+    trainer_scores,
+)
 from dcmdp_jax.config import Config
 from dcmdp_jax.losses._separable import is_separable
 from dcmdp_jax.models.model_config import ModelConfig
@@ -17,7 +26,7 @@ from dcmdp_jax.records import Batch, TrainState
 
 def compile_step(
     config: Config, model: ModelConfig, mesh: jax.sharding.Mesh, *, plain: bool = False
-) -> Callable[[TrainState, Batch], tuple[TrainState, step.Metrics]]:
+) -> Callable[[TrainState, Batch], tuple[TrainState, step_metrics.Metrics]]:
     """Returns the jitted step, in the plain form if `plain`; its state argument is donated."""
     state = train_state.shardings(config, model, mesh)
     form = one_pass_step if in_one_pass(config) and not plain else step.constrained_step
@@ -37,7 +46,7 @@ def in_one_pass(config: Config) -> bool:
     not depend on log-probs.
     """
     shaping = config.constraint.shaping
-    separable = step.is_separable_loss(config) and (shaping is None or is_separable(shaping))
+    separable = objective.is_separable_loss(config) and (shaping is None or is_separable(shaping))
     return (
         step.updates_once(config)
         and not config.algorithm.reference_in_reward
@@ -47,7 +56,7 @@ def in_one_pass(config: Config) -> bool:
 
 def one_pass_step(
     state: TrainState, batch: Batch, *, config: Config, model: ModelConfig
-) -> tuple[TrainState, step.Metrics]:
+) -> tuple[TrainState, step_metrics.Metrics]:
     """`step.constrained_step` for a single update at the weights that sampled: old_logp is logp.
 
     The batch is not scored first. While a microbatch is backpropagated, the log-probs of the
@@ -55,11 +64,11 @@ def one_pass_step(
     """
     multiplier = state.dual.multiplier
     alpha = entropy_bonus.coefficient(config.algorithm, state.entropy_dual)
-    batch = step.trained(batch, config)
-    advantage = step.group_advantage(batch, config)
-    ref_logp = step.score_reference(state, batch, config, model)
+    batch = objective.apply_mask(batch, config)
+    advantage = objective.group_advantage(batch, config)
+    ref_logp = trainer_scores.score_reference(state, batch, config, model)
 
-    def loss(scores: step.Scores) -> jax.Array:
+    def loss(scores: trainer_scores.Scores) -> jax.Array:
         return on_policy_loss(
             scores.logp, batch, ref_logp, advantage, multiplier, config, scores.top_logp
         )
@@ -86,13 +95,13 @@ def one_pass_step(
 
     old_logp = scores.logp[None]
     entropy = entropy[None]
-    shaped = step.shaped_advantage(advantage, old_logp, batch, multiplier, config)
+    shaped = objective.shaped_advantage(advantage, old_logp, batch, multiplier, config)
     dual, dual_metrics = step.update_dual(state.dual, old_logp, batch, config)
-    metrics = step.batch_metrics(batch, advantage, shaped, old_logp, entropy)
+    metrics = step_metrics.batch_metrics(batch, advantage, shaped, old_logp, entropy)
     minibatch = _only(batch, old_logp, ref_logp, shaped)
-    metrics |= step.update_metrics(value, norm, scores, minibatch, config)
+    metrics |= step_metrics.update_metrics(value, norm, scores, minibatch, config)
     metrics["skipped"] = learner.skipped
-    metrics |= step.option_metrics(batch, old_logp, ref_logp, alpha, scale)
+    metrics |= step_metrics.option_metrics(batch, old_logp, ref_logp, alpha, scale)
     new = step.next_state(state, learner, dual, batch, entropy, config)
     new, accepted = acceptance.keep_or_undo(state, new, old_logp, batch, advantage, config)
     return new, metrics | dual_metrics | accepted
@@ -108,14 +117,14 @@ def on_policy_loss(
     top_logp: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the loss of the only minibatch of a batch [1, A, ...] as a function of its log-probs
-    [A, n, T], which are the old ones too, and of `top_logp` as in `step.Scores`.
+    [A, n, T], which are the old ones too, and of `top_logp` as in `trainer_scores.Scores`.
     """
     old_logp = jax.lax.stop_gradient(logp)[None]
-    shaped = step.shaped_advantage(advantage, old_logp, batch, multiplier, config)
+    shaped = objective.shaped_advantage(advantage, old_logp, batch, multiplier, config)
     minibatch = _only(batch, old_logp, ref_logp, shaped)
-    return step.loss_of(logp, minibatch, multiplier, config, top_logp)
+    return objective.loss_of(logp, minibatch, multiplier, config, top_logp)
 
 
-def _only(*fields: Batch | jax.Array | None) -> step.Minibatch:
+def _only(*fields: Batch | jax.Array | None) -> objective.Minibatch:
     """Returns the only minibatch of a batch, from its fields [1, A, ...]."""
-    return step.Minibatch(*jax.tree.map(lambda x: x[0], fields))
+    return objective.Minibatch(*jax.tree.map(lambda x: x[0], fields))

@@ -240,7 +240,9 @@ class Batch(NamedTuple):
     segment_ids: np.ndarray  # [M, A, R, S] int32, 1.. in a row; 0 is padding
     index: np.ndarray  # [M, A, n, T] int32; 0 where masked
     completions: np.ndarray  # [M, A, n, T] int32
-    mask: np.ndarray  # [M, A, n, T] bool, completion tokens; `step.trained` drops some of them
+    mask: (
+        np.ndarray
+    )  # [M, A, n, T] bool, completion tokens; `objective.apply_mask` drops some of them
     rollout_logp: np.ndarray  # [M, A, n, T] float32, over the full vocabulary
     reward: np.ndarray  # [M, A, n] float32
     length: np.ndarray  # [M, A, n] int32, tokens of a completion

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from dcmdp_jax import calibrate, compiled_step, step
+from dcmdp_jax import calibrate, compiled_step, step_metrics
 from dcmdp_jax.batches import Batches
 from dcmdp_jax.config import Calibrated, Config
 from dcmdp_jax.distributed import processes
@@ -138,7 +138,7 @@ def _loop(
     return state
 
 
-def _gaps(values: step.Metrics, config: Config, inputs: Inputs) -> dict:
+def _gaps(values: step_metrics.Metrics, config: Config, inputs: Inputs) -> dict:
     """The row of `gaps.jsonl`: delta by position, and the worst tokens."""
     measured = jax.device_get(values["gaps"])
     return gaps.record(measured, config.rollout.max_tokens, inputs.tokenizer.decode)

@@ -78,6 +78,7 @@ OFF_AT_0 = {  # where 0 means off, all, or none
     "model.lora.rank",
     "model.lora.base_group",
     "rollout.top_k",
+    "rollout.top_logprobs",
     "rollout.min_p",
     "rollout.precision.group",
     "rollout.precision.experts_per_token",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcmdp_jax import sharding, step, train_state
+from dcmdp_jax import objective, sharding, step, train_state, trainer_scores
 from dcmdp_jax.config import PROJECTIONS, Lora, MeshConfig
 from dcmdp_jax.models import decoder, derived, lora, sizes
 from dcmdp_jax.models.quantized import Quantized
@@ -134,11 +134,13 @@ def test_gradients_are_those_of_a_low_rank_difference_of_all_weights(model):
 
     def grads(params, frozen, config):
         policy = train_state.decoder_params(params, frozen, config)
-        advantage = step.group_advantage(batch, config)
-        old_logp, _ = step.score(policy, batch, config, model)
+        advantage = objective.group_advantage(batch, config)
+        old_logp, _ = trainer_scores.score(policy, batch, config, model)
         minibatch = jax.tree.map(
             lambda x: x[0],
-            step.Minibatch(batch, old_logp, None, jnp.broadcast_to(advantage, batch.mask.shape)),
+            objective.Minibatch(
+                batch, old_logp, None, jnp.broadcast_to(advantage, batch.mask.shape)
+            ),
         )
         return step.gradients(params, frozen, minibatch, jnp.float32(0.1), config, model)[1]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import support.adapters
-from dcmdp_jax import sharding, step, train_state
+from dcmdp_jax import objective, sharding, step, train_state, trainer_scores
 from dcmdp_jax.config import MeshConfig
 from dcmdp_jax.tokens import packing
 from support.steps import (
@@ -55,11 +55,13 @@ def test_the_gradient_is_the_chain_rule_s():
     base = make_params()
 
     def grads(params, frozen, config):
-        advantage = step.group_advantage(batch, config)
-        old_logp, _ = step.score(base, batch, config, MODEL)
+        advantage = objective.group_advantage(batch, config)
+        old_logp, _ = trainer_scores.score(base, batch, config, MODEL)
         minibatch = jax.tree.map(
             lambda x: x[0],
-            step.Minibatch(batch, old_logp, None, jnp.broadcast_to(advantage, batch.mask.shape)),
+            objective.Minibatch(
+                batch, old_logp, None, jnp.broadcast_to(advantage, batch.mask.shape)
+            ),
         )
         return step.gradients(params, frozen, minibatch, jnp.float32(0.1), config, MODEL)[1]
 

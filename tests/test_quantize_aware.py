@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcmdp_jax import sharding, step, sync, train_state
+from dcmdp_jax import objective, sharding, step, sync, train_state, trainer_scores
 from dcmdp_jax.config import MeshConfig, Precision
 from dcmdp_jax.models import decoder, derived, engine_formats, lora
 from dcmdp_jax.models.quantized import SCALED, Quantized
@@ -100,11 +100,13 @@ def gradient(config, params, frozen, scored_with):
         plain = dataclasses.replace(
             config, algorithm=dataclasses.replace(config.algorithm, quantize_aware=False)
         )
-        old_logp, _ = step.score(scored_with, batch, plain, model)
-        advantage = step.group_advantage(batch, config)
+        old_logp, _ = trainer_scores.score(scored_with, batch, plain, model)
+        advantage = objective.group_advantage(batch, config)
         minibatch = jax.tree.map(
             lambda x: x[0],
-            step.Minibatch(batch, old_logp, None, jnp.broadcast_to(advantage, batch.mask.shape)),
+            objective.Minibatch(
+                batch, old_logp, None, jnp.broadcast_to(advantage, batch.mask.shape)
+            ),
         )
         return step.gradients(params, frozen, minibatch, jnp.float32(0.1), config, model)[1]
 

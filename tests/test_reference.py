@@ -10,11 +10,13 @@ import pytest
 
 from dcmdp_jax import (
     compiled_step,
+    objective,
     optimizers,
     reference,
     sharding,
-    step,
+    step_metrics,
     train_state,
+    trainer_scores,
 )
 from dcmdp_jax.config import MeshConfig
 from dcmdp_jax.losses import kl
@@ -125,7 +127,7 @@ def made_up():
         rollout_logp=old,
         reward=rng.normal(size=(2, 3)).astype(np.float32),
     )
-    return logp, step.Minibatch(batch, old, kept, np.zeros(shape, np.float32))
+    return logp, objective.Minibatch(batch, old, kept, np.zeros(shape, np.float32))
 
 
 def in_float64(of, function):
@@ -140,7 +142,7 @@ def test_the_loss_has_the_mean_penalty_by_any_estimator(function):
     """Value and gradient; the advantages are 0."""
     logp, minibatch = made_up()
     config = with_reference(function)
-    value, slope = jax.value_and_grad(step.loss_of)(
+    value, slope = jax.value_and_grad(objective.loss_of)(
         jnp.asarray(logp), minibatch, jnp.float32(0.0), config
     )
     weight = 0.5 / minibatch.batch.mask.sum()
@@ -154,13 +156,13 @@ def test_in_the_reward_it_is_summed_over_each_completion(function):
     """Without a ratio: rewards are of the policy that sampled. The loss has no penalty then."""
     logp, minibatch = made_up()
     config = with_reference(function, reference_in_reward=True)
-    charged = step.charge_reference(minibatch.batch, logp, minibatch.ref_logp, config)
+    charged = objective.charge_reference(minibatch.batch, logp, minibatch.ref_logp, config)
     x = np.float64(minibatch.ref_logp) - np.float64(logp)
     penalty = np.where(minibatch.batch.mask, VALUES[function](logp, logp, x), 0)
     expected = minibatch.batch.reward - 0.5 * penalty.sum(-1)
     np.testing.assert_allclose(charged.reward, expected, rtol=1e-5, atol=1e-6)
-    plain = step.loss_of(jnp.asarray(logp), minibatch, jnp.float32(0.0), make_config())
-    assert step.loss_of(jnp.asarray(logp), minibatch, jnp.float32(0.0), config) == plain
+    plain = objective.loss_of(jnp.asarray(logp), minibatch, jnp.float32(0.0), make_config())
+    assert objective.loss_of(jnp.asarray(logp), minibatch, jnp.float32(0.0), config) == plain
 
 
 def test_a_penalty_in_the_reward_needs_the_log_probs_first():
@@ -170,7 +172,7 @@ def test_a_penalty_in_the_reward_needs_the_log_probs_first():
 
 def test_the_mean_kl_in_the_metrics_is_by_k3():
     logp, minibatch = made_up()
-    metrics = step.option_metrics(minibatch.batch, logp, minibatch.ref_logp, None, None)
+    metrics = step_metrics.option_metrics(minibatch.batch, logp, minibatch.ref_logp, None, None)
     expected = in_float64(VALUES, kl.k3).sum() / minibatch.batch.mask.sum()
     np.testing.assert_allclose(metrics["ref_kl"], expected, rtol=1e-5)
 
@@ -247,7 +249,7 @@ def test_in_the_reward_it_is_charged_before_the_advantage():
     plain = make_config(optimizer=optimizers.sgd)
 
     def charged(batch):
-        score = jax.jit(lambda params: step.score(params, batch, plain, MODEL)[0])
+        score = jax.jit(lambda params: trainer_scores.score(params, batch, plain, MODEL)[0])
         count = jnp.sum(batch.mask & (score(make_params()) < -2.5), axis=-1)
         return batch._replace(reward=np.asarray(batch.reward - charge * count))
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from dcmdp_jax import compiled_step, constraint, step
+from dcmdp_jax import compiled_step, constraint, objective
 from dcmdp_jax.config import (
     AlgorithmConfig,
     Config,
@@ -216,7 +216,7 @@ def gradient_of(config):
     """The gradient [A, n, T] of `compiled_step.on_policy_loss` with respect to the log-probs."""
 
     def gradient(logp, batch, ref_logp):
-        advantage = step.group_advantage(batch, config)
+        advantage = objective.group_advantage(batch, config)
         return jax.grad(compiled_step.on_policy_loss)(logp, batch, ref_logp, advantage, 0.3, config)
 
     return jax.jit(gradient)

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from dcmdp_jax import compiled_step, constraint, sharding, step, train_state
+from dcmdp_jax import compiled_step, constraint, sharding, step, train_state, trainer_scores
 from dcmdp_jax.losses import advantages, corrections, diagnostics, kl, rejection
 from dcmdp_jax.models import decoder
 from dcmdp_jax.tokens import packing
@@ -155,7 +155,7 @@ STRICT_MIS = corrections.mis(0.5, 2.0, denominator=corrections.surviving)
 @pytest.mark.parametrize("surrogate, passes", [(corrections.decoupled(CLIPPED), 0), (M2PO, 1)])
 def test_a_batch_is_scored_first_only_if_the_loss_is_not_separable(surrogate, passes, monkeypatch):
     made = []
-    score = step.score
+    score = trainer_scores.score
     monkeypatch.setattr(step, "score", lambda *args: made.append(args) or score(*args))
     config = make_config(surrogate=surrogate, microbatches=4)
     mesh = ONE

@@ -44,7 +44,7 @@ import jaxlib
 import numpy as np
 from safetensors.numpy import save_file
 
-from dcmdp_jax import compiled_step, constraint, sharding, step, sync, train_state
+from dcmdp_jax import compiled_step, constraint, objective, sharding, step, sync, train_state
 from dcmdp_jax.config import (
     AlgorithmConfig,
     Config,
@@ -116,7 +116,7 @@ def update(
 ) -> tuple[Any, dict[str, jax.Array]]:
     """`step.constrained_step` with old log-probs and advantages that are given."""
     only = jax.tree.map(lambda x: x[0], batch)
-    minibatch = step.Minibatch(
+    minibatch = objective.Minibatch(
         batch=only,
         old_logp=only.rollout_logp,
         ref_logp=None,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax import sharding, step
+from dcmdp_jax import sharding, step_metrics
 from dcmdp_jax.batches import Collected
 from dcmdp_jax.config import Config
 from dcmdp_jax.distributed import processes
@@ -30,7 +30,7 @@ class StepTaken(NamedTuple):
     """A step that was dispatched: what a checkpoint and a row of it need."""
 
     state: TrainState  # after the step
-    metrics: step.Metrics
+    metrics: step_metrics.Metrics
     batch: Collected
     started: float  # `time.perf_counter()` when the step before it had ended
 

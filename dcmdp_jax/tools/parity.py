@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dcmdp_jax import constraint, files, seeds, sharding, step, train_state
+from dcmdp_jax import constraint, files, seeds, sharding, train_state, trainer_scores
 from dcmdp_jax.batches import check_rollout, make_sampler, sampling
 from dcmdp_jax.config import Calibrated, Config, Precision
 from dcmdp_jax.losses import diagnostics
@@ -191,7 +191,7 @@ def _packed_logp(
     model: ModelConfig,
 ) -> jax.Array:
     return scoring.packed_logp(
-        step.scored_params(params, config, model),
+        trainer_scores.scored_params(params, config, model),
         tokens,
         positions,
         segment_ids,

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax import compiled_step, files, sharding, step, sync, train_state
+from dcmdp_jax import compiled_step, files, sharding, sync, train_state, trainer_scores
 from dcmdp_jax.config import AlgorithmConfig, Calibrated, Config, with_tolerance
 from dcmdp_jax.evaluation import held_out
 from dcmdp_jax.models.model_config import ModelConfig
@@ -173,7 +173,9 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
     )
     if config.warmup.path:
         yield _supervised(config, model, mesh)
-    score = jax.jit(sharding.with_mesh(mesh, partial(step.score, config=config, model=model)))
+    score = jax.jit(
+        sharding.with_mesh(mesh, partial(trainer_scores.score, config=config, model=model))
+    )
     yield Program(
         "scoring pass",
         score.lower(params, batch),
