@@ -156,7 +156,7 @@ STRICT_MIS = corrections.mis(0.5, 2.0, denominator=corrections.surviving)
 def test_a_batch_is_scored_first_only_if_the_loss_is_not_separable(surrogate, passes, monkeypatch):
     made = []
     score = trainer_scores.score
-    monkeypatch.setattr(step, "score", lambda *args: made.append(args) or score(*args))
+    monkeypatch.setattr(trainer_scores, "score", lambda *args: made.append(args) or score(*args))
     config = make_config(surrogate=surrogate, microbatches=4)
     mesh = ONE
     batch = packing.pack(make_scored(), minibatches=1, microbatches=4, row_length=24)
