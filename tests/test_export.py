@@ -1,5 +1,7 @@
 """A run's weights as a Hugging Face folder."""
 
+import subprocess
+
 import jax
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from dcmdp_jax.run import starting
 from dcmdp_jax.run.checkpoint import Checkpoints
 from dcmdp_jax.run.folder import write_config
 from dcmdp_jax.run.inputs import read_inputs
-from support.training import QUICKSTART, dcmdp, in_child, tiny
+from support.training import CHILD, QUICKSTART, child_environment, dcmdp, tiny
 
 pytestmark = pytest.mark.full
 POD = {
@@ -38,7 +40,8 @@ def converted(tmp_path_factory):
     checkpoints.save(state, inputs.prompts.get_state())
     checkpoints.close()
     folder = workdir / "out"
-    in_child(["convert", QUICKSTART, str(folder), "--workdir", str(workdir)])
+    convert = ["convert", QUICKSTART, str(folder), "--workdir", str(workdir)]
+    subprocess.run([*CHILD, *convert], env=child_environment(), check=True)
     return state, folder
 
 
