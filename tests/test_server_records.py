@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def run(folder, tmp_path, capsys, monkeypatch):
     """Runs the command on a stand-in and returns its status and output."""
-    monkeypatch.setattr(server_records, "PROMPTS", ("one day", "a cat", "the"))
+    monkeypatch.setattr(server_records, "PROMPTS", ("one day", "a cat", "the", "dog"))
 
     def command(kind, *options, **settings):
         with StandIn(kind) as server:
@@ -47,6 +47,13 @@ def test_a_server_that_reports_raw_log_probs_is_named(run):
     status, output = run(Vllm, raw=True)
     assert status == 1
     assert output.out.startswith("Verdict: raw log-probs\n")
+
+
+def test_a_server_is_asked_for_no_more_than_the_limit_and_shows_progress(run):
+    status, output = run(LlamaCpp, "--limit", "16")
+    assert status == 0
+    assert "for 16 completions of" in output.err and "\n16 of 16 completions\n" in output.err
+    assert "\ntried " in output.err
 
 
 def test_a_server_with_other_weights_is_named(run):

@@ -225,6 +225,9 @@ def doctor_command(args: argparse.Namespace, options: list[str]) -> Callable[[],
         raise ValueError(f"--output {output} names no file in a folder that exists; give another")
     from dcmdp_jax.tools import doctor, doctor_page, rollout_records
 
+    def log(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
     folder = hub.model_folder(args.model)
     vocab_size, max_position = doctor.check(folder, args.tokenizer)
     if args.server:
@@ -235,8 +238,9 @@ def doctor_command(args: argparse.Namespace, options: list[str]) -> Callable[[],
             args.temperature = server_records.TEMPERATURE
         sampling = _stated_sampling(args, {})
         tokenizer = tokenizers.load(args.tokenizer or folder, folder)
-        print(f"asking {args.server} for completions", file=sys.stderr, flush=True)
-        found = server_records.sample(args.server, tokenizer, sampling, vocab_size, max_position)
+        found = server_records.sample(
+            args.server, tokenizer, sampling, vocab_size, max_position, args.limit, log
+        )
     else:
         found = rollout_records.read(pathlib.Path(args.file), args.limit, vocab_size, max_position)
         sampling = _stated_sampling(args, found.sampling)
@@ -247,9 +251,6 @@ def doctor_command(args: argparse.Namespace, options: list[str]) -> Callable[[],
         "stated log-probs": "raw log-probs" if args.raw else "log-probs of that distribution",
         "trainer": "scored in bfloat16" if args.bfloat16 else "scored in float32",
     }
-
-    def log(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
 
     def job() -> int:
         if found.more:

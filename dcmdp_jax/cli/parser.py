@@ -382,7 +382,8 @@ def _doctor(add: Add) -> None:
         type=int,
         default=2000,
         metavar="N",
-        help="completions that are read, the first ones (default: %(default)s)",
+        help="completions that are read, the first ones, or most that a server is asked for "
+        "(default: %(default)s, of a server 64)",
     )
     parser.add_argument("--bfloat16", action="store_true", help="load and compute in bfloat16")
     parser.add_argument(

@@ -103,6 +103,7 @@ def judge(
     bos_id: int | None = None,
     other_prompts: Mapping[str, Prompt] | None = None,
     other_samplings: Mapping[str, Sampling] | None = None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> Verdict:
     """Returns the reading that explains the reported numbers, by the rule of this file.
 
@@ -124,6 +125,7 @@ def judge(
         template": wrap}.
       other_samplings: distributions to try, by where they come from, such as {"the model's
         generation_config.json": Sampling(0.6, 20, 0.95)}.
+      progress: called with a line after each pass.
 
     Raises ValueError if the lengths do not fit, or no number is finite.
     """
@@ -144,6 +146,7 @@ def judge(
             for reading in log_prob_readings.readings(distribution, fault, prompt, known):
                 trainer = np.concatenate([shifted(part, reading.shift) for part in logp])
                 errors.append((reading, np.minimum(np.abs(reading.nats(known) - trainer), CAP)))
+        progress(f"tried {len(errors)} readings")
 
     distributions = log_prob_readings.distributions(sampling, reported, other_samplings or {})
     compare(None, _recorded, distributions)
@@ -185,7 +188,8 @@ def scorer(params: Any, model: ModelConfig, batch_tokens: int = 4096) -> Score:
         widths = [max(16, 1 << (size - 1).bit_length()) for size in sizes]
         for width in sorted(set(widths)):
             members = [i for i, w in enumerate(widths) if w == width and lengths[i]]
-            count = max(1, batch_tokens // width)
+            # a whole batch of a few short sequences would be padding for the most part
+            count = max(1, min(batch_tokens // width, 1 << (len(members) - 1).bit_length()))
             for start in range(0, len(members), count):
                 group = members[start : start + count]
                 rows = np.zeros((count, width), np.int32)

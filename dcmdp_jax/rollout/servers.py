@@ -25,8 +25,11 @@ def sampler(config: Config, model: Any, tokenizer: Any, mesh: Any) -> Sampler:
     return server_sampler.of_run(config, model, tokenizer, server, rollout.weights_folder)
 
 
-def connect(url: str) -> Server:
+def connect(url: str, **client_options: Any) -> Server:
     """Returns the server at `url`, of whichever kind it is.
+
+    Args:
+        client_options: of `http_client.Client`, such as `connections` and `timeout`.
 
     Raises ServerError if it is neither vLLM, SGLang nor llama.cpp, or does not answer.
     """
@@ -43,7 +46,7 @@ def connect(url: str) -> Server:
             if error.status not in (404, 405):
                 raise
         else:
-            return kind.connect(url)
+            return kind.connect(url, **client_options)
     raise ServerError(
         f"the server at {url} is neither vLLM nor SGLang nor llama.cpp's llama-server: it has none "
         "of /version, /get_model_info and /props; give the address of one of them"

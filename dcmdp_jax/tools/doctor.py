@@ -152,6 +152,7 @@ def examine(
         bos_id=_bos_id(settings, model.vocab_size),
         other_prompts=other_prompts(model.tokenizer),
         other_samplings=_other_samplings(settings),
+        progress=progress,
     )
     stated = verdict.stated.reading
     best = verdict.best.reading

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from dcmdp_jax.records import Sampling
 from dcmdp_jax.rollout import servers
 from dcmdp_jax.rollout.http_client import Call
-from dcmdp_jax.rollout.server_sampler import Request, completion_seed
+from dcmdp_jax.rollout.server_sampler import Reply, Request, completion_seed
 from dcmdp_jax.tokens.tokenizer import Tokenizer
 from dcmdp_jax.tools import rollout_records
 from dcmdp_jax.tools.rollout_records import Records
@@ -28,33 +31,56 @@ PROMPTS = (
     "The largest planet of the solar system is",
     "Translate to German: good morning.",
 )
-SAMPLES = 8  # of each prompt
+SAMPLES = 4  # of each prompt
 MAX_TOKENS = 32
+CONNECTIONS = 16  # requests at once, so that a slow server shows progress and none times out
 TEMPERATURE = 0.7  # at 1, raw and processed log-probs are the same
 
 
 def sample(
-    url: str, tokenizer: Tokenizer, sampling: Sampling, vocab_size: int, max_position: int
+    url: str,
+    tokenizer: Tokenizer,
+    sampling: Sampling,
+    vocab_size: int,
+    max_position: int,
+    limit: int,
+    progress: Callable[[str], None],
 ) -> Records:
     """Returns what the vLLM, SGLang or llama.cpp server at `url` samples with its own weights.
 
+    Args:
+        limit: most completions, of as many prompts as it allows.
+        progress: called with a line now and then.
+
     Raises ServerError or ValueError, in one sentence, if it does not answer as it should.
     """
-    server = servers.connect(url)
+    server = servers.connect(url, connections=CONNECTIONS)
+    count = min(limit, len(PROMPTS) * SAMPLES)
     requests = [
         Request(
-            tokenizer.encode_prompt(PROMPTS[i // SAMPLES]),
+            tokenizer.encode_prompt(PROMPTS[i % len(PROMPTS)]),
             MAX_TOKENS,
             sampling,
             tuple(tokenizer.eos_ids),
             (),
             completion_seed(0, i),
         )
-        for i in range(len(PROMPTS) * SAMPLES)
+        for i in range(count)
     ]
+    answered = 0
+
+    def read(reply: Any, number: int) -> Reply:
+        nonlocal answered
+        completion = server.read(reply, requests[number])
+        answered += 1
+        if answered % CONNECTIONS == 0:
+            progress(f"{answered} of {count} completions")
+        return completion
+
+    progress(f"asking {url} for {count} completions of at most {MAX_TOKENS} tokens")
     replies = server.client.send(
         [Call("POST", server.path, server.body(request)) for request in requests],
-        lambda reply, number: server.read(reply, requests[number]),
+        read,
     )
     rows = (
         (
