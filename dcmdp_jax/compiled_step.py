@@ -104,6 +104,7 @@ def one_pass_step(
     metrics |= step_metrics.option_metrics(batch, old_logp, ref_logp, alpha, scale)
     new = step.next_state(state, learner, dual, batch, entropy, config)
     new, accepted = acceptance.keep_or_undo(state, new, old_logp, batch, advantage, config)
+    new = step.move_reference(new, config)
     return new, metrics | dual_metrics | accepted
 
 

@@ -190,8 +190,8 @@ class AlgorithmConfig:
     # and added to the loss: any of losses.kl. None: no reference policy
     reference_penalty: Callable | None = None
     reference_coefficient: float = 1.0  # times the penalty
-    # the penalty's sum over a completion is taken from its reward before the advantage, without a
-    # gradient, and is not added to the loss
+    # the penalty's sum over a completion is taken from its shaped reward before the advantage,
+    # without a gradient, and is not added to the loss
     reference_in_reward: bool = False
     reference_folder: str = ""  # the reference's weights; empty: those that the run starts with
     # (what is trained of the reference, of the policy, steps taken) -> that of the reference after

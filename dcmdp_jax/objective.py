@@ -27,7 +27,7 @@ class Minibatch(NamedTuple):
 
 
 def apply_mask(batch: Batch, config: Config) -> Batch:
-    """Returns the batch with the mask of the tokens that `algorithm.mask` leaves."""
+    """Returns the batch with the mask of the tokens that `algorithm.mask` leaves; it adds none."""
     if not config.algorithm.mask:
         return batch
     mask = config.algorithm.mask(
@@ -37,31 +37,30 @@ def apply_mask(batch: Batch, config: Config) -> Batch:
         batch.group.reshape(-1),
         num_groups=config.data.prompts_per_step,
     )
-    return batch._replace(mask=mask.reshape(batch.mask.shape))
+    return batch._replace(mask=batch.mask & (mask.reshape(batch.mask.shape) > 0))
 
 
-def charge_reference(
+def reference_charge(
     batch: Batch, old_logp: jax.Array, ref_logp: jax.Array | None, config: Config
-) -> Batch:
-    """Returns the batch with rewards less the reference penalty, summed over each completion, if
-    that is where it is charged.
-
-    Formula: R_i - sum_t penalty_it, before the group's mean is taken (as TRL's RLOO and verl's
-    `use_kl_in_reward` do).
+) -> jax.Array | None:
+    """Returns what is taken from each completion's reward, [M, A, n]: the sum of its reference
+    penalty. None if the penalty is a part of the loss.
     """
     if not config.algorithm.reference_in_reward:
-        return batch
+        return None
     old_logp = flat(old_logp)
     penalty = reference.penalty(
         config.algorithm, old_logp, old_logp, flat(ref_logp), flat(batch.mask)
     )
-    charge = jnp.sum(penalty, axis=-1).reshape(batch.reward.shape)
-    return batch._replace(reward=batch.reward - charge)
+    return jnp.sum(penalty, axis=-1).reshape(batch.reward.shape)
 
 
-def group_advantage(batch: Batch, config: Config) -> jax.Array:
+def group_advantage(batch: Batch, config: Config, charge: jax.Array | None = None) -> jax.Array:
     """Returns the advantage of each completion within its group, [M, A, n, 1], or of each token,
     [M, A, n, T], as `algorithm.advantage` returns it.
+
+    It is made of shaping(R_i) - charge_i: the verifier's reward is shaped before `reference_charge`
+    is taken, which changes its scale (as TRL's RLOO and verl's `use_kl_in_reward` do).
     """
     reward = batch.reward.reshape(-1)
     group = batch.group.reshape(-1)
@@ -74,6 +73,8 @@ def group_advantage(batch: Batch, config: Config) -> jax.Array:
             group,
             num_groups=num_groups,
         )
+    if charge is not None:
+        reward = reward - charge.reshape(-1)
     function = config.algorithm.advantage
     mask = {"mask": flat(batch.mask)} if _arguments.takes(function, "mask") else {}
     advantage = function(reward, group, num_groups=num_groups, **mask)

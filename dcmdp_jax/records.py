@@ -275,7 +275,7 @@ class TrainState(NamedTuple):
     opt_state: Any
     dual: Any  # constraint.DualState: the multiplier and its controller's memory
     step: Any  # [] int32, constrained steps taken; the version of `params`
-    skipped: Any  # [] int32, updates left out because their loss or gradient was not finite
+    skipped: Any  # [] int32, updates left out: loss, gradient or scale was not finite
     stale: tuple[Any, ...]  # `params` of the last `rollout.staleness` steps, oldest first
     frozen: Any = ()  # the decoder's starting parameters, if `ModelSource.trainable` is set
     reference: Any = ()  # `params` of the reference policy, if there is a reference penalty

@@ -43,8 +43,8 @@ def constrained_step(
 ) -> tuple[TrainState, step_metrics.Metrics]:
     """One rollout batch: `epochs` x M updates of the parameters, then one of the multiplier.
 
-    Returns the next state and the step's metrics. Updates whose loss or gradient is not finite are
-    left out and counted.
+    Returns the next state and the step's metrics. Updates whose loss, gradient or scale is not
+    finite are left out and counted.
     """
     multiplier = state.dual.multiplier
     alpha = entropy_bonus.coefficient(config.algorithm, state.entropy_dual)
@@ -57,8 +57,8 @@ def constrained_step(
     ref_logp = trainer_scores.score_reference(state, batch, config, model)
 
     # Shape: A' = A - lambda delta, or whatever `constraint.shaping` makes of it.
-    charged = objective.charge_reference(batch, old_logp, ref_logp, config)
-    advantage = objective.group_advantage(charged, config)
+    charge = objective.reference_charge(batch, old_logp, ref_logp, config)
+    advantage = objective.group_advantage(batch, config, charge)
     shaped = objective.shaped_advantage(advantage, old_logp, batch, multiplier, config)
 
     # Loss, gradients, update.
@@ -88,6 +88,7 @@ def constrained_step(
     metrics |= step_metrics.staleness_metrics(state, old_logp, batch, config, model)
     new = next_state(state, learner, dual, batch, entropy, config)
     new, accepted = acceptance.keep_or_undo(state, new, old_logp, batch, advantage, config)
+    new = move_reference(new, config)
     return new, metrics | dual_metrics | accepted
 
 
@@ -217,7 +218,8 @@ def apply_update(
     """Makes one update by the optimizer, from the gradient clipped to the norm `grad_clip`; the
     update is multiplied by `scale`, if there is one.
 
-    If the loss or the gradient is not finite, nothing changes but the count of skipped updates.
+    If the loss, the gradient or the scale is not finite, nothing changes but the count of skipped
+    updates.
 
     Returns:
         What the update changes, and the norm of the gradient before it was clipped.
@@ -225,6 +227,8 @@ def apply_update(
     algorithm = config.algorithm
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    if scale is not None:
+        finite &= jnp.isfinite(scale)
     clip = jnp.minimum(1.0, algorithm.grad_clip / norm) if algorithm.grad_clip else 1.0
 
     def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
@@ -271,7 +275,7 @@ def next_state(
     config: Config,
 ) -> TrainState:
     """Returns the state after a step; the parameters before it become the newest stale ones."""
-    new = state._replace(
+    return state._replace(
         params=learner.params,
         opt_state=learner.opt_state,
         dual=dual,
@@ -282,7 +286,11 @@ def next_state(
             config.algorithm, state.entropy_dual, entropy, batch.mask
         ),
     )
-    if config.algorithm.reference_update:
-        moved = config.algorithm.reference_update(state.reference, new.params, new.step)
-        new = new._replace(reference=moved)
-    return new
+
+
+def move_reference(new: TrainState, config: Config) -> TrainState:
+    """Returns the state after a step with the reference that follows its parameters."""
+    if not config.algorithm.reference_update:
+        return new
+    moved = config.algorithm.reference_update(new.reference, new.params, new.step)
+    return new._replace(reference=moved)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcmdp_jax import train_state
+from dcmdp_jax import reference, train_state
+from dcmdp_jax.losses import kl
 from dcmdp_jax.run import inputs
 from dcmdp_jax.tokens import packing
 from support.steps import MODEL, ONE, B, G, fresh_state, make_config, make_scored, quick_step
@@ -51,7 +52,14 @@ def always(old_logp, rollout_logp, advantage, mask):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("parts", [{}, {"minibatches": 2}], ids=["one pass", "two updates"])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"reference_penalty": kl.k3, "reference_update": reference.reset_every(1)},
+        {"minibatches": 2},
+    ],
+    ids=["one pass, a reference that follows", "two updates"],
+)
 def test_a_refused_update_is_undone_and_the_next_batch_trains(parts):
     seen, accepted = states(never, 3, **parts)
     assert accepted == [1.0, 0.0, 1.0]
@@ -61,6 +69,8 @@ def test_a_refused_update_is_undone_and_the_next_batch_trains(parts):
     )
     same(undone.params, first.params)
     same(undone.opt_state, first.opt_state)
+    if "reference_update" in parts:
+        same(undone.reference, undone.params)
     assert undone.step == 2, "the step counts"
     assert any(
         jax.tree.leaves(jax.tree.map(lambda a, b: np.any(a != b), again.params, first.params))

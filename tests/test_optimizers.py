@@ -99,6 +99,16 @@ def test_an_update_that_is_not_finite_changes_nothing(optimizer, loss, gradient)
     assert after.skipped == before.skipped + 1
 
 
+@pytest.mark.parametrize("scale", [np.nan, np.inf])
+def test_an_update_whose_scale_is_not_finite_changes_nothing(scale):
+    before = start(PLAIN)
+    after, _ = step.apply_update(
+        before, jnp.float32(0.0), random_grads(0), make_config(), jnp.float32(scale)
+    )
+    jax.tree.map(np.testing.assert_array_equal, after[:2], before[:2])
+    assert after.skipped == 1
+
+
 def test_plain_sgd_is_optax_sgd():
     """Without weight decay and clipping: m <- beta1 m + g, w <- w - rate m."""
     algorithm = dataclasses.replace(PLAIN, optimizer=optimizers.sgd, grad_clip=1e9)

@@ -19,7 +19,7 @@ from dcmdp_jax import (
     trainer_scores,
 )
 from dcmdp_jax.config import MeshConfig
-from dcmdp_jax.losses import kl
+from dcmdp_jax.losses import advantages, kl
 from dcmdp_jax.models import weights
 from dcmdp_jax.models.decoder import init
 from dcmdp_jax.records import Batch
@@ -156,13 +156,34 @@ def test_in_the_reward_it_is_summed_over_each_completion(function):
     """Without a ratio: rewards are of the policy that sampled. The loss has no penalty then."""
     logp, minibatch = made_up()
     config = with_reference(function, reference_in_reward=True)
-    charged = objective.charge_reference(minibatch.batch, logp, minibatch.ref_logp, config)
+    charge = objective.reference_charge(minibatch.batch, logp, minibatch.ref_logp, config)
     x = np.float64(minibatch.ref_logp) - np.float64(logp)
     penalty = np.where(minibatch.batch.mask, VALUES[function](logp, logp, x), 0)
-    expected = minibatch.batch.reward - 0.5 * penalty.sum(-1)
-    np.testing.assert_allclose(charged.reward, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(charge, 0.5 * penalty.sum(-1), rtol=1e-5, atol=1e-6)
     plain = objective.loss_of(jnp.asarray(logp), minibatch, jnp.float32(0.0), make_config())
     assert objective.loss_of(jnp.asarray(logp), minibatch, jnp.float32(0.0), config) == plain
+
+
+def test_it_is_charged_after_the_reward_is_shaped():
+    """Shaping reads the verifier's scale: what it counts as right stays right."""
+
+    def fine(reward, length, truncated, group, *, num_groups):
+        return jnp.where(reward > 0, 10.0, 0.0)
+
+    _, minibatch = made_up()
+    batch = minibatch.batch._replace(
+        reward=jnp.array([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]),
+        group=jnp.array([[0, 0, 0], [1, 1, 1]]),
+        length=jnp.ones((2, 3), jnp.int32),
+        truncated=jnp.zeros((2, 3), bool),
+    )
+    charge = jnp.array([[3.0, -3.0, 0.0], [0.0, 0.0, 6.0]])
+    config = with_reference(reference_in_reward=True, reward_shaping=fine)
+    algorithm = dataclasses.replace(config.algorithm, advantage=advantages.dr_grpo)
+    config = dataclasses.replace(config, algorithm=algorithm)
+    expected = [[7 - 10 / 3, 3 - 10 / 3, 0 - 10 / 3], [10 - 4 / 3, 0 - 4 / 3, -6 - 4 / 3]]
+    found = objective.group_advantage(batch, config, charge)
+    np.testing.assert_allclose(found[..., 0], expected, rtol=1e-5)
 
 
 def test_a_penalty_in_the_reward_needs_the_log_probs_first():

@@ -11,7 +11,15 @@ import numpy as np
 import optax
 import pytest
 
-from dcmdp_jax import compiled_step, constraint, sharding, step, train_state, trainer_scores
+from dcmdp_jax import (
+    compiled_step,
+    constraint,
+    objective,
+    sharding,
+    step,
+    train_state,
+    trainer_scores,
+)
 from dcmdp_jax.losses import advantages, corrections, diagnostics, kl, rejection
 from dcmdp_jax.models import decoder
 from dcmdp_jax.tokens import packing
@@ -503,6 +511,14 @@ def test_a_masked_completion_is_as_one_without_tokens(parts):
     assert_close(state, expected)
     assert metrics.pop("response_length") > dropped.pop("response_length")
     assert_close(metrics, dropped)
+
+
+def test_a_mask_leaves_tokens_out_and_adds_none():
+    batch = packing.pack(make_scored(), minibatches=1, microbatches=1, row_length=24)
+    config = make_config(mask=lambda mask, *of_completions, num_groups: jnp.ones(mask.shape))
+    masked = objective.apply_mask(batch, config).mask
+    assert masked.dtype == bool and not batch.mask.all()
+    np.testing.assert_array_equal(masked, batch.mask)
 
 
 def test_groups_without_spread_can_be_left_out():

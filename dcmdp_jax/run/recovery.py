@@ -163,6 +163,8 @@ def _first_not_finite(last: StepTaken, row: dict[str, Any], inputs: Inputs) -> s
         return weight
     if not last.metrics["logp_finite"]:
         return "a log-prob of the trainer"
+    if not math.isfinite(row.get("update_scale", 1.0)):
+        return "what algorithm.update_scale returns"
     return "the gradient" if math.isfinite(row["loss"]) else "the loss"
 
 
