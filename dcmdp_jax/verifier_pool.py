@@ -108,12 +108,12 @@ class VerifierPool:
     def _outcome(self, call: Call) -> float | Failure:
         worker = self._idle.get()
         try:
-            answer = json.loads(worker.ask(_line(tuple(call))))
+            answer = _answer(worker.ask(_line(tuple(call))))
         except TimeoutError:
             return Failure(f"takes longer than data.verifier_timeout={self._seconds:g} s")
         except ProcessEnded as error:
             return Failure(f"ends its process ({_cause(error.status)})")
-        except json.JSONDecodeError:
+        except ValueError:
             worker.end()
             return Failure("writes to the file that its answers go to")
         finally:
@@ -121,6 +121,14 @@ class VerifierPool:
         if "reward" in answer:
             return answer["reward"]
         return Failure(answer["failure"], raised=True)
+
+
+def _answer(line: bytes) -> dict[str, Any]:
+    """Returns what the process has written. Raises ValueError if that is no answer of its own."""
+    answer = json.loads(line)
+    if not isinstance(answer, dict) or not ({"reward", "failure"} & answer.keys()):
+        raise ValueError("no answer")
+    return answer
 
 
 def _pickled(verifier: Callable[..., float]) -> bytes:

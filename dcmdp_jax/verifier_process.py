@@ -2,7 +2,8 @@
 
 Its first line of standard input holds the module search path, the time limit and the verifier.
 Each further line is a call, and is answered by a JSON object with a `reward` or a `failure`. What
-the verifier prints goes to standard error.
+the verifier prints goes to standard error. Where standard input ends, also during a call, the
+process ends with what it has started.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import json
 import os
 import pathlib
 import pickle
+import queue
 import signal
 import sys
-from typing import Any
+import threading
+from typing import Any, BinaryIO
 
 
 def _serve() -> None:
@@ -37,10 +40,14 @@ def _serve() -> None:
     except Exception as error:
         print(errors.type_and_message(error), file=answers, flush=True)
         return
-    # CPU seconds after which the process ends by itself, if the one that asks is gone
+    # CPU seconds after which the process ends by itself: while C code of the verifier runs, the
+    # thread that reads may not
     most = seconds * (os.cpu_count() or 1) + 60
+    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(questions, lines), daemon=True).start()
     print("ready", file=answers, flush=True)
-    for line in questions:
+    while True:
+        line = lines.get()
         signal.setitimer(signal.ITIMER_PROF, most)
         example, text, facts = _value(line)
         try:
@@ -48,6 +55,13 @@ def _serve() -> None:
         except ValueError as error:
             answer = {"failure": str(error)}
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def _read(questions: BinaryIO, lines: queue.SimpleQueue[bytes]) -> None:
+    """Passes the lines on until there are no more: the process that asks is gone."""
+    for line in questions:
+        lines.put(line)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _value(line: bytes) -> Any:

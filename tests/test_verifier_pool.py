@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import subprocess
 import sys
 import threading
 import time
@@ -20,11 +21,11 @@ from dcmdp_jax.monitoring import measurements
 from dcmdp_jax.records import Columns, Example, Prompts
 from dcmdp_jax.verifier_pool import Call, Failure, VerifierPool
 from support.rollouts import make_rollout
-from support.training import rows, saved, tiny, train
+from support.training import child_environment, rows, saved, tiny, train
 
 SECONDS = 10.0  # far more than an answer takes, even of a process that has to start
 EXPERIMENT = """
-import os, pathlib, signal, subprocess, sys, time
+import contextlib, os, pathlib, signal, subprocess, sys, time
 import neighbour
 
 def judge(example, text, stopped=True):
@@ -33,6 +34,10 @@ def judge(example, text, stopped=True):
         pathlib.Path(example.columns["file"]).write_text(f"{os.getpid()} {program.pid}")
         while True:
             pass
+    if text.startswith("answer "):
+        for number in range(3, 16):
+            with contextlib.suppress(OSError):  # the others are closed, or are read
+                os.write(number, text.removeprefix("answer ").encode("latin-1") + b"\\n")
     if text == "exit":
         os._exit(3)
     if text == "segfault":
@@ -53,6 +58,20 @@ def surroundings(example, text):
     if text == "CPU limit":
         return signal.getitimer(signal.ITIMER_PROF)[0]
     return os.environ["JAX_PLATFORMS"] == "cpu"
+"""
+
+
+ASKS = """
+import os, pathlib, subprocess, sys, time
+from dcmdp_jax.records import Example
+from dcmdp_jax.verifier_pool import Call, VerifierPool
+
+def wait(example, text):
+    program = subprocess.Popen(["sleep", "600"])
+    pathlib.Path(text).write_text(f"{os.getpid()} {program.pid}")
+    time.sleep(600)
+
+VerifierPool(wait, 600.0, 1).judge([Call(Example("", ""), sys.argv[1], {})], lambda: False)
 """
 
 
@@ -111,6 +130,26 @@ def test_an_exception_has_its_line_and_costs_its_own_call(pool):
 def test_what_is_no_finite_number_is_a_failure(pool):
     (failure,) = asked(pool, "nan")
     assert failure.raised and "gives nan for a completion of the prompt" in failure.reason
+
+
+@pytest.mark.parametrize("line", ["[]", "{}", "1", "\xff"])
+def test_a_line_that_the_verifier_writes_itself_is_no_answer(pool, line):
+    calls = asked(pool, "right", f"answer {line}", "right")
+    assert calls == [1.0, Failure("writes to the file that its answers go to"), 1.0]
+
+
+def test_a_call_that_waits_ends_where_the_process_that_asks_is_killed(tmp_path):
+    """With what it started; it uses no CPU time."""
+    file = tmp_path / "pids"
+    script = tmp_path / "asks.py"
+    script.write_text(ASKS)
+    asks = subprocess.Popen([sys.executable, str(script), str(file)], env=child_environment())
+    while not (file.exists() and file.read_text()):
+        assert asks.poll() is None
+        time.sleep(0.1)
+    asks.kill()
+    asks.wait()
+    assert all(is_gone(int(pid)) for pid in file.read_text().split())
 
 
 def test_a_call_over_its_time_is_ended_with_what_it_started(experiment, tmp_path):
