@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import pathlib
 import runpy
@@ -13,6 +14,14 @@ from typing import Any
 from dcmdp_jax import errors, hub
 from dcmdp_jax.config import Config, scalar_fields
 
+# fields that may hold names of the Hub
+MODELS = (
+    ("model", "folder"),
+    ("model", "tokenizer"),
+    ("model", "lora", "folder"),
+    ("algorithm", "reference_folder"),
+)
+PROBLEMS = (("data", "path"), ("data", "eval_path"), ("warmup", "path"))
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -72,17 +81,28 @@ def pin(config: Config) -> Config:
     """Returns `config` with the names of the Hub at the commits that they stand for now, so that a
     resumed run reads what it began with.
     """
-    model = config.model
-    data = config.data
     pinned = {
-        ("model", "folder"): hub.pinned_model(model.folder),
-        ("model", "tokenizer"): hub.pinned_model(model.tokenizer),
-        ("algorithm", "reference_folder"): hub.pinned_model(config.algorithm.reference_folder),
-        ("data", "path"): hub.pinned_data(data.path),
-        ("data", "eval_path"): hub.pinned_data(data.eval_path),
-        ("warmup", "path"): hub.pinned_data(config.warmup.path),
+        path: named(_value(config, path))
+        for paths, named in ((MODELS, hub.pinned_model), (PROBLEMS, hub.pinned_data))
+        for path in paths
     }
     return replace_fields(config, pinned)
+
+
+def at_recorded_commits(changes: dict[str, str], recorded: Config) -> dict[str, str]:
+    """Returns `changes` with names of the Hub at the commits of a run's record, so that the command
+    that began the run goes on with it after a newer commit.
+    """
+    kept = dict(changes)
+    for path in (*MODELS, *PROBLEMS):
+        name = ".".join(path)
+        if name in kept:
+            kept[name] = hub.at_commit_of(_value(recorded, path), kept[name])
+    return kept
+
+
+def _value(config: Config, path: tuple[str, ...]) -> Any:
+    return functools.reduce(getattr, path, config)
 
 
 def replace_fields(config: Any, changes: dict[tuple[str, ...], Any]) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import pathlib
 import re
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -77,6 +78,27 @@ def pinned_model(text: str) -> str:
     return f"{name.repo}@{pathlib.Path(settings_folder(text)).name}"
 
 
+def repository(text: str) -> tuple[str, str | None]:
+    """Returns a model's name and its revision apart, as other programs take them; a path as it is,
+    and None.
+    """
+    name = _parse(text)
+    return (text, None) if name is None or name.path else (name.repo, name.revision)
+
+
+def at_commit_of(recorded: str, text: str) -> str:
+    """Returns a name without a revision at the commit of a recorded name of the same repository,
+    and any other text as it is.
+    """
+    name = _parse(text)
+    old = _NAME.fullmatch(recorded)
+    if name is None or name.revision or old is None or old["repo"] != name.repo:
+        return text
+    if not old["revision"]:
+        return text
+    return f"{name.repo}@{old['revision']}" + (f":{name.path}" if name.path else "")
+
+
 def push(folder: str, text: str, private: bool) -> str:
     """Uploads a folder as the model OWNER/NAME, made if there is none; returns the commit's URL."""
     name = _NAME.fullmatch(text)
@@ -88,7 +110,7 @@ def push(folder: str, text: str, private: bool) -> str:
         api.create_repo(text, private=private, exist_ok=True)
         return api.upload_folder(repo_id=text, folder_path=folder).commit_url
 
-    return _ask(text, "model", upload)
+    return _ask(text, "model", upload, _not_pushed)
 
 
 # Problems
@@ -120,13 +142,44 @@ def pinned_data(text: str) -> str:
     name = _parse(text)
     if name is None or (name.revision and name.path.endswith(_DATA_SUFFIXES)):
         return text
-    info = _ask(
-        text,
-        "data set",
-        lambda hub: hub.HfApi().repo_info(name.repo, revision=name.revision, repo_type="dataset"),
-    )
-    found = [entry.rfilename for entry in info.siblings or []]
-    return f"{name.repo}@{info.sha}:{_choose(found, name)}"
+    commit, found = _ask(text, "data set", lambda hub: _files(hub, name))
+    return f"{name.repo}@{commit}:{_choose(found, name)}"
+
+
+def _files(hub: ModuleType, name: Name) -> tuple[str, list[str]]:
+    """Returns a data set's commit and the paths of its files: those in the cache, of the commit
+    that was downloaded last, if the Hub cannot be used.
+    """
+    try:
+        info = hub.HfApi().repo_info(name.repo, revision=name.revision, repo_type="dataset")
+    except (hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError):
+        raise
+    except Exception:  # of the connection, of which the library raises many kinds
+        cached = _cached(hub, name)
+        if cached is None:
+            raise
+        return cached
+    return info.sha, [entry.rfilename for entry in info.siblings or []]
+
+
+def _cached(hub: ModuleType, name: Name) -> tuple[str, list[str]] | None:
+    """Returns what `_files` does, of the cache alone; None if nothing of the data set is there."""
+    try:
+        repos = hub.scan_cache_dir().repos
+    except hub.errors.CacheNotFound:
+        return None
+    commits = [
+        commit
+        for repo in repos
+        if repo.repo_type == "dataset" and repo.repo_id == name.repo
+        for commit in repo.revisions
+        if name.revision in (None, commit.commit_hash)
+    ]
+    if not commits:
+        return None
+    newest = max(commits, key=lambda commit: commit.last_modified)
+    paths = [file.file_path.relative_to(newest.snapshot_path) for file in newest.files]
+    return newest.commit_hash, sorted(path.as_posix() for path in paths)
 
 
 def _choose(found: list[str], name: Name) -> str:
@@ -154,8 +207,34 @@ def _choose(found: list[str], name: Name) -> str:
 # The library
 
 
-def _ask(text: str, kind: str, request: Any) -> Any:
-    """Returns what the library answers. Raises ValueError, with the remedy, if it does not."""
+def _cause(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _unreachable(error: Exception) -> str:
+    return (
+        "is neither a path here nor in the cache, and the Hub cannot be used "
+        f"({_cause(error)}); give a path, or download it where there is a network"
+    )
+
+
+def _not_pushed(error: Exception) -> str:
+    return (
+        f"cannot be pushed ({_cause(error)}); log in with `hf auth login`, with a token that may "
+        "write there, where there is a network"
+    )
+
+
+def _ask(
+    text: str,
+    kind: str,
+    request: Callable[[ModuleType], Any],
+    failed: Callable[[Exception], str] = _unreachable,
+) -> Any:
+    """Returns what the library answers. Raises ValueError, with the remedy, if it does not.
+
+    `failed` describes an error that is not of the name.
+    """
     try:
         import huggingface_hub
         from huggingface_hub import errors
@@ -177,15 +256,7 @@ def _ask(text: str, kind: str, request: Any) -> Any:
     except errors.EntryNotFoundError as error:
         if not isinstance(error, errors.LocalEntryNotFoundError):
             raise ValueError(f"{text} has no such file; correct what follows the :") from None
-        what = _unreachable(error)
+        what = failed(error)
     except Exception as error:  # of the connection, of which the library raises many kinds
-        what = _unreachable(error)
+        what = failed(error)
     raise ValueError(f"{text} {what}")
-
-
-def _unreachable(error: Exception) -> str:
-    cause = " ".join(str(error).split())[:200]
-    return (
-        "is neither a path here nor in the cache, and the Hub cannot be used "
-        f"({type(error).__name__}: {cause}); give a path, or download it where there is a network"
-    )

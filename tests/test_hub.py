@@ -11,7 +11,7 @@ import pytest
 
 from dcmdp_jax import cli, hub
 from dcmdp_jax.config import ModelSource
-from dcmdp_jax.experiment import pin
+from dcmdp_jax.experiment import at_recorded_commits, pin
 from dcmdp_jax.models import weights
 from dcmdp_jax.run.record import to_json
 from dcmdp_jax.tokens import tokenizer
@@ -136,6 +136,7 @@ def test_the_file_of_a_data_set_is_downloaded_and_then_cached(ask):
     assert path.read_bytes() == b"train"
     pinned = f"own/problems@{NEW}:main/train-00000-of-00001.parquet"
     assert ask("data_file", pinned, online=False) == str(path)
+    assert ask("data_file", "own/problems", online=False) == str(path)
 
 
 @pytest.mark.full
@@ -162,6 +163,38 @@ def test_without_a_network_it_is_one_sentence(function, ask):
     answer = ask(function, "own/unseen", online=False)
     assert "own/unseen is neither a path here nor in the cache, and the Hub cannot be" in answer
     assert answer.startswith("ValueError: ") and "\n" not in answer
+
+
+@pytest.mark.parametrize(
+    ("recorded", "text", "kept"),
+    [
+        ("own/a@1", "own/a", "own/a@1"),
+        ("own/a@1:main/train-0.parquet", "own/a:main/train", "own/a@1:main/train"),
+        ("own/a@1", "own/a@2", "own/a@2"),
+        ("own/a@1", "own/b", "own/b"),
+        ("own/a@1", "/own/a", "/own/a"),
+        ("", "own/a", "own/a"),
+        ("own/a", "own/a", "own/a"),
+    ],
+)
+def test_a_name_is_at_the_commit_of_the_record(recorded, text, kept):
+    assert hub.at_commit_of(recorded, text) == kept
+
+
+def test_a_name_and_its_commit_are_given_apart():
+    assert hub.repository("own/a@1") == ("own/a", "1")
+    assert hub.repository("own/a") == ("own/a", None)
+    assert hub.repository("/own/a@1") == ("/own/a@1", None)
+
+
+def test_a_push_that_fails_says_how_to_log_in(monkeypatch):
+    class Api:
+        def create_repo(self, name, **options):
+            raise OSError("401 Unauthorized")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    with pytest.raises(ValueError, match="own/small cannot be pushed .*401.*; log in with `hf"):
+        hub.push("folder", "own/small", private=False)
 
 
 # In a run; the library's functions are replaced from here on
@@ -202,6 +235,13 @@ def test_the_short_options_take_names(snapshot, capsys):
     assert cli.main(["train", hosts_experiment.__file__, *words]) == 0
     out = capsys.readouterr().out
     assert f"--model.folder 'own/tiny@{NEW}'" in out and "--data.path 'problems.jsonl'" in out
+
+
+def test_a_run_goes_on_by_the_same_command_after_a_newer_commit():
+    config = dataclasses.replace(make_config(TINY), model=ModelSource(f"own/tiny@{OLD}"))
+    changes = {"model.folder": "own/tiny", "steps": "3"}
+    kept = {"model.folder": f"own/tiny@{OLD}", "steps": "3"}
+    assert at_recorded_commits(changes, config) == kept
 
 
 def test_commands_on_a_folder_take_names(snapshot, capsys):

@@ -34,6 +34,12 @@ def test_what_is_written_is_read(model, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, peft.load(folder, SETTINGS, model), made)
 
 
+def test_the_base_model_and_its_commit_have_fields_of_their_own(tmp_path):
+    peft.save(tmp_path / "adapter", adapters(MODEL), SETTINGS, MODEL, "own/tiny", "abc")
+    found = json.loads((tmp_path / "adapter" / peft.CONFIG).read_text())
+    assert (found["base_model_name_or_path"], found["revision"]) == ("own/tiny", "abc")
+
+
 def test_an_existing_folder_is_kept(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="not an empty folder"):

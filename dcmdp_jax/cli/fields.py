@@ -8,7 +8,7 @@ import re
 import sys
 
 from dcmdp_jax.config import Config
-from dcmdp_jax.experiment import load_experiment, override, pin
+from dcmdp_jax.experiment import at_recorded_commits, load_experiment, override, pin
 from dcmdp_jax.run import record as run_record
 
 # what may be set without its dotted name
@@ -27,6 +27,7 @@ def load(args: argparse.Namespace, options: list[str]) -> tuple[Config, pathlib.
     if _has_checkpoint(workdir):
         in_file = run_record.to_json(config)
         config = run_record.apply_record(config, run_record.read_record(workdir))
+        changes = at_recorded_commits(changes, config)
         recorded = [
             f"{name}={value}"
             for name, (_, value) in run_record.differences(

@@ -75,12 +75,17 @@ def load(folder: str | pathlib.Path, lora: Lora, config: ModelConfig) -> dict:
 
 
 def save(
-    folder: str | pathlib.Path, adapters: dict, lora: Lora, config: ModelConfig, base: str
+    folder: str | pathlib.Path,
+    adapters: dict,
+    lora: Lora,
+    config: ModelConfig,
+    base: str,
+    revision: str | None = None,
 ) -> None:
     """Writes adapters, a tree of `lora.init`, as a folder that `load` and peft read.
 
-    `base` is the folder or name of the model that they belong to. The folder appears complete or
-    not at all. Raises ValueError if it exists and is not empty.
+    `base` is the folder or name of the model that they belong to, and `revision` the commit of a
+    name. The folder appears complete or not at all. Raises ValueError if it exists and is not empty.
     """
     folder = pathlib.Path(folder).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -99,6 +104,7 @@ def save(
     settings = {name: plain[0] for name, plain in PLAIN.items()} | {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "lora_dropout": 0.0,

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from dcmdp_jax import sharding, train_state
+from dcmdp_jax import hub, sharding, train_state
 from dcmdp_jax.config import Config
 from dcmdp_jax.models import decoder, derived, peft, weights
 from dcmdp_jax.models.model_config import ModelConfig
@@ -63,7 +63,8 @@ def export_adapters(config: Config, workdir: pathlib.Path, folder: str) -> int:
     model = read_model(config)
     unread = ("opt_state", "stale", "reference", "frozen")
     state = _read_to_host(config, model, workdir, unread)
-    peft.save(folder, state.params, source.lora, model, source.folder)
+    base, revision = hub.repository(source.folder)
+    peft.save(folder, state.params, source.lora, model, base, revision)
     return int(state.step)
 
 

@@ -57,7 +57,7 @@ def read_inputs(config: Config, devices: Sequence[jax.Device] | None = None) -> 
     if config.algorithm.reference_folder:
         check_reference(hub.model_folder(config.algorithm.reference_folder), model)
     if config.model.lora.folder:
-        peft.check(config.model.lora.folder, config.model.lora, model)
+        peft.check(hub.model_folder(config.model.lora.folder), config.model.lora, model)
     engines = processes.num_engines(config.rollout)
     check(config, model, mesh, decode_mesh, engines)
     if config.rollout.server:

@@ -79,7 +79,7 @@ def _adapters(config: Config, inputs: Inputs) -> Any:
     if not source.folder:
         return None
     shardings = train_state.shardings(config, inputs.model_config, inputs.mesh)
-    adapters = peft.load(source.folder, source, inputs.model_config)
+    adapters = peft.load(hub.model_folder(source.folder), source, inputs.model_config)
     return processes.make_global(adapters, shardings.params)
 
 
