@@ -12,7 +12,7 @@ import pytest
 
 from dcmdp_jax import cli
 from dcmdp_jax.models import gguf_file, rope, sizes, weights
-from dcmdp_jax.models.model_config import Llama3
+from dcmdp_jax.models.model_config import Linear, Llama3
 from dcmdp_jax.tokens import gguf_tokenizer, tokenizer
 from dcmdp_jax.tools import gguf_convert
 from support import own_data
@@ -31,6 +31,9 @@ MODELS = {
     "qwen2": dataclasses.replace(TINY, qk_norm=False, qkv_bias=True, tie_word_embeddings=False),
     "qwen3": dataclasses.replace(TINY, num_heads=2),
 }
+
+
+NO_HEAD_SIZE = {"llama.attention.key_length": None, "llama.attention.value_length": None}
 
 
 def save(model, folder):
@@ -141,6 +144,21 @@ def test_the_rotary_factors_of_llama_3_are_recognised(factor, written):
     assert gguf_file.config(gguf_file.read(path)) == scaled
 
 
+@pytest.mark.parametrize("kind", [None, "linear"])
+def test_a_factor_without_a_kind_is_linear_as_for_llama_cpp(kind, written):
+    path = written(changes={"llama.rope.scaling.factor": 4.0, "llama.rope.scaling.type": kind})
+    assert gguf_file.config(gguf_file.read(path)).rope_scaling == Linear(4.0)
+
+
+def test_a_qwen3_without_key_length_has_the_width_over_the_heads(tmp_path):
+    gguf_files.write(
+        tmp_path / "model.gguf",
+        save(TINY, tmp_path / "source"),
+        {"qwen3.attention.key_length": None, "qwen3.attention.value_length": None},
+    )
+    assert gguf_file.config(gguf_file.read(tmp_path / "model.gguf")) == TINY
+
+
 def test_a_wheel_is_read_as_the_file_that_it_holds(written, tmp_path):
     with zipfile.ZipFile(tmp_path / "some-1.0-py3-none-any.whl", "w") as wheel:
         wheel.write(written(), "some/model.gguf")
@@ -162,8 +180,13 @@ def test_convert_is_a_command(written, tmp_path, capsys):
         ({"changes": {"llama.expert_count": 8}}, "llama.expert_count=8 is not supported"),
         ({"changes": {"llama.rope.dimension_count": 8}}, "rope.dimension_count=8 is not supp"),
         ({"changes": {"llama.attention.sliding_window": 64}}, "sliding_window=64 is not supp"),
+        (
+            {"changes": {"llama.attention.head_count": [4, 2]} | NO_HEAD_SIZE},
+            r"num_attention_heads=\[4, 2\] is not a whole number",
+        ),
         ({"changes": {"llama.block_count": None}}, "num_hidden_layers is missing"),
         ({"changes": {"llama.block_count": 3}}, r"no tensor model\.layers\.2\."),
+        ({"changes": {"llama.rope.scaling.attn_factor": 2.0}}, "attn_factor=2.0 is not supported"),
         ({"changes": {"llama.rope.scaling.type": "longrope"}}, "'longrope' is not supported"),
         ({"changes": {"tokenizer.ggml.pre": "tekken"}}, "tokenizer.ggml.pre='tekken' is not"),
         ({"changes": {"tokenizer.ggml.pre": None}}, "tokenizer.ggml.pre=None is not supported"),
@@ -171,6 +194,10 @@ def test_convert_is_a_command(written, tmp_path, capsys):
         ({"changes": {"tokenizer.ggml.tokens": None}}, "holds no tokenizer; give --tokenizer"),
         ({"changes": {"tokenizer.ggml.tokens": ["a", "a"]}}, "holds a token twice"),
         ({"changes": {"tokenizer.ggml.eos_token_id": 999}}, "eos_token_id=999 is no token"),
+        ({"changes": {"tokenizer.ggml.eos_token_id": "a"}}, "eos_token_id holds what is no int"),
+        ({"changes": {"tokenizer.ggml.tokens": [1, 2]}}, "ggml.tokens holds what is no str"),
+        ({"changes": {"tokenizer.ggml.merges": ["zz q"]}}, "merge 'zz q' of tokenizer.ggml.merges"),
+        ({"changes": {"tokenizer.chat_template": 3}}, "chat_template is no text"),
         ({"tensors": {"rope_freqs.weight": np.full(8, 2.0, np.float32)}}, "rope_freqs.weight is"),
         ({"tensors": {"blk.0.ffn_gate_inp.weight": np.ones((2, 64), np.float32)}}, "no place for"),
         ({"tensors": {"counts": np.ones((2, 64), np.int32)}}, "counts is I32, which the gguf"),

@@ -29,13 +29,12 @@ SETTINGS = {
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
 }
 # read beside those, or known to change nothing
 OTHERS = """
-    vocab_size attention.value_length attention.sliding_window rope.dimension_count
+    vocab_size attention.key_length attention.value_length attention.sliding_window rope.dimension_count
     rope.scaling.type rope.scaling.factor rope.scaling.original_context_length
     rope.scaling.finetuned rope.scaling.attn_factor expert_count expert_used_count
 """.split()
@@ -209,19 +208,29 @@ def _settings(file: GgufFile) -> dict[str, Any]:
     window = given.get("attention.sliding_window") or positions
     if window < positions:
         raise ValueError(f"{prefix}attention.sliding_window={window} is not supported")
-    head_dim = given.get("attention.key_length") or given.get("embedding_length", 0) // max(
-        given.get("attention.head_count", 1), 1
-    )
+    head_dim = given.get("attention.key_length") or _width_per_head(given)
     for name in ("attention.value_length", "rope.dimension_count"):
         if given.get(name, head_dim) != head_dim:
             raise ValueError(
                 f"{prefix}{name}={given[name]} is not supported; only the size of a head, "
                 f"{head_dim}, is"
             )
+    settings["head_dim"] = head_dim
     settings["rope_scaling"] = _rope_scaling(given, prefix)
     if ROPE_FACTORS in file.tensors:
+        if settings["rope_scaling"]:
+            raise ValueError(f"tensor {ROPE_FACTORS} beside {prefix}rope.scaling is not supported")
         settings["rope_scaling"] = _llama3(file, settings["rope_theta"], head_dim)
     return settings
+
+
+def _width_per_head(given: dict[str, Any]) -> int | None:
+    """Returns the size of a head where none is given; None where it cannot be told."""
+    width = given.get("embedding_length")
+    heads = given.get("attention.head_count")
+    if type(width) is not int or type(heads) is not int or heads < 1 or width % heads:
+        return None
+    return width // heads
 
 
 def _number(value: Any) -> Any:
@@ -230,14 +239,15 @@ def _number(value: Any) -> Any:
 
 
 def _rope_scaling(given: dict[str, Any], prefix: str) -> dict[str, Any] | None:
-    kind = given.get("rope.scaling.type", "none")
-    if kind == "none":
-        return None
     if given.get("rope.scaling.attn_factor", 1.0) != 1.0:
         raise ValueError(
             f"{prefix}rope.scaling.attn_factor={given['rope.scaling.attn_factor']} is not supported"
         )
-    scaling = {"rope_type": kind, "factor": given.get("rope.scaling.factor")}
+    factor = given.get("rope.scaling.factor")
+    kind = given.get("rope.scaling.type", "linear" if factor else "none")  # as llama.cpp
+    if kind == "none":
+        return None
+    scaling = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
         length = given.get("rope.scaling.original_context_length")
         scaling["original_max_position_embeddings"] = length

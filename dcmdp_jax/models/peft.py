@@ -85,7 +85,9 @@ def save(
     """Writes adapters, a tree of `lora.init`, as a folder that `load` and peft read.
 
     `base` is the folder or name of the model that they belong to, and `revision` the commit of a
-    name. The folder appears complete or not at all. Raises ValueError if it exists and is not empty.
+    name. The folder appears complete or not at all.
+
+    Raises ValueError if it exists and is not empty.
     """
     folder = pathlib.Path(folder).absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):

@@ -42,6 +42,7 @@ def write(metadata: dict[str, Any], folder: pathlib.Path, place: str) -> None:
     texts = metadata.get("tokenizer.ggml.tokens")
     if not texts:
         raise ValueError(f"{place} holds no tokenizer; give --tokenizer FOLDER")
+    _check_types(metadata, place)
     if len(set(texts)) < len(texts):
         raise ValueError(f"{place}: tokenizer.ggml.tokens holds a token twice; take another file")
     kind = metadata.get("tokenizer.ggml.model")
@@ -83,6 +84,27 @@ def write(metadata: dict[str, Any], folder: pathlib.Path, place: str) -> None:
         files.write_atomic(folder / "chat_template.jinja", template)
 
 
+def _check_types(metadata: dict[str, Any], place: str) -> None:
+    """Raises ValueError where a setting of the tokenizer is of another type than llama.cpp's."""
+    ids = [f"{name}_token_id" for name in ("bos", "eos", "eot", "eom", "padding", "unknown")]
+    lists = {"tokens": str, "merges": str, "scores": float, "token_type": int}
+    for name in (*ids, *lists):
+        value = metadata.get(f"tokenizer.ggml.{name}")
+        items = value if name in lists else [value]
+        kind = lists.get(name, int)
+        if value is not None and not (isinstance(items, list) and _all_are(items, kind)):
+            raise ValueError(
+                f"{place}: tokenizer.ggml.{name} holds what is no {kind.__name__}; give --tokenizer "
+                "FOLDER, that of the original model"
+            )
+    if not isinstance(metadata.get("tokenizer.chat_template", ""), str):
+        raise ValueError(f"{place}: tokenizer.chat_template is no text; give --tokenizer FOLDER")
+
+
+def _all_are(values: list[Any], kind: type) -> bool:
+    return all(isinstance(value, kind) for value in values)
+
+
 def _byte_level(metadata: dict[str, Any], place: str) -> Any:
     library = import_library("tokenizers")
     name = metadata.get("tokenizer.ggml.pre")
@@ -92,10 +114,17 @@ def _byte_level(metadata: dict[str, Any], place: str) -> Any:
             f"{place}: the pre-tokenizer tokenizer.ggml.pre={name!r:.60} is not supported; "
             f"supported are {', '.join(known)}; give --tokenizer FOLDER, that of the original model"
         )
+    vocabulary = _vocabulary(metadata)
     merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges", [])]
+    for parts in merges:
+        if len(parts) != 2 or not {*parts, "".join(parts)} <= vocabulary.keys():
+            raise ValueError(
+                f"{place}: the merge {' '.join(parts)!r:.60} of tokenizer.ggml.merges is not of "
+                "two tokens to one; give --tokenizer FOLDER, that of the original model"
+            )
     # Llama 3 keeps a word that is a token whole, even if no merges lead to it
     tokenizer = library.Tokenizer(
-        library.models.BPE(_vocabulary(metadata), merges, ignore_merges=name in LLAMA3)
+        library.models.BPE(vocabulary, merges, ignore_merges=name in LLAMA3)
     )
     pre = library.pre_tokenizers
     if name in (*LLAMA3, *QWEN2):
