@@ -34,8 +34,8 @@ SETTINGS = {
 }
 # read beside those, or known to change nothing
 OTHERS = """
-    vocab_size attention.key_length attention.value_length attention.sliding_window rope.dimension_count
-    rope.scaling.type rope.scaling.factor rope.scaling.original_context_length
+    vocab_size attention.key_length attention.value_length attention.sliding_window
+    rope.dimension_count rope.scaling.type rope.scaling.factor rope.scaling.original_context_length
     rope.scaling.finetuned rope.scaling.attn_factor expert_count expert_used_count
 """.split()
 ROPE_FACTORS = "rope_freqs.weight"  # by which each frequency is divided, of Llama 3

@@ -94,8 +94,8 @@ def _check_types(metadata: dict[str, Any], place: str) -> None:
         kind = lists.get(name, int)
         if value is not None and not (isinstance(items, list) and _all_are(items, kind)):
             raise ValueError(
-                f"{place}: tokenizer.ggml.{name} holds what is no {kind.__name__}; give --tokenizer "
-                "FOLDER, that of the original model"
+                f"{place}: tokenizer.ggml.{name} is not of the type that llama.cpp writes; give "
+                "--tokenizer FOLDER, that of the original model"
             )
     if not isinstance(metadata.get("tokenizer.chat_template", ""), str):
         raise ValueError(f"{place}: tokenizer.chat_template is no text; give --tokenizer FOLDER")
