@@ -123,6 +123,25 @@ def test_positions_that_are_not_wanted_are_not_computed():
     assert_close(dirty, clean)
 
 
+def test_places_after_the_last_position_reach_no_gradient():
+    """The tile that holds the last positions is longer than they are; exp of logits overflows."""
+    params = random_params(TINY, 0.3, norms=1.0)
+    hidden, targets, _, _ = case(TINY)
+    wanted = jnp.ones(targets.shape, bool)
+    tiles = {"entropy_gradient": True, "cpu_tokens": (4,)}
+
+    def gradient(score):
+        def total(params):
+            logp, entropy = score(params, hidden, targets, wanted, TINY, 0.02)
+            return jnp.sum(logp) + jnp.sum(entropy)
+
+        return jax.grad(total)(params)["embed"]
+
+    assert jnp.max(decoder.head(params, hidden[0, 0], TINY)) > 2  # exp(2 / 0.02) is infinite
+    got = gradient(functools.partial(with_entropy, **tiles))
+    np.testing.assert_allclose(got, gradient(plain), rtol=1e-3, atol=2e-3)
+
+
 def test_nan_in_hidden_states_reaches_the_log_probs():
     params = random_params(TINY, 0.3, norms=1.0)
     hidden, targets, wanted, _ = case(TINY)

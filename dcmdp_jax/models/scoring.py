@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from dcmdp_jax import sharding
 from dcmdp_jax.models import decoder
-from dcmdp_jax.models.kernels.head import token_logp
+from dcmdp_jax.models.kernels.head import token_logp, weight_of
 from dcmdp_jax.models.layers import compute_dtype
 from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.models.quantized import einsum
@@ -68,7 +68,7 @@ def packed_top_logp(
     sampled = jnp.roll(tokens, -1, axis=1).reshape(-1)[index]
     size = hidden.shape[-1]
     tied = config.tie_word_embeddings
-    weight = params["embed"] if tied else params["head"]
+    weight = weight_of(params, config)
 
     def differences(place: tuple[jax.Array, jax.Array]) -> jax.Array:
         """[p, D] and [p, 1 + k] -> the logits [p, k] less that of the first token."""

@@ -65,6 +65,13 @@ class Span(NamedTuple):
         return jax.lax.dynamic_update_slice_in_dim(x, tile, self.start, axis=1)
 
 
+def weight_of(params: Any, config: ModelConfig) -> jax.Array:
+    """Returns the head's weight: [V, D] if embeddings are tied, else [D, V]. A tied head that is
+    rounded by itself is a parameter beside the embedding.
+    """
+    return params.get("head", params["embed"]) if config.tie_word_embeddings else params["head"]
+
+
 def token_logp(
     params: Any,
     hidden: jax.Array,
@@ -98,7 +105,7 @@ def token_logp(
         logp [R, S], entropy [R, S] or None; 0 at positions that are not wanted. The backward pass
         recomputes the logits.
     """
-    weight = params.get("head", params["embed"]) if config.tie_word_embeddings else params["head"]
+    weight = weight_of(params, config)
     rows, columns = targets.shape
     mesh = sharding.current_mesh()
 
@@ -255,7 +262,9 @@ def _gradients(
     if tiling.entropy_gradient:
         entropy = compact(entropy)
         entropy_slope = compact(entropy_cotangent) / tiling.temperature
-    log_total = jnp.pad(log_total, ((0, 0), (0, places - log_total.shape[1])))
+    # The places after the last position: p is 0 there. A small total would let it overflow.
+    padding = (0, 0), (0, places - log_total.shape[1])
+    log_total = jnp.pad(log_total, padding, constant_values=-LOW)
     axis = 0 if tiling.tied else 1
 
     def block(i, grads):
