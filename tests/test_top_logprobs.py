@@ -10,12 +10,12 @@ import pytest
 
 from dcmdp_jax import optimizers, train_state
 from dcmdp_jax.batches import check_rollout
-from dcmdp_jax.config import RolloutConfig
+from dcmdp_jax.config import Precision, RolloutConfig, WarmupConfig
 from dcmdp_jax.losses import centering, corrections, policy, reduce
-from dcmdp_jax.models import decoder, scoring
+from dcmdp_jax.models import decoder, derived, engine_formats, scoring
 from dcmdp_jax.records import Sampling
 from dcmdp_jax.rollout.generate import rollout
-from dcmdp_jax.run import inputs
+from dcmdp_jax.run import inputs, pairs, supervised
 from dcmdp_jax.tokens import packing
 from support import engines, steps, training
 from support.engines import DENSE, MOE
@@ -97,6 +97,18 @@ def test_candidates_are_scored_as_by_the_whole_softmax(tied, gathered):
     steps.assert_close(grads, wanted_grads)
 
 
+def test_candidates_are_scored_by_a_tied_head_that_is_rounded_by_itself():
+    model = dataclasses.replace(TINY, tie_word_embeddings=True)
+    params = steps.make_params(model)
+    params = engine_formats.straight_through(params, model, Precision(head="int4"))
+    logp, _, top = scoring.packed_top_logp(
+        params, TOKENS, POSITIONS, SEGMENTS, INDEX, CANDIDATES, model, 0.7
+    )
+    plain = jax.nn.log_softmax(decoder.logits(derived.arrays(params), TOKENS, model) / 0.7)
+    wanted = jnp.take_along_axis(plain[:, 1:5], CANDIDATES, axis=-1)
+    np.testing.assert_allclose(top, wanted, atol=1e-5)
+
+
 def config_with_top(k, weight=centering.unweighted, **algorithm):
     surrogate = functools.partial(centering.centred, weight=weight)
     config = steps.make_config(
@@ -161,6 +173,22 @@ def test_the_surrogate_and_the_sampler_go_together():
     for wrong in (needs_none, dataclasses.replace(config, algorithm=clipped)):
         with pytest.raises(ValueError, match="^rollout.top_logprobs is for a surrogate that takes"):
             inputs.check(wrong, TINY, steps.ONE, steps.ONE, 1)
+
+
+def test_more_tokens_than_the_vocabulary_has_are_refused():
+    with pytest.raises(ValueError, match="^rollout.top_logprobs=17 tokens are more than the model"):
+        inputs.check(config_with_top(17), TINY, steps.ONE, steps.ONE, 1)
+
+
+def test_a_supervised_stage_comes_before_a_run_that_centres():
+    """Its batches have no likeliest tokens: the step is traced with one."""
+    config = dataclasses.replace(
+        config_with_top(K), warmup=WarmupConfig(path="x", steps=1, batch_size=2)
+    )
+    learnt = [pairs.Pair([1, 2], [3]), pairs.Pair([4], [5, 6])]
+    batch = pairs.pack(learnt, microbatches=1, row_length=12, width=2)
+    state = supervised.abstract(config, TINY, steps.ONE)
+    supervised.compile_step(config, TINY, steps.ONE).lower(state, batch)
 
 
 def test_a_cut_support_has_no_likeliest_tokens_to_centre_on():

@@ -99,6 +99,11 @@ def check(
             f"rollout.top_logprobs={rollout.top_logprobs} are compared over the full vocabulary, "
             "and rollout.top_k, top_p or min_p cuts it; leave these at 0, 1 and 0"
         )
+    if rollout.top_logprobs > model.vocab_size:
+        raise ValueError(
+            f"rollout.top_logprobs={rollout.top_logprobs} tokens are more than the model's "
+            f"vocabulary of {model.vocab_size}; set it to that at most"
+        )
     takes_top = _arguments.takes(config.algorithm.surrogate, "top_logp")
     if bool(config.rollout.top_logprobs) != takes_top:
         raise ValueError(

@@ -197,7 +197,9 @@ def _start(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> Calla
 
 
 def _batch_shardings(config: Config, mesh: jax.sharding.Mesh) -> Batch:
-    return train_state.batch_shardings(config, mesh)._replace(replayed=None)
+    return train_state.batch_shardings(config, mesh)._replace(
+        replayed=None, top_tokens=None, top_rollout_logp=None
+    )
 
 
 def _check_finite(number: int, row: dict[str, float]) -> None:
