@@ -240,9 +240,8 @@ class Batch(NamedTuple):
     segment_ids: np.ndarray  # [M, A, R, S] int32, 1.. in a row; 0 is padding
     index: np.ndarray  # [M, A, n, T] int32; 0 where masked
     completions: np.ndarray  # [M, A, n, T] int32
-    mask: (
-        np.ndarray
-    )  # [M, A, n, T] bool, completion tokens; `objective.apply_mask` drops some of them
+    # [M, A, n, T] bool, completion tokens; `objective.apply_mask` drops some of them
+    mask: np.ndarray
     rollout_logp: np.ndarray  # [M, A, n, T] float32, over the full vocabulary
     reward: np.ndarray  # [M, A, n] float32
     length: np.ndarray  # [M, A, n] int32, tokens of a completion
@@ -277,7 +276,9 @@ class TrainState(NamedTuple):
     step: Any  # [] int32, constrained steps taken; the version of `params`
     skipped: Any  # [] int32, updates left out: loss, gradient or scale was not finite
     stale: tuple[Any, ...]  # `params` of the last `rollout.staleness` steps, oldest first
-    frozen: Any = ()  # the decoder's starting parameters, if `ModelSource.trainable` is set
+    # the decoder's starting parameters, if `ModelSource.trainable` is set or adapters are trained:
+    # then in the formats of `Lora.base`
+    frozen: Any = ()
     reference: Any = ()  # `params` of the reference policy, if there is a reference penalty
     entropy_dual: Any = ()  # as `dual`, of the entropy bonus, if it has a target
     before: Any = ()  # a `Before`, if `AlgorithmConfig.accept` is set

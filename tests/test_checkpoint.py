@@ -13,7 +13,7 @@ import pytest
 
 from dcmdp_jax import sharding
 from dcmdp_jax.config import MeshConfig
-from dcmdp_jax.records import TrainState
+from dcmdp_jax.records import Before, TrainState
 from dcmdp_jax.run import checkpoint
 
 PLACE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -207,6 +207,17 @@ def test_a_reader_takes_the_newest_without_its_optimizer(workdir):
     state, position = checkpoint.read(workdir, like(state_of(0)))
     assert_equal(state.params, state_of(4).params)
     assert state.opt_state is None and position == {"next_index": 40}
+
+
+def test_a_reader_takes_nothing_that_an_undone_update_would_bring_back(tmp_path):
+    state = state_of(4)
+    state = state._replace(before=Before(state.params, state.opt_state, jnp.bool_(True)))
+    saved = checkpoint.Checkpoints(tmp_path, keep=1)
+    saved.save(state, {})
+    saved.close()
+    read, _ = checkpoint.read(tmp_path, like(state))
+    assert_equal(read.params, state.params)
+    assert read.before is None
 
 
 def test_a_reader_falls_back_and_changes_nothing(workdir, capsys):

@@ -159,7 +159,7 @@ def read(
     workdir: pathlib.Path,
     like: TrainState,
     before: float = math.inf,
-    unread: Sequence[str] = ("opt_state",),
+    unread: Sequence[str] = ("opt_state", "before"),
 ) -> tuple[TrainState, Any]:
     """Returns (state, state of the prompt iterator) of the newest intact checkpoint whose step is
     less than `before`; the run may be going on.

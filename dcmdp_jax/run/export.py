@@ -18,6 +18,9 @@ from dcmdp_jax.run import checkpoint, starting
 from dcmdp_jax.run.inputs import read_inputs, read_model, read_tokenizer
 from dcmdp_jax.tokens import tokenizer as tokenizers
 
+# fields of a state of which the newest policy is not made
+NOT_POLICY = ("opt_state", "stale", "reference", "before")
+
 
 def export(config: Config, workdir: pathlib.Path, folder: str) -> int:
     """Writes the newest readable checkpoint of `workdir` to `folder`; returns its step.
@@ -38,7 +41,7 @@ def newest(config: Config, workdir: pathlib.Path) -> tuple[ModelConfig, Any, int
     ValueError where there is no checkpoint.
     """
     model = read_model(config)
-    state = _read_to_host(config, model, workdir, unread=("opt_state", "stale", "reference"))
+    state = _read_to_host(config, model, workdir, NOT_POLICY)
     return model, derived.arrays(train_state.policy_params(state, config)), int(state.step)
 
 
@@ -61,8 +64,7 @@ def export_adapters(config: Config, workdir: pathlib.Path, folder: str) -> int:
             "they began random or were warmed up; leave --adapter out, to write the sum of both"
         )
     model = read_model(config)
-    unread = ("opt_state", "stale", "reference", "frozen")
-    state = _read_to_host(config, model, workdir, unread)
+    state = _read_to_host(config, model, workdir, (*NOT_POLICY, "frozen"))
     base, revision = hub.repository(source.folder)
     peft.save(folder, state.params, source.lora, model, base, revision)
     return int(state.step)
