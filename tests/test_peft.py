@@ -55,6 +55,7 @@ def test_an_existing_folder_is_kept(tmp_path):
         ({"use_dora": True}, "use_dora=True, which these adapters do not have"),
         ({"peft_type": "IA3"}, "peft_type='IA3'"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which these adapters"),
     ],
 )
 def test_other_adapters_are_refused(changes, message, tmp_path):

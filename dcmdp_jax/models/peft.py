@@ -39,6 +39,8 @@ PLAIN = {
     "trainable_token_indices": (None, [], {}),
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
+    # others (PiSSA, OLoRA, CorDA, LoftQ) change the base weights, which are not in the folder
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
 
 
@@ -112,7 +114,6 @@ def save(
         "lora_dropout": 0.0,
         "target_modules": list(lora.targets),
         "inference_mode": True,
-        "init_lora_weights": True,
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder) as building:
