@@ -221,8 +221,8 @@ class AlgorithmConfig:
     # (updates made) -> factor of the learning rate: any optax schedule, such as
     # optax.cosine_decay_schedule(1.0, 1000). None: 1
     schedule: Callable | None = None
-    # (old_logp, rollout_logp, mask, steps taken) -> scalar that multiplies the step's updates, so
-    # that the learning rate follows what the batch shows. None: 1
+    # (logp, rollout_logp, mask, steps taken) -> scalar that multiplies the step's updates, so that
+    # the learning rate follows what the batch shows; logp at the weights before the step. None: 1
     update_scale: Callable | None = None
     beta1: float = 0.9
     beta2: float = 0.95

@@ -55,6 +55,11 @@ def constrained_step(
         train_state.sampled_from(state, config)[0], batch, config, model
     )
     ref_logp = trainer_scores.score_reference(state, batch, config, model)
+    # at the weights that the step updates: others than those that sampled, if these are stale
+    logp = old_logp
+    if state.stale:
+        policy = train_state.policy_params(state, config)
+        logp, _ = trainer_scores.score(policy, batch, config, model)
 
     # Shape: A' = A - lambda delta, or whatever `constraint.shaping` makes of it.
     charge = objective.reference_charge(batch, old_logp, ref_logp, config)
@@ -62,7 +67,7 @@ def constrained_step(
     shaped = objective.shaped_advantage(advantage, old_logp, batch, multiplier, config)
 
     # Loss, gradients, update.
-    scale = update_scale(state, old_logp, batch, config)
+    scale = update_scale(state, logp, batch, config)
 
     def update(
         learner: Learner, minibatch: objective.Minibatch
@@ -85,7 +90,7 @@ def constrained_step(
     metrics = step_metrics.batch_metrics(batch, advantage, shaped, old_logp, entropy)
     metrics |= jax.tree.map(jnp.mean, updates) | {"skipped": learner.skipped}
     metrics |= step_metrics.option_metrics(batch, old_logp, ref_logp, alpha, scale)
-    metrics |= step_metrics.staleness_metrics(state, old_logp, batch, config, model)
+    metrics |= step_metrics.staleness_metrics(state, logp, old_logp, batch)
     new = next_state(state, learner, dual, batch, entropy, config)
     new, accepted = acceptance.keep_or_undo(state, new, old_logp, batch, advantage, config)
     new = move_reference(new, config)
@@ -195,13 +200,15 @@ def updates_once(config: Config) -> bool:
 
 
 def update_scale(
-    state: TrainState, old_logp: jax.Array, batch: Batch, config: Config
+    state: TrainState, logp: jax.Array, batch: Batch, config: Config
 ) -> jax.Array | None:
-    """Returns what `algorithm.update_scale` makes of a batch; None if it is not set."""
+    """Returns what `algorithm.update_scale` makes of a batch, whose log-probs before the step are
+    `logp`; None if it is not set.
+    """
     if not config.algorithm.update_scale:
         return None
     return config.algorithm.update_scale(
-        objective.flat(old_logp),
+        objective.flat(logp),
         objective.flat(batch.rollout_logp),
         objective.flat(batch.mask),
         state.step,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax import objective, train_state, trainer_scores
+from dcmdp_jax import objective, trainer_scores
 from dcmdp_jax.config import Config
 from dcmdp_jax.losses import diagnostics, kl, reduce
-from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.monitoring import gaps
 from dcmdp_jax.records import Batch, TrainState
 
@@ -82,12 +81,13 @@ def option_metrics(
 
 
 def staleness_metrics(
-    state: TrainState, old_logp: jax.Array, batch: Batch, config: Config, model: ModelConfig
+    state: TrainState, logp: jax.Array, old_logp: jax.Array, batch: Batch
 ) -> Metrics:
-    """The gap divided into age and numerics, if the batch comes from stale weights."""
+    """The gap divided into age and numerics, if the batch comes from stale weights; `logp` is of
+    the weights before the step.
+    """
     if not state.stale:
         return {}
-    logp, _ = trainer_scores.score(train_state.policy_params(state, config), batch, config, model)
     return diagnostics.staleness(
         objective.flat(logp),
         objective.flat(old_logp),

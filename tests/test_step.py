@@ -20,7 +20,7 @@ from dcmdp_jax import (
     train_state,
     trainer_scores,
 )
-from dcmdp_jax.losses import advantages, corrections, diagnostics, kl, rejection
+from dcmdp_jax.losses import advantages, corrections, diagnostics, kl, reduce, rejection
 from dcmdp_jax.models import decoder
 from dcmdp_jax.tokens import packing
 from support.steps import (
@@ -38,6 +38,7 @@ from support.steps import (
     make_config,
     make_params,
     make_scored,
+    quick_step,
     run,
 )
 
@@ -308,6 +309,27 @@ def test_an_update_is_scaled_as_if_the_learning_rate_were():
     expected = jax.tree.map(lambda b, a: b + 0.5 * (a - b), before, plain.params)
     assert_close(scaled.params, expected, 1e-6)
     assert metrics["update_scale"] == 0.5
+
+
+@pytest.mark.full
+def test_the_scale_of_an_update_sees_the_age_of_a_stale_rollout():
+    def mean_of_the_policy(logp, rollout_logp, mask, step):
+        return reduce.token_mean(logp, mask)
+
+    config = make_config(update_scale=mean_of_the_policy)
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, staleness=1))
+    batch = packing.pack(make_scored(), minibatches=1, microbatches=1, row_length=24)
+    state = fresh_state(config, MODEL, ONE)
+    state = state._replace(stale=(jax.tree.map(lambda w: 1.2 * w, state.params),))
+    batch = jax.device_put(batch, train_state.batch_shardings(config, ONE))
+    score = jax.jit(functools.partial(trainer_scores.score, config=config, model=MODEL))
+    expected, older = (
+        reduce.token_mean(score(params, batch)[0], batch.mask)
+        for params in (state.params, state.stale[0])
+    )
+    assert abs(expected - older) > 0.01
+    _, metrics = quick_step(config, state, batch)(state, batch)
+    np.testing.assert_allclose(metrics["update_scale"], expected, rtol=1e-5)
 
 
 def test_params_and_multiplier_change_in_one_program_without_the_host():

@@ -3,7 +3,8 @@
 Pure functions without gradient. Notation is that of `diagnostics`: D = old_logp - rollout_logp in
 float32 nats `[N, T]`, over measured tokens. Factors take `(old_logp, rollout_logp, mask, steps)`,
 `steps` being the steps taken before, and multiply the learning rate of the updates that the batch
-makes; with nothing to measure they are 1. They raise TypeError for another dtype and
+makes; with nothing to measure they are 1. In a step `old_logp` is at the weights that it updates,
+so that D has the age of a stale rollout too. They raise TypeError for another dtype and
 ValueError for another shape or a bound that makes no sense.
 """
 
