@@ -62,6 +62,7 @@ INDEX = np.int32([[1, 2, 3, 4], [7, 8, 9, 10]])
 CANDIDATES = np.random.default_rng(1).integers(0, TINY.vocab_size, (2, 4, 3)).astype(np.int32)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("gathered", [1 << 26, 70])
 def test_candidates_are_scored_as_by_the_whole_softmax(tied, gathered):
