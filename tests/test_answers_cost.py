@@ -1,11 +1,8 @@
 """The cost of reading and comparing answers, hostile ones included, is bounded."""
 
 import contextlib
-import functools
 import os
 import sys
-import tempfile
-import time
 from functools import partial
 
 import pytest
@@ -197,38 +194,23 @@ def pairs_of(hostile):
     ]
 
 
-@functools.cache
-def compared(hostile):
-    """Seconds of the processor that all of its comparisons take, and the files that they leave."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        started = time.process_time()
-        for gold, answer in pairs_of(hostile):
-            compare.compare(gold, answer)
-        computed.is_computed(hostile)
-        return time.process_time() - started, os.listdir()
-
-
 hostile_answers = pytest.mark.parametrize("hostile", HOSTILE, ids=lambda text: ascii(text[:20]))
 
 
 @pytest.mark.full
 @hostile_answers
-def test_hostile_answers_take_little_time(hostile):
-    seconds, _ = compared(hostile)
-    assert seconds < 0.1 * (len(pairs_of(hostile)) + 1)
-
-
-@pytest.mark.full
-@hostile_answers
-def test_hostile_answers_are_not_run(hostile):
-    _, files = compared(hostile)
-    assert not files
+def test_hostile_answers_are_not_run(hostile, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for gold, answer in pairs_of(hostile):
+        compare.compare(gold, answer)
+    computed.is_computed(hostile)
+    assert not os.listdir()
 
 
 @pytest.mark.full
 @hostile_answers
 def test_comparing_hostile_answers_makes_few_calls(hostile):
-    pairs = pairs_of(hostile)[-2:]
+    pairs = pairs_of(hostile)
     assert max(events(partial(compare.compare, *pair)) for pair in pairs) < EVENTS
 
 
