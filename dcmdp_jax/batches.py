@@ -129,8 +129,9 @@ class Batches:
         if engines > 1:
             scored = processes.gather(scored)
             sources = measurements.gather_sources(sources)
-        elif self._inputs.verifiers:
-            # on another process a call may have taken too long
+        else:
+            # on another process a verifier may take too long, or answer otherwise; all must draw
+            # the same refills
             reward, failed = processes.from_process_0((scored.reward, scored.failed))
             scored = scored._replace(reward=reward, failed=failed)
         return Draw(scored, sources)

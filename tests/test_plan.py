@@ -13,7 +13,7 @@ import pytest
 
 from dcmdp_jax import cli, sharding, train_state
 from dcmdp_jax.config import MeshConfig, Precision, WarmupConfig
-from dcmdp_jax.losses import kl
+from dcmdp_jax.losses import centering, kl
 from dcmdp_jax.models import decoder, inference
 from dcmdp_jax.models.model_config import Compute, ModelConfig
 from dcmdp_jax.tools import cost_model, plan
@@ -345,8 +345,13 @@ def test_decoding_reads_the_experts_that_are_chosen():
 
 
 def test_the_step_of_a_supervised_stage_is_planned():
-    """With the work of an update of as many completions, one to a row."""
-    config = configure()
+    """With the work of an update of as many completions, one to a row; also of a run whose
+    rollouts report more and are refilled.
+    """
+    config = configure(top_logprobs=2)
+    data = dataclasses.replace(config.data, max_refills=1)
+    algorithm = dataclasses.replace(config.algorithm, surrogate=centering.centred)
+    config = dataclasses.replace(config, data=data, algorithm=algorithm)
     stage = WarmupConfig(path="pairs.jsonl", steps=1, batch_size=8, microbatches=2)
     config = dataclasses.replace(config, warmup=stage)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:4])

@@ -211,7 +211,7 @@ def _supervised(config: Config, model: ModelConfig, mesh: Any) -> Program:
     algorithm = config.algorithm
     as_rollout = dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, prompts_per_step=warmup.batch_size),
+        data=dataclasses.replace(config.data, prompts_per_step=warmup.batch_size, max_refills=0),
         rollout=dataclasses.replace(config.rollout, samples=1, staleness=0, top_logprobs=0),
         algorithm=AlgorithmConfig(
             algorithm.advantage,
