@@ -259,13 +259,15 @@ def abstract_arrays(shapes: Any, shardings: Any) -> Any:
 
 def local_bytes(tree: Any) -> int:
     """Returns the bytes that one device stores of arrays, or of shapes with shardings; those in its
-    host's memory do not count.
+    host's memory do not count. A number of four bits takes half a byte, but a byte on a CPU.
     """
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-        if x.sharding.memory_kind != HOST
-    )
+
+    def stored(x: Any) -> int:
+        on_cpu = next(iter(x.sharding.device_set)).platform == "cpu"
+        bits = 8 * x.dtype.itemsize if on_cpu else jax.dtypes.itemsize_bits(x.dtype)
+        return math.prod(x.sharding.shard_shape(x.shape)) * bits // 8
+
+    return sum(stored(x) for x in jax.tree.leaves(tree) if x.sharding.memory_kind != HOST)
 
 
 # Inside a traced function

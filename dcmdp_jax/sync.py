@@ -104,10 +104,10 @@ def converter_per_process(
     )
 
 
-def abstract_weights(config: ModelConfig, precision: Precision, mesh: Mesh) -> Weights:
-    """Returns shapes and shardings of an engine's weights."""
+def abstract_weights(params: Any, config: ModelConfig, precision: Precision, mesh: Mesh) -> Weights:
+    """Returns shapes and shardings of an engine's weights, made of parameters of these shapes."""
     shardings = _weights_shardings(config, precision, mesh)
-    return sharding.abstract_arrays(_weights_shapes(config, precision), shardings)
+    return sharding.abstract_arrays(_weights_shapes(params, config, precision), shardings)
 
 
 def _convert(params: Any, version: Any, *, config: ModelConfig, precision: Precision) -> Weights:
@@ -122,8 +122,7 @@ def _convert(params: Any, version: Any, *, config: ModelConfig, precision: Preci
     )
 
 
-def _weights_shapes(config: ModelConfig, precision: Precision) -> Weights:
-    params = jax.eval_shape(partial(decoder.init, config=config), jax.random.key(0))
+def _weights_shapes(params: Any, config: ModelConfig, precision: Precision) -> Weights:
     stacked = jax.eval_shape(
         partial(engine_formats.in_formats, config=config, precision=precision), params
     )
@@ -139,7 +138,8 @@ def _weights_shapes(config: ModelConfig, precision: Precision) -> Weights:
 
 
 def _weights_shardings(config: ModelConfig, precision: Precision, mesh: Mesh) -> Weights:
-    params = _weights_shapes(config, precision).params
+    trained = jax.eval_shape(partial(decoder.init, config=config), jax.random.key(0))
+    params = _weights_shapes(trained, config, precision).params
     replicated = sharding.replicated(mesh)
     return Weights(_params_shardings(params, config, mesh), replicated, replicated)
 

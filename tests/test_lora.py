@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcmdp_jax import objective, sharding, step, train_state, trainer_scores
-from dcmdp_jax.config import PROJECTIONS, Lora, MeshConfig
+from dcmdp_jax import objective, sharding, step, sync, train_state, trainer_scores
+from dcmdp_jax.config import PROJECTIONS, Lora, MeshConfig, Precision
 from dcmdp_jax.models import decoder, derived, lora, sizes
 from dcmdp_jax.models.quantized import Quantized
 from dcmdp_jax.tokens import packing
@@ -235,6 +235,20 @@ def test_the_saving_of_8b():
     rounded = adapted(plain, rank=16, base="nf4", base_group=64)
     four_bits = projections / 2 + projections / 64 * 4 + 2 * tables + adapters
     assert abs(gigabytes(rounded) - four_bits / 1e9) < 0.01
+
+
+@pytest.mark.full
+def test_an_engine_is_planned_with_the_formats_of_the_frozen_weights():
+    """What it is planned to hold is what the weight sync makes."""
+    config = adapted(make_config(), base="nf4", base_group=4, targets=("q_proj", "up_proj"))
+    params = train_state.decoder_params(*train_state.divide(config, make_params()), config)
+    precision = Precision("int8", head="int4")
+    made = sync.converter(MODEL, precision, ONE)(params, 0)
+    planned = sync.abstract_weights(params, MODEL, precision, ONE)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), made) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), planned
+    )
+    assert made.params["embed"].dtype == jnp.bfloat16
 
 
 def test_frozen_weights_have_their_format():

@@ -361,6 +361,13 @@ def test_the_step_of_a_supervised_stage_is_planned():
     assert stage.calls == 0 and "warmup.microbatches" in stage.settings
 
 
+def test_four_bits_are_half_a_byte_of_a_chip():
+    place = jax.sharding.SingleDeviceSharding(plan.slice_devices("v5e:1x1")[0])
+    weights = jax.ShapeDtypeStruct((512, 1024), jnp.uint4, sharding=place)
+    compiled = jax.jit(lambda w: w.astype(jnp.int8)).lower(weights).compile()
+    assert compiled.memory_analysis().argument_size_in_bytes == sharding.local_bytes(weights)
+
+
 def test_links_follow_one_convention():
     """The sum over a chip's links, in one direction: six of a v4 or v5p, four of a v5e or v6e."""
     assert {kind: plan.CHIPS[kind].link for kind in ("v4", "v5p", "v5e", "v6e")} == {

@@ -156,7 +156,7 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
     engine = None
     if config.rollout.own_engine:
         prompts = config.data.prompts_per_step // engines
-        engine = _engine(config, model, decode_mesh, engines, prompts)
+        engine = _engine(config, model, params, decode_mesh, engines, prompts)
     # Stale rollouts are sampled while the step runs. Others are over, and their weights are freed.
     looks_ahead = engine is not None and shared and config.rollout.staleness > 0
     sampling = engine.held if looks_ahead else 0
@@ -193,7 +193,8 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
     # The engine that rounds nothing lies beside the run's own.
     config = held_out.exact(config)
     weights = engine.weights_held
-    exact = _engine(config, model, decode_mesh, engines, -(-config.eval.prompts // engines))
+    prompts = -(-config.eval.prompts // engines)
+    exact = _engine(config, model, params, decode_mesh, engines, prompts)
     for program in (
         *_sampling(config, model, exact, (idle if shared else 0) + weights),
         _sync(config, model, params, mesh, decode_mesh, others + (weights if shared else 0)),
@@ -261,7 +262,9 @@ class _Engine(NamedTuple):
         return self.weights_held + self.cache + self.prefix
 
 
-def _engine(config: Config, model: ModelConfig, mesh: Any, engines: int, prompts: int) -> _Engine:
+def _engine(
+    config: Config, model: ModelConfig, params: Any, mesh: Any, engines: int, prompts: int
+) -> _Engine:
     rollout = config.rollout
     width = config.data.max_prompt_tokens
     engine = Engine(
@@ -278,7 +281,7 @@ def _engine(config: Config, model: ModelConfig, mesh: Any, engines: int, prompts
     at_once = max(min(generate.PREFILL_TOKENS // width, prompts), 1)
     return _Engine(
         engine,
-        sync.abstract_weights(model, rollout.precision, mesh),
+        sync.abstract_weights(params, model, rollout.precision, mesh),
         prompts,
         at_once,
         sharding.local_bytes(engine.state_shapes()),
