@@ -372,6 +372,9 @@ def made_of_pieces(pieces, tmp_path):
         "tokenizer.ggml.bos_token_id": pieces.bos_id(),
         "tokenizer.ggml.eos_token_id": pieces.eos_id(),
         "tokenizer.ggml.unknown_token_id": pieces.unk_id(),
+        "tokenizer.chat_template": "{{ bos_token }}{% for m in messages %}[{{ m.role }}]\n"
+        "{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]\n{% endif %}",
     }
     gguf_tokenizer.write(metadata, tmp_path, "x.gguf")
     return tokenizer.load(tmp_path)
@@ -384,6 +387,20 @@ def test_pieces_are_those_of_sentencepiece(pieces, made_of_pieces):
         assert made_of_pieces.encode(text) == ids
         assert made_of_pieces.decode(ids) == pieces.decode(ids) == text
     assert made_of_pieces.encode_prompt("How") == [pieces.bos_id(), *pieces.encode("How")]
+
+
+def test_a_reply_has_the_ids_that_it_has_in_its_conversation(made_of_pieces):
+    """The space that begins a text of SentencePiece does not begin the reply."""
+    messages = [{"role": "user", "content": "How"}, {"role": "assistant", "content": "They say"}]
+    prompt, reply = made_of_pieces.encode_reply(messages, enable_thinking=False)
+    assert prompt == made_of_pieces.encode_chat(messages[:1], enable_thinking=False)
+    whole = made_of_pieces.encode_chat(messages, enable_thinking=False, add_generation_prompt=False)
+    assert prompt + reply == whole
+
+
+def test_a_conversation_has_the_bos_of_its_template_alone(pieces, made_of_pieces):
+    ids = made_of_pieces.encode_chat([{"role": "user", "content": "How"}], enable_thinking=False)
+    assert ids[0] == pieces.bos_id() and ids.count(pieces.bos_id()) == 1
 
 
 @pytest.mark.full

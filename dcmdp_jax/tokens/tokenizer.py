@@ -217,8 +217,12 @@ class HuggingFaceTokenizer:
                 f"that asks for one, which ends in {prompt[-30:]!r}; set "
                 f"data.enable_thinking={not enable_thinking}, or mend the template or the reply"
             )
-        reply = text[len(prompt) :]
-        return self._encode_cut_up(prompt, cut), self._encode_cut_up(reply, cut)
+        asked = self._encode_cut_up(prompt, cut)
+        whole = self._encode_cut_up(text, cut)
+        if whole[: len(asked)] == asked:
+            return asked, whole[len(asked) :]
+        # a token would stand across the end of the prompt, which a rollout's cannot
+        return asked, self._encode_cut_up(text[len(prompt) :], cut)
 
     def _cut_up(self, message: Mapping, cut: str) -> dict:
         """Returns `message` with the character `cut` after each character of a special token in it.
