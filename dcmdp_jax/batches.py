@@ -119,7 +119,10 @@ class Batches:
         )
 
     def _draw(self, seed: int) -> Draw | None:
-        """Samples and scores the next prompts of all processes; None where one is asked to stop."""
+        """Samples and scores the next prompts of all processes; None where one is asked to stop.
+
+        Raises Refused where a verifier with a time limit raises on every completion.
+        """
         engines = processes.num_engines(self._config.rollout)
         scored = self._sample_and_score(seed)
         if processes.any_process(scored is None):
@@ -132,8 +135,14 @@ class Batches:
         else:
             # on another process a verifier may take too long, or answer otherwise; all must draw
             # the same refills
-            reward, failed = processes.from_process_0((scored.reward, scored.failed))
-            scored = scored._replace(reward=reward, failed=failed)
+            own = scored.reward, scored.failed, scored.raised
+            reward, failed, raised = processes.from_process_0(own)
+            scored = scored._replace(reward=reward, failed=failed, raised=raised)
+        if scored.raised is not None and scored.raised.all():
+            raise processes.Refused(
+                f"data.verifier raises on all {len(scored.raised)} completions of a batch, the "
+                "first time as printed above; mend it"
+            )
         return Draw(scored, sources)
 
     def _refill(self, batch: Draw, number: int) -> tuple[Draw, dict[str, float]] | None:

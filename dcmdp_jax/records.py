@@ -218,8 +218,9 @@ class Scored(NamedTuple):
 
     rollout: Rollout
     reward: np.ndarray  # [N] float32
-    # [N] bool, no answer of the verifier within `DataConfig.verifier_timeout`; None: no limit
+    # [N] bool, the verifier gave none; None: there is no `DataConfig.verifier_timeout`
     failed: np.ndarray | None = None
+    raised: np.ndarray | None = None  # [N] bool, those of `failed` on which the verifier raised
 
 
 class Batch(NamedTuple):

@@ -80,7 +80,7 @@ def score(
     and `Interrupted` if it does not return after `should_stop()` is true. In a pool a call that
     fails, or does not end in time, costs only its completion: it earns what an empty text earns; if
     that fails too, the lowest reward of its prompt's completions, or 0. It is then `failed`, and
-    the first such call is printed. A verifier that raises on every completion raises ValueError.
+    `raised` if the verifier raised; the first such call is printed.
     """
     examples = rollout.prompts.examples
     samples = len(rollout.tokens) // len(examples)
@@ -110,18 +110,19 @@ def score(
 
 def _rewards_of_pool(
     pool: VerifierPool, calls: Sequence[Call], samples: int, should_stop: Callable[[], bool]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the rewards of all calls, `samples` to a prompt, and which of them failed."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the rewards of all calls, `samples` to a prompt, which of them failed, and on which
+    the verifier raised.
+    """
     outcomes = pool.judge(calls, should_stop)
     failed = np.array([isinstance(outcome, Failure) for outcome in outcomes])
+    raised = np.array([isinstance(outcome, Failure) and outcome.raised for outcome in outcomes])
     reward = np.array(
         [np.nan if isinstance(outcome, Failure) else outcome for outcome in outcomes], np.float32
     )
     if not failed.any():
-        return reward, failed
+        return reward, failed, raised
     places = np.flatnonzero(failed).tolist()
-    if all(isinstance(outcome, Failure) and outcome.raised for outcome in outcomes):
-        raise ValueError(f"{outcomes[0].reason}; it raises on all {len(calls)} completions")
     _report_failures(pool, outcomes[places[0]], calls[places[0]], len(places), len(calls))
     nothing = [_without_text(calls[i]) for i in places]
     for i, outcome in zip(places, pool.judge(nothing, should_stop)):
@@ -129,7 +130,7 @@ def _rewards_of_pool(
     groups = reward.reshape(-1, samples)
     lowest = np.where(np.isnan(groups), np.inf, groups).min(axis=1, keepdims=True)
     groups = np.where(np.isnan(groups), np.where(np.isinf(lowest), 0, lowest), groups)
-    return groups.reshape(-1).astype(np.float32), failed
+    return groups.reshape(-1).astype(np.float32), failed, raised
 
 
 def _without_text(call: Call) -> Call:

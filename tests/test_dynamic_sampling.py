@@ -16,7 +16,7 @@ from dcmdp_jax.run import starting
 from dcmdp_jax.run.inputs import read_inputs
 from dcmdp_jax.seeds import Stream
 from dcmdp_jax.tokens import packing
-from support.rollouts import make_rollout
+from support.rollouts import CannedSampler, make_rollout
 from support.training import ONE_DEVICE, assert_same_run, rows, tiny, train
 
 # ------------------------------------------------------------ on made-up draws
@@ -169,26 +169,13 @@ def together(scored, groups):
     return Scored(scored.rollout._replace(prompts=prompts, **fields), np.concatenate(reward))
 
 
-class Canned:
-    """A sampler of the same completions for every prompt."""
-
-    def sample(self, prompts, *, samples, max_tokens, **how):
-        count = len(prompts.lengths) * samples
-        tokens = np.tile(np.arange(samples), len(prompts.lengths))[:, None].repeat(max_tokens, 1)
-        logp = np.zeros((count, max_tokens))
-        return make_rollout(prompts, tokens, [max_tokens] * count, logp, [True] * count)
-
-    def update_weights(self, params, version):
-        pass
-
-
 def test_processes_that_share_an_engine_take_the_rewards_of_process_0(monkeypatch):
     """Whatever their own verifier says; else they would draw different refills."""
     run = refilled(1, lambda example, text: 1.0)
-    engine = dataclasses.replace(run.rollout, sampler=lambda *_: Canned(), one_engine=True)
+    engine = dataclasses.replace(run.rollout, sampler=lambda *_: CannedSampler(), one_engine=True)
     run = dataclasses.replace(run, rollout=engine)
     of_process_0 = np.tile(np.float32([0, 1, 0, 0]), 4)
-    monkeypatch.setattr(processes, "from_process_0", lambda own: (of_process_0, own[1]))
+    monkeypatch.setattr(processes, "from_process_0", lambda own: (of_process_0, *own[1:]))
     state = TrainState((), (), (), np.int32(0), np.int32(0), ())
     batches = Batches(run, read_inputs(run, ONE_DEVICE), state, lambda: False)
     collected = batches.collect(Stream.ROLLOUT, 0)

@@ -15,13 +15,16 @@ import numpy as np
 import pytest
 
 from dcmdp_jax import rewards, stopping
+from dcmdp_jax.batches import Batches
 from dcmdp_jax.experiment import run_file
 from dcmdp_jax.losses import advantages
 from dcmdp_jax.monitoring import measurements
-from dcmdp_jax.records import Columns, Example, Prompts
+from dcmdp_jax.records import Columns, Example, Prompts, TrainState
+from dcmdp_jax.run.inputs import read_inputs
+from dcmdp_jax.seeds import Stream
 from dcmdp_jax.verifier_pool import Call, Failure, VerifierPool
-from support.rollouts import make_rollout
-from support.training import child_environment, rows, saved, tiny, train
+from support.rollouts import CannedSampler, make_rollout
+from support.training import ONE_DEVICE, child_environment, rows, saved, tiny, train
 
 SECONDS = 10.0  # far more than an answer takes, even of a process that has to start
 EXPERIMENT = """
@@ -256,9 +259,16 @@ def test_where_an_empty_text_fails_too_the_lowest_reward_counts(pool, others, ea
     assert scored(pool, "exit", *others, answer="never").reward[0] == earned
 
 
-def test_a_verifier_that_raises_on_all_completions_is_broken(pool):
-    with pytest.raises(ValueError, match="KeyError: 'gold'; it raises on all 2 completions"):
-        scored(pool, "raise", "raise")
+def test_it_is_known_on_which_completions_the_verifier_raised(pool, capfd):
+    result = scored(pool, "raise", "exit", "wrong")
+    np.testing.assert_array_equal(result.raised, [True, False, False])
+    np.testing.assert_array_equal(result.failed, [True, True, False])
+    assert "KeyError: 'gold'" in capfd.readouterr().err
+
+
+def test_completions_of_one_process_that_all_raise_do_not_end_a_run(pool):
+    """They may be those of one broken problem; `batches` sees those of all processes."""
+    assert scored(pool, "raise", "raise").raised.all()
 
 
 def test_a_pool_tells_the_verifier_what_it_asks_for():
@@ -278,6 +288,28 @@ def test_the_library_s_own_verifier_gives_the_same_in_a_pool():
 
 
 # ------------------------------------------------------------ in a run
+
+
+def batch_of(verifier):
+    """The first batch of a run, of canned completions."""
+    run = tiny(steps=1, **{"warmup.steps": 0, "data.verifier_timeout": SECONDS})
+    run = dataclasses.replace(
+        run,
+        data=dataclasses.replace(run.data, verifier=verifier),
+        rollout=dataclasses.replace(run.rollout, sampler=lambda *_: CannedSampler()),
+    )
+    state = TrainState((), (), (), np.int32(0), np.int32(0), ())
+    batches = Batches(run, read_inputs(run, ONE_DEVICE), state, lambda: False)
+    return batches.collect(Stream.ROLLOUT, 0)
+
+
+def test_a_verifier_that_raises_on_all_completions_is_broken(capfd):
+    def judge(example, text):
+        raise KeyError("gold")
+
+    with pytest.raises(ValueError, match="^data.verifier raises on all 16 completions of a batch"):
+        batch_of(judge)
+    assert "KeyError: 'gold'" in capfd.readouterr().err
 
 
 @pytest.mark.full
