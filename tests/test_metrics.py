@@ -214,6 +214,8 @@ FIRST = values(1) | {"delta_mean": 0.05, "prob_diff_std": 0.1, "tokens": 100}
 def test_the_floor_is_at_least_three_standard_errors_below_the_first_delta():
     """0.05 - 3 * 0.1 / sqrt(100)."""
     assert metrics.floor_lower_bound({"step": 1, **FIRST}) == pytest.approx(0.02)
+    refilled = FIRST | {"tokens": 4 * FIRST["tokens"], "refills": 3}
+    assert metrics.floor_lower_bound({"step": 1, **refilled}) == pytest.approx(0.02)
 
 
 @pytest.mark.parametrize("lacking", [{"step": 2}, {"delta_mean": None}, {"tokens": 0}], ids=str)

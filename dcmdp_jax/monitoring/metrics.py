@@ -159,7 +159,8 @@ def floor_lower_bound(row: Mapping[str, Any]) -> float | None:
     tokens = row.get("tokens")
     if row.get("step") != 1 or mean is None or deviation is None or not tokens:
         return None
-    return mean - 3 * deviation / math.sqrt(tokens) if math.isfinite(mean) else None
+    in_batch = tokens / (1 + row.get("refills", 0))  # of rounds that are alike in size
+    return mean - 3 * deviation / math.sqrt(in_batch) if math.isfinite(mean) else None
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
