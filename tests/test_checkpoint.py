@@ -13,6 +13,7 @@ import pytest
 
 from dcmdp_jax import sharding
 from dcmdp_jax.config import MeshConfig
+from dcmdp_jax.models.quantized import SCALED, quantize
 from dcmdp_jax.records import Before, TrainState
 from dcmdp_jax.run import checkpoint
 
@@ -218,6 +219,20 @@ def test_a_reader_takes_nothing_that_an_undone_update_would_bring_back(tmp_path)
     read, _ = checkpoint.read(tmp_path, like(state))
     assert_equal(read.params, state.params)
     assert read.before is None
+
+
+def test_frozen_weights_come_back_in_their_formats_wherever_the_folder_is(tmp_path):
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), jnp.float32)
+    frozen = {form: quantize(w, form, (-2,), 4) for form in SCALED} | {"b": w.astype(jnp.bfloat16)}
+    state = state_of(4)._replace(frozen=frozen)
+    saved = checkpoint.Checkpoints(tmp_path / "run", keep=1)
+    saved.save(state, {})
+    saved.close()
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    saved = checkpoint.Checkpoints(moved, keep=1)
+    restored, _ = saved.restore(like(state))
+    saved.close()
+    assert_equal(restored, state)
 
 
 def test_a_reader_falls_back_and_changes_nothing(workdir, capsys):

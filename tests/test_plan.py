@@ -3,6 +3,7 @@ TPU that is not attached.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -12,9 +13,9 @@ import jax.numpy as jnp
 import pytest
 
 from dcmdp_jax import cli, sharding, train_state
-from dcmdp_jax.config import MeshConfig, Precision, WarmupConfig
+from dcmdp_jax.config import Lora, MeshConfig, Precision, WarmupConfig
 from dcmdp_jax.losses import centering, kl
-from dcmdp_jax.models import decoder, inference
+from dcmdp_jax.models import decoder, inference, lora
 from dcmdp_jax.models.model_config import Compute, ModelConfig
 from dcmdp_jax.tools import cost_model, plan
 from support.steps import make_config
@@ -366,6 +367,16 @@ def test_four_bits_are_half_a_byte_of_a_chip():
     weights = jax.ShapeDtypeStruct((512, 1024), jnp.uint4, sharding=place)
     compiled = jax.jit(lambda w: w.astype(jnp.int8)).lower(weights).compile()
     assert compiled.memory_analysis().argument_size_in_bytes == sharding.local_bytes(weights)
+
+
+def test_the_largest_weight_of_8b_is_rounded_to_four_bits_on_one_chip():
+    """As a model folder is read onto it: beside the weight and the result there is one layer."""
+    place = jax.sharding.SingleDeviceSharding(plan.slice_devices("v5e:1x1")[0])
+    weight = jax.ShapeDtypeStruct((36, 4096, 12_288), jnp.float32, sharding=place)
+    settings = Lora(rank=1, base="nf4", base_group=64)
+    freeze = functools.partial(lora.freeze_weight, (jax.tree_util.DictKey("up_proj"),))
+    lowered = jax.jit(functools.partial(freeze, lora=settings)).lower(weight)
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < plan.GIB
 
 
 def test_links_follow_one_convention():

@@ -57,13 +57,16 @@ def freeze(params: Any, lora: Lora) -> Any:
 
 
 def freeze_weight(path: tuple, w: Any, lora: Lora) -> Any:
-    """Returns one parameter, by its path in the decoder's tree, as `freeze` does."""
+    """Returns one parameter, by its path in the decoder's tree, as `freeze` does.
+
+    It is rounded a layer at a time: a chip may hold no more than the complete weight beside that.
+    """
     name = path[-1].key
     contracted = decoder.CONTRACTED.get(name)
     if lora.base == "float32" or isinstance(w, Quantized):
         return w
     if name in lora.targets and lora.base in SCALED:
-        return quantize(w, lora.base, contracted, lora.base_group)
+        return jax.lax.map(lambda layer: quantize(layer, lora.base, contracted, lora.base_group), w)
     return w.astype(jnp.bfloat16) if contracted or name in ("embed", "head") else w
 
 

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax import lax
 
+from dcmdp_jax import sharding
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.records import TrainState
 
@@ -66,8 +67,7 @@ class Checkpoints:
         with self._failure_as_os_error():
             if jax.tree.leaves(state.frozen) and not self._has_frozen:
                 checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-                frozen = jax.tree.map(lambda w: w.astype(_stored_dtype(w)), state.frozen)
-                checkpointer.save(self._frozen, args=_with_checksums(frozen), force=True)
+                checkpointer.save(self._frozen, args=_with_checksums(state.frozen), force=True)
                 self._has_frozen = True
             args = _with_checksums(state._replace(frozen=()), prompt_state)
             self._manager.save(step, args=args)
@@ -205,7 +205,8 @@ def _with_checksums(tree: Any, prompt_state: Any = None) -> ocp.args.Composite:
     """What Orbax writes of a tree and the state of the prompt iterator."""
     rest = {"data": prompt_state, "checksums": checksums(tree)}
     rest |= {"checksum": _text_checksum(rest)}
-    return ocp.args.Composite(state=ocp.args.StandardSave(tree), rest=ocp.args.JsonSave(rest))
+    stored = jax.tree.map(_as_stored, tree)
+    return ocp.args.Composite(state=ocp.args.StandardSave(stored), rest=ocp.args.JsonSave(rest))
 
 
 def _read_frozen(folder: epath.Path, like: Any) -> Any:
@@ -232,13 +233,23 @@ def _read_frozen(folder: epath.Path, like: Any) -> Any:
     return jax.tree.map(lambda w, wanted: w.astype(wanted.dtype), frozen, like)
 
 
+def _as_stored(x: Any) -> Any:
+    """An array in the dtype in which it is written. Another one than its own goes to the host's
+    memory, an array after the other: the devices may not hold them beside the state.
+    """
+    if x.dtype == _stored_dtype(x):
+        return x
+    host = x.sharding.with_memory_kind(sharding.HOST)
+    return jax.block_until_ready(jax.device_put(x.astype(_stored_dtype(x)), host))
+
+
 def _stored_dtype(w: jax.Array) -> jnp.dtype:
-    """The dtype in which a frozen weight is written: TensorStore has none of 4 bits."""
+    """The dtype in which an array is written: TensorStore has none of 4 bits."""
     return {"int4": jnp.dtype("int8"), "uint4": jnp.dtype("uint8")}.get(w.dtype.name, w.dtype)
 
 
 def checksums(tree: Any) -> dict[str, str]:
-    """Returns a checksum of each leaf's bits, by the leaf's name.
+    """Returns a checksum of each leaf's bits, as they are stored, by the leaf's name.
 
     It does not depend on the mesh or the number of processes.
     """
@@ -263,6 +274,7 @@ def _checksum(x: jax.Array) -> jax.Array:
     """
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
+    x = x.astype(_stored_dtype(x))
     bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
     index = jnp.zeros(x.shape, jnp.uint32)
     for axis in range(x.ndim):
