@@ -173,7 +173,7 @@ def _cached(hub: ModuleType, name: Name) -> tuple[str, list[str]] | None:
         for repo in repos
         if repo.repo_type == "dataset" and repo.repo_id == name.repo
         for commit in repo.revisions
-        if name.revision in (None, commit.commit_hash)
+        if name.revision in (None, commit.commit_hash, *commit.refs)
     ]
     if not commits:
         return None

@@ -171,6 +171,12 @@ def test_convert_is_a_command(written, tmp_path, capsys):
     assert "2 layers, to " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("options", [["--adapter"], ["--workdir", "runs/x"], ["--steps", "3"]])
+def test_options_of_a_run_are_refused(options, written, tmp_path, capsys):
+    assert cli.main(["convert", written(), str(tmp_path / "out"), *options]) == 2
+    assert options[0] in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -48,6 +48,8 @@ def write(folder: pathlib.Path, weights: str) -> pathlib.Path:
       weights: a type of GGUF, such as "F32" or "Q8_0", for all matrices.
     """
     config = json.loads((folder / "config.json").read_text())
+    if config["architectures"] != ["Qwen3ForCausalLM"] or config.get("rope_scaling"):
+        sys.exit(f"{folder} is no dense Qwen3 without rotary scaling, which alone is written here")
     tensors = safetensors.load_file(folder / "model.safetensors")
     path = folder / f"model-{weights}.gguf"
     writer = gguf.GGUFWriter(path, "qwen3")
@@ -62,7 +64,8 @@ def write(folder: pathlib.Path, weights: str) -> pathlib.Path:
     writer.add_value_length(config["head_dim"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config["rope_theta"])
-    _add_vocabulary(writer, config["vocab_size"], config["eos_token_id"])
+    eos = config["eos_token_id"]
+    _add_vocabulary(writer, config["vocab_size"], eos if isinstance(eos, list) else [eos])
     kind = gguf.GGMLQuantizationType[weights]
     for name, tensor in tensors.items():
         tensor = np.ascontiguousarray(tensor, np.float32)
@@ -78,9 +81,11 @@ def write(folder: pathlib.Path, weights: str) -> pathlib.Path:
     return path
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, size: int, eos: int) -> None:
+def _add_vocabulary(writer: gguf.GGUFWriter, size: int, stops: list[int]) -> None:
+    eos = stops[0]  # the file names one; at the others the trainer ends a completion
     types = [gguf.TokenType.NORMAL] * size
-    types[eos] = gguf.TokenType.CONTROL
+    for stop in stops:
+        types[stop] = gguf.TokenType.CONTROL
     writer.add_tokenizer_model("llama")
     writer.add_token_list([f"<{number}>" for number in range(size)])
     writer.add_token_scores([0.0] * size)

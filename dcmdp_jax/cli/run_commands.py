@@ -211,6 +211,8 @@ def convert_command(args: argparse.Namespace, options: list[str]) -> Callable[[]
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed, and the host has the most memory
     if args.experiment.endswith((".gguf", ".whl")):
         fields.refuse(options)
+        if args.adapter or args.workdir:
+            raise ValueError("--adapter and --workdir are for a run; leave them out for a file")
         from dcmdp_jax.tools import gguf_convert
 
         print(gguf_convert.convert(args.experiment, args.output, args.tokenizer))

@@ -97,7 +97,8 @@ class Chat:
         if len(ids) + self._max_tokens > engine.max_length:
             raise ValueError(
                 f"the conversation and a reply take {len(ids) + self._max_tokens} positions, more "
-                f"than {engine.max_length}; start another with /new, or give --max-length"
+                f"than {engine.max_length}; start another with /new, or give a smaller "
+                "--max-tokens or a larger --max-length"
             )
         weights = self._sampler.weights
         width = power_of_two(max(len(ids), generate.SMALLEST_BUCKET), engine.max_length)
