@@ -250,6 +250,13 @@ def test_commands_on_a_folder_take_names(snapshot, capsys):
     assert snapshot == [("own/tiny", None)]
 
 
+def test_a_tokenizer_is_named_likewise(snapshot, capsys):
+    weights.save("model", TINY, random_params(TINY))
+    assert cli.main(["generate", "model", "abd", "--tokenizer", "own/tokenizer"]) == 2
+    assert "character 'd' is not in the alphabet 'abc'" in capsys.readouterr().err
+    assert snapshot == [("own/tokenizer", None)]
+
+
 @pytest.fixture
 def pushed(tmp_path, monkeypatch):
     """Returns the list of what is uploaded."""

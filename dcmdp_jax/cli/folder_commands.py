@@ -35,7 +35,7 @@ def generate_command(args: argparse.Namespace, options: list[str]) -> Callable[[
     from dcmdp_jax.tools import complete
 
     settings = dict(
-        tokenizer_path=args.tokenizer,
+        tokenizer_path=hub.settings_folder(args.tokenizer),
         precision=Precision(weights=args.weights),
         server=args.server,
         max_tokens=args.max_tokens,
@@ -91,7 +91,7 @@ def chat_command(args: argparse.Namespace, options: list[str]) -> Callable[[], i
     else:
         folder = hub.model_folder(args.model)
         model = weights.read_config(folder)
-        tokenizer = tokenizers.load(args.tokenizer or folder, folder)
+        tokenizer = tokenizers.load(hub.settings_folder(args.tokenizer) or folder, folder)
         weights.check(folder)
     conversation = chat.Chat(
         model,
@@ -145,7 +145,7 @@ def evaluate_command(args: argparse.Namespace, options: list[str]) -> Callable[[
         math_benchmarks.Options(
             model=ModelSource(
                 hub.model_folder(args.model),
-                args.tokenizer,
+                hub.settings_folder(args.tokenizer),
                 compute=Compute(bfloat16=args.bfloat16),
             ),
             data_dir=args.data_dir,
@@ -203,7 +203,7 @@ def serve_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
             steps=args.steps,
             grace=args.grace,
         ),
-        tokenizer_path=args.tokenizer,
+        tokenizer_path=hub.settings_folder(args.tokenizer),
         tokens_only=args.tokens_only,
         precision=Precision(weights=args.weights),
         sampling=sampling,
@@ -229,7 +229,8 @@ def doctor_command(args: argparse.Namespace, options: list[str]) -> Callable[[],
         print(line, file=sys.stderr, flush=True)
 
     folder = hub.model_folder(args.model)
-    vocab_size, max_position = doctor.check(folder, args.tokenizer)
+    own_tokenizer = hub.settings_folder(args.tokenizer)
+    vocab_size, max_position = doctor.check(folder, own_tokenizer)
     if args.server:
         from dcmdp_jax.tokens import tokenizer as tokenizers
         from dcmdp_jax.tools import server_records
@@ -237,7 +238,7 @@ def doctor_command(args: argparse.Namespace, options: list[str]) -> Callable[[],
         if args.temperature is None:
             args.temperature = server_records.TEMPERATURE
         sampling = _stated_sampling(args, {})
-        tokenizer = tokenizers.load(args.tokenizer or folder, folder)
+        tokenizer = tokenizers.load(own_tokenizer or folder, folder)
         found = server_records.sample(
             args.server, tokenizer, sampling, vocab_size, max_position, args.limit, log
         )
@@ -255,7 +256,7 @@ def doctor_command(args: argparse.Namespace, options: list[str]) -> Callable[[],
     def job() -> int:
         if found.more:
             log(f"{args.file} goes on; the first {args.limit} completions are read (--limit)")
-        model = doctor.load(folder, args.tokenizer, bfloat16=args.bfloat16)
+        model = doctor.load(folder, own_tokenizer, bfloat16=args.bfloat16)
         reported = Sampling() if args.raw else sampling
         diagnosis = doctor.examine(model, found.records, sampling, reported, log)
         print(doctor_page.text(diagnosis))

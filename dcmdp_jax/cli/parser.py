@@ -241,7 +241,9 @@ def _report(add: Add) -> None:
 
 def _tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--tokenizer", default="", help="folder or file (default: the model's folder)"
+        "--tokenizer",
+        default="",
+        help="folder or file, or OWNER/NAME (default: the model's folder)",
     )
 
 

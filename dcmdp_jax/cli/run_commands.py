@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from dcmdp_jax import errors
+from dcmdp_jax import errors, hub
 from dcmdp_jax.cli import fields
 from dcmdp_jax.config import Config, scalar_fields
 from dcmdp_jax.experiment import load_experiment, override
@@ -215,7 +215,8 @@ def convert_command(args: argparse.Namespace, options: list[str]) -> Callable[[]
             raise ValueError("--adapter and --workdir are for a run; leave them out for a file")
         from dcmdp_jax.tools import gguf_convert
 
-        print(gguf_convert.convert(args.experiment, args.output, args.tokenizer))
+        tokenizer = hub.settings_folder(args.tokenizer)
+        print(gguf_convert.convert(args.experiment, args.output, tokenizer))
         return _done
     if args.tokenizer:
         raise ValueError("--tokenizer is for a .gguf file; a run has its own, leave it out")
