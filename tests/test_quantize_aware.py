@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dcmdp_jax import objective, sharding, step, sync, train_state, trainer_scores
-from dcmdp_jax.config import MeshConfig, Precision
+from dcmdp_jax.config import Lora, MeshConfig, Precision
 from dcmdp_jax.models import decoder, derived, engine_formats, lora
 from dcmdp_jax.models.quantized import SCALED, Quantized
 from dcmdp_jax.run.inputs import read_inputs
@@ -53,6 +53,23 @@ def test_the_trainer_has_the_numbers_that_the_engine_stores(weights, group):
         jax.tree.map(
             np.testing.assert_array_equal, stack, jax.tree.map(lambda *x: jnp.stack(x), *per_layer)
         )
+
+
+@pytest.mark.full
+def test_frozen_weights_of_few_bits_are_rounded_as_the_engine_rounds_them():
+    """The trainer's are not rounded to their own bfloat16 once more."""
+    settings = Lora(rank=2, base="nf4", base_group=4, targets=("q_proj",))
+    frozen = lora.freeze(make_params(), settings)
+    adapters = jax.tree.map(
+        lambda x: jnp.full(x.shape, 0.1, x.dtype), lora.abstract(settings, MODEL)
+    )
+    params = lora.with_adapters(adapters, frozen, settings)
+    rounded = derived.arrays(engine_formats.straight_through(params, MODEL, ALL))
+    from_engine = stored(params, MODEL, ALL)
+    for name in ("embed", "head"):
+        np.testing.assert_array_equal(rounded[name], from_engine[name], err_msg=name)
+    layers = jax.tree.map(lambda *x: jnp.stack(x), *from_engine["stacks"])
+    jax.tree.map(np.testing.assert_array_equal, rounded["stacks"][0], layers)
 
 
 def gap(inputs, config, params):

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dcmdp_jax import optimizers, train_state
+from dcmdp_jax import optimizers, sharding, train_state
 from dcmdp_jax.batches import check_rollout
-from dcmdp_jax.config import Precision, RolloutConfig, WarmupConfig
+from dcmdp_jax.config import MeshConfig, Precision, RolloutConfig, WarmupConfig
 from dcmdp_jax.losses import centering, corrections, policy, reduce
 from dcmdp_jax.models import decoder, derived, engine_formats, scoring
 from dcmdp_jax.records import Sampling
@@ -217,3 +217,18 @@ def test_a_run_centres_with_the_engine_s_own_report(tmp_path):
     training.train(dataclasses.replace(config, algorithm=algorithm), tmp_path)
     rows = training.rows(tmp_path)
     assert len(rows) == 2 and all(np.isfinite(row["loss"]) for row in rows)
+
+
+@pytest.mark.full
+def test_devices_change_nothing():
+    """Rows of a tied head that is divided over two axes of the mesh."""
+    model = dataclasses.replace(TINY, tie_word_embeddings=True)
+    scored, _ = with_whole_vocabulary(steps.make_scored())
+    config = config_with_top(TINY.vocab_size, microbatches=2)
+    source = dataclasses.replace(config.model, architecture=model)
+    config = dataclasses.replace(config, model=source)
+    _, one, _ = steps.run(config, scored)
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    before, split, _ = steps.run(config, scored, mesh)
+    steps.assert_close(split.params, one.params, 1e-6)
+    assert np.abs(split.params["embed"] - before["embed"]).max() > 1e-4

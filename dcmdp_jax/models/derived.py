@@ -68,7 +68,8 @@ class Rounded:
 
     def array(self) -> jax.Array:
         """Returns the rounded weights, in float32."""
-        return straight_through(array(self.weight), self.form, self.contracted, self.group)
+        exact = array(self.weight).astype(jnp.float32)
+        return straight_through(exact, self.form, self.contracted, self.group)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

@@ -73,11 +73,11 @@ def straight_through(params: Any, config: ModelConfig, precision: Precision) -> 
     def leaf(path, w, contracted):
         if contracted:
             return Rounded(w, precision.weights, contracted, precision.group)
-        return derived.straight_through(w, *_other_format(path, precision))
+        return _rounded(w, *_other_format(path, precision))
 
     out = _map_weights(leaf, params, config)
     if _has_own_head(config, precision):
-        out["head"] = derived.straight_through(params["embed"], precision.head, (-1,))
+        out["head"] = _rounded(params["embed"], precision.head, (-1,))
     return out
 
 
@@ -142,6 +142,13 @@ def _projection(
     outer = w.shape[: w.ndim + contracted[0]]
     scale = jnp.ones((*outer, *(1,) * (w.ndim - len(outer))), jnp.float32)
     return Quantized(w, scale, precision.activations)
+
+
+def _rounded(w: jax.Array, form: str, axes: tuple[int, ...]) -> jax.Array:
+    """Returns `derived.straight_through` of a parameter, in float32 if its dtype might not hold the
+    rounded numbers: a frozen one may be bfloat16.
+    """
+    return derived.straight_through(w.astype(jnp.float32) if form in SCALED else w, form, axes)
 
 
 def _in_format(w: jax.Array, name: str, contracted: tuple[int, ...]) -> jax.Array | Quantized:
