@@ -77,32 +77,25 @@ def override(config: Config, changes: dict[str, str]) -> Config:
     return replace_fields(config, {tuple(name.split(".")): value for name, value in values.items()})
 
 
-def pin(config: Config) -> Config:
-    """Returns `config` with the names of the Hub at the commits that they stand for now, so that a
-    resumed run reads what it began with.
+def pin(config: Config, record: dict[str, Any] | None = None) -> Config:
+    """Returns `config` with the names of the Hub at commits, so that a resumed run reads what it
+    began with.
+
+    Args:
+        record: of the run, whose commits then stand for the same names; None: those of now do.
     """
-    pinned = {
-        path: named(_value(config, path))
-        for paths, named in ((MODELS, hub.pinned_model), (PROBLEMS, hub.pinned_data))
-        for path in paths
-    }
+    pinned = {}
+    for paths, named in ((MODELS, hub.pinned_model), (PROBLEMS, hub.pinned_data)):
+        for path in paths:
+            text = functools.reduce(getattr, path, config)
+            pinned[path] = named(hub.at_commit_of(_recorded(record or {}, path), text))
     return replace_fields(config, pinned)
 
 
-def at_recorded_commits(changes: dict[str, str], recorded: Config) -> dict[str, str]:
-    """Returns `changes` with names of the Hub at the commits of a run's record, so that the command
-    that began the run goes on with it after a newer commit.
-    """
-    kept = dict(changes)
-    for path in (*MODELS, *PROBLEMS):
-        name = ".".join(path)
-        if name in kept:
-            kept[name] = hub.at_commit_of(_value(recorded, path), kept[name])
-    return kept
-
-
-def _value(config: Config, path: tuple[str, ...]) -> Any:
-    return functools.reduce(getattr, path, config)
+def _recorded(record: Any, path: tuple[str, ...]) -> str:
+    for name in path:
+        record = record.get(name) if isinstance(record, dict) else None
+    return record if isinstance(record, str) else ""
 
 
 def replace_fields(config: Any, changes: dict[tuple[str, ...], Any]) -> Any:

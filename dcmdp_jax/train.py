@@ -21,7 +21,7 @@ from dcmdp_jax.records import TrainState
 from dcmdp_jax.run import checkpoint, recovery, starting
 from dcmdp_jax.run import folder as run_folder
 from dcmdp_jax.run.inputs import Inputs, read_inputs
-from dcmdp_jax.run.record import to_json
+from dcmdp_jax.run.record import read_record, to_json
 from dcmdp_jax.stopping import Interrupted, requests
 
 
@@ -37,7 +37,8 @@ def train(
     at the next safe point and raises `stopping.Interrupted`; the same call resumes. Raises
     `stopping.Failed` where the run cannot go on as it is.
     """
-    config = pin(config)
+    begun = workdir.is_dir() and checkpoint.begun(workdir)
+    config = pin(config, read_record(workdir) if begun else None)
     return run(config, workdir, prepare(config, workdir, devices))
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from dcmdp_jax import cli, hub
 from dcmdp_jax.config import ModelSource
-from dcmdp_jax.experiment import at_recorded_commits, pin
+from dcmdp_jax.experiment import pin
 from dcmdp_jax.models import weights
 from dcmdp_jax.run.record import to_json
 from dcmdp_jax.tokens import tokenizer
@@ -237,11 +237,17 @@ def test_the_short_options_take_names(snapshot, capsys):
     assert f"--model.folder 'own/tiny@{NEW}'" in out and "--data.path 'problems.jsonl'" in out
 
 
-def test_a_run_goes_on_by_the_same_command_after_a_newer_commit():
-    config = dataclasses.replace(make_config(TINY), model=ModelSource(f"own/tiny@{OLD}"))
-    changes = {"model.folder": "own/tiny", "steps": "3"}
-    kept = {"model.folder": f"own/tiny@{OLD}", "steps": "3"}
-    assert at_recorded_commits(changes, config) == kept
+def test_a_run_goes_on_with_its_commit_after_a_newer_one(monkeypatch):
+    def pinned(text):
+        return f"{text}@{NEW}" if text == "own/other" else text
+
+    monkeypatch.setattr(hub, "pinned_model", pinned)
+    before, now = (
+        dataclasses.replace(make_config(TINY), model=ModelSource(name, "own/other"))
+        for name in (f"own/tiny@{OLD}", "own/tiny")
+    )
+    found = pin(now, to_json(before)).model
+    assert (found.folder, found.tokenizer) == (f"own/tiny@{OLD}", f"own/other@{NEW}")
 
 
 def test_commands_on_a_folder_take_names(snapshot, capsys):

@@ -8,7 +8,7 @@ import re
 import sys
 
 from dcmdp_jax.config import Config
-from dcmdp_jax.experiment import at_recorded_commits, load_experiment, override, pin
+from dcmdp_jax.experiment import load_experiment, override, pin
 from dcmdp_jax.run import record as run_record
 
 # what may be set without its dotted name
@@ -24,10 +24,11 @@ def load(args: argparse.Namespace, options: list[str]) -> tuple[Config, pathlib.
     config = load_experiment(args.experiment)
     changes = overrides(options)
     workdir = pathlib.Path(args.workdir or f"runs/{config.name}")
+    record = None
     if _has_checkpoint(workdir):
         in_file = run_record.to_json(config)
-        config = run_record.apply_record(config, run_record.read_record(workdir))
-        changes = at_recorded_commits(changes, config)
+        record = run_record.read_record(workdir)
+        config = run_record.apply_record(config, record)
         recorded = [
             f"{name}={value}"
             for name, (_, value) in run_record.differences(
@@ -37,7 +38,7 @@ def load(args: argparse.Namespace, options: list[str]) -> tuple[Config, pathlib.
         ]
         if recorded:
             print(f"{workdir} goes on with its own {', '.join(recorded)}", file=sys.stderr)
-    return pin(override(config, changes)), workdir
+    return pin(override(config, changes), record), workdir
 
 
 def _has_checkpoint(workdir: pathlib.Path) -> bool:
