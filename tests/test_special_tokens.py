@@ -19,7 +19,7 @@ MARKS = ("<|start|>", "<|end|>", "<|pad|>", "<think>", "</think>")
 
 
 @pytest.fixture(scope="module")
-def apply_mask(tmp_path_factory):
+def trained(tmp_path_factory):
     """A byte-level BPE tokenizer with marks of its own, trained on a few words."""
     hf_tokenizers = pytest.importorskip("tokenizers")
     path = tmp_path_factory.mktemp("marked")
