@@ -225,6 +225,7 @@ def packed(ctx: Any) -> Batch:
         "tokens": given["completion"],
         "rollout_logp": given["old_logps"],
         "lengths": given["mask"].sum(axis=1).astype(np.int32),
+        "stopped": np.ones(len(given["mask"]), bool),
     }
     scored = Scored(Rollout(**made), given["advantages"])
     positions = given["prompt"].size + int(made["lengths"].sum())
