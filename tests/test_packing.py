@@ -88,14 +88,15 @@ def test_the_rest_of_a_packed_row_is_padding(packing):
 @settings(max_examples=150, deadline=None)
 @given(packings())
 def test_the_number_of_rows_is_a_bucket(packing):
-    """A power of two times the divisor, or enough rows for one completion each."""
+    """One of four in each doubling times the divisor, or enough rows for one completion each."""
     scored, how = packing
     batch = pack(scored, **how)
     rows, width = batch.tokens.shape[2:]
     size = len(scored.reward) // how["minibatches"] // how["microbatches"]
     assert width == how["row_length"] and rows % how["row_divisor"] == 0
     bucket = rows // how["row_divisor"]
-    assert bucket & (bucket - 1) == 0 or rows - how["row_divisor"] < size <= rows
+    buckets = {count << doubling for doubling in range(10) for count in (1, 5, 6, 7)}
+    assert bucket in buckets | {3} or rows - how["row_divisor"] < size <= rows
 
 
 @settings(max_examples=50, deadline=None)
@@ -200,14 +201,14 @@ def mixed():
 
 def test_first_fit_fills_rows(mixed):
     batch = pack(mixed, minibatches=1, microbatches=1, row_length=64)
-    assert batch.tokens.shape[2] == 32  # 18 rows, in the next bucket
+    assert batch.tokens.shape[2] == 20  # 18 rows, in the next bucket
     assert (batch.segment_ids[0, 0] > 0).all(axis=1).sum() == 18
 
 
 def test_one_shape_serves_all_orders(mixed):
     how = {"minibatches": 2, "microbatches": 2, "row_length": 64, "row_divisor": 2}
     shapes = {pack(mixed, **how, seed=seed).tokens.shape for seed in range(30)}
-    assert shapes == {(2, 2, 8, 64)}
+    assert shapes == {(2, 2, 6, 64)}
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from dcmdp_jax.answers.compare import Verdict, compare
 from dcmdp_jax.answers.tokens import LONGEST
 from dcmdp_jax.answers.worker import NotReady, ProcessEnded, Worker
 
-SECONDS = 2.0  # of one comparison
-SLACK = 5.0  # seconds that a process may exceed its own limit by
+SECONDS = 2.0  # of processor time, for one comparison
+SLACK = 30.0  # seconds by the clock that a process has more: it may have to wait for a processor
 PROCESSES = 2
 CACHED_PAIRS = 1 << 16
 
@@ -50,8 +50,8 @@ def _library(pid: int) -> Pool:
 class Pool:
     """Processes of `command`, which is given `seconds`; each compares one pair at a time.
 
-    A process that exceeds its limit by more than `slack` seconds is ended.
-    `given_up` counts the comparisons that took longer than `seconds` or that ended two processes;
+    `seconds` are of processor time; a process that takes `seconds + slack` by the clock is ended.
+    `given_up` counts the comparisons that took longer than that or that ended two processes;
     they count as different. Results are cached.
     """
 
@@ -113,7 +113,7 @@ def _verdict(worker: Worker, question: bytes) -> bool | None:
     try:
         reply = worker.ask(question)
     except ProcessEnded as error:
-        if error.status == -signal.SIGALRM:
+        if error.status == -signal.SIGPROF:
             raise TimeoutError from None
         return None
     if reply not in (b"true\n", b"false\n"):
