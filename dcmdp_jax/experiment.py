@@ -12,7 +12,8 @@ import sys
 from typing import Any
 
 from dcmdp_jax import errors, hub
-from dcmdp_jax.config import Config, scalar_fields
+from dcmdp_jax.config import Config
+from dcmdp_jax.config_checks import scalar_fields
 
 # fields that may hold names of the Hub
 MODELS = (

@@ -9,7 +9,8 @@ Result:   held-out pass rate of the int4 engine's policy 0.28 -> 0.88 in 160 ste
           the last ten steps. Seeds 2 and 4 end at 0.86 / 0.82 and 0.83 / 0.82. Seeds 0 and 3 do not
           learn: their warm-up leaves a policy that is right in 0.24 and 0.12 of the problems, and
           they end at 0.27 / 0.24 and 0.06 / 0.05. On another CPU (AVX2) seed 1 reaches 0.71 at
-          step 40 and ends at 0.01, delta 0.044, lambda at its bound. The tolerance lies under the floor of the start.
+          step 40 and ends at 0.01, delta 0.044, lambda at its bound. The tolerance lies under the
+          floor of the start.
           Without mismatch (--rollout.precision.weights float32): seed 1 0.91, seed 0 0.37.
 """
 

@@ -8,9 +8,10 @@ import pathlib
 import optax
 import pytest
 
-from dcmdp_jax import cli, train
-from dcmdp_jax.config import scalar_fields
+from dcmdp_jax import cli, constraint, train
+from dcmdp_jax.config_checks import scalar_fields
 from dcmdp_jax.experiment import load_experiment, override, replace_fields
+from dcmdp_jax.losses import policy
 from dcmdp_jax.run.record import to_json
 
 QUICKSTART = pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py"
@@ -69,6 +70,26 @@ def test_bad_overrides_are_refused_in_one_sentence(quickstart, name, value, mess
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name, function, message",
+    [
+        (
+            "algorithm.surrogate",
+            policy.clipped,
+            "algorithm.surrogate=clipped is called with (logp, old_logp, rollout_logp, advantage, "
+            "mask): too many positional arguments; losses.corrections.decoupled makes a surrogate",
+        ),
+        ("algorithm.reduce", lambda loss: loss, "algorithm.reduce=<lambda> is called with (loss,"),
+        ("constraint.shaping", constraint.delta, "constraint.shaping=delta is called with (adv"),
+        ("constraint.penalty", 1.0, "constraint.penalty=1.0 is called with (logp, rollout_logp,"),
+    ],
+)
+def test_functions_that_cannot_be_called_are_refused(quickstart, name, function, message):
+    with pytest.raises(ValueError) as error:
+        replace_fields(quickstart, {tuple(name.split(".")): function})
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
 OFF_AT_0 = {  # where 0 means off, all, or none
     "model.architecture.num_experts",
     "model.architecture.experts_per_token",
@@ -89,8 +110,6 @@ OFF_AT_0 = {  # where 0 means off, all, or none
     "algorithm.row_length",
     "algorithm.entropy_coefficient",
     "algorithm.entropy_target",
-    "algorithm.entropy_lr",
-    "algorithm.entropy_coefficient_max",
     "algorithm.learning_rate",
     "algorithm.lr_warmup_steps",
     "algorithm.beta1",

@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from dcmdp_jax import config, errors, optimizers
+from dcmdp_jax import config_checks, errors, optimizers
 from dcmdp_jax.experiment import override, run_file
 from dcmdp_jax.run.record import read_record
 
@@ -62,7 +62,7 @@ def test_a_library_s_line_is_not_the_user_s_wherever_it_is_installed(tmp_path, f
 
 def test_a_fault_of_the_project_s_own_keeps_its_traceback():
     """An error of another kind that no line of a user's has to do with."""
-    assert errors.user_message(caught(lambda: config.scalar_fields(3))) is None
+    assert errors.user_message(caught(lambda: config_checks.scalar_fields(3))) is None
 
 
 def test_what_comes_before_the_project_is_no_user_s_fault():

@@ -19,7 +19,7 @@ ORDER = [
     ["errors", "files", "hub", "limits", "seeds", "records", "monitoring.quantities"],
     ["models.model_config"],
     ["stopping", "run.lock", "tasks", "answers"],
-    ["tokens.chat_template", "tokens.chat_renderer", "tokens.folder_files"],
+    ["tokens.chat_template", "tokens.chat_renderer", "tokens.folder_files", "config_checks"],
     ["config", "verifier_pool"],
     ["sharding", "experiment", "losses", "rewards", "tokens.tokenizer", "evaluation.intervals"],
     ["run.record", "constraint", "distributed", "reference", "tokens.gguf_tokenizer"],

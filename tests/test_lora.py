@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from dcmdp_jax import objective, sharding, step, sync, train_state, trainer_scores
-from dcmdp_jax.config import PROJECTIONS, Lora, MeshConfig, Precision
+from dcmdp_jax.config import Lora, MeshConfig, Precision
 from dcmdp_jax.models import decoder, derived, lora, sizes
+from dcmdp_jax.models.model_config import PROJECTIONS
 from dcmdp_jax.models.quantized import Quantized
 from dcmdp_jax.tokens import packing
 from support.steps import MODEL, MOE, ONE, assert_close, make_config, make_params, make_scored, run

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dcmdp_jax.config import scalar_fields
+from dcmdp_jax.config_checks import scalar_fields
 from dcmdp_jax.experiment import load_experiment
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -17,7 +17,8 @@ from functools import partial
 
 from dcmdp_jax import errors, hub
 from dcmdp_jax.cli import fields
-from dcmdp_jax.config import Config, scalar_fields
+from dcmdp_jax.config import Config
+from dcmdp_jax.config_checks import scalar_fields
 from dcmdp_jax.experiment import load_experiment, override
 from dcmdp_jax.monitoring import terminal
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from dcmdp_jax import limits
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 @dataclass(frozen=True)
 class Linear:

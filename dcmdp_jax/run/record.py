@@ -8,7 +8,8 @@ import pathlib
 from typing import Any
 
 from dcmdp_jax import files
-from dcmdp_jax.config import Config, scalar_fields
+from dcmdp_jax.config import Config
+from dcmdp_jax.config_checks import scalar_fields
 from dcmdp_jax.experiment import override
 
 RECORD_FILE = "config.json"  # in the run's work folder

@@ -22,8 +22,9 @@ def pack(
     Each microbatch gets n completions; a segment is a prompt and its completion, and rows are
     filled by first-fit decreasing. R is the same in every microbatch: `row_divisor` times a number
     of `row_count`, or the number of rows that n completions can need at most if that is less, so
-    that few shapes are compiled. Recorded experts lie on the tokens that they were chosen for, which are the
-    tokens before those of the completion: the prompt's last to the completion's last but one.
+    that few shapes are compiled. Recorded experts lie on the tokens that they were chosen for,
+    which are the tokens before those of the completion: the prompt's last to the completion's last
+    but one.
     Log-probs are those of `full_vocab_logp`. Raises ValueError if the completions do not divide
     into M x A parts, if a row is too short, or if a prompt is empty.
     """
