@@ -45,12 +45,12 @@ def math_answer(example: Example, text: str) -> float:
         return float(is_computed(stated) and compare.equal(example.answer, stated))
     if _CHOICE.fullmatch(example.answer) and (chosen := _CHOSEN.match(stated)):
         stated = chosen[1] or chosen[2]
-    if not is_computed(stated) and is_copied(stated, _words(example.prompt), example.answer):
+    if not is_computed(stated) and is_copied(stated, prompt_text(example.prompt), example.answer):
         return 0.0
     return float(judge.equal(example.answer, stated))
 
 
-def _words(prompt: Any) -> str:
+def prompt_text(prompt: Any) -> str:
     """Returns the text of a prompt.
 
     The prompt is a string, or chat messages whose content is a string or parts that may hold text.
@@ -58,8 +58,8 @@ def _words(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, dict):
-        return _words(prompt.get("content", prompt.get("text")))
-    return " ".join(map(_words, prompt or ()))
+        return prompt_text(prompt.get("content", prompt.get("text")))
+    return " ".join(map(prompt_text, prompt or ()))
 
 
 def score(
@@ -214,5 +214,5 @@ def _name(verifier: Callable) -> str:
 
 def _short(example: Example) -> str:
     """Returns the first characters of a problem's prompt, quoted."""
-    prompt = _words(example.prompt)
+    prompt = prompt_text(example.prompt)
     return repr(prompt if len(prompt) <= _SHORT else prompt[:_SHORT] + "...")

@@ -128,6 +128,7 @@ def _loop(
             if _is_due(number, config.eval.every, config.steps, first=True):
                 log.write_gaps(number, _gaps(values, config, inputs))
                 row |= held_out.measure(state)
+                log.write_samples(number, held_out.samples)
             log.write(number, row)
             progress.check_updates(row)
             if _is_due(number, config.checkpoint.every, config.steps):

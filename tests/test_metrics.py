@@ -27,7 +27,9 @@ from dcmdp_jax.monitoring import metrics, terminal
 
 def make_config(steps=10, **fields):
     algorithm = AlgorithmConfig(
-        losses.advantages.grpo, losses.policy.clipped, losses.reduce.token_mean
+        losses.advantages.grpo,
+        losses.corrections.decoupled(losses.policy.clipped),
+        losses.reduce.token_mean,
     )
     dual = ConstraintConfig(constraint.shape_advantage, constraint.projected_ascent, tolerance=0.01)
     data = DataConfig(verifier=max, task=object())
@@ -248,21 +250,26 @@ def test_a_terminal_gets_a_block_that_starts_at_the_resumed_step(tmp_path, monke
     assert capsys.readouterr().err.startswith("trial: step 1/10  ")
 
 
-def test_gaps_are_cut_with_the_rows(tmp_path):
-    """Rows of a step that is taken again are dropped from both files."""
+def test_gaps_and_samples_are_cut_with_the_rows(tmp_path):
+    """Rows of a step that is taken again are dropped from all files."""
     record = {"positions": [], "worst": []}
+    sample = {"prompt": "1 + 1 =", "completion": " 2", "reward": math.nan}
     for folder, parts in (("whole", [(1, 11)]), ("killed", [(1, 8), (5, 11)])):
         for first, end in parts:
             with metrics.Log(tmp_path / folder, make_config(), first_step=first) as log:
                 for step in range(first, end):
                     if step % 2:
                         log.write_gaps(step, record)
+                        log.write_samples(step, [sample])
+                    log.write_samples(step, [])
                     log.write(step, values(step))
     assert [row["step"] for row in metrics.read_gaps(tmp_path / "killed")] == [1, 3, 5, 7, 9]
-    assert (tmp_path / "killed" / "gaps.jsonl").read_bytes() == (
-        tmp_path / "whole" / "gaps.jsonl"
-    ).read_bytes()
-    assert metrics.read_gaps(tmp_path) == []
+    for name in metrics.FILES:
+        killed, whole = (tmp_path / folder / name for folder in ("killed", "whole"))
+        assert killed.read_bytes() == whole.read_bytes()
+    (row, *_) = metrics.read_samples(tmp_path / "killed")
+    assert row == {"step": 1, "samples": [{**sample, "reward": None}]}
+    assert metrics.read_gaps(tmp_path) == metrics.read_samples(tmp_path) == []
 
 
 def test_tensorboard_events_hold_every_scalar(tmp_path):

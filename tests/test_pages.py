@@ -22,7 +22,7 @@ from dcmdp_jax.experiment import load_experiment
 from dcmdp_jax.monitoring import metrics
 from dcmdp_jax.report import comparison, run_data, run_page
 from dcmdp_jax.tools import diagnose, diagnose_page
-from support.pages import CONFIG, GAPS, ROWS, SOURCES, make_run
+from support.pages import CONFIG, GAPS, ROWS, SAMPLES, SOURCES, make_run
 
 QUICKSTART = pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py"
 PLAIN = "word"
@@ -95,6 +95,7 @@ def files_of(word):
         "parity.json": parity | {"context": {f"all{word}": parity["context"]["all"]}},
         "diagnose.json": put(SOURCES, word),
         "gaps.jsonl": put(GAPS, word),
+        "samples.jsonl": put(SAMPLES, word),
     }
 
 
@@ -224,6 +225,7 @@ CASES = [
 ]
 
 
+OF_ONE_RUN = ("parity.json", "samples.jsonl")  # files that a page of several runs does not show
 wrong_numbers = pytest.mark.parametrize("wrong", WRONG)
 every_number = pytest.mark.parametrize(
     "name, path", CASES, ids=[f"{name}-{'.'.join(map(str, path))}" for name, path in CASES]
@@ -242,7 +244,7 @@ class Refused(NamedTuple):
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory):
     """Runs the command on a run with a wrong value in one of its files, alone and beside another;
-    parity.json alone, as the comparison does not show it.
+    those that the comparison does not show alone.
     """
 
     @functools.cache
@@ -255,7 +257,7 @@ def refused(tmp_path_factory):
             lines = [files_of(PLAIN)[name], *lines, files_of(PLAIN)[name]]
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
         found = Refused(folder / name, [], [], [])
-        for runs in ([folder], [folder, other])[: 1 if name == "parity.json" else 2]:
+        for runs in ([folder], [folder, other])[: 1 if name in OF_ONE_RUN else 2]:
             with contextlib.redirect_stderr(io.StringIO()) as written:
                 found.statuses.append(cli.main(["report", *map(str, runs)]))
             found.messages.append(written.getvalue())
@@ -271,7 +273,7 @@ def refused(tmp_path_factory):
 def test_a_number_that_is_none_is_named_with_its_file(refused, name, path, wrong):
     found = refused(name, path, wrong)
     place = f"{found.file}: line 2" if name.endswith("l") else str(found.file)
-    assert found.statuses == [2] * (1 if name == "parity.json" else 2)
+    assert found.statuses == [2] * (1 if name in OF_ONE_RUN else 2)
     assert all(message.startswith(f"dcmdp: {place}") for message in found.messages)
 
 
@@ -324,7 +326,7 @@ def test_a_file_that_is_no_object_is_one_sentence(tmp_path, capsys, name, conten
     assert message.startswith(f"dcmdp: {folder / name} ") and message.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["gaps.jsonl", "diagnose.json", "parity.json"])
+@pytest.mark.parametrize("name", ["gaps.jsonl", "samples.jsonl", "diagnose.json", "parity.json"])
 @pytest.mark.parametrize("empty", [None, 3, "<b>", [], {}, [3], {"a": 3}, [None]], ids=repr)
 def test_any_container_may_be_anything(tmp_path, name, empty):
     """A page, or a sentence that names the file; nothing else."""

@@ -39,7 +39,7 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
 
     from dcmdp_jax import train
     from dcmdp_jax.distributed import processes
-    from dcmdp_jax.report import run_page
+    from dcmdp_jax.report import run_page, samples
     from dcmdp_jax.run.checkpoint import NoReadableCheckpoint
     from dcmdp_jax.stopping import Failed, Interrupted
 
@@ -70,6 +70,8 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
                 raise
             print(f"dcmdp: {message}; {again}", file=sys.stderr)
             return 1
+        if jax.process_index() == 0:
+            print(*samples.lines(workdir), sep="\n", file=sys.stderr)
         processes.log0(f"finished; see {workdir / 'report.html'}")
         return 0
 

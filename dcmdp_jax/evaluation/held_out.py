@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dcmdp_jax import rewards, seeds, train_state
 from dcmdp_jax.config import Config, Precision
 from dcmdp_jax.distributed import processes
-from dcmdp_jax.records import Prompts, Sampler, Sampling, TrainState
+from dcmdp_jax.records import Prompts, Sampler, Sampling, Scored, TrainState
 from dcmdp_jax.run.inputs import Inputs
 from dcmdp_jax.seeds import Stream
 from dcmdp_jax.stopping import Interrupted
 from dcmdp_jax.tokens.tokenizer import Tokenizer
 from dcmdp_jax.verifier_pool import VerifierPool
+
+SHOWN = 8  # completions that are kept of an evaluation, of its first problems
+
+
+class Sampled(NamedTuple):
+    """The completions of an evaluation."""
+
+    pass_rate: float  # over all processes
+    scored: Scored | None  # those of this process; None if its engine had no share
 
 
 class HeldOut:
@@ -37,6 +46,8 @@ class HeldOut:
         self._exact_config = exact(config)
         self._is_exact = is_exact(config)
         self._exact: Any = None  # a JetStreamSampler, made at its first use
+        # of the last measurement, as `metrics.Log.write_samples` takes them; process 0 has them
+        self.samples: list[dict[str, Any]] = []
 
     def measure(self, state: TrainState) -> dict[str, float]:
         """Returns `reward_eval_infer`, the pass rate of the run's sampler with its present weights,
@@ -48,20 +59,23 @@ class HeldOut:
         """
         if self._inputs.held_out is None:
             return {}
-        infer = self._pass_rate(self._sampler)
-        measured = {"reward_eval_infer": infer}
+        infer = self._sample(self._sampler)
+        train = None
         if infer is not None and self._config.rollout.own_engine:
-            measured["reward_eval_train"] = (
-                infer if self._is_exact else self._trainer_pass_rate(state)
-            )
-        if None in measured.values():
+            train = infer if self._is_exact else self._sample_trainer(state)
+        if infer is None or (train is None and self._config.rollout.own_engine):
             processes.log0(
                 f"stopped in the evaluation of step {int(state.step)}, which is left out"
             )
+            self.samples = []
             return {}
+        self.samples = _shown(infer.scored, self._inputs.tokenizer)
+        measured = {"reward_eval_infer": infer.pass_rate}
+        if train is not None:
+            measured["reward_eval_train"] = train.pass_rate
         return measured
 
-    def _trainer_pass_rate(self, state: TrainState) -> float | None:
+    def _sample_trainer(self, state: TrainState) -> Sampled | None:
         if self._exact is None:
             # only the default sampler needs google-jetstream
             from dcmdp_jax.rollout import jetstream
@@ -71,13 +85,13 @@ class HeldOut:
                 self._exact_config, inputs.model_config, inputs.tokenizer, inputs.decode_mesh
             )
         self._exact.update_weights(train_state.policy_params(state, self._config), int(state.step))
-        rate = self._pass_rate(self._exact)
+        sampled = self._sample(self._exact)
         self._exact.release_weights()
-        return rate
+        return sampled
 
-    def _pass_rate(self, sampler: Sampler) -> float | None:
+    def _sample(self, sampler: Sampler) -> Sampled | None:
         config = self._config
-        return pass_rate(
+        return sample(
             sampler,
             self._inputs.held_out,
             config,
@@ -100,7 +114,22 @@ def is_exact(config: Config) -> bool:
     return config.rollout == exact(config).rollout and not config.rollout.staleness
 
 
-def pass_rate(
+def _shown(scored: Scored | None, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Returns the first completions with their prompts and rewards."""
+    if scored is None:
+        return []
+    rollout = scored.rollout
+    return [
+        {
+            "prompt": rewards.prompt_text(rollout.prompts.examples[i].prompt),
+            "completion": tokenizer.decode(rollout.tokens[i, : rollout.lengths[i]]),
+            "reward": float(scored.reward[i]),
+        }
+        for i in range(min(SHOWN, len(rollout.lengths)))
+    ]
+
+
+def sample(
     sampler: Sampler,
     prompts: Prompts,
     config: Config,
@@ -108,8 +137,8 @@ def pass_rate(
     verifier: Callable[..., float] | VerifierPool,
     seed: int,
     should_stop: Callable[[], bool] = lambda: False,
-) -> float | None:
-    """Returns the mean reward of one completion per prompt.
+) -> Sampled | None:
+    """Returns one completion per prompt, with their mean reward.
 
     Each engine samples its share of the prompts; all processes must call, and get the mean over all
     prompts. Returns None where a verifier or a server did not return in time, and any process was
@@ -121,6 +150,7 @@ def pass_rate(
     # shares of one size, the last ones padded
     reward = np.full(-(-count // engines), np.nan, np.float32)
     interrupted = False
+    scored = None
     with processes.raise_on_all():  # a sampler or verifier that fails on one process ends all
         try:
             if share.stop > share.start:
@@ -141,4 +171,4 @@ def pass_rate(
     if processes.any_process(interrupted):
         return None
     rewards_of_all = reward if engines == 1 else processes.gather(reward)
-    return float(np.mean(rewards_of_all[:count]))
+    return Sampled(float(np.mean(rewards_of_all[:count])), scored)

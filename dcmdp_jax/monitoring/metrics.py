@@ -8,7 +8,8 @@ back: `step` (1..N), `seconds` (wall time of the step), `tokens` (sampled), `mul
 
 JSON has no NaN: a value that is not finite is `null`, and `non_finite` in the same row says what it
 was (`{"loss": null, "non_finite": {"loss": "nan"}}`). `gaps.jsonl` holds one row per step with an
-evaluation: `step`, and `positions` and `worst` as `gaps.record` makes them. Process 0 alone writes.
+evaluation: `step`, and `positions` and `worst` as `gaps.record` makes them; `samples.jsonl` holds
+the first held-out problems then with the engine's completions. Process 0 alone writes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import os
 import pathlib
 import sys
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +33,8 @@ from dcmdp_jax.monitoring import terminal
 
 FILE = "metrics.jsonl"
 GAPS = "gaps.jsonl"
+SAMPLES = "samples.jsonl"
+FILES = (FILE, GAPS, SAMPLES)
 # the fields of a row of `gaps.jsonl`
 POSITION = {
     "from": files.INTEGER,
@@ -50,6 +53,8 @@ WORST = {
     "pi_infer": files.NUMBER,
     "reward": files.NUMBER,
 }
+# of a sample in a row of `samples.jsonl`
+SAMPLE = {"prompt": files.STRING, "completion": files.STRING, "reward": files.NUMBER_OR_NULL}
 
 
 class Log:
@@ -74,7 +79,7 @@ class Log:
             self._begin("Weights & Biases", lambda: _WeightsAndBiases(workdir, config.name))
         truncate(workdir, first_step - 1)
         self._file = open(workdir / FILE, "a", encoding="utf-8")  # noqa: SIM115 (until `close`)
-        self._gaps = workdir / GAPS
+        self._workdir = workdir
         self._latest: dict[str, Any] = {}  # keeps the last evaluation on show between evaluations
         tolerance = config.constraint.tolerance
         self._view = terminal.View(
@@ -116,8 +121,22 @@ class Log:
         Call it before `write`, so that a step with a row in `metrics.jsonl` has its row here.
         """
         if self._writes:
-            with open(self._gaps, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": int(step), **record}, allow_nan=False) + "\n")
+            self._append(GAPS, {"step": int(step), **record})
+
+    def write_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Adds the row of `step` to `samples.jsonl`, if there are samples, each with `prompt`,
+        `completion` and `reward`. Call it before `write`.
+        """
+        if self._writes and samples:
+            kept = [
+                {**sample, "reward": sample["reward"] if math.isfinite(sample["reward"]) else None}
+                for sample in samples
+            ]
+            self._append(SAMPLES, {"step": int(step), "samples": kept})
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        with open(self._workdir / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def close(self) -> None:
         """Closes the files and the loggers."""
@@ -203,15 +222,30 @@ def read_gaps(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
+def read_samples(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """Returns the rows of `samples.jsonl`; none if there is no file. A torn last line is left out.
+
+    Raises ValueError if a line before the last is not a row, or a row has no samples.
+    """
+    path = pathlib.Path(workdir) / SAMPLES
+    rows = [row for _, row in _lines(path)] if path.is_file() else []
+    for number, row in enumerate(rows, start=1):
+        place = f"{path}: line {number}"
+        files.check_fields(row, {"samples": files.LIST}, place)
+        for sample in row["samples"]:
+            files.check_fields(sample, SAMPLE, f"{place}: a sample")
+    return rows
+
+
 def truncate(workdir: str | os.PathLike, step: int) -> None:
-    """Drops the rows after `step`, and a torn last line, from both files; the other rows keep their
-    bytes.
+    """Drops the rows after `step`, and a torn last line, from the run's files of rows; the other
+    rows keep their bytes.
 
     A file is replaced in one piece: a crash leaves the old one or the new one.
     """
     if jax.process_index() != 0:
         return
-    for path in (pathlib.Path(workdir) / FILE, pathlib.Path(workdir) / GAPS):
+    for path in (pathlib.Path(workdir) / name for name in FILES):
         if path.exists():
             truncate_file(path, step)
 
@@ -285,7 +319,7 @@ def set_aside(workdir: pathlib.Path) -> None:
     """
     if jax.process_index() != 0:
         return
-    for path in (workdir / FILE, workdir / GAPS):
+    for path in (workdir / name for name in FILES):
         if path.is_file() and path.stat().st_size:
             names = (path.with_name(f"{path.name}.{i}") for i in itertools.count(1))
             new_path = next(name for name in names if not name.exists())

@@ -1,8 +1,8 @@
 """The page of a run: `report.html` in its folder.
 
 The page is one file without scripts or links: a verdict, the curves as inline SVG, a table, what
-`discrepancy` shows, and the resolved configuration. It can be written while the run goes on.
-`comparison` shows several runs on one page.
+`samples` and `discrepancy` show, and the resolved configuration. It can be written while the run
+goes on. `comparison` shows several runs on one page.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import statistics
 
 from dcmdp_jax import files
 from dcmdp_jax.monitoring import quantities
-from dcmdp_jax.report import discrepancy, tables
+from dcmdp_jax.report import discrepancy, samples, tables
 from dcmdp_jax.report.html_page import page
 from dcmdp_jax.report.line_chart import (
     ENGINE,
@@ -44,11 +44,12 @@ from dcmdp_jax.report.run_verdict import verdict
 def write(workdir: str | os.PathLike) -> pathlib.Path:
     """Writes `report.html` into the run's folder and returns its path.
 
-    Raises ValueError as `run_data.load` and `discrepancy.sections` do.
+    Raises ValueError as `run_data.load`, `samples.section` and `discrepancy.sections` do.
     """
     config, rows = load(workdir)
     path = pathlib.Path(workdir) / "report.html"
-    files.write_atomic(path, _page(config, rows, discrepancy.sections(workdir)))
+    sections = samples.section(workdir) + discrepancy.sections(workdir)
+    files.write_atomic(path, _page(config, rows, sections))
     return path
 
 
@@ -91,13 +92,13 @@ def _reward_curves(rows: Rows) -> list[Series]:
     ]
 
 
-def _page(config: Config, rows: Rows, discrepancies: str) -> str:
+def _page(config: Config, rows: Rows, sections: str) -> str:
     charts = "".join(chart(panel) for panel in panels(config, rows))
     body = f"""<p class="summary">{html.escape(_summary(config))}</p>
 <p class="verdict">{html.escape(verdict(config, rows))}</p>
 <div class="charts">{charts}</div>
 {_table(rows)}
-{discrepancies}
+{sections}
 <p>{html.escape(_cost(rows))}</p>"""
     return page(str(config.get("name", "run")), body, config)
 

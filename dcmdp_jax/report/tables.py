@@ -27,6 +27,11 @@ def with_dot(color: str, text: str) -> Cell:
     return Cell(f'<i class="dot" style="background:{color}"></i>{html.escape(text)}')
 
 
+def text(content: str) -> Cell:
+    """A text of several words, whose lines are kept."""
+    return Cell(html.escape(content), "text")
+
+
 def bar(share: float, color: str) -> Cell:
     """A bar over this share, in [0, 1], of the cell's width."""
     return Cell(f'<i style="width:{100 * share:.1f}%;background:{color}"></i>', "bar")

@@ -89,6 +89,10 @@ GAPS = {
         }
     ],
 }
+SAMPLES = {
+    "step": 4,
+    "samples": [{"prompt": "1 + <b>", "completion": "2 & 3", "reward": 1.0}],
+}
 SOURCES = {
     "weights": "checkpoint 4",
     "noise_floor": 1e-7,
