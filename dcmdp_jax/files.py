@@ -44,6 +44,13 @@ def write_atomic(path: pathlib.Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
+def share_as_folder(path: pathlib.Path) -> None:
+    """Lets those read and write a file who may read and write its folder. The safetensors package
+    writes for the owner alone, and a server may run as someone else.
+    """
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 @contextlib.contextmanager
 def atomic_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a new folder that becomes `folder` when the block ends, and is removed if it raises.

@@ -138,6 +138,8 @@ def test_save_then_load_is_exact(config, dtype, max_shard_bytes, tmp_path):
     biggest = max(x.nbytes // len(leaf.tensors) for leaf, x in pairs)
     assert all(path.stat().st_size <= max(max_shard_bytes, biggest) + 20_000 for path in shards)
     assert not [path for path in tmp_path.iterdir() if path.name != "model"]
+    config_mode = (tmp_path / "model" / "config.json").stat().st_mode
+    assert {path.stat().st_mode for path in shards} == {config_mode}, "a server may read them too"
 
 
 def test_loading_casts(folder):

@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from dcmdp_jax.config import Lora
-from dcmdp_jax.files import atomic_folder, read_json_object
+from dcmdp_jax.files import atomic_folder, read_json_object, share_as_folder
 from dcmdp_jax.models import lora as adapters_of
 from dcmdp_jax.models import weights
 from dcmdp_jax.models.model_config import ModelConfig
@@ -118,6 +118,7 @@ def save(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder) as building:
         safetensors.numpy.save_file(tensors, building / TENSORS, metadata={"format": "pt"})
+        share_as_folder(building / TENSORS)
         (building / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from dcmdp_jax.files import atomic_folder, read_json_object
+from dcmdp_jax.files import atomic_folder, read_json_object, share_as_folder
 from dcmdp_jax.models import decoder, hf_config
 from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.models.quantized import Quantized
@@ -469,6 +469,7 @@ def _write(folder: pathlib.Path, pairs: list[tuple[Leaf, jax.Array]], max_shard_
             tensor.name: tensor.stored(np.asarray(array[index])) for tensor, array, index in shard
         }
         safetensors.numpy.save_file(tensors, folder / name, metadata={"format": "pt"})
+        share_as_folder(folder / name)
     if len(shards) > 1:
         total = sum(array.nbytes for _, array in pairs)
         where = {
