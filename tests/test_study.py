@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from dcmdp_jax.experiment import load_experiment, replace_fields
+from dcmdp_jax.monitoring import metrics
 from dcmdp_jax.tools import study
 
 pytestmark = pytest.mark.full
@@ -117,6 +119,22 @@ def test_a_study_without_arms_is_refused():
         study.Study({})
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"eval.every": 0}, "arm 'a' needs evaluations; set eval.every"),
+        ({"warmup.steps": 0}, "arm 'a' needs weights to start from: either a model.folder, or"),
+        ({"model.folder": "m"}, "arm 'a' needs weights to start from: either a model.folder, or"),
+        ({"model.folder": "m", "warmup.steps": 0}, "and arm 'a' starts from a model.folder"),
+    ],
+)
+def test_an_arm_that_no_study_can_run_is_refused(changes, message):
+    arm = load_experiment(str(ROOT / "experiments" / "quickstart.py"))
+    arm = replace_fields(arm, {tuple(name.split(".")): value for name, value in changes.items()})
+    with pytest.raises(ValueError, match=message):
+        study.Study({"a": arm}, alter=lambda params: params)
+
+
 @pytest.fixture(scope="module")
 def finished_study(tmp_path_factory):
     """A study of three arms, of which one fails: its file, its folder, and the failures."""
@@ -154,14 +172,34 @@ def test_arms_share_their_start(finished_study):
 
 
 @pytest.mark.slow
+def test_a_run_of_a_model_folder_is_that_of_the_warm_up_that_made_it(finished_study, tmp_path):
+    _, root, _ = finished_study
+    (start,) = (path for path in (root.parent / "starts").iterdir() if path.is_dir())
+    file = write_small(tmp_path)
+    arms = f"""
+model = dataclasses.replace(GRPO.model, folder={str(start / "model")!r}, architecture=None)
+arm = dataclasses.replace(small(ARMS["none"]), model=model, warmup=WarmupConfig())
+STUDY = Study({{"folder": arm}}, seeds=1)
+"""
+    pathlib.Path(file).write_text(SMALL + arms)
+    assert study.run_all(file, tmp_path / "runs", 1, lambda line: None) == []
+    assert not (tmp_path / "starts").exists()
+    rows, expected = (
+        [{**row, "seconds": None} for row in metrics.read(folder)]
+        for folder in (tmp_path / "runs" / "folder" / "s0", root / "none" / "s0")
+    )
+    assert rows == expected
+
+
+@pytest.mark.slow
 def test_finished_runs_are_not_run_again(finished_study):
     file, root, failures = finished_study
-    metrics = root / "none" / "s0" / "metrics.jsonl"
-    written = metrics.stat().st_mtime_ns
+    rows = root / "none" / "s0" / "metrics.jsonl"
+    written = rows.stat().st_mtime_ns
     lines = []
     assert len(study.run_all(file, root, 1, lines.append)) == len(failures)
     assert "3 runs, 2 of them finished already" in lines
-    assert metrics.stat().st_mtime_ns == written
+    assert rows.stat().st_mtime_ns == written
 
 
 @pytest.mark.slow

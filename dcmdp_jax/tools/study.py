@@ -1,8 +1,9 @@
 """Runs the arms of a study with several seeds on the cores of one machine, and tabulates them.
 
 A study is a Python file with one `STUDY = Study(...)`. A run is one arm with one seed; it has an
-ordinary run folder, `WORKDIR/ARM/sSEED`. Runs with the same seed, task, model shape and warm-up
-start from the same parameters, so that arms can be compared in pairs.
+ordinary run folder, `WORKDIR/ARM/sSEED`. Runs of a `model.folder` start from its weights; others
+with the same seed, task, model shape and warm-up start from the same warmed-up parameters, so that
+arms can be compared in pairs.
 """
 
 from __future__ import annotations
@@ -67,10 +68,17 @@ class Study:
                     f"arm {name!r} names a folder and a table's cell; leave out blanks, commas and "
                     "slashes"
                 )
-            if config.eval.every < 1 or config.model.folder or not config.warmup.steps:
+            if config.eval.every < 1:
+                raise ValueError(f"arm {name!r} needs evaluations; set eval.every")
+            if bool(config.model.folder) == bool(config.warmup.steps):
                 raise ValueError(
-                    f"arm {name!r} needs evaluations (eval.every), a model.architecture and a "
-                    "warm-up to start from"
+                    f"arm {name!r} needs weights to start from: either a model.folder, or a "
+                    "model.architecture with a warm-up"
+                )
+            if config.model.folder and self.alter is not unchanged:
+                raise ValueError(
+                    f"the study alters warmed-up parameters, and arm {name!r} starts from a "
+                    "model.folder; leave one of the two out"
                 )
 
 
@@ -146,12 +154,15 @@ def run_all(
     root.mkdir(parents=True, exist_ok=True)
     failures = []
     with _worker_pool(workers or len(_cores()), root.parent / "compiled") as submit:
-        starts = {_start_folder(study, run): run for run in unfinished}
+        warmed_up = [run for run in unfinished if study.arms[run.arm].warmup.steps]
+        starts = {_start_folder(study, run): run for run in warmed_up}
         missing = [run for folder, run in starts.items() if not folder.is_dir()]
         for future, run in submit(_warm_up, missing):
             if error := future.exception():
                 failures.append(f"the warm-up of {run.arm} s{run.seed}: {error}")
-        ready = [run for run in unfinished if _start_folder(study, run).is_dir()]
+        ready = [
+            run for run in unfinished if run not in warmed_up or _start_folder(study, run).is_dir()
+        ]
         began = time.perf_counter()
         for done, (future, run) in enumerate(submit(_train, ready), start=1):
             if error := future.exception():
@@ -263,6 +274,8 @@ def _arm_config(study: Study, run: Run) -> Config:
 def _config_from_start(study: Study, run: Run) -> Config:
     """Returns the run's configuration with the shared start in place of the warm-up."""
     config = _arm_config(study, run)
+    if config.model.folder:
+        return config
     source = dataclasses.replace(
         config.model, folder=str(_start_folder(study, run) / "model"), architecture=None
     )
