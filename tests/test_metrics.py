@@ -199,10 +199,11 @@ def test_status_lines_are_few_and_say_what_matters(tmp_path, monkeypatch, capsys
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) < 12  # a clock of one second a look, a line each ten seconds
     assert lines[0].startswith("trial: step 1/40  ") and lines[-1].startswith("trial: step 40/40  ")
+    assert "held-out engine 0.250  held-out trainer 0.375  " in lines[0]
     assert lines[-1].split("  ")[1:] == [
         "reward 5.714",
-        "held-out engine 0.250",
-        "held-out trainer 0.375",
+        "held-out engine 0.250 (step 1)",
+        "held-out trainer 0.375 (step 1)",
         "delta 0.05 (tolerance 0.01)",
         "lambda 0.1",
         "entropy 0.500",

@@ -29,7 +29,7 @@ import jax
 
 from dcmdp_jax import errors, files
 from dcmdp_jax.config import Calibrated, Config
-from dcmdp_jax.monitoring import terminal
+from dcmdp_jax.monitoring import quantities, terminal
 
 FILE = "metrics.jsonl"
 GAPS = "gaps.jsonl"
@@ -81,6 +81,7 @@ class Log:
         self._file = open(workdir / FILE, "a", encoding="utf-8")  # noqa: SIM115 (until `close`)
         self._workdir = workdir
         self._latest: dict[str, Any] = {}  # keeps the last evaluation on show between evaluations
+        self._evaluated = 0  # its step
         tolerance = config.constraint.tolerance
         self._view = terminal.View(
             config.name,
@@ -113,7 +114,9 @@ class Log:
         self._latest |= values
         if step == 1:
             self._view.floor = floor_lower_bound({"step": step, **values})
-        self._view.show(step, self._latest)
+        if quantities.HELD_OUT_ENGINE in values:
+            self._evaluated = step
+        self._view.show(step, self._latest, self._evaluated)
 
     def write_gaps(self, step: int, record: Mapping[str, Any]) -> None:
         """Adds the row of `step` to `gaps.jsonl`.

@@ -81,20 +81,25 @@ class View:
         self._before = first_step - 1  # steps of earlier processes
         self._started = None  # when this process began its first step
         self.floor: float | None = None  # see `metrics.floor_lower_bound`
+        self._evaluated = 0  # step of the last evaluation, which is shown until the next
         self._rewards: list[float] = []
         self._deltas: list[float] = []
         self._height = 0
         self._width = 0
         self._last_line = -math.inf  # when it was printed
 
-    def show(self, step: int, values: Mapping[str, Any]) -> None:
-        """Shows the values of a step: draws the block, or prints a line if one is due."""
+    def show(self, step: int, values: Mapping[str, Any], evaluated: int) -> None:
+        """Shows the values of a step: draws the block, or prints a line if one is due.
+
+        Those of an evaluation are of step `evaluated`.
+        """
+        self._evaluated = evaluated
         if can_redraw():
             self.draw(step, values)
             return
         now = time.monotonic()
         if step == self._total or now - self._last_line >= SECONDS_BETWEEN_LINES:
-            line = status(values, self.tolerance, self.floor)
+            line = status(values, self.tolerance, self.floor, self._measured_before(step))
             print(f"{self._name}: step {step}/{self._total}  {line}", file=sys.stderr, flush=True)
             self._last_line = now
 
@@ -127,6 +132,8 @@ class View:
             for quantity in shown
             if quantity.key in (quantities.HELD_OUT_ENGINE, quantities.HELD_OUT_TRAINER)
         )
+        if held_out:
+            held_out += self._measured_before(step)
         has_room = width >= len(held_out) + LABEL + SHORTEST_CURVE
         curve = min(CURVE, width - LABEL - (len(held_out) if has_room else 0))
         lines = [self._progress(step, values, width)]
@@ -149,6 +156,10 @@ class View:
             lines.append("  ".join(rest))
         alarms = warnings(values, self.tolerance, self.floor)
         return lines + [f"warning  {alarm}" for alarm in alarms]
+
+    def _measured_before(self, step: int) -> str:
+        """Names the step of the last evaluation, if it was not this one."""
+        return f" (step {self._evaluated})" if 0 < self._evaluated < step else ""
 
     def _progress(self, step: int, values: Mapping[str, Any], width: int) -> str:
         """The block's first line: the step, a bar, the time left, and the speed."""
@@ -177,13 +188,19 @@ class View:
         return " (at its bound)" if reached else f" of {self._bound:g}"
 
 
-def status(values: Mapping[str, Any], tolerance: float, floor: float | None = None) -> str:
-    """Returns the headline quantities of `values` in one line, with speed and warnings."""
+def status(
+    values: Mapping[str, Any], tolerance: float, floor: float | None = None, held_out: str = ""
+) -> str:
+    """Returns the headline quantities of `values` in one line, with speed and warnings; `held_out`
+    follows those of an evaluation.
+    """
     parts = []
     for quantity in quantities.headline():
         if quantity.key in values:
-            limit = f" (tolerance {tolerance:g})" if quantity.key == "delta_mean" else ""
-            parts.append(f"{quantity.name} {quantity.format.format(values[quantity.key])}{limit}")
+            note = f" (tolerance {tolerance:g})" if quantity.key == "delta_mean" else ""
+            if quantity.key in (quantities.HELD_OUT_ENGINE, quantities.HELD_OUT_TRAINER):
+                note = held_out
+            parts.append(f"{quantity.name} {quantity.format.format(values[quantity.key])}{note}")
     if values.get("seconds", 0) > 0 and "tokens" in values:
         parts.append(f"{values['tokens'] / values['seconds']:,.0f} tokens/s")
     parts += [f"warning: {alarm}" for alarm in warnings(values, tolerance, floor)]
