@@ -5,7 +5,10 @@ Command:  dcmdp train experiments/gsm8k.py --model.folder Qwen3-0.6B --data.path
 Hardware: one accelerator of 80 GB for Qwen3-0.6B (not run here); any machine for a tiny random
           folder
 Time:     not measured
-Result:   not measured
+Result:   not measured here. Others report, on the 1,319 test problems: Qwen2.5-0.5B-Instruct from
+          43.6 % to 50.2 % (greedy) in 100 GRPO steps of 20 x 8 at this learning rate (slime, pull
+          request 1835), and Qwen3-1.7B from 31 % to 74 % with RLOO, most of it the answer's format
+          (marin, issue 2024).
 """
 
 from functools import partial

@@ -1,0 +1,64 @@
+"""Does a language model learn to write sentences while its engine's gap is held to a tolerance?
+
+SmolLM2-135M-Instruct writes one sentence with two given words (two_words.py). The trainer is
+float32, the engine's weights are int8 with a scale per channel. The shaping and the dual are the
+paper's; lambda is larger than there, so that lambda * delta, 20 * 0.012, counts beside advantages
+of about 1.
+
+Command:  bash experiments/language/get_smollm2.sh && dcmdp train experiments/language/smollm2.py
+"""
+
+import pathlib
+from functools import partial
+
+from two_words import TwoWords
+
+from dcmdp_jax import constraint
+from dcmdp_jax.config import (
+    AlgorithmConfig,
+    CheckpointConfig,
+    Config,
+    ConstraintConfig,
+    DataConfig,
+    EvalConfig,
+    ModelSource,
+    Precision,
+    RolloutConfig,
+)
+from dcmdp_jax.losses import advantages, corrections, policy, reduce
+
+MODEL = pathlib.Path(__file__).parents[2] / "models" / "smollm2-135m"
+
+CONFIG = Config(
+    name="smollm2",
+    model=ModelSource(folder=str(MODEL)),
+    data=DataConfig(task=TwoWords(), prompts_per_step=8, max_prompt_tokens=40),
+    rollout=RolloutConfig(
+        samples=8,
+        max_tokens=20,
+        stop_strings=("\n",),
+        precision=Precision(weights="int8"),
+        tokens_per_dispatch=4,
+    ),
+    algorithm=AlgorithmConfig(
+        advantage=advantages.grpo,
+        surrogate=corrections.decoupled(partial(policy.clipped, clip_low=0.2, clip_high=0.24)),
+        reduce=reduce.token_mean,
+        microbatches=2,
+        row_length=128,
+        learning_rate=1e-5,
+        lr_warmup_steps=3,
+        beta2=0.99,
+    ),
+    constraint=ConstraintConfig(
+        shaping=constraint.shape_advantage,
+        dual=constraint.projected_ascent,
+        tolerance=0.0125,
+        dual_lr=2000.0,
+        multiplier_init=20.0,
+        multiplier_max=40.0,
+    ),
+    eval=EvalConfig(every=10, prompts=128),
+    checkpoint=CheckpointConfig(every=0),
+    steps=20,
+)
