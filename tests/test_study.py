@@ -17,7 +17,7 @@ pytestmark = pytest.mark.full
 
 ROOT = pathlib.Path(__file__).parents[1]
 STUDIES = sorted(
-    path for path in ROOT.glob("experiments/laptop/*.py") if "STUDY = " in path.read_text()
+    path for path in ROOT.glob("experiments/*/*.py") if "STUDY = " in path.read_text()
 )
 
 SMALL = """

@@ -1,0 +1,172 @@
+"""What do the seeds of smollm2.py add up to? Makes the table and the picture of RESULTS.md anew,
+after copying what the runs left, if named.
+
+Command:  python experiments/language/summary.py [runs/language]
+Hardware: any; needs matplotlib (pip install 'dcmdp-jax[report]')
+Time:     1 s
+Result:   the table of RESULTS.md, and experiments/language/plots/seeds.svg
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import pathlib
+import re
+import statistics
+import sys
+
+from smollm2 import CONFIG
+
+from dcmdp_jax.evaluation import intervals
+from dcmdp_jax.monitoring import metrics
+
+HERE = pathlib.Path(__file__).parent
+PAGE = HERE.parents[1] / "RESULTS.md"
+CSV = HERE / "results" / "seeds.csv"
+MEASURES = (
+    "reward",
+    "delta_mean",
+    "multiplier",
+    "entropy",
+    "reward_eval_infer",
+    "reward_eval_train",
+)
+LAST = 10  # steps over which delta is compared with its tolerance
+NAMES = {"grpo": "without the constraint", "dcgrpo": "with it"}
+
+
+def collect(study: pathlib.Path) -> None:
+    """Writes the metrics of every step of the finished runs of a study."""
+    with CSV.open("w") as out:
+        table = csv.writer(out, lineterminator="\n")
+        table.writerow(("arm", "seed", "step", *MEASURES))
+        for folder in sorted(study.glob("*/s*")):
+            rows = metrics.read(folder)
+            if len(rows) < CONFIG.steps:
+                continue
+            for row in rows:
+                values = [row.get(name) for name in MEASURES]
+                cells = ["" if value is None else f"{value:.6g}" for value in values]
+                table.writerow((folder.parent.name, folder.name[1:], row["step"], *cells))
+
+
+def read(path: pathlib.Path = CSV) -> dict[str, dict[int, list[dict[str, float]]]]:
+    """Returns the steps of each arm's seeds, in order; a measure that a step lacks is nan."""
+    found: dict[str, dict[int, list[dict[str, float]]]] = {name: {} for name in NAMES}
+    with path.open() as lines:
+        for row in csv.DictReader(lines):
+            values = {name: float(row[name] or "nan") for name in ("step", *MEASURES)}
+            found[row["arm"]].setdefault(int(row["seed"]), []).append(values)
+    return found
+
+
+def evaluations(rows: list[dict[str, float]], measure: str) -> list[tuple[float, float]]:
+    """Returns (step, value) of the steps that have a value."""
+    return [(row["step"], row[measure]) for row in rows if not math.isnan(row[measure])]
+
+
+def last_delta(rows: list[dict[str, float]]) -> float:
+    return statistics.fmean(row["delta_mean"] for row in rows[-LAST:])
+
+
+def table(arms: dict[str, dict[int, list[dict[str, float]]]]) -> str:
+    """Returns the table: a line for each seed, and the means with their 95 % intervals."""
+    head = ["seed"]
+    for name in NAMES.values():
+        head += [f"delta {name}", "engine", "trainer"]
+    head.append("lambda at first, lowest, highest, at last")
+    lines = [head, ["---"] * len(head)]
+    seeds = sorted(arms["grpo"].keys() & arms["dcgrpo"].keys())
+    for seed in seeds:
+        line = [str(seed)]
+        for arm in NAMES:
+            rows = arms[arm][seed]
+            line.append(f"{last_delta(rows):.4f}")
+            for measure in ("reward_eval_infer", "reward_eval_train"):
+                course = evaluations(rows, measure)
+                line.append(f"{course[0][1]:.2f} → {course[-1][1]:.2f}")
+        course = [row["multiplier"] for row in arms["dcgrpo"][seed]]
+        line.append(f"{course[0]:.0f}, {min(course):.0f}, {max(course):.0f}, {course[-1]:.0f}")
+        lines.append(line)
+    mean = ["mean"]
+    for arm in NAMES:
+        runs = [arms[arm][seed] for seed in seeds]
+        mean.append(_spread([last_delta(rows) for rows in runs], 4))
+        for measure in ("reward_eval_infer", "reward_eval_train"):
+            mean.append(_spread([evaluations(rows, measure)[-1][1] for rows in runs], 2))
+    lines.append([*mean, ""])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _spread(values: list[float], digits: int) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    middle, low, _ = intervals.mean(values)
+    return f"{middle:.{digits}f} ± {middle - low:.{digits}f}"
+
+
+def fill(page: str, made: str) -> str:
+    """Returns the page with its table made anew."""
+    return re.sub(
+        r"<!-- seeds of smollm2 -->\n.*?<!-- end -->",
+        lambda match: f"<!-- seeds of smollm2 -->\n\n{made}\n\n<!-- end -->",
+        page,
+        flags=re.DOTALL,
+    )
+
+
+def draw(arms: dict[str, dict[int, list[dict[str, float]]]], out: pathlib.Path) -> None:
+    """Draws the pass rates, delta and lambda of every seed, and their means."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "svg.hashsalt": "dcmdp",
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    )
+    colors = {"grpo": "#0072b2", "dcgrpo": "#d55e00"}
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
+    for axis, measure, title in zip(
+        axes,
+        ("reward", "delta_mean", "multiplier"),
+        ("pass rate of the sampled sentences", "delta", "lambda"),
+        strict=True,
+    ):
+        for arm, name in NAMES.items():
+            if measure == "multiplier" and arm == "grpo":
+                continue
+            courses = [[row[measure] for row in rows] for rows in arms[arm].values()]
+            steps = range(1, CONFIG.steps + 1)
+            for course in courses:
+                axis.plot(steps, course, color=colors[arm], lw=0.7, alpha=0.35)
+            means = [statistics.fmean(values) for values in zip(*courses, strict=True)]
+            axis.plot(steps, means, color=colors[arm], lw=2, label=name)
+        axis.set_xlabel("step")
+        axis.set_title(title, fontsize=10)
+        axis.set_ylim(bottom=0)
+    axes[0].set_ylim(0, 1)
+    axes[1].axhline(CONFIG.constraint.tolerance, color="#334155", lw=1, ls="--", label="tolerance")
+    axes[2].axhline(
+        CONFIG.constraint.multiplier_max, color="#334155", lw=1, ls="--", label="its bound"
+    )
+    for axis in axes:
+        axis.legend(frameon=False, loc="lower right")
+    out.mkdir(exist_ok=True)
+    figure.savefig(out / "seeds.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    CSV.parent.mkdir(exist_ok=True)
+    if len(sys.argv) > 1:
+        collect(pathlib.Path(sys.argv[1]) / "seeds")
+    found = read()
+    PAGE.write_text(fill(PAGE.read_text(), table(found)))
+    draw(found, HERE / "plots")
