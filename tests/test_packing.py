@@ -232,6 +232,23 @@ def test_rows_divide_over_shards(mixed):
     assert batch.tokens.shape[2] == 48
 
 
+def test_microbatches_of_a_minibatch_have_about_as_many_tokens():
+    """By hand: 1..8 dealt to and fro over two are 8, 5, 4, 1 and 7, 6, 3, 2. At random, minibatches
+    of 64 skewed lengths differ by more than the longest completion.
+    """
+    scored = completions([1] * 8, 1, list(range(8)))
+    batch = pack(scored, minibatches=1, microbatches=2, row_length=8)
+    assert [sorted(part) for part in batch.length[0]] == [[0, 3, 4, 7], [1, 2, 5, 6]]
+
+    lengths = np.random.default_rng(0).exponential(20, 256).astype(int)
+    batch = pack(
+        completions([1] * 256, 1, list(lengths)), minibatches=4, microbatches=4, row_length=256
+    )
+    tokens = batch.length.sum(-1)
+    assert (tokens.max(1) - tokens.min(1) <= lengths.max()).all()
+    assert len(set(map(tuple, np.sort(batch.length.reshape(4, -1))))) == 4, "minibatches are random"
+
+
 def test_seeds_give_other_orders():
     scored = completions([3] * 4, 4, [5] * 16)
     orders = {

@@ -16,9 +16,7 @@ from dcmdp_jax.tools import study
 pytestmark = pytest.mark.full
 
 ROOT = pathlib.Path(__file__).parents[1]
-STUDIES = sorted(
-    path for path in ROOT.glob("experiments/*/*.py") if "STUDY = " in path.read_text()
-)
+STUDIES = sorted(path for path in ROOT.glob("experiments/*/*.py") if "STUDY = " in path.read_text())
 
 SMALL = """
 import dataclasses

@@ -17,9 +17,10 @@ def pack(
     pad_id: int = 0,
     seed: int | tuple[int, ...] = 0,
 ) -> Batch:
-    """Packs the completions, in random order, into M x A microbatches of R rows of S tokens.
+    """Packs the completions into M x A microbatches of R rows of S tokens.
 
-    Each microbatch gets n completions; a segment is a prompt and its completion, and rows are
+    Minibatches are random. Each microbatch gets n completions of its minibatch, so that all have
+    about as many tokens; a segment is a prompt and its completion, and rows are
     filled by first-fit decreasing. R is the same in every microbatch: `row_divisor` times a number
     of `row_count`, or the number of rows that n completions can need at most if that is less, so
     that few shapes are compiled. Recorded experts lie on the tokens that they were chosen for,
@@ -36,8 +37,12 @@ def pack(
             f"{count} completions do not divide into algorithm.minibatches * "
             f"algorithm.microbatches = {parts} parts"
         )
+    samples = count // len(rollout.prompts.lengths)
     order = packing_order(count, seed)
-    group = order // (count // len(rollout.prompts.lengths))
+    if microbatches > 1:
+        total = np.repeat(rollout.prompts.lengths, samples) + rollout.lengths
+        order = _balanced(order.reshape(minibatches, -1), total, microbatches)
+    group = order // samples
     prompt_lengths = rollout.prompts.lengths[group]
     completion_lengths = rollout.lengths[order]
     lengths = prompt_lengths + completion_lengths
@@ -96,9 +101,19 @@ def pack(
 
 def packing_order(count: int, seed: int | tuple[int, ...]) -> np.ndarray:
     """Returns [count] int: the number of each completion, in the order in which `pack` deals them
-    to minibatches and microbatches.
+    to minibatches, and without microbatches in the order of its rows.
     """
     return np.random.default_rng(seed).permutation(count)
+
+
+def _balanced(order: np.ndarray, lengths: np.ndarray, microbatches: int) -> np.ndarray:
+    """Returns the completions of `order` [M, A*n], flat and microbatch by microbatch: those of a
+    minibatch are dealt from the longest to the shortest, to and fro over its A microbatches.
+    """
+    longest_first = np.argsort(-lengths[order], axis=1, kind="stable")
+    rounds = np.take_along_axis(order, longest_first, axis=1).reshape(len(order), -1, microbatches)
+    rounds[:, 1::2] = rounds[:, 1::2, ::-1]
+    return rounds.swapaxes(1, 2).reshape(-1)
 
 
 def full_vocab_logp(rollout: Rollout) -> np.ndarray:

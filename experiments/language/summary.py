@@ -1,10 +1,10 @@
-"""What do the seeds of smollm2.py add up to? Makes the table and the picture of RESULTS.md anew,
-after copying what the runs left, if named.
+"""What do the seeds of smollm2.py and the pilots before them add up to? Makes the tables and the
+picture of RESULTS.md anew, after copying what the seeds' runs left, if named.
 
 Command:  python experiments/language/summary.py [runs/language]
 Hardware: any; needs matplotlib (pip install 'dcmdp-jax[report]')
 Time:     1 s
-Result:   the table of RESULTS.md, and experiments/language/plots/seeds.svg
+Result:   two tables of RESULTS.md, and experiments/language/plots/seeds.svg
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dcmdp_jax.monitoring import metrics
 HERE = pathlib.Path(__file__).parent
 PAGE = HERE.parents[1] / "RESULTS.md"
 CSV = HERE / "results" / "seeds.csv"
+PILOTS = HERE / "results" / "pilots.csv"
 MEASURES = (
     "reward",
     "delta_mean",
@@ -106,14 +107,58 @@ def _spread(values: list[float], digits: int) -> str:
     return f"{middle:.{digits}f} ± {middle - low:.{digits}f}"
 
 
-def fill(page: str, made: str) -> str:
-    """Returns the page with its table made anew."""
-    return re.sub(
-        r"<!-- seeds of smollm2 -->\n.*?<!-- end -->",
-        lambda match: f"<!-- seeds of smollm2 -->\n\n{made}\n\n<!-- end -->",
-        page,
-        flags=re.DOTALL,
-    )
+def pilots(path: pathlib.Path = PILOTS) -> str:
+    """Returns the table of the pilots: a line each, delta of the first three steps and means over
+    the last third.
+    """
+    runs: dict[str, list[dict[str, float]]] = {}
+    with path.open() as lines:
+        for row in csv.DictReader(lines):
+            runs.setdefault(row["pilot"], []).append(
+                {name: float(row[name] or "nan") for name in MEASURES}
+            )
+    head = ("pilot", "steps", "delta at first", "delta", "lambda", "pass rate", "entropy")
+    table = [head, ("---",) * len(head)]
+    for name, rows in runs.items():
+        last = rows[-(len(rows) // 3) :]
+        first, delta, multiplier, reward, entropy = (
+            statistics.fmean(row[measure] for row in part)
+            for part, measure in (
+                (rows[:3], "delta_mean"),
+                (last, "delta_mean"),
+                (last, "multiplier"),
+                (last, "reward"),
+                (last, "entropy"),
+            )
+        )
+        table.append(
+            (
+                name,
+                str(len(rows)),
+                f"{first:.4f}",
+                f"{delta:.4f}",
+                f"{multiplier:.3g}",
+                f"{reward:.2f}",
+                f"{entropy:.2f}",
+            )
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in table)
+
+
+def fill(page: str, made: dict[str, str]) -> str:
+    """Returns the page with each table between `<!-- NAME of smollm2 -->` and `<!-- end -->` made
+    anew.
+    """
+    for name, table_ in made.items():
+        page = re.sub(
+            rf"<!-- {name} of smollm2 -->\n.*?<!-- end -->",
+            lambda match, name=name, text=table_: (
+                f"<!-- {name} of smollm2 -->\n\n{text}\n\n<!-- end -->"
+            ),
+            page,
+            flags=re.DOTALL,
+        )
+    return page
 
 
 def draw(arms: dict[str, dict[int, list[dict[str, float]]]], out: pathlib.Path) -> None:
@@ -168,5 +213,5 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         collect(pathlib.Path(sys.argv[1]) / "seeds")
     found = read()
-    PAGE.write_text(fill(PAGE.read_text(), table(found)))
+    PAGE.write_text(fill(PAGE.read_text(), {"seeds": table(found), "pilots": pilots()}))
     draw(found, HERE / "plots")
