@@ -88,7 +88,7 @@ def table(arms: dict[str, dict[int, list[dict[str, float]]]]) -> str:
                 course = evaluations(rows, measure)
                 line.append(f"{course[0][1]:.2f} → {course[-1][1]:.2f}")
         course = [row["multiplier"] for row in arms["dcgrpo"][seed]]
-        line.append(f"{course[0]:.0f}, {min(course):.0f}, {max(course):.0f}, {course[-1]:.0f}")
+        line.append(f"{course[0]:.3g}, {min(course):.3g}, {max(course):.3g}, {course[-1]:.3g}")
         lines.append(line)
     mean = ["mean"]
     for arm in NAMES:

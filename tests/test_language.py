@@ -1,0 +1,51 @@
+"""The tables of RESULTS.md about the language model are those of its runs."""
+
+import importlib
+import pathlib
+import statistics
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture
+def summary(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "language"))
+    return importlib.import_module("summary")
+
+
+def test_the_tables_of_results_are_the_runs(summary):
+    page = (ROOT / "RESULTS.md").read_text()
+    made = {"seeds": summary.table(summary.read()), "pilots": summary.pilots()}
+    assert all(table in page for table in made.values())
+    assert page == summary.fill(page, made)
+
+
+def test_the_seeds_are_complete(summary):
+    arms = summary.read()
+    assert {len(rows) for runs in arms.values() for rows in runs.values()} == {20}
+    assert arms["grpo"].keys() == arms["dcgrpo"].keys() == set(range(2, 7))
+
+
+def test_a_table_by_hand(summary):
+    def run(delta, last):
+        rows = [
+            {"delta_mean": delta, "multiplier": 0.1 + step, "reward_eval_infer": float("nan")}
+            for step in range(20)
+        ]
+        for row, rate in ((rows[0], 0.25), (rows[-1], last)):
+            row["reward_eval_infer"] = rate
+        return [
+            {**row, "step": i + 1, "reward_eval_train": row["reward_eval_infer"]}
+            for i, row in enumerate(rows)
+        ]
+
+    arms = {"grpo": {1: run(0.02, 0.5), 2: run(0.03, 0.7)}, "dcgrpo": {1: run(0.01, 0.75)}}
+    *_, line, means = summary.table(arms).splitlines()
+    assert line == (
+        "| 1 | 0.0200 | 0.25 → 0.50 | 0.25 → 0.50 | 0.0100 | 0.25 → 0.75 | 0.25 → 0.75 | "
+        "0.1, 0.1, 19.1, 19.1 |"
+    )
+    assert means.startswith("| mean | 0.0200 | 0.50 | 0.50 | 0.0100 |")
+    assert summary.last_delta(run(0.5, 0.1)) == statistics.fmean([0.5] * 10)
