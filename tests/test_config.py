@@ -184,6 +184,8 @@ def test_what_passes_is_read_or_refused_before_anything_is_left(name, quickstart
 @pytest.mark.parametrize(
     "changes, message",
     [
+        ({"algorithm.entropy_lr": "0.1"}, "entropy_lr needs algorithm.entropy_target"),
+        ({"algorithm.entropy_coefficient_max": "1"}, "entropy_coefficient_max needs algorithm."),
         ({"algorithm.beta1": "1"}, "algorithm.beta1=1.0 must lie in [0, 1)"),
         ({"algorithm.beta2": "2"}, "algorithm.beta2=2.0 must lie in [0, 1)"),
         ({"checkpoint.keep": "0"}, "checkpoint.keep=0 must be at least 1"),
