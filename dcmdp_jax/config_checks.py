@@ -76,6 +76,8 @@ _CALLS = {
     "constraint.shaping": "advantage, old_logp, rollout_logp, multiplier, tolerance, mask",
     "constraint.penalty": "logp, rollout_logp, mask, multiplier",
 }
+# Passed by name to a function that has such parameters; `run.inputs` checks that it gets them.
+_BY_NAME = {"algorithm.surrogate": {"top_logp", "top_rollout_logp"}}
 
 
 def check(config: Any) -> None:
@@ -216,7 +218,9 @@ def _check_calls(config: Any) -> None:
         if function is None:
             continue
         try:
-            inspect.signature(function).bind(*arguments.split(", "))
+            signature = inspect.signature(function)
+            named = dict.fromkeys(_BY_NAME.get(name, set()) & signature.parameters.keys())
+            signature.bind(*arguments.split(", "), **named)
         except TypeError as error:
             hint = ""
             if name == "algorithm.surrogate":
