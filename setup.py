@@ -42,6 +42,14 @@ TEST = [
     "pyyaml",
 ]
 LINT = ["ruff==0.17.6", "mypy==2.4.1"]
+DOCS = [
+    "mkdocs==1.6.1",
+    "mkdocs-material==9.8.2",
+    "mkdocstrings==1.0.8",
+    "mkdocstrings-python==2.0.11",
+    "griffelib==2.4.1",
+    "ruff==0.17.6",  # formats signatures
+]
 
 setup(
     name="dcmdp-jax",
@@ -64,6 +72,7 @@ setup(
         "report": REPORT,
         "test": [*SERVER, *ANSWERS, *TEST],
         "lint": LINT,
+        "docs": DOCS,  # builds the documentation site, see mkdocs.yml
         "all": [*JETSTREAM, *SERVER, *ANSWERS, *REPORT, *TEST],
     },
     entry_points={"console_scripts": ["dcmdp=dcmdp_jax.cli:main"]},

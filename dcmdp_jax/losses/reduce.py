@@ -58,7 +58,8 @@ def sequence_mean_token_mean(x: Array, mask: Array, *, count: Array | int | None
     verl leaves empty rows out of the count, as here; TRL counts them: pass count = N for its value.
 
     Args:
-        x, mask: as in `token_mean`.
+        x: as in `token_mean`.
+        mask: likewise.
         count: non-empty completions in the global batch, where this call sees a part of it.
     """
     x, mask = _checked(x, mask)
@@ -73,8 +74,8 @@ def sequence_mean_token_sum(x: Array, mask: Array, *, count: Array | int | None 
     Default: count = completions with a token in the mask
     Paper: PPO as written per trajectory, arXiv 1707.06347
 
-    Args: as in `sequence_mean_token_mean`. With the GSPO loss this is LUSPO's length weighting
-        (arXiv 2602.05261).
+    Arguments are those of `sequence_mean_token_mean`. With the GSPO loss this is LUSPO's length
+    weighting (arXiv 2602.05261).
     """
     x, mask = _checked(x, mask)
     return _ratio(jnp.sum(x), _rows(mask) if count is None else count)
@@ -92,7 +93,8 @@ def constant(x: Array, mask: Array, *, normalizer: Array | float) -> Array:
     rows x T_max.
 
     Args:
-        x, mask: as in `token_mean`.
+        x: as in `token_mean`.
+        mask: likewise.
         normalizer: above zero, and of the global batch.
 
     Raises:
