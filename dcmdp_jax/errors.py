@@ -10,20 +10,26 @@ _PACKAGE = f"{pathlib.Path(__file__).parent}/"
 _STDLIB = f"{sysconfig.get_path('stdlib')}/"
 _LIBRARIES = {"site-packages", "dist-packages"}  # names of folders
 LONGEST = 500  # characters of a message
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in the message of a JaxRuntimeError, which says it alone
 
 
 def user_message(error: BaseException) -> str | None:
     """Returns a message of one sentence, or None for an error of the project's own.
 
     A message is returned for an error in a user's function (with its file and line), for one of the
-    machine or an import, and for a ValueError that the project raises. An error of the project's
-    own needs its traceback.
+    machine, its memory included, or an import, and for a ValueError that the project raises. An
+    error of the project's own needs its traceback.
     """
     if user_code_line(error):
         return describe(error)
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, ValueError) and frames and frames[-1].filename.startswith(_PACKAGE):
         return str(error)
+    if isinstance(error, RuntimeError) and OUT_OF_MEMORY in str(error):
+        return (
+            f"a device has too little memory ({one_line(error)}); dcmdp plan shows what each "
+            "program of the experiment needs"
+        )
     return one_line(error) if isinstance(error, (OSError, ImportError)) else None
 
 

@@ -128,6 +128,5 @@ def _convert(name: str, text: str, kind: type) -> Any:
 def _unknown_option(name: str, names: list[str]) -> str:
     (nearest,) = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
     return (
-        f"no option --{name} takes a number or a word; did you mean --{nearest}? Functions are set "
-        "in the experiment file"
+        f"--{name} is no option; did you mean --{nearest}? Functions are set in the experiment file"
     )

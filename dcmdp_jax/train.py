@@ -114,7 +114,10 @@ def _loop(
         saved.wait()  # what cannot be saved ends the run before its first step
         update = compiled_step.compile_step(config, inputs.model_config, inputs.mesh)
         if int(state.step) < config.steps:
-            processes.log0("compiling with the first step")
+            devices = inputs.mesh.devices.reshape(-1)
+            processes.log0(
+                f"compiling with the first step, for {len(devices)} x {devices[0].device_kind}"
+            )
         started = time.perf_counter()
         for batch in batches:  # prompts -> rollout -> rewards
             batches.before_update(state)

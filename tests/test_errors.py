@@ -3,6 +3,8 @@
 import json
 import types
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from dcmdp_jax import config_checks, errors, optimizers
@@ -75,6 +77,12 @@ def test_what_comes_before_the_project_is_no_user_s_fault():
 def test_the_machine_s_faults_are_one_line(error):
     said = errors.user_message(error)
     assert said == " ".join(str(error).split()) and "\n" not in said
+
+
+def test_too_little_memory_on_a_device_names_the_plan():
+    said = errors.user_message(caught(lambda: jax.block_until_ready(jnp.zeros(1 << 48))))
+    assert said.startswith("a device has too little memory (RESOURCE_EXHAUSTED: ")
+    assert said.endswith("dcmdp plan shows what each program of the experiment needs")
 
 
 def test_long_messages_are_cut():

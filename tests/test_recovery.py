@@ -156,8 +156,8 @@ def test_a_checkpoint_whose_weights_turn_out_not_finite_is_named(tmp_path):
     with pytest.raises(Failed) as failure:
         train(run, tmp_path)
     assert str(failure.value) == (
-        f"a weight of the engine is not finite in checkpoint 2 of {tmp_path}; remove the "
-        "checkpoint, to go on from the one before with a smaller algorithm.learning_rate"
+        f"a weight of the engine is not finite in checkpoint 2 of {tmp_path}; start "
+        "anew in another --workdir, with a smaller algorithm.learning_rate"
     )
 
 

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax import lax
 
-from dcmdp_jax import sharding
+from dcmdp_jax import errors, sharding
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.records import TrainState
 
@@ -342,7 +342,7 @@ def _read(folder: epath.Path, reader: ocp.CheckpointHandler, args: Any) -> tuple
         raise
     # Orbax and TensorStore have no error of their own for files that are damaged
     except Exception as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
+        if errors.OUT_OF_MEMORY in str(error):
             raise
         raise ValueError(f"{type(error).__name__}: {_first_line(error)[:REASON]}") from error
     return tree, rest

@@ -75,8 +75,8 @@ class Progress:
             cause = _first_not_finite(self.last, row, self._inputs)
             raise NoUpdates(
                 f"{cause} is not finite, and the last {self._idle} steps made no update "
-                "(algorithm.max_skipped allows that many); look for what overflows, or lower "
-                "algorithm.learning_rate"
+                "(algorithm.max_skipped allows that many); look for what overflows, or start anew "
+                "with a smaller algorithm.learning_rate"
             )
 
 
@@ -148,11 +148,11 @@ def _advice(
     number = int(last.state.step) if last else first
     if saved.latest == number:
         return (
-            f"in checkpoint {number} of {workdir}; remove the checkpoint, to go on from the one "
-            "before with a smaller algorithm.learning_rate"
+            f"in checkpoint {number} of {workdir}; start anew in another --workdir, with a smaller "
+            "algorithm.learning_rate"
         )
     return (
-        f"after step {number}, which is not saved; go on from the last checkpoint, with a smaller "
+        f"after step {number}, which is not saved; start anew in another --workdir, with a smaller "
         "algorithm.learning_rate"
     )
 
