@@ -37,12 +37,8 @@ def pack(
             f"{count} completions do not divide into algorithm.minibatches * "
             f"algorithm.microbatches = {parts} parts"
         )
-    samples = count // len(rollout.prompts.lengths)
-    order = packing_order(count, seed)
-    if microbatches > 1:
-        total = np.repeat(rollout.prompts.lengths, samples) + rollout.lengths
-        order = _balanced(order.reshape(minibatches, -1), total, microbatches)
-    group = order // samples
+    order = packing_order(rollout, minibatches=minibatches, microbatches=microbatches, seed=seed)
+    group = order // (count // len(rollout.prompts.lengths))
     prompt_lengths = rollout.prompts.lengths[group]
     completion_lengths = rollout.lengths[order]
     lengths = prompt_lengths + completion_lengths
@@ -99,19 +95,24 @@ def pack(
     )
 
 
-def packing_order(count: int, seed: int | tuple[int, ...]) -> np.ndarray:
-    """Returns [count] int: the number of each completion, in the order in which `pack` deals them
-    to minibatches, and without microbatches in the order of its rows.
-    """
-    return np.random.default_rng(seed).permutation(count)
+def packing_order(
+    rollout: Rollout, *, minibatches: int, microbatches: int, seed: int | tuple[int, ...]
+) -> np.ndarray:
+    """Returns [N] int: the number of each completion, in the order in which `pack` deals them.
 
-
-def _balanced(order: np.ndarray, lengths: np.ndarray, microbatches: int) -> np.ndarray:
-    """Returns the completions of `order` [M, A*n], flat and microbatch by microbatch: those of a
-    minibatch are dealt from the longest to the shortest, to and fro over its A microbatches.
+    Minibatches are drawn. The completions of one are dealt from the longest to the shortest, to and
+    fro over its microbatches.
     """
+    count = len(rollout.lengths)
+    order = np.random.default_rng(seed).permutation(count)
+    if microbatches == 1:
+        return order
+    order = order.reshape(minibatches, -1)
+    samples = count // len(rollout.prompts.lengths)
+    lengths = np.repeat(rollout.prompts.lengths, samples) + rollout.lengths
     longest_first = np.argsort(-lengths[order], axis=1, kind="stable")
-    rounds = np.take_along_axis(order, longest_first, axis=1).reshape(len(order), -1, microbatches)
+    rounds = np.take_along_axis(order, longest_first, axis=1)
+    rounds = rounds.reshape(minibatches, -1, microbatches)
     rounds[:, 1::2] = rounds[:, 1::2, ::-1]
     return rounds.swapaxes(1, 2).reshape(-1)
 

@@ -172,7 +172,9 @@ def scorer(config: Config, inputs: Inputs) -> Score:
             )
         logp = np.concatenate(packed)
         by_completion = np.zeros_like(rollout.rollout_logp)
-        order = packing.packing_order(count, seed)
+        order = packing.packing_order(
+            rollout, minibatches=minibatches, microbatches=microbatches, seed=seed
+        )
         by_completion[order] = np.where(batch.mask.reshape(logp.shape), logp, 0)
         return by_completion
 
