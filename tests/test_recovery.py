@@ -89,8 +89,8 @@ def test_without_a_limit_a_run_goes_on_without_updates_and_its_page_says_so(neve
 def test_weights_that_are_not_finite_are_named_before_the_first_step(tmp_path, monkeypatch):
     start = starting.starting_weights
 
-    def damaged(*args):
-        params = start(*args)
+    def damaged(*args, **named):
+        params = start(*args, **named)
         return params | {"final_norm": params["final_norm"].at[0].set(np.nan)}
 
     monkeypatch.setattr(starting, "starting_weights", damaged)
