@@ -28,6 +28,7 @@ JETSTREAM = [
 SERVER = ["httpx2>=2.0", "anyio>=4.10"]
 ANSWERS = ["math-verify==0.9.0", "antlr4-python3-runtime==4.13.2"]
 REPORT = ["tensorboardX", "matplotlib"]
+BUCKETS = ["google-cloud-storage>=3", "gcsfs>=2026.9"]
 TEST = [
     "pytest",
     "pytest-timeout",
@@ -70,6 +71,7 @@ setup(
         "server": SERVER,  # samples from vLLM, SGLang or llama.cpp
         "answers": ANSWERS,  # judges what our own reader of answers cannot read
         "report": REPORT,
+        "buckets": BUCKETS,  # gs:// addresses; Orbax needs gcsfs
         "test": [*SERVER, *ANSWERS, *TEST],
         "lint": LINT,
         "docs": DOCS,  # builds the documentation site, see mkdocs.yml

@@ -36,7 +36,7 @@ def write_atomic(path: pathlib.Path, text: str) -> None:
     A character that UTF-8 cannot hold becomes "?".
     """
     with (
-        _temporary(path) as temporary,
+        atomic_path(path) as temporary,
         temporary.open("w", encoding="utf-8", errors="replace") as file,
     ):
         file.write(text)
@@ -57,7 +57,7 @@ def atomic_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
     `folder` must not exist, or be empty.
     """
-    with _temporary(folder) as temporary:
+    with atomic_path(folder) as temporary:
         temporary.mkdir()
         yield temporary
 
@@ -80,8 +80,10 @@ def _is_running(process: int) -> bool:
 
 
 @contextlib.contextmanager
-def _temporary(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a path beside `path`, which what is written there replaces at the end."""
+def atomic_path(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a path beside `path`; what is written there becomes `path` when the block ends, and is
+    removed if it raises.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary

@@ -1,7 +1,8 @@
 """Models and problems by their names on the Hugging Face Hub: `OWNER/NAME`, `OWNER/NAME@REVISION`.
 
 What is downloaded stays in the cache of `huggingface_hub` (HF_HOME), which serves it where there is
-no network. A path that exists is never taken for a name.
+no network. A path that exists is never taken for a name. An address of a bucket may stand wherever
+a name may (`buckets`).
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from dcmdp_jax import buckets
+
 _NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*?)(@(?P<revision>[\w./-]+))?(:(?P<path>[^:]+))?")
 _SETTINGS = ["*.json", "*.jinja", "tokenizer.model"]
 _WEIGHTS = ["*.safetensors"]
 _NOT_OURS = ["*/*", "consolidated*"]  # other formats of the same weights
+_IN_BUCKETS = buckets.Patterns([*_SETTINGS, *_WEIGHTS], _NOT_OURS)
 _DATA_SUFFIXES = (".jsonl", ".parquet")
 _SHOWN = 6  # files in a message
 
@@ -58,6 +62,8 @@ def settings_folder(text: str) -> str:
 
 
 def _snapshot(text: str, wanted: list[str]) -> str:
+    if address := buckets.parse(text):
+        return buckets.folder(address, _IN_BUCKETS, wanted)
     name = _parse(text)
     if name is None or name.path:
         return text
@@ -71,7 +77,11 @@ def _snapshot(text: str, wanted: list[str]) -> str:
 
 
 def pinned_model(text: str) -> str:
-    """Returns a model's name with the commit that it stands for now, or a path as it is."""
+    """Returns a model's name with the commit that it stands for now, an address with its digest, or
+    a path as it is.
+    """
+    if address := buckets.parse(text):
+        return buckets.pinned_folder(address, _IN_BUCKETS)
     name = _parse(text)
     if name is None or name.path:
         return text
@@ -88,8 +98,11 @@ def repository(text: str) -> tuple[str, str | None]:
 
 def at_commit_of(recorded: str, text: str) -> str:
     """Returns a name without a revision at the commit of a recorded name of the same repository,
-    and any other text as it is.
+    an address without a pin with that of the same recorded address, and any other text as it is.
     """
+    if address := buckets.parse(text):
+        same = recorded.partition("#")[0] == str(address)
+        return recorded if same and not address.pin else text
     name = _parse(text)
     old = _NAME.fullmatch(recorded)
     if name is None or name.revision or old is None or old["repo"] != name.repo:
@@ -123,6 +136,8 @@ def data_file(text: str) -> str:
     OWNER/NAME is the data set's one file of training problems; OWNER/NAME:main/test the one whose
     path begins so. Raises ValueError, in one sentence, if it cannot be had.
     """
+    if address := buckets.parse(text):
+        return buckets.file(address)
     name = _parse(text)
     if name is None:
         return text
@@ -138,7 +153,11 @@ def data_file(text: str) -> str:
 
 
 def pinned_data(text: str) -> str:
-    """Returns a data set's name with commit and file, or a path as it is."""
+    """Returns a data set's name with commit and file, an address with its generation, or a path as
+    it is.
+    """
+    if address := buckets.parse(text):
+        return buckets.pinned_file(address)
     name = _parse(text)
     if name is None or (name.revision and name.path.endswith(_DATA_SUFFIXES)):
         return text

@@ -18,7 +18,7 @@ from dcmdp_jax.evaluation.held_out import HeldOut
 from dcmdp_jax.experiment import pin
 from dcmdp_jax.monitoring import gaps, metrics
 from dcmdp_jax.records import TrainState
-from dcmdp_jax.run import checkpoint, recovery, starting
+from dcmdp_jax.run import checkpoint, recovery, staging, starting
 from dcmdp_jax.run import folder as run_folder
 from dcmdp_jax.run.inputs import Inputs, read_inputs
 from dcmdp_jax.run.record import read_record, to_json
@@ -66,6 +66,7 @@ def run(config: Config, workdir: pathlib.Path, inputs: Inputs, at_once: bool = F
     """
     with (
         inputs.lock or contextlib.nullcontext(),
+        staging.uploaded(workdir),
         requests(processes.request_stop, at_once) as signalled,
         contextlib.closing(checkpoint.Checkpoints(workdir, config.checkpoint.keep)) as saved,
     ):

@@ -16,7 +16,9 @@ FILES = {
 # Each may import from the package only what stands in an earlier line, or its own line where it is
 # a folder.
 ORDER = [
-    ["errors", "files", "hub", "limits", "seeds", "records", "monitoring.quantities"],
+    ["errors", "files", "limits", "seeds", "records", "monitoring.quantities"],
+    ["buckets"],
+    ["hub", "run.staging"],
     ["models.model_config"],
     ["stopping", "run.lock", "tasks", "answers"],
     ["tokens.chat_template", "tokens.chat_renderer", "tokens.folder_files", "config_checks"],
@@ -61,6 +63,8 @@ DOORS = {
     "grpc": {"serving.server", "serving.service"},
     "safetensors": {"models.peft", "models.weights"},
     "huggingface_hub": {"hub"},
+    "google": {"buckets", "serving.service"},  # Google's storage; protobuf
+    "gcsfs": {"run.staging"},
     "gguf": {"models.gguf_file"},
     "tokenizers": {"tokens.tokenizer", "tokens.gguf_tokenizer"},
     "sentencepiece": {"tokens.tokenizer"},

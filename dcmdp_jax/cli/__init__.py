@@ -8,6 +8,7 @@ from typing import Any
 
 from dcmdp_jax import errors
 from dcmdp_jax.cli import fields, parser
+from dcmdp_jax.run import staging
 
 
 def main(arguments: list[str] | None = None, devices: Sequence[Any] | None = None) -> int:
@@ -23,11 +24,6 @@ def main(arguments: list[str] | None = None, devices: Sequence[Any] | None = Non
     args, options = parser.make().parse_known_args(arguments)
     args.devices = devices
     try:
-        if "://" in (getattr(args, "workdir", None) or ""):
-            raise ValueError(
-                f"--workdir {args.workdir} is no folder; mount the bucket (gcsfuse) and name the "
-                "folder that it is mounted at"
-            )
         job = args.command(args, options)
     except ModuleNotFoundError as error:
         print(
@@ -43,6 +39,13 @@ def main(arguments: list[str] | None = None, devices: Sequence[Any] | None = Non
         message = errors.user_message(error)
         if message is None and not isinstance(error, ValueError):
             raise
-        print(f"dcmdp: {fields.as_typed(message or str(error), args, options)}", file=sys.stderr)
+        typed = fields.as_typed(message or str(error), args, options)
+        print(f"dcmdp: {staging.shown(typed)}", file=sys.stderr)
         return 2
-    return job()
+    status = job()
+    try:
+        staging.upload_all()
+    except (OSError, ValueError) as error:
+        print(f"dcmdp: {error}", file=sys.stderr)
+        return status or 1
+    return status

@@ -10,6 +10,7 @@ import sys
 from dcmdp_jax.config import Config
 from dcmdp_jax.experiment import load_experiment, override, pin
 from dcmdp_jax.run import record as run_record
+from dcmdp_jax.run import staging
 
 # what may be set without its dotted name
 SHORT = {"model": "model.folder", "data": "data.path"}
@@ -23,7 +24,7 @@ def load(args: argparse.Namespace, options: list[str]) -> tuple[Config, pathlib.
     """
     config = load_experiment(args.experiment)
     changes = overrides(options)
-    workdir = pathlib.Path(args.workdir or f"runs/{config.name}")
+    workdir = staging.folder(args.workdir or f"runs/{config.name}")
     record = None
     if _has_checkpoint(workdir):
         in_file = run_record.to_json(config)
@@ -37,7 +38,8 @@ def load(args: argparse.Namespace, options: list[str]) -> tuple[Config, pathlib.
             if name not in changes
         ]
         if recorded:
-            print(f"{workdir} goes on with its own {', '.join(recorded)}", file=sys.stderr)
+            began = f"{workdir} goes on with its own {', '.join(recorded)}"
+            print(staging.shown(began), file=sys.stderr)
     return pin(override(config, changes), record), workdir
 
 

@@ -15,12 +15,13 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from dcmdp_jax import errors, hub
+from dcmdp_jax import buckets, errors, hub
 from dcmdp_jax.cli import fields
 from dcmdp_jax.config import Config
 from dcmdp_jax.config_checks import scalar_fields
 from dcmdp_jax.experiment import load_experiment, override
 from dcmdp_jax.monitoring import terminal
+from dcmdp_jax.run import staging
 
 
 def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
@@ -49,30 +50,31 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
         inputs = train.prepare(config, workdir, args.devices)
 
     def job() -> int:
-        again = f"go on with: dcmdp train {args.experiment} --workdir {workdir}"
+        address = staging.shown(str(workdir))
+        again = f"go on with: dcmdp train {args.experiment} --workdir {address}"
         try:
             with processes.end_all_on_error():
                 train.run(config, workdir, inputs, at_once=True)
                 if jax.process_index() == 0:
                     run_page.write(workdir)
         except Interrupted as stop:
-            processes.log0(f"{stop}; {again}")
+            processes.log0(staging.shown(f"{stop}; {again}"))
             return 130
         except NoReadableCheckpoint as error:
-            print(f"dcmdp: {error}", file=sys.stderr)
+            print(staging.shown(f"dcmdp: {error}"), file=sys.stderr)
             return 2
         except Failed as error:
-            print(f"dcmdp: {error}", file=sys.stderr)
+            print(staging.shown(f"dcmdp: {error}"), file=sys.stderr)
             return 1
         except Exception as error:
             message = errors.user_message(error)
             if message is None:
                 raise
-            print(f"dcmdp: {message}; {again}", file=sys.stderr)
+            print(staging.shown(f"dcmdp: {message}; {again}"), file=sys.stderr)
             return 1
         if jax.process_index() == 0:
             print(*samples.lines(workdir), sep="\n", file=sys.stderr)
-        processes.log0(f"finished; see {workdir / 'report.html'}")
+        processes.log0(f"finished; see {address}/report.html")
         return 0
 
     return job
@@ -103,10 +105,10 @@ def parity_command(args: argparse.Namespace, options: list[str]) -> Callable[[],
         limit = args.max_error
         if limit is None:
             limit = parity.default_limit(config, inputs)
-        print(measured.origin)
+        print(staging.shown(measured.origin))
         print(parity.table(measured))
         print(parity.verdict(measured, config.constraint.tolerance))
-        print(f"wrote {parity.write(measured, config, limit, workdir)}")
+        print(staging.shown(f"wrote {parity.write(measured, config, limit, workdir)}"))
         if reason := parity.failure(measured, limit):
             print(f"dcmdp parity: {reason}", file=sys.stderr)
             return 1
@@ -137,7 +139,7 @@ def calibrate_command(args: argparse.Namespace, options: list[str]) -> Callable[
         measured = parity.measure(
             config, inputs, params, batches, stream=Stream.CALIBRATION, slack=slack
         ).calibration
-        print(params.origin)
+        print(staging.shown(params.origin))
         print(calibrate.describe(measured, slack))
         print(
             f"in the experiment: tolerance={calibrate.rounded_tolerance(measured):g}, or "
@@ -162,12 +164,12 @@ def diagnose_command(args: argparse.Namespace, options: list[str]) -> Callable[[
 
     def job() -> int:
         attribution = diagnose.diagnose(config, inputs, params, older, probe=args.all)
-        print(attribution.origin)
+        print(staging.shown(attribution.origin))
         print(tables.aligned_text(diagnose_page.table(attribution), left=2))
         print(diagnose_page.verdict(attribution))
         for note in diagnose_page.notes(attribution):
             print(note)
-        print(f"wrote {diagnose_page.write(attribution, config, workdir)}")
+        print(staging.shown(f"wrote {diagnose_page.write(attribution, config, workdir)}"))
         return 0
 
     return job
@@ -219,7 +221,9 @@ def convert_command(args: argparse.Namespace, options: list[str]) -> Callable[[]
         from dcmdp_jax.tools import gguf_convert
 
         tokenizer = hub.settings_folder(args.tokenizer)
-        print(gguf_convert.convert(args.experiment, args.output, tokenizer))
+        with buckets.local_folder(args.output) as folder:
+            said = gguf_convert.convert(args.experiment, folder, tokenizer)
+        print(said.replace(folder, args.output))
         return _done
     if args.tokenizer:
         raise ValueError("--tokenizer is for a .gguf file; a run has its own, leave it out")
@@ -227,7 +231,9 @@ def convert_command(args: argparse.Namespace, options: list[str]) -> Callable[[]
     from dcmdp_jax.run import export
 
     write = export.export_adapters if args.adapter else export.export
-    print(f"wrote step {write(config, workdir, args.output)} to {args.output}")
+    with buckets.local_folder(args.output) as folder:
+        step = write(config, workdir, folder)
+    print(f"wrote step {step} to {args.output}")
     return _done
 
 
@@ -236,10 +242,11 @@ def report_command(args: argparse.Namespace, options: list[str]) -> Callable[[],
     fields.refuse(options)
     from dcmdp_jax.report import comparison, run_page
 
-    if len(args.workdirs) == 1 and not args.output:
-        print(run_page.write(args.workdirs[0]))
+    workdirs = [staging.folder(text) for text in args.workdirs]
+    if len(workdirs) == 1 and not args.output:
+        print(staging.shown(str(run_page.write(workdirs[0]))))
     else:
-        print(comparison.write(args.workdirs, args.output))
+        print(comparison.write(workdirs, args.output))
     return _done
 
 

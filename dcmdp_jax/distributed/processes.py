@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import hashlib
+import os
 import pathlib
 import sys
 import time
@@ -24,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from dcmdp_jax import errors, sharding
 from dcmdp_jax.config import MeshConfig, RolloutConfig
 from dcmdp_jax.distributed import rendezvous
+from dcmdp_jax.run import staging
 from dcmdp_jax.stopping import Failed, Interrupted
 
 # Wait after a failed collective: the peers usually report the lost process within this time.
@@ -64,6 +66,11 @@ def start(
         coordinator, processes, process = _detected(limit)
     if processes == 1:
         return
+    if staging.of(workdir) and not os.environ.get(rendezvous.VARIABLE):
+        raise ValueError(
+            f"{workdir} is in a bucket, where no folder holds the run's secret; give all processes "
+            f"the same {rendezvous.VARIABLE}, of {rendezvous.SHORTEST} characters or more"
+        )
     _peers = rendezvous.join(coordinator, processes, process, limit, workdir)
     atexit.register(_peers.send, done=True)
     # JAX's preemption service would catch SIGTERM, and it cannot interrupt a rollout.

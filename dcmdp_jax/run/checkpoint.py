@@ -21,9 +21,11 @@ from jax import lax
 from dcmdp_jax import errors, sharding
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.records import TrainState
+from dcmdp_jax.run import staging
 
 WARMUP = "warmup"  # in the run's work folder; holds the checkpoints of its supervised stage
 FROZEN = "frozen"  # folder of the run's work folder
+_OS_ERROR = "os_error_code"  # in the message of a ValueError of TensorStore
 REASON = 200  # characters of an error of Orbax in a message
 
 
@@ -42,9 +44,11 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: pathlib.Path, keep: int):
+        self._workdir = workdir
+        root = epath.Path(staging.root(workdir))
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
-        self._frozen = epath.Path((workdir / FROZEN).absolute())
+        self._manager = ocp.CheckpointManager(root / "checkpoints", options=options)
+        self._frozen = root / FROZEN
         self._has_frozen = bool(self._manager.all_steps())
         logging.getLogger("absl").addFilter(_is_not_saving_error)
         sys.unraisablehook = _tell_unraisable
@@ -64,6 +68,9 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest:
             return
+        if staging.of(self._workdir):
+            with processes.raise_on_all():  # before the checkpoint that goes on from these rows
+                staging.upload(self._workdir)
         with self._failure_as_os_error():
             if jax.tree.leaves(state.frozen) and not self._has_frozen:
                 checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
@@ -93,8 +100,9 @@ class Checkpoints:
                 "hierarchical namespace, or by gcsfuse --rename-dir-limit 200000, or give another "
                 "--workdir"
             ) from error
-        except ValueError as error:
-            if "os_error_code" not in str(error):
+        except Exception as error:
+            in_bucket = staging.of(self._workdir)  # whose libraries have errors of many kinds
+            if not in_bucket and not (isinstance(error, ValueError) and _OS_ERROR in str(error)):
                 raise
             cause = ": ".join(_first_line(error).split(": ")[-2:])  # without TensorStore's own path
             raise OSError(
@@ -181,7 +189,7 @@ def read(
     args = ocp.args.PyTreeRestore(
         like, restore_args=ocp.checkpoint_utils.construct_restore_args(like)
     )
-    root = epath.Path(workdir.absolute())
+    root = epath.Path(staging.root(workdir))
     frozen = _read_frozen(root / FROZEN, frozen_like)
     (state, prompt_state), _ = _newest_intact(
         root / "checkpoints", numbers, ocp.PyTreeCheckpointHandler(), args
@@ -191,6 +199,10 @@ def read(
 
 def steps(workdir: pathlib.Path) -> list[int]:
     """Returns the steps of a run's checkpoints, oldest first."""
+    if staging.of(workdir):  # where an unfinished one has the name of a finished one
+        folder = epath.Path(staging.root(workdir)) / "checkpoints"
+        names = [path.name for path in ocp.utils.checkpoint_steps_paths(folder)]
+        return sorted(int(name) for name in names if name.isdigit())
     return sorted(
         int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()
     )

@@ -12,7 +12,7 @@ from dcmdp_jax import files
 from dcmdp_jax.config import Config
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.monitoring import metrics
-from dcmdp_jax.run import checkpoint, lock
+from dcmdp_jax.run import checkpoint, lock, staging
 from dcmdp_jax.run.record import (
     RECORD_FILE,
     differences,
@@ -42,17 +42,20 @@ MAY_CHANGE = (
 )
 
 
-def claim(workdir: pathlib.Path, config: Config) -> IO[str] | None:
+def claim(workdir: pathlib.Path, config: Config) -> IO[str] | staging.Lock | None:
     """Locks `workdir` and writes the configuration there, or checks that the run in it is this one.
 
     All processes must call. Returns the lock, held until it is closed, on process 0; None on the
     others. Raises ValueError where another process uses the folder, where it holds a run that
     differs in more than `MAY_CHANGE`, and where it is not shared with process 0.
     """
+    staged = staging.of(workdir)
+    if staged:
+        staged.writes = jax.process_index() == 0
     held = None
     with processes.raise_on_all():
         if jax.process_index() == 0:
-            held = lock.take(workdir)
+            held = staged.take() if staged else lock.take(workdir)
     try:
         with processes.raise_on_all():
             _check_is_same_run(workdir, config)
@@ -61,13 +64,14 @@ def claim(workdir: pathlib.Path, config: Config) -> IO[str] | None:
                 if not checkpoint.steps(workdir):
                     metrics.set_aside(workdir)
                 write_config(workdir, config)
+                staging.upload(workdir)
         with processes.raise_on_all():
-            if not (workdir / RECORD_FILE).is_file():
+            if not staged and not (workdir / RECORD_FILE).is_file():
                 raise ValueError(
                     f"{workdir.absolute()} is not on a file system shared with process 0; give "
                     "another --workdir"
                 )
-    except ValueError:
+    except (ValueError, OSError):
         if held:
             held.close()
         raise

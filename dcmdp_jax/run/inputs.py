@@ -20,7 +20,7 @@ from dcmdp_jax.models import decoder, lora, peft, weights
 from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Prompts
 from dcmdp_jax.rollout import servers
-from dcmdp_jax.run import pairs
+from dcmdp_jax.run import pairs, staging
 from dcmdp_jax.run.pairs import Pair
 from dcmdp_jax.seeds import Stream
 from dcmdp_jax.tokens import tokenizer as tokenizers
@@ -39,7 +39,9 @@ class Inputs(NamedTuple):
     decode_mesh: jax.sharding.Mesh  # that samples
     pairs: list[Pair] | None  # that a warm-up learns, if `warmup.path` is set
     verifiers: VerifierPool | None  # if the verifier has a time limit
-    lock: IO[str] | None = None  # on the work folder, held by process 0 until the run ends
+    lock: IO[str] | staging.Lock | None = (
+        None  # on the work folder, held by process 0 until the run ends
+    )
 
 
 def read_inputs(config: Config, devices: Sequence[jax.Device] | None = None) -> Inputs:
