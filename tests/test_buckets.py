@@ -230,6 +230,35 @@ def test_a_work_folder_follows_its_files(put):
     assert content("run/metrics.jsonl.1") == "one\ntwo\n"
 
 
+def test_what_another_process_has_written_is_seen_once_it_is_locked(put):
+    put("run/metrics.jsonl", "one\n")
+    put("run/config.json", "{}")
+    run = staging.Staged(buckets.parse("gs://own/run"))
+    put("run/metrics.jsonl", "one\ntwo\n")
+    buckets.delete(buckets.parse("gs://own/run/config.json"))
+    run.refresh()
+    assert [path.name for path in run.folder.iterdir()] == ["metrics.jsonl"]
+    assert (run.folder / "metrics.jsonl").read_text() == "one\ntwo\n"
+    before = buckets.listing(run.address)
+    run.upload()
+    assert buckets.listing(run.address) == before
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(put, monkeypatch):
+    put("run/metrics.jsonl", "one\n")
+    list_objects = buckets.listing
+
+    def replace_after(address):
+        found = list_objects(address)
+        monkeypatch.setattr(buckets, "listing", list_objects)
+        put("run/metrics.jsonl", "one\ntwo\n")
+        return found
+
+    monkeypatch.setattr(buckets, "listing", replace_after)
+    run = staging.Staged(buckets.parse("gs://own/run"))
+    assert (run.folder / "metrics.jsonl").read_text() == "one\ntwo\n"
+
+
 def test_files_are_uploaded_where_the_block_raises(put):
     folder = staging.folder("gs://own/run")
     with pytest.raises(RuntimeError), staging.uploaded(folder):

@@ -296,9 +296,18 @@ def test_an_experiment_names_the_module_it_lacks(tmp_path):
         load_experiment(str(file))
 
 
-def test_a_bucket_s_address_is_no_workdir(capsys):
-    assert cli.main(["train", str(QUICKSTART), "--workdir", "gs://bucket/run"]) == 2
-    assert "--workdir gs://bucket/run is no folder; mount the bucket" in capsys.readouterr().err
+@pytest.mark.parametrize("command", [["eval", "--model", "m", "--data-dir", "d"], ["study", "s"]])
+def test_only_a_run_s_work_folder_may_be_an_address(command, capsys, monkeypatch):
+    monkeypatch.setattr("dcmdp_jax.tools.study.load", lambda path: None)
+    assert cli.main([*command, "--workdir", "gs://bucket/run"]) == 2
+    assert capsys.readouterr().err == (
+        "dcmdp: --workdir gs://bucket/run is no folder here; only a run's may be an address\n"
+    )
+
+
+def test_an_address_that_is_not_read_is_no_workdir(capsys):
+    assert cli.main(["train", str(QUICKSTART), "--workdir", "s3://bucket/run"]) == 2
+    assert "s3://bucket/run is no address that is read; give a path" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,13 @@ def load(args: argparse.Namespace, options: list[str]) -> tuple[Config, pathlib.
     return pin(override(config, changes), record), workdir
 
 
+def local_folder(text: str | pathlib.Path) -> pathlib.Path:
+    """Returns the path of a work folder that is no run's. Raises ValueError on an address."""
+    if "://" in str(text):
+        raise ValueError(f"--workdir {text} is no folder here; only a run's may be an address")
+    return pathlib.Path(text)
+
+
 def _has_checkpoint(workdir: pathlib.Path) -> bool:
     if not workdir.is_dir():
         return False

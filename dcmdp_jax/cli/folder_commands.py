@@ -17,6 +17,7 @@ from dcmdp_jax.config import ModelSource, Precision
 from dcmdp_jax.models.model_config import Compute
 from dcmdp_jax.monitoring import terminal
 from dcmdp_jax.records import Sampling
+from dcmdp_jax.run import staging
 
 
 def generate_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
@@ -109,7 +110,7 @@ def chat_command(args: argparse.Namespace, options: list[str]) -> Callable[[], i
 
     def job() -> int:
         if is_run:
-            print(f"step {step} of {workdir}", file=sys.stderr)
+            print(staging.shown(f"step {step} of {workdir}"), file=sys.stderr)
             conversation.load(params)
         else:
             conversation.load(weights.load(folder)[1])
@@ -164,7 +165,7 @@ def evaluate_command(args: argparse.Namespace, options: list[str]) -> Callable[[
             enable_thinking=args.enable_thinking,
             instruction=instruction,
         ),
-        pathlib.Path(args.workdir),
+        fields.local_folder(args.workdir),
         args.devices,
     )
 

@@ -185,7 +185,9 @@ def study_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
     study.load(args.study)
     file = pathlib.Path(args.study)
     default = pathlib.Path("runs") / file.absolute().parent.name / file.stem
-    return partial(study.command, args.study, pathlib.Path(args.workdir or default), args.workers)
+    return partial(
+        study.command, args.study, fields.local_folder(args.workdir or default), args.workers
+    )
 
 
 def plan_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:

@@ -30,6 +30,7 @@ import jax
 from dcmdp_jax import errors, files
 from dcmdp_jax.config import Calibrated, Config
 from dcmdp_jax.monitoring import quantities, terminal
+from dcmdp_jax.run import staging
 
 FILE = "metrics.jsonl"
 GAPS = "gaps.jsonl"
@@ -327,10 +328,8 @@ def set_aside(workdir: pathlib.Path) -> None:
             names = (path.with_name(f"{path.name}.{i}") for i in itertools.count(1))
             new_path = next(name for name in names if not name.exists())
             path.rename(new_path)
-            print(
-                f"{workdir} holds no checkpoint and starts anew; its old rows are now {new_path}",
-                file=sys.stderr,
-            )
+            anew = f"{workdir} holds no checkpoint and starts anew; its old rows are now {new_path}"
+            print(staging.shown(anew), file=sys.stderr)
 
 
 def _warn(name: str, error: Exception) -> None:

@@ -58,6 +58,8 @@ def claim(workdir: pathlib.Path, config: Config) -> IO[str] | staging.Lock | Non
             held = staged.take() if staged else lock.take(workdir)
     try:
         with processes.raise_on_all():
+            if staged:  # the last holder of the lock may have written since it was read
+                staged.refresh()
             _check_is_same_run(workdir, config)
         with processes.raise_on_all():
             if jax.process_index() == 0:

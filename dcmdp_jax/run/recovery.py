@@ -19,7 +19,7 @@ from dcmdp_jax.config import Config
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.monitoring import metrics
 from dcmdp_jax.records import NotFinite, TrainState
-from dcmdp_jax.run import checkpoint
+from dcmdp_jax.run import checkpoint, staging
 from dcmdp_jax.run.inputs import Inputs
 from dcmdp_jax.stopping import Failed
 
@@ -133,7 +133,7 @@ def _rescue(
     with processes.print_errors(f"the state after step {number} is not saved"):
         progress.check_weights()
         _save(saved, last)
-        processes.log0(f"the state after step {number} is saved in {workdir}")
+        processes.log0(staging.shown(f"the state after step {number} is saved in {workdir}"))
 
 
 def _advice(

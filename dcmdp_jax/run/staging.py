@@ -112,10 +112,31 @@ class Staged:
         atexit.register(temporary.cleanup)
         self.folder = pathlib.Path(temporary.name).resolve() / pathlib.PurePath(address.path).name
         self.folder.mkdir()
-        for name, number in buckets.listing(address).items():
-            if _is_staged(name, LOCAL_ALONE | IN_BUCKET_ALONE):
-                buckets.download(_join(address, name), number, self.folder / name)
-        self._uploaded = self._signatures()
+        self._generations: dict[str, int] = {}  # of what was downloaded
+        self._uploaded: dict[str, tuple[int, int]] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Makes the local folder what the bucket holds now."""
+        with self._mutex:
+            while True:
+                with contextlib.suppress(buckets.Gone):  # a run that goes on has written it
+                    self._download()
+                    break
+            self._uploaded = self._signatures()
+
+    def _download(self) -> None:
+        found = {
+            name: number
+            for name, number in buckets.listing(self.address).items()
+            if _is_staged(name, LOCAL_ALONE | IN_BUCKET_ALONE)
+        }
+        for name in self._signatures().keys() - found.keys():
+            (self.folder / name).unlink()
+        for name, number in found.items():
+            if self._generations.get(name) != number or not (self.folder / name).is_file():
+                buckets.download(_join(self.address, name), number, self.folder / name)
+                self._generations[name] = number
 
     def upload(self) -> None:
         """Writes the files that have changed, and deletes the objects of those that are gone.
@@ -133,6 +154,7 @@ class Staged:
                     with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
                         buckets.upload(self.folder / name, _join(self.address, name))
                         self._uploaded[name] = signature
+                        self._generations.pop(name, None)
             for name in self._uploaded.keys() - now.keys():
                 buckets.delete(_join(self.address, name))
                 del self._uploaded[name]
