@@ -85,6 +85,7 @@ def test_a_run_that_goes_on_in_another_process_is_the_uninterrupted_one(bucket, 
 
 
 def test_a_folder_that_was_read_before_another_run_wrote_it_is_read_again(bucket, whole):
+    assert train(steps=1) == 0
     early = staging.Staged(buckets.parse("gs://own/runs/a"))
     assert train(steps=3) == 0
     staging._staged["gs://own/runs/a"] = early

@@ -50,7 +50,7 @@ def make() -> argparse.ArgumentParser:
 
 def _experiment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("experiment", help="a Python file with CONFIG = Config(...)")
-    parser.add_argument("--workdir", help="folder of the run (default: runs/NAME)")
+    parser.add_argument("--workdir", help="folder or gs:// address of the run (default: runs/NAME)")
 
 
 def _train(add: Add) -> None:
@@ -208,7 +208,7 @@ def _convert(add: Add) -> None:
         help="the run's experiment file; or a .gguf file, or the .whl that holds one",
     )
     parser.add_argument("output", help="folder to write")
-    parser.add_argument("--workdir", help="folder of the run (default: runs/NAME)")
+    parser.add_argument("--workdir", help="folder or gs:// address of the run (default: runs/NAME)")
     parser.add_argument(
         "--tokenizer", default="", help="of a .gguf file: folder or file (default: the file's own)"
     )
@@ -228,7 +228,9 @@ def _report(add: Add) -> None:
         "them. Runs that differ in the seed alone are shown as one configuration; the others "
         "are compared with the first run given.",
     )
-    parser.add_argument("workdirs", nargs="+", metavar="RUN", help="a run's folder")
+    parser.add_argument(
+        "workdirs", nargs="+", metavar="RUN", help="a run's folder or gs:// address"
+    )
     parser.add_argument(
         "--output",
         metavar="FILE",
@@ -310,7 +312,7 @@ def _chat(add: Add) -> None:
         help="a Hugging Face folder or OWNER/NAME; or a run's experiment file, for its newest "
         "checkpoint",
     )
-    parser.add_argument("--workdir", help="folder of the run (default: runs/NAME)")
+    parser.add_argument("--workdir", help="folder or gs:// address of the run (default: runs/NAME)")
     _tokenizer(parser)
     _weights(parser)
     parser.add_argument("--system", default="", metavar="TEXT", help="the first message")
