@@ -234,11 +234,13 @@ UNDECLARED = {
 @pytest.mark.parametrize("surrogate", UNDECLARED.values(), ids=UNDECLARED)
 @pytest.mark.parametrize("parts", [{}, {"minibatches": 2}, {"epochs": 2}], ids=str)
 def test_accumulation_is_exact_where_microbatches_weigh_against_each_other(surrogate, parts):
-    """At the weights that sampled, and after they have moved."""
-    _, expected, _ = run(make_config(surrogate=surrogate, **parts), make_scored())
-    accumulated = make_config(surrogate=surrogate, microbatches=2, **parts)
-    _, state, _ = run(accumulated, make_scored())
-    assert_close(state.params, expected.params)
+    """At the weights that sampled, and after they have moved. By SGD: AdamW divides a gradient that
+    is nothing but round-off by its own size.
+    """
+    parts = {**parts, "surrogate": surrogate, "optimizer": lambda algorithm: optax.sgd(1.0)}
+    _, expected, _ = run(make_config(**parts), make_scored())
+    _, state, _ = run(make_config(microbatches=2, **parts), make_scored())
+    assert_close(state.params, expected.params, 1e-6)
 
 
 def penalised(config):
