@@ -23,7 +23,7 @@ ENTRIES = {
     "reward": (rewards, "score"),
     "update": (compiled_step, "compile_step"),
     "sync": (sync, "converter"),
-    "evaluation": (held_out, "pass_rate"),
+    "evaluation": (held_out, "sample"),
     "log": (metrics.Log, "write"),
     "save": (checkpoint.Checkpoints, "save"),
     "saving": (checkpoint.Checkpoints, "save"),
