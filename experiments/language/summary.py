@@ -72,7 +72,9 @@ def last_delta(rows: list[dict[str, float]]) -> float:
 
 
 def table(arms: dict[str, dict[int, list[dict[str, float]]]]) -> str:
-    """Returns the table: a line for each seed, and the means with their 95 % intervals."""
+    """Returns the table: a line for each seed, and the means, with their 95 % intervals from three
+    seeds on.
+    """
     head = ["seed"]
     for name in NAMES.values():
         head += [f"delta {name}", "engine", "trainer"]
@@ -101,8 +103,8 @@ def table(arms: dict[str, dict[int, list[dict[str, float]]]]) -> str:
 
 
 def _spread(values: list[float], digits: int) -> str:
-    if len(values) < 2:
-        return f"{values[0]:.{digits}f}"
+    if len(values) < 3:
+        return f"{statistics.fmean(values):.{digits}f}"
     middle, low, _ = intervals.mean(values)
     return f"{middle:.{digits}f} ± {middle - low:.{digits}f}"
 
