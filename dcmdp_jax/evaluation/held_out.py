@@ -122,7 +122,7 @@ def _shown(scored: Scored | None, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     return [
         {
             "prompt": rewards.prompt_text(rollout.prompts.examples[i].prompt),
-            "completion": tokenizer.decode(rollout.tokens[i, : rollout.lengths[i]]),
+            "completion": tokenizer.decode(rollout.tokens[i, : rollout.text_lengths[i]]),
             "reward": float(scored.reward[i]),
         }
         for i in range(min(SHOWN, len(rollout.lengths)))

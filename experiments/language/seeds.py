@@ -6,8 +6,9 @@ the end in pairs of one seed.
 
 Command:  bash experiments/language/get_smollm2.sh && dcmdp study experiments/language/seeds.py
 Hardware: two CPU cores, 14 GiB of memory
-Time:     not measured
-Result:   not measured
+Time:     8 minutes a pair of runs
+Result:   of the first two seeds alone: 0.21 -> 0.95 to 0.98 with the constraint and without, delta
+          of the last ten steps 0.014 and 0.018 in both
 """
 
 import dataclasses
