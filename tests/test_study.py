@@ -146,7 +146,8 @@ def test_a_failing_arm_is_named_with_its_line(finished_study):
     _, root, failures = finished_study
     (failure,) = failures
     assert failure.startswith("broken s0: the verifier broken fails on a completion")
-    assert failure.endswith("line 13: RuntimeError: no verdict")
+    line = SMALL.split("\n").index('    raise RuntimeError("no verdict")') + 1
+    assert failure.endswith(f"line {line}: RuntimeError: no verdict")
     assert "RuntimeError: no verdict" in (root / "broken" / "s0" / "run.log").read_text()
 
 
