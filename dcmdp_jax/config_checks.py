@@ -219,6 +219,11 @@ def _check_calls(config: Any) -> None:
             continue
         try:
             signature = inspect.signature(function)
+        except ValueError:  # a builtin that tells none
+            continue
+        except TypeError as error:
+            raise ValueError(f"{name}={function} is no function: {error}") from None
+        try:
             named = dict.fromkeys(_BY_NAME.get(name, set()) & signature.parameters.keys())
             signature.bind(*arguments.split(", "), **named)
         except TypeError as error:

@@ -81,13 +81,17 @@ def test_bad_overrides_are_refused_in_one_sentence(quickstart, name, value, mess
         ),
         ("algorithm.reduce", lambda loss: loss, "algorithm.reduce=<lambda> is called with (loss,"),
         ("constraint.shaping", constraint.delta, "constraint.shaping=delta is called with (adv"),
-        ("constraint.penalty", 1.0, "constraint.penalty=1.0 is called with (logp, rollout_logp,"),
+        ("constraint.penalty", 1.0, "constraint.penalty=1.0 is no function: 1.0 is not a callable"),
     ],
 )
 def test_functions_that_cannot_be_called_are_refused(quickstart, name, function, message):
     with pytest.raises(ValueError) as error:
         replace_fields(quickstart, {tuple(name.split(".")): function})
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_builtin_without_a_signature_is_taken_as_it_is(quickstart):
+    assert replace_fields(quickstart, {("algorithm", "reduce"): max}).algorithm.reduce is max
 
 
 OFF_AT_0 = {  # where 0 means off, all, or none
