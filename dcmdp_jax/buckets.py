@@ -273,8 +273,10 @@ def _ask(
     library.
     """
     try:
+        import requests
         from google.api_core import exceptions
         from google.auth.exceptions import GoogleAuthError
+        from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
     except ImportError:
         raise ValueError(
             f"{address} needs google-cloud-storage, which is not installed; pip install "
@@ -307,7 +309,13 @@ def _ask(
         )
     except FileNotFoundError:  # of a file here
         raise
-    except Exception as error:  # of the connection, of which the library raises many kinds
+    except (
+        exceptions.GoogleAPIError,
+        requests.RequestException,
+        InvalidResponse,
+        DataCorruption,
+        OSError,
+    ) as error:
         cause = error
         what = f"cannot be reached ({_first_line(error)}); try again where there is a network"
     raise OSError(f"{address} {what}") from cause

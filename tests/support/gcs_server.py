@@ -152,11 +152,20 @@ class Blob:
 @contextlib.contextmanager
 def stand_in():
     """Puts a stand-in in the place of Google's library; yields its client."""
-    names = ("google", "google.api_core", "google.auth", "gcsfs")  # fsspec is installed
-    modules = {name: types.ModuleType(name) for name in names}
-    modules["google.api_core"].exceptions = types.SimpleNamespace(**ERRORS)
+    names = ("google", "google.api_core", "google.auth", "google.cloud", "google.cloud.storage")
+    modules = {name: types.ModuleType(name) for name in (*names, "gcsfs")}  # fsspec is installed
+    modules["google.api_core"].exceptions = types.SimpleNamespace(
+        **ERRORS, GoogleAPIError=GoogleAPIError
+    )
     modules["google.auth.exceptions"] = types.SimpleNamespace(
         GoogleAuthError=type("GoogleAuthError", (Exception,), {})
+    )
+    modules["google.cloud.storage.exceptions"] = types.SimpleNamespace(
+        DataCorruption=type("DataCorruption", (Exception,), {}),
+        InvalidResponse=type("InvalidResponse", (Exception,), {}),
+    )
+    modules["requests"] = types.SimpleNamespace(
+        RequestException=type("RequestException", (OSError,), {})
     )
     client = Client()
     with (
