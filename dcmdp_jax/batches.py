@@ -49,6 +49,7 @@ class Batches:
         self._should_stop = should_stop
         self._number = int(state.step)  # of the step that the next batch is for
         self._looks_ahead = config.rollout.staleness > 0
+        self._shapes: set[tuple[int, ...]] = set()  # of rows, which the step is compiled for
         self._next: Collected | None = None
         self._update_weights(state)
 
@@ -111,7 +112,11 @@ class Batches:
             row_divisor=sharding.num_batch_shards(self._inputs.mesh),
             pad_id=self._inputs.tokenizer.pad_id,
             seed=seed,
+            share_prompts=config.shares_prompts,
         )
+        if stream is Stream.ROLLOUT:
+            self._shapes.add(packed.tokens.shape)
+        metrics |= measurements.measure_rows(batch.scored, packed, len(self._shapes))
         return Collected(
             processes.make_global(packed, train_state.batch_shardings(config, self._inputs.mesh)),
             measurements.measure(*batch) | metrics,

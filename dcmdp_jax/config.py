@@ -208,6 +208,10 @@ class AlgorithmConfig:
     microbatches: int = 1  # A gradients accumulated per update
     epochs: int = 1
     row_length: int = 0  # S of the packed rows; 0: max_prompt_tokens + max_tokens
+    # the completions of a prompt that stand in one row have it in common, and it is computed once;
+    # then whole groups are dealt to minibatches and microbatches, where these hold a multiple of
+    # one. The longer a row, the more share it
+    share_prompts: bool = True
     # the trainer routes each token to the experts that the engine chose (arXiv 2510.11370)
     replay_routing: bool = False
     learning_rate: float = 1e-6
@@ -317,6 +321,14 @@ class Config:
     def row_length(self) -> int:
         """S of the packed rows."""
         return self.algorithm.row_length or self.data.max_prompt_tokens + self.rollout.max_tokens
+
+    @property
+    def shares_prompts(self) -> bool:
+        """True if completions of a microbatch may share a prompt."""
+        algorithm = self.algorithm
+        completions = self.data.prompts_per_step * self.rollout.samples
+        size = completions // (algorithm.minibatches * algorithm.microbatches)
+        return algorithm.share_prompts and min(self.rollout.samples, size) > 1
 
 
 def with_tolerance(config: Config, tolerance: float) -> Config:

@@ -23,6 +23,8 @@ Data
     reward          the verifier's number for a completion, [N]
     advantage       the weight of a completion, or of a token, in the loss: [N] or [N, T]
     row, segment    a packed row of tokens, and a prompt with its completion within it
+    branch          a segment that continues another: the last token of a prompt that completions of
+                    a row share, and one of them
     mask            1 for the completion tokens that are trained
 
 Log-probs of the sampled tokens, in nats
@@ -231,13 +233,15 @@ class Batch(NamedTuple):
     was cut, sampler and trainer are thus compared before the cut, which both would make alike:
     their difference, and every ratio of the two, comes from numerics and staleness alone.
 
-    A row holds segments, each a prompt and its completion. `index[i, t]` is the flat position
-    r*S + s, within its microbatch, of the token whose next-token distribution predicts completion
-    token t: the model's outputs at `index` are the completion's.
+    A row holds segments, each a prompt and its completion; or a shared prompt, followed by its
+    branches. `index[i, t]` is the flat position r*S + s, within its microbatch, of the token whose
+    next-token distribution predicts completion token t: the model's outputs at `index` are the
+    completion's.
     """
 
     tokens: np.ndarray  # [M, A, R, S] int32
-    positions: np.ndarray  # [M, A, R, S] int32, restarting with each segment
+    # [M, A, R, S] int32, counted from the prompt's first token in every completion
+    positions: np.ndarray
     segment_ids: np.ndarray  # [M, A, R, S] int32, 1.. in a row; 0 is padding
     index: np.ndarray  # [M, A, n, T] int32; 0 where masked
     completions: np.ndarray  # [M, A, n, T] int32
@@ -248,6 +252,9 @@ class Batch(NamedTuple):
     length: np.ndarray  # [M, A, n] int32, tokens of a completion
     truncated: np.ndarray  # [M, A, n] bool, cut off by the length limit
     group: np.ndarray  # [M, A, n] int32, 0..B-1: the prompt a completion answers
+    # [M, A, R, S] int32, the segment id of the prompt that a token's branch continues; 0: none.
+    # None: no prompt is shared
+    prefix_ids: np.ndarray | None = None
     # [M, A, R, S, sparse layers, k] int16, the recorded experts that each token takes again; -1:
     # its router's choice
     replayed: np.ndarray | None = None

@@ -173,6 +173,7 @@ def batch_shardings(config: Config, mesh: jax.sharding.Mesh) -> Batch:
         length=replicated,
         truncated=replicated,
         group=replicated,
+        prefix_ids=rows if config.shares_prompts else None,
         replayed=rows if config.algorithm.replay_routing else None,
         top_tokens=top,
         top_rollout_logp=top,

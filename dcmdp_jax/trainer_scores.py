@@ -77,6 +77,7 @@ def score_microbatch(
         config.rollout.temperature,
         entropy=entropy,
         entropy_gradient=slope,
+        prefix_ids=micro.prefix_ids,
         replayed=micro.replayed,
     )
     return Scores(logp, top_logp), entropies
@@ -101,5 +102,6 @@ def _logp(
         config.rollout.temperature,
         entropy=entropy,
         entropy_gradient=slope,
+        prefix_ids=micro.prefix_ids,
         replayed=micro.replayed,
     )

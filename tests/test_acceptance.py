@@ -30,6 +30,7 @@ def states(accept, count, **algorithm):
             minibatches=config.algorithm.minibatches,
             microbatches=1,
             row_length=24,
+            share_prompts=True,
         )
         batch = jax.device_put(batch, shardings)
         step = step or quick_step(config, state, batch)

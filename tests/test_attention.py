@@ -36,21 +36,48 @@ def segments(size, rows, kind):
     return jnp.asarray(ids)
 
 
-def reference(q, k, v, ids):
-    """The definition, mask and all, for each token among those of its own segment."""
+def families(size, rows):
+    """Segment and prefix ids of rows with shared prompts and their branches, plain segments between
+    them and padding, all of random lengths.
+    """
+    rng = np.random.default_rng(size)
+    ids = np.zeros((rows, size), np.int32)
+    prefixes = np.zeros((rows, size), np.int32)
+    for row, prefix in zip(ids, prefixes):
+        column = 0
+        number = 0
+        while column < size - 2:
+            prompt = 0
+            for place in range(rng.integers(1, 5)):
+                length = rng.integers(1, size // 3 + 2)
+                number += 1
+                row[column : column + length] = number
+                prefix[column : column + length] = prompt
+                prompt = number if place == 0 else prompt
+                column += length
+    return jnp.asarray(ids), jnp.asarray(prefixes)
+
+
+def reference(q, k, v, ids, prefixes=None):
+    """The definition, mask and all: for each token among those of its own segment and of that which
+    this continues.
+    """
     size = q.shape[3]
     same = (
         np.ones((len(q), size, size), bool)
         if ids is None
         else np.asarray(ids)[:, :, None] == np.asarray(ids)[:, None]
     )
+    if prefixes is not None:
+        prefixes = np.asarray(prefixes)[:, :, None]
+        same |= (prefixes > 0) & (prefixes == np.asarray(ids)[:, None])
     mask = (same & np.tril(np.ones((size, size), bool)))[:, None, None]
     scores = jnp.einsum("bkgsh,bkth->bkgst", q, k) / np.sqrt(WIDTH)
     return jnp.einsum("bkgst,bkth->bkgsh", jax.nn.softmax(jnp.where(mask, scores, -jnp.inf)), v)
 
 
-def both(attend, q, k, v, d_out, ids):
-    out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, ids), q, k, v)
+def both(attend, q, k, v, d_out, *ids):
+    out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, *ids), q, k, v)
     return out, pull(d_out)
 
 
@@ -71,6 +98,50 @@ def test_tiles_equal_the_matrix_of_scores(size, block, kind):
         np.moveaxis(got[0], 3, 1)[real], np.moveaxis(want[0], 3, 1)[real], atol=2e-6
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got[1], want[1])
+
+
+def assert_equal_where_real(got, want, ids):
+    """Outputs but for padding, whose results are free, and gradients."""
+    real = np.asarray(ids) > 0
+    np.testing.assert_allclose(
+        np.moveaxis(got[0], 3, 1)[real], np.moveaxis(want[0], 3, 1)[real], atol=2e-6
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got[1], want[1])
+
+
+@pytest.mark.parametrize("form", ["tiles", "matrix"])
+@pytest.mark.parametrize(("size", "block"), [(5, 128), (16, 4), (37, 8), (61, 4), (24, 24)])
+def test_branches_attend_to_their_prompt(size, block, form):
+    """Eight rows of random families: boundaries fall inside and between the blocks."""
+    ids, prefixes = families(size, 8)
+    given = case(size, 8)
+
+    def matrix(q, k, v, ids, prefixes):
+        return attention._dense(q, k, v, attention.spans_of(ids, prefixes))
+
+    attend = functools.partial(attention.packed, block=block) if form == "tiles" else matrix
+    got = jax.jit(lambda *x: both(attend, *x))(*given, ids, prefixes)
+    want = jax.jit(lambda *x: both(reference, *x, ids, prefixes))(*given)
+    assert_equal_where_real(got, want, ids)
+
+
+def test_tiles_of_siblings_are_not_read():
+    """A prompt, a branch of NaN and its sibling, each of complete tiles."""
+    q, k, v, d_out = case(32)
+    ids = jnp.broadcast_to(jnp.repeat(jnp.arange(1, 5), 8), (2, 32))
+    prefixes = jnp.broadcast_to(jnp.repeat(jnp.array([0, 1, 1, 0]), 8), (2, 32))
+    v = v.at[:, :, 8:16].set(jnp.nan)
+    out, (dq, _, dv) = jax.jit(lambda *x: both(packed_by_4, *x))(q, k, v, d_out, ids, prefixes)
+    assert np.isnan(out[..., 8:16, :]).all() and np.isfinite(out[..., 16:, :]).all()
+    assert np.isfinite(out[..., :8, :]).all() and np.isfinite(dq[..., 16:, :]).all()
+    assert np.isfinite(dv[..., 16:, :]).all()
+
+
+def test_without_branches_the_program_is_the_plain_one():
+    q, k, v, _ = case(16)
+    ids = segments(16, 2, "ragged")
+    plain = jax.jit(lambda *x: packed_by_4(*x)).lower(q, k, v, ids).as_text()
+    assert jax.jit(lambda *x: packed_by_4(*x, None)).lower(q, k, v, ids).as_text() == plain
 
 
 def test_large_scores_neither_overflow_nor_vanish():

@@ -130,7 +130,9 @@ def test_gradients_are_those_of_a_low_rank_difference_of_all_weights(model):
     config = adapted(make_config(model))
     adapters = random_adapters(model)
     base = make_params(model)
-    batch = packing.pack(make_scored(), minibatches=1, microbatches=1, row_length=24)
+    batch = packing.pack(
+        make_scored(), minibatches=1, microbatches=1, row_length=24, share_prompts=True
+    )
     batch = jax.device_put(batch, train_state.batch_shardings(config, ONE))
 
     def grads(params, frozen, config):

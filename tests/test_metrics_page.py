@@ -53,7 +53,9 @@ def explained():
 
 def of_step(config):
     """The keys of a step's metrics; the step is traced, and not compiled."""
-    batch = packing.pack(make_scored(), minibatches=1, microbatches=1, row_length=24)
+    batch = packing.pack(
+        make_scored(), minibatches=1, microbatches=1, row_length=24, share_prompts=True
+    )
     state = train_state.abstract(config, MODEL, ONE)
     _, values = jax.eval_shape(compiled_step.compile_step(config, MODEL, ONE), state, batch)
     return values
@@ -79,7 +81,12 @@ def of_host():
     scored = scored._replace(failed=np.zeros(len(scored.reward), bool))
     draw = Draw(dynamic_sampling.arrays_of(scored), SOURCES)
     rounds = [dynamic_sampling.summary(draw)]
-    return measurements.measure(*draw) | dynamic_sampling.measure(rounds, draw)
+    batch = packing.pack(scored, minibatches=1, microbatches=1, row_length=24)
+    return (
+        measurements.measure(*draw)
+        | measurements.measure_rows(scored, batch, 1)
+        | dynamic_sampling.measure(rounds, draw)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcmdp_jax.records import Example, Prompts, Scored
+from dcmdp_jax.tokens import packing as packing_module
+from dcmdp_jax.tokens import segments
 from dcmdp_jax.tokens.packing import pack
 from support.rollouts import make_rollout
+
+FIRST = 1_000_000  # tokens of completions are at least this
 
 
 def completions(prompt_lengths, samples, lengths, seed=0):
@@ -23,7 +27,7 @@ def completions(prompt_lengths, samples, lengths, seed=0):
     asked = np.array(prompt_lengths, np.int32)
     told = np.array(lengths, np.int32)
     prompt = 10_000 * (1 + np.arange(len(asked)))[:, None] + np.arange(asked.max() + 2)
-    tokens = 1_000_000 * (1 + np.arange(count))[:, None] + np.arange(width)
+    tokens = FIRST * (1 + np.arange(count))[:, None] + np.arange(width)
     logp = np.where(np.arange(width) < told[:, None], -rng.random((count, width)), np.nan).astype(
         np.float32
     )
@@ -35,8 +39,15 @@ def completions(prompt_lengths, samples, lengths, seed=0):
     return Scored(rollout, rng.random(count).astype(np.float32))
 
 
+def placed(batch):
+    """Yields the microbatch of each completion, its number there, and its number in the rollout."""
+    for at in np.ndindex(*batch.reward.shape[:2]):
+        for j, tokens in enumerate(batch.completions[at]):
+            yield at, j, tokens[0] // FIRST - 1
+
+
 @st.composite
-def packings(draw):
+def packings(draw, share_prompts=None):
     groups = draw(st.integers(1, 6))
     samples = draw(st.integers(1, 6))
     count = groups * samples
@@ -54,25 +65,106 @@ def packings(draw):
         "row_divisor": draw(st.integers(1, 4)),
         "pad_id": -1,
         "seed": draw(st.integers(0, 9)),
+        "share_prompts": draw(st.booleans()) if share_prompts is None else share_prompts,
     }
 
 
 @settings(max_examples=150, deadline=None)
 @given(packings())
-def test_packed_rows_hold_every_token_once(packing):
+def test_packed_rows_hold_every_completion_token_once(packing):
     scored, how = packing
     rollout = scored.rollout
     batch = pack(scored, **how)
-    prompts, samples = rollout.prompts, len(rollout.tokens) // len(rollout.prompts.lengths)
-    expected = collections.Counter(
-        t
-        for i in range(len(rollout.tokens))
-        for t in [
-            *prompts.tokens[i // samples][: prompts.lengths[i // samples]],
-            *rollout.tokens[i][: rollout.lengths[i]],
-        ]
+    tokens = batch.tokens[batch.segment_ids > 0]
+    expected = [t for row, n in zip(rollout.tokens, rollout.lengths) for t in row[:n]]
+    assert collections.Counter(tokens[tokens >= FIRST].tolist()) == collections.Counter(expected)
+
+
+@settings(max_examples=150, deadline=None)
+@given(packings())
+def test_a_completion_attends_to_its_prompt_and_to_itself(packing):
+    """The tokens of its segment, and of the prompt that this continues, are in the order of their
+    positions the prompt and the completion.
+    """
+    scored, how = packing
+    rollout = scored.rollout
+    batch = pack(scored, **how)
+    samples = len(rollout.tokens) // len(rollout.prompts.lengths)
+    for at, j, i in placed(batch):
+        place = batch.index[at][j, 0]
+        if not rollout.lengths[i]:
+            continue
+        row = place // how["row_length"]
+        ids = batch.segment_ids[at][row]
+        column = place % how["row_length"]
+        seen = ids == ids[column]
+        if how["share_prompts"] and batch.prefix_ids[at][row, column]:
+            seen |= ids == batch.prefix_ids[at][row, column]
+            seen &= np.arange(len(ids)) < column + 1 + rollout.lengths[i]
+        asked = rollout.prompts.lengths[i // samples]
+        whole = [*rollout.prompts.tokens[i // samples, :asked], *rollout.tokens[i]]
+        whole = whole[: asked + rollout.lengths[i]]
+        assert batch.tokens[at][row][seen].tolist() == whole
+        assert batch.positions[at][row][seen].tolist() == list(range(len(whole)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(packings(share_prompts=True))
+def test_shared_prompts_take_no_more_rows_and_tokens(packing):
+    """Of the same completions in each microbatch, each with a prompt of its own."""
+    scored, how = packing
+    batch = pack(scored, **how)
+    rollout = scored.rollout
+    samples = len(rollout.tokens) // len(rollout.prompts.lengths)
+    needed = []
+    for at in np.ndindex(*batch.reward.shape[:2]):
+        own = np.array([i for there, _, i in placed(batch) if there == at])
+        lengths = rollout.prompts.lengths[own // samples], rollout.lengths[own]
+        alone = segments.place(*lengths, np.arange(len(own)), how["row_length"])
+        together = segments.place(*lengths, own // samples, how["row_length"])
+        assert together.row.max() <= alone.row.max()
+        assert together.length.sum() <= alone.length.sum()
+        needed.append(int(together.row.max()) + 1)
+    rows = packing_module.padded_rows(max(needed), batch.reward.shape[2], how["row_divisor"])
+    assert batch.tokens.shape[2] == rows
+
+
+@settings(max_examples=150, deadline=None)
+@given(packings(share_prompts=True))
+def test_a_shared_prompt_is_followed_by_its_branches(packing):
+    """What the attention kernels rely on: between a prompt and its last branch there are no other
+    segments. No prompt of one token is shared, and none by a single completion.
+    """
+    scored, how = packing
+    batch = pack(scored, **how)
+    rows = (x.reshape(-1, how["row_length"]) for x in (batch.segment_ids, batch.prefix_ids))
+    for ids, prefixes in zip(*rows):
+        for prompt in set(prefixes[prefixes > 0].tolist()):
+            (branches,) = np.nonzero(prefixes == prompt)
+            (place,) = np.nonzero(ids == prompt)
+            assert len(place) and (prefixes[place] == 0).all()
+            assert place[-1] + 1 == branches[0]
+            assert (np.diff(branches) == 1).all()
+            assert len(set(ids[branches].tolist())) > 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(packings())
+def test_no_batch_has_more_rows_than_the_most(packing):
+    scored, how = packing
+    rollout = scored.rollout
+    count = len(rollout.tokens)
+    most = packing_module.most_rows(
+        count=count,
+        samples=count // len(rollout.prompts.lengths),
+        parts=how["minibatches"] * how["microbatches"],
+        prompt_tokens=6,
+        completion_tokens=9,
+        row_length=how["row_length"],
+        row_divisor=how["row_divisor"],
+        share_prompts=how["share_prompts"],
     )
-    assert collections.Counter(batch.tokens[batch.segment_ids > 0].tolist()) == expected
+    assert pack(scored, **how).tokens.shape[2] <= most
 
 
 @settings(max_examples=50, deadline=None)
@@ -122,34 +214,25 @@ def test_unpacking_gives_the_completions_back(packing):
     batch = pack(scored, **how)
     samples = len(rollout.tokens) // len(rollout.prompts.lengths)
     seen = []
-    for at in np.ndindex(*batch.reward.shape[:2]):
-        tokens, segments, positions = (
+    for at, j, i in placed(batch):
+        seen.append(i)
+        tokens, ids, positions = (
             x[at].reshape(-1) for x in (batch.tokens, batch.segment_ids, batch.positions)
         )
-        for j in range(batch.reward.shape[2]):
-            i = np.flatnonzero(rollout.tokens[:, 0] == batch.completions[at][j, 0]).item()
-            seen.append(i)
-            length = rollout.lengths[i]
-            asked = rollout.prompts.lengths[i // samples]
-            index = batch.index[at][j]
-            mask = batch.mask[at][j]
-            assert mask.tolist() == [t < length for t in range(len(mask))]
-            assert (index[~mask] == 0).all()
-            # what `index` predicts
-            np.testing.assert_array_equal(tokens[index[mask] + 1], rollout.tokens[i, :length])
-            np.testing.assert_array_equal(segments[index[mask]], segments[index[mask] + 1])
-            np.testing.assert_array_equal(positions[index[mask]], asked - 1 + np.arange(length))
-            if length:
-                whole = slice(index[0] - asked + 1, index[0] + 1 + length)
-                np.testing.assert_array_equal(
-                    tokens[whole][:asked], rollout.prompts.tokens[i // samples, :asked]
-                )
-                np.testing.assert_array_equal(positions[whole], np.arange(asked + length))
-                assert len(set(segments[whole].tolist())) == 1
-            np.testing.assert_array_equal(batch.completions[at][j], rollout.tokens[i])
-            np.testing.assert_array_equal(batch.rollout_logp[at][j], rollout.rollout_logp[i])
-            assert (batch.reward[at][j], batch.group[at][j]) == (scored.reward[i], i // samples)
-            assert (batch.length[at][j], batch.truncated[at][j]) == (length, not rollout.stopped[i])
+        length = rollout.lengths[i]
+        asked = rollout.prompts.lengths[i // samples]
+        index = batch.index[at][j]
+        mask = batch.mask[at][j]
+        assert mask.tolist() == [t < length for t in range(len(mask))]
+        assert (index[~mask] == 0).all()
+        # what `index` predicts
+        np.testing.assert_array_equal(tokens[index[mask] + 1], rollout.tokens[i, :length])
+        np.testing.assert_array_equal(ids[index[mask]], ids[index[mask] + 1])
+        np.testing.assert_array_equal(positions[index[mask]], asked - 1 + np.arange(length))
+        np.testing.assert_array_equal(batch.completions[at][j], rollout.tokens[i])
+        np.testing.assert_array_equal(batch.rollout_logp[at][j], rollout.rollout_logp[i])
+        assert (batch.reward[at][j], batch.group[at][j]) == (scored.reward[i], i // samples)
+        assert (batch.length[at][j], batch.truncated[at][j]) == (length, not rollout.stopped[i])
     assert sorted(seen) == list(range(len(rollout.tokens)))
 
 
@@ -158,13 +241,10 @@ def test_unpacking_gives_the_completions_back(packing):
 def test_segments_are_numbered_and_contiguous(packing):
     scored, how = packing
     batch = pack(scored, **how)
-    rows = (x.reshape(-1, how["row_length"]) for x in (batch.segment_ids, batch.positions))
-    for segments, positions in zip(*rows):
-        inside = segments[segments > 0]
-        assert (segments[: len(inside)] == inside).all()
-        starts = np.flatnonzero(positions[: len(inside)] == 0)
-        np.testing.assert_array_equal(inside[starts], 1 + np.arange(len(starts)))
-        assert (np.diff(inside) >= 0).all()
+    for ids in batch.segment_ids.reshape(-1, how["row_length"]):
+        inside = ids[ids > 0]
+        assert (ids[: len(inside)] == inside).all()
+        assert (np.diff(inside, prepend=0) >= 0).all() and (np.diff(inside, prepend=0) <= 1).all()
 
 
 @settings(max_examples=100, deadline=None)
@@ -183,14 +263,102 @@ def test_experts_go_to_the_tokens_that_they_were_chosen_for(packing):
     plain = pack(scored, **how)
     assert plain.replayed is None
     jax.tree.map(np.testing.assert_array_equal, batch._replace(replayed=None), plain)
-    owner = batch.completions[..., 0] // 1_000_000 - 1
-    for at in np.ndindex(*batch.reward.shape[:2]):
-        left = batch.replayed[at].reshape(-1, 3, 2).copy()
-        for j, i in enumerate(owner[at]):
-            index = batch.index[at][j][batch.mask[at][j]]
-            np.testing.assert_array_equal(left[index], recorded[i, : scored.rollout.lengths[i]])
-            left[index] = -1
-        assert (left == -1).all()
+    left = batch.replayed.reshape(*batch.reward.shape[:2], -1, 3, 2).copy()
+    for at, j, i in placed(batch):
+        index = batch.index[at][j][batch.mask[at][j]]
+        np.testing.assert_array_equal(left[at][index], recorded[i, : scored.rollout.lengths[i]])
+        left[at][index] = -1
+    assert (left == -1).all()
+
+
+def groups_of(batch):
+    """The groups of each microbatch's completions."""
+    return batch.group.reshape(-1, batch.group.shape[-1]).tolist()
+
+
+@pytest.mark.parametrize(
+    "minibatches, microbatches", [(1, 1), (2, 1), (1, 6), (3, 2)], ids=lambda n: str(n)
+)
+def test_groups_stay_whole_where_microbatches_hold_a_multiple(minibatches, microbatches):
+    scored = completions([3] * 6, 4, [5] * 24)
+    batch = pack(
+        scored,
+        minibatches=minibatches,
+        microbatches=microbatches,
+        row_length=40,
+        share_prompts=True,
+    )
+    held = [collections.Counter(groups) for groups in groups_of(batch)]
+    assert all(count == 4 for counter in held for count in counter.values())
+
+
+@pytest.mark.parametrize(
+    "groups, microbatches, parts",
+    [
+        (6, 12, 12),  # two microbatches to a group
+        (3, 2, 4),  # one group of three is cut
+        (6, 4, 8),  # two of six
+        (4, 3, None),  # refused: 16 completions in three parts
+    ],
+)
+def test_groups_are_cut_into_as_few_parts_as_possible(groups, microbatches, parts):
+    scored = completions([3] * groups, 4, [5] * (4 * groups))
+    how = {"minibatches": 1, "microbatches": microbatches, "row_length": 40, "share_prompts": True}
+    if parts is None:
+        with pytest.raises(ValueError, match="do not divide"):
+            pack(scored, **how)
+    else:
+        assert sum(len(set(held)) for held in groups_of(pack(scored, **how))) == parts
+
+
+def test_the_halves_of_a_group_have_about_as_many_tokens():
+    """By hand: 1, 3, 5, 7 dealt to and fro over two are 7, 1 and 5, 3."""
+    scored = completions([2, 2], 4, [1, 3, 5, 7] * 2)
+    batch = pack(scored, minibatches=1, microbatches=4, row_length=16, share_prompts=True)
+    assert [sorted(part) for part in batch.length[0]] == [[1, 7], [3, 5]] * 2
+
+
+def test_microbatches_of_whole_groups_have_about_as_many_tokens():
+    """By hand: prompts of 1, 4, 6 and 9 tokens are dealt to and fro over two as 9, 1 and 6, 4."""
+    scored = completions([1, 4, 6, 9], 2, [3] * 8)
+    batch = pack(scored, minibatches=1, microbatches=2, row_length=20, share_prompts=True)
+    assert [sorted(set(part)) for part in groups_of(batch)] == [[0, 3], [1, 2]]
+
+
+def test_minibatches_are_draws_of_groups():
+    scored = completions([3] * 4, 4, [5] * 16)
+    drawn = set()
+    for seed in range(40):
+        batch = pack(
+            scored, minibatches=2, microbatches=1, row_length=40, seed=seed, share_prompts=True
+        )
+        drawn.add(frozenset(groups_of(batch)[0]))
+    assert len(drawn) == 6  # pairs of four
+
+
+def test_a_family_by_hand():
+    """A prompt of three tokens with completions of two and one, in a row with its padding."""
+    scored = completions([3], 2, [1, 2])
+    batch = pack(scored, minibatches=1, microbatches=1, row_length=8, pad_id=-1, share_prompts=True)
+    a, b, c = 10_000, 10_001, 10_002
+    first, second = FIRST, 2 * FIRST
+    assert batch.tokens[0, 0].tolist() == [[a, b, c, second, second + 1, c, first, -1]]
+    assert batch.positions[0, 0].tolist() == [[0, 1, 2, 3, 4, 2, 3, 0]]
+    assert batch.segment_ids[0, 0].tolist() == [[1, 1, 2, 2, 2, 3, 3, 0]]
+    assert batch.prefix_ids[0, 0].tolist() == [[0, 0, 1, 1, 1, 1, 1, 0]]
+
+
+def test_a_family_too_long_for_a_row_is_cut_with_its_prompt():
+    """Four branches of six tokens after four of the prompt: two to a row of 16."""
+    scored = completions([5], 4, [5] * 4)
+    batch = pack(scored, minibatches=1, microbatches=1, row_length=16, share_prompts=True)
+    assert batch.segment_ids[0, 0].tolist() == [[1] * 4 + [2] * 6 + [3] * 6] * 2
+
+
+def test_a_prompt_of_one_token_is_not_shared():
+    scored = completions([1, 1], 2, [3, 2, 1, 0])
+    batch = pack(scored, minibatches=1, microbatches=1, row_length=16, share_prompts=True)
+    assert not batch.prefix_ids.any()
 
 
 @pytest.fixture

@@ -50,7 +50,9 @@ def test_the_gradient_is_the_chain_rule_s():
     """d loss / d up = down^T (d loss / d embed): by the norm of one update of all parameters."""
     config = adapted()
     state = fresh_state(config, MODEL, ONE)
-    batch = packing.pack(make_scored(), minibatches=1, microbatches=1, row_length=24)
+    batch = packing.pack(
+        make_scored(), minibatches=1, microbatches=1, row_length=24, share_prompts=True
+    )
     batch = jax.device_put(batch, train_state.batch_shardings(config, ONE))
     base = make_params()
 

@@ -110,7 +110,9 @@ def test_the_gap_is_round_off(changes):
 def gradient(config, params, frozen, scored_with):
     """Of one minibatch's loss, with `old_logp` of the decoder's parameters `scored_with`."""
     model = config.model.architecture
-    batch = packing.pack(make_scored(), minibatches=1, microbatches=1, row_length=24)
+    batch = packing.pack(
+        make_scored(), minibatches=1, microbatches=1, row_length=24, share_prompts=True
+    )
     batch = jax.device_put(batch, train_state.batch_shardings(config, ONE))
 
     def grads(params, frozen, scored_with):

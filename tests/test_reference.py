@@ -218,6 +218,7 @@ def updated(config, mesh=ONE, alter=lambda batch: batch):
         row_length=24,
         row_divisor=sharding.num_batch_shards(mesh),
         seed=1,
+        share_prompts=True,
     )
     batch = jax.device_put(alter(batch), train_state.batch_shardings(config, mesh))
     state = shifted_reference(config, mesh) if algorithm.reference_penalty else None

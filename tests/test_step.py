@@ -168,7 +168,9 @@ def test_a_batch_is_scored_first_only_if_the_loss_is_not_separable(surrogate, pa
     monkeypatch.setattr(trainer_scores, "score", lambda *args: made.append(args) or score(*args))
     config = make_config(surrogate=surrogate, microbatches=4)
     mesh = ONE
-    batch = packing.pack(make_scored(), minibatches=1, microbatches=4, row_length=24)
+    batch = packing.pack(
+        make_scored(), minibatches=1, microbatches=4, row_length=24, share_prompts=True
+    )
     compiled_step.compile_step(config, MODEL, mesh).lower(fresh_state(config, MODEL, mesh), batch)
     assert len(made) == passes
 
@@ -293,7 +295,9 @@ def test_one_pass_computes_what_the_plain_step_does(config):
     assert compiled_step.in_one_pass(config)
     model = config.model.architecture
     microbatches = config.algorithm.microbatches
-    batch = packing.pack(make_scored(), minibatches=1, microbatches=microbatches, row_length=24)
+    batch = packing.pack(
+        make_scored(), minibatches=1, microbatches=microbatches, row_length=24, share_prompts=True
+    )
     state = fresh_state(config, model, ONE)
     # weights other than those that are trained, so that the reference penalty is not 0
     state = state._replace(reference=jax.tree.map(lambda w: 1.1 * w, state.reference))
@@ -320,7 +324,9 @@ def test_the_scale_of_an_update_sees_the_age_of_a_stale_rollout():
 
     config = make_config(update_scale=mean_of_the_policy)
     config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, staleness=1))
-    batch = packing.pack(make_scored(), minibatches=1, microbatches=1, row_length=24)
+    batch = packing.pack(
+        make_scored(), minibatches=1, microbatches=1, row_length=24, share_prompts=True
+    )
     state = fresh_state(config, MODEL, ONE)
     state = state._replace(stale=(jax.tree.map(lambda w: 1.2 * w, state.params),))
     batch = jax.device_put(batch, train_state.batch_shardings(config, ONE))
@@ -337,7 +343,9 @@ def test_the_scale_of_an_update_sees_the_age_of_a_stale_rollout():
 def test_params_and_multiplier_change_in_one_program_without_the_host():
     config = make_config(minibatches=2, microbatches=2)
     mesh = sharding.single_device_mesh()
-    batch = packing.pack(make_scored(), minibatches=2, microbatches=2, row_length=24)
+    batch = packing.pack(
+        make_scored(), minibatches=2, microbatches=2, row_length=24, share_prompts=True
+    )
     batch = jax.device_put(batch, train_state.batch_shardings(config, mesh))
     state = fresh_state(config, MODEL, mesh)
     before = jax.tree.map(jnp.copy, state)  # a NumPy view would keep the buffers from being donated
@@ -538,7 +546,9 @@ def test_a_masked_completion_is_as_one_without_tokens(parts):
 
 
 def test_a_mask_leaves_tokens_out_and_adds_none():
-    batch = packing.pack(make_scored(), minibatches=1, microbatches=1, row_length=24)
+    batch = packing.pack(
+        make_scored(), minibatches=1, microbatches=1, row_length=24, share_prompts=True
+    )
     config = make_config(mask=lambda mask, *of_completions, num_groups: jnp.ones(mask.shape))
     masked = objective.apply_mask(batch, config).mask
     assert masked.dtype == bool and not batch.mask.all()

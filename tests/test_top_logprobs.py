@@ -142,7 +142,9 @@ def test_a_step_on_the_whole_vocabulary_is_the_closed_form():
     config = config_with_top(TINY.vocab_size, microbatches=2)
     before = steps.make_params(TINY)
     state = steps.fresh_state(config, TINY, steps.ONE)
-    batch = packing.pack(scored, minibatches=1, microbatches=2, row_length=24, seed=1)
+    batch = packing.pack(
+        scored, minibatches=1, microbatches=2, row_length=24, seed=1, share_prompts=True
+    )
     batch = jax.device_put(batch, train_state.batch_shardings(config, steps.ONE))
     state, _ = steps.quick_step(config, state, batch)(state, batch)
     out = scored.rollout

@@ -339,7 +339,12 @@ def trains(config):
         scored = make_scored(reward=reward)
         scored = scored._replace(rollout=reported(scored.rollout, config))
         batch = packing.pack(
-            scored, minibatches=1, microbatches=1, row_length=2 * (P + T), seed=number
+            scored,
+            minibatches=1,
+            microbatches=1,
+            row_length=2 * (P + T),
+            seed=number,
+            share_prompts=True,
         )
         before = jax.device_get(state.params)
         batch = jax.device_put(batch, train_state.batch_shardings(config, ONE))

@@ -205,7 +205,8 @@ def plan_command(args: argparse.Namespace, options: list[str]) -> Callable[[], i
         print(line, file=sys.stderr, flush=True)
 
     planned = plan.plan_run(config, read_model(config), args.topology, args.slices, log)
-    print("\n".join([tables.aligned_text(plan.table(planned), left=1), *plan.verdict(planned)]))
+    print(tables.aligned_text(plan.table(planned), left=1))
+    print("\n".join([*plan.verdict(planned), plan.prompts_shared(config)]))
     if args.json:
         plan.write(planned, args.json)
     return lambda: int(any(program.excess for program in planned.programs))

@@ -74,18 +74,23 @@ def hidden(
     *,
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    prefix_ids: jax.Array | None = None,
     embedded: jax.Array | None = None,
     replayed: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the residual stream after the final norm, in the compute dtype: tokens [B, S] int32
     -> [B, S, D].
 
-    A token attends to itself and to the tokens before it in its segment.
+    A token attends to itself, to the tokens before it in its segment and, if that is a branch, to
+    the prompt that it continues.
 
     Args:
         positions: [B, S]; None counts from 0 in each row.
         segment_ids: [B, S], a run of equal ids is a segment; None: every row is one. Padding is a
             segment of its own (0).
+        prefix_ids: [B, S], the segment id of the prompt that a branch continues, which stands before
+            it, with no segments between but other branches of that prompt; 0 for other segments.
+            None: there are no branches.
         embedded: [B, S, D], the tokens' rows of the embedding, if the caller has looked them up.
         replayed: [B, S, sparse layers, j], the experts that tokens are sent to; -1 leaves the
             choice to the router (see `moe.route`).
@@ -99,7 +104,7 @@ def hidden(
     cos, sin = rotary(jnp.arange(tokens.shape[1])[None] if positions is None else positions, config)
 
     def attend(q, k, v):
-        return attention.packed(q, k, v, segment_ids), None
+        return attention.packed(q, k, v, segment_ids, prefix_ids), None
 
     x = _embed_sharded(params, tokens, config) if embedded is None else embedded
     sparse_before = 0

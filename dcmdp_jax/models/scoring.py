@@ -28,14 +28,18 @@ def packed_logp(
     *,
     entropy: bool = False,
     entropy_gradient: bool = False,
+    prefix_ids: jax.Array | None = None,
     replayed: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns log-prob and entropy [n, T] of completion tokens in packed rows [R, S]; `index` and
-    `replayed` as in `records.Batch`, `entropy` and `entropy_gradient` as in `token_logp`.
+    """Returns log-prob and entropy [n, T] of completion tokens in packed rows [R, S]; `index`,
+    `prefix_ids` and `replayed` as in `records.Batch`, `entropy` and `entropy_gradient` as in
+    `token_logp`.
 
     Values at masked places are meaningless.
     """
-    params, hidden = _hidden(params, tokens, positions, segment_ids, config, replayed)
+    params, hidden = _hidden(
+        params, tokens, positions, segment_ids, prefix_ids, config, replayed
+    )
     return _of_tokens(params, hidden, tokens, index, config, temperature, entropy, entropy_gradient)
 
 
@@ -51,6 +55,7 @@ def packed_top_logp(
     *,
     entropy: bool = False,
     entropy_gradient: bool = False,
+    prefix_ids: jax.Array | None = None,
     replayed: jax.Array | None = None,
     gathered: int = GATHERED,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
@@ -61,7 +66,9 @@ def packed_top_logp(
         gathered: largest number of entries of the head's rows in memory at a time, except that
             those of one place always are.
     """
-    params, hidden = _hidden(params, tokens, positions, segment_ids, config, replayed)
+    params, hidden = _hidden(
+        params, tokens, positions, segment_ids, prefix_ids, config, replayed
+    )
     logp, entropies = _of_tokens(
         params, hidden, tokens, index, config, temperature, entropy, entropy_gradient
     )
@@ -100,6 +107,7 @@ def _hidden(
     tokens: jax.Array,
     positions: jax.Array,
     segment_ids: jax.Array,
+    prefix_ids: jax.Array | None,
     config: ModelConfig,
     replayed: jax.Array | None,
 ) -> tuple[Any, jax.Array]:
@@ -115,6 +123,7 @@ def _hidden(
         config,
         positions=positions,
         segment_ids=segment_ids,
+        prefix_ids=prefix_ids,
         embedded=embedded,
         replayed=replayed,
     )

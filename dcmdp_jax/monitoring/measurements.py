@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dcmdp_jax.distributed import processes
-from dcmdp_jax.records import Scored
+from dcmdp_jax.records import Batch, Scored
 
 
 def measure(scored: Scored, sources: Sequence[str]) -> dict[str, float]:
@@ -43,6 +43,25 @@ def measure(scored: Scored, sources: Sequence[str]) -> dict[str, float]:
         rows = [i for i, name in enumerate(sources) if name == source]
         metrics[f"reward/{source}"] = float(np.mean(reward[rows]))
     return metrics
+
+
+def measure_rows(scored: Scored, batch: Batch, step_shapes: int) -> dict[str, float]:
+    """Returns the host-side metrics of the packed rows of a scored rollout.
+
+    - `row_fill`: share of the rows' places that hold a token; the rest is computed for nothing.
+    - `prompt_tokens_saved`: share of the tokens of all prompts and completions that is not
+      computed, because completions share their prompt.
+    - `step_shapes`: as given, the numbers of rows that the step has met.
+    """
+    rollout = scored.rollout
+    samples = len(rollout.lengths) // len(rollout.prompts.lengths)
+    separate = int(samples * rollout.prompts.lengths.sum() + rollout.lengths.sum())
+    packed = np.count_nonzero(batch.segment_ids)
+    return {
+        "row_fill": packed / batch.segment_ids.size,
+        "prompt_tokens_saved": 1 - packed / separate,
+        "step_shapes": step_shapes,
+    }
 
 
 def gather_sources(sources: Sequence[str]) -> list[str]:

@@ -138,7 +138,7 @@ def scorer(config: Config, inputs: Inputs) -> Score:
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
     packed_logp = jax.jit(
         partial(_packed_logp, config=config, model=inputs.model_config),
-        in_shardings=(None, rows, rows, rows, replicated, rows),
+        in_shardings=(None, rows, rows, rows, replicated, rows, rows),
         out_shardings=replicated,
     )
 
@@ -156,6 +156,7 @@ def scorer(config: Config, inputs: Inputs) -> Score:
             pad_id=inputs.tokenizer.pad_id,
             row_divisor=sharding.num_batch_shards(inputs.mesh),
             seed=seed,
+            share_prompts=config.shares_prompts,
         )
         packed = []
         for i, j in np.ndindex(minibatches, microbatches):
@@ -167,13 +168,18 @@ def scorer(config: Config, inputs: Inputs) -> Score:
                     micro.positions,
                     micro.segment_ids,
                     micro.index,
+                    micro.prefix_ids,
                     micro.replayed,
                 )
             )
         logp = np.concatenate(packed)
         by_completion = np.zeros_like(rollout.rollout_logp)
         order = packing.packing_order(
-            rollout, minibatches=minibatches, microbatches=microbatches, seed=seed
+            rollout,
+            minibatches=minibatches,
+            microbatches=microbatches,
+            seed=seed,
+            share_prompts=config.shares_prompts,
         )
         by_completion[order] = np.where(batch.mask.reshape(logp.shape), logp, 0)
         return by_completion
@@ -187,6 +193,7 @@ def _packed_logp(
     positions,
     segment_ids,
     index,
+    prefix_ids,
     replayed,
     *,
     config: Config,
@@ -200,6 +207,7 @@ def _packed_logp(
         index,
         model,
         config.rollout.temperature,
+        prefix_ids=prefix_ids,
         replayed=replayed,
     )[0]
 

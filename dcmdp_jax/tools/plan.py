@@ -33,6 +33,7 @@ from dcmdp_jax.rollout.jetstream import Engine
 from dcmdp_jax.run import supervised
 from dcmdp_jax.run.inputs import check as check_inputs
 from dcmdp_jax.run.inputs import read_problems, read_tokenizer
+from dcmdp_jax.tokens import packing
 from dcmdp_jax.tokens import tokenizer as tokenizers
 from dcmdp_jax.tools import cost_model
 
@@ -336,15 +337,25 @@ def _sync(
 
 
 def abstract_batch(config: Config, model: ModelConfig, mesh: Any) -> Batch:
-    """Returns the shapes of a run's largest batch, in which no two completions share a row."""
+    """Returns the shapes of a run's largest batch (see `packing.most_rows`)."""
     a = config.algorithm
     width = config.rollout.max_tokens
-    count = (
-        config.data.prompts_per_step * config.rollout.samples // (a.minibatches * a.microbatches)
-    )
+    completions = config.data.prompts_per_step * config.rollout.samples
+    parts = a.minibatches * a.microbatches
+    count = completions // parts
     length = config.row_length
-    rows = -(-count // sharding.num_batch_shards(mesh)) * sharding.num_batch_shards(mesh)
-    sizes = dict.fromkeys(("tokens", "positions", "segment_ids"), (rows, length)) | dict.fromkeys(
+    rows = packing.most_rows(
+        count=completions,
+        samples=config.rollout.samples,
+        parts=parts,
+        prompt_tokens=config.data.max_prompt_tokens,
+        completion_tokens=width,
+        row_length=length,
+        row_divisor=sharding.num_batch_shards(mesh),
+        share_prompts=config.shares_prompts,
+    )
+    packed = ("tokens", "positions", "segment_ids", "prefix_ids")
+    sizes = dict.fromkeys(packed, (rows, length)) | dict.fromkeys(
         ("reward", "length", "truncated", "group"), (count,)
     )
     routed = sum(model.is_sparse(layer) for layer in range(model.num_layers))
@@ -514,6 +525,26 @@ def verdict(plan: Plan) -> list[str]:
         f"a constrained step of {plan.tokens:,} sampled tokens takes at least {step_seconds:.3g} s "
         f"(roofline lower bound), at most {rate:,.0f} tokens/s a device"
     ]
+
+
+def prompts_shared(config: Config) -> str:
+    """Returns, in a sentence, how often the prompt of a group is computed."""
+    own = "every completion is computed with a prompt of its own"
+    if not config.algorithm.share_prompts:
+        return f"{own} (algorithm.share_prompts=False)"
+    if not config.shares_prompts:
+        return f"{own}: a microbatch holds one completion of each"
+    completions = cost_model.sharing(config)
+    if completions == 1:
+        return (
+            f"at the greatest lengths {own}, because a row of {config.row_length} tokens holds "
+            "one; shorter ones share theirs, and so do these with a longer algorithm.row_length"
+        )
+    return (
+        f"at the greatest lengths a prompt is computed once for {completions} of its "
+        f"{config.rollout.samples} completions, as many as a row of {config.row_length} tokens or "
+        "a microbatch holds"
+    )
 
 
 def write(plan: Plan, path: str) -> None:

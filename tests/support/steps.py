@@ -111,6 +111,7 @@ def run(config, scored, mesh=None, row_length=2 * (P + T), params=None):
         row_length=row_length,
         row_divisor=sharding.num_batch_shards(mesh),
         seed=1,
+        share_prompts=config.shares_prompts,
     )
     params = make_params(model) if params is None else params
     state = fresh_state(config, model, mesh, params)

@@ -5,7 +5,9 @@ B rows, KV kv-heads, G q-heads for each of them, S positions, h head size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,58 +38,94 @@ def packed(
     k: jax.Array,
     v: jax.Array,
     segment_ids: jax.Array | None,
+    prefix_ids: jax.Array | None = None,
     *,
     block: int = tiles.ATTENTION_POSITIONS,
 ) -> jax.Array:
-    """Returns causal `attention` within the segments of packed rows: q [B, KV, G, S, h], k, v [B,
-    KV, S, h] -> q's shape.
+    """Returns causal `attention` within the segments of packed rows, and of branches to the prompts
+    that they continue: q [B, KV, G, S, h], k, v [B, KV, S, h] -> q's shape.
 
-    A segment is a run of equal `segment_ids` [B, S]; None: every row is one. A TPU uses the splash
-    kernel if its shapes allow, a GPU cuDNN's in bfloat16. A CPU computes scores in tiles of `block`
-    positions, and only tiles with a pair that attends: memory grows with S, work with the sum of
-    the segments' squares. Otherwise the whole matrix of scores is computed.
+    A segment is a run of equal `segment_ids` [B, S]; None: every row is one. A query attends to
+    itself, to the positions before it in its segment and, if its `prefix_ids` [B, S] is not 0, to
+    the segment with that id. That is followed by its branches, one after the other. `prefix_ids`
+    None: there are no branches.
+
+    A TPU uses the splash kernel if its shapes allow, a GPU cuDNN's in bfloat16. A CPU computes
+    scores in tiles of `block` positions, and only tiles with a pair that attends: memory grows with
+    S, work with the sum of the segments' squares and, for each branch, its length times the
+    prompt's. Otherwise the whole matrix of scores is computed.
     """
     if segment_ids is None:
         segment_ids = jnp.ones((q.shape[0], q.shape[3]), jnp.int32)
+    ids = (segment_ids,) if prefix_ids is None else (segment_ids, prefix_ids)
     without_splash = partial(_without_splash, block=block)
     if splash.is_supported(q):
         return jax.lax.platform_dependent(
-            q, k, v, segment_ids, tpu=splash.attention, default=without_splash
+            q, k, v, *ids, tpu=splash.attention, default=without_splash
         )
-    return without_splash(q, k, v, segment_ids)
+    return without_splash(q, k, v, *ids)
+
+
+class Spans(NamedTuple):
+    """What each position of a row attends to: the positions from `segment_start` to itself, and
+    those from `family_start` to before `prompt_stop`; [B, S] int32.
+
+    A family is a shared prompt with its branches. For a segment that is no branch, the second span
+    is empty. The last two are None if there are no branches at all.
+    """
+
+    segment_start: jax.Array
+    family_start: jax.Array | None = None
+    prompt_stop: jax.Array | None = None
+
+
+def spans_of(segment_ids: jax.Array, prefix_ids: jax.Array | None = None) -> Spans:
+    """Returns what the positions of packed rows attend to."""
+    segment_start = segment_starts(segment_ids)
+    if prefix_ids is None:
+        return Spans(segment_start)
+    family = jnp.where(prefix_ids > 0, prefix_ids, segment_ids)
+    # the branches of a prompt are a run of its id in `prefix_ids`, which begins behind the prompt
+    return Spans(segment_start, segment_starts(family), segment_starts(prefix_ids))
 
 
 def _without_splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, block: int
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    prefix_ids: jax.Array | None = None,
+    *,
+    block: int,
 ) -> jax.Array:
-    segment_start = segment_starts(segment_ids)
+    spans = spans_of(segment_ids, prefix_ids)
     on_one_device = partial(_on_one_device, block=block)
     mesh = sharding.current_mesh()
     if mesh is None:
-        return on_one_device(q, k, v, segment_start)
+        return on_one_device(q, k, v, spans)
     if mesh.shape["sequence"] > 1:
-        return _dense(q, k, v, segment_start)
+        return _dense(q, k, v, spans)
     queries = ("rows", "kv_heads", None, None, None)
     keys = ("rows", "kv_heads", None, None)
     return sharding.shard_map(on_one_device, queries, keys, keys, ("rows", None), out=queries)(
-        q, k, v, segment_start
+        q, k, v, spans
     )
 
 
 def _on_one_device(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_start: jax.Array, *, block: int
+    q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans, *, block: int
 ) -> jax.Array:
     # cuDNN checks while tracing that there is a GPU
     if jax.default_backend() == "gpu" and q.dtype == jnp.bfloat16:
-        return _by_cudnn(q, k, v, segment_start)
+        return _by_cudnn(q, k, v, spans)
     by_tiles = partial(_by_tiles, block=block)
-    return jax.lax.platform_dependent(q, k, v, segment_start, cpu=by_tiles, default=_dense)
+    return jax.lax.platform_dependent(q, k, v, spans, cpu=by_tiles, default=_dense)
 
 
-def _by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_start: jax.Array) -> jax.Array:
+def _by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans) -> jax.Array:
     rows, heads, group, size, width = q.shape
     flat = q.reshape(rows, heads * group, size, width).swapaxes(1, 2)
-    mask = _mask(segment_start)[:, None]
+    mask = _mask(spans)[:, None]
     out = jax.nn.dot_product_attention(
         flat, k.swapaxes(1, 2), v.swapaxes(1, 2), mask=mask, implementation="cudnn"
     )
@@ -102,39 +140,44 @@ def segment_starts(segment_ids: jax.Array) -> jax.Array:
     )
 
 
-def _dense(q: jax.Array, k: jax.Array, v: jax.Array, segment_start: jax.Array) -> jax.Array:
-    return attention(q, k, v, _mask(segment_start)[:, None, None])
+def _dense(q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans) -> jax.Array:
+    return attention(q, k, v, _mask(spans)[:, None, None])
 
 
-def _mask(segment_start: jax.Array) -> jax.Array:
+def _mask(spans: Spans) -> jax.Array:
     """Returns [B, S, S], True where the query of a row attends to the key of a column."""
-    index = jnp.arange(segment_start.shape[1])
-    return (index[:, None] >= index) & (index >= segment_start[..., None])
+    index = jnp.arange(spans.segment_start.shape[1])
+    of_query = jax.tree.map(lambda x: x[..., None], spans)
+    return (index[:, None] >= index) & _in_spans(index, of_query)
 
 
-def _by_tiles(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_start: jax.Array, *, block: int
-) -> jax.Array:
+def _in_spans(key: jax.Array, spans: Spans) -> jax.Array:
+    """True where a key is in one of a query's two spans, if it does not follow the query."""
+    in_segment = key >= spans.segment_start
+    if spans.family_start is None:
+        return in_segment
+    return in_segment | ((key >= spans.family_start) & (key < spans.prompt_stop))
+
+
+def _by_tiles(q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans, *, block: int) -> jax.Array:
     size = q.shape[3]
     block = min(block, size)
     pad = -size % block
     if pad:  # the positions that fill the last block are segments of their own
         q, k, v = (jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, pad), (0, 0)]) for x in (q, k, v))
-        own = jnp.arange(size, size + pad, dtype=segment_start.dtype)
-        own = jnp.broadcast_to(own, (len(segment_start), pad))
-        segment_start = jnp.concatenate([segment_start, own], axis=1)
-    return _tiled(block, q, k, v, segment_start)[..., :size, :]
+        own = jnp.arange(size, size + pad, dtype=spans.segment_start.dtype)
+        own = jnp.broadcast_to(own, (len(spans.segment_start), pad))
+        spans = jax.tree.map(lambda x: jnp.concatenate([x, own], axis=1), spans)
+    return _tiled(block, q, k, v, spans)[..., :size, :]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tiled(
-    block: int, q: jax.Array, k: jax.Array, v: jax.Array, segment_start: jax.Array
-) -> jax.Array:
-    return _forward(block, q, k, v, segment_start)[0]
+def _tiled(block: int, q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans) -> jax.Array:
+    return _forward(block, q, k, v, spans)[0]
 
 
 def _forward(
-    block: int, q: jax.Array, k: jax.Array, v: jax.Array, segment_start: jax.Array
+    block: int, q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans
 ) -> tuple[jax.Array, tuple]:
     """Softmax by a running maximum and sum over a block of queries' tiles (arXiv 2205.14135)."""
     rows, heads, group, size, width = q.shape
@@ -146,7 +189,7 @@ def _forward(
         row = n // (size // block)
         i = n % (size // block)
         x = _query_block(q, row, i, block)
-        attends = _attends(segment_start, row, i, block, group)
+        attends = _attends(spans, row, i, block, group)
 
         def tile(j, carry):
             top, total, mixed = carry
@@ -161,21 +204,20 @@ def _forward(
 
         column = jnp.zeros((heads, group * block, 1), jnp.float32)
         start = column + LOW, column, jnp.zeros((heads, group * block, width), jnp.float32)
-        first = segment_start[row, i * block] // block
-        top, total, mixed = jax.lax.fori_loop(first, i + 1, tile, start)
+        top, total, mixed = _for_each_tile(spans, row, i, block, tile, start)
         out = _write_query_block(out, mixed / total, row, i, block)
         return out, _write_query_block(log_total, top + jnp.log(total), row, i, block)
 
     empty = jnp.zeros_like(q), jnp.zeros((*q.shape[:-1], 1), jnp.float32)
     out, log_total = jax.lax.fori_loop(0, rows * (size // block), query_block, empty)
-    return out, (q, k, v, segment_start, out, log_total)
+    return out, (q, k, v, spans, out, log_total)
 
 
 def _backward(block: int, residuals: tuple, d_out: jax.Array) -> tuple:
     """Recomputes the scores, tile by tile. Gradients of keys and values add up in place, as [B, KV,
     h, S].
     """
-    q, k, v, segment_start, out, log_total = residuals
+    q, k, v, spans, out, log_total = residuals
     _, _, group, size, width = q.shape
     keys = k.swapaxes(2, 3)
     values = v.swapaxes(2, 3)
@@ -186,7 +228,7 @@ def _backward(block: int, residuals: tuple, d_out: jax.Array) -> tuple:
         row = n // (size // block)
         i = n % (size // block)
         x = _query_block(q, row, i, block)
-        attends = _attends(segment_start, row, i, block, group)
+        attends = _attends(spans, row, i, block, group)
         dy, total, mean = (
             _query_block(a, row, i, block, scale=1.0) for a in (d_out, log_total, inner)
         )
@@ -202,9 +244,8 @@ def _backward(block: int, residuals: tuple, d_out: jax.Array) -> tuple:
             dv = _add_columns(dv, einsum("kqh,kqt->kht", dy, p, q.dtype), row, j, block)
             return dx, dk, dv
 
-        first = segment_start[row, i * block] // block
         start = jnp.zeros(x.shape, jnp.float32), dk, dv
-        dx, dk, dv = jax.lax.fori_loop(first, i + 1, tile, start)
+        dx, dk, dv = _for_each_tile(spans, row, i, block, tile, start)
         return _write_query_block(dq, dx * width**-0.5, row, i, block), dk, dv
 
     empty = jnp.zeros_like(q), *(jnp.zeros(x.shape, jnp.float32) for x in (keys, values))
@@ -215,15 +256,41 @@ def _backward(block: int, residuals: tuple, d_out: jax.Array) -> tuple:
 _tiled.defvjp(_forward, _backward)
 
 
-def _attends(segment_start: jax.Array, row: jax.Array, i: jax.Array, block: int, group: int):
+def _for_each_tile(
+    spans: Spans, row: jax.Array, i: jax.Array, block: int, tile: Callable, carry: Any
+) -> Any:
+    """Carries `carry` through `tile(j, carry)` for every block j of keys that block i of a row's
+    queries attends to.
+
+    Their segments and prompts begin no earlier than those of the first query. So they are the
+    blocks of its prompt, and all from its segment's first to block i.
+    """
+    first = spans.segment_start[row, i * block] // block
+    if spans.family_start is None:
+        return jax.lax.fori_loop(first, i + 1, tile, carry)
+    first_of_prompt = spans.family_start[row, i * block] // block
+    stop_of_prompt = jnp.minimum(-(-spans.prompt_stop[row, i * block] // block), first)
+    skipped = first - jnp.maximum(stop_of_prompt, first_of_prompt)
+
+    def numbered(n: jax.Array, carry: Any) -> Any:
+        return tile(jnp.where(n < stop_of_prompt, n, n + skipped), carry)
+
+    return jax.lax.fori_loop(first_of_prompt, i + 1 - skipped, numbered, carry)
+
+
+def _attends(spans: Spans, row: jax.Array, i: jax.Array, block: int, group: int):
     """Returns, for block i of a row's queries, a function from the number of a block of keys to the
     mask [G * block, block] of their tile.
     """
     index = jnp.arange(block)
-    start = jax.lax.dynamic_slice(segment_start, (row, i * block), (1, block))[0]
-    start = jnp.tile(start, group)[:, None]
+
+    def of_query(x):
+        part = jax.lax.dynamic_slice(x, (row, i * block), (1, block))[0]
+        return jnp.tile(part, group)[:, None]
+
+    own = jax.tree.map(of_query, spans)
     query = jnp.tile(i * block + index, group)[:, None]
-    return lambda j: (j * block + index <= query) & (j * block + index >= start)
+    return lambda j: (j * block + index <= query) & _in_spans(j * block + index, own)
 
 
 def _query_block(
