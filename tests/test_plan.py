@@ -330,6 +330,66 @@ def test_the_scoring_pass_is_counted_once_or_twice_for_stale_rollouts():
     assert update(stale, False) - update(config, True) == pytest.approx(2 * scoring)
 
 
+def sharing(row_length, **algorithm):
+    """16 completions of 64 + 64 tokens, four of a prompt, in two microbatches."""
+    config = configure()
+    options = {"row_length": row_length} | algorithm
+    return dataclasses.replace(config, algorithm=dataclasses.replace(config.algorithm, **options))
+
+
+GROUP = 63 + 4 * 65  # the tokens of a prompt without its last, and of four branches
+
+
+@pytest.mark.parametrize(
+    "row_length, share_prompts, rows",
+    [
+        (GROUP, True, 2),  # a row for each group of a microbatch
+        (GROUP - 1, True, 4),  # a group in two rows
+        (128, True, 8),
+        (GROUP, False, 8),
+    ],
+)
+def test_the_largest_batch_has_a_row_for_the_completions_that_share_one(
+    row_length, share_prompts, rows
+):
+    config = sharing(row_length, share_prompts=share_prompts)
+    batch = plan.abstract_batch(config, MODEL, sharding.single_device_mesh())
+    assert batch.tokens.shape == (1, 2, rows, row_length)
+    assert (batch.prefix_ids is not None) == share_prompts
+
+
+def test_a_prompt_of_a_group_is_counted_once():
+    """A scoring pass by hand: the pairs that attend are those of a prompt, causal, and of four
+    branches, which attend to the prompt and, causally, to themselves.
+    """
+    mesh = sharding.single_device_mesh()
+    work = cost_model.scoring(MODEL, 2, GROUP, 1, sharing(GROUP), mesh)
+    w = cost_model.parameters(MODEL)
+    pairs = 2 * (63**2 / 2 + 4 * (65 * 63 + 65**2 / 2))
+    attention = 4 * MODEL.num_layers * MODEL.num_heads * MODEL.head_dim * pairs
+    assert work.flops == pytest.approx(
+        2 * (w.layers + w.routed) * 2 * GROUP + attention + 2 * w.head * 8 * 64
+    )
+
+
+@pytest.mark.parametrize(
+    "algorithm, said",
+    [
+        (
+            {"row_length": GROUP},
+            "computed once for 4 of its 4 completions, as many as a row of 323",
+        ),
+        ({"row_length": GROUP - 1}, "computed once for 3 of its 4 completions"),
+        ({"row_length": GROUP, "microbatches": 8}, "computed once for 2 of its 4 completions"),
+        ({"row_length": 128}, "a row of 128 tokens holds one; shorter ones share theirs"),
+        ({"row_length": 128, "microbatches": 16}, "a microbatch holds one completion of each"),
+        ({"row_length": 128, "share_prompts": False}, "algorithm.share_prompts=False"),
+    ],
+)
+def test_the_plan_says_how_often_a_prompt_is_computed(algorithm, said):
+    assert said in plan.prompts_shared(sharing(**algorithm))
+
+
 def test_decoding_reads_the_experts_that_are_chosen():
     """With 2 of 8 experts a token, 4 slots leave (3/4)^4 of them unread."""
     one_chip = sharding.make_mesh(MeshConfig(), jax.devices()[:1])

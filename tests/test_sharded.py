@@ -78,25 +78,39 @@ def assert_grads_close(found, expected):
 
 
 def packed(rows=8, length=24, vocab=32, seed=0):
-    """Returns tokens, positions and segment ids of rows with two segments and padding, and the
-    index of each row's scored tokens.
+    """Returns tokens, positions, segment and prefix ids of rows with three segments and padding,
+    and the index of each row's scored tokens. In every second row the last two are branches.
     """
     rng = np.random.default_rng(seed)
-    cut = rng.integers(5, 10, rows)
-    end = rng.integers(14, length, rows)
+    cut = rng.integers(5, 8, (rows, 1))
+    middle = rng.integers(9, 12, (rows, 1))
+    end = rng.integers(14, length, (rows, 1))
     column = np.arange(length)
-    segment = np.where(column < cut[:, None], 1, np.where(column < end[:, None], 2, 0))
-    position = np.where(segment == 2, column - cut[:, None], column)
+    segment = 1 + (column >= cut) + (column >= middle)
+    start = np.choose(segment - 1, [0, cut, middle])
+    is_branch = (segment > 1) & (np.arange(rows)[:, None] % 2 == 0)
+    position = column - start + np.where(is_branch, cut - 1, 0)
+    segment = np.where(column < end, segment, 0)
+    prefix = np.where(is_branch & (segment > 0), 1, 0)
     index = np.arange(rows)[:, None] * length + np.arange(4, 13)
     return tuple(
         jnp.asarray(x, jnp.int32)
-        for x in (rng.integers(0, vocab, (rows, length)), position, segment, index)
+        for x in (rng.integers(0, vocab, (rows, length)), position, segment, prefix, index)
     )
 
 
-def score(params, *batch, config):
+def score(params, tokens, positions, segment_ids, prefix_ids, index, config):
     logp, entropy = scoring.packed_logp(
-        params, *batch, config, 0.9, entropy=True, entropy_gradient=True
+        params,
+        tokens,
+        positions,
+        segment_ids,
+        index,
+        config,
+        0.9,
+        entropy=True,
+        entropy_gradient=True,
+        prefix_ids=prefix_ids,
     )
     weight = jnp.arange(logp.size).reshape(logp.shape)
     return jnp.sum(logp * jnp.cos(weight) + entropy * jnp.sin(weight)), (logp, entropy)
