@@ -5,9 +5,10 @@ microbatches, of a small dense and a small Mixture-of-Experts model. All cells o
 turn, one of each a round. Printed are, for scoring and for the whole step, process CPU seconds
 where the device is a CPU (wall seconds elsewhere), useful GFLOP/s (real tokens, causal attention
 within segments, a head where a log-prob is needed; a step is three passes), the time of a token
-beside the first line's, and what the compiled step holds at its peak. The last table has the step
+beside the first line's, and what the compiled step holds at its peak. A third table has the step
 in one pass beside the plain form, which scores the batch first, with FLOPs and bytes accessed by
-XLA's count (loops counted once).
+XLA's count (loops counted once). The last has eight prompts of 256 tokens with eight completions of
+16 to 64 each, in rows of 640 tokens: with a prompt for each completion, and with shared prompts.
 
     taskset -c 0 python -m benchmarks.step
     python -m benchmarks.step --shape 0.6B --bfloat16 --repeats 3
@@ -63,6 +64,7 @@ def main() -> None:
         table(name, model, [(length, 1) for length in ROWS], args.repeats)
         table(name, model, [(512, count) for count in MICROBATCHES], args.repeats)
         compare_forms(name, model, args.repeats)
+        compare_prompts(name, model, args.repeats)
 
 
 def table(name: str, model: ModelConfig, cells: list[tuple[int, int]], repeats: int) -> None:
@@ -99,6 +101,22 @@ def compare_forms(name: str, model: ModelConfig, repeats: int) -> None:
         )
 
 
+def compare_prompts(name: str, model: ModelConfig, repeats: int) -> None:
+    """A line for a prompt for each completion, and one for shared prompts."""
+    tasks = [Task(model, 640, 1, scored=groups(), share_prompts=share) for share in (False, True)]
+    seconds = measure(
+        [program for task in tasks for program in (task.score, task.update)], repeats
+    ).reshape(-1, 2)
+    for form, task, (score, update) in zip(("own", "shared"), tasks, seconds, strict=True):
+        print(
+            f"{name:6} {form:6} prompts: {task.batch.tokens.size:6,} places in rows   "
+            f"score {score:6.3f} s {score / seconds[0, 0]:.2f}x   "
+            f"step {update:6.3f} s {update / seconds[0, 1]:.2f}x   "
+            f"state {task.held[0] / 1e6:.0f} MB + {task.held[1] / 1e6:.0f} MB",
+            flush=True,
+        )
+
+
 class Task:
     """The completions packed, with a state of their own."""
 
@@ -109,14 +127,22 @@ class Task:
         microbatches: int,
         plain: bool = False,
         scored: Scored | None = None,
+        share_prompts: bool = False,
     ):
         """Compiles the step; `scored` is by default `completions()`."""
         scored = completions() if scored is None else scored
         count, new = scored.rollout.tokens.shape
-        config = experiment(model, microbatches, count, new)
+        prompts = len(scored.rollout.prompts.lengths)
+        config = experiment(model, microbatches, prompts, count // prompts, new, share_prompts)
         mesh = sharding.single_device_mesh()
         self.batch = jax.device_put(
-            packing.pack(scored, minibatches=1, microbatches=microbatches, row_length=row_length)
+            packing.pack(
+                scored,
+                minibatches=1,
+                microbatches=microbatches,
+                row_length=row_length,
+                share_prompts=share_prompts,
+            )
         )
         params = jax.jit(partial(decoder.init, config=model))(jax.random.key(0))
         start = jax.jit(
@@ -141,6 +167,7 @@ class Task:
                     micro.index,
                     model,
                     1.0,
+                    prefix_ids=micro.prefix_ids,
                 )[0],
                 batch,
             )
@@ -171,20 +198,31 @@ def completions(count: int = COUNT, prompt: int = PROMPT, new: int = NEW) -> Sco
     return Scored(Rollout(**made), rng.normal(size=count).astype(np.float32))
 
 
-def experiment(model: ModelConfig, microbatches: int, count: int, new: int) -> Config:
+def groups() -> Scored:
+    """Returns eight completions of 16 to 64 tokens for each of eight prompts of 256."""
+    scored = completions(64, 256, 64)
+    lengths = np.random.default_rng(0).integers(16, 65, 64).astype(np.int32)
+    prompts = make_prompts(np.full(8, 256))
+    return scored._replace(rollout=scored.rollout._replace(prompts=prompts, lengths=lengths))
+
+
+def experiment(
+    model: ModelConfig, microbatches: int, prompts: int, samples: int, new: int, share_prompts: bool
+) -> Config:
     return Config(
         name="step",
         model=ModelSource(
             architecture=dataclasses.replace(model, compute=Compute()), compute=model.compute
         ),
         steps=1,
-        data=DataConfig(path="-", verifier=lambda example, text: 0.0, prompts_per_step=count),
-        rollout=RolloutConfig(samples=1, max_tokens=new),
+        data=DataConfig(path="-", verifier=lambda example, text: 0.0, prompts_per_step=prompts),
+        rollout=RolloutConfig(samples=samples, max_tokens=new),
         algorithm=AlgorithmConfig(
             advantage=lambda reward, group, num_groups: reward,
             reduce=reduce.token_mean,
             surrogate=corrections.decoupled(policy.clipped),
             microbatches=microbatches,
+            share_prompts=share_prompts,
         ),
         constraint=ConstraintConfig(
             constraint.shape_advantage, constraint.projected_ascent, tolerance=0.01
