@@ -88,9 +88,8 @@ def hidden(
         positions: [B, S]; None counts from 0 in each row.
         segment_ids: [B, S], a run of equal ids is a segment; None: every row is one. Padding is a
             segment of its own (0).
-        prefix_ids: [B, S], the segment id of the prompt that a branch continues, which stands before
-            it, with no segments between but other branches of that prompt; 0 for other segments.
-            None: there are no branches.
+        prefix_ids: [B, S], the segment id of the prompt that a branch continues; 0 for segments
+            that are no branch. A prompt is followed by its branches alone. None: there are none.
         embedded: [B, S, D], the tokens' rows of the embedding, if the caller has looked them up.
         replayed: [B, S, sparse layers, j], the experts that tokens are sent to; -1 leaves the
             choice to the router (see `moe.route`).
