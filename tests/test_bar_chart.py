@@ -59,7 +59,7 @@ def test_rings_lie_at_their_values(drawn):
 def test_whiskers_reach_a_standard_error_to_both_sides(drawn):
     chart, scale, _ = drawn
     value, unit = value_at(drawn)
-    path = next(path for path in chart.findall("{*}path") if path.get("stroke") == "#1e293b")
+    path = next(path for path in chart.findall("{*}path") if path.get("stroke") == "currentColor")
     ends = re.fullmatch(r"M(\S+) \S+H(\S+)", path.get("d")).groups()
     expected = [scale(2e-3), scale(4e-3)]
     assert [value(float(x)) for x in ends] == pytest.approx(expected, abs=unit)

@@ -34,7 +34,7 @@ def test_the_page_holds_a_row_for_each_quantity_and_the_header(shown):
 
 
 def test_the_page_holds_the_verdict(shown):
-    assert run_verdict.verdict(CONFIG, ROWS) in shown.text
+    assert "".join(run_verdict.verdict(CONFIG, ROWS)) in shown.text
 
 
 def test_the_page_holds_the_configuration(shown):

@@ -5,9 +5,12 @@ import math
 import numpy as np
 import pytest
 
-from dcmdp_jax.report import run_data
-from dcmdp_jax.report.run_verdict import verdict
+from dcmdp_jax.report import run_data, run_verdict
 from support.pages import CONFIG, ROWS
+
+
+def verdict(config, rows):
+    return " ".join(run_verdict.verdict(config, rows))
 
 
 def test_a_verdict_by_hand():

@@ -6,14 +6,13 @@ import html
 import math
 from typing import NamedTuple
 
-from dcmdp_jax.report.line_chart import GRID, INSIDE, NEUTRAL, Scale, round_step
+from dcmdp_jax.report.line_chart import GRID, INSIDE, Scale, round_step
 
 # in the SVG's own units
 WIDTH = 720
 LEFT = 270  # of the labels
 RIGHT = 80  # of the number behind the longest bar
 TOP = 26
-INK = "#1e293b"
 
 
 class Bar(NamedTuple):
@@ -49,8 +48,8 @@ def draw(charts: list[Chart], legend: tuple[str, ...]) -> str:
         top += 14
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top + 6:.0f}" role="img" '
-        'font-family="system-ui, sans-serif" font-size="12" fill="#475569">'
-        f'<rect width="100%" height="100%" fill="#fff"/>{"".join(drawn)}</svg>'
+        'font-family="system-ui, sans-serif" font-size="12" fill="#475569" color="#1e293b">'
+        f'<rect class="paper" width="100%" height="100%" fill="#fff"/>{"".join(drawn)}</svg>'
     )
 
 
@@ -73,11 +72,11 @@ def _chart(chart: Chart) -> tuple[str, float]:
         rows.append(_bar(bar, bottom + height / 2, x))
         bottom += height
     title = (
-        f'<text x="8" y="14" font-size="14" font-weight="600" fill="{INK}">'
+        '<text x="8" y="14" font-size="14" font-weight="600" fill="currentColor">'
         f"{html.escape(chart.title)}</text>"
     )
     grid = [
-        f'<path d="M{x(tick):.1f} {TOP}V{bottom:.1f}" stroke="{GRID}"/>'
+        f'<path d="M{x(tick):.1f} {TOP}V{bottom:.1f}" stroke="{GRID}" stroke-opacity="0.35"/>'
         f'<text x="{x(tick):.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{tick:g}</text>'
         for tick in ticks
     ]
@@ -97,17 +96,17 @@ def _bar(bar: Bar, middle: float, x: Scale) -> str:
     high = x(bar.value + bar.error)
     furthest = max(end, high)
     marks = [
-        _label(bar.label, middle + (-3 if bar.note else 4), f'fill="{INK}"'),
+        _label(bar.label, middle + (-3 if bar.note else 4), 'fill="currentColor"'),
         _label(bar.note, middle + 10, 'font-size="10"'),
         f'<rect x="{LEFT}" y="{middle - 6:.1f}" width="{end - LEFT:.1f}" height="12" '
-        f'fill="{bar.color}"/>',
-        f'<path d="M{low:.1f} {middle:.1f}H{high:.1f}" stroke="{INK}"/>',
+        f'fill="{bar.color}"><title>{bar.value:.3g} ± {bar.error:.1g}</title></rect>',
+        f'<path d="M{low:.1f} {middle:.1f}H{high:.1f}" stroke="currentColor"/>',
     ]
     if bar.ring is not None:
         furthest = max(furthest, x(bar.ring))
         marks.append(
             f'<circle cx="{x(bar.ring):.1f}" cy="{middle:.1f}" r="4.5" fill="#fff" '
-            f'stroke="{NEUTRAL}" stroke-width="1.8"/>'
+            f'stroke="#1e293b" stroke-width="1.8"><title>{bar.ring:.3g}</title></circle>'
         )
     marks.append(f'<text x="{furthest + 8:.1f}" y="{middle + 4:.1f}">{bar.value:.2g}</text>')
     return "".join(marks)

@@ -17,7 +17,15 @@ from collections.abc import Sequence
 from dcmdp_jax import files
 from dcmdp_jax.evaluation import intervals
 from dcmdp_jax.monitoring import metrics, quantities
-from dcmdp_jax.report import discrepancy, html_page, run_data, run_groups, run_verdict, tables
+from dcmdp_jax.report import (
+    discrepancy,
+    html_page,
+    run_advice,
+    run_data,
+    run_groups,
+    run_verdict,
+    tables,
+)
 from dcmdp_jax.report.line_chart import Panel, Series, chart, finite
 from dcmdp_jax.report.run_data import counted
 from dcmdp_jax.report.run_groups import Group, Run
@@ -53,7 +61,9 @@ def panels(groups: Sequence[Group]) -> list[Panel]:
         curves = [curve for group in groups if (curve := _curve(group, quantity))]
         limit = common_tolerance if quantity.key == "delta_mean" else None
         if curves:
-            charts.append(Panel(quantity.title, quantity.unit, curves, limit))
+            charts.append(
+                Panel(quantity.title, quantity.unit, curves, limit, format=quantity.format)
+            )
     return charts
 
 
@@ -151,6 +161,19 @@ def verdict(groups: Sequence[Group]) -> list[str]:
     return sentences + _caveats(groups)
 
 
+def advice(groups: Sequence[Group]) -> list[str]:
+    """Returns what to do next, each sentence once with the configurations that it is about."""
+    found: dict[str, list[str]] = {}
+    for group in groups:
+        sentences = [
+            sentence for run in group.runs for sentence in run_advice.advice(run.config, run.rows)
+        ]
+        for sentence in dict.fromkeys(sentences):
+            share = f"{sentences.count(sentence)} of {counted(len(group.runs), 'run')}"
+            found.setdefault(sentence, []).append(f"{group.label} ({share})")
+    return [f"{', '.join(labels)}: {sentence}" for sentence, labels in found.items()]
+
+
 def _caveats(groups: Sequence[Group]) -> list[str]:
     sentences = []
     single = [group.label for group in groups if len(group.runs) == 1]
@@ -191,11 +214,10 @@ def _difference(interval: intervals.Interval) -> str:
 
 def _page(groups: Sequence[Group]) -> str:
     runs = [(group, run) for group in groups for run in group.runs]
-    compared = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in verdict(groups))
     charts = "".join(chart(panel) for panel in panels(groups))
     each = "".join(
         f'<li><i class="dot" style="background:{group.color}"></i><b>{html.escape(run.name)}</b> '
-        f"{html.escape(run_verdict.verdict(run.config, run.rows))}</li>"
+        f"{html.escape(' '.join(run_verdict.verdict(run.config, run.rows)))}</li>"
         for group, run in runs
     )
     several = any(len(group.runs) > 1 for group in groups)
@@ -203,12 +225,12 @@ def _page(groups: Sequence[Group]) -> str:
     names = sorted({str(run.config.get("name", "run")) for _, run in runs})
     configs = {str(run.folder): run.config for _, run in runs}
     body = f"""<p class="summary">{html.escape(_summary(groups))}</p>
-<div class="verdict">{compared}</div>
+{html_page.verdict(verdict(groups), advice(groups))}
 {_table(groups)}
 <h2 class="section">Curves</h2><p class="note">{note}Training curves are trailing means.</p>
 <div class="charts">{charts}{_positions(groups)}</div>
 <h2 class="section">Settings that differ</h2>{_settings_table(groups)}
-<h2 class="section">Run by run</h2><ul class="runs">{each}</ul>
+<details><summary>Run by run</summary><ul class="runs">{each}</ul></details>
 {_details(runs)}"""
     several_names = f"{counted(len(groups), 'configuration')} compared"
     return html_page.page(names[0] if len(names) == 1 else several_names, body, configs)

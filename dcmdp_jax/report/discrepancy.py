@@ -65,8 +65,11 @@ def position_panel(curves: list[tuple[str, str, list[dict[str, Any]]]]) -> str:
             "Discrepancy by position in the completion",
             quantities.get("delta_mean").unit,
             series,
-            names=tuple(f"{start}–{end - 1}" for start, end in order),
+            names=tuple(
+                f"{start}–{end - 1}" if end - start > 1 else str(start) for start, end in order
+            ),
             axis="tokens before it in the completion",
+            format=quantities.get("delta_mean").format,
         )
     )
 
@@ -202,7 +205,8 @@ def _read(workdir: str | os.PathLike, name: str) -> dict[str, Any] | None:
 
 def _visible(text: str) -> str:
     """Returns a token's text, escaped, with signs for its blanks."""
-    return html.escape(text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣"))
+    signs = text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣")
+    return html.escape(tables.visible(signs))
 
 
 def _number(value: float | None) -> str:

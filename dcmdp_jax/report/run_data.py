@@ -70,6 +70,17 @@ def tolerance_of(config: Config) -> float | None:
     return None if isinstance(tolerance, dict) else tolerance
 
 
+def noise_of_evaluations(config: Config) -> float:
+    """Returns the change of a held-out reward that chance can make: two standard errors of the
+    difference of two evaluations; 0 if the number of their problems is not known.
+
+    For rewards in [0, 1] the standard error of a mean over n prompts is at most 0.5 / sqrt(n), and
+    sqrt(2) times that for a difference.
+    """
+    prompts = setting(config, "eval", "prompts")
+    return 2 * math.sqrt(2) * 0.5 / math.sqrt(prompts) if prompts else 0.0
+
+
 def points_of(rows: Rows, key: str) -> Points:
     """Returns a metric of every row; nan if the value is missing or not a number."""
     values = [(row["step"], row.get(key)) for row in rows]

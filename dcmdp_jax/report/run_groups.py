@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from dcmdp_jax.report import run_data
 from dcmdp_jax.run.record import differences
 
-# of the groups, in order; then from the first one on again
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b58900", "#56b4e9", "#7c3aed", "#475569")
+# Of the groups, in order; then from the first one on again. Each has a contrast of 3 or more to a
+# white page and to a dark one, and the first five are distinct also to the colour-blind.
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7c3aed", "#dd0044", "#bb66ff", "#885577")
 # settings that may differ within a group
 NOT_COMPARED = ("seed", "name", "checkpoint", "tensorboard", "wandb")
 MAX_SETTINGS_IN_LABEL = 3
@@ -57,7 +58,8 @@ def load(folders: Sequence[pathlib.Path]) -> tuple[pathlib.Path, list[Run]]:
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Groups runs by configuration, in the order given.
 
-    A label gives the settings in which the groups differ if they are few, or else names folders.
+    A label is the name of a study's arm if all are such; else it gives the settings in which the
+    groups differ if they are few, or else names folders.
     """
     groups: list[list[Run]] = []
     for run in runs:
@@ -67,20 +69,37 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
                 break
         else:
             groups.append([run])
-    names = differing_settings([group[0] for group in groups])
-    values = [[setting_of(group[0], name) for name in names] for group in groups]
-    simple = not any(isinstance(value, (dict, list)) for row in values for value in row)
-    if names and len(names) <= MAX_SETTINGS_IN_LABEL and simple:
-        labels = [
-            ", ".join(f"{name.split('.')[-1]} {short(value)}" for name, value in zip(names, row))
-            for row in values
-        ]
-    else:
-        labels = [_folders(group) for group in groups]
+    labels = _labels(groups)
     return [
         Group(label, COLORS[i % len(COLORS)], group)
         for i, (label, group) in enumerate(zip(labels, groups))
     ]
+
+
+def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
+    arms = [_arm(group) for group in groups]
+    if all(arms) and len(set(arms)) == len(arms):
+        return arms
+    names = differing_settings([group[0] for group in groups])
+    values = [[setting_of(group[0], name) for name in names] for group in groups]
+    simple = not any(isinstance(value, (dict, list)) for row in values for value in row)
+    if names and len(names) <= MAX_SETTINGS_IN_LABEL and simple:
+        return [
+            ", ".join(f"{name.split('.')[-1]} {short(value)}" for name, value in zip(names, row))
+            for row in values
+        ]
+    return [_folders(group) for group in groups]
+
+
+def _arm(runs: Sequence[Run]) -> str:
+    """Returns the arm of a study that all runs belong to, by their folders ARM/sSEED; "" if there
+    is none.
+    """
+    folders = [run.folder.resolve() for run in runs]
+    seeds = [f"s{run.config.get('seed')}" for run in runs]
+    is_study = [folder.name for folder in folders] == seeds
+    arms = {folder.parent.name for folder in folders}
+    return arms.pop() if is_study and len(arms) == 1 else ""
 
 
 def _differ_in_seed_alone(left: Run, right: Run) -> bool:

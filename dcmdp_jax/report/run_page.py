@@ -15,8 +15,7 @@ import statistics
 
 from dcmdp_jax import files
 from dcmdp_jax.monitoring import quantities
-from dcmdp_jax.report import discrepancy, samples, tables
-from dcmdp_jax.report.html_page import page
+from dcmdp_jax.report import discrepancy, html_page, samples, tables
 from dcmdp_jax.report.line_chart import (
     ENGINE,
     FAINT,
@@ -27,6 +26,7 @@ from dcmdp_jax.report.line_chart import (
     chart,
     finite,
 )
+from dcmdp_jax.report.run_advice import advice
 from dcmdp_jax.report.run_data import (
     Config,
     Rows,
@@ -58,13 +58,14 @@ def panels(config: Config, rows: Rows) -> list[Panel]:
 
     A curve or a chart without a finite value is left out.
     """
-    charts = [Panel("Reward", "mean reward", _reward_curves(rows))]
+    reward = quantities.get("reward")
+    charts = [Panel("Reward", reward.unit, _reward_curves(rows), format=reward.format)]
     for quantity in quantities.of_rows(rows):
         if quantity.key in ("reward", quantities.HELD_OUT_ENGINE, quantities.HELD_OUT_TRAINER):
             continue
         curve = Series(quantity.name, NEUTRAL, points_of(rows, quantity.key))
         limit = tolerance_of(config) if quantity.key == "delta_mean" else None
-        charts.append(Panel(quantity.title, quantity.unit, [curve], limit))
+        charts.append(Panel(quantity.title, quantity.unit, [curve], limit, format=quantity.format))
     charts = [
         panel._replace(series=[curve for curve in panel.series if finite(curve.points)])
         for panel in charts
@@ -95,12 +96,12 @@ def _reward_curves(rows: Rows) -> list[Series]:
 def _page(config: Config, rows: Rows, sections: str) -> str:
     charts = "".join(chart(panel) for panel in panels(config, rows))
     body = f"""<p class="summary">{html.escape(_summary(config))}</p>
-<p class="verdict">{html.escape(verdict(config, rows))}</p>
+{html_page.verdict(verdict(config, rows), advice(config, rows))}
 <div class="charts">{charts}</div>
 {_table(rows)}
 {sections}
 <p>{html.escape(_cost(rows))}</p>"""
-    return page(str(config.get("name", "run")), body, config)
+    return html_page.page(str(config.get("name", "run")), body, config)
 
 
 def _summary(config: Config) -> str:

@@ -12,29 +12,36 @@ from dcmdp_jax.report.run_data import (
     Rows,
     counted,
     last_tenth,
+    noise_of_evaluations,
     points_of,
     setting,
     tolerance_of,
 )
 
 
-def verdict(config: Config, rows: Rows) -> str:
-    """Returns the sentences about a run."""
+def verdict(config: Config, rows: Rows) -> list[str]:
+    """Returns the sentences about a run, in a paragraph for each of its topics."""
     if not rows:
-        return "No step was finished."
-    sentences = [
-        *_progress(config, rows),
-        *_rewards(config, rows),
-        *_cut_off(config, rows),
-        *_delta(config, rows),
-        *_multiplier(config, rows),
+        return ["No step was finished."]
+    paragraphs = [
+        _progress(config, rows),
+        _rewards(config, rows),
+        _cut_off(config, rows),
+        _delta(config, rows),
+        _multiplier(config, rows),
+        _skipped(rows),
     ]
-    if skipped := rows[-1].get("skipped"):
-        sentences.append(
-            f"{counted(skipped, 'update')} left out because the loss or its gradient was not "
-            "finite."
-        )
-    return " ".join(sentences)
+    return [" ".join(sentences) for sentences in paragraphs if sentences]
+
+
+def _skipped(rows: Rows) -> list[str]:
+    """Says how many updates were left out."""
+    skipped = rows[-1].get("skipped")
+    if not skipped:
+        return []
+    return [
+        f"{counted(skipped, 'update')} left out because the loss or its gradient was not finite."
+    ]
 
 
 def _progress(config: Config, rows: Rows) -> list[str]:
@@ -57,10 +64,6 @@ def _rewards(config: Config, rows: Rows) -> list[str]:
     out.
     """
     sentences = []
-    prompts = setting(config, "eval", "prompts")
-    # For rewards in [0, 1] the standard error of a mean over n prompts is at most 0.5 / sqrt(n),
-    # and sqrt(2) times that for a difference; a change below two of them is called noise.
-    noise = 2 * math.sqrt(2) * 0.5 / math.sqrt(prompts) if prompts else 0.0
     for key, owner in quantities.HELD_OUT:
         subject = f"Held-out reward of the {owner}'s policy"
         points = finite(points_of(rows, key))
@@ -71,7 +74,7 @@ def _rewards(config: Config, rows: Rows) -> list[str]:
             first, start = points[0]
             last, end = points[-1]
             change = "rose from" if end > start else "fell from"
-            if abs(end - start) <= noise:
+            if abs(end - start) <= noise_of_evaluations(config):
                 change = "stayed within sampling noise, from"
             sentences.append(
                 f"{subject} {change} {start:.3f} (step {first}) to {end:.3f} (step {last})."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 from typing import Any
 
@@ -14,25 +15,23 @@ IN_TERMINAL = 4  # problems
 
 
 def section(workdir: str | os.PathLike) -> str:
-    """Returns a table of `samples.jsonl` as HTML; nothing if there is none.
+    """Returns the problems of `samples.jsonl` as HTML, each with its answers side by side, or one
+    below the other on a narrow page; nothing if there is none.
 
     Raises ValueError if the file is damaged.
     """
     rows = _first_and_last(workdir)
     if not rows:
         return ""
-    header = ["problem"]
-    for row in rows:
-        header += [f"step {row['step']}", "reward"]
-    lines = []
+    parts = []
     for problem in zip(*(row["samples"] for row in rows)):
-        cells = [tables.text(_shortened(problem[0]["prompt"], LONGEST))]
-        for sample in problem:
-            cells += [tables.text(_shortened(sample["completion"], LONGEST)), _reward(sample)]
-        lines.append(cells)
-    return '<h2 class="section">Held-out problems and the engine\'s answers</h2>' + (
-        tables.html_table(header, lines)
-    )
+        texts = [_text("problem", problem[0]["prompt"])]
+        for row, sample in zip(rows, problem):
+            caption = f"step {row['step']}, reward {_reward(sample)}"
+            texts.append(_text(caption, sample["completion"]))
+        parts.append(f'<div class="problem">{"".join(texts)}</div>')
+    title = "Held-out problems and the engine's answers"
+    return f'<h2 class="section">{html.escape(title)}</h2>{"".join(parts)}'
 
 
 def lines(workdir: str | os.PathLike) -> list[str]:
@@ -50,6 +49,15 @@ def lines(workdir: str | os.PathLike) -> list[str]:
 def _first_and_last(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     rows = metrics.read_samples(workdir)
     return rows if len(rows) < 2 else [rows[0], rows[-1]]
+
+
+def _text(caption: str, content: str) -> str:
+    """Returns a text under its caption, read from right to left if it is so written."""
+    shown = tables.text(_shortened(content, LONGEST))
+    body = f'<p class="{shown.style}" dir="auto">{shown.html}</p>'
+    if not shown.html:
+        body = '<p class="note">(empty)</p>'
+    return f'<div><p class="note">{html.escape(caption)}</p>{body}</div>'
 
 
 def _reward(sample: dict[str, Any]) -> str:

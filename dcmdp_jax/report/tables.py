@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 MISSING = "–"
+CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 
 
 class Cell(NamedTuple):
@@ -29,7 +30,12 @@ def with_dot(color: str, text: str) -> Cell:
 
 def text(content: str) -> Cell:
     """A text of several words, whose lines are kept."""
-    return Cell(html.escape(content), "text")
+    return Cell(html.escape(visible(content)), "text")
+
+
+def visible(content: str) -> str:
+    """Returns a text with a sign for each control character that a page would not show."""
+    return content.translate(CONTROLS)
 
 
 def bar(share: float, color: str) -> Cell:
@@ -45,7 +51,7 @@ def html_table(header: Sequence[str | Cell], rows: Iterable[Sequence[str | Cell]
     head = "".join(_element("th", cell) for cell in header)
     body = "".join(f"<tr>{''.join(_element('td', cell) for cell in row)}</tr>" for row in rows)
     return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 

@@ -160,8 +160,9 @@ def write(attribution: Attribution, config: Config, workdir: pathlib.Path) -> pa
     paragraphs = "".join(f"<p>{html.escape(note)}</p>" for note in [METHOD, *notes(attribution)])
     body = (
         f'<p class="summary">{html.escape(attribution.origin)}</p>'
-        f'<p class="verdict">{html.escape(verdict(attribution))}</p>'
-        f'<figure class="scroll">{picture}</figure>{_page_table(attribution)}{paragraphs}'
+        f"{html_page.verdict([verdict(attribution)], [])}"
+        f'<figure class="scroll" tabindex="0">{picture}</figure>'
+        f"{_page_table(attribution)}{paragraphs}"
     )
     path = workdir / "diagnose.html"
     title = f"{config.name}: sources of the gap"

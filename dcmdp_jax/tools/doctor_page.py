@@ -95,7 +95,6 @@ def text(diagnosis: Diagnosis) -> str:
 def write(diagnosis: Diagnosis, settings: dict[str, Any], path: pathlib.Path) -> pathlib.Path:
     """Writes the page and returns its path; `settings` are shown at its end."""
     figures = shown(diagnosis)
-    verdict = "".join(f"<p>{html.escape(line)}</p>" for line in verdict_lines(diagnosis))
     notes = "".join(f"<p>{html.escape(line)}</p>" for line in gap_lines(diagnosis))
     curves = [("as stated", NEUTRAL, diagnosis.stated.gaps["positions"])]
     if diagnosis.read:
@@ -105,7 +104,7 @@ def write(diagnosis: Diagnosis, settings: dict[str, Any], path: pathlib.Path) ->
     body = "".join(
         [
             f'<p class="summary">{html.escape(" · ".join(map(str, settings.values())))}</p>'
-            f'<div class="verdict">{verdict}</div>{notes}',
+            f"{html_page.verdict(verdict_lines(diagnosis), [])}{notes}",
             f'<div class="charts section">{discrepancy.position_panel(curves)}</div>',
             _section(f"{title}, by length of context, prompt included"),
             tables.html_table(["context", *HEADER], _rows(figures.by_context)),
