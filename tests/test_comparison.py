@@ -8,7 +8,7 @@ import pytest
 
 from dcmdp_jax import cli
 from dcmdp_jax.evaluation import intervals
-from dcmdp_jax.report import comparison, run_groups
+from dcmdp_jax.report import comparison, html_page, line_chart, run_advice, run_groups
 from support.pages import CONFIG, GAPS, ROWS, SOURCES, Page, make_run
 
 
@@ -60,6 +60,39 @@ def test_siblings_may_start_from_models_of_their_own(folders):
     assert [len(group.runs) for group in group(folders[:2])] == [2]
 
 
+def test_a_study_is_named_by_its_arms(tmp_path):
+    arms = [
+        make_arm(tmp_path / name / f"s{seed}", seed, weights, 0.5)
+        for name, weights in (("coarse", "int4"), ("exact", "float32"))
+        for seed in (0, 1)
+    ]
+    assert [group.label for group in group(arms)] == ["coarse", "exact"]
+
+
+def test_an_arm_that_was_run_with_two_configurations_is_named_by_settings(tmp_path):
+    folders = [
+        make_arm(tmp_path / "arm" / f"s{seed}", seed, weights, 0.5)
+        for seed, weights in enumerate(("int4", "float32"))
+    ]
+    assert [group.label for group in group(folders)] == ["weights int4", "weights float32"]
+
+
+@pytest.mark.parametrize("background", ["#ffffff", "#0f172a"])
+def test_colours_stand_out_from_a_white_page_and_a_dark_one(background):
+    assert background in html_page.STYLE.replace("#fff;", "#ffffff;")
+    light = luminance(background)
+    for color in (*run_groups.COLORS, line_chart.ENGINE, line_chart.TRAINER, line_chart.FAINT):
+        low, high = sorted((luminance(color), light))
+        assert (high + 0.05) / (low + 0.05) >= 3, color
+
+
+def luminance(color):
+    """Relative luminance of a colour "#rrggbb", as WCAG defines it."""
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
 # The verdict
 
 
@@ -95,6 +128,14 @@ def test_the_verdict_says_that_runs_end_at_different_steps(folders, tmp_path):
     short = make_arm(tmp_path / "e", 2, "int4", 0.9, steps=3)
     sentences = comparison.verdict(group([*folders, short]))
     assert "The runs end at different steps, 3 to 4" in sentences[-1]
+
+
+def test_advice_is_given_once_with_the_configurations_that_it_is_about(folders, tmp_path):
+    skips = make_arm(tmp_path / "e", 2, "int4", 0.5)
+    rows = [row | {"skipped": 2} for row in ROWS]
+    make_run(skips, rows, json.loads((skips / "config.json").read_text()))
+    advice = comparison.advice(group([*folders, skips]))
+    assert advice == [f"weights int4 (1 of 3 runs): {run_advice.SKIPPED}"]
 
 
 # Curves

@@ -126,6 +126,21 @@ def test_a_configuration_that_lacks_fields_is_no_obstacle(tmp_path, config):
     assert page(tmp_path, ROWS, config).count("svg") == 6
 
 
+LONG = [
+    ROWS[0] | {"step": step, "delta_mean": 0.01 + 0.001 * (step * 7919 % 997), "reward/a": 0.5}
+    for step in range(1, 5001)
+]
+
+
+def test_a_page_of_5000_steps_is_small(tmp_path):
+    assert run_page.write(make_run(tmp_path, LONG)).stat().st_size < 200_000
+
+
+def test_a_page_is_the_same_when_it_is_written_again(tmp_path):
+    folder = make_run(tmp_path, LONG)
+    assert run_page.write(folder).read_bytes() == run_page.write(folder).read_bytes()
+
+
 def test_a_torn_last_line_is_an_interrupted_run(tmp_path):
     make_run(tmp_path, ROWS[:2])
     with open(tmp_path / "metrics.jsonl", "a") as file:

@@ -26,6 +26,14 @@ def test_texts_of_cells_are_escaped():
     assert Page(tables.html_table(["a", "b", "c"], [cells])).count("b") == 0
 
 
+def test_control_characters_have_signs_but_lines_and_tabs_are_kept():
+    assert tables.visible("a\0\x1b\r\x7f\n\tb") == "a␀␛␍␡\n\tb"
+
+
+def test_a_table_can_be_scrolled_with_the_keyboard():
+    assert '<div class="scroll" tabindex="0">' in tables.html_table(["a"], [["x"]])
+
+
 def test_a_bar_has_its_share_of_the_width():
     assert 'style="width:25.0%;background:#000"' in tables.bar(0.25, "#000").html
 

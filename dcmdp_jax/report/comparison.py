@@ -273,7 +273,8 @@ def _cell(group: Group, quantity: quantities.Quantity) -> str | tables.Cell:
         value = quantity.format.format(interval.value)
         if not math.isfinite(interval.low):
             return value
-        return tables.with_note(value, f"[{interval.low:.3f}, {interval.high:.3f}]")
+        bounds = f"[{interval.low:.3f}, {interval.high:.3f}]"
+        return tables.with_note(value, bounds, below=True)
     mean = _mean_at_end(group, quantity.key)
     return tables.MISSING if mean is None else quantity.format.format(mean)
 

@@ -28,7 +28,7 @@ figure{margin:0}svg{display:block;width:100%;height:auto;fill:var(--soft);color:
 .readout input{position:absolute;opacity:0;margin:0;pointer-events:none}
 .readout label:is(:hover,:focus-within){background:#94a3b84d}
 .readout label:focus-within{outline:2px solid var(--ink)}
-.readout b{position:absolute;z-index:1;top:100%;left:0;right:0;padding:.3rem .6rem;opacity:0;
+.readout b{position:absolute;z-index:1;top:100%;left:0;right:-3.8%;padding:.3rem .6rem;opacity:0;
 pointer-events:none;white-space:pre-line;background:var(--panel);border:1px solid var(--soft);
 font:.85rem/1.4 system-ui,sans-serif;font-variant-numeric:tabular-nums}
 .readout label:is(:hover,:focus-within) b{opacity:1}
@@ -42,7 +42,7 @@ th,td{padding:.35rem .6rem;text-align:right;border-bottom:1px solid var(--rule);
 th{white-space:normal;vertical-align:bottom}
 th:first-child,td:first-child{text-align:left;padding-left:0}td small{color:var(--soft)}
 @media(max-width:560px){table{font-size:.82rem}th,td{padding:.35rem .3rem}td small{display:block}
-th:first-child,td:first-child{white-space:normal}}
+th:first-child,td:first-child{white-space:normal;min-width:6rem}}
 .section{margin-top:2rem}.note{color:var(--soft);font-size:.88rem;margin:.2rem 0 .4rem}
 .runs{list-style:none;padding:0;font-size:.92rem}.runs li{margin:.5rem 0}
 .dot{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.45em}
@@ -57,7 +57,8 @@ mark{background:var(--mark);color:inherit;padding:0 .1em}
 .note+.scroll,h2+.scroll{margin-top:.4rem}
 details{margin-top:1.5rem}summary{cursor:pointer;font-weight:600}
 pre{background:var(--panel);padding:1rem;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.82rem;line-height:1.4}
-@media print{.readout{display:none}.scroll{overflow:visible}figure,tr,.problem{break-inside:avoid}
+@media print{.readout{display:none}.problem{grid-template-columns:none;grid-auto-flow:column;
+grid-auto-columns:1fr}.scroll{overflow:visible}figure,tr,.problem{break-inside:avoid}
 h2{break-after:avoid}.charts{grid-template-columns:1fr 1fr}table{font-size:.75rem}
 th,td{padding:.25rem .3rem;white-space:normal}
 i,mark{print-color-adjust:exact}}

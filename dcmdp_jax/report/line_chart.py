@@ -19,11 +19,11 @@ GRID = "#94a3b8"  # drawn at a third of its strength
 # the SVG's own units
 WIDTH = 440
 HEIGHT = 254
-LEFT = 60
+LEFT = 68  # room for eight characters
 RIGHT = 14
 TOP = 26
 BOTTOM = 40
-CHARACTER = 7.2  # width of a digit at most, in the fonts that browsers choose
+CHARACTER = 7.6  # width of a digit, in the widest of the fonts that browsers choose
 
 DRAWN = 180  # parts of a long curve, of which the lowest and the highest point are drawn
 COLUMNS = 60  # of a chart that show their values, at most

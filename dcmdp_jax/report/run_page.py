@@ -29,6 +29,7 @@ from dcmdp_jax.report.line_chart import (
 from dcmdp_jax.report.run_advice import advice
 from dcmdp_jax.report.run_data import (
     Config,
+    Points,
     Rows,
     counted,
     load,
@@ -63,9 +64,12 @@ def panels(config: Config, rows: Rows) -> list[Panel]:
     for quantity in quantities.of_rows(rows):
         if quantity.key in ("reward", quantities.HELD_OUT_ENGINE, quantities.HELD_OUT_TRAINER):
             continue
-        curve = Series(quantity.name, NEUTRAL, points_of(rows, quantity.key))
+        points = points_of(rows, quantity.key)
+        curves = [Series(quantity.name, NEUTRAL, points)]
+        if quantity.noisy:
+            curves = _with_mean(quantity.name, points)
         limit = tolerance_of(config) if quantity.key == "delta_mean" else None
-        charts.append(Panel(quantity.title, quantity.unit, [curve], limit, format=quantity.format))
+        charts.append(Panel(quantity.title, quantity.unit, curves, limit, format=quantity.format))
     charts = [
         panel._replace(series=[curve for curve in panel.series if finite(curve.points)])
         for panel in charts
@@ -74,22 +78,24 @@ def panels(config: Config, rows: Rows) -> list[Panel]:
 
 
 def _reward_curves(rows: Rows) -> list[Series]:
-    window = trailing_window(rows)
-    reward = points_of(rows, "reward")
-    if window == 1:
-        training = [Series("training", NEUTRAL, reward, width=1.2)]
-    else:
-        training = [
-            Series("training", FAINT, reward, width=1.2),
-            Series(f"training, mean of {window} steps", NEUTRAL, smoothed(reward, window)),
-        ]
     engine = quantities.get(quantities.HELD_OUT_ENGINE)
     trainer = quantities.get(quantities.HELD_OUT_TRAINER)
     # The trainer's line is the wider one, below: where the two policies agree both are seen.
     return [
-        *training,
+        *_with_mean("training", points_of(rows, "reward")),
         Series(trainer.name, TRAINER, finite(points_of(rows, trainer.key)), 3.6, True),
         Series(engine.name, ENGINE, finite(points_of(rows, engine.key)), 1.6, True),
+    ]
+
+
+def _with_mean(name: str, points: Points) -> list[Series]:
+    """Returns a curve, and over it a trailing mean if there are enough steps for one."""
+    window = trailing_window(points)
+    if window == 1:
+        return [Series(name, NEUTRAL, points)]
+    return [
+        Series(name, FAINT, points, width=1.2),
+        Series(f"{name}, mean of {window} steps", NEUTRAL, smoothed(points, window)),
     ]
 
 
