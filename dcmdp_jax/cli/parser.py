@@ -35,6 +35,7 @@ def make() -> argparse.ArgumentParser:
     _doctor(add)
     _study(add)
     _plan(add)
+    _launch(add)
     _generate(add)
     _chat(add)
     _eval(add)
@@ -194,6 +195,45 @@ def _plan(add: Add) -> None:
         "--slices", type=int, default=1, help="slices of that topology, joined along mesh.data"
     )
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
+
+
+def _launch(add: Add) -> None:
+    parser = add(
+        "launch",
+        run_commands.launch_command,
+        "run an experiment on Cloud TPU from a workstation",
+        "Requests TPU slices as a queued resource, or finds it, installs the checkout there, "
+        "starts or resumes the experiment on every host, shows the log of process 0, goes on after "
+        "a preemption, and downloads the report. Needs gcloud. Fields are set as for train.",
+    )
+    parser.add_argument("name", help="of the queued resource")
+    parser.add_argument("experiment", help="a Python file with CONFIG = Config(...)")
+    parser.add_argument(
+        "--workdir", required=True, metavar="gs://BUCKET/FOLDER", help="address of the run"
+    )
+    parser.add_argument("--zone", required=True, help="of the TPUs, such as us-east5-a")
+    parser.add_argument(
+        "--accelerator-type",
+        required=True,
+        metavar="TYPE",
+        help="of a slice, in Google's words: v5litepod-64, v6e-64, or v5p-128, where the number is "
+        "twice that of the chips",
+    )
+    parser.add_argument("--slices", type=int, default=1, help="to be joined along mesh.data")
+    parser.add_argument("--spot", action="store_true", help="cheaper TPUs that may be preempted")
+    parser.add_argument("--project", default="", help="of Google Cloud (default: gcloud's own)")
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="gets the report (default: runs/, as --workdir ends)"
+    )
+    parser.add_argument(
+        "--restarts", type=int, default=20, help="preemptions to go on after (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--delete", action="store_true", help="delete the queued resource at the end"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the commands that would run, and stop"
+    )
 
 
 def _convert(add: Add) -> None:

@@ -1,5 +1,5 @@
 """Commands on an experiment, its run or several: train, parity, calibrate, diagnose, study, plan,
-convert, report.
+launch, convert, report.
 
 Each checks its input and returns a job that gives the exit status. Imports that need JAX stand in
 the commands, so that bad options are refused at once.
@@ -11,6 +11,8 @@ import argparse
 import functools
 import os
 import pathlib
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -210,6 +212,50 @@ def plan_command(args: argparse.Namespace, options: list[str]) -> Callable[[], i
     if args.json:
         plan.write(planned, args.json)
     return lambda: int(any(program.excess for program in planned.programs))
+
+
+def launch_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
+    """`dcmdp launch`: runs an experiment on Cloud TPU from a workstation."""
+    config = override(load_experiment(args.experiment), fields.overrides(options))
+    if not re.fullmatch("gs://[^/]+/.*[^/]", args.workdir):
+        raise ValueError(
+            f"--workdir {args.workdir} is not gs://BUCKET/FOLDER; a run goes on after a preemption "
+            "from a bucket alone"
+        )
+    if not re.fullmatch("[a-z][a-z0-9-]*", args.name):
+        raise ValueError(f"NAME {args.name} may have small letters, digits and hyphens alone")
+    if args.slices < 1 or args.restarts < 0:
+        raise ValueError("--slices must be at least 1, and --restarts at least 0")
+    if config.mesh.data % args.slices:
+        raise ValueError(
+            f"--slices {args.slices} does not divide mesh.data={config.mesh.data}, the axis that "
+            f"joins slices; add --mesh.data {args.slices}"
+        )
+    from dcmdp_jax.tools import launch
+
+    checkout = launch.checkout_of(args.experiment)
+    launched = launch.Launch(
+        name=args.name,
+        zone=args.zone,
+        project=args.project,
+        accelerator_type=args.accelerator_type,
+        runtime=launch.runtime_of(args.accelerator_type),
+        slices=args.slices,
+        spot=args.spot,
+        checkout=checkout,
+        experiment=pathlib.Path(args.experiment).resolve().relative_to(checkout).as_posix(),
+        workdir=args.workdir,
+        options=tuple(options),
+        output=pathlib.Path(args.output or f"runs/{args.workdir.rpartition('/')[2]}"),
+        restarts=args.restarts,
+        delete=args.delete,
+    )
+    if args.dry_run:
+        print(launch.dry_run(launched))
+        return _done
+    if missing := [tool for tool in ("gcloud", "git", "openssl") if not shutil.which(tool)]:
+        raise ValueError(f"{missing[0]} is not installed here; launch needs it")
+    return partial(launch.run, launched)
 
 
 def convert_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
