@@ -10,10 +10,12 @@ import tarfile
 import zipfile
 
 import pytest
+import yaml
 
 import dcmdp_jax
 
 ROOT = pathlib.Path(__file__).parents[1]
+LOCKS = sorted(path.name for path in ROOT.glob("requirements*.txt"))
 BUILD = (
     "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])('out'))"
 )
@@ -136,3 +138,35 @@ def test_the_changelog_begins_with_the_version_of_the_package():
 def test_the_citation_has_the_version_of_the_package():
     cited = re.findall(r"^version: (\S+)", (ROOT / "CITATION.cff").read_text("utf-8"), re.MULTILINE)
     assert cited == [dcmdp_jax.__version__]
+
+
+def names(lines):
+    """The projects that requirements name, as an index spells them."""
+    found = (re.match(r"[\w.-]+", line)[0] for line in lines)
+    return {re.sub(r"[-_.]+", "-", name).lower() for name in found}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("lock", LOCKS)
+def test_a_lock_has_what_training_asks_for_and_jetstream(lock, metadata):
+    asked = [
+        line
+        for line in metadata.get_all("Requires-Dist")
+        if "extra ==" not in line or re.search('extra == "(train|server|answers)"', line)
+    ]
+    lines = (ROOT / lock).read_text("utf-8").splitlines()
+    assert names(asked) | {"google-jetstream"} <= names(line for line in lines if line[0] != "#")
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_a_lock_pins_all_that_it_has(lock):
+    lines = (ROOT / lock).read_text("utf-8").splitlines()
+    assert [line for line in lines if line[0] != "#" and not re.fullmatch(r"\S+==\S+", line)] == []
+
+
+def test_the_workflow_tests_every_python_of_the_package_with_a_lock():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text("utf-8"))
+    tested = workflow["jobs"]["first-tier"]["strategy"]["matrix"]["include"]
+    stated = re.findall(r"Python :: (3\.\d+)", (ROOT / "setup.py").read_text("utf-8"))
+    assert [entry["python"] for entry in tested] == stated
+    assert {entry["lock"] for entry in tested} <= set(LOCKS)
