@@ -92,13 +92,16 @@ def lines(
             f"{p['arguments'] / GIB:.2f}",
             f"{p['temporaries'] / GIB:.2f}",
             f"{p['peak'] / GIB:.2f}",
-            "yes" if p["fits"] else "**no**",
+            "**no**" if p["excess"] else "yes",
             f"{p['flops'] / 1e12:.3g}",
             f"{p['link'] / 1e9:.3g}",
             f"{p['calls'] * p['seconds']:.3g}",
             f"{p['compile_cpu_seconds']:.0f}",
         ]
         out.append(f"| {' | '.join(cells)} |")
+    too_large = [p for p in planned["programs"] if p["excess"]]
+    for p in too_large:
+        out += ["", f"{p['program']} does not fit: {p['excess']}; change {p['settings']}."]
     tokens = planned["tokens"]
     seconds = sum(p["calls"] * p["seconds"] for p in planned["programs"])
     return [
