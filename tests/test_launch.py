@@ -279,6 +279,18 @@ def test_a_request_that_failed_is_named_and_not_repeated(cloud, experiment, capf
     assert "queued-resources describe pod" in capfd.readouterr().err
 
 
+def test_ctrl_c_on_the_workstation_leaves_the_run_and_its_machines(
+    cloud, experiment, monkeypatch, capfd
+):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "_attempt", interrupt)
+    assert main(["launch", "pod", experiment, *WHERE, "--delete"]) == 130
+    assert "the run on pod goes on" in capfd.readouterr().err
+    assert (cloud / "state").read_text() == "ACTIVE"
+
+
 @pytest.mark.full
 def test_with_delete_nothing_is_left(cloud, experiment):
     (cloud / "ends").write_text(FINISHES)
