@@ -26,10 +26,6 @@ pytestmark = pytest.mark.full
 EXPERIMENT = str(pathlib.Path(__file__).parent / "support" / "hosts_experiment.py")
 MAIN = "import sys; from dcmdp_jax.cli import main; sys.exit(main(sys.argv[1:]))"
 REFILLS = ("--data.max_refills", 2)
-FLAGS = (
-    "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true "
-    "--xla_force_host_platform_device_count="
-)
 
 
 @pytest.fixture
@@ -41,7 +37,8 @@ def start(tmp_path):
         """Args: `environments`: of some processes, by number, beside the common one."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        environment = os.environ | {"XLA_FLAGS": FLAGS + str(devices), "JAX_PLATFORMS": "cpu"}
+        flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+        environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
         command = [
             sys.executable,
             "-c",

@@ -36,23 +36,34 @@ def stored(params, model, precision):
     )
 
 
+# Every pair of format and group, of format and model, and of group and model; a format without
+# scales has no groups.
+STORED = [
+    (weights, group, (TINY, TINY_MOE)[(i + j) % 2])
+    for i, weights in enumerate(SCALED)
+    for j, group in enumerate((0, -1, 16))
+] + [(weights, 0, model) for weights in ("bfloat16", "float32") for model in (TINY, TINY_MOE)]
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("weights", [*SCALED, "bfloat16", "float32"])
-@pytest.mark.parametrize("group", [0, -1, 16])
-def test_the_trainer_has_the_numbers_that_the_engine_stores(weights, group):
+@pytest.mark.parametrize(
+    "weights, group, model",
+    STORED,
+    ids=[f"{w}-{g}-{'moe' if m.num_experts else 'dense'}" for w, g, m in STORED],
+)
+def test_the_trainer_has_the_numbers_that_the_engine_stores(weights, group, model):
     precision = dataclasses.replace(ALL, weights=weights, group=group)
-    for model in (TINY, TINY_MOE):
-        params = random_params(model)
-        rounded = derived.arrays(engine_formats.straight_through(params, model, precision))
-        from_engine = stored(params, model, precision)
-        per_layer = from_engine.pop("stacks")
-        stacks = rounded.pop("stacks")
-        assert jax.tree.structure(rounded) == jax.tree.structure(from_engine)
-        jax.tree.map(np.testing.assert_array_equal, rounded, from_engine)
-        (stack,) = stacks
-        jax.tree.map(
-            np.testing.assert_array_equal, stack, jax.tree.map(lambda *x: jnp.stack(x), *per_layer)
-        )
+    params = random_params(model)
+    rounded = derived.arrays(engine_formats.straight_through(params, model, precision))
+    from_engine = stored(params, model, precision)
+    per_layer = from_engine.pop("stacks")
+    stacks = rounded.pop("stacks")
+    assert jax.tree.structure(rounded) == jax.tree.structure(from_engine)
+    jax.tree.map(np.testing.assert_array_equal, rounded, from_engine)
+    (stack,) = stacks
+    jax.tree.map(
+        np.testing.assert_array_equal, stack, jax.tree.map(lambda *x: jnp.stack(x), *per_layer)
+    )
 
 
 @pytest.mark.full

@@ -34,11 +34,11 @@ from support.steps import (
     P,
     T,
     assert_close,
+    cached_step,
     fresh_state,
     make_config,
     make_params,
     make_scored,
-    quick_step,
     run,
 )
 
@@ -336,7 +336,7 @@ def test_the_scale_of_an_update_sees_the_age_of_a_stale_rollout():
         for params in (state.params, state.stale[0])
     )
     assert abs(expected - older) > 0.01
-    _, metrics = quick_step(config, state, batch)(state, batch)
+    _, metrics = cached_step(config, MODEL, ONE)(state, batch)
     np.testing.assert_allclose(metrics["update_scale"], expected, rtol=1e-5)
 
 

@@ -1,7 +1,7 @@
 """Weight sync: the same values in the engine's layout, no shared buffer, each part's format."""
 
 import dataclasses
-from functools import partial
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,12 @@ def synced(model, precision, params=None, mesh=None, version=0):
     )
 
 
+@functools.cache
+def of_one_device(model, precision):
+    """The weights that an engine on one device gets of the random parameters."""
+    return synced(model, precision)
+
+
 def leaves(params) -> dict:
     """Path -> leaf; a `Quantized` one is one leaf."""
     pairs = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, Quantized))
@@ -37,7 +43,7 @@ def leaves(params) -> dict:
 
 
 def nbytes(model, precision) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(synced(model, precision).params))
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(of_one_device(model, precision).params))
 
 
 @MODELS
@@ -92,8 +98,8 @@ FIELDS = {  # precision -> does it name the leaf?
 @MODELS
 @pytest.mark.parametrize(("precision", "named"), FIELDS.items(), ids=map(str, range(len(FIELDS))))
 def test_a_field_changes_what_it_names_and_nothing_else(model, precision, named):
-    got = leaves(synced(model, precision).params)
-    exact = leaves(synced(model, Precision()).params)
+    got = leaves(of_one_device(model, precision).params)
+    exact = leaves(of_one_device(model, Precision()).params)
     # a head apart from the embedding where the two differ, with the embedding's values
     if model.tie_word_embeddings:
         assert ("['head']" in got) == (precision.embed != precision.head)
@@ -121,8 +127,8 @@ def test_values_of_every_part(model):
         router="bfloat16",
         norms="bfloat16",
     )
-    got = leaves(synced(model, precision).params)
-    exact = leaves(synced(model, Precision()).params)
+    got = leaves(of_one_device(model, precision).params)
+    exact = leaves(of_one_device(model, Precision()).params)
     exact.setdefault("['head']", exact["['embed']"])
     contracted = {"q_proj": (-3,), "k_proj": (-3,), "v_proj": (-3,), "o_proj": (-3, -2)}
     for path, leaf in got.items():
@@ -135,7 +141,7 @@ def test_values_of_every_part(model):
             want = quantize(exact[path], "int4", (-1,) if model.tie_word_embeddings else (-2,))
         else:
             want = exact[path] if "bias" in path else exact[path].astype(jnp.bfloat16)
-        jax.tree.map(partial(np.testing.assert_array_equal, err_msg=path), leaf, want)
+        jax.tree.map(functools.partial(np.testing.assert_array_equal, err_msg=path), leaf, want)
 
 
 @MODELS
@@ -177,7 +183,7 @@ def test_bytes(model, group, per_matrix):
 def test_tied_embedding_and_head_are_quantized_independently(precision):
     table = random_params(DENSE)["embed"]
     x = jax.random.normal(jax.random.key(0), (5, DENSE.hidden_size))
-    params = synced(DENSE, precision).params
+    params = of_one_device(DENSE, precision).params
     assert ("head" in params) == (precision.embed != precision.head)
     assert isinstance(params["embed"], Quantized) == bool(precision.embed)
     head = quantize(table, "int8", (-1,)).dequantize() if precision.head else table
@@ -220,7 +226,7 @@ def test_placement_is_the_decode_table(model, precision):
     jax.tree.map(
         lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
         weights,
-        synced(model, precision),
+        of_one_device(model, precision),
     )
     attention = weights.params["stacks"][0]["attention"]
     for leaf in (attention["q_proj"].values, attention["q_proj"].scale):

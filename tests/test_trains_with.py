@@ -43,10 +43,10 @@ from support.steps import (
     G,
     P,
     T,
+    cached_step,
     fresh_state,
     make_config,
     make_scored,
-    quick_step,
 )
 
 partial = functools.partial
@@ -332,7 +332,6 @@ def reported(rollout, config):
 def trains(config):
     """Two steps; each moves the parameters, and none is left out."""
     model = config.model.architecture
-    step = None
     state = fresh_state(config, model, ONE)
     for number in range(2):
         reward = np.random.default_rng(number).normal(size=B * G)
@@ -348,8 +347,7 @@ def trains(config):
         )
         before = jax.device_get(state.params)
         batch = jax.device_put(batch, train_state.batch_shardings(config, ONE))
-        step = step or quick_step(config, state, batch)
-        state, metrics = step(state, batch)
+        state, metrics = cached_step(config, model, ONE)(state, batch)
         moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, state.params)
         assert any(jax.tree.leaves(moved)), "the parameters stay where they were"
         assert np.isfinite(metrics["loss"])

@@ -88,11 +88,16 @@ def make_scored(seed=0, reward=None):
     return Scored(rollout, np.asarray(reward, np.float32))
 
 
-def fresh_state(config, model, mesh, params=None):
-    make = jax.jit(
+@functools.cache
+def cached_init(config, model, mesh):
+    return jax.jit(
         functools.partial(train_state.init, config),
         out_shardings=train_state.shardings(config, model, mesh),
     )
+
+
+def fresh_state(config, model, mesh, params=None):
+    make = cached_init(config, model, mesh)
     return make(jax.tree.map(np.array, make_params(model) if params is None else params))
 
 
@@ -126,14 +131,6 @@ def run(config, scored, mesh=None, row_length=2 * (P + T), params=None):
 
 
 ONE = sharding.single_device_mesh()
-# A few tiny steps take no time; compiling them does.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-def quick_step(config, state, batch):
-    """The compiled step on one device, for these shapes, by a compiler that optimizes little."""
-    step = compiled_step.compile_step(config, config.model.architecture, ONE)
-    return step.lower(state, batch).compile(compiler_options=QUICK)
 
 
 def assert_close(a, b, atol=2e-5):
