@@ -76,3 +76,12 @@ def test_extreme_values_can_be_drawn(value, logarithmic):
     bars = [bar_chart.Bar("a", "", value, 0.0, line_chart.ENGINE)]
     chart = bar_chart.Chart("t", bars, 0.0, logarithmic)
     xml.fromstring(bar_chart.draw([chart], ()))
+
+
+def test_a_bar_and_its_ring_have_their_values_in_titles(drawn):
+    chart, _, _ = drawn
+    assert [title.text for title in chart.findall("*/{*}title")] == [
+        "0.003 ± 0.001",
+        "2e-05",
+        "0 ± 0",
+    ]

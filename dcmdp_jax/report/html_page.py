@@ -46,17 +46,20 @@ th:first-child,td:first-child{white-space:normal;min-width:6rem}}
 .section{margin-top:2rem}.note{color:var(--soft);font-size:.88rem;margin:.2rem 0 .4rem}
 .runs{list-style:none;padding:0;font-size:.92rem}.runs li{margin:.5rem 0}
 .dot{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.45em}
-.text{white-space:pre-wrap;overflow-wrap:anywhere;font-family:ui-monospace,monospace;font-size:.85rem}
+.text{white-space:pre-wrap;overflow-wrap:anywhere;
+font-family:ui-monospace,monospace;font-size:.85rem}
 td.text{min-width:14rem}
 .problem{border-top:1px solid var(--rule);padding:.6rem 0;display:grid;gap:.6rem 1.5rem;
 grid-template-columns:repeat(auto-fit,minmax(min(100%,18rem),1fr))}
 .problem p{margin:0}.problem>*,figure{min-width:0}
-td.setting{white-space:normal;overflow-wrap:anywhere;min-width:6rem;font-size:.88rem;vertical-align:top}
+td.setting{white-space:normal;overflow-wrap:anywhere;min-width:6rem;font-size:.88rem;
+vertical-align:top}
 mark{background:var(--mark);color:inherit;padding:0 .1em}
 .bar{width:30%;min-width:6rem}.bar i{display:block;height:.7em}
 .note+.scroll,h2+.scroll{margin-top:.4rem}
 details{margin-top:1.5rem}summary{cursor:pointer;font-weight:600}
-pre{background:var(--panel);padding:1rem;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.82rem;line-height:1.4}
+pre{background:var(--panel);padding:1rem;white-space:pre-wrap;overflow-wrap:anywhere;
+font-size:.82rem;line-height:1.4}
 @media print{.readout{display:none}.problem{grid-template-columns:none;grid-auto-flow:column;
 grid-auto-columns:1fr}.scroll{overflow:visible}figure,tr,.problem{break-inside:avoid}
 h2{break-after:avoid}.charts{grid-template-columns:1fr 1fr}table{font-size:.75rem}
