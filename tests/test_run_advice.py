@@ -132,6 +132,11 @@ def test_a_multiplier_that_acts_on_nothing_needs_no_advice(name):
     assert run_advice.advice(config, rows_of(**SIGNS[name])) == []
 
 
+def test_a_policy_trained_through_the_rounding_has_no_other_to_be_behind():
+    config = CONFIG | {"algorithm": {"quantize_aware": True}}
+    assert run_advice.advice(config, rows_of(**SIGNS["ENGINE_BEHIND"])) == []
+
+
 @pytest.mark.parametrize("missing", sorted(rows_of()[0].keys() - {"step"}))
 def test_a_metric_that_was_not_finite_brings_none(missing):
     assert run_advice.advice(CONFIG, rows_of(**{missing: None})) == []

@@ -29,8 +29,9 @@ UNDER_FLOOR = (
     "constraint.tolerance above it (docs/troubleshooting.md#the-tolerance-is-under-the-floor)."
 )
 RISES_WITH_LAMBDA = (
-    "Delta rises with lambda, and shaping does not hold it: take more bits in rollout.precision, "
-    "or a smaller algorithm.learning_rate (docs/troubleshooting.md#delta-rises-with-lambda)."
+    "Delta rises with lambda, and the constraint does not hold it: take more bits in "
+    "rollout.precision, or a smaller algorithm.learning_rate "
+    "(docs/troubleshooting.md#delta-rises-with-lambda)."
 )
 AT_BOUND = (
     "Lambda is at its bound with delta above the tolerance: if it overshot, lower "
@@ -122,7 +123,8 @@ def _policy(config: Config, rows: Rows) -> list[str]:
     if any(_falls(span, "reward") and _rises(span, "entropy") for span in spans):
         found.append(ENTROPY_ROSE)
     ends = [finite(points_of(rows, key)) for key, _ in quantities.HELD_OUT]
-    if all(ends):
+    # trained through the engine's rounding, the trainer's own policy is nobody's
+    if all(ends) and not setting(config, "algorithm", "quantize_aware"):
         engine, trainer = (points[-1][1] for points in ends)
         if 0 < noise_of_evaluations(config) < trainer - engine:
             found.append(ENGINE_BEHIND)
