@@ -22,6 +22,7 @@ ORDER = [
     ["models.model_config"],
     ["stopping", "run.lock", "tasks", "answers"],
     ["tokens.chat_template", "tokens.chat_renderer", "tokens.folder_files", "config_checks"],
+    ["tokens.segments"],
     ["config", "verifier_pool"],
     ["sharding", "experiment", "losses", "rewards", "tokens.tokenizer", "evaluation.intervals"],
     ["run.record", "constraint", "distributed", "reference", "tokens.gguf_tokenizer"],
