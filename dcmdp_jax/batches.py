@@ -10,6 +10,7 @@ from dcmdp_jax.config import Config, RolloutConfig
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.dynamic_sampling import Draw, has_spread
 from dcmdp_jax.monitoring import measurements
+from dcmdp_jax.monitoring.phases import phase
 from dcmdp_jax.records import Batch, Rollout, Sampler, Sampling, Scored, TrainState
 from dcmdp_jax.rollout import servers
 from dcmdp_jax.run.inputs import Inputs
@@ -172,6 +173,7 @@ class Batches:
         self._number += 1
         return self.collect(Stream.ROLLOUT, self._number - 1)
 
+    @phase("sampling")
     def _sample_and_score(self, seed: int) -> Scored | None:
         """Returns this process's part of a batch; None where it was asked to stop."""
         config = self._config
@@ -194,15 +196,17 @@ class Batches:
                     rollout = rollout._replace(experts=None)
                 if not config.rollout.top_logprobs:
                     rollout = rollout._replace(top_tokens=None, top_logp=None)
-                return rewards.score(
-                    rollout,
-                    self._inputs.tokenizer.decode,
-                    self._inputs.verifiers or config.data.reward_function(),
-                    self._should_stop,
-                )
+                with phase("computing rewards"):
+                    return rewards.score(
+                        rollout,
+                        self._inputs.tokenizer.decode,
+                        self._inputs.verifiers or config.data.reward_function(),
+                        self._should_stop,
+                    )
             except Interrupted:
                 return None
 
+    @phase("copying the weights to the sampler")
     def _update_weights(self, state: TrainState) -> None:
         params, version = train_state.sampled_from(state, self._config)
         params = train_state.for_sampler(params, self._config)

@@ -21,6 +21,7 @@ from dcmdp_jax.config import Calibrated, Config, with_tolerance
 from dcmdp_jax.constraint import Calibration
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.models.model_config import ModelConfig
+from dcmdp_jax.monitoring.phases import phase
 from dcmdp_jax.records import Batch, TrainState
 from dcmdp_jax.run import checkpoint
 from dcmdp_jax.run import folder as run_folder
@@ -34,6 +35,7 @@ RECORDED = {"slack": files.NUMBER, "batches": files.INTEGER, "tolerance": files.
 DIGITS = 4  # significant digits of a tolerance, whose error is far larger
 
 
+@phase("measuring the floor of delta")
 def run(
     config: Config, inputs: Inputs, workdir: pathlib.Path, state: TrainState, batches: Batches
 ) -> Config:

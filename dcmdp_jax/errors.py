@@ -39,6 +39,19 @@ def describe(error: BaseException) -> str:
     return f"{line}: {type_and_message(error)}" if line else type_and_message(error)
 
 
+def user_code(error: BaseException) -> str:
+    """Returns the lines of the user's code that led to an exception, or to its cause, outermost
+    first, as a traceback has them; "" if there are none.
+    """
+    lines = traceback.format_list(_user_frames(error))
+    if isinstance(error, SyntaxError):
+        *place, _ = traceback.format_exception_only(error)
+        lines += place
+    if not lines and error.__cause__:
+        return user_code(error.__cause__)
+    return "".join(lines).rstrip("\n")
+
+
 def user_code_line(error: BaseException) -> str | None:
     """Returns the file and line of the user's code in which an exception was raised, or None.
 
@@ -47,11 +60,16 @@ def user_code_line(error: BaseException) -> str | None:
     """
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}, line {error.lineno}"
+    users = _user_frames(error)
+    return f"{users[-1].filename}, line {users[-1].lineno}" if users else None
+
+
+def _user_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """Returns the frames of the user's code that the project called."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [i for i, frame in enumerate(frames) if frame.filename.startswith(_PACKAGE)]
     called = frames[ours[0] :] if ours else []
-    users = [frame for frame in called if _is_users(frame.filename)]
-    return f"{users[-1].filename}, line {users[-1].lineno}" if users else None
+    return [frame for frame in called if _is_users(frame.filename)]
 
 
 def type_and_message(error: BaseException) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -138,7 +139,7 @@ def _receiving(receive: Callable[[int], None]) -> Iterator[None]:
 def _write(text: str) -> None:
     """Writes to stderr, whatever the main thread is doing; a terminal that is gone is no error."""
     with contextlib.suppress(OSError):
-        os.write(2, f"\n{text}\n".encode())
+        print(f"\n{text}", file=sys.stderr, flush=True)
 
 
 class UserCalls:

@@ -16,7 +16,7 @@ from dcmdp_jax.config import Calibrated, Config
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.evaluation.held_out import HeldOut
 from dcmdp_jax.experiment import pin
-from dcmdp_jax.monitoring import gaps, metrics
+from dcmdp_jax.monitoring import gaps, metrics, phases
 from dcmdp_jax.records import TrainState
 from dcmdp_jax.run import checkpoint, recovery, staging, starting
 from dcmdp_jax.run import folder as run_folder
@@ -50,7 +50,7 @@ def prepare(
     Nothing is compiled, and bad input leaves no trace. What one process refuses, all refuse.
     """
     processes.check_same(json.dumps(to_json(config)), "configuration")
-    with processes.raise_on_all():
+    with processes.raise_on_all(), phases.told("reading the model and the problems"):
         inputs = read_inputs(config, devices)
         config = calibrate.with_recorded_tolerance(config, workdir)
         metrics.check_loggers(config)
@@ -67,6 +67,7 @@ def run(config: Config, workdir: pathlib.Path, inputs: Inputs, at_once: bool = F
     with (
         inputs.lock or contextlib.nullcontext(),
         staging.uploaded(workdir),
+        phases.of_run(workdir, config.name, inputs.mesh),  # tells what takes long
         requests(processes.request_stop, at_once) as signalled,
         contextlib.closing(checkpoint.Checkpoints(workdir, config.checkpoint.keep)) as saved,
     ):
@@ -114,11 +115,6 @@ def _loop(
         saved.save(state, prompt_state)
         saved.wait()  # what cannot be saved ends the run before its first step
         update = compiled_step.compile_step(config, inputs.model_config, inputs.mesh)
-        if int(state.step) < config.steps:
-            devices = inputs.mesh.devices.reshape(-1)
-            processes.log0(
-                f"compiling with the first step, for {len(devices)} x {devices[0].device_kind}"
-            )
         started = time.perf_counter()
         for batch in batches:  # prompts -> rollout -> rewards
             batches.before_update(state)

@@ -17,6 +17,8 @@ FILES = {
 # a folder.
 ORDER = [
     ["errors", "files", "limits", "seeds", "records", "monitoring.quantities"],
+    ["monitoring.screen"],
+    ["monitoring.phases"],
     ["buckets"],
     ["hub", "run.staging"],
     ["models.model_config"],

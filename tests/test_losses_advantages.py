@@ -1,6 +1,7 @@
 """Advantages against NumPy group by group, and reducers against the whole batch."""
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,10 @@ def rewards(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     garbage rewards.
     """
     rng = np.random.default_rng(seed)
-    group = rng.permutation(np.repeat(np.array([0, 1, 2, 3, -1, 99]), [4, 1, 6, 3, 1, 1])).astype(
-        np.int32
-    )
+    group = rng.permutation(np.repeat(np.array([0, 1, 2, 3, -1]), [4, 1, 6, 3, 2])).astype(np.int32)
     reward = rng.standard_normal(group.size).astype(np.float32)
     reward[group == 3] = 0.1  # equal rewards, whose float32 mean is not quite 0.1
-    reward[(group < 0) | (group >= GROUPS)] = np.nan
+    reward[group < 0] = np.nan
     return reward, group
 
 
@@ -68,6 +67,33 @@ def test_group_advantages(function, options, formula):
     computed = jax.jit(lambda r, g: function(r, g, num_groups=GROUPS, **options))(reward, group)
     np.testing.assert_allclose(computed, by_group(formula, reward, group), rtol=1e-5, atol=1e-6)
     assert np.all(np.asarray(computed)[(group == 1) | (group == 3)] == 0)
+
+
+GROUPED = [
+    advantages.grpo,
+    advantages.dr_grpo,
+    advantages.rloo,
+    advantages.gpg,
+    advantages.pass_at_k_advantage,
+    advantages.dynamic_sampling_mask,
+    partial(advantages.pass_at_k, k=2),
+]
+
+
+@pytest.mark.parametrize("function", GROUPED)
+def test_an_id_that_is_too_large_is_refused(function):
+    reward, group = rewards()
+    group[0] = GROUPS
+    with pytest.raises(ValueError, match="group holds the id 5, and ids of num_groups=5 groups"):
+        function(reward, group, num_groups=GROUPS)
+
+
+@pytest.mark.parametrize("function", GROUPED)
+def test_under_jit_an_id_that_is_too_large_is_padding(function):
+    reward, group = rewards()
+    compute = jax.jit(partial(function, num_groups=GROUPS))
+    too_large = np.where(group < 0, 99, group).astype(np.int32)
+    np.testing.assert_array_equal(compute(reward, too_large), compute(reward, group))
 
 
 def test_equal_rewards_give_exactly_zero():
@@ -152,7 +178,7 @@ def test_length_shaping():
     np.testing.assert_allclose(penalty, [0, 0, -0.5, -2, -2])
     assert penalty.dtype == jnp.float32
     correct = np.array([1, 1, 0, 0, 1], np.float32)
-    group = np.array([0, 0, 0, 1, 7], np.int32)
+    group = np.array([0, 0, 0, 1, -1], np.int32)
     shaped = advantages.length_reward(
         correct, np.array([10, 20, 30, 5, 5], np.int32), group, num_groups=2
     )

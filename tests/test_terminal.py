@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
-from dcmdp_jax.monitoring import terminal
+from dcmdp_jax.monitoring import phases, terminal
+from dcmdp_jax.monitoring import screen as screens
+from dcmdp_jax.monitoring.screen import Style
 
 VALUES = {
     "reward": 0.5,
@@ -21,22 +23,30 @@ VALUES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def own_screen(monkeypatch):
+    """A test does not draw over the block of the one before."""
+    monkeypatch.setattr(terminal, "screen", screens.Screen())
+
+
 @pytest.fixture
 def screen(monkeypatch):
-    """The lines a terminal of 100 columns shows after what was written so far; it knows the two
+    """The lines a terminal of 100 columns shows after what was written so far; it knows the three
     sequences in use.
     """
-    monkeypatch.setattr(terminal.shutil, "get_terminal_size", lambda: os.terminal_size((100, 24)))
+    monkeypatch.setattr(screens.shutil, "get_terminal_size", lambda: os.terminal_size((100, 24)))
     monkeypatch.setenv("NO_COLOR", "1")
 
     def replay(text):
         lines = [""]
         row = 0
-        for part in re.findall(r"\x1b\[\d+[AK]|\r|\n|[^\x1b\r\n]+", text):
+        for part in re.findall(r"\x1b\[\d*[AKJ]|\r|\n|[^\x1b\r\n]+", text):
             if part.endswith("A") and part.startswith("\x1b"):
                 row -= int(part[2:-1])
             elif part == "\x1b[2K":
                 lines[row] = ""
+            elif part == "\x1b[J":
+                lines[row:] = [""]
             elif part == "\n":
                 row += 1
                 lines += [""] * (row == len(lines))
@@ -118,7 +128,7 @@ def test_what_asks_for_attention_is_said(values, floor, says):
     assert terminal.warnings(VALUES | values, 0.01, floor) == says
     block = view()
     block.floor = floor
-    shown = [line for line in block.lines(1, VALUES | values, 99) if line.startswith("warning")]
+    shown = [line for line in block.lines(1, VALUES | values, 120) if line.startswith("warning")]
     assert shown == [f"warning  {said}" for said in says]
 
 
@@ -139,7 +149,7 @@ def test_delta_that_was_not_measured_is_neither_within_nor_above():
 def test_a_new_width_begins_a_new_block(screen, capsys, monkeypatch):
     block = view()
     block.draw(1, VALUES)
-    monkeypatch.setattr(terminal.shutil, "get_terminal_size", lambda: os.terminal_size((60, 24)))
+    monkeypatch.setattr(screens.shutil, "get_terminal_size", lambda: os.terminal_size((60, 24)))
     block.draw(2, VALUES)
     lines = screen(capsys.readouterr().err)
     assert lines[0].startswith("trial  step 1/10")
@@ -147,7 +157,7 @@ def test_a_new_width_begins_a_new_block(screen, capsys, monkeypatch):
 
 
 def test_held_out_rewards_have_a_line_of_their_own_on_a_narrow_terminal(monkeypatch):
-    monkeypatch.setattr(terminal.shutil, "get_terminal_size", lambda: os.terminal_size((60, 24)))
+    monkeypatch.setattr(screens.shutil, "get_terminal_size", lambda: os.terminal_size((60, 24)))
     lines = view().lines(1, VALUES, 59)
     assert "held-out engine 0.250  held-out trainer 0.375" in lines
 
@@ -155,23 +165,52 @@ def test_held_out_rewards_have_a_line_of_their_own_on_a_narrow_terminal(monkeypa
 @pytest.mark.parametrize("columns", [20, 40, 60, 80, 200])
 def test_no_line_is_wider_than_the_terminal(columns, monkeypatch, capsys):
     monkeypatch.setattr(
-        terminal.shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24))
+        screens.shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24))
     )
     monkeypatch.setenv("NO_COLOR", "1")
     block = view(name="a-long-name-of-an-experiment", total=10000)
     for step in range(1, 300):
         block.draw(step, VALUES)
-    shown = re.sub(r"\x1b\[\d+[AK]|\r", "", capsys.readouterr().err).split("\n")
+    shown = re.sub(r"\x1b\[\d*[AKJ]|\r", "", capsys.readouterr().err).split("\n")
     assert max(map(len, shown)) <= max(columns - 1, 20)
 
 
-def test_the_time_left_counts_this_process_alone(monkeypatch, capsys):
-    clock = iter((100.0, 100.0, 104.0, 104.0))
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
-    block = view(first_step=5)  # steps 5 and 6 took 2 s and 4 s, four are left
-    block.draw(5, VALUES)
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds that `time.monotonic` returns, in a list of one."""
+    seconds = [100.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: seconds[0])
+    return seconds
+
+
+def test_the_time_left_counts_the_steps_of_this_process_after_its_first(clock, capsys):
+    block = view(first_step=5)
+    block.draw(5, VALUES)  # took 2 s, compilation included; five steps are left
+    clock[0] += 4
     block.draw(6, VALUES)
-    assert re.findall(r"(\S+) left", capsys.readouterr().err) == ["0:10", "0:12"]
+    clock[0] += 6
+    block.draw(7, VALUES)
+    left = re.findall(r"  ((?:at most )?\S+ s) left", capsys.readouterr().err)
+    assert left == ["at most 10 s", "16 s", "15 s"]
+
+
+def test_the_time_left_does_not_count_compilations(clock, capsys):
+    with phases.told("training") as recorder:
+        block = view()
+        block.draw(1, VALUES)
+        recorder.on_event(phases.LOWERED, 0.1, fun_name="jit(step)")
+        clock[0] += 50
+        recorder.on_event(phases.COMPILED, 50.0, fun_name="jit(step)")
+        clock[0] += 2
+        block.draw(2, VALUES)
+    assert "  16 s left" in capsys.readouterr().err
+
+
+def test_until_the_second_step_a_step_of_the_run_before_counts(capsys):
+    last = phases.Times("trial", "1 x cpu", 60.0, 3.0, {})
+    with phases.told("training", last):
+        view().draw(1, VALUES)
+    assert "  27 s left" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -192,12 +231,57 @@ def test_sparklines_by_hand(values, width, drawn):
 
 
 @pytest.mark.parametrize(
-    "tty, term, fits", [(True, "xterm", True), (True, "dumb", False), (False, "xterm", False)]
+    "tty, term, style, fits",
+    [
+        (True, "xterm", Style.AUTOMATIC, True),
+        (True, "dumb", Style.AUTOMATIC, False),
+        (False, "xterm", Style.AUTOMATIC, False),
+        (True, "xterm", Style.PLAIN, False),
+        (True, "xterm", Style.QUIET, False),
+    ],
 )
-def test_only_a_terminal_that_moves_its_cursor_gets_the_block(tty, term, fits, monkeypatch):
+def test_only_a_terminal_that_may_move_its_cursor_gets_the_block(
+    tty, term, style, fits, monkeypatch
+):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: tty)
     monkeypatch.setenv("TERM", term)
-    assert terminal.can_redraw() == fits
+    terminal.screen.style = style
+    assert terminal.screen.redraws == fits
+
+
+def shown_lines(capsys, steps=3):
+    block = view()
+    for step in range(1, steps + 1):
+        block.show(step, VALUES, evaluated=1)
+    return capsys.readouterr().err.splitlines()
+
+
+def test_elsewhere_a_line_comes_now_and_then(capsys):
+    assert [line.split("  ")[0] for line in shown_lines(capsys)] == ["trial: step 1/10"]
+
+
+def test_plain_is_a_line_a_step_without_control_characters(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    terminal.screen.style = Style.PLAIN
+    lines = shown_lines(capsys)
+    assert [line.split("  ")[0] for line in lines] == [f"trial: step {i}/10" for i in (1, 2, 3)]
+    assert all(line.isprintable() for line in lines)
+
+
+def test_quiet_shows_no_step(capsys):
+    terminal.screen.style = Style.QUIET
+    terminal.screen.say("warm-up")
+    assert shown_lines(capsys) == [] and capsys.readouterr().out == ""
+
+
+def test_a_line_tells_a_warning_that_the_line_before_did_not(capsys):
+    terminal.screen.style = Style.PLAIN
+    block = view()
+    block.floor = 0.02
+    for step in (1, 2):
+        block.show(step, VALUES | {"skipped": step}, evaluated=1)
+    counts = [line.count("warning: ") for line in capsys.readouterr().err.splitlines()]
+    assert counts == [2, 1]
 
 
 def test_colour_stops_at_no_color(monkeypatch, capsys):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import glob
+import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from dcmdp_jax import errors
-from dcmdp_jax.cli import fields, parser
+from dcmdp_jax.cli import failures, fields, parser
 from dcmdp_jax.run import staging
 
 
@@ -22,6 +25,7 @@ def main(arguments: list[str] | None = None, devices: Sequence[Any] | None = Non
         devices: the JAX devices that a run may use; None: all there are.
     """
     args, options = parser.make().parse_known_args(arguments)
+    _leave_out_tpu()
     args.devices = devices
     try:
         job = args.command(args, options)
@@ -40,7 +44,7 @@ def main(arguments: list[str] | None = None, devices: Sequence[Any] | None = Non
         if message is None and not isinstance(error, ValueError):
             raise
         typed = fields.as_typed(message or str(error), args, options)
-        print(f"dcmdp: {staging.shown(typed)}", file=sys.stderr)
+        failures.tell(error, typed, args.traceback)
         return 2
     status = job()
     try:
@@ -49,3 +53,14 @@ def main(arguments: list[str] | None = None, devices: Sequence[Any] | None = Non
         print(f"dcmdp: {error}", file=sys.stderr)
         return status or 1
     return status
+
+
+def _leave_out_tpu() -> None:
+    """Has JAX compute on the CPU where libtpu is installed, without the library of another
+    accelerator, and the machine has no TPU: libtpu would print warnings.
+    """
+    is_alone = importlib.util.find_spec("libtpu") and not importlib.util.find_spec("jax_plugins")
+    has_tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")
+    is_set = any(name.startswith(("JAX_PLATFORMS", "TPU_")) for name in os.environ)
+    if is_alone and not has_tpu and not is_set:
+        os.environ["JAX_PLATFORMS"] = "cpu"

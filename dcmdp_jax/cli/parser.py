@@ -26,6 +26,11 @@ def make() -> argparse.ArgumentParser:
     ) -> argparse.ArgumentParser:
         added = commands.add_parser(name, allow_abbrev=False, help=summary, description=description)
         added.set_defaults(command=command)
+        added.add_argument(
+            "--traceback",
+            action="store_true",
+            help="show the whole traceback of an error",
+        )
         return added
 
     _train(add)
@@ -34,6 +39,7 @@ def make() -> argparse.ArgumentParser:
     _diagnose(add)
     _doctor(add)
     _study(add)
+    _experiments(add)
     _plan(add)
     _launch(add)
     _generate(add)
@@ -96,6 +102,18 @@ def _train(add: Add) -> None:
         default=120,
         metavar="SECONDS",
         help="how long to wait for the other processes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would run: sizes, memory, steps, time; start and write nothing",
+    )
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--quiet", action="store_true", help="print errors and the final table only")
+    shown.add_argument(
+        "--plain",
+        action="store_true",
+        help="print a line a step, without colour and cursor movements",
     )
     parser.add_argument(
         "--fields",
@@ -172,6 +190,19 @@ def _study(add: Add) -> None:
     )
     parser.add_argument(
         "--workers", type=int, default=0, help="runs at a time (default: one for each core)"
+    )
+
+
+def _experiments(add: Add) -> None:
+    parser = add(
+        "experiments",
+        run_commands.experiments_command,
+        "list the experiments and studies of a folder",
+        "Lists the files that define CONFIG or STUDY, with the first paragraph of their "
+        "docstrings. No file is run.",
+    )
+    parser.add_argument(
+        "folder", nargs="?", default="experiments", help="folder to search (default: experiments)"
     )
 
 

@@ -18,20 +18,28 @@ from collections.abc import Callable
 from functools import partial
 
 from dcmdp_jax import buckets, errors, hub
-from dcmdp_jax.cli import fields
+from dcmdp_jax.cli import failures, fields
 from dcmdp_jax.config import Config
 from dcmdp_jax.config_checks import scalar_fields
 from dcmdp_jax.experiment import load_experiment, override
 from dcmdp_jax.monitoring import terminal
+from dcmdp_jax.monitoring.screen import Style, screen
 from dcmdp_jax.run import staging
 
 
 def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
     """`dcmdp train`: runs or resumes an experiment."""
     terminal.ignore_broken_streams()
+    if args.quiet:
+        screen.style = Style.QUIET
+    elif args.plain:
+        screen.style = Style.PLAIN
     config, workdir = fields.load(args, options)
     if args.fields:
         return partial(_print_fields, config)
+    if args.dry_run:
+        return _dry_run(args, config, workdir)
+    screen.say(f"{config.name}: starting")
     given = [bool(args.coordinator), args.processes > 0, args.process >= 0]
     if any(given) and (args.distributed or not all(given)):
         raise ValueError(
@@ -42,7 +50,7 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
 
     from dcmdp_jax import train
     from dcmdp_jax.distributed import processes
-    from dcmdp_jax.report import run_page, samples
+    from dcmdp_jax.report import final_table, run_page, samples
     from dcmdp_jax.run.checkpoint import NoReadableCheckpoint
     from dcmdp_jax.stopping import Failed, Interrupted
 
@@ -60,26 +68,44 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
                 if jax.process_index() == 0:
                     run_page.write(workdir)
         except Interrupted as stop:
-            processes.log0(staging.shown(f"{stop}; {again}"))
+            if jax.process_index() == 0:
+                print(staging.shown(f"{stop}; {again}"), flush=True)
             return 130
         except NoReadableCheckpoint as error:
-            print(staging.shown(f"dcmdp: {error}"), file=sys.stderr)
+            failures.tell(error, str(error), args.traceback)
             return 2
         except Failed as error:
-            print(staging.shown(f"dcmdp: {error}"), file=sys.stderr)
+            failures.tell(error, str(error), args.traceback)
             return 1
         except Exception as error:
             message = errors.user_message(error)
             if message is None:
                 raise
-            print(staging.shown(f"dcmdp: {message}; {again}"), file=sys.stderr)
+            failures.tell(error, f"{message}; {again}", args.traceback)
             return 1
         if jax.process_index() == 0:
-            print(*samples.lines(workdir), sep="\n", file=sys.stderr)
+            for line in samples.lines(workdir):
+                screen.line(line)
+            print(final_table.text(workdir))
         processes.log0(f"finished; see {address}/report.html")
         return 0
 
     return job
+
+
+def _dry_run(args: argparse.Namespace, config: Config, workdir: pathlib.Path) -> Callable[[], int]:
+    if args.coordinator or args.distributed:
+        raise ValueError(
+            "--dry-run describes a run of one process; leave --coordinator and --distributed out, "
+            "or see dcmdp plan"
+        )
+    from dcmdp_jax.report import tables
+    from dcmdp_jax.tools import dry_run
+
+    rows = dry_run.describe(config, workdir, args.devices)
+    print(tables.aligned_text(rows, left=2))
+    print("nothing was started or written")
+    return _done
 
 
 def _print_fields(config: Config) -> int:
@@ -190,6 +216,27 @@ def study_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
     return partial(
         study.command, args.study, fields.local_folder(args.workdir or default), args.workers
     )
+
+
+def experiments_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
+    """`dcmdp experiments`: lists the experiments of a folder."""
+    fields.refuse(options)
+    from dcmdp_jax.report import tables
+    from dcmdp_jax.tools import experiment_list
+
+    found = experiment_list.find(pathlib.Path(args.folder))
+    rows = [[str(item.path), item.kind, item.summary] for item in found]
+    for line in tables.aligned_text(rows, left=3).splitlines():
+        print(_cut(line))
+    return _done
+
+
+def _cut(line: str) -> str:
+    """Returns a line as wide as the terminal; elsewhere all of it."""
+    width = shutil.get_terminal_size().columns
+    if not sys.stdout.isatty() or len(line) <= width:
+        return line
+    return f"{line[: width - 1]}…"
 
 
 def plan_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:

@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from dcmdp_jax import errors, sharding
 from dcmdp_jax.config import MeshConfig, RolloutConfig
 from dcmdp_jax.distributed import rendezvous
+from dcmdp_jax.monitoring.screen import screen
 from dcmdp_jax.run import staging
 from dcmdp_jax.stopping import Failed, Interrupted
 
@@ -81,9 +82,9 @@ def start(
 
 
 def log0(text: str) -> None:
-    """Prints `text` on process 0 only."""
+    """Tells the progress of a run, on process 0 only."""
     if jax.process_index() == 0:
-        print(text, flush=True)
+        screen.say(text)
 
 
 def _detected(limit: float) -> tuple[str, int, int]:

@@ -11,6 +11,7 @@ import numpy as np
 from dcmdp_jax import rewards, seeds, train_state
 from dcmdp_jax.config import Config, Precision
 from dcmdp_jax.distributed import processes
+from dcmdp_jax.monitoring.phases import phase
 from dcmdp_jax.records import Prompts, Sampler, Sampling, Scored, TrainState
 from dcmdp_jax.run.inputs import Inputs
 from dcmdp_jax.seeds import Stream
@@ -49,6 +50,7 @@ class HeldOut:
         # of the last measurement, as `metrics.Log.write_samples` takes them; process 0 has them
         self.samples: list[dict[str, Any]] = []
 
+    @phase("evaluating")
     def measure(self, state: TrainState) -> dict[str, float]:
         """Returns `reward_eval_infer`, the pass rate of the run's sampler with its present weights,
         and `reward_eval_train`, that of the parameters of `state`; the latter only if
@@ -61,6 +63,8 @@ class HeldOut:
             return {}
         infer = self._sample(self._sampler)
         train = None
+        if infer is not None:
+            processes.log0(f"step {int(state.step)}: held-out engine {infer.pass_rate:.3f}")
         if infer is not None and self._config.rollout.own_engine:
             train = infer if self._is_exact else self._sample_trainer(state)
         if infer is None or (train is None and self._config.rollout.own_engine):

@@ -106,6 +106,8 @@ def clip_bounds(clip_low: float, clip_high: float) -> None:
 def groups(value: Any, like: Array, num_groups: int) -> Array:
     """Returns int32 group ids with every id outside [0, num_groups) moved to num_groups, where
     nothing reads it.
+
+    Raises ValueError on an id that is too large, unless the ids are traced.
     """
     if not hasattr(value, "dtype"):
         raise TypeError(f"group must be a NumPy or JAX array, not {type(value).__name__}")
@@ -117,6 +119,11 @@ def groups(value: Any, like: Array, num_groups: int) -> Array:
         )
     if num_groups < 1:
         raise ValueError(f"num_groups must be at least 1, not {num_groups}")
+    if value.size and not isinstance(value, jax.core.Tracer) and value.max() >= num_groups:
+        raise ValueError(
+            f"group holds the id {value.max()}, and ids of num_groups={num_groups} groups are 0 to "
+            f"{num_groups - 1}; give another num_groups, or the id -1 to padded completions"
+        )
     value = jnp.asarray(value)
     return jnp.where((value >= 0) & (value < num_groups), value, num_groups)
 

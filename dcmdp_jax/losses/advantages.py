@@ -2,10 +2,11 @@
 
 Completions of one prompt form a group, named by integer ids: `group` int32 `[N]` with ids in [0,
 num_groups), in any order, and `num_groups` a Python int, so that every function is jit-safe and
-groups may differ in size. An id outside the range marks a padded completion, which belongs to no
-group and gets advantage 0. `reward` is float32 `[N]`. A group of one completion has nothing to
-compare with: its advantage is 0 (verl keeps the raw reward there). The functions raise TypeError
-for another dtype and ValueError for another shape.
+groups may differ in size. The id -1 marks a padded completion, which belongs to no group and gets
+advantage 0. An id of num_groups or more raises ValueError where its value is known; under jit,
+where it is not, it counts as padding. `reward` is float32 `[N]`. A group of one completion has
+nothing to compare with: its advantage is 0 (verl keeps the raw reward there). The functions raise
+TypeError for another dtype and ValueError for another shape.
 """
 
 from __future__ import annotations

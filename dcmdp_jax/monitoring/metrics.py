@@ -29,7 +29,7 @@ import jax
 
 from dcmdp_jax import errors, files
 from dcmdp_jax.config import Calibrated, Config
-from dcmdp_jax.monitoring import quantities, terminal
+from dcmdp_jax.monitoring import phases, quantities, terminal
 from dcmdp_jax.run import staging
 
 FILE = "metrics.jsonl"
@@ -111,6 +111,7 @@ class Log:
         self._file.write(json.dumps(_row(step, values), allow_nan=False) + "\n")
         self._file.flush()
         self.step = step
+        phases.note_step()
         self._each(lambda logger: logger.write(step, values))
         self._latest |= values
         if step == 1:

@@ -1,16 +1,17 @@
-"""A run's progress on stderr: a block of lines that is redrawn in place, or a line now and then."""
+"""A run's steps on stderr: a block of lines that is redrawn in place, or a line now and then."""
 
 from __future__ import annotations
 
 import math
 import os
-import shutil
 import sys
+import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
-from dcmdp_jax.monitoring import quantities
+from dcmdp_jax.monitoring import phases, quantities
+from dcmdp_jax.monitoring.screen import Style, columns, screen
 
 
 class _LossyStream:
@@ -54,7 +55,7 @@ def ignore_broken_streams() -> None:
             setattr(sys, name, _LossyStream(stream))
 
 
-SECONDS_BETWEEN_LINES = 10.0  # so that the logs of batch jobs stay short
+SECONDS_BETWEEN_LINES = 5.0  # so that the logs of batch jobs stay short
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE = 30  # columns of a sparkline, if the terminal is wide enough
 SHORTEST_CURVE = 6
@@ -63,7 +64,7 @@ LABEL = 21  # columns of a row before its sparkline, and the blanks after it
 
 class View:
     """A run's progress: a block of lines on a terminal, which stays when the run ends; else a line
-    at the first step, at the last, and every ten seconds.
+    at the first step, at the last, and every five seconds, or at each step if it is to be plain.
     """
 
     def __init__(
@@ -79,14 +80,14 @@ class View:
         self.tolerance = tolerance
         self._bound = multiplier_max
         self._before = first_step - 1  # steps of earlier processes
-        self._started = None  # when this process began its first step
+        self._began: float | None = None  # when this process had taken its first step
+        self._compiled = 0.0  # `phases.compiled_seconds()` then
         self.floor: float | None = None  # see `metrics.floor_lower_bound`
         self._evaluated = 0  # step of the last evaluation, which is shown until the next
         self._rewards: list[float] = []
         self._deltas: list[float] = []
-        self._height = 0
-        self._width = 0
         self._last_line = -math.inf  # when it was printed
+        self._told: list[str] = []  # warnings of that line
 
     def show(self, step: int, values: Mapping[str, Any], evaluated: int) -> None:
         """Shows the values of a step: draws the block, or prints a line if one is due.
@@ -94,32 +95,24 @@ class View:
         Those of an evaluation are of step `evaluated`.
         """
         self._evaluated = evaluated
-        if can_redraw():
+        if screen.redraws:
             self.draw(step, values)
             return
         now = time.monotonic()
-        if step == self._total or now - self._last_line >= SECONDS_BETWEEN_LINES:
-            line = status(values, self.tolerance, self.floor, self._measured_before(step))
-            print(f"{self._name}: step {step}/{self._total}  {line}", file=sys.stderr, flush=True)
+        left = self._left(step, values)
+        is_due = step == self._total or now - self._last_line >= SECONDS_BETWEEN_LINES
+        if is_due or screen.style is Style.PLAIN:
+            held_out = self._measured_before(step)
+            line = status(values, self.tolerance, self.floor, held_out, left, self._told)
+            self._told = warnings(values, self.tolerance, self.floor)
+            screen.line(f"{self._name}: step {step}/{self._total}  {line}")
             self._last_line = now
 
     def draw(self, step: int, values: Mapping[str, Any]) -> None:
         """Draws the block with the values of a step over that of the step before."""
-        self._started = self._started or time.monotonic() - values.get("seconds", 0)
         self._rewards.append(values.get("reward", math.nan))
         self._deltas.append(values.get("delta_mean", math.nan))
-        # the last column would wrap on some terminals
-        width = max(shutil.get_terminal_size().columns - 1, 20)
-        lines = [line[:width] for line in self.lines(step, values, width)]
-        if width == self._width:
-            lines += [""] * (self._height - len(lines))  # erases lines that are no longer needed
-        # Up to the block's first line, then down over it. If the width changed, the terminal may
-        # have wrapped the old lines anew and their place is not known: a new block begins below.
-        up = f"\x1b[{self._height}A" if self._height and width == self._width else ""
-        sys.stderr.write(f"\r{up}" + "".join(f"\x1b[2K{_colored(line)}\n" for line in lines))
-        sys.stderr.flush()
-        self._height = len(lines)
-        self._width = width
+        screen.draw(self.lines(step, values, columns()))
 
     def lines(self, step: int, values: Mapping[str, Any], width: int) -> list[str]:
         """Returns the block's text, without colour. A line may be longer than `width`: what matters
@@ -152,28 +145,50 @@ class View:
                 rest.append(f"{quantity.name:<7}  {text[quantity.key]}{bound}")
             elif quantity.key not in ("reward", "delta_mean", *dict(quantities.HELD_OUT)):
                 rest.append(f"{quantity.name} {text[quantity.key]}")
-        if rest:
-            lines.append("  ".join(rest))
-        alarms = warnings(values, self.tolerance, self.floor)
-        return lines + [f"warning  {alarm}" for alarm in alarms]
+        lines += _rows(rest, width)
+        for alarm in warnings(values, self.tolerance, self.floor):
+            lines += textwrap.wrap(f"warning  {alarm}", width, subsequent_indent=" " * 9)
+        return lines
 
     def _measured_before(self, step: int) -> str:
         """Names the step of the last evaluation, if it was not this one."""
         return f" (step {self._evaluated})" if 0 < self._evaluated < step else ""
 
+    def _left(self, step: int, values: Mapping[str, Any]) -> str:
+        """Returns the time left, "" after the last step.
+
+        That of the steps after this process's first one counts, without compilations; until there
+        is one, a step of the run before, or the first one, which compiles.
+        """
+        steps = self._total - step
+        now = time.monotonic()
+        compiled = phases.compiled_seconds()
+        if self._began is None:
+            self._began = now
+            self._compiled = compiled
+        if not steps:
+            return ""
+        done = step - self._before - 1
+        if done:
+            seconds = (now - self._began - (compiled - self._compiled)) / done * steps
+            return f"{phases.clock(seconds)} left"
+        before = phases.step_before()
+        if before is None:
+            return f"at most {phases.clock(values.get('seconds', math.nan) * steps)} left"
+        return f"{phases.clock(before * steps)} left"
+
     def _progress(self, step: int, values: Mapping[str, Any], width: int) -> str:
         """The block's first line: the step, a bar, the time left, and the speed."""
-        left = math.nan
-        if self._started is not None:
-            elapsed = time.monotonic() - self._started
-            left = elapsed / (step - self._before) * (self._total - step)
         speed = ""
         if values.get("seconds") and "tokens" in values:
-            speed = f"  {values['tokens'] / values['seconds']:,.0f} tokens/s"
+            speed = f"{values['tokens'] / values['seconds']:,.0f} tokens/s"
         bar = max(min(width - 60, 30), 0)
         full = bar * step // max(self._total, 1)
-        drawn = f"  {'━' * full}{'╌' * (bar - full)}" if bar >= 6 else ""
-        return f"{self._name}  step {step}/{self._total}{drawn}  {_clock(left)} left{speed}"
+        drawn = "━" * full + "╌" * (bar - full) if bar >= 6 else ""
+        left = self._left(step, values)
+        return "  ".join(
+            part for part in (self._name, f"step {step}/{self._total}", drawn, left, speed) if part
+        )
 
     def _against_tolerance(self, delta: float) -> str:
         if not math.isfinite(delta):
@@ -189,10 +204,15 @@ class View:
 
 
 def status(
-    values: Mapping[str, Any], tolerance: float, floor: float | None = None, held_out: str = ""
+    values: Mapping[str, Any],
+    tolerance: float,
+    floor: float | None = None,
+    held_out: str = "",
+    left: str = "",
+    told: Sequence[str] = (),
 ) -> str:
-    """Returns the headline quantities of `values` in one line, with speed and warnings; `held_out`
-    follows those of an evaluation.
+    """Returns the headline quantities of `values` in one line, with speed, time left and warnings;
+    `held_out` follows those of an evaluation. Warnings of `told` are left out.
     """
     parts = []
     for quantity in quantities.headline():
@@ -203,7 +223,9 @@ def status(
             parts.append(f"{quantity.name} {quantity.format.format(values[quantity.key])}{note}")
     if values.get("seconds", 0) > 0 and "tokens" in values:
         parts.append(f"{values['tokens'] / values['seconds']:,.0f} tokens/s")
-    parts += [f"warning: {alarm}" for alarm in warnings(values, tolerance, floor)]
+    parts += [left] if left else []
+    alarms = warnings(values, tolerance, floor)
+    parts += [f"warning: {alarm}" for alarm in alarms if alarm not in told]
     return "  ".join(parts)
 
 
@@ -232,11 +254,6 @@ def warnings(values: Mapping[str, Any], tolerance: float, floor: float | None) -
     return alarms
 
 
-def can_redraw() -> bool:
-    """True if stderr is a terminal that can move its cursor."""
-    return sys.stderr.isatty() and os.environ.get("TERM", "") != "dumb"
-
-
 def sparkline(values: list[float], width: int) -> str:
     """Returns the values as at most `width` blocks, scaled from the least to the largest; means if
     there are more values, dots for gaps.
@@ -258,28 +275,16 @@ def sparkline(values: list[float], width: int) -> str:
     )
 
 
+def _rows(parts: Sequence[str], width: int) -> list[str]:
+    """Returns the parts in as few lines as they fit in."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + 2 + len(part) <= width:
+            lines[-1] += f"  {part}"
+        else:
+            lines.append(part)
+    return lines
+
+
 def _row(name: str, value: str, curve: str, note: str) -> str:
     return "  ".join(part for part in (f"{name:<7}", f"{value:<8}", curve, note) if part)
-
-
-def _colored(line: str) -> str:
-    """Colours what a reader must know, unless NO_COLOR is set (https://no-color.org)."""
-    if os.environ.get("NO_COLOR"):
-        return line
-    for word, code in (
-        ("ABOVE", "31"),
-        ("NOT MEASURED", "31"),
-        ("(at its bound)", "33"),
-        ("warning", "33"),
-        ("within", "32"),
-    ):
-        line = line.replace(word, f"\x1b[{code}m{word}\x1b[0m")
-    return line
-
-
-def _clock(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -20,6 +20,7 @@ from jax import lax
 
 from dcmdp_jax import errors, sharding
 from dcmdp_jax.distributed import processes
+from dcmdp_jax.monitoring.phases import phase
 from dcmdp_jax.records import TrainState
 from dcmdp_jax.run import staging
 
@@ -58,6 +59,7 @@ class Checkpoints:
         """The step of the newest checkpoint."""
         return self._manager.latest_step()
 
+    @phase("saving a checkpoint")
     def save(self, state: TrainState, prompt_state: Any) -> None:
         """Saves a state and that of the prompt iterator; nothing where its step is saved already.
 
@@ -79,6 +81,7 @@ class Checkpoints:
             args = _with_checksums(state._replace(frozen=()), prompt_state)
             self._manager.save(step, args=args)
 
+    @phase("saving a checkpoint")
     def wait(self) -> None:
         """Waits until the last `save` is on the disk. Raises OSError where it cannot be written."""
         with self._failure_as_os_error():
@@ -109,6 +112,7 @@ class Checkpoints:
                 f"a checkpoint cannot be written to {self._manager.directory}: {cause[:REASON]}"
             ) from error
 
+    @phase("reading the newest checkpoint")
     def restore(self, like: TrainState) -> tuple[TrainState, Any] | None:
         """Returns (state, state of the prompt iterator) of the newest intact checkpoint, or None
         where there are no checkpoints.

@@ -60,7 +60,7 @@ def claim(workdir: pathlib.Path, config: Config) -> IO[str] | staging.Lock | Non
         with processes.raise_on_all():
             if staged:  # the last holder of the lock may have written since it was read
                 staged.refresh()
-            _check_is_same_run(workdir, config)
+            check_is_same_run(workdir, config)
         with processes.raise_on_all():
             if jax.process_index() == 0:
                 if not checkpoint.steps(workdir):
@@ -87,7 +87,7 @@ def write_config(workdir: pathlib.Path, config: Config) -> None:
     files.write_atomic(workdir / RECORD_FILE, json.dumps(to_json(config), indent=2) + "\n")
 
 
-def _check_is_same_run(workdir: pathlib.Path, config: Config) -> None:
+def check_is_same_run(workdir: pathlib.Path, config: Config) -> None:
     """Raises ValueError where the run in `workdir` differs from `config` in what may not change."""
     if not checkpoint.begun(workdir):
         return

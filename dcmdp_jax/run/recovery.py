@@ -18,6 +18,7 @@ from dcmdp_jax.batches import Collected
 from dcmdp_jax.config import Config
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.monitoring import metrics
+from dcmdp_jax.monitoring.phases import phase
 from dcmdp_jax.records import NotFinite, TrainState
 from dcmdp_jax.run import checkpoint, staging
 from dcmdp_jax.run.inputs import Inputs
@@ -34,6 +35,7 @@ class StepTaken(NamedTuple):
     batch: Collected
     started: float  # `time.perf_counter()` when the step before it had ended
 
+    @phase("updating the policy")
     def row(self) -> dict[str, float]:
         """Returns the step's scalars, once they are computed, with the seconds it took."""
         scalars = {name: x for name, x in self.metrics.items() if name not in NOT_IN_ROW}

@@ -13,6 +13,7 @@ from dcmdp_jax import hub, seeds, train_state
 from dcmdp_jax.config import Config, Lora
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.models import decoder, lora, peft, weights
+from dcmdp_jax.monitoring.phases import phase
 from dcmdp_jax.records import TrainState
 from dcmdp_jax.run import checkpoint, supervised, warmup
 from dcmdp_jax.run.inputs import Inputs
@@ -47,6 +48,7 @@ def first_state(
     )
 
 
+@phase("reading the weights of the reference")
 def reference_weights(config: Config, inputs: Inputs) -> Any | None:
     """Returns the parameters of the reference policy's folder; None where there is no folder."""
     if not config.algorithm.reference_folder:
@@ -110,6 +112,7 @@ def starting_weights(
     return warmup.run(load(), config, model, inputs.tokenizer, inputs.mesh, workdir, should_stop)
 
 
+@phase("reading the weights")
 def unwarmed_weights(config: Config, inputs: Inputs, *, freeze: bool = False) -> Any:
     """Returns the parameters of the model folder, or random ones, on the training mesh.
 

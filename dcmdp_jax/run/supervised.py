@@ -20,6 +20,7 @@ from dcmdp_jax.distributed import processes
 from dcmdp_jax.models import scoring
 from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.monitoring import metrics
+from dcmdp_jax.monitoring.phases import phase
 from dcmdp_jax.records import Batch, TrainState
 from dcmdp_jax.run import checkpoint, pairs
 from dcmdp_jax.run.pairs import Pair
@@ -29,6 +30,7 @@ FILE = "warmup.jsonl"  # a row for each step: step, loss, grad_norm, tokens
 SHOWN = 20  # lines on the terminal
 
 
+@phase("warming up")
 def run(
     load: Callable[[], Any],
     learnt: Sequence[Pair],

@@ -23,6 +23,7 @@ from dcmdp_jax.distributed import processes
 from dcmdp_jax.models import decoder
 from dcmdp_jax.models.kernels import head
 from dcmdp_jax.models.model_config import ModelConfig
+from dcmdp_jax.monitoring.phases import phase
 from dcmdp_jax.run import supervised
 from dcmdp_jax.stopping import Interrupted
 from dcmdp_jax.tokens.tokenizer import Tokenizer
@@ -30,6 +31,7 @@ from dcmdp_jax.tokens.tokenizer import Tokenizer
 STEPS_PER_DISPATCH = 50
 
 
+@phase("warming up")
 def run(
     params: Any,
     config: Config,

@@ -1,0 +1,250 @@
+"""What a run is doing now, and how long it took last time.
+
+A phase is a part of the program with a name, `with phase("saving a checkpoint"):`, or a
+compilation, which JAX reports. The times of a run are in `times.json` of its folder: the next run
+in that folder, or in one beside it, shows them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import pathlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from dcmdp_jax import files
+from dcmdp_jax.monitoring.screen import screen
+
+FILE = "times.json"
+SHORT = 1.0  # seconds of a phase that nobody needs to be told of
+LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # events: XLA compiles after this one
+COMPILED = "/jax/core/compile/backend_compile_duration"  # and until this one
+RECORDED = {
+    "experiment": files.STRING,
+    "devices": files.STRING,
+    "before_steps": files.NUMBER,
+    "a_step": files.NUMBER,
+    "phases": files.OBJECT,
+}
+
+
+class Times(NamedTuple):
+    """How long a run took, in seconds."""
+
+    experiment: str  # its name
+    devices: str  # their number and kind
+    before_steps: float  # until the first step was taken, that step included
+    a_step: float  # each further one, with its share of evaluations and checkpoints
+    phases: dict[str, float]  # of each phase the last one, without those inside of it; of a
+    # function's compilations the longest
+
+    def estimate(self, steps: int) -> float:
+        """Returns the seconds that a new run of so many steps takes."""
+        return self.before_steps + max(steps - 1, 0) * self.a_step
+
+
+@dataclass
+class _Open:
+    """A phase that has not ended."""
+
+    name: str
+    began: float
+    inside: float = 0.0  # seconds of the phases inside of it that have ended
+    compiles: bool = False
+
+
+@dataclass
+class Recorder:
+    """The phases of a run. Those of other threads than the one that made it do not count."""
+
+    last: Times | None = None  # of the run before
+    seconds: dict[str, float] = field(default_factory=dict)
+    compiled: float = 0.0  # seconds of all compilations
+    open: list[_Open] = field(default_factory=list)
+    began: float = field(default_factory=lambda: time.monotonic())
+    rows: list[float] = field(default_factory=list)  # when steps had been taken: first and last
+    steps: int = 0
+    thread: int = field(default_factory=threading.get_ident)
+
+    def begin(self, name: str, compiles: bool = False) -> int:
+        """Begins a phase and returns what `end` takes."""
+        now = time.monotonic()
+        self.open.append(_Open(name, now, compiles=compiles))
+        return len(self.open) - 1
+
+    def end(self, depth: int) -> None:
+        """Ends a phase, and those inside of it that an exception has left."""
+        now = time.monotonic()
+        ended = self.open[depth]
+        del self.open[depth:]
+        elapsed = now - ended.began
+        own = elapsed - ended.inside
+        if ended.compiles:  # once for each shape of the arguments
+            own = max(own, self.seconds.get(ended.name, 0.0))
+            self.compiled += elapsed
+        self.seconds[ended.name] = own
+        if self.open:
+            self.open[-1].inside += elapsed
+
+    def on_event(self, event: str, seconds: float, fun_name: str = "", **others: Any) -> None:
+        """Follows the compilations that JAX reports."""
+        if threading.get_ident() != self.thread or not self.open:
+            return
+        if self.open[-1].compiles and event in (LOWERED, COMPILED):
+            self.end(len(self.open) - 1)
+        if event == LOWERED:
+            self.begin(f"compiling {fun_name.removeprefix('jit(').removesuffix(')')}", True)
+
+    def note_step(self) -> None:
+        """To be called after each step."""
+        self.rows = [*self.rows[:1], time.monotonic()]
+        self.steps += 1
+
+    def doing(self) -> str:
+        """Returns what the run is doing, how long it has and how long it took last time; "" if it
+        has just begun to do it.
+        """
+        current = self.open[-1]
+        elapsed = time.monotonic() - current.began - current.inside
+        if elapsed < SHORT:
+            return ""
+        before = self.seconds.get(current.name)
+        if before is None and self.last:
+            before = self.last.phases.get(current.name)
+        took = "" if before is None else f", {clock(before)} last time"
+        return f"{current.name}: {clock(elapsed)} so far{took}"
+
+
+_recorder: Recorder | None = None  # of the run that this process is in
+
+
+@contextlib.contextmanager
+def phase(name: str) -> Iterator[None]:
+    """A part of the program that may take long; also a decorator of a function that is one."""
+    recorder = _recorder
+    if recorder is None or threading.get_ident() != recorder.thread:
+        yield
+        return
+    depth = recorder.begin(name)
+    try:
+        yield
+    finally:
+        recorder.end(depth)
+
+
+@contextlib.contextmanager
+def told(doing: str, last: Times | None = None) -> Iterator[Recorder]:
+    """A block of the program in which a thread tells what takes long.
+
+    Args:
+        doing: what takes long where no other phase has begun.
+        last: times of the run before.
+    """
+    global _recorder
+    import jax.monitoring
+
+    previous = _recorder
+    _recorder = recorder = Recorder(last)
+    recorder.begin(doing)
+    jax.monitoring.register_event_duration_secs_listener(recorder.on_event)
+    try:
+        with screen.opened(recorder.doing):
+            yield recorder
+    finally:
+        jax.monitoring.unregister_event_duration_listener(recorder.on_event)
+        _recorder = previous
+
+
+@contextlib.contextmanager
+def of_run(workdir: pathlib.Path, name: str, mesh: Any) -> Iterator[None]:
+    """A run, of which process 0 tells what takes long; its times are in `workdir` in the end.
+
+    Args:
+        name: of the experiment.
+        mesh: the jax.sharding.Mesh that trains.
+    """
+    import jax
+
+    if jax.process_index() != 0:
+        yield
+        return
+    devices = devices_of(mesh)
+    last = read(workdir, name, devices)
+    said = f"{name} on {devices}"
+    if last:
+        said += (
+            f"; last time the first step came after {clock(last.before_steps)}, and a step took "
+            f"{clock(last.a_step)}"
+        )
+    screen.say(said)
+    with told("training", last) as recorder:
+        try:
+            yield
+        finally:
+            write(workdir, name, devices, recorder)
+
+
+def devices_of(mesh: Any) -> str:
+    """Returns number and kind of the devices of a mesh."""
+    devices = mesh.devices.reshape(-1)
+    return f"{len(devices)} x {devices[0].device_kind}"
+
+
+def note_step() -> None:
+    """To be called after each step."""
+    if _recorder:
+        _recorder.note_step()
+
+
+def compiled_seconds() -> float:
+    """Returns how long the run has compiled."""
+    return _recorder.compiled if _recorder else 0.0
+
+
+def step_before() -> float | None:
+    """Returns the seconds that a step took in the run before, if they are known."""
+    return _recorder.last.a_step if _recorder and _recorder.last else None
+
+
+def read(workdir: pathlib.Path, experiment: str, devices: str) -> Times | None:
+    """Returns the times of the run that ended last in `workdir` or in a folder beside it, if it is
+    of this experiment on these devices. A file that cannot be read is none.
+    """
+    found = []
+    for path in workdir.absolute().parent.glob(f"*/{FILE}"):
+        with contextlib.suppress(OSError, ValueError):
+            record = files.read_json_object(path)
+            files.check_fields(record, RECORDED, str(path))
+            found.append((path.stat().st_mtime, Times(**{key: record[key] for key in RECORDED})))
+    same = [item for item in found if item[1][:2] == (experiment, devices)]
+    return max(same, key=lambda item: item[0])[1] if same else None
+
+
+def write(workdir: pathlib.Path, experiment: str, devices: str, recorder: Recorder) -> None:
+    """Writes the times of a run that has taken two steps or more."""
+    if recorder.steps < 2:
+        return
+    first, last = recorder.rows
+    record = Times(
+        experiment,
+        devices,
+        first - recorder.began,
+        (last - first) / (recorder.steps - 1),
+        {name: round(seconds, 2) for name, seconds in recorder.seconds.items()},
+    )
+    files.write_json(workdir / FILE, record._asdict())
+
+
+def clock(seconds: float) -> str:
+    """Returns seconds as "12 s", from a minute on as "1:05" or "2:00:00"; "?" if not finite."""
+    if not math.isfinite(seconds):
+        return "?"
+    if round(seconds) < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
