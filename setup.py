@@ -35,6 +35,7 @@ SERVER = ["httpx2>=2.0", "anyio>=4.10"]
 ANSWERS = ["math-verify==0.9.0", "antlr4-python3-runtime==4.13.2"]
 REPORT = ["tensorboardX", "matplotlib"]
 BUCKETS = ["google-cloud-storage>=3", "gcsfs>=2026.9"]
+COMPLETION = ["shtab>=1.7"]
 TEST = [
     "pytest",
     "pytest-timeout",
@@ -87,7 +88,8 @@ setup(
         "answers": ANSWERS,  # judges what our own reader of answers cannot read
         "report": REPORT,
         "buckets": BUCKETS,  # gs:// addresses; Orbax needs gcsfs
-        "test": [*SERVER, *ANSWERS, *BUCKETS, *TEST],
+        "completion": COMPLETION,  # writes what completes the command line in a shell
+        "test": [*COMPLETION, *SERVER, *ANSWERS, *BUCKETS, *TEST],
         "lint": LINT,
         "docs": DOCS,  # builds the documentation site, see mkdocs.yml
         "all": [*TRAIN, *SERVER, *ANSWERS, *REPORT, *BUCKETS, *TEST],

@@ -56,6 +56,17 @@ def test_a_refusal_names_the_option_that_was_typed(capsys):
     assert "dcmdp: --rollout.max-tokens=0 must be at least 1" in capsys.readouterr().err
 
 
+def test_paths_complete_as_shtab_completes_them():
+    shtab = pytest.importorskip("shtab")
+    assert {shell: shtab.FILE[shell] for shell in parser.PATHS} == parser.PATHS
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_shtab_writes_a_script_for_the_command(shell):
+    script = pytest.importorskip("shtab").complete(parser.make(), shell=shell)
+    assert "--dry-run" in script and parser.PATHS[shell] in script
+
+
 def test_every_command_has_a_help_page(capsys):
     commands = (
         "train parity calibrate diagnose doctor study experiments plan generate chat eval serve "

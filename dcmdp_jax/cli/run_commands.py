@@ -34,6 +34,8 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
         screen.style = Style.QUIET
     elif args.plain:
         screen.style = Style.PLAIN
+    else:
+        screen.style = Style.AUTOMATIC
     config, workdir = fields.load(args, options)
     if args.fields:
         return partial(_print_fields, config)

@@ -138,12 +138,12 @@ def _folder(workdir: pathlib.Path, taken: int) -> str:
 
 
 def _time(config: Config, inputs: Inputs, workdir: pathlib.Path, taken: int) -> str:
-    last = phases.read(workdir, config.name, phases.devices_of(inputs.mesh))
-    if last is None:
-        return f"not known: no run of {config.name} on these devices beside the folder"
     left = max(config.steps - taken, 0)
     if not left:
         return "none"
+    last = phases.read(workdir, config.name, phases.devices_of(inputs.mesh))
+    if last is None:
+        return f"not known: no run of {config.name} on these devices beside the folder"
     seconds = left * last.a_step if taken else last.estimate(left)
     return (
         f"about {phases.clock(seconds)}, as the run before took {phases.clock(last.a_step)} a step"
