@@ -1,6 +1,7 @@
 """What a run is told to be doing, since when, and how long it took last time."""
 
 import io
+import json
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ import pytest
 from dcmdp_jax.monitoring import phases, screen
 from dcmdp_jax.monitoring.phases import Times, phase
 
+DAMAGED = json.dumps(Times("trial", "1 x cpu", 60.0, 3.0, {"sampling": "long"})._asdict())
 LAST = Times("trial", "1 x cpu", 60.0, 3.0, {"sampling": 4.0})
 
 
@@ -132,7 +134,7 @@ def test_times_of_another_experiment_or_other_devices_are_not_read(
     assert phases.read(tmp_path / "a", experiment, devices) is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"experiment": "trial", "phases": 3}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", DAMAGED])
 def test_a_damaged_file_is_none(tmp_path, text):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / phases.FILE).write_text(text)
@@ -240,3 +242,28 @@ def test_the_streams_are_put_back(quick, monkeypatch):
         assert sys.stderr is not stream
         raise KeyError
     assert sys.stderr is stream
+
+
+def test_a_forked_child_can_print_while_the_lock_is_held(quick, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with quick.opened(lambda: ""):
+        quick.draw(["first"])
+        before = stream.getvalue()
+        holder = threading.Event()
+        done = threading.Event()
+
+        def hold():
+            with quick._lock:
+                holder.set()
+                done.wait()
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        holder.wait()
+        quick.forget()  # as in the child
+        print("from the child", file=sys.stderr)
+        done.set()
+        thread.join()
+    assert stream.getvalue().startswith(before + "from the child\n")

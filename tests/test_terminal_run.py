@@ -44,13 +44,13 @@ def test_a_run_leaves_the_times_of_its_phases(quiet):
     assert any(name.startswith("compiling ") for name in recorded["phases"])
 
 
-def test_plain_prints_each_step_and_each_evaluation_as_it_comes(tmp_path, capsys):
+def test_plain_prints_each_step_and_the_first_evaluation_as_it_comes(tmp_path, capsys):
     assert dcmdp([*command(tmp_path, steps=3, **{"eval.every": 2}), "--plain"]) == 0
     said = capsys.readouterr()
     steps = [line.split("  ")[0] for line in said.err.splitlines() if ": step " in line]
     assert steps == [f"quickstart: step {i}/3" for i in (1, 2, 3)]
     evaluated = [line[:7] for line in said.out.splitlines() if "held-out engine 0." in line[:30]]
-    assert evaluated[:3] == ["step 1:", "step 2:", "step 3:"]
+    assert evaluated == ["step 1:"]
 
 
 FAILING = """

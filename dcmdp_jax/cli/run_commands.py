@@ -36,12 +36,13 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
         screen.style = Style.PLAIN
     else:
         screen.style = Style.AUTOMATIC
+    if not (args.fields or args.dry_run):
+        screen.say(f"starting {args.experiment}")
     config, workdir = fields.load(args, options)
     if args.fields:
         return partial(_print_fields, config)
     if args.dry_run:
         return _dry_run(args, config, workdir)
-    screen.say(f"{config.name}: starting")
     given = [bool(args.coordinator), args.processes > 0, args.process >= 0]
     if any(given) and (args.distributed or not all(given)):
         raise ValueError(
@@ -86,7 +87,7 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
             failures.tell(error, f"{message}; {again}", args.traceback)
             return 1
         if jax.process_index() == 0:
-            for line in samples.lines(workdir):
+            for line in [*samples.lines(workdir), ""]:
                 screen.line(line)
             print(final_table.text(workdir))
         processes.log0(f"finished; see {address}/report.html")

@@ -63,7 +63,7 @@ class HeldOut:
             return {}
         infer = self._sample(self._sampler)
         train = None
-        if infer is not None:
+        if infer is not None and not self.samples:  # the first: the trainer's takes as long again
             processes.log0(f"step {int(state.step)}: held-out engine {infer.pass_rate:.3f}")
         if infer is not None and self._config.rollout.own_engine:
             train = infer if self._is_exact else self._sample_trainer(state)

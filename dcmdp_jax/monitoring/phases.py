@@ -185,7 +185,10 @@ def of_run(workdir: pathlib.Path, name: str, mesh: Any) -> Iterator[None]:
         try:
             yield
         finally:
-            write(workdir, name, devices, recorder)
+            try:
+                write(workdir, name, devices, recorder)
+            except OSError as error:  # of no consequence beside what ends the run
+                screen.line(f"{workdir / FILE} is not written: {error}")
 
 
 def devices_of(mesh: Any) -> str:
@@ -219,6 +222,8 @@ def read(workdir: pathlib.Path, experiment: str, devices: str) -> Times | None:
         with contextlib.suppress(OSError, ValueError):
             record = files.read_json_object(path)
             files.check_fields(record, RECORDED, str(path))
+            numbers = dict.fromkeys(record["phases"], files.NUMBER)
+            files.check_fields(record["phases"], numbers, str(path))
             found.append((path.stat().st_mtime, Times(**{key: record[key] for key in RECORDED})))
     same = [item for item in found if item[1][:2] == (experiment, devices)]
     return max(same, key=lambda item: item[0])[1] if same else None

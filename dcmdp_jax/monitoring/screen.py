@@ -128,6 +128,14 @@ class Screen:
             elif doing and time.monotonic() - self._last >= SILENCE:
                 self.line(doing)
 
+    def forget(self) -> None:
+        """To be called in a forked child: the block is its parent's, whose thread may hold the
+        lock.
+        """
+        self._lock = threading.RLock()
+        self._block = []
+        self._height = 0
+
     def _redraw(self) -> None:
         """Moves up to the block's first line and writes the block down over it.
 
@@ -191,3 +199,4 @@ def _colored(line: str) -> str:
 
 
 screen = Screen()  # of this process
+os.register_at_fork(after_in_child=screen.forget)

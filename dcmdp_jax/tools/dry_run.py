@@ -33,13 +33,15 @@ def describe(
     if not staging.of(workdir):
         lock.check(workdir)
     run_folder.check_is_same_run(workdir, config)
-    layout = plan.lay_out(config, inputs.model_config, list(inputs_devices(inputs)))
+    layout = plan.lay_out(
+        config, inputs.model_config, jax.devices() if devices is None else devices
+    )
     taken = max(checkpoint.steps(workdir), default=0)
     return [
         ["experiment", config.name],
         ["model", _model(config, inputs.model_config)],
         ["parameters", _parameters(config, inputs)],
-        ["devices", f"{phases.devices_of(inputs.mesh)}, {_axes(inputs.mesh)}"],
+        ["devices", _devices(inputs.mesh)],
         ["sampling", _sampling(config, inputs)],
         *_memory(layout),
         ["a step", _step(config)],
@@ -48,12 +50,6 @@ def describe(
         ["folder", _folder(workdir, taken)],
         ["time", _time(config, inputs, workdir, taken)],
     ]
-
-
-def inputs_devices(inputs: Inputs) -> list[jax.Device]:
-    """Returns the devices that train, then those that only sample."""
-    training = list(inputs.mesh.devices.flat)
-    return training + [d for d in inputs.decode_mesh.devices.flat if d not in training]
 
 
 def _model(config: Config, model: ModelConfig) -> str:
@@ -77,9 +73,10 @@ def _count(params: Any) -> int:
     return sum(math.prod(w.shape) for w in jax.tree.leaves(params))
 
 
-def _axes(mesh: jax.sharding.Mesh) -> str:
+def _devices(mesh: jax.sharding.Mesh) -> str:
     sizes = [f"{name} {size}" for name, size in mesh.shape.items() if size > 1]
-    return f"mesh {' x '.join(sizes)}" if sizes else "one device"
+    axes = f", mesh {' x '.join(sizes)}" if sizes else ""
+    return f"{phases.devices_of(mesh)}{axes}"
 
 
 def _sampling(config: Config, inputs: Inputs) -> str:
@@ -88,16 +85,18 @@ def _sampling(config: Config, inputs: Inputs) -> str:
         return f"the server {rollout.server}"
     if not rollout.own_engine:
         return "rollout.sampler of the experiment"
-    where = f"{phases.devices_of(inputs.decode_mesh)}, {_axes(inputs.decode_mesh)}"
+    where = _devices(inputs.decode_mesh)
     return f"{rollout.precision.weights} weights, {rollout.slots} slots, on {where}"
 
 
 def _memory(layout: plan.Layout) -> list[list[str]]:
-    """What lies on a device between programs; `dcmdp plan` adds what these need."""
+    """What lies on a device between programs, which need more while they run: `dcmdp plan` has
+    that.
+    """
     held = plan.held(layout)
     parts = ", ".join(f"{name} {plan.size(number)}" for name, number in held.items())
     return [
-        ["memory", f"{plan.size(sum(held.values()))} a device, and what the programs need"],
+        ["memory", f"{plan.size(sum(held.values()))} a device between programs"],
         ["", parts],
     ]
 
