@@ -77,6 +77,7 @@ def test_a_run_that_goes_on_in_another_process_is_the_uninterrupted_one(bucket, 
         "config.json",
         "metrics.jsonl",
         "report.html",
+        "times.json",
         "warmup.jsonl",
     }
     forget()
