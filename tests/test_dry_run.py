@@ -6,13 +6,15 @@ import pathlib
 import jax
 import pytest
 
-from dcmdp_jax import train_state
+from dcmdp_jax import sharding, train_state
 from dcmdp_jax.monitoring import phases
 from dcmdp_jax.run import lock
 from dcmdp_jax.run.inputs import read_inputs
 from dcmdp_jax.run.record import to_json
 from dcmdp_jax.tools import dry_run, plan
 from support.training import ONE_DEVICE, command, dcmdp, tiny
+
+ABSENT = pathlib.Path("absent")  # never made
 
 
 def described(workdir, **changes):
@@ -24,6 +26,13 @@ def described(workdir, **changes):
 @pytest.fixture(scope="module")
 def new(tmp_path_factory):
     return described(tmp_path_factory.mktemp("new") / "run", steps=7)
+
+
+@pytest.fixture(scope="module")
+def new_memory():
+    """The parts of the memory, of which the row has no name."""
+    (parts,) = [text for name, text in dry_run.describe(tiny(), ABSENT, ONE_DEVICE) if not name]
+    return parts
 
 
 def begun(workdir, config, step):
@@ -43,9 +52,15 @@ def test_the_tokens_of_a_step_are_prompts_times_samples_times_the_limit(new):
     assert new["a step"].startswith("4 prompts x 4 samples, at most 320 tokens sampled")
 
 
-def test_the_memory_is_the_plan_s(new):
-    held = plan.held(plan.lay_out(tiny(), read_inputs(tiny(), ONE_DEVICE).model_config, ONE_DEVICE))
-    assert new["memory"].startswith(f"{plan.size(sum(held.values()))} a device")
+def test_the_memory_of_the_training_state_is_that_of_its_shapes(new_memory):
+    inputs = read_inputs(tiny(), ONE_DEVICE)
+    state = train_state.abstract(tiny(), inputs.model_config, inputs.mesh)
+    assert f"training state {plan.size(sharding.local_bytes(state))}, " in new_memory
+
+
+def test_the_memory_adds_up(new, new_memory):
+    total = sum(float(part.split()[-2]) for part in new_memory.split(", "))
+    assert abs(total - float(new["memory"].split()[0])) < 0.03  # MiB, each part rounded
 
 
 def test_steps_and_folder_of_a_new_run(new):

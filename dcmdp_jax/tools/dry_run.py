@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from dcmdp_jax import calibrate, train_state
-from dcmdp_jax.config import Config
+from dcmdp_jax import calibrate, sharding, train_state
+from dcmdp_jax.config import Calibrated, Config, with_tolerance
 from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.monitoring import metrics, phases
 from dcmdp_jax.run import checkpoint, lock, staging
@@ -33,9 +33,6 @@ def describe(
     if not staging.of(workdir):
         lock.check(workdir)
     run_folder.check_is_same_run(workdir, config)
-    layout = plan.lay_out(
-        config, inputs.model_config, jax.devices() if devices is None else devices
-    )
     taken = max(checkpoint.steps(workdir), default=0)
     return [
         ["experiment", config.name],
@@ -43,7 +40,7 @@ def describe(
         ["parameters", _parameters(config, inputs)],
         ["devices", _devices(inputs.mesh)],
         ["sampling", _sampling(config, inputs)],
-        *_memory(layout),
+        *_memory(config, inputs),
         ["a step", _step(config)],
         ["steps", _steps(config, taken)],
         ["evaluation", _evaluation(config, inputs)],
@@ -89,11 +86,23 @@ def _sampling(config: Config, inputs: Inputs) -> str:
     return f"{rollout.precision.weights} weights, {rollout.slots} slots, on {where}"
 
 
-def _memory(layout: plan.Layout) -> list[list[str]]:
+def _memory(config: Config, inputs: Inputs) -> list[list[str]]:
     """What lies on a device between programs, which need more while they run: `dcmdp plan` has
     that.
     """
-    held = plan.held(layout)
+    if isinstance(config.constraint.tolerance, Calibrated):
+        config = with_tolerance(config, 1.0)  # shapes do not depend on the number
+    model = inputs.model_config
+    held = {
+        "training state": sharding.local_bytes(train_state.abstract(config, model, inputs.mesh)),
+        "batch": sharding.local_bytes(plan.abstract_batch(config, model, inputs.mesh)),
+    }
+    if config.rollout.own_engine:
+        params = train_state.abstract_policy_params(config, model, inputs.mesh)
+        prompts = config.data.prompts_per_step
+        engine = plan.engine_of(config, model, params, inputs.decode_mesh, 1, prompts)
+        held["weights of the engine"] = engine.weights_held
+        held["cache of the engine"] = engine.cache + engine.prefix
     parts = ", ".join(f"{name} {plan.size(number)}" for name, number in held.items())
     return [
         ["memory", f"{plan.size(sum(held.values()))} a device between programs"],

@@ -16,7 +16,7 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from dcmdp_jax import compiled_step, files, sharding, sync, train_state, trainer
 from dcmdp_jax.config import AlgorithmConfig, Calibrated, Config, with_tolerance
 from dcmdp_jax.evaluation import held_out
 from dcmdp_jax.models.model_config import ModelConfig
-from dcmdp_jax.records import Batch, TrainState, Weights
+from dcmdp_jax.records import Batch, Weights
 from dcmdp_jax.rollout import generate
 from dcmdp_jax.rollout.jetstream import Engine
 from dcmdp_jax.run import supervised
@@ -38,7 +38,6 @@ from dcmdp_jax.tokens import tokenizer as tokenizers
 from dcmdp_jax.tools import cost_model
 
 GIB = 2**30
-MIB = 2**20
 
 
 class Chip(NamedTuple):
@@ -134,65 +133,20 @@ def slice_devices(name: str, slices: int = 1) -> list[Any]:
     return list(described.devices)
 
 
-class Layout(NamedTuple):
-    """What a run holds on its devices: shapes with shardings."""
-
-    config: Config  # with a number for the tolerance
-    mesh: jax.sharding.Mesh  # that trains
-    decode_mesh: jax.sharding.Mesh  # of one engine
-    engines: int
-    state: TrainState
-    batch: Batch
-    params: Any  # the decoder's
-    engine: _Engine | None  # the library's own, if it samples
-
-
-def lay_out(config: Config, model: ModelConfig, devices: Sequence[Any]) -> Layout:
-    """Lays a run out on `devices`. Raises ValueError if that cannot be done."""
-    if isinstance(config.constraint.tolerance, Calibrated):
-        config = with_tolerance(config, 1.0)  # nothing that is planned depends on the number
-    mesh, decode_mesh = sharding.meshes(config, devices, process=0)
-    engines = 1 if config.rollout.one_engine else len({device.process_index for device in devices})
-    check_inputs(config, model, mesh, decode_mesh, engines)
-    params = train_state.abstract_policy_params(config, model, mesh)
-    engine = None
-    if config.rollout.own_engine:
-        prompts = config.data.prompts_per_step // engines
-        engine = _engine(config, model, params, decode_mesh, engines, prompts)
-    return Layout(
-        config,
-        mesh,
-        decode_mesh,
-        engines,
-        train_state.abstract(config, model, mesh),
-        abstract_batch(config, model, mesh),
-        params,
-        engine,
-    )
-
-
-def held(layout: Layout) -> dict[str, int]:
-    """Returns the bytes that a run holds on a device, by what they are for, without what its
-    programs need while they run.
-    """
-    bytes_of = {
-        "training state": sharding.local_bytes(layout.state),
-        "batch": sharding.local_bytes(layout.batch),
-    }
-    if layout.engine:
-        bytes_of["weights of the engine"] = layout.engine.weights_held
-        bytes_of["cache of the engine"] = layout.engine.cache + layout.engine.prefix
-    return bytes_of
-
-
 def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator[Program]:
     """Yields the programs that a run compiles on `devices`, each at its greatest lengths.
 
     Those of a sampler that is not the library's own are left out, and the weight sync to it. Raises
     ValueError if the run cannot be laid out on the devices.
     """
-    layout = lay_out(config, model, devices)
-    config, mesh, decode_mesh, engines, state, batch, params, engine = layout
+    if isinstance(config.constraint.tolerance, Calibrated):
+        config = with_tolerance(config, 1.0)  # the programs do not depend on the number
+    mesh, decode_mesh = sharding.meshes(config, devices, process=0)
+    engines = 1 if config.rollout.one_engine else len({device.process_index for device in devices})
+    check_inputs(config, model, mesh, decode_mesh, engines)
+    state = train_state.abstract(config, model, mesh)
+    batch = abstract_batch(config, model, mesh)
+    params = train_state.abstract_policy_params(config, model, mesh)
     # What a training device holds between two steps, and beside the decoder's parameters: these are
     # a part of the state, unless `policy_params` makes a copy.
     idle = sharding.local_bytes((state, batch))
@@ -200,6 +154,10 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
     if config.model.policy_params is None:
         others -= sharding.local_bytes(params)
     shared = set(decode_mesh.devices.flat) <= set(mesh.devices.flat)
+    engine = None
+    if config.rollout.own_engine:
+        prompts = config.data.prompts_per_step // engines
+        engine = engine_of(config, model, params, decode_mesh, engines, prompts)
     # Stale rollouts are sampled while the step runs. Others are over, and their weights are freed.
     looks_ahead = engine is not None and shared and config.rollout.staleness > 0
     sampling = engine.held if looks_ahead else 0
@@ -237,7 +195,7 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
     config = held_out.exact(config)
     weights = engine.weights_held
     prompts = -(-config.eval.prompts // engines)
-    exact = _engine(config, model, params, decode_mesh, engines, prompts)
+    exact = engine_of(config, model, params, decode_mesh, engines, prompts)
     for program in (
         *_sampling(config, model, exact, (idle if shared else 0) + weights),
         _sync(config, model, params, mesh, decode_mesh, others + (weights if shared else 0)),
@@ -305,9 +263,10 @@ class _Engine(NamedTuple):
         return self.weights_held + self.cache + self.prefix
 
 
-def _engine(
+def engine_of(
     config: Config, model: ModelConfig, params: Any, mesh: Any, engines: int, prompts: int
 ) -> _Engine:
+    """Returns one of a run's engines, which lies on `mesh` and samples `prompts` a rollout."""
     rollout = config.rollout
     width = config.data.max_prompt_tokens
     engine = Engine(
@@ -554,8 +513,9 @@ def table(plan: Plan) -> list[list[str]]:
 
 def size(number: float) -> str:
     """Returns bytes as GiB, or MiB if they are few."""
-    unit, name = (GIB, "GiB") if number >= 0.1 * GIB else (MIB, "MiB")
-    return f"{number / unit:.2f} {name}"
+    if number < 0.1 * GIB:
+        return f"{number / 2**20:.2f} MiB"
+    return f"{number / GIB:.2f} GiB"
 
 
 def verdict(plan: Plan) -> list[str]:
