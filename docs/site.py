@@ -2,7 +2,7 @@
 
 MkDocs reads one folder. Here the site gets the README, RESULTS.md, the pages of docs/ and all that
 they link to, each at its path in the repository: a link then leads to the same place in both. The
-reference of the losses is made of the docstrings by mkdocstrings.
+reference is made of the docstrings by mkdocstrings.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = ("README.md", "RESULTS.md", *(f"docs/{x.name}" for x in sorted(ROOT.glob("docs/*.md"))))
 AS_THEY_ARE = (".svg", ".png", ".ipynb")  # other files that are linked become texts
+REFERENCE = ("losses", "constraint", "models", "rollout")  # each a page of the site
 LINK = re.compile(r"\]\(([^)#\s]+)\)")
 FIELDS = re.compile(r"^(Formula|Needs|Default|Paper): (.+(?:\n[ \t]+.+)*)", re.MULTILINE)
 
@@ -37,8 +38,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             # a browser shows a text, and hosts leave out what begins with a dot
             file.dest_uri = f"source/{name.lstrip('.')}.txt"
         files.append(file)
-    for name, modules in {"losses": _modules_of_losses(), "constraint": ["constraint"]}.items():
-        text = "\n\n".join(f"::: dcmdp_jax.{module}" for module in modules)
+    for name in REFERENCE:
+        text = "\n\n".join(f"::: dcmdp_jax.{module}" for module in modules_of(name))
         page = f"# dcmdp_jax.{name}\n\n{text}\n"
         files.append(File.generated(config, f"reference/{name}.md", content=page))
     return files
@@ -60,10 +61,12 @@ def _linked() -> set[str]:
     return found
 
 
-def _modules_of_losses() -> list[str]:
-    folder = ROOT / "dcmdp_jax" / "losses"
+def modules_of(name: str) -> list[str]:
+    """Returns a module of the package, and all public ones under it if it is a folder."""
+    folder = ROOT / "dcmdp_jax" / name.replace(".", "/")
     names = sorted(module.name for module in pkgutil.iter_modules([str(folder)]))
-    return ["losses", *(f"losses.{name}" for name in names if not name.startswith("_"))]
+    public = [part for part in names if not part.startswith("_")]
+    return [name, *(module for part in public for module in modules_of(f"{name}.{part}"))]
 
 
 class StatedFields(griffe.Extension):

@@ -95,8 +95,8 @@ def rollout(
         should_stop: polled between dispatches.
         on_end: called with a completion's index, the ids of its text and whether it stopped, as
             soon as it has ended.
-        prefill_tokens, smallest_bucket: positions of one prefill at most, and the smallest length
-            that prompts are padded to.
+        prefill_tokens: positions of one prefill at most.
+        smallest_bucket: the smallest length that prompts are padded to.
 
     Raises ValueError if a prompt leaves the engine no room for `max_tokens` or a log-prob is not
     finite; `NotFinite` if a weight is not; `Interrupted` if `should_stop()`.

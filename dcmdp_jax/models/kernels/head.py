@@ -99,7 +99,8 @@ def token_logp(
         entropy_gradient: whether it has one; the backward pass is that of logp alone otherwise.
         max_logits: largest number of logits in memory at a time, except that a tile has at least
             one position of each row.
-        cpu_tokens, cpu_vocab: sizes of the tiles on a CPU.
+        cpu_tokens: lengths of the tiles on a CPU.
+        cpu_vocab: entries of the vocabulary in a tile on a CPU.
 
     Returns:
         logp [R, S], entropy [R, S] or None; 0 at positions that are not wanted. The backward pass

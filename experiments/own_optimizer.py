@@ -1,0 +1,51 @@
+"""Should the embedding learn more slowly than the rest? The quickstart with an optimizer of one's
+own.
+
+`AlgorithmConfig.optimizer` is a function of the configuration that returns an optax transformation.
+This one is Lion for the projections and a slower Adam for all other parameters, both at the
+schedule's rate: `optimizers.learning_rate` has the linear rise and `schedule`.
+
+Command:  dcmdp train experiments/own_optimizer.py
+Hardware: two CPU cores
+Time:     not measured
+Result:   not measured; tests/test_own_files.py trains 2 steps of a smaller model
+"""
+
+import dataclasses
+
+import jax
+import optax
+from quickstart import CONFIG as QUICKSTART
+
+from dcmdp_jax import optimizers
+
+
+def lion_and_adam(algorithm):
+    """Returns the optimizer; the step has clipped the gradients before."""
+    rate = optimizers.learning_rate(algorithm)
+    adam = optax.adam(rate, algorithm.beta1, algorithm.beta2)
+    by_kind = {
+        "matrices": optax.lion(rate, weight_decay=algorithm.weight_decay),
+        "others": optax.chain(adam, optax.scale(0.1)),
+    }
+    return optax.partition(by_kind, kinds)
+
+
+def kinds(params):
+    """Returns the name of its optimizer for every parameter."""
+    return jax.tree.map(
+        lambda is_matrix: "matrices" if is_matrix else "others", optimizers.matrices(params)
+    )
+
+
+CONFIG = dataclasses.replace(
+    QUICKSTART,
+    name="own_optimizer",
+    algorithm=dataclasses.replace(
+        QUICKSTART.algorithm,
+        optimizer=lion_and_adam,
+        learning_rate=3e-5,  # Lion's steps are larger than AdamW's
+        schedule=optax.cosine_decay_schedule(1.0, 640),  # updates: 160 steps of 4
+        weight_decay=0.1,
+    ),
+)
