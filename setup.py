@@ -44,6 +44,7 @@ TEST = [
     "nbclient",
     "nbformat",
     "ipykernel",
+    "matplotlib",  # plots of the notebooks
     "torch==2.13.0",
     "transformers==5.23.0",
     "libtpu==0.0.52",

@@ -1,12 +1,10 @@
-"""Experiments and notebooks load, say what they ask and cost, and differ where they should."""
+"""Experiments load, say what they ask and cost, and differ where they should."""
 
 import ast
 import importlib
 import pathlib
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from dcmdp_jax.experiment import load_experiment
 from dcmdp_jax.run.record import differences, to_json
@@ -17,7 +15,6 @@ EXPERIMENTS = sorted(
 )
 LAPTOP = sorted(ROOT.glob("experiments/laptop/*.py"))
 STUDIES = [path for path in LAPTOP if "Command:" in path.read_text()]
-NOTEBOOKS = sorted(ROOT.glob("colab/*.ipynb"))
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
@@ -68,41 +65,3 @@ def test_bf16_and_fp8_differ_in_the_engines_precision_alone(size):
         "rollout.precision.weights",
         "rollout.precision.activations",
     }
-
-
-def code(path):
-    cells = nbformat.read(path, 4).cells
-    return "\n".join(cell.source for cell in cells if cell.cell_type == "code")
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_has_at_most_60_lines_of_code(path):
-    assert len([line for line in code(path).splitlines() if line.strip()]) <= 60
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_defines_no_function(path):
-    nodes = ast.walk(ast.parse(code(path)))
-    assert not [n for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Lambda))]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_and_shows_its_report(path, tmp_path, monkeypatch):
-    for name, value in (
-        ("DCMDP_STEPS", "2"),
-        ("DCMDP_WARMUP", "4"),
-        ("DCMDP_WORKDIR", str(tmp_path / "run")),
-        ("XLA_FLAGS", ""),
-        ("JAX_PLATFORMS", "cpu"),
-    ):
-        monkeypatch.setenv(name, value)
-    notebook = nbformat.read(path, 4)
-    NotebookClient(
-        notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}
-    ).execute()
-    outputs = [
-        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
-    ]
-    assert any("<svg" in output.get("data", {}).get("text/html", "") for output in outputs)
-    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 2
