@@ -1,11 +1,11 @@
-"""Serves a Hugging Face folder of a dense Qwen3 by llama.cpp's server; a script for the environment
-of install_llama_cpp.sh:
+"""Serves a GGUF file or a Hugging Face folder of a dense Qwen3 by llama.cpp's server; a script for
+the environment of install_llama_cpp.sh:
 
-    runs/engines/llama_cpp/bin/python benchmarks/engines/serve_gguf.py FOLDER --port 8080
+    runs/engines/llama_cpp/bin/python benchmarks/engines/serve_gguf.py MODEL --port 8080
 
-It writes FOLDER/model-TYPE.gguf first. A line on its standard input names another folder, which it
-then serves in the place of the one before; it ends with its input. Token i has a text of its own in
-the place of the tokenizer's: requests and replies are token ids.
+Of a folder it writes MODEL/model-TYPE.gguf first, in which token i has a text of its own in the
+place of the tokenizer's: requests and replies are token ids. A line on its standard input names
+another model, which it then serves in the place of the one before; it ends with its input.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ def write(folder: pathlib.Path, weights: str) -> pathlib.Path:
     """
     config = json.loads((folder / "config.json").read_text())
     if config["architectures"] != ["Qwen3ForCausalLM"] or config.get("rope_scaling"):
-        sys.exit(f"{folder} is no dense Qwen3 without rotary scaling, which alone is written here")
+        sys.exit(
+            f"{folder} is no dense Qwen3 without rotary scaling, which alone is written here; give "
+            "its GGUF file"
+        )
     tensors = safetensors.load_file(folder / "model.safetensors")
     path = folder / f"model-{weights}.gguf"
     writer = gguf.GGUFWriter(path, "qwen3")
@@ -107,23 +110,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("model", type=pathlib.Path, help="GGUF file, or folder of a dense Qwen3")
     parser.add_argument("--port", type=int, default=8080)
-    parser.add_argument("--weights", default="F32", help="type of the matrices, such as Q8_0")
+    parser.add_argument(
+        "--weights", default="F32", help="type of a folder's matrices in the file, such as Q8_0"
+    )
     parser.add_argument("--cache", default="f32", choices=CACHES)
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--context", type=int, default=512, help="tokens of a slot")
     args = parser.parse_args()
-    serving = [start(args.folder, args)]
+    serving = [start(args.model, args)]
     for line in sys.stdin:
         serving.clear()  # a server ends where nothing refers to it, and its port is free
         serving.append(start(pathlib.Path(line.rstrip("\n")), args))
 
 
-def start(folder: pathlib.Path, args: argparse.Namespace) -> xllamacpp.Server:
-    """Returns a server of the model in `folder`, which runs until it is deleted."""
+def start(model: pathlib.Path, args: argparse.Namespace) -> xllamacpp.Server:
+    """Returns a server of the model, which runs until it is deleted."""
+    if not model.exists():
+        sys.exit(f"{model} does not exist; name a GGUF file or a model folder")
     params = xllamacpp.CommonParams()
-    params.model.path = str(write(folder, args.weights))
+    params.model.path = str(write(model, args.weights) if model.is_dir() else model)
     params.port = args.port
     params.n_parallel = args.slots
     params.n_ctx = args.slots * args.context

@@ -133,8 +133,7 @@ def distributions(
                     "other sampling settings",
                     f"the reported log-probs are of temperature {other.temperature:g}"
                     f"{cut_text(other)}, as {origin} says, not of {said}",
-                    "name temperature, top_p, top_k and min_p in every request (vLLM: "
-                    "--generation-config vllm)",
+                    "name temperature, top_p, top_k and min_p in every request",
                 ),
                 other,
             )
