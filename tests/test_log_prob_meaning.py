@@ -84,8 +84,7 @@ def test_raw_and_processed_are_one_at_temperature_1():
 @pytest.mark.parametrize(
     "name, sampling, of",
     [
-        ("raw log-probs", Sampling(0.7), Sampling()),
-        ("raw log-probs", Sampling(1.0, 0, 0.8), Sampling()),
+        ("temperature not sent", Sampling(0.7), Sampling()),
         ("support not renormalised", Sampling(0.7, 4), Sampling(0.7)),
         ("temperature not applied", Sampling(0.7, 4), Sampling(1.0, 4)),
         ("temperature applied twice", Sampling(0.7), Sampling(0.49)),
@@ -103,6 +102,15 @@ def test_another_distribution_is_named(name, sampling, of, noise):
     verdict = judge(prompts, tokens, logp, score, sampling=sampling, other_samplings=others)
     assert verdict.name == name
     assert verdict.best.error < noise + 1e-3
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.7), Sampling(1.0, 0, 0.8)], ids=str)
+@NOISES
+def test_raw_log_probs_of_tokens_that_were_drawn_as_stated_are_named(sampling, noise):
+    prompts, tokens, _ = drawn(**sampling._asdict())
+    logp = log_probs(prompts, tokens, Sampling(), noise)
+    verdict = judge(prompts, tokens, logp, score, sampling=sampling)
+    assert verdict.name == "raw log-probs"
 
 
 @NOISES

@@ -13,6 +13,8 @@ are tried in the order of how many mistakes they take; one replaces the best so 
        fitted: weights that were trained on are sharper, which looks like one), and
     2. the mean of the differences between the two is over 4 of its standard errors, and
     3. the best so far is above 1e-4 nats, which float32 round-off explains.
+Raw log-probs are "temperature not sent" if the tokens are likelier under them than under the stated
+distribution, by 3 standard errors of the mean log-ratio: then they were drawn so, too.
 The verdict is then the first of these that holds:
     - the name of the reading that replaced the stated one, if its d is at most 0.2 nats;
     - "other prompt" if the first 4 tokens of completions differ by over 0.4 nats in the mean, and
@@ -50,6 +52,7 @@ Score = Callable[[Ids, Ids, Sampling], np.ndarray]
 MARGIN = 2 / 3  # a better reading has at most this share of the other's d
 FITTED_MARGIN = 1 / 2  # likewise, where a temperature is fitted
 STANDARD_ERRORS = 4.0
+LIKELIER = 3.0  # standard errors of the mean log-ratio of two distributions
 ROUND_OFF = 1e-4  # nats that float32 arithmetic explains
 NUMERICAL = 0.2  # nats that an engine's number formats explain
 CAP = 4.0  # nats that one token counts at most
@@ -136,7 +139,7 @@ def judge(
     place = np.concatenate([np.arange(length) for length in lengths])
     clipped = placeholders(prompts, tokens, values)
     known = np.where(clipped, np.nan, values)
-    errors: list[tuple[Reading, np.ndarray]] = []
+    differences: list[tuple[Reading, np.ndarray]] = []
 
     def compare(fault, prompt, wanted):
         rows = [prompt(list(row)) for row in prompts]
@@ -145,18 +148,19 @@ def judge(
         for distribution, logp in zip(wanted, _trainer(rows, tokens, score, wanted), strict=True):
             for reading in log_prob_readings.readings(distribution, fault, prompt, known):
                 trainer = np.concatenate([shifted(part, reading.shift) for part in logp])
-                errors.append((reading, np.minimum(np.abs(reading.nats(known) - trainer), CAP)))
-        progress(f"tried {len(errors)} readings")
+                difference = np.clip(reading.nats(known) - trainer, -CAP, CAP)
+                differences.append((reading, difference))
+        progress(f"tried {len(differences)} readings")
 
     distributions = log_prob_readings.distributions(sampling, reported, other_samplings or {})
     compare(None, _recorded, distributions)
-    if _mean(errors[0][1]) <= ROUND_OFF:  # there is nothing to explain
-        return _decide(errors, values, clipped, place)
+    if _mean(differences[0][1]) <= ROUND_OFF:  # there is nothing to explain
+        return _decide(differences, values, clipped, place)
     others = log_prob_readings.cuts(reported)
     compare(None, _recorded, others + log_prob_readings.temperatures(TEMPERATURES, reported))
     step = TEMPERATURES[1] / TEMPERATURES[0]
     for _ in range(2):
-        closest = min(errors, key=lambda item: _mean(item[1]))[0]
+        closest = min(differences, key=lambda item: _mean(item[1]))[0]
         if not log_prob_readings.is_fitted(closest):
             break
         finer = closest.sampling.temperature * np.geomspace(1 / step, step, 17)
@@ -164,7 +168,7 @@ def judge(
         step = finer[1] / finer[0]
     for fault, prompt in log_prob_readings.prompts(bos_id, other_prompts or {}):
         compare(fault, prompt, distributions[:2])
-    return _decide(errors, values, clipped, place)
+    return _decide(differences, values, clipped, place)
 
 
 def scorer(params: Any, model: ModelConfig, batch_tokens: int = 4096) -> Score:
@@ -299,24 +303,32 @@ def shifted(logp: np.ndarray, shift: int) -> np.ndarray:
 
 
 def _decide(
-    errors: list[tuple[Reading, np.ndarray]],
+    differences: list[tuple[Reading, np.ndarray]],
     values: np.ndarray,
     clipped: np.ndarray,
     place: np.ndarray,
 ) -> Verdict:
-    stated, stated_error = errors[0]
-    best, best_error = errors[0]
-    for mistakes in range(1, 1 + max(reading.mistakes for reading, _ in errors)):
-        level = [item for item in errors if item[0].mistakes == mistakes]
-        rival, rival_error = min(level, key=lambda item: _mean(item[1]), default=(best, best_error))
+    """Returns the verdict from each reading's reported less trainer's log-probs [tokens], the
+    stated reading first.
+    """
+    stated, stated_difference = differences[0]
+    best, best_difference = differences[0]
+    for mistakes in range(1, 1 + max(reading.mistakes for reading, _ in differences)):
+        level = [item for item in differences if item[0].mistakes == mistakes]
+        rival, rival_difference = min(
+            level, key=lambda item: _mean(item[1]), default=(best, best_difference)
+        )
         margin = FITTED_MARGIN if log_prob_readings.is_fitted(rival) else MARGIN
-        if _replaces(rival_error, best_error, margin):
-            best, best_error = rival, rival_error
-    tried = sorted((Tried(reading, _mean(error)) for reading, error in errors), key=_error)
-    count = int(np.isfinite(stated_error).sum())
-    first = Tried(stated, _mean(stated_error))
-    last = Tried(best, _mean(best_error))
-    name, sentence, remedy = _sentence(first, last, stated_error, values, clipped, place)
+        if _replaces(np.abs(rival_difference), np.abs(best_difference), margin):
+            best, best_difference = rival, rival_difference
+    if log_prob_readings.is_raw(best) and _is_likelier(stated_difference):
+        best = log_prob_readings.not_sent(best, stated.sampling)
+    tried = sorted((Tried(reading, _mean(each)) for reading, each in differences), key=_error)
+    count = int(np.isfinite(stated_difference).sum())
+    first = Tried(stated, _mean(stated_difference))
+    last = Tried(best, _mean(best_difference))
+    error = np.abs(stated_difference)
+    name, sentence, remedy = _sentence(first, last, error, values, clipped, place)
     return Verdict(name, sentence, remedy, count, first, last, tuple(tried))
 
 
@@ -331,6 +343,15 @@ def _replaces(rival: np.ndarray, best: np.ndarray, margin: float) -> bool:
         rival[both].mean() <= margin * best[both].mean()
         and gain.mean() > STANDARD_ERRORS * standard_error
     )
+
+
+def _is_likelier(difference: np.ndarray) -> bool:
+    """Whether the tokens were drawn from the reported distribution and not from the trainer's, by
+    the difference of their log-probs: on average, what draws a token gives it the larger one.
+    """
+    finite = difference[np.isfinite(difference)]
+    standard_error = finite.std(ddof=1) / np.sqrt(len(finite))
+    return bool(finite.mean() > LIKELIER * standard_error)
 
 
 def _sentence(
@@ -481,9 +502,9 @@ def _recorded(ids: list[int]) -> list[int]:
     return ids
 
 
-def _mean(error: np.ndarray) -> float:
-    """Mean over the tokens that have an error; infinite if there is none."""
-    finite = error[np.isfinite(error)]
+def _mean(difference: np.ndarray) -> float:
+    """Mean size over the tokens that have a difference; infinite if there is none."""
+    finite = np.abs(difference[np.isfinite(difference)])
     return float(finite.mean()) if len(finite) else np.inf
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from dcmdp_jax.records import Sampling
 
 FITTED = "another temperature"
+RAW = "raw log-probs"
 Prompt = Callable[[list[int]], list[int]]  # the recorded ids -> those that the engine may have had
 
 
@@ -65,7 +66,7 @@ def distributions(
     add(
         Distribution(
             Fault(
-                "raw log-probs",
+                RAW,
                 f"the reported log-probs are raw, of softmax(logits): {said} was not applied",
                 "have the engine report processed log-probs (vLLM: --logprobs-mode "
                 "processed_logprobs; llama.cpp: post_sampling_probs), or sample at temperature 1 "
@@ -183,6 +184,22 @@ def temperatures(temperatures: np.ndarray, reported: Sampling) -> list[Distribut
 def is_fitted(reading: Reading) -> bool:
     """Whether its temperature is one of `temperatures`."""
     return any(fault.name == FITTED for fault in reading.faults)
+
+
+def is_raw(reading: Reading) -> bool:
+    """Whether its one fault is that the log-probs are raw."""
+    return [fault.name for fault in reading.faults] == [RAW]
+
+
+def not_sent(raw: Reading, stated: Sampling) -> Reading:
+    """Returns the reading that the tokens were drawn from the raw distribution, too."""
+    fault = Fault(
+        "temperature not sent",
+        "the reported log-probs are of temperature 1, and the tokens were drawn so, not at "
+        f"temperature {stated.temperature:g}{cut_text(stated)}",
+        "name temperature, top_p, top_k and min_p in every request, or state temperature 1",
+    )
+    return raw._replace(faults=(fault,))
 
 
 def prompts(bos_id: int | None, others: Mapping[str, Prompt]) -> Iterator[tuple[Fault, Prompt]]:
