@@ -9,6 +9,7 @@ with, by more than the noise of the two evaluations.
 from __future__ import annotations
 
 import csv
+import math
 import pathlib
 import re
 import statistics
@@ -48,7 +49,9 @@ def last(runs: dict[int, list[dict[str, float]]], measure: str) -> dict[int, flo
 
 
 def spread(values: list[float]) -> str:
-    """Mean and half of its 95 % interval; of a single value, itself."""
+    """Mean and half of its 95 % interval; of one value, itself; nan if one was not measured."""
+    if any(map(math.isnan, values)):
+        return "nan"
     if len(values) < 2:
         return f"{values[0]:.2f}" if values else ""
     middle, low, _ = intervals.mean(values)
