@@ -11,7 +11,7 @@ from dcmdp_jax import reference, train_state
 from dcmdp_jax.losses import kl
 from dcmdp_jax.run import inputs
 from dcmdp_jax.tokens import packing
-from support.steps import MODEL, ONE, B, G, fresh_state, make_config, make_scored, quick_step
+from support.steps import MODEL, ONE, B, G, cached_step, fresh_state, make_config, make_scored
 
 TINY = dataclasses.replace(MODEL, num_layers=1)
 
@@ -19,7 +19,6 @@ TINY = dataclasses.replace(MODEL, num_layers=1)
 def states(accept, count, **algorithm):
     """The states before and after each of `count` steps, and what the steps say of acceptance."""
     config = make_config(TINY, accept=accept, **algorithm)
-    step = None
     shardings = train_state.batch_shardings(config, ONE)
     state = fresh_state(config, TINY, ONE)
     seen = [jax.device_get(state)]
@@ -33,8 +32,7 @@ def states(accept, count, **algorithm):
             share_prompts=True,
         )
         batch = jax.device_put(batch, shardings)
-        step = step or quick_step(config, state, batch)
-        state, metrics = step(state, batch)
+        state, metrics = cached_step(config, config.model.architecture, ONE)(state, batch)
         seen.append(jax.device_get(state))
         accepted.append(float(metrics.get("accepted", 1.0)))
     return seen, accepted

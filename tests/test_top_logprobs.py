@@ -146,7 +146,7 @@ def test_a_step_on_the_whole_vocabulary_is_the_closed_form():
         scored, minibatches=1, microbatches=2, row_length=24, seed=1, share_prompts=True
     )
     batch = jax.device_put(batch, train_state.batch_shardings(config, steps.ONE))
-    state, _ = steps.quick_step(config, state, batch)(state, batch)
+    state, _ = steps.cached_step(config, TINY, steps.ONE)(state, batch)
     out = scored.rollout
     reward = scored.reward.reshape(steps.B, steps.G)
     spread = reward.std(1, keepdims=True, ddof=1) + 1e-6
