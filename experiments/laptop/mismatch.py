@@ -1,10 +1,10 @@
-"""Which property of the engine does the harm, at a like gap? Plain GRPO under one source of
+"""Which property of the engine does the harm, at an equal gap? Plain GRPO under one source of
 mismatch at a time.
 
 Command:  dcmdp study experiments/laptop/mismatch.py
 Hardware: two CPU cores
 Time:     24 core-minutes of steps, beside other work
-Result:   benign up to a delta of 0.004, ruin at 0.014; stale weights do far less harm at a like gap
+Result:   benign up to a delta of 0.004, ruin at 0.014; stale weights do far less harm at an equal gap
 """
 
 import dataclasses
