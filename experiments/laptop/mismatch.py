@@ -4,7 +4,8 @@ mismatch at a time.
 Command:  dcmdp study experiments/laptop/mismatch.py
 Hardware: two CPU cores
 Time:     24 core-minutes of steps, beside other work
-Result:   benign up to a delta of 0.004, ruin at 0.014; stale weights do far less harm at an equal gap
+Result:   benign up to a delta of 0.004, ruin at 0.014; at an equal gap
+          stale weights do far less harm
 """
 
 import dataclasses
