@@ -60,17 +60,15 @@ def families(size, rows):
 
 def reference(q, k, v, ids, prefixes=None):
     """The definition, mask and all: for each token among those of its own segment and of that which
-    this continues.
+    this continues. Padding attends to itself alone.
     """
     size = q.shape[3]
-    same = (
-        np.ones((len(q), size, size), bool)
-        if ids is None
-        else np.asarray(ids)[:, :, None] == np.asarray(ids)[:, None]
-    )
+    ids = np.ones((len(q), size), int) if ids is None else np.asarray(ids)
+    same = (ids[:, :, None] == ids[:, None]) & (ids[:, :, None] > 0)
+    same |= np.eye(size, dtype=bool)
     if prefixes is not None:
         prefixes = np.asarray(prefixes)[:, :, None]
-        same |= (prefixes > 0) & (prefixes == np.asarray(ids)[:, None])
+        same |= (prefixes > 0) & (prefixes == ids[:, None])
     mask = (same & np.tril(np.ones((size, size), bool)))[:, None, None]
     scores = jnp.einsum("bkgsh,bkth->bkgst", q, k) / np.sqrt(WIDTH)
     return jnp.einsum("bkgst,bkth->bkgsh", jax.nn.softmax(jnp.where(mask, scores, -jnp.inf)), v)
@@ -142,6 +140,18 @@ def test_without_branches_the_program_is_the_plain_one():
     ids = segments(16, 2, "ragged")
     plain = jax.jit(lambda *x: packed_by_4(*x)).lower(q, k, v, ids).as_text()
     assert jax.jit(lambda *x: packed_by_4(*x, None)).lower(q, k, v, ids).as_text() == plain
+
+
+def test_of_a_row_of_padding_the_diagonal_tiles_are_read():
+    """Each row of padding has NaN in another tile of keys, which reaches its own queries alone."""
+    q, k, v, d_out = case(16, rows=4)
+    in_tile = np.repeat(np.eye(4, dtype=bool), 4, axis=1)
+    v = jnp.where(in_tile[:, None, :, None], jnp.nan, v)
+    ids = jnp.zeros((4, 16), jnp.int32)
+    for rows in ((ids,), (ids, ids)):
+        out, (dq, *_) = jax.jit(lambda *x: both(packed_by_4, *x))(q, k, v, d_out, *rows)
+        for x in (out, dq):
+            np.testing.assert_array_equal(np.isfinite(x).all(axis=(1, 2, 4)), ~in_tile)
 
 
 def test_large_scores_neither_overflow_nor_vanish():

@@ -58,9 +58,10 @@ def inputs(dtype=jnp.float32, rows=2, length=LENGTH):
 
 
 def may_attend(segment_ids, prefix_ids):
-    """The rule, [R, S, S]."""
+    """The rule, [R, S, S]. Padding attends to itself alone."""
     index = jnp.arange(segment_ids.shape[1])
-    own = segment_ids[:, :, None] == segment_ids[:, None]
+    own = (segment_ids[:, :, None] == segment_ids[:, None]) & (segment_ids[:, :, None] > 0)
+    own |= jnp.eye(len(index), dtype=bool)
     prefix = (prefix_ids[:, :, None] > 0) & (prefix_ids[:, :, None] == segment_ids[:, None])
     return (own | prefix) & (index[:, None] >= index)
 
@@ -154,6 +155,20 @@ def test_blocks_in_which_no_query_attends_are_not_computed():
     for x in (out, dq):
         finite = jnp.all(jnp.isfinite(x), axis=(0, 1, 2, 4))
         np.testing.assert_array_equal(finite, (segment_ids[0] == 1) | (segment_ids[0] == 4))
+
+
+def test_of_a_row_of_padding_the_diagonal_blocks_are_computed():
+    """A sum with a term 0 * NaN is NaN. Each row of padding has NaN in another block of keys, which
+    reaches the queries of that block alone.
+    """
+    blocks = np.arange(3)
+    rows = jnp.zeros((3, 384), jnp.int32)  # blocks of 128
+    (q, k, v), d_out = inputs(rows=3, length=384)
+    in_block = np.repeat(blocks == blocks[:, None], 128, axis=1)
+    k, v = (jnp.where(in_block[:, None, :, None], jnp.nan, x) for x in (k, v))
+    out, dq, *_ = interpreted((q, k, v), d_out, (rows, rows))
+    for x in (out, dq):
+        np.testing.assert_array_equal(jnp.all(jnp.isfinite(x), axis=(1, 2, 4)), ~in_block)
 
 
 def test_rows_that_are_too_long_are_refused():

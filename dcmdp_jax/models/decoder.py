@@ -82,14 +82,14 @@ def hidden(
     -> [B, S, D].
 
     A token attends to itself, to the tokens before it in its segment and, if that is a branch, to
-    the prompt that it continues.
+    the prefix that it continues.
 
     Args:
         positions: [B, S]; None counts from 0 in each row.
-        segment_ids: [B, S], a run of equal ids is a segment; None: every row is one. Padding is a
-            segment of its own (0).
-        prefix_ids: [B, S], the segment id of the prompt that a branch continues; 0 for segments
-            that are no branch. A prompt is followed by its branches alone. None: there are none.
+        segment_ids: [B, S], a run of equal ids is a segment; None: every row is one. Padding (0)
+            attends to itself alone.
+        prefix_ids: [B, S], the segment id of the prefix that a branch continues; 0 for segments
+            that are no branch. A prefix is followed by its branches alone. None: there are none.
         embedded: [B, S, D], the tokens' rows of the embedding, if the caller has looked them up.
         replayed: [B, S, sparse layers, j], the experts that tokens are sent to; -1 leaves the
             choice to the router (see `moe.route`).

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dcmdp_jax import sharding
-from dcmdp_jax.models.kernels import splash, tiles
+from dcmdp_jax.models.kernels import runs, splash, tiles
 from dcmdp_jax.models.quantized import einsum
 
 # the score of a masked position; finite, so that a tile without any other gives no NaN
@@ -42,18 +42,18 @@ def packed(
     *,
     block: int = tiles.ATTENTION_POSITIONS,
 ) -> jax.Array:
-    """Returns causal `attention` within the segments of packed rows, and of branches to the prompts
+    """Returns causal `attention` within the segments of packed rows, and of branches to the prefix
     that they continue: q [B, KV, G, S, h], k, v [B, KV, S, h] -> q's shape.
 
     A segment is a run of equal `segment_ids` [B, S]; None: every row is one. A query attends to
     itself, to the positions before it in its segment and, if its `prefix_ids` [B, S] is not 0, to
     the segment with that id. That is followed by its branches, one after the other. `prefix_ids`
-    None: there are no branches.
+    None: there are no branches. Padding, id 0, attends to itself alone.
 
     A TPU uses the splash kernel if its shapes allow, a GPU cuDNN's in bfloat16. A CPU computes
     scores in tiles of `block` positions, and only tiles with a pair that attends: memory grows with
     S, work with the sum of the segments' squares and, for each branch, its length times the
-    prompt's. Otherwise the whole matrix of scores is computed.
+    prefix's. Otherwise the whole matrix of scores is computed.
     """
     if segment_ids is None:
         segment_ids = jnp.ones((q.shape[0], q.shape[3]), jnp.int32)
@@ -68,25 +68,25 @@ def packed(
 
 class Spans(NamedTuple):
     """What each position of a row attends to: the positions from `segment_start` to itself, and
-    those from `family_start` to before `prompt_stop`; [B, S] int32.
+    those from `family_start` to before `prefix_stop`; [B, S] int32.
 
-    A family is a shared prompt with its branches. For a segment that is no branch, the second span
-    is empty. The last two are None if there are no branches at all.
+    A family is a prefix with its branches. For a segment that is no branch, the second span is
+    empty. The last two are None if there are no branches at all.
     """
 
     segment_start: jax.Array
     family_start: jax.Array | None = None
-    prompt_stop: jax.Array | None = None
+    prefix_stop: jax.Array | None = None
 
 
 def spans_of(segment_ids: jax.Array, prefix_ids: jax.Array | None = None) -> Spans:
     """Returns what the positions of packed rows attend to."""
-    segment_start = segment_starts(segment_ids)
+    segment_start = runs.segment_starts(segment_ids)
     if prefix_ids is None:
         return Spans(segment_start)
     family = jnp.where(prefix_ids > 0, prefix_ids, segment_ids)
-    # the branches of a prompt are a run of its id in `prefix_ids`, which begins behind the prompt
-    return Spans(segment_start, segment_starts(family), segment_starts(prefix_ids))
+    # the branches of a prefix are a run of its id in `prefix_ids`, which begins behind the prefix
+    return Spans(segment_start, runs.segment_starts(family), runs.run_starts(prefix_ids))
 
 
 def _without_splash(
@@ -132,14 +132,6 @@ def _by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans) -> jax.Arr
     return out.swapaxes(1, 2).reshape(q.shape)
 
 
-def segment_starts(segment_ids: jax.Array) -> jax.Array:
-    """Returns the position in its row at which each position's segment begins: [B, S] int32."""
-    begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
-    return jax.lax.cummax(
-        jnp.where(begins, jnp.arange(segment_ids.shape[1], dtype=jnp.int32), 0), axis=1
-    )
-
-
 def _dense(q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans) -> jax.Array:
     return attention(q, k, v, _mask(spans)[:, None, None])
 
@@ -156,7 +148,7 @@ def _in_spans(key: jax.Array, spans: Spans) -> jax.Array:
     in_segment = key >= spans.segment_start
     if spans.family_start is None:
         return in_segment
-    return in_segment | ((key >= spans.family_start) & (key < spans.prompt_stop))
+    return in_segment | ((key >= spans.family_start) & (key < spans.prefix_stop))
 
 
 def _by_tiles(q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans, *, block: int) -> jax.Array:
@@ -262,20 +254,20 @@ def _for_each_tile(
     """Carries `carry` through `tile(j, carry)` for every block j of keys that block i of a row's
     queries attends to.
 
-    Their segments and prompts begin no earlier than those of the first query. So they are the
-    blocks of its prompt, and all from its segment's first to block i.
+    Their segments and prefixes begin no earlier than those of the first query. So they are the
+    blocks of its prefix, and all from its segment's first to block i.
     """
     first = spans.segment_start[row, i * block] // block
     if spans.family_start is None:
         return jax.lax.fori_loop(first, i + 1, tile, carry)
-    first_of_prompt = spans.family_start[row, i * block] // block
-    stop_of_prompt = jnp.minimum(-(-spans.prompt_stop[row, i * block] // block), first)
-    skipped = first - jnp.maximum(stop_of_prompt, first_of_prompt)
+    first_of_prefix = spans.family_start[row, i * block] // block
+    stop_of_prefix = jnp.minimum(-(-spans.prefix_stop[row, i * block] // block), first)
+    skipped = first - jnp.maximum(stop_of_prefix, first_of_prefix)
 
     def numbered(n: jax.Array, carry: Any) -> Any:
-        return tile(jnp.where(n < stop_of_prompt, n, n + skipped), carry)
+        return tile(jnp.where(n < stop_of_prefix, n, n + skipped), carry)
 
-    return jax.lax.fori_loop(first_of_prompt, i + 1 - skipped, numbered, carry)
+    return jax.lax.fori_loop(first_of_prefix, i + 1 - skipped, numbered, carry)
 
 
 def _attends(spans: Spans, row: jax.Array, i: jax.Array, block: int, group: int):

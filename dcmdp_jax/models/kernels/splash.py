@@ -15,6 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info
 
 from dcmdp_jax import sharding
+from dcmdp_jax.models.kernels import runs
 
 LANES = 128  # the kernel needs multiples of it as head size and as row length
 BLOCKS = (1024, 512, 256, 128)
@@ -47,7 +48,7 @@ def attention(
 
     With `prefix_ids` [R, S], a query also attends to an earlier segment: the one whose id is the
     query's prefix id, 0 for none. That segment has no prefix itself, and every segment is one run
-    of positions. Scores are float32 and exist a tile at a time; q, k and v are multiplied in their
+    of positions; padding, id 0, attends to itself alone. Scores are float32 and exist a tile at a time; q, k and v are multiplied in their
     own dtype. `interpret` runs the kernel on any device. Raises ValueError if rows with
     `prefix_ids` are longer than 32,768 positions.
     """
@@ -121,8 +122,8 @@ def _with_prefixes(
     number of the query and the key's position. A query may attend to two runs of positions: its
     prefix, and its own segment up to itself. So there are two copies of the keys, one after the
     other. Keys of segments without a prefix have an id in the first alone, other keys in the
-    second alone: that of the prefix. Every query attends to itself in one of them, so no softmax is
-    empty.
+    second alone: that of the prefix. Padding's are in the second, where a query attends to no key
+    before its own segment. Every query attends to itself in one of them, so no softmax is empty.
     """
     length = q.shape[3]
     if length > 1 << POSITION_BITS:
@@ -131,12 +132,10 @@ def _with_prefixes(
             f"prompts, not {length}; set algorithm.share_prompts=False"
         )
     index = jnp.arange(length, dtype=jnp.int32)
-    begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
-    start = jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
-    has_prefix = prefix_ids > 0
-    ids = jnp.where(has_prefix, prefix_ids, segment_ids)
-    first_ids = jnp.where(has_prefix, NO_ID, ids)
-    second_ids = jnp.where(has_prefix, ids, NO_ID)
+    ids = jnp.where(prefix_ids > 0, prefix_ids, segment_ids)
+    in_second = (prefix_ids > 0) | (segment_ids == 0)
+    first_ids = jnp.where(in_second, NO_ID, ids)
+    second_ids = jnp.where(in_second, ids, NO_ID)
     blocks = _block_sizes(length, splits, fused=False)
 
     def of_row(q, k, v, q_ids, own_run, kv_ids):
@@ -152,7 +151,7 @@ def _with_prefixes(
         k,
         v,
         ids,
-        (start << POSITION_BITS) + index,
+        (runs.segment_starts(segment_ids) << POSITION_BITS) + index,
         jnp.concatenate([first_ids, second_ids], axis=1),
     )
     if sharding.current_mesh() is None:
