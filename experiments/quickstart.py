@@ -54,6 +54,7 @@ CONFIG = Config(
         surrogate=corrections.decoupled(partial(policy.clipped, clip_low=0.2, clip_high=0.24)),
         reduce=reduce.token_mean,
         minibatches=4,
+        share_prompts=False,  # prompts of a few tokens; completions are drawn one by one
         learning_rate=1e-4,
         lr_warmup_steps=20,
         beta2=0.999,

@@ -63,6 +63,9 @@ GRPO = Config(
         surrogate=corrections.decoupled(CLIPPED),
         reduce=reduce.token_mean,
         minibatches=4,
+        # prompts of a few tokens; completions are drawn to minibatches one by one, as in the
+        # tables of RESULTS.md
+        share_prompts=False,
         learning_rate=FAST,
         lr_warmup_steps=20,
         beta2=0.999,
