@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dcmdp_jax.monitoring import measurements
-from dcmdp_jax.records import Prompts, Rollout, Sampling, Scored
+from dcmdp_jax.records import Batch, Prompts, Rollout, Sampling, Scored
 
 LENGTHS = [3, 5, 2, 5]
 STOPPED = [True, False, True, True]
@@ -63,6 +63,20 @@ def test_prompts_of_one_source_are_taken_together():
 
 def test_a_source_without_a_name_has_no_metric():
     assert not [name for name in measured(["", ""]) if name.startswith("reward/")]
+
+
+def rows(*segment_ids):
+    batch = Batch(**dict.fromkeys(Batch._fields))._replace(segment_ids=np.array(segment_ids))
+    return measurements.measure_rows(scored(), batch, step_shapes=3)
+
+
+def test_row_fill_is_the_share_of_places_with_a_token():
+    assert rows([1, 1, 2, 0], [1, 0, 0, 0])["row_fill"] == 4 / 8
+
+
+def test_the_prompt_saving_is_the_share_of_tokens_that_no_row_holds():
+    """Four prompts of four tokens and completions of 15 in all are 31 tokens; the rows hold 25."""
+    assert rows([1] * 25 + [0] * 5)["prompt_saving"] == pytest.approx(6 / 31)
 
 
 def test_sources_of_one_process_are_its_own():

@@ -49,9 +49,9 @@ def measure_rows(scored: Scored, batch: Batch, step_shapes: int) -> dict[str, fl
     """Returns the host-side metrics of the packed rows of a scored rollout.
 
     - `row_fill`: share of the rows' places that hold a token; the rest is computed for nothing.
-    - `prompt_tokens_saved`: share of the tokens of all prompts and completions that is not
-      computed, because completions share their prompt.
-    - `step_shapes`: as given, the numbers of rows that the step has met.
+    - `prompt_saving`: share of the tokens of all prompts and completions, with a prompt for each,
+      that is not computed because completions share their prompt.
+    - `step_shapes`: as given, how many different numbers of rows the batches have had.
     """
     rollout = scored.rollout
     samples = len(rollout.lengths) // len(rollout.prompts.lengths)
@@ -59,7 +59,7 @@ def measure_rows(scored: Scored, batch: Batch, step_shapes: int) -> dict[str, fl
     packed = np.count_nonzero(batch.segment_ids)
     return {
         "row_fill": packed / batch.segment_ids.size,
-        "prompt_tokens_saved": 1 - packed / separate,
+        "prompt_saving": 1 - packed / separate,
         "step_shapes": step_shapes,
     }
 
