@@ -3,7 +3,7 @@
 For one row of 8,192 positions and the heads of Qwen3-8B in bfloat16, forward and backward, it
 compiles the splash kernel for a TPU that need not be there (`pip install libtpu`), and prints the
 temporary memory and the products of blocks of queries and keys: 2 a block that is computed in the
-forward pass, 7 in the backward, or 5 where dq is computed with dk and dv. The row is a prompt with
+forward pass, 7 in the backward, or 5 where dq is computed with dk and dv. The row is a prefix with
 its branches; without `prefix_ids` every block on or below the diagonal is computed.
 """
 
@@ -22,7 +22,7 @@ from dcmdp_jax.tools import plan
 
 LENGTH = 8192
 BLOCK = 1024
-GROUPS = ((8, 512, 960), (7, 1024, 1024), (1, 256, 7936))  # branches, prompt, branch
+GROUPS = ((8, 512, 960), (7, 1024, 1024), (1, 256, 7936))  # branches, prefix, branch
 HEADS = 32
 WIDTH = 128
 
@@ -44,12 +44,12 @@ def main() -> None:
         f"{below * (2 + 5) * product:.2f} TFLOP"
     )
     print(f"shared prompts: {temporary_mebibytes(place, row, row):.0f} MiB")
-    for branches, prompt, branch in GROUPS:
-        count = num_blocks(branches, prompt, branch)
+    for branches, prefix, branch in GROUPS:
+        count = num_blocks(branches, prefix, branch)
         print(
-            f"  {branches} branches of {branch} behind {prompt}: {count} blocks, "
+            f"  {branches} branches of {branch} behind {prefix}: {count} blocks, "
             f"{count * (2 + 7) * product:.2f} TFLOP; without sharing "
-            f"{branches * (prompt + branch) / LENGTH:.2f} rows"
+            f"{branches * (prefix + branch) / LENGTH:.2f} rows"
         )
 
 
@@ -64,15 +64,15 @@ def temporary_mebibytes(place: jax.sharding.NamedSharding, *row: jax.ShapeDtypeS
     return lowered.compile().memory_analysis().temp_size_in_bytes / 2**20
 
 
-def num_blocks(branches: int, prompt: int, branch: int) -> int:
-    """The blocks with a query that attends to a key of the prompt, and those of a branch."""
-    segment = np.repeat(np.arange(branches + 1), [prompt] + [branch] * branches)
+def num_blocks(branches: int, prefix: int, branch: int) -> int:
+    """The blocks with a query that attends to a key of the prefix, and those of a branch."""
+    segment = np.repeat(np.arange(branches + 1), [prefix] + [branch] * branches)
     index = np.arange(LENGTH)
     causal = index[:, None] >= index
-    to_prompt = causal & (segment == 0)
+    to_prefix = causal & (segment == 0)
     to_branch = causal & (segment > 0) & (segment[:, None] == segment)
     shape = (LENGTH // BLOCK, BLOCK, LENGTH // BLOCK, BLOCK)
-    return sum(int(m.reshape(shape).any(axis=(1, 3)).sum()) for m in (to_prompt, to_branch))
+    return sum(int(m.reshape(shape).any(axis=(1, 3)).sum()) for m in (to_prefix, to_branch))
 
 
 if __name__ == "__main__":

@@ -131,9 +131,13 @@ class Task:
     ):
         """Compiles the step; `scored` is by default `completions()`."""
         scored = completions() if scored is None else scored
-        count, new = scored.rollout.tokens.shape
-        prompts = len(scored.rollout.prompts.lengths)
-        config = experiment(model, microbatches, prompts, count // prompts, new, share_prompts)
+        config = experiment(
+            model,
+            scored.rollout,
+            microbatches=microbatches,
+            row_length=row_length,
+            share_prompts=share_prompts,
+        )
         mesh = sharding.single_device_mesh()
         self.batch = jax.device_put(
             packing.pack(
@@ -141,7 +145,7 @@ class Task:
                 minibatches=1,
                 microbatches=microbatches,
                 row_length=row_length,
-                share_prompts=share_prompts,
+                share_prompts=config.shares_prompts,
             )
         )
         params = jax.jit(partial(decoder.init, config=model))(jax.random.key(0))
@@ -206,23 +210,27 @@ def groups() -> Scored:
     return scored._replace(rollout=scored.rollout._replace(prompts=prompts, lengths=lengths))
 
 
-def experiment(
-    model: ModelConfig, microbatches: int, prompts: int, samples: int, new: int, share_prompts: bool
-) -> Config:
+def experiment(model: ModelConfig, rollout: Rollout, **algorithm) -> Config:
+    count, new = rollout.tokens.shape
+    prompts, prompt = rollout.prompts.tokens.shape
     return Config(
         name="step",
         model=ModelSource(
             architecture=dataclasses.replace(model, compute=Compute()), compute=model.compute
         ),
         steps=1,
-        data=DataConfig(path="-", verifier=lambda example, text: 0.0, prompts_per_step=prompts),
-        rollout=RolloutConfig(samples=samples, max_tokens=new),
+        data=DataConfig(
+            path="-",
+            verifier=lambda example, text: 0.0,
+            prompts_per_step=prompts,
+            max_prompt_tokens=prompt,
+        ),
+        rollout=RolloutConfig(samples=count // prompts, max_tokens=new),
         algorithm=AlgorithmConfig(
             advantage=lambda reward, group, num_groups: reward,
             reduce=reduce.token_mean,
             surrogate=corrections.decoupled(policy.clipped),
-            microbatches=microbatches,
-            share_prompts=share_prompts,
+            **algorithm,
         ),
         constraint=ConstraintConfig(
             constraint.shape_advantage, constraint.projected_ascent, tolerance=0.01
