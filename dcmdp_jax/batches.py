@@ -113,6 +113,7 @@ class Batches:
             row_divisor=sharding.num_batch_shards(self._inputs.mesh),
             pad_id=self._inputs.tokenizer.pad_id,
             seed=seed,
+            draw_groups=config.algorithm.share_prompts,
             share_prompts=config.shares_prompts,
         )
         if stream is Stream.ROLLOUT:

@@ -11,9 +11,10 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from dcmdp_jax import config_checks
+from dcmdp_jax import config_checks, limits
 from dcmdp_jax.models.model_config import PROJECTIONS, Compute, ModelConfig
 from dcmdp_jax.tasks import Task
+from dcmdp_jax.tokens import segments
 
 
 @dataclass(frozen=True)
@@ -208,9 +209,10 @@ class AlgorithmConfig:
     microbatches: int = 1  # A gradients accumulated per update
     epochs: int = 1
     row_length: int = 0  # S of the packed rows; 0: max_prompt_tokens + max_tokens
-    # the completions of a prompt that stand in one row have it in common, and it is computed once;
-    # then whole groups are dealt to minibatches and microbatches, where these hold a multiple of
-    # one. The longer a row, the more share it
+    # Minibatches are drawn of whole groups, where they hold a multiple of one, and the completions
+    # of a group that stand in one row have their prompt in common, which is computed once. The
+    # latter only if a row holds a longest prompt with two longest completions (max_prompt_tokens +
+    # 2 * max_tokens + 1 tokens), and at most 32,768 tokens (see Config.shares_prompts)
     share_prompts: bool = True
     # the trainer routes each token to the experts that the engine chose (arXiv 2510.11370)
     replay_routing: bool = False
@@ -323,12 +325,26 @@ class Config:
         return self.algorithm.row_length or self.data.max_prompt_tokens + self.rollout.max_tokens
 
     @property
-    def shares_prompts(self) -> bool:
-        """True if completions of a microbatch may share a prompt."""
+    def longest_sharing(self) -> int:
+        """How many longest completions could share a longest prompt in a row of a microbatch."""
         algorithm = self.algorithm
-        completions = self.data.prompts_per_step * self.rollout.samples
-        size = completions // (algorithm.minibatches * algorithm.microbatches)
-        return algorithm.share_prompts and min(self.rollout.samples, size) > 1
+        rollout = self.rollout
+        completions = self.data.prompts_per_step * rollout.samples
+        in_microbatch = completions // (algorithm.minibatches * algorithm.microbatches)
+        in_row = segments.branches_in_row(
+            self.data.max_prompt_tokens, rollout.max_tokens, self.row_length
+        )
+        return min(in_row, in_microbatch, rollout.samples)
+
+    @property
+    def shares_prompts(self) -> bool:
+        """True if completions that stand in one row share their prompt.
+
+        Not where a row holds one longest completion: few would share, and a row that shares nothing
+        takes a TPU 9 products of blocks of attention instead of 7.
+        """
+        fits = self.row_length <= limits.MAX_SHARED_ROW
+        return self.algorithm.share_prompts and fits and self.longest_sharing > 1
 
 
 def with_tolerance(config: Config, tolerance: float) -> Config:

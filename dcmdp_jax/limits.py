@@ -7,6 +7,8 @@ from typing import Any
 
 MAX_INT = 2**31 - 1  # compiled programs hold integers as int32
 MAX_FLOAT = 3e38  # and other numbers as float32
+# positions of a row with shared prompts: the TPU kernel packs two into 32 bits
+MAX_SHARED_ROW = 2**15
 
 
 def check_number(name: str, value: Any, low: float, high: float) -> None:

@@ -22,9 +22,12 @@ Data
     verifier        the function that gives a completion its reward
     reward          the verifier's number for a completion, [N]
     advantage       the weight of a completion, or of a token, in the loss: [N] or [N, T]
-    row, segment    a packed row of tokens, and a prompt with its completion within it
-    branch          a segment that continues another: the last token of a prompt that completions of
-                    a row share, and one of them
+    row             S places for tokens, packed with segments; the rest is padding
+    segment         the tokens of a row that attend to each other: a prompt with its completion, or
+                    one of the next two
+    prefix          a prompt without its last token, which completions of its group share in a row
+    branch          the prompt's last token and a completion; it attends to its prefix too
+    family          a prefix with its branches, which stand behind it
     mask            1 for the completion tokens that are trained
 
 Log-probs of the sampled tokens, in nats
@@ -233,10 +236,9 @@ class Batch(NamedTuple):
     was cut, sampler and trainer are thus compared before the cut, which both would make alike:
     their difference, and every ratio of the two, comes from numerics and staleness alone.
 
-    A row holds segments, each a prompt and its completion; or a shared prompt, followed by its
-    branches. `index[i, t]` is the flat position r*S + s, within its microbatch, of the token whose
-    next-token distribution predicts completion token t: the model's outputs at `index` are the
-    completion's.
+    A row holds segments, each a prompt and its completion, and families. `index[i, t]` is the flat
+    position r*S + s, within its microbatch, of the token whose next-token distribution predicts
+    completion token t: the model's outputs at `index` are the completion's.
     """
 
     tokens: np.ndarray  # [M, A, R, S] int32
@@ -252,7 +254,7 @@ class Batch(NamedTuple):
     length: np.ndarray  # [M, A, n] int32, tokens of a completion
     truncated: np.ndarray  # [M, A, n] bool, cut off by the length limit
     group: np.ndarray  # [M, A, n] int32, 0..B-1: the prompt a completion answers
-    # [M, A, R, S] int32, the segment id of the prompt that a token's branch continues; 0: none.
+    # [M, A, R, S] int32, the segment id of the prefix that a token's branch continues; 0: none.
     # None: no prompt is shared
     prefix_ids: np.ndarray | None = None
     # [M, A, R, S, sparse layers, k] int16, the recorded experts that each token takes again; -1:

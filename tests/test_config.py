@@ -23,6 +23,27 @@ def quickstart():
 
 
 @pytest.mark.parametrize(
+    "row_length, shares",
+    [
+        (0, False),
+        (12 - 1 + 2 * 34 - 1, False),  # a longest prompt and two longest completions lack a token
+        (12 - 1 + 2 * 34, True),
+        (32_768, True),
+        (32_769, False),
+    ],
+)
+def test_prompts_are_shared_where_a_row_holds_two_longest_completions(
+    quickstart, row_length, shares
+):
+    options = {"algorithm.row_length": str(row_length), "algorithm.share_prompts": "true"}
+    assert override(quickstart, options).shares_prompts == shares
+
+
+def test_the_language_experiment_shares_prompts():
+    assert load_experiment(str(QUICKSTART.parent / "language" / "smollm2.py")).shares_prompts
+
+
+@pytest.mark.parametrize(
     "name, text, value",
     [
         ("constraint.tolerance", "0.01", 0.01),

@@ -132,6 +132,7 @@ def test_a_batch_is_as_drawn_by_hand(tmp_path):
             row_length=26,
             pad_id=inputs.tokenizer.pad_id,
             seed=seed,
+            draw_groups=run.algorithm.share_prompts,
             share_prompts=run.shares_prompts,
         )
         jax.tree.map(np.testing.assert_array_equal, collected.packed, expected)

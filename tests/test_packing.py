@@ -1,6 +1,7 @@
 """Packing: every token exactly once, where `index` says."""
 
 import collections
+import itertools
 
 import jax
 import numpy as np
@@ -323,6 +324,48 @@ def test_microbatches_of_whole_groups_have_about_as_many_tokens():
     scored = completions([1, 4, 6, 9], 2, [3] * 8)
     batch = pack(scored, minibatches=1, microbatches=2, row_length=20, share_prompts=True)
     assert [sorted(set(part)) for part in groups_of(batch)] == [[0, 3], [1, 2]]
+
+
+@settings(max_examples=150, deadline=None)
+@given(packings(share_prompts=True))
+def test_sharing_takes_no_more_rows_than_the_same_minibatches_without(packing):
+    scored, how = packing
+    own = pack(scored, **how | {"share_prompts": False}, draw_groups=True)
+    assert pack(scored, **how).tokens.shape[2] <= own.tokens.shape[2]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_groups_of_skewed_lengths_take_no_more_rows_shared(seed):
+    """One group to a microbatch, of log-normal lengths whose groups differ by more than their
+    completions: the longest group alone would need more rows than a mean microbatch.
+    """
+    rng = np.random.default_rng(seed)
+    scale = rng.normal(0, 0.7, (16, 1)) + rng.normal(0, 0.4, (16, 8))
+    lengths = np.exp(5 + scale).astype(int)
+    scored = completions([40] * 16, 8, list(lengths.reshape(-1)))
+    how = {"minibatches": 1, "microbatches": 16, "row_length": 40 + int(lengths.max())}
+    whole = segments.place(
+        np.full(8, 40), lengths[lengths.sum(1).argmax()], np.zeros(8, int), how["row_length"]
+    )
+    own = pack(scored, **how).tokens.shape[2]
+    shared = pack(scored, **how, share_prompts=True).tokens.shape[2]
+    assert shared <= own < whole.row.max() + 1
+
+
+@pytest.mark.parametrize(
+    "ways", [[{}], [{"draw_groups": True}, {"share_prompts": True}]], ids=["completions", "groups"]
+)
+def test_minibatches_depend_on_whether_groups_are_drawn_alone(ways):
+    """Not on the number of microbatches, on the rows, or on whether these share prompts: a run that
+    is resumed with others makes its updates of the same completions.
+    """
+    scored = completions([3] * 6, 4, list(np.random.default_rng(0).integers(0, 9, 24)))
+    held = set()
+    for way, microbatches, row_length in itertools.product(ways, (1, 2, 3, 4, 6, 12), (15, 40)):
+        how = {"microbatches": microbatches, "row_length": row_length, "seed": 1} | way
+        order = packing_module.packing_order(scored.rollout, minibatches=2, **how)
+        held.add(tuple(frozenset(part) for part in np.split(order, 2)))
+    assert len(held) == 1
 
 
 def test_minibatches_are_draws_of_groups():

@@ -38,7 +38,7 @@ MOE = dataclasses.replace(MODEL, num_experts=8, experts_per_token=2, expert_size
 
 
 def configure(model=MODEL, **rollout):
-    config = make_config(model, microbatches=2)
+    config = make_config(model, microbatches=2, row_length=0)
     data = dataclasses.replace(config.data, max_prompt_tokens=64, path="problems.jsonl")
     rollout = dataclasses.replace(config.rollout, max_tokens=64, slots=4, devices=-1, **rollout)
     return dataclasses.replace(config, data=data, rollout=rollout)
@@ -338,37 +338,39 @@ def sharing(row_length, **algorithm):
 
 
 GROUP = 63 + 4 * 65  # the tokens of a prompt without its last, and of four branches
+PAIR = 63 + 2 * 65
 
 
 @pytest.mark.parametrize(
-    "row_length, share_prompts, rows",
+    "row_length, share_prompts, rows, is_shared",
     [
-        (GROUP, True, 2),  # a row for each group of a microbatch
-        (GROUP - 1, True, 4),  # a group in two rows
-        (128, True, 8),
-        (GROUP, False, 8),
+        (GROUP, True, 2, True),  # a row for each group of a microbatch
+        (GROUP - 1, True, 4, True),  # a group in two rows
+        (PAIR - 1, True, 8, False),
+        (GROUP, False, 8, False),
     ],
 )
-def test_the_largest_batch_has_a_row_for_the_completions_that_share_one(
-    row_length, share_prompts, rows
+def test_the_bound_of_a_batch_has_a_row_for_the_completions_that_share_one(
+    row_length, share_prompts, rows, is_shared
 ):
     config = sharing(row_length, share_prompts=share_prompts)
     batch = plan.abstract_batch(config, MODEL, sharding.single_device_mesh())
     assert batch.tokens.shape == (1, 2, rows, row_length)
-    assert (batch.prefix_ids is not None) == share_prompts
+    assert (batch.prefix_ids is not None) == is_shared
 
 
-def test_a_prompt_of_a_group_is_counted_once():
-    """A scoring pass by hand: the pairs that attend are those of a prompt, causal, and of four
-    branches, which attend to the prompt and, causally, to themselves.
+@pytest.mark.parametrize("row_length, rows", [(GROUP, 2), (GROUP - 1, 4)], ids=["whole", "cut"])
+def test_prompts_are_counted_once_a_row_and_completions_once(row_length, rows):
+    """A scoring pass by hand: the pairs that attend are those of the prefixes, causal, and of eight
+    branches, which attend to a prefix and, causally, to themselves.
     """
     mesh = sharding.single_device_mesh()
-    work = cost_model.scoring(MODEL, 2, GROUP, 1, sharing(GROUP), mesh)
+    work = cost_model.scoring(MODEL, rows, row_length, 1, sharing(row_length), mesh)
     w = cost_model.parameters(MODEL)
-    pairs = 2 * (63**2 / 2 + 4 * (65 * 63 + 65**2 / 2))
+    pairs = rows * 63**2 / 2 + 8 * (65 * 63 + 65**2 / 2)
     attention = 4 * MODEL.num_layers * MODEL.num_heads * MODEL.head_dim * pairs
     assert work.flops == pytest.approx(
-        2 * (w.layers + w.routed) * 2 * GROUP + attention + 2 * w.head * 8 * 64
+        2 * (w.layers + w.routed) * rows * row_length + attention + 2 * w.head * 8 * 64
     )
 
 
@@ -381,13 +383,22 @@ def test_a_prompt_of_a_group_is_counted_once():
         ),
         ({"row_length": GROUP - 1}, "computed once for 3 of its 4 completions"),
         ({"row_length": GROUP, "microbatches": 8}, "computed once for 2 of its 4 completions"),
-        ({"row_length": 128}, "a row of 128 tokens holds one; shorter ones share theirs"),
+        ({"row_length": PAIR}, "computed once for 2 of its 4 completions"),
+        ({"row_length": PAIR - 1}, "are shared with algorithm.row_length=193 or longer"),
+        ({"row_length": 32_769}, "32769 tokens is longer than 32768; prompts are shared with a"),
         ({"row_length": 128, "microbatches": 16}, "a microbatch holds one completion of each"),
-        ({"row_length": 128, "share_prompts": False}, "algorithm.share_prompts=False"),
+        ({"row_length": GROUP, "share_prompts": False}, "algorithm.share_prompts=False"),
     ],
 )
 def test_the_plan_says_how_often_a_prompt_is_computed(algorithm, said):
     assert said in plan.prompts_shared(sharing(**algorithm))
+
+
+def test_the_plan_says_where_no_row_can_share_a_prompt():
+    config = sharing(0)
+    rollout = dataclasses.replace(config.rollout, max_tokens=16_384)
+    said = plan.prompts_shared(dataclasses.replace(config, rollout=rollout))
+    assert "take a row of 32833 tokens, and prompts are shared in rows of at most 32768" in said
 
 
 def test_decoding_reads_the_experts_that_are_chosen():
@@ -418,7 +429,9 @@ def test_the_step_of_a_supervised_stage_is_planned():
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:4])
     _, stage = itertools.islice(plan.programs(config, MODEL, jax.devices()[:4]), 2)
     assert stage.name == "warm-up step"
-    assert stage.work.flops == cost_model.update(MODEL, 4, 128, config, mesh, True).flops
+    data = dataclasses.replace(data, prompts_per_step=2)  # with four completions each
+    as_many = dataclasses.replace(config, data=data)
+    assert stage.work.flops == cost_model.update(MODEL, 4, 128, as_many, mesh, True).flops
     assert stage.calls == 0 and "warmup.microbatches" in stage.settings
 
 

@@ -76,7 +76,7 @@ def steps(config, scored, row_length):
         microbatches=algorithm.microbatches,
         row_length=row_length,
         seed=1,
-        share_prompts=config.shares_prompts,
+        share_prompts=True,
     )
     state = fresh_state(config, model, ONE)
     if config.model.lora.rank:

@@ -175,7 +175,7 @@ def test_rows_that_are_too_long_are_refused():
     shapes = [(1, 1, 1, 65_536, 128), (1, 1, 65_536, 128), (1, 1, 65_536, 128)]
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     row = jax.ShapeDtypeStruct((1, 65_536), jnp.int32)
-    with pytest.raises(ValueError, match="32768 positions .* not 65536; set algorithm.share_prom"):
+    with pytest.raises(ValueError, match="32768 positions .* not 65536; leave prefix_ids out"):
         jax.eval_shape(splash.attention, *arrays, row, row)
 
 

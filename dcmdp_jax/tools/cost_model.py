@@ -19,7 +19,6 @@ from dcmdp_jax.config import Config, Precision, RolloutConfig
 from dcmdp_jax.models import lora
 from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.models.quantized import FORMATS
-from dcmdp_jax.tokens import packing
 
 
 class Work(NamedTuple):
@@ -183,28 +182,19 @@ def _batch(
 ) -> tuple[float, float, float]:
     """Returns the FLOPs of a microbatch's forward pass.
 
-    Every row is one longest completion, or a longest prompt with as many longest completions as
-    share it in a row.
+    Every row is one longest completion, or has a longest prompt for the longest completions that
+    share it. These are as many as the microbatch has, whatever the number of rows.
     """
-    new = config.rollout.max_tokens
-    if not config.shares_prompts:
-        return forward(model, rows * length, length / 2, rows * min(new, length))
-    head = config.data.max_prompt_tokens - 1
-    branch = new + 1
-    completions = sharing(config)
-    pairs = head**2 / 2 + completions * branch * (head + branch / 2)
-    return forward(model, rows * length, pairs / length, rows * completions * new)
-
-
-def sharing(config: Config) -> int:
-    """Returns how many longest completions share a longest prompt in a row, at most."""
     algorithm = config.algorithm
+    new = config.rollout.max_tokens
     completions = config.data.prompts_per_step * config.rollout.samples
-    in_row = packing.branches_in_row(
-        config.data.max_prompt_tokens, config.rollout.max_tokens, config.row_length
-    )
-    in_microbatch = completions // (algorithm.minibatches * algorithm.microbatches)
-    return min(in_row, in_microbatch, config.rollout.samples)
+    completions //= algorithm.minibatches * algorithm.microbatches
+    if not config.shares_prompts:
+        return forward(model, rows * length, length / 2, completions * new)
+    prefix = config.data.max_prompt_tokens - 1
+    branch = 1 + new
+    pairs = rows * prefix**2 / 2 + completions * branch * (prefix + branch / 2)
+    return forward(model, rows * length, pairs / (rows * length), completions * new)
 
 
 def _size(model: ModelConfig) -> int:

@@ -135,7 +135,6 @@ def scorer(config: Config, inputs: Inputs) -> Score:
     """
     rows = sharding.batch_sharding(inputs.mesh, 0)
     replicated = sharding.replicated(inputs.mesh)
-    longest = config.data.max_prompt_tokens + config.rollout.max_tokens
     packed_logp = jax.jit(
         partial(_packed_logp, config=config, model=inputs.model_config),
         in_shardings=(None, rows, rows, rows, replicated, rows, rows),
@@ -148,15 +147,17 @@ def scorer(config: Config, inputs: Inputs) -> Score:
         microbatches = config.algorithm.microbatches
         if count % (minibatches * microbatches * split) == 0:
             microbatches *= split
+        how = {
+            "minibatches": minibatches,
+            "microbatches": microbatches,
+            "row_length": config.row_length,
+            "row_divisor": sharding.num_batch_shards(inputs.mesh),
+            "seed": seed,
+            "draw_groups": config.algorithm.share_prompts,
+            "share_prompts": config.shares_prompts,
+        }
         batch = packing.pack(
-            Scored(rollout, np.zeros(count, np.float32)),
-            minibatches=minibatches,
-            microbatches=microbatches,
-            row_length=config.algorithm.row_length or longest,
-            pad_id=inputs.tokenizer.pad_id,
-            row_divisor=sharding.num_batch_shards(inputs.mesh),
-            seed=seed,
-            share_prompts=config.shares_prompts,
+            Scored(rollout, np.zeros(count, np.float32)), pad_id=inputs.tokenizer.pad_id, **how
         )
         packed = []
         for i, j in np.ndindex(minibatches, microbatches):
@@ -174,13 +175,7 @@ def scorer(config: Config, inputs: Inputs) -> Score:
             )
         logp = np.concatenate(packed)
         by_completion = np.zeros_like(rollout.rollout_logp)
-        order = packing.packing_order(
-            rollout,
-            minibatches=minibatches,
-            microbatches=microbatches,
-            seed=seed,
-            share_prompts=config.shares_prompts,
-        )
+        order = packing.packing_order(rollout, **how)
         by_completion[order] = np.where(batch.mask.reshape(logp.shape), logp, 0)
         return by_completion
 

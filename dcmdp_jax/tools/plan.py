@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax import compiled_step, files, sharding, sync, train_state, trainer_scores
+from dcmdp_jax import compiled_step, files, limits, sharding, sync, train_state, trainer_scores
 from dcmdp_jax.config import AlgorithmConfig, Calibrated, Config, with_tolerance
 from dcmdp_jax.evaluation import held_out
 from dcmdp_jax.models.model_config import ModelConfig
@@ -338,7 +338,7 @@ def _sync(
 
 
 def abstract_batch(config: Config, model: ModelConfig, mesh: Any) -> Batch:
-    """Returns the shapes of a run's largest batch (see `packing.most_rows`)."""
+    """Returns shapes that no batch of a run exceeds (see `packing.most_rows`)."""
     a = config.algorithm
     width = config.rollout.max_tokens
     completions = config.data.prompts_per_step * config.rollout.samples
@@ -537,21 +537,34 @@ def verdict(plan: Plan) -> list[str]:
 
 def prompts_shared(config: Config) -> str:
     """Returns, in a sentence, how often the prompt of a group is computed."""
+    if config.shares_prompts:
+        return (
+            "at the greatest lengths a prompt is computed once for "
+            f"{config.longest_sharing} of its {config.rollout.samples} completions, as many as a "
+            f"row of {config.row_length} tokens or a microbatch holds"
+        )
     own = "every completion is computed with a prompt of its own"
     if not config.algorithm.share_prompts:
         return f"{own} (algorithm.share_prompts=False)"
-    if not config.shares_prompts:
+    parts = config.algorithm.minibatches * config.algorithm.microbatches
+    in_microbatch = config.data.prompts_per_step * config.rollout.samples // parts
+    if min(in_microbatch, config.rollout.samples) == 1:
         return f"{own}: a microbatch holds one completion of each"
-    completions = cost_model.sharing(config)
-    if completions == 1:
+    two = config.data.max_prompt_tokens - 1 + 2 * (1 + config.rollout.max_tokens)
+    most = limits.MAX_SHARED_ROW
+    if two > most:
         return (
-            f"at the greatest lengths {own}, because a row of {config.row_length} tokens holds "
-            "one; shorter ones share theirs, and so do these with a longer algorithm.row_length"
+            f"{own}: two of the greatest length with one prompt take a row of {two} tokens, and "
+            f"prompts are shared in rows of at most {most}"
+        )
+    if config.row_length > most:
+        return (
+            f"{own}, because a row of {config.row_length} tokens is longer than {most}; prompts "
+            "are shared with a shorter algorithm.row_length"
         )
     return (
-        f"at the greatest lengths a prompt is computed once for {completions} of its "
-        f"{config.rollout.samples} completions, as many as a row of {config.row_length} tokens or "
-        "a microbatch holds"
+        f"{own}, because a row of {config.row_length} tokens does not hold two of the greatest "
+        f"length with one prompt; prompts are shared with algorithm.row_length={two} or longer"
     )
 
 

@@ -27,6 +27,7 @@ B = 4
 G = 4
 P = 5
 T = 7
+ROW = 2 * (P + T)
 TOLERANCE = 0.05
 MODEL = ModelConfig(
     vocab_size=16,
@@ -42,6 +43,8 @@ CLIPPED = functools.partial(policy.clipped, clip_low=0.2, clip_high=0.24)
 
 
 def make_config(model=MODEL, surrogate=corrections.decoupled(CLIPPED), **algorithm):
+    """Rows hold two longest completions, with a prompt each or one for both."""
+    algorithm = {"row_length": ROW} | algorithm
     return Config(
         name="test",
         model=ModelSource(
@@ -104,7 +107,7 @@ def fresh_state(config, model, mesh, params=None):
 cached_step = functools.cache(compiled_step.compile_step)
 
 
-def run(config, scored, mesh=None, row_length=2 * (P + T), params=None):
+def run(config, scored, mesh=None, row_length=ROW, params=None):
     """One step from fresh state: (params before, state after, metrics that are numbers)."""
     mesh = mesh or ONE
     model = config.model.architecture
@@ -116,6 +119,7 @@ def run(config, scored, mesh=None, row_length=2 * (P + T), params=None):
         row_length=row_length,
         row_divisor=sharding.num_batch_shards(mesh),
         seed=1,
+        draw_groups=config.algorithm.share_prompts,
         share_prompts=config.shares_prompts,
     )
     params = make_params(model) if params is None else params

@@ -14,12 +14,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info
 
-from dcmdp_jax import sharding
+from dcmdp_jax import limits, sharding
 from dcmdp_jax.models.kernels import runs
 
 LANES = 128  # the kernel needs multiples of it as head size and as row length
 BLOCKS = (1024, 512, 256, 128)
-POSITION_BITS = 15  # of a row with shared prompts: two positions share 32 bits
+POSITION_BITS = limits.MAX_SHARED_ROW.bit_length() - 1
 NO_ID = -1  # of a key that no query attends to
 
 QUERIES = ("rows", "kv_heads", None, "positions", None)
@@ -47,10 +47,10 @@ def attention(
     S, h], segment_ids [R, S] -> q's shape.
 
     With `prefix_ids` [R, S], a query also attends to an earlier segment: the one whose id is the
-    query's prefix id, 0 for none. That segment has no prefix itself, and every segment is one run
-    of positions; padding, id 0, attends to itself alone. Scores are float32 and exist a tile at a time; q, k and v are multiplied in their
-    own dtype. `interpret` runs the kernel on any device. Raises ValueError if rows with
-    `prefix_ids` are longer than 32,768 positions.
+    query's prefix id, 0 for none. That segment has no prefix itself, every segment is one run of
+    positions, and padding, id 0, attends to itself alone. Scores are float32 and exist a tile at a
+    time; q, k and v are multiplied in their own dtype. `interpret` runs the kernel on any device.
+    Raises ValueError if rows with `prefix_ids` are longer than 32,768 positions.
     """
     mesh = sharding.current_mesh()
     splits = mesh.shape["sequence"] if mesh else 1
@@ -126,10 +126,10 @@ def _with_prefixes(
     before its own segment. Every query attends to itself in one of them, so no softmax is empty.
     """
     length = q.shape[3]
-    if length > 1 << POSITION_BITS:
+    if length > limits.MAX_SHARED_ROW:
         raise ValueError(
-            f"the TPU kernel takes rows of at most {1 << POSITION_BITS} positions with shared "
-            f"prompts, not {length}; set algorithm.share_prompts=False"
+            f"the TPU kernel takes rows of at most {limits.MAX_SHARED_ROW} positions with "
+            f"prefix_ids, not {length}; leave prefix_ids out, with a prompt for each completion"
         )
     index = jnp.arange(length, dtype=jnp.int32)
     ids = jnp.where(prefix_ids > 0, prefix_ids, segment_ids)
