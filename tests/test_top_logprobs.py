@@ -171,7 +171,9 @@ def test_a_step_on_the_whole_vocabulary_is_the_closed_form():
 
 def test_the_surrogate_and_the_sampler_go_together():
     config = config_with_top(K)
-    needs_none = dataclasses.replace(config, rollout=RolloutConfig())
+    needs_none = dataclasses.replace(
+        config, rollout=dataclasses.replace(config.rollout, top_logprobs=0)
+    )
     clipped = dataclasses.replace(config.algorithm, surrogate=corrections.decoupled(policy.clipped))
     for wrong in (needs_none, dataclasses.replace(config, algorithm=clipped)):
         with pytest.raises(ValueError, match="^rollout.top_logprobs is for a surrogate that takes"):
