@@ -28,7 +28,7 @@ from dcmdp_jax.run import folder as run_folder
 from dcmdp_jax.run.inputs import Inputs
 from dcmdp_jax.run.record import RECORD_FILE
 from dcmdp_jax.seeds import Stream
-from dcmdp_jax.stopping import Interrupted
+from dcmdp_jax.stopping import NotKept
 
 FILE = "calibration.json"
 RECORDED = {"slack": files.NUMBER, "batches": files.INTEGER, "tolerance": files.NUMBER}
@@ -42,7 +42,7 @@ def run(
     """Measures the tolerance at the weights of `state` and records it in `workdir`.
 
     All processes must call. Returns `config` with the measured tolerance. The prompts that measure
-    it come again in the first steps. Raises `stopping.Interrupted` where the run is asked to stop.
+    it come again in the first steps. Raises `stopping.NotKept` where the run is asked to stop.
     """
     options = config.constraint.tolerance
     prompt_state = inputs.prompts.get_state()
@@ -51,7 +51,7 @@ def run(
     for number in range(options.batches):
         batch = batches.collect(Stream.CALIBRATION, number)
         if batch is None:
-            raise Interrupted("stopped in the calibration of the tolerance; it starts anew")
+            raise NotKept("stopped in the calibration of the tolerance, which is not kept")
         packed.append(batch.packed)
     params, _ = train_state.sampled_from(state, config)
     calibration = measure_floor(

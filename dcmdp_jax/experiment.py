@@ -70,7 +70,7 @@ def override(config: Config, changes: dict[str, str]) -> Config:
     types = scalar_fields(config)
     for name in changes:
         if name not in types:
-            raise ValueError(_unknown_option(name, list(types)))
+            raise ValueError(_no_option(config, name, list(types)))
         part = next((other for other in changes if other.startswith(f"{name}.")), None)
         if part:
             raise ValueError(f"--{name} and --{part} exclude each other; set one")
@@ -123,6 +123,18 @@ def _convert(name: str, text: str, kind: type) -> Any:
     if not abs(value) < math.inf:
         raise ValueError(f"--{name} takes a value of type {kind.__name__}, not {text!r}")
     return value
+
+
+def _no_option(config: Config, name: str, names: list[str]) -> str:
+    """Returns why a name is none of the scalar fields `names`."""
+    value: Any = config
+    for part in name.split("."):
+        if part not in getattr(value, "__dataclass_fields__", {}):
+            return _unknown_option(name, names)
+        value = getattr(value, part)
+    if callable(value):
+        return f"--{name} is a function; set it in the experiment file"
+    return f"--{name} is no number, text or yes or no; set it in the experiment file"
 
 
 def _unknown_option(name: str, names: list[str]) -> str:

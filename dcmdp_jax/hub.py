@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from dcmdp_jax import buckets
+from dcmdp_jax import buckets, errors
 
 _NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*?)(@(?P<revision>[\w./-]+))?(:(?P<path>[^:]+))?")
 _SETTINGS = ["*.json", "*.jinja", "tokenizer.model"]
@@ -226,21 +226,24 @@ def _choose(found: list[str], name: Name) -> str:
 # The library
 
 
-def _cause(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+def _first(error: BaseException) -> BaseException:
+    """Returns the error that the others of a chain follow from."""
+    while cause := error.__cause__:
+        error = cause
+    return error
 
 
 def _unreachable(error: Exception) -> str:
     return (
         "is neither a path here nor in the cache, and the Hub cannot be used "
-        f"({_cause(error)}); give a path, or download it where there is a network"
+        f"({type(_first(error)).__name__}); give a path, or download it where there is a network"
     )
 
 
 def _not_pushed(error: Exception) -> str:
     return (
-        f"cannot be pushed ({_cause(error)}); log in with `hf auth login`, with a token that may "
-        "write there, where there is a network"
+        f"cannot be pushed ({errors.type_and_message(error)}); log in with `hf auth login`, with a "
+        "token that may write there, where there is a network"
     )
 
 
@@ -256,24 +259,24 @@ def _ask(
     """
     try:
         import huggingface_hub
-        from huggingface_hub import errors
+        from huggingface_hub import errors as hub_errors
     except ImportError:
         raise ValueError(
             "huggingface_hub is not installed; pip install 'dcmdp-jax[train]'"
         ) from None
     try:
         return request(huggingface_hub)
-    except errors.GatedRepoError:
+    except hub_errors.GatedRepoError:
         what = "is gated; accept its terms on its page, and log in with `hf auth login`"
-    except errors.RepositoryNotFoundError:
+    except hub_errors.RepositoryNotFoundError:
         what = (
             f"is neither a path here nor a {kind} of the Hub that you may see; correct it, or log "
             "in with `hf auth login`"
         )
-    except errors.RevisionNotFoundError:
+    except hub_errors.RevisionNotFoundError:
         what = "has no such revision; correct what follows the @"
-    except errors.EntryNotFoundError as error:
-        if not isinstance(error, errors.LocalEntryNotFoundError):
+    except hub_errors.EntryNotFoundError as error:
+        if not isinstance(error, hub_errors.LocalEntryNotFoundError):
             raise ValueError(f"{text} has no such file; correct what follows the :") from None
         what = failed(error)
     except Exception as error:  # of the connection, of which the library raises many kinds

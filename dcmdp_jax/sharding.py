@@ -280,6 +280,7 @@ def with_mesh(mesh: Mesh, f: Callable) -> Callable:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return f(*arguments)
 
+    traced.__name__ = getattr(f, "func", f).__name__  # JAX names the program so
     return traced
 
 

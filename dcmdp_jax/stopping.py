@@ -23,6 +23,10 @@ class Interrupted(Exception):
     """The run was asked to stop, and can go on from where it was."""
 
 
+class NotKept(Interrupted):
+    """The run was asked to stop in a part whose progress is not kept: it begins again."""
+
+
 class Failed(ValueError):
     """The run cannot go on as it is; what it has is saved. All processes raise it alike."""
 

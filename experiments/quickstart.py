@@ -1,5 +1,5 @@
-"""Does the constraint run end to end? The chain task with an int4 engine, warm-up on a noisy
-expert, then DC-GRPO.
+"""Start here: does the constraint run end to end? The chain task with an int4 engine, warm-up on a
+noisy expert, then DC-GRPO.
 
 Command:  dcmdp train experiments/quickstart.py --seed 1
 Hardware: two CPU cores

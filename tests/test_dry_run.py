@@ -65,7 +65,8 @@ def test_the_memory_adds_up(new, new_memory):
 
 def test_steps_and_folder_of_a_new_run(new):
     assert new["steps"] == "7, after a warm-up of 100 x 32"
-    assert new["folder"].endswith("run, new") and new["time"].startswith("not known")
+    assert new["folder"].endswith("run, new")
+    assert new["time"].startswith("not known: no earlier run of quickstart on these devices in /")
 
 
 def test_a_run_that_goes_on_is_known_by_its_checkpoint(tmp_path):
@@ -84,12 +85,21 @@ def test_a_finished_run_has_no_steps_left(tmp_path):
 def test_the_time_follows_from_the_run_before(tmp_path):
     config = tiny()
     devices = phases.devices_of(read_inputs(config, ONE_DEVICE).mesh)
-    record = phases.Times(config.name, devices, 20.0, 3.0, {})
+    record = phases.Times(config.name, devices, 20.0, 3.0, 100, {})
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / phases.FILE).write_text(json.dumps(record._asdict()))
     assert described(tmp_path / "b", steps=7)["time"].startswith("about 38 s,")
     begun(tmp_path / "c", tiny(steps=7), 3)
     assert described(tmp_path / "c", steps=7)["time"].startswith("about 12 s,")
+
+
+def test_a_time_without_the_warmup_is_said_to_be_so(tmp_path):
+    config = tiny()
+    devices = phases.devices_of(read_inputs(config, ONE_DEVICE).mesh)
+    record = phases.Times(config.name, devices, 20.0, 3.0, 0, {})
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / phases.FILE).write_text(json.dumps(record._asdict()))
+    assert described(tmp_path / "b", steps=7)["time"].startswith("about 38 s without the warm-up,")
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ def test_experiments_and_studies_are_found_and_not_run(folder):
         (str(x.path.relative_to(folder)), x.kind, x.summary) for x in experiment_list.find(folder)
     ]
     assert found == [
+        ("broken.py", "broken", "cannot be read: line 1"),
         ("deep/two.py", "study", ""),
         ("one.py", "experiment", "Does it work? On two lines."),
     ]
@@ -46,6 +47,7 @@ def test_the_command_prints_a_line_for_each(folder, capsys):
     assert cli.main(["experiments", str(folder)]) == 0
     lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
     assert [line[1:] for line in lines] == [
+        ["broken", "cannot be read: line 1"],
         ["study"],
         ["experiment", "Does it work? On two lines."],
     ]

@@ -1,7 +1,10 @@
 """What a run is told to be doing, since when, and how long it took last time."""
 
+import functools
 import io
 import json
+import pathlib
+import re
 import sys
 import threading
 import time
@@ -10,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dcmdp_jax import sharding
 from dcmdp_jax.monitoring import phases, screen
 from dcmdp_jax.monitoring.phases import Times, phase
 
-DAMAGED = json.dumps(Times("trial", "1 x cpu", 60.0, 3.0, {"sampling": "long"})._asdict())
-LAST = Times("trial", "1 x cpu", 60.0, 3.0, {"sampling": 4.0})
+DAMAGED = json.dumps(Times("trial", "1 x cpu", 60.0, 3.0, 0, {"sampling": "long"})._asdict())
+LAST = Times("trial", "1 x cpu", 60.0, 3.0, 0, {"sampling": 4.0})
+PACKAGE = pathlib.Path(phases.__file__).parents[1]
 
 
 @pytest.fixture
@@ -31,13 +36,13 @@ def test_a_phase_is_named_with_its_time_and_that_of_the_run_before(clock):
         assert recorder.doing() == "sampling: 12 s so far, 4.0 s last time"
 
 
-def test_the_last_time_may_be_in_this_run(clock):
-    with phases.told("training", LAST) as recorder:
+def test_the_last_time_is_of_the_run_before_alone(clock):
+    with phases.told("training") as recorder:
         with phase("sampling"):
             clock[0] += 7
         with phase("sampling"):
             clock[0] += 2
-            assert recorder.doing() == "sampling: 2.0 s so far, 7.0 s last time"
+            assert recorder.doing() == "sampling: 2.0 s so far"
 
 
 def test_what_has_just_begun_is_not_named(clock):
@@ -71,23 +76,39 @@ def test_other_threads_have_no_phases():
         assert [opened.name for opened in recorder.open] == ["training"]
 
 
-def test_a_compilation_is_a_phase_of_the_functions_name():
-    def my_step(x):
+def test_a_compilation_is_a_phase_of_what_the_program_does():
+    def one_pass_step(x):
         return x * 2
 
     with phases.told("training") as recorder:
-        jax.jit(my_step)(jnp.ones(3))
-    assert recorder.seconds["compiling my_step"] > 0
-    assert recorder.compiled >= recorder.seconds["compiling my_step"]
+        jax.jit(one_pass_step)(jnp.ones(3))
+    assert recorder.seconds["compiling the step"] > 0
+    assert recorder.compiled >= recorder.seconds["compiling the step"]
+
+
+def test_a_step_with_a_mesh_keeps_its_name():
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+
+    def one_pass_step(x, *, by):
+        return x * by
+
+    with phases.told("training") as recorder:
+        jax.jit(sharding.with_mesh(mesh, functools.partial(one_pass_step, by=2)))(jnp.ones(3))
+    assert recorder.seconds["compiling the step"] > 0
+
+
+def test_each_program_that_has_a_name_is_a_function():
+    text = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    assert phases.PROGRAMS.keys() <= set(re.findall(r"def (\w+)\(", text))
 
 
 def test_of_several_compilations_the_longest_is_kept(clock):
     with phases.told("training") as recorder:
         for seconds in (5, 2):
-            recorder.on_event(phases.LOWERED, 0.0, fun_name="jit(decode)")
+            recorder.on_event(phases.LOWERED, 0.0, fun_name="jit(prefill)")
             clock[0] += seconds
-            recorder.on_event(phases.COMPILED, 0.0, fun_name="jit(decode)")
-    assert recorder.seconds["compiling decode"] == 5 and recorder.compiled == 7
+            recorder.on_event(phases.COMPILED, 0.0, fun_name="jit(prefill)")
+    assert recorder.seconds["compiling prefill"] == 5 and recorder.compiled == 7
 
 
 def test_nothing_listens_after_the_run():
@@ -117,7 +138,7 @@ def recorded(clock, steps=3):
 
 def test_the_next_run_in_the_folder_reads_the_times(tmp_path, clock):
     phases.write(tmp_path / "a", "trial", "1 x cpu", recorded(clock))
-    expected = Times("trial", "1 x cpu", 10.0, 2.0, {"sampling": 10.0})
+    expected = Times("trial", "1 x cpu", 10.0, 2.0, 0, {"sampling": 10.0})
     assert phases.read(tmp_path / "a", "trial", "1 x cpu") == expected
 
 
@@ -144,6 +165,41 @@ def test_a_damaged_file_is_none(tmp_path, text):
 def test_a_single_step_leaves_no_times(tmp_path, clock):
     phases.write(tmp_path / "a", "trial", "1 x cpu", recorded(clock, steps=1))
     assert not (tmp_path / "a").exists()
+
+
+def test_a_step_that_compiles_does_not_count(tmp_path, clock):
+    with phases.told("training") as recorder:
+        phases.note_step()
+        for compiling, seconds in ((8, 3), (0, 1), (0, 2), (0, 9)):
+            if compiling:
+                recorder.on_event(phases.LOWERED, 0.0, fun_name="jit(one_pass_step)")
+                clock[0] += compiling
+                recorder.on_event(phases.COMPILED, 0.0, fun_name="jit(one_pass_step)")
+            clock[0] += seconds
+            phases.note_step()
+    phases.write(tmp_path / "a", "trial", "1 x cpu", recorder)
+    assert phases.read(tmp_path / "a", "trial", "1 x cpu").a_step == 2
+
+
+def test_a_run_whose_steps_all_compiled_leaves_the_times_that_there_are(tmp_path, clock):
+    phases.write(tmp_path / "a", "trial", "1 x cpu", recorded(clock))
+    with phases.told("training") as recorder:
+        phases.note_step()
+        recorder.on_event(phases.LOWERED, 0.0, fun_name="jit(one_pass_step)")
+        clock[0] += 8
+        recorder.on_event(phases.COMPILED, 0.0, fun_name="jit(one_pass_step)")
+        phases.note_step()
+    phases.write(tmp_path / "a", "trial", "1 x cpu", recorder)
+    assert phases.read(tmp_path / "a", "trial", "1 x cpu").a_step == 2
+
+
+def test_an_estimate_scales_the_warmup_by_its_steps():
+    before = Times("trial", "1 x cpu", 60.0, 3.0, 100, {"warming up": 40.0})
+    assert before.estimate(11, 300) == 20 + 3 * 40 + 10 * 3
+
+
+def test_the_estimate_from_a_run_without_a_warmup_leaves_it_out():
+    assert LAST.estimate(11, 300) == 60 + 10 * 3
 
 
 @pytest.mark.parametrize(

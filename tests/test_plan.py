@@ -221,6 +221,20 @@ def test_unknown_topologies_are_refused(name):
         plan.slice_devices(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("v5p-128", "counts cores, two a chip; give the shape of its 64 chips, such as v5p:4x4x4"),
+        ("v5p-8", "its 4 chips, such as v5p:2x2x1"),
+        ("v5litepod-8", "names no shape; give the shape of its 8 chips, such as v5e:2x4"),
+        ("v6e-12", "its 12 chips$"),
+    ],
+)
+def test_an_accelerator_type_is_answered_by_the_shape_of_its_chips(name, said):
+    with pytest.raises(ValueError, match=said):
+        plan.slice_devices(name)
+
+
 def test_a_v4_chip_is_one_device():
     assert len(plan.slice_devices("v4:2x2x1")) == 4
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from dcmdp_jax import errors
 from dcmdp_jax.cli import failures, fields, parser
+from dcmdp_jax.monitoring import terminal
 from dcmdp_jax.run import staging
 
 
@@ -24,6 +25,7 @@ def main(arguments: list[str] | None = None, devices: Sequence[Any] | None = Non
         arguments: the command and its options; None: those of the process.
         devices: the JAX devices that a run may use; None: all there are.
     """
+    terminal.ignore_broken_streams()
     args, options = parser.make().parse_known_args(arguments)
     _leave_out_tpu()
     args.devices = devices

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import pathlib
 import re
-import sys
 
 from dcmdp_jax.config import Config
 from dcmdp_jax.experiment import load_experiment, override, pin
+from dcmdp_jax.monitoring.screen import screen
 from dcmdp_jax.run import record as run_record
 from dcmdp_jax.run import staging
 
@@ -39,7 +39,7 @@ def load(args: argparse.Namespace, options: list[str]) -> tuple[Config, pathlib.
         ]
         if recorded:
             began = f"{workdir} goes on with its own {', '.join(recorded)}"
-            print(staging.shown(began), file=sys.stderr)
+            screen.line(staging.shown(began))
     return pin(override(config, changes), record), workdir
 
 

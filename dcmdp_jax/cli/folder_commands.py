@@ -15,7 +15,8 @@ from dcmdp_jax import hub
 from dcmdp_jax.cli import fields
 from dcmdp_jax.config import ModelSource, Precision
 from dcmdp_jax.models.model_config import Compute
-from dcmdp_jax.monitoring import terminal
+from dcmdp_jax.monitoring import phases
+from dcmdp_jax.monitoring.screen import screen
 from dcmdp_jax.records import Sampling
 from dcmdp_jax.run import staging
 
@@ -62,7 +63,6 @@ def generate_command(args: argparse.Namespace, options: list[str]) -> Callable[[
 
 def chat_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
     """`dcmdp chat`: answers the lines of standard input."""
-    terminal.ignore_broken_streams()
     if args.max_tokens < 1 or args.max_length < 2:
         raise ValueError("--max-tokens must be at least 1 and --max-length at least 2")
     sampling = _sampling(args)
@@ -226,9 +226,6 @@ def doctor_command(args: argparse.Namespace, options: list[str]) -> Callable[[],
         raise ValueError(f"--output {output} names no file in a folder that exists; give another")
     from dcmdp_jax.tools import doctor, doctor_page, rollout_records
 
-    def log(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     folder = hub.model_folder(args.model)
     own_tokenizer = hub.settings_folder(args.tokenizer)
     vocab_size, max_position = doctor.check(folder, own_tokenizer)
@@ -241,7 +238,7 @@ def doctor_command(args: argparse.Namespace, options: list[str]) -> Callable[[],
         sampling = _stated_sampling(args, {})
         tokenizer = tokenizers.load(own_tokenizer or folder, folder)
         found = server_records.sample(
-            args.server, tokenizer, sampling, vocab_size, max_position, args.limit, log
+            args.server, tokenizer, sampling, vocab_size, max_position, args.limit, screen.line
         )
     else:
         found = rollout_records.read(pathlib.Path(args.file), args.limit, vocab_size, max_position)
@@ -256,12 +253,15 @@ def doctor_command(args: argparse.Namespace, options: list[str]) -> Callable[[],
 
     def job() -> int:
         if found.more:
-            log(f"{args.file} goes on; the first {args.limit} completions are read (--limit)")
-        model = doctor.load(folder, own_tokenizer, bfloat16=args.bfloat16)
+            more = f"{args.file} goes on; the first {args.limit} completions are read (--limit)"
+            screen.line(more)
         reported = Sampling() if args.raw else sampling
-        diagnosis = doctor.examine(model, found.records, sampling, reported, log)
+        with phases.told("scoring"):
+            model = doctor.load(folder, own_tokenizer, bfloat16=args.bfloat16)
+            diagnosis = doctor.examine(model, found.records, sampling, reported, screen.line)
+        page = doctor_page.write(diagnosis, settings, output)  # before a reader may be gone
         print(doctor_page.text(diagnosis))
-        print(f"\nwrote {doctor_page.write(diagnosis, settings, output)}")
+        print(f"\nwrote {page}")
         return 0 if diagnosis.verdict.name == "as stated" else 1
 
     return job

@@ -22,14 +22,12 @@ from dcmdp_jax.cli import failures, fields
 from dcmdp_jax.config import Config
 from dcmdp_jax.config_checks import scalar_fields
 from dcmdp_jax.experiment import load_experiment, override
-from dcmdp_jax.monitoring import terminal
 from dcmdp_jax.monitoring.screen import Style, screen
 from dcmdp_jax.run import staging
 
 
 def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:
     """`dcmdp train`: runs or resumes an experiment."""
-    terminal.ignore_broken_streams()
     if args.quiet:
         screen.style = Style.QUIET
     elif args.plain:
@@ -37,7 +35,7 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
     else:
         screen.style = Style.AUTOMATIC
     if not (args.fields or args.dry_run):
-        screen.say(f"starting {args.experiment}")
+        screen.line(f"starting {args.experiment}")
     config, workdir = fields.load(args, options)
     if args.fields:
         return partial(_print_fields, config)
@@ -54,8 +52,8 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
     from dcmdp_jax import train
     from dcmdp_jax.distributed import processes
     from dcmdp_jax.report import final_table, run_page, samples
-    from dcmdp_jax.run.checkpoint import NoReadableCheckpoint
-    from dcmdp_jax.stopping import Failed, Interrupted
+    from dcmdp_jax.run import checkpoint
+    from dcmdp_jax.stopping import Failed, Interrupted, NotKept
 
     if args.coordinator or args.distributed:
         processes.start(workdir, args.coordinator, args.processes, args.process, args.wait)
@@ -64,7 +62,8 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
 
     def job() -> int:
         address = staging.shown(str(workdir))
-        again = f"go on with: dcmdp train {args.experiment} --workdir {address}"
+        again = f"dcmdp train {args.experiment} --workdir {address}"
+        was_finished = max(checkpoint.steps(workdir), default=0) >= config.steps
         try:
             with processes.end_all_on_error():
                 train.run(config, workdir, inputs, at_once=True)
@@ -72,9 +71,10 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
                     run_page.write(workdir)
         except Interrupted as stop:
             if jax.process_index() == 0:
-                print(staging.shown(f"{stop}; {again}"), flush=True)
+                how = "begin it again" if isinstance(stop, NotKept) else "go on"
+                print(staging.shown(f"{stop}; {how} with: {again}"), flush=True)
             return 130
-        except NoReadableCheckpoint as error:
+        except checkpoint.NoReadableCheckpoint as error:
             failures.tell(error, str(error), args.traceback)
             return 2
         except Failed as error:
@@ -84,13 +84,18 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
             message = errors.user_message(error)
             if message is None:
                 raise
-            failures.tell(error, f"{message}; {again}", args.traceback)
+            how = "mend it, then" if errors.user_code(error) else "go on with"
+            failures.tell(error, f"{message}; {how}: {again}", args.traceback)
             return 1
-        if jax.process_index() == 0:
-            for line in [*samples.lines(workdir), ""]:
-                screen.line(line)
-            print(final_table.text(workdir))
-        processes.log0(f"finished; see {address}/report.html")
+        if jax.process_index() != 0:
+            return 0
+        if was_finished:
+            print(f"already finished at step {config.steps}; raise --steps to go on")
+            return 0
+        for line in [*samples.lines(workdir), ""]:
+            screen.say(line)
+        print(final_table.text(workdir))
+        screen.say(f"finished; see {address}/report.html")
         return 0
 
     return job

@@ -84,7 +84,7 @@ def start(
 def log0(text: str) -> None:
     """Tells the progress of a run, on process 0 only."""
     if jax.process_index() == 0:
-        screen.say(text)
+        screen.line(text)
 
 
 def _detected(limit: float) -> tuple[str, int, int]:

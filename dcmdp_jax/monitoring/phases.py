@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import pathlib
+import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -23,11 +24,29 @@ FILE = "times.json"
 SHORT = 1.0  # seconds of a phase that nobody needs to be told of
 LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # events: XLA compiles after this one
 COMPILED = "/jax/core/compile/backend_compile_duration"  # and until this one
+# What the programs do that take long to compile, by the functions that JAX names.
+PROGRAMS = {
+    "one_pass_step": "the step",
+    "constrained_step": "the step",
+    "_take_steps": "the warm-up",
+    "take_step": "the warm-up",
+    "prefill": "prefill",
+    "_generate_packed": "decode",
+    "_convert": "the weight sync",
+    "_feed": "replay",
+    "_measure": "scoring",
+    "_packed_logp": "scoring",
+    "score_blocks": "scoring",
+    "hidden": "scoring",
+    "block": "scoring",
+}
+OTHER = "a small program"
 RECORDED = {
     "experiment": files.STRING,
     "devices": files.STRING,
     "before_steps": files.NUMBER,
     "a_step": files.NUMBER,
+    "warmup_steps": files.NUMBER,
     "phases": files.OBJECT,
 }
 
@@ -38,13 +57,20 @@ class Times(NamedTuple):
     experiment: str  # its name
     devices: str  # their number and kind
     before_steps: float  # until the first step was taken, that step included
-    a_step: float  # each further one, with its share of evaluations and checkpoints
+    a_step: float  # the median of the further ones that compiled nothing
+    warmup_steps: int  # that this run took, 0 where it went on from a checkpoint
     phases: dict[str, float]  # of each phase the last one, without those inside of it; of a
     # function's compilations the longest
 
-    def estimate(self, steps: int) -> float:
-        """Returns the seconds that a new run of so many steps takes."""
-        return self.before_steps + max(steps - 1, 0) * self.a_step
+    def estimate(self, steps: int, warmup_steps: int) -> float:
+        """Returns the seconds that a new run of so many steps takes: without its warm-up if the run
+        before had none.
+        """
+        warmup = self.phases.get("warming up", 0.0)
+        start = self.before_steps - warmup
+        if self.warmup_steps:
+            start += warmup * warmup_steps / self.warmup_steps
+        return start + max(steps - 1, 0) * self.a_step
 
 
 @dataclass
@@ -66,8 +92,11 @@ class Recorder:
     compiled: float = 0.0  # seconds of all compilations
     open: list[_Open] = field(default_factory=list)
     began: float = field(default_factory=lambda: time.monotonic())
-    rows: list[float] = field(default_factory=list)  # when steps had been taken: first and last
-    steps: int = 0
+    before_steps: float = 0.0  # seconds until the first step was taken
+    steps: list[float] = field(default_factory=list)  # seconds of the others that compiled nothing
+    step_ended: float | None = None  # when the last one was taken
+    step_compiled: float = 0.0  # `compiled` then
+    warmup_steps: int = 0
     thread: int = field(default_factory=threading.get_ident)
 
     def begin(self, name: str, compiles: bool = False) -> int:
@@ -97,24 +126,28 @@ class Recorder:
         if self.open[-1].compiles and event in (LOWERED, COMPILED):
             self.end(len(self.open) - 1)
         if event == LOWERED:
-            self.begin(f"compiling {fun_name.removeprefix('jit(').removesuffix(')')}", True)
+            program = PROGRAMS.get(fun_name.removeprefix("jit(").removesuffix(")"), OTHER)
+            self.begin(f"compiling {program}", True)
 
     def note_step(self) -> None:
         """To be called after each step."""
-        self.rows = [*self.rows[:1], time.monotonic()]
-        self.steps += 1
+        now = time.monotonic()
+        if self.step_ended is None:
+            self.before_steps = now - self.began
+        elif self.compiled == self.step_compiled:
+            self.steps.append(now - self.step_ended)
+        self.step_ended = now
+        self.step_compiled = self.compiled
 
     def doing(self) -> str:
-        """Returns what the run is doing, how long it has and how long it took last time; "" if it
-        has just begun to do it.
+        """Returns what the run is doing, how long it has and how long it took in the run before; ""
+        if it has just begun to do it.
         """
         current = self.open[-1]
         elapsed = time.monotonic() - current.began - current.inside
         if elapsed < SHORT:
             return ""
-        before = self.seconds.get(current.name)
-        if before is None and self.last:
-            before = self.last.phases.get(current.name)
+        before = self.last.phases.get(current.name) if self.last else None
         took = "" if before is None else f", {clock(before)} last time"
         return f"{current.name}: {clock(elapsed)} so far{took}"
 
@@ -176,11 +209,8 @@ def of_run(workdir: pathlib.Path, name: str, mesh: Any) -> Iterator[None]:
     last = read(workdir, name, devices)
     said = f"{name} on {devices}"
     if last:
-        said += (
-            f"; last time the first step came after {clock(last.before_steps)}, and a step took "
-            f"{clock(last.a_step)}"
-        )
-    screen.say(said)
+        said += f"; last time a step took {clock(last.a_step)}"
+    screen.line(said)
     with told("training", last) as recorder:
         try:
             yield
@@ -201,6 +231,12 @@ def note_step() -> None:
     """To be called after each step."""
     if _recorder:
         _recorder.note_step()
+
+
+def note_warmup(steps: int) -> None:
+    """To be called after steps of the warm-up."""
+    if _recorder:
+        _recorder.warmup_steps += steps
 
 
 def compiled_seconds() -> float:
@@ -230,15 +266,15 @@ def read(workdir: pathlib.Path, experiment: str, devices: str) -> Times | None:
 
 
 def write(workdir: pathlib.Path, experiment: str, devices: str, recorder: Recorder) -> None:
-    """Writes the times of a run that has taken two steps or more."""
-    if recorder.steps < 2:
+    """Writes the times of a run if a step after its first one compiled nothing."""
+    if not recorder.steps:
         return
-    first, last = recorder.rows
     record = Times(
         experiment,
         devices,
-        first - recorder.began,
-        (last - first) / (recorder.steps - 1),
+        recorder.before_steps,
+        statistics.median(recorder.steps),
+        recorder.warmup_steps,
         {name: round(seconds, 2) for name, seconds in recorder.seconds.items()},
     )
     files.write_json(workdir / FILE, record._asdict())

@@ -48,7 +48,7 @@ class Screen:
         return can and self.style is Style.AUTOMATIC
 
     def say(self, text: str) -> None:
-        """Prints a text on stdout."""
+        """Prints a line of a result on stdout."""
         if self.style is not Style.QUIET:
             print(text, flush=True)
             self._last = time.monotonic()

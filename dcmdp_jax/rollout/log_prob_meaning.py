@@ -106,7 +106,6 @@ def judge(
     bos_id: int | None = None,
     other_prompts: Mapping[str, Prompt] | None = None,
     other_samplings: Mapping[str, Sampling] | None = None,
-    progress: Callable[[str], None] = lambda line: None,
 ) -> Verdict:
     """Returns the reading that explains the reported numbers, by the rule of this file.
 
@@ -128,7 +127,6 @@ def judge(
         template": wrap}.
       other_samplings: distributions to try, by where they come from, such as {"the model's
         generation_config.json": Sampling(0.6, 20, 0.95)}.
-      progress: called with a line after each pass.
 
     Raises ValueError if the lengths do not fit, or no number is finite.
     """
@@ -150,7 +148,6 @@ def judge(
                 trainer = np.concatenate([shifted(part, reading.shift) for part in logp])
                 difference = np.clip(reading.nats(known) - trainer, -CAP, CAP)
                 differences.append((reading, difference))
-        progress(f"tried {len(differences)} readings")
 
     distributions = log_prob_readings.distributions(sampling, reported, other_samplings or {})
     compare(None, _recorded, distributions)
@@ -178,7 +175,10 @@ def scorer(params: Any, model: ModelConfig, batch_tokens: int = 4096) -> Score:
     sequence, and logits are held for `ROWS` positions: memory does not grow with their number.
     Lengths are padded to powers of two, so that few shapes are compiled.
     """
-    hidden = jax.jit(lambda params, rows: decoder.hidden(params, rows, model))
+
+    @jax.jit
+    def hidden(params, rows):
+        return decoder.hidden(params, rows, model)
 
     @jax.jit
     def block(params, hidden, ids, samplings):

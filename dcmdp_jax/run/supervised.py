@@ -19,7 +19,7 @@ from dcmdp_jax.config import Config, WarmupConfig
 from dcmdp_jax.distributed import processes
 from dcmdp_jax.models import scoring
 from dcmdp_jax.models.model_config import ModelConfig
-from dcmdp_jax.monitoring import metrics
+from dcmdp_jax.monitoring import metrics, phases
 from dcmdp_jax.monitoring.phases import phase
 from dcmdp_jax.records import Batch, TrainState
 from dcmdp_jax.run import checkpoint, pairs
@@ -87,6 +87,7 @@ def run(
                     state, processes.make_global(batch, _batch_shardings(config, mesh))
                 )
                 number += 1
+                phases.note_warmup(1)
                 row = {name: x.item() for name, x in jax.device_get(measured).items()}
                 _check_finite(number, row)
                 write({"step": number, **row})

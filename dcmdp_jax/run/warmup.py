@@ -23,9 +23,10 @@ from dcmdp_jax.distributed import processes
 from dcmdp_jax.models import decoder
 from dcmdp_jax.models.kernels import head
 from dcmdp_jax.models.model_config import ModelConfig
+from dcmdp_jax.monitoring import phases
 from dcmdp_jax.monitoring.phases import phase
 from dcmdp_jax.run import supervised
-from dcmdp_jax.stopping import Interrupted
+from dcmdp_jax.stopping import NotKept
 from dcmdp_jax.tokens.tokenizer import Tokenizer
 
 STEPS_PER_DISPATCH = 50
@@ -44,8 +45,8 @@ def run(
 ) -> Any:
     """Returns the parameters after `config.warmup.steps` steps of AdamW on a cosine schedule.
 
-    Losses go to `warmup.jsonl`. `params` are donated. Raises `Interrupted` where `should_stop()`,
-    the same on all processes, is true between two dispatches: a warm-up is short and starts anew.
+    Losses go to `warmup.jsonl`. `params` are donated. Raises `NotKept` where `should_stop()`, the
+    same on all processes, is true between two dispatches: a warm-up is short and begins again.
     """
     optimizer = supervised.optimizer(config.warmup)
     opt_state = jax.jit(optimizer.init)(params)
@@ -58,9 +59,9 @@ def run(
     with (workdir / "warmup.jsonl").open("w") if writes else contextlib.nullcontext() as log:
         for start in range(0, config.warmup.steps, steps_per_dispatch):
             if should_stop():
-                raise Interrupted(
-                    f"stopped in the warm-up, at step {start} of {config.warmup.steps}; it starts "
-                    "anew"
+                raise NotKept(
+                    f"stopped in the warm-up, at step {start} of {config.warmup.steps}; warm-up "
+                    "progress is not kept"
                 )
             steps = range(start, min(start + steps_per_dispatch, config.warmup.steps))
             batches = [
@@ -71,6 +72,7 @@ def run(
             ]
             params, opt_state, losses = take_steps(params, opt_state, _stack(batches, mesh))
             losses = np.asarray(losses)
+            phases.note_warmup(len(steps))
             if writes:
                 for step, loss in zip(steps, losses):
                     log.write(json.dumps({"step": step + 1, "loss": float(loss)}) + "\n")

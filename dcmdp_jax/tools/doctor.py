@@ -22,6 +22,7 @@ from dcmdp_jax.losses import corrections, tails
 from dcmdp_jax.models import weights
 from dcmdp_jax.models.model_config import Compute
 from dcmdp_jax.monitoring import gaps
+from dcmdp_jax.monitoring.phases import phase
 from dcmdp_jax.records import Sampling
 from dcmdp_jax.rollout import log_prob_meaning
 from dcmdp_jax.rollout.log_prob_meaning import Score, Verdict
@@ -142,18 +143,19 @@ def examine(
     judged = _judged(records)
     progress(f"testing what the log-probs are of on {len(judged)} completions")
     settings = _settings(model.folder)
-    verdict = log_prob_meaning.judge(
-        [record.prompt for record in judged],
-        [record.tokens[:JUDGED_TOKENS] for record in judged],
-        [record.logp[:JUDGED_TOKENS] for record in judged],
-        model.score,
-        sampling=sampling,
-        reported=reported,
-        bos_id=_bos_id(settings, model.vocab_size),
-        other_prompts=other_prompts(model.tokenizer),
-        other_samplings=_other_samplings(settings),
-        progress=progress,
-    )
+    with phase("trying interpretations of the log-probs"):
+        verdict = log_prob_meaning.judge(
+            [record.prompt for record in judged],
+            [record.tokens[:JUDGED_TOKENS] for record in judged],
+            [record.logp[:JUDGED_TOKENS] for record in judged],
+            model.score,
+            sampling=sampling,
+            reported=reported,
+            bos_id=_bos_id(settings, model.vocab_size),
+            other_prompts=other_prompts(model.tokenizer),
+            other_samplings=_other_samplings(settings),
+        )
+    progress(f"{len(verdict.tried)} interpretations of the log-probs tried")
     stated = verdict.stated.reading
     best = verdict.best.reading
     clipped = verdict.name == "clipped values"

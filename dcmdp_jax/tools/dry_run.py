@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -151,8 +152,15 @@ def _time(config: Config, inputs: Inputs, workdir: pathlib.Path, taken: int) -> 
         return "none"
     last = phases.read(workdir, config.name, phases.devices_of(inputs.mesh))
     if last is None:
-        return f"not known: no run of {config.name} on these devices beside the folder"
-    seconds = left * last.a_step if taken else last.estimate(left)
+        parent = os.path.dirname(staging.shown(str(workdir.absolute())))
+        return (
+            f"not known: no earlier run of {config.name} on these devices in {parent} to estimate "
+            "from"
+        )
+    warmup = 0 if taken else config.warmup.steps
+    seconds = left * last.a_step if taken else last.estimate(left, warmup)
+    without = " without the warm-up" if warmup and not last.warmup_steps else ""
     return (
-        f"about {phases.clock(seconds)}, as the run before took {phases.clock(last.a_step)} a step"
+        f"about {phases.clock(seconds)}{without}, as the run before took "
+        f"{phases.clock(last.a_step)} a step; evaluations and checkpoints come on top"
     )

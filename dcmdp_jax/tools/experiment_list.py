@@ -13,12 +13,13 @@ class Listed(NamedTuple):
     """An experiment's file."""
 
     path: pathlib.Path
-    kind: str  # one of `KINDS`
-    summary: str  # the first paragraph of its docstring, on one line
+    kind: str  # one of `KINDS`, or "broken" if it is no Python
+    summary: str  # the first paragraph of its docstring, on one line, or where it is broken
 
 
 def find(folder: pathlib.Path) -> list[Listed]:
-    """Returns the experiments and studies in `folder` and its subfolders, by path.
+    """Returns the experiments and studies in `folder` and its subfolders, and files that are no
+    Python, by path.
 
     Raises ValueError where there is no such folder, or none in it.
     """
@@ -36,11 +37,13 @@ def find(folder: pathlib.Path) -> list[Listed]:
 
 
 def _read(path: pathlib.Path) -> Listed | None:
-    """Returns None for a file that is neither, or is no Python."""
+    """Returns None for a file that is neither."""
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):
-        return None
+    except SyntaxError as error:
+        return Listed(path, "broken", f"cannot be read: line {error.lineno}")
+    except ValueError as error:  # of null bytes
+        return Listed(path, "broken", f"cannot be read: {error}")
     names = {name for statement in tree.body for name in _assigned(statement)}
     kinds = [kind for name, kind in KINDS.items() if name in names]
     if not kinds:

@@ -177,7 +177,7 @@ def _start(launch: Launch) -> list[str]:
             "--distributed",
         ]
     )
-    cache = shlex.quote(f"{posixpath.dirname(launch.workdir)}/compiled")
+    cache = shlex.quote(_cache(launch))
     run = (
         f'cd dcmdp_jax && DCMDP_SECRET="$(cat ../dcmdp.secret)" JAX_COMPILATION_CACHE_DIR={cache} '
         f"{train}; echo $? > ../dcmdp.status"
@@ -186,6 +186,11 @@ def _start(launch: Launch) -> list[str]:
     return _ssh(
         launch, ALL, f"{{ {RUNNING}; }} 2> /dev/null || {{ {detached} echo $! > dcmdp.pid; }}"
     )
+
+
+def _cache(launch: Launch) -> str:
+    """Returns the folder of compiled programs, which the runs of a folder share."""
+    return f"{posixpath.dirname(launch.workdir)}/compiled"
 
 
 def _pull(launch: Launch) -> list[str]:
@@ -205,7 +210,7 @@ def dry_run(launch: Launch) -> str:
         (_copy(launch), ""),
         (_forget_secret(launch), ""),
         (_install(launch), ""),
-        (_start(launch), ""),
+        (_start(launch), f"keeps compiled programs in {_cache(launch)}, for runs beside this one"),
         (_ssh(launch, FIRST, FOLLOW), "shows the log until the run ends"),
         (["mkdir", "-p", str(launch.output)], ""),
         (_pull(launch), ""),

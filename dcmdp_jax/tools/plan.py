@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import os
 import pathlib
 import re
@@ -100,6 +101,8 @@ def slice_devices(name: str, slices: int = 1) -> list[Any]:
     Raises ValueError if libtpu has no such slice.
     """
     kind = name.split(":")[0]
+    if counted := re.fullmatch(r"(v4|v5p|v5e|v5litepod|v6e)-(\d+)", name):
+        raise ValueError(f"--topology {name} {_shape_of(*counted.groups())}")
     if kind not in CHIPS or ":" not in name:
         raise ValueError(
             f"--topology {name!r} is not KIND:SHAPE with KIND one of {', '.join(CHIPS)}, such as "
@@ -114,6 +117,7 @@ def slice_devices(name: str, slices: int = 1) -> list[Any]:
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5p-8",  # any: libtpu warns where it finds none
         "TPU_STDERR_LOG_LEVEL": "3",
         "TPU_MIN_LOG_LEVEL": "3",
     }
@@ -131,6 +135,21 @@ def slice_devices(name: str, slices: int = 1) -> list[Any]:
             f"libtpu gives no topology {name!r}{hint}: {str(error).splitlines()[0]}"
         ) from error
     return list(described.devices)
+
+
+def _shape_of(kind: str, count: str) -> str:
+    """Returns what to give in place of an accelerator type of Google Cloud, such as v5p-128."""
+    kind = "v5e" if kind == "v5litepod" else kind
+    has_two_cores = kind in ("v4", "v5p")  # which the type counts
+    chips = int(count) // 2 if has_two_cores else int(count)
+    sides = [1, 1, 1] if has_two_cores else [1, 1]
+    while math.prod(sides) < chips:
+        sides[sides.index(min(sides))] *= 2
+    counts = "counts cores, two a chip" if has_two_cores else "names no shape"
+    ordered = sorted(sides, key=lambda side: (side == 1, side))
+    such_as = f", such as {kind}:{'x'.join(map(str, ordered))}"
+    hint = such_as if math.prod(sides) == chips else ""
+    return f"{counts}; give the shape of its {chips} chips{hint}"
 
 
 def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator[Program]:
