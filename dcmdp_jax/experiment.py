@@ -134,7 +134,7 @@ def _no_option(config: Config, name: str, names: list[str]) -> str:
         value = getattr(value, part)
     if callable(value):
         return f"--{name} is a function; set it in the experiment file"
-    return f"--{name} is no number, text or yes or no; set it in the experiment file"
+    return f"--{name} is no scalar field; set it in the experiment file"
 
 
 def _unknown_option(name: str, names: list[str]) -> str:

@@ -149,7 +149,7 @@ def test_a_run_stopped_while_it_measures_starts_anew(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(JetStreamSampler, "sample", interrupted)
         with pytest.raises(
-            Interrupted, match="in the calibration of the tolerance; it starts anew"
+            Interrupted, match="in the calibration of the tolerance, which is not kept"
         ):
             train(tiny(), tmp_path)
     assert not (tmp_path / calibrate.FILE).exists()

@@ -190,7 +190,7 @@ def test_a_verifier_that_fails_leaves_every_step_before_saved(
     assert "the state after step 3 is saved" in out
     message = err.splitlines()[-1]
     assert message.startswith("dcmdp: the verifier ") and "Traceback" not in err
-    assert "ZeroDivisionError: division by zero; go on with: dcmdp train" in message
+    assert "ZeroDivisionError: division by zero; mend it, then: dcmdp train" in message
     monkeypatch.setattr(tasks.Chain, "reward", right)
     assert dcmdp(["train", QUICKSTART, "--workdir", str(tmp_path / "a")]) == 0
     train(tiny(**changes), tmp_path / "b")

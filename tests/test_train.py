@@ -136,7 +136,8 @@ def test_interruption_in_the_warm_up_says_so(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(data, "supervised_batch", signalled)
     assert dcmdp(command(tmp_path, steps=1, **{"warmup.steps": 60})) == 130
-    assert "stopped in the warm-up, at step 50 of 60; it starts anew" in capsys.readouterr().out
+    said = "at step 50 of 60; warm-up progress is not kept; begin it again with: dcmdp train"
+    assert said in capsys.readouterr().out
 
 
 # ------------------------------------------------------------ what a run writes
@@ -227,10 +228,11 @@ def test_a_finished_run_has_its_page(finished):
     assert (finished / "report.html").is_file()
 
 
-def test_a_finished_run_stays_finished(finished):
+def test_a_finished_run_stays_finished_and_says_so(finished, capsys):
     before = rows(finished)
     assert dcmdp(command(finished, steps=2)) == 0
     assert rows(finished) == before
+    assert capsys.readouterr().out == "already finished at step 2; raise --steps to go on\n"
 
 
 def test_a_finished_run_with_fewer_steps_takes_none(finished):

@@ -63,7 +63,7 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
     def job() -> int:
         address = staging.shown(str(workdir))
         again = f"dcmdp train {args.experiment} --workdir {address}"
-        was_finished = max(checkpoint.steps(workdir), default=0) >= config.steps
+        taken = max(checkpoint.steps(workdir), default=0)
         try:
             with processes.end_all_on_error():
                 train.run(config, workdir, inputs, at_once=True)
@@ -89,8 +89,8 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
             return 1
         if jax.process_index() != 0:
             return 0
-        if was_finished:
-            print(f"already finished at step {config.steps}; raise --steps to go on")
+        if taken >= config.steps:
+            print(f"already finished at step {taken}; raise --steps to go on")
             return 0
         for line in [*samples.lines(workdir), ""]:
             screen.say(line)

@@ -155,7 +155,7 @@ def examine(
             other_prompts=other_prompts(model.tokenizer),
             other_samplings=_other_samplings(settings),
         )
-    progress(f"{len(verdict.tried)} interpretations of the log-probs tried")
+    progress(f"{len(verdict.tried)} interpretations (readings) of the log-probs tried")
     stated = verdict.stated.reading
     best = verdict.best.reading
     clipped = verdict.name == "clipped values"
