@@ -1,14 +1,18 @@
 """The command line: overrides, and messages that name options as they were typed."""
 
 import argparse
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
 from dcmdp_jax import cli
 from dcmdp_jax.cli import fields, parser
 
-QUICKSTART = str(pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py")
+ROOT = pathlib.Path(__file__).parents[1]
+QUICKSTART = str(ROOT / "experiments" / "quickstart.py")
 
 
 def test_overrides_are_read_with_and_without_an_equals_sign():
@@ -76,3 +80,14 @@ def test_every_command_has_a_help_page(capsys):
         with pytest.raises(SystemExit) as end:
             parser.make().parse_args([command, "--help"])
         assert end.value.code == 0
+
+
+def test_a_command_whose_reader_is_gone_keeps_its_status():
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "import sys; from dcmdp_jax import cli; sys.exit(cli.main(['experiments']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert done.returncode == 0 and done.stderr == ""

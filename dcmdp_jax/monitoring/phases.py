@@ -40,7 +40,7 @@ PROGRAMS = {
     "hidden": "scoring",
     "block": "scoring",
 }
-OTHER = "a small program"
+OTHER = "another program"
 RECORDED = {
     "experiment": files.STRING,
     "devices": files.STRING,
