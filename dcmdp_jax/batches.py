@@ -50,7 +50,6 @@ class Batches:
         self._should_stop = should_stop
         self._number = int(state.step)  # of the step that the next batch is for
         self._looks_ahead = config.rollout.staleness > 0
-        self._shapes: set[tuple[int, ...]] = set()  # of rows, which the step is compiled for
         self._next: Collected | None = None
         self._update_weights(state)
 
@@ -116,9 +115,7 @@ class Batches:
             draw_groups=config.algorithm.share_prompts,
             share_prompts=config.shares_prompts,
         )
-        if stream is Stream.ROLLOUT:
-            self._shapes.add(packed.tokens.shape)
-        metrics |= measurements.measure_rows(batch.scored, packed, len(self._shapes))
+        metrics |= measurements.measure_rows(batch.scored, packed)
         return Collected(
             processes.make_global(packed, train_state.batch_shardings(config, self._inputs.mesh)),
             measurements.measure(*batch) | metrics,

@@ -67,7 +67,11 @@ def test_a_source_without_a_name_has_no_metric():
 
 def rows(*segment_ids):
     batch = Batch(**dict.fromkeys(Batch._fields))._replace(segment_ids=np.array(segment_ids))
-    return measurements.measure_rows(scored(), batch, step_shapes=3)
+    return measurements.measure_rows(scored(), batch)
+
+
+def test_the_rows_are_those_of_a_microbatch():
+    assert rows([1, 1, 2, 0], [1, 0, 0, 0])["rows"] == 2
 
 
 def test_row_fill_is_the_share_of_places_with_a_token():

@@ -84,7 +84,7 @@ def of_host():
     batch = packing.pack(scored, minibatches=1, microbatches=1, row_length=24)
     return (
         measurements.measure(*draw)
-        | measurements.measure_rows(scored, batch, 1)
+        | measurements.measure_rows(scored, batch)
         | dynamic_sampling.measure(rounds, draw)
     )
 

@@ -10,7 +10,7 @@ import pytest
 
 from dcmdp_jax import optimizers, sharding, train_state
 from dcmdp_jax.batches import check_rollout
-from dcmdp_jax.config import MeshConfig, Precision, RolloutConfig, WarmupConfig
+from dcmdp_jax.config import MeshConfig, Precision, WarmupConfig
 from dcmdp_jax.losses import centering, corrections, policy, reduce
 from dcmdp_jax.models import decoder, derived, engine_formats, scoring
 from dcmdp_jax.records import Sampling

@@ -45,13 +45,13 @@ def measure(scored: Scored, sources: Sequence[str]) -> dict[str, float]:
     return metrics
 
 
-def measure_rows(scored: Scored, batch: Batch, step_shapes: int) -> dict[str, float]:
+def measure_rows(scored: Scored, batch: Batch) -> dict[str, float]:
     """Returns the host-side metrics of the packed rows of a scored rollout.
 
     - `row_fill`: share of the rows' places that hold a token; the rest is computed for nothing.
     - `prompt_saving`: share of the tokens of all prompts and completions, with a prompt for each,
       that is not computed because completions share their prompt.
-    - `step_shapes`: as given, how many different numbers of rows the batches have had.
+    - `rows`: R, of a microbatch. The step is compiled once for each number.
     """
     rollout = scored.rollout
     samples = len(rollout.lengths) // len(rollout.prompts.lengths)
@@ -60,7 +60,7 @@ def measure_rows(scored: Scored, batch: Batch, step_shapes: int) -> dict[str, fl
     return {
         "row_fill": packed / batch.segment_ids.size,
         "prompt_saving": 1 - packed / separate,
-        "step_shapes": step_shapes,
+        "rows": batch.segment_ids.shape[-2],
     }
 
 

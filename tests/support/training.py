@@ -73,7 +73,7 @@ def command(workdir, **changes):
 
 def rows(workdir):
     return [
-        {k: v for k, v in json.loads(line).items() if k not in ("seconds", "step_shapes")}
+        {k: v for k, v in json.loads(line).items() if k != "seconds"}
         for line in (workdir / "metrics.jsonl").open()
     ]
 
