@@ -133,7 +133,7 @@ def _no_option(config: Config, name: str, names: list[str]) -> str:
             return _unknown_option(name, names)
         value = getattr(value, part)
     if callable(value):
-        return f"--{name} is a function; set it in the experiment file"
+        return f"{name} is a function; set it in the experiment file"
     return f"--{name} is no scalar field; set it in the experiment file"
 
 
