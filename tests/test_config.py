@@ -355,6 +355,6 @@ def test_an_experiment_that_fails_shows_its_own_line(tmp_path, capsys, source, s
     file = tmp_path / "mine.py"
     file.write_text(source)
     assert cli.main(["train", str(file), "--workdir", str(tmp_path / "run")]) == 2
-    err = capsys.readouterr().err
+    _, _, err = capsys.readouterr().err.partition("\n")  # after what was started
     assert err.startswith(f"dcmdp: experiment {file} fails at {file}{said}")
     assert str(pathlib.Path(cli.__file__).parents[1]) not in err

@@ -24,7 +24,7 @@ def update(server, temperature=1.0, make=vllm.vllm):
 def test_a_server_that_computes_as_the_trainer_is_as_stated(temperature, capsys):
     with StandIn(Vllm) as server:
         update(server, temperature)
-    assert "as stated: the gap is numerical, of the size of float32" in capsys.readouterr().out
+    assert "as stated: the gap is numerical, of the size of float32" in capsys.readouterr().err
 
 
 def test_log_probs_from_before_the_temperature_are_refused():
@@ -38,7 +38,7 @@ def test_at_temperature_1_they_are_the_same(capsys):
     with StandIn(Vllm) as server:
         server.raw = True
         update(server)
-    assert "as stated" in capsys.readouterr().out
+    assert "as stated" in capsys.readouterr().err
 
 
 def test_a_cut_by_the_servers_own_defaults_is_refused():
@@ -100,7 +100,7 @@ def test_log_probs_that_the_server_does_not_know_leave_nothing_to_tell(monkeypat
     monkeypatch.setattr(Vllm, "complete", forgetful)
     with StandIn(Vllm) as server:
         update(server)
-    assert "tokens with a log-prob are too few to tell" in capsys.readouterr().out
+    assert "tokens with a log-prob are too few to tell" in capsys.readouterr().err
 
 
 def test_prompts_hold_no_stop_token():

@@ -207,7 +207,7 @@ def test_the_time_left_does_not_count_compilations(clock, capsys):
 
 
 def test_until_the_second_step_a_step_of_the_run_before_counts(capsys):
-    last = phases.Times("trial", "1 x cpu", 60.0, 3.0, {})
+    last = phases.Times("trial", "1 x cpu", 60.0, 3.0, 0, {})
     with phases.told("training", last):
         view().draw(1, VALUES)
     assert "  27 s left" in capsys.readouterr().err
