@@ -268,7 +268,10 @@ def test_a_verifier_that_fails_on_one_process_ends_all(start, tmp_path):
     first, second = end(start(tmp_path / "two", 2, 1, "--steps", 1000, environments=broken), [1, 1])
     for text in (first, second):
         assert "the verifier even fails on a completion of the prompt" in text
-        assert "RuntimeError: the verifier is broken; mend it, then: dcmdp train" in text
+        assert (
+            "RuntimeError: the verifier is broken; mend the verifier; go on with: dcmdp train"
+            in text
+        )
         assert "Traceback" not in text
     assert "dcmdp: process 1 refuses: the verifier" in first
 

@@ -186,11 +186,13 @@ def test_a_verifier_that_fails_leaves_every_step_before_saved(
     changes = {"steps": 5, "checkpoint.every": 0, "rollout.staleness": staleness}
     right = broken_from(3 * 16 + 2, monkeypatch, lambda: 1 / 0)
     assert dcmdp(command(tmp_path / "a", **changes)) == 1
-    out, err = capsys.readouterr()
-    assert "the state after step 3 is saved" in out
-    message = err.splitlines()[-1]
-    assert message.startswith("dcmdp: the verifier ") and "Traceback" not in err
-    assert "ZeroDivisionError: division by zero; mend it, then: dcmdp train" in message
+    err = capsys.readouterr().err
+    assert "the state after step 3 is saved" in err
+    (message,) = [line for line in err.splitlines() if line.startswith("dcmdp: the verifier ")]
+    assert "Traceback" not in err
+    assert (
+        "ZeroDivisionError: division by zero; mend the verifier; go on with: dcmdp train" in message
+    )
     monkeypatch.setattr(tasks.Chain, "reward", right)
     assert dcmdp(["train", QUICKSTART, "--workdir", str(tmp_path / "a")]) == 0
     train(tiny(**changes), tmp_path / "b")

@@ -222,7 +222,7 @@ def test_a_server_that_restarts_between_batches_is_given_the_weights_again(kind,
         again = sample(sampler)
         np.testing.assert_array_equal(again.tokens, expected.tokens)
         np.testing.assert_array_equal(again.rollout_logp, expected.rollout_logp)
-        assert "has weights 'default' instead of" in capsys.readouterr().out
+        assert "has weights 'default' instead of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", KINDS)

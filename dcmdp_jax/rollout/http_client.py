@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -212,7 +213,8 @@ class Client:
                     ) from None
                 if number == TELL and not self._has_told:
                     self._has_told = True
-                    print(f"waiting for {self.name} at {self.url}, which {failure}", flush=True)
+                    waiting = f"waiting for {self.name} at {self.url}, which {failure}"
+                    print(waiting, file=sys.stderr)
             await self._anyio.sleep(min(self.first_wait * 2 ** (number - 1), self.longest_wait))
         raise AssertionError("the last attempt returns or raises")
 

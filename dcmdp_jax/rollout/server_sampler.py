@@ -10,6 +10,7 @@ import pathlib
 import re
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -278,7 +279,7 @@ class ServerSampler:
             print(
                 f"{self._name} has weights {found!r} after it was given {self._label!r}, as after "
                 "a restart",
-                flush=True,
+                file=sys.stderr,
             )
         raise ServerError(
             f"{self._name} was given weights {RESTARTS} times, and had others each time; look at "
@@ -362,7 +363,7 @@ class ServerSampler:
         print(
             f"{self._name} has weights {found!r} instead of {self._label!r}, as after a restart; "
             "it is given them again, and the batch is sampled anew",
-            flush=True,
+            file=sys.stderr,
         )
         self._give(should_stop)
 
