@@ -18,7 +18,7 @@ import numpy as np
 from dcmdp_jax import sharding
 from dcmdp_jax.config import MeshConfig
 from dcmdp_jax.models.kernels import splash
-from dcmdp_jax.tools import plan
+from dcmdp_jax.tools import slices
 
 LENGTH = 8192
 BLOCK = 1024
@@ -33,7 +33,7 @@ def main() -> None:
     )
     parser.add_argument("--topology", default="v5e:2x2")
     topology = parser.parse_args().topology
-    mesh = sharding.make_mesh(MeshConfig(), plan.slice_devices(topology)[:1])
+    mesh = sharding.make_mesh(MeshConfig(), slices.slice_devices(topology)[:1])
     place = sharding.replicated(mesh)
     row = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32, sharding=place)
     product = 2 * HEADS * BLOCK**2 * WIDTH / 1e12

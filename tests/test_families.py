@@ -14,7 +14,7 @@ from dcmdp_jax import sharding
 from dcmdp_jax.config import MeshConfig
 from dcmdp_jax.models import decoder, sizes, weights
 from dcmdp_jax.models.model_config import Llama3, ModelConfig
-from dcmdp_jax.tools import plan
+from dcmdp_jax.tools import plan, slices
 from support import engines
 from support.steps import make_config
 
@@ -111,8 +111,8 @@ def test_sharded_logits_equal_unsharded(model):
 @FAMILIES
 def test_a_step_is_planned(model):
     config = make_config(model, microbatches=2)
-    step = next(plan.programs(config, model, plan.slice_devices("v5e:2x2")))
-    assert not plan.compile_program(step, plan.CHIPS["v5e"]).excess
+    step = next(plan.programs(config, model, slices.slice_devices("v5e:2x2")))
+    assert not plan.compile_program(step, slices.CHIPS["v5e"]).excess
 
 
 # as the files of the published folders have it, without token ids

@@ -17,7 +17,7 @@ from dcmdp_jax.config import Lora, MeshConfig, Precision, WarmupConfig
 from dcmdp_jax.losses import centering, kl
 from dcmdp_jax.models import decoder, inference, lora
 from dcmdp_jax.models.model_config import Compute, ModelConfig
-from dcmdp_jax.tools import cost_model, plan
+from dcmdp_jax.tools import cost_model, plan, slices
 from support.steps import make_config
 
 pytestmark = pytest.mark.full
@@ -74,7 +74,7 @@ def test_the_arguments_of_a_step_are_its_state_and_batch(planned):
     config, model, result = planned
     scales = 2 * MODEL.num_layers * (MODEL.hidden_size + MODEL.head_dim) + MODEL.hidden_size
     state = 12 * (cost_model.parameters(model).total + scales) / 4
-    mesh = sharding.make_mesh(config.mesh, plan.slice_devices("v5e:2x2"))
+    mesh = sharding.make_mesh(config.mesh, slices.slice_devices("v5e:2x2"))
     batch = sharding.local_bytes(plan.abstract_batch(config, model, mesh))
     # Small arrays are padded to complete tiles.
     assert abs(result.programs[0].arguments - state - batch) < 0.2 * state
@@ -104,7 +104,7 @@ class Refused:
 def refused(message):
     work = cost_model.Work(1.0, 1.0, 1.0)
     program = plan.Program("train step", Refused(message), work, 1, 0, "algorithm.microbatches")
-    return plan.compile_program(program, plan.CHIPS["v5e"])
+    return plan.compile_program(program, slices.CHIPS["v5e"])
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def refused(message):
     ],
 )
 def test_a_program_that_the_compiler_refuses_for_its_memory_does_not_fit(message, gibibytes):
-    chip = plan.CHIPS["v5e"]
+    chip = slices.CHIPS["v5e"]
     compiled = refused(message)
     assert compiled.peak == gibibytes * 2**30
     line, _ = plan.verdict(plan.Plan("v5e:2x2", 4, chip, 100, (compiled,)))
@@ -145,8 +145,8 @@ def test_offloaded_moments_take_no_memory_of_the_chips():
     algorithm = dataclasses.replace(config.algorithm, offload=True)
     arguments = []
     for each in (config, dataclasses.replace(config, algorithm=algorithm)):
-        step = next(plan.programs(each, MODEL, plan.slice_devices("v5e:2x2")))
-        arguments.append(plan.compile_program(step, plan.CHIPS["v5e"]).arguments)
+        step = next(plan.programs(each, MODEL, slices.slice_devices("v5e:2x2")))
+        arguments.append(plan.compile_program(step, slices.CHIPS["v5e"]).arguments)
     on_chip, offloaded = arguments
     moments = 8 * cost_model.parameters(MODEL).total / 4
     assert abs(on_chip - offloaded - moments) < 0.1 * on_chip
@@ -157,7 +157,7 @@ def test_the_programs_of_another_sampler_are_left_out():
     config = configure()
     rollout = dataclasses.replace(config.rollout, sampler=lambda *arguments: None)
     config = dataclasses.replace(config, rollout=rollout)
-    programs = plan.programs(config, MODEL, plan.slice_devices("v5e:2x2"))
+    programs = plan.programs(config, MODEL, slices.slice_devices("v5e:2x2"))
     assert [program.name for program in programs] == ["train step", "scoring pass"]
 
 
@@ -168,11 +168,11 @@ def test_decoding_copies_no_experts():
     config = configure(model, mesh=MeshConfig(tensor=4), precision=Precision(weights="bfloat16"))
     decode = next(
         p
-        for p in plan.programs(config, model, plan.slice_devices("v5e:2x2"))
+        for p in plan.programs(config, model, slices.slice_devices("v5e:2x2"))
         if p.name.startswith("decode")
     )
     padded = 32 * 2048 * 256 * 2  # bytes of one of a layer's two projections
-    assert plan.compile_program(decode, plan.CHIPS["v5e"]).temporaries < padded / 2
+    assert plan.compile_program(decode, slices.CHIPS["v5e"]).temporaries < padded / 2
 
 
 def test_a_reference_costs_a_copy_of_the_parameters_and_a_scoring_pass():
@@ -218,7 +218,7 @@ def test_flops_of_a_pass_are_the_compilers():
 @pytest.mark.parametrize("name", ["v9:2x2", "v5p", "v5e:3x5x7"])
 def test_unknown_topologies_are_refused(name):
     with pytest.raises(ValueError, match=f"(?i)topology.*{name}"):
-        plan.slice_devices(name)
+        slices.slice_devices(name)
 
 
 @pytest.mark.parametrize(
@@ -232,17 +232,17 @@ def test_unknown_topologies_are_refused(name):
 )
 def test_an_accelerator_type_is_answered_by_the_shape_of_its_chips(name, said):
     with pytest.raises(ValueError, match=said):
-        plan.slice_devices(name)
+        slices.slice_devices(name)
 
 
 def test_a_v4_chip_is_one_device():
-    assert len(plan.slice_devices("v4:2x2x1")) == 4
+    assert len(slices.slice_devices("v4:2x2x1")) == 4
 
 
-@pytest.mark.parametrize("name, slices", [("v5e:0x2", 1), ("v5e:2x2", 0)])
-def test_topologies_without_devices_are_refused(name, slices):
+@pytest.mark.parametrize("name, count", [("v5e:0x2", 1), ("v5e:2x2", 0)])
+def test_topologies_without_devices_are_refused(name, count):
     with pytest.raises(ValueError, match="has no devices"):
-        plan.slice_devices(name, slices)
+        slices.slice_devices(name, count)
 
 
 @pytest.mark.parametrize(
@@ -450,7 +450,7 @@ def test_the_step_of_a_supervised_stage_is_planned():
 
 
 def test_four_bits_are_half_a_byte_of_a_chip():
-    place = jax.sharding.SingleDeviceSharding(plan.slice_devices("v5e:1x1")[0])
+    place = jax.sharding.SingleDeviceSharding(slices.slice_devices("v5e:1x1")[0])
     weights = jax.ShapeDtypeStruct((512, 1024), jnp.uint4, sharding=place)
     compiled = jax.jit(lambda w: w.astype(jnp.int8)).lower(weights).compile()
     assert compiled.memory_analysis().argument_size_in_bytes == sharding.local_bytes(weights)
@@ -458,17 +458,17 @@ def test_four_bits_are_half_a_byte_of_a_chip():
 
 def test_the_largest_weight_of_8b_is_rounded_to_four_bits_on_one_chip():
     """As a model folder is read onto it: beside the weight and the result there is one layer."""
-    place = jax.sharding.SingleDeviceSharding(plan.slice_devices("v5e:1x1")[0])
+    place = jax.sharding.SingleDeviceSharding(slices.slice_devices("v5e:1x1")[0])
     weight = jax.ShapeDtypeStruct((36, 4096, 12_288), jnp.float32, sharding=place)
     settings = Lora(rank=1, base="nf4", base_group=64)
     freeze = functools.partial(lora.freeze_weight, (jax.tree_util.DictKey("up_proj"),))
     lowered = jax.jit(functools.partial(freeze, lora=settings)).lower(weight)
-    assert lowered.compile().memory_analysis().temp_size_in_bytes < plan.GIB
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < slices.GIB
 
 
 def test_links_follow_one_convention():
     """The sum over a chip's links, in one direction: six of a v4 or v5p, four of a v5e or v6e."""
-    assert {kind: plan.CHIPS[kind].link for kind in ("v4", "v5p", "v5e", "v6e")} == {
+    assert {kind: slices.CHIPS[kind].link for kind in ("v4", "v5p", "v5e", "v6e")} == {
         "v4": 6 * 45e9,
         "v5p": 6 * 100e9,
         "v5e": 4 * 50e9,
@@ -506,7 +506,7 @@ def small_plan():
     work = cost_model.Work(459e12, 0, 0)
     program = plan.Program("train step", None, work, 2, 0, "x")
     compiled = plan.Compiled(program, 1, 2, 3, 0.5, "")
-    return plan.Plan("v5p:2x2x1", 4, plan.CHIPS["v5p"], 400, (compiled,))
+    return plan.Plan("v5p:2x2x1", 4, slices.CHIPS["v5p"], 400, (compiled,))
 
 
 def test_the_record_has_the_figures(small_plan, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from dcmdp_jax import compiled_step, sync
 from dcmdp_jax.losses import kl
 from dcmdp_jax.rollout.jetstream import Engine
-from dcmdp_jax.tools import plan
+from dcmdp_jax.tools import plan, slices
 from support.adapters import adapted
 from support.training import tiny, train
 
@@ -114,7 +114,7 @@ def test_a_run_holds_what_is_planned(make, tmp_path, monkeypatch):
         train(run, tmp_path, DEVICES)
     planned = {}
     for program in plan.programs(run, run.model.architecture, DEVICES):
-        compiled = plan.compile_program(program, plan.CHIPS["v5e"])
+        compiled = plan.compile_program(program, slices.CHIPS["v5e"])
         planned[program.name] = compiled.peak - compiled.temporaries
     del planned["scoring pass"]
     assert planned == {name: pytest.approx(held.bytes[name], rel=0.05) for name in planned}

@@ -14,7 +14,7 @@ from dcmdp_jax import sharding
 from dcmdp_jax.config import MeshConfig
 from dcmdp_jax.models.kernels import splash
 from dcmdp_jax.models.kernels.attention import attention
-from dcmdp_jax.tools import plan
+from dcmdp_jax.tools import slices
 
 pytestmark = pytest.mark.full
 
@@ -184,7 +184,7 @@ def test_it_compiles_for_a_tpu_and_holds_no_more_than_without_prompts():
     """The layer of an 8B model, forward and backward. The attention of whole segments keeps a part
     of dq for each block of keys.
     """
-    mesh = sharding.make_mesh(MeshConfig(), plan.slice_devices("v5e:2x2")[:1])
+    mesh = sharding.make_mesh(MeshConfig(), slices.slice_devices("v5e:2x2")[:1])
     place = sharding.replicated(mesh)
     queries = jax.ShapeDtypeStruct((1, 8, 4, 8192, 128), jnp.bfloat16, sharding=place)
     keys = jax.ShapeDtypeStruct((1, 8, 8192, 128), jnp.bfloat16, sharding=place)

@@ -37,9 +37,7 @@ def packed_logp(
 
     Values at masked places are meaningless.
     """
-    params, hidden = _hidden(
-        params, tokens, positions, segment_ids, prefix_ids, config, replayed
-    )
+    params, hidden = _hidden(params, tokens, positions, segment_ids, prefix_ids, config, replayed)
     return _of_tokens(params, hidden, tokens, index, config, temperature, entropy, entropy_gradient)
 
 
@@ -66,9 +64,7 @@ def packed_top_logp(
         gathered: largest number of entries of the head's rows in memory at a time, except that
             those of one place always are.
     """
-    params, hidden = _hidden(
-        params, tokens, positions, segment_ids, prefix_ids, config, replayed
-    )
+    params, hidden = _hidden(params, tokens, positions, segment_ids, prefix_ids, config, replayed)
     logp, entropies = _of_tokens(
         params, hidden, tokens, index, config, temperature, entropy, entropy_gradient
     )
