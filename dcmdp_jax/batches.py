@@ -204,7 +204,8 @@ class Batches:
             except Interrupted:
                 return None
 
-    @phase("copying the weights to the sampler")
+    # the update may still be computing, and this waits for it
+    @phase("updating, then giving the weights to the sampler")
     def _update_weights(self, state: TrainState) -> None:
         params, version = train_state.sampled_from(state, self._config)
         params = train_state.for_sampler(params, self._config)
