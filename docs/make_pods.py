@@ -19,26 +19,36 @@ GIB = 2**30
 # A v5e or v6e slice runs a program on one device or on all.
 ONE_ENGINE = ["--rollout.one_engine", "yes"]
 SLICES = [  # title, experiment, topology, options
-    ("Qwen3-8B, v5e-64", "dcgrpo_8b_bf16", "v5e:8x8", [*ONE_ENGINE, "--rollout.slots", "256"]),
     (
-        "Qwen3-8B, v6e-16",
+        "Qwen3-8B, 64 chips of v5e",
+        "dcgrpo_8b_bf16",
+        "v5e:8x8",
+        [*ONE_ENGINE, "--rollout.slots", "256"],
+    ),
+    (
+        "Qwen3-8B, 16 chips of v6e",
         "dcgrpo_8b_bf16",
         "v6e:4x4",
         [*ONE_ENGINE, "--algorithm.microbatches", "32", "--rollout.slots", "128"],
     ),
     (
-        "Qwen3-8B, v6e-32",
+        "Qwen3-8B, 32 chips of v6e",
         "dcgrpo_8b_bf16",
         "v6e:4x8",
         [*ONE_ENGINE, "--algorithm.microbatches", "16", "--rollout.slots", "256"],
     ),
-    ("Qwen3-8B, v5p-16", "dcgrpo_8b_bf16", "v5p:2x2x4", ["--algorithm.microbatches", "32"]),
-    ("Qwen3-8B, v5p-64", "dcgrpo_8b_bf16", "v5p:4x4x4", []),
-    ("Qwen3-30B-A3B, v5p-64", "dcgrpo_30b_a3b_bf16", "v5p:4x4x4", []),
-    ("Qwen3-8B, fp8 engine, v5p-64", "dcgrpo_8b_fp8", "v5p:4x4x4", []),
-    ("Qwen3-30B-A3B, fp8 engine, v5p-64", "dcgrpo_30b_a3b_fp8", "v5p:4x4x4", []),
     (
-        "Qwen3-30B-A3B, v6e-64",
+        "Qwen3-8B, 16 chips of v5p",
+        "dcgrpo_8b_bf16",
+        "v5p:2x2x4",
+        ["--algorithm.microbatches", "32"],
+    ),
+    ("Qwen3-8B, 64 chips of v5p", "dcgrpo_8b_bf16", "v5p:4x4x4", []),
+    ("Qwen3-30B-A3B, 64 chips of v5p", "dcgrpo_30b_a3b_bf16", "v5p:4x4x4", []),
+    ("Qwen3-8B, fp8 engine, 64 chips of v5p", "dcgrpo_8b_fp8", "v5p:4x4x4", []),
+    ("Qwen3-30B-A3B, fp8 engine, 64 chips of v5p", "dcgrpo_30b_a3b_fp8", "v5p:4x4x4", []),
+    (
+        "Qwen3-30B-A3B, 64 chips of v6e",
         "dcgrpo_30b_a3b_bf16",
         "v6e:8x8",
         [*ONE_ENGINE, "--rollout.slots", "512"],
