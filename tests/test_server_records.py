@@ -53,7 +53,7 @@ def test_a_server_is_asked_for_no_more_than_the_limit_and_shows_progress(run):
     status, output = run(LlamaCpp, "--limit", "16")
     assert status == 0
     assert "for 16 completions of" in output.err and "\n16 of 16 completions\n" in output.err
-    assert "\ntried " in output.err
+    assert "interpretations (readings) of the log-probs tried\n" in output.err
 
 
 def test_a_server_with_other_weights_is_named(run):
