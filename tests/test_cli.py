@@ -1,6 +1,7 @@
 """The command line: overrides, and messages that name options as they were typed."""
 
 import argparse
+import fnmatch
 import os
 import pathlib
 import subprocess
@@ -91,3 +92,27 @@ def test_a_command_whose_reader_is_gone_keeps_its_status():
     )
     os.close(writing)
     assert done.returncode == 0 and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "modules, devices, variables, platform",
+    [
+        (["libtpu"], [], {}, "cpu"),
+        ([], [], {}, None),
+        (["libtpu", "jax_plugins"], [], {}, None),
+        (["libtpu"], ["/dev/accel0"], {}, None),
+        (["libtpu"], ["/dev/vfio/0"], {}, None),
+        (["libtpu"], [], {"TPU_WORKER_ID": "0"}, None),
+        (["libtpu"], [], {"JAX_PLATFORMS": "tpu"}, "tpu"),
+    ],
+)
+def test_jax_computes_on_the_cpu_where_libtpu_has_no_tpu(
+    modules, devices, variables, platform, monkeypatch
+):
+    for name in [name for name in os.environ if name.startswith(("JAX_PLATFORMS", "TPU_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "environ", dict(os.environ) | variables)
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: name in modules)
+    monkeypatch.setattr(cli.glob, "glob", lambda pattern: fnmatch.filter(devices, pattern))
+    cli._leave_out_tpu()
+    assert os.environ.get("JAX_PLATFORMS") == platform

@@ -15,7 +15,7 @@ import numpy as np
 
 
 class Segments(NamedTuple):
-    """The segments of n completions, [n, ...] of each of them, and those of prefixes."""
+    """One entry a segment: n of completions, and one of each prefix."""
 
     completion: np.ndarray  # whose tokens it holds; of a prefix, its first branch
     is_prefix: np.ndarray  # bool
