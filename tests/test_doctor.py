@@ -200,6 +200,36 @@ def test_fillings_are_left_out_once_named(model, records, filling):
     assert found.read.by_context["all"].logp_diff_max < 1e-4
 
 
+@pytest.fixture
+def few_are_judged(monkeypatch):
+    """The first four tokens of a completion, as of long ones the first 24."""
+    monkeypatch.setattr(doctor, "JUDGED_TOKENS", 4)
+
+
+def test_fillings_after_the_tokens_that_are_judged_are_named(model, records, few_are_judged):
+    """A tool's answer, recorded with 0."""
+    exact = reported(records, SETTINGS)
+    tool = [r._replace(logp=[*r.logp[:6], *[0.0] * len(r.logp[6:])]) for r in exact]
+    found = doctor.examine(model, tool, SETTINGS, SETTINGS)
+    assert found.verdict.name == "filled values"
+    assert found.stated.by_context["all"].logp_diff_max > 1
+    assert found.read.by_context["all"].logp_diff_max < 2
+    assert found.read.by_context["all"].delta < found.stated.by_context["all"].delta / 4
+
+
+def test_a_gap_of_the_later_tokens_is_named(model, records, few_are_judged):
+    """As where the engine scales rotary embeddings otherwise."""
+    exact = reported(records, SETTINGS)
+    rng = np.random.default_rng(0)
+    later = [
+        r._replace(logp=[*r.logp[:4], *(x - rng.uniform(0, 2) for x in r.logp[4:])]) for r in exact
+    ]
+    found = doctor.examine(model, later, SETTINGS, SETTINGS)
+    assert found.verdict.name == "later tokens differ"
+    assert not found.verdict.is_explained and found.read is None
+    assert doctor.examine(model, exact, SETTINGS, SETTINGS).verdict.name == "as stated"
+
+
 def test_completions_that_differ_from_the_others_are_numbered(run, records):
     """Those of one engine in three are raw."""
     exact = reported(records, SETTINGS)

@@ -67,6 +67,7 @@ class Tried(NamedTuple):
 
 UNEXPLAINED = (  # names of verdicts
     "constant values",
+    "later tokens differ",
     "no log-probs",
     "other prompt",
     "other weights",
@@ -393,23 +394,8 @@ def _unexplained(stated: Tried, best: Tried, error: np.ndarray) -> Words:
 def _as_stated(stated: Tried, values: np.ndarray, left_out: LeftOut, finite: np.ndarray) -> Words:
     """The numbers are read rightly: fillings, a floor, rounding, or nothing is wrong."""
     figures = f"mean |difference| {stated.error:.2g} nats"
-    if left_out.filled.any():
-        numbers = " and ".join(f"{x:g}" for x in np.unique(values[left_out.filled]))
-        return Words(
-            "filled values",
-            f"{left_out.filled.sum()} of {len(values)} reported numbers are a constant ({numbers}) "
-            f"in the place of log-probs, such as padding's; the others are as stated ({figures})",
-            UNFILLED,
-        )
-    if left_out.floor.any():
-        least = values[left_out.floor].min()
-        return Words(
-            "clipped values",
-            f"{left_out.floor.sum()} of {len(values)} reported log-probs are a floor or a "
-            f"placeholder ({least:g}); the others are as stated ({figures})",
-            "leave these tokens out of the ratio and of delta (NaN in their place), or have the "
-            "engine report the sampled token's log-prob whatever its rank",
-        )
+    if left_out.any.any():
+        return _left_out(figures, values, left_out)
     step, name = log_prob_values.grid(values[finite])
     if stated.error > ROUND_OFF and step / 4 > stated.error / 2:
         return Words(
@@ -423,6 +409,55 @@ def _as_stated(stated: Tried, values: np.ndarray, left_out: LeftOut, finite: np.
         "as stated",
         f"as stated: the gap is numerical, of the size of {size} ({figures})",
         "none is needed; weights that are a few updates old look the same",
+    )
+
+
+def _left_out(figures: str, values: np.ndarray, left_out: LeftOut) -> Words:
+    """Some numbers are fillings or a floor, and the others are read rightly."""
+    if left_out.filled.any():
+        numbers = " and ".join(f"{x:g}" for x in np.unique(values[left_out.filled]))
+        return Words(
+            "filled values",
+            f"{left_out.filled.sum()} of {len(values)} reported numbers are a constant ({numbers}) "
+            f"in the place of log-probs, such as padding's; the others are as stated ({figures})",
+            UNFILLED,
+        )
+    least = values[left_out.floor].min()
+    return Words(
+        "clipped values",
+        f"{left_out.floor.sum()} of {len(values)} reported log-probs are a floor or a placeholder "
+        f"({least:g}); the others are as stated ({figures})",
+        "leave these tokens out of the ratio and of delta (NaN in their place), or have the engine "
+        "report the sampled token's log-prob whatever its rank",
+    )
+
+
+def of_later_tokens(
+    verdict: Verdict, values: np.ndarray, trainer: np.ndarray, is_later: np.ndarray, out: LeftOut
+) -> Verdict:
+    """Returns the verdict on completions whose first tokens were judged, once the later are seen.
+
+    It is another one only where the first tokens are as stated. Arrays are [tokens], of all
+    completions: `is_later` marks tokens that `judge` was not given, `trainer` holds log-probs of
+    the stated distribution, and `out` is `log_prob_values.left_out` of all.
+    """
+    if verdict.name != "as stated":
+        return verdict
+    error = np.clip(np.abs(np.where(out.any, np.nan, values) - trainer), 0, CAP)
+    figures = f"mean |difference| {_mean(error):.2g} nats"
+    if out.any.any():
+        return verdict._replace(**_left_out(figures, values, out)._asdict())
+    later = error[is_later & np.isfinite(error)]
+    first = _mean(error[~is_later])
+    if len(later) < LEAST_TOKENS or later.mean() <= max(NUMERICAL, DECAY * first):
+        return verdict
+    return verdict._replace(
+        name="later tokens differ",
+        sentence=f"the first tokens of completions are as stated (mean |difference| {first:.2g} "
+        f"nats), and later ones differ by {later.mean():.2g}",
+        remedy="compare the engine's rope_scaling, sliding window and longest context with the "
+        "folder's config.json, and look at the gap by length of context; a cache of few bits, and "
+        "weights that were replaced while completions were under way, look so, too",
     )
 
 

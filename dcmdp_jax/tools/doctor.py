@@ -160,13 +160,27 @@ def examine(
         )
     progress(f"{len(verdict.tried)} interpretations (readings) of the log-probs tried")
     stated = verdict.stated.reading
-    best = verdict.best.reading
-    leaves_out = verdict.name in log_prob_meaning.LEAVES_OUT
-    mended = verdict.is_explained and (bool(best.faults) or leaves_out)
-    readings = [stated, best] if mended else [stated]
+    readings = [stated]
+    if verdict.is_explained and verdict.best.reading.faults:
+        readings.append(verdict.best.reading)
     trainer = _trainer_logp(model.score, records, readings, progress)
+    values = np.concatenate([record.logp for record in records])
+    beside = np.concatenate(trainer[0])
+    left_out = log_prob_values.left_out(
+        [record.prompt for record in records],
+        [record.tokens for record in records],
+        values,
+        beside,
+    )
+    place = np.concatenate([np.arange(len(record.tokens)) for record in records])
+    verdict = log_prob_meaning.of_later_tokens(
+        verdict, values, beside, place >= JUDGED_TOKENS, left_out
+    )
+    if verdict.name in log_prob_meaning.LEAVES_OUT:
+        readings.append(stated)
+        trainer.append(trainer[0])
     figures = [
-        _figures(model.tokenizer, records, reading, logp, leave_out=bool(i))
+        _figures(model.tokenizer, records, reading, logp, left_out.any & bool(i))
         for i, (reading, logp) in enumerate(zip(readings, trainer, strict=True))
     ]
     return Diagnosis(
@@ -290,10 +304,9 @@ def _figures(
     records: Sequence[Record],
     reading: Reading,
     trainer: list[np.ndarray],
-    *,
-    leave_out: bool,
+    left_out: np.ndarray,
 ) -> Figures:
-    """Returns the figures of one reading; `leave_out` leaves placeholders and fillings out."""
+    """Returns the figures of one reading without the tokens `left_out` [tokens]."""
     shape = (len(records), max(len(record.tokens) for record in records))
     old_logp = np.zeros(shape, np.float32)
     rollout_logp = np.zeros(shape, np.float32)
@@ -307,15 +320,7 @@ def _figures(
         old_logp[i, :length] = np.nan_to_num(logp)
         rollout_logp[i, :length] = np.where(np.isnan(logp), np.nan, record.logp)
         context[i] = len(record.prompt) + 1 + np.arange(shape[1])
-    reported = rollout_logp[mask]
-    if leave_out:
-        found = log_prob_values.left_out(
-            [record.prompt for record in records],
-            [record.tokens for record in records],
-            reported,
-            old_logp[mask],
-        )
-        reported = np.where(found.any, np.nan, reported)
+    reported = np.where(left_out, np.nan, rollout_logp[mask])
     rollout_logp[mask] = reading.nats(reported)
     measured = mask & np.isfinite(rollout_logp)
     return Figures(
