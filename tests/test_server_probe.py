@@ -59,6 +59,20 @@ def test_other_weights_than_those_that_were_given_are_refused(monkeypatch):
         update(server)
 
 
+def test_a_replica_with_other_weights_is_refused(monkeypatch):
+    """One of three behind the same address has missed the update."""
+    stale = StandIn(Vllm, params=make_params(1))
+    complete = Vllm.complete
+
+    def one_of_three(server, body):
+        return complete(stale if body["seed"] % 3 == 0 else server, body)
+
+    monkeypatch.setattr(Vllm, "complete", one_of_three)
+    said = r"\d+ of \d+ completions have other weights"
+    with StandIn(Vllm) as server, pytest.raises(ServerError, match=said):
+        update(server)
+
+
 def test_another_gguf_file_is_refused():
     with (
         StandIn(LlamaCpp, params=make_params(1)) as server,
