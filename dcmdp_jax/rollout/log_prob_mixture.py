@@ -61,12 +61,12 @@ def odd_completions(
     ]
     reading, odd = max(found, key=lambda item: means[item[1]].sum())
     if _are_enough(odd, means):
-        return Odd(tuple(np.array(judged)[odd]), len(judged), reading)
+        return Odd(tuple(np.array(judged)[odd].tolist()), len(judged), reading)
     broad = np.array([np.nanmean(rows[i] > BROAD) for i in judged])
     quarter = np.quantile(means, 0.25) if len(means) else 0.0
     odd = (means > max(NUMERICAL, TIMES * quarter)) & (broad >= HALF)
     if _are_enough(odd, means):
-        return Odd(tuple(np.array(judged)[odd]), len(judged), None)
+        return Odd(tuple(np.array(judged)[odd].tolist()), len(judged), None)
     return None
 
 
