@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from dcmdp_jax import cli
 from dcmdp_jax.models import weights
 from dcmdp_jax.records import Sampling
-from dcmdp_jax.rollout import log_prob_meaning
+from dcmdp_jax.rollout import log_prob_scorer
 from dcmdp_jax.tokens import tokenizer
 from dcmdp_jax.tools import doctor, doctor_page, rollout_records
 from dcmdp_jax.tools.rollout_records import Record
@@ -57,9 +58,9 @@ def records():
 
 def reported(records, sampling):
     """The records with the log-probs of another distribution, as an exact engine reports them."""
-    score = log_prob_meaning.scorer(make_params(DENSE), DENSE)
+    score = log_prob_scorer.scorer(make_params(DENSE), DENSE)
     tokens = [record.tokens for record in records]
-    (flat,) = score([r.prompt for r in records], tokens, log_prob_meaning.fields([sampling]))
+    (flat,) = score([r.prompt for r in records], tokens, log_prob_scorer.fields([sampling]))
     rows = np.split(flat, np.cumsum([len(row) for row in tokens])[:-1])
     return [r._replace(logp=row.tolist()) for r, row in zip(records, rows, strict=True)]
 
@@ -187,6 +188,61 @@ def test_placeholders_are_left_out_once_named(model, records):
     assert found.stated.by_context["all"].logp_diff_max > 9000
     assert found.read.by_context["all"].logp_diff_max < 1e-4
     assert found.read.dropped == len(clipped)
+
+
+@pytest.mark.parametrize("filling", [0.0, -1.0])
+def test_fillings_are_left_out_once_named(model, records, filling):
+    exact = reported(records, SETTINGS)
+    padded = [r._replace(tokens=[*r.tokens, 2, 2], logp=[*r.logp, filling, filling]) for r in exact]
+    found = doctor.examine(model, padded, SETTINGS, SETTINGS)
+    assert found.verdict.name == "filled values"
+    assert found.stated.by_context["all"].logp_diff_max > 1
+    assert found.read.by_context["all"].logp_diff_max < 1e-4
+
+
+@pytest.fixture
+def few_are_judged(monkeypatch):
+    """The first four tokens of a completion, as of long ones the first 24."""
+    monkeypatch.setattr(doctor, "JUDGED_TOKENS", 4)
+
+
+def test_fillings_after_the_tokens_that_are_judged_are_named(model, records, few_are_judged):
+    """A tool's answer, recorded with 0."""
+    exact = reported(records, SETTINGS)
+    tool = [r._replace(logp=[*r.logp[:6], *[0.0] * len(r.logp[6:])]) for r in exact]
+    found = doctor.examine(model, tool, SETTINGS, SETTINGS)
+    assert found.verdict.name == "filled values"
+    assert found.stated.by_context["all"].logp_diff_max > 1
+    assert found.read.by_context["all"].logp_diff_max < 2
+    assert found.read.by_context["all"].delta < found.stated.by_context["all"].delta / 4
+
+
+def test_a_gap_of_the_later_tokens_is_named(model, records, few_are_judged):
+    """As where the engine scales rotary embeddings otherwise."""
+    exact = reported(records, SETTINGS)
+    rng = np.random.default_rng(0)
+    later = [
+        r._replace(logp=[*r.logp[:4], *(x - rng.uniform(0, 2) for x in r.logp[4:])]) for r in exact
+    ]
+    found = doctor.examine(model, later, SETTINGS, SETTINGS)
+    assert found.verdict.name == "later tokens differ"
+    assert not found.verdict.is_explained and found.read is None
+    assert doctor.examine(model, exact, SETTINGS, SETTINGS).verdict.name == "as stated"
+
+
+def test_completions_that_differ_from_the_others_are_numbered(run, records):
+    """Those of one engine in three are raw."""
+    exact = reported(records, SETTINGS)
+    raw = reported(records, Sampling())
+    mixed = [raw[i] if i % 3 == 1 else exact[i] for i in range(len(exact))]
+    status, output, page = run(mixed, sampling={"temperature": 0.7})
+    assert status == 1
+    assert output.out.startswith("Verdict: mixed: raw log-probs\n")
+    (said,) = re.findall(r"Such completions, by number: ([\d, ]+)\.", output.out)
+    numbers = [int(number) for number in said.split(", ")]
+    assert len(numbers) >= 3 and all(number % 3 == 2 for number in numbers)
+    assert said in Page(page).text
+    assert "no tolerance is suggested" in output.out
 
 
 def test_the_trainer_of_the_file_is_compared_too(model, records):

@@ -9,8 +9,10 @@ import pytest
 
 from dcmdp_jax.records import Sampling
 from dcmdp_jax.rollout import log_prob_meaning as meaning
+from dcmdp_jax.rollout import log_prob_scorer, log_prob_values
 from dcmdp_jax.rollout import sampling as draw
-from dcmdp_jax.rollout.log_prob_meaning import fields, judge
+from dcmdp_jax.rollout.log_prob_meaning import judge
+from dcmdp_jax.rollout.log_prob_scorer import fields
 from support.engines import DENSE, G, make_params, sample
 from support.random_params import random_params
 
@@ -19,7 +21,7 @@ pytestmark = pytest.mark.full
 BOS = 36  # of no completion here
 NOISE = 0.06  # nats, for this flat model: a mean delta as of bfloat16 kernels, 5e-3
 NOISES = pytest.mark.parametrize("noise", [0.0, NOISE], ids=["float32", "bfloat16-like"])
-score = meaning.scorer(make_params(DENSE), DENSE)
+score = log_prob_scorer.scorer(make_params(DENSE), DENSE)
 
 
 @functools.cache
@@ -36,7 +38,7 @@ def drawn(temperature=0.7, weights="float32", **cut):
 
 def log_probs(prompts, tokens, sampling=Sampling(0.7), noise=0.0, params=None):
     """Returns what an engine with this prompt and distribution reports, a row a completion."""
-    of = meaning.scorer(params, DENSE) if params is not None else score
+    of = log_prob_scorer.scorer(params, DENSE) if params is not None else score
     (flat,) = of(prompts, tokens, fields([sampling]))
     flat = flat + noise * np.random.default_rng(0).normal(size=flat.shape)
     return np.split(flat, np.cumsum([len(row) for row in tokens])[:-1])
@@ -133,6 +135,7 @@ PROMPTS = {
     "BOS missing": lambda ids: ids[1:],
     "first prompt token missing": lambda ids: ids[1:],
     "last prompt token missing": lambda ids: ids[:-1],
+    "padding recorded": lambda ids: ids[3:],
     "other prompt: its text was tokenized again": lambda ids: [(3 * i + 5) % 35 for i in ids],
     "other prompt: it was put into the chat template": lambda ids: [30, 31, *ids, 32],
 }
@@ -142,7 +145,8 @@ PROMPTS = {
 @NOISES
 def test_another_prompt_is_named(name, noise):
     prompts, tokens, _ = drawn(0.7)
-    prompts = [[BOS, *ids] if name == "BOS missing" else [*ids, 7] for ids in prompts]
+    begin = {"BOS missing": [BOS], "padding recorded": [2, 2, 2]}.get(name, [])
+    prompts = [[*begin, *ids] if begin else [*ids, 7] for ids in prompts]
     logp = log_probs([PROMPTS[name](ids) for ids in prompts], tokens, noise=noise)
     others = {other.removeprefix("other prompt: "): PROMPTS[other] for other in list(PROMPTS)[-2:]}
     verdict = judge(
@@ -202,20 +206,139 @@ def test_equal_completions_of_a_prompt_have_no_floor(noise):
     assert verdict.name == "as stated"
 
 
+def left_out(tokens, values, trainer):
+    prompts = [[1]] * len(tokens)
+    return log_prob_values.left_out(prompts, tokens, np.array(values), np.array(trainer))
+
+
 @pytest.mark.parametrize("contexts, is_floor", [(2, False), (3, True)])
 def test_a_floor_is_shared_by_three_contexts(contexts, is_floor):
     """The least value stands beside the last token of each, twice."""
     tokens = [[5, 6 + i, 7] for i in range(contexts)] * 2
     values = np.array([-0.1237 * (1 + i % 13) for i in range(3 * len(tokens))])
     values[2::3] = -3.14159
-    found = meaning.placeholders([[1]] * len(tokens), tokens, values)
+    found = left_out(tokens, values, values).floor
     assert found.tolist() == [is_floor and i % 3 == 2 for i in range(len(values))]
 
 
 def test_a_least_value_that_round_off_explains_is_no_floor():
     """Log-probs of an engine that is sure of every token: 0 or one float32 step below it."""
-    values = np.array([0.0, -1.1920929e-07] * 8)
-    assert not meaning.placeholders([[1]] * 8, [[i, i + 1] for i in range(8)], values).any()
+    values = [0.0, -1.1920929e-07] * 8
+    assert not left_out([[i, i + 1] for i in range(8)], values, values).any.any()
+
+
+@pytest.mark.parametrize("trainer, is_filled", [(-0.5, False), (-2.0, True)])
+def test_a_log_prob_of_0_is_a_filling_where_the_token_is_unlikely(trainer, is_filled):
+    """At -0.5 it may be of a token that a cut leaves alone."""
+    tokens = [[5, 6 + i, 7] for i in range(8)]
+    values = np.array([-0.1237 * (1 + i) for i in range(24)])
+    values[2::3] = 0.0
+    beside = np.where(values == 0, trainer, values)
+    found = left_out(tokens, values, beside).filled
+    assert found.tolist() == [is_filled and i % 3 == 2 for i in range(24)]
+
+
+def test_a_number_that_one_token_in_fifty_shares_is_a_filling():
+    tokens = [list(range(i, i + 20)) for i in range(10)]
+    values = np.array([-0.0137123 * (8 + i) for i in range(200)])
+    values[[5, 65, 125]] = -1.0
+    assert not left_out(tokens, values, values).any.any()
+    values[185] = -1.0
+    found = left_out(tokens, values, values)
+    assert not found.floor.any() and np.flatnonzero(found.filled).tolist() == [5, 65, 125, 185]
+
+
+@pytest.mark.parametrize("filling", [0.0, -1.0])
+@NOISES
+def test_padding_that_was_left_in_is_named(filling, noise):
+    """As verl pads with -1 and TRL with 0."""
+    prompts, tokens, _ = drawn(0.7)
+    logp = log_probs(prompts, tokens, noise=noise)
+    padded = [[*row, *[2] * (24 - len(row))] for row in tokens]
+    logp = [np.append(row, np.full(24 - len(row), filling)) for row in logp]
+    verdict = judge(prompts, padded, logp, score, sampling=Sampling(0.7), bos_id=BOS)
+    assert verdict.name == "filled values"
+    assert verdict.tokens >= sum(map(len, tokens))
+    assert verdict.stated.error < noise + 1e-3
+
+
+def test_padding_and_raw_log_probs_are_both_said():
+    prompts, tokens, _ = drawn(0.7)
+    logp = log_probs(prompts, tokens, Sampling(), NOISE)
+    padded = [[*row, *[2] * (24 - len(row))] for row in tokens]
+    logp = [np.append(row, np.full(24 - len(row), -1.0)) for row in logp]
+    verdict = judge(prompts, padded, logp, score, sampling=Sampling(0.7))
+    assert verdict.name == "raw log-probs"
+    assert "numbers are a constant" in verdict.sentence and "padding" in verdict.remedy
+
+
+@pytest.mark.parametrize(
+    "constant, said",
+    [(lambda row: 0.0, "the number 0:"), (np.mean, "one number, which differs")],
+    ids=["nothing recorded", "mean of the completion"],
+)
+def test_one_number_for_a_completion_is_named(constant, said):
+    prompts, tokens, _ = drawn(0.7)
+    logp = [np.full(len(row), constant(row)) for row in log_probs(prompts, tokens)]
+    verdict = judge(prompts, tokens, logp, score, sampling=Sampling(0.7))
+    assert verdict.name == "constant values"
+    assert said in verdict.sentence
+
+
+@NOISES
+def test_logits_are_no_log_probs(noise):
+    prompts, tokens, _ = drawn(0.7)
+    rng = np.random.default_rng(0)
+    logp = log_probs(prompts, tokens, Sampling(), noise)
+    verdict = judge(
+        prompts, tokens, [row + rng.normal(4, 1, len(row)) for row in logp], score, bos_id=BOS
+    )
+    assert verdict.name == "no log-probs"
+    assert "processed_logits" in verdict.remedy and not verdict.is_explained
+
+
+# Completions that differ from the others
+
+
+def third(rows, others):
+    """Every third row is of `others`."""
+    return [other if i % 3 == 0 else row for i, (row, other) in enumerate(zip(rows, others))]
+
+
+def long_thirds(tokens):
+    return tuple(i for i in range(0, len(tokens), 3) if len(tokens[i]) >= 8)
+
+
+@pytest.mark.parametrize("raw_third", [True, False])
+@NOISES
+def test_raw_log_probs_of_some_completions_are_named(raw_third, noise):
+    prompts, tokens, _ = drawn(0.5)
+    rows = log_probs(prompts, tokens, Sampling(0.5), noise)
+    raw = log_probs(prompts, tokens, Sampling(), noise)
+    logp = third(rows, raw) if raw_third else third(raw, rows)
+    verdict = judge(prompts, tokens, logp, score, sampling=Sampling(0.5), bos_id=BOS)
+    assert verdict.name == "mixed: raw log-probs"
+    assert set(verdict.odd) <= set(long_thirds(tokens)) and len(verdict.odd) >= 3
+    assert ("are as stated; of the others" in verdict.sentence) != raw_third
+    assert not verdict.is_explained
+
+
+@NOISES
+def test_other_weights_of_some_completions_are_named(noise):
+    prompts, tokens, _ = drawn(0.7)
+    other = random_params(DENSE, 0.16, norms=1.0, seed=9)
+    logp = log_probs(prompts, tokens, noise=noise)
+    stale = log_probs(prompts, tokens, noise=noise, params=other)
+    verdict = judge(prompts, tokens, third(logp, stale), score, sampling=Sampling(0.7), bos_id=BOS)
+    assert verdict.name == "mixed: other weights"
+    assert set(verdict.odd) <= set(long_thirds(tokens)) and len(verdict.odd) >= 3
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_coarse_engine_is_not_mixed(weights):
+    prompts, tokens, logp = drawn(0.7, weights=weights)
+    verdict = judge(prompts, tokens, logp, score, sampling=Sampling(0.7), bos_id=BOS)
+    assert not verdict.odd
 
 
 @pytest.mark.parametrize(
@@ -261,7 +384,7 @@ def after_two_tokens(prompts, tokens, samplings):
         and (pairs := list(zip(ids, ids[1:]))[len(prompt) - 1 : len(ids) - 2])
     ]
     ids = jnp.asarray(np.concatenate(tokens))
-    return np.asarray(jax.jit(meaning.log_probs)(np.concatenate(rows), ids, samplings))
+    return np.asarray(jax.jit(log_prob_scorer.log_probs)(np.concatenate(rows), ids, samplings))
 
 
 def test_another_prompt_that_nobody_thought_of_shows_in_the_first_tokens():
@@ -325,13 +448,13 @@ def test_the_support_is_that_of_the_sampler(sampling, likeliest):
     ids = jnp.argmax(logits, axis=1)
     mass = draw.sample(logits, jnp.zeros((16, 2), jnp.uint32), each).support_mass
     full = jax.nn.log_softmax(logits / 0.7)[jnp.arange(16), ids]
-    found = meaning.log_probs(logits, ids, fields([sampling]), likeliest)[0]
+    found = log_prob_scorer.log_probs(logits, ids, fields([sampling]), likeliest)[0]
     np.testing.assert_allclose(found, full - jnp.log(mass), atol=2e-5)
 
 
 def test_sequences_of_all_lengths_are_scored_as_one_by_one():
     prompts, tokens, _ = drawn(0.7)
-    together = meaning.scorer(make_params(DENSE), DENSE, batch_tokens=64)
+    together = log_prob_scorer.scorer(make_params(DENSE), DENSE, batch_tokens=64)
     logp = together(prompts, tokens, fields([Sampling(0.7), Sampling()]))
     ends = np.cumsum([0, *map(len, tokens)])
     for i in (0, 1, 4, len(tokens) - 1):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dcmdp_jax.records import Sampling
-from dcmdp_jax.rollout import log_prob_meaning, server_probe, vllm
+from dcmdp_jax.rollout import log_prob_scorer, server_probe, vllm
 from dcmdp_jax.rollout.http_client import ServerError
 from dcmdp_jax.rollout.llama_cpp import llama_cpp
 from support.servers import MODEL, TOKENIZER, LlamaCpp, StandIn, Vllm, make_params
@@ -56,6 +56,20 @@ def test_other_weights_than_those_that_were_given_are_refused(monkeypatch):
             ServerError, match="has other weights.*in 4 bits.*no option skips this check"
         ),
     ):
+        update(server)
+
+
+def test_a_replica_with_other_weights_is_refused(monkeypatch):
+    """One of three behind the same address has missed the update."""
+    stale = StandIn(Vllm, params=make_params(1))
+    complete = Vllm.complete
+
+    def one_of_three(server, body):
+        return complete(stale if body["seed"] % 3 == 0 else server, body)
+
+    monkeypatch.setattr(Vllm, "complete", one_of_three)
+    said = r"\d+ of \d+ completions have other weights"
+    with StandIn(Vllm) as server, pytest.raises(ServerError, match=said):
         update(server)
 
 
@@ -111,7 +125,7 @@ def test_prompts_hold_no_stop_token():
 def test_log_probs_of_parameters_split_over_devices_are_the_same():
     prompts = server_probe.prompts(MODEL.vocab_size, (1,), 16)
     tokens = np.random.default_rng(0).integers(0, MODEL.vocab_size, (16, 12)).tolist()
-    samplings = log_prob_meaning.fields([Sampling(), Sampling(0.7)])
+    samplings = log_prob_scorer.fields([Sampling(), Sampling(0.7)])
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("tensor",))
 
     def split(leaf):
@@ -128,7 +142,7 @@ def test_log_probs_are_those_that_recorded_completions_are_judged_by():
     prompts = server_probe.prompts(MODEL.vocab_size, (1,), 16)
     tokens = np.random.default_rng(0).integers(0, MODEL.vocab_size, (16, 12)).tolist()
     tokens[3] = tokens[3][:2]
-    samplings = log_prob_meaning.fields([Sampling(), Sampling(0.7)])
-    expected = log_prob_meaning.scorer(make_params(), MODEL)(prompts, tokens, samplings)
+    samplings = log_prob_scorer.fields([Sampling(), Sampling(0.7)])
+    expected = log_prob_scorer.scorer(make_params(), MODEL)(prompts, tokens, samplings)
     found = server_probe.scorer(make_params(), MODEL)(prompts, tokens, samplings)
     np.testing.assert_allclose(found, expected, atol=1e-5)

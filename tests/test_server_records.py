@@ -56,6 +56,13 @@ def test_a_server_is_asked_for_no_more_than_the_limit_and_shows_progress(run):
     assert "interpretations (readings) of the log-probs tried\n" in output.err
 
 
+def test_a_tokenizer_of_few_characters_has_random_prompts(run, monkeypatch):
+    monkeypatch.setattr(server_records, "PROMPTS", ("The capital of France is",) * 4)
+    status, output = run(Vllm)
+    assert status == 0
+    assert "cannot encode the built-in prompts: they are random token ids" in output.err
+
+
 def test_a_server_with_other_weights_is_named(run):
     status, output = run(Sglang, params=make_params(1))
     assert status == 1

@@ -6,9 +6,8 @@ reading are compared with the reported numbers; `judge` names the reading that e
 
 The rule. d(reading) is the mean over tokens of |reported - trainer's|, in nats, each token counted
 with at most 4, so that single placeholders decide nothing. Tokens whose reported value is a
-placeholder are left out: -1000 or less, or a least value under -1e-4 that tokens in three contexts
-or more share. (Equal completions of one prompt repeat their contexts, and their values.) Readings
-are tried in the order of how many mistakes they take; one replaces the best so far if
+placeholder or a filling are left out (log_prob_values.py). Readings are tried in the order of how
+many mistakes they take; one replaces the best so far if
     1. its d is at most 2/3 of the other's on the tokens that both have (1/2 if its temperature is
        fitted: weights that were trained on are sharper, which looks like one), and
     2. the mean of the differences between the two is over 4 of its standard errors, and
@@ -16,11 +15,14 @@ are tried in the order of how many mistakes they take; one replaces the best so 
 Raw log-probs are "temperature not sent" if the tokens are likelier under them than under the stated
 distribution, by 3 standard errors of the mean log-ratio: then they were drawn so, too.
 The verdict is then the first of these that holds:
+    - "constant values" if every completion has one number for all its tokens, and d is above 0.2;
+    - "mixed" if some completions are of something else than the others (log_prob_mixture.py);
     - the name of the reading that replaced the stated one, if its d is at most 0.2 nats;
+    - "no log-probs" if more than one in a hundred of the numbers lie above 0;
     - "other prompt" if the first 4 tokens of completions differ by over 0.4 nats in the mean, and
       by over 4 times as much as those from the 17th on: what is sampled makes up for the prompt;
-    - "clipped values" or "rounded values" if d is at most 0.2 nats, and there are placeholders, or
-      a rounding that all values share makes half of d;
+    - "clipped values", "filled values" or "rounded values" if d is at most 0.2 nats, and there are
+      placeholders, fillings, or a rounding that all values share makes half of d;
     - "as stated" if d is at most 0.2 nats, a bound that leaves room for int8 and float8;
     - "other weights" if half of the tokens differ by more than 0.1 nats;
     - "cannot tell" for the rest, and for fewer than 32 tokens.
@@ -30,41 +32,29 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from dcmdp_jax.models import decoder
-from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Sampling
-from dcmdp_jax.rollout import log_prob_readings
-from dcmdp_jax.rollout import sampling as draw
+from dcmdp_jax.rollout import log_prob_mixture, log_prob_readings, log_prob_values
+from dcmdp_jax.rollout.log_prob_mixture import NUMERICAL, Odd
 from dcmdp_jax.rollout.log_prob_readings import Distribution, Prompt, Reading
-
-Ids = Sequence[Sequence[int]]
-# (prompts, completions, fields [H]) -> [H, tokens] float, the model's log-prob of every completion
-# token, one completion after the other, in each of H distributions; no prompt is empty
-Score = Callable[[Ids, Ids, Sampling], np.ndarray]
+from dcmdp_jax.rollout.log_prob_scorer import Score, fields
+from dcmdp_jax.rollout.log_prob_values import BROAD, ROUND_OFF, Ids, LeftOut
 
 MARGIN = 2 / 3  # a better reading has at most this share of the other's d
 FITTED_MARGIN = 1 / 2  # likewise, where a temperature is fitted
 STANDARD_ERRORS = 4.0
 LIKELIER = 3.0  # standard errors of the mean log-ratio of two distributions
-ROUND_OFF = 1e-4  # nats that float32 arithmetic explains
-NUMERICAL = 0.2  # nats that an engine's number formats explain
 CAP = 4.0  # nats that one token counts at most
-BROAD = 0.1  # nats; other weights move half of the tokens by more
-PLACEHOLDER = -1000.0  # no log-prob of a sampled token is as low
 LEAST_TOKENS = 32
-LEAST_CONTEXTS = 3  # that share a floor
+ABOVE_0 = 0.01  # share of numbers above 0 that no log-probs have
 FIRST = 4  # tokens of a completion that another prompt shows in
 LATER = 16  # tokens after which it shows less
 EARLY = 0.4  # nats
 DECAY = 4.0
-ROWS = 32  # positions whose log-probs are computed together
 TEMPERATURES = np.geomspace(0.25, 4.0, 17)  # where a fitted one is searched
 
 
@@ -75,7 +65,19 @@ class Tried(NamedTuple):
     error: float  # d, nats
 
 
-UNEXPLAINED = ("other prompt", "other weights", "cannot tell")  # names of verdicts
+UNEXPLAINED = (  # names of verdicts
+    "constant values",
+    "later tokens differ",
+    "no log-probs",
+    "other prompt",
+    "other weights",
+    "cannot tell",
+)
+UNFILLED = (
+    "record completions without their padding, and null for tokens that the engine did not sample, "
+    "such as a tool's; leave both out of the loss"
+)
+LEAVES_OUT = ("clipped values", "filled values")  # likewise
 
 
 class Verdict(NamedTuple):
@@ -88,11 +90,14 @@ class Verdict(NamedTuple):
     stated: Tried
     best: Tried  # the reading that is left; the stated one if none replaced it
     tried: tuple[Tried, ...]  # all readings, least d first
+    odd: tuple[int, ...] = ()  # numbers of the completions that are not as the others, from 0
 
     @property
     def is_explained(self) -> bool:
-        """Whether `best` says what the numbers are; otherwise it is the nearest that was tried."""
-        return self.name not in UNEXPLAINED
+        """Whether `best` says what the numbers are; otherwise it is the nearest that was tried, or
+        what most completions are.
+        """
+        return self.name not in UNEXPLAINED and not self.odd
 
 
 def judge(
@@ -117,7 +122,7 @@ def judge(
       tokens: N completions, the sampled token ids.
       logprobs: the number reported for each of these tokens, as long as `tokens`; NaN where there
         is none.
-      score: the model's log-probs; `scorer` makes it from parameters.
+      score: the model's log-probs; `log_prob_scorer.scorer` makes it from parameters.
       sampling: how the tokens are said to have been drawn. Scalars.
       reported: the distribution that the numbers are said to be of: `Sampling()` for raw log-probs;
         None: that of `sampling`, which is what `records.Rollout` holds.
@@ -134,152 +139,41 @@ def judge(
     reported = log_prob_readings.plain(sampling if reported is None else reported)
     sampling = log_prob_readings.plain(sampling)
     lengths = [len(row) for row in tokens]
-    place = np.concatenate([np.arange(length) for length in lengths])
-    clipped = placeholders(prompts, tokens, values)
-    known = np.where(clipped, np.nan, values)
+    distributions = log_prob_readings.distributions(sampling, reported, other_samplings or {})
+    first = _trainer(prompts, tokens, score, distributions)
+    left_out = log_prob_values.left_out(prompts, tokens, values, np.concatenate(first[0]))
+    known = np.where(left_out.any, np.nan, values)
     differences: list[tuple[Reading, np.ndarray]] = []
 
-    def compare(fault, prompt, wanted):
-        rows = [prompt(list(row)) for row in prompts]
-        if fault and rows == [list(row) for row in prompts]:
-            return
-        for distribution, logp in zip(wanted, _trainer(rows, tokens, score, wanted), strict=True):
+    def compare(fault, prompt, wanted, trainer):
+        for distribution, logp in zip(wanted, trainer, strict=True):
             for reading in log_prob_readings.readings(distribution, fault, prompt, known):
-                trainer = np.concatenate([shifted(part, reading.shift) for part in logp])
-                difference = np.clip(reading.nats(known) - trainer, -CAP, CAP)
+                beside = np.concatenate([shifted(part, reading.shift) for part in logp])
+                difference = np.clip(reading.nats(known) - beside, -CAP, CAP)
                 differences.append((reading, difference))
 
-    distributions = log_prob_readings.distributions(sampling, reported, other_samplings or {})
-    compare(None, _recorded, distributions)
+    def compare_recorded(wanted):
+        compare(None, _recorded, wanted, _trainer(prompts, tokens, score, wanted))
+
+    compare(None, _recorded, distributions, first)
     if _mean(differences[0][1]) <= ROUND_OFF:  # there is nothing to explain
-        return _decide(differences, values, clipped, place)
+        return _decide(differences, values, left_out, lengths)
     others = log_prob_readings.cuts(reported)
-    compare(None, _recorded, others + log_prob_readings.temperatures(TEMPERATURES, reported))
+    compare_recorded(others + log_prob_readings.temperatures(TEMPERATURES, reported))
     step = TEMPERATURES[1] / TEMPERATURES[0]
     for _ in range(2):
         closest = min(differences, key=lambda item: _mean(item[1]))[0]
         if not log_prob_readings.is_fitted(closest):
             break
         finer = closest.sampling.temperature * np.geomspace(1 / step, step, 17)
-        compare(None, _recorded, log_prob_readings.temperatures(finer, reported))
+        compare_recorded(log_prob_readings.temperatures(finer, reported))
         step = finer[1] / finer[0]
     for fault, prompt in log_prob_readings.prompts(bos_id, other_prompts or {}):
-        compare(fault, prompt, distributions[:2])
-    return _decide(differences, values, clipped, place)
-
-
-def scorer(params: Any, model: ModelConfig, batch_tokens: int = 4096) -> Score:
-    """Returns the decoder's log-probs as `judge` takes them.
-
-    Sequences of a like length are scored together, `batch_tokens` positions at a time or one
-    sequence, and logits are held for `ROWS` positions: memory does not grow with their number.
-    Lengths are padded to powers of two, so that few shapes are compiled.
-    """
-
-    @jax.jit
-    def hidden(params, rows):
-        return decoder.hidden(params, rows, model)
-
-    @jax.jit
-    def block(params, hidden, ids, samplings):
-        return log_probs(decoder.head(params, hidden, model), ids, samplings)
-
-    def score(prompts: Ids, tokens: Ids, samplings: Sampling) -> np.ndarray:
-        lengths = [len(row) for row in tokens]
-        ends = np.cumsum([0, *lengths])
-        out = np.zeros((len(samplings.temperature), ends[-1]))
-        sizes = [len(p) + len(t) for p, t in zip(prompts, tokens, strict=True)]
-        widths = [max(16, 1 << (size - 1).bit_length()) for size in sizes]
-        for width in sorted(set(widths)):
-            members = [i for i, w in enumerate(widths) if w == width and lengths[i]]
-            # a whole batch of a few short sequences would be padding for the most part
-            count = max(1, min(batch_tokens // width, 1 << (len(members) - 1).bit_length()))
-            for start in range(0, len(members), count):
-                group = members[start : start + count]
-                rows = np.zeros((count, width), np.int32)
-                for row, i in zip(rows, group):
-                    row[: sizes[i]] = [*prompts[i], *tokens[i]]
-                x = hidden(params, rows)
-                row = np.repeat(np.arange(len(group)), [lengths[i] for i in group])
-                column = np.concatenate([len(prompts[i]) + np.arange(lengths[i]) for i in group])
-                place = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in group])
-                for first in range(0, len(row), ROWS):
-                    r = np.resize(row[first : first + ROWS], ROWS)
-                    c = np.resize(column[first : first + ROWS], ROWS)
-                    part = block(params, x[r, c - 1], rows[r, c], samplings)
-                    at = place[first : first + ROWS]
-                    out[:, at] = part[:, : len(at)]
-        return out
-
-    return score
-
-
-def log_probs(
-    logits: jax.Array, ids: jax.Array, samplings: Sampling, likeliest: int = 1024
-) -> jax.Array:
-    """Returns the log-probs of `ids` [R] in H distributions, `samplings` with fields [H] -> [H, R].
-
-    Args:
-      logits: [R, V] float32.
-      likeliest: tokens in which the end of a support is looked for first.
-    """
-    is_cut = (samplings.top_k > 0) | (samplings.top_p < 1) | (samplings.min_p > 0)
-    size = min(likeliest, logits.shape[1])
-    head = jax.lax.cond(
-        jnp.any(is_cut),
-        lambda: jax.lax.top_k(logits, size)[0],
-        lambda: jnp.zeros((len(logits), size)),
-    )
-
-    def one(arguments):
-        sampling, cut = arguments
-        logp = draw.log_prob(logits, ids, sampling.temperature)
-        mass = jax.lax.cond(
-            cut, lambda: _support_mass(logits, head, sampling), lambda: jnp.ones(len(logits))
-        )
-        return logp - jnp.log(mass)
-
-    return jax.lax.map(one, (samplings, is_cut))
-
-
-def _support_mass(logits: jax.Array, head: jax.Array, sampling: Sampling) -> jax.Array:
-    """Returns the mass of the support, as `sampling.sample` does, from the likeliest tokens' logits
-    `head`, sorted, if it ends among them: it is many times faster.
-    """
-    z = (head - head[:, :1]) / sampling.temperature
-    total = jnp.sum(jnp.exp((logits - head[:, :1]) / sampling.temperature), axis=1)
-    p = jnp.exp(z) / total[:, None]
-    number = jnp.arange(head.shape[1])
-    last = jnp.clip(sampling.top_k.astype(jnp.int32), 1, head.shape[1]) - 1
-    by_k = jnp.where(sampling.top_k > 0, jnp.take(head, last, axis=1), -jnp.inf)
-    p_k = jnp.where(head >= by_k[:, None], p, 0)
-    goal = sampling.top_p * jnp.where(sampling.top_k > 0, jnp.sum(p_k, axis=1), 1)
-    short = jnp.sum(jnp.cumsum(p_k, axis=1) < goal[:, None], axis=1)
-    nucleus = jnp.take_along_axis(head, jnp.minimum(short, number[-1])[:, None], axis=1)[:, 0]
-    by_p = jnp.where(sampling.top_p < 1, nucleus, -jnp.inf)
-    by_min = jnp.where(
-        sampling.min_p > 0, head[:, 0] + sampling.temperature * jnp.log(sampling.min_p), -jnp.inf
-    )
-    lowest = jnp.maximum(jnp.maximum(by_k, by_p), by_min)
-    complete = head.shape[1] == logits.shape[1]
-
-    def slowly():
-        each = Sampling(*(jnp.full(len(logits), value) for value in sampling))
-        return draw.sample(logits, jnp.zeros((len(logits), 2), jnp.uint32), each).support_mass
-
-    return jax.lax.cond(
-        complete | ((sampling.top_k <= head.shape[1]) & jnp.all(lowest > head[:, -1])),
-        lambda: jnp.sum(jnp.where(head >= lowest[:, None], p, 0), axis=1),
-        slowly,
-    )
-
-
-def fields(samplings: Sequence[Sampling]) -> Sampling:
-    """Returns H distributions as one, with fields [H] float32."""
-    return Sampling(*np.array(samplings, np.float32).T)
-
-
-# Comparing
+        rows = [prompt(list(row)) for row in prompts]
+        if rows != [list(row) for row in prompts]:
+            likely = distributions[:2]
+            compare(fault, prompt, likely, _trainer(rows, tokens, score, likely))
+    return _decide(differences, values, left_out, lengths)
 
 
 def _trainer(prompts: Ids, tokens: Ids, score: Score, wanted: list[Distribution]) -> list:
@@ -305,8 +199,8 @@ def shifted(logp: np.ndarray, shift: int) -> np.ndarray:
 def _decide(
     differences: list[tuple[Reading, np.ndarray]],
     values: np.ndarray,
-    clipped: np.ndarray,
-    place: np.ndarray,
+    left_out: LeftOut,
+    lengths: list[int],
 ) -> Verdict:
     """Returns the verdict from each reading's reported less trainer's log-probs [tokens], the
     stated reading first.
@@ -327,9 +221,43 @@ def _decide(
     count = int(np.isfinite(stated_difference).sum())
     first = Tried(stated, _mean(stated_difference))
     last = Tried(best, _mean(best_difference))
+    odd = log_prob_mixture.odd_completions(differences, best_difference, lengths)
+    if odd:
+        words = _mixed(first, last, odd)
+        return Verdict(*words, count, first, last, tuple(tried), odd.completions)
     error = np.abs(stated_difference)
-    name, sentence, remedy = _sentence(first, last, error, values, clipped, place)
-    return Verdict(name, sentence, remedy, count, first, last, tuple(tried))
+    words = _words(first, last, error, values, left_out, lengths)
+    return Verdict(*words, count, first, last, tuple(tried))
+
+
+def _mixed(stated: Tried, best: Tried, odd: Odd) -> Words:
+    """Some completions are of something else than the others."""
+    others = f"the others are {best.reading.name}"
+    figures = f"mean |difference| {stated.error:.2g} nats as stated"
+    share = f"{len(odd.completions)} of {odd.judged} completions"
+    if odd.reading is None:
+        return Words(
+            "mixed: other weights",
+            f"{share} have other weights than the model's folder, or another prompt; {others} "
+            f"({figures})",
+            "look which engine sampled them, and whether the last weight update reached it; a "
+            "batch that an update divides looks so, too",
+        )
+    wrong = odd.reading if odd.reading.faults else best.reading
+    sentence = "; and ".join(fault.sentence for fault in wrong.faults)
+    remedy = "; and ".join(fault.remedy for fault in wrong.faults)
+    if odd.reading.faults:
+        return Words(
+            f"mixed: {wrong.name}",
+            f"{share} differ from the others, which are {best.reading.name}: {sentence} "
+            f"({figures})",
+            f"find what sets their engine or their requests apart; for them, {remedy}",
+        )
+    return Words(
+        f"mixed: {wrong.name}",
+        f"{share} are as stated; of the others, {sentence} ({figures})",
+        f"find what sets their engine or their requests apart; for the others, {remedy}",
+    )
 
 
 def _replaces(rival: np.ndarray, best: np.ndarray, margin: float) -> bool:
@@ -354,34 +282,54 @@ def _is_likelier(difference: np.ndarray) -> bool:
     return bool(finite.mean() > LIKELIER * standard_error)
 
 
-def _sentence(
+class Words(NamedTuple):
+    """A verdict in words."""
+
+    name: str
+    sentence: str
+    remedy: str
+
+
+def _words(
     stated: Tried,
     best: Tried,
     error: np.ndarray,
     values: np.ndarray,
-    clipped: np.ndarray,
-    place: np.ndarray,
-) -> tuple[str, str, str]:
-    """Returns name, sentence and remedy of the verdict; `error` [tokens] is the stated one's."""
+    left_out: LeftOut,
+    lengths: list[int],
+) -> Words:
+    """Returns the verdict on completions that are all alike; `error` [tokens] is the stated one's.
+
+    The order of its cases is that of the rule.
+    """
     finite = np.isfinite(error)
-    figures = f"mean |difference| {stated.error:.2g} nats"
-    if finite.sum() < LEAST_TOKENS and not clipped.sum() >= LEAST_TOKENS:
-        return (
+    rows = np.split(values, np.cumsum(lengths)[:-1])
+    is_close = best.error <= NUMERICAL and not left_out.filled.any()
+    if not is_close and log_prob_values.are_constant(rows):
+        return _constant(values)
+    if max(finite.sum(), left_out.any.sum()) < LEAST_TOKENS:
+        return Words(
             "cannot tell",
             f"{finite.sum()} tokens with a log-prob are too few to tell; {LEAST_TOKENS} are needed",
             "record more completions",
         )
-    if best.reading.faults:
-        sentence = "; and ".join(fault.sentence for fault in best.reading.faults)
-        remedy = "; and ".join(fault.remedy for fault in best.reading.faults)
-        if best.error <= NUMERICAL:
-            figures = f"{figures} as stated, {best.error:.2g} when read so"
-            return best.reading.name, f"{sentence} ({figures})", remedy
+    if best.reading.faults and best.error <= NUMERICAL:
+        return _explained(stated, best, left_out)
+    above = np.mean(values > ROUND_OFF)
+    if best.error > NUMERICAL and above > ABOVE_0:
+        return Words(
+            "no log-probs",
+            f"{above:.0%} of the reported numbers lie above 0, up to {np.nanmax(values):.3g}: they "
+            "are neither log-probs nor probabilities, and may be logits",
+            "have the engine report log-probs (vLLM: --logprobs-mode processed_logprobs, not "
+            "processed_logits or raw_logits)",
+        )
+    place = np.concatenate([np.arange(length) for length in lengths])
     early = error[finite & (place < FIRST)]
     late = error[finite & (place >= LATER)]
     enough = min(len(early), len(late)) >= LEAST_TOKENS
     if enough and early.mean() > max(EARLY, DECAY * late.mean()):
-        return (
+        return Words(
             "other prompt",
             f"the engine had another prompt: the first {FIRST} tokens differ by {early.mean():.2g} "
             f"nats, those after {LATER} by {late.mean():.2g}",
@@ -389,15 +337,45 @@ def _sentence(
             "system message, truncation",
         )
     if best.error <= NUMERICAL:
-        return _as_stated(stated, values, clipped, finite)
-    broad = np.mean(error[finite] > BROAD)
+        return _as_stated(stated, values, left_out, finite)
+    return _unexplained(stated, best, error[finite])
+
+
+def _constant(values: np.ndarray) -> Words:
+    all_equal = np.all(values == values[0])
+    number = f"the number {values[0]:g}" if all_equal else "one number, which differs from others'"
+    return Words(
+        "constant values",
+        f"all tokens of a completion have {number}: log-probs of single tokens are not recorded",
+        "have the engine report the log-prob of each sampled token (vLLM: logprobs 0 in the "
+        "request; SGLang: return_logprob), and look what was recorded in its place",
+    )
+
+
+def _explained(stated: Tried, best: Tried, left_out: LeftOut) -> Words:
+    """The best reading says what is wrong."""
+    sentences = [fault.sentence for fault in best.reading.faults]
+    remedies = [fault.remedy for fault in best.reading.faults]
+    if left_out.filled.any() and not best.reading.shift:
+        sentences.append(f"{left_out.filled.sum()} numbers are a constant, such as padding's")
+        remedies.append(UNFILLED)
+    figures = f"mean |difference| {stated.error:.2g} nats as stated, {best.error:.2g} when read so"
+    return Words(
+        best.reading.name, f"{'; and '.join(sentences)} ({figures})", "; and ".join(remedies)
+    )
+
+
+def _unexplained(stated: Tried, best: Tried, error: np.ndarray) -> Words:
+    """No reading says what is wrong."""
     nearest = (
         f"; the nearest reading, {best.reading.name}, leaves {best.error:.2g}"
         if best.reading.faults
         else ""
     )
+    figures = f"mean |difference| {stated.error:.2g} nats"
+    broad = np.mean(error > BROAD)
     if broad >= 0.5:
-        return (
+        return Words(
             "other weights",
             f"the engine has other weights than the model's folder, or a prompt of which nothing "
             f"is recorded: {broad:.0%} of the tokens differ by more than {BROAD:g} nats ({figures}"
@@ -405,7 +383,7 @@ def _sentence(
             "load the folder that the engine loads, check that the last weight update reached it "
             "(and that its prefix cache was cleared), and compare the prompts",
         )
-    return (
+    return Words(
         "cannot tell",
         f"the gap is too large for number formats, and no reading explains it ({figures}; "
         f"{broad:.0%} of the tokens differ by more than {BROAD:g} nats{nearest})",
@@ -413,67 +391,74 @@ def _sentence(
     )
 
 
-def _as_stated(
-    stated: Tried, values: np.ndarray, clipped: np.ndarray, finite: np.ndarray
-) -> tuple[str, str, str]:
-    """Returns the verdict on numbers that are read rightly: placeholders, rounding, or neither."""
+def _as_stated(stated: Tried, values: np.ndarray, left_out: LeftOut, finite: np.ndarray) -> Words:
+    """The numbers are read rightly: fillings, a floor, rounding, or nothing is wrong."""
     figures = f"mean |difference| {stated.error:.2g} nats"
-    if clipped.any():
-        least = values[clipped].min()
-        return (
-            "clipped values",
-            f"{clipped.sum()} of {len(values)} reported log-probs are a floor or a "
-            f"placeholder ({least:g}); the others are as stated ({figures})",
-            "leave these tokens out of the ratio and of delta (NaN in their place), or have the "
-            "engine report the sampled token's log-prob whatever its rank",
-        )
-    step, name = _grid(values[finite])
+    if left_out.any.any():
+        return _left_out(figures, values, left_out)
+    step, name = log_prob_values.grid(values[finite])
     if stated.error > ROUND_OFF and step / 4 > stated.error / 2:
-        return (
+        return Words(
             "rounded values",
             f"the reported log-probs are rounded to {name}: most of the gap ({figures})",
             "record them in float32 with all their digits",
         )
     sizes = ((ROUND_OFF, "float32 round-off"), (0.05, "bfloat16"), (NUMERICAL, "int8 or float8"))
     size = next(text for bound, text in sizes if stated.error <= bound)
-    return (
+    return Words(
         "as stated",
         f"as stated: the gap is numerical, of the size of {size} ({figures})",
         "none is needed; weights that are a few updates old look the same",
     )
 
 
-def _grid(values: np.ndarray) -> tuple[float, str]:
-    """Returns the mean step of the grid that all values lie on, and its name; 0 if none."""
-    if len(np.unique(values)) < 8:
-        return 0.0, ""
-    for digits in (0, 1, 2, 3):
-        if np.all(np.abs(values * 10**digits - np.round(values * 10**digits)) < 1e-4):
-            return 10.0**-digits, f"{digits} decimal places"
-    exponent = np.floor(np.log2(np.maximum(np.abs(values), 1e-6)))
-    for name, dtype, bits in (("bfloat16", jnp.bfloat16, 7), ("float16", np.float16, 10)):
-        if np.all(values == values.astype(dtype).astype(np.float64)):
-            return float(np.mean(2.0 ** (exponent - bits))), name
-    return 0.0, ""
+def _left_out(figures: str, values: np.ndarray, left_out: LeftOut) -> Words:
+    """Some numbers are fillings or a floor, and the others are read rightly."""
+    if left_out.filled.any():
+        numbers = " and ".join(f"{x:g}" for x in np.unique(values[left_out.filled]))
+        return Words(
+            "filled values",
+            f"{left_out.filled.sum()} of {len(values)} reported numbers are a constant ({numbers}) "
+            f"in the place of log-probs, such as padding's; the others are as stated ({figures})",
+            UNFILLED,
+        )
+    least = values[left_out.floor].min()
+    return Words(
+        "clipped values",
+        f"{left_out.floor.sum()} of {len(values)} reported log-probs are a floor or a placeholder "
+        f"({least:g}); the others are as stated ({figures})",
+        "leave these tokens out of the ratio and of delta (NaN in their place), or have the engine "
+        "report the sampled token's log-prob whatever its rank",
+    )
 
 
-def placeholders(prompts: Ids, tokens: Ids, values: np.ndarray) -> np.ndarray:
-    """Returns which values [tokens] are placeholders: -1000 or less, or a least value that tokens
-    in three contexts share and that is not rounding's.
+def of_later_tokens(
+    verdict: Verdict, values: np.ndarray, trainer: np.ndarray, is_later: np.ndarray, out: LeftOut
+) -> Verdict:
+    """Returns the verdict on completions whose first tokens were judged, once the later are seen.
+
+    It is another one only where the first tokens are as stated. Arrays are [tokens], of all
+    completions: `is_later` marks tokens that `judge` was not given, `trainer` holds log-probs of
+    the stated distribution, and `out` is `log_prob_values.left_out` of all.
     """
-    found = values <= PLACEHOLDER
-    others = values[np.isfinite(values) & ~found]
-    if len(others) and others.min() < -ROUND_OFF and not _grid(others)[0]:
-        least = values == others.min()
-        ends = np.cumsum([len(row) for row in tokens])
-        contexts = set()
-        for at in np.flatnonzero(least):
-            row = int(np.searchsorted(ends, at, side="right"))
-            place = at - ends[row] + len(tokens[row])
-            contexts.add((*prompts[row], *tokens[row][: place + 1]))
-        if len(contexts) >= LEAST_CONTEXTS:
-            found |= least
-    return found
+    if verdict.name != "as stated":
+        return verdict
+    error = np.clip(np.abs(np.where(out.any, np.nan, values) - trainer), 0, CAP)
+    figures = f"mean |difference| {_mean(error):.2g} nats"
+    if out.any.any():
+        return verdict._replace(**_left_out(figures, values, out)._asdict())
+    later = error[is_later & np.isfinite(error)]
+    first = _mean(error[~is_later])
+    if len(later) < LEAST_TOKENS or later.mean() <= max(NUMERICAL, DECAY * first):
+        return verdict
+    return verdict._replace(
+        name="later tokens differ",
+        sentence=f"the first tokens of completions are as stated (mean |difference| {first:.2g} "
+        f"nats), and later ones differ by {later.mean():.2g}",
+        remedy="compare the engine's rope_scaling, sliding window and longest context with the "
+        "folder's config.json, and look at the gap by length of context; a cache of few bits, and "
+        "weights that were replaced while completions were under way, look so, too",
+    )
 
 
 def _values(prompts: Ids, tokens: Ids, logprobs: Sequence[Sequence[float]]) -> np.ndarray:

@@ -69,8 +69,8 @@ def distributions(
                 RAW,
                 f"the reported log-probs are raw, of softmax(logits): {said} was not applied",
                 "have the engine report processed log-probs (vLLM: --logprobs-mode "
-                "processed_logprobs; llama.cpp: post_sampling_probs), or sample at temperature 1 "
-                "with no cut",
+                "processed_logprobs; SGLang: without SGLANG_RETURN_ORIGINAL_LOGPROB; llama.cpp: "
+                "post_sampling_probs), or sample at temperature 1 with no cut",
             ),
             Sampling(),
         )
@@ -238,6 +238,14 @@ def prompts(bos_id: int | None, others: Mapping[str, Prompt]) -> Iterator[tuple[
         ),
         lambda ids: ids[1:] if len(ids) > 1 else ids,
     )
+    yield (
+        Fault(
+            "padding recorded",
+            "the recorded prompt begins with padding, which the engine's had not",
+            "record prompts without the padding that makes them equally long",
+        ),
+        _without_padding,
+    )
     for origin, prompt in others.items():
         yield (
             Fault(
@@ -247,6 +255,12 @@ def prompts(bos_id: int | None, others: Mapping[str, Prompt]) -> Iterator[tuple[
             ),
             prompt,
         )
+
+
+def _without_padding(ids: list[int]) -> list[int]:
+    """Returns the prompt without its first token if that is repeated."""
+    start = next((i for i, id in enumerate(ids) if id != ids[0]), 0)
+    return ids[start:] if start > 1 else ids
 
 
 def readings(

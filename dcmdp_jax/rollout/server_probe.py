@@ -17,8 +17,10 @@ from dcmdp_jax.distributed import processes
 from dcmdp_jax.models import decoder
 from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Sampling
-from dcmdp_jax.rollout import log_prob_meaning
-from dcmdp_jax.rollout.log_prob_meaning import Ids, Score, Verdict
+from dcmdp_jax.rollout import log_prob_meaning, log_prob_scorer
+from dcmdp_jax.rollout.log_prob_meaning import Verdict
+from dcmdp_jax.rollout.log_prob_scorer import Score
+from dcmdp_jax.rollout.log_prob_values import Ids
 
 COUNTS = (16, 128)  # of completions: the second where the first have too few tokens to tell
 PROMPT = 8  # tokens
@@ -64,7 +66,7 @@ def judge(
 
 
 def scorer(params: Any, model: ModelConfig) -> Score:
-    """Returns `log_prob_meaning.scorer` for parameters that lie on devices of any process."""
+    """Returns `log_prob_scorer.scorer` for parameters that lie on devices of any process."""
     laid_out = jax.tree.leaves(params)[0].sharding
     is_global = isinstance(laid_out, jax.sharding.NamedSharding)
     everywhere = sharding.replicated(laid_out.mesh) if is_global else None
@@ -75,7 +77,7 @@ def scorer(params: Any, model: ModelConfig) -> Score:
         def block(place):
             r, c = place
             logits = decoder.head(params, hidden[r, c - 1], model)
-            return log_prob_meaning.log_probs(logits, rows[r, c], samplings)
+            return log_prob_scorer.log_probs(logits, rows[r, c], samplings)
 
         return jax.lax.map(block, (row, column))  # [blocks, H, BLOCK]
 

@@ -24,9 +24,10 @@ from dcmdp_jax.models.model_config import Compute
 from dcmdp_jax.monitoring import gaps
 from dcmdp_jax.monitoring.phases import phase
 from dcmdp_jax.records import Sampling
-from dcmdp_jax.rollout import log_prob_meaning
-from dcmdp_jax.rollout.log_prob_meaning import Score, Verdict
+from dcmdp_jax.rollout import log_prob_meaning, log_prob_scorer, log_prob_values
+from dcmdp_jax.rollout.log_prob_meaning import Verdict
 from dcmdp_jax.rollout.log_prob_readings import Prompt, Reading
+from dcmdp_jax.rollout.log_prob_scorer import Score
 from dcmdp_jax.tokens import tokenizer as tokenizers
 from dcmdp_jax.tokens.tokenizer import Tokenizer
 from dcmdp_jax.tools import parity
@@ -89,6 +90,7 @@ class Diagnosis(NamedTuple):
     stated: Figures
     read: Figures | None  # once what the verdict names is mended; None if it names no reading
     recorded_trainer: RecordedTrainer | None  # None if the file has no trainer's log-probs
+    odd: tuple[int, ...]  # numbers, from 1, of the completions that the verdict calls odd
 
 
 def check(folder: str, tokenizer_path: str) -> tuple[int, int]:
@@ -114,7 +116,7 @@ def load(folder: str, tokenizer_path: str = "", *, bfloat16: bool = False) -> Mo
     tokenizer = None
     if tokenizer_path or _holds_tokenizer(folder):
         tokenizer = tokenizers.load(tokenizer_path or folder, folder)
-    score = log_prob_meaning.scorer(params, config)
+    score = log_prob_scorer.scorer(params, config)
     return Model(pathlib.Path(folder), score, config.vocab_size, tokenizer)
 
 
@@ -140,7 +142,8 @@ def examine(
 
     Raises ValueError if no log-prob is finite.
     """
-    judged = _judged(records)
+    places = _judged(records)
+    judged = [records[place] for place in places]
     progress(f"testing what the log-probs are of on {len(judged)} completions")
     settings = _settings(model.folder)
     with phase("trying interpretations of the log-probs"):
@@ -157,13 +160,27 @@ def examine(
         )
     progress(f"{len(verdict.tried)} interpretations (readings) of the log-probs tried")
     stated = verdict.stated.reading
-    best = verdict.best.reading
-    clipped = verdict.name == "clipped values"
-    mended = verdict.is_explained and (bool(best.faults) or clipped)
-    readings = [stated, best] if mended else [stated]
+    readings = [stated]
+    if verdict.is_explained and verdict.best.reading.faults:
+        readings.append(verdict.best.reading)
     trainer = _trainer_logp(model.score, records, readings, progress)
+    values = np.concatenate([record.logp for record in records])
+    beside = np.concatenate(trainer[0])
+    left_out = log_prob_values.left_out(
+        [record.prompt for record in records],
+        [record.tokens for record in records],
+        values,
+        beside,
+    )
+    place = np.concatenate([np.arange(len(record.tokens)) for record in records])
+    verdict = log_prob_meaning.of_later_tokens(
+        verdict, values, beside, place >= JUDGED_TOKENS, left_out
+    )
+    if verdict.name in log_prob_meaning.LEAVES_OUT:
+        readings.append(stated)
+        trainer.append(trainer[0])
     figures = [
-        _figures(model.tokenizer, records, reading, logp, leave_out=bool(i))
+        _figures(model.tokenizer, records, reading, logp, left_out.any & bool(i))
         for i, (reading, logp) in enumerate(zip(readings, trainer, strict=True))
     ]
     return Diagnosis(
@@ -172,19 +189,24 @@ def examine(
         figures[0],
         figures[1] if len(figures) > 1 else None,
         _recorded_trainer(records, trainer[0]),
+        tuple(places[i] + 1 for i in verdict.odd),
     )
 
 
-def _judged(records: Sequence[Record]) -> list[Record]:
-    """Returns completions from all over the file, and no more positions than need be."""
-    count = min(len(records), JUDGED_COMPLETIONS)
-    spread = [records[i] for i in np.linspace(0, len(records) - 1, count).astype(int)]
-    sizes = [len(r.prompt) + min(len(r.tokens), JUDGED_TOKENS) for r in spread]
-    share = JUDGED_POSITIONS / sum(sizes)
-    if share >= 1:
+def _judged(records: Sequence[Record]) -> list[int]:
+    """Returns places of completions from all over the file, with no more positions than need be."""
+    spread = _spread(len(records), JUDGED_COMPLETIONS)
+    judged = [records[place] for place in spread]
+    size = sum(len(r.prompt) + min(len(r.tokens), JUDGED_TOKENS) for r in judged)
+    if size <= JUDGED_POSITIONS:
         return spread
-    count = min(max(8, int(count * share)), count)
-    return [spread[i] for i in np.linspace(0, len(spread) - 1, count).astype(int)]
+    count = max(8, len(spread) * JUDGED_POSITIONS // size)
+    return [spread[i] for i in _spread(len(spread), count)]
+
+
+def _spread(size: int, count: int) -> list[int]:
+    """Returns `count` of the numbers under `size`, or all, at equal distances."""
+    return np.linspace(0, size - 1, min(size, count)).astype(int).tolist()
 
 
 def _settings(folder: pathlib.Path) -> dict[str, Any]:
@@ -262,7 +284,7 @@ def _trainer_logp(
         groups.setdefault(reading.prompt, []).append(number)
     found: list[list[np.ndarray]] = [[] for _ in readings]
     for prompt, numbers in groups.items():
-        samplings = log_prob_meaning.fields([readings[i].sampling for i in numbers])
+        samplings = log_prob_scorer.fields([readings[i].sampling for i in numbers])
         for start in range(0, len(records), CHUNK):
             chunk = records[start : start + CHUNK]
             tokens = [record.tokens for record in chunk]
@@ -282,10 +304,9 @@ def _figures(
     records: Sequence[Record],
     reading: Reading,
     trainer: list[np.ndarray],
-    *,
-    leave_out: bool,
+    left_out: np.ndarray,
 ) -> Figures:
-    """Returns the figures of one reading; `leave_out` leaves placeholders out."""
+    """Returns the figures of one reading without the tokens `left_out` [tokens]."""
     shape = (len(records), max(len(record.tokens) for record in records))
     old_logp = np.zeros(shape, np.float32)
     rollout_logp = np.zeros(shape, np.float32)
@@ -299,12 +320,7 @@ def _figures(
         old_logp[i, :length] = np.nan_to_num(logp)
         rollout_logp[i, :length] = np.where(np.isnan(logp), np.nan, record.logp)
         context[i] = len(record.prompt) + 1 + np.arange(shape[1])
-    reported = rollout_logp[mask]
-    if leave_out:
-        found = log_prob_meaning.placeholders(
-            [record.prompt for record in records], [record.tokens for record in records], reported
-        )
-        reported = np.where(found, np.nan, reported)
+    reported = np.where(left_out, np.nan, rollout_logp[mask])
     rollout_logp[mask] = reading.nats(reported)
     measured = mask & np.isfinite(rollout_logp)
     return Figures(

@@ -104,7 +104,8 @@ def parse(
     if positive and negative:
         raise ValueError(
             f"{positive}, above 0, and others are below; log-probs are at most 0: correct what "
-            "wrote it"
+            "wrote it, or the engine reports logits (vLLM: set --logprobs-mode processed_logprobs, "
+            "not processed_logits or raw_logits)"
         )
     return Records(found, sampling, more)
 

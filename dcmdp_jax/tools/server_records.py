@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dcmdp_jax.records import Sampling
-from dcmdp_jax.rollout import servers
+from dcmdp_jax.rollout import server_probe, servers
 from dcmdp_jax.rollout.http_client import Call
 from dcmdp_jax.rollout.server_sampler import Reply, Request, completion_seed
 from dcmdp_jax.tokens.tokenizer import Tokenizer
@@ -55,10 +55,11 @@ def sample(
     Raises ServerError or ValueError, in one sentence, if it does not answer as it should.
     """
     server = servers.connect(url, connections=CONNECTIONS)
-    count = min(limit, len(PROMPTS) * SAMPLES)
+    prompts = _prompts(tokenizer, vocab_size, progress)
+    count = min(limit, len(prompts) * SAMPLES)
     requests = [
         Request(
-            tokenizer.encode_prompt(PROMPTS[i % len(PROMPTS)]),
+            prompts[i % len(prompts)],
             MAX_TOKENS,
             sampling,
             tuple(tokenizer.eos_ids),
@@ -90,3 +91,14 @@ def sample(
         for number, (request, reply) in enumerate(zip(requests, replies, strict=True), start=1)
     )
     return rollout_records.parse(rows, len(requests), vocab_size, max_position, url)
+
+
+def _prompts(
+    tokenizer: Tokenizer, vocab_size: int, progress: Callable[[str], None]
+) -> list[list[int]]:
+    """Returns the built-in prompts, or random token ids where the tokenizer cannot encode them."""
+    try:
+        return [tokenizer.encode_prompt(prompt) for prompt in PROMPTS]
+    except ValueError:
+        progress("the tokenizer cannot encode the built-in prompts: they are random token ids")
+        return server_probe.prompts(vocab_size, tokenizer.eos_ids, len(PROMPTS))
