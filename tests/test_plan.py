@@ -7,17 +7,22 @@ import functools
 import itertools
 import json
 import pathlib
+import threading
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from dcmdp_jax import cli, sharding, train_state
-from dcmdp_jax.config import Lora, MeshConfig, Precision, WarmupConfig
+from dcmdp_jax.config import Calibrated, EvalConfig, Lora, MeshConfig, Precision, WarmupConfig
 from dcmdp_jax.losses import centering, kl
 from dcmdp_jax.models import decoder, inference, lora
 from dcmdp_jax.models.model_config import Compute, ModelConfig
+from dcmdp_jax.records import Prompts
+from dcmdp_jax.rollout import generate
 from dcmdp_jax.tools import cost_model, plan, slices
+from support import own_data
 from support.steps import make_config
 
 pytestmark = pytest.mark.full
@@ -193,6 +198,56 @@ def test_a_reference_costs_a_copy_of_the_parameters_and_a_scoring_pass():
     assert after == before + cost_model.scoring(MODEL, 4, 128, 2, plain, mesh)
 
 
+class Recorded:
+    """An engine that notes the shapes of what it prefills."""
+
+    def __init__(self):
+        self.shapes = []
+
+    def prefill(self, *, params, padded_tokens, true_length):
+        self.shapes.append(padded_tokens.shape)
+
+
+@pytest.mark.parametrize("width, prompts", [(1024, 64), (600, 64), (600, 3), (5000, 2)])
+def test_a_planned_prefill_is_the_largest_of_a_rollout(width, prompts):
+    """Of prompts at their limit; several are padded to a power of two."""
+    config = configure()
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, max_prompt_tokens=width)
+    )
+    mesh = sharding.single_device_mesh()
+    engine = plan.engine_of(
+        config, MODEL, train_state.abstract_params(MODEL, mesh), mesh, 1, prompts
+    )
+    longest = Prompts(np.zeros((prompts, width)), np.full(prompts, width), ((),) * prompts)
+    recorded = Recorded()
+    waiting = generate._Waiting(
+        recorded, None, longest, 1, generate.PREFILL_TOKENS, generate.SMALLEST_BUCKET
+    )
+    list(waiting.take(prompts))
+    assert max(recorded.shapes) == (engine.at_once, width)
+    assert (len(recorded.shapes) > 1) == engine.is_repeated
+
+
+def test_an_engine_that_rounds_nothing_prefills_the_prompts_of_the_evaluation():
+    """They are the run's own engine's, whose weights also lie beside the scoring pass if the run
+    measures its tolerance.
+    """
+    few = configure(mesh=MeshConfig(tensor=4))
+    constraint = dataclasses.replace(few.constraint, tolerance=Calibrated())
+    data = dataclasses.replace(few.data, eval_path="held_out.jsonl")
+    many = dataclasses.replace(
+        few, data=data, eval=EvalConfig(every=1, prompts=16), constraint=constraint
+    )
+    _, scoring, prefill = itertools.islice(plan.programs(few, MODEL, jax.devices()[:4]), 3)
+    _, measured, evaluated = itertools.islice(plan.programs(many, MODEL, jax.devices()[:4]), 3)
+    prompts = few.data.prompts_per_step
+    assert (prefill.calls, evaluated.calls) == (1, prompts / 16)
+    assert evaluated.work.flops == prefill.work.flops * 16 / prompts
+    weights = 4 * cost_model.parameters(MODEL).total / 4
+    assert measured.beside - scoring.beside == pytest.approx(weights, rel=0.05)
+
+
 def test_flops_of_a_pass_are_the_compilers():
     """Against XLA's count of prefill and head; prefill has no causal half, and ends with the last
     layer's keys and values.
@@ -329,6 +384,39 @@ def test_a_generated_task_is_read_before_compiling(words, named, capsys, monkeyp
     monkeypatch.setattr(plan, "compile_program", None)
     assert cli.main(["plan", QUICKSTART, "--topology", "v5e:2x2", *words.split()]) == 2
     assert named in capsys.readouterr().err
+
+
+def refusal(words, capsys, monkeypatch):
+    """What `dcmdp plan` says last, with nothing compiled, of gsm8k.py."""
+    monkeypatch.setattr(plan, "compile_program", None)
+    gsm8k = str(pathlib.Path(QUICKSTART).with_name("gsm8k.py"))
+    assert cli.main(["plan", gsm8k, "--topology", "v5e:2x2", *words.split()]) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_files_that_are_there_are_read_before_compiling(tmp_path, capsys, monkeypatch):
+    folder = own_data.write_tokenizer(tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps(FOLDER | {"vocab_size": 2048}))
+    problems = tmp_path / "problems.jsonl"
+    words = f"--model.folder {folder} --data.path {problems}"
+    problems.write_text('{"question": "Two and two?"}\n')
+    said = refusal(words, capsys, monkeypatch)
+    assert f"{problems} line 1" in said and "answer" in said
+    problems.write_text('{"question": "Two and two?", "answer": "#### 4"}\n')
+    (folder / "config.json").write_text(json.dumps(FOLDER | {"vocab_size": 10}))
+    assert "the model's vocab_size is 10" in refusal(words, capsys, monkeypatch)
+    (folder / "model.safetensors").write_text("damaged")
+    assert str(folder / "model.safetensors") in refusal(words, capsys, monkeypatch)
+
+
+def test_a_verifier_that_no_process_takes_is_refused_before_compiling(monkeypatch):
+    config = configure()
+    lock = threading.Lock()
+    data = dataclasses.replace(
+        config.data, verifier=lambda example, text: float(lock.locked()), verifier_timeout=1.0
+    )
+    with pytest.raises(ValueError, match="data.verifier"):
+        plan.plan_run(dataclasses.replace(config, data=data), MODEL, "v5e:2x2")
 
 
 def test_the_scoring_pass_is_counted_once_or_twice_for_stale_rollouts():

@@ -24,13 +24,14 @@ import jax.numpy as jnp
 from dcmdp_jax import compiled_step, files, limits, sharding, sync, train_state, trainer_scores
 from dcmdp_jax.config import AlgorithmConfig, Calibrated, Config, with_tolerance
 from dcmdp_jax.evaluation import held_out
+from dcmdp_jax.models import weights
 from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Batch, Weights
 from dcmdp_jax.rollout import generate
 from dcmdp_jax.rollout.jetstream import Engine
 from dcmdp_jax.run import supervised
 from dcmdp_jax.run.inputs import check as check_inputs
-from dcmdp_jax.run.inputs import read_problems, read_tokenizer
+from dcmdp_jax.run.inputs import read_pairs, read_problems, read_tokenizer, verifier_pool
 from dcmdp_jax.tokens import packing
 from dcmdp_jax.tokens import tokenizer as tokenizers
 from dcmdp_jax.tools import cost_model
@@ -139,13 +140,13 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
         return
     # The engine that rounds nothing lies beside the run's own.
     config = held_out.exact(config)
-    weights = engine.weights_held
+    own_weights = engine.weights_held
     prompts = -(-config.eval.prompts // engines)
     exact = engine_of(config, model, params, decode_mesh, engines, prompts)
-    held = evaluating + weights if shared else weights
+    held = evaluating + own_weights if shared else own_weights
     for program in (
         *_sampling(config, model, exact, held),
-        _sync(config, model, params, mesh, decode_mesh, others + ahead + weights * shared),
+        _sync(config, model, params, mesh, decode_mesh, others + ahead + own_weights * shared),
     ):
         yield program._replace(
             name=f"evaluation: {program.name}",
@@ -414,21 +415,40 @@ def plan_run(
 ) -> Plan:
     """Compiles every program of a run for the topology `name`.
 
-    The files of model and data need not exist yet. `report` receives lines about the progress.
-    Raises ValueError if the run cannot be laid out on the slice, or `train` would refuse it.
+    The files of model and data need not be on this machine; those that are there are read. `report`
+    receives lines about the progress. Raises ValueError if the run cannot be laid out on the slice,
+    or `train` would refuse it.
     """
     devices = slice_devices(name, slices)
     chip = CHIPS[name.split(":")[0]]
-    if not (config.data.path or config.model.folder or config.model.tokenizer):  # a generated task
-        tokenizer = read_tokenizer(config)
-        tokenizers.check_vocab_size(tokenizer, model.vocab_size)
-        read_problems(config, tokenizer, engines=1)
+    _check_files(config, model)
     compiled = []
     for program in programs(config, model, devices):
         report(f"compiling {program.name}")
         compiled.append(compile_program(program, chip))
     tokens = config.data.prompts_per_step * config.rollout.samples * config.rollout.max_tokens
     return Plan(name, len(devices), chip, tokens, tuple(compiled))
+
+
+def _check_files(config: Config, model: ModelConfig) -> None:
+    """Raises ValueError where `train` does: on a verifier that no process can take, and on weights,
+    tokenizer, problems and pairs that are on this machine.
+    """
+    verifier_pool(config)
+    folder = config.model.folder
+    if folder and any(pathlib.Path(folder).glob("*.safetensors")):
+        weights.check(folder)
+    source = config.model.tokenizer or folder
+    if source and not tokenizers.is_there(pathlib.Path(source)):
+        return
+    named = (config.data.path, config.data.eval_path, config.warmup.path)
+    if not all(pathlib.Path(path).is_file() for path in named if path):
+        return
+    tokenizer = read_tokenizer(config)
+    tokenizers.check_vocab_size(tokenizer, model.vocab_size)
+    read_problems(config, tokenizer, engines=1)
+    if config.warmup.path:
+        read_pairs(config, model, tokenizer)
 
 
 def table(plan: Plan) -> list[list[str]]:
