@@ -211,6 +211,7 @@ def test_two_processes_of_a_bucket_are_one_of_a_folder(bucket):
     said, statuses = together(2, secret="")
     assert statuses == [2, 2]
     assert all("give all processes the same DCMDP_SECRET, of 16 ch" in text for text in said), said
+    assert all("gcsfs" not in text for text in said), said  # which would ask Google
     for steps in (2, 4):
         said, statuses = together(steps, secret="sixteen characters")
         assert statuses == [0, 0], "\n\n".join(said)

@@ -55,12 +55,7 @@ def serve():
     ) as child:
         try:
             _wait(f"{url}/storage/v1/b")
-            environment = {
-                "STORAGE_EMULATOR_HOST": url,
-                "TENSORSTORE_GCS_HTTP_URL": url,
-                "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-            }
-            with mock.patch.dict(os.environ, environment):
+            with mock.patch.dict(os.environ, {"STORAGE_EMULATOR_HOST": url}):  # as a user would
                 buckets._client.cache_clear()
                 client = buckets._client()
                 client.create_bucket("own")
