@@ -22,9 +22,15 @@ from dcmdp_jax.tokens import packing
 class Collected(NamedTuple):
     """What one step trains on."""
 
-    packed: Batch  # laid out over the training mesh
+    packed: Batch | None  # laid out over the training mesh
     metrics: dict[str, float]  # `measurements.measure` of it
     prompt_state: Any  # of the prompt iterator after this batch; checkpoints save it
+
+    def without_arrays(self) -> Collected:
+        """Returns the rest of it, which may be kept: no batch lies on the devices beside the next
+        update's.
+        """
+        return self._replace(packed=None)
 
 
 class Batches:

@@ -217,6 +217,31 @@ def local_folder(text: str) -> Iterator[str]:
             upload(path, address._replace(path=f"{address.path}/{path.name}"))
 
 
+@contextlib.contextmanager
+def local_file(text: str) -> Iterator[pathlib.Path]:
+    """Yields the path of a file to write or to go on with: `text` itself, or one that begins as the
+    object of that address and becomes it when the block ends, also by an exception.
+    """
+    address = parse(text)
+    if address is None:
+        yield pathlib.Path(text)
+        return
+    if address.pin:
+        raise ValueError(f"{text} is pinned; leave the # out")
+    with tempfile.TemporaryDirectory(prefix="dcmdp-") as temporary:
+        path = pathlib.Path(temporary) / pathlib.PurePosixPath(address.path).name
+        if found := read(address):
+            path.write_bytes(found[0])
+        before = path.read_bytes() if found else None
+        try:
+            yield path
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(path), text)) from error
+        finally:
+            if path.is_file() and path.read_bytes() != before:
+                upload(path, address)
+
+
 def _matching(address: Address, patterns: Patterns) -> dict[str, int]:
     found = {
         name: number

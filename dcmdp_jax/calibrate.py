@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -47,15 +47,17 @@ def run(
     options = config.constraint.tolerance
     prompt_state = inputs.prompts.get_state()
     processes.log0(f"measuring the floor of delta over {options.batches} batches")
-    packed = []
-    for number in range(options.batches):
-        batch = batches.collect(Stream.CALIBRATION, number)
-        if batch is None:
-            raise NotKept("stopped in the calibration of the tolerance, which is not kept")
-        packed.append(batch.packed)
+
+    def collected() -> Iterator[Batch]:  # one at a time: a batch takes memory of the devices
+        for number in range(options.batches):
+            batch = batches.collect(Stream.CALIBRATION, number)
+            if batch is None:
+                raise NotKept("stopped in the calibration of the tolerance, which is not kept")
+            yield batch.packed
+
     params, _ = train_state.sampled_from(state, config)
     calibration = measure_floor(
-        config, inputs.model_config, inputs.mesh, params, packed, options.slack
+        config, inputs.model_config, inputs.mesh, params, collected(), options.slack
     )
     inputs.prompts.set_state(prompt_state)
     processes.log0(describe(calibration, options.slack))

@@ -119,7 +119,7 @@ def _loop(
         for batch in batches:  # prompts -> rollout -> rewards
             batches.before_update(state)
             state, values = update(state, batch.packed)  # advantages -> ... -> params and dual
-            progress.last = recovery.StepTaken(state, values, batch, started)
+            progress.last = recovery.StepTaken(state, values, batch.without_arrays(), started)
             batches.after_update(state)  # weight sync back to the sampler
 
             row = progress.last.row()

@@ -187,6 +187,37 @@ def test_an_error_of_the_bucket_ends_the_run_with_a_sentence(bucket, monkeypatch
     assert "in_use" not in objects()
 
 
+@pytest.fixture
+def between(tmp_path, monkeypatch):
+    """What stands before a server whose bucket `own` no process has used."""
+    monkeypatch.setattr(staging, "_staged", {})
+    between = gcs_server.Between()
+    with gcs_server.serve(between):
+        yield between
+    between.close()
+
+
+def test_a_bucket_that_refuses_now_and_then_holds_the_same_run(between, whole):
+    """Every ninth request is answered by 503 or 429: those of all three libraries are repeated."""
+    between.refuse = lambda number, method: 503 - 74 * (number % 2) if number % 9 == 0 else None
+    assert train(steps=2) == 0
+    assert between.refused.count(503) > 3 and between.refused.count(429) > 3
+    forget()
+    assert checkpoint.steps(staging.folder("gs://own/runs/a")) == [0, 2]
+    assert training.rows(staging.folder("gs://own/runs/a")) == training.rows(whole)[:2]
+
+
+def test_a_bucket_that_may_be_read_alone_is_refused_before_anything_is_compiled(
+    between, monkeypatch, capsys
+):
+    monkeypatch.setattr(checkpoint, "Checkpoints", None)
+    between.refuse = lambda number, method: None if method == "GET" else 403
+    assert train(steps=2) == 2
+    said = capsys.readouterr().err
+    assert "dcmdp: gs://own/runs/a/in_use may not be used by this account" in said
+    assert "Storage Object Admin" in said and "Traceback" not in said
+
+
 def together(steps, secret):
     """What two processes of a run print, and their statuses."""
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -211,14 +242,18 @@ def test_two_processes_of_a_bucket_are_one_of_a_folder(bucket):
     said, statuses = together(2, secret="")
     assert statuses == [2, 2]
     assert all("give all processes the same DCMDP_SECRET, of 16 ch" in text for text in said), said
+    assert all("gcsfs" not in text for text in said), said  # which would ask Google
     for steps in (2, 4):
         said, statuses = together(steps, secret="sixteen characters")
         assert statuses == [0, 0], "\n\n".join(said)
-    for steps in ("2", "4"):
+    forget()
+    alone = ["train", HOSTS, "--workdir", "gs://own/runs/a", "--steps", "5"]
+    assert training.dcmdp(alone, jax.devices()[:2]) == 0  # goes on in one process
+    for steps in ("2", "4", "5"):
         words = ["train", HOSTS, "--workdir", "here", "--steps", steps]
         assert training.dcmdp(words, jax.devices()[:2]) == 0
     assert training.rows(staging.folder("gs://own/runs/a")) == training.rows(pathlib.Path("here"))
-    assert checkpoint.steps(staging.folder("gs://own/runs/a"))[-1] == 4
+    assert checkpoint.steps(staging.folder("gs://own/runs/a"))[-1] == 5
 
 
 def test_weights_go_to_a_bucket_and_come_from_one(bucket, tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from dcmdp_jax import buckets, cli, hub
 from dcmdp_jax.run import staging
 from support import gcs_server
+from support.pages import CONFIG, ROWS, make_run
 
 needs_library = pytest.mark.skipif(
     not gcs_server.is_installed("google.cloud.storage"),
@@ -316,6 +317,40 @@ def test_a_run_that_goes_on_uploads_now_and_then(put, monkeypatch):
                 break
             threading.Event().wait(0.1)
         assert content("run/metrics.jsonl") == "one\n"
+
+
+# Files and pages
+
+
+def test_a_file_goes_on_from_its_object_and_is_written_where_the_block_raises(put):
+    put("out.jsonl", "one\n")
+    with pytest.raises(ValueError) as error, buckets.local_file("gs://own/out.jsonl") as file:
+        file.write_text(file.read_text() + "two\n")
+        raise ValueError(f"{file} is refused")
+    assert str(error.value) == "gs://own/out.jsonl is refused"
+    assert content("out.jsonl") == "one\ntwo\n"
+    with buckets.local_file("gs://own/new.jsonl"):
+        pass  # and writes nothing
+    assert content("new.jsonl") is None
+    with pytest.raises(ValueError, match="gs://own/out.jsonl#1 is pinned"):
+        buckets.local_file("gs://own/out.jsonl#1").__enter__()
+
+
+@pytest.mark.parametrize("output", ["", "gs://own/pages/both.html"])
+def test_a_page_of_several_runs_in_a_bucket(put, tmp_path, capsys, output):
+    """The runs have the names of their folders there, and the page lies beside them."""
+    for name, seed in (("a", 0), ("b", 1)):
+        folder = make_run(tmp_path / name, ROWS, CONFIG | {"seed": seed})
+        for file in folder.iterdir():
+            put(f"runs/{name}/{file.name}", file.read_text())
+    words = ["report", "gs://own/runs/a", "gs://own/runs/b"]
+    assert cli.main([*words, *(["--output", output] if output else [])]) == 0
+    written = output or "gs://own/runs/report.html"
+    assert capsys.readouterr().out == f"{written}\n"
+    page = content(written.removeprefix("gs://own/"))
+    assert "dcmdp-" not in page and "<b>a</b>" in page and "gs://own/runs/b&quot;" in page
+    assert cli.main([*words, "--output", "gs://own/runs/a/report.html"]) == 2
+    assert "gs://own/runs/a/report.html is a run's own page" in capsys.readouterr().err
 
 
 # The library, on a server that answers as told

@@ -299,6 +299,25 @@ def test_the_checksum_does_not_depend_on_the_mesh():
         assert checkpoint.checksums([jax.device_put(values, layout)]) == expected
 
 
+def test_offloaded_leaves_are_on_the_devices_one_at_a_time(monkeypatch):
+    """All together would take the memory that offloading saves."""
+    together = []
+    checksums = checkpoint._checksums
+
+    def counted(leaves):
+        together.append(sum(x.sharding.memory_kind == sharding.HOST for x in leaves))
+        return checksums(leaves)
+
+    tree = {name: jnp.arange(size, dtype=jnp.float32) for name, size in (("a", 5), ("b", 7))}
+    tree |= {"c": jnp.arange(9)}
+    expected = checkpoint.checksums(tree)
+    for name in ("a", "b"):
+        tree[name] = jax.device_put(tree[name], sharding.on_host(tree[name].sharding))
+    monkeypatch.setattr(checkpoint, "_checksums", counted)
+    assert checkpoint.checksums(tree) == expected
+    assert sum(together) == 2 and max(together) == 1
+
+
 def test_checksums_are_those_of_the_formula():
     """Recomputed in NumPy, so that a checkpoint of today is intact for a later version."""
     values = np.random.default_rng(1).normal(size=(2, 3)).astype(np.float32)

@@ -170,7 +170,7 @@ def shown(folders, tmp_path):
     """The page of four runs, of which the first has gaps and a diagnosis, as text."""
     (folders[0] / "gaps.jsonl").write_text(json.dumps(GAPS) + "\n")
     (folders[0] / "diagnose.json").write_text(json.dumps(SOURCES))
-    assert comparison.write(folders) == tmp_path / "report.html"
+    assert comparison.write(folders) == str(tmp_path / "report.html")
     return (tmp_path / "report.html").read_text(encoding="utf-8")
 
 

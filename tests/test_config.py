@@ -323,12 +323,12 @@ def test_an_experiment_names_the_module_it_lacks(tmp_path):
         load_experiment(str(file))
 
 
-@pytest.mark.parametrize("command", [["eval", "--model", "m", "--data-dir", "d"], ["study", "s"]])
-def test_only_a_run_s_work_folder_may_be_an_address(command, capsys, monkeypatch):
+def test_the_work_folder_of_a_study_is_no_address(capsys, monkeypatch):
     monkeypatch.setattr("dcmdp_jax.tools.study.load", lambda path: None)
-    assert cli.main([*command, "--workdir", "gs://bucket/run"]) == 2
+    assert cli.main(["study", "s", "--workdir", "gs://bucket/run"]) == 2
     assert capsys.readouterr().err == (
-        "dcmdp: --workdir gs://bucket/run is no folder here; only a run's may be an address\n"
+        "dcmdp: --workdir gs://bucket/run is no folder here, and a study runs on one machine; give "
+        "a path\n"
     )
 
 

@@ -9,16 +9,17 @@ import shutil
 import numpy as np
 import pytest
 
-from dcmdp_jax import cli
+from dcmdp_jax import buckets, cli
 from dcmdp_jax.answers import judge
 from dcmdp_jax.config import ModelSource, Precision
 from dcmdp_jax.evaluation import math_benchmarks
 from dcmdp_jax.models import weights
 from dcmdp_jax.models.model_config import Compute, ModelConfig
 from dcmdp_jax.records import Sampling
+from dcmdp_jax.run import staging
 from dcmdp_jax.stopping import Interrupted
 from dcmdp_jax.tokens import tokenizer
-from support import own_data
+from support import gcs_server, own_data
 from support.random_params import random_params
 
 pytestmark = pytest.mark.full
@@ -166,6 +167,24 @@ def test_a_stop_keeps_what_has_finished(options, finished, tmp_path):
     assert 0 < len(read_samples(tmp_path)) < 15
     evaluate(options, tmp_path)
     assert_same_files(tmp_path, finished[0])
+
+
+def test_an_evaluation_in_a_bucket_goes_on_in_another_process(options, finished, monkeypatch):
+    polls = iter(range(100))
+    with gcs_server.stand_in():
+        monkeypatch.setattr(staging, "_staged", {})
+        evaluation = math_benchmarks.prepare(options, staging.folder("gs://own/eval"))
+        with pytest.raises(Interrupted):
+            math_benchmarks.run(evaluation, lambda: next(polls) > 1, max_positions=12 * 6)
+        staging.upload_all()
+        monkeypatch.setattr(staging, "_staged", {})
+        folder = staging.folder("gs://own/eval")
+        assert 0 < len(read_samples(folder)) < 15
+        assert evaluate(options, folder) == finished[1]
+        assert_same_files(folder, finished[0])
+        staging.upload_all()
+        names = set(buckets.listing(buckets.parse("gs://own/eval")))
+        assert names == {"aime24.jsonl", "minerva.jsonl", "options.json", "summary.json"}
 
 
 def test_a_set_may_be_added(options, finished, tmp_path):

@@ -141,7 +141,7 @@ def test_nor_has_the_page_that_compares_runs(tmp_path, word):
             config["rollout"]["precision"]["weights"] = f"{i} {text}"
             (folder / "config.json").write_text(json.dumps(config | {f"only{i}{text}": text}))
             folders.append(folder)
-        found.append(elements(comparison.write(folders)))
+        found.append(elements(pathlib.Path(comparison.write(folders))))
     assert found[0] == found[1] and len(found[0]) > 300
 
 

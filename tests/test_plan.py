@@ -10,13 +10,16 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from dcmdp_jax import cli, sharding, train_state
-from dcmdp_jax.config import Lora, MeshConfig, Precision, WarmupConfig
+from dcmdp_jax.config import Calibrated, EvalConfig, Lora, MeshConfig, Precision, WarmupConfig
 from dcmdp_jax.losses import centering, kl
 from dcmdp_jax.models import decoder, inference, lora
 from dcmdp_jax.models.model_config import Compute, ModelConfig
+from dcmdp_jax.records import Prompts
+from dcmdp_jax.rollout import generate
 from dcmdp_jax.tools import cost_model, plan, slices
 from support.steps import make_config
 
@@ -33,7 +36,6 @@ MODEL = ModelConfig(
     compute=Compute(bfloat16=True, remat=True),
 )
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
-QUICKSTART = str(EXPERIMENTS / "quickstart.py")
 MOE = dataclasses.replace(MODEL, num_experts=8, experts_per_token=2, expert_size=128)
 
 
@@ -193,6 +195,56 @@ def test_a_reference_costs_a_copy_of_the_parameters_and_a_scoring_pass():
     assert after == before + cost_model.scoring(MODEL, 4, 128, 2, plain, mesh)
 
 
+class Recorded:
+    """An engine that notes the shapes of what it prefills."""
+
+    def __init__(self):
+        self.shapes = []
+
+    def prefill(self, *, params, padded_tokens, true_length):
+        self.shapes.append(padded_tokens.shape)
+
+
+@pytest.mark.parametrize("width, prompts", [(1024, 64), (600, 64), (600, 3), (5000, 2)])
+def test_a_planned_prefill_is_the_largest_of_a_rollout(width, prompts):
+    """Of prompts at their limit; several are padded to a power of two."""
+    config = configure()
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, max_prompt_tokens=width)
+    )
+    mesh = sharding.single_device_mesh()
+    engine = plan.engine_of(
+        config, MODEL, train_state.abstract_params(MODEL, mesh), mesh, 1, prompts
+    )
+    longest = Prompts(np.zeros((prompts, width)), np.full(prompts, width), ((),) * prompts)
+    recorded = Recorded()
+    waiting = generate._Waiting(
+        recorded, None, longest, 1, generate.PREFILL_TOKENS, generate.SMALLEST_BUCKET
+    )
+    list(waiting.take(prompts))
+    assert max(recorded.shapes) == (engine.at_once, width)
+    assert (len(recorded.shapes) > 1) == engine.is_repeated
+
+
+def test_an_engine_that_rounds_nothing_prefills_the_prompts_of_the_evaluation():
+    """They are the run's own engine's, whose weights also lie beside the scoring pass if the run
+    measures its tolerance.
+    """
+    few = configure(mesh=MeshConfig(tensor=4))
+    constraint = dataclasses.replace(few.constraint, tolerance=Calibrated())
+    data = dataclasses.replace(few.data, eval_path="held_out.jsonl")
+    many = dataclasses.replace(
+        few, data=data, eval=EvalConfig(every=1, prompts=16), constraint=constraint
+    )
+    _, scoring, prefill = itertools.islice(plan.programs(few, MODEL, jax.devices()[:4]), 3)
+    _, measured, evaluated = itertools.islice(plan.programs(many, MODEL, jax.devices()[:4]), 3)
+    prompts = few.data.prompts_per_step
+    assert (prefill.calls, evaluated.calls) == (1, prompts / 16)
+    assert evaluated.work.flops == prefill.work.flops * 16 / prompts
+    weights = 4 * cost_model.parameters(MODEL).total / 4
+    assert measured.beside - scoring.beside == pytest.approx(weights, rel=0.05)
+
+
 def test_flops_of_a_pass_are_the_compilers():
     """Against XLA's count of prefill and head; prefill has no causal half, and ends with the last
     layer's keys and values.
@@ -243,92 +295,6 @@ def test_a_v4_chip_is_one_device():
 def test_topologies_without_devices_are_refused(name, count):
     with pytest.raises(ValueError, match="has no devices"):
         slices.slice_devices(name, count)
-
-
-@pytest.mark.parametrize(
-    "words, named",
-    [
-        (["--rollout.precision.weights", "int5"], "rollout.precision.weights='int5' is not one of"),
-        (["--json", "nowhere/plan.json"], "nowhere/plan.json: its folder does not exist"),
-    ],
-)
-def test_impossible_options_are_refused_before_compiling(words, named, capsys):
-    assert cli.main(["plan", QUICKSTART, "--topology", "v5e:2x2", *words]) == 2
-    assert named in capsys.readouterr().err
-
-
-FOLDER = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "rope_theta": 1e6,
-    "max_position_embeddings": 100,
-}
-
-
-@pytest.mark.parametrize(
-    "words, named",
-    [
-        ("--rollout.slots 6", "rollout.slots=6 does not divide over the mesh's 4 batch shards"),
-        (
-            "--rollout.max_tokens 60",
-            "rollout.max_tokens = 110 positions are more than the model's 100",
-        ),
-        (
-            "--algorithm.replay_routing yes",
-            "replays the choices of a router, and this model is dense",
-        ),
-        ("--rollout.devices 3", "rollout.slots=64 does not divide over the mesh's 3 batch shards"),
-        ("--rollout.devices 5", "rollout.devices=5 are more than the 4 there are"),
-        ("--mesh.tensor 4", "kv_heads axis of size 2 does not divide over --mesh.tensor=4"),
-        (
-            "--rollout.precision.experts_per_token 2",
-            "precision.experts_per_token=2 must lie in 1..0",
-        ),
-        ("--algorithm.microbatches 3", "completions do not divide into"),
-        ("--rollout.precision.group 7", "group"),
-        ("--warmup.steps 3", "warmup learns the solutions of data.task"),
-        ("--seed -1", "seed=-1 must not be negative"),
-        ("--rollout.staleness 99", "rollout.staleness=99 must be at most 16"),
-    ],
-)
-def test_a_run_that_train_refuses_is_not_compiled(words, named, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(plan, "compile_program", None)
-    (tmp_path / "config.json").write_text(json.dumps(FOLDER))
-    gsm8k = str(pathlib.Path(QUICKSTART).with_name("gsm8k.py"))
-    fitting = (
-        "--data.path later.jsonl --rollout.samples 2 --algorithm.microbatches 2 "
-        "--data.max_prompt_tokens 50 --rollout.max_tokens 50 --rollout.slots 64"
-    )
-    command = ["plan", gsm8k, "--topology", "v5e:2x2", "--model.folder", str(tmp_path)]
-    assert cli.main([*command, *fitting.split(), *words.split()]) == 2
-    last_line = capsys.readouterr().err.splitlines()[-1]
-    assert last_line.startswith("dcmdp: ") and named in last_line
-
-
-@pytest.mark.parametrize(
-    "words, named",
-    [
-        (
-            "--model.architecture.vocab_size 10",
-            "the tokenizer has 18 ids but the model's vocab_size is 10",
-        ),
-        (
-            "--data.max_prompt_tokens 5",
-            "a prompt has 12 tokens, more than --data.max_prompt_tokens=5",
-        ),
-        ("--data.task.operations 1", "too few problems to hold out 512"),
-    ],
-)
-def test_a_generated_task_is_read_before_compiling(words, named, capsys, monkeypatch):
-    monkeypatch.setattr(plan, "compile_program", None)
-    assert cli.main(["plan", QUICKSTART, "--topology", "v5e:2x2", *words.split()]) == 2
-    assert named in capsys.readouterr().err
 
 
 def test_the_scoring_pass_is_counted_once_or_twice_for_stale_rollouts():

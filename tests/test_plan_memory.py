@@ -7,7 +7,8 @@ import jax
 import pytest
 
 from dcmdp_jax import compiled_step, sync
-from dcmdp_jax.losses import kl
+from dcmdp_jax.batches import Batches
+from dcmdp_jax.losses import centering, kl
 from dcmdp_jax.rollout.jetstream import Engine
 from dcmdp_jax.tools import plan, slices
 from support.adapters import adapted
@@ -44,6 +45,27 @@ def stale_with_reference():
 
 def with_adapters():
     return adapted(plain())
+
+
+def with_large_batches(**changes):
+    """Most of what lies on a device is a batch, the likeliest tokens at each place."""
+    run = tiny(
+        **SHARED
+        | {
+            "model.architecture.hidden_size": 16,
+            "model.architecture.intermediate_size": 32,
+            "rollout.samples": 16,
+            "rollout.top_logprobs": 16,
+            "rollout.tokens_per_dispatch": 4,  # what a dispatch returns stays until the next has
+        }
+        | changes
+    )
+    algorithm = dataclasses.replace(run.algorithm, surrogate=centering.centred)
+    return dataclasses.replace(run, algorithm=algorithm)
+
+
+def with_large_stale_batches():
+    return with_large_batches(**{"rollout.staleness": 1})
 
 
 class Held:
@@ -88,6 +110,8 @@ class Held:
         plain,
         pytest.param(stale_with_reference, marks=pytest.mark.slow),
         pytest.param(with_adapters, marks=pytest.mark.slow),
+        with_large_batches,
+        pytest.param(with_large_stale_batches, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_holds_what_is_planned(make, tmp_path, monkeypatch):
@@ -110,7 +134,11 @@ def test_a_run_holds_what_is_planned(make, tmp_path, monkeypatch):
         )
         patch.setattr(sync, "converter", counted_converter)
         patch.setattr(Engine, "prefill", held.of_engine("prefill", Engine.prefill))
-        patch.setattr(Engine, "generate", held.of_engine("decode, 16 tokens", Engine.generate))
+        decode = f"decode, {run.rollout.tokens_per_dispatch} tokens"
+        patch.setattr(Engine, "generate", held.of_engine(decode, Engine.generate))
+        if run.rollout.staleness:  # the step may still run when the next batch is there
+            after_update = held.after("train step", Batches.after_update)
+            patch.setattr(Batches, "after_update", after_update)
         train(run, tmp_path, DEVICES)
     planned = {}
     for program in plan.programs(run, run.model.architecture, DEVICES):

@@ -1,5 +1,7 @@
 """A quantity that is added to the list is on the terminal, on both pages and in a study's table."""
 
+import pathlib
+
 import pytest
 
 from dcmdp_jax.monitoring import quantities, terminal
@@ -39,7 +41,7 @@ def test_it_has_a_curve_and_a_column_where_runs_are_compared(bananas, tmp_path):
         make_run(tmp_path / name, bananas, CONFIG | {"steps": i})
         for i, name in ((4, "a"), (5, "b"))
     ]
-    text = comparison.write(folders).read_text(encoding="utf-8")
+    text = pathlib.Path(comparison.write(folders)).read_text(encoding="utf-8")
     assert "<h2>Bananas that are ripe</h2>" in text
     assert "<th>ripe</th>" in text and "<td>8.0 b</td>" in text
 
@@ -62,7 +64,7 @@ def test_the_reward_of_each_source_is_on_the_page_of_a_run(two_sources, tmp_path
 
 def test_the_reward_of_each_source_is_on_the_page_that_compares_runs(two_sources, tmp_path):
     folders = [make_run(tmp_path / "a", two_sources), make_run(tmp_path / "b", ROWS)]
-    text = Page(comparison.write(folders).read_text(encoding="utf-8")).text
+    text = Page(pathlib.Path(comparison.write(folders)).read_text(encoding="utf-8")).text
     assert "Training reward, gsm8k" in text
 
 

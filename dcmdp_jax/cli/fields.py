@@ -44,9 +44,11 @@ def load(args: argparse.Namespace, options: list[str]) -> tuple[Config, pathlib.
 
 
 def local_folder(text: str | pathlib.Path) -> pathlib.Path:
-    """Returns the path of a work folder that is no run's. Raises ValueError on an address."""
+    """Returns the path of a work folder of several runs. Raises ValueError on an address."""
     if "://" in str(text):
-        raise ValueError(f"--workdir {text} is no folder here; only a run's may be an address")
+        raise ValueError(
+            f"--workdir {text} is no folder here, and a study runs on one machine; give a path"
+        )
     return pathlib.Path(text)
 
 

@@ -11,7 +11,7 @@ import pathlib
 import sys
 from collections.abc import Callable
 
-from dcmdp_jax import hub
+from dcmdp_jax import buckets, hub
 from dcmdp_jax.cli import fields
 from dcmdp_jax.config import ModelSource, Precision
 from dcmdp_jax.models.model_config import Compute
@@ -51,7 +51,8 @@ def generate_command(args: argparse.Namespace, options: list[str]) -> Callable[[
     prompts = args.prompts or complete.read_prompts(args.file)
     model = hub.model_folder(args.model)
     if args.output:
-        added = complete.to_file(pathlib.Path(args.output), model, prompts, **settings)
+        with buckets.local_file(args.output) as file:
+            added = complete.to_file(file, model, prompts, **settings)
         print(f"added {added} completions to {args.output}")
         return _done
     for chunk in complete.texts(model, prompts, **settings):
@@ -165,7 +166,7 @@ def evaluate_command(args: argparse.Namespace, options: list[str]) -> Callable[[
             enable_thinking=args.enable_thinking,
             instruction=instruction,
         ),
-        fields.local_folder(args.workdir),
+        staging.folder(args.workdir),
         args.devices,
     )
 
@@ -180,7 +181,7 @@ def evaluate_command(args: argparse.Namespace, options: list[str]) -> Callable[[
             log("stopped, and every finished sample is saved; the same command continues")
             return 130
         print(tables.aligned_text(scores.table(figures)))
-        print(f"wrote {evaluation.workdir / 'summary.json'}")
+        print(staging.shown(f"wrote {evaluation.workdir / 'summary.json'}"))
         return 0
 
     return job

@@ -321,7 +321,8 @@ def _report(add: Add) -> None:
         parser,
         "--output",
         metavar="FILE",
-        help="page about several runs (default: report.html in the folder that holds them)",
+        help="page about several runs, or its address (default: report.html in the folder that "
+        "holds them)",
     )
 
 
@@ -367,7 +368,7 @@ def _generate(add: Add) -> None:
     _path(
         parser,
         "--output",
-        help="JSONL file to write; if it exists, the missing completions are added",
+        help="JSONL file or address to write; if it exists, the missing completions are added",
     )
     _tokenizer(parser)
     _weights(parser)
@@ -515,7 +516,7 @@ def _eval(add: Add) -> None:
         "--workdir",
         required=True,
         metavar="OUT",
-        help="folder of samples and summary.json; made if missing",
+        help="folder or gs:// address of samples and summary.json; made if missing",
     )
     parser.add_argument(
         "--sets",

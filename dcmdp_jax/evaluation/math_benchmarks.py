@@ -29,7 +29,7 @@ from dcmdp_jax.models import decoder, weights
 from dcmdp_jax.records import Example, Prompts, Sampling
 from dcmdp_jax.rollout.generate import completion_keys
 from dcmdp_jax.rollout.jetstream import JetStreamSampler
-from dcmdp_jax.run import lock
+from dcmdp_jax.run import lock, staging
 from dcmdp_jax.run.record import differences
 from dcmdp_jax.tokens import tokenizer as tokenizers
 
@@ -37,6 +37,7 @@ INSTRUCTION = r"Please reason step by step, and put your final answer within \bo
 MAX_POSITIONS = 1 << 26  # of the completions of one rollout, which are in host memory together
 SECONDS_BETWEEN_LINES = 30.0
 SUMMARY = "summary.json"
+OPTIONS = "options.json"
 
 
 class Benchmark(NamedTuple):
@@ -87,7 +88,7 @@ class Evaluation:
     tokenizer: tokenizers.Tokenizer
     sets: tuple[EvalSet, ...]
     max_length: int  # positions of the longest prompt and its completion
-    lock: IO[str]  # on the work folder, until `run` ends
+    lock: IO[str] | staging.Lock  # on the work folder, until `run` ends
     mesh: jax.sharding.Mesh
 
 
@@ -119,22 +120,13 @@ def prepare(
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir {workdir} is a file; name a folder")
     record = _record(options, sets, tokenizer)
-    path = workdir / "options.json"
-    if path.is_file():
-        before = _read_object(path)
-        if not isinstance(before.get("sets"), dict):
-            raise ValueError(f"{path} is no record of an evaluation; give another --workdir")
-        _check_same(before, record, workdir)
-        record = {**record, "sets": {**before["sets"], **record["sets"]}}
-    elif stray := [item.file for item in sets if item.file.exists()]:
-        raise ValueError(
-            f"{stray[0]} is there but {path} is not; give another --workdir, or move the file away"
-        )
-    for item in sets:
-        item.read()  # raises on a damaged file before anything is sampled
-    _read_object(workdir / SUMMARY)
-    folder_lock = lock.take(workdir)
-    files.write_atomic(path, json.dumps(record, indent=2) + "\n")
+    _check_folder(workdir, record, sets)
+    staged = staging.of(workdir)
+    folder_lock = staged.take() if staged else lock.take(workdir)
+    if staged:  # the last holder of the lock may have written since it was read
+        staged.refresh()
+    record = _check_folder(workdir, record, sets)
+    files.write_atomic(workdir / OPTIONS, json.dumps(record, indent=2) + "\n")
     longest = max(int(item.prompts.lengths.max()) for item in sets)
     max_length = longest + options.max_tokens
     return Evaluation(options, workdir, tokenizer, sets, max_length, folder_lock, mesh)
@@ -313,6 +305,28 @@ def _record(
             for item in sets
         },
     }
+
+
+def _check_folder(workdir: pathlib.Path, record: dict, sets: Sequence[EvalSet]) -> dict:
+    """Returns the record of an evaluation with the sets that its work folder holds beside.
+
+    Raises ValueError if the folder is not this evaluation's, or a file in it is damaged.
+    """
+    path = workdir / OPTIONS
+    if path.is_file():
+        before = _read_object(path)
+        if not isinstance(before.get("sets"), dict):
+            raise ValueError(f"{path} is no record of an evaluation; give another --workdir")
+        _check_same(before, record, workdir)
+        record = {**record, "sets": {**before["sets"], **record["sets"]}}
+    elif stray := [item.file for item in sets if item.file.exists()]:
+        raise ValueError(
+            f"{stray[0]} is there but {path} is not; give another --workdir, or move the file away"
+        )
+    for item in sets:
+        item.read()  # raises on a damaged file before anything is sampled
+    _read_object(workdir / SUMMARY)
+    return record
 
 
 def _digest(problems: Sequence[Example]) -> str:

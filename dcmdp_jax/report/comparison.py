@@ -14,7 +14,7 @@ import pathlib
 import statistics
 from collections.abc import Sequence
 
-from dcmdp_jax import files
+from dcmdp_jax import buckets, files
 from dcmdp_jax.evaluation import intervals
 from dcmdp_jax.monitoring import metrics, quantities
 from dcmdp_jax.report import (
@@ -29,24 +29,24 @@ from dcmdp_jax.report import (
 from dcmdp_jax.report.line_chart import Panel, Series, chart, finite
 from dcmdp_jax.report.run_data import counted
 from dcmdp_jax.report.run_groups import Group, Run
+from dcmdp_jax.run import staging
 
 
-def write(
-    workdirs: Sequence[str | os.PathLike], output: str | os.PathLike | None = None
-) -> pathlib.Path:
-    """Writes the page of several runs and returns its path: `output`, or `report.html` in the
-    folder that holds them all.
+def write(workdirs: Sequence[str | os.PathLike], output: str | os.PathLike | None = None) -> str:
+    """Writes the page of several runs and returns its path or address: `output`, or `report.html`
+    in the folder that holds them all, or else here.
 
     Raises ValueError as `run_groups.load` does, and if the path is a run's own page.
     """
     base, runs = run_groups.load([pathlib.Path(workdir) for workdir in workdirs])
-    path = pathlib.Path(output) if output else base / "report.html"
-    folders = [run.folder.resolve() for run in runs]
-    if path.resolve().parent in folders and path.name == "report.html":
-        raise ValueError(f"{path} is a run's own page; give another --output")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(path, _page(run_groups.group_runs(runs)))
-    return path
+    text = str(output or f"{base}report.html")
+    own = [staging.shown(str(run.folder.resolve() / "report.html")) for run in runs]
+    if text in own or str(pathlib.Path(text).resolve()) in own:
+        raise ValueError(f"{text} is a run's own page; give another --output")
+    with buckets.local_file(text) as path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomic(path, _page(run_groups.group_runs(runs)))
+    return text
 
 
 def panels(groups: Sequence[Group]) -> list[Panel]:
@@ -223,7 +223,7 @@ def _page(groups: Sequence[Group]) -> str:
     several = any(len(group.runs) > 1 for group in groups)
     note = "Bands reach from the lowest seed to the highest. " if several else ""
     names = sorted({str(run.config.get("name", "run")) for _, run in runs})
-    configs = {str(run.folder): run.config for _, run in runs}
+    configs = {staging.shown(str(run.folder)): run.config for _, run in runs}
     body = f"""<p class="summary">{html.escape(_summary(groups))}</p>
 {html_page.verdict(verdict(groups), advice(groups))}
 {_table(groups)}

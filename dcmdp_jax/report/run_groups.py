@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dcmdp_jax.report import run_data
+from dcmdp_jax.run import staging
 from dcmdp_jax.run.record import differences
 
 # Of the groups, in order; then from the first one on again. Each has a contrast of 3 or more to a
@@ -27,6 +28,11 @@ class Run(NamedTuple):
     config: run_data.Config
     rows: run_data.Rows
 
+    @property
+    def place(self) -> pathlib.PurePath:
+        """Where it lies, also in a bucket."""
+        return pathlib.PurePath(staging.shown(str(self.folder.resolve())))
+
 
 class Group(NamedTuple):
     """Runs of one configuration."""
@@ -36,8 +42,9 @@ class Group(NamedTuple):
     runs: list[Run]
 
 
-def load(folders: Sequence[pathlib.Path]) -> tuple[pathlib.Path, list[Run]]:
-    """Returns the folder that holds all the runs, and the runs.
+def load(folders: Sequence[pathlib.Path]) -> tuple[str, list[Run]]:
+    """Returns the folder or address that holds all the runs, ending in a slash, and the runs. It is
+    empty if there is none.
 
     Raises ValueError if a folder is not a run's, is given twice, or has no step.
     """
@@ -45,13 +52,17 @@ def load(folders: Sequence[pathlib.Path]) -> tuple[pathlib.Path, list[Run]]:
     for folder in folders:
         if absolute.count(folder.resolve()) > 1:
             raise ValueError(f"{folder} is given twice; give each run once")
-    base = pathlib.Path(os.path.commonpath([folder.parent for folder in absolute]))
+    shown = [staging.shown(str(folder)) for folder in absolute]
+    base = os.path.commonprefix([path.rpartition("/")[0] + "/" for path in shown])
+    base = base[: base.rfind("/") + 1]
+    if base.endswith("//"):  # of runs in several buckets
+        base = ""
     runs = []
-    for folder in folders:
+    for folder, path in zip(folders, shown):
         config, rows = run_data.load(folder)
         if not rows:
             raise ValueError(f"{folder} has not finished a step; leave it out")
-        runs.append(Run(folder, str(folder.resolve().relative_to(base)), config, rows))
+        runs.append(Run(folder, path.removeprefix(base), config, rows))
     return base, runs
 
 
@@ -95,7 +106,7 @@ def _arm(runs: Sequence[Run]) -> str:
     """Returns the arm of a study that all runs belong to, by their folders ARM/sSEED; "" if there
     is none.
     """
-    folders = [run.folder.resolve() for run in runs]
+    folders = [run.place for run in runs]
     seeds = [f"s{run.config.get('seed')}" for run in runs]
     is_study = [folder.name for folder in folders] == seeds
     arms = {folder.parent.name for folder in folders}
@@ -109,7 +120,7 @@ def _differ_in_seed_alone(left: Run, right: Run) -> bool:
     different = differences(_compared(left.config), _compared(right.config)).keys()
     if not different:
         return True
-    siblings = left.folder.resolve().parent == right.folder.resolve().parent
+    siblings = left.place.parent == right.place.parent
     if not siblings or left.config.get("seed") == right.config.get("seed"):
         return False
     own = {"model.folder"}

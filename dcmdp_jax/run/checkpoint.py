@@ -267,13 +267,17 @@ def _stored_dtype(w: jax.Array) -> jnp.dtype:
 def checksums(tree: Any) -> dict[str, str]:
     """Returns a checksum of each leaf's bits, as they are stored, by the leaf's name.
 
-    It does not depend on the mesh or the number of processes.
+    It does not depend on the mesh or the number of processes. Leaves in the host's memory go to the
+    devices one at a time.
     """
-    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree))
-    return {
-        jax.tree_util.keystr(path): f"{int(checksum):08x}"
-        for path, checksum in zip(paths, _checksums(leaves))
-    }
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    on_host = [leaf for leaf in leaves if leaf[1].sharding.memory_kind == sharding.HOST]
+    others = [leaf for leaf in leaves if leaf[1].sharding.memory_kind != sharding.HOST]
+    numbers = {}
+    for group in [others, *([leaf] for leaf in on_host)]:
+        for (path, _), checksum in zip(group, _checksums(tuple(leaf for _, leaf in group))):
+            numbers[path] = f"{int(checksum):08x}"  # waits for it
+    return {jax.tree_util.keystr(path): numbers[path] for path, _ in leaves}
 
 
 @jax.jit

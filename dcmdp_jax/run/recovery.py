@@ -32,7 +32,7 @@ class StepTaken(NamedTuple):
 
     state: TrainState  # after the step
     metrics: step_metrics.Metrics
-    batch: Collected
+    batch: Collected  # without its arrays
     started: float  # `time.perf_counter()` when the step before it had ended
 
     @phase("updating the policy")

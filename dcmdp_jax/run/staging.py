@@ -303,6 +303,10 @@ def _prepare_orbax(address: Address) -> None:
     """Lets Orbax's libraries see what others write, and use the server that Google's library is
     told to use. Raises ValueError if one is missing.
     """
+    if server := os.environ.get("STORAGE_EMULATOR_HOST"):
+        os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", server)
+        # read by the import: it would ask Google what kind of bucket this is
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         import gcsfs  # noqa: F401
     except ImportError:
@@ -313,7 +317,3 @@ def _prepare_orbax(address: Address) -> None:
 
     # gcsfs would keep its lists of objects, and never see what TensorStore or another process adds
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-    if server := os.environ.get("STORAGE_EMULATOR_HOST"):
-        os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", server)
-        # it would ask Google what kind of bucket this is
-        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")

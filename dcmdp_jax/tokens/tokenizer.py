@@ -427,6 +427,12 @@ class CharacterTokenizer:
     encode_chat = encode_reply = render_chat
 
 
+def is_there(path: pathlib.Path) -> bool:
+    """True if a folder holds a file that `load` reads, or the path is one."""
+    names = ("tokenizer.json", "tokenizer.model", "characters.json")
+    return path.is_file() or any((path / name).is_file() for name in names)
+
+
 def load(path: str | pathlib.Path, model_folder: str | pathlib.Path = "") -> Tokenizer:
     """Returns the tokenizer of a folder or of a SentencePiece `.model` file.
 

@@ -24,13 +24,14 @@ import jax.numpy as jnp
 from dcmdp_jax import compiled_step, files, limits, sharding, sync, train_state, trainer_scores
 from dcmdp_jax.config import AlgorithmConfig, Calibrated, Config, with_tolerance
 from dcmdp_jax.evaluation import held_out
+from dcmdp_jax.models import weights
 from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Batch, Weights
 from dcmdp_jax.rollout import generate
 from dcmdp_jax.rollout.jetstream import Engine
 from dcmdp_jax.run import supervised
 from dcmdp_jax.run.inputs import check as check_inputs
-from dcmdp_jax.run.inputs import read_problems, read_tokenizer
+from dcmdp_jax.run.inputs import read_pairs, read_problems, read_tokenizer, verifier_pool
 from dcmdp_jax.tokens import packing
 from dcmdp_jax.tokens import tokenizer as tokenizers
 from dcmdp_jax.tools import cost_model
@@ -77,7 +78,8 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
     Those of a sampler that is not the library's own are left out, and the weight sync to it. Raises
     ValueError if the run cannot be laid out on the devices.
     """
-    if isinstance(config.constraint.tolerance, Calibrated):
+    measures_floor = isinstance(config.constraint.tolerance, Calibrated)
+    if measures_floor:
         config = with_tolerance(config, 1.0)  # the programs do not depend on the number
     mesh, decode_mesh = sharding.meshes(config, devices, process=0)
     engines = 1 if config.rollout.one_engine else len({device.process_index for device in devices})
@@ -95,10 +97,13 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
     engine = None
     if config.rollout.own_engine:
         prompts = config.data.prompts_per_step // engines
-        engine = engine_of(config, model, params, decode_mesh, engines, prompts)
-    # Stale rollouts are sampled while the step runs. Others are over, and their weights are freed.
-    looks_ahead = engine is not None and shared and config.rollout.staleness > 0
-    sampling = engine.held if looks_ahead else 0
+        evaluates = held_out.is_exact(config) and _has_held_out(config)  # no other engine does
+        evaluated = -(-config.eval.prompts // engines) if evaluates else 0
+        engine = engine_of(config, model, params, decode_mesh, engines, prompts, evaluated)
+    # Stale rollouts are sampled while the step runs, into the next batch. Others are over, and
+    # their weights are freed.
+    ahead = sharding.local_bytes(batch) if config.rollout.staleness else 0
+    stale = engine.held if engine and shared and config.rollout.staleness else 0
     parts = config.algorithm.minibatches * config.algorithm.microbatches
     (rows, length) = batch.tokens.shape[2:]
     row_length = "algorithm.row_length, " if config.algorithm.row_length else ""
@@ -107,7 +112,7 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
         compiled_step.compile_step(config, model, mesh).lower(state, batch),
         cost_model.update(model, rows, length, config, mesh, compiled_step.in_one_pass(config)),
         1,
-        sampling,
+        stale + ahead,
         f"{row_length}algorithm.microbatches, model.compute.remat, mesh.sequence or mesh.tensor",
     )
     if config.warmup.path:
@@ -115,28 +120,33 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
     score = jax.jit(
         sharding.with_mesh(mesh, partial(trainer_scores.score, config=config, model=model))
     )
+    # the floor of delta is measured between two rollouts
+    scoring = engine.weights_held if engine and shared and measures_floor else 0
     yield Program(
         "scoring pass",
         score.lower(params, batch),
         cost_model.scoring(model, rows, length, parts, config, mesh),
         0,
-        others - sharding.local_bytes(batch) + sampling,
+        others - sharding.local_bytes(batch) + max(stale + ahead, scoring),
         f"{row_length}algorithm.microbatches, mesh.sequence or mesh.tensor",
     )
     if engine is None:
         return
-    yield from _sampling(config, model, engine, idle if shared else 0)
+    evaluating = idle + ahead  # the next batch is there
+    sampling = evaluating if _has_held_out(config) else idle
+    yield from _sampling(config, model, engine, sampling if shared else 0)
     yield _sync(config, model, params, mesh, decode_mesh, others)
     if held_out.is_exact(config) or not _has_held_out(config):
         return
     # The engine that rounds nothing lies beside the run's own.
     config = held_out.exact(config)
-    weights = engine.weights_held
+    own_weights = engine.weights_held
     prompts = -(-config.eval.prompts // engines)
     exact = engine_of(config, model, params, decode_mesh, engines, prompts)
+    held = evaluating + own_weights if shared else own_weights
     for program in (
-        *_sampling(config, model, exact, (idle if shared else 0) + weights),
-        _sync(config, model, params, mesh, decode_mesh, others + (weights if shared else 0)),
+        *_sampling(config, model, exact, held),
+        _sync(config, model, params, mesh, decode_mesh, others + ahead + own_weights * shared),
     ):
         yield program._replace(
             name=f"evaluation: {program.name}",
@@ -187,7 +197,8 @@ class _Engine(NamedTuple):
     engine: Engine
     weights: Weights  # shapes
     prompts: int  # of a rollout
-    at_once: int  # prompts of one prefill
+    at_once: int  # prompts of one prefill, at most
+    is_repeated: bool  # whether a rollout or an evaluation has more
     cache: int
     prefix: int  # the prompts of a prefill, cached, until the next rollout
 
@@ -202,9 +213,17 @@ class _Engine(NamedTuple):
 
 
 def engine_of(
-    config: Config, model: ModelConfig, params: Any, mesh: Any, engines: int, prompts: int
+    config: Config,
+    model: ModelConfig,
+    params: Any,
+    mesh: Any,
+    engines: int,
+    prompts: int,
+    evaluated: int = 0,
 ) -> _Engine:
-    """Returns one of a run's engines, which lies on `mesh` and samples `prompts` a rollout."""
+    """Returns one of a run's engines, which lies on `mesh` and samples `prompts` a rollout, and
+    `evaluated` an evaluation.
+    """
     rollout = config.rollout
     width = config.data.max_prompt_tokens
     engine = Engine(
@@ -218,12 +237,14 @@ def engine_of(
         top_logprobs=config.rollout.top_logprobs,
         mesh=mesh,
     )
-    at_once = max(min(generate.PREFILL_TOKENS // width, prompts), 1)
+    most = max(prompts, evaluated)
+    at_once = packing.power_of_two(max(min(generate.PREFILL_TOKENS // width, most), 1), 1 << 30)
     return _Engine(
         engine,
         sync.abstract_weights(params, model, rollout.precision, mesh),
         prompts,
         at_once,
+        most > at_once,
         sharding.local_bytes(engine.state_shapes()),
         int(cost_model.cached(model, at_once * width, mesh)),
     )
@@ -243,7 +264,7 @@ def _sampling(
         cost_model.prefill(model, sampler.at_once, width, engine.mesh),
         sampler.prompts / sampler.at_once,
         # the prompts before these are cached until these are
-        beside + sampler.cache + (sampler.prefix if sampler.prompts > sampler.at_once else 0),
+        beside + sampler.cache + (sampler.prefix if sampler.is_repeated else 0),
         "rollout.mesh.tensor, data.max_prompt_tokens",
     )
     waves = -(-sampler.prompts * rollout.samples // engine.slots)
@@ -394,21 +415,40 @@ def plan_run(
 ) -> Plan:
     """Compiles every program of a run for the topology `name`.
 
-    The files of model and data need not exist yet. `report` receives lines about the progress.
-    Raises ValueError if the run cannot be laid out on the slice, or `train` would refuse it.
+    The files of model and data need not be on this machine; those that are there are read. `report`
+    receives lines about the progress. Raises ValueError if the run cannot be laid out on the slice,
+    or `train` would refuse it.
     """
     devices = slice_devices(name, slices)
     chip = CHIPS[name.split(":")[0]]
-    if not (config.data.path or config.model.folder or config.model.tokenizer):  # a generated task
-        tokenizer = read_tokenizer(config)
-        tokenizers.check_vocab_size(tokenizer, model.vocab_size)
-        read_problems(config, tokenizer, engines=1)
+    _check_files(config, model)
     compiled = []
     for program in programs(config, model, devices):
         report(f"compiling {program.name}")
         compiled.append(compile_program(program, chip))
     tokens = config.data.prompts_per_step * config.rollout.samples * config.rollout.max_tokens
     return Plan(name, len(devices), chip, tokens, tuple(compiled))
+
+
+def _check_files(config: Config, model: ModelConfig) -> None:
+    """Raises ValueError where `train` does: on a verifier that no process can take, and on weights,
+    tokenizer, problems and pairs that are on this machine.
+    """
+    verifier_pool(config)
+    folder = config.model.folder
+    if folder and any(pathlib.Path(folder).glob("*.safetensors")):
+        weights.check(folder)
+    source = config.model.tokenizer or folder
+    if source and not tokenizers.is_there(pathlib.Path(source)):
+        return
+    named = (config.data.path, config.data.eval_path, config.warmup.path)
+    if not all(pathlib.Path(path).is_file() for path in named if path):
+        return
+    tokenizer = read_tokenizer(config)
+    tokenizers.check_vocab_size(tokenizer, model.vocab_size)
+    read_problems(config, tokenizer, engines=1)
+    if config.warmup.path:
+        read_pairs(config, model, tokenizer)
 
 
 def table(plan: Plan) -> list[list[str]]:

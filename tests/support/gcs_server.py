@@ -6,6 +6,8 @@ alone is used: its wrapper does not read what the server logs, which then blocks
 """
 
 import contextlib
+import http.client
+import http.server
 import importlib.util
 import itertools
 import os
@@ -14,6 +16,7 @@ import platform
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 import urllib.request
@@ -39,9 +42,65 @@ missing = [module for module in NEEDED if not is_installed(module)]
 needed = pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 
+class Between:
+    """What stands between the libraries and the server, and answers some requests in its place."""
+
+    def __init__(self):
+        # (number of the request, method) -> a status, or None: the server answers
+        self.refuse = lambda number, method: None
+        self.refused = []  # the statuses that were answered
+        self._numbers = itertools.count(1)
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def to(self, port):
+        self._port = port
+
+    def close(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _handler(between):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def answer(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                status = between.refuse(next(between._numbers), self.command)
+                if status:
+                    between.refused.append(status)
+                    return self.write(status, {"Content-Type": "application/json"}, b"{}")
+                ahead = http.client.HTTPConnection("127.0.0.1", between._port)
+                headers = {k: v for k, v in self.headers.items() if k != "Transfer-Encoding"}
+                ahead.request(self.command, self.path, body, headers)
+                reply = ahead.getresponse()
+                content = reply.read()
+                ahead.close()
+                return self.write(reply.status, dict(reply.getheaders()), content)
+
+            def write(self, status, headers, content):
+                self.send_response(status)
+                for name, value in headers.items():
+                    if name.lower() not in ("content-length", "transfer-encoding", "connection"):
+                        self.send_header(name, value)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *values):
+                pass
+
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer
+
+        return Handler
+
+
 @contextlib.contextmanager
-def serve():
-    """Starts the server and names it in the environment; yields Google's client of it."""
+def serve(between=None):
+    """Starts the server and names it, or what stands before it, in the environment; yields Google's
+    client of it.
+    """
     package = importlib.util.find_spec(WRAPPER).submodule_search_locations[0]
     name = f"fake-gcs-server-{platform.system().lower()}-{MACHINES[platform.machine()]}"
     program = pathlib.Path(package) / "vendor" / "fake-gcs-server" / "bin" / name
@@ -49,25 +108,33 @@ def serve():
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     url = f"http://127.0.0.1:{port}"
-    words = ["-scheme", "http", "-backend", "memory", "-host", "127.0.0.1", "-external-url", url]
+    if between:
+        between.to(int(port))
+    named = between.url if between else url
+    words = ["-scheme", "http", "-backend", "memory", "-host", "127.0.0.1", "-external-url", named]
     with subprocess.Popen(
         [program, *words, "-port", port], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as child:
         try:
             _wait(f"{url}/storage/v1/b")
-            environment = {
-                "STORAGE_EMULATOR_HOST": url,
-                "TENSORSTORE_GCS_HTTP_URL": url,
-                "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-            }
-            with mock.patch.dict(os.environ, environment):
-                buckets._client.cache_clear()
+            with mock.patch.dict(os.environ, {"STORAGE_EMULATOR_HOST": named}):  # as a user does
+                _forget_servers()
                 client = buckets._client()
                 client.create_bucket("own")
                 yield client
         finally:
-            buckets._client.cache_clear()
+            _forget_servers()
             child.kill()
+
+
+def _forget_servers():
+    """Lets this process use another server: the libraries keep the one that they began with."""
+    import gcsfs
+    from etils.epath import backend
+
+    buckets._client.cache_clear()
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    backend.fsspec_backend._get_filesystem.cache_clear()
 
 
 def _wait(url):
