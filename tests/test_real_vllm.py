@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.engines import vllm_server
 from dcmdp_jax.batches import make_sampler
+from dcmdp_jax.experiment import override
 from dcmdp_jax.models import decoder, weights
 from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Sampling
@@ -62,6 +63,25 @@ def float32(tmp_path_factory):
     running = {"server": serve(folder, DENSE, "--dtype", "float32"), "folder": folder}
     yield running
     running["server"].stop()
+
+
+SMOLLM2 = vllm_server.REPOSITORY / "models" / "smollm2-135m"
+
+
+@pytest.mark.skipif(
+    not SMOLLM2.exists(),
+    reason=f"{SMOLLM2} is missing; experiments/language/get_smollm2.sh makes it",
+)
+def test_a_language_model_in_float32_has_the_trainers_log_probs(tmp_path):
+    experiment = SMOLLM2.parents[1] / "experiments" / "language" / "smollm2.py"
+    with vllm_server.Server(SMOLLM2, ("--dtype", "float32"), log=tmp_path / "vllm.log") as running:
+        run = override(
+            vllm_server.config_of(experiment),
+            {"rollout.server": running.url, "rollout.precision.weights": "float32"},
+        )
+        inputs = read_inputs(run, ONE_DEVICE)
+        gap = parity.measure(run, inputs, parity.starting(run, inputs), 1).gaps["all"]
+    assert gap.tokens > 300 and gap.logp_diff_max < CLOSE
 
 
 def even(example, text):
