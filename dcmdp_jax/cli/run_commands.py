@@ -8,13 +8,15 @@ the commands, so that bad options are refused at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
 import pathlib
 import re
 import shutil
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from dcmdp_jax import buckets, errors, hub
@@ -22,6 +24,7 @@ from dcmdp_jax.cli import failures, fields
 from dcmdp_jax.config import Config
 from dcmdp_jax.config_checks import scalar_fields
 from dcmdp_jax.experiment import load_experiment, override
+from dcmdp_jax.monitoring import phases
 from dcmdp_jax.monitoring.screen import Style, screen
 from dcmdp_jax.run import staging
 
@@ -34,13 +37,13 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
         screen.style = Style.PLAIN
     else:
         screen.style = Style.AUTOMATIC
-    if not (args.fields or args.dry_run):
-        screen.line(f"starting {args.experiment}")
-    config, workdir = fields.load(args, options)
-    if args.fields:
-        return partial(_print_fields, config)
-    if args.dry_run:
-        return _dry_run(args, config, workdir)
+    if args.fields or args.dry_run:
+        config, workdir = fields.load(args, options)
+        return partial(_print_fields, config) if args.fields else _dry_run(args, config, workdir)
+    screen.line(f"starting {args.experiment}")
+    with _told_of_imports():
+        config, workdir = fields.load(args, options)
+        from dcmdp_jax import train
     given = [bool(args.coordinator), args.processes > 0, args.process >= 0]
     if any(given) and (args.distributed or not all(given)):
         raise ValueError(
@@ -49,7 +52,6 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
         )
     import jax
 
-    from dcmdp_jax import train
     from dcmdp_jax.distributed import processes
     from dcmdp_jax.report import final_table, run_page, samples
     from dcmdp_jax.run import checkpoint
@@ -99,6 +101,18 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
         return 0
 
     return job
+
+
+@contextlib.contextmanager
+def _told_of_imports() -> Iterator[None]:
+    """A block of the program that imports; it says so if that takes long."""
+    began = time.monotonic()
+
+    def doing() -> str:
+        return f"importing JAX: {phases.clock(time.monotonic() - began)} so far"
+
+    with screen.opened(doing):
+        yield
 
 
 def _dry_run(args: argparse.Namespace, config: Config, workdir: pathlib.Path) -> Callable[[], int]:
