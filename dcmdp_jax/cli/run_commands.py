@@ -86,7 +86,7 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
             message = errors.user_message(error)
             if message is None:
                 raise
-            how = "mend it, then" if errors.user_code_line(error) else "go on with"
+            how = "fix it, then" if errors.user_code_line(error) else "go on with"
             failures.tell(error, f"{message}; {how}: {again}", args.traceback)
             return 1
         if jax.process_index() != 0:

@@ -87,7 +87,7 @@ class Diagnosis(NamedTuple):
     verdict: Verdict
     completions: int
     stated: Figures
-    read: Figures | None  # once what the verdict names is mended; None if it names no reading
+    read: Figures | None  # once what the verdict names is fixed; None if it names no reading
     recorded_trainer: RecordedTrainer | None  # None if the file has no trainer's log-probs
 
 
@@ -159,8 +159,8 @@ def examine(
     stated = verdict.stated.reading
     best = verdict.best.reading
     clipped = verdict.name == "clipped values"
-    mended = verdict.is_explained and (bool(best.faults) or clipped)
-    readings = [stated, best] if mended else [stated]
+    is_mistake = verdict.is_explained and (bool(best.faults) or clipped)
+    readings = [stated, best] if is_mistake else [stated]
     trainer = _trainer_logp(model.score, records, readings, progress)
     figures = [
         _figures(model.tokenizer, records, reading, logp, leave_out=bool(i))
