@@ -60,7 +60,7 @@ alone, on pairs of answers whose equality is known. The first of a pair is the g
 "right" counts verdicts that are the label. The pairs by hand were written while the reader was, and
 the rules that make pairs from random fractions and from the gold answers of the sets by its author:
 they show what it does, not how often a model's answer would be misjudged. The public reports are of
-faults that users found in other graders, and our reader was corrected by them. Math-verify's own tests
+faults that users found in other graders, and our reader was fixed by them. Math-verify's own tests
 carry its authors' labels; their answers are what `rewards.final_answer` finds in them.
 
 Some labels are conventions on which the two differ. Math-verify rounds to six digits, is freer with

@@ -108,15 +108,16 @@ is enough to import them. This page is made from the docstrings by `python -m do
 - `advantage` is float32, `[N, T]` or `[N, 1]`. `mask` is bool, int32 or float32 and above zero on
   the response tokens that are trained; what arrays hold elsewhere is never read. A token whose
   `rollout_logp` is not finite takes no part in anything that compares with the sampler.
-- `reward` is float32 `[N]`; `group` is int32 `[N]`, the number of each completion's prompt from 0 on,
-  or -1 for padding. NumPy makes float64 and int64 by default, which are refused; `.astype` casts.
+- `reward` is float32 `[N]`; `group` is int32 `[N]`, the number of each completion's prompt from 0
+  on, or -1 for padding. NumPy makes float64 and int64 by default, which are refused; `.astype`
+  casts.
 - Ratios are train over rollout: rho = exp(old_logp - rollout_logp). Log ratios of tokens are
   clipped to +-20, that of a completion once, after the sum.
 - A policy loss is called as `(logp, old_logp, advantage, mask)`, with options by name, and returns
   the loss of each token.
-- A surrogate, which `corrections.decoupled` or `corrections.bypass` makes of a policy loss, is called
-  as `(logp, old_logp, rollout_logp, advantage, mask)`. It returns two arrays `[N, T]`: the loss of
-  each token, and the mask of the tokens that a mean counts.
+- A surrogate, which `corrections.decoupled` or `corrections.bypass` makes of a policy loss, is
+  called as `(logp, old_logp, rollout_logp, advantage, mask)`. It returns two arrays `[N, T]`: the
+  loss of each token, and the mask of the tokens that a mean counts.
 - A function of `reduce` makes a scalar of the two.
 - A shaping is called as `(advantage, old_logp, rollout_logp, multiplier, tolerance, mask)`.
 - Advantages are made in `losses.advantages`, and shaped by the discrepancy in `constraint`.
