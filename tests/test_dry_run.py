@@ -73,13 +73,13 @@ def test_a_run_that_goes_on_is_known_by_its_checkpoint(tmp_path):
     begun(tmp_path, tiny(steps=7), 5)
     said = described(tmp_path, steps=7)
     assert said["steps"] == "2 of 7, from checkpoint 5 on"
-    assert said["folder"] == f"{tmp_path}, goes on"
+    assert said["folder"] == f"{tmp_path}, resumed"
 
 
 def test_a_finished_run_has_no_steps_left(tmp_path):
     begun(tmp_path, tiny(steps=7), 7)
     said = described(tmp_path, steps=7)
-    assert said["steps"] == "none: all 7 are taken" and said["time"] == "none"
+    assert said["steps"] == "none left of 7" and said["time"] == "none"
 
 
 def test_the_time_follows_from_the_run_before(tmp_path):

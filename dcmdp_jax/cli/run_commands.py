@@ -41,7 +41,7 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
         config, workdir = fields.load(args, options)
         return partial(_print_fields, config) if args.fields else _dry_run(args, config, workdir)
     screen.line(f"starting {args.experiment}")
-    with _told_of_imports():
+    with _told("importing JAX"):
         config, workdir = fields.load(args, options)
         from dcmdp_jax import train
     given = [bool(args.coordinator), args.processes > 0, args.process >= 0]
@@ -104,15 +104,20 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
 
 
 @contextlib.contextmanager
-def _told_of_imports() -> Iterator[None]:
-    """A block of the program that imports; it says so if that takes long."""
-    began = time.monotonic()
+def _told(doing: str) -> Iterator[Callable[[str], None]]:
+    """A block of the program that says what it is doing if that takes long.
 
-    def doing() -> str:
-        return f"importing JAX: {phases.clock(time.monotonic() - began)} so far"
+    Gives a function that prints, and sets, what the block does next.
+    """
+    now = doing, time.monotonic()
 
-    with screen.opened(doing):
-        yield
+    def begin(doing: str) -> None:
+        nonlocal now
+        now = doing, time.monotonic()
+        screen.line(doing)
+
+    with screen.opened(lambda: f"{now[0]}: {phases.clock(time.monotonic() - now[1])} so far"):
+        yield begin
 
 
 def _dry_run(args: argparse.Namespace, config: Config, workdir: pathlib.Path) -> Callable[[], int]:
@@ -272,10 +277,9 @@ def plan_command(args: argparse.Namespace, options: list[str]) -> Callable[[], i
     if args.json and not pathlib.Path(args.json).absolute().parent.is_dir():
         raise ValueError(f"--json {args.json}: its folder does not exist")
 
-    def log(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    planned = plan.plan_run(config, read_model(config), args.topology, args.slices, log)
+    model = read_model(config)
+    with _told("tracing the programs") as begin:
+        planned = plan.plan_run(config, model, args.topology, args.slices, begin)
     print(tables.aligned_text(plan.table(planned), left=1))
     print("\n".join([*plan.verdict(planned), plan.prompts_shared(config)]))
     if args.json:
