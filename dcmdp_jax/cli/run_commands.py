@@ -116,7 +116,12 @@ def _told(doing: str) -> Iterator[Callable[[str], None]]:
         now = doing, time.monotonic()
         screen.line(doing)
 
-    with screen.opened(lambda: f"{now[0]}: {phases.clock(time.monotonic() - now[1])} so far"):
+    def said() -> str:
+        name, began = now
+        elapsed = time.monotonic() - began
+        return f"{name}: {phases.clock(elapsed)} so far" if elapsed >= phases.SHORT else ""
+
+    with screen.opened(said):
         yield begin
 
 
