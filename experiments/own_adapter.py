@@ -1,8 +1,8 @@
-"""Can the scales of the norms alone be trained? The quickstart with an adapter of one's own.
+"""Is it enough to train the scales of the norms? The quickstart with an adapter of your own.
 
-Scored, sampled from and exported are all parameters, of which the scales are trained. The warm-up
-trains all of them; the others stay frozen afterwards. (Low-rank adapters need no file: any
-experiment has them by `--model.lora.rank 8`.)
+All parameters are scored, sampled from and exported; only the scales are trained. The warm-up
+before trains all of them. (Low-rank adapters need no file: `--model.lora.rank 8` adds them to any
+experiment.)
 
 Command:  dcmdp train experiments/own_adapter.py --seed 1 --steps 40
 Hardware: two CPU cores

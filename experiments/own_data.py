@@ -1,4 +1,4 @@
-"""What does a file of one's own need? The quickstart with problems that are read from two files.
+"""What does a file of your own need? The quickstart with problems that are read from two files.
 
 A line of own_data/train.jsonl has the prompt, the answer, and a column that this verifier alone
 knows: the work that leads to the answer.

@@ -1,8 +1,8 @@
-"""Are four experts better than one? The quickstart with an architecture of one's own.
+"""Are four experts better than one? The quickstart with an architecture of your own.
 
 The decoder's switches make a small Mixture-of-Experts of it, with random weights: two of four
 experts read a token, and one table is both embedding and head. (Trained weights need no file: any
-experiment has them by `--model.folder DIR`.)
+experiment takes them by `--model.folder DIR`.)
 
 Command:  dcmdp train experiments/own_model.py
 Hardware: two CPU cores

@@ -1,5 +1,5 @@
 """Does a reward for each right step teach more than one for the answer? The quickstart's task with
-a verifier of one's own.
+a verifier of your own.
 
 Half of the reward is for the answer, half for the share of the steps that are right. `stopped` and
 `length` are passed because the verifier has parameters of these names: a completion that was cut

@@ -1,4 +1,4 @@
-"""Can the quickstart's model learn to sort? A task of one's own, with problems made by number.
+"""Can the quickstart's model learn to sort? A task of your own, with problems made by number.
 
 It has the methods of `tasks.Task`, and two more that this model needs: `alphabet`, since it brings
 no tokenizer, and `solution`, which the warm-up learns.
