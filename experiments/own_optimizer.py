@@ -1,5 +1,4 @@
-"""Should the embedding learn more slowly than the rest? The quickstart with an optimizer of one's
-own.
+"""Should the embedding learn more slowly than the rest? The quickstart with your own optimizer.
 
 `AlgorithmConfig.optimizer` is a function of the configuration that returns an optax transformation.
 This one is Lion for the projections and a slower Adam for all other parameters, both at the
