@@ -59,8 +59,12 @@ def test_the_memory_of_the_training_state_is_that_of_its_shapes(new_memory):
 
 
 def test_the_memory_adds_up(new, new_memory):
-    total = sum(float(part.split()[-2]) for part in new_memory.split(", "))
-    assert abs(total - float(new["memory"].split()[0])) < 0.03  # MiB, each part rounded
+    units = {"KiB": 2**-10, "MiB": 1, "GiB": 2**10}
+    sizes = [part.split()[-2:] for part in new_memory.split(", ")]
+    total = sum(float(number) * units[unit] for number, unit in sizes)
+    number, unit = new["memory"].split()[:2]
+    assert abs(total - float(number) * units[unit]) < 0.03  # MiB, each part rounded
+    assert all(float(number) for number, _ in sizes)
 
 
 def test_steps_and_folder_of_a_new_run(new):
