@@ -33,9 +33,6 @@ PAGE = pathlib.Path(__file__).with_name("answers.md")
 SHOWN = 25  # evenly spaced pairs of a group that are listed where our judge alone is right
 INTRODUCTION = r"""# Answers: what earns a reward, and our judge beside math-verify
 
-This page is made by `python -m docs.make_answers SETS_FOLDER GSM8K_FILE --reports FOLDER --tests
-FOLDER`.
-
 ## What counts as an answer
 
 `rewards.math_answer` reads the last answer that a completion states, in one of four forms: a box
@@ -48,7 +45,8 @@ decimal, a percentage or with a unit. It must be worked out:
 >>> from dcmdp_jax.records import Example
 >>> from dcmdp_jax.rewards import math_answer
 >>> half = Example("What is half of one?", "1/2")
->>> texts = [r"So it is \boxed{0.5}.", "#### 50%", "The answer is 1/2.", "0.5", r"\boxed{1 - 0.5}"]
+>>> texts = [r"So it is \boxed{0.5}.", "#### 50%", "The answer is 1/2."]
+>>> texts += ["0.5", r"\boxed{1 - 0.5}"]
 >>> for text in texts:
 ...     print(math_answer(half, text), text)
 1.0 So it is \boxed{0.5}.
@@ -59,7 +57,8 @@ decimal, a percentage or with a unit. It must be worked out:
 
 ```
 
-The rest of this page measures how well it reads and judges.
+The rest of this page measures how well it reads and judges. It is made by `python -m
+docs.make_answers SETS_FOLDER GSM8K_FILE --reports FOLDER --tests FOLDER`.
 
 ## Right answers as a model writes them
 

@@ -227,7 +227,7 @@ def test_evaluation_sets_refuse_an_empty_box(evaluation_set):
 
 def test_the_example_of_the_page_runs():
     result = doctest.testfile(str(PAGE), module_relative=False, encoding="utf-8")
-    assert result.attempted == 5 and result.failed == 0
+    assert result.attempted == 6 and result.failed == 0
 
 
 def test_distinct_gold_answers_stay_distinct(data_root):
