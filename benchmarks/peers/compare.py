@@ -1,10 +1,10 @@
 """This package beside its peers, interleaved: `PEERS=FOLDER python -m benchmarks.peers.compare [T1
-T2 T3 T4] [--workload W1]`.
+T2 T3 T4 T5] [--workload W1]`.
 
 Prints CPU seconds of each, those of the quickest peer over ours, and how far its log-probs (T2: its
 loss) lie from the harness's float64. PEERS names the folder of the harness, see `run_ours.py`;
-vLLM runs in the environment that `benchmarks/engines/install_vllm.sh` makes. What is not installed
-has no result.
+vLLM runs in the environment that `benchmarks/engines/install_vllm.sh` makes, and `w4.py` adds
+workload W4. What is not installed has no result.
 """
 
 from __future__ import annotations
@@ -19,18 +19,25 @@ import tempfile
 
 from benchmarks.engines import vllm_server
 
-VLLM = f"vllm={vllm_server.PYTHON}:run_vllm.py"  # its name, and what runs it
+HERE = pathlib.Path(__file__).resolve().parent
+# a name, and what runs it
+VLLM = f"vllm={vllm_server.PYTHON}:run_vllm.py"
 PEERS = {
     "T1": ("tunix", "torch:plain"),
     "T2": ("tunix", "torch"),
     "T3": ("tunix", "llama", VLLM),
     "T4": ("torch:cb", "llama", VLLM),
 }
+PEERS_W4 = tuple(
+    f"{name}={environment}/bin/python:{HERE / f'w4_{name}.py'}"
+    for name, environment in (("tunix", "tx"), ("trl", "th"))
+)
 WORKLOADS = {
-    "T1": ("W1", "W2", "W3"),
-    "T2": ("W1", "W3"),
+    "T1": ("W1", "W2", "W3", "W4"),
+    "T2": ("W1", "W3", "W4"),
     "T3": ("W1", "W2", "W3"),
     "T4": ("W1", "W3"),
+    "T5": ("W4",),
 }
 ERRORS = ("rescore_max_abs_err", "max_abs_err_vs_fp64", "loss_err")
 
@@ -44,9 +51,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--cpu", default="0", help="core to run on")
     args = parser.parse_args()
-    unknown = set(args.tasks) - set(PEERS)
+    unknown = set(args.tasks) - set(WORKLOADS)
     if unknown:
-        parser.error(f"{', '.join(sorted(unknown))}: the tasks are {', '.join(PEERS)}")
+        parser.error(f"{', '.join(sorted(unknown))}: the tasks are {', '.join(WORKLOADS)}")
     for task in args.tasks:
         if args.workload not in (None, *WORKLOADS[task]):
             parser.error(
@@ -74,9 +81,14 @@ def compare(tasks: list[str], rounds: int, cpu: str, only: str | None = None) ->
             print(line(workload, task, measured(folder, workload, task, rounds, cpu)), flush=True)
 
 
+def peers(workload: str, task: str) -> tuple[str, ...]:
+    """Returns whom this package stands beside, as `ab.py` has them."""
+    return PEERS_W4 if workload == "W4" else PEERS[task]
+
+
 def measured(folder: pathlib.Path, workload: str, task: str, rounds: int, cpu: str) -> list[dict]:
     """Returns what `ab.py` reports of each peer and, last, of this package."""
-    script = pathlib.Path(__file__).with_name("run_ours.py").resolve()
+    script = HERE / "run_ours.py"
     with tempfile.TemporaryDirectory() as scratch:
         out = pathlib.Path(scratch, "out.json")
         run = subprocess.run(
@@ -93,7 +105,7 @@ def measured(folder: pathlib.Path, workload: str, task: str, rounds: int, cpu: s
                 cpu,
                 "--out",
                 str(out),
-                *PEERS[task],
+                *peers(workload, task),
                 f"ours={sys.executable}:{script}",
             ],
             cwd=folder,
@@ -122,7 +134,7 @@ def line(workload: str, task: str, results: list[dict]) -> str:
             "has the reason"
         )
     others = {label: s for label, s in seconds.items() if label != "ours"}
-    names = [peer.split("=")[0] for peer in PEERS[task]]
+    names = [peer.split("=")[0] for peer in peers(workload, task)]
     failed = [name for name in names if name not in others]
     shown = [
         f"{result['label']} {result['cpu_median_s']:.3f} s{error(result)}"

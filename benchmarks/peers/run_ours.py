@@ -13,19 +13,19 @@ paths of the interpreter and of this file):
 T1 scores completions with the trainer's packed forward pass. T2 is one update, as in `step`:
 forward, backward, gradient norm, AdamW. T3 and T4 are rollouts as training makes them, through the
 JetStream engine. T4's lengths are each request's `max_tokens`, which the engine compares with the
-number of tokens it has made.
+number of tokens it has made. T5 is a whole step (`rl_step.py`), constrained, on workload W4, which
+`w4.py` adds to the harness.
 
 Variants: int8 (T3, T4) gives the engine int8 projections; step (T2) runs the full constrained step,
 with its advantages, shaping, metrics and dual.
 """
-# ruff: noqa: E402 (the harness's folder must be on the path before its modules are imported)
+# ruff: noqa: E402, I001 (rl_step puts the harness's folder on the path, for the modules in it)
 
 from __future__ import annotations
 
 import json
 import os
 import pathlib
-import sys
 import tempfile
 from functools import partial
 from typing import Any
@@ -35,10 +35,10 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 PEERS = pathlib.Path(os.environ.get("PEERS", REPOSITORY.parent / "shared" / "peers")).resolve()
 if not (PEERS / "harness.py").is_file():
     raise SystemExit(f"{PEERS} holds no harness.py; set PEERS to the folder of the peer harness")
-sys.path.insert(0, str(PEERS))
+os.environ["PEERS"] = str(PEERS)
 
+import rl_step
 import common
-import harness
 import jax
 import jaxlib
 import numpy as np
@@ -54,7 +54,7 @@ from dcmdp_jax.config import (
     Precision,
     RolloutConfig,
 )
-from dcmdp_jax.losses import corrections, policy, reduce
+from dcmdp_jax.losses import advantages, corrections, policy, reduce
 from dcmdp_jax.models import scoring, weights
 from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Batch, Example, Prompts, Rollout, Sampling, Scored
@@ -68,7 +68,9 @@ class Score:
 
     def __init__(self, ctx: Any):
         config, self.params = model(ctx)
-        self.batch = jax.device_put(packed(ctx))
+        scored, options = given(ctx)
+        self.order = packing.packing_order(scored.rollout, **options)
+        self.batch = jax.device_put(packing.pack(scored, **options))
         self.logp = jax.jit(
             lambda params, batch: scoring.packed_logp(
                 params,
@@ -78,6 +80,7 @@ class Score:
                 batch.index,
                 config,
                 temperature=1.0,
+                prefix_ids=batch.prefix_ids,
             )[0]
         )
 
@@ -85,7 +88,7 @@ class Score:
         """Scores once; returns the log-probs."""
         one = jax.tree.map(lambda x: x[0, 0], self.batch)
         logp = np.asarray(self.logp(self.params, one))
-        return {"logps": logp[np.argsort(one.group)]}  # packing deals completions at random
+        return {"logps": logp[np.argsort(self.order)]}
 
 
 class Update:
@@ -93,7 +96,8 @@ class Update:
 
     def __init__(self, ctx: Any):
         model_config, params = model(ctx)
-        self.batch = jax.device_put(packed(ctx))
+        scored, options = given(ctx)
+        self.batch = jax.device_put(packing.pack(scored, **options))
         config = experiment(ctx)
         self.state = jax.jit(partial(train_state.init, config), donate_argnums=0)(params)
         if ctx.variant == "step":
@@ -171,6 +175,51 @@ class Generate:
         }
 
 
+class Step:
+    """T5: a step of reinforcement learning: rollout, rewards, the constrained update, weights."""
+
+    def __init__(self, ctx: Any):
+        model_config, params = model(ctx)
+        scored, self.options = given(ctx)
+        self.prompts = scored.rollout.prompts
+        self.lengths = scored.rollout.lengths
+        config = experiment(ctx)
+        mesh = sharding.single_device_mesh()
+        precision = Precision()
+        self.engine = Engine(
+            model_config,
+            slots=len(self.lengths),
+            stop_ids=(),
+            mesh=mesh,
+            precision=precision,
+            max_length=self.prompts.tokens.shape[1] + int(self.lengths.max()),
+        )
+        self.to_engine = sync.converter(model_config, precision, mesh)
+        self.weights = self.to_engine(params, 0)
+        self.state = jax.jit(partial(train_state.init, config), donate_argnums=0)(params)
+        self.update = compiled_step.compile_step(config, model_config, mesh)
+        self.runs = 0
+
+    def step(self) -> dict[str, float]:
+        """Makes one step; returns loss and gradient norm."""
+        self.runs = self.runs + 1
+        out = rollout(
+            self.engine,
+            self.weights,
+            self.prompts,
+            samples=len(self.lengths) // len(self.prompts.lengths),
+            key=jax.random.key(self.runs),
+            max_tokens=self.lengths,
+            sampling=Sampling(),
+        )
+        mask = np.arange(out.tokens.shape[1]) < out.lengths[:, None]
+        reward = rl_step.reward(out.tokens, mask).astype(np.float32)
+        batch = packing.pack(Scored(out, reward), **self.options)
+        self.state, metrics = self.update(self.state, jax.device_put(batch))
+        self.weights = jax.block_until_ready(self.to_engine(self.state.params, self.runs))
+        return {"loss": float(metrics["loss"]), "grad_norm": float(metrics["grad_norm"])}
+
+
 class CountingEngine(Engine):
     """Counts the decode steps that its results report."""
 
@@ -215,41 +264,56 @@ def as_prompts(tokens: np.ndarray) -> Prompts:
     )
 
 
-def packed(ctx: Any) -> Batch:
-    """The given completions as one microbatch, in one row; the advantage rides as the reward, each
-    completion a group.
+def given(ctx: Any) -> tuple[Scored, dict[str, Any]]:
+    """Returns the given completions, whose advantage rides as the reward, and the options that pack
+    them into one row. Completions of one prompt share it.
     """
     given = ctx.batch
+    samples = ctx.w.get("samples", 1)
+    prompts = as_prompts(given["prompt"][::samples])
     made = dict.fromkeys(Rollout._fields) | {
-        "prompts": as_prompts(given["prompt"]),
+        "prompts": prompts,
         "tokens": given["completion"],
         "rollout_logp": given["old_logps"],
         "lengths": given["mask"].sum(axis=1).astype(np.int32),
         "stopped": np.ones(len(given["mask"]), bool),
     }
-    scored = Scored(Rollout(**made), given["advantages"])
-    positions = given["prompt"].size + int(made["lengths"].sum())
-    return packing.pack(scored, minibatches=1, microbatches=1, row_length=-(-positions // 8) * 8)
+    rollout = Rollout(**made)
+    # a prompt shared is a prefix without its last token, which each completion then has
+    positions = int((rollout.lengths + 1).sum() + (prompts.lengths - 1).sum())
+    options = {
+        "minibatches": 1,
+        "microbatches": 1,
+        "row_length": -(-positions // 8) * 8,
+        "share_prompts": samples > 1,
+    }
+    return Scored(rollout, given["advantages"]), options
 
 
 def experiment(ctx: Any) -> Config:
     """The workload's loss and optimizer: clipped ratio to the given old log-probs; multiplier 0,
-    gradient unclipped.
+    gradient unclipped. In T5 old log-probs are the trainer's, and advantages standardised rewards.
     """
     task = ctx.w["train"]
-    rows = ctx.w["batch"]
+    samples = ctx.w.get("samples", 1)
+    clipped = partial(policy.clipped, clip_low=task["eps_low"], clip_high=task["eps_high"])
+    whole = ctx.task == "T5"
     return Config(
         name=ctx.wname,
         model=ModelSource(),
         steps=1,
-        data=DataConfig(path="-", verifier=lambda example, text: 0.0, prompts_per_step=rows),
-        rollout=RolloutConfig(samples=1, max_tokens=ctx.w["completion_len"]),
+        data=DataConfig(
+            path="-",
+            verifier=lambda example, text: 0.0,
+            prompts_per_step=ctx.w["batch"] // samples,
+            max_prompt_tokens=ctx.w["prompt_len"],
+        ),
+        rollout=RolloutConfig(samples=samples, max_tokens=ctx.w["completion_len"]),
         algorithm=AlgorithmConfig(
-            advantage=lambda reward, group, num_groups: reward,
+            advantage=advantages.grpo if whole else lambda reward, group, num_groups: reward,
             reduce=reduce.sequence_mean_token_mean,
-            surrogate=corrections.bypass(
-                partial(policy.clipped, clip_low=task["eps_low"], clip_high=task["eps_high"])
-            ),
+            surrogate=corrections.decoupled(clipped) if whole else corrections.bypass(clipped),
+            row_length=given(ctx)[1]["row_length"],
             learning_rate=task["lr"],
             beta1=task["b1"],
             beta2=task["b2"],
@@ -265,13 +329,8 @@ def experiment(ctx: Any) -> Config:
     )
 
 
-TASKS = {"T1": Score, "T2": Update, "T3": Generate, "T4": Generate}
+TASKS = {"T1": Score, "T2": Update, "T3": Generate, "T4": Generate, "T5": Step}
 
 if __name__ == "__main__":
     versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
-    harness.main(
-        "ours",
-        lambda ctx: TASKS[ctx.task](ctx),
-        lambda: versions,
-        variants=("default", "int8", "step"),
-    )
+    rl_step.main("ours", lambda ctx: TASKS[ctx.task](ctx), lambda: versions)
