@@ -151,7 +151,7 @@ class Batches:
         if scored.raised is not None and scored.raised.all():
             raise processes.Refused(
                 f"data.verifier raises on all {len(scored.raised)} completions of a batch, the "
-                "first time as printed above; mend it"
+                "first time as printed above; fix it"
             )
         return Draw(scored, sources)
 

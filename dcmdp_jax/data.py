@@ -281,11 +281,11 @@ def _example(row: Any, source: str, location: str) -> Example:
         _key(example).encode()
     except UnicodeEncodeError:  # no tokenizer and no log could write it
         raise ValueError(
-            f"{location} holds half a surrogate pair, which is no text; mend it or leave it out"
+            f"{location} holds half a surrogate pair, which is no text; fix it or leave it out"
         ) from None
     except (TypeError, RecursionError) as error:
         raise ValueError(
-            f"{location} holds what JSON cannot ({error}); mend it or leave it out"
+            f"{location} holds what JSON cannot ({error}); fix it or leave it out"
         ) from None
     except ValueError as error:
         raise ValueError(

@@ -181,7 +181,7 @@ def reward_of(
     except Exception as error:
         raise ValueError(
             f"the verifier {_name(verifier)} fails on a completion of the prompt "
-            f"{_short(example)}: {errors.describe(error)}; mend the verifier"
+            f"{_short(example)}: {errors.describe(error)}; fix the verifier"
         ) from error
     try:
         with np.errstate(over="ignore"):

@@ -33,17 +33,41 @@ PAGE = pathlib.Path(__file__).with_name("answers.md")
 SHOWN = 25  # evenly spaced pairs of a group that are listed where our judge alone is right
 INTRODUCTION = r"""# Answers: what earns a reward, and our judge beside math-verify
 
-This page is made by `python -m docs.make_answers SETS_FOLDER GSM8K_FILE --reports FOLDER --tests
-FOLDER`.
+## What counts as an answer
 
-## Golds as a model writes them
+`rewards.math_answer` reads the last answer that a completion states, in one of four forms: a box
+(`\boxed{7}`), a line `#### 7`, a label (`Answer: 7`, `<answer>7</answer>`), or a sentence
+(`The answer is 7.`). A number without such a form earns nothing, and neither does a box inside the
+model's thinking. The answer may be written in another way than the right one, as a fraction, a
+decimal, a percentage or with a unit. It must be worked out:
 
-Each gold answer of GSM8K's test set and of the six evaluation sets is written in twelve ways, and
-graded by `rewards.math_answer` with its problem, as in training and in `dcmdp eval`. They differ in
-a completion that the length limit cut off: `dcmdp eval` grades what it states, as is usual for
-avg@k; training gives its verifier an empty text. A way is left out where it makes no sense: a
-number under 1,000 has no thousands mark. `tests/support/spellings.py` says what each way is. Counts
-are right ones of those tried.
+```python
+>>> from dcmdp_jax.records import Example
+>>> from dcmdp_jax.rewards import math_answer
+>>> half = Example("What is half of one?", "1/2")
+>>> texts = [r"So it is \boxed{0.5}.", "#### 50%", "The answer is 1/2."]
+>>> texts += ["0.5", r"\boxed{1 - 0.5}"]
+>>> for text in texts:
+...     print(math_answer(half, text), text)
+1.0 So it is \boxed{0.5}.
+1.0 #### 50%
+1.0 The answer is 1/2.
+0.0 0.5
+0.0 \boxed{1 - 0.5}
+
+```
+
+The rest of this page measures how well it reads and judges. It is made by `python -m
+docs.make_answers SETS_FOLDER GSM8K_FILE --reports FOLDER --tests FOLDER`.
+
+## Right answers as a model writes them
+
+Each right ("gold") answer of GSM8K's test set and of the six evaluation sets is written in twelve
+ways, and graded by `rewards.math_answer` with its problem, as in training and in `dcmdp eval`. The
+two differ in a completion that the length limit cut off: `dcmdp eval` grades what it states, as is
+usual for avg@k; training gives its verifier an empty text. A way is left out where it makes no
+sense: a number under 1,000 has no thousands mark. `tests/support/spellings.py` says what each way
+is. Counts are of right verdicts, of those tried.
 
 """
 NEIGHBOURS = r"""
@@ -60,7 +84,7 @@ alone, on pairs of answers whose equality is known. The first of a pair is the g
 "right" counts verdicts that are the label. The pairs by hand were written while the reader was, and
 the rules that make pairs from random fractions and from the gold answers of the sets by its author:
 they show what it does, not how often a model's answer would be misjudged. The public reports are of
-faults that users found in other graders, and our reader was mended by them. Math-verify's own tests
+faults that users found in other graders, and our reader was fixed by them. Math-verify's own tests
 carry its authors' labels; their answers are what `rewards.final_answer` finds in them.
 
 Some labels are conventions on which the two differ. Math-verify rounds to six digits, is freer with

@@ -99,26 +99,32 @@ MEASURES = (
 )
 INTRODUCTION = """# Losses and the constraint
 
-Pure functions: arrays in, arrays out. This page is made from the docstrings by
-`python -m docs.make_losses`.
+Pure functions: arrays in, arrays out. `pip install dcmdp-jax`, or `pip install .` in a checkout,
+is enough to import them. This page is made from the docstrings by `python -m docs.make_losses`.
 
 - Log-probs are float32 nats, `[N, T]` (completions x tokens): `logp` of the trainer
   (differentiated), `old_logp` of the trainer at the weights that sampled, `rollout_logp` of the
   sampler, `ref_logp` of a reference.
-- `advantage` is `[N, T]` or `[N, 1]`; `mask` is true on response tokens that are trained. What
-  arrays hold where it is false is never read. A token whose `rollout_logp` is not finite takes no
-  part in anything that compares with the sampler.
+- `advantage` is float32, `[N, T]` or `[N, 1]`. `mask` is bool, int32 or float32 and above zero on
+  the response tokens that are trained; what arrays hold elsewhere is never read. A token whose
+  `rollout_logp` is not finite takes no part in anything that compares with the sampler.
+- `reward` is float32 `[N]`; `group` is int32 `[N]`, the number of each completion's prompt from 0
+  on, or -1 for padding. NumPy makes float64 and int64 by default, which are refused; `.astype`
+  casts.
 - Ratios are train over rollout: rho = exp(old_logp - rollout_logp). Log ratios of tokens are
   clipped to +-20, that of a completion once, after the sum.
-- Losses come unreduced, per token; `reduce` makes a scalar of them.
-- Policy losses are called `(logp, old_logp, advantage, mask)` with options by name, surrogates
-  `(logp, old_logp, rollout_logp, advantage, mask)`, shapings
-  `(advantage, old_logp, rollout_logp, multiplier, tolerance, mask)`; "needs" lists what is read.
-- "Trains with" names the field of the configuration by which `dcmdp train` takes a function, with
-  its options by `functools.partial`; "built in" is part of every step, and what only measures has
-  none. Policy losses, corrections and rejections get there inside `corrections.decoupled` or
-  `bypass`.
+- A policy loss is called as `(logp, old_logp, advantage, mask)`, with options by name, and returns
+  the loss of each token.
+- A surrogate, which `corrections.decoupled` or `corrections.bypass` makes of a policy loss, is
+  called as `(logp, old_logp, rollout_logp, advantage, mask)`. It returns two arrays `[N, T]`: the
+  loss of each token, and the mask of the tokens that a mean counts.
+- A function of `reduce` makes a scalar of the two.
+- A shaping is called as `(advantage, old_logp, rollout_logp, multiplier, tolerance, mask)`.
 - Advantages are made in `losses.advantages`, and shaped by the discrepancy in `constraint`.
+- In the tables, "needs" lists the arguments that are read, and "trains with" the field of the
+  configuration that takes the function in `dcmdp train`; set options with `functools.partial`.
+  "Built in" is part of every step. A function that only measures has no field. Policy losses,
+  corrections and rejections are passed inside `corrections.decoupled` or `corrections.bypass`.
 
 ## Three algorithms on your own log-probs
 
@@ -183,9 +189,9 @@ What reads more than its field passes goes into a function of your own:
 ...     advantage = advantages.rloo(reward, group, num_groups=num_groups)[:, None]
 ...     return advantages.whiten(jnp.broadcast_to(advantage, mask.shape), mask)
 >>> def with_opsm(logp, old_logp, rollout_logp, advantage, mask):
-...     loss, denominator = tis(logp, old_logp, rollout_logp, advantage, mask)
+...     loss, counted = tis(logp, old_logp, rollout_logp, advantage, mask)
 ...     keep = rejection.opsm(logp, rollout_logp, advantage, mask)
-...     return jnp.where(keep, loss, 0.0), denominator
+...     return jnp.where(keep, loss, 0.0), counted
 
 ```
 

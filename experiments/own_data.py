@@ -1,4 +1,4 @@
-"""What does a file of one's own need? The quickstart with problems that are read from two files.
+"""What does a file of your own need? The quickstart with problems that are read from two files.
 
 A line of own_data/train.jsonl has the prompt, the answer, and a column that this verifier alone
 knows: the work that leads to the answer.
@@ -8,10 +8,11 @@ knows: the work that leads to the answer.
 The task stays for its alphabet and for the warm-up; a model folder brings a tokenizer, and needs
 neither. own_data/test.jsonl holds problems out.
 
-Command:  dcmdp train experiments/own_data.py
+Command:  dcmdp train experiments/own_data.py --seed 1 --steps 40
 Hardware: two CPU cores
-Time:     not measured
-Result:   not measured; tests/test_own_files.py trains 2 steps of a smaller model
+Time:     2.2 minutes of CPU time (8 of the clock, beside about ten other programs)
+Result:   mean reward on the 64 problems of test.jsonl 0.24 -> 0.75 by the engine's policy, 0.34 ->
+          0.73 by the trainer's
 """
 
 import dataclasses

@@ -1,14 +1,14 @@
-"""Should the embedding learn more slowly than the rest? The quickstart with an optimizer of one's
-own.
+"""Should the embedding learn more slowly than the rest? The quickstart with your own optimizer.
 
 `AlgorithmConfig.optimizer` is a function of the configuration that returns an optax transformation.
 This one is Lion for the projections and a slower Adam for all other parameters, both at the
 schedule's rate: `optimizers.learning_rate` has the linear rise and `schedule`.
 
-Command:  dcmdp train experiments/own_optimizer.py
+Command:  dcmdp train experiments/own_optimizer.py --seed 1 --steps 40
 Hardware: two CPU cores
-Time:     not measured
-Result:   not measured; tests/test_own_files.py trains 2 steps of a smaller model
+Time:     2.4 minutes of CPU time (9 of the clock, beside about ten other programs)
+Result:   held-out pass rate of the engine's policy 0.31 -> 0.70, of the trainer's 0.37 -> 0.68.
+          With seed 0, which the quickstart does not learn from either: 0.20 -> 0.22 in 160 steps
 """
 
 import dataclasses

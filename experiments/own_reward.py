@@ -1,14 +1,15 @@
 """Does a reward for each right step teach more than one for the answer? The quickstart's task with
-a verifier of one's own.
+a verifier of your own.
 
 Half of the reward is for the answer, half for the share of the steps that are right. `stopped` and
 `length` are passed because the verifier has parameters of these names: a completion that was cut
 off earns nothing, and one that is longer than a solution loses a little.
 
-Command:  dcmdp train experiments/own_reward.py
+Command:  dcmdp train experiments/own_reward.py --seed 1
 Hardware: two CPU cores
-Time:     not measured
-Result:   not measured; tests/test_own_files.py trains 2 steps of a smaller model
+Time:     14 minutes, beside about ten other programs
+Result:   mean held-out reward of the engine's policy 0.53 -> 0.89 at step 60, 0.84 at step 160;
+          of the trainer's 0.58 -> 0.87 -> 0.79
 """
 
 import dataclasses

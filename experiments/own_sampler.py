@@ -4,11 +4,11 @@ It has the two methods of `records.Sampler`. There is no cache: each token is dr
 pass over the whole sequence. Stop strings, `top_k`, `top_p` and `min_p` are not read, nor is
 `rollout.precision`, which is that of the library's engine.
 
-Command:  dcmdp train experiments/own_sampler.py
+Command:  dcmdp train experiments/own_sampler.py --seed 1 --steps 40
 Hardware: two CPU cores
-Time:     not measured
-Result:   not measured; mean delta is under 1e-5 in each of the 4 steps of a smaller model that
-          tests/test_sampler_door.py trains, since sampler and trainer both compute in float32
+Time:     3 minutes of CPU time (13 of the clock, beside about ten other programs)
+Result:   held-out pass rate 0.37 -> 0.87; mean delta 8e-8, since sampler and trainer both compute
+          in float32, and lambda falls to 0
 """
 
 import dataclasses

@@ -1,12 +1,13 @@
-"""Can the quickstart's model learn to sort? A task of one's own, with problems made by number.
+"""Can the quickstart's model learn to sort? A task of your own, with problems made by number.
 
 It has the methods of `tasks.Task`, and two more that this model needs: `alphabet`, since it brings
 no tokenizer, and `solution`, which the warm-up learns.
 
-Command:  dcmdp train experiments/own_task.py
+Command:  dcmdp train experiments/own_task.py --seed 1 --steps 40
 Hardware: two CPU cores
-Time:     not measured
-Result:   not measured; tests/test_own_files.py trains 2 steps of a smaller model
+Time:     1.5 minutes of CPU time (9 of the clock, beside about ten other programs)
+Result:   held-out pass rate of the engine's policy 0.83 -> 0.90, of the trainer's 0.84 -> 0.90;
+          mean delta 0.0045 -> 0.0029
 """
 
 import dataclasses

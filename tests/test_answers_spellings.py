@@ -1,8 +1,10 @@
 """Spellings of one value, published answers and their neighbours, and hostile text."""
 
 import contextlib
+import doctest
 import functools
 import os
+import pathlib
 import tempfile
 import time
 from fractions import Fraction
@@ -15,6 +17,7 @@ from dcmdp_jax import data, rewards
 from dcmdp_jax.records import Example
 from support import spellings
 
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "answers.md"
 SETS = ("aime24", "aime25", "amc23", "math500", "minerva_math", "olympiadbench")
 
 
@@ -220,6 +223,11 @@ def test_evaluation_sets_refuse_their_own_answers_plus_one(evaluation_set):
 def test_evaluation_sets_refuse_an_empty_box(evaluation_set):
     for example in evaluation_set:
         assert rewards.math_answer(example, r"Thus \boxed{}") == 0.0
+
+
+def test_the_example_of_the_page_runs():
+    result = doctest.testfile(str(PAGE), module_relative=False, encoding="utf-8")
+    assert result.attempted == 6 and result.failed == 0
 
 
 def test_distinct_gold_answers_stay_distinct(data_root):

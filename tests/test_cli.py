@@ -2,6 +2,7 @@
 
 import argparse
 import fnmatch
+import io
 import os
 import pathlib
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 from dcmdp_jax import cli
 from dcmdp_jax.cli import fields, parser
+from dcmdp_jax.monitoring import screen
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "experiments" / "quickstart.py")
@@ -54,6 +56,20 @@ def test_a_refusal_of_a_folder_command_names_its_own_option():
     args = parser.make().parse_args(["generate", "folder", "prompt", "--weights", "int3"])
     message = fields.as_typed("rollout.precision.weights='int3' is not", args, [])
     assert message == "--weights='int3' is not"
+
+
+def test_an_import_that_takes_long_is_told(tmp_path, monkeypatch):
+    """The experiment waits for the line, five seconds at most, and then ends the command."""
+    wait = "next(s for s in range(5000) if 'JAX:' in sys.stderr.getvalue() or time.sleep(1e-3))"
+    file = tmp_path / "slow.py"
+    file.write_text(f"import sys, time\n{wait}\n1 / 0\n")
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(screen, "SILENCE", 0.0)
+    monkeypatch.setattr(screen, "TICK", 0.001)
+    assert cli.main(["train", str(file)]) == 2
+    assert "\nimporting JAX: " in stream.getvalue()
+    assert "ZeroDivisionError" in stream.getvalue()
 
 
 def test_a_refusal_names_the_option_that_was_typed(capsys):

@@ -93,6 +93,12 @@ def luminance(color):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
+@pytest.mark.parametrize("home", ["<run_path>", "dcmdp_jax.losses.kl"])
+def test_a_function_is_shown_by_its_own_name(home):
+    """Of an experiment file, which has no name as a module, and of the package."""
+    assert run_groups.short(f"{home}.k3") == "k3"
+
+
 # The verdict
 
 

@@ -131,7 +131,7 @@ def test_a_numerical_gap_ends_with_status_0(run, records):
     assert status == 0
     assert output.out.startswith("Verdict: as stated\n")
     assert "calls for a tolerance of" in output.out
-    assert "once that is mended" not in output.out
+    assert "once that is fixed" not in output.out
     assert "Verdict: as stated" in Page(page).text
 
 
@@ -143,7 +143,7 @@ def test_a_mistake_ends_with_status_1_and_shows_the_gap_without_it(run, records)
     (total,) = (line.split() for line in output.out.splitlines() if line.startswith("all "))
     assert float(total[2]) < 1e-6
     text = Page(page).text
-    assert "once mended" in text
+    assert "once fixed" in text
     assert "raw log-probs" in text
 
 
@@ -160,7 +160,7 @@ def test_a_reading_that_does_not_explain_the_gap_gives_no_tolerance(run, records
     assert "the nearest reading, " in output.out
     for said in (output.out, Page(page).text):
         assert "no tolerance is suggested for a gap that is not explained" in said
-        assert "calls for a tolerance" not in said and "mended" not in said
+        assert "calls for a tolerance" not in said and "fixed" not in said
 
 
 def test_the_figures_beside_a_gap_are_those_of_the_recorded_table():

@@ -59,8 +59,12 @@ def test_the_memory_of_the_training_state_is_that_of_its_shapes(new_memory):
 
 
 def test_the_memory_adds_up(new, new_memory):
-    total = sum(float(part.split()[-2]) for part in new_memory.split(", "))
-    assert abs(total - float(new["memory"].split()[0])) < 0.03  # MiB, each part rounded
+    units = {"KiB": 2**-10, "MiB": 1, "GiB": 2**10}
+    sizes = [part.split()[-2:] for part in new_memory.split(", ")]
+    total = sum(float(number) * units[unit] for number, unit in sizes)
+    number, unit = new["memory"].split()[:2]
+    assert abs(total - float(number) * units[unit]) < 0.03  # MiB, each part rounded
+    assert all(float(number) for number, _ in sizes)
 
 
 def test_steps_and_folder_of_a_new_run(new):
@@ -73,13 +77,13 @@ def test_a_run_that_goes_on_is_known_by_its_checkpoint(tmp_path):
     begun(tmp_path, tiny(steps=7), 5)
     said = described(tmp_path, steps=7)
     assert said["steps"] == "2 of 7, from checkpoint 5 on"
-    assert said["folder"] == f"{tmp_path}, goes on"
+    assert said["folder"] == f"{tmp_path}, resumed"
 
 
 def test_a_finished_run_has_no_steps_left(tmp_path):
     begun(tmp_path, tiny(steps=7), 7)
     said = described(tmp_path, steps=7)
-    assert said["steps"] == "none: all 7 are taken" and said["time"] == "none"
+    assert said["steps"] == "none left of 7" and said["time"] == "none"
 
 
 def test_the_time_follows_from_the_run_before(tmp_path):

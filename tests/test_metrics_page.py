@@ -151,7 +151,7 @@ def test_the_ranges_are_those_of_the_study():
         pass_rates = [float(rows[i]["reward_eval_infer"]) for i in (0, -1)]
         kept[pass_rates[1] >= pass_rates[0] - 0.06].append(last)
     text = PAGE.read_text(encoding="utf-8")
-    assert f"| | {len(kept[True])} runs kept | {len(kept[False])} runs lost |" in text
+    assert f"| | {len(kept[True])} other runs | {len(kept[False])} runs collapsed |" in text
     for name, key in RANGES.items():
         ranges = [spread(kept[is_kept], key) for is_kept in (True, False)]
         assert f"| {name} | {' | '.join(ranges)} |" in text

@@ -72,7 +72,7 @@ def test_its_badge_opens_it_at_the_version_that_it_installs(name):
     source = code(notebook)[0].source
     address = re.search(r"colab\.research\.google\.com/github/(\S+)\)", notebook.cells[0].source)[1]
     (repository,) = set(re.findall(r"github\.com/(\S+)", source)) or {address.split("/blob/")[0]}
-    version = re.search(r"--branch v(\S+)|dcmdp-jax==(\S+)", source)
+    version = re.search(r"--branch v(\S+)|dcmdp-jax==([\d.]+)", source)
     assert address == f"{repository}/blob/v{version[1] or version[2]}/colab/{name}.ipynb"
 
 

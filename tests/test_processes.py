@@ -269,7 +269,7 @@ def test_a_verifier_that_fails_on_one_process_ends_all(start, tmp_path):
     for text in (first, second):
         assert "the verifier even fails on a completion of the prompt" in text
         assert (
-            "RuntimeError: the verifier is broken; mend the verifier; go on with: dcmdp train"
+            "RuntimeError: the verifier is broken; fix the verifier; go on with: dcmdp train"
             in text
         )
         assert "Traceback" not in text

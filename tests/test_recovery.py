@@ -191,7 +191,7 @@ def test_a_verifier_that_fails_leaves_every_step_before_saved(
     (message,) = [line for line in err.splitlines() if line.startswith("dcmdp: the verifier ")]
     assert "Traceback" not in err
     assert (
-        "ZeroDivisionError: division by zero; mend the verifier; go on with: dcmdp train" in message
+        "ZeroDivisionError: division by zero; fix the verifier; go on with: dcmdp train" in message
     )
     monkeypatch.setattr(tasks.Chain, "reward", right)
     assert dcmdp(["train", QUICKSTART, "--workdir", str(tmp_path / "a")]) == 0

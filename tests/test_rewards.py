@@ -134,5 +134,5 @@ def test_a_verifier_that_fails_is_named_with_its_prompt_and_line():
     line = judge.__code__.co_firstlineno + 1
     assert str(error.value).endswith(
         f"judge fails on a completion of the prompt 'How many?': {__file__}, line {line}: "
-        "KeyError: 'gold'; mend the verifier"
+        "KeyError: 'gold'; fix the verifier"
     )

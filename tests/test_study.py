@@ -147,7 +147,7 @@ def test_a_failing_arm_is_named_with_its_line(finished_study):
     (failure,) = failures
     assert failure.startswith("broken s0: the verifier broken fails on a completion")
     line = SMALL.split("\n").index('    raise RuntimeError("no verdict")') + 1
-    assert failure.endswith(f"line {line}: RuntimeError: no verdict; mend the verifier")
+    assert failure.endswith(f"line {line}: RuntimeError: no verdict; fix the verifier")
     assert "RuntimeError: no verdict" in (root / "broken" / "s0" / "run.log").read_text()
 
 

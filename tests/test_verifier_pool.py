@@ -127,7 +127,7 @@ def test_an_exception_has_its_line_and_costs_its_own_call(pool):
     assert failure.reason.startswith(
         "the verifier judge fails on a completion of the prompt 'How many?'"
     )
-    assert failure.reason.endswith(f"file.py, line {line}: KeyError: 'gold'; mend the verifier")
+    assert failure.reason.endswith(f"file.py, line {line}: KeyError: 'gold'; fix the verifier")
 
 
 def test_what_is_no_finite_number_is_a_failure(pool):

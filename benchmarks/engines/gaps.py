@@ -71,15 +71,15 @@ HEAD = (
 
 COLUMNS = ("float32", "bfloat16", "int8", "fp8", "int4")  # of the README's table
 SUMMARY: dict[str, tuple[str, ...]] = {  # its rows: the engine, and the format in each column
-    "this library, weights": (
+    "this library, weights only": (
         *("this library", "float32", "bfloat16 weights"),
         *("int8 weights", "fp8 weights", "int4 weights"),
     ),
-    "other parts too": (
+    "this library, weights and more": (
         *("this library", "", "bfloat16 weights, embedding, head, norms, cache"),
         *("", "fp8 weights, activations, cache", ""),
     ),
-    "vLLM (fp8: cache alone)": ("vLLM", "float32", "bfloat16", "", "bfloat16, fp8 cache", ""),
+    "vLLM (fp8: cache only)": ("vLLM", "float32", "bfloat16", "", "bfloat16, fp8 cache", ""),
 }
 
 

@@ -439,7 +439,7 @@ def _doctor(add: Add) -> None:
         "tell what is wrong between an engine and a trainer",
         "Scores completions that an engine sampled with the model of a folder, says what their "
         "log-probs are log-probs of, and how large the gap is. Another trainer may have "
-        "written the file. Ends with status 1 if something is to be mended.",
+        "written the file. Ends with status 1 if there is something to fix.",
     )
     _path(
         parser,

@@ -8,13 +8,15 @@ the commands, so that bad options are refused at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
 import pathlib
 import re
 import shutil
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from dcmdp_jax import buckets, errors, hub
@@ -22,6 +24,7 @@ from dcmdp_jax.cli import failures, fields
 from dcmdp_jax.config import Config
 from dcmdp_jax.config_checks import scalar_fields
 from dcmdp_jax.experiment import load_experiment, override
+from dcmdp_jax.monitoring import phases
 from dcmdp_jax.monitoring.screen import Style, screen
 from dcmdp_jax.run import staging
 
@@ -34,13 +37,13 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
         screen.style = Style.PLAIN
     else:
         screen.style = Style.AUTOMATIC
-    if not (args.fields or args.dry_run):
-        screen.line(f"starting {args.experiment}")
-    config, workdir = fields.load(args, options)
-    if args.fields:
-        return partial(_print_fields, config)
-    if args.dry_run:
-        return _dry_run(args, config, workdir)
+    if args.fields or args.dry_run:
+        config, workdir = fields.load(args, options)
+        return partial(_print_fields, config) if args.fields else _dry_run(args, config, workdir)
+    screen.line(f"starting {args.experiment}")
+    with _told("importing JAX"):
+        config, workdir = fields.load(args, options)
+        from dcmdp_jax import train
     given = [bool(args.coordinator), args.processes > 0, args.process >= 0]
     if any(given) and (args.distributed or not all(given)):
         raise ValueError(
@@ -49,7 +52,6 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
         )
     import jax
 
-    from dcmdp_jax import train
     from dcmdp_jax.distributed import processes
     from dcmdp_jax.report import final_table, run_page, samples
     from dcmdp_jax.run import checkpoint
@@ -84,7 +86,7 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
             message = errors.user_message(error)
             if message is None:
                 raise
-            how = "mend it, then" if errors.user_code_line(error) else "go on with"
+            how = "fix it, then" if errors.user_code_line(error) else "go on with"
             failures.tell(error, f"{message}; {how}: {again}", args.traceback)
             return 1
         if jax.process_index() != 0:
@@ -99,6 +101,28 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
         return 0
 
     return job
+
+
+@contextlib.contextmanager
+def _told(doing: str) -> Iterator[Callable[[str], None]]:
+    """A block of the program that says what it is doing if that takes long.
+
+    Gives a function that prints, and sets, what the block does next.
+    """
+    now = doing, time.monotonic()
+
+    def begin(doing: str) -> None:
+        nonlocal now
+        now = doing, time.monotonic()
+        screen.line(doing)
+
+    def said() -> str:
+        name, began = now
+        elapsed = time.monotonic() - began
+        return f"{name}: {phases.clock(elapsed)} so far" if elapsed >= phases.SHORT else ""
+
+    with screen.opened(said):
+        yield begin
 
 
 def _dry_run(args: argparse.Namespace, config: Config, workdir: pathlib.Path) -> Callable[[], int]:
@@ -258,10 +282,9 @@ def plan_command(args: argparse.Namespace, options: list[str]) -> Callable[[], i
     if args.json and not pathlib.Path(args.json).absolute().parent.is_dir():
         raise ValueError(f"--json {args.json}: its folder does not exist")
 
-    def log(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    planned = plan.plan_run(config, read_model(config), args.topology, args.slices, log)
+    model = read_model(config)
+    with _told("tracing the programs") as begin:
+        planned = plan.plan_run(config, model, args.topology, args.slices, begin)
     print(tables.aligned_text(plan.table(planned), left=1))
     print("\n".join([*plan.verdict(planned), plan.prompts_shared(config)]))
     if args.json:

@@ -64,7 +64,9 @@ def mask(value: Any, like: Array) -> Array:
     if not hasattr(value, "dtype"):
         raise TypeError(f"mask must be a NumPy or JAX array, not {type(value).__name__}")
     if value.dtype not in _MASKS:
-        raise TypeError(f"mask must be bool, int32 or float32, not {value.dtype}")
+        raise TypeError(
+            f"mask must be bool, int32 or float32, not {value.dtype}; cast it with .astype(bool)"
+        )
     if value.shape != like.shape:
         raise ValueError(
             f"mask has shape {value.shape}; it must be {like.shape}, one entry per token"

@@ -179,8 +179,9 @@ def _caveats(groups: Sequence[Group]) -> list[str]:
     single = [group.label for group in groups if len(group.runs) == 1]
     if single and len(groups) > 1:
         sentences.append(
-            f"One run of {'; '.join(single)}: there the interval counts held-out prompts and not "
-            "seeds, so it is too narrow for a claim about the configuration."
+            f"{', '.join(single)}: one run{' each' if len(single) > 1 else ''}, whose interval "
+            "counts held-out prompts and not seeds, so it is too narrow for a claim about the "
+            "configuration."
         )
     if len(groups) > 2:
         sentences.append(
@@ -242,7 +243,7 @@ def _summary(groups: Sequence[Group]) -> str:
     last = max(run.rows[-1]["step"] for run in runs)
     return (
         f"{counted(len(runs), 'run')} of {counted(len(groups), 'configuration')} · "
-        f"seeds {', '.join(seeds)} · {last} steps"
+        f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(seeds)} · {last} steps"
     )
 
 

@@ -149,8 +149,8 @@ def worst_tokens_table(row: dict[str, Any]) -> str:
     return (
         f'<h2 class="section">Worst tokens of step {row["step"]:d}</h2>'
         '<p class="note">The token with the largest gap of each completion, for the completions '
-        "with the largest gaps; ␣ is a space, ↵ a new line, #7 a token without text.</p>"
-        + tables.html_table(header, rows)
+        "with the largest gaps; ␣ is a space, ↵ a new line, � a token that is no character, "
+        "#7 one without text.</p>" + tables.html_table(header, rows)
     )
 
 

@@ -38,7 +38,7 @@ color:var(--soft)}
 color:var(--ink)}
 .scroll{overflow-x:auto;margin-top:1.8rem}.scroll svg{min-width:640px}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{padding:.35rem .6rem;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
+th,td{padding:.35rem .4rem;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
 th{white-space:normal;vertical-align:bottom}
 th:first-child,td:first-child{text-align:left;padding-left:0}td small{color:var(--soft)}
 @media(max-width:560px){table{font-size:.82rem}th,td{padding:.35rem .3rem}td small{display:block}

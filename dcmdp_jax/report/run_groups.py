@@ -155,5 +155,6 @@ def setting_of(run: Run, name: str) -> Any:
 def short(value: Any) -> str:
     """Returns a function's own name; anything else as JSON."""
     if isinstance(value, str):
-        return value.rsplit(".", 1)[-1] if value.startswith("dcmdp_jax.") else value
+        is_function = value.startswith(("dcmdp_jax.", "<run_path>."))  # the latter: of a file
+        return value.rsplit(".", 1)[-1] if is_function else value
     return "–" if value is None else json.dumps(value, ensure_ascii=False)

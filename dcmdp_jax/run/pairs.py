@@ -56,11 +56,11 @@ def read(
             pairs += _pairs(row, tokenizer, prompt_format)
         except UnicodeEncodeError:  # no tokenizer could read it
             raise ValueError(
-                f"{location} holds half a surrogate pair, which is no text; mend it or leave it out"
+                f"{location} holds half a surrogate pair, which is no text; fix it or leave it out"
             ) from None
         except (TypeError, RecursionError) as error:
             raise ValueError(
-                f"{location} holds what JSON cannot ({error}); mend it or leave it out"
+                f"{location} holds what JSON cannot ({error}); fix it or leave it out"
             ) from None
         except ValueError as error:
             raise ValueError(f"{location}: {error}") from None

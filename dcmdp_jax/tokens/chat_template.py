@@ -56,4 +56,4 @@ class ChatTemplate:
                 what = f"takes more than {_SECONDS:g} s for one conversation"
         except (TimeoutError, NotReady) as error:
             what = f"cannot be rendered ({error})"
-        return {"error": f"{what}; mend it, or set data.chat=False"}
+        return {"error": f"{what}; fix it, or set data.chat=False"}

@@ -41,7 +41,7 @@ def declared_ids(
             if not values or not all(type(i) is int and 0 <= i < room for i in values):
                 raise ValueError(
                     f"{file}: {key}={config[key]!r} is no token id from 0 to {room - 1}, "
-                    "or list of such; mend it, or take it out"
+                    "or list of such; fix it, or take it out"
                 )
             if key == "eos_token_id":
                 stops.update(dict.fromkeys(values, file))

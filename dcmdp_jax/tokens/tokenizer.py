@@ -215,7 +215,7 @@ class HuggingFaceTokenizer:
             raise ValueError(
                 f"the chat template of {self.folder} does not write the reply after the prompt "
                 f"that asks for one, which ends in {prompt[-30:]!r}; set "
-                f"data.enable_thinking={not enable_thinking}, or mend the template or the reply"
+                f"data.enable_thinking={not enable_thinking}, or fix the template or the reply"
             )
         asked = self._encode_cut_up(prompt, cut)
         whole = self._encode_cut_up(text, cut)

@@ -88,7 +88,7 @@ class Diagnosis(NamedTuple):
     verdict: Verdict
     completions: int
     stated: Figures
-    read: Figures | None  # once what the verdict names is mended; None if it names no reading
+    read: Figures | None  # once what the verdict names is fixed; None if it names no reading
     recorded_trainer: RecordedTrainer | None  # None if the file has no trainer's log-probs
     odd: tuple[int, ...]  # numbers, from 1, of the completions that the verdict calls odd
 

@@ -131,7 +131,7 @@ def capital(sentence: str) -> str:
 
 
 def _once_read(diagnosis: Diagnosis) -> str:
-    return " once that is mended" if diagnosis.read else ""
+    return " once that is fixed" if diagnosis.read else ""
 
 
 def _section(title: str) -> str:
@@ -154,7 +154,7 @@ def _rows(gaps: dict[str, GapStatistics]) -> list[tuple[str, ...]]:
 
 
 def _correction_header(diagnosis: Diagnosis) -> tuple[str, ...]:
-    columns = ("as stated", "once mended") if diagnosis.read else ("share",)
+    columns = ("as stated", "once fixed") if diagnosis.read else ("share",)
     return ("correction", "what", *columns)
 
 

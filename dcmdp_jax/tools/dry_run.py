@@ -123,7 +123,7 @@ def _step(config: Config) -> str:
 
 def _steps(config: Config, taken: int) -> str:
     if taken >= config.steps:
-        return f"none: all {config.steps} are taken"
+        return f"none left of {config.steps}"
     if taken:
         return f"{config.steps - taken} of {config.steps}, from checkpoint {taken} on"
     warmup = config.warmup
@@ -140,9 +140,9 @@ def _evaluation(config: Config, inputs: Inputs) -> str:
 def _folder(workdir: pathlib.Path, taken: int) -> str:
     address = staging.shown(str(workdir))
     if taken:
-        return f"{address}, goes on"
+        return f"{address}, resumed"
     if checkpoint.begun(workdir):
-        return f"{address}, goes on with its warm-up"
+        return f"{address}, resumed in its warm-up"
     return f"{address}, {'exists' if workdir.is_dir() else 'new'}"
 
 

@@ -490,7 +490,9 @@ def table(plan: Plan) -> list[list[str]]:
 
 
 def size(number: float) -> str:
-    """Returns bytes as GiB, or MiB if they are few."""
+    """Returns bytes as GiB, or as MiB or KiB if they are few."""
+    if number < 0.01 * 2**20:
+        return f"{number / 2**10:.2f} KiB"
     if number < 0.1 * GIB:
         return f"{number / 2**20:.2f} MiB"
     return f"{number / GIB:.2f} GiB"
