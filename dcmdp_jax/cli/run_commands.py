@@ -261,9 +261,12 @@ def plan_command(args: argparse.Namespace, options: list[str]) -> Callable[[], i
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    planned = plan.plan_run(config, read_model(config), args.topology, args.slices, log)
+    model = read_model(config)
+    planned = plan.plan_run(config, model, args.topology, args.slices, log)
     print(tables.aligned_text(plan.table(planned), left=1))
     print("\n".join([*plan.verdict(planned), plan.prompts_shared(config)]))
+    if config.rollout.own_engine:
+        print(plan.cache_read(config, model))
     if args.json:
         plan.write(planned, args.json)
     return lambda: int(any(program.excess for program in planned.programs))
