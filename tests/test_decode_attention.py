@@ -109,8 +109,8 @@ def test_split_slots_and_heads_equal_one_device(dtype):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8_e4m3fn"])
 def test_bfloat16_errs_by_its_rounding(dtype):
-    """The weights, with the scale of their values, and the result are rounded, by a unit of roundoff
-    (2^-8) each.
+    """The weights, with the scale of their values, are rounded, and so is the result: by a unit of
+    roundoff (2^-8) each.
     """
     lengths = jnp.array([0, 500, 256, 77])
     q, keys, values = case(dtype, len(lengths), 2, 3, 512, jnp.bfloat16)
