@@ -162,10 +162,11 @@ def test_the_programs_of_another_sampler_are_left_out():
 
 
 @pytest.mark.slow
-def test_decoding_copies_no_experts():
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", "float8_e4m3fn", "int4"])
+def test_decoding_copies_no_experts(weights):
     """A device has 192 columns of each expert, which do not fill the vectors of 128."""
     model = dataclasses.replace(MOE, hidden_size=2048, num_experts=32, expert_size=768)
-    config = configure(model, mesh=MeshConfig(tensor=4), precision=Precision(weights="bfloat16"))
+    config = configure(model, mesh=MeshConfig(tensor=4), precision=Precision(weights=weights))
     decode = next(
         p
         for p in plan.programs(config, model, slices.slice_devices("v5e:2x2"))

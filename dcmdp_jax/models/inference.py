@@ -122,8 +122,4 @@ def _layers(
         raise ValueError(
             "prefill and decode take one tree per layer; pass the parameters through unstack first"
         )
-    expert_shards = mesh.shape["tensor"] if mesh else 0  # XLA splits the experts over them
-    return [
-        (Layer(config, config.is_sparse(i), expert_shards=expert_shards), tree)
-        for i, tree in enumerate(trees)
-    ]
+    return [(Layer(config, config.is_sparse(i), mesh=mesh), tree) for i, tree in enumerate(trees)]

@@ -161,7 +161,7 @@ def decode(model: ModelConfig, rollout: RolloutConfig, slots: int, length: int, 
         + _held(rollout.precision.head) * w.head
     ) / split
     own_slots = slots / sharding.num_batch_shards(mesh)
-    memory = weights + own_slots * _cache_read(model, rollout, length, split)
+    memory = weights + own_slots * cache_read(model, rollout, length, split)
     return Work(flops, memory, _reduced(model, slots, mesh)) * rollout.tokens_per_dispatch
 
 
@@ -186,7 +186,7 @@ def positions_read(model: ModelConfig, rollout: RolloutConfig, length: int, spli
     return float(np.minimum(blocks * size, length).mean())
 
 
-def _cache_read(model: ModelConfig, rollout: RolloutConfig, length: int, split: int) -> float:
+def cache_read(model: ModelConfig, rollout: RolloutConfig, length: int, split: int) -> float:
     """Returns the bytes of a slot's cached keys and values that a device reads in a step.
 
     For the kernel, XLA also copies the scales of all positions into another layout.
