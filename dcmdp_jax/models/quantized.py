@@ -159,8 +159,8 @@ def _elements(values: jax.Array, dtype) -> jax.Array:
     """Returns stored elements, before scaling, in `dtype`."""
     if values.dtype != jnp.uint4:
         return values.astype(dtype)
-    # A TPU's compiler counts 4 bits as a byte, and widens them to bytes before the loop of decoding,
-    # in a copy of all weights.
+    # XLA counts 4 bits as a byte, and on a TPU widens them to bytes before the loop of decoding, in
+    # a copy of all weights.
     codes = values.astype(jnp.uint16)
     levels = NF4
     for bit in range(4):  # selects are vectorized and fused, a gather is neither
