@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dcmdp_jax import sharding
 from dcmdp_jax.models import layers, moe, quantized
-from dcmdp_jax.models.kernels import swiglu
-from dcmdp_jax.models.kernels.experts import expert_outputs
+from dcmdp_jax.models.kernels import experts, swiglu
+from dcmdp_jax.models.kernels.experts import FEW_BITS, expert_outputs
 from support.accelerators import accelerator_programs
 from support.tiny_models import TINY_MOE
 
@@ -78,19 +79,20 @@ def test_values_and_gradients_equal_the_dense_form(k, norm):
     assert (np.abs(router).max() > 1e-3) == (k > 1 or not norm)
 
 
-@pytest.mark.parametrize("shards", [0, 1])
-def test_the_program_of_accelerators_equals_that_of_cpus(shards):
-    """`ragged_dot`, with gate and up as stored (1) or not; values and gradients."""
+@pytest.mark.parametrize("is_split", [False, True])
+def test_the_program_of_accelerators_equals_that_of_cpus(is_split):
+    """`ragged_dot`, with gate and up as XLA stores them on a mesh or not; values and gradients."""
+    mesh = sharding.single_device_mesh() if is_split else None
     weights = swiglu.Experts(
         *(random_experts(CONFIG)[name] for name in ("gate_proj", "up_proj", "down_proj"))
     )
     x = jax.random.normal(jax.random.key(1), (9, CONFIG.hidden_size))
-    experts = jax.random.randint(jax.random.key(2), (9, 2), 0, CONFIG.num_experts)
+    chosen = jax.random.randint(jax.random.key(2), (9, 2), 0, CONFIG.num_experts)
     direction = jax.random.normal(jax.random.key(3), (9, 2, CONFIG.hidden_size))
 
     def run():
         def loss(x, weights):
-            return jnp.sum(direction * expert_outputs(x, experts, weights, shards=shards))
+            return jnp.sum(direction * expert_outputs(x, chosen, weights, mesh=mesh))
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, weights)
 
@@ -98,6 +100,41 @@ def test_the_program_of_accelerators_equals_that_of_cpus(shards):
     with accelerator_programs():
         got = run()
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), got, want)
+
+
+@pytest.mark.parametrize("name", FEW_BITS)
+def test_weights_of_few_bits_are_multiplied_as_they_are_stored(name, monkeypatch):
+    """In bfloat16, whose products with their elements are exact. What is rounded, by a unit of
+    roundoff (2^-8) each: the three products and, before the last, silu, and its product.
+    """
+    floats = random_experts(CONFIG)
+    weights = swiglu.Experts(
+        *(
+            quantized.quantize(floats[f"{part}_proj"], name, (-2,))
+            for part in ("gate", "up", "down")
+        )
+    )
+    x = jax.random.normal(jax.random.key(1), (9, CONFIG.hidden_size), jnp.bfloat16)
+    chosen = jax.random.randint(jax.random.key(2), (9, 2), 0, CONFIG.num_experts)
+    exact = jax.tree.map(
+        lambda w: np.asarray(w.dequantize(), np.float64)[np.asarray(chosen)],
+        weights,
+        is_leaf=lambda w: isinstance(w, quantized.Quantized),
+    )
+    gate, up = (np.einsum("nd,nkdf->nkf", x.astype(jnp.float32), w) for w in exact[:2])
+    inner = gate / (1 + np.exp(-gate)) * up
+    want = np.einsum("nkf,nkfd->nkd", inner, exact.down)
+    # d silu(g) is at most 1.1 dg, and dg at most a unit of |g|
+    size = np.einsum(
+        "nkf,nkfd->nkd", np.abs(gate * up) * 1.1 + 3 * np.abs(inner), np.abs(exact.down)
+    )
+    mesh = sharding.single_device_mesh()
+    monkeypatch.setitem(experts.AS_STORED, mesh.devices.flat[0].device_kind, (name,))
+    monkeypatch.setattr(quantized.Quantized, "dequantize", None)
+    with accelerator_programs():
+        got = jax.jit(functools.partial(expert_outputs, mesh=mesh))(x, chosen, weights)
+    assert got.dtype == jnp.bfloat16
+    assert (np.abs(got.astype(jnp.float32) - want) <= 1.01 * 2**-8 * (size + np.abs(want))).all()
 
 
 def test_no_token_is_dropped_if_all_choose_one_expert():

@@ -164,10 +164,11 @@ def test_the_programs_of_another_sampler_are_left_out():
 
 
 @pytest.mark.slow
-def test_decoding_copies_no_experts():
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", "float8_e4m3fn", "int4"])
+def test_decoding_copies_no_experts(weights):
     """A device has 192 columns of each expert, which do not fill the vectors of 128."""
     model = dataclasses.replace(MOE, hidden_size=2048, num_experts=32, expert_size=768)
-    config = configure(model, mesh=MeshConfig(tensor=4), precision=Precision(weights="bfloat16"))
+    config = configure(model, mesh=MeshConfig(tensor=4), precision=Precision(weights=weights))
     decode = next(
         p
         for p in plan.programs(config, model, slices.slice_devices("v5e:2x2"))
@@ -389,11 +390,53 @@ def test_decoding_reads_the_experts_that_are_chosen():
     def bytes_of_weights(slots):
         position = 2 * MOE.num_layers * MOE.num_kv_heads * MOE.head_dim * 2
         read = cost_model.decode(MOE, rollout, slots, 128, one_chip).memory
-        return read - position * (128 - 64 / 2) * slots
+        return read - position * 128 * slots  # the cache is one block
 
     experts = 4 * cost_model.parameters(MOE).experts
     expected = ((1 - 0.75**4) - 0.25) * experts
     assert bytes_of_weights(4) - bytes_of_weights(1) == pytest.approx(expected)
+
+
+def long(model, **rollout):
+    """A configuration whose completions of 3,000 tokens follow prompts of 1,000."""
+    config = configure(model, **rollout)
+    data = dataclasses.replace(config.data, max_prompt_tokens=1000)
+    rollout = dataclasses.replace(config.rollout, max_tokens=3000, devices=0)
+    return dataclasses.replace(config, data=data, rollout=rollout)
+
+
+@pytest.mark.parametrize("cache", ["", "int8"])
+def test_decoding_reads_the_blocks_that_hold_tokens(cache):
+    """By hand, token by token, for blocks of 1,024 positions; the last ends with the cache. Scales
+    take four bytes, and all of them are copied.
+    """
+    rollout = long(MODEL, precision=Precision(cache=cache)).rollout
+    held = range(1000, 4000)  # tokens in the cache when each of the new ones is computed
+    read = sum(min(-(-n // 1024) * 1024, 4000) for n in held) / 3000
+    assert cost_model.positions_read(MODEL, rollout, 4000, 1) == pytest.approx(read)
+    elements, scales = (128 * read, 4 * (read + 2 * 4000)) if cache else (256 * read, 0)
+    one_chip = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    once = dataclasses.replace(rollout, tokens_per_dispatch=1)
+    one, two = (cost_model.decode(MODEL, once, n, 4000, one_chip).memory for n in (1, 2))
+    assert two - one == pytest.approx(2 * MODEL.num_layers * 4 * (elements + scales))
+
+
+def test_without_the_kernel_decoding_reads_one_window():
+    """1,000 to 1,024 tokens in a window of 1,024, up to 2,048 in one of as many, the rest in all
+    4,000; the window has room for the 8 tokens of a dispatch.
+    """
+    narrow = dataclasses.replace(MODEL, head_dim=64)
+    rollout = long(narrow, tokens_per_dispatch=8).rollout
+    expected = (3 * 1024 + 128 * 2048 + (375 - 131) * 4000) / 375
+    assert cost_model.positions_read(narrow, rollout, 4000, 1) == pytest.approx(expected)
+
+
+def test_the_plan_says_what_decoding_reads():
+    said = plan.cache_read(long(MODEL), MODEL)
+    assert said.startswith("a decode step reads the blocks of each slot that hold tokens: 2,")
+    assert "of 4,000 cached positions" in said
+    narrow = dataclasses.replace(MODEL, head_dim=64)
+    assert "a multiple of 128, and this one has 64" in plan.cache_read(long(narrow), narrow)
 
 
 def test_the_step_of_a_supervised_stage_is_planned():

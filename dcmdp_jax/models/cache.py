@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax.models.kernels import tiles
+from dcmdp_jax.models.kernels import decode_attention, tiles
 from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.models.quantized import SCALED, Quantized, einsum, formats, quantize
 
@@ -129,6 +129,7 @@ def attend(
     lengths: jax.Array,
     *,
     window: int,
+    mesh: jax.sharding.Mesh | None = None,
     cpu_elements: int = tiles.CACHE_ELEMENTS,
 ) -> jax.Array:
     """Attention of one token per slot to positions 0..lengths[b]: `softmax(q k^T / sqrt(h)) v`,
@@ -136,7 +137,10 @@ def attend(
 
     q [B, KV, G, h], keys, values [B, KV, S, h], lengths [B] < `window` -> [B, KV, G, h]. Positions
     from `window` (static) on are not read. Scales of quantized keys and values are applied to the
-    scores and the weights. A CPU reads at most `cpu_elements` elements of keys at a time.
+    scores and the weights. `mesh` is the one over which the cache is split, if any.
+
+    A TPU reads the blocks of each slot that hold tokens, if the kernel takes the head size. A CPU
+    reads the window, at most `cpu_elements` elements of keys at a time.
     """
     slots = q.shape[0]
     per_slot = q.shape[1] * window * q.shape[3]
@@ -151,7 +155,10 @@ def attend(
         return jax.lax.map(lambda slot_args: slot(*slot_args), args, batch_size=together)
 
     at_once = jax.vmap(functools.partial(_attend, window=window, barrier=lambda scores: scores))
-    return jax.lax.platform_dependent(q, keys, values, lengths, cpu=by_blocks, default=at_once)
+    forms = {"cpu": by_blocks, "default": at_once}
+    if decode_attention.is_supported(q.shape[3]):
+        forms["tpu"] = functools.partial(decode_attention.attention, mesh=mesh)
+    return jax.lax.platform_dependent(q, keys, values, lengths, **forms)
 
 
 def _attend(

@@ -32,14 +32,14 @@ def unstack(params: dict, config: ModelConfig) -> dict:
 
 
 def prefill(
-    params: dict, tokens: jax.Array, config: ModelConfig, *, expert_shards: int = 0
+    params: dict, tokens: jax.Array, config: ModelConfig, *, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """Returns the keys and values of prompts, for `cache.insert`: tokens [N, P] int32 -> one
     [N, KV, P, h] per layer, of each.
 
     Prompts are padded on the right; attention is causal, so padding never reaches a prompt.
-    `expert_shards` is the size of the mesh's tensor axis, if XLA splits the experts over it (see
-    `moe.mixture`). Takes `unstack`ed parameters and raises ValueError for stacked ones.
+    `mesh` is the one over which the parameters are split, if any. Takes `unstack`ed parameters and
+    raises ValueError for stacked ones.
     """
     index = jnp.arange(tokens.shape[1])
     cos, sin = rotary(index[None], config)
@@ -50,7 +50,7 @@ def prefill(
     x = decoder.embed(params, tokens, config)
     keys = []
     values = []
-    for layer, layer_params in _layers(params, config, expert_shards):
+    for layer, layer_params in _layers(params, config, mesh):
         x, (k, v), _ = layer.apply({"params": layer_params}, x, cos, sin, attend)
         keys.append(k)
         values.append(v)
@@ -66,7 +66,7 @@ def decode(
     *,
     window: int,
     active: jax.Array | None = None,
-    expert_shards: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[jax.Array, Cache, jax.Array]:
     """Feeds one token to each slot: tokens [B], lengths [B] int32.
 
@@ -77,7 +77,7 @@ def decode(
         window: static; attention reads the first `window` positions, so every active slot needs
             lengths[b] < window.
         active: [B] bool; results of other slots are meaningless. None: all are active.
-        expert_shards: as for `prefill`.
+        mesh: the one over which the parameters and the cache are split, if any.
 
     Returns:
         x [B, D] after the final norm, the cache, and the router's choice in each of the sparse
@@ -86,18 +86,20 @@ def decode(
     Takes `unstack`ed parameters and raises ValueError for stacked ones.
     """
     cos, sin = rotary(lengths[:, None], config)
+    # of a slot that is idle, as little as possible is read
+    attended = lengths if active is None else jnp.where(active, lengths, 0)
 
     def attend(q, k, v, keys, values):
         keys = kv_cache.write(keys, k[:, :, 0], lengths)
         values = kv_cache.write(values, v[:, :, 0], lengths)
-        out = kv_cache.attend(q[..., 0, :], keys, values, lengths, window=window)
+        out = kv_cache.attend(q[..., 0, :], keys, values, attended, window=window, mesh=mesh)
         return out[..., None, :], (keys, values)
 
     active = None if active is None else active[:, None]
     x = decoder.embed(params, tokens[:, None], config)
     written = []
     chosen = []
-    layers = _layers(params, config, expert_shards)
+    layers = _layers(params, config, mesh)
     for (layer, layer_params), keys, values in zip(layers, *cache, strict=True):
         with_cache = functools.partial(attend, keys=keys, values=values)
         x, keys_and_values, experts = layer.apply(
@@ -111,14 +113,13 @@ def decode(
     return x[:, 0], Cache(*map(tuple, zip(*written, strict=True))), experts
 
 
-def _layers(params: dict, config: ModelConfig, expert_shards: int) -> list[tuple[Layer, dict]]:
+def _layers(
+    params: dict, config: ModelConfig, mesh: jax.sharding.Mesh | None
+) -> list[tuple[Layer, dict]]:
     """Returns each layer's module and parameters, in order."""
     trees = params["stacks"]
     if len(trees) != config.num_layers or trees[0]["input_norm"]["scale"].ndim != 1:
         raise ValueError(
             "prefill and decode take one tree per layer; pass the parameters through unstack first"
         )
-    return [
-        (Layer(config, config.is_sparse(i), expert_shards=expert_shards), tree)
-        for i, tree in enumerate(trees)
-    ]
+    return [(Layer(config, config.is_sparse(i), mesh=mesh), tree) for i, tree in enumerate(trees)]

@@ -38,7 +38,7 @@ class Layer(nn.Module):
     config: ModelConfig
     sparse: bool
     param_dtype: Any = jnp.float32
-    expert_shards: int = 0  # as in `moe.mixture`
+    mesh: jax.sharding.Mesh | None = None  # as in `moe.mixture`
 
     @nn.compact
     def __call__(
@@ -62,7 +62,7 @@ class Layer(nn.Module):
         y = RMSNorm(c, param_dtype=dtype, name="post_attention_norm")(x)
         if not self.sparse:
             return x + MLP(c, dtype, name="mlp")(y), kept, None
-        y, experts = MoE(c, dtype, self.expert_shards, name="moe")(y, active, replayed)
+        y, experts = MoE(c, dtype, self.mesh, name="moe")(y, active, replayed)
         return x + y, kept, experts
 
 
@@ -137,7 +137,7 @@ class MoE(nn.Module):
 
     config: ModelConfig
     param_dtype: Any = jnp.float32
-    expert_shards: int = 0
+    mesh: jax.sharding.Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -159,7 +159,7 @@ class MoE(nn.Module):
         gates, experts = moe.route(x, router, c, replayed)
         if sharding.current_mesh() is not None and not self.is_initializing():
             return dispatch.mixture(x, gates, experts, weights), experts
-        return moe.mixture(x, gates, experts, weights, active, self.expert_shards), experts
+        return moe.mixture(x, gates, experts, weights, active, self.mesh), experts
 
 
 class RMSNorm(nn.Module):

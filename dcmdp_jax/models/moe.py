@@ -56,16 +56,16 @@ def mixture(
     experts: jax.Array,
     weights: Experts,
     active: jax.Array | None = None,
-    shards: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> jax.Array:
     """`sum over k of gates_k * down_e(silu(gate_e x) * up_e x)`, e = experts_k: x [..., D], gates,
     experts [..., k] -> [..., D].
 
-    `active` ([...] bool, None: all are) and `shards` are those of `expert_outputs`. Results of
+    `active` ([...] bool, None: all are) and `mesh` are those of `expert_outputs`. Results of
     tokens that are not active are meaningless.
     """
     tokens, gates, experts = (a.reshape(-1, a.shape[-1]) for a in (x, gates, experts))
     active = None if active is None else active.reshape(-1)
-    rows_NxKxD = expert_outputs(tokens, experts, weights, active, shards).astype(jnp.float32)
+    rows_NxKxD = expert_outputs(tokens, experts, weights, active, mesh).astype(jnp.float32)
     # Summed in the order of k, which does not depend on the other tokens.
     return jnp.sum(rows_NxKxD * gates[..., None], axis=1).astype(x.dtype).reshape(x.shape)

@@ -159,7 +159,9 @@ def _elements(values: jax.Array, dtype) -> jax.Array:
     """Returns stored elements, before scaling, in `dtype`."""
     if values.dtype != jnp.uint4:
         return values.astype(dtype)
-    codes = values.astype(jnp.uint8)
+    # XLA counts 4 bits as a byte, and on a TPU widens them to bytes before the loop of decoding, in
+    # a copy of all weights.
+    codes = values.astype(jnp.uint16)
     levels = NF4
     for bit in range(4):  # selects are vectorized and fused, a gather is neither
         odd = (codes >> bit) & 1 == 1

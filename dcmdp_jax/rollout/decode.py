@@ -86,13 +86,13 @@ def prefill(
     lengths: jax.Array,
     *,
     config: ModelConfig,
-    expert_shards: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Prefix:
     """Caches prompts `tokens` [rows, P], padded on the right, of `lengths` [rows] >= 1.
 
-    `expert_shards` as in `inference.prefill`.
+    `mesh` as in `inference.prefill`.
     """
-    keys, values = inference.prefill(params, tokens, config, expert_shards=expert_shards)
+    keys, values = inference.prefill(params, tokens, config, mesh=mesh)
     last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
     return Prefix(keys, values, last, lengths)
 
@@ -152,7 +152,7 @@ def generate(
     window: int,
     record_experts: bool,
     top_logprobs: int = 0,
-    expert_shards: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
     copy_window: bool = False,
 ) -> tuple[DecodeState, Tokens]:
     """Samples up to `steps` tokens in every active slot.
@@ -165,6 +165,7 @@ def generate(
             many positions of the cache.
         record_experts: return the experts of each token.
         top_logprobs: k, the likeliest tokens to return at each place.
+        mesh: as in `inference.decode`.
         copy_window: decode in a copy of the first `window` positions of the cache. Results are
             equal; it is faster on a CPU and takes more memory.
     """
@@ -180,7 +181,7 @@ def generate(
         window=window,
         record_experts=record_experts,
         top_logprobs=top_logprobs,
-        expert_shards=expert_shards,
+        mesh=mesh,
     )
 
     def goes_on(carry):
@@ -221,7 +222,7 @@ def _decode_step(
     window: int,
     record_experts: bool,
     top_logprobs: int,
-    expert_shards: int,
+    mesh: jax.sharding.Mesh | None,
 ) -> tuple[DecodeState, Step]:
     hidden, cache, experts = inference.decode(
         params,
@@ -231,7 +232,7 @@ def _decode_step(
         config,
         window=window,
         active=state.active,
-        expert_shards=expert_shards,
+        mesh=mesh,
     )
     request = jax.random.wrap_key_data(state.key, impl="threefry2x32")
     key = jax.random.key_data(jax.vmap(jax.random.fold_in)(request, state.generated))

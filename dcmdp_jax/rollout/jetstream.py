@@ -23,6 +23,7 @@ import numpy as np
 from dcmdp_jax import sharding, sync
 from dcmdp_jax.config import Config, Precision
 from dcmdp_jax.distributed import processes
+from dcmdp_jax.models.kernels import decode_attention
 from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Prompts, Rollout, Sampling, Weights
 from dcmdp_jax.rollout import decode, generate
@@ -240,7 +241,6 @@ class Engine(engine_api.Engine):
         self.stop_ids = stop_ids
         self.steps = steps
         self._mesh = mesh if mesh is not None else sharding.single_device_mesh()
-        self.expert_shards = self._mesh.shape["tensor"]
         self.config = config = dataclasses.replace(
             config,
             experts_per_token=precision.experts_per_token or config.experts_per_token,
@@ -264,7 +264,7 @@ class Engine(engine_api.Engine):
         shardings = sharding.decode_state_shardings(jax.eval_shape(empty), self._mesh)
         self._init = jax.jit(empty, out_shardings=shardings)
         self._prefill = jax.jit(
-            partial(decode.prefill, config=self.config, expert_shards=self.expert_shards),
+            partial(decode.prefill, config=self.config, mesh=self._mesh),
             keep_unused=True,  # so that plans count the weights after the last keys and values
         )
         self._insert = jax.jit(
@@ -273,9 +273,14 @@ class Engine(engine_api.Engine):
             out_shardings=shardings,
         )
         self._evict = jax.jit(decode.evict, donate_argnums=0, out_shardings=shardings)
+        platform = self._mesh.devices.flat[0].platform
         # A CPU slices the window out of the cache at every step. From four steps on, copying it
         # once and back costs less.
-        copy_window = self.steps >= 4 and self._mesh.devices.flat[0].platform == "cpu"
+        copy_window = self.steps >= 4 and platform == "cpu"
+        # The kernel reads what each slot holds, whatever the window: one program serves them all.
+        self._has_window = platform != "tpu" or not decode_attention.is_supported(
+            self.config.head_dim
+        )
         generate_tokens = partial(
             decode.generate,
             config=self.config,
@@ -283,7 +288,7 @@ class Engine(engine_api.Engine):
             steps=self.steps,
             record_experts=record_experts,
             top_logprobs=self._top_logprobs,
-            expert_shards=self.expert_shards,
+            mesh=self._mesh,
             copy_window=copy_window,
         )
         self._generate = jax.jit(
@@ -392,9 +397,9 @@ class Engine(engine_api.Engine):
         Returns early once `leave_at` slots are idle (default: all).
         """
         leave_at = self.slots if leave_at is None else leave_at
-        state, data = self._generate(
-            params, decode_state, np.int32(leave_at), window=window or self.max_length
-        )
+        if window is None or not self._has_window:
+            window = self.max_length
+        state, data = self._generate(params, decode_state, np.int32(leave_at), window=window)
         k = self.steps
         return state, engine_api.ResultTokens(
             data=data,

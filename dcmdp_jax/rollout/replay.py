@@ -65,7 +65,7 @@ def _replay_slots(
             tokens[:, at : at + steps].T,
             np.float32(rollout.sampling.temperature),
             config=engine.config,
-            expert_shards=engine.expert_shards,
+            mesh=engine.mesh,
             window=power_of_two(longest, engine.max_length),
         )
         out.append(logp)
@@ -113,7 +113,7 @@ def _samples(rollout: Rollout) -> int:
     return len(rollout.tokens) // len(rollout.prompts.lengths)
 
 
-@partial(jax.jit, static_argnames=("config", "expert_shards", "window"), donate_argnums=1)
+@partial(jax.jit, static_argnames=("config", "mesh", "window"), donate_argnums=1)
 def _feed(
     params: Any,
     state: DecodeState,
@@ -121,7 +121,7 @@ def _feed(
     temperature: jax.Array,
     *,
     config: ModelConfig,
-    expert_shards: int,
+    mesh: jax.sharding.Mesh,
     window: int,
 ) -> tuple[DecodeState, jax.Array]:
     """Decodes K steps that take `tokens` [K, slots] for their draws; log-probs are [K, slots]."""
@@ -129,7 +129,7 @@ def _feed(
     def step(carry: tuple[Cache, jax.Array, jax.Array], token: jax.Array):
         cache, length, fed = carry
         hidden, cache, _ = inference.decode(
-            params, fed, cache, length, config, window=window, expert_shards=expert_shards
+            params, fed, cache, length, config, window=window, mesh=mesh
         )
         logits = decoder.head(params, hidden, config)
         return (cache, length + 1, token), log_prob(logits, token, temperature)

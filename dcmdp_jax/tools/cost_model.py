@@ -13,12 +13,15 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from dcmdp_jax import sharding
 from dcmdp_jax.config import Config, Precision, RolloutConfig
 from dcmdp_jax.models import lora
+from dcmdp_jax.models.kernels import decode_attention
 from dcmdp_jax.models.model_config import ModelConfig
-from dcmdp_jax.models.quantized import FORMATS
+from dcmdp_jax.models.quantized import FORMATS, SCALED
+from dcmdp_jax.tokens.packing import power_of_two
 
 
 class Work(NamedTuple):
@@ -142,7 +145,7 @@ def cached(model: ModelConfig, positions: float, mesh: Any) -> float:
 
 
 def decode(model: ModelConfig, rollout: RolloutConfig, slots: int, length: int, mesh: Any) -> Work:
-    """Returns the work of one dispatch: K tokens in every slot, at the mean length of a longest
+    """Returns the work of one dispatch: K tokens in every slot, in the mean over a longest
     completion.
 
     Only chosen experts are read: the expected share of them, if all are equally likely.
@@ -157,10 +160,49 @@ def decode(model: ModelConfig, rollout: RolloutConfig, slots: int, length: int, 
         _held(rollout.precision.weights) * (w.layers + read * w.experts / mesh.shape["expert"])
         + _held(rollout.precision.head) * w.head
     ) / split
-    cached = FORMATS[rollout.precision.cache].bits / 8 if rollout.precision.cache else _size(model)
-    position = 2 * model.num_layers * model.num_kv_heads * model.head_dim * cached / split
-    memory = weights + position * context * slots / sharding.num_batch_shards(mesh)
+    own_slots = slots / sharding.num_batch_shards(mesh)
+    memory = weights + own_slots * cache_read(model, rollout, length, split)
     return Work(flops, memory, _reduced(model, slots, mesh)) * rollout.tokens_per_dispatch
+
+
+def positions_read(model: ModelConfig, rollout: RolloutConfig, length: int, split: int) -> float:
+    """Returns the cached positions of a slot that a decode step on a TPU reads, in the mean over a
+    longest completion, which fills `length` positions; kv-heads are split over `split` devices.
+
+    The kernel reads the blocks that hold tokens. Where it does not apply, the step reads the window
+    of its dispatch, as `generate.rollout` chooses it.
+    """
+    prompt = length - rollout.max_tokens
+    if not decode_attention.is_supported(model.head_dim):
+        steps = rollout.tokens_per_dispatch
+        longest = range(prompt, length, steps)
+        return float(np.mean([power_of_two(n + steps, length) for n in longest]))
+    size = decode_attention.block_positions(
+        model.num_kv_heads // split,
+        length,
+        int(model.head_dim * FORMATS[_cache_format(model, rollout)].bits / 8),
+    )
+    blocks = np.arange(prompt - 1, length - 1) // size + 1
+    return float(np.minimum(blocks * size, length).mean())
+
+
+def cache_read(model: ModelConfig, rollout: RolloutConfig, length: int, split: int) -> float:
+    """Returns the bytes of a slot's cached keys and values that a device reads in a step.
+
+    For the kernel, XLA also copies the scales of all positions into another layout.
+    """
+    read = positions_read(model, rollout, length, split)
+    name = _cache_format(model, rollout)
+    of_head = model.head_dim * FORMATS[name].bits / 8 * read
+    if name in SCALED:
+        copied = 2 * length if decode_attention.is_supported(model.head_dim) else 0
+        of_head += 4 * (read + copied)
+    return 2 * model.num_layers * model.num_kv_heads / split * of_head
+
+
+def _cache_format(model: ModelConfig, rollout: RolloutConfig) -> str:
+    computed = "bfloat16" if model.compute.bfloat16 else "float32"
+    return rollout.precision.cache or computed
 
 
 def sync(model: ModelConfig, precision: Precision, mesh: Any, chips: int) -> Work:

@@ -25,6 +25,7 @@ from dcmdp_jax import compiled_step, files, limits, sharding, sync, train_state,
 from dcmdp_jax.config import AlgorithmConfig, Calibrated, Config, with_tolerance
 from dcmdp_jax.evaluation import held_out
 from dcmdp_jax.models import weights
+from dcmdp_jax.models.kernels import decode_attention
 from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Batch, Weights
 from dcmdp_jax.rollout import generate
@@ -545,6 +546,22 @@ def prompts_shared(config: Config) -> str:
     return (
         f"{own}, because a row of {config.row_length} tokens does not hold two of the greatest "
         f"length with one prompt; prompts are shared with algorithm.row_length={two} or longer"
+    )
+
+
+def cache_read(config: Config, model: ModelConfig) -> str:
+    """Returns, in a sentence, what a decode step of the library's engine reads of the cache."""
+    rollout = config.rollout
+    mesh = rollout.mesh if rollout.devices else config.mesh
+    length = config.data.max_prompt_tokens + rollout.max_tokens
+    read = cost_model.positions_read(model, rollout, length, mesh.tensor)
+    share = f"{read:,.0f} of {length:,} cached positions, in the mean over a longest completion"
+    if decode_attention.is_supported(model.head_dim):
+        return f"a decode step reads the blocks of each slot that hold tokens: {share}"
+    return (
+        f"a decode step reads one window for all slots: {share}; on a TPU it reads what each slot "
+        f"holds if the model's head_dim is a multiple of {decode_attention.LANES}, and this one "
+        f"has {model.head_dim}"
     )
 
 

@@ -1,6 +1,7 @@
 """The programs of accelerators, on a CPU."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -12,4 +13,18 @@ def accelerator_programs() -> Iterator[None]:
     """Within it, functions with a program for CPUs and another for accelerators trace the other."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+        yield
+
+
+@contextlib.contextmanager
+def tpu_programs() -> Iterator[None]:
+    """Within it, functions with a program for TPUs trace that, its decoding kernel interpreted, and
+    others that of accelerators.
+    """
+
+    def choose(*args, default, tpu=None, cpu=None):
+        return functools.partial(tpu, interpret=True)(*args) if tpu else default(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.lax, "platform_dependent", choose)
         yield

@@ -14,6 +14,15 @@ from dcmdp_jax.models.kernels.swiglu import Experts, tiled
 from dcmdp_jax.models.quantized import Quantized, precision, round_input
 
 LANES = 128  # elements in an accelerator's vector
+# The formats of weights that XLA's `ragged_dot` multiplies by bfloat16 without a copy of them in
+# another format, by kind of TPU.
+FEW_BITS = ("int8", "int4", "float8_e4m3fn", "float8_e5m2")
+AS_STORED = {
+    "TPU v5 lite": FEW_BITS,
+    "TPU v5": ("int8",),
+    "TPU v6 lite": FEW_BITS,
+    "TPU7x": FEW_BITS,
+}
 # x [n, D] by w [E, F, D], contracting the last axis of both
 LAST_BY_LAST = jax.lax.RaggedDotDimensionNumbers(
     (((1,), (2,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=(0,)
@@ -25,15 +34,15 @@ def expert_outputs(
     experts: jax.Array,
     weights: Experts,
     active: jax.Array | None = None,
-    shards: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> jax.Array:
     """Returns `down_e(silu(gate_e x) * up_e x)` for each of a token's experts e: x [N, D], experts
     [N, k] -> [N, k, D].
 
     Assignments are sorted by expert. Accelerators multiply them by `ragged_dot`. `ragged_dot` is
     ten times slower than plain products on a CPU, so there each expert's rows are cut into tiles,
-    and tokens that are not `active` ([N] bool, None: all are) cost nothing and get zeros. `shards`
-    is the number of devices over which XLA splits F, 0 if the caller does not know.
+    and tokens that are not `active` ([N] bool, None: all are) cost nothing and get zeros. `mesh` is
+    the one over whose tensor axis XLA splits F, None if the caller does not know.
     """
     active = jnp.ones(x.shape[:1], bool) if active is None else active
     return jax.lax.platform_dependent(
@@ -42,12 +51,17 @@ def expert_outputs(
         weights,
         active,
         cpu=_by_tiles,
-        default=lambda x, experts, weights, active: _by_ragged_dot(x, experts, weights, shards),
+        default=lambda x, experts, weights, active: _by_ragged_dot(x, experts, weights, mesh),
     )
 
 
-def _by_ragged_dot(x: jax.Array, experts: jax.Array, weights: Experts, shards: int) -> jax.Array:
+def _by_ragged_dot(
+    x: jax.Array, experts: jax.Array, weights: Experts, mesh: jax.sharding.Mesh | None
+) -> jax.Array:
     """`expert_outputs` of all tokens.
+
+    Weights with one scale an output channel, in a format of `AS_STORED`, are scaled after the
+    product. Others become a copy in `x`'s dtype, of one projection of a layer at a time.
 
     XLA stores an argument [E, D, F] as [E, F, D] if a device's part of F does not fill whole
     vectors, and a product that wants the other layout copies every layer's weights, padded, before
@@ -57,17 +71,27 @@ def _by_ragged_dot(x: jax.Array, experts: jax.Array, weights: Experts, shards: i
     expert_of = experts.reshape(-1)[order]
     count = jax.tree.leaves(weights.gate)[0].shape[0]
     sizes = jnp.bincount(expert_of, length=count).astype(jnp.int32)
+    shards = mesh.shape["tensor"] if mesh else 0
+    kind = mesh.devices.flat[0].device_kind if mesh and x.dtype == jnp.bfloat16 else ""
+    as_stored = AS_STORED.get(kind, ())
 
     def product(rows, w, transposed=False):
         rows = round_input(rows, w).astype(x.dtype)
-        w = (w.dequantize() if isinstance(w, Quantized) else w).astype(x.dtype)
+        scale = 1.0
+        if not isinstance(w, Quantized):
+            w = w.astype(x.dtype)
+        elif w.values.dtype.name in as_stored and w.scale.shape[1] == 1:
+            scale = w.scale[expert_of, 0]
+            w = w.values
+        else:
+            w = w.dequantize().astype(x.dtype)
         options = {"precision": precision(x.dtype), "preferred_element_type": jnp.float32}
         if transposed:
             w = jnp.swapaxes(w, 1, 2)
             y = jax.lax.ragged_dot_general(rows, w, sizes, LAST_BY_LAST, **options)
         else:
             y = jax.lax.ragged_dot(rows, w, sizes, **options)
-        return y.astype(x.dtype)
+        return (y * scale).astype(x.dtype)
 
     transposed = shards > 0 and weights.gate.shape[-1] // shards % LANES > 0
     rows = x[order // experts.shape[1]]

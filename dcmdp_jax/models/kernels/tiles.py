@@ -1,7 +1,7 @@
 """Sizes of the tiles in which the kernels work: the defaults of their arguments.
 
-All but `HEAD_VOCAB` and `EXCHANGE_ROWS` are for CPUs, on which a kernel is fast if what it computes
-at a time stays in a core's cache. They change no result but by rounding.
+All but `HEAD_VOCAB`, `EXCHANGE_ROWS` and those of `DECODE` are for CPUs, on which a kernel is fast
+if what it computes at a time stays in a core's cache. They change no result but by rounding.
 """
 
 ATTENTION_POSITIONS = 128  # queries, and keys, of a tile of attention scores
@@ -17,3 +17,5 @@ HEAD_CPU_TOKENS = (1024, 256, 64)  # positions of a tile of logits, descending
 HEAD_CPU_VOCAB = 1024  # tokens of the vocabulary in a tile of logits
 HEAD_VOCAB = 8192  # the same on accelerators; so many rows of a sharded head are gathered at a time
 EXCHANGE_ROWS = 16_384  # rows that a device receives in a round of the expert exchange, at most
+DECODE_POSITIONS = 1024  # cached positions that a TPU reads at a time in decoding, at most
+DECODE_BYTES = 1 << 19  # bytes of their keys in one copy, at most
