@@ -16,17 +16,16 @@ import argparse
 import dataclasses
 import itertools
 
-import jax
 import numpy as np
 
 from dcmdp_jax import sharding
-from dcmdp_jax.config import Precision, RolloutConfig
+from dcmdp_jax.config import MeshConfig, Precision, RolloutConfig
 from dcmdp_jax.models import sizes
 from dcmdp_jax.models.kernels import decode_attention
 from dcmdp_jax.models.model_config import Compute, ModelConfig
 from dcmdp_jax.models.quantized import FORMATS
 from dcmdp_jax.tokens.packing import power_of_two
-from dcmdp_jax.tools import cost_model
+from dcmdp_jax.tools import cost_model, slices
 
 MODELS = {"8B": sizes.QWEN3_8B, "30B-A3B": sizes.QWEN3_30B_A3B}
 WEIGHTS = {"bfloat16": Precision("bfloat16"), "fp8": Precision("float8_e4m3fn")}
@@ -36,6 +35,7 @@ NEW = 8192
 SLOTS = 32
 STEPS = 32  # of a dispatch
 CHIPS = 4
+TOPOLOGY = "v5p:2x2x1"
 SEED = 0
 
 
@@ -63,7 +63,7 @@ def bytes_a_token(
     """Returns the bytes of weights, of one window's keys and values, and of live blocks'."""
     precision = dataclasses.replace(weights, cache=cache, head="bfloat16")
     rollout = RolloutConfig(max_tokens=NEW, tokens_per_dispatch=1, precision=precision)
-    mesh = jax.sharding.AbstractMesh((1, 1, 1, 1, CHIPS), sharding.AXES)
+    mesh = sharding.make_mesh(MeshConfig(tensor=CHIPS), slices.slice_devices(TOPOLOGY))
     # all that a step of no slot reads is weights; of experts, those that the slots choose
     per_slot = cost_model.cache_read(model, rollout, PROMPT + NEW, CHIPS)
     step = cost_model.decode(model, rollout, SLOTS, PROMPT + NEW, mesh).memory - SLOTS * per_slot

@@ -17,6 +17,7 @@ import hashlib
 import os
 import pathlib
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -221,6 +222,9 @@ def local_folder(text: str) -> Iterator[str]:
 def local_file(text: str) -> Iterator[pathlib.Path]:
     """Yields the path of a file to write or to go on with: `text` itself, or one that begins as the
     object of that address and becomes it when the block ends, also by an exception.
+
+    Raises OSError if it cannot be written then, or if another program has written the object
+    meanwhile; the file is kept, and the sentence names it.
     """
     address = parse(text)
     if address is None:
@@ -228,18 +232,31 @@ def local_file(text: str) -> Iterator[pathlib.Path]:
         return
     if address.pin:
         raise ValueError(f"{text} is pinned; leave the # out")
-    with tempfile.TemporaryDirectory(prefix="dcmdp-") as temporary:
-        path = pathlib.Path(temporary) / pathlib.PurePosixPath(address.path).name
-        if found := read(address):
-            path.write_bytes(found[0])
-        before = path.read_bytes() if found else None
-        try:
-            yield path
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(path), text)) from error
-        finally:
-            if path.is_file() and path.read_bytes() != before:
-                upload(path, address)
+    before, number = read(address) or (b"", 0)
+    path = pathlib.Path(tempfile.mkdtemp(prefix="dcmdp-"), pathlib.PurePosixPath(address.path).name)
+    if number:
+        path.write_bytes(before)
+    try:
+        yield path
+    except ValueError as error:
+        error.args = (str(error).replace(str(path), text),)
+        raise
+    finally:
+        if path.is_file() and path.read_bytes() != before:
+            _upload_or_keep(path, address, number)
+        shutil.rmtree(path.parent)
+
+
+def _upload_or_keep(path: pathlib.Path, address: Address, before: int) -> None:
+    """Writes a file as an object whose generation is `before`; raises OSError if it is not."""
+    content = path.read_bytes()
+    kept = f"what was to be written is in {path}"
+    try:
+        written = write(address, content, before)
+    except OSError as error:
+        raise OSError(f"{error}; {kept}") from error
+    if written is None and (read(address) or (b"", 0))[0] != content:
+        raise OSError(f"another program has written {address} meanwhile; {kept}")
 
 
 def _matching(address: Address, patterns: Patterns) -> dict[str, int]:

@@ -88,7 +88,8 @@ def measure_floor(
         ),
         out_shardings=sharding.replicated(mesh),
     )
-    sums, counts = zip(*(map(float, measure(params, batch)) for batch in batches))
+    # each is waited for: the next batch is sampled when nothing else runs
+    sums, counts = zip(*(tuple(map(float, measure(params, batch))) for batch in batches))
     calibration = constraint.calibrate_tolerance(np.array(sums), np.array(counts), slack=slack)
     if not calibration.batches:
         raise ValueError(

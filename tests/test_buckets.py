@@ -6,6 +6,7 @@ import contextlib
 import http.server
 import os
 import pathlib
+import shutil
 import sys
 import threading
 from unittest import mock
@@ -334,6 +335,22 @@ def test_a_file_goes_on_from_its_object_and_is_written_where_the_block_raises(pu
     assert content("new.jsonl") is None
     with pytest.raises(ValueError, match="gs://own/out.jsonl#1 is pinned"):
         buckets.local_file("gs://own/out.jsonl#1").__enter__()
+
+
+OUT = "gs://own/out.jsonl"
+
+
+def test_a_file_whose_object_was_written_meanwhile_is_kept(put):
+    put("out.jsonl", "one\n")
+    with pytest.raises(OSError, match="another") as error, buckets.local_file(OUT) as file:
+        file.write_text("one\ntwo\n")
+        put("out.jsonl", "other\n")
+    assert str(error.value) == (
+        f"another program has written {OUT} meanwhile; what was to be written is in {file}"
+    )
+    assert file.read_text() == "one\ntwo\n"
+    assert content("out.jsonl") == "other\n"
+    shutil.rmtree(file.parent)
 
 
 @pytest.mark.parametrize("output", ["", "gs://own/pages/both.html"])

@@ -182,9 +182,18 @@ def test_an_evaluation_in_a_bucket_goes_on_in_another_process(options, finished,
         assert 0 < len(read_samples(folder)) < 15
         assert evaluate(options, folder) == finished[1]
         assert_same_files(folder, finished[0])
-        staging.upload_all()
         names = set(buckets.listing(buckets.parse("gs://own/eval")))
         assert names == {"aime24.jsonl", "minerva.jsonl", "options.json", "summary.json"}
+
+
+def test_an_evaluation_whose_folder_was_taken_over_says_so(options, monkeypatch):
+    with gcs_server.stand_in():
+        monkeypatch.setattr(staging, "_staged", {})
+        evaluation = math_benchmarks.prepare(options, staging.folder("gs://own/eval"))
+        evaluation.lock.lost = True
+        with pytest.raises(OSError, match="taken over"):
+            math_benchmarks.run(evaluation)
+        assert "summary.json" not in buckets.listing(buckets.parse("gs://own/eval"))
 
 
 def test_a_set_may_be_added(options, finished, tmp_path):

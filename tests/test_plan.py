@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -206,7 +207,7 @@ class Recorded:
         self.shapes.append(padded_tokens.shape)
 
 
-@pytest.mark.parametrize("width, prompts", [(1024, 64), (600, 64), (600, 3), (5000, 2)])
+@pytest.mark.parametrize("width, prompts", [(1024, 64), (600, 64), (600, 7), (600, 3), (5000, 2)])
 def test_a_planned_prefill_is_the_largest_of_a_rollout(width, prompts):
     """Of prompts at their limit; several are padded to a power of two."""
     config = configure()
@@ -240,7 +241,7 @@ def test_an_engine_that_rounds_nothing_prefills_the_prompts_of_the_evaluation():
     _, scoring, prefill = itertools.islice(plan.programs(few, MODEL, jax.devices()[:4]), 3)
     _, measured, evaluated = itertools.islice(plan.programs(many, MODEL, jax.devices()[:4]), 3)
     prompts = few.data.prompts_per_step
-    assert (prefill.calls, evaluated.calls) == (1, prompts / 16)
+    assert (prefill.calls, evaluated.calls) == (1, -(-prompts // 16))
     assert evaluated.work.flops == prefill.work.flops * 16 / prompts
     weights = 4 * cost_model.parameters(MODEL).total / 4
     assert measured.beside - scoring.beside == pytest.approx(weights, rel=0.05)
@@ -397,6 +398,27 @@ def test_decoding_reads_the_experts_that_are_chosen():
     assert bytes_of_weights(4) - bytes_of_weights(1) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("kind, copied", [("TPU v5 lite", False), ("TPU v5", True)])
+def test_experts_that_a_chip_does_not_multiply_as_stored_are_copied(kind, copied):
+    """All of them are read and written in bfloat16; the copy is read where chosen, as bfloat16
+    experts are.
+    """
+    one_chip = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    chip = types.SimpleNamespace(device_kind=kind)
+    mesh = types.SimpleNamespace(devices=np.array([chip]), shape=one_chip.shape, size=1)
+    model = dataclasses.replace(MOE, compute=Compute(bfloat16=True))
+
+    def bytes_of(weights):
+        once = dataclasses.replace(
+            configure(model).rollout, tokens_per_dispatch=1, precision=Precision(weights)
+        )
+        return cost_model.decode(model, once, 4, 128, mesh).memory
+
+    w = cost_model.parameters(model)
+    saved = w.layers + (-3 if copied else 1 - 0.75**4) * w.experts
+    assert bytes_of("bfloat16") - bytes_of("float8_e4m3fn") == pytest.approx(saved, rel=1e-3)
+
+
 def long(model, **rollout):
     """A configuration whose completions of 3,000 tokens follow prompts of 1,000."""
     config = configure(model, **rollout)
@@ -432,11 +454,11 @@ def test_without_the_kernel_decoding_reads_one_window():
 
 
 def test_the_plan_says_what_decoding_reads():
-    said = plan.cache_read(long(MODEL), MODEL)
+    said = plan.decode_reads(long(MODEL), MODEL)
     assert said.startswith("a decode step reads the blocks of each slot that hold tokens: 2,")
     assert "of 4,000 cached positions" in said
     narrow = dataclasses.replace(MODEL, head_dim=64)
-    assert "a multiple of 128, and this one has 64" in plan.cache_read(long(narrow), narrow)
+    assert "a multiple of 128, and this one has 64" in plan.decode_reads(long(narrow), narrow)
 
 
 def test_the_step_of_a_supervised_stage_is_planned():

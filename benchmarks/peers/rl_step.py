@@ -4,7 +4,8 @@ Sample 8 completions of each prompt of workload W4, of given lengths; reward a c
 share of even token ids; standardise the rewards of a group; make one update, with a scoring pass of
 its own only where the program makes one when a batch has one update; give the weights back to the
 sampler. Nothing is compared with float64: tokens and weights differ between programs from the first
-step on. T1 and T2 compare the log-probs and the loss.
+step on. T1 and T2 compare the log-probs and the loss. The peers take no limit for each request:
+they sample to the longest length, and what is longer than given is dropped.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 
 from dcmdp_jax import buckets, hub
-from dcmdp_jax.cli import fields
+from dcmdp_jax.cli import failures, fields
 from dcmdp_jax.config import ModelSource, Precision
 from dcmdp_jax.models.model_config import Compute
 from dcmdp_jax.monitoring import phases
@@ -180,6 +180,9 @@ def evaluate_command(args: argparse.Namespace, options: list[str]) -> Callable[[
         except Interrupted:
             log("stopped, and every finished sample is saved; the same command continues")
             return 130
+        except OSError as error:
+            failures.tell(error, str(error), args.traceback)
+            return 1
         print(tables.aligned_text(scores.table(figures)))
         print(staging.shown(f"wrote {evaluation.workdir / 'summary.json'}"))
         return 0

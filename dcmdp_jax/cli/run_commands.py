@@ -288,7 +288,7 @@ def plan_command(args: argparse.Namespace, options: list[str]) -> Callable[[], i
     print(tables.aligned_text(plan.table(planned), left=1))
     print("\n".join([*plan.verdict(planned), plan.prompts_shared(config)]))
     if config.rollout.own_engine:
-        print(plan.cache_read(config, model))
+        print(plan.decode_reads(config, model))
     if args.json:
         plan.write(planned, args.json)
     return lambda: int(any(program.excess for program in planned.programs))

@@ -186,23 +186,24 @@ def run(
 
     A sample depends on the weights, the seed, its set, its problem's place in the set and its own
     number: not on slots, on order or on what was there before. `start` is called only if a sample
-    is missing. Raises `Interrupted` if `should_stop()`, with every finished sample written.
+    is missing. Raises `Interrupted` if `should_stop()`, with every finished sample written, and
+    OSError if a bucket cannot be written to or another run has taken the folder over.
     """
     started = functools.cache(lambda: start(evaluation))
     figures = {}
     library = judge.library()
     given_up_before = library.given_up
-    with evaluation.lock:
+    with evaluation.lock, staging.uploaded(evaluation.workdir):
         for item in evaluation.sets:
             samples = _complete(evaluation, item, started, should_stop, log, max_positions)
             figures[item.name] = item.figures(samples)
+        path = evaluation.workdir / SUMMARY
+        files.write_atomic(path, json.dumps({**_read_object(path), **figures}, indent=2) + "\n")
     if count := library.given_up - given_up_before:
         log(
             f"{count} comparisons took longer than {library.seconds:g} s, or too much memory, and "
             "count as wrong"
         )
-    path = evaluation.workdir / SUMMARY
-    files.write_atomic(path, json.dumps({**_read_object(path), **figures}, indent=2) + "\n")
     return figures
 
 

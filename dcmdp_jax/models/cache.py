@@ -135,9 +135,9 @@ def attend(
     """Attention of one token per slot to positions 0..lengths[b]: `softmax(q k^T / sqrt(h)) v`,
     softmax in float32.
 
-    q [B, KV, G, h], keys, values [B, KV, S, h], lengths [B] < `window` -> [B, KV, G, h]. Positions
-    from `window` (static) on are not read. Scales of quantized keys and values are applied to the
-    scores and the weights. `mesh` is the one over which the cache is split, if any.
+    q [B, KV, G, h], keys, values [B, KV, S, h], lengths [B] < `window` (static) -> [B, KV, G, h].
+    Scales of quantized keys and values are applied to the scores and the weights. `mesh` is the one
+    over which the cache is split, if any.
 
     A TPU reads the blocks of each slot that hold tokens, if the kernel takes the head size. A CPU
     reads the window, at most `cpu_elements` elements of keys at a time.

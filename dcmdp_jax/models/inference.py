@@ -74,8 +74,8 @@ def decode(
     attends to positions 0..lengths[b].
 
     Args:
-        window: static; attention reads the first `window` positions, so every active slot needs
-            lengths[b] < window.
+        window: static; every active slot needs lengths[b] < window, the positions that attention
+            reads at most.
         active: [B] bool; results of other slots are meaningless. None: all are active.
         mesh: the one over which the parameters and the cache are split, if any.
 

@@ -161,8 +161,8 @@ def generate(
         leave_at: [] int32. The loop ends early when this many slots are idle, so that they can be
             refilled, or when all are.
         stop_ids: tokens that end a sequence.
-        window: a bound on the lengths of all sequences after the last step; attention reads that
-            many positions of the cache.
+        window: a bound on the lengths of all sequences after the last step, the positions of the
+            cache that attention reads at most.
         record_experts: return the experts of each token.
         top_logprobs: k, the likeliest tokens to return at each place.
         mesh: as in `inference.decode`.

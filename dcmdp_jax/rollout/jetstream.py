@@ -28,6 +28,7 @@ from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Prompts, Rollout, Sampling, Weights
 from dcmdp_jax.rollout import decode, generate
 from dcmdp_jax.rollout.sampling import Drawn, Top
+from dcmdp_jax.tokens.packing import power_of_two
 from dcmdp_jax.tokens.tokenizer import Tokenizer
 
 
@@ -383,6 +384,10 @@ class Engine(engine_api.Engine):
         padded = np.full(self.slots, self.slots, np.int32)
         padded[: len(slots)] = slots
         return self._evict(decode_state, padded)
+
+    def window(self, positions: int) -> int:
+        """Returns the window of a dispatch in which no sequence has more than `positions`."""
+        return power_of_two(positions, self.max_length) if self._has_window else self.max_length
 
     def generate(
         self,

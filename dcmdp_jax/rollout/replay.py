@@ -16,7 +16,6 @@ from dcmdp_jax.rollout.decode import DecodeState
 from dcmdp_jax.rollout.generate import PREFILL_TOKENS
 from dcmdp_jax.rollout.jetstream import Engine
 from dcmdp_jax.rollout.sampling import log_prob
-from dcmdp_jax.tokens.packing import power_of_two
 
 
 def replay(
@@ -66,7 +65,7 @@ def _replay_slots(
             np.float32(rollout.sampling.temperature),
             config=engine.config,
             mesh=engine.mesh,
-            window=power_of_two(longest, engine.max_length),
+            window=engine.window(longest),
         )
         out.append(logp)
     logp = np.concatenate(jax.device_get(out)).T

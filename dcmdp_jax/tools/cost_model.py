@@ -18,7 +18,7 @@ import numpy as np
 from dcmdp_jax import sharding
 from dcmdp_jax.config import Config, Precision, RolloutConfig
 from dcmdp_jax.models import lora
-from dcmdp_jax.models.kernels import decode_attention
+from dcmdp_jax.models.kernels import decode_attention, experts
 from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.models.quantized import FORMATS, SCALED
 from dcmdp_jax.tokens.packing import power_of_two
@@ -157,12 +157,31 @@ def decode(model: ModelConfig, rollout: RolloutConfig, slots: int, length: int, 
     chosen = rollout.precision.experts_per_token or model.experts_per_token
     read = 1 - (1 - chosen / max(model.num_experts, 1)) ** slots
     weights = (
-        _held(rollout.precision.weights) * (w.layers + read * w.experts / mesh.shape["expert"])
+        _held(rollout.precision.weights) * w.layers
+        + _expert_bytes(model, rollout.precision, read, mesh) * w.experts / mesh.shape["expert"]
         + _held(rollout.precision.head) * w.head
     ) / split
     own_slots = slots / sharding.num_batch_shards(mesh)
     memory = weights + own_slots * cache_read(model, rollout, length, split)
     return Work(flops, memory, _reduced(model, slots, mesh)) * rollout.tokens_per_dispatch
+
+
+def _expert_bytes(model: ModelConfig, precision: Precision, read: float, mesh: Any) -> float:
+    """Returns the bytes that a decode step moves for a parameter of an expert; `read` is the share
+    of the experts that is chosen.
+
+    Weights that the chip does not multiply as stored become a copy, of all experts: it is written,
+    and read where chosen.
+    """
+    held = _held(precision.weights)
+    kind = mesh.devices.flat[0].device_kind
+    if precision.weights not in SCALED or (
+        model.compute.bfloat16
+        and precision.group <= 0
+        and precision.weights in experts.AS_STORED.get(kind, ())
+    ):
+        return held * read
+    return held + _size(model) * (1 + read)
 
 
 def positions_read(model: ModelConfig, rollout: RolloutConfig, length: int, split: int) -> float:

@@ -11,6 +11,7 @@ Lengths are the longest: every prompt and completion at its limit.
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 import re
 import time
@@ -98,7 +99,8 @@ def programs(config: Config, model: ModelConfig, devices: list[Any]) -> Iterator
     engine = None
     if config.rollout.own_engine:
         prompts = config.data.prompts_per_step // engines
-        evaluates = held_out.is_exact(config) and _has_held_out(config)  # no other engine does
+        # otherwise the evaluation's exact engine needs more
+        evaluates = held_out.is_exact(config) and _has_held_out(config)
         evaluated = -(-config.eval.prompts // engines) if evaluates else 0
         engine = engine_of(config, model, params, decode_mesh, engines, prompts, evaluated)
     # Stale rollouts are sampled while the step runs, into the next batch. Others are over, and
@@ -239,13 +241,14 @@ def engine_of(
         mesh=mesh,
     )
     most = max(prompts, evaluated)
-    at_once = packing.power_of_two(max(min(generate.PREFILL_TOKENS // width, most), 1), 1 << 30)
+    rows = max(min(generate.PREFILL_TOKENS // width, most), 1)
+    at_once = packing.power_of_two(rows, 1 << 30)
     return _Engine(
         engine,
         sync.abstract_weights(params, model, rollout.precision, mesh),
         prompts,
         at_once,
-        most > at_once,
+        most > rows,
         sharding.local_bytes(engine.state_shapes()),
         int(cost_model.cached(model, at_once * width, mesh)),
     )
@@ -263,7 +266,7 @@ def _sampling(
         "prefill",
         prefill,
         cost_model.prefill(model, sampler.at_once, width, engine.mesh),
-        sampler.prompts / sampler.at_once,
+        math.ceil(sampler.prompts / sampler.at_once),
         # the prompts before these are cached until these are
         beside + sampler.cache + (sampler.prefix if sampler.is_repeated else 0),
         "rollout.mesh.tensor, data.max_prompt_tokens",
@@ -549,7 +552,7 @@ def prompts_shared(config: Config) -> str:
     )
 
 
-def cache_read(config: Config, model: ModelConfig) -> str:
+def decode_reads(config: Config, model: ModelConfig) -> str:
     """Returns, in a sentence, what a decode step of the library's engine reads of the cache."""
     rollout = config.rollout
     mesh = rollout.mesh if rollout.devices else config.mesh

@@ -7,7 +7,7 @@ Command:  dcmdp train experiments/pods/dcgrpo_30b_a3b_bf16.py --distributed --wo
           docs/pods.md
 Hardware: a TPU slice; dcmdp plan experiments/pods/dcgrpo_30b_a3b_bf16.py --topology v5p:4x4x4 tells
           what it needs
-Time:     not measured; at least 8.0 hours for 500 steps: a step's lower bound on v5p:4x4x4 is 58 s
+Time:     not measured; at least 8.2 hours for 500 steps: a step's lower bound on v5p:4x4x4 is 59 s
           (docs/pods.md)
 Result:   not run here; the paper's average over six sets is 71.8 (AIME24, AIME25, AMC23, MATH-500,
           Minerva, OlympiadBench: 66.8, 49.1, 91.9, 95.8, 52.9, 74.5; arXiv 2606.08779)

@@ -8,7 +8,7 @@ Hardware: a TPU slice; dcmdp plan experiments/pods/dcgrpo_8b_fp8.py --topology v
           it needs
           v5 and v6 chips hold fp8 and multiply in bfloat16; --rollout.precision.weights int8
           --rollout.precision.activations int8 multiplies in 8 bits there.
-Time:     not measured; at least 4.9 hours for 500 steps: a step's lower bound on v5p:4x4x4 is 36 s
+Time:     not measured; at least 5.2 hours for 500 steps: a step's lower bound on v5p:4x4x4 is 37 s
           (docs/pods.md)
 Result:   not run here; the paper's average over six sets is 68.1 (AIME24, AIME25, AMC23, MATH-500,
           Minerva, OlympiadBench: 55.0, 44.1, 90.2, 94.4, 54.0, 70.9; arXiv 2606.08779)
