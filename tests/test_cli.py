@@ -68,7 +68,7 @@ def test_an_import_that_takes_long_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(screen, "SILENCE", 0.0)
     monkeypatch.setattr(screen, "TICK", 0.001)
     assert cli.main(["train", str(file)]) == 2
-    assert "\nimporting JAX: " in stream.getvalue()
+    assert "\nloading the experiment and JAX: " in stream.getvalue()
     assert "ZeroDivisionError" in stream.getvalue()
 
 

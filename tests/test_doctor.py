@@ -238,7 +238,7 @@ def test_completions_that_differ_from_the_others_are_numbered(run, records):
     status, output, page = run(mixed, sampling={"temperature": 0.7})
     assert status == 1
     assert output.out.startswith("Verdict: mixed: raw log-probs\n")
-    (said,) = re.findall(r"Such completions, by number: ([\d, ]+)\.", output.out)
+    (said,) = re.findall(r"Completions that differ from most, by number: ([\d, ]+)\.", output.out)
     numbers = [int(number) for number in said.split(", ")]
     assert len(numbers) >= 3 and all(number % 3 == 2 for number in numbers)
     assert said in Page(page).text

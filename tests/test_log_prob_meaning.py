@@ -9,9 +9,10 @@ import pytest
 
 from dcmdp_jax.records import Sampling
 from dcmdp_jax.rollout import log_prob_meaning as meaning
-from dcmdp_jax.rollout import log_prob_scorer, log_prob_values
+from dcmdp_jax.rollout import log_prob_mixture, log_prob_scorer, log_prob_values
 from dcmdp_jax.rollout import sampling as draw
 from dcmdp_jax.rollout.log_prob_meaning import judge
+from dcmdp_jax.rollout.log_prob_readings import Reading
 from dcmdp_jax.rollout.log_prob_scorer import fields
 from support.engines import DENSE, G, make_params, sample
 from support.random_params import random_params
@@ -339,6 +340,22 @@ def test_a_coarse_engine_is_not_mixed(weights):
     prompts, tokens, logp = drawn(0.7, weights=weights)
     verdict = judge(prompts, tokens, logp, score, sampling=Sampling(0.7), bos_id=BOS)
     assert not verdict.odd
+
+
+def odd(seed, sizes):
+    """A quarter of the completions is unsure; gaps are of `sizes` [32] times 1 - p."""
+    rng = np.random.default_rng(seed)
+    p = np.where(np.arange(32) % 4 != 0, 0.98, 0.4)[:, None] + rng.uniform(-0.01, 0.01, (32, 16))
+    gap = (sizes[:, None] * rng.normal(size=p.shape) * (1 - p)).ravel()
+    stated = Reading((), 0, Sampling(), list, lambda x: x, 0)
+    return log_prob_mixture.odd_completions([(stated, gap)], gap, np.log(p).ravel(), [16] * 32)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_completion_is_not_odd_because_it_is_unsure(seed):
+    assert odd(seed, np.full(32, 0.5)) is None
+    others = np.where(np.arange(32) % 4 == 0, 1.0, 0.02)
+    assert odd(seed, others).completions == tuple(range(0, 32, 4))
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def train_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
         config, workdir = fields.load(args, options)
         return partial(_print_fields, config) if args.fields else _dry_run(args, config, workdir)
     screen.line(f"starting {args.experiment}")
-    with _told("importing JAX"):
+    with _told("loading the experiment and JAX"):
         config, workdir = fields.load(args, options)
         from dcmdp_jax import train
     given = [bool(args.coordinator), args.processes > 0, args.process >= 0]

@@ -141,7 +141,8 @@ def judge(
     lengths = [len(row) for row in tokens]
     distributions = log_prob_readings.distributions(sampling, reported, other_samplings or {})
     first = _trainer(prompts, tokens, score, distributions)
-    left_out = log_prob_values.left_out(prompts, tokens, values, np.concatenate(first[0]))
+    stated = np.concatenate(first[0])
+    left_out = log_prob_values.left_out(prompts, tokens, values, stated)
     known = np.where(left_out.any, np.nan, values)
     differences: list[tuple[Reading, np.ndarray]] = []
 
@@ -157,7 +158,7 @@ def judge(
 
     compare(None, _recorded, distributions, first)
     if _mean(differences[0][1]) <= ROUND_OFF:  # there is nothing to explain
-        return _decide(differences, values, left_out, lengths)
+        return _decide(differences, values, stated, left_out, lengths)
     others = log_prob_readings.cuts(reported)
     compare_recorded(others + log_prob_readings.temperatures(TEMPERATURES, reported))
     step = TEMPERATURES[1] / TEMPERATURES[0]
@@ -173,7 +174,7 @@ def judge(
         if rows != [list(row) for row in prompts]:
             likely = distributions[:2]
             compare(fault, prompt, likely, _trainer(rows, tokens, score, likely))
-    return _decide(differences, values, left_out, lengths)
+    return _decide(differences, values, stated, left_out, lengths)
 
 
 def _trainer(prompts: Ids, tokens: Ids, score: Score, wanted: list[Distribution]) -> list:
@@ -199,6 +200,7 @@ def shifted(logp: np.ndarray, shift: int) -> np.ndarray:
 def _decide(
     differences: list[tuple[Reading, np.ndarray]],
     values: np.ndarray,
+    trainer: np.ndarray,
     left_out: LeftOut,
     lengths: list[int],
 ) -> Verdict:
@@ -221,7 +223,7 @@ def _decide(
     count = int(np.isfinite(stated_difference).sum())
     first = Tried(stated, _mean(stated_difference))
     last = Tried(best, _mean(best_difference))
-    odd = log_prob_mixture.odd_completions(differences, best_difference, lengths)
+    odd = log_prob_mixture.odd_completions(differences, best_difference, trainer, lengths)
     if odd:
         words = _mixed(first, last, odd)
         return Verdict(*words, count, first, last, tuple(tried), odd.completions)
@@ -240,8 +242,8 @@ def _mixed(stated: Tried, best: Tried, odd: Odd) -> Words:
             "mixed: other weights",
             f"{share} have other weights than the model's folder, or another prompt; {others} "
             f"({figures})",
-            "look which engine sampled them, and whether the last weight update reached it; a "
-            "batch that an update divides looks so, too",
+            "look which engine sampled them, and whether the last weight update reached it; in "
+            "a recorded file, a batch that an update divides looks so, too",
         )
     wrong = odd.reading if odd.reading.faults else best.reading
     sentence = "; and ".join(fault.sentence for fault in wrong.faults)
@@ -342,6 +344,7 @@ def _words(
 
 
 def _constant(values: np.ndarray) -> Words:
+    values = values[np.isfinite(values)]
     all_equal = np.all(values == values[0])
     number = f"the number {values[0]:g}" if all_equal else "one number, which differs from others'"
     return Words(

@@ -5,8 +5,9 @@ The rule. A completion of 8 tokens or more is odd if
     - another reading leaves at most half of its mean |difference|, and at most 0.2 nats; the mean
       of the differences is over 3 of its standard errors. Fitted temperatures are left aside, and
       it is the same reading for all odd completions; or
-    - half of its tokens differ by more than 0.1 nats, and their mean by more than 0.2 and by more
-      than 4 times the mean of the quarter of completions with the smallest.
+    - half of its tokens differ by more than 0.1 nats, their mean by more than 0.2, and it differs
+      by more than 4 times as much as the quarter of completions with the smallest gaps, each gap
+      over the mean of 1 - p of its tokens: a coarse engine differs where the policy is unsure.
 There are three odd completions and a tenth of all, at least, and the others are explained.
 """
 
@@ -26,6 +27,7 @@ TOKENS = 8  # of a completion, at least
 HALF = 1 / 2
 STANDARD_ERRORS = 3.0
 TIMES = 4.0
+UNSURE = 0.01  # mean of 1 - p of a completion whose gap is not round-off's
 LEAST = 3  # odd completions
 LEAST_SHARE = 0.1
 
@@ -41,6 +43,7 @@ class Odd(NamedTuple):
 def odd_completions(
     differences: Sequence[tuple[Reading, np.ndarray]],
     best: np.ndarray,
+    trainer: np.ndarray,
     lengths: Sequence[int],
 ) -> Odd | None:
     """Returns the completions that the best reading of all does not explain, or None.
@@ -48,6 +51,7 @@ def odd_completions(
     Args:
       differences: each reading, and its reported less trainer's log-probs [tokens].
       best: those of the best reading.
+      trainer: the trainer's log-probs of the stated distribution [tokens].
       lengths: tokens of each completion.
     """
     ends = np.cumsum(lengths)[:-1]
@@ -63,8 +67,12 @@ def odd_completions(
     if _are_enough(odd, means):
         return Odd(tuple(np.array(judged)[odd].tolist()), len(judged), reading)
     broad = np.array([np.nanmean(rows[i] > BROAD) for i in judged])
-    quarter = np.quantile(means, 0.25) if len(means) else 0.0
-    odd = (means > max(NUMERICAL, TIMES * quarter)) & (broad >= HALF)
+    doubt = np.split(np.where(np.isfinite(best), -np.expm1(trainer), np.nan), ends)  # 1 - p
+    unsure = np.array([np.nanmean(doubt[i]) for i in judged])
+    relative = means / np.maximum(unsure, UNSURE)
+    known = relative[unsure > UNSURE]
+    quarter = np.quantile(known, 0.25) if len(known) else np.inf
+    odd = (relative > TIMES * quarter) & (means > NUMERICAL) & (broad >= HALF)
     if _are_enough(odd, means):
         return Odd(tuple(np.array(judged)[odd].tolist()), len(judged), None)
     return None

@@ -50,17 +50,23 @@ def left_out(prompts: Ids, tokens: Ids, values: np.ndarray, trainer: np.ndarray)
     numbers, counts = np.unique(values[others], return_counts=True)
     if not len(numbers):
         return LeftOut(floor, filled)
-    common = numbers[np.argmax(counts)]
+    common = _most_frequent(numbers, counts)
     if grid(values[others & (values != common)])[0]:
         return LeftOut(floor, filled)
     is_least = others & (values == numbers[0])
     if numbers[0] < -ROUND_OFF and _is_shared(is_least, prompts, tokens):
-        return LeftOut(floor | is_least, filled)
+        floor = floor | is_least
+        common = _most_frequent(numbers[1:], counts[1:])
     is_common = others & (values == common)
-    is_many = counts.max() >= least_count
-    if common <= -BROAD and is_many and _is_shared(is_common, prompts, tokens):
+    if is_common.sum() >= least_count and _is_shared(is_common, prompts, tokens):
         filled = filled | is_common
     return LeftOut(floor, filled)
+
+
+def _most_frequent(numbers: np.ndarray, counts: np.ndarray) -> float:
+    """Returns the most frequent of the numbers of -0.1 or less; NaN if there is none."""
+    low = numbers <= -BROAD
+    return numbers[low][np.argmax(counts[low])] if low.any() else np.nan
 
 
 def _is_shared(found: np.ndarray, prompts: Ids, tokens: Ids) -> bool:

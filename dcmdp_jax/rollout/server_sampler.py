@@ -222,7 +222,7 @@ class ServerSampler:
             verdict = self._probe(params, count)
             if verdict.tokens >= log_prob_meaning.LEAST_TOKENS:
                 break
-        if verdict.name == "other weights":
+        if verdict.name.endswith("other weights"):
             raise ServerError(
                 f"{self._name}: {verdict.sentence}; {verdict.remedy}; a server that computes in 4 "
                 "bits can look the same, and no option skips this check: serve at least 8 bits"

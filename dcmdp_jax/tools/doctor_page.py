@@ -34,7 +34,7 @@ def verdict_lines(diagnosis: Diagnosis) -> list[str]:
         f"Verdict: {verdict.name}",
         f"{capital(verdict.sentence)}.",
         f"Remedy: {verdict.remedy}." if verdict.remedy else "",
-        f"Such completions, by number: {', '.join(map(str, diagnosis.odd))}."
+        f"Completions that differ from most, by number: {', '.join(map(str, diagnosis.odd))}."
         if diagnosis.odd
         else "",
         f"Decided on {verdict.tokens:,} tokens; {len(verdict.tried)} readings were tried.",

@@ -6,9 +6,9 @@ the end in pairs of one seed.
 
 Command:  bash experiments/language/get_smollm2.sh && dcmdp study experiments/language/seeds.py
 Hardware: two CPU cores, 14 GiB of memory
-Time:     8 minutes a pair of runs
-Result:   of the first four seeds alone: 0.19 to 0.28 -> 0.95 to 0.99 with the constraint and
-          without; delta of the last ten steps 0.014 to 0.018 in both on three seeds, 0.011 on one
+Time:     8 to 15 minutes a pair of runs
+Result:   0.19 to 0.28 -> 0.95 to 0.99 with the constraint and without; delta of the last ten steps
+          0.014 to 0.018 in both on three seeds, 0.011 in both on two
 """
 
 import dataclasses

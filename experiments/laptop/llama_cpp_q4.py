@@ -1,4 +1,4 @@
-"""Does a gap of the paper's size, made by a real engine, cost anything, and does DC-GRPO mend it?
+"""Does a gap of the paper's size, made by a real engine, cost anything, and does DC-GRPO help?
 
 llama.cpp with Q4_0 weights (all matrices, its own kernels with 8-bit activations) and an f16 cache
 samples; it is given a new file after each step. `exact` is GRPO sampled by the library's engine in
