@@ -43,7 +43,7 @@ ENTROPY_COLLAPSED = (
     "(docs/troubleshooting.md#entropy-falls-to-0-or-rises)."
 )
 ENTROPY_ROSE = (
-    "The reward fell while entropy rose, as in runs that are lost: lower algorithm.learning_rate "
+    "The reward fell while entropy rose, as in runs that collapse: lower algorithm.learning_rate "
     "(docs/troubleshooting.md#entropy-falls-to-0-or-rises)."
 )
 CUT_OFF_ANSWERS = (
