@@ -1,7 +1,7 @@
 """The tiny quickstart with an int4 engine, two layers and weights far from uniform."""
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from dcmdp_jax import seeds, train_state
 from dcmdp_jax.batches import make_sampler
@@ -64,12 +64,12 @@ def make_run(workdir, run, steps):
     for number in steps:
         next(inputs.prompts)
         now, before = (
-            jax.tree.map(lambda x, n=n: np.full_like(x, n), state.params)
+            jax.tree.map(lambda x, n=n: jnp.full_like(x, n), state.params)
             for n in (number, number - 1)
         )
         saved.save(
             state._replace(
-                params=now, step=np.int32(number), stale=(before,) * run.rollout.staleness
+                params=now, step=jnp.int32(number), stale=(before,) * run.rollout.staleness
             ),
             inputs.prompts.get_state(),
         )
