@@ -361,13 +361,13 @@ hostile_texts = pytest.mark.parametrize(
 
 @functools.cache
 def rewarded(hostile):
-    """Rewards of its places in a completion, seconds of the processor, and files that are left."""
+    """Rewards of its places in a completion, this thread's CPU seconds, and files that are left."""
     example = Example("", "1")
     texts = (hostile, rf"\boxed{{{hostile}}}", f"#### {hostile}", f"Answer: {hostile}")
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        started = time.process_time()
+        started = time.thread_time()
         found = [rewards.math_answer(example, text) for text in texts]
-        return found, time.process_time() - started, os.listdir()
+        return found, time.thread_time() - started, os.listdir()
 
 
 @hostile_texts
