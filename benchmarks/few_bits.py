@@ -9,17 +9,14 @@ copy of the projection in bfloat16 takes 96 MiB, one of an expert projection 384
 
 from __future__ import annotations
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 
+from benchmarks.measure import absent_chip
 from dcmdp_jax import sharding
-from dcmdp_jax.config import MeshConfig
 from dcmdp_jax.models import quantized
 from dcmdp_jax.models.kernels.experts import expert_outputs
 from dcmdp_jax.models.kernels.swiglu import Experts
-from dcmdp_jax.tools import slices
 
 FORMATS = ("bfloat16", "int8", "float8_e4m3fn", "int4", "nf4")
 PROJECTION = (4096, 12_288)
@@ -30,14 +27,9 @@ CHOSEN = 8
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--topology", default="v5e:2x2")
-    topology = parser.parse_args().topology
-    mesh = sharding.make_mesh(MeshConfig(), slices.slice_devices(topology)[:1])
+    mesh = absent_chip(__doc__)
     place = sharding.replicated(mesh)
-    print(f"{topology}, jax {jax.__version__}; MiB of arguments, of temporary memory")
+    print("MiB of arguments, of temporary memory")
 
     def show(name, f, *makers):
         shapes = jax.eval_shape(lambda: tuple(make() for make in makers))

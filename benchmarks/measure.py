@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
+from dcmdp_jax import sharding
+from dcmdp_jax.config import MeshConfig
 from dcmdp_jax.models import sizes
 from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.records import Example, Prompts
+from dcmdp_jax.tools import slices
 
 SMALL = ModelConfig(
     vocab_size=4096,
@@ -22,6 +26,19 @@ SMALL = ModelConfig(
     head_dim=32,
 )
 SHAPES = {"small": SMALL, "0.6B": sizes.QWEN3_0_6B, "8B": sizes.QWEN3_8B}
+
+
+def absent_chip(description: str) -> jax.sharding.Mesh:
+    """Returns a mesh of one chip of the command line's `--topology`, which need not be there, and
+    prints its name.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--topology", default="v5e:2x2")
+    topology = parser.parse_args().topology
+    print(f"{topology}, jax {jax.__version__}")
+    return sharding.make_mesh(MeshConfig(), slices.slice_devices(topology)[:1])
 
 
 def make_prompts(lengths: np.ndarray) -> Prompts:

@@ -9,16 +9,13 @@ its branches; without `prefix_ids` every block on or below the diagonal is compu
 
 from __future__ import annotations
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.measure import absent_chip
 from dcmdp_jax import sharding
-from dcmdp_jax.config import MeshConfig
 from dcmdp_jax.models.kernels import splash
-from dcmdp_jax.tools import slices
 
 LENGTH = 8192
 BLOCK = 1024
@@ -28,17 +25,11 @@ WIDTH = 128
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--topology", default="v5e:2x2")
-    topology = parser.parse_args().topology
-    mesh = sharding.make_mesh(MeshConfig(), slices.slice_devices(topology)[:1])
+    mesh = absent_chip(__doc__)
     place = sharding.replicated(mesh)
     row = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32, sharding=place)
     product = 2 * HEADS * BLOCK**2 * WIDTH / 1e12
     below = LENGTH // BLOCK * (LENGTH // BLOCK + 1) // 2
-    print(f"{topology}, jax {jax.__version__}")
     print(
         f"whole segments: {temporary_mebibytes(place, row):.0f} MiB, {below} blocks, "
         f"{below * (2 + 5) * product:.2f} TFLOP"
