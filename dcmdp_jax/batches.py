@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -37,7 +38,8 @@ class Batches:
     """An iterator over the batches of the steps that are left; owns the sampler and its weights.
 
     With staleness, `before_update` copies the weights of the next batch, which the update donates,
-    and `after_update` samples that batch while the update runs. Without staleness, `before_update`
+    and `after_update` samples that batch while the update runs; with `RolloutConfig.in_flight` the
+    sampler goes on with the updated weights once they are there. Without staleness, `before_update`
     frees the sampler's weights, `after_update` copies the updated ones, and each batch is sampled
     when the iterator is advanced. Iteration ends after `config.steps` steps, or where any process
     was asked to stop.
@@ -88,9 +90,19 @@ class Batches:
         sampler the updated weights.
         """
         if self._looks_ahead:
-            self._next = self._collect_next()
+            with self._in_flight(state):
+                self._next = self._collect_next()
         else:
             self._update_weights(state)
+
+    def _in_flight(self, state: TrainState) -> contextlib.AbstractContextManager:
+        if not self._config.rollout.in_flight:
+            return contextlib.nullcontext()
+        params = train_state.policy_params(state, self._config)
+        # `state.step` would be waited for; batches are numbered as steps are
+        return self.sampler.in_flight(
+            train_state.for_sampler(params, self._config), version=self._number
+        )
 
     def collect(self, stream: Stream, number: int) -> Collected | None:
         """Samples, scores and packs batch `number` of `stream`, from all processes, with the
@@ -120,6 +132,7 @@ class Batches:
             seed=seed,
             draw_groups=config.algorithm.share_prompts,
             share_prompts=config.shares_prompts,
+            with_versions=config.rollout.in_flight,
         )
         metrics |= measurements.measure_rows(batch.scored, packed)
         return Collected(

@@ -141,6 +141,9 @@ class RolloutConfig:
     top_logprobs: int = 0
     # the engine samples with the weights of so many constrained steps ago
     staleness: int = 0
+    # with staleness 1 and a server: the batch that is sampled while an update runs goes on with the
+    # updated weights as soon as there are any, so that a completion can have tokens of both
+    in_flight: bool = False
     slots: int = 64  # sequences decoded together, over all processes
     tokens_per_dispatch: int = 16  # K
     # 0: train and sample on the same mesh. n > 0: the last n devices only sample (each process

@@ -130,6 +130,12 @@ def check(config: Any) -> None:
             f"rollout.sampler and rollout.server={rollout.server!r} are both set, and one samples; "
             "leave one of the two out"
         )
+    if rollout.in_flight and (rollout.staleness != 1 or rollout.own_engine):
+        raise ValueError(
+            "rollout.in_flight gives a server new weights in the middle of a batch, the one that "
+            "it samples while an update runs; set rollout.staleness to 1 and rollout.server, or "
+            "leave rollout.in_flight out"
+        )
     if rollout.weights_folder and not rollout.server:
         raise ValueError(
             "rollout.weights_folder is for rollout.server, which is not set; set it, or leave "

@@ -174,6 +174,9 @@ class Sampler(Protocol):
 
     A sampler may have a method `release_weights()`. It is called before an update, if the next
     batch is sampled from what the update makes, so that its weights do not lie beside the update.
+    For `RolloutConfig.in_flight` it has a method `in_flight(params, version)`, a context manager:
+    a batch that is sampled within it goes on with `params` as soon as they are computed, and its
+    rollout tells the version of each token.
     """
 
     def sample(
@@ -264,6 +267,8 @@ class Batch(NamedTuple):
     # takes them
     top_tokens: np.ndarray | None = None
     top_rollout_logp: np.ndarray | None = None
+    # [M, A, n, T] int32 of the rollout, with `RolloutConfig.in_flight`
+    version: np.ndarray | None = None
 
 
 class Before(NamedTuple):

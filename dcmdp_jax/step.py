@@ -59,7 +59,11 @@ def constrained_step(
     logp = old_logp
     if state.stale:
         policy = train_state.policy_params(state, config)
-        logp, _ = trainer_scores.score(policy, batch, config, model)
+        logp, current_entropy = trainer_scores.score(policy, batch, config, model)
+        if batch.version is not None:  # tokens that were sampled once the update before had ended
+            current = batch.version == state.step
+            old_logp = jnp.where(current, logp, old_logp)
+            entropy = jnp.where(current, current_entropy, entropy)
 
     # Shape: A' = A - lambda delta, or whatever `constraint.shaping` makes of it.
     charge = objective.reference_charge(batch, old_logp, ref_logp, config)

@@ -84,13 +84,18 @@ def staleness_metrics(
     state: TrainState, logp: jax.Array, old_logp: jax.Array, batch: Batch
 ) -> Metrics:
     """The gap divided into age and numerics, if the batch comes from stale weights; `logp` is of
-    the weights before the step.
+    the weights before the step. With weights that change in flight, the share of tokens that come
+    from the weights before the step.
     """
     if not state.stale:
         return {}
-    return diagnostics.staleness(
+    metrics = diagnostics.staleness(
         objective.flat(logp),
         objective.flat(old_logp),
         objective.flat(batch.rollout_logp),
         objective.flat(batch.mask),
     )
+    if batch.version is not None:
+        current = batch.version == state.step
+        metrics["on_policy_share"] = reduce.token_mean(current.astype(jnp.float32), batch.mask)
+    return metrics

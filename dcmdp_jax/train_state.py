@@ -177,6 +177,7 @@ def batch_shardings(config: Config, mesh: jax.sharding.Mesh) -> Batch:
         replayed=rows if config.algorithm.replay_routing else None,
         top_tokens=top,
         top_rollout_logp=top,
+        version=replicated if config.rollout.in_flight else None,
     )
 
 

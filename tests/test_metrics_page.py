@@ -54,7 +54,12 @@ def explained():
 def of_step(config):
     """The keys of a step's metrics; the step is traced, and not compiled."""
     batch = packing.pack(
-        make_scored(), minibatches=1, microbatches=1, row_length=24, share_prompts=True
+        make_scored(),
+        minibatches=1,
+        microbatches=1,
+        row_length=24,
+        share_prompts=True,
+        with_versions=config.rollout.in_flight,
     )
     state = train_state.abstract(config, MODEL, ONE)
     _, values = jax.eval_shape(compiled_step.compile_step(config, MODEL, ONE), state, batch)
@@ -68,7 +73,9 @@ def with_options():
         entropy_coefficient=0.01,
         update_scale=lambda logp, rollout_logp, mask, steps: jnp.float32(1.0),
     )
-    rollout = dataclasses.replace(config.rollout, staleness=1)
+    rollout = dataclasses.replace(
+        config.rollout, staleness=1, in_flight=True, server="http://127.0.0.1:1"
+    )
     return (
         dataclasses.replace(config, rollout=rollout),
         make_config(accept=lambda old_logp, rollout_logp, advantage, mask: jnp.bool_(True)),

@@ -2,7 +2,9 @@
 it, a crash of the server included.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import threading
 import time
 
@@ -41,6 +43,7 @@ DENSE = ModelConfig(
 )
 EXPERTS = dataclasses.replace(DENSE, num_experts=8, experts_per_token=2, expert_size=64)
 CLOSE = 1e-4  # nats, on every token
+FLOAT32 = ("--dtype", "float32", "--enable-scale-out")
 
 
 def sharp(model, seed=0):
@@ -60,7 +63,7 @@ def serve(folder, model, *options, port=0):
 def float32(tmp_path_factory):
     """A server of the dense model; a test that ends it starts another in its place."""
     folder = tmp_path_factory.mktemp("float32")
-    running = {"server": serve(folder, DENSE, "--dtype", "float32"), "folder": folder}
+    running = {"server": serve(folder, DENSE, *FLOAT32), "folder": folder}
     yield running
     running["server"].stop()
 
@@ -130,6 +133,41 @@ def test_new_weights_are_sampled_from_once_they_are_given(float32):
         assert [gap < CLOSE for gap in gaps] == [other == version for other in range(3)]
 
 
+def test_completions_go_on_with_weights_that_come_in_flight(float32, monkeypatch):
+    """Each token has the log-prob of the weights that it is said to come from, with which all
+    tokens before it are computed again.
+    """
+    run = run_of(
+        float32["server"].url,
+        **{"rollout.staleness": 1, "rollout.in_flight": True, "rollout.samples": 64},
+    )
+    inputs = read_inputs(run, ONE_DEVICE)
+    make = vllm.vllm(run.rollout.server, connections=32)
+    sampler = make(run, inputs.model_config, inputs.tokenizer, inputs.decode_mesh)
+    sampler.update_weights(sharp(DENSE, 0), 0)
+    read = vllm.InFlight.read
+    answered = itertools.count(1)
+    with contextlib.ExitStack() as coming:
+
+        def come_after_the_64th(self, reply, request):
+            if next(answered) == 64:
+                coming.enter_context(sampler.in_flight(sharp(DENSE, 1), 1))
+            return read(self, reply, request)
+
+        monkeypatch.setattr(vllm.InFlight, "read", come_after_the_64th)
+        rollout = parity.sample(sampler, run, inputs, seed=0)
+    mask = parity.token_mask(rollout)
+    score = parity.scorer(run, inputs)
+    gaps = [np.abs(score(sharp(DENSE, v), rollout, 0) - rollout.rollout_logp) for v in range(2)]
+    for version in range(2):
+        sampled = mask & (rollout.version == version)
+        assert sampled.sum() > 20
+        assert gaps[version][sampled].max() < CLOSE and gaps[1 - version][sampled].max() > 0.1
+    mixed = [set(row[kept]) == {0, 1} for row, kept in zip(rollout.version, mask)]
+    print(f"{sum(mixed)} of {len(mixed)} completions have tokens of both")
+    assert any(mixed)
+
+
 def sampled(url, prompts, seeds):
     """Returns the server's completion of each prompt, of at most 24 tokens."""
     client = Client(url, "vLLM")
@@ -178,7 +216,7 @@ def test_a_run_outlives_a_crash_of_the_server(float32, ten_steps, tmp_path):
             assert time.monotonic() < deadline, "the run has not written 3 rows in 300 s"
             time.sleep(0.01)
         killed.stop()
-        float32["server"] = serve(float32["folder"], DENSE, "--dtype", "float32", port=killed.port)
+        float32["server"] = serve(float32["folder"], DENSE, *FLOAT32, port=killed.port)
 
     run = run_of(float32["server"].url, **{"steps": 10, "eval.every": 5})
     crash = threading.Thread(target=restart, daemon=True)

@@ -13,7 +13,7 @@ from dcmdp_jax.run.inputs import read_inputs
 from dcmdp_jax.run.starting import unwarmed_weights
 from dcmdp_jax.stopping import Interrupted
 from support.random_params import random_params
-from support.servers import LlamaCpp, Sglang, StandIn, Vllm, once, status
+from support.servers import LlamaCpp, Sglang, StandIn, Vllm, VllmInFlight, once, status
 from support.training import (
     ONE_DEVICE,
     QUICKSTART,
@@ -30,6 +30,7 @@ pytestmark = pytest.mark.full
 
 SMALL = {"rollout.max_tokens": 8, "rollout.samples": 2, "warmup.steps": 0}
 REQUESTS = 8  # of a step
+PROBES = 16  # at the start of a run
 
 
 def started(kind):
@@ -99,7 +100,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(three_steps, tmp_path):
 def test_a_run_that_is_interrupted_while_it_samples_goes_on(three_steps, tmp_path):
     server, whole, _ = three_steps
     run = run_of(server, **{"steps": 3, "eval.every": 2})
-    third = len(server.asked) + 16 + 2 * REQUESTS + 2 * 8  # after a probe and two steps
+    third = len(server.asked) + PROBES + 2 * REQUESTS + 2 * 8  # after a probe and two steps
 
     def interrupt(handler, number):
         os.kill(os.getpid(), signal.SIGINT)
@@ -139,6 +140,28 @@ def test_stale_weights_are_the_servers(tmp_path):
         train(run_of(server, **{"steps": 3, "rollout.staleness": 1}), tmp_path)
     assert all(row["delta_mean"] < 1e-6 for row in rows(tmp_path))
     assert [row["gap_staleness"] > 1e-5 for row in rows(tmp_path)] == [False, True, True]
+
+
+def test_weights_in_flight_are_scored_token_by_token(tmp_path):
+    """From the second batch on, each completion waits after its second token for the update that
+    runs meanwhile.
+    """
+    with started(VllmInFlight) as server:
+
+        def wait(count, labels):
+            if count == 2 and len(server.asked) > PROBES + REQUESTS:
+                with server.steps:
+                    assert server.steps.wait_for(lambda: server.label != labels[0], 60)
+
+        server.after_token = wait
+        run = run_of(server, **{"steps": 3, "rollout.staleness": 1, "rollout.in_flight": True})
+        train(run, tmp_path)
+        assert len(server.loaded) == 4  # before the first two batches, in the second, in the third
+    first, *others = rows(tmp_path)
+    assert first["on_policy_share"] == 1
+    assert all(0 < row["on_policy_share"] < 1 for row in others)
+    assert all(row["gap_staleness"] > 1e-5 for row in others)
+    assert all(row["delta_mean"] < 1e-6 for row in (first, *others))
 
 
 @pytest.mark.parametrize("kind", [Vllm, Sglang, LlamaCpp])

@@ -142,6 +142,7 @@ class Client:
         attempts: int | None = None,
         time_outs: int = TIME_OUTS,
         timeout: float | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> list[Any]:
         """Sends all of `calls`, and returns what `read` makes of their replies, in their order.
 
@@ -156,18 +157,24 @@ class Client:
             should_stop: polled; true cancels the requests that are under way.
             time_outs: attempts that time out; 1 for what must not run twice at the same time.
             timeout: in the place of the client's.
+            meanwhile: called again and again while requests are under way, from the caller's
+                thread; may send others.
 
         Raises ServerError, in one sentence, where a request fails for good; the others are then
-        cancelled. Raises `Interrupted` if `should_stop()`.
+        cancelled. Raises `Interrupted` if `should_stop()`, and whatever `meanwhile` raises.
         """
         self._has_told = False
         limits = _Limits(attempts or self.attempts, time_outs, timeout or self.timeout)
         with self._threads.start_blocking_portal() as portal:
             work = portal.start_task_soon(self._send_all, calls, read, limits)
             while not concurrent.futures.wait([work], POLL_SECONDS).done:
-                if should_stop():
+                try:
+                    if should_stop():
+                        raise Interrupted(f"stopped while {self.name} at {self.url} was asked")
+                    meanwhile()
+                except BaseException:
                     work.cancel()
-                    raise Interrupted(f"stopped while {self.name} at {self.url} was asked")
+                    raise
             return work.result()
 
     async def _send_all(self, calls: Sequence[Call], read: Callable, limits: _Limits) -> list[Any]:

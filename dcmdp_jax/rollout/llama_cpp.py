@@ -100,6 +100,10 @@ class Server:
         limit = request.max_tokens
         return Reply(tokens[:limit], logp[:limit], reason == "eos" and not is_cut)
 
+    def in_flight(self) -> Server:
+        """Raises ServerError: the weights never change."""
+        raise server_sampler.no_in_flight(self)
+
     def load(self, folder: Any, label: str, should_stop: Callable[[], bool]) -> None:
         """Does nothing: `ServerSampler` asks no server to load that has not `loads_weights`."""
 

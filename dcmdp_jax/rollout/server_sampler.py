@@ -6,13 +6,14 @@ What differs between servers is a `Server`: vllm.py, sglang.py and llama_cpp.py 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import pathlib
 import re
 import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -53,7 +54,7 @@ class Reply(NamedTuple):
     tokens: list[int]
     logp: list[float | None]  # of each token; None where the server does not know it
     ended: bool  # by a stop token or string, not by the length limit
-    label: str | None = None  # of the weights that sampled it, where the reply says so
+    labels: Sequence[str] = ()  # of the weights that sampled each token, where the reply says so
 
 
 class Server(Protocol):
@@ -69,6 +70,14 @@ class Server(Protocol):
 
     def read(self, reply: Any, request: Request) -> Reply:
         """Returns the completion in a reply. Raises BadReply if it is not of the right form."""
+        ...
+
+    def in_flight(self) -> Server:
+        """Returns the server, asked so that `load` leaves requests under way, which go on with the
+        new weights, and their replies have the labels of each token.
+
+        Raises ServerError if it cannot do that.
+        """
         ...
 
     def load(self, folder: pathlib.Path, label: str, should_stop: Callable[[], bool]) -> None:
@@ -96,20 +105,21 @@ def of_run(
     weights_folder: str = "",
 ) -> ServerSampler:
     """Returns the sampler of a run. Raises as `check` does."""
-    check(config, server)
     return ServerSampler(
         model,
         tokenizer,
-        server,
+        check(config, server),
         weights_folder=weights_folder,
         temperature=config.rollout.temperature,
         learns=config.algorithm.learning_rate != 0,
     )
 
 
-def check(config: Config, server: Server) -> None:
-    """Raises ValueError if the run asks for something that a server over HTTP cannot do, or that
-    this server cannot.
+def check(config: Config, server: Server) -> Server:
+    """Returns the server as the run asks it.
+
+    Raises ValueError if the run wants something that a server over HTTP cannot do, or that this
+    server cannot.
     """
     rollout = config.rollout
     name = f"{server.client.name} at {server.client.url}"
@@ -130,7 +140,24 @@ def check(config: Config, server: Server) -> None:
             "rollout.one_engine is one engine of all processes, and each process asks a server for "
             "its own completions; set --rollout.one_engine no"
         )
+    if rollout.in_flight:
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"rollout.in_flight gives {name} new weights while it samples, from one process, "
+                f"and {jax.process_count()} train; set --rollout.in_flight no"
+            )
+        server = server.in_flight()
     server.label(lambda: False)
+    return server
+
+
+def no_in_flight(server: Server) -> ServerError:
+    """Returns the error of a server without `in_flight`."""
+    return ServerError(
+        f"rollout.in_flight changes weights in the middle of completions, and {server.client.name} "
+        f"at {server.client.url} does not tell which tokens come from which; set "
+        "--rollout.in_flight no, or sample from vLLM"
+    )
 
 
 def check_support(sampling: Sampling, name: str) -> None:
@@ -181,6 +208,9 @@ class ServerSampler:
         self._run = f"dcmdp-weights-{processes.gather(own)[0]:08x}"  # one name for all processes
         self._updates = 0
         self._version: int | None = None
+        self._versions: dict[str, int | None] = {}  # of the present batch, by the weights' labels
+        self._coming: tuple[Any, int] | None = None  # parameters in flight, and their version
+        self._came: int | None = None  # the version of those that were given in flight
 
     @property
     def _label(self) -> str:
@@ -193,6 +223,9 @@ class ServerSampler:
         or reports log-probs of something else; `Interrupted` where it takes over ten seconds after
         the process was asked to stop.
         """
+        if version == self._came:
+            return
+        self._came = None
         if not _all_finite(params):
             raise NotFinite(
                 "the server is given weights that hold NaN or an infinite number; take a "
@@ -213,6 +246,31 @@ class ServerSampler:
         if self._updates == 1:
             self._check_meaning(params)
         self._version = version
+
+    @contextlib.contextmanager
+    def in_flight(self, params: Any, version: int) -> Iterator[None]:
+        """Gives the server `params` while it samples, once they are computed; see
+        `records.Sampler`. What is not computed when the batch ends is not given.
+        """
+        self._coming = params, version
+        try:
+            yield
+        finally:
+            self._coming = None
+
+    def _give_coming(self) -> None:
+        """Gives the server the parameters in flight, if they are computed. Those that are not
+        finite are left to `update_weights`, which refuses them.
+        """
+        if self._coming is None or not all(x.is_ready() for x in jax.tree.leaves(self._coming[0])):
+            return
+        params, version = self._coming
+        self._coming = None
+        if not _all_finite(params):
+            return
+        self._updates += 1
+        self._load(_on_host(params))
+        self._versions[self._label] = self._version = self._came = version
 
     def _check_meaning(self, params: Any) -> None:
         """Raises ServerError unless the server's log-probs are those of the trainer's model at the
@@ -334,16 +392,19 @@ class ServerSampler:
         return self._to_rollout(prompts, requests, replies)
 
     def _sampled(self, requests: list[Request], should_stop: Callable[[], bool]) -> list[Reply]:
-        """Returns replies that all come from the weights of the last update."""
+        """Returns replies that all come from the weights of the last update, or of one in flight."""
         for _ in range(RESTARTS):
             found = self._server.label(should_stop)
             if found in (None, self._label):
+                self._versions = {self._label: self._version}
                 replies = self._ask(requests, should_stop)
-                labels = {reply.label for reply in replies}
-                labels.add(self._server.label(should_stop))
-                found = next(iter(labels - {None, self._label}), self._label)
-                if found == self._label:
+                last = self._server.label(should_stop)
+                found = self._label if last is None else last
+                unknown = {label for reply in replies for label in reply.labels}
+                unknown -= self._versions.keys()
+                if found == self._label and not unknown:
                     return replies
+                found = next(iter(unknown), found)
             self._give_again(found, should_stop)
         raise ServerError(
             f"{self._name} had other weights than it was given {RESTARTS} times in one batch; look "
@@ -376,7 +437,7 @@ class ServerSampler:
             _check_reply(completion, request, self._model.vocab_size)
             return completion
 
-        return self._server.client.send(calls, read, should_stop)
+        return self._server.client.send(calls, read, should_stop, meanwhile=self._give_coming)
 
     def _to_rollout(
         self, prompts: Prompts, requests: list[Request], replies: list[Reply]
@@ -387,15 +448,17 @@ class ServerSampler:
         lengths = np.zeros(len(requests), np.int32)
         texts = np.zeros(len(requests), np.int32)
         stopped = np.zeros(len(requests), bool)
+        versions = np.full(shape, self._version, np.int32)
         for i, (request, reply) in enumerate(zip(requests, replies, strict=True)):
             length, text_length = self._end(request, reply)
             tokens[i, :length] = reply.tokens[:length]
             logp[i, :length] = np.array(reply.logp[:length], np.float32)  # None becomes NaN
+            versions[i, : len(reply.labels)] = [self._versions[label] for label in reply.labels]
             lengths[i] = length
             texts[i] = length if text_length is None else text_length
             stopped[i] = text_length is not None
         return Rollout(
-            prompts, tokens, lengths, texts, logp, stopped, self._version, requests[0].sampling
+            prompts, tokens, lengths, texts, logp, stopped, versions, requests[0].sampling
         )
 
     def _end(self, request: Request, reply: Reply) -> tuple[int, int | None]:

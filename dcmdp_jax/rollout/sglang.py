@@ -93,8 +93,12 @@ class Server:
         if reason not in ("stop", "length"):
             raise BadReply(f"ends by {reason!r:.40}, not by a stop token, text or the length")
         tokens = [token for _, token in pairs]
-        label = None if label is None else str(label)
-        return Reply(tokens, [logp for logp, _ in pairs], reason == "stop", label)
+        labels = [] if label is None else [str(label)] * len(tokens)
+        return Reply(tokens, [logp for logp, _ in pairs], reason == "stop", labels)
+
+    def in_flight(self) -> Server:
+        """Raises ServerError: a reply names the weights of its last token alone."""
+        raise server_sampler.no_in_flight(self)
 
     def load(self, folder: pathlib.Path, label: str, should_stop: Callable[[], bool]) -> None:
         """Pauses the server, has it read the folder and name its weights, and continues it.

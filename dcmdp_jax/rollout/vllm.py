@@ -9,7 +9,7 @@ from typing import Any
 from dcmdp_jax.config import Config
 from dcmdp_jax.records import Sampler
 from dcmdp_jax.rollout import server_sampler
-from dcmdp_jax.rollout.http_client import BadReply, Client, ServerError
+from dcmdp_jax.rollout.http_client import BadReply, Call, Client, ServerError
 from dcmdp_jax.rollout.server_sampler import Reply, Request
 
 
@@ -38,6 +38,7 @@ class Server:
 
     path = "/v1/completions"
     loads_weights = True
+    pause = "abort"  # what requests under way come to when weights are loaded
 
     def __init__(self, client: Client):
         """Asks the server for the name of its model."""
@@ -52,31 +53,12 @@ class Server:
             ) from None
 
     def body(self, request: Request) -> dict:
-        """Returns the body of a request.
-
-        What is not said here would come from the model's generation_config.json.
-        """
-        sampling = request.sampling
-        return {
+        """Returns the body of a request."""
+        return _sampling_params(request) | {
             "model": self._model,
             "prompt": request.prompt,
-            "max_tokens": request.max_tokens,
-            "temperature": float(sampling.temperature),
-            "top_k": int(sampling.top_k),
-            "top_p": float(sampling.top_p),
-            "min_p": float(sampling.min_p),
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "seed": request.seed,
-            "n": 1,
-            "logprobs": 0,  # those of the sampled tokens alone
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,  # a server without a tokenizer has no text
-            "ignore_eos": True,  # the tokenizer's stop tokens end a completion, and no others
-            "stop_token_ids": list(request.stop_ids),
-            "stop": list(request.stop_strings),
-            "skip_special_tokens": False,  # they are text in which stop strings are found
         }
 
     def read(self, reply: Any, request: Request) -> Reply:
@@ -89,11 +71,13 @@ class Server:
             prompt = choice.get("prompt_token_ids")
         except (KeyError, TypeError, ValueError, AttributeError):
             raise BadReply("has not one choice with token_ids and logprobs") from None
-        if prompt is not None and prompt != request.prompt:
-            raise BadReply(f"is to another prompt, of {len(prompt)} tokens")
-        if reason not in ("stop", "length"):
-            raise BadReply(f"ends by {reason!r:.40}, not by a stop token, text or the length")
-        return Reply(tokens, logp, reason == "stop")
+        return Reply(tokens, logp, _is_ended(reason, prompt, request))
+
+    def in_flight(self) -> InFlight:
+        """Returns the server, asked where it tells which tokens come from which weights. Raises
+        ServerError if it is not there.
+        """
+        return InFlight(self.client)
 
     def load(self, folder: pathlib.Path, label: str, should_stop: Callable[[], bool]) -> None:
         """Pauses the server, names its weights, has it read the folder, and resumes it.
@@ -104,17 +88,22 @@ class Server:
         """
         client = self.client
         steps = (
-            ("/pause?mode=abort", None),
+            (f"/pause?mode={self.pause}", None),
             ("/update_weight_version", {"new_version": label}),
             (
                 "/collective_rpc",
                 {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}},
             ),
-            ("/reset_prefix_cache", None),
+            # requests that are kept compute the keys and values of their tokens again
+            ("/reset_prefix_cache?reset_running_requests=true", None),
         )
         try:
             for path, body in steps:
-                client.post(path, body, should_stop, time_outs=1)
+                reply = client.post(path, body, should_stop, time_outs=1)
+                if isinstance(reply, dict) and reply.get("success") is False:
+                    raise ServerError(
+                        f"vLLM at {client.url} reports no success of {path}; look at its log"
+                    )
         except BaseException:
             client.post_once("/resume")
             raise
@@ -131,3 +120,87 @@ class Server:
                 f"vLLM at {self.client.url} takes no new weights; start version 0.32 or newer with "
                 "VLLM_SERVER_DEV_MODE=1 in its environment"
             ) from None
+
+
+class InFlight(Server):
+    """A server whose weights change in the middle of completions, which then go on."""
+
+    path = "/inference/v1/generate"
+    pause = "keep"
+
+    def __init__(self, client: Client):
+        """Asks the server for the name of its model, and whether it has that path."""
+        super().__init__(client)
+        try:
+            client.send([Call("POST", self.path, {})], attempts=1)
+        except ServerError as error:
+            if error.status not in (404, 405):
+                return  # it has, and says what the body lacks
+        raise ServerError(
+            f"vLLM at {client.url} does not tell which tokens come from which weights; start it "
+            "with --enable-scale-out, or set --rollout.in_flight no"
+        )
+
+    def body(self, request: Request) -> dict:
+        """Returns the body of a request."""
+        return {
+            "model": self._model,
+            "token_ids": request.prompt,
+            "sampling_params": _sampling_params(request),
+        }
+
+    def read(self, reply: Any, request: Request) -> Reply:
+        """Returns the completion in a reply, with the label of the weights of each token."""
+        try:
+            (choice,) = reply["choices"]
+            tokens = choice["token_ids"]
+            content = choice["logprobs"]["content"]
+            reported = [entry["token_id"] for entry in content]
+            logp = [entry["logprob"] for entry in content]
+            spans = [(s["version"], s["start"], s["end"]) for s in choice["weight_versions"]]
+            reason = choice["finish_reason"]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise BadReply(
+                "has not one choice with token_ids, logprobs and weight_versions"
+            ) from None
+        if reported != tokens:
+            raise BadReply("has log-probs of other tokens than it returns")
+        labels = [label for label, start, end in spans for _ in range(start, end)]
+        if len(labels) != len(tokens):
+            raise BadReply(f"names the weights of {len(labels)} tokens, and has {len(tokens)}")
+        return Reply(tokens, logp, _is_ended(reason, None, request), labels)
+
+
+def _sampling_params(request: Request) -> dict:
+    """Returns all settings of a request; others would come from the model's
+    generation_config.json.
+    """
+    sampling = request.sampling
+    return {
+        "max_tokens": request.max_tokens,
+        "temperature": float(sampling.temperature),
+        "top_k": int(sampling.top_k),
+        "top_p": float(sampling.top_p),
+        "min_p": float(sampling.min_p),
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "seed": request.seed,
+        "n": 1,
+        "logprobs": 0,  # those of the sampled tokens alone
+        "ignore_eos": True,  # the tokenizer's stop tokens end a completion, and no others
+        "stop_token_ids": list(request.stop_ids),
+        "stop": list(request.stop_strings),
+        "skip_special_tokens": False,  # they are text in which stop strings are found
+    }
+
+
+def _is_ended(reason: Any, prompt: list[int] | None, request: Request) -> bool:
+    """Returns whether a completion has stopped before the length limit. Raises BadReply if neither
+    ended it, or if it is of another prompt, where that is told.
+    """
+    if prompt is not None and prompt != request.prompt:
+        raise BadReply(f"is to another prompt, of {len(prompt)} tokens")
+    if reason not in ("stop", "length"):
+        raise BadReply(f"ends by {reason!r:.40}, not by a stop token, text or the length")
+    return reason == "stop"

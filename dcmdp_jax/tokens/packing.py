@@ -22,6 +22,7 @@ def pack(
     seed: int | tuple[int, ...] = 0,
     draw_groups: bool = False,
     share_prompts: bool = False,
+    with_versions: bool = False,
 ) -> Batch:
     """Packs the completions into M x A microbatches of R rows of S tokens.
 
@@ -92,6 +93,7 @@ def pack(
         replayed=replayed,
         top_tokens=None if rollout.top_tokens is None else deal(rollout.top_tokens[order]),
         top_rollout_logp=None if rollout.top_logp is None else deal(rollout.top_logp[order]),
+        version=deal(rollout.version[order]) if with_versions else None,
     )
 
 

@@ -58,6 +58,7 @@ class Drawn:
         self.tokens = []
         self.raw = []  # of softmax(logits)
         self.tempered = []  # of softmax(logits / temperature)
+        self.labels = []  # of the weights of each token
         self.stopped = False
 
 
@@ -76,12 +77,14 @@ class StandIn:
         self.raw = False  # reports log-probs from before the temperature
         self.top_k = 0  # its own default, which no request changes
         self.faults = []
+        self.after_token = lambda count, labels: None  # is called in each completion
         self.asked = []  # bodies of requests for completions, as they came
         self.paths = []  # of all requests
         self.loaded = []  # folders, as they were loaded
         self.most_at_once = 0
         self._at_once = 0
         self._lock = threading.Lock()
+        self.steps = threading.Condition()  # no token is drawn while a server is paused
         self._logits = logits_of(model)
         self.restart()
 
@@ -131,13 +134,15 @@ class StandIn:
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
         try:
-            if path == self.kind.path:
+            if path == self.kind.path and not body:
+                send(handler, {"error": "no prompt"}, 400)
+            elif path == self.kind.path:
                 with self._lock:
                     number = len(self.asked)
                     self.asked.append(body)
                 if any([fault(handler, number) for fault in self.faults]):
                     return
-                assert not self.paused, "asked while paused"
+                assert self.kind.keeps or not self.paused, "asked while paused"
                 send(handler, self.kind.complete(self, body))
             else:
                 status, reply = self.kind.control(self, method, path, body)
@@ -159,7 +164,10 @@ class StandIn:
         row[0, : len(prompt)] = prompt
         out = Drawn()
         for place in range(len(prompt), len(prompt) + max_tokens):
-            logits = np.asarray(self._logits(self.params, row))[0, place - 1].astype(np.float64)
+            with self.steps:
+                self.steps.wait_for(lambda: not self.paused)
+                logits = np.asarray(self._logits(self.params, row))[0, place - 1].astype(np.float64)
+                out.labels.append(self.label)
             raw = logits - np.logaddexp.reduce(logits)
             if self.top_k:
                 logits[np.argsort(logits)[: -self.top_k]] = -np.inf
@@ -173,6 +181,7 @@ class StandIn:
             out.stopped = token in stop_ids or any(stop in text for stop in stop_strings)
             if out.stopped:
                 break
+            self.after_token(len(out.tokens), out.labels)
         return out
 
 
@@ -192,6 +201,7 @@ class Vllm:
     """The form of vLLM 0.32."""
 
     path = "/v1/completions"
+    keeps = False  # requests under way while it is paused
 
     def complete(server, body):
         assert body["model"] == "policy" and body["return_token_ids"] and body["n"] == 1
@@ -222,10 +232,13 @@ class Vllm:
         if (method, path) == ("GET", "/weight_info"):
             return 200, {"weight_version": server.label}
         if path == "/pause":
-            server.paused = True
+            with server.steps:
+                server.paused = True
             return 200, {"status": "paused"}
         if path == "/resume":
-            server.paused = False
+            with server.steps:
+                server.paused = False
+                server.steps.notify_all()
             return 200, {"status": "resumed"}
         if path == "/reset_prefix_cache":
             return 200, b""
@@ -242,10 +255,52 @@ class Vllm:
         return NOT_FOUND
 
 
+class VllmInFlight(Vllm):
+    """The form of vLLM 0.32 with `--enable-scale-out`."""
+
+    path = "/inference/v1/generate"
+    keeps = True
+
+    def complete(server, body):
+        params = body["sampling_params"]
+        assert body["model"] == "policy" and params["n"] == 1 and params["ignore_eos"]
+        drawn = server.draw(
+            body["token_ids"],
+            params["max_tokens"],
+            params["temperature"],
+            params["seed"],
+            params["stop_token_ids"],
+            params["stop"],
+        )
+        starts = [
+            place
+            for place, label in enumerate(drawn.labels)
+            if place == 0 or label != drawn.labels[place - 1]
+        ]
+        ends = [*starts[1:], len(drawn.tokens)]
+        choice = {
+            "index": 0,
+            "finish_reason": "stop" if drawn.stopped else "length",
+            "token_ids": drawn.tokens,
+            "weight_versions": [
+                {"version": drawn.labels[start], "start": start, "end": end}
+                for start, end in zip(starts, ends)
+            ],
+            "logprobs": {
+                "content": [
+                    {"token_id": token, "logprob": logp, "rank": 1, "top_logprobs": []}
+                    for token, logp in zip(drawn.tokens, drawn.tempered)
+                ]
+            },
+        }
+        return {"model": "policy", "output_mode": "tokens", "choices": [choice]}
+
+
 class Sglang:
     """The form of SGLang."""
 
     path = "/generate"
+    keeps = False
 
     def complete(server, body):
         sampling = body["sampling_params"]
@@ -300,6 +355,7 @@ class LlamaCpp:
     """The form of llama-server."""
 
     path = "/completion"
+    keeps = False
 
     def complete(server, body):
         assert body["return_tokens"] and body["n_probs"] == 1 and "stop" not in body
