@@ -168,6 +168,18 @@ def test_completions_go_on_with_weights_that_come_in_flight(float32, monkeypatch
     assert any(mixed)
 
 
+def test_a_run_with_weights_in_flight_has_no_gap(float32, tmp_path):
+    run = run_of(
+        float32["server"].url,
+        **{"steps": 6, "rollout.staleness": 1, "rollout.in_flight": True, "rollout.samples": 32},
+    )
+    train(run, tmp_path)
+    found = rows(tmp_path)
+    print("on policy:", [round(row["on_policy_share"], 2) for row in found])
+    assert any(0 < row["on_policy_share"] < 1 for row in found[1:])
+    assert all(row["delta_mean"] < 1e-5 for row in found)
+
+
 def sampled(url, prompts, seeds):
     """Returns the server's completion of each prompt, of at most 24 tokens."""
     client = Client(url, "vLLM")
