@@ -234,6 +234,35 @@ class NotComputed:
         return False
 
 
+def without(reply):
+    del reply["choices"][0]["weight_versions"]
+
+
+def unlabelled(reply):
+    reply["choices"][0]["weight_versions"] = None
+
+
+def too_long(reply):
+    reply["choices"][0]["weight_versions"][-1]["end"] += 1
+
+
+def with_a_hole(reply):
+    reply["choices"][0]["weight_versions"][0]["start"] = 1
+
+
+def of_another_token(reply):
+    reply["choices"][0]["logprobs"]["content"][0]["token_id"] += 1
+
+
+@pytest.mark.parametrize("change", [without, unlabelled, too_long, with_a_hole, of_another_token])
+def test_a_reply_that_does_not_tell_the_weights_of_each_token_is_refused(change):
+    with StandIn(VllmInFlight) as server:
+        sampler = make_in_flight(server)
+        server.faults.append(replaced(change))
+        with pytest.raises(ServerError, match="in another form than expected: its reply"):
+            sample(sampler)
+
+
 def test_weights_that_are_not_computed_when_a_batch_ends_come_after_it():
     with StandIn(VllmInFlight) as server:
         sampler = make_in_flight(server)
@@ -464,7 +493,7 @@ def test_a_load_that_ends_soon_after_a_signal_is_not_given_up():
     gate = threading.Event()
     gate.set()
     with StandIn(hanging("vllm", gate, interrupt)) as server, stopping.requests() as stop:
-        assert sample(make("vllm", server)).version == 0 and stop()
+        assert (sample(make("vllm", server)).version == 0).all() and stop()
 
 
 def test_llama_cpp_takes_no_new_weights():
@@ -478,7 +507,7 @@ def test_llama_cpp_serves_a_run_that_learns_nothing():
     with StandIn(LlamaCpp) as server:
         sampler = make("llama_cpp", server, run=tiny(**{"algorithm.learning_rate": 0}))
         sampler.update_weights(make_params(), 1)
-        assert sample(sampler).version == 1
+        assert (sample(sampler).version == 1).all()
 
 
 # Replies

@@ -392,7 +392,7 @@ class ServerSampler:
         return self._to_rollout(prompts, requests, replies)
 
     def _sampled(self, requests: list[Request], should_stop: Callable[[], bool]) -> list[Reply]:
-        """Returns replies that all come from the weights of the last update, or of one in flight."""
+        """Returns replies that come from the weights of the last update, or of one in flight."""
         for _ in range(RESTARTS):
             found = self._server.label(should_stop)
             if found in (None, self._label):

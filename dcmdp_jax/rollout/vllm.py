@@ -71,7 +71,9 @@ class Server:
             prompt = choice.get("prompt_token_ids")
         except (KeyError, TypeError, ValueError, AttributeError):
             raise BadReply("has not one choice with token_ids and logprobs") from None
-        return Reply(tokens, logp, _is_ended(reason, prompt, request))
+        if prompt is not None and prompt != request.prompt:
+            raise BadReply(f"is to another prompt, of {len(prompt)} tokens")
+        return Reply(tokens, logp, _stopped(reason))
 
     def in_flight(self) -> InFlight:
         """Returns the server, asked where it tells which tokens come from which weights. Raises
@@ -157,7 +159,10 @@ class InFlight(Server):
             content = choice["logprobs"]["content"]
             reported = [entry["token_id"] for entry in content]
             logp = [entry["logprob"] for entry in content]
-            spans = [(s["version"], s["start"], s["end"]) for s in choice["weight_versions"]]
+            spans = [
+                (str(span["version"]), span["start"], span["end"])
+                for span in choice["weight_versions"]
+            ]
             reason = choice["finish_reason"]
         except (KeyError, TypeError, ValueError, AttributeError):
             raise BadReply(
@@ -165,10 +170,14 @@ class InFlight(Server):
             ) from None
         if reported != tokens:
             raise BadReply("has log-probs of other tokens than it returns")
-        labels = [label for label, start, end in spans for _ in range(start, end)]
+        labels = []
+        for label, start, end in spans:
+            if start != len(labels) or end > len(tokens):
+                break
+            labels += [label] * (end - start)
         if len(labels) != len(tokens):
-            raise BadReply(f"names the weights of {len(labels)} tokens, and has {len(tokens)}")
-        return Reply(tokens, logp, _is_ended(reason, None, request), labels)
+            raise BadReply("names the weights of other tokens than it returns")
+        return Reply(tokens, logp, _stopped(reason), labels)
 
 
 def _sampling_params(request: Request) -> dict:
@@ -195,12 +204,10 @@ def _sampling_params(request: Request) -> dict:
     }
 
 
-def _is_ended(reason: Any, prompt: list[int] | None, request: Request) -> bool:
-    """Returns whether a completion has stopped before the length limit. Raises BadReply if neither
-    ended it, or if it is of another prompt, where that is told.
+def _stopped(reason: Any) -> bool:
+    """Returns whether a completion ended by a stop token or string. Raises BadReply if it ended
+    neither by one nor by the length limit.
     """
-    if prompt is not None and prompt != request.prompt:
-        raise BadReply(f"is to another prompt, of {len(prompt)} tokens")
     if reason not in ("stop", "length"):
         raise BadReply(f"ends by {reason!r:.40}, not by a stop token, text or the length")
     return reason == "stop"

@@ -37,28 +37,38 @@ LAST = 10  # steps over which delta is compared with its tolerance
 NAMES = {"grpo": "without the constraint", "dcgrpo": "with it"}
 
 
-def collect(study: pathlib.Path) -> None:
-    """Writes the metrics of every step of the finished runs of a study."""
-    with CSV.open("w") as out:
-        table = csv.writer(out, lineterminator="\n")
-        table.writerow(("arm", "seed", "step", *MEASURES))
-        for folder in sorted(study.glob("*/s*")):
-            rows = metrics.read(folder)
-            if len(rows) < CONFIG.steps:
-                continue
-            for row in rows:
-                values = [row.get(name) for name in MEASURES]
-                cells = ["" if value is None else f"{value:.6g}" for value in values]
-                table.writerow((folder.parent.name, folder.name[1:], row["step"], *cells))
+def collect(study: pathlib.Path, path: pathlib.Path, steps: int) -> None:
+    """Writes the metrics of every step of the finished runs of a study into a table, in the place
+    of those that it has of the same arms and seeds.
+    """
+    found = {}
+    if path.exists():
+        with path.open() as lines:
+            for row in csv.DictReader(lines):
+                found.setdefault((row["arm"], row["seed"]), []).append(row)
+    for folder in study.glob("*/s*"):
+        arm, seed = folder.parent.name, folder.name[1:]
+        rows = metrics.read(folder)
+        if len(rows) == steps:
+            found[arm, seed] = [
+                {"arm": arm, "seed": seed, "step": row["step"]}
+                | {name: f"{row[name]:.6g}" for name in MEASURES if name in row}
+                for row in rows
+            ]
+    with path.open("w") as out:
+        table = csv.DictWriter(out, ("arm", "seed", "step", *MEASURES), lineterminator="\n")
+        table.writeheader()
+        for run in sorted(found):
+            table.writerows(found[run])
 
 
-def read(path: pathlib.Path = CSV) -> dict[str, dict[int, list[dict[str, float]]]]:
+def read(path: pathlib.Path) -> dict[str, dict[int, list[dict[str, float]]]]:
     """Returns the steps of each arm's seeds, in order; a measure that a step lacks is nan."""
-    found: dict[str, dict[int, list[dict[str, float]]]] = {name: {} for name in NAMES}
+    found: dict[str, dict[int, list[dict[str, float]]]] = {}
     with path.open() as lines:
         for row in csv.DictReader(lines):
             values = {name: float(row[name] or "nan") for name in ("step", *MEASURES)}
-            found[row["arm"]].setdefault(int(row["seed"]), []).append(values)
+            found.setdefault(row["arm"], {}).setdefault(int(row["seed"]), []).append(values)
     return found
 
 
@@ -213,7 +223,7 @@ def draw(arms: dict[str, dict[int, list[dict[str, float]]]], out: pathlib.Path) 
 if __name__ == "__main__":
     CSV.parent.mkdir(exist_ok=True)
     if len(sys.argv) > 1:
-        collect(pathlib.Path(sys.argv[1]) / "seeds")
-    found = read()
+        collect(pathlib.Path(sys.argv[1]) / "seeds", CSV, CONFIG.steps)
+    found = read(CSV)
     PAGE.write_text(fill(PAGE.read_text(), {"seeds": table(found), "pilots": pilots()}))
     draw(found, HERE / "plots")
