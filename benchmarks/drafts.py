@@ -169,7 +169,7 @@ def tokens_from_policy(rollout: Rollout, before: np.ndarray, k: int) -> np.ndarr
     accepted = np.exp(np.minimum(before - rollout.rollout_logp, 0))
     for length, chances in zip(rollout.lengths, accepted):
         for start in range(length):
-            # the last token of a completion ends it, drafted or not
+            # the pass that yields the last token yields no more
             found.append(1 + np.cumprod(chances[start : min(start + k, length - 1)]).sum())
     return np.array(found)
 
@@ -178,23 +178,21 @@ def show_yield(sampled: list[tuple[Rollout, np.ndarray | None]]) -> None:
     """Prints tokens a pass, and in brackets by how much fewer passes a batch takes."""
     pairs = list(zip(sampled, sampled[1:]))
     for part in (pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]):
-        lengths = np.concatenate([now.lengths for _, (now, _) in part])
+        lengths = np.array([now.lengths for _, (now, _) in part])  # [steps, N]
         print(f"{len(part)} steps, {lengths.mean():.1f} tokens a completion; k = 1 to {DRAFTS[-1]}")
         for source in SOURCES:
             cells = []
             for k in DRAFTS:
-                taken = [passes(now, earlier, source, k) for (earlier, _), (now, _) in part]
-                longest = sum(now.lengths.max() for _, (now, _) in part)
-                cells.append(
-                    f"{lengths.sum() / np.sum(taken):.2f} "
-                    f"({longest / sum(one.max() for one in taken):.2f})"
-                )
-            print(f"{source:16}" + "   ".join(cells))
-        cells = []
-        for k in DRAFTS:
-            found = np.concatenate([tokens_from_policy(*now, k) for _, now in part])
-            cells.append(f"{found.mean():.2f}       ")
-        print(f"{'previous policy':16}" + "   ".join(cells).rstrip())
+                taken = np.array([passes(now, old, source, k) for (old, _), (now, _) in part])
+                batch = lengths.max(axis=1).sum() / taken.max(axis=1).sum()
+                cells.append(f"{lengths.sum() / taken.sum():.2f} ({batch:.2f})")
+            show_row(source, cells)
+        found = [np.concatenate([tokens_from_policy(*now, k) for _, now in part]) for k in DRAFTS]
+        show_row("previous policy", [f"{tokens.mean():.2f}" for tokens in found])
+
+
+def show_row(name: str, cells: list[str]) -> None:
+    print(f"{name:22}" + "".join(f"{cell:14}" for cell in cells).rstrip())
 
 
 def show_cost() -> None:
@@ -211,9 +209,7 @@ def show_cost() -> None:
             once = work.memory / chip.bandwidth
             each = max(work.flops / chip.flops, work.link / chip.link)
             cells = [max((k + 1) * each, once) / max(each, once) for k in DRAFTS]
-            print(
-                f"{prompt:5d} + {new:5d} {slots:5d}  " + "  ".join(f"{cell:.2f}" for cell in cells)
-            )
+            show_row(f"{prompt} + {new}, {slots}", [f"{cell:.2f}" for cell in cells])
 
 
 def main() -> None:
