@@ -105,14 +105,14 @@ def table(arms: dict[str, dict[int, list[dict[str, float]]]]) -> str:
     mean = ["mean"]
     for arm in NAMES:
         runs = [arms[arm][seed] for seed in seeds]
-        mean.append(_spread([last_delta(rows) for rows in runs], 4))
+        mean.append(spread([last_delta(rows) for rows in runs], 4))
         for measure in ("reward_eval_infer", "reward_eval_train"):
-            mean.append(_spread([evaluations(rows, measure)[-1][1] for rows in runs], 2))
+            mean.append(spread([evaluations(rows, measure)[-1][1] for rows in runs], 2))
     lines.append([*mean, ""])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _spread(values: list[float], digits: int) -> str:
+def spread(values: list[float], digits: int) -> str:
     if len(values) < 3:
         return f"{statistics.fmean(values):.{digits}f}"
     middle, low, _ = intervals.mean(values)
