@@ -67,6 +67,14 @@ def test_the_memory_adds_up(new, new_memory):
     assert all(float(number) for number, _ in sizes)
 
 
+@pytest.mark.parametrize(
+    "number, shown",
+    [(0, "0"), (512, "0.50 KiB"), (3 * 2**20, "3.00 MiB"), (3 * 2**29, "1.50 GiB")],
+)
+def test_a_size_is_shown_in_the_unit_that_fits(number, shown):
+    assert plan.size(number) == shown
+
+
 def test_steps_and_folder_of_a_new_run(new):
     assert new["steps"] == "7, after a warm-up of 100 x 32"
     assert new["folder"].endswith("run, new")

@@ -193,6 +193,22 @@ def test_a_run_whose_steps_all_compiled_leaves_the_times_that_there_are(tmp_path
     assert phases.read(tmp_path / "a", "trial", "1 x cpu").a_step == 2
 
 
+def test_the_time_left_of_a_warmup_leaves_compilations_out(clock):
+    """50 steps in 10 s after the first 50, beside 7 s of compilation; 100 are left."""
+    with phases.told("training") as recorder:
+        clock[0] += 99
+        assert phases.note_warmup(50, 150) == ""
+        recorder.on_event(phases.LOWERED, 0.0, fun_name="jit(take_step)")
+        clock[0] += 7
+        recorder.on_event(phases.COMPILED, 0.0, fun_name="jit(take_step)")
+        clock[0] += 10
+        assert phases.note_warmup(50, 100) == "  20 s left"
+        clock[0] += 20
+        assert phases.note_warmup(50, 50) == "  15 s left"
+        assert phases.note_warmup(50, 0) == ""
+    assert phases.note_warmup(50, 100) == ""
+
+
 def test_an_estimate_scales_the_warmup_by_its_steps():
     before = Times("trial", "1 x cpu", 60.0, 3.0, 100, {"warming up": 40.0})
     assert before.estimate(11, 300) == 20 + 3 * 40 + 10 * 3

@@ -51,6 +51,21 @@ def test_the_page_names_units(shown, unit):
     assert unit in shown.text
 
 
+def test_a_run_of_one_step_is_named_so(tmp_path):
+    assert "1 step · int4 engine" in page(tmp_path, ROWS[:1], CONFIG | {"steps": 1}).text
+
+
+def test_values_of_more_than_two_curves_are_marked_with_their_colours(shown, tmp_path):
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    rewards, *others = re.findall(r"<b>step 1\n(.*?)</b>", text, flags=re.S)
+    assert re.findall(r"background:(\S+)\"></i>(.*)", rewards) == [
+        (line_chart.NEUTRAL, "training 0.000"),
+        (line_chart.TRAINER, "held-out trainer 0.375"),
+        (line_chart.ENGINE, "held-out engine 0.250"),
+    ]
+    assert not any("background" in values for values in others)
+
+
 def test_curves_have_the_colours_of_their_policies(shown):
     colors = {attributes.get("stroke") for _, attributes in shown.tags}
     assert {line_chart.ENGINE, line_chart.TRAINER, line_chart.INSIDE} <= colors

@@ -57,14 +57,14 @@ def test_a_delta_above_the_tolerance_is_told():
 
 
 def test_skipped_updates_are_told():
-    assert "1 update left out" in verdict(CONFIG, [*ROWS[:3], ROWS[3] | {"skipped": 1}])
+    assert "1 update was left out" in verdict(CONFIG, [*ROWS[:3], ROWS[3] | {"skipped": 1}])
 
 
 @pytest.mark.parametrize("skipped, told", [(7, False), (8, True)])
 def test_a_run_that_skipped_every_update_learnt_nothing(skipped, told):
     config = CONFIG | {"algorithm": {"epochs": 1, "minibatches": 2}}
     sentences = verdict(config, [*ROWS[:3], ROWS[3] | {"skipped": skipped}])
-    assert f"{skipped} updates left out" in sentences
+    assert f"{skipped} updates were left out" in sentences
     assert ("Nothing was learnt: every update was left out." in sentences) == told
 
 

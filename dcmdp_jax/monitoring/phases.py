@@ -97,6 +97,7 @@ class Recorder:
     step_ended: float | None = None  # when the last one was taken
     step_compiled: float = 0.0  # `compiled` then
     warmup_steps: int = 0
+    warmup_first: tuple[int, float] = (0, 0.0)  # the steps that compiled, when they had been taken
     thread: int = field(default_factory=threading.get_ident)
 
     def begin(self, name: str, compiles: bool = False) -> int:
@@ -138,6 +139,18 @@ class Recorder:
             self.steps.append(now - self.step_ended)
         self.step_ended = now
         self.step_compiled = self.compiled
+
+    def note_warmup(self, steps: int, left: int) -> str:
+        """To be called after `steps` steps of the warm-up; returns the time that the `left` others
+        take, "" if there is none, and after the first, which compile.
+        """
+        now = time.monotonic() - self.compiled
+        if not self.warmup_steps:
+            self.warmup_first = (steps, now)
+        self.warmup_steps += steps
+        first, began = self.warmup_first
+        done = self.warmup_steps - first
+        return f"  {clock((now - began) / done * left)} left" if done and left else ""
 
     def doing(self) -> str:
         """Returns what the run is doing, how long it has and how long it took in the run before; ""
@@ -233,10 +246,9 @@ def note_step() -> None:
         _recorder.note_step()
 
 
-def note_warmup(steps: int) -> None:
-    """To be called after steps of the warm-up."""
-    if _recorder:
-        _recorder.warmup_steps += steps
+def note_warmup(steps: int, left: int) -> str:
+    """See `Recorder.note_warmup`; "" where nothing is recorded."""
+    return _recorder.note_warmup(steps, left) if _recorder else ""
 
 
 def compiled_seconds() -> float:

@@ -186,7 +186,7 @@ def _caveats(groups: Sequence[Group]) -> list[str]:
     if len(groups) > 2:
         sentences.append(
             f"Each interval is for one comparison: of {len(groups) - 1}, at least one shows a "
-            "difference by chance with a probability of more than 5 %."
+            "difference by chance with a probability of more than 5%."
         )
     last_steps = {run.rows[-1]["step"] for group in groups for run in group.runs}
     if len(last_steps) > 1:
@@ -259,7 +259,7 @@ def _table(groups: Sequence[Group]) -> str:
     ]
     header = ["configuration", "runs", *(quantity.name for quantity in shown)]
     return tables.html_table(header, rows) + (
-        '<p class="note">Held-out: the last evaluation, with a 95 % interval (over seeds by '
+        '<p class="note">Held-out: the last evaluation, with a 95% interval (over seeds by '
         "Student's t; of one run by Wilson, over its prompts); differences are over the seeds that "
         "both have, paired, if there are two. The others: means over the last tenth of the steps "
         "and over seeds.</p>"

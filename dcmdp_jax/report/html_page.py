@@ -14,7 +14,7 @@ STYLE = """
 --ink:#e2e8f0;--soft:#a3b1c6;--paper:#0f172a;--panel:#1e293b;--rule:#334155;--mark:#7c2d12}}
 body{margin:0;background:var(--paper);color:var(--ink);overflow-wrap:break-word;
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1000px;margin:0 auto;padding:1.5rem 1rem 3rem}
+main{max-width:1100px;margin:0 auto;padding:1.5rem 1rem 3rem}
 h1{font-size:1.6rem;line-height:1.25;margin:0}h2{font-size:1rem;margin:0}
 .summary{color:var(--soft);margin:.2rem 0 1rem}
 .verdict{background:var(--panel);border-left:4px solid var(--soft);
@@ -32,6 +32,7 @@ figure{margin:0}svg{display:block;width:100%;height:auto;fill:var(--soft);color:
 pointer-events:none;white-space:pre-line;background:var(--panel);border:1px solid var(--soft);
 font:.85rem/1.4 system-ui,sans-serif;font-variant-numeric:tabular-nums}
 .readout label:is(:hover,:focus-within) b{opacity:1}
+.readout i{display:inline-block;width:.7em;height:.7em;margin-right:.5em}
 .legend{display:flex;flex-wrap:wrap;gap:0 1rem;margin-top:.25rem;font-size:.82rem;
 color:var(--soft)}
 .legend i{display:inline-block;width:1.2em;vertical-align:middle;margin-right:.35em;
@@ -40,9 +41,9 @@ color:var(--ink)}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:.35rem .4rem;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
 th{white-space:normal;vertical-align:bottom}
-th:first-child,td:first-child{text-align:left;padding-left:0}td small{color:var(--soft)}
-@media(max-width:560px){table{font-size:.82rem}th,td{padding:.35rem .3rem}td small{display:block}
-th:first-child,td:first-child{white-space:normal;min-width:6rem}}
+th:first-child,td:first-child{text-align:left;padding-left:0;white-space:normal;min-width:6rem}
+td small{color:var(--soft)}
+@media(max-width:560px){table{font-size:.82rem}th,td{padding:.35rem .3rem}td small{display:block}}
 .section{margin-top:2rem}.note{color:var(--soft);font-size:.88rem;margin:.2rem 0 .4rem}
 .runs{list-style:none;padding:0;font-size:.92rem}.runs li{margin:.5rem 0}
 .dot{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.45em}
@@ -57,12 +58,12 @@ vertical-align:top}
 mark{background:var(--mark);color:inherit;padding:0 .1em}
 .bar{width:30%;min-width:6rem}.bar i{display:block;height:.7em}
 .note+.scroll,h2+.scroll{margin-top:.4rem}
-details{margin-top:1.5rem}summary{cursor:pointer;font-weight:600}
+details{margin-top:1.5rem}details+details{margin-top:.5rem}summary{cursor:pointer;font-weight:600}
 pre{background:var(--panel);padding:1rem;white-space:pre-wrap;overflow-wrap:anywhere;
 font-size:.82rem;line-height:1.4}
 @media print{.readout{display:none}.problem{grid-template-columns:none;grid-auto-flow:column;
 grid-auto-columns:1fr}.scroll{overflow:visible}figure,tr,.problem{break-inside:avoid}
-h2{break-after:avoid}.charts{grid-template-columns:1fr 1fr}table{font-size:.75rem}
+h2,h2+.note{break-after:avoid}.charts{grid-template-columns:1fr 1fr}table{font-size:.75rem}
 th,td{padding:.25rem .3rem;white-space:normal}
 i,mark{print-color-adjust:exact}}
 """

@@ -203,7 +203,8 @@ def _readout(panel: Panel, steps: list[int], x: Scale) -> str:
     """
     columns = parts(steps, COLUMNS)
     place = {step: i for i, column in enumerate(columns) for step in column}
-    lines = [[_column_name(panel, column)] for column in columns]
+    lines = [[html.escape(_column_name(panel, column))] for column in columns]
+    coloured = len(panel.series) > 2  # the values may cover a long legend
     for series in panel.series:
         values: list[list[float]] = [[] for _ in columns]
         edges: list[list[float]] = [[] for _ in columns]
@@ -214,13 +215,15 @@ def _readout(panel: Panel, steps: list[int], x: Scale) -> str:
         for shown, value, edge in zip(lines, values, edges):
             if value:
                 band = f" ({_range(edge, panel)})" if edge else ""
-                shown.append(f"{series.label} {_range(value, panel)}{band}")
+                text = html.escape(f"{series.label} {_range(value, panel)}{band}")
+                dot = f'<i style="background:{series.color}"></i>' if coloured else ""
+                shown.append(dot + text)
     borders = [(x(a[-1]) + x(b[0])) / 2 for a, b in zip(columns, columns[1:])]
     borders = [LEFT, *borders, WIDTH - RIGHT]
     title = html.escape(panel.title)
     labels = []
     for shown, start, end in zip(lines, borders, borders[1:]):
-        text = html.escape("\n".join(shown if len(shown) > 1 else [*shown, "no value"]))
+        text = "\n".join(shown if len(shown) > 1 else [*shown, "no value"])
         labels.append(
             f'<label style="flex:{end - start:.1f}"><input type="radio" name="{title}">'
             f"<b>{text}</b></label>"

@@ -34,8 +34,10 @@ RISES_WITH_LAMBDA = (
     "(docs/troubleshooting.md#delta-rises-with-lambda)."
 )
 AT_BOUND = (
-    "Lambda is at its bound with delta above the tolerance: if it overshot, lower "
-    "constraint.dual_lr (docs/troubleshooting.md#lambda-at-its-bound)."
+    "Lambda is at its bound with delta above the tolerance, so that the constraint is not enforced "
+    "in full: make the gap smaller with more bits in rollout.precision or a smaller "
+    "algorithm.learning_rate; if lambda overshot, lower constraint.dual_lr "
+    "(docs/troubleshooting.md#lambda-at-its-bound)."
 )
 ENTROPY_COLLAPSED = (
     "Entropy collapsed, and a prompt's completions are nearly alike while problems are unsolved: "

@@ -113,7 +113,6 @@ def _page(config: Config, rows: Rows, sections: str) -> str:
 def _summary(config: Config) -> str:
     """Returns the settings that tell runs apart, in one line; a missing one is left out."""
     parts = (
-        ("{} steps", ("steps",)),
         ("{} engine", ("rollout", "precision", "weights")),
         ("{} prompts a step", ("data", "prompts_per_step")),
         ("{} samples a prompt", ("rollout", "samples")),
@@ -124,7 +123,9 @@ def _summary(config: Config) -> str:
         ("seed {}", ("seed",)),
     )
     values = [(text, setting(config, *names)) for text, names in parts]
-    return " · ".join(text.format(value) for text, value in values if value is not None)
+    shown = [text.format(value) for text, value in values if value is not None]
+    steps = config.get("steps")
+    return " · ".join(shown if steps is None else [counted(steps, "step"), *shown])
 
 
 def _table(rows: Rows) -> str:

@@ -39,8 +39,10 @@ def _skipped(rows: Rows) -> list[str]:
     skipped = rows[-1].get("skipped")
     if not skipped:
         return []
+    were = "was" if skipped == 1 else "were"
     return [
-        f"{counted(skipped, 'update')} left out because the loss or its gradient was not finite."
+        f"{counted(skipped, 'update')} {were} left out because the loss or its gradient was not "
+        "finite."
     ]
 
 

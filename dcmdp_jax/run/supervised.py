@@ -87,12 +87,12 @@ def run(
                     state, processes.make_global(batch, _batch_shardings(config, mesh))
                 )
                 number += 1
-                phases.note_warmup(1)
                 row = {name: x.item() for name, x in jax.device_get(measured).items()}
+                left = phases.note_warmup(1, steps - number)
                 _check_finite(number, row)
                 write({"step": number, **row})
                 if number % max(1, steps // SHOWN) == 0 or number == steps:
-                    processes.log0(f"warm-up {number}/{steps}  loss {row['loss']:.3f}")
+                    processes.log0(f"warm-up {number}/{steps}  loss {row['loss']:.3f}{left}")
                 if config.checkpoint.every and number % config.checkpoint.every == 0:
                     saved.save(state, {})
         saved.save(state, {})

@@ -72,12 +72,13 @@ def run(
             ]
             params, opt_state, losses = take_steps(params, opt_state, _stack(batches, mesh))
             losses = np.asarray(losses)
-            phases.note_warmup(len(steps))
+            done = steps[-1] + 1
+            left = phases.note_warmup(len(steps), config.warmup.steps - done)
             if writes:
                 for step, loss in zip(steps, losses):
                     log.write(json.dumps({"step": step + 1, "loss": float(loss)}) + "\n")
                 log.flush()
-            processes.log0(f"warm-up {steps[-1] + 1}/{config.warmup.steps}  loss {losses[-1]:.3f}")
+            processes.log0(f"warm-up {done}/{config.warmup.steps}  loss {losses[-1]:.3f}{left}")
     return params
 
 

@@ -494,7 +494,9 @@ def table(plan: Plan) -> list[list[str]]:
 
 
 def size(number: float) -> str:
-    """Returns bytes as GiB, or as MiB or KiB if they are few."""
+    """Returns bytes as GiB, or as MiB or KiB if they are few, or as 0."""
+    if not number:
+        return "0"
     if number < 0.01 * 2**20:
         return f"{number / 2**10:.2f} KiB"
     if number < 0.1 * GIB:
