@@ -16,6 +16,7 @@ from dcmdp_jax.models.kernels.experts import FEW_BITS
 from dcmdp_jax.models.kernels.swiglu import Experts
 from dcmdp_jax.models.quantized import Quantized, quantize
 from dcmdp_jax.tools import slices
+from support.accelerators import accelerator_programs
 
 pytestmark = pytest.mark.full
 
@@ -111,37 +112,68 @@ def test_split_weights_equal_one_device(name, split, transposed):
     assert found.sharding.is_equivalent_to(jax.NamedSharding(mesh, expected), 2)
 
 
+def abstract(mesh, arguments):
+    """Returns the shapes of tokens, choices and experts, placed as an engine has them."""
+    whole, outputs, inputs = (None, None), (None, None, "mlp"), (None, "mlp", None)
+
+    def place(names, tree):
+        def leaf(x):
+            split = tuple(name if n > 1 else None for name, n in zip(names, x.shape))
+            place = jax.NamedSharding(mesh, sharding.partition_spec(split, sharding.DECODE))
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+        return jax.tree.map(leaf, tree)
+
+    x, chosen, weights = arguments
+    of_experts = map(place, (outputs, outputs, inputs), weights)
+    return place(whole, x), place(whole, chosen), Experts(*of_experts)
+
+
+def layer(name):
+    """Returns 32 tokens and experts, of which a fourth of F fills no vectors."""
+    shapes = (32, 1024, 768), (32, 1024, 768), (32, 768, 1024)
+    weights = Experts(*(quantize(jnp.zeros(shape), name, (-2,)) for shape in shapes))
+    return jnp.zeros((32, 1024), jnp.bfloat16), jnp.zeros((32, 4), jnp.int32), weights
+
+
+def test_split_experts_equal_one_device(monkeypatch):
+    """In bfloat16: sums that are rounded differ by a unit of roundoff, in the worst case one each
+    of gate, up, their product and the result.
+    """
+    monkeypatch.setitem(grouped_product.FORMATS, jax.devices()[0].device_kind, ("float8_e4m3fn",))
+    monkeypatch.setattr(grouped_product, "product", interpreted)
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (4, 128, 256), (4, 128, 256), (4, 256, 128)
+    weights = Experts(
+        *(
+            quantize(jax.random.normal(key, shape) * shape[1] ** -0.5, "float8_e4m3fn", (-2,))
+            for key, shape in zip(keys, shapes, strict=True)
+        )
+    )
+    x = jax.random.normal(keys[0], (16, 128), jnp.bfloat16)
+    chosen = jax.random.randint(keys[1], (16, 2), 0, 4)
+
+    def run(mesh):
+        placed = abstract(mesh, (x, chosen, weights))
+        placed = jax.tree.map(
+            lambda a, s: jax.device_put(a, s.sharding), (x, chosen, weights), placed
+        )
+        with accelerator_programs():
+            return jax.jit(functools.partial(experts.expert_outputs, mesh=mesh))(*placed)
+
+    found, expected = (
+        np.asarray(run(sharding.make_mesh(MeshConfig(**axes), jax.devices()[:count])), np.float32)
+        for axes, count in (({"data": 2, "tensor": 4}, 8), ({}, 1))
+    )
+    np.testing.assert_allclose(found, expected, rtol=0, atol=4 * 2**-8 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize(
     ("outputs", "inputs", "transposed", "width"),
     [(192, 2048, True, 96), (2048, 192, False, 1024), (768, 2048, False, 384), (96, 64, True, 64)],
 )
 def test_two_cores_get_equal_blocks(outputs, inputs, transposed, width):
     assert grouped_product._width(outputs, inputs, jnp.int8, transposed) == width
-
-
-def abstract(mesh, name):
-    """Returns shapes of tokens, choices and experts; a part of F fills no vectors on four chips."""
-
-    def arguments():
-        w = [
-            quantize(jnp.zeros(shape), name, (-2,))
-            for shape in ((32, 1024, 768), (32, 1024, 768), (32, 768, 1024))
-        ]
-        return jnp.zeros((32, 1024), jnp.bfloat16), jnp.zeros((32, 4), jnp.int32), Experts(*w)
-
-    names = (None, None, "mlp")
-    of_experts = Experts(names, names, (None, "mlp", None))
-    x, chosen, weights = jax.eval_shape(arguments)
-
-    def place(leaf, names):
-        names = tuple(n if size > 1 else None for n, size in zip(names, leaf.shape))
-        spec = sharding.partition_spec(names, sharding.DECODE)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
-
-    weights = Experts(
-        *(jax.tree.map(lambda leaf, n=n: place(leaf, n), w) for w, n in zip(weights, of_experts))
-    )
-    return place(x, (None, None)), place(chosen, (None, None)), weights
 
 
 @pytest.mark.slow
@@ -157,7 +189,7 @@ def abstract(mesh, name):
 def test_a_tpu_copies_no_weights(topology, name, tensor):
     devices = slices.slice_devices(topology)[:tensor]
     mesh = sharding.make_mesh(MeshConfig(tensor=tensor), devices)
-    arguments = abstract(mesh, name)
+    arguments = abstract(mesh, jax.eval_shape(lambda: layer(name)))
     f = functools.partial(experts.expert_outputs, mesh=mesh)
     lowered = jax.jit(f).trace(*arguments).lower(lowering_platforms=("tpu",))
     assert lowered.as_text().count("@tpu_custom_call(") == 3

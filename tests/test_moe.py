@@ -105,8 +105,9 @@ def test_the_program_of_accelerators_equals_that_of_cpus(is_split):
 @pytest.mark.parametrize("has_kernel", [False, True])
 @pytest.mark.parametrize("name", FEW_BITS)
 def test_weights_of_few_bits_are_multiplied_as_they_are_stored(name, has_kernel, monkeypatch):
-    """By `ragged_dot` or the kernel, in bfloat16, whose products with their elements are exact. What is rounded, by a unit of
-    roundoff (2^-8) each: the three products and, before the last, silu, and its product.
+    """By `ragged_dot` or the kernel, in bfloat16, with whose elements products are exact. What
+    is rounded, by a unit of roundoff (2^-8) each: the three products and, before the last, silu,
+    and its product.
     """
     config = dataclasses.replace(CONFIG, hidden_size=32, expert_size=64)
     floats = random_experts(config)

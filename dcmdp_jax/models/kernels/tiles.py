@@ -1,7 +1,8 @@
 """Sizes of the tiles in which the kernels work: the defaults of their arguments.
 
-All but `HEAD_VOCAB`, `EXCHANGE_ROWS`, `EXPERT_BYTES` and those of `DECODE` are for CPUs, on which a kernel is fast
-if what it computes at a time stays in a core's cache. They change no result but by rounding.
+All but `HEAD_VOCAB`, `EXCHANGE_ROWS`, `EXPERT_BYTES` and those of `DECODE` are for CPUs, on which a
+kernel is fast if what it computes at a time stays in a core's cache. They change no result but by
+rounding.
 """
 
 ATTENTION_POSITIONS = 128  # queries, and keys, of a tile of attention scores
