@@ -53,7 +53,7 @@ def product(
     interpret: bool = False,
 ) -> jax.Array:
     """Returns `ragged_dot(rows, w.dequantize(), sizes)`: rows [M, I], sorted by expert, w [E, I, O]
-    of `FORMATS` with one scale an output channel or matrix, sizes [E] int32 -> [M, O] float32.
+    in int8, int4 or fp8 with a scale for each channel or matrix, sizes [E] int32 -> [M, O] float32.
 
     The first sizes[0] rows are of expert 0, the next sizes[1] of expert 1; sizes add up to M. A
     scale that is NaN makes its results NaN; elements that are NaN without one are not recognized.
