@@ -10,7 +10,7 @@ import pytest
 
 from dcmdp_jax import sharding
 from dcmdp_jax.models import layers, moe, quantized
-from dcmdp_jax.models.kernels import experts, swiglu
+from dcmdp_jax.models.kernels import experts, grouped_product, swiglu
 from dcmdp_jax.models.kernels.experts import FEW_BITS, expert_outputs
 from support.accelerators import accelerator_programs
 from support.tiny_models import TINY_MOE
@@ -102,20 +102,23 @@ def test_the_program_of_accelerators_equals_that_of_cpus(is_split):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), got, want)
 
 
+@pytest.mark.parametrize("has_kernel", [False, True])
 @pytest.mark.parametrize("name", FEW_BITS)
-def test_weights_of_few_bits_are_multiplied_as_they_are_stored(name, monkeypatch):
-    """In bfloat16, whose products with their elements are exact. What is rounded, by a unit of
-    roundoff (2^-8) each: the three products and, before the last, silu, and its product.
+def test_weights_of_few_bits_are_multiplied_as_they_are_stored(name, has_kernel, monkeypatch):
+    """By `ragged_dot` or the kernel, in bfloat16, with whose elements products are exact. What
+    is rounded, by a unit of roundoff (2^-8) each: the three products and, before the last, silu,
+    and its product.
     """
-    floats = random_experts(CONFIG)
+    config = dataclasses.replace(CONFIG, hidden_size=32, expert_size=64)
+    floats = random_experts(config)
     weights = swiglu.Experts(
         *(
             quantized.quantize(floats[f"{part}_proj"], name, (-2,))
             for part in ("gate", "up", "down")
         )
     )
-    x = jax.random.normal(jax.random.key(1), (9, CONFIG.hidden_size), jnp.bfloat16)
-    chosen = jax.random.randint(jax.random.key(2), (9, 2), 0, CONFIG.num_experts)
+    x = jax.random.normal(jax.random.key(1), (9, config.hidden_size), jnp.bfloat16)
+    chosen = jax.random.randint(jax.random.key(2), (9, 2), 0, config.num_experts)
     exact = jax.tree.map(
         lambda w: np.asarray(w.dequantize(), np.float64)[np.asarray(chosen)],
         weights,
@@ -129,7 +132,10 @@ def test_weights_of_few_bits_are_multiplied_as_they_are_stored(name, monkeypatch
         "nkf,nkfd->nkd", np.abs(gate * up) * 1.1 + 3 * np.abs(inner), np.abs(exact.down)
     )
     mesh = sharding.single_device_mesh()
-    monkeypatch.setitem(experts.AS_STORED, mesh.devices.flat[0].device_kind, (name,))
+    table = grouped_product.FORMATS if has_kernel else experts.AS_STORED
+    monkeypatch.setitem(table, mesh.devices.flat[0].device_kind, (name,))
+    interpreted = functools.partial(grouped_product.product, interpret=True)
+    monkeypatch.setattr(grouped_product, "product", interpreted)
     monkeypatch.setattr(quantized.Quantized, "dequantize", None)
     with accelerator_programs():
         got = jax.jit(functools.partial(expert_outputs, mesh=mesh))(x, chosen, weights)

@@ -398,7 +398,9 @@ def test_decoding_reads_the_experts_that_are_chosen():
     assert bytes_of_weights(4) - bytes_of_weights(1) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("kind, copied", [("TPU v5 lite", False), ("TPU v5", True)])
+@pytest.mark.parametrize(
+    "kind, copied", [("TPU v5 lite", False), ("TPU v5", False), ("TPU v4", True)]
+)
 def test_experts_that_a_chip_does_not_multiply_as_stored_are_copied(kind, copied):
     """All of them are read and written in bfloat16; the copy is read where chosen, as bfloat16
     experts are.

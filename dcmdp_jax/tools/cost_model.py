@@ -18,7 +18,7 @@ import numpy as np
 from dcmdp_jax import sharding
 from dcmdp_jax.config import Config, Precision, RolloutConfig
 from dcmdp_jax.models import lora
-from dcmdp_jax.models.kernels import decode_attention, experts
+from dcmdp_jax.models.kernels import decode_attention, experts, grouped_product
 from dcmdp_jax.models.model_config import ModelConfig
 from dcmdp_jax.models.quantized import FORMATS, SCALED
 from dcmdp_jax.tokens.packing import power_of_two
@@ -175,10 +175,12 @@ def _expert_bytes(model: ModelConfig, precision: Precision, read: float, mesh: A
     """
     held = _held(precision.weights)
     kind = mesh.devices.flat[0].device_kind
+    sizes = (model.hidden_size, model.expert_size)
+    is_multiplied_as_stored = precision.weights in experts.AS_STORED.get(
+        kind, ()
+    ) or grouped_product.is_supported(precision.weights, sizes, mesh)
     if precision.weights not in SCALED or (
-        model.compute.bfloat16
-        and precision.group <= 0
-        and precision.weights in experts.AS_STORED.get(kind, ())
+        model.compute.bfloat16 and precision.group <= 0 and is_multiplied_as_stored
     ):
         return held * read
     return held + _size(model) * (1 + read)

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax.models.kernels import tiles
+from dcmdp_jax.models.kernels import grouped_product, tiles
 from dcmdp_jax.models.kernels.swiglu import Experts, tiled
 from dcmdp_jax.models.quantized import Quantized, precision, round_input
 
@@ -61,7 +61,8 @@ def _by_ragged_dot(
     """`expert_outputs` of all tokens.
 
     Weights with one scale an output channel, in a format of `AS_STORED`, are scaled after the
-    product. Others become a copy in `x`'s dtype, of one projection of a layer at a time.
+    product. Those that `grouped_product` takes are made whole in parts that a core holds. Others
+    become a copy in `x`'s dtype, of one projection of a layer at a time.
 
     XLA stores an argument [E, D, F] as [E, F, D] if a device's part of F does not fill whole
     vectors, and a product that wants the other layout copies every layer's weights, padded, before
@@ -72,17 +73,21 @@ def _by_ragged_dot(
     count = jax.tree.leaves(weights.gate)[0].shape[0]
     sizes = jnp.bincount(expert_of, length=count).astype(jnp.int32)
     shards = mesh.shape["tensor"] if mesh else 0
-    kind = mesh.devices.flat[0].device_kind if mesh and x.dtype == jnp.bfloat16 else ""
-    as_stored = AS_STORED.get(kind, ())
+    is_bfloat16 = mesh is not None and x.dtype == jnp.bfloat16
+    as_stored = AS_STORED.get(mesh.devices.flat[0].device_kind, ()) if is_bfloat16 else ()
 
-    def product(rows, w, transposed=False):
+    def product(rows, w, split, transposed=False):
         rows = round_input(rows, w).astype(x.dtype)
         scale = 1.0
+        by_channel = isinstance(w, Quantized) and w.scale.shape[1] == 1 and is_bfloat16
         if not isinstance(w, Quantized):
             w = w.astype(x.dtype)
-        elif w.values.dtype.name in as_stored and w.scale.shape[1] == 1:
+        elif by_channel and w.values.dtype.name in as_stored:
             scale = w.scale[expert_of, 0]
             w = w.values
+        elif by_channel and grouped_product.is_supported(w.values.dtype.name, w.shape[1:], mesh):
+            y = grouped_product.product(rows, w, sizes, mesh, split, transposed=transposed)
+            return y.astype(x.dtype)
         else:
             w = w.dequantize().astype(x.dtype)
         options = {"precision": precision(x.dtype), "preferred_element_type": jnp.float32}
@@ -95,9 +100,9 @@ def _by_ragged_dot(
 
     transposed = shards > 0 and weights.gate.shape[-1] // shards % LANES > 0
     rows = x[order // experts.shape[1]]
-    gate = product(rows, weights.gate, transposed)
-    up = product(rows, weights.up, transposed)
-    rows = product(nn.silu(gate) * up, weights.down)
+    gate = product(rows, weights.gate, (None, "mlp"), transposed)
+    up = product(rows, weights.up, (None, "mlp"), transposed)
+    rows = product(nn.silu(gate) * up, weights.down, ("mlp", None))
     return rows[jnp.argsort(order)].reshape(*experts.shape, -1)
 
 
