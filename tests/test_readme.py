@@ -48,7 +48,7 @@ def test_files_that_a_page_names_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_that_a_page_names_exist(page):
     fields = scalar_fields(load_experiment(str(ROOT / "experiments" / "gsm8k.py")))
-    options = set(re.findall(r"--([a-z_]+\.[a-z_.]*[a-z_])", page.read_text("utf-8")))
+    options = set(re.findall(r"--([a-z_]+\.[a-z0-9_.]*[a-z0-9_])", page.read_text("utf-8")))
     assert not options - set(fields)
 
 

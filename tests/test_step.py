@@ -21,7 +21,6 @@ from dcmdp_jax import (
     trainer_scores,
 )
 from dcmdp_jax.losses import advantages, corrections, diagnostics, kl, reduce, rejection
-from dcmdp_jax.models import decoder
 from dcmdp_jax.tokens import packing
 from support.steps import (
     CLIPPED,
@@ -31,7 +30,6 @@ from support.steps import (
     TOLERANCE,
     B,
     G,
-    P,
     T,
     assert_close,
     cached_step,
@@ -39,24 +37,11 @@ from support.steps import (
     make_config,
     make_params,
     make_scored,
+    row_logp,
     run,
 )
 
 pytestmark = pytest.mark.full
-
-forward = jax.jit(decoder.logits, static_argnums=2)
-
-
-def row_logp(params, model, scored):
-    """Log-probs of every completion, one unpacked row each: [N, T]."""
-    rollout = scored.rollout
-    rows = np.zeros((B * G, P + T), np.int32)
-    starts = np.repeat(rollout.prompts.lengths, G)
-    for i, n in enumerate(starts):
-        rows[i, :n], rows[i, n : n + T] = rollout.prompts.tokens[i // G, :n], rollout.tokens[i]
-    logp = jax.nn.log_softmax(forward(params, rows, model) / 0.9)
-    position = starts[:, None] - 1 + np.arange(T)
-    return logp[np.arange(B * G)[:, None], position, rollout.tokens]
 
 
 def plain_step(scored, model, multiplier=0.1):
@@ -338,62 +323,6 @@ def test_the_scale_of_an_update_sees_the_age_of_a_stale_rollout():
     assert abs(expected - older) > 0.01
     _, metrics = cached_step(config, MODEL, ONE)(state, batch)
     np.testing.assert_allclose(metrics["update_scale"], expected, rtol=1e-5)
-
-
-def run_in_flight(scored, version):
-    """One step at version 1 of the policy, on tokens of the weights `version` [N, T]: 0 or 1."""
-    config = make_config()
-    rollout = dataclasses.replace(
-        config.rollout, staleness=1, in_flight=True, server="http://127.0.0.1:1"
-    )
-    config = dataclasses.replace(config, rollout=rollout)
-    scored = scored._replace(rollout=scored.rollout._replace(version=version))
-    batch = packing.pack(
-        scored,
-        minibatches=1,
-        microbatches=1,
-        row_length=24,
-        share_prompts=True,
-        with_versions=True,
-    )
-    state = fresh_state(config, MODEL, ONE)
-    stale = jax.tree.map(lambda w: 1.2 * w, state.params)
-    state = state._replace(step=jnp.int32(1), stale=(stale,))
-    batch = jax.device_put(batch, train_state.batch_shardings(config, ONE))
-    return cached_step(config, MODEL, ONE)(state, batch)
-
-
-def test_each_token_is_compared_with_the_weights_that_sampled_it():
-    scored = make_scored()
-    version = np.random.default_rng(3).integers(0, 2, (B * G, T), np.int32)
-    _, metrics = run_in_flight(scored, version)
-    params = make_params(MODEL)
-    now = row_logp(params, MODEL, scored)
-    before = row_logp(jax.tree.map(lambda w: 1.2 * w, params), MODEL, scored)
-    old = np.where(version == 1, now, before)
-    rollout = scored.rollout
-    mask = np.arange(T) < rollout.lengths[:, None]
-    delta = np.abs(np.exp(old) - np.exp(rollout.rollout_logp))
-    advantage = advantages.grpo(
-        scored.reward, np.repeat(np.arange(B, dtype=np.int32), G), num_groups=B
-    )
-    shaped = np.asarray(advantage)[:, None] - 0.1 * delta
-    ratio = np.exp(now - old)
-    loss = np.maximum(-ratio * shaped, -np.clip(ratio, 0.8, 1.24) * shaped)
-    np.testing.assert_allclose(metrics["loss"], loss[mask].mean(), atol=1e-5)
-    np.testing.assert_allclose(metrics["delta_mean"], delta[mask].mean(), atol=1e-6)
-    np.testing.assert_allclose(metrics["on_policy_share"], version[mask].mean(), atol=1e-6)
-    age = np.abs(np.exp(now) - np.exp(before)) * (version == 0)
-    assert age[mask].max() > 0.01 and ratio[mask].max() > 1.05
-
-
-def test_tokens_of_the_updated_weights_are_on_policy():
-    scored = make_scored()
-    state, metrics = run_in_flight(scored, np.ones((B * G, T), np.int32))
-    _, expected, of_one_version = run(make_config(), scored)
-    assert_close(state.params, expected.params)
-    for name in ("loss", "delta_mean", "entropy"):
-        np.testing.assert_allclose(metrics[name], of_one_version[name], atol=1e-6)
 
 
 def test_params_and_multiplier_change_in_one_program_without_the_host():

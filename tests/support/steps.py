@@ -16,6 +16,7 @@ from dcmdp_jax.config import (
     RolloutConfig,
 )
 from dcmdp_jax.losses import advantages, corrections, policy, reduce
+from dcmdp_jax.models import decoder
 from dcmdp_jax.models.model_config import Compute, ModelConfig
 from dcmdp_jax.records import Example, Prompts, Scored
 from dcmdp_jax.tokens import packing
@@ -135,6 +136,21 @@ def run(config, scored, mesh=None, row_length=ROW, params=None):
 
 
 ONE = sharding.single_device_mesh()
+
+
+forward = jax.jit(decoder.logits, static_argnums=2)
+
+
+def row_logp(params, model, scored):
+    """Log-probs of every completion, one unpacked row each: [N, T]."""
+    rollout = scored.rollout
+    rows = np.zeros((B * G, P + T), np.int32)
+    starts = np.repeat(rollout.prompts.lengths, G)
+    for i, n in enumerate(starts):
+        rows[i, :n], rows[i, n : n + T] = rollout.prompts.tokens[i // G, :n], rollout.tokens[i]
+    logp = jax.nn.log_softmax(forward(params, rows, model) / 0.9)
+    position = starts[:, None] - 1 + np.arange(T)
+    return logp[np.arange(B * G)[:, None], position, rollout.tokens]
 
 
 def assert_close(a, b, atol=2e-5):
