@@ -98,11 +98,14 @@ class Batches:
     def _in_flight(self, state: TrainState) -> contextlib.AbstractContextManager:
         if not self._config.rollout.in_flight:
             return contextlib.nullcontext()
-        params = train_state.policy_params(state, self._config)
+
+        def params() -> Any:
+            return train_state.for_sampler(
+                train_state.policy_params(state, self._config), self._config
+            )
+
         # `state.step` would be waited for; batches are numbered as steps are
-        return self.sampler.in_flight(
-            train_state.for_sampler(params, self._config), version=self._number
-        )
+        return self.sampler.in_flight(state.params, params, version=self._number)
 
     def collect(self, stream: Stream, number: int) -> Collected | None:
         """Samples, scores and packs batch `number` of `stream`, from all processes, with the
@@ -226,6 +229,9 @@ class Batches:
     # the update may still be computing, and this waits for it
     @phase("updating, then giving the weights to the sampler")
     def _update_weights(self, state: TrainState) -> None:
+        takes_early = self._config.rollout.in_flight
+        if takes_early and self.sampler.version == int(train_state.sampled_version(state)):
+            return  # they came in flight
         params, version = train_state.sampled_from(state, self._config)
         params = train_state.for_sampler(params, self._config)
         self.sampler.update_weights(params, int(version))
@@ -241,7 +247,13 @@ def make_sampler(config: Config, inputs: Inputs) -> Sampler:
         from dcmdp_jax.rollout import jetstream
 
         make = jetstream.sampler
-    return make(config, inputs.model_config, inputs.tokenizer, inputs.decode_mesh)
+    sampler = make(config, inputs.model_config, inputs.tokenizer, inputs.decode_mesh)
+    if config.rollout.in_flight and not hasattr(sampler, "in_flight"):
+        raise ValueError(
+            "rollout.in_flight needs a sampler that takes weights while it samples, by a method "
+            "in_flight (see records.Sampler), and this one has none; set --rollout.in_flight no"
+        )
+    return sampler
 
 
 def sampling(config: RolloutConfig) -> Sampling:

@@ -133,8 +133,8 @@ def check(config: Any) -> None:
     if rollout.in_flight and (rollout.staleness != 1 or rollout.own_engine):
         raise ValueError(
             "rollout.in_flight gives a server new weights in the middle of a batch, the one that "
-            "it samples while an update runs; set rollout.staleness to 1 and rollout.server, or "
-            "leave rollout.in_flight out"
+            "it samples while an update runs; set rollout.staleness to 1 and a rollout.server or "
+            "rollout.sampler, or leave rollout.in_flight out"
         )
     if rollout.weights_folder and not rollout.server:
         raise ValueError(

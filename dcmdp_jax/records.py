@@ -174,9 +174,10 @@ class Sampler(Protocol):
 
     A sampler may have a method `release_weights()`. It is called before an update, if the next
     batch is sampled from what the update makes, so that its weights do not lie beside the update.
-    For `RolloutConfig.in_flight` it has a method `in_flight(params, version)`, a context manager:
-    a batch that is sampled within it goes on with `params` as soon as they are computed, and its
-    rollout tells the version of each token.
+    For `RolloutConfig.in_flight` it has an attribute `version`, of its present weights, and a
+    method `in_flight(awaited, params, version)`, a context manager: a batch that is sampled within
+    it goes on with `params()` as soon as the arrays `awaited` are computed, and its rollout tells
+    the version of each token.
     """
 
     def sample(

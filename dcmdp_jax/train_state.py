@@ -83,8 +83,12 @@ def sampled_from(state: TrainState, config: Config) -> tuple[Any, jax.Array]:
     steps old, and their version.
     """
     oldest = (*state.stale, state.params)[0]
-    version = jnp.maximum(state.step - len(state.stale), 0)
-    return decoder_params(oldest, state.frozen, config), version
+    return decoder_params(oldest, state.frozen, config), sampled_version(state)
+
+
+def sampled_version(state: TrainState) -> jax.Array:
+    """Returns the version of the parameters that the next batch is sampled from."""
+    return jnp.maximum(state.step - len(state.stale), 0)
 
 
 def for_sampler(params: Any, config: Config) -> Any:

@@ -29,9 +29,9 @@ from support.steps import (
 pytestmark = pytest.mark.full
 
 
-def run_in_flight(scored, version):
+def run_in_flight(scored, version, **parts):
     """One step at version 1 of the policy, on tokens of the weights `version` [N, T]: 0 or 1."""
-    config = make_config()
+    config = make_config(**parts)
     rollout = dataclasses.replace(
         config.rollout, staleness=1, in_flight=True, server="http://127.0.0.1:1"
     )
@@ -39,10 +39,12 @@ def run_in_flight(scored, version):
     scored = scored._replace(rollout=scored.rollout._replace(version=version))
     batch = packing.pack(
         scored,
-        minibatches=1,
-        microbatches=1,
-        row_length=24,
-        share_prompts=True,
+        minibatches=config.algorithm.minibatches,
+        microbatches=config.algorithm.microbatches,
+        row_length=config.row_length,
+        seed=1,
+        draw_groups=config.algorithm.share_prompts,
+        share_prompts=config.shares_prompts,
         with_versions=True,
     )
     state = fresh_state(config, MODEL, ONE)
@@ -76,10 +78,11 @@ def test_each_token_is_compared_with_the_weights_that_sampled_it():
     assert age[mask].max() > 0.01 and ratio[mask].max() > 1.05
 
 
-def test_tokens_of_the_updated_weights_are_on_policy():
+@pytest.mark.parametrize("parts", [{}, {"microbatches": 4}, {"minibatches": 2, "microbatches": 2}])
+def test_tokens_of_the_updated_weights_are_on_policy(parts):
     scored = make_scored()
-    state, metrics = run_in_flight(scored, np.ones((B * G, T), np.int32))
-    _, expected, of_one_version = run(make_config(), scored)
+    state, metrics = run_in_flight(scored, np.ones((B * G, T), np.int32), **parts)
+    _, expected, of_one_version = run(make_config(**parts), scored)
     assert_close(state.params, expected.params)
     for name in ("loss", "delta_mean", "entropy"):
         np.testing.assert_allclose(metrics[name], of_one_version[name], atol=1e-6)

@@ -470,7 +470,10 @@ def test_the_step_of_a_supervised_stage_is_planned():
     config = configure(top_logprobs=2)
     data = dataclasses.replace(config.data, max_refills=1)
     algorithm = dataclasses.replace(config.algorithm, surrogate=centering.centred)
-    config = dataclasses.replace(config, data=data, algorithm=algorithm)
+    rollout = dataclasses.replace(
+        config.rollout, staleness=1, in_flight=True, server="http://127.0.0.1:1"
+    )
+    config = dataclasses.replace(config, data=data, algorithm=algorithm, rollout=rollout)
     stage = WarmupConfig(path="pairs.jsonl", steps=1, batch_size=8, microbatches=2)
     config = dataclasses.replace(config, warmup=stage)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:4])

@@ -151,7 +151,8 @@ def test_completions_go_on_with_weights_that_come_in_flight(float32, monkeypatch
 
         def come_after_the_64th(self, reply, request):
             if next(answered) == 64:
-                coming.enter_context(sampler.in_flight(sharp(DENSE, 1), 1))
+                new = sharp(DENSE, 1)
+                coming.enter_context(sampler.in_flight(new, lambda: new, 1))
             return read(self, reply, request)
 
         monkeypatch.setattr(vllm.InFlight, "read", come_after_the_64th)

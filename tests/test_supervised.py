@@ -98,6 +98,10 @@ def test_a_step_has_the_loss_and_gradient_of_transformers(tmp_path):
 def test_a_sharded_stage_is_that_of_one_device():
     """The losses of three steps, the last one of updated parameters, on a mesh of four devices."""
     config = make_config(MODEL)
+    rollout = dataclasses.replace(
+        config.rollout, staleness=1, in_flight=True, server="http://127.0.0.1:1"
+    )
+    config = dataclasses.replace(config, rollout=rollout)
     warmup = WarmupConfig(path="x", steps=3, batch_size=8, microbatches=2, learning_rate=0.01)
     config = dataclasses.replace(config, warmup=warmup)
     losses = []

@@ -124,10 +124,11 @@ class Client:
         body: Any = None,
         should_stop: Callable[[], bool] = lambda: False,
         time_outs: int = TIME_OUTS,
+        attempts: int | None = None,
     ) -> Any:
         """Returns the reply to a JSON body. Raises as `send` does."""
         calls = [Call("POST", path, body)]
-        return self.send(calls, should_stop=should_stop, time_outs=time_outs)[0]
+        return self.send(calls, should_stop=should_stop, time_outs=time_outs, attempts=attempts)[0]
 
     def post_once(self, path: str, body: Any = None) -> None:
         """Posts without another attempt; what goes wrong is not raised. For cleaning up."""

@@ -104,18 +104,18 @@ def of_run(
     server: Server,
     weights_folder: str = "",
 ) -> ServerSampler:
-    """Returns the sampler of a run. Raises as `check` does."""
+    """Returns the sampler of a run. Raises as `for_run` does."""
     return ServerSampler(
         model,
         tokenizer,
-        check(config, server),
+        for_run(config, server),
         weights_folder=weights_folder,
         temperature=config.rollout.temperature,
         learns=config.algorithm.learning_rate != 0,
     )
 
 
-def check(config: Config, server: Server) -> Server:
+def for_run(config: Config, server: Server) -> Server:
     """Returns the server as the run asks it.
 
     Raises ValueError if the run wants something that a server over HTTP cannot do, or that this
@@ -173,6 +173,14 @@ def check_support(sampling: Sampling, name: str) -> None:
             )
 
 
+class _Coming(NamedTuple):
+    """Weights in flight."""
+
+    awaited: Any  # arrays
+    params: Callable[[], Any]
+    version: int
+
+
 class ServerSampler:
     """A `records.Sampler`. Every process asks the server for its share of the completions; process
     0 gives it the weights.
@@ -207,10 +215,9 @@ class ServerSampler:
         own = np.array([secrets.randbits(32)], np.uint32)
         self._run = f"dcmdp-weights-{processes.gather(own)[0]:08x}"  # one name for all processes
         self._updates = 0
-        self._version: int | None = None
+        self.version: int | None = None  # of the weights that the server has
         self._versions: dict[str, int | None] = {}  # of the present batch, by the weights' labels
-        self._coming: tuple[Any, int] | None = None  # parameters in flight, and their version
-        self._came: int | None = None  # the version of those that were given in flight
+        self._coming: _Coming | None = None
 
     @property
     def _label(self) -> str:
@@ -223,15 +230,12 @@ class ServerSampler:
         or reports log-probs of something else; `Interrupted` where it takes over ten seconds after
         the process was asked to stop.
         """
-        if version == self._came:
-            return
-        self._came = None
         if not _all_finite(params):
             raise NotFinite(
                 "the server is given weights that hold NaN or an infinite number; take a "
                 "checkpoint or a model folder from before, and a smaller learning rate"
             )
-        self._version = None
+        self.version = None
         self._updates += 1
         if self._server.loads_weights:
             on_host = _on_host(params)
@@ -245,14 +249,14 @@ class ServerSampler:
             )
         if self._updates == 1:
             self._check_meaning(params)
-        self._version = version
+        self.version = version
 
     @contextlib.contextmanager
-    def in_flight(self, params: Any, version: int) -> Iterator[None]:
-        """Gives the server `params` while it samples, once they are computed; see
+    def in_flight(self, awaited: Any, params: Callable[[], Any], version: int) -> Iterator[None]:
+        """Gives the server `params()` while it samples, once the arrays `awaited` are computed; see
         `records.Sampler`. What is not computed when the batch ends is not given.
         """
-        self._coming = params, version
+        self._coming = _Coming(awaited, params, version)
         try:
             yield
         finally:
@@ -262,15 +266,16 @@ class ServerSampler:
         """Gives the server the parameters in flight, if they are computed. Those that are not
         finite are left to `update_weights`, which refuses them.
         """
-        if self._coming is None or not all(x.is_ready() for x in jax.tree.leaves(self._coming[0])):
+        coming = self._coming
+        if coming is None or not all(x.is_ready() for x in jax.tree.leaves(coming.awaited)):
             return
-        params, version = self._coming
         self._coming = None
+        params = coming.params()
         if not _all_finite(params):
             return
         self._updates += 1
         self._load(_on_host(params))
-        self._versions[self._label] = self._version = self._came = version
+        self._versions[self._label] = self.version = coming.version
 
     def _check_meaning(self, params: Any) -> None:
         """Raises ServerError unless the server's log-probs are those of the trainer's model at the
@@ -373,7 +378,7 @@ class ServerSampler:
         restart, it is given them again and the whole batch is sampled anew. Raises `Interrupted`
         ten seconds after the process was asked to stop, too, whatever `should_stop` returns.
         """
-        if self._version is None:
+        if self.version is None:
             raise ValueError("the sampler has no weights; call update_weights first")
         check_support(sampling, self._name)
         requests = [
@@ -396,7 +401,7 @@ class ServerSampler:
         for _ in range(RESTARTS):
             found = self._server.label(should_stop)
             if found in (None, self._label):
-                self._versions = {self._label: self._version}
+                self._versions = {self._label: self.version}
                 replies = self._ask(requests, should_stop)
                 last = self._server.label(should_stop)
                 found = self._label if last is None else last
@@ -448,7 +453,7 @@ class ServerSampler:
         lengths = np.zeros(len(requests), np.int32)
         texts = np.zeros(len(requests), np.int32)
         stopped = np.zeros(len(requests), bool)
-        versions = np.full(shape, self._version, np.int32)
+        versions = np.full(shape, self.version, np.int32)
         for i, (request, reply) in enumerate(zip(requests, replies, strict=True)):
             length, text_length = self._end(request, reply)
             tokens[i, :length] = reply.tokens[:length]

@@ -15,7 +15,7 @@ SECONDS = 10.0  # for the first answer
 
 def check(config: Config) -> None:
     """Raises ValueError if `rollout.server` does not answer, or cannot do what the run asks."""
-    server_sampler.check(config, connect(config.rollout.server))
+    server_sampler.for_run(config, connect(config.rollout.server))
 
 
 def sampler(config: Config, model: Any, tokenizer: Any, mesh: Any) -> Sampler:

@@ -12,6 +12,8 @@ from dcmdp_jax.rollout import server_sampler
 from dcmdp_jax.rollout.http_client import BadReply, Call, Client, ServerError
 from dcmdp_jax.rollout.server_sampler import Reply, Request
 
+LEAST = -9999.0  # nats, instead of a log-prob that is unknown
+
 
 def vllm(url: str, weights_folder: str = "", **client_options: Any) -> Callable[..., Sampler]:
     """Returns a `RolloutConfig.sampler` that samples from the vLLM server at `url`.
@@ -71,8 +73,7 @@ class Server:
             prompt = choice.get("prompt_token_ids")
         except (KeyError, TypeError, ValueError, AttributeError):
             raise BadReply("has not one choice with token_ids and logprobs") from None
-        if prompt is not None and prompt != request.prompt:
-            raise BadReply(f"is to another prompt, of {len(prompt)} tokens")
+        _check_prompt(prompt, request)
         return Reply(tokens, logp, _stopped(reason))
 
     def in_flight(self) -> InFlight:
@@ -85,13 +86,12 @@ class Server:
         """Pauses the server, names its weights, has it read the folder, and resumes it.
 
         The name comes first: a server that still has it at the end has not restarted since, and so
-        has read the folder. No step is repeated after a time-out: the second would run beside the
-        first.
+        has read the folder. It is sent once: a server that has restarted since it was paused does
+        not get it, and so does not give it to tokens of the weights that it was started with. No
+        step is repeated after a time-out: the second would run beside the first.
         """
         client = self.client
         steps = (
-            (f"/pause?mode={self.pause}", None),
-            ("/update_weight_version", {"new_version": label}),
             (
                 "/collective_rpc",
                 {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}},
@@ -100,6 +100,14 @@ class Server:
             ("/reset_prefix_cache?reset_running_requests=true", None),
         )
         try:
+            client.post(f"/pause?mode={self.pause}", None, should_stop, time_outs=1)
+            try:
+                client.post("/update_weight_version", {"new_version": label}, should_stop, 1, 1)
+            except ServerError as error:
+                if error.status:
+                    raise
+                client.post_once("/resume")
+                return  # the caller asks for the label, and finds another
             for path, body in steps:
                 reply = client.post(path, body, should_stop, time_outs=1)
                 if isinstance(reply, dict) and reply.get("success") is False:
@@ -148,6 +156,7 @@ class InFlight(Server):
         return {
             "model": self._model,
             "token_ids": request.prompt,
+            "return_token_ids": True,  # of the prompt
             "sampling_params": _sampling_params(request),
         }
 
@@ -158,16 +167,19 @@ class InFlight(Server):
             tokens = choice["token_ids"]
             content = choice["logprobs"]["content"]
             reported = [entry["token_id"] for entry in content]
-            logp = [entry["logprob"] for entry in content]
+            # what is not a number, or minus infinity, is reported as LEAST
+            logp = [None if entry["logprob"] <= LEAST else entry["logprob"] for entry in content]
             spans = [
-                (str(span["version"]), span["start"], span["end"])
+                (str(span["version"]), int(span["start"]), int(span["end"]))
                 for span in choice["weight_versions"]
             ]
             reason = choice["finish_reason"]
+            prompt = reply.get("prompt_token_ids")
         except (KeyError, TypeError, ValueError, AttributeError):
             raise BadReply(
                 "has not one choice with token_ids, logprobs and weight_versions"
             ) from None
+        _check_prompt(prompt, request)
         if reported != tokens:
             raise BadReply("has log-probs of other tokens than it returns")
         labels = []
@@ -202,6 +214,12 @@ def _sampling_params(request: Request) -> dict:
         "stop": list(request.stop_strings),
         "skip_special_tokens": False,  # they are text in which stop strings are found
     }
+
+
+def _check_prompt(prompt: list[int] | None, request: Request) -> None:
+    """Raises BadReply if a completion is said to be of another prompt than the request's."""
+    if prompt is not None and prompt != request.prompt:
+        raise BadReply(f"is to another prompt, of {len(prompt)} tokens")
 
 
 def _stopped(reason: Any) -> bool:

@@ -201,7 +201,7 @@ def _start(config: Config, model: ModelConfig, mesh: jax.sharding.Mesh) -> Calla
 
 def _batch_shardings(config: Config, mesh: jax.sharding.Mesh) -> Batch:
     return train_state.batch_shardings(config, mesh)._replace(
-        prefix_ids=None, replayed=None, top_tokens=None, top_rollout_logp=None
+        prefix_ids=None, replayed=None, top_tokens=None, top_rollout_logp=None, version=None
     )
 
 

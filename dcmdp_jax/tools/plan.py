@@ -165,7 +165,9 @@ def _supervised(config: Config, model: ModelConfig, mesh: Any) -> Program:
     as_rollout = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, prompts_per_step=warmup.batch_size, max_refills=0),
-        rollout=dataclasses.replace(config.rollout, samples=1, staleness=0, top_logprobs=0),
+        rollout=dataclasses.replace(
+            config.rollout, samples=1, staleness=0, in_flight=False, top_logprobs=0
+        ),
         algorithm=AlgorithmConfig(
             algorithm.advantage,
             algorithm.surrogate,

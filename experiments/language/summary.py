@@ -49,10 +49,10 @@ def collect(study: pathlib.Path, path: pathlib.Path, steps: int) -> None:
     for folder in study.glob("*/s*"):
         arm, seed = folder.parent.name, folder.name[1:]
         rows = metrics.read(folder)
-        if len(rows) == steps:
+        if len(rows) >= steps:
             found[arm, seed] = [
                 {"arm": arm, "seed": seed, "step": row["step"]}
-                | {name: f"{row[name]:.6g}" for name in MEASURES if name in row}
+                | {name: f"{row[name]:.6g}" for name in MEASURES if row.get(name) is not None}
                 for row in rows
             ]
     with path.open("w") as out:

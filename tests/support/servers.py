@@ -148,7 +148,7 @@ class StandIn:
                 status, reply = self.kind.control(self, method, path, body)
                 send(handler, reply, status)
         except (BrokenPipeError, ConnectionResetError):
-            pass  # the client has left
+            handler.close_connection = True  # the client has left, or the server has died
         finally:
             with self._lock:
                 self._at_once -= 1
@@ -232,6 +232,8 @@ class Vllm:
         if (method, path) == ("GET", "/weight_info"):
             return 200, {"weight_version": server.label}
         if path == "/pause":
+            if f"/pause?mode={'keep' if server.kind.keeps else 'abort'}" != server.paths[-1]:
+                return 400, {"error": f"{server.paths[-1]} is not what this kind is asked"}
             with server.steps:
                 server.paused = True
             return 200, {"status": "paused"}
@@ -241,7 +243,9 @@ class Vllm:
                 server.steps.notify_all()
             return 200, {"status": "resumed"}
         if path == "/reset_prefix_cache":
-            return 200, b""
+            return 200, {
+                "success": "/reset_prefix_cache?reset_running_requests=true" in server.paths
+            }
         if path == "/collective_rpc":
             assert body["method"] == "reload_weights" and server.paused
             try:
@@ -293,7 +297,8 @@ class VllmInFlight(Vllm):
                 ]
             },
         }
-        return {"model": "policy", "output_mode": "tokens", "choices": [choice]}
+        prompt = body["token_ids"] if body["return_token_ids"] else None
+        return {"model": "policy", "prompt_token_ids": prompt, "choices": [choice]}
 
 
 class Sglang:
