@@ -477,10 +477,11 @@ def test_the_step_of_a_supervised_stage_is_planned():
     stage = WarmupConfig(path="pairs.jsonl", steps=1, batch_size=8, microbatches=2)
     config = dataclasses.replace(config, warmup=stage)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:4])
-    _, stage = itertools.islice(plan.programs(config, MODEL, jax.devices()[:4]), 2)
-    assert stage.name == "warm-up step"
+    programs = plan.programs(config, MODEL, jax.devices()[:4])
+    stage = next(program for program in programs if program.name == "warm-up step")
     data = dataclasses.replace(data, prompts_per_step=2)  # with four completions each
-    as_many = dataclasses.replace(config, data=data)
+    rollout = dataclasses.replace(rollout, staleness=0, in_flight=False)
+    as_many = dataclasses.replace(config, data=data, rollout=rollout)
     assert stage.work.flops == cost_model.update(MODEL, 4, 128, as_many, mesh, True).flops
     assert stage.calls == 0 and "warmup.microbatches" in stage.settings
 
