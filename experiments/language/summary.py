@@ -46,7 +46,7 @@ def collect(study: pathlib.Path, path: pathlib.Path, steps: int) -> None:
         with path.open() as lines:
             for row in csv.DictReader(lines):
                 found.setdefault((row["arm"], row["seed"]), []).append(row)
-    for folder in study.glob("*/s*"):
+    for folder in (path.parent for path in study.glob("*/s*/metrics.jsonl")):
         arm, seed = folder.parent.name, folder.name[1:]
         rows = metrics.read(folder)
         if len(rows) >= steps:

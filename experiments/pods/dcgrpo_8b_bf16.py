@@ -6,7 +6,7 @@ Command:  dcmdp train experiments/pods/dcgrpo_8b_bf16.py --distributed --workdir
           dcmdp convert experiments/pods/dcgrpo_8b_bf16.py out, then the evaluation in docs/pods.md
 Hardware: a TPU slice; dcmdp plan experiments/pods/dcgrpo_8b_bf16.py --topology v5p:4x4x4 tells what
           it needs
-Time:     not measured; at least 5.9 hours for 500 steps: a step's lower bound on v5p:4x4x4 is 43 s
+Time:     not measured; at least 5.9 hours for 500 steps: a step's lower bound on v5p:4x4x4 is 42 s
           (docs/pods.md)
 Result:   not run here; the paper's average over six sets is 71.0 (AIME24, AIME25, AMC23, MATH-500,
           Minerva, OlympiadBench: 63.2, 52.5, 91.8, 94.2, 50.1, 74.4; arXiv 2606.08779)

@@ -9,7 +9,7 @@ Hardware: a TPU slice; dcmdp plan experiments/pods/grpo_30b_a3b_fp8.py --topolog
           what it needs
           v5 and v6 chips hold fp8 and multiply in bfloat16; --rollout.precision.weights int8
           --rollout.precision.activations int8 multiplies in 8 bits there.
-Time:     not measured; at least 17 hours for 500 steps: a step's lower bound on v5p:4x4x4 is 123 s
+Time:     not measured; at least 5.5 hours for 500 steps: a step's lower bound on v5p:4x4x4 is 39 s
           (docs/pods.md)
 Result:   not run here; the paper's average over six sets is 65.2 (AIME24, AIME25, AMC23, MATH-500,
           Minerva, OlympiadBench: 52.4, 37.5, 87.3, 93.8, 49.6, 65.2; arXiv 2606.08779)
