@@ -19,8 +19,9 @@ when the engine is what gets deployed.
 
 Command:  bash experiments/language/get_smollm2.sh && dcmdp study experiments/language/nf4.py
 Hardware: two CPU cores, 14 GiB of memory
-Time:     not measured
-Result:   not measured
+Time:     about 15 minutes a run on one core beside other work, 24 runs
+Result:   three runs of seed 0 (RESULTS.md): the engine's pass rate 0.98 without a gap, 0.95 under
+          GRPO, 0.97 under DC-GRPO, whose trainer ends at 0.75
 """
 
 import dataclasses
