@@ -3,6 +3,7 @@
 import contextlib
 import doctest
 import functools
+import gc
 import os
 import pathlib
 import tempfile
@@ -365,9 +366,13 @@ def rewarded(hostile):
     example = Example("", "1")
     texts = (hostile, rf"\boxed{{{hostile}}}", f"#### {hostile}", f"Answer: {hostile}")
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        started = time.thread_time()
-        found = [rewards.math_answer(example, text) for text in texts]
-        return found, time.thread_time() - started, os.listdir()
+        gc.disable()  # what other tests have left is not this one's to collect
+        try:
+            started = time.thread_time()
+            found = [rewards.math_answer(example, text) for text in texts]
+            return found, time.thread_time() - started, os.listdir()
+        finally:
+            gc.enable()
 
 
 @hostile_texts

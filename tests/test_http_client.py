@@ -19,6 +19,7 @@ class Echo:
     """Answers a request with the number in it."""
 
     path = "/echo"
+    keeps = False
 
     def complete(server, body):
         return {"number": body["number"]}

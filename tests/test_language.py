@@ -17,13 +17,13 @@ def summary(monkeypatch):
 
 def test_the_tables_of_results_are_the_runs(summary):
     page = (ROOT / "RESULTS.md").read_text()
-    made = {"seeds": summary.table(summary.read()), "pilots": summary.pilots()}
+    made = {"seeds": summary.table(summary.read(summary.CSV)), "pilots": summary.pilots()}
     assert all(table in page for table in made.values())
     assert page == summary.fill(page, made)
 
 
 def test_the_seeds_are_complete_pairs_of_the_study(summary):
-    arms = summary.read()
+    arms = summary.read(summary.CSV)
     assert {len(rows) for runs in arms.values() for rows in runs.values()} == {20}
     assert arms["grpo"].keys() == arms["dcgrpo"].keys() <= set(range(2, 7))
 

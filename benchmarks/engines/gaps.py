@@ -75,11 +75,11 @@ SUMMARY: dict[str, tuple[str, ...]] = {  # its rows: the engine, and the format 
         *("this library", "float32", "bfloat16 weights"),
         *("int8 weights", "fp8 weights", "int4 weights"),
     ),
-    "this library, weights and more": (
+    "this library, weights, cache and more": (
         *("this library", "", "bfloat16 weights, embedding, head, norms, cache"),
         *("", "fp8 weights, activations, cache", ""),
     ),
-    "vLLM (fp8: cache only)": ("vLLM", "float32", "bfloat16", "", "bfloat16, fp8 cache", ""),
+    "vLLM (fp8: cache alone)": ("vLLM", "float32", "bfloat16", "", "bfloat16, fp8 cache", ""),
 }
 
 
