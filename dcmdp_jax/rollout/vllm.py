@@ -144,8 +144,10 @@ class InFlight(Server):
         try:
             client.send([Call("POST", self.path, {})], attempts=1)
         except ServerError as error:
-            if error.status not in (404, 405):
+            if error.status in (400, 422):
                 return  # it has, and says what the body lacks
+            if error.status not in (404, 405):
+                raise
         raise ServerError(
             f"vLLM at {client.url} does not tell which tokens come from which weights; start it "
             "with --enable-scale-out, or set --rollout.in_flight no"
