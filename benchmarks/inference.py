@@ -5,6 +5,8 @@ is a CPU, and wall seconds elsewhere.
 
   loop      a rollout of equal lengths through the engine, against one compiled prefill and
             while_loop that does nothing else
+  products  the same rollout, of a dense and of a sparse model, against its products of activations
+            and weights alone: the least that an engine with these products can take
   slots     occupancy of the slots, tokens over decode steps x slots, on long-tailed lengths, beside
             that of static batches
   prefix    prefill and start of 8 samples of one 512-token prompt, against 1
@@ -24,6 +26,7 @@ is a CPU, and wall seconds elsewhere.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from functools import partial
 
 import jax
@@ -48,7 +51,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "parts", nargs="*", default=["loop", "slots", "prefix", "sampler", "weights", "peers"]
+        "parts",
+        nargs="*",
+        default=["loop", "products", "slots", "prefix", "sampler", "weights", "peers"],
     )
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--batch", type=int, nargs="+", default=[16], help="slots of `roof`")
@@ -57,6 +62,7 @@ def main() -> None:
     args = parser.parse_args()
     parts = {
         "loop": loop,
+        "products": products,
         "slots": slots,
         "prefix": prefix,
         "sampler": sampler,
@@ -116,6 +122,69 @@ def loop(repeats: int) -> None:
         f"loop     engine {ours * 1e3:.0f} ms, one compiled loop {bare * 1e3:.0f} ms: "
         f"{ours / bare:.2f}x ({count * new / ours:.0f} tokens/s)"
     )
+
+
+def products(repeats: int) -> None:
+    """As `loop`; in the sparse model every expert gets as many tokens at every step."""
+    count = 16
+    new = 64
+    prompts = make_prompts(np.full(count, 64))
+    sparse = dataclasses.replace(SMALL, num_experts=16, experts_per_token=4, expert_size=192)
+
+    @jax.jit
+    def alone(params, rows):
+        def step(_, x):
+            for layer in params["stacks"]:
+                x = layer_products(x, layer)
+            return x + (x @ params["head"])[:, : x.shape[1]]
+
+        first = rows
+        for layer in params["stacks"]:
+            first = layer_products(first, layer)
+        return first, jax.lax.fori_loop(0, new, step, rows[:count])
+
+    for name, shape in (("dense", SMALL), ("sparse", sparse)):
+        policy = make_weights(shape)
+        small = jax.tree.map(lambda x: x * 0.01, policy.params)  # the rows grow at every step
+        engine = make_engine(shape, slots=count, max_length=128)
+        rows = jax.random.normal(jax.random.key(1), (count * 64, shape.hidden_size))
+        ours, bare = measure(
+            [
+                partial(
+                    rollout,
+                    engine,
+                    policy,
+                    prompts,
+                    samples=1,
+                    key=jax.random.key(0),
+                    max_tokens=new,
+                ),
+                lambda params=small, rows=rows: jax.block_until_ready(alone(params, rows)),
+            ],
+            repeats,
+        )
+        print(
+            f"products {name}: engine {ours * 1e3:.0f} ms, products alone {bare * 1e3:.0f} ms: "
+            f"{bare / ours:.0%}"
+        )
+
+
+def layer_products(x: jax.Array, layer: dict) -> jax.Array:
+    """Returns `x` [n, D] after the products of a layer with its weights, and nothing between them
+    but sums.
+    """
+    width = x.shape[1]
+    attention = layer["attention"]
+    q, k, v = (x @ attention[f"{name}_proj"].reshape(width, -1) for name in "qkv")
+    x = x + q.at[:, : k.shape[1]].add(k + v) @ attention["o_proj"].reshape(-1, width)
+    if "mlp" in layer:
+        mlp = layer["mlp"]
+        return x + (x @ mlp["gate_proj"] + x @ mlp["up_proj"]) @ mlp["down_proj"]
+    moe = layer["moe"]
+    taken = jnp.repeat(x, 4, axis=0).reshape(len(moe["up_proj"]), -1, width)
+    taken = taken + jnp.sum(x @ moe["router"])
+    made = (taken @ moe["gate_proj"] + taken @ moe["up_proj"]) @ moe["down_proj"]
+    return x + made.reshape(len(x), 4, width).sum(axis=1)
 
 
 def slots(repeats: int) -> None:

@@ -247,7 +247,8 @@ class Vllm:
                 "success": "/reset_prefix_cache?reset_running_requests=true" in server.paths
             }
         if path == "/collective_rpc":
-            assert body["method"] == "reload_weights" and server.paused
+            if body["method"] != "reload_weights" or not server.paused:
+                return 400, {"error": f"{body['method']} of a server that samples"}
             try:
                 server.load(body["kwargs"]["weights_path"])
             except ValueError as error:
