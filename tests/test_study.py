@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from dcmdp_jax import cli
 from dcmdp_jax.experiment import load_experiment, replace_fields
 from dcmdp_jax.monitoring import metrics
 from dcmdp_jax.tools import study
@@ -117,6 +118,39 @@ def test_a_study_without_arms_is_refused():
         study.Study({})
 
 
+def two_arms(folder):
+    """Writes a study of the arms a and b and the seeds 3 to 5."""
+    file = pathlib.Path(write_small(folder))
+    file.write_text(f"{SMALL}\nSTUDY = Study({{'a': GRPO, 'b': GRPO}}, seeds=3, first_seed=3)\n")
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    "arms, seeds, runs",
+    [
+        (None, None, ["a3", "b3", "a4", "b4", "a5", "b5"]),
+        (["b", "a"], None, ["b3", "a3", "b4", "a4", "b5", "a5"]),
+        (["b"], [5, 3], ["b5", "b3"]),
+        (["a", "a"], [4, 4], ["a4"]),
+    ],
+)
+def test_named_arms_and_seeds_run_alone_in_their_order(arms, seeds, runs, tmp_path):
+    selected = study.select(two_arms(tmp_path), arms, seeds)
+    assert [f"{arm}{seed}" for arm, seed in selected] == runs
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--arms", "c"], "has no arm c; it has a, b"),
+        (["--seeds", "3", "0"], "has no seed 0; it has 3, 4, 5"),
+    ],
+)
+def test_an_arm_or_a_seed_that_a_study_does_not_have_is_refused(options, message, tmp_path, capsys):
+    assert cli.main(["study", two_arms(tmp_path), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -198,6 +232,10 @@ def test_finished_runs_are_not_run_again(finished_study):
     lines = []
     assert len(study.run_all(file, root, 1, lines.append)) == len(failures)
     assert "3 runs, 2 of them finished already" in lines
+    table = (root / "table.csv").read_text()
+    assert study.run_all(file, root, 1, lines.append, study.select(file, ["none"], [0])) == []
+    assert "1 run, 1 of them finished already" in lines
+    assert (root / "table.csv").read_text() == table, "it has the finished runs of all arms"
     assert rows.stat().st_mtime_ns == written
 
 

@@ -29,9 +29,7 @@ def make() -> argparse.ArgumentParser:
         added = commands.add_parser(name, allow_abbrev=False, help=summary, description=description)
         added.set_defaults(command=command)
         added.add_argument(
-            "--traceback",
-            action="store_true",
-            help="show the whole traceback of an error",
+            "--traceback", action="store_true", help="show the whole traceback of an error"
         )
         return added
 
@@ -200,6 +198,8 @@ def _study(add: Add) -> None:
     parser.add_argument(
         "--workers", type=int, default=0, help="runs at a time (default: one for each core)"
     )
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="run these alone, in this order")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="run these alone")
 
 
 def _experiments(add: Add) -> None:

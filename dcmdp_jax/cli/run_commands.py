@@ -242,12 +242,11 @@ def study_command(args: argparse.Namespace, options: list[str]) -> Callable[[], 
         raise ValueError(f"--workers {args.workers} must not be negative")
     from dcmdp_jax.tools import study
 
-    study.load(args.study)
+    study.select(args.study, args.arms, args.seeds)
     file = pathlib.Path(args.study)
     default = pathlib.Path("runs") / file.absolute().parent.name / file.stem
-    return partial(
-        study.command, args.study, fields.local_folder(args.workdir or default), args.workers
-    )
+    root = fields.local_folder(args.workdir or default)
+    return partial(study.command, args.study, root, args.workers, args.arms, args.seeds)
 
 
 def experiments_command(args: argparse.Namespace, options: list[str]) -> Callable[[], int]:

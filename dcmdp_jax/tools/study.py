@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
@@ -105,10 +105,36 @@ def load(file: str) -> Study:
     return study
 
 
-def command(file: str, root: pathlib.Path, workers: int) -> int:
+def select(
+    file: str, arms: Sequence[str] | None = None, seeds: Sequence[int] | None = None
+) -> list[tuple[str, int]]:
+    """Returns the arm and the seed of the study's runs in their order, seed by seed: of all, or of
+    the arms and seeds that are named, in the order in which they are.
+
+    Raises ValueError if the study has no such arm or seed.
+    """
+    study = load(file)
+    for kind, named, own in (("arm", arms, list(study.arms)), ("seed", seeds, study.seed_numbers)):
+        for name in named or ():
+            if name not in own:
+                raise ValueError(f"{file} has no {kind} {name}; it has {', '.join(map(str, own))}")
+    return [
+        (arm, seed)
+        for seed in dict.fromkeys(seeds or study.seed_numbers)
+        for arm in dict.fromkeys(arms or study.arms)
+    ]
+
+
+def command(
+    file: str,
+    root: pathlib.Path,
+    workers: int,
+    arms: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> int:
     """Runs a study, prints the result, and returns the exit status of `dcmdp study`.
 
-    SIGTERM and Ctrl-C save the runs that have begun.
+    `arms` and `seeds` as in `select`. SIGTERM and Ctrl-C save the runs that have begun.
     """
 
     def interrupt(number, frame):
@@ -116,9 +142,13 @@ def command(file: str, root: pathlib.Path, workers: int) -> int:
 
     previous = signal.signal(signal.SIGTERM, interrupt)
     try:
-        failures = run_all(file, root, workers, functools.partial(print, flush=True))
+        report = functools.partial(print, flush=True)
+        failures = run_all(file, root, workers, report, select(file, arms, seeds))
     except (Interrupted, KeyboardInterrupt):
-        print(f"stopped; go on with: dcmdp study {file} --workdir {root}", file=sys.stderr)
+        chosen = ["--arms", *arms] if arms else []
+        chosen += ["--seeds", *map(str, seeds)] if seeds else []
+        again = " ".join(["dcmdp study", file, "--workdir", str(root), *chosen])
+        print(f"stopped; go on with: {again}", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -129,7 +159,11 @@ def command(file: str, root: pathlib.Path, workers: int) -> int:
 
 
 def run_all(
-    file: str, root: pathlib.Path, workers: int, report: Callable[[str], None] = print
+    file: str,
+    root: pathlib.Path,
+    workers: int,
+    report: Callable[[str], None] = print,
+    selected: list[tuple[str, int]] | None = None,
 ) -> list[str]:
     """Runs the unfinished runs of a study and writes `ROOT/table.csv`.
 
@@ -138,13 +172,16 @@ def run_all(
     Args:
         workers: runs at a time, each on a core of its own; 0: as many as there are cores.
         report: receives lines about the progress.
+        selected: arms and seeds to run, as `select` returns them. The table has all that are
+            finished in ROOT.
 
     Returns a message for each failure.
     """
     study = load(file)
-    runs = [Run(file, arm, seed, str(root)) for seed in study.seed_numbers for arm in study.arms]
+    runs = [Run(file, arm, seed, str(root)) for arm, seed in selected or select(file)]
     unfinished = [run for run in runs if not finished(study, run)]
-    report(f"{len(runs)} runs, {len(runs) - len(unfinished)} of them finished already")
+    count = f"{len(runs)} run{'' if len(runs) == 1 else 's'}"
+    report(f"{count}, {len(runs) - len(unfinished)} of them finished already")
     for run in runs:
         if run not in unfinished and (names := changed_settings(study, run)):
             report(
