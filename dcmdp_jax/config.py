@@ -77,7 +77,7 @@ class DataConfig:
     task: Task | None = None  # generated problems, e.g. `tasks.Chain()`
     eval_path: str = ""  # held-out problems; empty: those of `task`, if problems come from it
     prompts_per_step: int = 16  # B, over all processes
-    max_prompt_tokens: int = 512  # longer problems are left out
+    max_prompt_tokens: int = 512  # longer problems of `path` are left out, others refused
     shuffle: bool = True
     chat: bool = False  # wrap prompts in the tokenizer's chat template
     enable_thinking: bool = False  # passed to the chat template

@@ -68,7 +68,8 @@ def option_metrics(
 ) -> Metrics:
     """Of a reference policy, an entropy bonus and an update scale, each if the run has one.
 
-    `ref_kl` is the k3 estimate of KL(policy || reference) before the step, a mean over tokens.
+    `ref_kl` is the k3 estimate of KL(policy || reference) at the weights that sampled, a mean over
+    tokens.
     """
     metrics = {}
     if ref_logp is not None:

@@ -255,9 +255,12 @@ def test_a_run_that_ends_on_machines_that_stay_is_not_started_again(status, clou
 
 @pytest.mark.full
 def test_preemptions_beyond_restarts_end_it(cloud, experiment, capfd):
+    """What still costs is said even with --delete."""
     (cloud / "ends").write_text(f"{GOES_ON} {GOES_ON}")
-    assert main(["launch", "pod", experiment, *WHERE, "--restarts", "1"]) == 1
-    assert "pod was preempted 2 times" in capfd.readouterr().err
+    assert main(["launch", "pod", experiment, *WHERE, "--restarts", "1", "--delete"]) == 1
+    said = capfd.readouterr().err
+    assert "pod was preempted 2 times" in said
+    assert "costs until it is deleted: gcloud compute tpus queued-resources delete pod" in said
 
 
 @pytest.mark.full

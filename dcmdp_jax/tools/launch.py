@@ -222,6 +222,7 @@ def dry_run(launch: Launch) -> str:
 
 def run(launch: Launch) -> int:
     """Runs it to its end, and returns the exit status of process 0, or 1 if a command fails."""
+    remains = True
     try:
         status = _run(launch)
         if status == 0:
@@ -230,13 +231,14 @@ def run(launch: Launch) -> int:
             _say(f"see {launch.output / 'report.html'}")
         if launch.delete:
             _call(_delete(launch))
+            remains = False
     except CommandFailed as error:
         _say(str(error))
         status = 1
     except KeyboardInterrupt:
         _say(f"the run on {launch.name} goes on; the same command shows its log again")
         return 130
-    if not launch.delete:
+    if remains:
         _say(f"{launch.name} costs until it is deleted: {shlex.join(_delete(launch))}")
     return status
 
