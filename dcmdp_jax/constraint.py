@@ -235,6 +235,9 @@ def penalty(logp: Array, rollout_logp: Array, mask: Array, multiplier: Number) -
     Needs: logp (differentiated), rollout_logp, mask, multiplier
     Paper: a variant; arXiv 2606.08779 detaches delta. Meaningful only when the sampler is stale or
         frozen
+
+    Where there is no gap the slope is lambda e^logp, as from above (see `delta`): under an exact
+    sampler it lowers every token.
     """
     _arguments.tokens(logp=logp, rollout_logp=rollout_logp)
     return multiplier * delta(logp, jax.lax.stop_gradient(rollout_logp), mask)

@@ -143,6 +143,22 @@ def test_empty_head_entries_are_ignored():
     np.testing.assert_array_equal(long[1][..., 4:], 0)
 
 
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_head_token_that_the_trainer_cannot_make_is_left_out(name):
+    rng = np.random.default_rng(0)
+    head = np.log(rng.dirichlet(np.ones(4), (1, 3))).astype(np.float32)[..., :3]
+    head_q = np.log(rng.dirichlet(np.ones(4), (1, 3))).astype(np.float32)[..., :3]
+    impossible, unknown = head.copy(), head_q.copy()
+    impossible[..., 1] = -np.inf
+    unknown[..., 1] = np.nan
+    rest = {"advantage": np.ones((1, 3), np.float32), "mask": np.ones((1, 3), bool)}
+    losses = (
+        centering.score_centering(p[..., 0], q[..., 0], p, q, **rest, weight=WEIGHTS[name])
+        for p, q in ((impossible, head_q), (head, unknown))
+    )
+    np.testing.assert_array_equal(*losses)
+
+
 def test_bad_shapes_are_named():
     x = np.zeros((2, 3), np.float32)
     head = np.zeros((2, 4, 5), np.float32)

@@ -177,6 +177,15 @@ def test_shift_finds_the_lag(lag):
     assert np.argmax(correlations) == lag + 1 and max(correlations) > 0.99
 
 
+@pytest.mark.parametrize("old, rollout", [(-0.1, -0.1), (-0.3, -0.4), (-3.7, -0.3)])
+def test_constants_are_not_correlated(old, rollout):
+    """Rounding of their means is not taken for variation, so that there is no lag."""
+    mask = np.ones((4, 7), bool)
+    arrays = (np.full(mask.shape, x, np.float32) for x in (old, rollout))
+    for name, value in diagnostics.shift(*arrays, mask).items():
+        assert value == 0, name
+
+
 def test_weight_and_rejected_and_clip_fraction():
     weights = np.float32([[0.25, 1.0, 3.0, 9.0], [1.5, 9.0, 9.0, 9.0]])
     mask = np.array([[1, 1, 1, 0], [1, 0, 0, 0]], bool)

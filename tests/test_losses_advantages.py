@@ -172,6 +172,21 @@ def test_reinforce_pp_baseline_and_empty_masks():
     np.testing.assert_array_equal(nothing, 0)
 
 
+@pytest.mark.parametrize("reward", [0.7, 10.1, 100.3])
+def test_equal_returns_are_whitened_to_zero(reward):
+    """The rounding of their mean is not scaled up."""
+    mask = np.ones((16, 37), bool)
+    returns = np.full(mask.shape, reward, np.float32)
+    np.testing.assert_allclose(advantages.whiten(returns, mask), 0, atol=1e-6)
+
+
+def test_a_verdict_that_is_not_a_number_is_not_correct():
+    correct = np.array([np.nan, 0.0, 1.0, np.nan], np.float32)
+    group = np.array([0, 0, 1, 1], np.int32)
+    found = advantages.pass_at_k(correct, group, num_groups=2, k=1)
+    np.testing.assert_allclose(found, [0, 0.5], rtol=1e-6)
+
+
 def test_length_shaping():
     length = np.array([0, 6, 7, 10, 50], np.int32)
     penalty = advantages.overlong_penalty(length, max_length=10, cache=4, factor=2.0)

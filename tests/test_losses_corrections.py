@@ -519,3 +519,22 @@ def test_k3_keeps_its_digits_near_equality():
     np.testing.assert_allclose(kl.k3(logp, ref_logp, np.ones((1, 4), bool)), expected, rtol=1e-6)
     bounded = kl.k3(logp, ref_logp, np.ones((1, 4), bool), value_max=0.01)
     np.testing.assert_allclose(bounded, np.minimum(expected, 0.01), rtol=1e-6)
+
+
+@pytest.mark.parametrize("excess", [0.0, 1e-8, 1e-6])
+def test_a_certain_token_that_rounding_leaves_above_0_is_kept(excess):
+    certain = np.full((2, 3), excess, np.float32)
+    mask = np.ones((2, 3), bool)
+    for one, other in ((certain, certain), (certain, -certain), (-certain, certain)):
+        assert rejection.kpop(one, other, mask).all()
+
+
+@pytest.mark.parametrize("distance", [21.0, 1e9, np.inf])
+def test_a_bounded_k3_never_leads_away_from_a_far_reference(distance):
+    """Its slope is 0 beyond the bound, as verl's."""
+    reference = np.zeros((1, 1), np.float32)
+    logp = reference - np.float32(distance)
+    mask = np.ones((1, 1), bool)
+    bounded = partial(kl.k3, value_max=10.0)
+    value, slope = jax.value_and_grad(lambda x: bounded(x, reference, mask)[0, 0])(logp)
+    assert value == 10 and slope[0, 0] == 0

@@ -76,6 +76,14 @@ def test_sapo():
     check(policy.sapo, formula)
 
 
+def test_kl_cov_has_no_pull_where_there_is_no_distance():
+    """On policy its gradient is that of the unclipped surrogate, on the chosen tokens too."""
+    logp, _, advantage, mask = batch()
+    penalised = functools.partial(covariance.kl_cov, fraction=0.1, penalty=5.0)
+    found = jax.grad(lambda x: penalised(x, logp, advantage, mask).sum())(logp)
+    np.testing.assert_allclose(found, np.where(mask, -advantage, 0), rtol=1e-6)
+
+
 def test_dppo_tv():
     def formula(logp, old_logp, a):
         gap = np.exp(logp) - np.exp(old_logp)

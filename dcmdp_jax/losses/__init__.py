@@ -9,7 +9,8 @@ nats, `[N, T]` (any leading axes, the last one is tokens), of the same temperatu
     rollout_logp   sampler
     ref_logp       reference model
     advantage      float32 [N, T], or [N, 1] for one value per completion
-    mask           bool, int32 or float32 [N, T]; true on response tokens that are trained
+    mask           bool, int32 or float32 [N, T]; above 0 on response tokens that are trained,
+                   and no weight: 0.5 counts as 1
 
     r   = exp(logp - old_logp)            staleness
     rho = exp(old_logp - rollout_logp)    gap between trainer and sampler, pi_train / pi_rollout

@@ -91,9 +91,9 @@ def binary_kl(log_q: Array, log_p: Array) -> Array:
 
     q log(q/p) + (1 - q) log((1 - q + 1e-8) / (1 - p + 1e-8)).
     1 - q is by expm1: the compiler folds the 1e-8 into a written 1, where float32 loses it, and a
-    certain token is 0 / 0.
+    certain token is 0 / 0. A log-prob that rounding has left above 0 is taken as 0.
     """
     q = jnp.exp(log_q)
-    other_q = -jnp.expm1(log_q)
-    other_p = -jnp.expm1(log_p)
+    other_q = jnp.maximum(-jnp.expm1(log_q), 0.0)
+    other_p = jnp.maximum(-jnp.expm1(log_p), 0.0)
     return q * (log_q - log_p) + other_q * jnp.log((other_q + 1e-8) / (other_p + 1e-8))

@@ -124,7 +124,7 @@ def pass_at_k(correct: Array, group: Array, *, num_groups: int, k: int) -> Array
     (correct,) = _arguments.tokens(correct=correct)
     group = _arguments.groups(group, correct, num_groups)
     count = _count(group, num_groups)[:num_groups, None]
-    wrong = _sum((correct <= 0).astype(jnp.float32), group, num_groups)[:num_groups, None]
+    wrong = _sum((~(correct > 0)).astype(jnp.float32), group, num_groups)[:num_groups, None]
     draw = jnp.arange(k)
     missed = jnp.where(
         draw < count, jnp.maximum(wrong - draw, 0) / jnp.maximum(count - draw, 1), 1.0
@@ -203,6 +203,8 @@ def whiten(advantage: Array, mask: Array, *, epsilon: float = 1e-8) -> Array:
     (advantage,) = _arguments.tokens(advantage=advantage)
     mask = _arguments.mask(mask, advantage)
     centred = _numerics.select(mask, advantage - reduce.token_mean(advantage, mask))
+    # once more: the first mean's rounding would be all there is of equal advantages
+    centred = _numerics.select(mask, centred - reduce.token_mean(centred, mask))
     variance = jnp.sum(jnp.square(centred)) / jnp.maximum(jnp.sum(mask) - 1, 1)
     return centred * jax.lax.rsqrt(variance + epsilon)
 

@@ -94,7 +94,7 @@ def score_centering(
         raise ValueError(f"head_logp has shape {head_logp.shape}; it must be {logp.shape} + (k,)")
     advantage = _arguments.advantage(advantage, logp)
     valid = _numerics.measured(rollout_logp, _arguments.mask(mask, logp))
-    head = _numerics.measured(head_rollout_logp, valid[..., None])
+    head = _numerics.measured(head_rollout_logp, valid[..., None]) & jnp.isfinite(head_logp)
 
     trainer = _numerics.select(head, head_logp)
     p = _numerics.select(head, jnp.exp(trainer))

@@ -339,7 +339,8 @@ def decoupled(
         correction: at most one, so that the factor pi_train / pi_rollout weighs once.
         rejections: functions of `(old_logp, rollout_logp, mask)` that return which tokens to keep;
             all must agree.
-        denominator: `original` or `surviving`, of the rejections; the correction has its own.
+        denominator: `original`, or `surviving`, which leaves out of the mean what the correction or
+            a rejection drops. The correction's own applies as well.
         reweight: a function of the correction's `(weights, mask)` that returns the weights to take,
             such as `batch_normalize` or `functools.partial(blend, alpha=0.5)`.
 

@@ -2,7 +2,8 @@
 
 Such tokens have a large covariance between log-probability and advantage, cov = (A - mean A)(logp -
 mean logp), means over the valid tokens of the batch given. Signature and shapes are those of
-`policy`. `fraction` is of the valid tokens, and at least one token is treated.
+`policy`. `fraction` is of the valid tokens, and at least one token is treated: by `kl_cov` unless
+it ties with the next, by `clip_cov` in expectation, if there is a candidate.
 """
 
 from __future__ import annotations
@@ -91,7 +92,9 @@ def kl_cov(
     highest, _ = jax.lax.top_k(cov.reshape(-1), min(cov.size, int(fraction * cov.size) + 2))
     bound = highest[jnp.maximum(jnp.floor(fraction * count), 1).astype(jnp.int32)]
     chosen = mask & (cov > bound)
-    return -advantage * jnp.exp(log_ratio) + _numerics.select(chosen, penalty * jnp.abs(log_ratio))
+    # JAX gives abs a slope of 1 at 0, where on-policy tokens are
+    distance = log_ratio * stop(jnp.sign(log_ratio))
+    return -advantage * jnp.exp(log_ratio) + _numerics.select(chosen, penalty * distance)
 
 
 def _covariance(logp: Array, advantage: Array, count: Array) -> Array:

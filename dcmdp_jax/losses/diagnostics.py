@@ -391,8 +391,18 @@ def _extreme(pick: Callable, x: Array, mask: Array, fill: float) -> Array:
 
 
 def _correlation(x: Array, y: Array, mask: Array) -> Array:
-    """Pearson correlation over the mask; 0 where a variance is 0."""
-    x = _numerics.select(mask, x - reduce.token_mean(x, mask))
-    y = _numerics.select(mask, y - reduce.token_mean(y, mask))
-    scale = jnp.sqrt(jnp.sum(x * x)) * jnp.sqrt(jnp.sum(y * y))
+    """Pearson correlation over the mask; 0 where either varies by no more than rounding."""
+    x, x_norm = _centred(x, mask)
+    y, y_norm = _centred(y, mask)
+    scale = x_norm * y_norm
     return jnp.clip(jnp.sum(x * y) / jnp.where(scale > 0, scale, 1.0), -1.0, 1.0)
+
+
+def _centred(x: Array, mask: Array) -> tuple[Array, Array]:
+    """x less its mean over the mask, 0 elsewhere, and its norm, or 0 if rounding is all of it."""
+    rounding = 1e-6 * jnp.max(jnp.abs(_numerics.select(mask, x)), initial=0.0)
+    x = _numerics.select(mask, x - reduce.token_mean(x, mask))
+    norm = jnp.sqrt(jnp.sum(x * x))
+    varies = jnp.max(jnp.abs(x), initial=0.0) > rounding
+    x = jnp.where(varies, x, 0.0)
+    return x, jnp.where(varies, norm, 0.0)

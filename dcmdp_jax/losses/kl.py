@@ -44,14 +44,19 @@ def k2(logp: Array, ref_logp: Array, mask: Array) -> Array:
 
 @separable
 def k3(logp: Array, ref_logp: Array, mask: Array, *, value_max: float | None = None) -> Array:
-    """The low-variance estimate that is never negative.
+    """The low-variance estimate that is never negative while x < 4e8.
 
     Formula: k3 = exp(clip(x, -20, 20)) - 1 - x, at most value_max where that is given
     Needs: logp, ref_logp, mask
     Default: value_max none, as TRL; verl has 10.0, beyond which the gradient is 0
     Paper: Schulman 2020, joschu.net/blog/kl-approx.html; GRPO, arXiv 2402.03300
+
+    Without value_max the slope in logp is 1 where x > 20: descent moves away from the reference.
+    Give it where log-probabilities may be masked.
     """
     x = _log_ratio(logp, ref_logp, mask)
+    if value_max is not None:
+        x = jnp.minimum(x, 20.0)  # or the tail -x would come back under value_max
     inside = jnp.clip(x, -20.0, 20.0)
     value = _numerics.exp_excess(inside) + (inside - x)
     return value if value_max is None else jnp.minimum(value, value_max)

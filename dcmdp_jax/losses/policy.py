@@ -3,9 +3,9 @@
 Every function takes `(logp, old_logp, advantage, mask)` and returns the unreduced loss, float32
 `[..., T]`, last axis tokens, 0 outside the mask; `reduce` turns it into a scalar. `old_logp` holds
 the log-probabilities that the ratio is taken against: the trainer's own at the rollout's weights,
-or the sampler's under `corrections.bypass`. Log ratios are clamped to +-20 nats, beyond which the
-gradient is 0. No loss takes importance weights: the train/rollout factor belongs to `corrections`,
-once.
+or the sampler's under `corrections.bypass`. Log ratios are clamped to +-20 nats; beyond that a
+ratio has no gradient, but a log-probability that a detached weight multiplies has. No loss takes
+importance weights: the train/rollout factor belongs to `corrections`, once.
 
 Shapes, for all of them: `logp`, `old_logp` float32 `[..., T]` in nats; `advantage` float32,
 `[..., T]` per token or `[..., 1]` per completion; `mask` bool, int32 or float32 `[..., T]`. They

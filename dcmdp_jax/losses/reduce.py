@@ -100,7 +100,7 @@ def constant(x: Array, mask: Array, *, normalizer: Array | float) -> Array:
     Raises:
         ValueError: the normalizer is a number that is not above zero.
     """
-    if isinstance(normalizer, (int, float)) and not normalizer > 0:
+    if not isinstance(normalizer, jax.Array) and not normalizer > 0:
         raise ValueError(f"normalizer must be above zero, not {normalizer}")
     return jnp.sum(_checked(x, mask)[0]) / normalizer
 

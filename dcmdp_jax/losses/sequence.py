@@ -69,8 +69,8 @@ def gspo_token(
     Default: clip_low 3e-4, clip_high 4e-4
     Paper: GSPO, arXiv 2507.18071
 
-    Equal to `gspo` in value and gradient where the advantage is constant over the completion. This
-    is the form verl, TRL and Tunix run under the name GSPO.
+    Equal to `gspo` in value and gradient where the advantage is constant over the completion and no
+    log ratio lies beyond 20 nats. This is the form verl, TRL and Tunix run under the name GSPO.
     """
     _arguments.clip_bounds(clip_low, clip_high)
     logp, old_logp, advantage, mask = _arguments.policy_loss(logp, old_logp, advantage, mask)
