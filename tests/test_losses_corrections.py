@@ -538,3 +538,15 @@ def test_a_bounded_k3_never_leads_away_from_a_far_reference(distance):
     bounded = partial(kl.k3, value_max=10.0)
     value, slope = jax.value_and_grad(lambda x: bounded(x, reference, mask)[0, 0])(logp)
     assert value == 10 and slope[0, 0] == 0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: rejection.veto(*pair(x), threshold=1e-10),
+        lambda x: rejection.k1(*pair(x), low=0.5, high=1e9),
+    ],
+)
+def test_a_bound_that_would_reject_nothing_is_refused(make):
+    with pytest.raises(ValueError, match="would reject nothing: log ratios are clamped to"):
+        make(batch())

@@ -91,8 +91,7 @@ def k1(
     `sequence_sum` is the product of the ratios, clamped once, after the sum of their logs;
     `sequence_mean` is their geometric mean.
     """
-    if not 0 <= low <= high:
-        raise ValueError(f"bounds must satisfy 0 <= low <= high, not low = {low}, high = {high}")
+    _check_bounds(low, high)
     old_logp, rollout_logp, mask = _detached(old_logp, rollout_logp, mask)
     measured = _numerics.measured(rollout_logp, mask)
     difference = _numerics.difference(old_logp, rollout_logp, measured)
@@ -159,6 +158,7 @@ def veto(old_logp: Array, rollout_logp: Array, mask: Array, *, threshold: float 
     """
     if not threshold > 0:
         raise ValueError(f"threshold must be above zero, not {threshold}")
+    _check_bounds(threshold, math.inf)
     difference, measured, mask = _difference(old_logp, rollout_logp, mask)
     return mask & (sequence_max(-difference, measured) <= -math.log(threshold))
 
@@ -237,6 +237,20 @@ def opsm(
     difference, measured, mask = _difference(logp, rollout_logp, mask)
     advantage = _arguments.advantage(advantage, difference)
     return mask & ((advantage >= 0) | (sequence_mean(-difference, measured) <= threshold))
+
+
+def _check_bounds(low: float, high: float) -> None:
+    """Raises ValueError if bounds of a ratio make no sense, or if one but 0 and infinity lies where
+    log ratios are clamped and it would reject nothing.
+    """
+    if not 0 <= low <= high:
+        raise ValueError(f"bounds must satisfy 0 <= low <= high, not low = {low}, high = {high}")
+    for bound in (low, high):
+        if 0 < bound < math.inf and abs(math.log(bound)) > 20:
+            raise ValueError(
+                f"a bound of {bound} would reject nothing: log ratios are clamped to +-20 nats, so "
+                "take one between 2.1e-9 and 4.8e8"
+            )
 
 
 def _detached(old_logp: Array, rollout_logp: Array, mask: Array) -> tuple[Array, Array, Array]:
