@@ -323,9 +323,9 @@ def test_an_experiment_names_the_module_it_lacks(tmp_path):
         load_experiment(str(file))
 
 
-def test_the_work_folder_of_a_study_is_no_address(capsys, monkeypatch):
-    monkeypatch.setattr("dcmdp_jax.tools.study.load", lambda path: None)
-    assert cli.main(["study", "s", "--workdir", "gs://bucket/run"]) == 2
+def test_the_work_folder_of_a_study_is_no_address(capsys):
+    study = str(QUICKSTART.parent / "laptop" / "main.py")
+    assert cli.main(["study", study, "--workdir", "gs://bucket/run"]) == 2
     assert capsys.readouterr().err == (
         "dcmdp: --workdir gs://bucket/run is no folder here, and a study runs on one machine; give "
         "a path\n"
