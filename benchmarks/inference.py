@@ -135,12 +135,12 @@ def products(repeats: int) -> None:
     def alone(params, rows):
         def step(_, x):
             for layer in params["stacks"]:
-                x = layer_products(x, layer)
+                x = layer_products(x, layer, sparse.experts_per_token)
             return x + (x @ params["head"])[:, : x.shape[1]]
 
         first = rows
         for layer in params["stacks"]:
-            first = layer_products(first, layer)
+            first = layer_products(first, layer, sparse.experts_per_token)
         return first, jax.lax.fori_loop(0, new, step, rows[:count])
 
     for name, shape in (("dense", SMALL), ("sparse", sparse)):
@@ -169,9 +169,9 @@ def products(repeats: int) -> None:
         )
 
 
-def layer_products(x: jax.Array, layer: dict) -> jax.Array:
-    """Returns `x` [n, D] after the products of a layer with its weights, and nothing between them
-    but sums.
+def layer_products(x: jax.Array, layer: dict, each: int) -> jax.Array:
+    """Returns `x` [n, D] after the products of a layer with its weights, those of `each` experts a
+    token among them, and nothing between them but sums.
     """
     width = x.shape[1]
     attention = layer["attention"]
@@ -181,10 +181,10 @@ def layer_products(x: jax.Array, layer: dict) -> jax.Array:
         mlp = layer["mlp"]
         return x + (x @ mlp["gate_proj"] + x @ mlp["up_proj"]) @ mlp["down_proj"]
     moe = layer["moe"]
-    taken = jnp.repeat(x, 4, axis=0).reshape(len(moe["up_proj"]), -1, width)
+    taken = jnp.repeat(x, each, axis=0).reshape(len(moe["up_proj"]), -1, width)
     taken = taken + jnp.sum(x @ moe["router"])
     made = (taken @ moe["gate_proj"] + taken @ moe["up_proj"]) @ moe["down_proj"]
-    return x + made.reshape(len(x), 4, width).sum(axis=1)
+    return x + made.reshape(len(x), each, width).sum(axis=1)
 
 
 def slots(repeats: int) -> None:

@@ -177,7 +177,7 @@ def test_equal_returns_are_whitened_to_zero(reward):
     """The rounding of their mean is not scaled up."""
     mask = np.ones((16, 37), bool)
     returns = np.full(mask.shape, reward, np.float32)
-    np.testing.assert_allclose(advantages.whiten(returns, mask), 0, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(advantages.whiten)(returns, mask), 0, atol=1e-6)
 
 
 def test_a_verdict_that_is_not_a_number_is_not_correct():
@@ -269,8 +269,9 @@ def test_reducers():
     for function, value in expected.items():
         np.testing.assert_allclose(function(x, mask), value, rtol=1e-5, err_msg=function.__name__)
     np.testing.assert_allclose(reduce.constant(x, mask, normalizer=40), flat.sum() / 40, rtol=1e-5)
-    with pytest.raises(ValueError, match="normalizer must be above zero"):
-        reduce.constant(x, mask, normalizer=0)
+    for zero in (0, np.float32(0)):
+        with pytest.raises(ValueError, match="normalizer must be above zero"):
+            reduce.constant(x, mask, normalizer=zero)
 
 
 def test_parts_with_global_counts_sum_to_the_whole():

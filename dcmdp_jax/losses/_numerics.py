@@ -69,6 +69,17 @@ def row_count(mask: Array) -> Array:
     return jnp.sum(mask, axis=-1, keepdims=True, dtype=jnp.float32)
 
 
+def centred(x: Array, mask: Array) -> Array:
+    """x less its mean over the mask, 0 elsewhere. Twice: of equal values the rounding of the first
+    mean is all that is left.
+    """
+    count = jnp.maximum(jnp.sum(row_count(mask).astype(jnp.int32)), 1)
+    x = select(mask, x)
+    for _ in range(2):
+        x = select(mask, x - jnp.sum(x) / count)
+    return x
+
+
 def exp_excess(x: Array) -> Array:
     """exp(x) - 1 - x without cancellation: the k3 estimator of a log ratio x. Finite x only."""
     small = jnp.abs(x) < 0.25
@@ -91,7 +102,7 @@ def binary_kl(log_q: Array, log_p: Array) -> Array:
 
     q log(q/p) + (1 - q) log((1 - q + 1e-8) / (1 - p + 1e-8)).
     1 - q is by expm1: the compiler folds the 1e-8 into a written 1, where float32 loses it, and a
-    certain token is 0 / 0. A log-prob that rounding has left above 0 is taken as 0.
+    certain token is 0 / 0. It is 0 for a log-prob that rounding has left above 0.
     """
     q = jnp.exp(log_q)
     other_q = jnp.maximum(-jnp.expm1(log_q), 0.0)

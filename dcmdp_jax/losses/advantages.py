@@ -14,7 +14,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dcmdp_jax.losses import _arguments, _numerics, reduce
+from dcmdp_jax.losses import _arguments, _numerics
 
 Array = jax.Array
 
@@ -202,9 +202,7 @@ def whiten(advantage: Array, mask: Array, *, epsilon: float = 1e-8) -> Array:
     """
     (advantage,) = _arguments.tokens(advantage=advantage)
     mask = _arguments.mask(mask, advantage)
-    centred = _numerics.select(mask, advantage - reduce.token_mean(advantage, mask))
-    # once more: the first mean's rounding would be all there is of equal advantages
-    centred = _numerics.select(mask, centred - reduce.token_mean(centred, mask))
+    centred = _numerics.centred(advantage, mask)
     variance = jnp.sum(jnp.square(centred)) / jnp.maximum(jnp.sum(mask) - 1, 1)
     return centred * jax.lax.rsqrt(variance + epsilon)
 

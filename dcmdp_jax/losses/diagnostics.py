@@ -401,8 +401,6 @@ def _correlation(x: Array, y: Array, mask: Array) -> Array:
 def _centred(x: Array, mask: Array) -> tuple[Array, Array]:
     """x less its mean over the mask, 0 elsewhere, and its norm, or 0 if rounding is all of it."""
     rounding = 1e-6 * jnp.max(jnp.abs(_numerics.select(mask, x)), initial=0.0)
-    x = _numerics.select(mask, x - reduce.token_mean(x, mask))
-    norm = jnp.sqrt(jnp.sum(x * x))
-    varies = jnp.max(jnp.abs(x), initial=0.0) > rounding
-    x = jnp.where(varies, x, 0.0)
-    return x, jnp.where(varies, norm, 0.0)
+    x = _numerics.centred(x, mask)
+    x = jnp.where(jnp.max(jnp.abs(x), initial=0.0) > rounding, x, 0.0)
+    return x, jnp.sqrt(jnp.sum(x * x))
