@@ -3,7 +3,7 @@
 A loss is separable if its gradient with respect to the log-probs of one microbatch is the same, bit
 for bit, whatever the log-probs of the others are. Every part of a loss that the library offers is
 put into a configuration and tried on made-up batches: what is declared must pass, what is not must
-fail.
+fail, but for one loss that couples its batch off policy alone.
 """
 
 import dataclasses
@@ -252,7 +252,9 @@ def test_what_is_declared_separable_is(name):
 def test_what_is_not_declared_couples_microbatches(name):
     config = config_with(**PARTS[name])
     assert not compiled_step.in_one_pass(config)
-    assert not all(is_unchanged(config, seed) for seed in range(3))
+    # On policy kl_cov's penalty has no slope, whichever tokens of the batch it chooses
+    couples = name != "decoupled covariance.kl_cov"
+    assert couples != all(is_unchanged(config, seed) for seed in range(3))
 
 
 def plain(logp, old_logp, rollout_logp, advantage, mask):
