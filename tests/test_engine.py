@@ -244,6 +244,78 @@ def test_samples_do_not_depend_on_slots_or_dispatches(model):
     assert (sample(model, key=2).tokens != reference.tokens).any()
 
 
+@pytest.mark.parametrize("precision", [Precision(), Precision(cache="int8")], ids=["", "int8"])
+def test_few_occupied_slots_sample_what_they_do_among_all(monkeypatch, precision):
+    """Two of eight slots alone, then five with those that were started beside them."""
+    weights = make_weights(MOE)
+    prompts = make_prompts(5)
+    keys = completion_keys(jax.random.key(1), 5)
+    engine = make_engine(
+        MOE, slots=8, steps=4, record_experts=True, top_logprobs=2, precision=precision
+    )
+    monkeypatch.setattr(engine, "few", 2)
+    prefix = engine.prefill(
+        params=weights, padded_tokens=prompts.tokens, true_length=prompts.lengths
+    )
+
+    def sampled(alone):
+        state = engine.init_decode_state()
+        state = engine.bulk_insert(prefix, state, [6, 1], [0, 1], keys[:2], T, Sampling(0.8))
+        dispatches = []
+        for window in (16, None):
+            state, result = engine.generate(weights, state, window=window, occupied=alone)
+            dispatches.append(engine.read(result))
+        state = engine.bulk_insert(prefix, state, [0, 3, 7], [2, 3, 4], keys[2:], T, Sampling(0.8))
+        for _ in range(2):
+            state, result = engine.generate(weights, state)
+            dispatches.append(engine.read(result))
+        return dispatches
+
+    expected = sampled(None)
+    assert [out.valid.any(axis=1).sum() for out in expected] == [2, 2, 5, 4]
+    for occupied in ([6, 1], [1, 6]):
+        for out, whole in zip(sampled(occupied), expected, strict=True):
+            valid = whole.valid
+            np.testing.assert_array_equal(out.valid, valid)
+            np.testing.assert_array_equal(out.active, whole.active)
+            np.testing.assert_array_equal(out.drawn.token[valid], whole.drawn.token[valid])
+            np.testing.assert_array_equal(out.experts[valid], whole.experts[valid])
+            np.testing.assert_array_equal(out.top.token[valid], whole.top.token[valid])
+            np.testing.assert_allclose(
+                out.drawn.rollout_logp[valid], whole.drawn.rollout_logp[valid], atol=2e-5
+            )
+            np.testing.assert_allclose(out.top.logp[valid], whole.top.logp[valid], atol=2e-5)
+
+
+def test_the_last_completions_are_decoded_alone(monkeypatch):
+    engine = make_engine(DENSE, slots=8, steps=4)
+    limits = np.array([3, 3, 3, 3, 3, 3, T, T], np.int32)
+    occupied = []
+    generate = engine.generate
+
+    def counted(*arguments, **options):
+        occupied.append(len(options["occupied"]))
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(engine, "generate", counted)
+    monkeypatch.setattr(engine, "few", 2)
+    options = {"samples": 1, "key": jax.random.key(1), "max_tokens": limits}
+    out = rollout(engine, make_weights(DENSE), make_prompts(8), **options)
+    assert occupied[0] == 8 and set(occupied[1:]) <= {1, 2} and len(occupied) > 2
+    monkeypatch.setattr(engine, "few", 0)
+    whole = rollout(engine, make_weights(DENSE), make_prompts(8), **options)
+    np.testing.assert_array_equal(out.tokens, whole.tokens)
+    np.testing.assert_allclose(out.rollout_logp, whole.rollout_logp, atol=2e-5)
+
+
+def test_a_wide_model_has_a_program_for_few_slots_on_a_cpu():
+    wide = dataclasses.replace(DENSE, hidden_size=256)
+    assert make_engine(wide, slots=8).few == 2
+    assert make_engine(DENSE, slots=8).few == 0
+    mesh = sharding.make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    assert make_engine(wide, slots=8, mesh=mesh).few == 0
+
+
 def test_samples_of_one_prompt_differ():
     assert len({tuple(row) for row in sample(DENSE).tokens[:G]}) == G
 

@@ -101,17 +101,24 @@ def write(layer: CacheLayer, new: jax.Array, lengths: jax.Array) -> CacheLayer:
     )
 
 
-def prefix(cache: Cache, window: int) -> Cache:
-    """Returns a copy of the first `window` positions of every slot."""
-    return jax.tree.map(lambda layer: layer[:, :, :window], cache)
+def prefix(cache: Cache, window: int, slots: jax.Array | None = None) -> Cache:
+    """Returns a copy of the first `window` positions of `slots` [n] int32, or of every slot."""
+    if slots is None:
+        return jax.tree.map(lambda layer: layer[:, :, :window], cache)
+    return jax.tree.map(lambda layer: layer[slots, :, :window], cache)
 
 
-def restore_prefix(cache: Cache, part: Cache) -> Cache:
-    """Returns `cache` with its first positions replaced by `part`, the shape of `prefix`; in place
-    if `cache` is donated.
+def restore_prefix(cache: Cache, part: Cache, slots: jax.Array | None = None) -> Cache:
+    """Returns `cache` with the positions replaced that `part`, as `prefix` makes it, holds; in
+    place if `cache` is donated. Slots must differ.
     """
+    if slots is None:
+        return jax.tree.map(
+            lambda layer, new: jax.lax.dynamic_update_slice(layer, new, (0, 0, 0, 0)), cache, part
+        )
+    window = jax.tree.leaves(part)[0].shape[2]
     return jax.tree.map(
-        lambda layer, new: jax.lax.dynamic_update_slice(layer, new, (0, 0, 0, 0)), cache, part
+        lambda layer, new: layer.at[slots, :, :window].set(new, unique_indices=True), cache, part
     )
 
 

@@ -213,6 +213,43 @@ def generate(
     )
 
 
+def generate_few(
+    weights: Weights,
+    state: DecodeState,
+    slots: jax.Array,
+    leave_at: jax.Array,
+    *,
+    window: int,
+    **options: Any,
+) -> tuple[DecodeState, Tokens]:
+    """`generate` where all but a few slots are idle, at the cost of those few.
+
+    Args:
+        slots: [n] int32, all different; every other slot is idle.
+        leave_at, window: see `generate`.
+        options: the others of `generate`, without `copy_window`: it decodes in a copy.
+    """
+    count = state.token.shape[0]
+    part = jax.tree.map(lambda column: column[slots], state._replace(cache=None))
+    part = part._replace(cache=kv.prefix(state.cache, window, slots))
+    others = count - slots.shape[0]
+    part, few = generate(weights, part, leave_at - others, window=window, **options)
+
+    def put(old, new):
+        return old.at[slots].set(new, unique_indices=True)
+
+    cache = kv.restore_prefix(state.cache, part.cache, slots)
+    state = jax.tree.map(put, state._replace(cache=None), part._replace(cache=None))
+    state = state._replace(cache=cache)
+    drawn, experts, valid, likeliest = jax.tree.map(
+        lambda new: put(jnp.zeros((count, *new.shape[1:]), new.dtype), new),
+        (few.drawn, few.experts, few.valid, few.top),
+    )
+    return state, Tokens(
+        drawn, experts, valid, state.generated, state.active, few.version, likeliest
+    )
+
+
 def _decode_step(
     params: Any,
     state: DecodeState,

@@ -24,6 +24,7 @@ class SlotEngine(Protocol):
     """What the loop needs of an engine; `rollout.jetstream.Engine` is one."""
 
     slots: int  # sequences decoded together
+    few: int  # so many occupied slots, or fewer, cost less than all; 0 where they do not
     steps: int  # tokens per dispatch
     max_length: int  # positions of a slot
     stop_ids: tuple[int, ...]
@@ -54,9 +55,17 @@ class SlotEngine(Protocol):
         ...
 
     def generate(
-        self, params: Weights, decode_state: DecodeState, *, leave_at: int, window: int
+        self,
+        params: Weights,
+        decode_state: DecodeState,
+        *,
+        leave_at: int,
+        window: int,
+        occupied: Any,
     ) -> tuple[DecodeState, Any]:
-        """Samples up to `steps` tokens in every active slot; see `decode.generate`."""
+        """Samples up to `steps` tokens in every active slot, of those that `occupied` names; see
+        `decode.generate`.
+        """
         ...
 
     def read(self, result: Any) -> Tokens:
@@ -124,13 +133,14 @@ def rollout(
             state = engine.bulk_insert(prefix, state, *columns, sampling)
 
         # decode up to K tokens in each
-        running = owner[owner >= 0]
+        occupied = np.flatnonzero(owner >= 0)
+        running = owner[occupied]
         longest = int((prompts.lengths[running // samples] + out.lengths[running]).max())
-        leave_at = engine.slots
-        if waiting.remaining:
-            leave_at = min(engine.slots - len(running) + MIN_FREE, engine.slots)
+        leave_at = idle_to_leave_at(engine, len(running), bool(waiting.remaining))
         window = power_of_two(longest + engine.steps, engine.max_length)
-        state, result = engine.generate(weights, state, leave_at=leave_at, window=window)
+        state, result = engine.generate(
+            weights, state, leave_at=leave_at, window=window, occupied=occupied
+        )
         tokens = engine.read(result)
         out.append(owner, tokens)
 
@@ -142,6 +152,13 @@ def rollout(
             on_end(int(i), out.tokens[i, : out.text_lengths[i]], bool(out.stopped[i]))
         owner[has_ended] = -1
     return out.to_rollout()
+
+
+def idle_to_leave_at(engine: SlotEngine, running: int, more_wait: bool) -> int:
+    """Returns how many idle slots end a dispatch that starts with `running` occupied ones."""
+    if more_wait:
+        return min(engine.slots - running + MIN_FREE, engine.slots)
+    return engine.slots - engine.few if running > engine.few else engine.slots
 
 
 def check_finite(weights: Weights) -> None:

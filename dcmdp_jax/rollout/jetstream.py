@@ -282,22 +282,29 @@ class Engine(engine_api.Engine):
         self._has_window = platform != "tpu" or not decode_attention.is_supported(
             self.config.head_dim
         )
-        generate_tokens = partial(
-            decode.generate,
-            config=self.config,
-            stop_ids=self.stop_ids,
-            steps=self.steps,
-            record_experts=record_experts,
-            top_logprobs=self._top_logprobs,
-            mesh=self._mesh,
-            copy_window=copy_window,
-        )
-        self._generate = jax.jit(
-            partial(_generate_packed, generate_tokens),
-            donate_argnums=1,
-            static_argnames="window",
-            out_shardings=(shardings, sharding.replicated(self._mesh)),
-        )
+        options = {
+            "config": self.config,
+            "stop_ids": self.stop_ids,
+            "steps": self.steps,
+            "record_experts": record_experts,
+            "top_logprobs": self._top_logprobs,
+            "mesh": self._mesh,
+        }
+
+        def compiled(generate: Callable) -> Callable:
+            return jax.jit(
+                partial(_generate_packed, partial(generate, **options)),
+                donate_argnums=1,
+                static_argnames="window",
+                out_shardings=(shardings, sharding.replicated(self._mesh)),
+            )
+
+        self._generate = compiled(partial(decode.generate, copy_window=copy_window))
+        # On a CPU a step of fewer rows is cheaper, if products take most of it: worth a program
+        # more. Elsewhere a step reads the same weights whatever the rows.
+        has_few = platform == "cpu" and self._mesh.size == 1 and self.config.hidden_size >= 256
+        self.few = self.slots // 4 if has_few else 0
+        self._generate_few = compiled(decode.generate_few)
 
     def state_shapes(self) -> decode.DecodeState:
         """Returns shapes and shardings of the decode state."""
@@ -396,15 +403,23 @@ class Engine(engine_api.Engine):
         *,
         leave_at: int | None = None,
         window: int | None = None,
+        occupied: np.ndarray | None = None,
     ) -> tuple[decode.DecodeState, Any]:
         """Samples up to `steps` tokens in every active slot; see `decode.generate`.
 
-        Returns early once `leave_at` slots are idle (default: all).
+        Returns early once `leave_at` slots are idle (default: all). `occupied` are the numbers of
+        the slots that may be active (default: all); `few` or fewer cost less.
         """
-        leave_at = self.slots if leave_at is None else leave_at
+        leave_at = np.int32(self.slots if leave_at is None else leave_at)
         if window is None or not self._has_window:
             window = self.max_length
-        state, data = self._generate(params, decode_state, np.int32(leave_at), window=window)
+        if occupied is not None and len(occupied) <= self.few:
+            idle = np.setdiff1d(np.arange(self.slots), occupied)
+            chosen = np.concatenate([occupied, idle])[: self.few].astype(np.int32)
+            generate = partial(self._generate_few, params, decode_state, chosen)
+        else:
+            generate = partial(self._generate, params, decode_state)
+        state, data = generate(leave_at, window=window)
         k = self.steps
         return state, engine_api.ResultTokens(
             data=data,
@@ -480,15 +495,14 @@ def _generate_packed(
     generate: Callable,
     weights: Weights,
     state: decode.DecodeState,
-    leave_at: jax.Array,
-    *,
+    *arguments: jax.Array,
     window: int,
 ) -> tuple[decode.DecodeState, jax.Array]:
     """Returns what `generate` does, its tokens as one int32 array [slots, columns].
 
     One array is one copy to the host. JetStream reads the first 2 K + 1 columns.
     """
-    state, tokens = generate(weights, state, leave_at, window=window)
+    state, tokens = generate(weights, state, *arguments, window=window)
     slots = tokens.active.shape[0]
     columns = [
         tokens.drawn.token,

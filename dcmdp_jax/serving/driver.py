@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from dcmdp_jax.records import Sampling, Weights
-from dcmdp_jax.rollout.generate import MIN_FREE, SMALLEST_BUCKET
+from dcmdp_jax.rollout.generate import SMALLEST_BUCKET, idle_to_leave_at
 from dcmdp_jax.tokens.packing import power_of_two
 
 FAILED_ROUNDS = 3  # rounds in a row whose failure makes a driver unhealthy
@@ -266,15 +266,16 @@ class Driver:
 
     def _decode(self) -> None:
         """Decodes up to K tokens in every slot and sends them to their requests."""
-        slots = self.engine.slots
-        longest = max(running.length for running in self._slots if running)
+        occupied = [slot for slot, running in enumerate(self._slots) if running]
+        longest = max(self._slots[slot].length for slot in occupied)
         self._state, result = self.engine.generate(
             self._weights,
             self._state,
-            leave_at=min(slots - self.running + MIN_FREE, slots) if self._waiting else slots,
+            leave_at=idle_to_leave_at(self.engine, len(occupied), bool(self._waiting)),
             window=power_of_two(
                 max(longest + self.engine.steps, SMALLEST_BUCKET), self.engine.max_length
             ),
+            occupied=occupied,
         )
         read = self.engine.read(result)
         self._failed_rounds = 0
