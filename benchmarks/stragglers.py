@@ -6,7 +6,7 @@ the model folder: no model is run. A batch is 8 groups of 8 completions, and tra
 are whole. With more than 8 groups open, the others go on after the update, and what the cache holds
 of each completion under way is prefilled again, since the weights have changed.
 
-  steps      decode steps a batch; each costs the same for a busy slot as for an idle one
+  steps      decode steps a batch, of all slots, busy or idle
   idle       share of slot-steps without a sequence
   prefilled  tokens a batch: each prompt once a group, and what is computed again
   stale      share of the groups that hold tokens of older weights

@@ -271,8 +271,12 @@ def test_few_occupied_slots_sample_what_they_do_among_all(monkeypatch, precision
             dispatches.append(engine.read(result))
         return dispatches
 
+    programs = []
+    for name in ("_generate", "_generate_few"):
+        monkeypatch.setattr(engine, name, recorded_call(programs, name, getattr(engine, name)))
     expected = sampled(None)
     assert [out.valid.any(axis=1).sum() for out in expected] == [2, 2, 5, 4]
+    assert programs == ["_generate"] * 4
     for occupied in ([6, 1], [1, 6]):
         for out, whole in zip(sampled(occupied), expected, strict=True):
             valid = whole.valid
@@ -285,33 +289,71 @@ def test_few_occupied_slots_sample_what_they_do_among_all(monkeypatch, precision
                 out.drawn.rollout_logp[valid], whole.drawn.rollout_logp[valid], atol=2e-5
             )
             np.testing.assert_allclose(out.top.logp[valid], whole.top.logp[valid], atol=2e-5)
+    assert programs[4:] == ["_generate_few", "_generate_few", "_generate", "_generate"] * 2
+
+
+def recorded_call(calls, name, function):
+    """`function`, which writes `name` into `calls`."""
+
+    def call(*arguments, **options):
+        calls.append(name)
+        return function(*arguments, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("leave_at", [1, 6, 7, 8])
+def test_few_slots_leave_where_all_do(monkeypatch, leave_at):
+    """Two of eight slots are active, so that six are idle from the start."""
+    engine = make_engine(DENSE, slots=8, steps=4)
+    weights = make_weights(DENSE)
+    prompts = make_prompts(2)
+    keys = completion_keys(jax.random.key(4), 2)
+    prefix = engine.prefill(
+        params=weights, padded_tokens=prompts.tokens, true_length=prompts.lengths
+    )
+    valid = {}
+    for few in (0, 2):
+        monkeypatch.setattr(engine, "few", few)
+        state = engine.bulk_insert(
+            prefix, engine.init_decode_state(), [5, 2], [0, 1], keys, T, Sampling(0.8)
+        )
+        _, result = engine.generate(weights, state, leave_at=leave_at, occupied=[2, 5])
+        valid[few] = engine.read(result).valid
+    np.testing.assert_array_equal(valid[2], valid[0])
+    assert valid[0].any(axis=0).sum() == 1 if leave_at <= 6 else valid[0].any(axis=0).sum() > 1
 
 
 def test_the_last_completions_are_decoded_alone(monkeypatch):
+    """Six of eight end after six tokens, in the middle of a dispatch of four."""
     engine = make_engine(DENSE, slots=8, steps=4)
-    limits = np.array([3, 3, 3, 3, 3, 3, T, T], np.int32)
-    occupied = []
+    limits = np.array([6, 6, 6, 6, 6, 6, T, T], np.int32)
+    calls = {2: [], 0: []}
     generate = engine.generate
 
     def counted(*arguments, **options):
-        occupied.append(len(options["occupied"]))
-        return generate(*arguments, **options)
+        state, result = generate(*arguments, **options)
+        steps = int(engine.read(result).valid.any(axis=0).sum())
+        calls[engine.few].append((len(options["occupied"]), steps))
+        return state, result
 
     monkeypatch.setattr(engine, "generate", counted)
-    monkeypatch.setattr(engine, "few", 2)
-    options = {"samples": 1, "key": jax.random.key(1), "max_tokens": limits}
-    out = rollout(engine, make_weights(DENSE), make_prompts(8), **options)
-    assert occupied[0] == 8 and set(occupied[1:]) <= {1, 2} and len(occupied) > 2
-    monkeypatch.setattr(engine, "few", 0)
-    whole = rollout(engine, make_weights(DENSE), make_prompts(8), **options)
-    np.testing.assert_array_equal(out.tokens, whole.tokens)
-    np.testing.assert_allclose(out.rollout_logp, whole.rollout_logp, atol=2e-5)
+    options = {"samples": 1, "key": jax.random.key(4), "max_tokens": limits}
+    outs = []
+    for few in calls:
+        monkeypatch.setattr(engine, "few", few)
+        outs.append(rollout(engine, make_weights(DENSE), make_prompts(8), **options))
+    assert calls[2][:3] == [(8, 4), (5, 2), (2, 4)], "it leaves once two go on"
+    assert calls[0][:2] == [(8, 4), (5, 4)]
+    np.testing.assert_array_equal(outs[0].tokens, outs[1].tokens)
+    np.testing.assert_allclose(outs[0].rollout_logp, outs[1].rollout_logp, atol=2e-5)
 
 
 def test_a_wide_model_has_a_program_for_few_slots_on_a_cpu():
     wide = dataclasses.replace(DENSE, hidden_size=256)
     assert make_engine(wide, slots=8).few == 2
     assert make_engine(DENSE, slots=8).few == 0
+    assert make_engine(wide, slots=8, precision=Precision(cache="float8_e4m3fn")).few == 0
     mesh = sharding.make_mesh(MeshConfig(data=2), jax.devices()[:2])
     assert make_engine(wide, slots=8, mesh=mesh).few == 0
 

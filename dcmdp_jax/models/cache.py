@@ -116,9 +116,17 @@ def restore_prefix(cache: Cache, part: Cache, slots: jax.Array | None = None) ->
         return jax.tree.map(
             lambda layer, new: jax.lax.dynamic_update_slice(layer, new, (0, 0, 0, 0)), cache, part
         )
-    window = jax.tree.leaves(part)[0].shape[2]
-    return jax.tree.map(
-        lambda layer, new: layer.at[slots, :, :window].set(new, unique_indices=True), cache, part
+
+    def restore(i: jax.Array, layer: jax.Array, new: jax.Array) -> jax.Array:
+        row = jax.lax.dynamic_slice_in_dim(new, i, 1)
+        return jax.lax.dynamic_update_slice(layer, row, (slots[i], 0, 0, 0))
+
+    # Slot by slot: a CPU converts a bfloat16 or float8 layer to float32 to scatter into it.
+    return jax.lax.fori_loop(
+        0,
+        slots.shape[0],
+        lambda i, cache: jax.tree.map(functools.partial(restore, i), cache, part),
+        cache,
     )
 
 

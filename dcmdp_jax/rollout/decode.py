@@ -226,7 +226,8 @@ def generate_few(
 
     Args:
         slots: [n] int32, all different; every other slot is idle.
-        leave_at, window: see `generate`.
+        leave_at: [] int32, more than the number of other slots; see `generate`.
+        window: see `generate`.
         options: the others of `generate`, without `copy_window`: it decodes in a copy.
     """
     count = state.token.shape[0]

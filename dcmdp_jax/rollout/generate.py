@@ -63,8 +63,8 @@ class SlotEngine(Protocol):
         window: int,
         occupied: Any,
     ) -> tuple[DecodeState, Any]:
-        """Samples up to `steps` tokens in every active slot, of those that `occupied` names; see
-        `decode.generate`.
+        """Samples up to `steps` tokens in every active slot; see `decode.generate`. `occupied`
+        holds the numbers of all slots that may be active.
         """
         ...
 

@@ -301,8 +301,10 @@ class Engine(engine_api.Engine):
 
         self._generate = compiled(partial(decode.generate, copy_window=copy_window))
         # On a CPU a step of fewer rows is cheaper, if products take most of it: worth a program
-        # more. Elsewhere a step reads the same weights whatever the rows.
-        has_few = platform == "cpu" and self._mesh.size == 1 and self.config.hidden_size >= 256
+        # more for each window. Elsewhere a step reads the same weights whatever the rows. To write
+        # into a few slots of a float8 cache, a CPU converts all of it.
+        is_one_cpu = platform == "cpu" and self._mesh.size == 1
+        has_few = is_one_cpu and self.config.hidden_size >= 256 and cache != "float8_e4m3fn"
         self.few = self.slots // 4 if has_few else 0
         self._generate_few = compiled(decode.generate_few)
 
@@ -407,19 +409,20 @@ class Engine(engine_api.Engine):
     ) -> tuple[decode.DecodeState, Any]:
         """Samples up to `steps` tokens in every active slot; see `decode.generate`.
 
-        Returns early once `leave_at` slots are idle (default: all). `occupied` are the numbers of
-        the slots that may be active (default: all); `few` or fewer cost less.
+        Returns early once `leave_at` slots are idle (default: all). `occupied` holds the numbers of
+        all slots that may be active (default: every slot); `few` or fewer cost less.
         """
-        leave_at = np.int32(self.slots if leave_at is None else leave_at)
+        leave_at = self.slots if leave_at is None else leave_at
         if window is None or not self._has_window:
             window = self.max_length
-        if occupied is not None and len(occupied) <= self.few:
+        is_few = occupied is not None and len(occupied) <= self.few
+        if is_few and leave_at > self.slots - self.few:
             idle = np.setdiff1d(np.arange(self.slots), occupied)
             chosen = np.concatenate([occupied, idle])[: self.few].astype(np.int32)
             generate = partial(self._generate_few, params, decode_state, chosen)
         else:
             generate = partial(self._generate, params, decode_state)
-        state, data = generate(leave_at, window=window)
+        state, data = generate(np.int32(leave_at), window=window)
         k = self.steps
         return state, engine_api.ResultTokens(
             data=data,
