@@ -9,6 +9,8 @@ is a CPU, and wall seconds elsewhere.
             and weights alone: the least that an engine with these products can take
   slots     occupancy of the slots, tokens over decode steps x slots, on long-tailed lengths, beside
             that of static batches
+  ragged    64 requests of those lengths, of a dense and of a sparse model: where the time goes, and
+            what it is if few occupied slots are decoded among all
   prefix    prefill and start of 8 samples of one 512-token prompt, against 1
   sampler   a draw and its log-prob from 16 rows of 151,936 logits, against `jax.random.categorical`
             and log_softmax
@@ -26,7 +28,9 @@ is a CPU, and wall seconds elsewhere.
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
+import time
 from functools import partial
 
 import jax
@@ -45,6 +49,8 @@ from dcmdp_jax.rollout.generate import rollout
 from dcmdp_jax.rollout.jetstream import Engine
 from dcmdp_jax.tokens.packing import power_of_two
 
+SPARSE = dataclasses.replace(SMALL, num_experts=16, experts_per_token=4, expert_size=192)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -53,7 +59,7 @@ def main() -> None:
     parser.add_argument(
         "parts",
         nargs="*",
-        default=["loop", "products", "slots", "prefix", "sampler", "weights", "peers"],
+        default=["loop", "products", "slots", "ragged", "prefix", "sampler", "weights", "peers"],
     )
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--batch", type=int, nargs="+", default=[16], help="slots of `roof`")
@@ -64,6 +70,7 @@ def main() -> None:
         "loop": loop,
         "products": products,
         "slots": slots,
+        "ragged": ragged,
         "prefix": prefix,
         "sampler": sampler,
         "weights": weights,
@@ -129,21 +136,20 @@ def products(repeats: int) -> None:
     count = 16
     new = 64
     prompts = make_prompts(np.full(count, 64))
-    sparse = dataclasses.replace(SMALL, num_experts=16, experts_per_token=4, expert_size=192)
 
     @jax.jit
     def alone(params, rows):
         def step(_, x):
             for layer in params["stacks"]:
-                x = layer_products(x, layer, sparse.experts_per_token)
+                x = layer_products(x, layer, SPARSE.experts_per_token)
             return x + (x @ params["head"])[:, : x.shape[1]]
 
         first = rows
         for layer in params["stacks"]:
-            first = layer_products(first, layer, sparse.experts_per_token)
+            first = layer_products(first, layer, SPARSE.experts_per_token)
         return first, jax.lax.fori_loop(0, new, step, rows[:count])
 
-    for name, shape in (("dense", SMALL), ("sparse", sparse)):
+    for name, shape in (("dense", SMALL), ("sparse", SPARSE)):
         policy = make_weights(shape)
         small = jax.tree.map(lambda x: x * 0.01, policy.params)  # the rows grow at every step
         engine = make_engine(shape, slots=count, max_length=128)
@@ -200,9 +206,7 @@ def slots(repeats: int) -> None:
         steps.append(int((out := read(result)).valid.any(axis=0).sum())) or out
     )
     for count in (64, 512):
-        limits = np.clip(
-            np.exp(np.random.default_rng(0).normal(np.log(23), 0.8, count)), 8, 128
-        ).astype(np.int32)
+        limits = ragged_lengths(count)
         steps.clear()
         rollout(
             engine,
@@ -219,6 +223,62 @@ def slots(repeats: int) -> None:
             f"slots    {count} requests: {tokens / (16 * sum(steps)):.0%} of 16 slots occupied "
             f"over {sum(steps)} steps; at best {tokens / (16 * bound):.0%} in this order; "
             f"in static batches {tokens / (16 * static):.0%}"
+        )
+
+
+def ragged_lengths(count: int) -> np.ndarray:
+    drawn = np.exp(np.random.default_rng(0).normal(np.log(23), 0.8, count))
+    return np.clip(drawn, 8, 128).astype(np.int32)
+
+
+def ragged(repeats: int) -> None:
+    """64 requests on 16 slots, lengths as in `slots`."""
+    limits = ragged_lengths(64)
+    prompts = make_prompts(np.full(64, 64))
+    for name, shape in (("dense", SMALL), ("sparse", SPARSE)):
+        policy = make_weights(shape)
+        engine = make_engine(shape, slots=16, max_length=192)
+
+        def run(few: int, engine=engine, policy=policy) -> None:
+            engine.few = few
+            rollout(engine, policy, prompts, samples=1, key=jax.random.key(0), max_tokens=limits)
+
+        few = engine.few
+        ours, plain = measure([partial(run, few), partial(run, 0)], repeats)
+        print(
+            f"ragged   {name}: {ours * 1e3:.0f} ms; with every slot decoded always "
+            f"{plain * 1e3:.0f} ms: {ours / plain:.2f}x"
+        )
+        seconds: collections.Counter[str] = collections.Counter()
+        steps: collections.Counter[str] = collections.Counter()
+        prefill = engine.prefill
+        generate = engine.generate
+
+        def timed_prefill(seconds=seconds, prefill=prefill, **options):
+            start = time.process_time()
+            out = jax.block_until_ready(prefill(**options))
+            seconds["prompts"] += time.process_time() - start
+            return out
+
+        def timed_generate(
+            *args, seconds=seconds, steps=steps, engine=engine, generate=generate, **options
+        ):
+            part = "few" if len(options["occupied"]) <= engine.few else "more"
+            start = time.process_time()
+            state, result = jax.block_until_ready(generate(*args, **options))
+            seconds[part] += time.process_time() - start
+            steps[part] += int(engine.read(result).valid.any(axis=0).sum())
+            return state, result
+
+        engine.prefill = timed_prefill
+        engine.generate = timed_generate
+        start = time.process_time()
+        run(few)
+        whole = time.process_time() - start
+        print(
+            f"ragged   {name}: prompts {seconds['prompts'] / whole:.0%}; {steps['more']} steps of "
+            f"more than {few} sequences {seconds['more'] / whole:.0%}, {steps['few']} of at most "
+            f"{few} {seconds['few'] / whole:.0%}"
         )
 
 
