@@ -1,6 +1,7 @@
 """The tables of RESULTS.md about the language model are those of its runs."""
 
 import importlib
+import math
 import pathlib
 import statistics
 
@@ -15,9 +16,15 @@ def summary(monkeypatch):
     return importlib.import_module("summary")
 
 
-def test_the_tables_of_results_are_the_runs(summary):
+@pytest.fixture
+def nf4_summary(summary):
+    return importlib.import_module("nf4_summary")
+
+
+def test_the_tables_of_results_are_the_runs(summary, nf4_summary):
     page = (ROOT / "RESULTS.md").read_text()
     made = {"seeds": summary.table(summary.read(summary.CSV)), "pilots": summary.pilots()}
+    made |= nf4_summary.tables(summary.read(nf4_summary.CSV))
     assert all(table in page for table in made.values())
     assert page == summary.fill(page, made)
 
@@ -26,6 +33,32 @@ def test_the_seeds_are_complete_pairs_of_the_study(summary):
     arms = summary.read(summary.CSV)
     assert {len(rows) for runs in arms.values() for rows in runs.values()} == {20}
     assert arms["grpo"].keys() == arms["dcgrpo"].keys() <= set(range(2, 7))
+
+
+def test_the_runs_under_nf4_are_those_of_the_study(summary, nf4_summary):
+    study = importlib.import_module("nf4").STUDY
+    arms = summary.read(nf4_summary.CSV)
+    assert arms.keys() == study.arms.keys()
+    assert {tuple(sorted(runs)) for runs in arms.values()} == {tuple(study.seed_numbers)}
+    assert {len(rows) for runs in arms.values() for rows in runs.values()} == {nf4_summary.STEPS}
+
+
+def test_delta_at_equal_entropy_by_hand(nf4_summary):
+    def rows(*pairs):
+        return [{"entropy": entropy, "delta_mean": delta} for entropy, delta in pairs]
+
+    means = nf4_summary.at_entropy(
+        rows((0.5, 0.1), (0.6, 0.2), (0.74, 0.6), (2.5, 0.9), (0.49, 5), (0.75, 7))
+    )
+    assert means[1] == pytest.approx(0.3)
+    assert all(math.isnan(mean) for mean in (means[0], *means[2:]))  # fewer than three batches
+
+    runs = {"exact": {0: rows(*[(0.3, 1e-7)] * 3)}, "grpo": {s: rows((0.3, s)) for s in (1, 2, 3)}}
+    table = nf4_summary.entropy_table(runs, rows(*[(2.2, 0.25)] * 3))
+    assert table.splitlines()[2:] == [
+        "| untrained, cooled | 0.250 |  |  |  |  |  |  |",
+        "| grpo |  |  |  |  |  |  | 2.000 |",
+    ]
 
 
 def test_a_table_by_hand(summary):

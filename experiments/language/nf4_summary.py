@@ -1,24 +1,38 @@
-"""What do the runs of nf4.py add up to? Makes the table of RESULTS.md anew, after copying what the
-finished runs left, if named.
+"""What do the runs of nf4.py and cooled.py add up to? Makes their tables of RESULTS.md and the
+picture anew, after copying what the finished runs of nf4.py left, if named.
 
 Command:  python experiments/language/nf4_summary.py [runs/language]
-Hardware: any
+Hardware: any; needs matplotlib (pip install 'dcmdp-jax[report]')
 Time:     1 s
-Result:   a table of RESULTS.md
+Result:   two tables of RESULTS.md, and experiments/language/plots/nf4.svg
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import pathlib
 import statistics
 import sys
 
+import cooled
 import nf4
 import summary
 
 CSV = summary.HERE / "results" / "nf4.csv"
 STEPS = nf4.arm().steps
 LAST = 8  # steps over which delta and entropy are averaged
+ENTROPIES = (0.0, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # edges, nats a token
+FEWEST = 3  # batches of an arm between two edges, for a mean
+NO_GAP = 1e-4  # delta of an engine that rounds nothing is below
+COLORS = {
+    "exact": "#64748b",
+    "grpo": "#0072b2",
+    "icepop": "#e69f00",
+    "dcgrpo": "#d55e00",
+    "signed": "#cc79a7",
+    "penalty": "#009e73",
+}
 Runs = dict[str, dict[int, list[dict[str, float]]]]
 
 
@@ -28,8 +42,8 @@ def at_end(runs: dict[int, list[dict[str, float]]], measure: str) -> dict[int, f
 
 
 def table(found: Runs) -> str:
-    """Returns the table: a line for each arm, means over its seeds; from three seeds on with 95 %
-    intervals.
+    """Returns the table: a line for each arm, in the order of nf4.py, means over its seeds; from
+    three seeds on with 95 % intervals.
     """
     baseline = at_end(found["grpo"], "reward_eval_infer")
     head = ("arm", "seeds", "engine", "against GRPO", "trainer", "trainer less engine")
@@ -58,8 +72,82 @@ def table(found: Runs) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def at_entropy(rows: list[dict[str, float]]) -> list[float]:
+    """Returns mean delta of the batches between each two edges of entropy; nan where they are too
+    few.
+    """
+    means = []
+    for low, high in itertools.pairwise(ENTROPIES):
+        deltas = [row["delta_mean"] for row in rows if low <= row["entropy"] < high]
+        means.append(statistics.fmean(deltas) if len(deltas) >= FEWEST else math.nan)
+    return means
+
+
+def together(runs: dict[int, list[dict[str, float]]]) -> list[dict[str, float]]:
+    """Returns the steps of all seeds."""
+    return [row for rows in runs.values() for row in rows]
+
+
+def entropy_table(found: Runs, untrained: list[dict[str, float]]) -> str:
+    """Returns the table of delta at equal entropy: a line for each arm that has a gap."""
+    edges = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(ENTROPIES)]
+    lines = [["arm", *reversed(edges)], ["---"] * len(ENTROPIES)]
+    arms = {arm: together(found[arm]) for arm in nf4.STUDY.arms if arm in found}
+    for name, rows in {"untrained, cooled": untrained, **arms}.items():
+        if max(row["delta_mean"] for row in rows) < NO_GAP:
+            continue
+        means = reversed(at_entropy(rows))
+        lines.append([name, *("" if math.isnan(mean) else f"{mean:.3f}" for mean in means)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def draw(found: Runs, untrained: list[dict[str, float]], out: pathlib.Path) -> None:
+    """Draws pass rate and delta of the sampled sentences, means over seeds, and delta at equal
+    entropy.
+    """
+    plt = summary.pyplot()
+    figure, (rate, delta, equal) = plt.subplots(1, 3, figsize=(9, 3.5), layout="constrained")
+    middles = [(low + high) / 2 for low, high in itertools.pairwise(ENTROPIES)]
+    for arm, color in COLORS.items():
+        for axis, measure in ((rate, "reward"), (delta, "delta_mean")):
+            courses = [[row[measure] for row in rows] for rows in found[arm].values()]
+            means = [statistics.fmean(values) for values in zip(*courses, strict=True)]
+            axis.plot(range(1, len(means) + 1), means, color=color, lw=1.6, label=arm)
+        if arm != "exact":
+            equal.plot(middles, at_entropy(together(found[arm])), color=color, lw=1.6, marker=".")
+    dots = equal.scatter(
+        [row["entropy"] for row in untrained],
+        [row["delta_mean"] for row in untrained],
+        s=6,
+        color="#94a3b8",
+    )
+    equal.legend([dots], ["untrained, cooled"], frameon=False, loc="lower left")
+    tolerance = nf4.STUDY.arms["grpo"].constraint.tolerance
+    line = delta.axhline(tolerance, color="#334155", lw=1, ls="--")
+    delta.legend([line], ["tolerance"], frameon=False)
+    figure.legend(*rate.get_legend_handles_labels(), loc="outside lower center", ncols=len(COLORS))
+    equal.invert_xaxis()
+    for axis, title, label in (
+        (rate, "pass rate of the sampled sentences", "step"),
+        (delta, "delta", "step"),
+        (equal, "delta at equal entropy", "entropy of the policy, nats a token"),
+    ):
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(label)
+        axis.set_ylim(bottom=0)
+    out.mkdir(exist_ok=True)
+    figure.savefig(out / "nf4.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def tables(found: Runs) -> dict[str, str]:
+    """Returns the tables of RESULTS.md by the names of their places."""
+    return {"nf4": table(found), "nf4_entropy": entropy_table(found, cooled.read())}
+
+
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         summary.collect(pathlib.Path(sys.argv[1]) / "nf4", CSV, STEPS)
-    page = summary.PAGE.read_text()
-    summary.PAGE.write_text(summary.fill(page, {"nf4": table(summary.read(CSV))}))
+    found = summary.read(CSV)
+    summary.PAGE.write_text(summary.fill(summary.PAGE.read_text(), tables(found)))
+    draw(found, cooled.read(), summary.HERE / "plots")

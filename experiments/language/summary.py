@@ -173,8 +173,8 @@ def fill(page: str, made: dict[str, str]) -> str:
     return page
 
 
-def draw(arms: dict[str, dict[int, list[dict[str, float]]]], out: pathlib.Path) -> None:
-    """Draws the pass rates, delta and lambda of every seed, and their means."""
+def pyplot():
+    """Returns matplotlib's pyplot, set to write SVGs that come out the same each time."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -188,6 +188,12 @@ def draw(arms: dict[str, dict[int, list[dict[str, float]]]], out: pathlib.Path) 
             "axes.spines.right": False,
         }
     )
+    return plt
+
+
+def draw(arms: dict[str, dict[int, list[dict[str, float]]]], out: pathlib.Path) -> None:
+    """Draws the pass rates, delta and lambda of every seed, and their means."""
+    plt = pyplot()
     colors = {"grpo": "#0072b2", "dcgrpo": "#d55e00"}
     figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
     for axis, measure, title in zip(
