@@ -1,6 +1,7 @@
 """The tables of RESULTS.md about the language model are those of its runs."""
 
 import importlib
+import itertools
 import math
 import pathlib
 import statistics
@@ -43,15 +44,43 @@ def test_the_runs_under_nf4_are_those_of_the_study(summary, nf4_summary):
     assert {len(rows) for runs in arms.values() for rows in runs.values()} == {nf4_summary.STEPS}
 
 
+def test_the_cooled_policy_is_measured_at_every_temperature(nf4_summary):
+    cooled = importlib.import_module("cooled")
+    measured = [(row["temperature"], row["batch"]) for row in cooled.read()]
+    assert measured == list(itertools.product(cooled.TEMPERATURES, range(cooled.BATCHES)))
+
+
+def test_a_table_of_arms_by_hand(nf4_summary):
+    def run(engine, trainer, delta):
+        nan = math.nan
+        rows = [
+            {"step": step, "delta_mean": delta, "multiplier": 0.5, "entropy": 2.0}
+            | {"reward_eval_infer": nan, "reward_eval_train": nan}
+            for step in range(1, 11)
+        ]
+        rows[0] |= {"delta_mean": 99.0, "reward_eval_infer": 0.1, "reward_eval_train": 0.2}
+        rows[-1] |= {"reward_eval_infer": engine, "reward_eval_train": trainer}
+        return rows
+
+    found = {
+        "penalty": {0: run(0.75, 0.5, 0.3)},
+        "grpo": {0: run(0.5, 0.75, 0.1), 1: run(0.625, 0.75, 0.2)},
+    }
+    assert nf4_summary.table(found).splitlines()[2:] == [
+        "| grpo | 2 | 0.56 |  | 0.75 | 0.19 | 0.15 | 0.5 | 2 |",
+        "| penalty | 1 | 0.75 | 0.25 | 0.50 | -0.25 | 0.3 | 0.5 | 2 |",
+    ]
+
+
 def test_delta_at_equal_entropy_by_hand(nf4_summary):
     def rows(*pairs):
         return [{"entropy": entropy, "delta_mean": delta} for entropy, delta in pairs]
 
     means = nf4_summary.at_entropy(
-        rows((0.5, 0.1), (0.6, 0.2), (0.74, 0.6), (2.5, 0.9), (0.49, 5), (0.75, 7))
+        rows((0.5, 0.1), (0.6, 0.2), (0.74, 0.6), (2.5, 0.9), (2.6, 0.8), (0.49, 5), (0.75, 7))
     )
-    assert means[1] == pytest.approx(0.3)
-    assert all(math.isnan(mean) for mean in (means[0], *means[2:]))  # fewer than three batches
+    assert means[1] == pytest.approx((0.61333, 0.3), abs=1e-5)
+    assert all(math.isnan(delta) for _, delta in (means[0], *means[2:]))  # under three batches
 
     runs = {"exact": {0: rows(*[(0.3, 1e-7)] * 3)}, "grpo": {s: rows((0.3, s)) for s in (1, 2, 3)}}
     table = nf4_summary.entropy_table(runs, rows(*[(2.2, 0.25)] * 3))

@@ -1,16 +1,16 @@
 """Does the gap change with the policy's entropy alone?
 
-The engine of nf4.py samples from the weights as they come, which nothing has trained, at lower and
-lower temperatures. If delta at an entropy is that of the runs of nf4.py at the same entropy, the
-gap grows and falls in training because the policy gets surer, and not because of what it learns.
-Fixed before the first run: the comparison is mean delta between the same edges of entropy, which
-nf4_summary.py tabulates.
+The engine of nf4.py samples from the published weights, which nothing has trained here, at lower
+and lower temperatures. If delta at an entropy is that of the runs of nf4.py at the same entropy,
+the gap grows and falls in training because the policy gets surer, and not because of what it
+learns. Fixed before the first run: the comparison is mean delta between the same edges of entropy,
+which nf4_summary.py tabulates.
 
 Command:  bash experiments/language/get_smollm2.sh && python experiments/language/cooled.py
 Hardware: two CPU cores, 5 GiB of memory
 Time:     12 minutes beside two other jobs
-Result:   entropy 2.6, 1.5, 1.1, 0.5, 0.2 nats: delta 0.07, 0.10, 0.11, 0.14, 0.17. Down to one nat
-          as in training; below it GRPO's delta falls
+Result:   entropy 2.6, 1.5, 1.1, 0.5, 0.3, 0.2 nats: delta 0.07, 0.10, 0.11, 0.14, 0.18, 0.17. Down
+          to one nat as in training; below it GRPO's delta falls
 """
 
 import csv

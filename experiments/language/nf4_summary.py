@@ -72,14 +72,18 @@ def table(found: Runs) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def at_entropy(rows: list[dict[str, float]]) -> list[float]:
-    """Returns mean delta of the batches between each two edges of entropy; nan where they are too
-    few.
+def at_entropy(rows: list[dict[str, float]]) -> list[tuple[float, float]]:
+    """Returns mean entropy and mean delta of the batches between each two edges of entropy; nan
+    where they are too few.
     """
     means = []
     for low, high in itertools.pairwise(ENTROPIES):
-        deltas = [row["delta_mean"] for row in rows if low <= row["entropy"] < high]
-        means.append(statistics.fmean(deltas) if len(deltas) >= FEWEST else math.nan)
+        between = [row for row in rows if low <= row["entropy"] < high]
+        if len(between) < FEWEST:
+            means.append((math.nan, math.nan))
+        else:
+            entropy, delta = ([row[name] for row in between] for name in ("entropy", "delta_mean"))
+            means.append((statistics.fmean(entropy), statistics.fmean(delta)))
     return means
 
 
@@ -96,7 +100,7 @@ def entropy_table(found: Runs, untrained: list[dict[str, float]]) -> str:
     for name, rows in {"untrained, cooled": untrained, **arms}.items():
         if max(row["delta_mean"] for row in rows) < NO_GAP:
             continue
-        means = reversed(at_entropy(rows))
+        means = [delta for _, delta in reversed(at_entropy(rows))]
         lines.append([name, *("" if math.isnan(mean) else f"{mean:.3f}" for mean in means)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -107,14 +111,14 @@ def draw(found: Runs, untrained: list[dict[str, float]], out: pathlib.Path) -> N
     """
     plt = summary.pyplot()
     figure, (rate, delta, equal) = plt.subplots(1, 3, figsize=(9, 3.5), layout="constrained")
-    middles = [(low + high) / 2 for low, high in itertools.pairwise(ENTROPIES)]
     for arm, color in COLORS.items():
         for axis, measure in ((rate, "reward"), (delta, "delta_mean")):
             courses = [[row[measure] for row in rows] for rows in found[arm].values()]
             means = [statistics.fmean(values) for values in zip(*courses, strict=True)]
             axis.plot(range(1, len(means) + 1), means, color=color, lw=1.6, label=arm)
         if arm != "exact":
-            equal.plot(middles, at_entropy(together(found[arm])), color=color, lw=1.6, marker=".")
+            means = zip(*at_entropy(together(found[arm])), strict=True)
+            equal.plot(*means, color=color, lw=1.6, marker=".")
     dots = equal.scatter(
         [row["entropy"] for row in untrained],
         [row["delta_mean"] for row in untrained],
