@@ -25,7 +25,7 @@ def nf4_summary(summary):
 def test_the_tables_of_results_are_the_runs(summary, nf4_summary):
     page = (ROOT / "RESULTS.md").read_text()
     made = {"seeds": summary.table(summary.read(summary.CSV)), "pilots": summary.pilots()}
-    made |= nf4_summary.tables(summary.read(nf4_summary.CSV))
+    made |= nf4_summary.tables()
     assert all(table in page for table in made.values())
     assert page == summary.fill(page, made)
 
@@ -36,12 +36,13 @@ def test_the_seeds_are_complete_pairs_of_the_study(summary):
     assert arms["grpo"].keys() == arms["dcgrpo"].keys() <= set(range(2, 7))
 
 
-def test_the_runs_under_nf4_are_those_of_the_study(summary, nf4_summary):
-    study = importlib.import_module("nf4").STUDY
-    arms = summary.read(nf4_summary.CSV)
-    assert arms.keys() == study.arms.keys()
-    assert {tuple(sorted(runs)) for runs in arms.values()} == {tuple(study.seed_numbers)}
-    assert {len(rows) for runs in arms.values() for rows in runs.values()} == {nf4_summary.STEPS}
+def test_the_runs_under_nf4_are_those_of_the_studies(summary, nf4_summary):
+    for name, study in nf4_summary.STUDIES.items():
+        arms = summary.read(nf4_summary.csv_of(name))
+        assert arms.keys() == study.arms.keys()
+        assert {tuple(sorted(runs)) for runs in arms.values()} == {tuple(study.seed_numbers)}
+        steps = {arm: {len(rows) for rows in runs.values()} for arm, runs in arms.items()}
+        assert steps == {arm: {config.steps} for arm, config in study.arms.items()}
 
 
 def test_the_cooled_policy_is_measured_at_every_temperature(nf4_summary):

@@ -1,10 +1,10 @@
-"""What do the runs of nf4.py and cooled.py add up to? Makes their tables of RESULTS.md and the
-picture anew, after copying what the finished runs of nf4.py left, if named.
+"""What do the runs of nf4.py, nf4_rate.py and cooled.py add up to? Makes their tables of RESULTS.md
+and the picture anew, after copying what the finished runs of the two studies left, if named.
 
 Command:  python experiments/language/nf4_summary.py [runs/language]
 Hardware: any; needs matplotlib (pip install 'dcmdp-jax[report]')
 Time:     1 s
-Result:   two tables of RESULTS.md, and experiments/language/plots/nf4.svg
+Result:   three tables of RESULTS.md, and experiments/language/plots/nf4.svg
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import sys
 
 import cooled
 import nf4
+import nf4_rate
 import summary
 
-CSV = summary.HERE / "results" / "nf4.csv"
-STEPS = nf4.arm().steps
+STUDIES = {"nf4": nf4.STUDY, "nf4_rate": nf4_rate.STUDY}
 LAST = 8  # steps over which delta and entropy are averaged
 ENTROPIES = (0.0, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # edges, nats a token
 FEWEST = 3  # batches of an arm between two edges, for a mean
@@ -34,6 +34,11 @@ COLORS = {
     "penalty": "#009e73",
 }
 Runs = dict[str, dict[int, list[dict[str, float]]]]
+
+
+def csv_of(study: str) -> pathlib.Path:
+    """Returns the table of a study's steps."""
+    return summary.HERE / "results" / f"{study}.csv"
 
 
 def at_end(runs: dict[int, list[dict[str, float]]], measure: str) -> dict[int, float]:
@@ -144,14 +149,16 @@ def draw(found: Runs, untrained: list[dict[str, float]], out: pathlib.Path) -> N
     plt.close(figure)
 
 
-def tables(found: Runs) -> dict[str, str]:
+def tables() -> dict[str, str]:
     """Returns the tables of RESULTS.md by the names of their places."""
-    return {"nf4": table(found), "nf4_entropy": entropy_table(found, cooled.read())}
+    made = {name: table(summary.read(csv_of(name))) for name in STUDIES}
+    return made | {"nf4_entropy": entropy_table(summary.read(csv_of("nf4")), cooled.read())}
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        summary.collect(pathlib.Path(sys.argv[1]) / "nf4", CSV, STEPS)
-    found = summary.read(CSV)
-    summary.PAGE.write_text(summary.fill(summary.PAGE.read_text(), tables(found)))
-    draw(found, cooled.read(), summary.HERE / "plots")
+        for name, study in STUDIES.items():
+            steps = study.arms["grpo"].steps
+            summary.collect(pathlib.Path(sys.argv[1]) / name, csv_of(name), steps)
+    summary.PAGE.write_text(summary.fill(summary.PAGE.read_text(), tables()))
+    draw(summary.read(csv_of("nf4")), cooled.read(), summary.HERE / "plots")
