@@ -73,6 +73,53 @@ def test_a_table_of_arms_by_hand(nf4_summary):
     ]
 
 
+def test_what_the_text_says_of_pairs_of_seeds_is_in_the_runs(summary, nf4_summary):
+    """The intervals that stand in no table."""
+    page = (ROOT / "RESULTS.md").read_text()
+    runs = {name: summary.read(nf4_summary.csv_of(name)) for name in nf4_summary.STUDIES}
+
+    def rates(arm, at, measure="infer", study="nf4"):
+        courses = [runs[study][arm][seed] for seed in range(3)]
+        return [summary.evaluations(rows, f"reward_eval_{measure}")[at][1] for rows in courses]
+
+    def deltas(arm):
+        return [statistics.fmean(r["delta_mean"] for r in rows[-8:]) for rows in arm.values()]
+
+    def difference(first, second, digits=2):
+        return summary.spread([b - a for a, b in zip(first, second, strict=True)], digits)
+
+    for sentence, interval in (
+        (
+            "At the first step the rounding costs\n  {} of",
+            difference(rates("grpo", 0), rates("exact", 0)),
+        ),
+        ("at step 12 still {}.", difference(rates("grpo", 1), rates("exact", 1))),
+        ("ends {} from `exact`", difference(rates("rounded", 2), rates("exact", 2))),
+        (
+            "GRPO's trainer, too, is ahead of its engine by {}.",
+            difference(rates("grpo", 1), rates("grpo", 1, "train")),
+        ),
+        (
+            "GRPO's is not shown ({})",
+            difference(deltas(runs["nf4"]["penalty"]), deltas(runs["nf4"]["grpo"]), 3),
+        ),
+        (
+            "at step 8 it is {} behind",
+            difference(rates("grpo", 1, study="nf4_rate"), rates("exact", 1, study="nf4_rate")),
+        ),
+    ):
+        assert sentence.format(interval) in page
+
+    int8 = summary.read(summary.CSV)["grpo"].values()
+    correlations = [
+        statistics.correlation(*([row[name] for row in rows] for name in ("entropy", "delta_mean")))
+        for rows in int8
+    ]
+    assert sum(value < -0.7 for value in correlations) == 2
+    assert sum(value > -0.2 for value in correlations) == 3
+    assert "In int8 delta rises as the entropy falls on two seeds of five" in page
+
+
 def test_delta_at_equal_entropy_by_hand(nf4_summary):
     def rows(*pairs):
         return [{"entropy": entropy, "delta_mean": delta} for entropy, delta in pairs]

@@ -3,8 +3,8 @@ and the picture anew, after copying what the finished runs of the two studies le
 
 Command:  python experiments/language/nf4_summary.py [runs/language]
 Hardware: any; needs matplotlib (pip install 'dcmdp-jax[report]')
-Time:     1 s
-Result:   three tables of RESULTS.md, and experiments/language/plots/nf4.svg
+Time:     5 s
+Result:   four tables of RESULTS.md, and experiments/language/plots/nf4.svg
 """
 
 from __future__ import annotations
@@ -72,6 +72,32 @@ def table(found: Runs) -> str:
                     f"{statistics.fmean(row[measure] for row in last):.3g}"
                     for measure in ("delta_mean", "multiplier", "entropy")
                 ),
+            )
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def seeds_table(found: Runs) -> str:
+    """Returns the table of what the seeds did, in their order: pass rates at the first, the middle
+    and the last evaluation, and delta at its highest and over the last steps.
+    """
+    head = ("arm", "engine at first", "halfway", "at last", "trainer halfway", "at last")
+    lines = [(*head, "highest delta", "delta of the last eight steps", "of the last three")]
+    lines.append(("---",) * len(lines[0]))
+    for name in [arm for arm in nf4.STUDY.arms if arm in found]:
+        runs = [rows for _, rows in sorted(found[name].items())]
+        engine = [summary.evaluations(rows, "reward_eval_infer") for rows in runs]
+        trainer = [summary.evaluations(rows, "reward_eval_train") for rows in runs]
+        deltas = [[row["delta_mean"] for row in rows] for rows in runs]
+        rates = [[course[at][1] for course in engine] for at in range(3)]
+        rates += [[course[at][1] for course in trainer] for at in (1, 2)]
+        gaps = [[max(steps) for steps in deltas]]
+        gaps += [[statistics.fmean(steps[-last:]) for steps in deltas] for last in (LAST, 3)]
+        lines.append(
+            (
+                name,
+                *(", ".join(f"{value:.2f}" for value in cell) for cell in rates),
+                *(", ".join(f"{value:.3f}" for value in cell) for cell in gaps),
             )
         )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -152,7 +178,10 @@ def draw(found: Runs, untrained: list[dict[str, float]], out: pathlib.Path) -> N
 def tables() -> dict[str, str]:
     """Returns the tables of RESULTS.md by the names of their places."""
     made = {name: table(summary.read(csv_of(name))) for name in STUDIES}
-    return made | {"nf4_entropy": entropy_table(summary.read(csv_of("nf4")), cooled.read())}
+    nf4_runs = summary.read(csv_of("nf4"))
+    made["nf4_seeds"] = seeds_table(nf4_runs)
+    made["nf4_entropy"] = entropy_table(nf4_runs, cooled.read())
+    return made
 
 
 if __name__ == "__main__":
