@@ -8,7 +8,7 @@ which nf4_summary.py tabulates.
 
 Command:  bash experiments/language/get_smollm2.sh && python experiments/language/cooled.py
 Hardware: two CPU cores, 4 GiB of memory
-Time:     13 minutes; 25 beside two other jobs
+Time:     11 minutes; 25 beside two other jobs
 Result:   entropy 2.6, 1.5, 1.1, 0.5, 0.3, 0.2 nats: delta 0.07, 0.10, 0.11, 0.14, 0.18, 0.17. Down
           to one nat as in training; below it GRPO's delta falls
 """
