@@ -318,6 +318,7 @@ def test_the_streams_are_put_back(quick, monkeypatch):
 
 def test_a_forked_child_can_print_while_the_lock_is_held(quick, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(screen, "TICK", 60.0)  # no frame of the thread in between
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     with quick.opened(lambda: ""):
