@@ -103,6 +103,7 @@ def test_summary_against_numpy(seed):
         "prob_diff_mean": gap.mean(),
         "prob_diff_max": gap.max(),
         "prob_diff_std": gap.std(ddof=1),
+        "prob_diff_rollout_share": gap[x < y].sum() / gap.sum(),
         "pearson": np.corrcoef(np.exp(x), np.exp(y))[0, 1],
         "logp_diff_mean": np.abs(d).mean(),
         "logp_diff_max": np.abs(d).max(),

@@ -69,10 +69,11 @@ def dropped(rollout_logp: Array, mask: Array) -> Metrics:
 
 
 def prob_diff(old_logp: Array, rollout_logp: Array, mask: Array) -> Metrics:
-    """Gap in probability: mean (the constrained quantity), largest, standard deviation,
-    correlation.
+    """Gap in probability: mean (the constrained quantity), largest, standard deviation, the
+    sampler's share, correlation.
 
-    Formula: mean, max, std (ddof 1) of delta; Pearson correlation of e^old_logp and e^rollout_logp
+    Formula: mean, max, std (ddof 1) of delta; sum of delta where old_logp < rollout_logp, over the
+        sum of all; Pearson correlation of e^old_logp and e^rollout_logp
     Needs: old_logp, rollout_logp, mask
     Paper: verl rollout_probs_diff_*, Tunix prob_diff_*; DCMDP, arXiv 2606.08779, for the mean
     """
@@ -80,10 +81,13 @@ def prob_diff(old_logp: Array, rollout_logp: Array, mask: Array) -> Metrics:
     gap = _gap(old, rollout, valid)
     mean = reduce.token_mean(gap, valid)
     squares = jnp.sum(_numerics.select(valid, jnp.square(gap - mean)))
+    total = jnp.sum(gap)
+    of_sampler = jnp.sum(_numerics.select(old < rollout, gap))
     return {
         "prob_diff_mean": mean,
         "prob_diff_max": jnp.max(gap, initial=0.0),
         "prob_diff_std": jnp.sqrt(squares / jnp.maximum(jnp.sum(valid) - 1, 1)),
+        "prob_diff_rollout_share": of_sampler / jnp.where(total > 0, total, 1.0),
         "pearson": _correlation(jnp.exp(old), jnp.exp(rollout), valid),
     }
 

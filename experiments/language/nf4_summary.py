@@ -1,10 +1,10 @@
-"""What do the runs of nf4.py, nf4_rate.py and cooled.py add up to? Makes their tables of RESULTS.md
-and the picture anew, after copying what the finished runs of the two studies left, if named.
+"""What do the runs of nf4.py, nf4_rate.py, nf4_halves.py and cooled.py add up to? Makes their
+tables of RESULTS.md and the picture anew, after copying what finished runs left, if named.
 
 Command:  python experiments/language/nf4_summary.py [runs/language]
 Hardware: any; needs matplotlib (pip install 'dcmdp-jax[report]')
 Time:     5 s
-Result:   four tables of RESULTS.md, and experiments/language/plots/nf4.svg
+Result:   five tables of RESULTS.md, and experiments/language/plots/nf4.svg
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import sys
 
 import cooled
 import nf4
+import nf4_halves
 import nf4_rate
 import summary
 
-STUDIES = {"nf4": nf4.STUDY, "nf4_rate": nf4_rate.STUDY}
+STUDIES = {"nf4": nf4.STUDY, "nf4_rate": nf4_rate.STUDY, "nf4_halves": nf4_halves.STUDY}
+ARMS = (*nf4.STUDY.arms, *nf4_halves.STUDY.arms)  # in the order of the tables
 LAST = 8  # steps over which delta and entropy are averaged
 ENTROPIES = (0.0, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)  # edges, nats a token
 FEWEST = 3  # batches of an arm between two edges, for a mean
@@ -47,14 +49,14 @@ def at_end(runs: dict[int, list[dict[str, float]]], measure: str) -> dict[int, f
 
 
 def table(found: Runs) -> str:
-    """Returns the table: a line for each arm, in the order of nf4.py, means over its seeds; from
-    three seeds on with 95 % intervals.
+    """Returns the table: a line for each arm, means over its seeds; from three seeds on with 95 %
+    intervals.
     """
     baseline = at_end(found["grpo"], "reward_eval_infer")
     head = ("arm", "seeds", "engine", "against GRPO", "trainer", "trainer less engine")
     lines = [(*head, "delta", "lambda", "entropy")]
     lines.append(("---",) * len(lines[0]))
-    for name in [arm for arm in nf4.STUDY.arms if arm in found]:
+    for name in [arm for arm in ARMS if arm in found]:
         runs = found[name]
         engine = at_end(runs, "reward_eval_infer")
         trainer = at_end(runs, "reward_eval_train")
@@ -84,7 +86,7 @@ def seeds_table(found: Runs) -> str:
     head = ("arm", "engine at first", "halfway", "at last", "trainer halfway", "at last")
     lines = [(*head, "highest delta", "delta of the last eight steps", "of the last three")]
     lines.append(("---",) * len(lines[0]))
-    for name in [arm for arm in nf4.STUDY.arms if arm in found]:
+    for name in [arm for arm in ARMS if arm in found]:
         runs = [rows for _, rows in sorted(found[name].items())]
         engine = [summary.evaluations(rows, "reward_eval_infer") for rows in runs]
         trainer = [summary.evaluations(rows, "reward_eval_train") for rows in runs]
@@ -127,7 +129,7 @@ def entropy_table(found: Runs, untrained: list[dict[str, float]]) -> str:
     """Returns the table of delta at equal entropy: a line for each arm that has a gap."""
     edges = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(ENTROPIES)]
     lines = [["arm", *reversed(edges)], ["---"] * len(ENTROPIES)]
-    arms = {arm: together(found[arm]) for arm in nf4.STUDY.arms if arm in found}
+    arms = {arm: together(found[arm]) for arm in ARMS if arm in found}
     for name, rows in {"untrained, cooled": untrained, **arms}.items():
         if max(row["delta_mean"] for row in rows) < NO_GAP:
             continue
@@ -177,17 +179,25 @@ def draw(found: Runs, untrained: list[dict[str, float]], out: pathlib.Path) -> N
 
 def tables() -> dict[str, str]:
     """Returns the tables of RESULTS.md by the names of their places."""
-    made = {name: table(summary.read(csv_of(name))) for name in STUDIES}
+    made = {name: table(summary.read(csv_of(name))) for name in ("nf4", "nf4_rate")}
     nf4_runs = summary.read(csv_of("nf4"))
-    made["nf4_seeds"] = seeds_table(nf4_runs)
-    made["nf4_entropy"] = entropy_table(nf4_runs, cooled.read())
+    halves = summary.read(csv_of("nf4_halves"))
+    whole = {name: nf4_runs[name] for name in ("grpo", "dcgrpo")}
+    made["nf4_halves"] = table(whole | halves)
+    made["nf4_seeds"] = seeds_table(nf4_runs | halves)
+    made["nf4_entropy"] = entropy_table(nf4_runs | halves, cooled.read())
     return made
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
+        folder = pathlib.Path(sys.argv[1])
+        if not any((folder / name).is_dir() for name in STUDIES):
+            sys.exit(
+                f"name the folder that holds {', '.join(STUDIES)}; {folder} holds none of them"
+            )
         for name, study in STUDIES.items():
-            steps = study.arms["grpo"].steps
-            summary.collect(pathlib.Path(sys.argv[1]) / name, csv_of(name), steps)
+            (steps,) = {arm.steps for arm in study.arms.values()}
+            summary.collect(folder / name, csv_of(name), steps)
     summary.PAGE.write_text(summary.fill(summary.PAGE.read_text(), tables()))
     draw(summary.read(csv_of("nf4")), cooled.read(), summary.HERE / "plots")

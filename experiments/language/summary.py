@@ -229,7 +229,10 @@ def draw(arms: dict[str, dict[int, list[dict[str, float]]]], out: pathlib.Path) 
 if __name__ == "__main__":
     CSV.parent.mkdir(exist_ok=True)
     if len(sys.argv) > 1:
-        collect(pathlib.Path(sys.argv[1]) / "seeds", CSV, CONFIG.steps)
+        runs = pathlib.Path(sys.argv[1]) / "seeds"
+        if not runs.is_dir():
+            sys.exit(f"name the folder that holds seeds; there is no {runs}")
+        collect(runs, CSV, CONFIG.steps)
     found = read(CSV)
     PAGE.write_text(fill(PAGE.read_text(), {"seeds": table(found), "pilots": pilots()}))
     draw(found, HERE / "plots")
