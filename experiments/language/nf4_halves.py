@@ -1,20 +1,21 @@
 """Which half of the paper's charge sets the trainer's policy apart from the engine's?
 
 Under A - lambda |delta| in nf4.py the trainer's policy gets worse while the engine's stays good.
-The charge lowers sampled tokens of either kind:
+The charge lowers sampled tokens of either kind, and each is charged alone here:
 
     charge_engine    those that the engine finds likelier than the trainer: the trainer, which had
                      them too low, is pushed further away
     charge_trainer   those that the trainer finds likelier: it is pushed back
+    credit_engine    those that the engine finds likelier are credited instead
 
-Here either half is charged alone, with the dual and the constants of `dcgrpo` in nf4.py. As fixed
-before the first run: if the first half does the damage, then under `charge_engine` the trainer's
-pass rate less the engine's at the end is lower than under `charge_trainer`, in pairs of one seed,
-and delta of the last eight steps is larger.
+The dual and its constants are those of `dcgrpo` in nf4.py. As fixed before the first run: if the
+first half does the damage, then under `charge_engine` the trainer's pass rate less the engine's at
+the end is lower than under `charge_trainer`, in pairs of one seed, and delta of the last eight
+steps is larger. Under `credit_engine`, delta and the engine's pass rate against `grpo`.
 
 Command:  bash experiments/language/get_smollm2.sh && dcmdp study experiments/language/nf4_halves.py
 Hardware: two CPU cores, 14 GiB of memory
-Time:     15 to 20 minutes a run, two runs at once on two cores; 6 runs
+Time:     15 to 20 minutes a run, two runs at once on two cores; 9 runs
 Result:   not run
 """
 
@@ -37,10 +38,16 @@ def charge_trainer(advantage, old_logp, rollout_logp, multiplier, tolerance, mas
     return jnp.where(mask, advantage - multiplier * jnp.maximum(gap, 0.0), 0.0)
 
 
+def credit_engine(advantage, old_logp, rollout_logp, multiplier, tolerance, mask):
+    """A + lambda max(pi_infer - pi_train, 0)."""
+    gap = constraint.signed_delta(old_logp, rollout_logp, mask)
+    return jnp.where(mask, advantage + multiplier * jnp.maximum(-gap, 0.0), 0.0)
+
+
 STUDY = Study(
     {
         half.__name__: arm(shaping=half, multiplier=0.1, dual_lr=1.0)
-        for half in (charge_engine, charge_trainer)
+        for half in (charge_engine, charge_trainer, credit_engine)
     },
     seeds=3,
 )
