@@ -131,9 +131,29 @@ def shape_signed(
 
     Formula: A - lambda * (e^old_logp - e^rollout_logp)
     Needs: advantage, old_logp, rollout_logp, multiplier, mask
-    Paper: a variant, not in arXiv 2606.08779; meaningful only when the sampler is stale or frozen
+    Paper: a variant, not in arXiv 2606.08779
     """
     return _shaped(advantage, signed_delta(old_logp, rollout_logp, mask), multiplier, mask)
+
+
+@separable
+def shape_credit(
+    advantage: Array,
+    old_logp: Array,
+    rollout_logp: Array,
+    multiplier: Number,
+    tolerance: Number,
+    mask: Array,
+) -> Array:
+    """Variant: credits tokens that the sampler gives a higher probability than the trainer, and
+    charges none.
+
+    Formula: A + lambda * max(e^rollout_logp - e^old_logp, 0)
+    Needs: advantage, old_logp, rollout_logp, multiplier, mask
+    Paper: a variant, not in arXiv 2606.08779, whose charge lowers these tokens further
+    """
+    overrated = jnp.minimum(signed_delta(old_logp, rollout_logp, mask), 0.0)
+    return _shaped(advantage, overrated, multiplier, mask)
 
 
 def shape_centred(

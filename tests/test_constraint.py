@@ -19,6 +19,7 @@ C = 0.0037
 SHAPES = (
     constraint.shape_advantage,
     constraint.shape_signed,
+    constraint.shape_credit,
     constraint.shape_centred,
     constraint.shape_hinge,
     constraint.shape_cost_to_go,
@@ -153,6 +154,7 @@ def test_variants_closed_forms():
     expected = {
         constraint.shape_advantage: gap,
         constraint.shape_signed: signed,
+        constraint.shape_credit: np.minimum(signed, 0.0),
         constraint.shape_centred: gap - gap.sum() / mask.sum(),
         constraint.shape_hinge: np.maximum(gap - 0.01, 0.0),
         constraint.shape_cost_to_go: to_go,

@@ -152,7 +152,7 @@ REDUCERS = of(
 ) | of(reduce, "constant", normalizer=64.0)
 SHAPINGS = (
     of(constraint, "shape_advantage", "shape_centred", "shape_hinge", "shape_cost_to_go")
-    | of(constraint, "shape_normalised")
+    | of(constraint, "shape_normalised", "shape_credit")
     | {("constraint.shape_signed", "constraint.signed_delta"): constraint.shape_signed}
 )
 PENALTIES = of(constraint, "penalty")

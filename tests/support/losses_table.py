@@ -218,6 +218,7 @@ TABLE = {
     ),
     "constraint.shape_advantage": shaped(constraint.shape_advantage),
     "constraint.shape_signed": shaped(constraint.shape_signed),
+    "constraint.shape_credit": shaped(constraint.shape_credit),
     "constraint.shape_centred": shaped(constraint.shape_centred),
     "constraint.shape_hinge": shaped(constraint.shape_hinge),
     "constraint.shape_cost_to_go": shaped(constraint.shape_cost_to_go),
