@@ -75,7 +75,7 @@ OTHERS = {
     "constraint.delta": BUILT_IN,
     "constraint.measure": BUILT_IN,
     "constraint.calibrate_tolerance": "constraint.tolerance (Calibrated)",
-    "constraint.signed_delta": "constraint.shaping (in shape_signed)",
+    "constraint.signed_delta": "constraint.shaping (in shape_signed, shape_credit)",
     "losses.advantages.at_last_token": ADVANTAGE + IN_YOUR_OWN,
     "losses.advantages.dynamic_sampling_mask": "algorithm.mask",
     "losses.advantages.reinforce_pp": ADVANTAGE + IN_YOUR_OWN,

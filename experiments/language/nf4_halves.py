@@ -16,7 +16,10 @@ steps is larger. Under `credit_engine`, delta and the engine's pass rate against
 Command:  bash experiments/language/get_smollm2.sh && dcmdp study experiments/language/nf4_halves.py
 Hardware: two CPU cores, 14 GiB of memory
 Time:     15 to 20 minutes a run, two runs at once on two cores; 9 runs
-Result:   not run
+Result:   seven runs, seeds 0 and 1 of the charges: under `charge_engine` the trainer's policy ends
+          0.22 and 0.47 behind the engine's, delta at 0.13 and 0.16; under `charge_trainer` level,
+          delta at 0.10 and 0.09. Under `credit_engine` (three seeds) delta is 0.021 ± 0.012
+          below GRPO's, the pass rate 0.04 ± 0.13
 """
 
 import jax.numpy as jnp

@@ -30,6 +30,7 @@ MEASURES = (
     "delta_mean",
     "multiplier",
     "entropy",
+    "prob_diff_rollout_share",  # of the runs that have it
     "reward_eval_infer",
     "reward_eval_train",
 )
@@ -55,8 +56,10 @@ def collect(study: pathlib.Path, path: pathlib.Path, steps: int) -> None:
                 | {name: f"{row[name]:.6g}" for name in MEASURES if row.get(name) is not None}
                 for row in rows
             ]
+    measured = {name for rows in found.values() for row in rows for name in row}
+    columns = ["arm", "seed", "step", *(name for name in MEASURES if name in measured)]
     with path.open("w") as out:
-        table = csv.DictWriter(out, ("arm", "seed", "step", *MEASURES), lineterminator="\n")
+        table = csv.DictWriter(out, columns, lineterminator="\n")
         table.writeheader()
         for run in sorted(found):
             table.writerows(found[run])
@@ -67,7 +70,7 @@ def read(path: pathlib.Path) -> dict[str, dict[int, list[dict[str, float]]]]:
     found: dict[str, dict[int, list[dict[str, float]]]] = {}
     with path.open() as lines:
         for row in csv.DictReader(lines):
-            values = {name: float(row[name] or "nan") for name in ("step", *MEASURES)}
+            values = {name: float(row.get(name) or "nan") for name in ("step", *MEASURES)}
             found.setdefault(row["arm"], {}).setdefault(int(row["seed"]), []).append(values)
     return found
 
@@ -127,7 +130,7 @@ def pilots(path: pathlib.Path = PILOTS) -> str:
     with path.open() as lines:
         for row in csv.DictReader(lines):
             runs.setdefault(row["pilot"], []).append(
-                {name: float(row[name] or "nan") for name in MEASURES}
+                {name: float(row.get(name) or "nan") for name in MEASURES}
             )
     head = ("pilot", "steps", "delta at first", "delta", "lambda", "pass rate", "entropy")
     table = [head, ("---",) * len(head)]
