@@ -6,7 +6,7 @@ constants are the paper's; the tolerance is 1.2 times the floor at the start, 0.
 
 Command:  bash experiments/language/get_smollm2.sh && dcmdp train experiments/language/smollm2.py
 Hardware: two CPU cores, 8 GiB of memory
-Time:     6 to 11 minutes on two cores of different speed, the installation and the download
+Time:     6 to 12 minutes on two cores of different speed, the installation and the download
           included
 Result:   held-out pass rate of the engine's policy 0.24 -> 0.97, the trainer's 0.23 -> 0.98; delta
           0.0108 -> 0.0138, above the tolerance, with lambda at 0.10
